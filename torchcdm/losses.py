@@ -1,0 +1,154 @@
+"""Training losses: modules that return named terms for each sample, and that a distributed wrapper can wrap."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import DenoisingDiffusion
+from torchcdm.errors import UserError
+
+Terms = dict[str, Tensor]
+"""Loss terms by name, each (B,); ``loss`` is the one to average and minimise."""
+
+
+def stratified_levels(
+    n: int, count: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """``n`` levels, each uniform on 0 ... ``count`` - 1, spread evenly over the batch: long (n,).
+
+    One draw from each n-th part of the range, in random order: the same expectation as independent draws, with
+    less variance between batches.
+    """
+    order = torch.randperm(n, generator=generator, device=device)
+    offset = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+    return ((order + offset) * (count / n)).long().clamp_max(count - 1)
+
+
+def drop_labels(
+    y: Tensor | None, null: int | None, rate: float, generator: torch.Generator | None = None
+) -> Tensor | None:
+    """Labels (B,) with a share of ``rate`` replaced by the null label."""
+    if y is None or null is None or rate == 0:
+        return y
+    dropped = torch.rand(len(y), generator=generator, device=y.device) < rate
+    return y.masked_fill(dropped, null)
+
+
+@final
+class CDMLoss(nn.Module):
+    """Cross-entropy of the level plus squared error of the noise (Algorithm 1 of arXiv 2402.10095).
+
+    ``loss = mse_weight * mean_d (eps - eps_hat)² + ce_weight / d * CE``: ``ce_weight`` is in nats of cross-entropy
+    per nat of squared error; the paper's 0.001 is about 3 on CIFAR-10. Either weight may be 0.
+
+    With a joint backbone the cross-entropy is that of (class, level), all classes one outcome at level T+1
+    (identity 10); the reported ``ce`` of levels is the marginal's.
+
+    Args:
+        model: The model to train.
+        ce_weight: Weight of the cross-entropy.
+        mse_weight: Weight of the squared error.
+        label_dropout: Share of labels replaced by the null label.
+    """
+
+    def __init__(
+        self,
+        model: ClassificationDiffusion,
+        ce_weight: float = 1.0,
+        mse_weight: float = 1.0,
+        label_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if ce_weight < 0 or mse_weight < 0 or ce_weight + mse_weight == 0:
+            raise UserError("loss: ce_weight and mse_weight must not be negative, nor both 0")
+        self.model = model
+        self.ce_weight, self.mse_weight = ce_weight, mse_weight
+        self.label_dropout = label_dropout
+
+    def forward(
+        self,
+        x_0: Tensor,
+        y: Tensor | None = None,
+        t: Tensor | None = None,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Terms:
+        """One noisy copy of each sample.
+
+        Args:
+            x_0: Dequantised data, model units, (B, *shape).
+            y: Classes, long (B,), or None.
+            t: Levels, long (B,); stratified over the batch when None.
+            eps: Noise, shape of ``x_0``; drawn when None.
+            generator: Source of the draws, on the device of ``x_0``.
+
+        Returns:
+            ``loss``, ``ce`` (nats), ``mse`` (mean over d; constant at level 0, 0 at level T+1), ``t``,
+            ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``.
+        """
+        schedule = self.model.schedule
+        if t is None:
+            t = stratified_levels(len(x_0), schedule.T + 2, x_0.device, generator)
+        if eps is None:
+            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        y = drop_labels(y, self.model.classes, self.label_dropout, generator)
+        x_t = schedule.perturb(x_0, t, eps)
+
+        if self.mse_weight:
+            result = self.model.evaluate(x_t, t, y, create_graph=True)
+            log_p, unconditional = result.log_prob_levels, result.unconditional
+            mse = (eps - result.eps).square().flatten(1).mean(1)
+        else:
+            log_p, unconditional = self.model.log_prob_pair(x_t, y)
+            mse = x_0.new_zeros(len(x_0))
+        # The outcomes of a joint model are (class, level), their normaliser the sum of p_t(x) over the levels;
+        # at level T+1 the classes are one outcome, so that its probability carries no class prior.
+        ce = unconditional.logsumexp(1) - log_p.gather(1, t[:, None])[:, 0]
+        if self.model.joint and y is not None:
+            ce = ce - self.model.log_prior(y).masked_fill(t == schedule.T + 1, 0)
+        terms = {
+            "loss": self.mse_weight * mse + self.ce_weight / x_0[0].numel() * ce.to(x_0.dtype),
+            "ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(x_0.dtype),
+            "mse": mse,
+            "t": t,
+            "correct": (unconditional.argmax(1) == t).to(x_0.dtype),
+        }
+        return terms | {"ce_joint": ce.to(x_0.dtype)} if self.model.joint else terms
+
+
+@final
+class DDMLoss(nn.Module):
+    """Squared error of the noise at a random level (L_simple of arXiv 2006.11239).
+
+    Args:
+        model: The denoising diffusion model to train.
+        label_dropout: Share of labels replaced by the null label.
+    """
+
+    def __init__(self, model: DenoisingDiffusion, label_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_dropout = label_dropout
+
+    def forward(
+        self,
+        x_0: Tensor,
+        y: Tensor | None = None,
+        t: Tensor | None = None,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Terms:
+        """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss``, ``mse`` and ``t``."""
+        schedule = self.model.schedule
+        if t is None:
+            t = 1 + stratified_levels(len(x_0), schedule.T, x_0.device, generator)
+        if eps is None:
+            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        y = drop_labels(y, self.model.classes, self.label_dropout, generator)
+        eps_hat = self.model.denoise(schedule.perturb(x_0, t, eps), t, y).eps
+        mse = (eps - eps_hat).square().flatten(1).mean(1)
+        return {"loss": mse, "mse": mse, "t": t}
