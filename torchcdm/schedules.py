@@ -120,7 +120,7 @@ class LinearSchedule(NoiseSchedule):
     """
 
     def __init__(self, T: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> None:
-        if T <= 1000 * beta_max:
+        if 1000 * beta_max >= T:
             raise UserError(f"linear schedule: T is {T}; it needs more than {1000 * beta_max:g}")
         self.beta_min, self.beta_max = beta_min, beta_max
         super().__init__(T)

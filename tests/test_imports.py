@@ -1,0 +1,35 @@
+"""Every module can be imported alone, and the package itself stays light."""
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import torchcdm
+
+MODULES = sorted(module.name for module in pkgutil.walk_packages(torchcdm.__path__, "torchcdm."))
+HEAVY = ("accelerate", "sklearn", "torchvision", "matplotlib", "diffusers", "timm", "pandas", "PIL", "datasets")
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_each_module_imports_alone():
+    # One fresh process for all: torch is loaded once, each module's own tree anew.
+    code = f"""
+import importlib, sys, torch
+for name in {MODULES!r}:
+    for loaded in [m for m in sys.modules if m.split('.')[0] == 'torchcdm']:
+        del sys.modules[loaded]
+    importlib.import_module(name)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("statement", ["import torchcdm", "import torchcdm; torchcdm.ClassificationDiffusion"])
+def test_import_is_light(statement):
+    result = run(f"import sys\n{statement}\nprint([m for m in {HEAVY!r} if m in sys.modules])")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
