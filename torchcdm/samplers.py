@@ -1,0 +1,430 @@
+r"""Samplers: rules that take x_t at level t to x_s at a lower level s, and the loop around them.
+
+All are written in the coordinates in which the probability flow of every schedule is the same equation
+(identity 6 of ``docs/method.md``),
+
+.. math:: u = x / \alpha, \qquad r = \sigma / \alpha, \qquad du / dr = E[\epsilon | x],
+
+so that none asks which schedule it runs on. The step to level 0 always returns E[x_0 | x_t].
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchcdm.denoisers import Denoiser, Prediction
+from torchcdm.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A level that the sampler has been to, and what the denoiser said there.
+
+    Attributes:
+        t: The level.
+        prediction: The denoiser's output at that level.
+    """
+
+    t: int
+    prediction: Prediction
+
+
+class Sampler(ABC):
+    """One rule for a step from level t to level s < t. Holds settings, never a state.
+
+    Attributes:
+        evaluations: Denoiser evaluations in a step; the step to level 0 always takes one.
+        stochastic: Whether a step adds fresh noise.
+    """
+
+    evaluations: ClassVar[int] = 1
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    @abstractmethod
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+        previous: Visited | None = None,
+    ) -> tuple[Tensor, Visited]:
+        """x_s from x_t.
+
+        Args:
+            denoiser: Any denoiser.
+            x_t: Model units, (B, *shape).
+            t: The level of ``x_t``, 1 ... T.
+            s: The level to go to, 0 ... t - 1.
+            y: Classes, long (B,), or None.
+            noise: Standard normal, shape of ``x_t``; read by stochastic samplers alone.
+            previous: What the step before returned, for multistep rules; None at the first step.
+
+        Returns:
+            x_s, and what the next step may use.
+        """
+
+
+@final
+class DDPM(Sampler):
+    """Ancestral sampling, x_s ~ q(x_s | x_t, x_0 = E[x_0|x_t]) (Ho et al., 2020, arXiv 2006.11239).
+
+    The kernel is that of the chain that visits only the levels asked for, alpha_{t|s} = alpha_t / alpha_s.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+        previous: Visited | None = None,
+    ) -> tuple[Tensor, Visited]:
+        now = denoiser.denoise(x_t, t, y)
+        a, b, deviation = denoiser.schedule.reverse_kernel(t, s, x_t)
+        x_s = a * x_t + b * now.x0
+        if s > 0:
+            x_s = x_s + deviation * _given(noise, "ddpm")
+        return x_s, Visited(t, now)
+
+
+@final
+class DDIM(Sampler):
+    """x_s = alpha_s x_0 + (sigma_s² - c²)^½ eps + c noise (Song et al., 2021, arXiv 2010.02502; identity 7).
+
+    c is ``eta`` times the deviation of the ancestral step: 0 is the deterministic first-order solver, 1 is DDPM.
+
+    Args:
+        eta: Share of fresh noise, 0 ... 1.
+    """
+
+    def __init__(self, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise UserError(f"ddim: eta is {eta:g}; it must lie between 0 and 1")
+        self.eta = eta
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+        previous: Visited | None = None,
+    ) -> tuple[Tensor, Visited]:
+        now = denoiser.denoise(x_t, t, y)
+        alpha_s, sigma_s = denoiser.schedule.at(s, x_t)
+        if not self.stochastic or s == 0:
+            return alpha_s * now.x0 + sigma_s * now.eps, Visited(t, now)
+        c = self.eta * denoiser.schedule.reverse_kernel(t, s, x_t)[2]
+        x_s = alpha_s * now.x0 + (sigma_s**2 - c**2).sqrt() * now.eps + c * _given(noise, "ddim with eta")
+        return x_s, Visited(t, now)
+
+
+@final
+class DPMSolver2(Sampler):
+    r"""Second-order multistep DPM-Solver in noise prediction (Lu et al., 2022, arXiv 2206.00927).
+
+    With :math:`\lambda = -\log r`, eps linear in lambda through this level and the one before:
+    u_s = u_t - (r_t - r_s) eps_t - (r_t - r_s - (lambda_s - lambda_t) r_s) (eps_t - eps_q) / (lambda_t - lambda_q),
+    q the level before. The first step is DDIM. The solver of the CDM paper.
+    """
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+        previous: Visited | None = None,
+    ) -> tuple[Tensor, Visited]:
+        now = denoiser.denoise(x_t, t, y)
+        r, (alpha_s, sigma_s) = denoiser.schedule.ratio, denoiser.schedule.at(s, x_t)
+        x_s = alpha_s * now.x0 + sigma_s * now.eps
+        if previous is not None and s > 0:
+            curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
+            slope = (now.eps - previous.prediction.eps) / (r[previous.t] / r[t]).log()
+            x_s = x_s - alpha_s * curvature * slope
+        return x_s, Visited(t, now)
+
+
+@final
+class DPMSolverPP2M(Sampler):
+    r"""DPM-Solver++(2M): second-order multistep in data prediction (Lu et al., 2022, arXiv 2211.01095).
+
+    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - r_s / r_t) D, D extrapolating x_0 half a step ahead from this
+    level and the one before. The first step is DDIM.
+    """
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+        previous: Visited | None = None,
+    ) -> tuple[Tensor, Visited]:
+        now = denoiser.denoise(x_t, t, y)
+        r, (alpha_s, sigma_s) = denoiser.schedule.ratio, denoiser.schedule.at(s, x_t)
+        ahead = now.x0
+        if previous is not None and s > 0:
+            share = (r[t] / r[s]).log() / (r[previous.t] / r[t]).log() / 2
+            ahead = ahead + share * (now.x0 - previous.prediction.x0)
+        x_s = sigma_s / now.sigma_t * x_t + alpha_s * (1 - r[s] / r[t]) * ahead
+        return x_s, Visited(t, now)
+
+
+@final
+class Heun(Sampler):
+    """Heun's method on du/dr = eps (Karras et al., 2022, arXiv 2206.00364): two evaluations a step."""
+
+    evaluations: ClassVar[int] = 2
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x_t: Tensor,
+        t: int,
+        s: int,
+        y: Tensor | None = None,
+        noise: Tensor | None = None,
+        previous: Visited | None = None,
+    ) -> tuple[Tensor, Visited]:
+        now = denoiser.denoise(x_t, t, y)
+        alpha_s, sigma_s = denoiser.schedule.at(s, x_t)
+        x_s = alpha_s * now.x0 + sigma_s * now.eps
+        if s > 0:
+            r = denoiser.schedule.ratio
+            there = denoiser.denoise(x_s, s, y)
+            x_s = x_s + alpha_s * (r[s] - r[t]) / 2 * (there.eps - now.eps)
+        return x_s, Visited(t, now)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+    "dpm2": DPMSolver2,
+    "dpm++": DPMSolverPP2M,
+    "heun": Heun,
+}
+
+Callback = Callable[[int, Tensor, Prediction], None]
+"""Called after each step of each batch with the level reached, x at that level, and the step's first prediction."""
+
+
+def sample(
+    denoiser: Denoiser,
+    n: int,
+    sampler: str | Sampler = "ddim",
+    steps: int = 50,
+    y: Tensor | int | None = None,
+    guidance: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    levels: Sequence[int] | None = None,
+    shape: Sequence[int] | None = None,
+    units: str = "data",
+    start: Tensor | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Draws samples: exactly ``steps`` levels visited, level T first, level 0 reached last.
+
+    The noise of sample i depends on ``seed`` and i alone, so batch size and device leave the samples the same.
+
+    Args:
+        denoiser: Any denoiser; put in eval mode while sampling.
+        n: Number of samples.
+        sampler: A name in :data:`SAMPLERS`, or a sampler with settings of its own.
+        steps: Number of steps, 1 ... T, evenly spaced over the levels.
+        y: Class of each sample, long (n,), or one class for all; None for the unconditional density.
+        guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w.
+        seed: Seed, not negative.
+        batch_size: Samples at a time; by size when None.
+        levels: Strictly decreasing levels to visit instead of ``steps``, the last where sampling stops.
+        shape: Event shape; the denoiser's own when None.
+        units: ``data`` (not rounded to grey levels), or ``model``.
+        start: x at the first level, model units (n, *shape); standard normal noise when None.
+        progress: Shows a progress bar.
+        callback: Called after each step.
+
+    Returns:
+        (n, *shape) on the CPU.
+
+    Raises:
+        UserError: A request that makes no sense: zero samples, more steps than T, an unknown sampler, guidance or
+            labels on an unconditional model, a label out of range, no known shape.
+    """
+    if n < 1:
+        raise UserError(f"n is {n}; ask for at least one sample")
+    if units not in ("data", "model"):
+        raise UserError(f"units is '{units}'; choose data or model")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it must not be negative")
+    rule = make_sampler(sampler)
+    path = _path(denoiser, steps, levels)
+    shape = _event_shape(denoiser, shape, start, n)
+    labels = _labels(denoiser, y, n)
+    if guidance:
+        if labels is None:
+            raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
+        denoiser = denoiser.guided(guidance)
+    if batch_size is None:
+        batch_size = max(64, 2**18 // math.prod(shape))
+    elif batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+
+    batches = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
+    bar = _progress_bar(len(batches) * (len(path) - 1), progress)
+    results = []
+    with _evaluating(denoiser), torch.no_grad(), bar:
+        device, dtype = _placement(denoiser)
+        for rows in batches:
+            here = slice(rows.start, rows.stop)
+            draws = sample_noise(seed, rows, shape, len(path) if rule.stochastic else 1, dtype)
+            first = next(draws)
+            x = (first if start is None else start[here].to(dtype)).to(device)
+            label = None if labels is None else labels[here].to(device)
+            previous = None
+            for t, s in zip(path, path[1:], strict=False):
+                noise = next(draws).to(device) if rule.stochastic else None
+                x, previous = rule.step(denoiser, x, t, s, label, noise, previous)
+                if callback is not None:
+                    callback(s, x, previous.prediction)
+                bar.update()
+            if units == "data" and denoiser.transform is not None:
+                x = denoiser.transform.inverse(x)
+            results.append(x.cpu())
+    return torch.cat(results)
+
+
+def make_sampler(sampler: str | Sampler) -> Sampler:
+    """The sampler of a name in :data:`SAMPLERS`; a sampler itself passes through."""
+    if isinstance(sampler, Sampler):
+        return sampler
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}'; {nearest(sampler, SAMPLERS)}")
+    return SAMPLERS[sampler]()
+
+
+def sample_noise(
+    seed: int,
+    samples: Sequence[int],
+    shape: Sequence[int],
+    draws: int,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Tensor]:
+    """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample.
+
+    Row k depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch.
+    """
+    # PyTorch's CPU generator reads 32 bits of a seed. An odd multiplier keeps the seeds of one run distinct.
+    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    generators = [torch.Generator().manual_seed((base + i * 0x9E3779B1) % 2**32) for i in samples]
+    # A block of draws at once: for small events a call for each draw would take longer than the network.
+    block = min(draws, max(1, 2**12 // math.prod(shape)))
+    for first in range(0, draws, block):
+        rows = [torch.randn(block, *shape, generator=generator, dtype=dtype) for generator in generators]
+        yield from torch.stack(rows, 1)[: draws - first]
+
+
+def _path(denoiser: Denoiser, steps: int, levels: Sequence[int] | None) -> list[int]:
+    """The levels to visit and the one to stop at."""
+    if levels is None:
+        return [*denoiser.schedule.time_grid(steps), 0]
+    path, T = [int(level) for level in levels], denoiser.schedule.T
+    decreasing = all(t > s for t, s in zip(path, path[1:], strict=False))
+    if len(path) < 2 or not decreasing or path[0] > T or path[-1] < 0:
+        raise UserError(f"levels must be at least two, strictly decreasing, between {T} and 0; got {path}")
+    return path
+
+
+def _event_shape(
+    denoiser: Denoiser, shape: Sequence[int] | None, start: Tensor | None, n: int
+) -> tuple[int, ...]:
+    if start is not None:
+        if len(start) != n:
+            raise UserError(f"start holds {len(start)} samples and n is {n}; they must agree")
+        return tuple(start.shape[1:])
+    shape = denoiser.shape if shape is None else shape
+    if shape is None:
+        raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
+    return tuple(shape)
+
+
+def _labels(denoiser: Denoiser, y: Tensor | int | None, n: int) -> Tensor | None:
+    """Labels as long (n,), checked."""
+    if y is None:
+        return None
+    if denoiser.classes is None:
+        raise UserError("labels were given, but this model was trained without classes; leave y out")
+    labels = torch.as_tensor(y).long()
+    labels = labels.expand(n) if labels.ndim == 0 else labels
+    if labels.shape != (n,):
+        raise UserError(f"y has shape {tuple(labels.shape)}; give one label, or one for each of the {n} samples")
+    wrong = labels[(labels < 0) | (labels >= denoiser.classes)]
+    if len(wrong):
+        raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {denoiser.classes - 1}")
+    return labels
+
+
+def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and precision of the network; of its constants, and float32, where it has no parameters."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    buffer = next(module.buffers())
+    return buffer.device, torch.get_default_dtype()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each part is as it was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _progress_bar(total: int, show: bool):  # noqa: ANN202 (tqdm is imported here alone)
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="sampling", unit="step", disable=not show)
+
+
+def _given(noise: Tensor | None, name: str) -> Tensor:
+    if noise is None:
+        raise UserError(f"{name} adds noise at every step; give the step its noise")
+    return noise
