@@ -1,0 +1,230 @@
+"""What every kind of data becomes: three splits, in data units, and the transform measured on the first.
+
+Nothing here augments: training and evaluation read the same samples, and the trainer flips its own batches
+(:func:`torchcdm.data.flip_horizontally`). So a likelihood can never be taken on augmented data.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchcdm.errors import UserError, nearest
+from torchcdm.units import DataTransform
+
+MEMORY_LIMIT = 512 * 2**20
+"""Bytes up to which a data set that lies in files is read into memory when it is loaded."""
+
+DEFAULT_FRACTION = 0.1
+"""Share of the samples that validation and test each get where the data do not say it themselves."""
+
+SMALLEST_SPLITTABLE = 10
+"""Below this many samples data are not split at random."""
+
+NO_LABEL = -1
+
+
+class Split(Dataset, ABC):
+    """One split: a map-style data set of ``(x, label)``.
+
+    ``x`` is in data units with the event shape, uint8 or float32; the label is an int, -1 where there is none.
+    An empty split is false.
+
+    Args:
+        labels: Class of each sample, long (N,); -1 for none.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+
+    @abstractmethod
+    def values(self, indices: Tensor) -> Tensor:
+        """The samples at ``indices`` (B,), stacked: (B, *shape)."""
+
+    @abstractmethod
+    def select(self, indices: Tensor) -> Split:
+        """The split that holds the samples at ``indices``, in that order."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)  # ends iteration over the split
+        return self.values(torch.tensor([index % len(self)]))[0], int(self.labels[index])
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples."""
+        return self.values(indices), self.labels[indices]
+
+    def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
+        """All samples and labels, or ``limit`` of them evenly spaced through the split."""
+        return self.batch(evenly_spaced(len(self), limit))
+
+    def limited(self, limit: int | None) -> Split:
+        """At most ``limit`` samples, evenly spaced; the split itself where it is no larger."""
+        return self if limit is None or limit >= len(self) else self.select(evenly_spaced(len(self), limit))
+
+
+@final
+class MemorySplit(Split):
+    """Samples held in memory.
+
+    Args:
+        x: Data units, (N, *shape), uint8 or float32.
+        labels: Long (N,); none when None.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
+        super().__init__(torch.full((len(x),), NO_LABEL) if labels is None else labels.long())
+        self.x = x
+
+    def values(self, indices: Tensor) -> Tensor:
+        return self.x[indices]
+
+    def select(self, indices: Tensor) -> MemorySplit:
+        return MemorySplit(self.x[indices], self.labels[indices])
+
+
+@final
+class LazySplit(Split):
+    """Samples read when they are asked for.
+
+    Args:
+        read: Gives the sample of one item, data units, the event shape.
+        items: What ``read`` takes, one for each sample: paths, or row numbers.
+        labels: Long (N,).
+    """
+
+    def __init__(self, read: Callable[[Any], Tensor], items: Sequence[Any], labels: Tensor) -> None:
+        super().__init__(labels.long())
+        self.read, self.items = read, items
+
+    def values(self, indices: Tensor) -> Tensor:
+        samples = [self.read(self.items[i]) for i in indices.tolist()]
+        return torch.stack(samples) if samples else torch.empty(0)
+
+    def select(self, indices: Tensor) -> LazySplit:
+        return LazySplit(self.read, [self.items[i] for i in indices.tolist()], self.labels[indices])
+
+    def in_memory(self) -> MemorySplit:
+        """The same samples, all read now."""
+        return MemorySplit(*self.tensors())
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set ready for training and scoring.
+
+    Attributes:
+        name: The SPEC it came from, or what kind of object.
+        train: Training split.
+        validation: Validation split; may be empty.
+        test: Test split; may be empty.
+        transform: Data units to model units, measured on the training split.
+        class_names: Names of the classes 0, 1, ...; None without labels.
+        columns: Names of the columns of a table; None elsewhere.
+        notes: What was read off the data, one sentence each.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    transform: DataTransform
+    class_names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Event shape: (C, H, W), or (d,)."""
+        return self.transform.shape
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes; None without labels."""
+        return None if self.class_names is None else len(self.class_names)
+
+    def split(self, name: str) -> Split:
+        """The split called ``train``, ``validation`` or ``test``.
+
+        Raises:
+            UserError: No such split, or it is empty.
+        """
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        if name not in splits:
+            raise UserError(f"unknown split '{name}'; {nearest(name, splits)}")
+        if not splits[name]:
+            full = ", ".join(key for key, split in splits.items() if split)
+            raise UserError(f"{self.name}: the {name} split is empty; choose from: {full}")
+        return splits[name]
+
+    def limited(self, limit: int | None) -> DataSource:
+        """The same source with at most ``limit`` samples in every split; the transform stays."""
+        splits = (self.train, self.validation, self.test)
+        train, validation, test = (split.limited(limit) for split in splits)
+        return replace(self, train=train, validation=validation, test=test)
+
+
+def evenly_spaced(count: int, limit: int | None) -> Tensor:
+    """``limit`` indices spread over ``range(count)``, so that data sorted by class keep their balance."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
+
+
+def permutation(count: int, seed: int) -> Tensor:
+    """A permutation that stays the same between versions: numpy freezes the stream of RandomState."""
+    return torch.from_numpy(np.random.RandomState(seed).permutation(count))
+
+
+def partition(
+    name: str, pool: Split, seed: int, validation_fraction: float | None = None, test_fraction: float | None = None
+) -> tuple[Split, Split, Split]:
+    """Training, validation and test split of ``pool`` at random, the same for the same seed.
+
+    Args:
+        name: The data, for messages.
+        pool: All samples.
+        seed: Seed of the permutation.
+        validation_fraction: Share of validation; 0.1 when None. A positive share gets at least one sample.
+        test_fraction: Share of test; likewise.
+
+    Raises:
+        UserError: Fractions that are no fractions, or too few samples.
+    """
+    shares = [DEFAULT_FRACTION if share is None else share for share in (validation_fraction, test_fraction)]
+    for option, share in zip(("validation_fraction", "test_fraction"), shares, strict=True):
+        if not 0 <= share < 1:
+            raise UserError(f"{option} is {share}; it must be at least 0 and below 1")
+    smallest = SMALLEST_SPLITTABLE if any(shares) else 2
+    if len(pool) < smallest:
+        raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
+    held_out = [max(1, round(share * len(pool))) if share else 0 for share in shares]
+    if len(pool) - sum(held_out) < 2:
+        raise UserError(f"{name}: validation and test take {sum(held_out)} of {len(pool)} samples; make them smaller")
+    order = permutation(len(pool), seed)
+    validation, test, train = order.split([*held_out, len(pool) - sum(held_out)])
+    return pool.select(train), pool.select(validation), pool.select(test)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`torchcdm.data.load_data`, handed to the loader of one kind of data."""
+
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    validation_fraction: float | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+    skip_bad: bool = False
+    label: str | None = None
+    dequantize: bool = True

@@ -1,0 +1,84 @@
+"""From a SPEC string to a :class:`DataSource`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torchcdm.data import arrays, named
+from torchcdm.data.source import DataSource, Options
+from torchcdm.errors import UserError, nearest
+
+LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
+    "digits": named.digits,
+    "array": arrays.load,
+    "toy": named.toy,
+}
+"""What a SPEC may begin with; the loader gets what follows the colon."""
+
+
+def load_data(
+    spec: str,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    label: str | None = None,
+    dequantize: bool = True,
+) -> DataSource:
+    """The data set that a SPEC names.
+
+    Args:
+        spec: ``digits``, ``array:FILE.npz``, ``toy:NAME``.
+        size: Images are resized to this (H, W).
+        channels: Images are converted to 1, 3 or 4 channels.
+        validation_fraction: Share of validation. None: the data set's own split, or 0.1; 0: none.
+        test_fraction: Share of test where the data have no test split of their own; 0.1 when None.
+        seed: Seed of random splits and of toy samples. Named data sets have fixed splits.
+        limit: At most this many samples in every split.
+        skip_bad: Leave out images that cannot be read, and say how many; every file is read once to find them.
+        label: Column of a table that holds the class.
+        dequantize: Whether training and scoring add uniform noise to grey levels; False as in the paper.
+
+    Raises:
+        UserError: Anything wrong with the SPEC or with the files, named in one line.
+
+    Example:
+        >>> source = load_data("digits")
+        >>> source.shape, len(source.train), len(source.validation), len(source.test)
+        ((1, 8, 8), 1300, 200, 297)
+    """
+    kind, _, argument = spec.partition(":")
+    if kind not in LOADERS:
+        raise UserError(f"unknown data '{spec}'; {_hint(spec, kind)}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise UserError(f"size is {size}; it must be two positive numbers, height and width")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; it must be at least 1")
+    size = None if size is None else (int(size[0]), int(size[1]))
+    options = Options(size, channels, validation_fraction, test_fraction, seed, skip_bad, label, dequantize)
+    return LOADERS[kind](argument, options).limited(limit)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``HxW`` or one number for squares, as on the command line.
+
+    Raises:
+        UserError: Neither.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:[xX]([1-9]\d*))?", text.strip())
+    if not match:
+        raise UserError(f"size '{text}' is not understood; write height x width, such as 64x64")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _hint(spec: str, kind: str) -> str:
+    """The SPEC that was meant where a bare path was given; the nearest name elsewhere."""
+    path = Path(spec)
+    prefixes = {".npz": "array", ".npy": "array", ".csv": "table", ".parquet": "table"}
+    prefix = "folder" if path.is_dir() else prefixes.get(path.suffix.lower())
+    return f"write {prefix}:{spec}" if prefix and path.exists() else nearest(kind, LOADERS)
