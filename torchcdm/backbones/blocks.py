@@ -144,6 +144,29 @@ class Attention(nn.Module):
 
 
 @final
+class Step(nn.Module):
+    """A residual block, followed by attention where asked for; see both for the arguments."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        attend: bool,
+        dropout: float = 0.0,
+        embedding: int | None = None,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.block = ResidualBlock(in_channels, out_channels, dropout, embedding, groups)
+        self.attention = Attention(out_channels, groups) if attend else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
+        h = self.block(x, embedding)
+        return h if self.attention is None else self.attention(h)
+
+
+@final
 class Downsample(nn.Module):
     """Halves both sides by a strided 3x3 convolution; pads on the right and below only, as DDPM does."""
 

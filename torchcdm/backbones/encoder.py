@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.backbones.blocks import (
-    Attention,
     Downsample,
     ImageSize,
     LabelEmbedding,
-    ResidualBlock,
+    Step,
     check_images,
     group_norm,
     halved_sizes,
@@ -111,10 +110,8 @@ class Encoder(nn.Module):
                 self.downs.append(Downsample(channels))
             stage = nn.ModuleList()
             for _ in range(blocks):
-                stage.append(ResidualBlock(channels, width * multiplier, dropout, embedding))
+                stage.append(Step(channels, width * multiplier, max(size) in attention, dropout, embedding))
                 channels = width * multiplier
-                if max(size) in attention:
-                    stage.append(Attention(channels))
             self.stages.append(stage)
             self.summaries.append(Summary(channels, in_channels, energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, knots)
@@ -135,7 +132,7 @@ class Encoder(nn.Module):
         for i, (stage, summary) in enumerate(zip(self.stages, self.summaries, strict=True)):
             if i:
                 h, image = self.downs[i - 1](h), nn.functional.avg_pool2d(image, 2)
-            for layer in stage:
-                h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
+            for step in stage:
+                h = step(h, embedding)
             features.append(summary(h, image))
         return self.head(torch.cat(features, 1))

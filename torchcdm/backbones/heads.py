@@ -115,6 +115,8 @@ class CumulativeHead(Head):
         scale: float | None = None,
     ) -> None:
         super().__init__()
+        if levels < 3:
+            raise UserError(f"head: levels is {levels}; it is T + 2, at least 3")
         if direction not in ("noise", "data"):
             raise UserError(f"head: unknown direction '{direction}'; {nearest(direction, ['noise', 'data'])}")
         if knots is not None and knots < 2:
@@ -194,8 +196,6 @@ def make_head(features: int, levels: int, classes: int | None, joint: bool, knot
     Raises:
         UserError: A joint head without classes, or fewer than three levels.
     """
-    if levels < 3:
-        raise UserError(f"network: levels is {levels}; it is T + 2, at least 3")
     if not joint:
         return CumulativeHead(features, levels, knots=knots)
     if classes is None:

@@ -1,0 +1,131 @@
+"""Checkpoints of the published code (github.com/shaharYadin/CDM) as weights of :class:`CDMUNet`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchcdm.backbones.unet import CDMUNet
+from torchcdm.errors import UserError
+
+EMA_KEY = "ema_model_state_dict"
+
+_LEAVES = {"temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value",
+           "proj_out": "out"}  # fmt: skip
+
+
+def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published names, with or without ``module.`` in front, as those of :class:`CDMUNet`.
+
+    Args:
+        state: Weights by their published names; conditional ones included.
+
+    Raises:
+        UserError: A name that the published network does not have.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    stages = 1 + max((int(m[1]) for m in (re.match(r"up\.(\d+)\.", key) for key in state) if m), default=0)
+    return {_rename(key, stages): value for key, value in state.items()}
+
+
+def load_official(path: str | Path, backbone: CDMUNet) -> None:
+    """Copies the averaged (EMA) weights of a published checkpoint into ``backbone``.
+
+    The file stores no configuration: ``backbone`` must have been built with that of the training.
+
+    Args:
+        path: The ``.pt`` file.
+        backbone: Network to fill.
+
+    Raises:
+        UserError: Not such a file, or one of another architecture; names the options that differ.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch reports a foreign file by many exceptions, over many lines.
+        raise UserError(
+            f"{path}: torch cannot read it as weights ({type(error).__name__}); "
+            "give a checkpoint saved by the published CDM code"
+        ) from error
+    averaged = content.get(EMA_KEY) if isinstance(content, Mapping) else None
+    if not isinstance(averaged, Mapping) or not all(isinstance(value, Tensor) for value in averaged.values()):
+        raise UserError(f"{path}: no weights '{EMA_KEY}' in it; give a checkpoint saved by the published CDM code")
+    try:
+        state = convert_state_dict(averaged)
+        check_fit(state, backbone)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    backbone.load_state_dict(state)
+
+
+def check_fit(state: Mapping[str, Tensor], backbone: CDMUNet) -> None:
+    """Refuses converted weights that are not those of ``backbone``, naming the options that differ."""
+    target = backbone.state_dict()
+    size = max(backbone.unet.size)
+    found, told = _architecture(state, size), _architecture(target, size)
+    differing = [key for key in told if found[key] != told[key]]
+    if differing:
+        raise UserError(
+            "; ".join(f"{key} is {found[key]} in the file, {told[key]} in the configuration" for key in differing)
+        )
+    for key in [*target, *state]:
+        shapes = [tuple(s[key].shape) if key in s else "missing" for s in (state, target)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{key} is {shapes[0]} in the file, {shapes[1]} in the configuration")
+
+
+def _rename(key: str, stages: int) -> str:
+    """One published name as ours; ``up`` counts from full resolution there and from the coarsest here."""
+    head, *rest = key.split(".")
+    rest = [_LEAVES.get(part, part) for part in rest]
+    match head, rest:
+        case ("conv_in" | "norm_out"), [leaf]:
+            return f"unet.{head}.{leaf}"
+        case "conv_out", [leaf]:
+            return f"conv_out.{leaf}"
+        case "linear_layer", [leaf]:
+            return f"head.linear.{leaf}"
+        case "label_emb", [leaf]:
+            return f"label.{leaf}"
+        case "temb", ["dense", ("0" | "1") as i, leaf]:
+            return f"embed.{2 * int(i)}.{leaf}"
+        case "mid", [("block_1" | "block_2") as name, *leaf]:
+            return ".".join(["unet.middle", str(int(name[-1]) - 1), "block", *leaf])
+        case "mid", ["attn_1", *leaf]:
+            return ".".join(["unet.middle.0.attention", *leaf])
+        case ("down" | "up"), [i, ("block" | "attn") as kind, j, *leaf] if i.isdigit():
+            stage = i if head == "down" else stages - 1 - int(i)
+            return ".".join([f"unet.{head}_stages.{stage}.{j}", {"attn": "attention"}.get(kind, kind), *leaf])
+        case "down", [i, "downsample", "conv", leaf]:
+            return f"unet.downs.{i}.conv.{leaf}"
+        case "up", [i, "upsample", "conv", leaf] if i.isdigit():
+            return f"unet.ups.{stages - 1 - int(i)}.conv.{leaf}"
+    raise UserError(f"'{key}' is no weight of the published network")
+
+
+def _architecture(state: Mapping[str, Tensor], size: int) -> dict[str, object]:
+    """The options of :class:`CDMUNet` that show in its weights; ``size`` is the longer side of the images."""
+    for key in ("unet.conv_in.weight", "conv_out.weight", "head.linear.weight"):
+        if key not in state:
+            raise UserError(f"the weight {key} is missing; only unconditional and label-conditional CDMs convert")
+    channels, in_channels = state["unet.conv_in.weight"].shape[:2]
+    firsts = [re.fullmatch(r"unet\.down_stages\.(\d+)\.0\.block\.conv2\.weight", key) for key in state]
+    widths = {int(m[1]): len(state[m[0]]) for m in firsts if m}
+    steps = [re.fullmatch(r"unet\.down_stages\.0\.(\d+)\.block\.conv2\.weight", key) for key in state]
+    attended = [re.match(r"unet\.down_stages\.(\d+)\.0\.attention\.", key) for key in state]
+    return {
+        "in_channels": in_channels,
+        "channels": channels,
+        "multipliers": tuple(widths[i] // channels for i in sorted(widths)),
+        "blocks": sum(m is not None for m in steps),
+        "attention": tuple(sorted({size >> int(m[1]) for m in attended if m}, reverse=True)),
+        "classes": len(state["label.weight"]) - 1 if "label.weight" in state else None,
+        "head_channels": len(state["conv_out.weight"]),
+        "levels": len(state["head.linear.weight"]),
+    }
