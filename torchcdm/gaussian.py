@@ -74,7 +74,8 @@ class MatrixRotation(Rotation):
     def __init__(self, shape: Sequence[int], matrix: Tensor) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        self.register_buffer("matrix", matrix.double())
+        # eigh gives a transposed layout and a loaded state a plain one: products would differ in the last bit.
+        self.register_buffer("matrix", matrix.double().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) @ self.matrix

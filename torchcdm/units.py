@@ -131,7 +131,9 @@ class DataTransform(Float64Module):
         """Data units rounded to the nearest grey level and clipped to the range; continuous data unchanged."""
         if self.bin is None:
             return x
-        return ((x / self.bin).round() * self.bin).clamp(self.low, self.high)
+        low = -math.inf if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
+        return ((x / self.bin).round() * self.bin).clamp(low, high)
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python values, exact: floats survive JSON to the last bit."""

@@ -1,0 +1,70 @@
+"""Truth that several tests share: every schedule, and distributions that are known at every level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributions, nn
+
+from torchcdm.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    NoiseSchedule,
+    OptimalTransportSchedule,
+    UniformSigmaSchedule,
+)
+from torchcdm.toy import GaussianMixture
+
+SCHEDULES: dict[str, type[NoiseSchedule]] = {
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "uniform": UniformSigmaSchedule,
+    "ot": OptimalTransportSchedule,
+    "log-snr": LogSNRSchedule,
+}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+
+
+def covariance(dim: int, seed: int = 0) -> Tensor:
+    """A random positive definite matrix with eigenvalues around one."""
+    root = normal(dim, dim, seed=seed) / dim**0.5
+    return root @ root.T + 0.1 * torch.eye(dim, dtype=torch.float64)
+
+
+def labelled_mixture() -> GaussianMixture:
+    """Three components in the plane, unequal in weight and form; two of them are class 1."""
+    means = torch.tensor([[-1.0, 0.5], [1.0, 1.0], [0.5, -1.5]], dtype=torch.float64)
+    covariances = torch.stack([0.3 * covariance(2, seed) for seed in range(3)])
+    weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    return GaussianMixture(weights, means, covariances, torch.tensor([0, 1, 1]))
+
+
+def mixture_at_level(
+    mixture: GaussianMixture, schedule: NoiseSchedule, t: int
+) -> distributions.MixtureSameFamily:
+    """The mixture's marginal at level ``t``, by PyTorch's own distributions."""
+    alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+    dense = mixture.vectors @ torch.diag_embed(mixture.variances) @ mixture.vectors.mT
+    noise = sigma**2 * torch.eye(mixture.means.shape[1], dtype=torch.float64)
+    return distributions.MixtureSameFamily(
+        distributions.Categorical(logits=mixture.log_weights),
+        distributions.MultivariateNormal(alpha * mixture.means, alpha**2 * dense + noise),
+    )
+
+
+class ZeroBackbone(nn.Module):
+    """No correction at all: the model is its base density."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * x.flatten(1).sum(1, keepdim=True).expand(-1, self.levels)

@@ -1,0 +1,122 @@
+"""Units: a density changes by the Jacobian of its transform, and bits are bits in any unit."""
+
+import json
+import math
+
+import pytest
+import torch
+from oracles import normal, rng
+
+from torchcdm.errors import UserError
+from torchcdm.units import DataTransform, LogLikelihood
+
+
+def transforms():
+    return {
+        "images": DataTransform.images((3, 4, 5)),
+        "paper": DataTransform.images((3, 4, 5), dequantize=False),
+        "digits": DataTransform.images((1, 8, 8), levels=17),
+        "table": DataTransform.standardize(normal(50, 6) * torch.tensor([1, 1e3, 1e-3, 7, 50, 0.2]) + 5),
+        "identity": DataTransform.identity((2,)),
+        "channels": DataTransform((3, 2, 2), shift=normal(3, 1, 1), scale=normal(3, 1, 1).abs() + 0.1),
+    }
+
+
+every_transform = pytest.mark.parametrize("name", transforms())
+
+
+@every_transform
+def test_inverse_and_log_determinant(name):
+    transform = transforms()[name]
+    x = 10 * normal(*transform.shape)
+    assert torch.allclose(transform.inverse(transform(x[None])), x[None], atol=1e-10)
+    jacobian = torch.autograd.functional.jacobian(lambda v: transform(v.reshape(1, *x.shape)), x.flatten())
+    truth = torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel()))[1]
+    assert transform.log_det == pytest.approx(float(truth), abs=1e-9)
+    assert transform.dim == x.numel()
+
+
+@every_transform
+def test_survives_json_to_the_last_bit(name):
+    transform = transforms()[name]
+    copy = DataTransform.from_config(json.loads(json.dumps(transform.to_config())))
+    x = 10 * normal(4, *transform.shape)
+    assert torch.equal(copy(x), transform(x))
+    assert (copy.log_det, copy.bin, copy.low, copy.high, copy.dequantize) == (
+        transform.log_det,
+        transform.bin,
+        transform.low,
+        transform.high,
+        transform.dequantize,
+    )
+
+
+@every_transform
+def test_constants_stay_float64_in_a_half_precision_model(name):
+    transform = transforms()[name]
+    before = transform.log_det
+    transform.half()
+    assert transform.scale.dtype == torch.float64 and transform.log_det == before
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_dequantised_grey_levels_fill_the_model_range_and_round_back(levels):
+    transform = DataTransform.images((1, 4, 4), levels)
+    grey = torch.arange(levels).repeat(400).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4).to(torch.uint8)
+    noisy = transform.add_noise(grey.double(), rng())
+    assert torch.equal(transform.quantize(noisy), grey.double())
+    z = transform(noisy)
+    width = 2 / levels
+    assert -1 <= z.min() < -1 + width / 20 and 1 - width / 20 < z.max() <= 1
+    assert transform.model_bin == pytest.approx(width)
+    # Uniform over the cell: mean 0, variance 1 / 12 of a grey level.
+    noise = noisy - grey
+    assert abs(noise.mean()) < 0.005 and noise.var() == pytest.approx(1 / 12, rel=0.02)
+    assert torch.equal(transform.encode(grey.double(), rng()), z)
+    assert transform.encode(grey, rng()).dtype == torch.float32
+
+
+def test_the_papers_scaling_puts_the_grey_levels_on_the_ends_and_adds_no_noise():
+    transform = DataTransform.images((1, 1, 2), dequantize=False)
+    grey = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2)
+    assert transform.encode(grey).flatten().tolist() == [-1, 1]
+    assert transform.model_bin == pytest.approx(2 / 255)
+
+
+def test_quantize_rounds_and_clips_to_what_range_there_is():
+    x = torch.tensor([-3.0, 0.4, 0.6, 99.0])
+    assert DataTransform.images((4,), levels=17).quantize(x).tolist() == [0, 0, 1, 16]
+    assert DataTransform((4,), bin=1.0).quantize(x).tolist() == [-3, 0, 1, 99]
+    assert DataTransform((4,), bin=0.5, low=0.0).quantize(x).tolist() == [0, 0.5, 0.5, 99]
+    assert DataTransform.identity((4,)).quantize(x) is x
+
+
+def test_standardised_columns_and_pixels():
+    table = normal(200, 3) * torch.tensor([1.0, 100, 0.01]) + 7
+    z = DataTransform.standardize(table)(table)
+    assert z.mean(0).abs().max() < 1e-10 and (z.std(0, correction=0) - 1).abs().max() < 1e-10
+    images = 3 * normal(50, 2, 3, 3) + 1
+    transform = DataTransform.standardize(images)
+    assert transform.scale.ndim == 0 and transform(images).std() == pytest.approx(1, abs=1e-3)
+    with pytest.raises(UserError, match="constant"):
+        DataTransform.standardize(torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 255])
+def test_the_uniform_distribution_on_256_levels_costs_eight_bits_in_any_unit(scale):
+    # Density of the uniform distribution over 256 cells, in units where a grey level is `scale`.
+    dim = 12
+    nats = torch.full((5,), -dim * math.log(256 * scale))
+    value = LogLikelihood(nats, dim, 0, "exact", math.log(scale), 1)
+    assert value.unit == "bits/dim"
+    assert torch.allclose(value.bits_per_dim(), torch.full((5,), 8.0).double())
+    mean, error = value.mean_and_error()
+    assert mean == pytest.approx(8) and error == pytest.approx(0, abs=1e-9)
+
+
+def test_likelihood_of_continuous_data_stays_in_nats():
+    value = LogLikelihood(torch.tensor([-1.0, -3.0]), 2, 0, "one pass", None, 1)
+    assert value.unit == "nats"
+    assert value.mean_and_error() == pytest.approx((2, 1))
+    with pytest.raises(UserError, match="grid"):
+        value.bits_per_dim()
