@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from torchcdm.errors import UserError, nearest
 
-REFERENCE_LEVELS = 100
-"""Increments are multiplied by this over the number of levels, so that Adam, which moves every weight by the same
+REFERENCE_STEPS = 100
+"""Increments are multiplied by this over their number, so that Adam, which moves every weight by the same
 amount, moves the accumulated logits equally fast for every T."""
 
 FULL_RANK_CLASSES = 64
@@ -100,7 +100,7 @@ class CumulativeHead(Head):
         direction: End where the sum starts: ``noise`` (h_{T+1} = 0) or ``data`` (the paper's).
         zero_init: Start at h = 0, so that the model starts as its base density.
         knots: Outputs at so many evenly spaced levels only, linearly interpolated; one for each level when None.
-        scale: Factor on the increments; :data:`REFERENCE_LEVELS` / levels when None.
+        scale: Factor on the increments; :data:`REFERENCE_STEPS` over their number when None.
     """
 
     weights: Tensor | None
@@ -123,7 +123,7 @@ class CumulativeHead(Head):
             raise UserError(f"head: knots is {knots}; at least 2 are needed, or none for one output a level")
         steps = levels - 1 if direction == "noise" else levels
         self.direction = direction
-        self.scale = REFERENCE_LEVELS / levels if scale is None else scale
+        self.scale = REFERENCE_STEPS / steps if scale is None else scale
         interpolated = knots is not None and knots < steps
         self.register_buffer("weights", knot_weights(knots, steps) if interpolated else None, persistent=False)
         self.linear = _Linear(features, knots if interpolated else steps, zero_init)
@@ -169,7 +169,7 @@ class JointHead(Head):
         self.knots = min(knots, levels - 1)
         # Accumulated once here: the sum over levels is linear, and (classes, T+2) outputs are the costly part.
         accumulated = accumulate(knot_weights(self.knots, levels - 1), "noise")
-        self.register_buffer("weights", REFERENCE_LEVELS / levels * accumulated, persistent=False)
+        self.register_buffer("weights", REFERENCE_STEPS / (levels - 1) * accumulated, persistent=False)
         rank = FULL_RANK_CLASSES if rank is None else rank
         self.factors: nn.Parameter | None = None
         if classes > rank:
