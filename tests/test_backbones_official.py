@@ -1,0 +1,231 @@
+"""Checkpoints of the published code: against its recorded outputs, and against its network written out by names."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchcdm.backbones.unet import CDMUNet
+from torchcdm.bridges.official import load_official
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.errors import UserError
+from torchcdm.losses import CDMLoss
+from torchcdm.schedules import LinearSchedule
+
+OFFICIAL = Path(__file__).parents[2] / "shared" / "official"
+recorded = pytest.mark.skipif(not OFFICIAL.exists(), reason="the recorded outputs are not beside this project")
+
+# --- a small file in the published format, made here -------------------------------------------------------
+
+WIDTHS, SIZE, LEVELS, CLASSES = (32, 64), 8, 12, 3
+OPTIONS = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.1}
+
+
+def published_shapes(classes):
+    """Names and shapes of the weights of the published network with the options above."""
+    shapes = {}
+
+    def layer(name, *shape):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    def block(name, inside, outside):
+        layer(f"{name}.norm1", inside)
+        layer(f"{name}.conv1", outside, inside, 3, 3)
+        layer(f"{name}.norm2", outside)
+        layer(f"{name}.conv2", outside, outside, 3, 3)
+        if classes:
+            layer(f"{name}.temb_proj", outside, 128)
+        if inside != outside:
+            layer(f"{name}.nin_shortcut", outside, inside, 1, 1)
+
+    def attention(name, width):
+        layer(f"{name}.norm", width)
+        for part in ("q", "k", "v", "proj_out"):
+            layer(f"{name}.{part}", width, width, 1, 1)
+
+    layer("conv_in", 32, 1, 3, 3)
+    block("down.0.block.0", 32, 32)
+    layer("down.0.downsample.conv", 32, 32, 3, 3)
+    block("down.1.block.0", 32, 64)
+    attention("down.1.attn.0", 64)
+    block("mid.block_1", 64, 64)
+    attention("mid.attn_1", 64)
+    block("mid.block_2", 64, 64)
+    block("up.1.block.0", 64 + 64, 64)
+    attention("up.1.attn.0", 64)
+    block("up.1.block.1", 64 + 32, 64)
+    attention("up.1.attn.1", 64)
+    layer("up.1.upsample.conv", 64, 64, 3, 3)
+    block("up.0.block.0", 64 + 32, 32)
+    block("up.0.block.1", 32 + 32, 32)
+    layer("norm_out", 32)
+    layer("conv_out", 64, 32, 3, 3)
+    layer("linear_layer", LEVELS, 64)
+    if classes:
+        layer("temb.dense.0", 128, 32)
+        layer("temb.dense.1", 128, 128)
+        shapes["label_emb.weight"] = (classes + 1, 32)
+    return shapes
+
+
+def published_output(w, x, y=None):
+    """What the published network computes, from weights by their published names."""
+
+    def conv(name, h, **kw):
+        return F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], **kw)
+
+    def linear(name, h):
+        return F.linear(h, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name, h):
+        return F.group_norm(h, 32, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+    def block(name, h):
+        inner = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", h)), padding=1)
+        if y is not None:
+            inner = inner + linear(f"{name}.temb_proj", F.silu(temb))[..., None, None]
+        inner = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", inner)), padding=1)
+        return inner + (conv(f"{name}.nin_shortcut", h) if f"{name}.nin_shortcut.weight" in w else h)
+
+    def attention(name, h):
+        q, k, v = (conv(f"{name}.{part}", norm(f"{name}.norm", h)).flatten(2).mT for part in "qkv")
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return h + conv(f"{name}.proj_out", mixed.mT.reshape(h.shape))
+
+    if y is not None:
+        temb = linear("temb.dense.1", F.silu(linear("temb.dense.0", w["label_emb.weight"][y])))
+    a = conv("conv_in", x, padding=1)
+    b = block("down.0.block.0", a)
+    c = conv("down.0.downsample.conv", F.pad(b, (0, 1, 0, 1)), stride=2)
+    d = attention("down.1.attn.0", block("down.1.block.0", c))
+    h = block("mid.block_2", attention("mid.attn_1", block("mid.block_1", d)))
+    h = attention("up.1.attn.0", block("up.1.block.0", torch.cat([h, d], 1)))
+    h = attention("up.1.attn.1", block("up.1.block.1", torch.cat([h, c], 1)))
+    h = conv("up.1.upsample.conv", F.interpolate(h, scale_factor=2), padding=1)
+    h = block("up.0.block.0", torch.cat([h, b], 1))
+    h = block("up.0.block.1", torch.cat([h, a], 1))
+    h = conv("conv_out", F.silu(norm("norm_out", h)), padding=1).mean((2, 3))
+    return linear("linear_layer", h).cumsum(1)
+
+
+def write_checkpoint(path, classes=None, prefix=""):
+    """A file in the published format; returns its averaged weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = published_shapes(classes)
+    weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    torch.save({
+        "epoch": 1,
+        "model_state_dict": {prefix + name: torch.zeros(shape) for name, shape in shapes.items()},
+        "ema_model_state_dict": {prefix + name: value for name, value in weights.items()},
+        "optimizer_state_dict": {},
+        "loss": 0.5,
+    }, path)  # fmt: skip
+    return weights
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("classes", [None, CLASSES], ids=["unconditional", "conditional"])
+def test_a_converted_file_computes_what_the_published_network_does(tmp_path, classes, prefix):
+    weights = write_checkpoint(tmp_path / "model.pt", classes, prefix)
+    network = CDMUNet(1, SIZE, LEVELS, **OPTIONS, classes=classes).eval()
+    load_official(tmp_path / "model.pt", network)
+    x = torch.randn(4, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    y = None if classes is None else torch.tensor([0, 2, 1, 3])
+    torch.testing.assert_close(network(x, y), published_output(weights, x, y), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"channels": 64}, "channels is 32 in the file, 64 in the configuration"),
+    ({"multipliers": (1, 2, 2)}, r"multipliers is \(1, 2\) in the file"),
+    ({"blocks": 2}, "blocks is 1 in the file, 2 in the configuration"),
+    ({"attention": (8,)}, r"attention is \(4,\) in the file, \(8,\) in the configuration"),
+    ({"classes": CLASSES}, "classes is None in the file, 3 in the configuration"),
+    ({"head_channels": 512}, "head_channels is 64 in the file, 512 in the configuration"),
+    ({"levels": 1002}, "levels is 12 in the file, 1002 in the configuration"),
+    ({"in_channels": 3}, "in_channels is 1 in the file, 3 in the configuration"),
+    ({"classes": 10, "joint": True}, "levels"),
+])  # fmt: skip
+def test_a_configuration_that_is_not_the_files_is_named(tmp_path, change, message):
+    write_checkpoint(tmp_path / "model.pt")
+    arguments = {"in_channels": 1, "image_size": SIZE, "levels": LEVELS} | OPTIONS | change
+    with pytest.raises(UserError, match=f"model.pt: .*{message}") as error:
+        load_official(tmp_path / "model.pt", CDMUNet(**arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path):
+    network = CDMUNet(1, SIZE, LEVELS, **OPTIONS)
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    torch.save({"ema_model_state_dict": {}}, tmp_path / "empty.pt")
+    torch.save({"ema_model_state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    weights = write_checkpoint(tmp_path / "model.pt")
+    del weights["mid.attn_1.q.bias"]
+    torch.save({"ema_model_state_dict": weights}, tmp_path / "partial.pt")
+    reasons = {
+        "absent.pt": "no such file",
+        "text.pt": "cannot read",
+        "other.pt": "ema_model_state_dict",
+        "empty.pt": "missing",
+        "foreign.pt": "'fc.weight' is no weight of the published network",
+        "partial.pt": "attention.query.bias is missing in the file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=f"{name}: .*{reason}") as error:
+            load_official(tmp_path / name, network)
+        assert "\n" not in str(error.value)
+
+
+# --- against outputs that the published code recorded ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(OFFICIAL / "unconditional_linear_golden.npz") as content:
+        return {name: torch.from_numpy(np.asarray(content[name])) for name in content}
+
+
+@pytest.fixture(scope="module")
+def model():
+    network = CDMUNet(3, 32, levels=1002, channels=32, multipliers=(1, 1, 1))
+    assert sum(p.numel() for p in network.parameters()) == 566_154
+    load_official(OFFICIAL / "unconditional_linear.pt", network)
+    return ClassificationDiffusion(network, LinearSchedule(1000)).eval()
+
+
+@recorded
+def test_recorded_outputs_before_and_after_the_sum_over_levels(golden, model):
+    network = model.backbone
+    with torch.no_grad():
+        features = network.features(golden["x0"])
+        torch.testing.assert_close(network.head.linear(features), golden["raw_x0"], rtol=0, atol=1e-5)
+        # Sums of up to 1002 terms reach 900: float32 itself resolves 6e-5 there.
+        torch.testing.assert_close(network(golden["x0"]), golden["logits_x0"], rtol=1e-6, atol=1e-5)
+
+
+@recorded
+def test_recorded_schedule_and_noise_estimates(golden, model):
+    torch.testing.assert_close(model.schedule.alpha.square(), golden["alpha_hat"].double(), rtol=0, atol=1e-6)
+    for t in golden["ts"].tolist():
+        eps = model.denoise(golden[f"xt_{t}"], t).eps
+        torch.testing.assert_close(eps, golden[f"eps_{t}"], rtol=0, atol=1e-5)
+
+
+@recorded
+def test_recorded_losses_and_gradients(golden, model):
+    model.zero_grad()
+    terms = CDMLoss(model, ce_weight=0.001 * 3072)(golden["x0"], t=golden["train_t"], eps=golden["noise"])
+    for name in ("ce", "mse", "loss"):
+        assert terms[name].mean().item() == pytest.approx(golden[f"train_{name}"].item(), abs=1e-5)
+    terms["loss"].mean().backward()
+    network = model.backbone
+    for name, parameter in {
+        "conv_in.weight": network.unet.conv_in.weight,
+        "linear_layer.weight": network.head.linear.weight,
+        "mid.attn_1.q.weight": network.unet.middle[0].attention.query.weight,
+        "norm_out.weight": network.unet.norm_out.weight,
+    }.items():
+        expected = golden[f"grad_{name}"]
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
