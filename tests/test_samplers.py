@@ -1,0 +1,491 @@
+"""Samplers: measured order on a known flow, closed-form chains, the same steps elsewhere, and noise per sample."""
+
+import math
+
+import pytest
+import torch
+from oracles import SCHEDULES, labelled_mixture, normal
+from torch import nn
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import Denoiser, DenoisingDiffusion, Prediction
+from torchcdm.errors import UserError
+from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, make_sampler, sample, sample_noise
+from torchcdm.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    NoiseSchedule,
+    OptimalTransportSchedule,
+    UniformSigmaSchedule,
+)
+from torchcdm.toy import MixtureClassifier
+from torchcdm.units import DataTransform
+
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+every_schedule = pytest.mark.parametrize("schedule_name", SCHEDULES)
+DETERMINISTIC = ["ddim", "dpm2", "dpm++", "heun"]
+
+
+class GaussianDenoiser(Denoiser):
+    """The exact denoiser of independent Gaussians, and its exact probability flow. Keeps a log of its calls."""
+
+    def __init__(self, schedule, mean, variance, transform=None):
+        super().__init__(schedule, transform)
+        self.mean, self.variance = (torch.tensor(v, dtype=torch.float64) for v in (mean, variance))
+        self.double_precision = nn.Parameter(torch.zeros(1).double())
+        self.visited = []
+
+    classes = None
+
+    def deviation(self, t):
+        return (self.schedule.alpha[t] ** 2 * self.variance + self.schedule.sigma[t] ** 2).sqrt()
+
+    def denoise(self, x_t, t, y=None):
+        self.visited.append(t)
+        alpha_t, sigma_t = self.schedule.at(t, x_t)
+        eps = sigma_t * (x_t - alpha_t * self.mean) / self.deviation(t) ** 2
+        return Prediction(x_t, alpha_t, sigma_t, eps.to(x_t.dtype))
+
+    def flow(self, x_t, t, s):
+        """Where the flow takes x_t: along it the standardised x does not change."""
+        z = (x_t - self.schedule.alpha[t] * self.mean) / self.deviation(t)
+        return self.schedule.alpha[s] * self.mean + self.deviation(s) * z
+
+
+class MixtureDenoiser(Denoiser):
+    """The exact denoiser of a labelled mixture; label C is the null label."""
+
+    def __init__(self, mixture, schedule, transform=None):
+        super().__init__(schedule, transform)
+        self.mixture = mixture
+        self.double_precision = nn.Parameter(torch.zeros(1).double())
+
+    @property
+    def classes(self):
+        return self.mixture.classes
+
+    def denoise(self, x_t, t, y=None):
+        return Prediction(x_t, *self.schedule.at(t, x_t), self.mixture.eps(x_t, t, self.schedule, y))
+
+
+class SameRatios(NoiseSchedule):
+    """The variance-preserving schedule with the noise-to-signal ratios of another one."""
+
+    def __init__(self, other):
+        self.other = [other.ratio[1:-1]]
+        super().__init__(other.T)
+
+    def inner_levels(self, t):
+        r = self.other[0]
+        return (1 + r**2).rsqrt(), r * (1 + r**2).rsqrt()
+
+
+class Rotating(nn.Module):
+    """An arbitrary smooth network: (x, t, y) -> eps."""
+
+    def forward(self, x, t, y=None):
+        return torch.sin(1.3 * x.flip(-1) + 0.01 * t[:, None]) + 0.4 * x
+
+
+def run(denoiser, sampler, path, x, noises=None):
+    """Step by step, with the noise of each step given: what every step arrived at."""
+    rule, previous, visited = make_sampler(sampler), None, []
+    with torch.no_grad():
+        for k, (t, s) in enumerate(zip(path, path[1:], strict=False)):
+            x, previous = rule.step(denoiser, x, t, s, None, None if noises is None else noises[k], previous)
+            visited.append(x)
+    return visited
+
+
+# --- order ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm2", 2), ("dpm++", 2), ("heun", 2)])
+def test_measured_order_of_convergence(name, order):
+    # On the log-SNR ladder even steps in t are even steps in log r, and halving the grid halves every step. Under
+    # the other schedules the first steps in r = sigma/alpha cover decades (optimal transport starts at r = T), and
+    # are not small at any number of steps that T allows: an order would be measured on the first step alone.
+    schedule = LogSNRSchedule(1921, r_min=0.02, r_max=20.0)
+    denoiser = GaussianDenoiser(schedule, [0.7, -1.0, 0.2], [0.25, 2.0, 0.05])
+    x = normal(16, 3)
+    truth = denoiser.flow(x, schedule.T, 1)
+    steps, errors = [30, 60, 120, 240], []
+    for n in steps:
+        path = list(range(schedule.T, 0, -((schedule.T - 1) // n)))
+        assert path[-1] == 1 and len(path) == n + 1
+        errors.append(float((run(denoiser, name, path, x)[-1] - truth).abs().max()))
+    logs = torch.tensor([[math.log(n), math.log(e)] for n, e in zip(steps, errors, strict=True)])
+    centred = logs - logs.mean(0)
+    slope = (centred[:, 0] * centred[:, 1]).sum() / centred[:, 0].square().sum()
+    assert -slope == pytest.approx(order, abs=0.15)
+
+
+@every_schedule
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_follows_the_flow_of_every_schedule(name, schedule_name):
+    denoiser = GaussianDenoiser(SCHEDULES[schedule_name](1000), [0.7, -1.0], [0.25, 2.0])
+    x = normal(16, 2)
+    path = [*denoiser.schedule.time_grid(500), 0]
+    error = (run(denoiser, name, path, x)[-1] - denoiser.flow(x, 1000, 0)).abs().max()
+    # Uniform sigma leaves pure noise like (1 - sigma)^½, where no solver has its order in sigma.
+    assert error < (2e-2 if name == "ddim" else 5e-3 if schedule_name == "uniform" else 5e-4)
+
+
+@every_sampler
+def test_a_sampler_sees_a_schedule_through_its_ratios_alone(name):
+    # Optimal transport and the variance-preserving schedule with the same r are one process in u = x / alpha.
+    straight = OptimalTransportSchedule(60)
+    curved = SameRatios(straight)
+    x, path = normal(8, 2), [*straight.time_grid(13), 0]
+    noises = normal(len(path) - 1, 8, 2, seed=1)
+    ends = []
+    for schedule in (straight, curved):
+        denoiser = GaussianDenoiser(schedule, [0.7, -1.0], [0.25, 2.0])
+        ends.append(run(denoiser, name, path, schedule.alpha[60] * x, noises)[-1])
+    assert torch.allclose(*ends, atol=1e-11)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_interpolates_between_the_flow_and_the_ancestral_chain(eta):
+    # Song et al., eq. 12 and 16, in their letters for a variance-preserving schedule.
+    schedule, x, noise = CosineSchedule(50), normal(6, 2), normal(6, 2, seed=1)
+    denoiser = GaussianDenoiser(schedule, [0.7, -1.0], [0.25, 2.0])
+    t, s = 40, 31
+    abar_t, abar_s = schedule.alpha[t] ** 2, schedule.alpha[s] ** 2
+    deviation = eta * ((1 - abar_s) / (1 - abar_t)).sqrt() * (1 - abar_t / abar_s).sqrt()
+    eps = denoiser.denoise(x, t).eps
+    truth = (
+        abar_s.sqrt() * (x - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+        + (1 - abar_s - deviation**2).sqrt() * eps
+        + deviation * noise
+    )
+    assert torch.allclose(DDIM(eta).step(denoiser, x, t, s, None, noise)[0], truth, atol=1e-12)
+    if eta == 1:
+        assert torch.allclose(DDPM().step(denoiser, x, t, s, None, noise)[0], truth, atol=1e-12)
+
+
+def test_a_ddim_step_on_the_straight_path_is_an_euler_step_of_flow_matching():
+    schedule, mean, variance = OptimalTransportSchedule(99), 0.7, 0.25
+    denoiser, x = GaussianDenoiser(schedule, [mean], [variance]), normal(9, 1)
+    for t, s in [(99, 80), (50, 49), (7, 0)]:
+        time = t / 100
+        # E[eps - x_0 | x_t], by regression in the joint Gaussian of (x_0, eps, x_t).
+        gain = (time - (1 - time) * variance) / ((1 - time) ** 2 * variance + time**2)
+        velocity = gain * (x - (1 - time) * mean) - mean
+        euler = x + (s - t) / 100 * velocity
+        assert torch.allclose(DDIM().step(denoiser, x, t, s)[0], euler, atol=1e-12)
+
+
+# --- the ancestral chain -------------------------------------------------------------------------------------------
+
+
+def chain_moments(denoiser, path):
+    """Exact mean and deviation of the sampler's output: it is affine in x_T and the noise of each step."""
+    n = len(path)
+    unit = torch.eye(n + 1, dtype=torch.float64)[:, :, None]  # row j: source j is 1; the last row: no source
+    noises = [unit[:, k + 1] * (k + 1 < n) for k in range(n - 1)]
+    end = run(denoiser, "ddpm", path, unit[:, 0], noises)[-1]
+    return float(end[-1, 0]), float((end[:-1] - end[-1]).square().sum().sqrt())
+
+
+def ho_moments(schedule, path, mean, variance):
+    """The same from the formulas of Ho et al. (eq. 7 and 11) with the betas of the levels visited."""
+    m, v = 0.0, 1.0
+    for t, s in zip(path, path[1:], strict=False):
+        abar_t, abar_s = float(schedule.alpha[t] ** 2), float(schedule.alpha[s] ** 2)
+        beta = 1 - abar_t / abar_s
+        # eps = gain (x - abar_t^½ mean) for Gaussian data
+        gain = math.sqrt(1 - abar_t) / (abar_t * variance + 1 - abar_t)
+        slope = (1 - beta / math.sqrt(1 - abar_t) * gain) / math.sqrt(1 - beta)
+        shift = beta / math.sqrt(1 - abar_t) * gain * math.sqrt(abar_t) * mean / math.sqrt(1 - beta)
+        m, v = slope * m + shift, slope**2 * v + beta * (1 - abar_s) / (1 - abar_t)
+    return m, math.sqrt(v)
+
+
+@pytest.mark.parametrize("make", [LinearSchedule, CosineSchedule, UniformSigmaSchedule])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 25, 50, 99, 100])
+def test_ancestral_sampling_with_any_number_of_steps_is_its_own_chain(make, steps):
+    denoiser = GaussianDenoiser(make(100), [0.2], [0.25**2])
+    path = [*denoiser.schedule.time_grid(steps), 0]
+    assert chain_moments(denoiser, path) == pytest.approx(ho_moments(denoiser.schedule, path, 0.2, 0.0625), abs=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(1000, 0.02), (100, 0.11)])
+def test_ancestral_sampling_does_not_turn_grey(steps, tolerance):
+    # The published sampler keeps the kernels of the full chain: mean .002 and deviation .005 after 100 steps.
+    denoiser = GaussianDenoiser(LinearSchedule(1000), [0.2], [0.25**2])
+    mean, deviation = chain_moments(denoiser, [*denoiser.schedule.time_grid(steps), 0])
+    assert mean == pytest.approx(0.2, abs=0.002)
+    assert deviation == pytest.approx(0.25, rel=tolerance)
+
+
+# --- the same methods elsewhere ------------------------------------------------------------------------------------
+
+
+def diffusers_path(scheduler, x, denoiser, **options):
+    """What a diffusers scheduler arrives at, step by step; its index i is our level i + 1."""
+    visited = []
+    for index in scheduler.timesteps:
+        eps = denoiser.denoise(x, int(index) + 1).eps
+        x = scheduler.step(eps, index, x, **options).prev_sample
+        visited.append(x)
+    return visited
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [LinearSchedule, CosineSchedule])
+@pytest.mark.parametrize("name", [*SAMPLERS, "ddim-eta"])
+def test_steps_agree_with_diffusers(name, make):
+    diffusers = pytest.importorskip("diffusers")
+    schedule = make(100)
+    denoiser = DenoisingDiffusion(Rotating(), schedule)
+    abar = schedule.alpha[:-1] ** 2
+    common = {
+        "num_train_timesteps": 100,
+        "trained_betas": (1 - abar[1:] / abar[:-1]).tolist(),
+        "timestep_spacing": "trailing",
+    }
+    path, last, options, steps = list(range(100, -1, -10)), 0, {}, 10
+    sampler = DDIM(0.6) if name == "ddim-eta" else make_sampler(name)
+    if name == "ddpm":
+        scheduler = diffusers.DDPMScheduler(**common, clip_sample=False)
+    elif name.startswith("ddim"):
+        scheduler = diffusers.DDIMScheduler(**common, clip_sample=False)
+        options = {"eta": 0.6 if sampler.stochastic else 0.0}
+    elif name == "dpm2":
+        # It refuses to end at level 0 in noise prediction.
+        last = 1
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **common,
+            algorithm_type="dpmsolver",
+            solver_type="heun",
+            lower_order_final=False,
+            final_sigmas_type="sigma_min",
+        )
+    elif name == "dpm++":
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **common, lower_order_final=False, final_sigmas_type="zero"
+        )
+    else:
+        scheduler = diffusers.HeunDiscreteScheduler(**common)
+    scheduler.set_timesteps(steps)
+    path[-1] = last
+
+    x = normal(5, 2, seed=3)
+    seed = 7
+    if sampler.stochastic:
+        options["generator"] = torch.Generator().manual_seed(seed)
+    ours = torch.Generator().manual_seed(seed)
+    noises = [torch.randn(5, 2, generator=ours, dtype=torch.float64) for _ in path]
+    if name == "heun":
+        # It works in u = x / alpha, and counts half steps.
+        class InU:
+            def denoise(self, u, t):
+                return denoiser.denoise(schedule.alpha[t] * u, t)
+
+        halves = diffusers_path(scheduler, x / schedule.alpha[100], InU())
+        theirs = [schedule.alpha[s] * u for s, u in zip(path[1:], [*halves[1::2], halves[-1]], strict=True)]
+    else:
+        theirs = diffusers_path(scheduler, x, denoiser, **options)
+    mine = run(denoiser, sampler, path, x, noises)
+    for here, there in zip(mine, theirs, strict=True):
+        # Their betas and sigmas are float32.
+        assert torch.allclose(here, there.double(), atol=1e-5, rtol=1e-5)
+
+
+# --- sample() ------------------------------------------------------------------------------------------------------
+
+
+def mixture_model(schedule=None, **options):
+    return MixtureDenoiser(labelled_mixture(), schedule or CosineSchedule(100), **options)
+
+
+@every_sampler
+def test_samples_have_the_distribution_of_the_data(name):
+    model = mixture_model(CosineSchedule(300))
+    x = sample(model, 4000, name, steps=300, shape=(2,))
+    truth = model.mixture.sample(4000, torch.Generator().manual_seed(1))
+    log_p = model.mixture.log_prob(x, 0, model.schedule)
+    expected = model.mixture.log_prob(truth, 0, model.schedule)
+    error = 3 * (log_p.var() / 4000 + expected.var() / 4000).sqrt()
+    assert abs(log_p.mean() - expected.mean()) < error + 0.02
+    share = lambda x: model.mixture.class_log_prob_levels(x, model.schedule)[:, :, 0].argmax(1).double().mean()  # noqa: E731
+    assert abs(share(x) - share(truth)) < 3 * math.sqrt(0.5 / 4000)
+
+
+@every_sampler
+def test_visits_exactly_the_steps_asked_for_and_returns_x0(name):
+    schedule = CosineSchedule(12)
+    for steps in range(1, 13):
+        denoiser = GaussianDenoiser(schedule, [0.7, -1.0], [0.25, 2.0])
+        reached, estimates = [], []
+        x = sample(
+            denoiser,
+            3,
+            name,
+            steps,
+            shape=(2,),
+            callback=lambda s, x, prediction: (reached.append(s), estimates.append(prediction.x0)),  # noqa: B023
+        )
+        grid = schedule.time_grid(steps)
+        assert reached == [*grid[1:], 0]
+        # Heun visits each level but the first twice: at the end of a step and at the start of the next.
+        assert sorted(set(denoiser.visited), reverse=True) == grid
+        assert len(denoiser.visited) == (2 * steps - 1 if name == "heun" else steps)
+        assert torch.equal(x, estimates[-1])
+
+
+@every_sampler
+def test_stops_where_the_levels_stop(name):
+    denoiser = GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
+    seen = {}
+    whole = sample(denoiser, 4, name, levels=[40, 30, 11, 0], shape=(2,), callback=lambda s, x, p: seen.update({s: x}))
+    part = sample(denoiser, 4, name, levels=[40, 30, 11], shape=(2,))
+    assert torch.equal(part, seen[11]) and torch.equal(whole, seen[0])
+
+
+@every_sampler
+def test_a_step_depends_on_its_arguments_alone(name):
+    rule, denoiser = make_sampler(name), GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
+    x, noise = normal(4, 2), normal(4, 2, seed=1)
+    before = dict(vars(rule))
+    _, history = rule.step(denoiser, x, 40, 30, None, noise)
+    first, _ = rule.step(denoiser, x, 30, 20, None, noise, history)
+    rule.step(denoiser, 2 * x, 12, 3, None, noise)
+    again, _ = rule.step(denoiser, x, 30, 20, None, noise, history)
+    assert torch.equal(first, again) and vars(rule) == before
+
+
+@every_sampler
+def test_batch_size_and_number_of_samples_do_not_change_a_sample(name):
+    model = mixture_model()
+    options = {"sampler": name, "steps": 20, "shape": (2,), "seed": 5}
+    y = torch.arange(11) % 2
+    together = sample(model, 11, y=y, **options)
+    assert torch.allclose(sample(model, 11, y=y, batch_size=4, **options), together, atol=1e-5)
+    assert torch.allclose(sample(model, 3, y=y[:3], **options), together[:3], atol=1e-5)
+    assert not torch.allclose(sample(model, 11, y=y, **options | {"seed": 6}), together, atol=1e-2)
+
+
+def test_noise_of_one_sample_is_independent_of_every_other():
+    draws = torch.stack([torch.stack(list(sample_noise(seed, range(50), (4, 5), 40)), 1) for seed in (0, 1)])
+    flat = draws.reshape(100, -1).double()  # 100 streams of 800 numbers
+    assert abs(flat.mean()) < 4 / math.sqrt(flat.numel()) and flat.var() == pytest.approx(1, abs=0.02)
+    correlation = torch.corrcoef(flat) - torch.eye(100)
+    assert correlation.abs().max() < 5 / math.sqrt(800)
+    # One stream is the same in any company.
+    alone = torch.stack(list(sample_noise(1, [17], (4, 5), 40)), 1)
+    assert torch.equal(alone[0], draws[1, 17])
+
+
+def test_start_continues_from_where_one_stopped():
+    denoiser = GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
+    halfway = sample(denoiser, 4, "ddim", levels=[40, 30, 11], shape=(2,))
+    whole = sample(denoiser, 4, "ddim", levels=[40, 30, 11, 0], shape=(2,))
+    assert torch.allclose(sample(denoiser, 4, "ddim", levels=[11, 0], start=halfway), whole, atol=1e-6)
+
+
+def test_samples_come_in_data_units():
+    transform = DataTransform((2,), shift=torch.tensor([100.0, -3.0]), scale=torch.tensor([5.0, 0.1]), bin=1.0)
+    model = mixture_model(transform=transform)
+    in_model = sample(model, 6, steps=10, units="model")
+    assert torch.allclose(sample(model, 6, steps=10), transform.inverse(in_model))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_guidance_in_one_pass_equals_guidance_in_two(weight):
+    schedule, mixture = CosineSchedule(60), labelled_mixture()
+    backbone = MixtureClassifier(mixture, schedule, joint=True)
+    one = ClassificationDiffusion(backbone, schedule, class_prior=mixture.class_prior)
+    one.double_precision = nn.Parameter(torch.zeros(1).double())
+    two = mixture_model(schedule)
+    y = torch.tensor([0, 1, 1, 0, 1])
+    options = {"steps": 15, "y": y, "guidance": weight, "shape": (2,)}
+    samples = sample(two, 5, **options)
+    assert torch.allclose(sample(one, 5, **options), samples, atol=1e-7)
+    plain = sample(two, 5, **options | {"guidance": 0.0})
+    assert torch.allclose(samples, plain) == (weight == 0)
+
+
+def test_guidance_pushes_towards_the_class():
+    model = mixture_model()
+    shares = []
+    for weight in (0.0, 1.0, 4.0):
+        x = sample(model, 500, steps=30, y=0, guidance=weight, shape=(2,)).double()
+        log_p = model.mixture.class_log_prob_levels(x, model.schedule)[:, :, 0] + model.mixture.class_prior.log()
+        shares.append(float(log_p.softmax(1)[:, 0].log().mean()))
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_dropout_is_off_while_sampling_and_modes_come_back():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.active, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+
+        def forward(self, x, t, y=None):
+            return self.active(x)
+
+    model = DenoisingDiffusion(Noisy(), CosineSchedule(10))
+    model.train()
+    model.backbone.frozen.eval()
+    assert torch.equal(sample(model, 50, steps=3, shape=(2,)), sample(model, 50, steps=3, shape=(2,)))
+    assert model.training and model.backbone.active.training and not model.backbone.frozen.training
+
+
+def test_samples_carry_no_graph():
+    backbone = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 12))
+    model = ClassificationDiffusion(backbone, CosineSchedule(10))
+    assert not sample(model, 3, "heun", steps=4, shape=(2,)).requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "at least one sample"),
+        ({"steps": 101}, "1 to 100"),
+        ({"steps": 0}, "1 to 100"),
+        ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
+        ({"sampler": "euler"}, "choose from"),
+        ({"levels": [100, 50, 50, 0]}, "decreasing"),
+        ({"levels": [101, 50]}, "decreasing"),
+        ({"levels": [100]}, "at least two"),
+        ({"levels": [50, 0]}, "start"),
+        ({"shape": None}, "shape"),
+        ({"y": 2}, "classes 0 to 1"),
+        ({"y": -1}, "classes 0 to 1"),
+        ({"y": torch.tensor([0, 1])}, "each of the 3"),
+        ({"guidance": 1.0}, "labels"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"units": "pixels"}, "data or model"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(options, message):
+    options = {"n": 3, "steps": 10, "shape": (2,)} | options
+    with pytest.raises(UserError, match=message) as caught:
+        sample(mixture_model(), options.pop("n"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_and_guidance_need_a_conditional_model():
+    denoiser = GaussianDenoiser(CosineSchedule(10), [0.7, -1.0], [0.25, 2.0])
+    with pytest.raises(UserError, match="without classes"):
+        sample(denoiser, 3, steps=2, y=0, shape=(2,))
+    with pytest.raises(UserError, match="class-conditional"):
+        sample(denoiser, 3, steps=2, guidance=1.0, shape=(2,))
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_eta_is_a_share(eta):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        DDIM(eta)
+
+
+def test_stochastic_step_without_noise_is_a_mistake():
+    denoiser = GaussianDenoiser(CosineSchedule(10), [0.7], [0.25])
+    with pytest.raises(UserError, match="noise"):
+        DDPM().step(denoiser, normal(2, 1), 10, 5)
+    assert Heun().step(denoiser, normal(2, 1), 10, 5)[0].isfinite().all()
