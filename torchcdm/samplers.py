@@ -292,6 +292,8 @@ def sample(
         raise UserError(f"seed is {seed}; it must not be negative")
     rule = make_sampler(sampler)
     path = _path(denoiser, steps, levels)
+    if start is None and path[0] != denoiser.schedule.T:
+        raise UserError(f"levels start at {path[0]}; below T = {denoiser.schedule.T} x is no pure noise: give start")
     shape = _event_shape(denoiser, shape, start, n)
     labels = _labels(denoiser, y, n)
     if guidance:
