@@ -56,7 +56,7 @@ class MLP(nn.Module):
         width: Width of the hidden layers.
         depth: Residual blocks.
         dropout: Rate inside the blocks.
-        energy_maps: Inner products with the input; 0 for none.
+        energy_maps: Inner products with the input, ``width * dim`` weights each; 0 for none.
         classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
         joint: Outputs for all classes from one pass instead of a label as input.
         knots: Outputs at so many levels, interpolated; one for each level when None.
@@ -76,7 +76,7 @@ class MLP(nn.Module):
         width: int = 256,
         depth: int = 4,
         dropout: float = 0.0,
-        energy_maps: int = 8,
+        energy_maps: int = 32,
         classes: int | None = None,
         joint: bool = False,
         knots: int | None = None,
