@@ -1,6 +1,12 @@
-"""Data: named data sets, folders, arrays, tables and Python objects, all as :class:`DataSource`."""
+"""Data: named data sets, folders, arrays, tables and Python objects, all as :class:`DataSource`.
 
+Values are in data units everywhere: as stored, 0 ... 255 for 8-bit images. ``source.transform`` takes them to
+model units.
+"""
+
+from torchcdm.data.inputs import read_inputs
 from torchcdm.data.objects import from_object
+from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.pixels import flip_horizontally
 from torchcdm.data.source import DataSource, LazySplit, MemorySplit, Split
 from torchcdm.data.specs import load_data, parse_size
@@ -14,4 +20,10 @@ __all__ = [
     "from_object",
     "load_data",
     "parse_size",
+    "read_inputs",
+    "save_array",
+    "save_grid",
+    "save_images",
+    "save_table",
+    "to_bytes",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import pixels
-from torchcdm.data.source import DataSource, MemorySplit, Options, Split, partition
+from torchcdm.data.source import DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
@@ -29,10 +29,10 @@ def load(path: str, options: Options) -> DataSource:
 
 
 def pool_from(
-    x: np.ndarray, y: np.ndarray | None, name: str, options: Options, channels_first: bool = False
+    x: np.ndarray, y: np.ndarray | None, name: str, options: Options, first: bool = False
 ) -> tuple[MemorySplit, Grid | None, tuple[str, ...] | None, list[str]]:
     """All samples of an array, resized and converted, with their grid, class names and notes."""
-    values, grid, notes = interpret(x, name, channels_first)
+    values, grid, notes = interpret(x, name, first)
     if values.ndim == 4:
         values = convert_images(values, grid, options)
     labels, class_names = read_labels(y, len(values), name)
@@ -67,13 +67,13 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     return arrays[key], y, notes
 
 
-def interpret(x: np.ndarray, name: str, channels_first: bool = False) -> tuple[Tensor, Grid | None, list[str]]:
+def interpret(x: np.ndarray, name: str, first: bool = False) -> tuple[Tensor, Grid | None, list[str]]:
     """Samples as a tensor with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
     Args:
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
         name: The data, for messages.
-        channels_first: (N, C, H, W) is known, as for torch tensors; otherwise it is read off the sizes.
+        first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
 
     Raises:
         UserError: Other numbers of axes, values that are not finite numbers, no samples.
@@ -84,7 +84,7 @@ def interpret(x: np.ndarray, name: str, channels_first: bool = False) -> tuple[T
         raise UserError(f"{name}: an array of shape {x.shape} is neither vectors (N, d) nor images (N, C, H, W)")
     if 0 in x.shape:
         raise UserError(f"{name}: an array of shape {x.shape} holds no values")
-    x, layout = _arrange(x, channels_first)
+    x, layout = _arrange(x, first)
     kind = "vectors" if x.ndim == 2 else "images"
     sizes = f"{x.shape[1]} columns" if x.ndim == 2 else "{} channel(s), {} x {} pixels".format(*x.shape[1:])
     notes = [f"{len(x)} {kind} of {sizes}, read as {layout}."]
@@ -104,7 +104,7 @@ def interpret(x: np.ndarray, name: str, channels_first: bool = False) -> tuple[T
     return values, None, [*notes, *_lattice_note(values)]
 
 
-def _arrange(x: np.ndarray, channels_first: bool) -> tuple[np.ndarray, str]:
+def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
     """(N, d) or (N, C, H, W), and the name of the layout that was found."""
     if x.ndim == 1:
         return x[:, None], "(N,)"
@@ -112,12 +112,20 @@ def _arrange(x: np.ndarray, channels_first: bool) -> tuple[np.ndarray, str]:
         return x, "(N, d)"
     if x.ndim == 3:
         return x[:, None], "(N, H, W)"
-    _, a, b, c = x.shape
-    if not channels_first:
-        # Square images decide where only one reading gives them; else few channels; a tie is (N, C, H, W).
-        first_square, last_square = b == c, a == b
-        channels_first = first_square if first_square != last_square else a <= c
-    return (x, "(N, C, H, W)") if channels_first else (np.moveaxis(x, 3, 1), "(N, H, W, C)")
+    if first or channels_first(x.shape[1:]):
+        return x, "(N, C, H, W)"
+    return np.moveaxis(x, 3, 1), "(N, H, W, C)"
+
+
+def channels_first(shape: Sequence[int]) -> bool:
+    """Whether an image of this shape is (C, H, W) and not (H, W, C).
+
+    Square images decide where only one reading gives them; else few channels do; a tie is (C, H, W).
+    """
+    a, b, c = shape
+    if (a == b) != (b == c):
+        return b == c
+    return a <= c
 
 
 def _grid(low: int, high: int) -> Grid:
@@ -236,8 +244,5 @@ def source_from_pool(
     notes: Iterable[str] = (),
 ) -> DataSource:
     """The source of samples that do not say what is for testing: split at random with the options' seed."""
-    splits = partition(name, pool, options.seed, options.validation_fraction, options.test_fraction)
-    sizes = "split at random into {} for training, {} for validation, {} for test (seed {}).".format(
-        *map(len, splits), options.seed
-    )
-    return source_from_splits(name, splits, grid, options, class_names, columns, [*notes, sizes])
+    splits, note = complete_splits(name, {"train": pool}, options)
+    return source_from_splits(name, splits, grid, options, class_names, columns, [*notes, note])

@@ -33,12 +33,11 @@ def digits(argument: str, options: Options) -> DataSource:
 
 def toy(argument: str, options: Options) -> DataSource:
     """A two-dimensional toy distribution: fresh samples, each split from its own stream of the seed."""
-    classes = toys.named(argument).classes
     splits = []
     for number, count in enumerate(TOY_SIZES):
         generator = torch.Generator().manual_seed(3 * options.seed + number)
         splits.append(MemorySplit(*toys.sample_named(argument, count, generator)))
-    names = None if classes is None else tuple(str(k) for k in range(classes))
+    names = tuple(str(k) for k in range(int(splits[0].labels.max()) + 1))
     return source_from_splits(f"toy:{argument}", tuple(splits), None, options, names)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from torchcdm.data import arrays
-from torchcdm.data.source import DataSource, Options
+from torchcdm.data import arrays, tables
+from torchcdm.data.images import from_pillow
+from torchcdm.data.source import MEMORY_LIMIT, DataSource, LazySplit, Options
 from torchcdm.errors import UserError
 
 
@@ -22,10 +26,13 @@ def from_object(
 ) -> DataSource:
     """A data source from a Python object, split at random.
 
+    Integers are grey levels; floats are continuous.
+
     Args:
         data: Tensor (N, d) or (N, C, H, W); numpy array, where channels may come last; a pandas DataFrame; a torch
-            Dataset of samples or (sample, label) pairs; a pair (samples, labels); or a DataSource, given back.
-        labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of the column.
+            Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
+            (samples, labels); or a DataSource, which is given back.
+        labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column.
         validation_fraction: Share of validation; 0.1 when None.
         test_fraction: Share of test; 0.1 when None.
         seed: Seed of the split.
@@ -42,20 +49,78 @@ def from_object(
         return data
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
-    options = Options(
-        validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed, dequantize=dequantize
-    )
-    y = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
+    column = labels if isinstance(labels, str) else None
+    options = Options(None, None, validation_fraction, test_fraction, seed, False, column, dequantize)
+    y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
     if isinstance(data, Tensor):
-        return _from_array(data.detach().cpu().numpy(), y, "tensor", options, channels_first=True)
+        return _from_array(data.detach().cpu().numpy(), y, "tensor", options, first=True)
     if isinstance(data, (np.ndarray, list)):
         return _from_array(np.asarray(data), y, "array", options)
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        table = tables.from_frame(data)
+        return tables.source_from_tables({"train": table}, table.name, options, None if column else y)
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return _from_dataset(data, y, options)
     kind = type(data).__name__
     raise UserError(f"data of type {kind} are not understood; give a tensor, an array, a data frame or a Dataset")
 
 
 def _from_array(
-    x: np.ndarray, y: np.ndarray | None, name: str, options: Options, channels_first: bool = False
+    x: np.ndarray, y: np.ndarray | None, name: str, options: Options, first: bool = False
 ) -> DataSource:
-    pool, grid, class_names, notes = arrays.pool_from(x, y, name, options, channels_first)
+    pool, grid, class_names, notes = arrays.pool_from(x, y, name, options, first)
     return arrays.source_from_pool(name, pool, grid, options, class_names, notes=notes)
+
+
+@dataclass(frozen=True)
+class DatasetReader:
+    """One sample of a torch Dataset as a tensor of event shape, without its label."""
+
+    dataset: Any
+
+    def __call__(self, index: int) -> Tensor:
+        return self.sample(index)[0]
+
+    def sample(self, index: int) -> tuple[Tensor, Any]:
+        """The sample as uint8 or float32, (C, H, W) or (d,), and its label or None."""
+        item = self.dataset[index]
+        value, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
+        if isinstance(value, (tuple, list)) and len(value) == 1:
+            value = value[0]
+        if not isinstance(value, (Tensor, np.ndarray)):
+            if not hasattr(value, "getbands"):
+                raise UserError(f"sample {index} of the Dataset is a {type(value).__name__}; give tensors or images")
+            value = from_pillow(value)
+        if isinstance(value, np.ndarray):
+            last = value.ndim == 3 and not arrays.channels_first(value.shape)
+            value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
+        return value[None] if value.ndim == 2 else value, label
+
+
+def _from_dataset(dataset: Any, y: Any, options: Options) -> DataSource:
+    """One pass over the Dataset: it stays in memory where it is small; else only the labels do."""
+    if len(dataset) == 0:
+        raise UserError("the Dataset is empty")
+    reader = DatasetReader(dataset)
+    first, _ = reader.sample(0)
+    small = len(dataset) * first.nelement() * first.element_size() <= MEMORY_LIMIT
+    samples, labels = [], []
+    for index in range(len(dataset)):
+        sample, label = reader.sample(index)
+        if sample.shape != first.shape:
+            shapes = f"{tuple(sample.shape)}; sample 0 has {tuple(first.shape)}"
+            raise UserError(f"sample {index} of the Dataset has shape {shapes}; all must agree")
+        labels.append(label)
+        if small:
+            samples.append(sample)
+    y = np.asarray(labels) if y is None and labels[0] is not None else y
+    if small:
+        return _from_array(torch.stack(samples).numpy(), y, "Dataset", options, first=True)
+    if first.dtype not in (torch.uint8, torch.float32):
+        raise UserError(f"the Dataset gives {first.dtype}; a large one must give uint8 or float32")
+    numbers, class_names = arrays.read_labels(y, len(dataset), "Dataset")
+    numbers = torch.full((len(dataset),), -1) if numbers is None else numbers
+    grid = (0, 255) if first.dtype == torch.uint8 else None
+    pool = LazySplit(reader, range(len(dataset)), numbers)
+    notes = [f"{len(dataset)} samples of shape {tuple(first.shape)}, read when they are asked for."]
+    return arrays.source_from_pool("Dataset", pool, grid, options, class_names, notes=notes)

@@ -186,6 +186,20 @@ def permutation(count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).permutation(count))
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`torchcdm.data.load_data`, handed to the loader of one kind of data."""
+
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    validation_fraction: float | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+    skip_bad: bool = False
+    label: str | None = None
+    dequantize: bool = True
+
+
 def partition(
     name: str, pool: Split, seed: int, validation_fraction: float | None = None, test_fraction: float | None = None
 ) -> tuple[Split, Split, Split]:
@@ -216,15 +230,27 @@ def partition(
     return pool.select(train), pool.select(validation), pool.select(test)
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of :func:`torchcdm.data.load_data`, handed to the loader of one kind of data."""
+def complete_splits(
+    name: str, parts: dict[str, Split], options: Options
+) -> tuple[tuple[Split, Split, Split], str]:
+    """The three splits of data that come with some of them; those that are missing are drawn from ``train``.
 
-    size: tuple[int, int] | None = None
-    channels: int | None = None
-    validation_fraction: float | None = None
-    test_fraction: float | None = None
-    seed: int = 0
-    skip_bad: bool = False
-    label: str | None = None
-    dequantize: bool = True
+    Args:
+        name: The data, for messages.
+        parts: ``train``, and ``validation`` and ``test`` where the data have them.
+        options: Seed and fractions of what is drawn.
+
+    Returns:
+        Training, validation and test, and one sentence on where they come from.
+    """
+    missing = [split for split in ("validation", "test") if not parts.get(split)]
+    counts = "{} for training, {} for validation, {} for test"
+    if not missing:
+        splits = (parts["train"], parts["validation"], parts["test"])
+        return splits, f"split by the data themselves: {counts.format(*map(len, splits))}."
+    validation_fraction = options.validation_fraction if "validation" in missing else 0.0
+    test_fraction = options.test_fraction if "test" in missing else 0.0
+    train, validation, test = partition(name, parts["train"], options.seed, validation_fraction, test_fraction)
+    splits = (train, parts.get("validation") or validation, parts.get("test") or test)
+    how = "split at random" if len(missing) == 2 else f"{missing[0]} drawn at random from training"
+    return splits, f"{how}: {counts.format(*map(len, splits))} (seed {options.seed})."

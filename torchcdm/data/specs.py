@@ -6,13 +6,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from torchcdm.data import arrays, named
+from torchcdm.data import arrays, celeba, folders, hub, named, published, tables
 from torchcdm.data.source import DataSource, Options
 from torchcdm.errors import UserError, nearest
 
 LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
     "digits": named.digits,
+    "fashion-mnist": published.fashion_mnist,
+    "cifar10": published.cifar10,
+    "celeba": celeba.celeba,
+    "folder": folders.load,
     "array": arrays.load,
+    "table": tables.load,
+    "hf": hub.load,
     "toy": named.toy,
 }
 """What a SPEC may begin with; the loader gets what follows the colon."""
@@ -33,7 +39,8 @@ def load_data(
     """The data set that a SPEC names.
 
     Args:
-        spec: ``digits``, ``array:FILE.npz``, ``toy:NAME``.
+        spec: ``digits``, ``fashion-mnist[:PATH]``, ``cifar10[:PATH]``, ``celeba:PATH``, ``folder:PATH``,
+            ``array:FILE.npz`` or ``.npy``, ``table:FILE.csv`` or ``.parquet``, ``hf:NAME``, ``toy:NAME``.
         size: Images are resized to this (H, W).
         channels: Images are converted to 1, 3 or 4 channels.
         validation_fraction: Share of validation. None: the data set's own split, or 0.1; 0: none.

@@ -1,0 +1,94 @@
+"""Hugging Face data sets, saved and read through their own library; nothing is downloaded."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from torchcdm.data import MemorySplit, load_data
+from torchcdm.errors import UserError
+
+
+def test_absent_library_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"hf:some/name needs the library datasets; pip install 'torchcdm\[hub\]'"):
+        load_data("hf:some/name")
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def pictures(datasets):
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), dtype=np.uint8)
+    kinds = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"picture": datasets.Image(), "kind": kinds, "note": datasets.Value("string")})
+    rows = {
+        "picture": [Image.fromarray(p) for p in pixels],
+        "kind": [k % 2 for k in range(30)],
+        "note": ["text"] * 30,
+    }
+    return pixels, datasets.Dataset.from_dict(rows, features)
+
+
+def test_images_with_their_own_splits(datasets, pictures, tmp_path, monkeypatch):
+    pixels, rows = pictures
+    parts = {"train": rows.select(range(20)), "valid": rows.select(range(20, 24)), "test": rows.select(range(24, 30))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    source = load_data(f"hf:{tmp_path}")
+    expected = torch.from_numpy(np.moveaxis(pixels, 3, 1).copy())
+    assert torch.equal(source.train.tensors()[0], expected[:20])
+    assert torch.equal(source.validation.tensors()[0], expected[20:24])
+    assert torch.equal(source.test.tensors()[0], expected[24:])
+    assert source.class_names == ("cat", "dog") and source.test.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert source.transform.high == 255
+    monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", 0)
+    lazy = load_data(f"hf:{tmp_path}")
+    assert not isinstance(lazy.train, MemorySplit)
+    assert torch.equal(lazy.train.tensors()[0], expected[:20])
+
+
+def test_images_without_splits_converted(datasets, pictures, tmp_path):
+    _, rows = pictures
+    rows.save_to_disk(tmp_path)
+    source = load_data(f"hf:{tmp_path}", size=(4, 4), channels=1)
+    assert source.shape == (1, 4, 4) and [len(source.train), len(source.validation), len(source.test)] == [24, 3, 3]
+
+
+def test_mixed_sizes_name_the_row(datasets, tmp_path):
+    from PIL import Image
+
+    images = [Image.new("L", (5, 6 + (k == 3))) for k in range(12)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match=r"row 3 has shape \(1, 7, 5\).*--size"):
+        load_data(f"hf:{tmp_path}")
+
+
+def test_tables_of_numbers(datasets, tmp_path):
+    values = np.random.default_rng(0).normal(size=(40, 2))
+    rows = {"a": values[:, 0], "b": values[:, 1], "label": ["x", "y"] * 20}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
+    source = load_data(f"hf:{tmp_path}", label="label")
+    assert source.columns == ("a", "b") and source.class_names == ("x", "y")
+    first = torch.cat([split.tensors()[0] for split in (source.train, source.validation, source.test)])[:, 0]
+    assert torch.equal(first.sort().values, torch.from_numpy(values[:, 0]).float().sort().values)
+    with pytest.raises(UserError, match=r"column 'label', row 0 \(counted from 0\) holds 'x'"):
+        load_data(f"hf:{tmp_path}")
+
+
+def test_messages(datasets, pictures, tmp_path):
+    _, rows = pictures
+    datasets.DatasetDict({"all": rows}).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match=r"no split called train \(found: all\)"):
+        load_data(f"hf:{tmp_path}")
+    with pytest.raises(UserError, match="hf:not/there: cannot be loaded"):
+        load_data("hf:not/there")
+    with pytest.raises(UserError, match="write hf:NAME"):
+        load_data("hf:")

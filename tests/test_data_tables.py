@@ -1,0 +1,187 @@
+"""Tables: CSV, Parquet and data frames, with every message that a bad cell deserves."""
+
+import numpy as np
+import pytest
+import torch
+
+from torchcdm.data import from_object, load_data, read_inputs, save_table
+from torchcdm.errors import UserError
+
+
+def write(path, header, values, separator=","):
+    lines = [separator.join(header)] if header else []
+    lines += [separator.join(map(str, row)) for row in values]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def everything(source):
+    """All rows of the three splits, sorted."""
+    x = torch.cat([split.tensors()[0] for split in (source.train, source.validation, source.test)])
+    return x[x[:, 0].argsort()]
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).normal(size=(60, 3)).round(4) * [1, 10, 100]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_keeps_values_names_and_units(tmp_path, values, separator):
+    path = write(tmp_path / "t.csv", ["a", "b", "c"], values, separator)
+    source = load_data(f"table:{path}")
+    assert source.columns == ("a", "b", "c") and source.transform.bin is None
+    expected = torch.from_numpy(values[values[:, 0].argsort()]).float()
+    assert torch.equal(everything(source), expected)
+    z = source.transform(source.train.tensors()[0].double())
+    assert torch.allclose(z.std(0, correction=0), torch.ones(3).double(), atol=1e-6)
+
+
+def test_csv_without_names_quoted_and_with_byte_order_mark(tmp_path, values):
+    bare = load_data(f"table:{write(tmp_path / 'bare.csv', None, values)}")
+    assert bare.columns == ("c0", "c1", "c2") and len(everything(bare)) == 60
+    assert any("no line of column names" in note for note in bare.notes)
+    path = tmp_path / "q.csv"
+    path.write_text("\ufeff\"x, mm\",y\n" + "\n".join(f'"{a}",{b}' for a, b, _ in values))
+    assert load_data(f"table:{path}").columns == ("x, mm", "y")
+
+
+def test_label_column_of_texts_and_of_numbers(tmp_path, values):
+    kinds = np.array(["setosa", "virginica"])[np.arange(60) % 2]
+    path = write(tmp_path / "t.csv", ["a", "b", "c", "kind"], np.column_stack([values.astype(str), kinds]))
+    source = load_data(f"table:{path}", label="kind")
+    assert source.columns == ("a", "b", "c") and source.class_names == ("setosa", "virginica")
+    kind = {float(np.float32(a)): k for a, k in zip(values[:, 0], kinds, strict=True)}
+    assert all(kind[float(x[0])] == source.class_names[y] for x, y in source.train)
+    numbers = write(tmp_path / "n.csv", ["a", "k"], [[a, i % 3] for i, a in enumerate(values[:, 0])])
+    assert load_data(f"table:{numbers}", label="k").class_names == ("0", "1", "2")
+
+
+def test_constant_columns_are_left_out_of_every_split(tmp_path, values):
+    with_constant = np.column_stack([values[:, 0], np.full(60, 7.0), values[:, 1:]])
+    source = load_data(f"table:{write(tmp_path / 't.csv', list('abcd'), with_constant)}")
+    assert source.columns == ("a", "c", "d")
+    assert torch.equal(everything(source), torch.from_numpy(values[values[:, 0].argsort()]).float())
+    assert any("left out because they are constant in training: b." in note for note in source.notes)
+
+
+def test_notes_on_values_without_a_bounded_density(tmp_path):
+    rng = np.random.default_rng(0)
+    zero_inflated = np.where(rng.random(400) < 0.3, 0.0, rng.normal(size=400))
+    columns = [rng.normal(size=400), rng.integers(0, 4, 400), zero_inflated, 1.7e9 + 1e4 * rng.normal(size=400)]
+    path = write(tmp_path / "t.csv", ["fine", "few", "zeros", "time"], np.column_stack(columns))
+    source = load_data(f"table:{path}")
+    text = " ".join(source.notes)
+    assert "'few' has 4 distinct values" in text and "'time' varies little" in text
+    assert "'zeros' holds 0 in" in text and "'fine'" not in text
+    seconds = write(tmp_path / "s.csv", ["time"], 1.7e9 + rng.normal(size=(400, 1)))
+    with pytest.raises(UserError, match="column 'time' varies less than float32 resolves; subtract an offset"):
+        load_data(f"table:{seconds}")
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("", "column 'b', line 4 is empty"),
+        ("nan", "column 'b', line 4 holds 'nan', not a finite number"),
+        ("inf", "line 4 holds 'inf'"),
+        ("12 kg", "line 4 holds '12 kg'"),
+        ("1,2", "line 4 has 3 cells; the first line has 2"),
+    ],
+)
+def test_bad_cells_name_column_and_line(tmp_path, cell, message):
+    rows = [[k, k * k] for k in range(20)]
+    rows[2][1] = cell
+    path = write(tmp_path / "bad.csv", ["a", "b"], rows)
+    with pytest.raises(UserError, match=message) as caught:
+        load_data(f"table:{path}")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "", "the file is empty"),
+        ("t.csv", "a,b\n", "no columns of numbers, or no rows"),
+        ("t.csv", "a,a\n1,2\n", "two columns are called 'a'"),
+        ("t.csv", "a\n" + "1\n" * 20, "every column is constant"),
+        ("t.csv", "a\n1\n2\n3\n", "too few samples, 3"),
+        ("t.xlsx", "PK", "tables are read from .csv"),
+    ],
+)
+def test_bad_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_data(f"table:{tmp_path / name}")
+
+
+def test_unknown_label_column_lists_those_found(tmp_path, values):
+    path = write(tmp_path / "t.csv", ["a", "b", "c"], values)
+    with pytest.raises(UserError, match=r"no column 'species' \(found: a, b, c\)"):
+        load_data(f"table:{path}", label="species")
+    with pytest.raises(UserError, match="no such file"):
+        load_data("table:absent.csv")
+
+
+def test_parquet_equals_csv(tmp_path, values):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({name: values[:, k] for k, name in enumerate("abc")}), tmp_path / "t.parquet")
+    ours = load_data(f"table:{tmp_path / 't.parquet'}")
+    csv = load_data(f"table:{write(tmp_path / 't.csv', list('abc'), values)}")
+    assert torch.equal(ours.train.tensors()[0], csv.train.tensors()[0]) and ours.columns == csv.columns
+
+
+def test_parquet_messages(tmp_path, values):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    numbers = pa.array([1.0, None, *range(20)], pa.float64())
+    parquet.write_table(pa.table({"a": numbers}), tmp_path / "null.parquet")
+    with pytest.raises(UserError, match="column 'a', row 1 .* holds 'nan'"):
+        load_data(f"table:{tmp_path / 'null.parquet'}")
+    dates = pa.array(np.arange(20).astype("datetime64[s]"))
+    parquet.write_table(pa.table({"when": dates}), tmp_path / "date.parquet")
+    with pytest.raises(UserError, match="column 'when', row 0"):
+        load_data(f"table:{tmp_path / 'date.parquet'}")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        load_data(f"table:{tmp_path / 'broken.parquet'}")
+
+
+def test_data_frames(values):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(values, columns=["a", "b", "c"], index=[f"id{k}" for k in range(60)])
+    frame["kind"] = ["x", "y"] * 30
+    source = from_object(frame, labels="kind")
+    assert source.columns == ("a", "b", "c") and source.class_names == ("x", "y")
+    assert torch.equal(everything(source), torch.from_numpy(values[values[:, 0].argsort()]).float())
+    apart = from_object(frame[["a", "b", "c"]], labels=frame["kind"])
+    assert torch.equal(apart.train.labels, source.train.labels)
+    frame.loc["id7", "b"] = np.nan
+    with pytest.raises(UserError, match="column 'b', row id7 holds 'nan'"):
+        from_object(frame, labels="kind")
+    with pytest.raises(UserError, match="column 'kind', row id0 holds 'x'"):
+        from_object(frame.assign(b=0.0))
+
+
+def test_read_inputs_finds_the_columns_by_name(tmp_path, values):
+    source = load_data(f"table:{write(tmp_path / 't.csv', ['a', 'b', 'c'], values)}")
+    shuffled = np.column_stack([np.full(60, 3), values[:, 2], values[:, 0], values[:, 1]])
+    path = write(tmp_path / "new.csv", ["id", "c", "a", "b"], shuffled)
+    x, names = read_inputs(path, source.transform, columns=source.columns)
+    assert torch.equal(x, torch.from_numpy(values).float())
+    assert names[0] == f"{path}: line 2"
+    with pytest.raises(UserError, match="vectors of 4; the model takes vectors of 3"):
+        read_inputs(path, source.transform)
+    with pytest.raises(UserError, match=r"no column 'b' \(found: a\)"):
+        read_inputs(write(tmp_path / "less.csv", ["a"], values[:, :1]), source.transform, columns=source.columns)
+
+
+def test_saved_tables_read_back_exactly(tmp_path):
+    x = torch.randn(30, 3) * torch.tensor([1e-6, 1.0, 1e6])
+    path = save_table(x, tmp_path / "out" / "samples.csv", ["a", "b", "c"])
+    source = load_data(f"table:{path}")
+    assert source.columns == ("a", "b", "c")
+    assert torch.equal(everything(source), x[x[:, 0].argsort()])

@@ -1,0 +1,163 @@
+"""Files for a trained model: images, folders, arrays and tables in the model's data units and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.data import arrays, images, pixels, tables
+from torchcdm.data.folders import find_images
+from torchcdm.errors import UserError
+from torchcdm.units import DataTransform
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
+
+
+def read_inputs(
+    paths: str | Path | Sequence[str | Path],
+    transform: DataTransform,
+    columns: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    skip_bad: bool = False,
+) -> tuple[Tensor, list[str]]:
+    """Samples for a model from files.
+
+    An image file's full range, 0 ... 255 or 0 ... 65535, stands for the model's range of grey levels: a digit
+    saved as a PNG by :func:`torchcdm.data.save_images` is read back with levels 0 ... 16.
+
+    Args:
+        paths: Image files, folders of images (recursive), .npz and .npy arrays, tables.
+        transform: The model's, which knows shape, grid and range.
+        columns: The columns that the model was trained on; a table is read by them, in whatever order it has them.
+        size: Images are resized to this (H, W), as in training where training resized.
+        channels: Images are converted to this number of channels, likewise.
+        skip_bad: Leave out image files that cannot be read.
+
+    Returns:
+        Samples in data units, float32 (N, *shape), and a name for each: the path, or the path and the row.
+
+    Raises:
+        UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
+
+    Example:
+        >>> x, names = read_inputs(["a.png", "folder", "more.npz"], model.transform)
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    target = _Target(transform, tuple(columns) if columns else None, size, channels, skip_bad)
+    samples: list[Tensor] = []
+    names: list[str] = []
+    for path in map(Path, paths):
+        x, labels = target.read(path)
+        samples.append(x)
+        names += labels
+    if not names:
+        raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
+    return torch.cat(samples), names
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What files are brought to."""
+
+    transform: DataTransform
+    columns: tuple[str, ...] | None
+    size: tuple[int, int] | None
+    channels: int | None
+    skip_bad: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.transform.shape
+
+    def read(self, path: Path) -> tuple[Tensor, list[str]]:
+        """All samples of one file or folder: float32 (N, *shape), and their names."""
+        if path.is_dir():
+            return self._images([file.path for file in find_images(path)[0]])
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        suffix = path.suffix.lower()
+        if suffix in TABLE_SUFFIXES:
+            return self._table(path)
+        if suffix in (".npz", ".npy"):
+            return self._array(path)
+        if suffix in images.SUFFIXES:
+            return self._images([path])
+        raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
+
+    def _images(self, paths: list[Path]) -> tuple[Tensor, list[str]]:
+        samples, names = [torch.empty(0, *self.shape)], []
+        for path in paths:
+            try:
+                info = images.describe(path)
+                x = images.ImageReader(info.high, self.size, self.channels)(path)
+            except UserError:
+                if self.skip_bad:
+                    continue
+                raise
+            self._check_shape(tuple(x.shape), str(path))
+            x = self._on_grid(x.float(), info.high, str(path))
+            samples.append(self._check_range(x[None], str(path)))
+            names.append(str(path))
+        return torch.cat(samples), names
+
+    def _on_grid(self, x: Tensor, file_high: int | None, name: str) -> Tensor:
+        """File values to the model's grey levels; float files, and .npy images, hold data units already."""
+        low, high = self.transform.low, self.transform.high
+        if file_high is None or (low, high) == (0, file_high) or name.lower().endswith(".npy"):
+            return x
+        if low is None or high is None:
+            raise UserError(f"{name}: grey levels 0 ... {file_high}; the model's data are continuous: give an array")
+        return self.transform.quantize(low + x * ((high - low) / file_high))
+
+    def _array(self, path: Path) -> tuple[Tensor, list[str]]:
+        x, _, _ = arrays.read(path)
+        if len(self.shape) == 3 and x.ndim == 3 and self.shape in (x.shape, np.moveaxis(x, 2, 0).shape):
+            x = x[None]
+        if len(self.shape) == 1 and x.shape == self.shape and self.shape != (1,):
+            x = x[None]
+        values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == self.shape)
+        if values.ndim == 4:
+            values = torch.stack([self._convert(image, grid) for image in values])
+        self._check_shape(tuple(values.shape[1:]), str(path))
+        return self._check_range(values.float(), str(path)), [f"{path}[{i}]" for i in range(len(values))]
+
+    def _convert(self, image: Tensor, grid: arrays.Grid | None) -> Tensor:
+        if self.channels is not None:
+            image = pixels.to_channels(image, self.channels, 1.0 if grid is None else grid[1])
+        if self.size is not None:
+            image = pixels.resize(image, self.size)
+        return image if grid is None else image.round()
+
+    def _table(self, path: Path) -> tuple[Tensor, list[str]]:
+        table = tables.read(path)
+        columns = self.columns or tuple(table.columns)
+        self._check_shape((len(columns),), str(path))
+        x = torch.from_numpy(table.matrix(columns).astype(np.float32))
+        return self._check_range(x, str(path)), [f"{path}: {table.row(i)}" for i in range(len(x))]
+
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> None:
+        if shape != self.shape:
+            raise UserError(f"{name}: {_words(shape)}; the model takes {_words(self.shape)}")
+
+    def _check_range(self, x: Tensor, name: str) -> Tensor:
+        """Values beyond the grey levels mean another scaling than the model's; half a level is dequantisation."""
+        low, high, bin = self.transform.low, self.transform.high, self.transform.bin
+        if len(x) and bin is not None and low is not None and high is not None:
+            smallest, largest = float(x.min()), float(x.max())
+            if smallest < low - bin / 2 or largest > high + bin / 2:
+                found, levels = f"{smallest:g} to {largest:g}", f"{low:g} ... {high:g}"
+                raise UserError(f"{name}: values from {found}; the model's grey levels are {levels}")
+        return x
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    if len(shape) == 1:
+        return f"vectors of {shape[0]}"
+    return "images of {1} x {2} pixels, {0} channel(s)".format(*shape)

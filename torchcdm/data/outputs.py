@@ -1,0 +1,184 @@
+"""Samples to files: images, one grid of images, arrays, tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.errors import UserError
+from torchcdm.units import DataTransform
+
+PNG_CHANNELS = (1, 2, 3, 4)
+GRID_GAP = 2
+"""Pixels between the images of a grid."""
+
+
+def to_bytes(x: Tensor, transform: DataTransform | None = None) -> Tensor:
+    """Images in data units as uint8, black to white over the range of grey levels; rounded, not truncated.
+
+    Without a range (continuous data, or no transform) the smallest and largest value of ``x`` take its place.
+
+    Args:
+        x: Data units, (N, C, H, W).
+        transform: The model's.
+    """
+    low, high = _range(x, transform)
+    x = x if transform is None else transform.quantize(x)
+    return ((x.double() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def save_images(
+    x: Tensor, folder: str | Path, transform: DataTransform | None = None, names: Sequence[str] | None = None
+) -> list[Path]:
+    """Each image in its own file below ``folder``, which is made.
+
+    PNG, scaled as by :func:`to_bytes`; grey images with more than 256 levels become 16-bit PNG with their own
+    values, images of more than four channels .npy files (C, H, W) with their own values.
+
+    Args:
+        x: Data units, (N, C, H, W).
+        folder: Where to.
+        transform: The model's: range and grid.
+        names: File names without suffix; 000000, 000001, ... when None.
+
+    Returns:
+        The paths, in the order of the images.
+
+    Raises:
+        UserError: Not images, or the folder cannot be written.
+    """
+    _refuse_vectors(x)
+    folder = Path(folder)
+    names = [f"{i:06d}" for i in range(len(x))] if names is None else names
+    deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
+    if x.shape[1] not in PNG_CHANNELS:
+        values, suffix, write = _stored(x, transform), ".npy", np.save
+    elif deep:
+        values, suffix, write = _stored(x, transform), ".png", _write_png
+    else:
+        values, suffix, write = to_bytes(x, transform).numpy(), ".png", _write_png
+    paths = [folder / f"{name}{suffix}" for name in names]
+    for path, image in zip(paths, values, strict=True):
+        _write(path, lambda path, image=image, write=write: write(path, image))
+    return paths
+
+
+def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = None, columns: int | None = None) -> Path:
+    """All images in one PNG, in rows; scaled as by :func:`to_bytes`.
+
+    Images that are neither grey nor colour show their channels side by side.
+
+    Args:
+        x: Data units, (N, C, H, W).
+        path: The PNG file; its folder is made.
+        transform: The model's.
+        columns: Images in a row; as square as possible when None.
+    """
+    _refuse_vectors(x)
+    images = to_bytes(x, transform)
+    if images.shape[1] not in (1, 3):
+        images = images.movedim(1, 2).flatten(2)[:, None]  # (N, 1, H, C W)
+    count, channels, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    sheet = torch.full((channels, rows * (height + GRID_GAP), columns * (width + GRID_GAP)), 255, dtype=torch.uint8)
+    for k, image in enumerate(images):
+        top, left = k // columns * (height + GRID_GAP), k % columns * (width + GRID_GAP)
+        sheet[:, top : top + height, left : left + width] = image
+    path = Path(path)
+    _write(path, lambda path: _write_png(path, sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()))
+    return path
+
+
+def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = None, y: Tensor | None = None) -> Path:
+    """Samples as .npy, or with their labels as .npz with x and y; ``array:FILE`` reads both back.
+
+    Grey levels are rounded and stored as the smallest integer type that holds them; continuous data as float32.
+
+    Args:
+        x: Data units, (N, *shape).
+        path: File ending in .npy or .npz.
+        transform: The model's.
+        y: Labels (N,), for .npz.
+
+    Raises:
+        UserError: Another suffix, labels for .npy, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".npy", ".npz"):
+        raise UserError(f"{path}: arrays are written as .npy or .npz")
+    values = _stored(x, transform)
+    if path.suffix == ".npz":
+        arrays = {"x": values} if y is None else {"x": values, "y": y.cpu().numpy()}
+        _write(path, lambda path: np.savez(path, **arrays))
+    elif y is not None:
+        raise UserError(f"{path}: labels need an .npz file")
+    else:
+        _write(path, lambda path: np.save(path, values))
+    return path
+
+
+def save_table(x: Tensor, path: str | Path, columns: Sequence[str] | None = None) -> Path:
+    """Vectors as CSV with a line of column names; ``table:FILE`` reads it back exactly.
+
+    Args:
+        x: Data units, (N, d).
+        path: The file.
+        columns: Names of the columns; c0, c1, ... when None.
+    """
+    names = columns or [f"c{k}" for k in range(x.shape[1])]
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            writer.writerows(x.cpu().numpy())
+
+    path = Path(path)
+    _write(path, write)
+    return path
+
+
+def _range(x: Tensor, transform: DataTransform | None) -> tuple[float, float]:
+    """What becomes black and white."""
+    if transform is not None and transform.low is not None and transform.high is not None:
+        return transform.low, transform.high
+    low, high = (float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0)
+    return low, high if high > low else low + 1.0
+
+
+def _stored(x: Tensor, transform: DataTransform | None) -> np.ndarray:
+    """Values as they are stored: rounded integers of the smallest type on a grid of whole numbers, else float32."""
+    if transform is None or transform.bin != 1.0:
+        return x.detach().cpu().numpy() if not x.is_floating_point() else x.detach().float().cpu().numpy()
+    values = transform.quantize(x.double()).cpu().numpy()
+    low, high = values.min(initial=transform.low or 0), values.max(initial=transform.high or 0)
+    types = (np.uint8, np.uint16, np.int16, np.int32)
+    return values.astype(next(t for t in types if np.iinfo(t).min <= low and high <= np.iinfo(t).max))
+
+
+def _write_png(path: Path, image: np.ndarray) -> None:
+    """One image (C, H, W), uint8 of 1 to 4 channels, or uint16 grey."""
+    from PIL import Image
+
+    Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, 2))).save(path)
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _refuse_vectors(x: Tensor) -> None:
+    if x.ndim != 4:
+        shape = tuple(x.shape[1:])
+        raise UserError(f"samples of shape {shape} are no images; save them with save_array or save_table")

@@ -1,0 +1,241 @@
+"""Tables of numbers: CSV, Parquet and data frames, column by column."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchcdm.data.arrays import read_labels, source_from_splits
+from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
+from torchcdm.errors import UserError
+
+FEW_VALUES = 20
+LARGE_SHARE = 0.1
+"""A column with at most FEW_VALUES values, or one value in LARGE_SHARE of the rows, has no bounded density."""
+
+FLOAT32_STEPS = 1000
+"""Least number of float32 steps in a standard deviation before a note asks to subtract an offset."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns as they were read: numbers or texts.
+
+    Attributes:
+        name: The file or object, for messages.
+        columns: Values of each column, all of one length.
+        row: What to call row i in a message, ``line 17`` for a text file.
+        notes: What was read off the file.
+    """
+
+    name: str
+    columns: dict[str, Sequence[Any] | np.ndarray]
+    row: Callable[[int], str]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def numbers(self, column: str) -> np.ndarray:
+        """One column as float64.
+
+        Raises:
+            UserError: A cell that is empty, text, not finite or a date; names column and row.
+        """
+        raw = self.column(column)
+        dated = isinstance(raw, np.ndarray) and raw.dtype.kind in "mM"
+        try:
+            values = None if dated else np.asarray(raw, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = None
+        if values is None or not np.isfinite(values).all():
+            index, cell = next((i, cell) for i, cell in enumerate(raw) if dated or not _is_number(cell))
+            shown = "is empty" if cell is None or str(cell).strip() == "" else f"holds '{cell}', not a finite number"
+            raise UserError(
+                f"{self.name}: column '{column}', {self.row(index)} {shown}; mend the cell, or leave the column out"
+            )
+        return values
+
+    def matrix(self, columns: Sequence[str]) -> np.ndarray:
+        """The columns side by side, float64 (N, d).
+
+        Raises:
+            UserError: A column is missing, or a cell is no number.
+        """
+        return np.stack([self.numbers(column) for column in columns], 1)
+
+    def column(self, name: str) -> Sequence[Any] | np.ndarray:
+        """One column as it was read.
+
+        Raises:
+            UserError: There is none of that name.
+        """
+        if name not in self.columns:
+            raise UserError(f"{self.name}: no column '{name}' (found: {', '.join(self.columns)})")
+        return self.columns[name]
+
+
+def load(argument: str, options: Options) -> DataSource:
+    """``table:FILE.csv`` or ``table:FILE.parquet``, split at random."""
+    return source_from_tables({"train": read(Path(argument))}, f"table:{argument}", options)
+
+
+def read(path: Path) -> Table:
+    """A table file, by its suffix.
+
+    Raises:
+        UserError: Missing, unreadable, or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    if suffix in (".csv", ".tsv", ".txt"):
+        return _read_csv(path)
+    raise UserError(f"{path}: tables are read from .csv, .tsv, .txt and .parquet files")
+
+
+def from_frame(frame: Any, name: str = "data frame") -> Table:
+    """A pandas DataFrame as a table."""
+    names = [str(column) for column in frame.columns]
+    _refuse_duplicates(names, name)
+    columns = {text: frame[column].to_numpy() for text, column in zip(names, frame.columns, strict=True)}
+    return Table(name, columns, lambda i: f"row {frame.index[i]}")
+
+
+def source_from_tables(parts: dict[str, Table], name: str, options: Options, labels: Any = None) -> DataSource:
+    """The columns of numbers; columns that are constant in training are left out.
+
+    Args:
+        parts: ``train``, and ``validation`` and ``test`` where they are apart; what is missing is drawn at random.
+        name: Name of the source.
+        options: ``label`` names the column of classes, which is no column of the data.
+        labels: Classes (N,) that are no column of the table; for ``train`` alone.
+
+    Raises:
+        UserError: An unknown label column, a cell that is no number, nothing but constant columns, a column whose
+            variation float32 does not hold.
+    """
+    table = parts["train"]
+    columns = [column for column in table.columns if column != options.label]
+    if not columns or not len(table):
+        raise UserError(f"{table.name}: no columns of numbers, or no rows")
+    if options.label is not None:
+        labels = [label for part in parts.values() for label in part.column(options.label)]
+    values = {split: part.matrix(columns) for split, part in parts.items()}
+    sizes = [len(part) for part in values.values()]
+    y, class_names = read_labels(_whole_numbers(labels), sum(sizes), table.name)
+    y = torch.full((sum(sizes),), NO_LABEL) if y is None else y
+    pools: dict[str, Split] = {
+        split: MemorySplit(torch.from_numpy(x.astype(np.float32)), part)
+        for (split, x), part in zip(values.items(), y.split(sizes), strict=True)
+    }
+    splits, note = complete_splits(table.name, pools, options)
+    x, _ = splits[0].tensors()
+    varying = (x != x[0]).any(0)
+    kept = [column for column, varies in zip(columns, varying.tolist(), strict=True) if varies]
+    for k, column in enumerate(columns):
+        if column not in kept and len(np.unique(values["train"][:, k])) > FEW_VALUES:
+            raise UserError(f"{table.name}: column '{column}' varies less than float32 resolves; subtract an offset")
+    if not kept:
+        raise UserError(f"{table.name}: every column is constant; there is nothing to learn")
+    notes = [*table.notes, f"{sum(sizes)} rows, {len(kept)} columns: {', '.join(kept)}."]
+    if len(kept) < len(columns):
+        constant = ", ".join(column for column in columns if column not in kept)
+        notes.append(f"columns left out because they are constant in training: {constant}.")
+        splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
+    for k, column in enumerate(columns):
+        if column in kept:
+            notes += _column_notes(column, values["train"][:, k])
+    return source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
+
+
+def _column_notes(column: str, values: np.ndarray) -> list[str]:
+    """Warnings about values whose density is unbounded, or that float32 does not resolve."""
+    notes = []
+    value, count = Counter(values.tolist()).most_common(1)[0]
+    distinct = len(np.unique(values))
+    if len(values) >= 5 * FEW_VALUES and (distinct <= FEW_VALUES or count >= LARGE_SHARE * len(values)):
+        what = f"has {distinct} distinct values" if distinct <= FEW_VALUES else (
+            f"holds {value:g} in {100 * count / len(values):.0f} % of the rows"
+        )
+        notes.append(f"column '{column}' {what}: its density has no upper bound; better a label, or left out.")
+    if values.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(values).max():
+        notes.append(f"column '{column}' varies little beside its size, beyond float32: subtract an offset.")
+    return notes
+
+
+def _whole_numbers(labels: Any) -> Any:
+    """Labels read from text: whole numbers become numbers, anything else stays text."""
+    if labels is None:
+        return None
+    try:
+        return np.array([int(label) if isinstance(label, str) else label for label in labels])
+    except (TypeError, ValueError):
+        return labels
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        return bool(np.isfinite(float(cell)))
+    except (TypeError, ValueError):
+        return False
+
+
+def _read_csv(path: Path) -> Table:
+    """Comma, semicolon or tab separated; the first line names the columns unless it is all numbers."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            separator = max(",;\t", key=first.count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
+    if not lines:
+        raise UserError(f"{path}: the file is empty")
+    header = [cell.strip() for cell in lines[0][1]]
+    notes: tuple[str, ...] = ()
+    if all(map(_is_number, header)):
+        header = [f"c{k}" for k in range(len(header))]
+        notes = (f"no line of column names: columns are called c0 ... c{len(header) - 1}.",)
+    else:
+        lines = lines[1:]
+    _refuse_duplicates(header, str(path))
+    for number, row in lines:
+        if len(row) != len(header):
+            raise UserError(f"{path}: line {number} has {len(row)} cells; the first line has {len(header)}")
+    columns = {name: [row[k] for _, row in lines] for k, name in enumerate(header)}
+    return Table(str(path), columns, lambda i: f"line {lines[i][0]}", notes)
+
+
+def _read_parquet(path: Path) -> Table:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{path}: Parquet needs pyarrow; pip install 'torchcdm[tables]'") from error
+    try:
+        table = parquet.read_table(path)
+        _refuse_duplicates(table.column_names, str(path))
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises its own family of errors, which is not imported here
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
+    return Table(str(path), columns, lambda i: f"row {i} (counted from 0)")
+
+
+def _refuse_duplicates(names: Sequence[str], where: str) -> None:
+    double = next((name for name, count in Counter(names).items() if count > 1), None)
+    if double is not None:
+        raise UserError(f"{where}: two columns are called '{double}'; column names must differ")
