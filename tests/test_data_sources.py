@@ -97,6 +97,17 @@ def test_wrong_specs(spec, message):
     assert "\n" not in str(caught.value)
 
 
+def test_options_that_do_not_fit_the_data():
+    with pytest.raises(UserError, match="label 'kind' names a column of a table; digits has no columns"):
+        load_data("digits", label="kind")
+    with pytest.raises(UserError, match="size and channels are for images; toy:rings holds vectors of 2"):
+        load_data("toy:rings", size=(8, 8))
+    with pytest.raises(UserError, match="size is"):
+        load_data("digits", size=(0, 8))
+    with pytest.raises(UserError, match="limit is 0"):
+        load_data("digits", limit=0)
+
+
 def test_bare_path_is_told_its_prefix(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=np.zeros((20, 2)))

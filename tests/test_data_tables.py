@@ -53,8 +53,22 @@ def test_label_column_of_texts_and_of_numbers(tmp_path, values):
     assert source.columns == ("a", "b", "c") and source.class_names == ("setosa", "virginica")
     kind = {float(np.float32(a)): k for a, k in zip(values[:, 0], kinds, strict=True)}
     assert all(kind[float(x[0])] == source.class_names[y] for x, y in source.train)
-    numbers = write(tmp_path / "n.csv", ["a", "k"], [[a, i % 3] for i, a in enumerate(values[:, 0])])
-    assert load_data(f"table:{numbers}", label="k").class_names == ("0", "1", "2")
+    # Classes that do not count from 0, in the order of the numbers.
+    numbers = write(tmp_path / "n.csv", ["a", "k"], [[a, [10, 2, 3][i % 3]] for i, a in enumerate(values[:, 0])])
+    source = load_data(f"table:{numbers}", label="k")
+    assert source.class_names == ("2", "3", "10")
+    assert sorted(source.train.labels.unique().tolist()) == [0, 1, 2]
+
+
+def test_label_columns_that_are_none(tmp_path, values):
+    path = write(tmp_path / "t.csv", ["a", "b", "id"], np.column_stack([values[:, :2], np.arange(60)]))
+    with pytest.raises(UserError, match="60 classes in 60 rows; is the label column an identifier"):
+        load_data(f"table:{path}", label="id")
+    with pytest.raises(UserError, match="60 classes in 60 rows"):
+        load_data(f"table:{path}", label="b")
+    pd = pytest.importorskip("pandas")
+    with pytest.raises(UserError, match="the label column holds fractions"):
+        from_object(pd.DataFrame(values, columns=["a", "b", "c"]), labels="b")
 
 
 def test_constant_columns_are_left_out_of_every_split(tmp_path, values):

@@ -186,7 +186,9 @@ def read_labels(
         names = sorted(set(texts))
         index = {text: number for number, text in enumerate(names)}
         return torch.tensor([index[text] for text in texts]), tuple(names)
-    if y.dtype.kind not in "buif" or not np.array_equal(y, np.round(y)):
+    if y.dtype.kind == "b":
+        y = y.astype(np.int64)
+    if y.dtype.kind not in "uif" or not np.array_equal(y, np.round(y)):
         raise UserError(f"{name}: labels must be whole numbers 0, 1, ... or texts")
     limit = count if class_names is None else len(class_names)
     wrong = np.flatnonzero((y < 0) | (y >= limit))

@@ -53,6 +53,7 @@ def from_object(
     options = Options(None, None, validation_fraction, test_fraction, seed, False, column, dequantize)
     y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
     if isinstance(data, Tensor):
+        data = data.float() if data.dtype == torch.bfloat16 else data  # a type that numpy has not
         return _from_array(data.detach().cpu().numpy(), y, "tensor", options, first=True)
     if isinstance(data, (np.ndarray, list)):
         return _from_array(np.asarray(data), y, "array", options)

@@ -68,7 +68,12 @@ def load_data(
         raise UserError(f"limit is {limit}; it must be at least 1")
     size = None if size is None else (int(size[0]), int(size[1]))
     options = Options(size, channels, validation_fraction, test_fraction, seed, skip_bad, label, dequantize)
-    return LOADERS[kind](argument, options).limited(limit)
+    if label is not None and kind not in ("table", "hf"):
+        raise UserError(f"label '{label}' names a column of a table; {spec} has no columns")
+    source = LOADERS[kind](argument, options).limited(limit)
+    if len(source.shape) == 1 and (size is not None or channels is not None):
+        raise UserError(f"size and channels are for images; {spec} holds vectors of {source.shape[0]} numbers")
+    return source
 
 
 def parse_size(text: str) -> tuple[int, int]:

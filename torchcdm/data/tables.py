@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchcdm.data.arrays import read_labels, source_from_splits
 from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
@@ -132,7 +133,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
         labels = [label for part in parts.values() for label in part.column(options.label)]
     values = {split: part.matrix(columns) for split, part in parts.items()}
     sizes = [len(part) for part in values.values()]
-    y, class_names = read_labels(_whole_numbers(labels), sum(sizes), table.name)
+    y, class_names = _classes(labels, sum(sizes), table.name)
     y = torch.full((sum(sizes),), NO_LABEL) if y is None else y
     pools: dict[str, Split] = {
         split: MemorySplit(torch.from_numpy(x.astype(np.float32)), part)
@@ -173,19 +174,33 @@ def _column_notes(column: str, values: np.ndarray) -> list[str]:
     return notes
 
 
-def _whole_numbers(labels: Any) -> Any:
-    """Labels read from text: whole numbers become numbers, anything else stays text."""
+def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels as long (N,), and the classes: the values of the column, numbers in their order, else texts.
+
+    Raises:
+        UserError: Another number of labels than rows, fractions, or nearly as many classes as rows.
+    """
     if labels is None:
-        return None
+        return None, None
     try:
-        return np.array([int(label) if isinstance(label, str) else label for label in labels])
-    except (TypeError, ValueError):
-        return labels
+        # Text files give every cell as text.
+        values = np.array([int(label) if isinstance(label, str) else label for label in labels])
+    except ValueError:
+        values = np.asarray(labels)
+    if values.dtype.kind not in "bui" and not (values.dtype.kind == "f" and np.array_equal(values, values.round())):
+        if values.dtype.kind == "f":
+            raise UserError(f"{name}: labels must be whole numbers or texts; the label column holds fractions")
+        values = np.array([str(label) for label in labels])
+    classes, numbers = np.unique(values, return_inverse=True)
+    if len(classes) > max(2, count // 2):
+        raise UserError(f"{name}: {len(classes)} classes in {count} rows; is the label column an identifier?")
+    names = [f"{value:g}" if values.dtype.kind == "f" else str(value) for value in classes]
+    return read_labels(numbers, count, name, names)
 
 
 def _is_number(cell: Any) -> bool:
     try:
-        return bool(np.isfinite(float(cell)))
+        return bool(np.isfinite(np.asarray([cell], dtype=np.float64)[0]))
     except (TypeError, ValueError):
         return False
 
