@@ -128,6 +128,8 @@ def test_arrays_in_either_layout_and_single_samples(tmp_path):
         y, names = read_inputs(tmp_path / f"{k}.npy", COLOUR)
         assert torch.equal(y, x[:1] if k >= 2 else x)
         assert names[-1] == f"{tmp_path / f'{k}.npy'}[{len(y) - 1}]"
+    np.save(tmp_path / "grey.npy", np.full((6, 5), 9, np.uint8))
+    assert bool((read_inputs(tmp_path / "grey.npy", GREY)[0] == torch.full((1, 1, 6, 5), 9.0)).all())
     vector = DataTransform.identity((4,))
     np.save(tmp_path / "one.npy", np.arange(4.0))
     assert read_inputs(tmp_path / "one.npy", vector)[0].tolist() == [[0, 1, 2, 3]]

@@ -48,6 +48,8 @@ def test_fixed_splits_ignore_the_seed_and_fractions_count_from_the_training_rows
     assert torch.equal(load_data("digits").train.x, load_data("digits", seed=5).train.x)
     whole = load_data("digits", validation_fraction=0)
     assert len(whole.train) == 1500 and not whole.validation and len(whole.test) == 297
+    with pytest.raises(UserError, match="validation takes 1500 of 1500"):
+        load_data("digits", validation_fraction=0.9999)
     with pytest.raises(UserError, match="validation split is empty; choose from: train, test"):
         whole.split("validation")
 
@@ -89,6 +91,9 @@ def test_toys_have_the_mean_of_their_distribution(name):
         ("toy:two-moon", "did you mean 'two-moons'"),
         ("array:nowhere.npz", "nowhere.npz: no such file"),
         ("folder:nowhere", "no such folder"),
+        ("array:", "write array:FILE.npz"),
+        ("toy", "write toy:NAME"),
+        ("", "choose from: array, celeba"),
     ],
 )
 def test_wrong_specs(spec, message):
@@ -298,6 +303,14 @@ def test_dataset_with_mixed_shapes_names_the_sample():
 def test_objects_that_are_not_understood():
     with pytest.raises(UserError, match="data of type int"):
         from_object(3)
+    with pytest.raises(UserError, match="not an array of numbers"):
+        from_object([[1.0, 2.0], [3.0]])
+
+
+def test_half_precision_tensors():
+    x = torch.arange(40.0).reshape(20, 2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(from_object(x.to(dtype)).train.x, from_object(x).train.x)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def load(argument: str, options: Options) -> DataSource:
     split are classes when every image lies in one and there are at least two.
     """
     root = Path(argument)
-    if not argument or not root.is_dir():
-        raise UserError(f"folder:{argument}: no such folder; write folder:PATH")
+    if not root.is_dir():
+        raise UserError(f"{argument}: no such folder")
     parts, notes = _parts(root)
     files = [file for part in parts.values() for file in part]
     class_names = _class_names(parts)

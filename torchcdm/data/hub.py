@@ -29,8 +29,6 @@ def load(argument: str, options: Options) -> DataSource:
     except ImportError as error:
         raise UserError(f"hf:{argument} needs the library datasets; pip install 'torchcdm[hub]'") from error
     name, _, config = argument.partition(":")
-    if not name:
-        raise UserError("hf: needs a name; write hf:NAME, such as hf:ylecun/mnist")
     try:
         if any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(name)

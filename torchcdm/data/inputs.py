@@ -118,15 +118,17 @@ class _Target:
 
     def _array(self, path: Path) -> tuple[Tensor, list[str]]:
         x, _, _ = arrays.read(path)
-        if len(self.shape) == 3 and x.ndim == 3 and self.shape in (x.shape, np.moveaxis(x, 2, 0).shape):
-            x = x[None]
-        if len(self.shape) == 1 and x.shape == self.shape and self.shape != (1,):
-            x = x[None]
+        x = x[None] if self._is_one_sample(x) else x
         values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == self.shape)
         if values.ndim == 4:
             values = torch.stack([self._convert(image, grid) for image in values])
         self._check_shape(tuple(values.shape[1:]), str(path))
         return self._check_range(values.float(), str(path)), [f"{path}[{i}]" for i in range(len(values))]
+
+    def _is_one_sample(self, x: np.ndarray) -> bool:
+        if len(self.shape) == 1:
+            return x.shape == self.shape and self.shape != (1,)
+        return x.ndim == 2 or (x.ndim == 3 and self.shape in (x.shape, np.moveaxis(x, 2, 0).shape))
 
     def _convert(self, image: Tensor, grid: arrays.Grid | None) -> Tensor:
         if self.channels is not None:

@@ -65,6 +65,8 @@ def fixed_source(
         if not 0 <= options.validation_fraction < 1:
             raise UserError(f"validation_fraction is {options.validation_fraction}; it must be at least 0 and below 1")
         validation = round(options.validation_fraction * trainable)
+        if trainable - validation < 2:
+            raise UserError(f"{name}: validation takes {validation} of {trainable} samples; make it smaller")
     pool = MemorySplit(convert_images(pool.x, grid, options), pool.labels)
     order = permutation(trainable, POOL_SEED)
     splits: tuple[Split, Split, Split] = (

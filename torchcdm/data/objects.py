@@ -56,7 +56,11 @@ def from_object(
         data = data.float() if data.dtype == torch.bfloat16 else data  # a type that numpy has not
         return _from_array(data.detach().cpu().numpy(), y, "tensor", options, first=True)
     if isinstance(data, (np.ndarray, list)):
-        return _from_array(np.asarray(data), y, "array", options)
+        try:
+            x = np.asarray(data)
+        except ValueError as error:
+            raise UserError(f"the list is not an array of numbers ({error})") from error
+        return _from_array(x, y, "array", options)
     if hasattr(data, "columns") and hasattr(data, "to_numpy"):
         table = tables.from_frame(data)
         return tables.source_from_tables({"train": table}, table.name, options, None if column else y)

@@ -23,6 +23,14 @@ LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
 }
 """What a SPEC may begin with; the loader gets what follows the colon."""
 
+NEED_ARGUMENT = {
+    "folder": "folder:PATH",
+    "array": "array:FILE.npz",
+    "table": "table:FILE.csv",
+    "hf": "hf:NAME, such as hf:ylecun/mnist",
+    "toy": "toy:NAME, such as toy:two-moons",
+}
+
 
 def load_data(
     spec: str,
@@ -60,6 +68,8 @@ def load_data(
         ((1, 8, 8), 1300, 200, 297)
     """
     kind, _, argument = spec.partition(":")
+    if kind in NEED_ARGUMENT and not argument:
+        raise UserError(f"'{spec}' does not say which; write {NEED_ARGUMENT[kind]}")
     if kind not in LOADERS:
         raise UserError(f"unknown data '{spec}'; {_hint(spec, kind)}")
     if size is not None and (len(size) != 2 or min(size) < 1):
@@ -90,6 +100,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def _hint(spec: str, kind: str) -> str:
     """The SPEC that was meant where a bare path was given; the nearest name elsewhere."""
+    if not spec:
+        return nearest(kind, LOADERS)
     path = Path(spec)
     prefixes = {".npz": "array", ".npy": "array", ".csv": "table", ".parquet": "table"}
     prefix = "folder" if path.is_dir() else prefixes.get(path.suffix.lower())
