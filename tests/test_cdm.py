@@ -112,6 +112,34 @@ def test_identity_6_probability_flow_gives_the_density(name):
 
 
 @every_schedule
+def test_identity_9_density_of_data_under_noise_of_known_size(name):
+    # y = x_0 + r_t n is x_t / alpha_t: the density of y is the model's at level t, in the unit of the data.
+    schedule = SCHEDULES[name](T)
+    model, y = exact_model(schedule, fitted=True), 2 * normal(9, 2)
+    clean = mixture_at_level(MIXTURE, schedule, 0)
+    for t in range(T + 1):
+        wider = clean.component_distribution.covariance_matrix + schedule.ratio[t] ** 2 * torch.eye(2).double()
+        parts = torch.distributions.MultivariateNormal(MIXTURE.means, wider)
+        truth = torch.distributions.MixtureSameFamily(clean.mixture_distribution, parts).log_prob(y)
+        alpha_t = schedule.alpha[t]
+        assert torch.allclose(model.log_prob(alpha_t * y, t) + 2 * alpha_t.log(), truth, atol=1e-9)
+
+
+@every_schedule
+def test_identity_9_denoising_an_unknown_level_in_one_backward_pass(name):
+    schedule = SCHEDULES[name](T)
+    model, x = exact_model(schedule, fitted=True), normal(9, 2).requires_grad_()
+    # Truth: the mean over all levels below pure noise of E[x_0 | x_t = x], by weight of their densities.
+    densities = torch.stack([mixture_at_level(MIXTURE, schedule, t).log_prob(x) for t in range(T + 1)], 1)
+    means = torch.stack([posterior_mean(x.detach(), t, schedule) for t in range(T + 1)], 1)
+    truth = (densities.softmax(1)[..., None] * means).sum(1)
+    log_p = model.logits(x)[:, :-1]
+    share = log_p.softmax(1).detach() / schedule.alpha[:-1]
+    (gradient,) = torch.autograd.grad((share * schedule.sigma[:-1] ** 2 * log_p).sum(), x)
+    assert torch.allclose(share.sum(1, keepdim=True) * x + gradient, truth, atol=1e-8)
+
+
+@every_schedule
 @pytest.mark.parametrize("fitted", [False, True])
 def test_identity_10_joint_logits(name, fitted):
     schedule = SCHEDULES[name](T)
