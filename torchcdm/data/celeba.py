@@ -52,7 +52,8 @@ def celeba(argument: str, options: Options) -> DataSource:
         notes.append(f"{len(absent)} listed file(s) are missing, {absent[0]} the first.")
     notes.append("cropped to 128 x 128 pixels around (89, 121), resized to {} x {}.".format(*size))
     notes.append("split as published: {} for training, {} for validation, {} for test.".format(*map(len, splits)))
-    return source_from_splits("celeba", tuple(splits), info.grid, options, notes=notes)
+    train, validation, test = splits
+    return source_from_splits("celeba", (train, validation, test), info.grid, options, notes=notes)
 
 
 def _places(argument: str) -> tuple[Path, Path]:

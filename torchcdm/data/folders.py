@@ -121,7 +121,9 @@ def inspect(paths: Sequence[Path], options: Options) -> tuple[ImageInfo, set[Pat
         UserError: A file that cannot be read, or two files that differ.
     """
     first: tuple[Path, ImageInfo] | None = None
-    good, bad, notes = set(), [], []
+    good: set[Path] = set()
+    bad: list[Path] = []
+    notes: list[str] = []
     squeezed = False
     for path in tqdm(paths, "checking images", disable=len(paths) < 5000, leave=False):
         try:

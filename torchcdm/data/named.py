@@ -37,8 +37,9 @@ def toy(argument: str, options: Options) -> DataSource:
     for number, count in enumerate(TOY_SIZES):
         generator = torch.Generator().manual_seed(3 * options.seed + number)
         splits.append(MemorySplit(*toys.sample_named(argument, count, generator)))
-    names = tuple(str(k) for k in range(int(splits[0].labels.max()) + 1))
-    return source_from_splits(f"toy:{argument}", tuple(splits), None, options, names)
+    train, validation, test = splits
+    names = tuple(str(k) for k in range(int(train.labels.max()) + 1))
+    return source_from_splits(f"toy:{argument}", (train, validation, test), None, options, names)
 
 
 def fixed_source(

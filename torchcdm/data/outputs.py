@@ -58,7 +58,7 @@ def save_images(
     names = [f"{i:06d}" for i in range(len(x))] if names is None else names
     deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
     if x.shape[1] not in PNG_CHANNELS:
-        values, suffix, write = _stored(x, transform), ".npy", np.save
+        values, suffix, write = _stored(x, transform), ".npy", _write_npy
     elif deep:
         values, suffix, write = _stored(x, transform), ".png", _write_png
     else:
@@ -168,6 +168,10 @@ def _write_png(path: Path, image: np.ndarray) -> None:
     from PIL import Image
 
     Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, 2))).save(path)
+
+
+def _write_npy(path: Path, image: np.ndarray) -> None:
+    np.save(path, image)
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Table:
     """
 
     name: str
-    columns: dict[str, Sequence[Any] | np.ndarray]
+    columns: Mapping[str, Sequence[Any] | np.ndarray]
     row: Callable[[int], str]
     notes: tuple[str, ...] = ()
 
@@ -152,7 +152,8 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     if len(kept) < len(columns):
         constant = ", ".join(column for column in columns if column not in kept)
         notes.append(f"columns left out because they are constant in training: {constant}.")
-        splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
+        train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
+        splits = (train, validation, test)
     for k, column in enumerate(columns):
         if column in kept:
             notes += _column_notes(column, values["train"][:, k])
