@@ -188,8 +188,7 @@ class ClassificationDiffusion(Denoiser):
             guidance: Weight w of identity 8, for joint backbones: the gradient is taken of
                 (1 + w) log p_t(x|y) - w log p_t(x).
         """
-        if torch.is_inference_mode_enabled():
-            raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
+        _refuse_inference_mode()
         rows = torch.arange(len(x_t), device=x_t.device)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
 
@@ -214,6 +213,28 @@ class ClassificationDiffusion(Denoiser):
         base = self.base.log_prob_levels(x_t)
         chosen, unconditional = (base + correction.double() for correction in corrections)
         return Evaluation(eps, chosen, unconditional)
+
+    def denoise_blind(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x_0 | x] of an ``x`` known to be some x_t, the level not: identity 9, one pass each way.
+
+        The denoisers of levels 0 ... T, weighted by p(t | x): the gradient of one scalar.
+
+        Args:
+            x: Model units, (B, *shape).
+            y: Classes, long (B,), or None.
+
+        Returns:
+            Shape of ``x``, without a graph.
+        """
+        _refuse_inference_mode()
+        alpha, sigma = self.schedule.alpha[:-1], self.schedule.sigma[:-1]
+        with torch.enable_grad():
+            z = x.detach().double().requires_grad_()
+            levels = self.log_prob_levels(z.to(x.dtype), y)[:, :-1]
+            weights = levels.detach().softmax(1)
+            (pull,) = torch.autograd.grad((weights * sigma**2 / alpha * levels).sum(), z)
+        share = (weights / alpha).sum(1).reshape(-1, *[1] * (x.ndim - 1))
+        return (share * x.double() + pull).to(x.dtype)
 
     def guided(self, weight: float) -> Denoiser:
         """Classifier-free guidance (identity 8): one pass a step with joint logits, two without."""
@@ -241,6 +262,11 @@ class ClassificationDiffusion(Denoiser):
         # Label `classes` is the null label, as in every conditional backbone.
         candidates = torch.cat([by_class, unconditional[:, None]], 1)
         return candidates[torch.arange(len(y), device=y.device), y], unconditional
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
 
 
 @final
