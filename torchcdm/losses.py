@@ -69,6 +69,11 @@ class CDMLoss(nn.Module):
         self.ce_weight, self.mse_weight = ce_weight, mse_weight
         self.label_dropout = label_dropout
 
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
+        device = torch.device("cpu") if generator is None else generator.device
+        return stratified_levels(n, self.model.schedule.T + 2, device, generator)
+
     def forward(
         self,
         x_0: Tensor,
@@ -92,7 +97,7 @@ class CDMLoss(nn.Module):
         """
         schedule = self.model.schedule
         if t is None:
-            t = stratified_levels(len(x_0), schedule.T + 2, x_0.device, generator)
+            t = self.draw_levels(len(x_0), generator).to(x_0.device)
         if eps is None:
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         y = drop_labels(y, self.model.classes, self.label_dropout, generator)
@@ -134,6 +139,11 @@ class DDMLoss(nn.Module):
         self.model = model
         self.label_dropout = label_dropout
 
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Levels of a batch, 1 ... T, on the generator's device: long (n,)."""
+        device = torch.device("cpu") if generator is None else generator.device
+        return 1 + stratified_levels(n, self.model.schedule.T, device, generator)
+
     def forward(
         self,
         x_0: Tensor,
@@ -145,7 +155,7 @@ class DDMLoss(nn.Module):
         """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss``, ``mse`` and ``t``."""
         schedule = self.model.schedule
         if t is None:
-            t = 1 + stratified_levels(len(x_0), schedule.T, x_0.device, generator)
+            t = self.draw_levels(len(x_0), generator).to(x_0.device)
         if eps is None:
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         y = drop_labels(y, self.model.classes, self.label_dropout, generator)

@@ -1,0 +1,72 @@
+"""The parser, and arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torchcdm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose every error is one line on stderr and exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def add_command(commands: Any, name: str, summary: str, example: str) -> Parser:
+    """A subcommand whose help ends with an example."""
+    return commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is by default")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to FILE, - for stdout")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """``--data`` and ``--split`` of a command that measures a run."""
+    parser.add_argument("--data", metavar="SPEC", help="other data than the run was trained on")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples, evenly spaced")
+
+
+def device_of(name: str | None) -> str:
+    """The device asked for, checked; the best there is otherwise."""
+    import torch
+
+    if name is None:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        return "mps" if best == "cpu" and torch.backends.mps.is_available() else best
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
+    return name
+
+
+def write_numbers(path: Path | None, value: Any) -> None:
+    """Numbers as JSON where ``--json`` says."""
+    if path is None:
+        return
+    if str(path) == "-":
+        json.dump(value, sys.stdout, indent=1)
+        print()
+        return
+    from torchcdm.run_folder import write_json, writing
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)

@@ -1,0 +1,47 @@
+"""Entry point: the commands and what their failures look like."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torchcdm.cli import measuring, reading, sampling, training
+from torchcdm.cli.arguments import Parser
+from torchcdm.errors import UserError
+from torchcdm.version import __version__
+
+EPILOG = """\
+examples:
+  cdm train digits --out runs/digits
+  cdm sample runs/digits --n 64 --out samples
+  cdm nll runs/digits
+
+exit codes: 0 done; 2 a mistake in what was given, with one line on stderr; 130 and 143 stopped by
+SIGINT and SIGTERM, in training with the state saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = Parser(prog="cdm", description="Classification diffusion models.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"torchcdm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for group in (training, sampling, measuring, reading):
+        group.add_commands(commands)
+    try:
+        # Flags of the form --section.field are known to the configuration alone.
+        options, rest = parser.parse_known_args(arguments)
+        options.rest = rest
+        if rest and not getattr(options, "takes_fields", False):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"cdm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cdm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, such as head, has seen enough.
+        sys.stderr.close()
+        return 0

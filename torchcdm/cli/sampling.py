@@ -1,0 +1,81 @@
+"""``cdm sample``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchcdm.checkpoint import ModelInfo
+    from torchcdm.denoisers import Denoiser
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "sample", "draw samples", "cdm sample runs/digits --n 64 --sampler dpm++ --out samples")
+    parser.add_argument("model", metavar="RUN")
+    parser.add_argument("--n", type=int, default=64, help="number of samples (64)")
+    parser.add_argument("--sampler", default="ddim", help="ddpm, ddim, dpm2, dpm++ or heun (ddim)")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps, up to T (50)")
+    parser.add_argument("--label", metavar="K|balanced", help="class by number or name, or all in turn")
+    parser.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", default="grid", choices=["grid", "images", "array", "all"], help="what to write (grid)")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_device(parser)
+    parser.set_defaults(run=run_sample)
+
+
+def run_sample(options: argparse.Namespace) -> int:
+    """Samples to files, with a manifest."""
+    from torchcdm.checkpoint import load, read_info
+    from torchcdm.gallery import draw, save_all, save_each, save_manifest, save_sheet
+    from torchcdm.run_folder import writing
+
+    info = read_info(options.model)
+    model = load(options.model, device_of(options.device))
+    y = _labels(options.label, options.n, model, info)
+    steps = min(50, model.schedule.T) if options.steps is None else options.steps
+    drawn = draw(model, options.n, options.sampler, steps, y, options.guidance, options.seed, not options.quiet)
+    out = options.out
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    files = None
+    if options.format in ("grid", "all"):
+        save_sheet(drawn, model, out / "samples", info.columns)
+    if options.format in ("images", "all") and drawn.is_images:
+        files = save_each(drawn, model, out)
+    if options.format == "images" and not drawn.is_images:
+        raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
+    if options.format in ("array", "all"):
+        save_all(drawn, model, out / "samples.npz")
+    save_manifest(drawn, out / "manifest.csv", files, info.class_names)
+    print(f"{options.n} samples in {out}")
+    return 0
+
+
+def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tensor | None:
+    """The classes that ``--label`` asks for."""
+    import torch
+
+    from torchcdm.gallery import balanced_labels
+
+    if label is None:
+        return None
+    if model.classes is None:
+        raise UserError(f"--label {label}: this model was trained without classes")
+    if label == "balanced":
+        return balanced_labels(n, model.classes)
+    names = info.class_names or ()
+    if label in names:
+        return torch.full((max(n, 0),), names.index(label))
+    if not label.isdigit() or int(label) >= model.classes:
+        raise UserError(f"--label {label}: give balanced, a number 0 ... {model.classes - 1}, or one of {', '.join(names)}")
+    return torch.full((max(n, 0),), int(label))

@@ -1,0 +1,136 @@
+"""``cdm train`` and ``cdm presets``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torchcdm.config import Config
+
+SHORT = {
+    "data": "data.spec",
+    "size": "data.size",
+    "channels": "data.channels",
+    "label": "data.label",
+    "model": "model.kind",
+    "steps": "train.steps",
+    "seed": "train.seed",
+    "precision": "train.precision",
+    "init": "train.init",
+}
+"""Flags that stand for a field."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds both commands."""
+    parser = add_command(
+        commands, "train", "train a model from a preset or a YAML file", "cdm train digits --out runs/digits --steps 500"
+    )
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="see cdm presets")
+    parser.add_argument("--config", metavar="FILE", help="YAML file instead of, or on top of, a preset")
+    parser.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
+    parser.add_argument("--data", metavar="SPEC", help="digits, folder:PATH, array:FILE, table:FILE, hf:NAME, toy:NAME ...")
+    parser.add_argument("--size", metavar="HxW", help="resize images")
+    parser.add_argument("--channels", metavar="N", help="convert images to 1, 3 or 4 channels")
+    parser.add_argument("--label", metavar="COLUMN", help="column of a table that holds the class")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--model", metavar="cdm|ddm", help="ddm: the plain denoising diffusion baseline")
+    parser.add_argument("--steps", metavar="N", help="optimiser steps")
+    parser.add_argument("--seed", metavar="S", help="seed of everything random")
+    parser.add_argument("--precision", metavar="fp32|bf16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--init", metavar="RUN", help="start from the weights of another run, where they fit")
+    parser.add_argument("--resume", action="store_true", help="go on from the last saved state in RUN, if there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report on the terminal")
+    parser.add_argument("--section.field", dest="_", metavar="VALUE", help="any field of the configuration, such as "
+                        "--train.lr 1e-3 or --model.backbone.width 48; RUN/config.yaml lists them")  # fmt: skip
+    add_device(parser)
+    parser.set_defaults(run=run_train, takes_fields=True)
+
+    parser = add_command(commands, "presets", "list the presets", "cdm presets")
+    parser.set_defaults(run=run_presets)
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Trains, then measures where that is cheap."""
+    from torchcdm.config import load_source
+    from torchcdm.interrupt import Interrupted
+    from torchcdm.trainer import train
+
+    config = _configuration(options)
+    device = None if options.device is None else device_of(options.device)
+    source = load_source(config.data)
+    if not options.quiet:
+        for note in source.notes:
+            print(f"{source.name}: {note}")
+    try:
+        result = train(config, options.out, source, options.resume, device, progress=not options.quiet)
+    except Interrupted as stop:
+        print(f"cdm: {stop}", file=sys.stderr)
+        return 128 + stop.number
+    if not options.quiet:
+        print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
+    return 0
+
+
+def run_presets(options: argparse.Namespace) -> int:
+    """One line a preset."""
+    from torchcdm.config import make_config, preset_fields, preset_names
+
+    for name in preset_names():
+        config = make_config(preset_fields(name))
+        model = config.model
+        reaches = "" if config.reaches is None else f"; {config.reaches.text} ({config.reaches.source})"
+        print(
+            f"{name:26} {config.data.spec or 'your data'}: {config.description}; {model.kind} {model.backbone.name}, "
+            f"{model.schedule.name} T={model.schedule.T}, {config.train.steps} steps{reaches}"
+        )
+    return 0
+
+
+def _configuration(options: argparse.Namespace) -> Config:
+    """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
+    from pathlib import Path
+
+    from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
+    from torchcdm.data import parse_size
+    from torchcdm.run_folder import RunFolder
+
+    layers = []
+    if options.preset is not None:
+        layers.append(preset_fields(options.preset))
+    if options.config is not None:
+        layers.append(file_fields(options.config))
+    if not layers:
+        saved = RunFolder(Path(options.out)).config
+        if not (options.resume and saved.exists()):
+            raise UserError("give a preset or --config FILE; cdm presets lists the presets")
+        layers.append(file_fields(saved))
+    flags = [(path, getattr(options, name)) for name, path in SHORT.items() if getattr(options, name) is not None]
+    flags = [(path, str(list(parse_size(text))) if path == "data.size" else text) for path, text in flags]
+    flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
+    return make_config(*layers, flag_fields(flags + _fields(options.rest)))
+
+
+def _fields(rest: list[str]) -> list[tuple[str, str]]:
+    """``--section.field VALUE`` and ``--section.field=VALUE`` from what the parser left."""
+    fields, words = [], iter(rest)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            raise UserError(f"unknown argument '{word}'; {nearest(name, _flag_names())}")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"--{name} needs a value")
+        fields.append((name, value))
+    return fields
+
+
+def _flag_names() -> list[str]:
+    return [*SHORT, "config", "out", "skip-bad", "compile", "resume", "quiet", "device"]

@@ -1,0 +1,530 @@
+"""Configuration of a run: frozen dataclasses, their presets, and the one place where names become classes.
+
+Precedence, weakest first: the defaults below, a preset, a YAML file, flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from torchcdm.backbones.encoder import Encoder
+from torchcdm.backbones.mlp import DDMMLP, MLP
+from torchcdm.backbones.timm_adapter import TimmBackbone
+from torchcdm.backbones.unet import CDMUNet, DDMUNet
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.codec import decode, encode, merge
+from torchcdm.data import DataSource, load_data
+from torchcdm.denoisers import Denoiser, DenoisingDiffusion
+from torchcdm.errors import UserError, nearest
+from torchcdm.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.losses import CDMLoss, DDMLoss
+from torchcdm.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    NoiseSchedule,
+    OptimalTransportSchedule,
+    UniformSigmaSchedule,
+)
+from torchcdm.units import DataTransform
+
+# --- data ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on.
+
+    Attributes:
+        spec: As ``--data``: ``digits``, ``folder:PATH``, ``table:FILE.csv`` ...; None where a preset leaves it open.
+        size: Images are resized to (height, width).
+        channels: Images are converted to so many channels.
+        validation_fraction: Share of validation where the data have none of their own.
+        test_fraction: Share of test, likewise.
+        seed: Seed of random splits.
+        limit: At most so many samples in every split.
+        skip_bad: Leave out files that cannot be read.
+        label: Column of a table that holds the class.
+        dequantize: Train and score with uniform noise on grey levels; False as in the paper.
+        flip: Mirror half of the training images, at random.
+        workers: Processes that read samples from files.
+    """
+
+    spec: str | None = None
+    size: tuple[int, ...] | None = None
+    channels: int | None = None
+    validation_fraction: float | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+    limit: int | None = None
+    skip_bad: bool = False
+    label: str | None = None
+    dequantize: bool = True
+    flip: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size is not None and len(self.size) != 2:
+            raise UserError(f"size is {list(self.size)}; [height, width] is needed")
+
+
+# --- networks: the arguments of the classes in torchcdm.backbones -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """:class:`torchcdm.backbones.encoder.Encoder`; images."""
+
+    name: Literal["encoder"] = "encoder"
+    width: int = 32
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    blocks: int = 2
+    dropout: float = 0.0
+    attention: tuple[int, ...] = ()
+    energy_maps: int = 32
+    knots: int | None = None
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """:class:`torchcdm.backbones.unet.CDMUNet`, or ``DDMUNet`` in a ddm; images."""
+
+    name: Literal["unet"] = "unet"
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    blocks: int = 2
+    attention: tuple[int, ...] = (16,)
+    dropout: float = 0.1
+    groups: int = 32
+    head_channels: int | None = None
+    direction: Literal["data", "noise"] = "noise"
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """:class:`torchcdm.backbones.mlp.MLP`, or ``DDMMLP`` in a ddm; vectors."""
+
+    name: Literal["mlp"] = "mlp"
+    width: int = 256
+    depth: int = 4
+    dropout: float = 0.0
+    energy_maps: int = 8
+    knots: int | None = None
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """:class:`torchcdm.backbones.timm_adapter.TimmBackbone`; images. ``options`` go to ``timm.create_model``."""
+
+    name: Literal["timm"] = "timm"
+    model: str = "vit_tiny_patch16_224"
+    knots: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+BackboneConfig = EncoderConfig | UNetConfig | MLPConfig | TimmConfig
+
+# --- schedules ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """:class:`torchcdm.schedules.LinearSchedule`."""
+
+    name: Literal["linear"] = "linear"
+    T: int = 1000
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+
+
+@dataclass(frozen=True)
+class CosineConfig:
+    """:class:`torchcdm.schedules.CosineSchedule`."""
+
+    name: Literal["cosine"] = "cosine"
+    T: int = 1000
+    offset: float = 0.008
+
+
+@dataclass(frozen=True)
+class UniformSigmaConfig:
+    """:class:`torchcdm.schedules.UniformSigmaSchedule`."""
+
+    name: Literal["uniform-sigma"] = "uniform-sigma"
+    T: int = 200
+
+
+@dataclass(frozen=True)
+class OptimalTransportConfig:
+    """:class:`torchcdm.schedules.OptimalTransportSchedule`."""
+
+    name: Literal["optimal-transport"] = "optimal-transport"
+    T: int = 200
+
+
+@dataclass(frozen=True)
+class LogSNRConfig:
+    """:class:`torchcdm.schedules.LogSNRSchedule`; ``r_min`` is half a grey level, or a hundredth of the scale of
+    continuous data, when None."""
+
+    name: Literal["log-snr"] = "log-snr"
+    T: int = 200
+    r_min: float | None = None
+    r_max: float = 80.0
+
+
+ScheduleConfig = LinearConfig | CosineConfig | UniformSigmaConfig | OptimalTransportConfig | LogSNRConfig
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained.
+
+    Attributes:
+        kind: ``cdm``, or ``ddm``: the plain denoising diffusion baseline.
+        labels: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes
+            from one pass (identity 10).
+        gaussian: Logits are a correction to a fitted Gaussian.
+        backbone: The network.
+        schedule: The noise levels.
+    """
+
+    kind: Literal["cdm", "ddm"] = "cdm"
+    labels: Literal["none", "input", "joint"] = "none"
+    gaussian: bool = True
+    backbone: BackboneConfig = EncoderConfig()
+    schedule: ScheduleConfig = UniformSigmaConfig()
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """:class:`torchcdm.losses.CDMLoss`; a ddm reads ``label_dropout`` alone."""
+
+    ce_weight: float = 3.0
+    mse_weight: float = 1.0
+    label_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Samples a step, all processes together.
+        seed: Everything random in step k is a function of this and k.
+        optimizer: ``adamw`` or ``adam``.
+        lr: Peak learning rate.
+        betas: The two decay rates of Adam.
+        weight_decay: Of AdamW.
+        warmup: Steps of linear warm-up.
+        decay: ``cosine`` to zero at the last step, ``constant``, or ``step``: times ``decay_factor`` every
+            ``decay_every`` steps.
+        decay_every: See ``decay``.
+        decay_factor: See ``decay``.
+        grad_clip: Largest norm of the gradient; None for no limit.
+        ema_decay: Decay of the averaged weights, reached by a ramp.
+        precision: ``fp32`` or ``bf16``.
+        compile: Compile the loss with torch.compile.
+        validate_every: Steps between validations of the averaged weights.
+        validation_samples: At most so many validation samples.
+        select: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; for a ddm, mse.
+        patience: Stop after so many validations without a new best; None never stops early.
+        log_every: Steps between lines of metrics.jsonl.
+        save_every: Steps between states that a resumed run starts from.
+        sample_every: Steps between grids of samples; None for one at the end.
+        init: A run whose weights are the start, where they fit.
+        trackers: Names for accelerate's ``log_with``, such as ``tensorboard``.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 128
+    seed: int = 0
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 100
+    decay: Literal["cosine", "constant", "step"] = "cosine"
+    decay_every: int = 200_000
+    decay_factor: float = 0.1
+    grad_clip: float | None = 1.0
+    ema_decay: float = 0.999
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    validate_every: int = 500
+    validation_samples: int = 2000
+    select: Literal["nll", "loss", "mse"] = "nll"
+    patience: int | None = None
+    log_every: int = 50
+    save_every: int = 500
+    sample_every: int | None = None
+    init: str | None = None
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validate_every", "validation_samples", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.lr <= 0:
+            raise UserError(f"lr is {self.lr:g}; it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay:g}; it must be at least 0 and below 1")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must not be negative")
+        if len(self.betas) != 2:
+            raise UserError(f"betas is {list(self.betas)}; two numbers are needed")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The samples a run draws of itself."""
+
+    n: int = 64
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reaches:
+    """What a preset should reach, and whether that was measured with it or published elsewhere."""
+
+    text: str
+    source: Literal["measured", "published"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run; ``config.yaml`` in its folder."""
+
+    preset: str | None = None
+    description: str = ""
+    reaches: Reaches | None = None
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+# --- presets, files, flags -----------------------------------------------------------------------------------------
+
+_PRESETS = files("torchcdm") / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, sorted."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """What a preset sets, with what it extends.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in preset_names():
+        raise UserError(f"unknown preset '{name}'; {nearest(name, preset_names())}")
+    fields = yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    parent = fields.pop("extends", None)
+    return merge(preset_fields(parent) if parent else {}, fields | {"preset": name})
+
+
+def file_fields(path: str | Path) -> dict[str, Any]:
+    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on.
+
+    Raises:
+        UserError: Missing, or not YAML.
+    """
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
+    parent = fields.pop("extends", None)
+    return merge(preset_fields(parent), fields) if parent else fields
+
+
+def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Flags ``section.field`` with the text of a YAML value, as nested fields."""
+    fields: dict[str, Any] = {}
+    for path, text in flags:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--{path}: '{text}' is not a YAML value") from None
+        *parents, leaf = path.split(".")
+        here = fields
+        for parent in parents:
+            below = here.get(parent, {})
+            below = {"name": below} if isinstance(below, str) else below
+            here[parent] = below
+            here = below
+        here[leaf] = merge({leaf: here.get(leaf)}, {leaf: value})[leaf]
+    return fields
+
+
+def make_config(*layers: Mapping[str, Any]) -> Config:
+    """The configuration of these fields, laid on the defaults and on each other, the last strongest.
+
+    Raises:
+        UserError: An unknown field or a wrong value, by its dotted path and with the nearest name.
+    """
+    fields: dict[str, Any] = encode(Config())
+    for layer in layers:
+        fields = merge(fields, layer)
+    return decode(Config, fields)
+
+
+def load_source(config: DataConfig) -> DataSource:
+    """The data that a configuration names."""
+    if config.spec is None:
+        raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
+    size = None if config.size is None else (config.size[0], config.size[1])
+    return load_data(
+        config.spec,
+        size=size,
+        channels=config.channels,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        limit=config.limit,
+        skip_bad=config.skip_bad,
+        label=config.label,
+        dequantize=config.dequantize,
+    )
+
+
+# --- names to classes ----------------------------------------------------------------------------------------------
+
+
+def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
+    """The same with the numbers filled in that are read off the data."""
+    schedule = config.schedule
+    if isinstance(schedule, LogSNRConfig) and schedule.r_min is None:
+        r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
+        schedule = replace(schedule, r_min=r_min)
+    return replace(config, schedule=schedule)
+
+
+def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of a resolved configuration."""
+    match config:
+        case LinearConfig():
+            return LinearSchedule(config.T, config.beta_min, config.beta_max)
+        case CosineConfig():
+            return CosineSchedule(config.T, config.offset)
+        case UniformSigmaConfig():
+            return UniformSigmaSchedule(config.T)
+        case OptimalTransportConfig():
+            return OptimalTransportSchedule(config.T)
+        case LogSNRConfig():
+            return LogSNRSchedule(config.T, config.r_min, config.r_max)
+
+
+def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
+    """The network of a configuration for events of this shape.
+
+    Raises:
+        UserError: A network for images on vectors or the other way round, or one that the kind of model lacks.
+    """
+    net, name = config.backbone, config.backbone.name
+    ddm, joint = config.kind == "ddm", config.labels == "joint"
+    vectors = len(shape) == 1
+    if vectors != isinstance(net, MLPConfig):
+        data, fit = ("vectors", "mlp") if vectors else ("images", "encoder")
+        raise UserError(f"model.backbone is {name}, but the data are {data} {shape}; use --model.backbone {fit}")
+    if ddm and isinstance(net, (EncoderConfig, TimmConfig)):
+        raise UserError(f"model.backbone is {name}, which cannot be a ddm; use --model.backbone unet")
+    if ddm and joint:
+        raise UserError("model.labels is joint, which needs a cdm; use --model.labels input for a ddm")
+    options: dict[str, Any] = {key: value for key, value in vars(net).items() if key != "name"}
+    options |= {"classes": classes}
+    if not vectors:
+        options |= {"in_channels": shape[0], "image_size": shape[1:]}
+    if ddm:
+        for key in ("head_channels", "direction", "energy_maps", "knots"):
+            options.pop(key, None)
+        return DDMMLP(shape[0], **options) if vectors else DDMUNet(**options)
+    options |= {"levels": levels, "joint": joint}
+    match net:
+        case EncoderConfig():
+            return Encoder(**options)
+        case UNetConfig():
+            return CDMUNet(**options)
+        case MLPConfig():
+            return MLP(shape[0], **options)
+        case TimmConfig():
+            return TimmBackbone(options.pop("model"), **(options.pop("options") | options))
+
+
+def build_model(
+    config: ModelConfig,
+    transform: DataTransform,
+    classes: int | None = None,
+    gaussian: GaussianMarginals | None = None,
+    class_prior: Tensor | None = None,
+) -> Denoiser:
+    """The model of a resolved configuration.
+
+    Args:
+        config: Kind, network and schedule.
+        transform: Of the data: fixes the event shape.
+        classes: Number of classes of the data.
+        gaussian: Fitted marginals; a blank, to load a saved state into, when None and the configuration has some.
+        class_prior: p(y) for joint logits.
+
+    Raises:
+        UserError: Labels asked of data without classes, and what :func:`build_backbone` refuses.
+    """
+    if config.labels != "none" and classes is None:
+        raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
+    classes = None if config.labels == "none" else classes
+    schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
+    backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
+    base: BaseDensity | None = gaussian
+    if base is None and config.gaussian:
+        base = GaussianMarginals.blank(schedule, transform.shape)
+    if config.kind == "ddm":
+        return DenoisingDiffusion(backbone, schedule, transform, base)
+    return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
+
+
+def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
+    """The loss that trains ``model``."""
+    if isinstance(model, ClassificationDiffusion):
+        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout)
+    return DDMLoss(model, config.label_dropout)
+
+
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool, limit: int = 50_000) -> GaussianMarginals:
+    """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
+
+    Args:
+        config: Resolved; its schedule.
+        source: The data.
+        flip: Whether training mirrors images.
+        limit: At most so many samples.
+    """
+    x, _ = source.train.tensors(limit)
+    transform = source.transform
+    z = transform.encode(x, torch.Generator().manual_seed(0))
+    if flip:
+        z = torch.cat([z, z.flip(-1)])
+    bin_ = transform.model_bin
+    floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
+    return GaussianMarginals.fit(z, build_schedule(config.schedule), floor)

@@ -1,0 +1,485 @@
+"""Training: a loop over steps on accelerate, that can be killed at any moment and goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from torchcdm.batches import Batch, Batches, derive
+from torchcdm.checkpoint import (
+    ModelInfo,
+    TrainingState,
+    load_matching,
+    load_state,
+    load_tensors,
+    read_tensors,
+    save_model,
+    save_state,
+    state_folders,
+)
+from torchcdm.codec import encode
+from torchcdm.config import (
+    Config,
+    TrainConfig,
+    build_loss,
+    build_model,
+    file_fields,
+    fit_gaussian,
+    load_source,
+    make_config,
+    resolve,
+)
+from torchcdm.data import DataSource
+from torchcdm.denoisers import Denoiser
+from torchcdm.ema import EMA
+from torchcdm.errors import UserError
+from torchcdm.gallery import balanced_labels, draw, save_manifest, save_sheet
+from torchcdm.interrupt import Interrupted, SignalWatch
+from torchcdm.metrics import labels_for, validate
+from torchcdm.run_folder import RunFolder, append_metrics, cut_metrics, write_file
+
+MAX_BAD_STEPS = 10
+"""So many steps in a row without a finite gradient end the training."""
+
+FREE_ON_RESUME = {"preset", "description", "reaches", "sampling", "data.workers", "train.steps", "train.validate_every",
+                  "train.patience", "train.log_every", "train.save_every", "train.sample_every", "train.trackers",
+                  "train.init", "train.validation_samples"}  # fmt: skip
+"""What may differ from the run that is resumed; all else would make it another run."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes:
+        step: Steps done.
+        seconds: Wall-clock of the training, over all resumes.
+        skipped: Steps without a finite gradient.
+        selected: Validation value, its best, and the step of the saved model.
+        samples: The last sheet of samples.
+    """
+
+    step: int
+    seconds: float
+    skipped: int
+    selected: dict[str, Any]
+    samples: Path
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    source: DataSource | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains a model and leaves a run folder.
+
+    Args:
+        config: What and how.
+        out: The run's folder.
+        source: The data; loaded from the configuration when None.
+        resume: Go on from the last saved state; a folder without one starts anew.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the best there is when None.
+        progress: Shows a progress bar and messages.
+
+    Raises:
+        UserError: The folder already holds a run, the configuration differs from that of the run to resume, the data
+            do not suit the model, a file cannot be written, or ten steps in a row were not finite.
+        Interrupted: SIGTERM or SIGINT came; the state is saved.
+    """
+    run = RunFolder(Path(out))
+    if run.holds_run() and not resume:
+        raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
+    if resume and run.config.exists():
+        _check_same(config, make_config(file_fields(run.config)), run)
+    source = load_source(config.data) if source is None else source
+    if config.data.spec is None:
+        config = replace(config, data=replace(config.data, spec=source.name))
+    config = replace(config, model=resolve(config.model, source.transform))
+    # The state of torch's own generator is the caller's: steps seed it anew.
+    with torch.random.fork_rng(), SignalWatch() as watch:
+        return Trainer(config, run, source, device, progress, watch).run_to_end(resume)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of a step, counted from 0."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    match config.decay:
+        case "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        case "step":
+            factor = config.decay_factor ** (step // config.decay_every)
+        case "constant":
+            factor = 1.0
+    return config.lr * warm * factor
+
+
+@final
+class Trainer:
+    """One training: model, optimiser and counters, and what happens at each step.
+
+    Args:
+        config: Resolved.
+        run: Where it is kept.
+        source: The data.
+        device: As in :func:`train`.
+        progress: As in :func:`train`.
+        watch: Tells of signals.
+    """
+
+    def __init__(
+        self, config: Config, run: RunFolder, source: DataSource, device: str | None, progress: bool, watch: SignalWatch
+    ) -> None:
+        self.config, self.run, self.source, self.watch = config, run, source, watch
+        self.options = config.train
+        self.accelerator = _accelerator(self.options, device, run)
+        self.device = torch.device(device) if device and self.accelerator.num_processes == 1 else self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.progress = progress and self.main
+
+        self.model = self._initial_model().to(self.device)
+        self.ema = EMA(self.model, self.options.ema_decay)
+        self.parameters = list(self.model.parameters())
+        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+        decay = {"weight_decay": self.options.weight_decay} if self.options.optimizer == "adamw" else {}
+        self.optimizer = kinds[self.options.optimizer](self.parameters, self.options.lr, self.options.betas, **decay)
+        self.loss = build_loss(config.loss, self.model)
+        self.batches = Batches(
+            source,
+            self.options.batch_size,
+            self.options.seed,
+            labels=self.model.classes is not None,
+            flip=config.data.flip,
+            workers=config.data.workers,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        x, labels = source.validation.tensors(self.options.validation_samples) if source.validation else (None, None)
+        self.validation = None if x is None else (x, labels_for(self.model, labels))
+        self.value = self.options.select if config.model.kind == "cdm" else "mse"
+
+        self.step, self.updates_lost, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
+        self.best: dict[str, Any] | None = None
+        self.stale = 0
+        self.window = _Window(self.device)
+
+    # --- start and end -----------------------------------------------------------------------------------------
+
+    def run_to_end(self, resume: bool) -> TrainResult:
+        """All steps that are left, then samples of the best model."""
+        if self.main:
+            self.run.make()
+            write_file(self.run.config, yaml.safe_dump(encode(self.config), sort_keys=False))
+        self.accelerator.wait_for_everyone()
+        states = state_folders(self.run) if resume else []
+        if states:
+            self._restore(load_state(states[-1]))
+        if self.main:
+            cut_metrics(self.run.metrics, self.step)
+        if self.step < self.options.steps and not self._out_of_patience():
+            self._loop()
+        samples = self._final_samples() if self.main else self.run.samples
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return TrainResult(self.step, self.seconds, self.updates_lost, self._selected(), samples)
+
+    def _initial_model(self) -> Denoiser:
+        """The model before the first step: fitted Gaussian, weights from the seed or from another run."""
+        config, source = self.config, self.source
+        torch.manual_seed(derive(self.options.seed, "weights"))
+        gaussian = fit_gaussian(config.model, source, config.data.flip) if config.model.gaussian else None
+        prior = None
+        if config.model.labels == "joint" and source.classes is not None:
+            prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
+        model = build_model(config.model, source.transform, source.classes, gaussian, prior)
+        if self.options.init is not None:
+            path = RunFolder(Path(self.options.init)).model
+            copied, left = load_matching(model, read_tensors(path))
+            if not copied:
+                raise UserError(f"{path}: none of its weights fits this network")
+            self.say(f"{copied} weights from {path}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
+        return model
+
+    def _restore(self, state: TrainingState) -> None:
+        for module, tensors in ((self.model, state.model), (self.ema.model, state.ema)):
+            load_tensors(module, tensors, self.run.states / f"step-{state.step}")
+        self.optimizer.load_state_dict(state.optimizer)
+        progress = state.progress
+        self.step, self.ema.updates = state.step, progress["ema_updates"]
+        self.seconds, self.updates_lost = progress["seconds"], progress["skipped"]
+        self.best, self.stale = progress["best"], progress["stale"]
+        self.say(f"going on from step {self.step} of {self.options.steps}")
+
+    def _save_state(self) -> None:
+        if not self.main:
+            return
+        progress = {
+            "ema_updates": self.ema.updates,
+            "seconds": self.seconds,
+            "skipped": self.updates_lost,
+            "best": self.best,
+            "stale": self.stale,
+        }
+        state = TrainingState(
+            self.step, self.model.state_dict(), self.ema.model.state_dict(), self.optimizer.state_dict(), progress
+        )
+        save_state(self.run, state)
+
+    def _save_model(self) -> None:
+        info = ModelInfo(
+            self.config.model,
+            self.source.transform,
+            self.config.data,
+            self.config.preset,
+            self.source.class_names,
+            self.source.columns,
+            self._selected(),
+        )
+        save_model(self.run, self.ema.model, info)
+
+    def _selected(self) -> dict[str, Any]:
+        return {"value": "last", "step": self.step} if self.best is None else self.best
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        from tqdm.auto import tqdm
+
+        options = self.options
+        wrapped = self._wrap(self.loss)
+        bar = tqdm(
+            total=options.steps, initial=self.step, desc="training", unit="step", disable=not self.progress,
+            mininterval=0.5, smoothing=0.05, dynamic_ncols=True,
+        )  # fmt: skip
+        began = time.monotonic() - self.seconds
+        self.model.train()
+        with bar:
+            for batch in self.batches(self.step, options.steps, self.loss, self.device):
+                terms, finite = self._update(wrapped, batch)
+                self.step += 1
+                self.seconds = time.monotonic() - began
+                bar.update()
+                stop = self._agree(not finite, self.watch.received)
+                self._count_bad(stop[0] > 0)
+                self.window.add(terms)
+                self._after_step(bar)
+                if stop[1]:
+                    self._save_state()
+                    raise Interrupted(
+                        stop[1], f"stopped by a signal after step {self.step}; the state is saved, go on with --resume"
+                    )
+                if self._out_of_patience():
+                    self.say(f"no better {self.value} for {self.stale} validations: stopped at step {self.step}")
+                    break
+        self._save_state()
+
+    def _update(self, loss: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], bool]:
+        """One optimiser step; weights and average stay as they are where it is not finite."""
+        options = self.options
+        torch.manual_seed(derive(options.seed, "network", self.step, self.accelerator.process_index))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(options, self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False):
+            terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
+        value = terms["loss"].mean()
+        if self.accelerator.num_processes > 1:
+            # The reducer waits for every parameter; some have no influence, such as the last bias without CE.
+            value = value + 0 * sum(parameter.sum() for parameter in self.parameters)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(value)
+        limit = math.inf if options.grad_clip is None else options.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        # Gradients, and so their norm, are the same in all processes: all skip or none.
+        finite = bool(norm.isfinite()) and (self.accelerator.num_processes > 1 or bool(value.isfinite()))
+        if finite:
+            self.optimizer.step()
+            self.ema.update(self.model)
+        return {key: term.detach() for key, term in terms.items()}, finite
+
+    def _after_step(self, bar: Any) -> None:
+        """Log, validate, save and sample, where the step asks for it."""
+        options, step = self.options, self.step
+        last = step == options.steps
+        logged, validated = step % options.log_every == 0 or last, step % options.validate_every == 0 or last
+        line: dict[str, Any] = {}
+        if logged:
+            line |= self.window.means(self.accelerator) | {"lr": learning_rate(options, step - 1)}
+            bar.set_postfix({key: f"{line[key]:.3f}" for key in ("mse", "ce") if key in line} | self._best_text())
+        if validated and self.main:
+            line |= self._validate()
+        if validated:
+            self.stale, = self._agree(self.stale)
+        if line and self.main:
+            line = {"step": step, "seconds": round(self.seconds, 2), "skipped": self.updates_lost} | line
+            append_metrics(self.run.metrics, line)
+            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+        if (step % options.save_every == 0 or validated) and not last:
+            self._save_state()
+        if options.sample_every and step % options.sample_every == 0 and self.main and not last:
+            self._samples(f"step-{step:07d}")
+
+    def _validate(self) -> dict[str, float]:
+        """Validation values of the averaged weights; keeps the best model."""
+        if self.validation is None:
+            self._save_model()
+            return {}
+        loss = self.config.loss
+        values = validate(self.ema.model, *self.validation, loss.ce_weight, loss.mse_weight)
+        value = values[self.value]
+        if math.isfinite(value) and (self.best is None or value < self.best["best"]):
+            unit = {"nll": "nats" if self.source.transform.bin is None else "bits/dim"}.get(self.value, "")
+            self.best = {"value": self.value, "unit": unit, "best": value, "step": self.step}
+            self.stale = 0
+            self._save_model()
+        else:
+            self.stale += 1
+        return {f"val_{key}": item for key, item in values.items()}
+
+    def _count_bad(self, bad: bool) -> None:
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        self.updates_lost += bad
+        if self.bad_in_a_row == MAX_BAD_STEPS:
+            raise UserError(
+                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; the last good "
+                "state is kept: try a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
+            )
+
+    def _out_of_patience(self) -> bool:
+        return self.options.patience is not None and self.stale >= self.options.patience
+
+    def _best_text(self) -> dict[str, str]:
+        return {} if self.best is None else {f"best val {self.value}": f"{self.best['best']:.3f}"}
+
+    # --- samples -------------------------------------------------------------------------------------------------
+
+    def _samples(self, name: str) -> Path:
+        sampling, model = self.config.sampling, self.ema.model
+        y = None if model.classes is None else balanced_labels(sampling.n, model.classes)
+        steps = min(sampling.steps, model.schedule.T)
+        guidance = 0.0 if y is None else sampling.guidance
+        drawn = draw(model, sampling.n, sampling.sampler, steps, y, guidance, self.options.seed)
+        names = self.source.class_names
+        save_manifest(drawn, self.run.samples / "manifest.csv", class_names=names)
+        return save_sheet(drawn, model, self.run.samples / name, self.source.columns)
+
+    def _final_samples(self) -> Path:
+        """Samples of the model that was kept."""
+        load_tensors(self.ema.model, read_tensors(self.run.model), self.run.model)
+        return self._samples("final")
+
+    # --- processes -----------------------------------------------------------------------------------------------
+
+    def _wrap(self, loss: nn.Module) -> nn.Module:
+        """The loss, compiled where asked and possible, and wrapped for several processes."""
+        if self.options.compile:
+            batch = next(self.batches(self.step, self.step + 1, self.loss, self.device))
+            loss = _compiled(loss, batch, self.say)
+            self.optimizer.zero_grad(set_to_none=True)
+        return self.accelerator.prepare_model(loss, device_placement=False)
+
+    def _agree(self, *values: int) -> tuple[int, ...]:
+        """The largest of each value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return tuple(map(int, values))
+        import torch.distributed
+
+        tensor = torch.tensor(values, device=self.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tuple(tensor.tolist())
+
+    def say(self, text: str) -> None:
+        """A message above the progress bar."""
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            tqdm.write(text)
+
+
+@final
+class _Window:
+    """Means of the loss terms since the last line of the log."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Terms (B,) of one step. Levels whose error is a constant stay out of ``mse``."""
+        values = {key: term.double() for key, term in terms.items() if key != "t"}
+        values |= {"samples": torch.ones_like(values["loss"]), "noisy": (terms["mse"] != 0).double()}
+        for key, term in values.items():
+            self.sums[key] = self.sums.get(key, torch.zeros((), dtype=torch.float64, device=self.device)) + term.sum()
+
+    def means(self, accelerator: Any) -> dict[str, float]:
+        """Means over all processes; starts a new window."""
+        names = list(self.sums)
+        totals = torch.stack([self.sums[name] for name in names])
+        if accelerator.num_processes > 1:
+            totals = accelerator.reduce(totals, "sum")
+        sums = dict(zip(names, totals.tolist(), strict=True))
+        self.sums = {}
+        samples, noisy = sums.pop("samples"), sums.pop("noisy")
+        means = {key: value / samples for key, value in sums.items()}
+        if "correct" in means:
+            means["accuracy"] = means.pop("correct")
+        return means | {"mse": sums["mse"] / max(noisy, 1)}
+
+
+def _compiled(loss: nn.Module, batch: Batch, say: Callable[[str], None]) -> nn.Module:
+    """The loss under torch.compile; the loss itself, with a message, where that fails."""
+    compiled = torch.compile(loss, fullgraph=True)
+    try:
+        compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
+    except Exception as error:  # the compiler's failures have no common type
+        say(f"torch.compile failed ({str(error).strip().splitlines()[0]}); training goes on without it")
+        return loss
+    return compiled
+
+
+def _accelerator(options: TrainConfig, device: str | None, run: RunFolder) -> Any:
+    """accelerate's view of the processes; precision and placement are ours."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        accelerator = Accelerator(
+            cpu=several and device == "cpu",
+            mixed_precision="no",
+            log_with=list(options.trackers) or None,
+            project_dir=str(run.root),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if options.trackers:
+            accelerator.init_trackers("torchcdm")
+    except (ValueError, ImportError) as error:
+        raise UserError(f"train.trackers: {' '.join(str(error).split())}") from error
+    return accelerator
+
+
+def _check_same(new: Config, old: Config, run: RunFolder) -> None:
+    """Refuses to resume another training than the one in the folder."""
+    for path, value in _flat(encode(old)):
+        free = any(path == name or path.startswith(f"{name}.") for name in FREE_ON_RESUME)
+        mine = dict(_flat(encode(new))).get(path)
+        if not free and mine != value and not (path == "model.schedule.r_min" and mine is None):
+            raise UserError(f"{run.root}: was trained with {path} = {value}, not {mine}; resume with the same, or choose another folder")
+
+
+def _flat(fields: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    """Leaves by their dotted paths."""
+    leaves = []
+    for key, value in fields.items():
+        leaves += _flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
+    return leaves
