@@ -18,8 +18,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from torchcdm.building import build_model
 from torchcdm.codec import decode, encode
-from torchcdm.config import DataConfig, ModelConfig, build_model
+from torchcdm.config import DataConfig, ModelConfig
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.run_folder import (

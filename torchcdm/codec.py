@@ -74,6 +74,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted paths at which two nested dicts differ, with both values; None where one lacks the key."""
+    found = []
+    for key in [*one, *(key for key in other if key not in one)]:
+        here, a, b = _join(path, key), one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, here)
+        elif a != b:
+            found.append((here, a, b))
+    return found
+
+
 def _decode_dataclass(kind: type, value: Any, path: str) -> Any:
     value = _mapping(value, path)
     hints = get_type_hints(kind)

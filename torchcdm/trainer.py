@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from torchcdm.batches import Batch, Batches, derive
+from torchcdm.building import build_loss, build_model, fit_gaussian, load_source, resolve
 from torchcdm.checkpoint import (
     ModelInfo,
     TrainingState,
@@ -26,18 +26,8 @@ from torchcdm.checkpoint import (
     save_state,
     state_folders,
 )
-from torchcdm.codec import encode
-from torchcdm.config import (
-    Config,
-    TrainConfig,
-    build_loss,
-    build_model,
-    file_fields,
-    fit_gaussian,
-    load_source,
-    make_config,
-    resolve,
-)
+from torchcdm.codec import differences, encode
+from torchcdm.config import Config, TrainConfig, file_fields, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.ema import EMA
@@ -45,14 +35,17 @@ from torchcdm.errors import UserError
 from torchcdm.gallery import balanced_labels, draw, save_manifest, save_sheet
 from torchcdm.interrupt import Interrupted, SignalWatch
 from torchcdm.metrics import labels_for, validate
+from torchcdm.processes import Processes
 from torchcdm.run_folder import RunFolder, append_metrics, cut_metrics, write_file
 
 MAX_BAD_STEPS = 10
 """So many steps in a row without a finite gradient end the training."""
 
-FREE_ON_RESUME = {"preset", "description", "reaches", "sampling", "data.workers", "train.steps", "train.validate_every",
-                  "train.patience", "train.log_every", "train.save_every", "train.sample_every", "train.trackers",
-                  "train.init", "train.validation_samples"}  # fmt: skip
+FREE_ON_RESUME = (
+    "preset", "description", "reaches", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
+    "train.validation_samples", "train.patience", "train.log_every", "train.save_every", "train.sample_every",
+    "train.trackers", "train.init",
+)  # fmt: skip
 """What may differ from the run that is resumed; all else would make it another run."""
 
 
@@ -139,13 +132,19 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, run: RunFolder, source: DataSource, device: str | None, progress: bool, watch: SignalWatch
+        self,
+        config: Config,
+        run: RunFolder,
+        source: DataSource,
+        device: str | None,
+        progress: bool,
+        watch: SignalWatch,
     ) -> None:
         self.config, self.run, self.source, self.watch = config, run, source, watch
         self.options = config.train
-        self.accelerator = _accelerator(self.options, device, run)
-        self.device = torch.device(device) if device and self.accelerator.num_processes == 1 else self.accelerator.device
-        self.main = self.accelerator.is_main_process
+        self.processes = Processes(device, self.options.trackers, run.root)
+        self.device = self.processes.device
+        self.main = self.processes.main
         self.progress = progress and self.main
 
         self.model = self._initial_model().to(self.device)
@@ -162,8 +161,8 @@ class Trainer:
             labels=self.model.classes is not None,
             flip=config.data.flip,
             workers=config.data.workers,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=self.processes.rank,
+            world=self.processes.world,
         )
         x, labels = source.validation.tensors(self.options.validation_samples) if source.validation else (None, None)
         self.validation = None if x is None else (x, labels_for(self.model, labels))
@@ -181,7 +180,7 @@ class Trainer:
         if self.main:
             self.run.make()
             write_file(self.run.config, yaml.safe_dump(encode(self.config), sort_keys=False))
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         states = state_folders(self.run) if resume else []
         if states:
             self._restore(load_state(states[-1]))
@@ -190,8 +189,8 @@ class Trainer:
         if self.step < self.options.steps and not self._out_of_patience():
             self._loop()
         samples = self._final_samples() if self.main else self.run.samples
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        self.processes.wait()
+        self.processes.finish()
         return TrainResult(self.step, self.seconds, self.updates_lost, self._selected(), samples)
 
     def _initial_model(self) -> Denoiser:
@@ -270,7 +269,7 @@ class Trainer:
                 self.step += 1
                 self.seconds = time.monotonic() - began
                 bar.update()
-                stop = self._agree(not finite, self.watch.received)
+                stop = self.processes.largest(not finite, self.watch.received)
                 self._count_bad(stop[0] > 0)
                 self.window.add(terms)
                 self._after_step(bar)
@@ -287,21 +286,21 @@ class Trainer:
     def _update(self, loss: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], bool]:
         """One optimiser step; weights and average stay as they are where it is not finite."""
         options = self.options
-        torch.manual_seed(derive(options.seed, "network", self.step, self.accelerator.process_index))
+        torch.manual_seed(derive(options.seed, "network", self.step, self.processes.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.step)
         with torch.autocast(self.device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False):
             terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
         value = terms["loss"].mean()
-        if self.accelerator.num_processes > 1:
+        if self.processes.world > 1:
             # The reducer waits for every parameter; some have no influence, such as the last bias without CE.
             value = value + 0 * sum(parameter.sum() for parameter in self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(value)
+        self.processes.backward(value)
         limit = math.inf if options.grad_clip is None else options.grad_clip
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # Gradients, and so their norm, are the same in all processes: all skip or none.
-        finite = bool(norm.isfinite()) and (self.accelerator.num_processes > 1 or bool(value.isfinite()))
+        finite = bool(norm.isfinite()) and (self.processes.world > 1 or bool(value.isfinite()))
         if finite:
             self.optimizer.step()
             self.ema.update(self.model)
@@ -314,16 +313,16 @@ class Trainer:
         logged, validated = step % options.log_every == 0 or last, step % options.validate_every == 0 or last
         line: dict[str, Any] = {}
         if logged:
-            line |= self.window.means(self.accelerator) | {"lr": learning_rate(options, step - 1)}
+            line |= self.window.means(self.processes) | {"lr": learning_rate(options, step - 1)}
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("mse", "ce") if key in line} | self._best_text())
         if validated and self.main:
             line |= self._validate()
         if validated:
-            self.stale, = self._agree(self.stale)
+            (self.stale,) = self.processes.largest(self.stale)
         if line and self.main:
             line = {"step": step, "seconds": round(self.seconds, 2), "skipped": self.updates_lost} | line
             append_metrics(self.run.metrics, line)
-            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+            self.processes.track({key: value for key, value in line.items() if key != "step"}, step)
         if (step % options.save_every == 0 or validated) and not last:
             self._save_state()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:
@@ -351,8 +350,8 @@ class Trainer:
         self.updates_lost += bad
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise UserError(
-                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; the last good "
-                "state is kept: try a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
+                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; the last "
+                "good state is kept: try a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
             )
 
     def _out_of_patience(self) -> bool:
@@ -378,7 +377,7 @@ class Trainer:
         load_tensors(self.ema.model, read_tensors(self.run.model), self.run.model)
         return self._samples("final")
 
-    # --- processes -----------------------------------------------------------------------------------------------
+    # --- parts -----------------------------------------------------------------------------------------------
 
     def _wrap(self, loss: nn.Module) -> nn.Module:
         """The loss, compiled where asked and possible, and wrapped for several processes."""
@@ -386,17 +385,7 @@ class Trainer:
             batch = next(self.batches(self.step, self.step + 1, self.loss, self.device))
             loss = _compiled(loss, batch, self.say)
             self.optimizer.zero_grad(set_to_none=True)
-        return self.accelerator.prepare_model(loss, device_placement=False)
-
-    def _agree(self, *values: int) -> tuple[int, ...]:
-        """The largest of each value over all processes."""
-        if self.accelerator.num_processes == 1:
-            return tuple(map(int, values))
-        import torch.distributed
-
-        tensor = torch.tensor(values, device=self.device)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return tuple(tensor.tolist())
+        return self.processes.wrap(loss)
 
     def say(self, text: str) -> None:
         """A message above the progress bar."""
@@ -421,12 +410,10 @@ class _Window:
         for key, term in values.items():
             self.sums[key] = self.sums.get(key, torch.zeros((), dtype=torch.float64, device=self.device)) + term.sum()
 
-    def means(self, accelerator: Any) -> dict[str, float]:
+    def means(self, processes: Processes) -> dict[str, float]:
         """Means over all processes; starts a new window."""
         names = list(self.sums)
-        totals = torch.stack([self.sums[name] for name in names])
-        if accelerator.num_processes > 1:
-            totals = accelerator.reduce(totals, "sum")
+        totals = processes.total(torch.stack([self.sums[name] for name in names]).float())
         sums = dict(zip(names, totals.tolist(), strict=True))
         self.sums = {}
         samples, noisy = sums.pop("samples"), sums.pop("noisy")
@@ -447,39 +434,13 @@ def _compiled(loss: nn.Module, batch: Batch, say: Callable[[str], None]) -> nn.M
     return compiled
 
 
-def _accelerator(options: TrainConfig, device: str | None, run: RunFolder) -> Any:
-    """accelerate's view of the processes; precision and placement are ours."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
-        accelerator = Accelerator(
-            cpu=several and device == "cpu",
-            mixed_precision="no",
-            log_with=list(options.trackers) or None,
-            project_dir=str(run.root),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-        if options.trackers:
-            accelerator.init_trackers("torchcdm")
-    except (ValueError, ImportError) as error:
-        raise UserError(f"train.trackers: {' '.join(str(error).split())}") from error
-    return accelerator
-
-
 def _check_same(new: Config, old: Config, run: RunFolder) -> None:
     """Refuses to resume another training than the one in the folder."""
-    for path, value in _flat(encode(old)):
+    for path, mine, theirs in differences(encode(new), encode(old)):
         free = any(path == name or path.startswith(f"{name}.") for name in FREE_ON_RESUME)
-        mine = dict(_flat(encode(new))).get(path)
-        if not free and mine != value and not (path == "model.schedule.r_min" and mine is None):
-            raise UserError(f"{run.root}: was trained with {path} = {value}, not {mine}; resume with the same, or choose another folder")
-
-
-def _flat(fields: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    """Leaves by their dotted paths."""
-    leaves = []
-    for key, value in fields.items():
-        leaves += _flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
-    return leaves
+        resolved_later = mine is None and path in ("model.schedule.r_min", "data.spec")
+        if not free and not resolved_later:
+            raise UserError(
+                f"{run.root}: was trained with {path} = {theirs}, not {mine}; resume with the same, or choose "
+                "another folder"
+            )

@@ -6,9 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torchcdm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,18 +46,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples, evenly spaced")
 
 
-def device_of(name: str | None) -> str:
+def device_of(name: str | None) -> torch.device:
     """The device asked for, checked; the best there is otherwise."""
-    import torch
+    from torchcdm.processes import best_device, checked_device
 
-    if name is None:
-        best = "cuda" if torch.cuda.is_available() else "cpu"
-        return "mps" if best == "cpu" and torch.backends.mps.is_available() else best
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).strip().splitlines()[0]}") from None
-    return name
+    return best_device() if name is None else checked_device(name)
 
 
 def write_numbers(path: Path | None, value: Any) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Any) -> None:
     """Adds both commands."""
-    parser = add_command(commands, "nll", "likelihood of held-out data", "cdm nll runs/digits --limit 100 --json nll.json")
+    parser = add_command(commands, "nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json")
     parser.add_argument("model", metavar="RUN")
     add_data(parser)
     add_json(parser)
@@ -69,7 +69,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def _source(options: argparse.Namespace, info: ModelInfo) -> DataSource:
     """The data of the run, or others; in either case as the run saw them."""
-    from torchcdm.config import load_source
+    from torchcdm.building import load_source
 
     config = info.data if options.data is None else replace(info.data, spec=options.data)
     source = load_source(config)

@@ -29,7 +29,9 @@ def run_info(options: argparse.Namespace) -> int:
     config = info.model
     lines = read_metrics(run.metrics)
     values = {
-        "model": f"{config.kind}, {config.backbone.name}, {config.schedule.name} T={config.schedule.T}, labels {config.labels}",
+        "model": f"{config.kind}, labels {config.labels}",
+        "network": config.backbone.name,
+        "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "data": f"{info.data.spec}, shape {list(info.transform.shape)}",
         "classes": info.classes,

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from torchcdm.denoisers import Denoiser
 
 
+FORMATS = ("grid", "images", "array", "all")
+
+
 def add_commands(commands: Any) -> None:
     """Adds the command."""
-    parser = add_command(commands, "sample", "draw samples", "cdm sample runs/digits --n 64 --sampler dpm++ --out samples")
+    parser = add_command(commands, "sample", "draw samples", "cdm sample runs/digits --n 64 --out samples")
     parser.add_argument("model", metavar="RUN")
     parser.add_argument("--n", type=int, default=64, help="number of samples (64)")
     parser.add_argument("--sampler", default="ddim", help="ddpm, ddim, dpm2, dpm++ or heun (ddim)")
@@ -26,7 +29,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--label", metavar="K|balanced", help="class by number or name, or all in turn")
     parser.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--format", default="grid", choices=["grid", "images", "array", "all"], help="what to write (grid)")
+    parser.add_argument("--format", default="grid", choices=FORMATS, help="what to write (grid)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_device(parser)
@@ -77,5 +80,6 @@ def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tens
     if label in names:
         return torch.full((max(n, 0),), names.index(label))
     if not label.isdigit() or int(label) >= model.classes:
-        raise UserError(f"--label {label}: give balanced, a number 0 ... {model.classes - 1}, or one of {', '.join(names)}")
+        known = f"a number 0 ... {model.classes - 1}, or one of {', '.join(names)}"
+        raise UserError(f"--label {label}: give balanced, {known}")
     return torch.full((max(n, 0),), int(label))

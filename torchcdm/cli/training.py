@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ SHORT = {
 def add_commands(commands: Any) -> None:
     """Adds both commands."""
     parser = add_command(
-        commands, "train", "train a model from a preset or a YAML file", "cdm train digits --out runs/digits --steps 500"
+        commands, "train", "train a model from a preset or a YAML file", "cdm train digits --out runs/digits"
     )
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="see cdm presets")
     parser.add_argument("--config", metavar="FILE", help="YAML file instead of, or on top of, a preset")
     parser.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
-    parser.add_argument("--data", metavar="SPEC", help="digits, folder:PATH, array:FILE, table:FILE, hf:NAME, toy:NAME ...")
+    parser.add_argument("--data", metavar="SPEC", help="digits, folder:PATH, array:FILE, table:FILE, toy:NAME ...")
     parser.add_argument("--size", metavar="HxW", help="resize images")
     parser.add_argument("--channels", metavar="N", help="convert images to 1, 3 or 4 channels")
     parser.add_argument("--label", metavar="COLUMN", help="column of a table that holds the class")
@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--precision", metavar="fp32|bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--init", metavar="RUN", help="start from the weights of another run, where they fit")
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved state in RUN, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the last state in RUN, if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     parser.add_argument("--section.field", dest="_", metavar="VALUE", help="any field of the configuration, such as "
                         "--train.lr 1e-3 or --model.backbone.width 48; RUN/config.yaml lists them")  # fmt: skip
@@ -58,18 +58,17 @@ def add_commands(commands: Any) -> None:
 
 def run_train(options: argparse.Namespace) -> int:
     """Trains, then measures where that is cheap."""
-    from torchcdm.config import load_source
+    from torchcdm.building import load_source
     from torchcdm.interrupt import Interrupted
     from torchcdm.trainer import train
 
     config = _configuration(options)
-    device = None if options.device is None else device_of(options.device)
     source = load_source(config.data)
     if not options.quiet:
         for note in source.notes:
             print(f"{source.name}: {note}")
     try:
-        result = train(config, options.out, source, options.resume, device, progress=not options.quiet)
+        result = train(config, options.out, source, options.resume, options.device, progress=not options.quiet)
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number

@@ -1,0 +1,181 @@
+"""From a configuration to objects: the only file that turns names into classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.backbones.encoder import Encoder
+from torchcdm.backbones.mlp import DDMMLP, MLP
+from torchcdm.backbones.timm_adapter import TimmBackbone
+from torchcdm.backbones.unet import CDMUNet, DDMUNet
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.config import (
+    CosineConfig,
+    DataConfig,
+    EncoderConfig,
+    LinearConfig,
+    LogSNRConfig,
+    LossConfig,
+    MLPConfig,
+    ModelConfig,
+    OptimalTransportConfig,
+    ScheduleConfig,
+    TimmConfig,
+    UNetConfig,
+    UniformSigmaConfig,
+)
+from torchcdm.data import DataSource, load_data
+from torchcdm.denoisers import Denoiser, DenoisingDiffusion
+from torchcdm.errors import UserError
+from torchcdm.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.losses import CDMLoss, DDMLoss
+from torchcdm.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    NoiseSchedule,
+    OptimalTransportSchedule,
+    UniformSigmaSchedule,
+)
+from torchcdm.units import DataTransform
+
+
+def load_source(config: DataConfig) -> DataSource:
+    """The data that a configuration names."""
+    if config.spec is None:
+        raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
+    size = None if config.size is None else (config.size[0], config.size[1])
+    return load_data(
+        config.spec,
+        size=size,
+        channels=config.channels,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        limit=config.limit,
+        skip_bad=config.skip_bad,
+        label=config.label,
+        dequantize=config.dequantize,
+    )
+
+
+def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
+    """The same with the numbers filled in that are read off the data."""
+    schedule = config.schedule
+    if isinstance(schedule, LogSNRConfig) and schedule.r_min is None:
+        r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
+        schedule = replace(schedule, r_min=r_min)
+    return replace(config, schedule=schedule)
+
+
+def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of a resolved configuration."""
+    match config:
+        case LinearConfig():
+            return LinearSchedule(config.T, config.beta_min, config.beta_max)
+        case CosineConfig():
+            return CosineSchedule(config.T, config.offset)
+        case UniformSigmaConfig():
+            return UniformSigmaSchedule(config.T)
+        case OptimalTransportConfig():
+            return OptimalTransportSchedule(config.T)
+        case LogSNRConfig():
+            return LogSNRSchedule(config.T, config.r_min, config.r_max)
+
+
+def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
+    """The network of a configuration for events of this shape.
+
+    Raises:
+        UserError: A network for images on vectors or the other way round, or one that the kind of model lacks.
+    """
+    net, name = config.backbone, config.backbone.name
+    ddm, joint = config.kind == "ddm", config.labels == "joint"
+    vectors = len(shape) == 1
+    if vectors != isinstance(net, MLPConfig):
+        data, fit = ("vectors", "mlp") if vectors else ("images", "encoder")
+        raise UserError(f"model.backbone is {name}, but the data are {data} {shape}; use --model.backbone {fit}")
+    if ddm and isinstance(net, (EncoderConfig, TimmConfig)):
+        raise UserError(f"model.backbone is {name}, which cannot be a ddm; use --model.backbone unet")
+    if ddm and joint:
+        raise UserError("model.labels is joint, which needs a cdm; use --model.labels input for a ddm")
+    options: dict[str, Any] = {key: value for key, value in vars(net).items() if key != "name"}
+    options |= {"classes": classes}
+    if not vectors:
+        options |= {"in_channels": shape[0], "image_size": shape[1:]}
+    if ddm:
+        for key in ("head_channels", "direction", "energy_maps", "knots"):
+            options.pop(key, None)
+        return DDMMLP(shape[0], **options) if vectors else DDMUNet(**options)
+    options |= {"levels": levels, "joint": joint}
+    match net:
+        case EncoderConfig():
+            return Encoder(**options)
+        case UNetConfig():
+            return CDMUNet(**options)
+        case MLPConfig():
+            return MLP(shape[0], **options)
+        case TimmConfig():
+            return TimmBackbone(options.pop("model"), **(options.pop("options") | options))
+
+
+def build_model(
+    config: ModelConfig,
+    transform: DataTransform,
+    classes: int | None = None,
+    gaussian: GaussianMarginals | None = None,
+    class_prior: Tensor | None = None,
+) -> Denoiser:
+    """The model of a resolved configuration.
+
+    Args:
+        config: Kind, network and schedule.
+        transform: Of the data: fixes the event shape.
+        classes: Number of classes of the data.
+        gaussian: Fitted marginals; a blank, to load a saved state into, when None and the configuration has some.
+        class_prior: p(y) for joint logits.
+
+    Raises:
+        UserError: Labels asked of data without classes, and what :func:`build_backbone` refuses.
+    """
+    if config.labels != "none" and classes is None:
+        raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
+    classes = None if config.labels == "none" else classes
+    schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
+    backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
+    base: BaseDensity | None = gaussian
+    if base is None and config.gaussian:
+        base = GaussianMarginals.blank(schedule, transform.shape)
+    if config.kind == "ddm":
+        return DenoisingDiffusion(backbone, schedule, transform, base)
+    return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
+
+
+def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
+    """The loss that trains ``model``."""
+    if isinstance(model, ClassificationDiffusion):
+        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout)
+    return DDMLoss(model, config.label_dropout)
+
+
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool, limit: int = 50_000) -> GaussianMarginals:
+    """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
+
+    Args:
+        config: Resolved; its schedule.
+        source: The data.
+        flip: Whether training mirrors images.
+        limit: At most so many samples.
+    """
+    x, _ = source.train.tensors(limit)
+    transform = source.transform
+    z = transform.encode(x, torch.Generator().manual_seed(0))
+    if flip:
+        z = torch.cat([z, z.flip(-1)])
+    bin_ = transform.model_bin
+    floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
+    return GaussianMarginals.fit(z, build_schedule(config.schedule), floor)

@@ -1,0 +1,107 @@
+"""Where training runs: the device, the processes that share a step, and the trackers; on accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.errors import UserError
+
+
+@final
+class Processes:
+    """One process of one or several that train together, started by ``accelerate launch`` or ``torchrun``.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the best there is when None. Of several processes each has
+            its own.
+        trackers: Names for accelerate's ``log_with``.
+        folder: Where trackers write.
+
+    Attributes:
+        device: Of this process.
+        rank: Number of this process.
+        world: Number of processes.
+        main: Whether this is the process that writes files.
+
+    Raises:
+        UserError: A device that is not there, a tracker that is not installed.
+    """
+
+    def __init__(self, device: str | None, trackers: Sequence[str], folder: Path) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        try:
+            # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
+            self._accelerator = Accelerator(
+                cpu=several and device == "cpu",
+                mixed_precision="no",
+                log_with=list(trackers) or None,
+                project_dir=str(folder),
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+            if trackers:
+                self._accelerator.init_trackers("torchcdm")
+        except (ValueError, ImportError) as error:
+            raise UserError(f"train.trackers: {' '.join(str(error).split())}") from error
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+        self.main = self._accelerator.is_main_process
+        self.device = self._accelerator.device if device is None or several else checked_device(device)
+
+    def wrap(self, loss: nn.Module) -> nn.Module:
+        """The module whose gradients are averaged over the processes."""
+        return self._accelerator.prepare_model(loss, device_placement=False)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a scalar, averaged over the processes."""
+        self._accelerator.backward(loss)
+
+    def largest(self, *values: int) -> tuple[int, ...]:
+        """The largest of each value over the processes: what all of them act on."""
+        if self.world == 1:
+            return tuple(map(int, values))
+        gathered = self._accelerator.gather(torch.tensor([values], device=self.device))
+        return tuple(gathered.amax(0).tolist())
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over the processes."""
+        return values if self.world == 1 else self._accelerator.reduce(values, "sum")
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def track(self, values: dict[str, Any], step: int) -> None:
+        """Hands values to the trackers."""
+        self._accelerator.log(values, step=step)
+
+    def finish(self) -> None:
+        """Closes the trackers."""
+        self._accelerator.end_training()
+
+
+def checked_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name}: {str(error).strip().splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
