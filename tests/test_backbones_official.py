@@ -201,8 +201,8 @@ def test_recorded_outputs_before_and_after_the_sum_over_levels(golden, model):
     with torch.no_grad():
         features = network.features(golden["x0"])
         torch.testing.assert_close(network.head.linear(features), golden["raw_x0"], rtol=0, atol=1e-5)
-        # Sums of up to 1002 terms reach 900: float32 itself resolves 6e-5 there.
-        torch.testing.assert_close(network(golden["x0"]), golden["logits_x0"], rtol=1e-6, atol=1e-5)
+        # Sums of up to 1002 terms reach 900, where float32 resolves 6e-5; another processor adds in another order.
+        torch.testing.assert_close(network(golden["x0"]), golden["logits_x0"], rtol=1e-5, atol=1e-5)
 
 
 @recorded
