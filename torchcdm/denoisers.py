@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -97,6 +99,13 @@ class Denoiser(nn.Module, ABC):
             y: Class of each sample, long (B,); None asks for the unconditional density.
         """
 
+    def start(self, noise: Tensor) -> Tensor:
+        """x at level T for samplers to start from, from standard normal ``noise`` (B, *shape).
+
+        Where level T keeps some signal the data's own mean and covariance there are better than N(0, I).
+        """
+        return noise
+
     def guided(self, weight: float) -> Denoiser:
         """This denoiser under classifier-free guidance (identity 8); two evaluations a step."""
         return GuidedDenoiser(self, weight)
@@ -136,6 +145,9 @@ class DenoisingDiffusion(Denoiser):
             eps = eps + self.base.eps(x_t, t)
         return Prediction(x_t, alpha_t, sigma_t, eps)
 
+    def start(self, noise: Tensor) -> Tensor:
+        return noise if self.base is None else self.base.sample(noise, self.schedule.T)
+
 
 @final
 class GuidedDenoiser(Denoiser):
@@ -164,3 +176,23 @@ class GuidedDenoiser(Denoiser):
         plain = self.denoiser.denoise(x_t, t, None)
         eps = (1 + self.weight) * conditional.eps - self.weight * plain.eps
         return Prediction(x_t, conditional.alpha_t, conditional.sigma_t, eps)
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.denoiser.start(noise)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout off meanwhile; every part's own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def working_dtype(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """Precision of the network's weights, of its inputs therefore; ``otherwise`` where it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), otherwise)

@@ -284,7 +284,8 @@ def sample(
         levels: Strictly decreasing levels to visit instead of ``steps``, the last where sampling stops.
         shape: Event shape; the denoiser's own when None.
         units: ``data`` (not rounded to grey levels), or ``model``.
-        start: x at the first level, model units (n, *shape); standard normal noise when None.
+        start: x at the first level, model units (n, *shape). When None, a draw from the model's base density at
+            level T: its fitted Gaussian's, or standard normal noise.
         progress: Shows a progress bar.
         callback: Called after each step.
 
@@ -325,8 +326,8 @@ def sample(
         for rows in batches:
             here = slice(rows.start, rows.stop)
             draws = sample_noise(seed, rows, shape, len(path) if rule.stochastic else 1, dtype)
-            first = next(draws)
-            x = (first if start is None else start[here].to(dtype)).to(device)
+            first = next(draws).to(device)
+            x = denoiser.start(first) if start is None else start[here].to(device, dtype)
             label = None if labels is None else labels[here].to(device)
             previous = None
             for t, s in zip(path, path[1:], strict=False):

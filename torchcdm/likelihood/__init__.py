@@ -1,6 +1,21 @@
 """Likelihoods: from one pass, as bounds, by the probability flow of the same network, and how they compare."""
 
-from torchcdm.likelihood.flow import FlowResult, probability_flow
+from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
+from torchcdm.likelihood.normalizer import LogNormalizer
+from torchcdm.likelihood.report import METHODS, FlowOptions, report
 from torchcdm.likelihood.single_pass import published_convention, single_pass
+from torchcdm.likelihood.summary import NLLReport
 
-__all__ = ["FlowResult", "probability_flow", "published_convention", "single_pass"]
+__all__ = [
+    "METHODS",
+    "FlowOptions",
+    "FlowResult",
+    "FlowSamples",
+    "LogNormalizer",
+    "NLLReport",
+    "flow_sample",
+    "probability_flow",
+    "published_convention",
+    "report",
+    "single_pass",
+]

@@ -1,16 +1,18 @@
-"""What the likelihoods share: batches, noise that does not depend on them, evaluation mode."""
+"""What the likelihoods share: batches, and noise that does not depend on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
+
+DEQUANTISE, NOISE, CELL, START, PROBES = range(5)
+"""Streams of :func:`draw_rows`; every set of probes takes one of its own from PROBES upwards."""
 
 
 def require_transform(model: Denoiser) -> DataTransform:
@@ -32,28 +34,16 @@ def batches(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def draw_rows(seed: int, rows: slice, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+def draw_rows(seed: int, stream: int, rows: slice, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
     """``draw(index, generator)`` for each sample, stacked (B, ...), each with a CPU generator of its own.
 
-    The generator is seeded by (seed, index), so that batches do not change the noise.
+    The generator is seeded by (seed, stream, index), so that batches do not change the noise. Uses of noise that
+    must be independent take different streams.
     """
     generator = torch.Generator()
-    return torch.stack([draw(i, generator.manual_seed(hash((seed, i)))) for i in range(rows.start, rows.stop)])
+    return torch.stack([draw(i, generator.manual_seed(hash((seed, stream, i)))) for i in range(rows.start, rows.stop)])
 
 
-def working_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's parameters, at least float32; float64 where it has none."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
-    return torch.promote_types(dtype, torch.float32)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off meanwhile; every module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def labels_of(y: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:
+    """The classes of a batch, where there are any."""
+    return None if y is None else y[rows].to(device)

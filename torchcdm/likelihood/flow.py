@@ -1,4 +1,4 @@
-r"""Likelihood by the probability flow of a denoiser (identity 6), on the discrete levels.
+r"""Likelihood by the probability flow of a denoiser (identity 6), on the discrete levels, and draws from it.
 
 With a reference Gaussian of mean mu and covariance eigenvalues lambda, :math:`w = (\lambda + r^2)^{-1/2} R (u - \mu)`
 is standard normal at every r if the data are that Gaussian, and the flow stands still. So the flow is integrated in
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser
+from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood.common import batches, draw_rows, evaluation_mode, working_dtype
+from torchcdm.likelihood.common import PROBES, START, batches, draw_rows, labels_of
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""
@@ -89,20 +89,15 @@ def probability_flow(
     Raises:
         UserError: A level or a number of steps that the schedule does not have, or an odd number of probes.
     """
-    T = denoiser.schedule.T
-    if not 1 <= level < T:
-        raise UserError(f"level {level} cannot start a flow; choose 1 ... {T - 1}")
-    if probes < 2 or probes % 2:
-        raise UserError(f"probes is {probes}; give an even number, so that two halves can be compared")
-    grid = list(levels) if levels is not None else rising_levels(level, T, steps)
+    check_probes(probes)
+    grid = list(levels) if levels is not None else rising_levels(level, denoiser.schedule.T, steps)
     reference = reference_gaussian(denoiser)
     parts = []
     with evaluation_mode(denoiser):
         for rows in batches(len(x_t), batch_size):
-            labels = None if y is None else y[rows].to(x_t.device)
-            flow = _Flow(denoiser, reference, labels, probes, seed, rows)
-            fine = flow.integrate(x_t[rows], grid)
-            coarse = flow.integrate(x_t[rows], halved(grid)) if halve else None
+            flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
+            fine = flow.log_prob(x_t[rows], grid)
+            coarse = flow.log_prob(x_t[rows], halved(grid)) if halve else None
             parts.append((*fine, *(coarse or ())))
     log_prob, probe_gap, x_T, *coarse = (torch.cat(column) for column in zip(*parts, strict=True))
     return FlowResult(
@@ -115,8 +110,60 @@ def probability_flow(
     )
 
 
+@dataclass(frozen=True)
+class FlowSamples:
+    """Draws from the flow's own density, which is normalised by construction.
+
+    Attributes:
+        x_t: At the level asked for, model units, float64 (n, *shape).
+        log_prob: The flow's log density there, nats in model units, (n,).
+        probe_gap: As in :class:`FlowResult`.
+        nfe: Network evaluations for each sample.
+    """
+
+    x_t: Tensor
+    log_prob: Tensor
+    probe_gap: Tensor
+    nfe: int
+
+
+def flow_sample(
+    denoiser: Denoiser,
+    n: int,
+    y: Tensor | None = None,
+    level: int = 1,
+    steps: int | None = None,
+    probes: int = 2,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> FlowSamples:
+    """Draws at ``level`` by the flow backwards from its start density at T, with their log density.
+
+    Arguments as in :func:`probability_flow`; ``n`` is the number of draws, ``y`` their classes (n,).
+    """
+    check_probes(probes)
+    grid = rising_levels(level, denoiser.schedule.T, steps)
+    reference = reference_gaussian(denoiser)
+    dim, device, parts = reference.variances.numel(), denoiser.schedule.alpha.device, []
+    with evaluation_mode(denoiser):
+        for rows in batches(n, batch_size):
+            w = draw_rows(seed, START, rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64))
+            flow = _Flow(denoiser, reference, labels_of(y, rows, device), probes, seed, rows)
+            parts.append(flow.sample(w.to(device), grid))
+    x_t, log_prob, probe_gap = (torch.cat(column) for column in zip(*parts, strict=True))
+    return FlowSamples(x_t, log_prob, probe_gap, 2 * (len(grid) - 1))
+
+
+def check_probes(probes: int) -> None:
+    """Refuses a number of probes that has no two halves."""
+    if probes < 2 or probes % 2:
+        raise UserError(f"probes is {probes}; give an even number, so that two halves can be compared")
+
+
 def rising_levels(level: int, T: int, steps: int | None) -> list[int]:
     """``steps`` + 1 levels from ``level`` to T, evenly spaced; all of them when None."""
+    if not 1 <= level < T:
+        raise UserError(f"level {level} cannot start a flow; choose 1 ... {T - 1}")
     span = T - level
     if steps is None:
         return list(range(level, T + 1))
@@ -154,28 +201,41 @@ class _Flow:
     ) -> None:
         self.denoiser, self.reference, self.y = denoiser, reference, y
         self.schedule = denoiser.schedule
-        self.dtype = working_dtype(denoiser)
+        self.dtype = working_dtype(denoiser, torch.float64)
         self.probes, self.seed, self.rows = probes, seed, rows
 
-    def integrate(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """log density (B,), gap between the probe halves (B,) and x at the last level."""
-        schedule, reference = self.schedule, self.reference
-        d, start, end = x_t[0].numel(), grid[0], grid[-1]
-        w = reference.rotation(x_t.double() / schedule.alpha[start] - reference.mean) / self._scale(start)
-        total = torch.zeros(2, len(x_t), dtype=torch.float64, device=x_t.device)
+    def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
+        start = grid[0]
+        w = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
+        w, total = self._travel(w / self._scale(start), grid)
+        return self._log_density(w, total.mean(0), start), total[0] - total[1], self._x(w, grid[-1])
+
+    def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """x at the first level from w at the last, its log density there, gap of the probe halves."""
+        start = grid[0]
+        there, total = self._travel(w, grid[::-1])
+        return self._x(there, start), self._log_density(w, -total.mean(0), start), total[1] - total[0]
+
+    def _travel(self, w: Tensor, path: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """w at the end of the path, and the divergence integrated along it by either half of the probes (2, B)."""
+        total = torch.zeros(2, len(w), dtype=torch.float64, device=w.device)
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low.
-        angle = torch.atan(schedule.ratio)
-        for t, s in pairwise(grid):
+        angle = torch.atan(self.schedule.ratio)
+        for t, s in pairwise(path):
             step = angle[s] - angle[t]
             slope_t, trace_t = self._slope(w, t, draw=2 * t)
             slope_s, trace_s = self._slope(w + step * slope_t, s, draw=2 * s + 1)
             w = w + step / 2 * (slope_t + slope_s)
             total = total + step / 2 * (trace_t + trace_s)
-        log_normal = -0.5 * w.square().sum(1) - 0.5 * d * math.log(2 * math.pi)
+        return w, total
+
+    def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
+        """log p_t from where the path is at T and its divergence from t to T."""
+        d = w_T.shape[1]
+        log_normal = -0.5 * w_T.square().sum(1) - 0.5 * d * math.log(2 * math.pi)
         # log p_u = log p_w - sum log scale, and log p_x = log p_u - d log alpha.
-        log_volume = self._scale(start).log().sum() + d * schedule.alpha[start].log()
-        log_prob = log_normal - log_volume + total.mean(0)
-        return log_prob, total[0] - total[1], self._x(w, end)
+        return log_normal + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
 
     def _scale(self, t: int) -> Tensor:
         return (self.reference.variances + self.schedule.ratio[t] ** 2).sqrt()
@@ -215,8 +275,8 @@ class _Flow:
         """Unit vectors (exact trace) or fresh random signs, one draw for each sample and evaluation."""
         d = x[0].numel()
         if d <= EXACT_DIMENSIONS:
-            return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in torch.eye(d, dtype=x.dtype, device=x.device)]
+            units = torch.eye(d, dtype=x.dtype, device=x.device)
+            return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
         shape = (self.probes, *x.shape[1:])
-        seed = hash((self.seed, draw))
-        signs = draw_rows(seed, self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+        signs = draw_rows(self.seed, PROBES + draw, self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
         return list((2.0 * signs - 1).to(x).movedim(1, 0))

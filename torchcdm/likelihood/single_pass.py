@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser
+from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import NoisyCells
-from torchcdm.likelihood.common import batches, draw_rows, evaluation_mode, require_transform, working_dtype
+from torchcdm.likelihood.common import CELL, DEQUANTISE, NOISE, batches, draw_rows, labels_of, require_transform
 from torchcdm.units import LogLikelihood
 
 BATCH_SIZE = 500
@@ -32,7 +33,7 @@ def single_pass(
 
     On a grid: the dequantisation bound at level 0, the bound through a noisy level above. Continuous data: the
     density at the level; above 0 that of the data plus noise r_t. Valid for a density that integrates to one:
-    see ``log_normalizer``.
+    see :func:`torchcdm.likelihood.log_normalizer`.
 
     Args:
         model: The model; put into evaluation mode meanwhile.
@@ -47,40 +48,87 @@ def single_pass(
     Returns:
         Nats in data units, (N,).
     """
-    transform = require_transform(model)
     if draws < 1:
         raise UserError(f"draws is {draws}; at least one is needed")
+    return combine(model, single_draws(model, x, y, level, draws, seed, batch_size), level, importance)
+
+
+@torch.no_grad()
+def single_draws(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    y: Tensor | None,
+    level: int,
+    draws: int,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+) -> Tensor:
+    """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
+    transform = require_transform(model)
     values = torch.empty(draws, len(x), dtype=torch.float64)
     with evaluation_mode(model):
         for draw in range(draws):
             for rows in batches(len(x), batch_size):
-                values[draw, rows] = _one_draw(model, x, y, rows, level, seed + draw).cpu()
+                if level:
+                    scored = score_noisy(model, x, y, rows, level, seed + draw)
+                    values[draw, rows] = (scored.log_prob + scored.offset).cpu()
+                else:
+                    noisy = draw_rows(
+                        seed + draw, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g)
+                    )
+                    z = transform(noisy.to(model.schedule.alpha.device))
+                    dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
+                    log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
+                    values[draw, rows] = (log_p + transform.log_det).cpu()
+    return values
+
+
+def combine(model: ClassificationDiffusion, values: Tensor, level: int, importance: bool) -> LogLikelihood:
+    """Draws (K, N) to one likelihood: the mean of their logarithms, or with ``importance`` the log of their mean."""
+    transform, draws = require_transform(model), len(values)
     kind = "importance-weighted over" if importance and draws > 1 else "mean of"
     nats = values.logsumexp(0) - math.log(draws) if importance else values.mean(0)
     convention = f"level {level}, {'dequantised, ' if transform.dequantize else ''}{kind} {draws} draw(s)"
     return LogLikelihood(nats, transform.dim, level, convention, transform.log_bin, draws)
 
 
-def _one_draw(
-    model: ClassificationDiffusion, x: Tensor, y: Tensor | None, rows: slice, level: int, seed: int
-) -> Tensor:
-    """log-likelihood of the samples ``rows`` with one draw of noise, nats in data units."""
+@dataclass(frozen=True)
+class ScoredNoise:
+    """Noisy inputs of a batch, and what any density at their level needs to become a likelihood of the data.
+
+    Attributes:
+        z: x_t, model units, float64 (B, *shape).
+        log_prob: The classifier's log p_t(z), (B,); None for a denoiser without density.
+        offset: ``log p_t(z) + offset`` is the log-likelihood in data units: log P(k|z) - log q(z|k) on a grid (and
+            the log bin, so that it is a density), the change of units for continuous data; (B,).
+    """
+
+    z: Tensor
+    log_prob: Tensor | None
+    offset: Tensor
+
+
+@torch.no_grad()
+def score_noisy(
+    model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level: int, seed: int
+) -> ScoredNoise:
+    """The samples ``rows`` at a level above 0, scored by one network evaluation."""
     transform, schedule = require_transform(model), model.schedule
-    device, dtype = schedule.alpha.device, working_dtype(model)
-    labels = None if y is None else y[rows].to(device)
-    if level == 0:
-        noisy = draw_rows(seed, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g))
-        log_p = model.log_prob_levels(transform(noisy.to(device)).to(dtype), labels)[:, 0]
-        return log_p + transform.log_det
     z = noised(model, x, rows, level, seed)
-    if transform.bin is None:
-        log_p = model.log_prob_levels(z.to(dtype), labels)[:, level]
-        return log_p + transform.dim * float(schedule.alpha[level].log()) + transform.log_det
-    result = model.evaluate(z.to(dtype), level, labels)
+    x_t, labels = z.to(working_dtype(model, torch.float64)), labels_of(y, rows, z.device)
+    log_prob = None
+    if isinstance(model, ClassificationDiffusion):
+        result = model.evaluate(x_t, level, labels)
+        eps, log_prob = result.eps, result.log_prob_levels[:, level]
+    else:
+        eps = model.denoise(x_t, level, labels).eps
     alpha_t, sigma_t = schedule.at(level, z)
-    x0 = (z - sigma_t * result.eps) / alpha_t
-    cells = NoisyCells(transform, schedule, level)
-    return code_length(cells, z, x[rows].to(device), x0, result.log_prob_levels[:, level])
+    if transform.bin is None:
+        log_alpha = transform.dim * float(schedule.alpha[level].log())
+        return ScoredNoise(z, log_prob, z.new_full((len(z),), log_alpha + transform.log_det))
+    cells, levels = NoisyCells(transform, schedule, level), x[rows].to(z.device)
+    decoded = cells.log_decoder(z, levels, (z - sigma_t * eps) / alpha_t)
+    return ScoredNoise(z, log_prob, decoded - cells.log_q(z, levels) - transform.dim * transform.log_bin)
 
 
 def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Tensor:
@@ -91,19 +139,12 @@ def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Te
     transform, schedule = require_transform(model), model.schedule
     device = schedule.alpha.device
     clean = x[rows].to(device)
-    eps = draw_rows(seed, rows, lambda i, g: torch.randn(transform.shape, generator=g, dtype=torch.float64)).to(device)
+    shape, double = transform.shape, torch.float64
+    eps = draw_rows(seed, NOISE, rows, lambda i, g: torch.randn(shape, generator=g, dtype=double)).to(device)
     if transform.bin is None:
         return schedule.perturb(transform(clean.double()), level, eps)
-    # Another stream than eps: the same seed would tie the two together.
-    cell = draw_rows(~seed, rows, lambda i, g: torch.rand(transform.shape, generator=g, dtype=torch.float64))
-    return NoisyCells(transform, schedule, level).noised(clean, cell.to(device), eps)
-
-
-def code_length(cells: NoisyCells, z: Tensor, x: Tensor, x0: Tensor, log_p: Tensor) -> Tensor:
-    """log P(k) bound through z, as a log density in data units (a code length less d log bin), (B,)."""
-    transform = cells.transform
-    log_mass = log_p + cells.log_decoder(z, x, x0) - cells.log_q(z, x)
-    return log_mass - transform.dim * transform.log_bin
+    cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=double)).to(device)
+    return NoisyCells(transform, schedule, level).noised(clean, cell, eps)
 
 
 @torch.no_grad()
@@ -115,9 +156,10 @@ def published_convention(
     Arguments as in :func:`single_pass`.
     """
     transform, device = require_transform(model), model.schedule.alpha.device
+    dtype = working_dtype(model, torch.float64)
     with evaluation_mode(model):
         values = [
-            model.log_prob(x[rows].to(device, working_dtype(model)), y=None if y is None else y[rows].to(device)).cpu()
+            model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
             for rows in batches(len(x), batch_size)
         ]
     name = "level 0, undithered: a density on a lattice, no bound"
