@@ -1,0 +1,137 @@
+"""Figures of a run. Nothing here needs a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.data import save_grid
+from torchcdm.run_folder import writing
+from torchcdm.units import DataTransform
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Denoising error, cross-entropy and validation NLL over the steps.
+
+    Args:
+        lines: Those of ``metrics.jsonl``.
+        path: The PNG file.
+    """
+    panels = [("mse", "squared error of eps"), ("ce", "cross-entropy of the level, nats"), ("nll", "one-pass NLL")]
+    panels = [(key, label) for key, label in panels if any(key in line or f"val_{key}" in line for line in lines)]
+
+    def paint(axes: Sequence[Axes]) -> None:
+        for ax, (key, label) in zip(axes, panels, strict=True):
+            for name, style in ((key, "training"), (f"val_{key}", "validation")):
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if points:
+                    ax.plot(*zip(*points, strict=True), label=style, marker="." if len(points) < 40 else None)
+            ax.set_xlabel("step")
+            ax.set_ylabel(label)
+            ax.legend()
+
+    return _save(path, max(len(panels), 1), paint)
+
+
+def level_posteriors(model: ClassificationDiffusion, x: Tensor, path: Path, seed: int = 0) -> Path:
+    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
+
+    Args:
+        model: In eval mode.
+        x: Data units, (N, *shape).
+        path: The PNG file.
+        seed: Seed of the noise.
+    """
+    schedule, device = model.schedule, model.schedule.alpha.device
+    generator = torch.Generator().manual_seed(seed)
+    z = x.float() if model.transform is None else model.transform.encode(x, generator)
+    eps = torch.randn(z.shape, generator=generator)
+    true = sorted({round(share * (schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
+    with torch.no_grad():
+        curves = [
+            model.logits(schedule.perturb(z.to(device), t, eps.to(device))).softmax(1).mean(0).cpu() for t in true
+        ]
+
+    def paint(axes: Sequence[Axes]) -> None:
+        (ax,) = axes
+        for t, curve in zip(true, curves, strict=True):
+            (drawn,) = ax.plot(curve.numpy(), label=f"t = {t}")
+            ax.axvline(t, color=drawn.get_color(), linestyle="--", linewidth=0.8)
+        ax.set_yscale("log")
+        ax.set_ylim(1e-5, 1.5)
+        ax.set_xlabel("level t")
+        ax.set_ylabel("p(t | x)")
+        ax.legend()
+
+    return _save(path, 1, paint)
+
+
+def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> Path:
+    """Denoising error, cross-entropy and accuracy at each level.
+
+    Args:
+        per_level: From :func:`torchcdm.metrics.evaluate`.
+        path: The PNG file.
+    """
+
+    def paint(axes: Sequence[Axes]) -> None:
+        for ax, (name, values) in zip(axes, per_level.items(), strict=True):
+            inner = list(enumerate(values))[1:-1] if name == "mse" else list(enumerate(values))
+            points = [(t, value) for t, value in inner if value is not None]
+            ax.plot(*zip(*points, strict=True))
+            ax.set_xlabel("level t")
+            ax.set_ylabel(name)
+
+    return _save(path, len(per_level), paint)
+
+
+def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
+    """Samples beside data, first two columns of vectors in data units."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        for ax, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
+            ax.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5)
+            ax.set_title(title)
+        axes[1].set_xlim(axes[0].get_xlim())
+        axes[1].set_ylim(axes[0].get_ylim())
+
+    return _save(path, 2, paint)
+
+
+def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:
+    """Samples in the odd rows, below each the nearest training image: what was learned by heart shows.
+
+    Args:
+        samples: Data units, (N, C, H, W).
+        train: Data units, (M, C, H, W).
+        path: The PNG file.
+        transform: The model's, for the scaling of grey levels.
+    """
+    columns = min(16, len(samples))
+    rows = len(samples) // columns
+    samples = samples[: rows * columns].float().cpu()
+    nearest = train[torch.cdist(samples.flatten(1), train.float().flatten(1)).argmin(1)].float()
+    pairs = torch.stack([samples.unflatten(0, (rows, columns)), nearest.unflatten(0, (rows, columns))], 1)
+    return save_grid(pairs.flatten(0, 2), path, transform, columns)
+
+
+def _save(path: Path, panels: int, paint: Any) -> Path:
+    """A row of panels, painted and written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    paint([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    return path
