@@ -1,0 +1,304 @@
+"""What a step costs: denoising, training, guidance and one-pass likelihood, each against a plain diffusion model.
+
+    python benchmarks/step_cost.py --threads 1 --json step_cost.json
+
+Two networks, each with its own baseline (DDM: the U-Net that is told the level and estimates the noise):
+
+encoder
+    The default: the preset ``fashion-mnist``; guidance from joint logits, one pass. DDM: the U-Net of the same width
+    and multipliers.
+paper
+    The preset ``cifar10``; guidance from an embedded label, two passes. DDM: the U-Net of the same setting, and
+    diffusers' ``UNet2DModel`` in the layout of ddpm-cifar10-32 where diffusers is installed.
+
+All contenders of a network take turns in one process: a machine that slows down slows all of them. The numbers are
+medians over the rounds and ratios of medians. Rows are named ``network/step``; those of the default network also
+stand by the name of the step alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.building import build_loss, build_model, build_schedule
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.config import Config, EncoderConfig, UNetConfig, make_config, preset_fields
+from torchcdm.denoisers import Denoiser, DenoisingDiffusion, evaluation_mode
+from torchcdm.gaussian import GaussianMarginals
+from torchcdm.losses import CDMLoss, DDMLoss
+from torchcdm.schedules import NoiseSchedule
+from torchcdm.units import DataTransform
+
+DEFAULT = "encoder"
+BATCHES = {"encoder": 64, "paper": 4}
+CLASSES = 10
+GUIDANCE = 1.0
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row.
+
+    Attributes:
+        name: ``network/step``.
+        run: Does the step once.
+        ddm: Name of the DDM's row that this one is divided by.
+        others: Further rows to divide by, under keys of their own.
+    """
+
+    name: str
+    run: Step
+    ddm: str
+    others: dict[str, str] = field(default_factory=dict)
+
+
+# --- the steps -----------------------------------------------------------------------------------------------------
+
+
+def denoising_step(model: Denoiser, x: Tensor, y: Tensor | None = None) -> Step:
+    """What a sampler asks for at each step."""
+    level = model.schedule.T // 2
+
+    def run() -> Tensor:
+        with evaluation_mode(model), torch.no_grad():
+            return model.denoise(x, level, y).eps
+
+    return run
+
+
+def guided_step(model: Denoiser, x: Tensor, y: Tensor) -> Step:
+    """A denoising step under classifier-free guidance."""
+    return denoising_step(model.guided(GUIDANCE), x, y)
+
+
+def training_step(loss: CDMLoss | DDMLoss, x: Tensor, compiled: bool) -> Step:
+    """Loss, gradients and Adam, as in the trainer; levels and noise are drawn anew."""
+    optimizer = torch.optim.AdamW(loss.model.parameters(), 1e-5)
+    module: nn.Module = torch.compile(loss, fullgraph=True) if compiled else loss
+
+    def run() -> None:
+        loss.model.train()
+        t = loss.draw_levels(len(x))
+        module(x, None, t, torch.randn_like(x))["loss"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def one_pass_likelihood(model: ClassificationDiffusion, x: Tensor) -> Step:
+    """log p of a batch. A DDM has none in one pass: the row is divided by one evaluation of its network."""
+
+    def run() -> Tensor:
+        with evaluation_mode(model), torch.no_grad():
+            return model.log_prob(x, units="model")
+
+    return run
+
+
+# --- the contenders ------------------------------------------------------------------------------------------------
+
+
+def contenders(network: str, batch: int, compiled: bool) -> list[Contender]:
+    """All rows of a network."""
+    torch.manual_seed(0)
+    make = {"encoder": _encoder_models, "paper": _paper_models}[network]
+    return make(batch, compiled)
+
+
+def _encoder_models(batch: int, compiled: bool) -> list[Contender]:
+    config, shape = make_config(preset_fields("fashion-mnist")), (1, 28, 28)
+    encoder = config.model.backbone
+    assert isinstance(encoder, EncoderConfig)
+    joint = replace(config, model=replace(config.model, labels="joint"))
+    unet = UNetConfig(
+        channels=encoder.width,
+        multipliers=encoder.multipliers,
+        blocks=encoder.blocks,
+        attention=encoder.attention,
+        dropout=encoder.dropout,
+    )
+    ddm = replace(config, model=replace(config.model, kind="ddm", gaussian=False, backbone=unet))
+    x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
+    rows = _rows("encoder", config, joint, x, y, compiled, baseline="encoder-ddm")
+    rows += _rows("encoder-ddm", ddm, _labelled(ddm), x, y, compiled, baseline="encoder-ddm")
+    # The guided step's own network without guidance: what guidance adds to a step.
+    model = _model(joint, shape)
+    rows.append(Contender("encoder/joint-unguided-step", denoising_step(model, x, y), "encoder-ddm/denoising-step"))
+    return rows
+
+
+def _paper_models(batch: int, compiled: bool) -> list[Contender]:
+    config, shape = make_config(preset_fields("cifar10")), (3, 32, 32)
+    ddm = replace(config, model=replace(config.model, kind="ddm"))
+    x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
+    diffusers = _diffusers_unet()
+    rival = None if diffusers is None else "paper-diffusers"
+    rows = _rows("paper", config, _labelled(config), x, y, compiled, "paper-ddm", rival)
+    rows += _rows("paper-ddm", ddm, _labelled(ddm), x, y, compiled, "paper-ddm", rival)
+    if diffusers is not None:
+        model = DenoisingDiffusion(diffusers, build_schedule(config.model.schedule), DataTransform.identity(shape))
+        loss = DDMLoss(model)
+        rows += [
+            Contender("paper-diffusers/denoising-step", denoising_step(model, x), "paper-ddm/denoising-step"),
+            Contender("paper-diffusers/training-step", training_step(loss, x, compiled), "paper-ddm/training-step"),
+        ]
+    return rows
+
+
+def _rows(
+    name: str,
+    config: Config,
+    labelled: Config,
+    x: Tensor,
+    y: Tensor,
+    compiled: bool,
+    baseline: str,
+    rival: str | None = None,
+) -> list[Contender]:
+    """The steps of one model.
+
+    Args:
+        name: Of the model.
+        config: The model without classes.
+        labelled: The one that is guided.
+        x: Inputs, model units.
+        y: Classes.
+        compiled: Compile training steps.
+        baseline: Name of its DDM.
+        rival: Another DDM to divide by.
+    """
+    shape = tuple(x.shape[1:])
+    model, guided = _model(config, shape), _model(labelled, shape)
+
+    def row(step: str, run: Step) -> Contender:
+        others = {"ratio_to_diffusers": f"{rival}/{step}"} if rival else {}
+        return Contender(f"{name}/{step}", run, f"{baseline}/{step}", others)
+
+    rows = [
+        row("denoising-step", denoising_step(model, x)),
+        row("training-step", training_step(build_loss(config.loss, model), x, compiled)),
+        Contender(f"{name}/guided-step", guided_step(guided, x, y), f"{baseline}/guided-step"),
+    ]
+    if isinstance(model, ClassificationDiffusion):
+        run = one_pass_likelihood(model, x)
+        rows.append(Contender(f"{name}/one-pass-likelihood", run, f"{baseline}/denoising-step"))
+    return rows
+
+
+def _labelled(config: Config) -> Config:
+    """The same with the class as an input of the network."""
+    return replace(config, model=replace(config.model, labels="input"))
+
+
+def _model(config: Config, shape: tuple[int, ...]) -> Denoiser:
+    """An untrained model, its Gaussian that of noise: neither has any influence on the cost."""
+    schedule: NoiseSchedule = build_schedule(config.model.schedule)
+    gaussian = GaussianMarginals.fit(torch.randn(500, *shape), schedule, 1e-3) if config.model.gaussian else None
+    return build_model(config.model, DataTransform.identity(shape), CLASSES, gaussian)
+
+
+def _diffusers_unet() -> nn.Module | None:
+    """The DDM of the published comparison, 35 746 307 parameters; None where diffusers is not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return None
+
+    class Adapter(nn.Module):
+        joint, classes = False, None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = UNet2DModel(
+                sample_size=32,
+                block_out_channels=(128, 256, 256, 256),
+                down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=None,
+                downsample_padding=0,
+                flip_sin_to_cos=False,
+                freq_shift=1,
+                norm_eps=1e-6,
+                dropout=0.1,
+            )
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.unet(x, t).sample
+
+    return Adapter()
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def measure(rows: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Median seconds of each row; the rows take turns, after one turn to warm up."""
+    times: dict[str, list[float]] = {row.name: [] for row in rows}
+    for number in range(rounds + 1):
+        for row in rows:
+            began = time.perf_counter()
+            row.run()
+            if number:
+                times[row.name].append(time.perf_counter() - began)
+        say(f"round {number} of {rounds}" if number else "warmed up")
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(rows: Sequence[Contender], seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows of the report."""
+    report = []
+    for row in rows:
+        took = seconds[row.name]
+        line = {"name": row.name, "seconds": took, "ratio_to_ddm": took / seconds[row.ddm]}
+        report.append(line | {key: took / seconds[other] for key, other in row.others.items()})
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=["all", *BATCHES], default="all")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each row")
+    parser.add_argument("--batch", type=int, help=f"samples a step; by network when left out: {BATCHES}")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--compile", action="store_true", help="training steps under torch.compile, the DDM's too")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    options = parser.parse_args(arguments)
+    for name in ("rounds", "batch", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; at least 1 is needed")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    report: list[dict[str, Any]] = []
+    for network in BATCHES if options.network == "all" else [options.network]:
+        batch = options.batch or BATCHES[network]
+        print(f"{network}: batch {batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", flush=True)
+        rows = contenders(network, batch, options.compile)
+        lines = table(rows, measure(rows, options.rounds, lambda text: print(f"  {text}", flush=True)))
+        for line in lines:
+            ratios = "".join(f"{value:9.2f} x {key[9:]}" for key, value in line.items() if key.startswith("ratio_to_"))
+            print(f"  {line['name']:34}{1e3 * line['seconds']:10.1f} ms{ratios}", flush=True)
+        if network == DEFAULT:
+            own = [line for line in lines if line["name"].startswith(f"{DEFAULT}/")]
+            report += [line | {"name": line["name"].removeprefix(f"{DEFAULT}/")} for line in own]
+        report += lines
+    if options.json:
+        options.json.write_text(json.dumps({"rows": report}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
