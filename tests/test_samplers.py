@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, labelled_mixture, normal
+from oracles import SCHEDULES, ZeroBackbone, covariance, labelled_mixture, normal
 from torch import nn
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser, DenoisingDiffusion, Prediction
 from torchcdm.errors import UserError
+from torchcdm.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, make_sampler, sample, sample_noise
 from torchcdm.schedules import (
     CosineSchedule,
@@ -384,6 +385,52 @@ def test_start_continues_from_where_one_stopped():
     halfway = sample(denoiser, 4, "ddim", levels=[40, 30, 11], shape=(2,))
     whole = sample(denoiser, 4, "ddim", levels=[40, 30, 11, 0], shape=(2,))
     assert torch.allclose(sample(denoiser, 4, "ddim", levels=[11, 0], start=halfway), whole, atol=1e-6)
+
+
+def gaussian_models(schedule):
+    """N(mean, covariance) as a CDM, as a DDM and under guidance that changes nothing; far from N(0, I)."""
+    mean, spread = 3 * normal(2), 9 * covariance(2)
+    variances, vectors = torch.linalg.eigh(spread)
+    base = GaussianMarginals(schedule, mean, variances, MatrixRotation((2,), vectors))
+
+    class Labelled(ZeroBackbone):
+        classes = 2
+
+        def __init__(self, levels, joint=False):
+            super().__init__(levels)
+            self.joint, self.double_precision = joint, nn.Parameter(torch.zeros(1).double())
+
+        def forward(self, x, y=None):
+            h = super().forward(x)
+            return h[:, None].expand(-1, 2, -1) if self.joint else h
+
+    class NoCorrection(nn.Module):
+        classes = 2
+
+        def forward(self, x, t, y=None):
+            return torch.zeros_like(x)
+
+    models = {
+        "cdm": ClassificationDiffusion(Labelled(schedule.T + 2), schedule, gaussian=base),
+        "joint": ClassificationDiffusion(Labelled(schedule.T + 2, joint=True), schedule, gaussian=base),
+        "ddm": DenoisingDiffusion(NoCorrection(), schedule, base=base),
+    }
+    models["ddm"].double_precision = nn.Parameter(torch.zeros(1).double())
+    return models, mean, spread
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("kind", ["cdm", "joint", "ddm"])
+def test_starts_from_what_level_T_is_of_the_data(kind, guidance):
+    # Uniform sigma keeps 0.14 of the signal at T = 100: from N(0, I) the deviations would be wrong.
+    models, mean, spread = gaussian_models(UniformSigmaSchedule(100))
+    x = sample(models[kind], 4000, "heun", steps=100, y=1, guidance=guidance, shape=(2,))
+    assert torch.allclose(x.mean(0), mean, atol=4 * float(spread.diag().max().sqrt()) / math.sqrt(4000))
+    assert torch.allclose(torch.cov(x.T), spread, atol=4 * float(spread.diag().max()) * math.sqrt(2 / 4000))
+    # Sharper than the moments: the flow keeps the standardised x, which is the noise itself.
+    noise = next(sample_noise(0, range(4000), (2,), 1, torch.float64))
+    truth = models[kind].base.sample(noise, 0)
+    assert torch.allclose(x, truth, atol=0.1)
 
 
 def test_samples_come_in_data_units():

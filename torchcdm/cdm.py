@@ -236,6 +236,9 @@ class ClassificationDiffusion(Denoiser):
         share = (weights / alpha).sum(1).reshape(-1, *[1] * (x.ndim - 1))
         return (share * x.double() + pull).to(x.dtype)
 
+    def start(self, noise: Tensor) -> Tensor:
+        return self.base.sample(noise, self.schedule.T)
+
     def guided(self, weight: float) -> Denoiser:
         """Classifier-free guidance (identity 8): one pass a step with joint logits, two without."""
         return OnePassGuidance(self, weight) if self.joint else super().guided(weight)
@@ -292,3 +295,6 @@ class OnePassGuidance(Denoiser):
             raise UserError("guidance needs labels: give y")
         eps = self.model.evaluate(x_t, t, y, guidance=self.weight).eps
         return Prediction(x_t, *self.schedule.at(t, x_t), eps)
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.model.start(noise)

@@ -34,6 +34,10 @@ class BaseDensity(Float64Module, ABC):
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         """E[eps | x_t] under this density, shape of ``x_t`` (identity 3)."""
 
+    @abstractmethod
+    def sample(self, eps: Tensor, t: int) -> Tensor:
+        """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
+
 
 @final
 class StandardNormal(BaseDensity):
@@ -51,6 +55,9 @@ class StandardNormal(BaseDensity):
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         _, sigma_t = self.schedule.at(t, x_t)
         return sigma_t * x_t
+
+    def sample(self, eps: Tensor, t: int) -> Tensor:
+        return eps
 
 
 class Rotation(Float64Module, ABC):
@@ -212,7 +219,6 @@ class GaussianMarginals(BaseDensity):
         return self.schedule.alpha[t] * self.mean, self._variances_at(t).reshape(-1)
 
     def sample(self, eps: Tensor, t: int) -> Tensor:
-        """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
         mean, variances = self.moments(t)
         return (mean + self.rotation.inverse(eps.flatten(1).double() * variances.sqrt())).to(eps.dtype)
 
