@@ -277,6 +277,27 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """What is measured on the test split when training ends.
+
+    Attributes:
+        methods: Likelihoods, see :func:`torchcdm.likelihood.report`.
+        limit: At most so many test samples.
+        draws: Noise draws of the one-pass likelihoods.
+        flow_steps: Heun steps of the probability flow.
+        flow_probes: Random probes of its divergence.
+        baselines: Put classical density models beside it, where the data are small.
+    """
+
+    methods: tuple[str, ...] = ("single", "flow")
+    limit: int = 500
+    draws: int = 1
+    flow_steps: int = 50
+    flow_probes: int = 2
+    baselines: bool = False
+
+
+@dataclass(frozen=True)
 class Reaches:
     """What a preset should reach, and whether that was measured with it or published elsewhere."""
 
@@ -296,6 +317,7 @@ class Config:
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
+    report: ReportConfig = ReportConfig()
 
 
 # --- presets, files, flags -----------------------------------------------------------------------------------------

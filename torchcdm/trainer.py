@@ -59,6 +59,7 @@ class TrainResult:
         skipped: Steps without a finite gradient.
         selected: Validation value, its best, and the step of the saved model.
         samples: The last sheet of samples.
+        main: Whether this process is the one that writes files.
     """
 
     step: int
@@ -66,6 +67,7 @@ class TrainResult:
     skipped: int
     selected: dict[str, Any]
     samples: Path
+    main: bool
 
 
 def train(
@@ -191,7 +193,7 @@ class Trainer:
         samples = self._final_samples() if self.main else self.run.samples
         self.processes.wait()
         self.processes.finish()
-        return TrainResult(self.step, self.seconds, self.updates_lost, self._selected(), samples)
+        return TrainResult(self.step, self.seconds, self.updates_lost, self._selected(), samples, self.main)
 
     def _initial_model(self) -> Denoiser:
         """The model before the first step: fitted Gaussian, weights from the seed or from another run."""

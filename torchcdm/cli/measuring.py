@@ -19,6 +19,13 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, "nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json")
     parser.add_argument("model", metavar="RUN")
     add_data(parser)
+    parser.add_argument("--methods", default="single,flow", help="of single, elbo, flow, logz (single,flow)")
+    parser.add_argument("--draws", type=int, default=1, metavar="K", help="noise draws of the one-pass rows (1)")
+    parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
+    parser.add_argument("--flow-steps", type=int, default=100, metavar="N", help="Heun steps of the flow (100)")
+    parser.add_argument("--flow-probes", type=int, default=2, metavar="P", help="probes of its divergence, even (2)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
     add_device(parser)
     parser.set_defaults(run=run_nll)
@@ -39,17 +46,33 @@ def run_nll(options: argparse.Namespace) -> int:
     """Likelihood of a split."""
     from torchcdm.cdm import ClassificationDiffusion
     from torchcdm.checkpoint import load, read_info
-    from torchcdm.metrics import labels_for, one_pass
+    from torchcdm.likelihood import FlowOptions, report
+    from torchcdm.metrics import labels_for
 
+    info = read_info(options.model)
     model = load(options.model, device_of(options.device))
     if not isinstance(model, ClassificationDiffusion):
-        raise UserError(f"{options.model}: is a ddm, which has no one-pass likelihood")
-    source = _source(options, read_info(options.model))
+        raise UserError(f"{options.model}: is a ddm, which has no likelihood in one pass")
+    source = _source(options, info)
     x, labels = source.split(options.split).tensors(options.limit)
-    result = one_pass(model, x, labels_for(model, labels))
-    mean, error = result.mean_and_error()
-    print(f"one-pass {mean:.4f} +- {error:.4f} {result.unit} on {len(x)} samples")
-    write_numbers(options.json, {"value": mean, "se": error, "unit": result.unit})
+    y = labels_for(model, labels) if options.conditional else None
+    if options.conditional and y is None:
+        raise UserError("--conditional: the model or the data have no classes")
+    result = report(
+        model,
+        x,
+        [method.strip() for method in options.methods.split(",")],
+        y,
+        draws=options.draws,
+        seed=options.seed,
+        name=source.name,
+        split=options.split,
+        flow=FlowOptions(options.flow_steps, options.flow_probes),
+        progress=not options.quiet,
+    )
+    if str(options.json) != "-":
+        print(result.table())
+    write_numbers(options.json, result.to_json())
     return 0
 
 
@@ -58,11 +81,15 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from torchcdm.checkpoint import load, read_info
     from torchcdm.metrics import evaluate
 
+    if options.draws < 1:
+        raise UserError(f"--draws is {options.draws}; at least 1 is needed")
+    info = read_info(options.model)
     model = load(options.model, device_of(options.device))
-    source = _source(options, read_info(options.model))
+    source = _source(options, info)
     values = evaluate(model, source.split(options.split), options.limit, options.draws)
-    for name, value in values["mean"].items():
-        print(f"{name:10} {value:.4f}")
+    if str(options.json) != "-":
+        for name, value in values["mean"].items():
+            print(f"{name:10} {value:.4f}")
     write_numbers(options.json, {"data": {"name": source.name, "split": options.split}} | values)
     return 0
 
@@ -71,6 +98,8 @@ def _source(options: argparse.Namespace, info: ModelInfo) -> DataSource:
     """The data of the run, or others; in either case as the run saw them."""
     from torchcdm.building import load_source
 
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; at least 1 is needed")
     config = info.data if options.data is None else replace(info.data, spec=options.data)
     source = load_source(config)
     if source.shape != info.transform.shape:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device
+from torchcdm.cli.arguments import add_command, add_device, device_of
 from torchcdm.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ def add_commands(commands: Any) -> None:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Trains, then measures where that is cheap."""
+    """Trains, then measures on the test split."""
     from torchcdm.building import load_source
+    from torchcdm.compare.reporting import write_report
     from torchcdm.interrupt import Interrupted
     from torchcdm.trainer import train
 
     config = _configuration(options)
+    device = device_of(options.device)
     source = load_source(config.data)
     if not options.quiet:
         for note in source.notes:
@@ -74,6 +76,10 @@ def run_train(options: argparse.Namespace) -> int:
         return 128 + stop.number
     if not options.quiet:
         print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
+    if result.main:
+        text = write_report(options.out, source, device, progress=not options.quiet).text
+        if not options.quiet:
+            print(text)
     return 0
 
 

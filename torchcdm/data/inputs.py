@@ -25,6 +25,7 @@ def read_inputs(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     skip_bad: bool = False,
+    noisy: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """Samples for a model from files.
 
@@ -38,6 +39,7 @@ def read_inputs(
         size: Images are resized to this (H, W), as in training where training resized.
         channels: Images are converted to this number of channels, likewise.
         skip_bad: Leave out image files that cannot be read.
+        noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
 
     Returns:
         Samples in data units, float32 (N, *shape), and a name for each: the path, or the path and the row.
@@ -50,7 +52,7 @@ def read_inputs(
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    target = _Target(transform, tuple(columns) if columns else None, size, channels, skip_bad)
+    target = _Target(transform, tuple(columns) if columns else None, size, channels, skip_bad, noisy)
     samples: list[Tensor] = []
     names: list[str] = []
     for path in map(Path, paths):
@@ -71,6 +73,7 @@ class _Target:
     size: tuple[int, int] | None
     channels: int | None
     skip_bad: bool
+    noisy: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,7 +154,7 @@ class _Target:
     def _check_range(self, x: Tensor, name: str) -> Tensor:
         """Values beyond the grey levels mean another scaling than the model's; half a level is dequantisation."""
         low, high, bin = self.transform.low, self.transform.high, self.transform.bin
-        if len(x) and bin is not None and low is not None and high is not None:
+        if len(x) and not self.noisy and bin is not None and low is not None and high is not None:
             smallest, largest = float(x.min()), float(x.max())
             if smallest < low - bin / 2 or largest > high + bin / 2:
                 found, levels = f"{smallest:g} to {largest:g}", f"{low:g} ... {high:g}"

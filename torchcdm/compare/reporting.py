@@ -1,0 +1,153 @@
+"""What a run reports of itself at the end: likelihoods beside baselines, errors by level, figures."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchcdm import plots
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.checkpoint import load
+from torchcdm.compare.baselines import LARGEST_DIM, Baseline, baselines
+from torchcdm.config import Config, file_fields, make_config
+from torchcdm.data import DataSource
+from torchcdm.denoisers import Denoiser
+from torchcdm.likelihood import FlowOptions, NLLReport
+from torchcdm.likelihood import report as likelihood_report
+from torchcdm.likelihood.common import DEQUANTISE, draw_rows
+from torchcdm.metrics import evaluate, labels_for
+from torchcdm.run_folder import RunFolder, read_metrics, write_json
+from torchcdm.samplers import sample
+from torchcdm.version import __version__
+
+FIGURE_SAMPLES = 256
+NEIGHBOUR_POOL = 10_000
+
+ROW_NAMES = {
+    "one-pass": "this model, one forward pass",
+    "one-pass-level": "this model, one forward pass through level 1",
+    "flow": "this model, probability flow through level 1",
+}
+"""Rows of a likelihood report that stand beside the baselines."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The report of a run.
+
+    Attributes:
+        content: As in ``report.json``.
+        text: For the terminal.
+    """
+
+    content: dict[str, Any]
+    text: str
+
+
+def write_report(
+    run: str | Path, source: DataSource, device: str | torch.device = "cpu", progress: bool = True
+) -> RunReport:
+    """Measures a run on its test split; leaves ``report.json`` and ``plots/``.
+
+    Args:
+        run: The run's folder.
+        source: The data it was trained on.
+        device: Where to.
+        progress: Shows progress bars.
+    """
+    folder = RunFolder(Path(run))
+    config = make_config(file_fields(folder.config))
+    model = load(run, device)
+    split = source.test or source.validation or source.train
+    split_name = "test" if source.test else "validation" if source.validation else "train"
+    evaluation = evaluate(model, split, config.report.limit)
+    nll = _likelihood(model, config, source, split_name, device, progress)
+    beside = _baselines(config, source, split_name) if nll is not None else []
+    _figures(folder, model, source, config, evaluation)
+
+    lines = read_metrics(folder.metrics)
+    last = lines[-1] if lines else {"step": 0, "seconds": 0.0}
+    content = {
+        "preset": config.preset,
+        "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
+        "steps": last["step"],
+        "seconds": last["seconds"],
+        "versions": {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                     "python": platform.python_version()},
+        "nll": None if nll is None else nll.to_json(),
+        "baselines": [{"name": b.name, "value": b.value, "unit": b.unit} for b in beside],
+        "levels": evaluation["mean"],
+    }  # fmt: skip
+    write_json(folder.report, content)
+    return RunReport(content, _text(nll, beside, evaluation))
+
+
+def _likelihood(
+    model: Denoiser, config: Config, source: DataSource, split: str, device: str | torch.device, progress: bool
+) -> NLLReport | None:
+    """The likelihood report; None for a ddm, which has none in one pass."""
+    if not isinstance(model, ClassificationDiffusion) or not config.report.methods:
+        return None
+    x, labels = source.split(split).tensors(config.report.limit)
+    return likelihood_report(
+        model,
+        x,
+        config.report.methods,
+        # The baselines know no labels: the density is the unconditional one where the model has it.
+        None if model.joint else labels_for(model, labels),
+        draws=config.report.draws,
+        seed=0,
+        name=source.name,
+        split=split,
+        flow=FlowOptions(config.report.flow_steps, config.report.flow_probes),
+        progress=progress,
+    )
+
+
+def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
+    """Baselines on the very dequantised samples that one pass was scored on."""
+    if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
+        return []
+    x, _ = source.split(split).tensors(config.report.limit)
+    transform = source.transform
+    noisy = draw_rows(0, DEQUANTISE, slice(0, len(x)), lambda i, g: transform.add_noise(x[i].double(), g))
+    return baselines(source, noisy)
+
+
+def _figures(
+    folder: RunFolder, model: Denoiser, source: DataSource, config: Config, evaluation: dict[str, Any]
+) -> None:
+    plots.training_curves(read_metrics(folder.metrics), folder.plots / "training.png")
+    plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
+    x, _ = (source.test or source.train).tensors(FIGURE_SAMPLES)
+    if isinstance(model, ClassificationDiffusion):
+        plots.level_posteriors(model, x, folder.plots / "posteriors.png")
+    images, plane = len(source.shape) == 3, source.shape == (2,)
+    if not images and not plane:
+        return
+    n, steps = 32 if images else 2000, min(config.sampling.steps, model.schedule.T)
+    y = None if model.classes is None else torch.arange(n) % model.classes
+    drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed)
+    train, _ = source.train.tensors(NEIGHBOUR_POOL)
+    if plane:
+        plots.scatter(drawn, source.train.tensors(n)[0], folder.plots / "samples.png")
+    elif source.shape[0] in (1, 3):
+        plots.neighbours(drawn, train, folder.plots / "neighbours.png", model.transform)
+
+
+def _text(nll: NLLReport | None, beside: list[Baseline], evaluation: dict[str, Any]) -> str:
+    lines = [] if nll is None else [nll.table(), ""]
+    if nll is not None and beside:
+        rows = [(ROW_NAMES[row.name], row.value, row.se) for row in nll.rows if row.name in ROW_NAMES]
+        rows += [(b.name, b.value, b.se) for b in beside]
+        lines.append(f"{'density model, same test samples':46}{nll.unit:>9}{'s.e.':>9}")
+        lines += [f"{name:46}{value:9.3f}{se:9.3f}" for name, value, se in sorted(rows, key=lambda row: row[1])]
+        lines.append("")
+    means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation["mean"].items())
+    lines.append(f"over all levels of {evaluation['count']} samples: {means}")
+    return "\n".join(lines)
