@@ -12,24 +12,36 @@ from torchcdm.backbones.blocks import ImageSize, check_images, height_and_width
 from torchcdm.backbones.heads import make_head
 from torchcdm.errors import UserError
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_KINKED = ("ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "Hardtanh", "Hardshrink", "Softshrink", "Threshold",
-           "HardSwish", "Hardswish", "HardSigmoid", "Hardsigmoid", "HardMish", "HardSwishMe", "HardSigmoidMe",
-           "HardMishMe")  # fmt: skip
+_UNFIT = {
+    "mixes the samples of a batch": ("nativebatchnorm", "cudnnbatchnorm", "miopenbatchnorm", "syncbatchnorm"),
+    "has kinks, where the denoiser, its derivative, would jump": (
+        "relu", "leakyrelu", "prelu", "rrelu", "hard", "softshrink", "threshold", "abs",
+    ),
+    "has kinks where another element becomes the largest": (
+        "max", "adaptivemax", "fractionalmax", "amax", "min", "amin",
+    ),
+}  # fmt: skip
+"""Why a classification diffusion model cannot be made of an operation: reason -> how its name may begin."""
 
 
-def unfit_layers(network: nn.Module) -> dict[str, str]:
-    """Layers that a classification diffusion model cannot be made of: class name -> reason."""
+def unfit_operations(output: Tensor) -> dict[str, str]:
+    """Unfit operations between ``output`` and the tensors that it can be differentiated for: name -> reason.
+
+    The graph shows what is no layer, such as a maximum over tokens, and leaves out layers that never see the
+    image, such as a ReLU between a table of positions and its weights.
+    """
     reasons: dict[str, str] = {}
-    for layer in network.modules():
-        name = type(layer).__name__
-        if isinstance(layer, _BATCH_NORM):
-            reasons[name] = "mixes the samples of a batch"
-        elif name in _KINKED:
-            reasons[name] = "has kinks, where the denoiser, its derivative, would jump"
-        elif "MaxPool" in name or "CatAvgMax" in name:
-            reasons[name] = "has no second derivative"
-    return reasons
+    found, waiting = {output.grad_fn}, [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        operation = node.name().split("Backward")[0]
+        for reason, beginnings in _UNFIT.items():
+            if operation.lower().startswith(beginnings):
+                reasons[operation] = reason
+        behind = {next_node for next_node, _ in node.next_functions if next_node is not None} - found
+        found |= behind
+        waiting.extend(behind)
+    return dict(sorted(reasons.items()))
 
 
 @final
@@ -70,13 +82,6 @@ class TimmBackbone(nn.Module):
         self.in_channels, self.size = in_channels, height_and_width(image_size)
         self.classes, self.joint = classes, joint
         self.network = _create(name, in_channels, self.size, options)
-        reasons = unfit_layers(self.network)
-        if reasons:
-            listing = ", ".join(f"{layer} {reason}" for layer, reason in reasons.items())
-            raise UserError(
-                f"network: timm's {name} does not fit: {listing}; "
-                "choose one with smooth activations and LayerNorm, such as vit_tiny_patch16_224 or convnext_atto"
-            )
         for layer in self.network.modules():
             if getattr(layer, "fused_attn", False):
                 layer.fused_attn = False
@@ -88,21 +93,31 @@ class TimmBackbone(nn.Module):
         return self.head(self.network(x))
 
     def _probe(self, name: str) -> int:
-        """Number of features, from one image that is differentiated twice."""
+        """Number of features, from one image that is differentiated twice; refuses what does not fit."""
         training = self.network.training
         self.network.eval()
         x = torch.linspace(-1, 1, self.in_channels * self.size[0] * self.size[1])
         x = x.reshape(1, self.in_channels, *self.size).requires_grad_()
+        # Constant weights leave in the graph what happens to the image alone.
+        weights = {key: parameter.detach() for key, parameter in self.network.named_parameters()}
         try:
-            features = self.network(x)
-            (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
-            torch.autograd.grad(gradient.square().sum(), x)
+            features = torch.func.functional_call(self.network, weights, (x,))
+            reasons = unfit_operations(features)
+            if not reasons:
+                (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
+                torch.autograd.grad(gradient.square().sum(), x)
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             height, width = self.size
             raise UserError(
                 f"network: timm's {name} cannot be run and differentiated twice on {height}x{width} images ({reason})"
             ) from error
+        if reasons:
+            listing = ", ".join(f"{operation} {reason}" for operation, reason in reasons.items())
+            raise UserError(
+                f"network: timm's {name} does not fit: {listing}; "
+                "choose one with smooth activations and LayerNorm, such as vit_tiny_patch16_224 or convnext_atto"
+            )
         self.network.train(training)
         return features.shape[1]
 
