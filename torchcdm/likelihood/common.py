@@ -11,8 +11,8 @@ from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
-DEQUANTISE, NOISE, CELL, START, PROBES = range(5)
-"""Streams of :func:`draw_rows`; every set of probes takes one of its own from PROBES upwards."""
+DEQUANTISE, NOISE, CELL, START, PROBES, CHAIN, STRATA = range(7)
+"""What noise is drawn for: the streams of :func:`draw_rows`."""
 
 
 def require_transform(model: Denoiser) -> DataTransform:
@@ -34,11 +34,13 @@ def batches(n: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def draw_rows(seed: int, stream: int, rows: slice, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+def draw_rows(
+    seed: int, stream: int | tuple[int, int], rows: slice, draw: Callable[[int, torch.Generator], Tensor]
+) -> Tensor:
     """``draw(index, generator)`` for each sample, stacked (B, ...), each with a CPU generator of its own.
 
     The generator is seeded by (seed, stream, index), so that batches do not change the noise. Uses of noise that
-    must be independent take different streams.
+    must be independent take different streams, (use, level) where there is one for each level.
     """
     generator = torch.Generator()
     return torch.stack([draw(i, generator.manual_seed(hash((seed, stream, i)))) for i in range(rows.start, rows.stop)])
@@ -47,3 +49,9 @@ def draw_rows(seed: int, stream: int, rows: slice, draw: Callable[[int, torch.Ge
 def labels_of(y: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:
     """The classes of a batch, where there are any."""
     return None if y is None else y[rows].to(device)
+
+
+def draw_normal(seed: int, stream: int | tuple[int, int], rows: slice, like: Tensor) -> Tensor:
+    """Standard normal noise by :func:`draw_rows`, of the shape, dtype and device of ``like`` (B, ...)."""
+    shape, dtype = like.shape[1:], like.dtype
+    return draw_rows(seed, stream, rows, lambda i, g: torch.randn(shape, generator=g, dtype=dtype)).to(like.device)

@@ -105,7 +105,7 @@ def probability_flow(
         probe_gap,
         log_prob - coarse[0] if coarse else None,
         x_T,
-        2 * (len(grid) - 1),
+        2 * len(grid) - 1,
         start_kl_bound(denoiser, reference, x_t, level),
     )
 
@@ -151,7 +151,7 @@ def flow_sample(
             flow = _Flow(denoiser, reference, labels_of(y, rows, device), probes, seed, rows)
             parts.append(flow.sample(w.to(device), grid))
     x_t, log_prob, probe_gap = (torch.cat(column) for column in zip(*parts, strict=True))
-    return FlowSamples(x_t, log_prob, probe_gap, 2 * (len(grid) - 1))
+    return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
 
 
 def check_probes(probes: int) -> None:
@@ -219,15 +219,18 @@ class _Flow:
 
     def _travel(self, w: Tensor, path: Sequence[int]) -> tuple[Tensor, Tensor]:
         """w at the end of the path, and the divergence integrated along it by either half of the probes (2, B)."""
-        total = torch.zeros(2, len(w), dtype=torch.float64, device=w.device)
-        # Heun in the angle atan(r): finite at both ends, close to r where the noise is low.
+        # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
+        # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         angle = torch.atan(self.schedule.ratio)
+        slope, divergence = self._slope_and_divergence(w, path[0])
+        total = torch.zeros_like(divergence)
         for t, s in pairwise(path):
             step = angle[s] - angle[t]
-            slope_t, trace_t = self._slope(w, t, draw=2 * t)
-            slope_s, trace_s = self._slope(w + step * slope_t, s, draw=2 * s + 1)
-            w = w + step / 2 * (slope_t + slope_s)
-            total = total + step / 2 * (trace_t + trace_s)
+            ahead = self._slope(w + step * slope, s)
+            w = w + step / 2 * (slope + ahead)
+            here = divergence
+            slope, divergence = self._slope_and_divergence(w, s)
+            total = total + step / 2 * (here + divergence)
         return w, total
 
     def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
@@ -244,16 +247,23 @@ class _Flow:
         u = self.reference.mean + self.reference.rotation.inverse(w * self._scale(t))
         return self.schedule.alpha[t] * u
 
-    def _slope(self, w: Tensor, t: int, draw: int) -> tuple[Tensor, Tensor]:
-        """dw/d(angle), (B, d), and its divergence by either half of the probes, (2, B)."""
+    def _slope(self, w: Tensor, t: int) -> Tensor:
+        """dw/d(angle), (B, d): dr = (1 + r²) d(angle)."""
         x_t = self._x(w, t).to(self.dtype)
-        excess, divergence = self._excess(x_t, t, draw)
-        # dr = (1 + r²) d(angle). The trace of a map does not depend on the basis: alpha * div_x of the excess.
-        speed = 1 + self.schedule.ratio[t] ** 2
-        slope = speed * self.reference.rotation(excess.double()) / self._scale(t)
-        return slope, speed * self.schedule.alpha[t] * divergence.double()
+        excess = self.denoiser.denoise(x_t, t, self.y).eps - self.reference.eps(x_t, t)
+        return self._in_angle(excess, t)
 
-    def _excess(self, x_t: Tensor, t: int, draw: int) -> tuple[Tensor, Tensor]:
+    def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """The same, with its divergence by either half of the probes, (2, B)."""
+        excess, divergence = self._excess(self._x(w, t).to(self.dtype), t)
+        # The trace of a map does not depend on the basis: alpha * div_x of the excess.
+        speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
+        return self._in_angle(excess, t), speed * divergence.double()
+
+    def _in_angle(self, excess: Tensor, t: int) -> Tensor:
+        return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
+
+    def _excess(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """E[eps | x_t] less that of the reference, and its divergence in x_t: the one place that takes one."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
@@ -262,21 +272,21 @@ class _Flow:
             else:
                 eps = self.denoiser.denoise(x, t, self.y).eps
             excess = eps - self.reference.eps(x, t)
-            halves = [[], []]
-            for i, probe in enumerate(self._probe_vectors(x, draw)):
-                (product,) = torch.autograd.grad(excess, x, probe, retain_graph=True)
-                halves[i % 2].append((product * probe).flatten(1).sum(1))
+            vectors = self._probe_vectors(x, t)
+            traces = []
+            for i, probe in enumerate(vectors):
+                (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(vectors))
+                traces.append((product * probe).flatten(1).sum(1))
         if x[0].numel() <= EXACT_DIMENSIONS:
-            trace = torch.stack(halves[0] + halves[1]).sum(0)
-            return excess.detach(), trace.expand(2, -1)
-        return excess.detach(), torch.stack([torch.stack(half).mean(0) for half in halves])
+            return excess.detach(), torch.stack(traces).sum(0).expand(2, -1)
+        return excess.detach(), torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
 
-    def _probe_vectors(self, x: Tensor, draw: int) -> list[Tensor]:
-        """Unit vectors (exact trace) or fresh random signs, one draw for each sample and evaluation."""
+    def _probe_vectors(self, x: Tensor, t: int) -> list[Tensor]:
+        """Unit vectors (exact trace) or fresh random signs, drawn anew for each sample and level."""
         d = x[0].numel()
         if d <= EXACT_DIMENSIONS:
             units = torch.eye(d, dtype=x.dtype, device=x.device)
             return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
         shape = (self.probes, *x.shape[1:])
-        signs = draw_rows(self.seed, PROBES + draw, self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+        signs = draw_rows(self.seed, (PROBES, t), self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
         return list((2.0 * signs - 1).to(x).movedim(1, 0))

@@ -12,7 +12,16 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import NoisyCells
-from torchcdm.likelihood.common import CELL, DEQUANTISE, NOISE, batches, draw_rows, labels_of, require_transform
+from torchcdm.likelihood.common import (
+    CELL,
+    DEQUANTISE,
+    NOISE,
+    batches,
+    draw_normal,
+    draw_rows,
+    labels_of,
+    require_transform,
+)
 from torchcdm.units import LogLikelihood
 
 BATCH_SIZE = 500
@@ -138,13 +147,12 @@ def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Te
     """
     transform, schedule = require_transform(model), model.schedule
     device = schedule.alpha.device
-    clean = x[rows].to(device)
-    shape, double = transform.shape, torch.float64
-    eps = draw_rows(seed, NOISE, rows, lambda i, g: torch.randn(shape, generator=g, dtype=double)).to(device)
+    clean = transform(x[rows].to(device).double())
+    eps = draw_normal(seed, NOISE, rows, clean)
     if transform.bin is None:
-        return schedule.perturb(transform(clean.double()), level, eps)
-    cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=double)).to(device)
-    return NoisyCells(transform, schedule, level).noised(clean, cell, eps)
+        return schedule.perturb(clean, level, eps)
+    cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(transform.shape, generator=g, dtype=torch.float64))
+    return NoisyCells(transform, schedule, level).noised(x[rows].to(device), cell.to(device), eps)
 
 
 @torch.no_grad()

@@ -1,0 +1,140 @@
+"""The evidence lower bound of the reverse chain that a denoiser induces, by terms; for CDM and DDM alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchcdm.denoisers import Denoiser, evaluation_mode
+from torchcdm.errors import UserError
+from torchcdm.likelihood.cells import NoisyCells
+from torchcdm.likelihood.chain import ReverseChain
+from torchcdm.likelihood.common import (
+    CELL,
+    CHAIN,
+    STRATA,
+    batches,
+    draw_normal,
+    draw_rows,
+    labels_of,
+    require_transform,
+)
+from torchcdm.units import LogLikelihood
+
+
+@dataclass(frozen=True)
+class ELBO:
+    """A bound and what it is made of; the terms are nats (N,) and sum to the negative bound in model units.
+
+    Attributes:
+        likelihood: The lower bound on log p(data), in data units.
+        prior: KL of the last level's marginal from the chain's start.
+        diffusion: Sum over the levels of the KL of one step.
+        reconstruction: From level 1 to the data: the code length of the grey levels, or the density.
+    """
+
+    likelihood: LogLikelihood
+    prior: Tensor
+    diffusion: Tensor
+    reconstruction: Tensor
+
+
+@torch.no_grad()
+def elbo(
+    denoiser: Denoiser,
+    x: Tensor,
+    y: Tensor | None = None,
+    steps: int | None = None,
+    chain: ReverseChain | None = None,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> ELBO:
+    r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_1), over all T levels.
+
+    .. math:: -\log P(k) \le E[KL(q(x_T|x_0) \| p(x_T)) + \sum_{t \ge 2} KL(q(x_{t-1}|x_t, x_0) \| r(x_{t-1}|x_t))
+        - \log P(k|x_1) + \log q(x_1|k) - \log q(x_1|x_0)]
+
+    x_0 is the dequantised data where the model has seen those. One draw of noise for each level, independent of the
+    others: the terms don't need a path.
+
+    Args:
+        denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
+        x: Data units, (N, *shape).
+        y: Classes, long (N,), or None.
+        steps: Network evaluations: an unbiased estimate of the same bound from so many strata of the levels; T when
+            None.
+        chain: The kernels; the reference Gaussian's variances when None.
+        seed: Seed of the noise; independent of ``batch_size``.
+        batch_size: Samples at a time.
+
+    Raises:
+        UserError: No transform, or more steps than levels.
+    """
+    transform, schedule = require_transform(denoiser), denoiser.schedule
+    steps = schedule.T if steps is None else steps
+    if not 1 <= steps <= schedule.T or (steps == 1 and schedule.T > 1):
+        raise UserError(f"elbo: steps is {steps}; this schedule takes 2 to {schedule.T}")
+    chain = chain or ReverseChain(denoiser)
+    parts = []
+    with evaluation_mode(denoiser):
+        for rows in batches(len(x), batch_size):
+            batch = _Batch(chain, x, y, rows, seed)
+            prior = chain.prior_kl(batch.x_0)
+            terms = prior, batch.diffusion(steps - 1), batch.reconstruction()
+            parts.append([term.cpu() for term in terms])
+    prior, diffusion, reconstruction = (torch.cat(column) for column in zip(*parts, strict=True))
+    total = prior + diffusion + reconstruction
+    # Code lengths need no change of units; a density less the log bin, as everywhere.
+    change = transform.log_det if transform.bin is None else -transform.dim * transform.log_bin
+    how = "all levels" if steps == schedule.T else f"{steps} of {schedule.T} levels drawn for each sample"
+    likelihood = LogLikelihood(
+        change - total, transform.dim, 0, f"ELBO of the reverse chain, {how}", transform.log_bin, steps
+    )
+    return ELBO(likelihood, prior, diffusion, reconstruction)
+
+
+class _Batch:
+    """The samples ``rows``: x_0 as the chain sees it."""
+
+    def __init__(self, chain: ReverseChain, x: Tensor, y: Tensor | None, rows: slice, seed: int) -> None:
+        self.chain, self.schedule = chain, chain.schedule
+        self.transform = require_transform(chain.denoiser)
+        device = self.schedule.alpha.device
+        self.x, self.y = x[rows].to(device), labels_of(y, rows, device)
+        self.rows, self.seed = rows, seed
+        self.x_0 = self.transform(self.x.double())
+        if self.transform.dequantize:
+            shape = self.transform.shape
+            cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=torch.float64))
+            self.x_0 = self.x_0 + self.transform.model_bin * (cell.to(device) - 0.5)
+
+    def diffusion(self, evaluations: int) -> Tensor:
+        """Sum of KLs over the levels 2 ... T; of one random level in each of so many strata, times their sizes."""
+        total = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
+        edges = torch.linspace(2, self.schedule.T + 1, evaluations + 1).round().long()
+        for stratum, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+            t = draw_rows(
+                self.seed, (STRATA, stratum), self.rows, lambda i, g: torch.randint(low, high, (), generator=g)  # noqa: B023
+            ).to(self.x.device)
+            error = self._error(t, stratum)
+            total = total + (high - low) * self.chain.kl(error, t)
+        return total
+
+    def reconstruction(self) -> Tensor:
+        """From level 1 to the data."""
+        eps = draw_normal(self.seed, (CHAIN, 0), self.rows, self.x_0)
+        x_1 = self.schedule.perturb(self.x_0, 1, eps)
+        x0 = self.chain.x0(x_1, 1, self.y)
+        if self.transform.bin is None:
+            return -self.chain.log_decoder(self.x_0, x0, 1)
+        cells = NoisyCells(self.transform, self.schedule, 1)
+        flat = eps.flatten(1)
+        normal = -0.5 * flat.square().sum(1) - flat.shape[1] * (cells.sigma.log() + 0.5 * math.log(2 * math.pi))
+        return cells.log_q(x_1, self.x) - normal - cells.log_decoder(x_1, self.x, x0)
+
+    def _error(self, t: Tensor, stratum: int) -> Tensor:
+        x_t = self.schedule.perturb(self.x_0, t, draw_normal(self.seed, (CHAIN, 1 + stratum), self.rows, self.x_0))
+        return self.x_0 - self.chain.x0(x_t, t, self.y)
