@@ -1,21 +1,34 @@
 """Likelihoods: from one pass, as bounds, by the probability flow of the same network, and how they compare."""
 
 from torchcdm.likelihood.chain import ReverseChain
+from torchcdm.likelihood.diagnostics import Consistency, GapByLevel, consistency, gap_by_level
 from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
-from torchcdm.likelihood.normalizer import LogNormalizer, log_normalizer
-from torchcdm.likelihood.report import METHODS, FlowOptions, report
+from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer
+from torchcdm.likelihood.report import METHODS, FlowOptions, LogZOptions, report
 from torchcdm.likelihood.single_pass import published_convention, single_pass
-from torchcdm.likelihood.summary import NLLReport
+from torchcdm.likelihood.summary import Gap, NLLReport, Row
 
 __all__ = [
+    "ELBO",
+    "ESTIMATORS",
     "METHODS",
+    "Consistency",
     "FlowOptions",
     "FlowResult",
     "FlowSamples",
+    "Gap",
+    "GapByLevel",
     "LogNormalizer",
+    "LogZOptions",
     "NLLReport",
+    "ReverseChain",
+    "Row",
+    "consistency",
+    "elbo",
     "flow_sample",
+    "gap_by_level",
+    "log_normalizer",
     "probability_flow",
     "published_convention",
     "report",

@@ -154,6 +154,31 @@ def flow_sample(
     return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
 
 
+def flow_gaps(
+    model: ClassificationDiffusion,
+    x_t: Tensor,
+    y: Tensor | None = None,
+    level: int = 1,
+    steps: int | None = None,
+    probes: int = 2,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> tuple[list[int], Tensor]:
+    """One pass less flow at every level that a path visits: the levels, and log p_t - log p_flow, (levels, N) nats.
+
+    Arguments as in :func:`probability_flow`. The difference between two levels is the inconsistency between them.
+    """
+    check_probes(probes)
+    grid = rising_levels(level, model.schedule.T, steps)
+    reference = reference_gaussian(model)
+    parts = []
+    with evaluation_mode(model):
+        for rows in batches(len(x_t), batch_size):
+            flow = _Flow(model, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
+            parts.append(flow.gaps(x_t[rows], grid))
+    return grid, torch.cat(parts, 1)
+
+
 def check_probes(probes: int) -> None:
     """Refuses a number of probes that has no two halves."""
     if probes < 2 or probes % 2:
@@ -187,6 +212,21 @@ def start_kl_bound(denoiser: Denoiser, reference: GaussianMarginals, x_t: Tensor
     return float(0.5 * ((b**2 + offset) / variances - 1 + (variances / b**2).log()).sum())
 
 
+@dataclass(frozen=True)
+class _Path:
+    """Where a flow went.
+
+    Attributes:
+        w: At the end, (B, d).
+        totals: The divergence integrated up to each level, by either half of the probes, (levels, 2, B).
+        log_p: The model's own log density at each level, (levels, B); nan for a denoiser without one.
+    """
+
+    w: Tensor
+    totals: Tensor
+    log_p: Tensor
+
+
 class _Flow:
     """One batch on its way: state w (B, d) and the accumulated divergence of both probe halves (2, B)."""
 
@@ -206,32 +246,45 @@ class _Flow:
 
     def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
+        path = self.follow(x_t, grid)
+        total = path.totals[-1]
+        return self._log_density(path.w, total.mean(0), grid[0]), total[0] - total[1], self._x(path.w, grid[-1])
+
+    def gaps(self, x_t: Tensor, grid: Sequence[int]) -> Tensor:
+        """The model's own log p_t less the flow's, along the path, (levels of the grid, B)."""
+        path = self.follow(x_t, grid)
+        rest = (path.totals[-1] - path.totals).mean(1)
+        flow = torch.stack([self._log_density(path.w, total, t) for t, total in zip(grid, rest, strict=True)])
+        return path.log_p - flow
+
+    def follow(self, x_t: Tensor, grid: Sequence[int]) -> _Path:
+        """The path from x at the first level of the grid."""
         start = grid[0]
         w = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
-        w, total = self._travel(w / self._scale(start), grid)
-        return self._log_density(w, total.mean(0), start), total[0] - total[1], self._x(w, grid[-1])
+        return self._travel(w / self._scale(start), grid)
 
     def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """x at the first level from w at the last, its log density there, gap of the probe halves."""
         start = grid[0]
-        there, total = self._travel(w, grid[::-1])
-        return self._x(there, start), self._log_density(w, -total.mean(0), start), total[1] - total[0]
+        path = self._travel(w, grid[::-1])
+        total = -path.totals[-1]
+        return self._x(path.w, start), self._log_density(w, total.mean(0), start), total[0] - total[1]
 
-    def _travel(self, w: Tensor, path: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """w at the end of the path, and the divergence integrated along it by either half of the probes (2, B)."""
+    def _travel(self, w: Tensor, levels: Sequence[int]) -> _Path:
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         angle = torch.atan(self.schedule.ratio)
-        slope, divergence = self._slope_and_divergence(w, path[0])
-        total = torch.zeros_like(divergence)
-        for t, s in pairwise(path):
+        slope, divergence, log_p = self._slope_and_divergence(w, levels[0])
+        totals, logs = [torch.zeros_like(divergence)], [log_p]
+        for t, s in pairwise(levels):
             step = angle[s] - angle[t]
             ahead = self._slope(w + step * slope, s)
             w = w + step / 2 * (slope + ahead)
-            here = divergence
-            slope, divergence = self._slope_and_divergence(w, s)
-            total = total + step / 2 * (here + divergence)
-        return w, total
+            before = divergence
+            slope, divergence, log_p = self._slope_and_divergence(w, s)
+            totals.append(totals[-1] + step / 2 * (before + divergence))
+            logs.append(log_p)
+        return _Path(w, torch.stack(totals), torch.stack(logs))
 
     def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
         """log p_t from where the path is at T and its divergence from t to T."""
@@ -253,22 +306,24 @@ class _Flow:
         excess = self.denoiser.denoise(x_t, t, self.y).eps - self.reference.eps(x_t, t)
         return self._in_angle(excess, t)
 
-    def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """The same, with its divergence by either half of the probes, (2, B)."""
-        excess, divergence = self._excess(self._x(w, t).to(self.dtype), t)
+    def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, with its divergence by either half of the probes, (2, B), and the model's log density, (B,)."""
+        excess, divergence, log_p = self._excess(self._x(w, t).to(self.dtype), t)
         # The trace of a map does not depend on the basis: alpha * div_x of the excess.
         speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
-        return self._in_angle(excess, t), speed * divergence.double()
+        return self._in_angle(excess, t), speed * divergence.double(), log_p
 
     def _in_angle(self, excess: Tensor, t: int) -> Tensor:
         return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
 
-    def _excess(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """E[eps | x_t] less that of the reference, and its divergence in x_t: the one place that takes one."""
+    def _excess(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        """E[eps | x_t] less the reference's, and its divergence in x_t: the one place that takes one."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
+            log_p = x.new_full((len(x),), math.nan).double()
             if isinstance(self.denoiser, ClassificationDiffusion):
-                eps = self.denoiser.evaluate(x, t, self.y, create_graph=True).eps
+                result = self.denoiser.evaluate(x, t, self.y, create_graph=True)
+                eps, log_p = result.eps, result.log_prob_levels[:, t].detach()
             else:
                 eps = self.denoiser.denoise(x, t, self.y).eps
             excess = eps - self.reference.eps(x, t)
@@ -278,8 +333,9 @@ class _Flow:
                 (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(vectors))
                 traces.append((product * probe).flatten(1).sum(1))
         if x[0].numel() <= EXACT_DIMENSIONS:
-            return excess.detach(), torch.stack(traces).sum(0).expand(2, -1)
-        return excess.detach(), torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
+            return excess.detach(), torch.stack(traces).sum(0).expand(2, -1), log_p
+        halves = torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
+        return excess.detach(), halves, log_p
 
     def _probe_vectors(self, x: Tensor, t: int) -> list[Tensor]:
         """Unit vectors (exact trace) or fresh random signs, drawn anew for each sample and level."""

@@ -48,6 +48,7 @@ class LogNormalizer:
         level: The level whose density is integrated.
         dim: Dimensions of a sample.
         mean_log_weight: Mean of the logarithm of independent unbiased estimates of Z: below log Z in expectation.
+        mean_log_weight_se: Its standard error.
         x: Draws at the level, model units, (n, *shape): of the model's normalised density (``smc``), of the proposal
             otherwise.
     """
@@ -60,6 +61,7 @@ class LogNormalizer:
     level: int
     dim: int
     mean_log_weight: float
+    mean_log_weight_se: float
     x: Tensor
 
     def to_json(self) -> dict[str, Any]:
@@ -139,9 +141,8 @@ def _summary(log_weights: Tensor, name: str, level: int, x: Tensor, draws: int) 
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     relative_variance = float(weights.var() / weights.mean() ** 2) / len(weights)
     ess = min(1 / max(relative_variance, 1e-300), float(draws))
-    return LogNormalizer(
-        float(weights.mean().log() + shift), low, high, name, ess, level, x[0].numel(), float(values.mean()), x
-    )
+    value, mean, error = float(weights.mean().log() + shift), float(values.mean()), values.std() / len(values) ** 0.5
+    return LogNormalizer(value, low, high, name, ess, level, x[0].numel(), mean, float(error), x)
 
 
 def _evaluate(

@@ -13,10 +13,14 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import evaluation_mode
 from torchcdm.errors import UserError, nearest
+from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import batches, labels_of, require_transform
+from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import probability_flow
+from torchcdm.likelihood.normalizer import LogNormalizer, log_normalizer
 from torchcdm.likelihood.single_pass import combine, published_convention, score_noisy, single_draws
-from torchcdm.likelihood.summary import Gap, NLLReport, Row
+from torchcdm.likelihood.summary import ROWS, Gap, NLLReport, Row
+from torchcdm.likelihood.verdict import Evidence, judge
 from torchcdm.units import LogLikelihood
 
 METHODS = ("single", "elbo", "flow", "logz")
@@ -24,6 +28,9 @@ METHODS = ("single", "elbo", "flow", "logz")
 
 LEVEL = 1
 """The level of the headline, of log Z and of the comparison with the flow: the first noisy one."""
+
+HALVED_SAMPLES = 64
+"""So many samples show what the flow's steps cost in accuracy."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,21 @@ class FlowOptions:
     probes: int = 2
 
 
+@dataclass(frozen=True)
+class LogZOptions:
+    """How log Z is estimated in a report.
+
+    Attributes:
+        particles: Of the sequential Monte Carlo.
+        moves: Langevin steps at each level.
+        draws: Of the second estimator, from the flow.
+    """
+
+    particles: int = 1024
+    moves: int = 0
+    draws: int = 256
+
+
 def report(
     model: ClassificationDiffusion,
     x: Tensor,
@@ -50,6 +72,7 @@ def report(
     name: str = "",
     split: str = "",
     flow: FlowOptions | None = None,
+    log_z: LogZOptions | None = None,
     batch_size: int = 500,
     progress: bool = False,
 ) -> NLLReport:
@@ -59,13 +82,14 @@ def report(
         model: The model, with a transform; put into evaluation mode meanwhile.
         x: Data units, (N, *shape); every sample is scored, in order.
         methods: Of :data:`METHODS`.
-        y: Classes, long (N,), for the conditional density; None for the unconditional one.
+        y: Classes, long (N,), for the conditional density, whose log Z is not estimated; None for the unconditional.
         limit: Score only the first so many samples.
         draws: Noise draws of the one-pass rows; more than one adds the importance-weighted bound.
         seed: Seed of all noise.
         name: Of the data, for the report.
         split: Of the data, for the report.
         flow: How finely the flow is integrated.
+        log_z: How log Z is estimated.
         batch_size: Samples at a time; without influence on the numbers.
         progress: Shows a progress bar.
 
@@ -77,13 +101,17 @@ def report(
             raise UserError(f"unknown likelihood method '{method}'; {nearest(method, METHODS)}")
     require_transform(model)
     x, y = x[:limit], None if y is None else y[:limit]
+    flow = flow or FlowOptions()
     table = _Table(model, x, y, draws, seed, batch_size)
-    stages = [stage for stage in ("single", "elbo", "flow", "logz") if stage in methods]
-    for stage in _progress(stages, progress):
+    for stage in _progress([stage for stage in METHODS if stage in methods], progress):
         if stage == "single":
             table.add_single()
+        elif stage == "elbo":
+            table.add_elbo()
         elif stage == "flow":
-            table.add_flow(flow or FlowOptions())
+            table.add_flow(flow)
+        elif y is None:
+            table.add_log_z(log_z or LogZOptions(), flow)
     return table.finish(name, split)
 
 
@@ -98,8 +126,16 @@ class _Table:
     seed: int
     batch_size: int
     likelihoods: dict[str, LogLikelihood] = field(default_factory=dict)
+    chain: ReverseChain | None = None
     gap: Gap | None = None
+    log_z: LogNormalizer | None = None
+    second: LogNormalizer | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        transform = require_transform(self.model)
+        # From nats of a sample to the unit of the report.
+        self.unit = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
 
     def add_single(self) -> None:
         """published-convention, one-pass, one-pass-level."""
@@ -122,44 +158,83 @@ class _Table:
         z, log_p, offset = (torch.cat([getattr(part, key) for part in scored]) for key in ("z", "log_prob", "offset"))
         steps = min(options.steps, model.schedule.T - LEVEL)
         y = labels_of(self.y, slice(None), z.device)
-        result = probability_flow(
-            model, z, y, LEVEL, steps, options.probes, self.seed, halve=steps > 1, batch_size=self.batch_size
-        )
+        result = probability_flow(model, z, y, LEVEL, steps, options.probes, self.seed, batch_size=self.batch_size)
         nats = (result.log_prob + offset).cpu()
         convention = f"probability flow from level {LEVEL}"
-        self.likelihoods["flow"] = LogLikelihood(
-            nats, transform.dim, LEVEL, convention, transform.log_bin, result.nfe
-        )
-        unit = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
-        gap = unit * (result.log_prob - log_p).cpu()
+        self.likelihoods["flow"] = LogLikelihood(nats, transform.dim, LEVEL, convention, transform.log_bin, result.nfe)
+        gap = self.unit * (result.log_prob - log_p).cpu()
         # The mean of two independent halves has a quarter of the variance of their difference.
-        probe_variance = (unit * result.probe_gap.cpu()).square().mean() / 4
+        probe_variance = (self.unit * result.probe_gap.cpu()).square().mean() / 4
         spread = (gap.var() - probe_variance).clamp_min(0).sqrt()
         self.gap = Gap(float(gap.mean()), float(spread), LEVEL, float(gap.std() / math.sqrt(len(gap))))
-        # Heun is of second order: half the steps have four times the error.
-        step_error = 0.0 if result.step_gap is None else float(unit * result.step_gap.mean() / 3)
-        probe_error = float((probe_variance / len(gap)).sqrt())
-        kl = unit * result.start_kl_bound
+        probe_error, kl = float((probe_variance / len(gap)).sqrt()), self.unit * result.start_kl_bound
         self.notes.append(
-            f"flow: error of the mean {abs(step_error):.4f} from {steps} steps and {probe_error:.4f} from the probes; "
-            f"KL of its start density at most {kl:.1g}"
+            f"flow: error of its mean {self._step_error(z, y, options, steps)} from the steps ({steps}) and "
+            f"{probe_error:.4f} from the probes; KL of its start density at most {kl:.1g}"
         )
+
+    def _step_error(self, z: Tensor, y: Tensor | None, options: FlowOptions, steps: int) -> str:
+        """By halving the steps on the first samples: of second order, so half the steps have four times the error."""
+        if steps < 2:
+            return "unknown"
+        first = slice(0, HALVED_SAMPLES)
+        labels = None if y is None else y[first]
+        gap = probability_flow(
+            self.model, z[first], labels, LEVEL, steps, options.probes, self.seed, True, self.batch_size
+        ).step_gap
+        return f"{abs(float(self.unit * gap.mean())) / 3:.4f}"
+
+    def add_elbo(self) -> None:
+        """elbo, over all levels, with variances that the model's own samples have."""
+        bound = elbo(self.model, self.x, self.y, None, self._calibrated(), self.seed, self.batch_size)
+        self.likelihoods["elbo"] = bound.likelihood
+        terms = ((name, float(self.unit * getattr(bound, name).mean())) for name in
+                 ("prior", "diffusion", "reconstruction"))  # fmt: skip
+        self.notes.append("elbo: " + ", ".join(f"{name} {value:+.4f}" for name, value in terms))
+
+    def add_log_z(self, options: LogZOptions, flow: FlowOptions) -> None:
+        """log Z by sequential Monte Carlo, and a second opinion from the flow."""
+        shared = {"level": LEVEL, "seed": self.seed, "batch_size": self.batch_size}
+        self.log_z = log_normalizer(
+            self.model, options.particles, moves=options.moves, chain=self._calibrated(), **shared
+        )
+        steps = min(flow.steps, self.model.schedule.T - LEVEL)
+        self.second = log_normalizer(self.model, options.draws, method="flow", steps=steps, **shared)
+        bits = 1 / (self.log_z.dim * math.log(2))
+        second = self.second
+        self.notes.append(
+            f"log2 Z / d, second estimator: {bits * second.value:+.4f}, 95% [{bits * second.low:+.4f}, "
+            f"{bits * second.high:+.4f}], ess {second.ess:.1f}, {second.estimator}; its mean log weight, a lower "
+            f"bound, {bits * second.mean_log_weight:+.4f}"
+        )
+
+    def _calibrated(self) -> ReverseChain:
+        if self.chain is None:
+            self.chain = ReverseChain.calibrated(self.model, seed=self.seed, batch_size=self.batch_size)
+        return self.chain
 
     def finish(self, name: str, split: str) -> NLLReport:
         """The report."""
         transform = require_transform(self.model)
-        rows = []
+        rows = {}
         for key, likelihood in self.likelihoods.items():
             if len(likelihood.nats) != len(self.x):
                 raise RuntimeError(f"{key}: {len(likelihood.nats)} of {len(self.x)} samples were scored")
             value, error = likelihood.mean_and_error()
-            rows.append(Row(key, value, error, likelihood.nfe, likelihood.level))
-        rows.append(Row("one-pass-normalized", None, None, 1, LEVEL))
-        why = "No normalised number can be given: log Z was not estimated."
+            rows[key] = Row(key, value, error, likelihood.nfe, likelihood.level)
+        evidence = Evidence(
+            self.unit, rows.get("one-pass-level"), rows.get("elbo"), self.gap, self.log_z, self.second,
+            conditional=self.y is not None,
+        )  # fmt: skip
+        verdict = judge(evidence)
+        rows["one-pass-normalized"] = verdict.headline
+        ordered = tuple(rows[key] for key in ROWS if key in rows)
         unit = "nats" if transform.bin is None else "bits/dim"
+        notes = (*self.notes, *verdict.notes)
         return NLLReport(
-            name, split, len(self.x), transform.dim, unit, tuple(rows), None, self.gap, False, why, tuple(self.notes)
-        )
+            name, split, len(self.x), transform.dim, unit, ordered, self.log_z, self.gap, verdict.believe, verdict.why,
+            notes,
+        )  # fmt: skip
 
 
 def _progress(stages: list[str], show: bool) -> Any:

@@ -8,11 +8,16 @@ from typing import Any
 
 from torchcdm.likelihood.normalizer import LogNormalizer
 
-SMALLEST_ESS = 20
-"""Below this effective sample size no normalised number is given."""
-
-CONSISTENT = 0.02
-"""Largest difference to the flow, or excess over the ELBO, of a number that is to be believed; bits/dim."""
+ROWS = (
+    "published-convention",
+    "one-pass",
+    "one-pass-importance",
+    "one-pass-level",
+    "one-pass-normalized",
+    "elbo",
+    "flow",
+)
+"""The order of the table; ``one-pass-importance`` is there when there are several draws."""
 
 REMARKS = {
     "published-convention": "undithered at level 0: for comparison with published numbers, no bound",

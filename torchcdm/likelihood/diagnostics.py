@@ -1,0 +1,115 @@
+r"""Where a model is inconsistent, level by level: checks that a perfect classifier passes exactly.
+
+.. math:: E_{p_t}[p_{t-1}(x)/p_t(x)] = 1, \qquad E_{p_{t-1}}[p_t(x)/p_{t-1}(x)] = 1
+
+with the ratios by the logits (identity 1). These are checks of neighbouring logits, not an estimate of log Z. And the
+gap between one pass and the probability flow, accumulated from the noise end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import evaluation_mode, working_dtype
+from torchcdm.likelihood.common import CHAIN, DEQUANTISE, batches, draw_normal, draw_rows, labels_of, require_transform
+from torchcdm.likelihood.flow import flow_gaps
+from torchcdm.likelihood.single_pass import noised
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """One number for each pair of neighbouring levels, entry i for the pair (i, i + 1); all float64 (T+1,).
+
+    Attributes:
+        down: Mean of p_i / p_{i+1} on data noised to level i + 1; 1 for a perfect classifier.
+        up: Mean of p_{i+1} / p_i on data noised to level i; likewise.
+        down_se: Standard error of ``down``; no guide where a few samples dominate the mean.
+        up_se: Standard error of ``up``.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_se: Tensor
+    up_se: Tensor
+
+
+@dataclass(frozen=True)
+class GapByLevel:
+    """One pass less flow along the paths of noisy data.
+
+    Attributes:
+        levels: Visited levels, rising.
+        mean: Mean over samples of log p_t - log p_flow, nats, at each of them.
+        sd: Standard deviation over samples; the probes' noise included.
+    """
+
+    levels: list[int]
+    mean: Tensor
+    sd: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists."""
+        return {"levels": self.levels, "mean": self.mean.tolist(), "sd": self.sd.tolist()}
+
+
+@torch.no_grad()
+def consistency(
+    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, seed: int = 0, batch_size: int = 500
+) -> Consistency:
+    """Ratios of neighbouring levels on noised data; T + 2 forward passes.
+
+    Args:
+        model: The model; put into evaluation mode meanwhile.
+        x: Data units, (N, *shape), N at least 2.
+        y: Classes, long (N,), or None.
+        seed: Seed of the noise; independent of ``batch_size``.
+        batch_size: Samples at a time.
+    """
+    transform, schedule = require_transform(model), model.schedule
+    dtype, device = working_dtype(model, torch.float64), schedule.alpha.device
+    down, up = (torch.empty(schedule.T + 1, len(x), dtype=torch.float64) for _ in range(2))
+    with evaluation_mode(model):
+        for rows in batches(len(x), batch_size):
+            dithered = draw_rows(seed, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g))
+            x_0, labels = transform(dithered.to(device)), labels_of(y, rows, device)
+            for t in range(schedule.T + 2):
+                x_t = schedule.perturb(x_0, t, draw_normal(seed, (CHAIN, t), rows, x_0))
+                log_p = model.log_prob_levels(x_t.to(dtype), labels)
+                if t > 0:
+                    down[t - 1, rows] = (log_p[:, t - 1] - log_p[:, t]).exp().cpu()
+                if t <= schedule.T:
+                    up[t, rows] = (log_p[:, t + 1] - log_p[:, t]).exp().cpu()
+    root = len(x) ** 0.5
+    return Consistency(down.mean(1), up.mean(1), down.std(1) / root, up.std(1) / root)
+
+
+def gap_by_level(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    y: Tensor | None = None,
+    level: int = 1,
+    steps: int | None = None,
+    probes: int = 2,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> GapByLevel:
+    """The accumulated gap between one pass and flow at every level that the flow visits.
+
+    Args:
+        model: The model; put into evaluation mode meanwhile.
+        x: Data units, (N, *shape).
+        y: Classes, long (N,), or None.
+        level: Where the paths begin.
+        steps: Of the flow; all levels when None.
+        probes: Of its divergence.
+        seed: Seed of the noise; independent of ``batch_size``.
+        batch_size: Samples at a time.
+    """
+    z = torch.cat([noised(model, x, rows, level, seed) for rows in batches(len(x), batch_size)])
+    levels, gaps = flow_gaps(model, z, y, level, steps, probes, seed, batch_size)
+    return GapByLevel(levels, gaps.mean(1).cpu(), gaps.std(1).cpu())
