@@ -1,12 +1,15 @@
 """Losses against truth: the Bayes classifier, the Bayes error, and gradients that the terms add up to."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from oracles import SCHEDULES, ZeroBackbone, labelled_mixture, normal, rng
 from torch import nn
 
+from torchcdm.backbones.encoder import Encoder
+from torchcdm.backbones.mlp import MLP
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError
@@ -239,6 +242,38 @@ def test_second_derivative_matches_finite_differences():
             parameter.data.sub_(direction, alpha=step)
         slope = (values[0] - values[1]) / 2e-5
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+def compilers():
+    """aot_eager traces the step and its two derivatives; the other also writes and builds C++ for them."""
+    builds = shutil.which("g++") or shutil.which("clang++")
+    missing = pytest.mark.skipif(not builds, reason="there is no C++ compiler")
+    return ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, missing])]
+
+
+@pytest.mark.parametrize("backend", compilers())
+@pytest.mark.parametrize("kind", ["vectors of a joint model", "images"])
+def test_compiled_whole_it_has_the_gradient_of_eager(kind, backend):
+    schedule = CosineSchedule(T)
+    torch.manual_seed(0)
+    if kind == "images":
+        backbone = Encoder(1, 4, T + 2, width=4, multipliers=(1, 2), blocks=1, energy_maps=2)
+    else:
+        backbone = MLP(2, T + 2, width=16, depth=1, energy_maps=4, classes=3, joint=True)
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(20, 1, 4, 4) if kind == "images" else torch.randn(20, 2)
+    y = None if kind == "images" else torch.arange(20) % 4
+    base = GaussianMarginals.fit(3 * x + 1, schedule)
+    loss = CDMLoss(ClassificationDiffusion(backbone, schedule, gaussian=base))
+    torch.compiler.reset()
+    gradients = []
+    for step in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
+        backbone.zero_grad()
+        step(x, y, torch.arange(20) % (T + 2), x.flip(0))["loss"].mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()]))
+    eager, compiled = gradients
+    assert (compiled - eager).norm() < 1e-5 * eager.norm()
 
 
 def test_the_ends_teach_the_squared_error_nothing():
