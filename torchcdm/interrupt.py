@@ -8,8 +8,8 @@ from types import FrameType, TracebackType
 from typing import final
 
 
-class Interrupted(Exception):
-    """A signal asked the training to stop; its state is saved.
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the training to stop; its state is saved. No ``Exception``, so that nothing swallows it.
 
     Attributes:
         number: The signal; a process that it ends exits with 128 + number.

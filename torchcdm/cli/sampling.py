@@ -44,12 +44,12 @@ def run_sample(options: argparse.Namespace) -> int:
 
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
-    y = _labels(options.label, options.n, model, info)
-    steps = min(50, model.schedule.T) if options.steps is None else options.steps
-    drawn = draw(model, options.n, options.sampler, steps, y, options.guidance, options.seed, not options.quiet)
     out = options.out
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    y = _labels(options.label, options.n, model, info)
+    steps = min(50, model.schedule.T) if options.steps is None else options.steps
+    drawn = draw(model, options.n, options.sampler, steps, y, options.guidance, options.seed, not options.quiet)
     files = None
     if options.format in ("grid", "all"):
         save_sheet(drawn, model, out / "samples", info.columns)

@@ -1,0 +1,251 @@
+"""The command line: every mistake one line and exit code 2, and every command on a small run."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import small_flags
+
+from torchcdm.cli import main
+from torchcdm.data import load_data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *small_flags()]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "conditional"
+    flags = small_flags(model__labels="joint", train__steps="2")
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *flags]) == 0
+    return folder
+
+
+def succeed(capsys, *words):
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def refuse(capsys, *words):
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("cdm: "), error
+    return error
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["train", "digits"], "required: --out"),
+        (["train", "digts", "--out", "R"], "unknown preset 'digts'; did you mean 'digits'"),
+        (["train", "--out", "R"], "give a preset or --config FILE"),
+        (["train", "digits", "--out", "R", "--train.stesp", "5"], "unknown field 'train.stesp'; did you mean 'steps'"),
+        (["train", "digits", "--out", "R", "--stesp", "5"], "unknown argument '--stesp'; did you mean 'steps'"),
+        (["train", "digits", "--out", "R", "--train.steps"], "--train.steps needs a value"),
+        (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
+        (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),
+        (["train", "digits", "--out", "R", "--model", "ddm"], "cannot be a ddm; use --model.backbone unet"),
+        (["train", "digits", "--out", "R", "--size", "8by8"], "write height x width"),
+        (["train", "digits", "--out", "R", "--size", "7x7"], "halve"),
+        (["train", "digits", "--out", "R", "--data", "digit"], "did you mean 'digits'"),
+        (["train", "digits", "--out", "R", "--data", "folder:nowhere"], "nowhere"),
+        (["train", "digits", "--out", "R", "--device", "gpu"], "device gpu: "),
+        (["train", "encoder", "--out", "R"], "no data: "),
+        (["train", "--config", "nothing.yaml", "--out", "R"], "nothing.yaml: cannot be read"),
+        (["sample", "nowhere", "--out", "S"], "nowhere: holds no trained model"),
+        (["nll", "nowhere"], "nowhere: holds no trained model"),
+        (["info", "nowhere"], "nowhere: holds no trained model"),
+        (["convert", "none.pt", "R", "--preset", "digits"], "the published networks have model.backbone unet"),
+        (["convert", "none.pt", "R", "--preset", "cifar10-conditional"], "--classes is needed"),
+        (["convert", "none.pt", "R", "--preset", "cifar10", "--shape", "32"], "write channels x height x width"),
+    ],
+)
+def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refuse(capsys, *words)
+    assert not (tmp_path / "R" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "RUN", "--n", "0", "--out", "S"], "n is 0; ask for at least one sample"),
+        (["sample", "RUN", "--steps", "21", "--out", "S"], "takes 1 to 20 sampling steps"),
+        (["sample", "RUN", "--sampler", "ddmp", "--out", "S"], "did you mean 'ddpm'"),
+        (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
+        (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
+        (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'"),
+        (["sample", "RUN", "--n", "four", "--out", "S"], "invalid int value: 'four'"),
+        (["nll", "RUN", "--split", "tset"], "unknown split 'tset'; did you mean 'test'"),
+        (["nll", "RUN", "--methods", "single,flwo"], "did you mean 'flow'"),
+        (["nll", "RUN", "--limit", "0"], "--limit is 0"),
+        (["nll", "RUN", "--conditional"], "have no classes"),
+        (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
+        (["evaluate", "RUN", "--draws", "0"], "--draws is 0"),
+        (["denoise", "RUN", "nothing.png", "--out", "S"], "nothing.png"),
+        (["denoise", "RUN", "x.npy", "--level", "21", "--out", "S"], "--level is 21"),
+        (["denoise", "RUN", "x.npy", "--noise-std", "-1", "--out", "S"], "-1; it must be positive"),
+        (["denoise", "RUN", "x.npy", "--level", "3", "--noise-std", "1", "--out", "S"], "not allowed with"),
+        (["train", "digits", "--out", "RUN"], "already holds a run; go on with --resume"),
+        (["convert", "x.pt", "RUN", "--preset", "cifar10"], "already holds a run"),
+    ],
+)
+def test_mistakes_with_a_run(capsys, tmp_path, monkeypatch, run, words, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((2, 8, 8), np.float32))
+    assert message in refuse(capsys, *(run if word == "RUN" else word for word in words))
+
+
+def test_mistakes_about_labels(capsys, tmp_path, conditional):
+    for label in ("10", "-1", "ten"):
+        assert "give balanced, a number 0 ... 9" in refuse(
+            capsys, "sample", conditional, f"--label={label}", "--out", tmp_path
+        )
+
+
+def test_what_cannot_be_written(capsys, tmp_path, run):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "cannot be written" in refuse(capsys, "sample", run, "--n", "1", "--steps", "1", "--out", blocked / "S")
+    assert "cannot be written" in refuse(capsys, "train", "digits", "--out", blocked / "R", *small_flags())
+    assert "cannot be written" in refuse(capsys, "evaluate", run, "--limit", "2", "--json", blocked / "x.json")
+
+
+# --- commands --------------------------------------------------------------------------------------------------
+
+
+def test_a_process_exits_with_two(tmp_path):
+    code = "import sys; from torchcdm.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", "digts", "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "presets", "sample", "nll", "evaluate", "denoise", "info", "convert"])
+def test_help_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"cdm {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("torchcdm 0.")
+
+
+def test_presets_tell_what_they_reach(capsys):
+    lines = {line.split()[0]: line for line in succeed(capsys, "presets").splitlines()}
+    assert {"digits", "fashion-mnist", "fashion-mnist-conditional", "cifar10", "cifar10-uniform", "cifar10-ot",
+            "cifar10-conditional", "celeba64", "two-moons", "table"} <= set(lines)  # fmt: skip
+    assert "(published)" in lines["cifar10"] and "T=1000" in lines["cifar10"] and "500000 steps" in lines["cifar10"]
+    assert "(measured)" in lines["digits"]
+
+
+def test_a_run_ends_in_a_report(run):
+    report = json.loads((run / "report.json").read_text())
+    assert {"preset", "data", "steps", "seconds", "versions", "nll", "baselines"} <= set(report)
+    assert report["preset"] == "digits" and report["steps"] == 12 and report["seconds"] > 0
+    rows = {row["name"]: row["value"] for row in report["nll"]["rows"]}
+    assert 2 < rows["one-pass"] < 4 and 2 < rows["flow"] < 4
+    for name in ("training", "levels", "posteriors", "neighbours"):
+        assert Image.open(run / "plots" / f"{name}.png").size[0] > 20
+    assert Image.open(run / "samples" / "final.png").size == (18, 18)  # 2 x 2 digits and the gap
+
+
+def test_sampling_again_gives_the_same_files(capsys, tmp_path, run):
+    for name in ("a", "b"):
+        succeed(capsys, "sample", run, "--n", "3", "--steps", "4", "--seed", "7", "--format", "all", "--device", "cpu",
+                "--out", tmp_path / name, "--quiet")  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "manifest.csv", "samples.npz", "samples.png"]
+    for name in names:
+        if not name.endswith(".npz"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with (tmp_path / "a" / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == names[:3] and {row["seed"] for row in rows} == {"7"}
+    x = np.load(tmp_path / "a" / "samples.npz")["x"]
+    assert x.shape == (3, 1, 8, 8) and x.dtype == np.uint8 and x.max() <= 16
+    assert np.asarray(Image.open(tmp_path / "a" / names[0])).tolist() == np.round(x[0, 0] * 255.0 / 16).tolist()
+
+
+def test_samples_of_a_class(capsys, tmp_path, conditional):
+    succeed(capsys, "sample", conditional, "--n", "12", "--steps", "2", "--label", "balanced", "--guidance", "1",
+            "--out", tmp_path / "all", "--quiet")  # fmt: skip
+    succeed(capsys, "sample", conditional, "--n", "2", "--steps", "2", "--label", "7", "--out", tmp_path / "one",
+            "--format", "array", "--quiet")  # fmt: skip
+    for name, labels in (("all", [str(i % 10) for i in range(12)]), ("one", ["7", "7"])):
+        with (tmp_path / name / "manifest.csv").open() as file:
+            assert [row["label"] for row in csv.DictReader(file)] == labels
+    assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
+
+
+def test_nll_writes_the_contract(capsys, tmp_path, run):
+    words = ["nll", run, "--limit", "5", "--methods", "single,flow", "--flow-steps", "2", "--device", "cpu", "--quiet"]
+    out = succeed(capsys, *words, "--json", tmp_path / "nll.json")
+    content = json.loads((tmp_path / "nll.json").read_text())
+    assert set(content) == {"data", "unit", "rows", "log2_z_per_dim", "gap_to_flow", "believe", "why"}
+    assert content["data"] == {"name": "digits", "split": "test", "count": 5, "dim": 64}
+    assert set(content["gap_to_flow"]) == {"mean", "sd", "level"}
+    assert {"published-convention", "one-pass", "one-pass-level", "flow"} <= {row["name"] for row in content["rows"]}
+    assert "one-pass-level" in out
+    assert json.loads(succeed(capsys, *words, "--json", "-")) == content
+
+
+def test_evaluate_by_level(capsys, tmp_path, run):
+    out = succeed(capsys, "evaluate", run, "--json", tmp_path / "e.json", "--device", "cpu")
+    content = json.loads((tmp_path / "e.json").read_text())
+    assert content["count"] == 297 and content["levels"] == 22
+    per_level = content["per_level"]
+    assert all(len(values) == 22 for values in per_level.values())
+    # The mean error leaves out the ends: level 0 is a constant, level T+1 is exact.
+    assert abs(per_level["mse"][0] - 1) < 0.1 and per_level["mse"][21] == 0
+    inner = sum(per_level["mse"][1:21]) / 20
+    assert abs(content["mean"]["mse"] - inner) < 0.02 and f"{content['mean']['mse']:.4f}" in out
+
+
+def test_denoising_removes_noise(capsys, tmp_path, run):
+    clean = load_data("digits").test.tensors(20)[0].float()
+    noisy = clean + 4 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "noisy.npy", noisy.numpy())
+    for flags in (["--noise-std", "4"], ["--level", "9"], []):
+        out = tmp_path / "-".join(["out", *flags])
+        succeed(capsys, "denoise", run, tmp_path / "noisy.npy", *flags, "--out", out, "--device", "cpu")
+        result = torch.from_numpy(np.load(out / "denoised.npy")).float()
+        # Little training: what the Gaussian alone removes.
+        assert (result - clean).square().mean() < 0.6 * (noisy - clean).square().mean()
+        with (out / "noise.csv").open() as file:
+            found = [float(row["noise_std"]) for row in csv.DictReader(file)]
+        assert 3 < np.median(found) < 5.5 and len(list(out.glob("*.png"))) == 20
+
+
+def test_info(capsys, run):
+    out = succeed(capsys, "info", run)
+    assert "uniform-sigma, T = 20" in out and "encoder" in out and "step-12" in out and "0 ... 16" in out
+
+
+def test_resume_of_a_run_needs_no_preset(capsys, tmp_path, run):
+    words = ["train", "--out", tmp_path / "r", "--device", "cpu"]
+    succeed(capsys, *words, "--config", run / "config.yaml", "--steps", "2")
+    out = succeed(capsys, *words, "--resume", "--steps", "3")
+    assert "3 steps in" in out and "one-pass" in out

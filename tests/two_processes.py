@@ -1,0 +1,43 @@
+"""Run by torchrun: the gradients of a joint batch from every process's share, and a short training."""
+
+import sys
+from pathlib import Path
+
+import torch
+from small_runs import small_config
+
+from torchcdm.batches import Batches
+from torchcdm.building import build_loss, build_model, fit_gaussian, load_source
+from torchcdm.processes import Processes
+from torchcdm.trainer import train
+
+
+def gradients(folder: Path, ce_weight: str) -> tuple[Processes, dict[str, torch.Tensor]]:
+    """The gradients of this process after one backward pass of step 3."""
+    config = small_config(model__backbone__dropout="0", loss__ce_weight=ce_weight)
+    source = load_source(config.data)
+    torch.manual_seed(0)
+    model = build_model(config.model, source.transform, None, fit_gaussian(config.model, source, flip=False)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    processes = Processes("cpu", (), folder)
+    loss = build_loss(config.loss, model)
+    batches = Batches(source, 32, 0, labels=False, rank=processes.rank, world=processes.world)
+    (batch,) = batches(3, 4, loss, processes.device)
+    wrapped = processes.wrap(loss)
+    value = wrapped(batch.x_0.double(), None, batch.t, batch.eps.double())["loss"].mean()
+    processes.backward(value + 0 * sum(parameter.sum() for parameter in model.parameters()))
+    return processes, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def main(folder: Path) -> None:
+    """Leaves ``gradients-CE-RANK.pt``, and a run that all processes trained."""
+    for ce_weight in ("3", "0"):
+        processes, found = gradients(folder, ce_weight)
+        torch.save(found, folder / f"gradients-{ce_weight}-{processes.rank}.pt")
+    train(small_config(train__steps="4", model__backbone__dropout="0"), folder / "run", device="cpu", progress=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
