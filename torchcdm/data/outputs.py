@@ -17,6 +17,8 @@ from torchcdm.units import DataTransform
 PNG_CHANNELS = (1, 2, 3, 4)
 GRID_GAP = 2
 """Pixels between the images of a grid."""
+GRID_SIDE = 64
+"""Screen pixels up to which a grid enlarges small images, by a whole factor."""
 
 
 def to_bytes(x: Tensor, transform: DataTransform | None = None) -> Tensor:
@@ -69,8 +71,14 @@ def save_images(
     return paths
 
 
-def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = None, columns: int | None = None) -> Path:
-    """All images in one PNG, in rows; scaled as by :func:`to_bytes`.
+def save_grid(
+    x: Tensor,
+    path: str | Path,
+    transform: DataTransform | None = None,
+    columns: int | None = None,
+    zoom: int | None = None,
+) -> Path:
+    """All images in one PNG, in rows, to look at; grey levels as by :func:`to_bytes`.
 
     Images that are neither grey nor colour show their channels side by side.
 
@@ -79,9 +87,12 @@ def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = Non
         path: The PNG file; its folder is made.
         transform: The model's.
         columns: Images in a row; as square as possible when None.
+        zoom: Screen pixels for each pixel; when None as many as bring small images to :data:`GRID_SIDE`.
     """
     _refuse_vectors(x)
     images = to_bytes(x, transform)
+    zoom = zoom or max(1, GRID_SIDE // max(images.shape[2:]))
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     if images.shape[1] not in (1, 3):
         images = images.movedim(1, 2).flatten(2)[:, None]  # (N, 1, H, C W)
     count, channels, height, width = images.shape
