@@ -6,9 +6,10 @@ import pytest
 import torch
 from oracles import SCHEDULES, covariance, labelled_mixture, mixture_at_level, normal, rng
 
+from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.schedules import OptimalTransportSchedule
-from torchcdm.toy import TOYS, GaussianMixture, ring_mixture, sample_named
+from torchcdm.toy import TOYS, BoxMixture, GaussianMixture, MixtureClassifier, named, ring_mixture, sample_named
 
 T = 25
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -72,6 +73,81 @@ def test_events_of_any_shape():
     assert torch.equal(image.log_prob_levels(x, schedule), flat.log_prob_levels(x.flatten(1), schedule))
     with pytest.raises(UserError, match="no labels"):
         image.sample_labelled(3)
+
+
+def boxes():
+    low = torch.tensor([[-1.5, 0.0], [0.2, -1.0], [0.5, 0.5]])
+    high = torch.tensor([[-0.5, 1.0], [1.0, 1.0], [0.6, 2.0]])
+    return BoxMixture(torch.tensor([0.5, 0.3, 0.2]), low, high, torch.tensor([0, 1, 1]))
+
+
+@every_schedule
+def test_boxes_are_what_their_points_blur_into(name):
+    mixture, schedule = boxes(), SCHEDULES[name](T)
+    x = torch.cat([mixture.sample(6, rng()), 3 * normal(6, 2)])
+    levels = mixture.log_prob_levels(x, schedule)
+    inside = ((x[:, None] > mixture.low) & (x[:, None] < mixture.high)).all(2)
+    density = (inside * mixture.log_weights.exp() / (mixture.high - mixture.low).prod(1)).sum(1)
+    assert torch.allclose(levels[:, 0].exp(), density) and 6 <= inside.any(1).sum() < 12
+    # Midpoint rule over the points of each box: the noise is wide beside their spacing.
+    share = (torch.arange(3000).double() + 0.5) / 3000
+    points = mixture.low[:, None] + share[:, None] * (mixture.high - mixture.low)[:, None]
+    for t in range(1, T + 2):
+        kernel = torch.distributions.Normal(schedule.alpha[t] * points, schedule.sigma[t])
+        blurred = kernel.log_prob(x[:, None, None]).exp().mean(2).prod(2) @ mixture.log_weights.exp()
+        assert torch.allclose(levels[:, t].exp(), blurred, rtol=1e-3, atol=1e-12), t
+
+
+@every_schedule
+def test_boxes_score_is_the_gradient_of_their_density(name):
+    mixture, schedule, x = boxes(), SCHEDULES[name](T), (1.5 * normal(8, 2)).requires_grad_()
+    y = torch.arange(8) % 2
+    for t in (*range(1, T + 2), torch.tensor([1, 2, 3, T, T + 1, 5, 6, 7])):
+        for label in (None, y):
+            (score,) = torch.autograd.grad(mixture.log_prob(x, t, schedule, label).sum(), x)
+            assert score.isfinite().all()
+            assert torch.allclose(mixture.score(x, t, schedule, label), score, rtol=1e-6, atol=1e-6)
+    far = 1e3 * normal(8, 2)
+    assert mixture.log_prob_levels(far, schedule).isfinite().all()
+    assert mixture.score(far, 0, schedule).isfinite().all()
+    # However far away x_t is, its origin lies in a box.
+    origin = (far + schedule.sigma[T] ** 2 * mixture.score(far, T, schedule)) / schedule.alpha[T]
+    assert ((origin > mixture.low.amin(0) - 1e-3) & (origin < mixture.high.amax(0) + 1e-3)).all()
+
+
+def test_boxes_under_a_model_denoise_like_their_formula():
+    mixture, schedule, x = named("checkerboard"), OptimalTransportSchedule(T), 2 * normal(20, 2)
+    model = ClassificationDiffusion(MixtureClassifier(mixture, schedule), schedule)
+    for t in range(T + 2):
+        assert torch.allclose(model.denoise(x, t).eps, mixture.eps(x, t, schedule), atol=1e-6), t
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("level", [0, 5])
+def test_the_density_of_a_named_toy_is_that_of_its_draws(name, level):
+    schedule, toy, side, n = OptimalTransportSchedule(T), named(name), 200, 2000
+    axis = 5 * ((torch.arange(side).double() + 0.5) / side * 2 - 1)
+    log_p = toy.log_prob(torch.cartesian_prod(axis, axis), level, schedule)
+    p = log_p.exp() * (10 / side) ** 2
+    assert p.sum() == pytest.approx(1, abs=1e-4)
+    x, y = sample_named(name, n, rng(5))
+    x_t = schedule.perturb(x.double(), torch.full((n,), level), normal(n, 2, seed=6))
+    drawn = toy.log_prob(x_t, level, schedule)
+    assert abs(drawn.mean() - (p * log_p).nansum()) < 4 * drawn.std() / math.sqrt(n) + 1e-3
+    if level == 0:
+        given = toy.class_log_prob_levels(x, schedule)[:, :, 0] + toy.class_prior.log()
+        assert (given.argmax(1) == y).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ["two-moons", "rings", "pinwheel", "two-spirals"])
+def test_curves_show_no_single_points(name):
+    toy = named(name)
+    spacing = torch.cat([
+        (toy.means[toy.labels == y][1:] - toy.means[toy.labels == y][:-1]).norm(dim=1) for y in range(toy.classes)
+    ])  # fmt: skip
+    limit = 1.3 * toy.variances.max().sqrt()
+    # Only the tips of the pinwheel, which hold 5 % of it, are sparser, and the first steps out of a spiral's centre.
+    assert (spacing <= limit).double().mean() > 0.95
 
 
 @pytest.mark.parametrize("name", TOYS)
