@@ -158,7 +158,7 @@ def build_model(
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     """The loss that trains ``model``."""
     if isinstance(model, ClassificationDiffusion):
-        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout)
+        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight)
     return DDMLoss(model, config.label_dropout)
 
 

@@ -193,6 +193,7 @@ class LossConfig:
     ce_weight: float = 3.0
     mse_weight: float = 1.0
     label_dropout: float = 0.1
+    time_weight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class BaseDensity(Float64Module, ABC):
         """E[eps | x_t] under this density, shape of ``x_t`` (identity 3)."""
 
     @abstractmethod
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log density at level t + 1 less that at t - 1, by the slope at level t (identity 11): float64 (B,)."""
+
+    @abstractmethod
     def sample(self, eps: Tensor, t: int) -> Tensor:
         """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
 
@@ -55,6 +59,9 @@ class StandardNormal(BaseDensity):
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         _, sigma_t = self.schedule.at(t, x_t)
         return sigma_t * x_t
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros(len(x_t), dtype=torch.float64, device=x_t.device)
 
     def sample(self, eps: Tensor, t: int) -> Tensor:
         return eps
@@ -213,6 +220,13 @@ class GaussianMarginals(BaseDensity):
         alpha_t, sigma_t = self.schedule.at(t, x_t.double())
         z = self.rotation(x_t.double() - alpha_t * self.mean)
         return (sigma_t * self.rotation.inverse(z / self._variances_at(t))).to(x_t.dtype)
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        eps = self.eps(x_t.double(), t)
+        # The posterior of eps has covariance alpha² Sigma (alpha² Sigma + sigma²)^-1.
+        variances = self._variances_at(t)
+        spread = (1 - self.schedule.sigma[t, None] ** 2 / variances).sum(1)
+        return self.schedule.log_prob_change(x_t, t, eps, eps.square().flatten(1).sum(1) + spread)
 
     def moments(self, t: int) -> tuple[Tensor, Tensor]:
         """Mean (*shape) and eigenvalues (d,) of the marginal at level ``t``."""

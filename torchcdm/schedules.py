@@ -92,6 +92,21 @@ class NoiseSchedule(Float64Module, ABC):
         a, b = step * share, self.alpha[s] * noise / self.sigma[t] ** 2
         return self._like(a, x), self._like(b, x), self._like((noise * share).sqrt(), x)
 
+    def log_prob_change(self, x_t: Tensor, t: Tensor, eps: Tensor, energy: Tensor) -> Tensor:
+        """log p_{t+1}(x_t) - log p_{t-1}(x_t) at a fixed point, by the slope at level t (identity 11): float64 (B,).
+
+        Args:
+            x_t: (B, *shape).
+            t: Levels 2 ... T - 1, long (B,).
+            eps: E[eps | x_t], (B, *shape).
+            energy: E[|eps|² | x_t], (B,).
+        """
+        log_r, log_alpha = self.ratio.log(), self.alpha.log()
+        along = (eps.double() * x_t.double()).flatten(1).sum(1) / self.sigma[t]
+        d = x_t[0].numel()
+        slope_r = (energy.double() - d) * (log_r[t + 1] - log_r[t - 1])
+        return slope_r + (along - d) * (log_alpha[t + 1] - log_alpha[t - 1])
+
     def time_grid(self, steps: int) -> list[int]:
         """``steps`` strictly decreasing levels from T to 1, evenly spaced (one step: T alone).
 
