@@ -211,15 +211,24 @@ def save_state(run: RunFolder, state: TrainingState) -> Path:
             progress = {"format": FORMAT, "step": state.step} | state.progress
             write_through(temporary / "progress.json", json.dumps(progress))
             flush_folder(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             os.replace(temporary, final)
             flush_folder(run.states)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     for old in state_folders(run)[:-KEPT_STATES]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Removes a state; renamed first, because a crash half way would leave one without all its files."""
+    if folder.exists():
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def state_folders(run: RunFolder) -> list[Path]:
@@ -275,8 +284,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: Missing, or not one.
     """
+    text = _read(path)
     try:
-        content = json.loads(_read(path))
+        content = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from None
     if not isinstance(content, dict):

@@ -21,7 +21,7 @@ def add_commands(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML file with the model and the data of the training")
     what.add_argument("--preset", metavar="PRESET", help="cifar10, cifar10-uniform, celeba64 ...")
-    parser.add_argument("--shape", default="3x32x32", metavar="CxHxW", help="shape of the images (3x32x32)")
+    parser.add_argument("--shape", metavar="CxHxW", help="of the images; data.channels and data.size, or 3x32x32")
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes, for a conditional checkpoint")
     parser.set_defaults(run=run_convert)
 
@@ -45,7 +45,9 @@ def run_convert(options: argparse.Namespace) -> int:
             "such as preset cifar10"
         )
     # The published code maps 0 ... 255 to [-1, 1] and adds no noise to grey levels.
-    transform = DataTransform.images(_shape(options.shape), dequantize=False)
+    size = "x".join(map(str, config.data.size or (32, 32)))
+    shape = _shape(options.shape or f"{config.data.channels or 3}x{size}")
+    transform = DataTransform.images(shape, dequantize=False)
     model_config = resolve(config.model, transform)
     if (model_config.labels != "none") != (options.classes is not None):
         raise UserError("--classes is needed for a conditional model (model.labels input), and for that alone")
