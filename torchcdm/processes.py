@@ -18,7 +18,7 @@ class Processes:
     """One process of one or several that train together, started by ``accelerate launch`` or ``torchrun``.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the best there is when None. Of several processes each has
+        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None. Of several processes each has
             its own.
         trackers: Names for accelerate's ``log_with``.
         folder: Where trackers write.
@@ -53,7 +53,10 @@ class Processes:
             raise UserError(f"train.trackers: {' '.join(str(error).split())}") from error
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.main = self._accelerator.is_main_process
-        self.device = self._accelerator.device if device is None or several else checked_device(device)
+        if several:
+            self.device = self._accelerator.device
+        else:
+            self.device = best_device() if device is None else checked_device(device)
 
     def wrap(self, loss: nn.Module) -> nn.Module:
         """The module whose gradients are averaged over the processes."""
@@ -91,17 +94,15 @@ def checked_device(name: str) -> torch.device:
     """A device that is there.
 
     Raises:
-        UserError: It is not.
+        UserError: It is not, or it has no float64, in which schedules and densities are kept.
     """
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=name, dtype=torch.float64)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"device {name}: {str(error).strip().splitlines()[0]}") from None
     return torch.device(name)
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The GPU where there is one; Apple's are left out, they have no float64."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

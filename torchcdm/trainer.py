@@ -85,7 +85,7 @@ def train(
         out: The run's folder.
         source: The data; loaded from the configuration when None.
         resume: Go on from the last saved state; a folder without one starts anew.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the best there is when None.
+        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
 
     Raises:

@@ -31,7 +31,7 @@ def add_command(commands: Any, name: str, summary: str, example: str) -> Parser:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the best there is by default")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is by default")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
