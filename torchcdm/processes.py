@@ -99,7 +99,8 @@ def checked_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name, dtype=torch.float64)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"device {name}: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise UserError(f"device {name} cannot be used: {reason}; leave --device out, or give cpu") from None
     return torch.device(name)
 
 
