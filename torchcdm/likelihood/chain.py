@@ -19,7 +19,6 @@ from torch import Tensor
 from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
 from torchcdm.likelihood.common import batches, labels_of
 from torchcdm.likelihood.flow import reference_gaussian
-from torchcdm.samplers import sample
 
 CALIBRATION_SAMPLES = 256
 """Model samples from which the variances are measured: each is then right within about a tenth."""
@@ -57,20 +56,37 @@ class ReverseChain:
 
         Costs 2 T network evaluations of ``n`` samples.
         """
-        chain = cls(denoiser)
-        T, device = denoiser.schedule.T, denoiser.schedule.alpha.device
-        x_0 = sample(denoiser, n, "ddpm", T, y, seed=seed, batch_size=batch_size, shape=chain.reference.mean.shape,
-                     units="model").to(device).double()  # fmt: skip
-        generator = torch.Generator().manual_seed(hash((seed, n)))
+        chain, T = cls(denoiser), denoiser.schedule.T
+        device, shape = denoiser.schedule.alpha.device, chain.reference.mean.shape
+        generator = torch.Generator().manual_seed(seed)
+        x_0 = chain.sample(n, generator, y, batch_size)
         squares = torch.zeros_like(chain.variances)
         with evaluation_mode(denoiser):
             for t in range(1, T + 1):
-                eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(device)
+                eps = torch.randn(n, *shape, generator=generator, dtype=x_0.dtype).to(device)
                 x_t = denoiser.schedule.perturb(x_0, t, eps)
                 for rows in batches(n, batch_size):
                     x0 = chain.x0(x_t[rows], t, labels_of(y, rows, device))
                     squares[t - 1] += chain.rotate(x_0[rows] - x0).square().sum(0)
         return cls(denoiser, squares / n)
+
+    def sample(
+        self, n: int, generator: torch.Generator, y: Tensor | None = None, batch_size: int = 500
+    ) -> Tensor:
+        """Draws of x_0 by the chain itself over all levels, model units, float64 (n, *shape)."""
+        device, dim = self.schedule.alpha.device, self.reference.variances.numel()
+
+        def normal() -> Tensor:
+            return torch.randn(n, dim, generator=generator, dtype=torch.float64).to(device)
+
+        def mean(t: int) -> Tensor:
+            return torch.cat([self.x0(x[rows], t, labels_of(y, rows, device)) for rows in batches(n, batch_size)])
+
+        x, _ = self.start(normal())
+        with evaluation_mode(self.denoiser):
+            for t in range(self.schedule.T, 1, -1):
+                x, _ = self.step(x, mean(t), t, t - 1, normal())
+            return mean(1) + self.reference.rotation.inverse(normal() * self.variances[0].sqrt())
 
     def x0(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t], float64, shape of ``x_t``."""

@@ -22,7 +22,7 @@ class Evidence:
     Attributes:
         unit: Of the rows, in nats of a sample.
         one_pass: The row at the level of log Z, not normalised.
-        elbo: The row.
+        over_elbo: one_pass less ELBO, mean over the samples and its standard error.
         gap: One pass less flow.
         log_z: The estimate that normalises.
         second: An independent one.
@@ -31,7 +31,7 @@ class Evidence:
 
     unit: float
     one_pass: Row | None
-    elbo: Row | None
+    over_elbo: tuple[float, float] | None
     gap: Gap | None
     log_z: LogNormalizer | None
     second: LogNormalizer | None
@@ -65,10 +65,12 @@ def judge(evidence: Evidence) -> Verdict:
         difference = evidence.gap.mean + unit * z.value
         side = "above" if difference > 0 else "below"
         against.append((abs(difference), f"is {abs(difference):.4f} {side} the flow"))
-    if evidence.elbo is not None:
-        excess = value - evidence.elbo.value
-        notes.append(f"The headline is {abs(excess):.4f} {'above' if excess > 0 else 'below'} the ELBO.")
-        against.append((excess, f"is {excess:+.4f} from the ELBO, a bound"))
+    if evidence.over_elbo is not None:
+        excess, error = evidence.over_elbo[0] + unit * z.value, evidence.over_elbo[1]
+        side = "above" if excess > 0 else "below"
+        notes.append(f"The headline is {abs(excess):.4f} +- {error:.4f} {side} the ELBO.")
+        # The bound is an estimate, each level with noise of its own.
+        against.append((excess - 2 * error, f"is {excess:+.4f} from the ELBO, a bound"))
     if not against:
         why = "The headline was compared with nothing: ask for the flow or the ELBO too."
         return Verdict(headline, False, why, ())
