@@ -70,9 +70,7 @@ class ReverseChain:
                     squares[t - 1] += chain.rotate(x_0[rows] - x0).square().sum(0)
         return cls(denoiser, squares / n)
 
-    def sample(
-        self, n: int, generator: torch.Generator, y: Tensor | None = None, batch_size: int = 500
-    ) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator, y: Tensor | None = None, batch_size: int = 500) -> Tensor:
         """Draws of x_0 by the chain itself over all levels, model units, float64 (n, *shape)."""
         device, dim = self.schedule.alpha.device, self.reference.variances.numel()
 

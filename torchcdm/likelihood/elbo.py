@@ -117,7 +117,10 @@ class _Batch:
         edges = torch.linspace(2, self.schedule.T + 1, evaluations + 1).round().long()
         for stratum, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             t = draw_rows(
-                self.seed, (STRATA, stratum), self.rows, lambda i, g: torch.randint(low, high, (), generator=g)  # noqa: B023
+                self.seed,
+                (STRATA, stratum),
+                self.rows,
+                lambda i, g: torch.randint(low, high, (), generator=g),  # noqa: B023
             ).to(self.x.device)
             error = self._error(t, stratum)
             total = total + (high - low) * self.chain.kl(error, t)

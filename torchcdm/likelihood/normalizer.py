@@ -145,9 +145,7 @@ def _summary(log_weights: Tensor, name: str, level: int, x: Tensor, draws: int) 
     return LogNormalizer(value, low, high, name, ess, level, x[0].numel(), mean, float(error), x)
 
 
-def _evaluate(
-    model: ClassificationDiffusion, x: Tensor, t: int, y: Tensor | None, batch_size: int
-) -> Evaluation:
+def _evaluate(model: ClassificationDiffusion, x: Tensor, t: int, y: Tensor | None, batch_size: int) -> Evaluation:
     dtype = working_dtype(model, torch.float64)
     parts = [
         model.evaluate(x[rows].to(dtype), t, None if y is None else y[rows]) for rows in batches(len(x), batch_size)

@@ -118,9 +118,7 @@ class ScoredNoise:
 
 
 @torch.no_grad()
-def score_noisy(
-    model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level: int, seed: int
-) -> ScoredNoise:
+def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level: int, seed: int) -> ScoredNoise:
     """The samples ``rows`` at a level above 0, scored by one network evaluation."""
     transform, schedule = require_transform(model), model.schedule
     z = noised(model, x, rows, level, seed)
