@@ -23,6 +23,11 @@ NETWORKS = {
         (2, 4, 8),
         "stages.1.0.attention.query.weight",
     ),
+    "encoder-positions": (
+        lambda **kw: Encoder(2, (4, 8), LEVELS, width=8, multipliers=(1, 2), blocks=1, positions=True, **kw),
+        (2, 4, 8),
+        "positions",
+    ),
     "mlp": (lambda **kw: MLP(3, LEVELS, width=16, depth=2, energy_maps=2, **kw), (3,), "blocks.0.linear1.weight"),
     "unet": (
         lambda **kw: CDMUNet(2, (4, 8), LEVELS, **SMALL, **kw),

@@ -71,6 +71,7 @@ class EncoderConfig:
     attention: tuple[int, ...] = ()
     energy_maps: int = 32
     knots: int | None = None
+    positions: bool = False
 
 
 @dataclass(frozen=True)

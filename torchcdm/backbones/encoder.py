@@ -69,6 +69,7 @@ class Encoder(nn.Module):
         classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
         joint: Outputs for all classes from one pass instead of a label as input.
         knots: Outputs at so many levels, interpolated; one for each level when None.
+        positions: Adds a learned map after the first convolution, for images in which the place of a pixel matters.
 
     Raises:
         UserError: Images that cannot be halved so often, or a joint head without classes.
@@ -92,6 +93,7 @@ class Encoder(nn.Module):
         classes: int | None = None,
         joint: bool = False,
         knots: int | None = None,
+        positions: bool = False,
     ) -> None:
         super().__init__()
         sizes = halved_sizes(image_size, len(multipliers))
@@ -102,6 +104,7 @@ class Encoder(nn.Module):
 
         channels = width * multipliers[0]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.positions = nn.Parameter(torch.zeros(channels, *sizes[0])) if positions else None
         self.stages = nn.ModuleList()
         self.downs = nn.ModuleList()
         self.summaries = nn.ModuleList()
@@ -129,6 +132,8 @@ class Encoder(nn.Module):
         check_images(x, self.in_channels, self.size)
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
+        if self.positions is not None:
+            h = h + self.positions
         for i, (stage, summary) in enumerate(zip(self.stages, self.summaries, strict=True)):
             if i:
                 h, image = self.downs[i - 1](h), nn.functional.avg_pool2d(image, 2)

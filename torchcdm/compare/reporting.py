@@ -20,7 +20,7 @@ from torchcdm.denoisers import Denoiser
 from torchcdm.likelihood import FlowOptions, NLLReport
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.common import DEQUANTISE, draw_rows
-from torchcdm.metrics import evaluate, labels_for
+from torchcdm.metrics import evaluate
 from torchcdm.run_folder import RunFolder, read_metrics, write_json
 from torchcdm.samplers import sample
 from torchcdm.version import __version__
@@ -93,13 +93,12 @@ def _likelihood(
     """The likelihood report; None for a ddm, which has none in one pass."""
     if not isinstance(model, ClassificationDiffusion) or not config.report.methods:
         return None
-    x, labels = source.split(split).tensors(config.report.limit)
+    x, _ = source.split(split).tensors(config.report.limit)
+    # The unconditional density, also of models that saw classes: the baselines know none.
     return likelihood_report(
         model,
         x,
         config.report.methods,
-        # The baselines know no labels: the density is the unconditional one where the model has it.
-        None if model.joint else labels_for(model, labels),
         draws=config.report.draws,
         seed=0,
         name=source.name,
