@@ -22,12 +22,12 @@ NAMES = ["published-convention", "one-pass", "one-pass-level", "one-pass-normali
 
 @pytest.fixture(scope="module")
 def vectors():
-    schedule, mixture = LogSNRSchedule(60, 0.01, 80), labelled_mixture()
+    schedule, mixture = LogSNRSchedule(40, 0.01, 80), labelled_mixture()
     base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
     model = ClassificationDiffusion(
         MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
     )
-    return model, mixture.sample(120, rng(1))
+    return model, mixture.sample(60, rng(1))
 
 
 def shifted(model, amount):
@@ -42,7 +42,7 @@ def shifted(model, amount):
     return ClassificationDiffusion(Shifted(), model.schedule, model.transform, model.base)
 
 
-FULL = {"flow": FlowOptions(60, 2), "log_z": LogZOptions(4096, 0, 256)}
+FULL = {"flow": FlowOptions(39, 2), "log_z": LogZOptions(4096, 0, 128)}
 
 
 def test_an_exact_model_is_believed(vectors):
@@ -50,14 +50,14 @@ def test_an_exact_model_is_believed(vectors):
     result = report(model, x, name="mixture", split="test", **FULL)
     content = json.loads(json.dumps(result.to_json()))
     assert set(content) == KEYS
-    assert content["data"] == {"name": "mixture", "split": "test", "count": 120, "dim": 2}
+    assert content["data"] == {"name": "mixture", "split": "test", "count": 60, "dim": 2}
     assert content["unit"] == "nats"
     assert [row["name"] for row in content["rows"]] == NAMES
     assert all(set(row) == {"name", "value", "se", "nfe", "level"} for row in content["rows"])
-    assert [row["nfe"] for row in content["rows"]] == [1, 1, 1, 1, 60, 119]
+    assert [row["nfe"] for row in content["rows"]] == [1, 1, 1, 1, 40, 79]
     assert set(content["log2_z_per_dim"]) == {"value", "low", "high", "estimator", "ess"}
     assert set(content["gap_to_flow"]) == {"mean", "sd", "level"} and content["gap_to_flow"]["level"] == 1
-    assert abs(content["gap_to_flow"]["mean"]) < 0.01 and content["gap_to_flow"]["sd"] < 0.02
+    assert abs(content["gap_to_flow"]["mean"]) < 0.02 and content["gap_to_flow"]["sd"] < 0.03
     assert result.believe, result.why
     normalized, level = result.row("one-pass-normalized"), result.row("one-pass-level")
     assert normalized.value == pytest.approx(level.value + 2 * math.log(2) * content["log2_z_per_dim"]["value"])
@@ -76,8 +76,8 @@ def test_a_constant_put_into_log_p_is_taken_out_again(vectors):
 
 def test_one_pass_and_flow_see_the_same_noise(vectors):
     model, x = vectors
-    result = report(shifted(model, 0.25), x, ("single", "flow"), flow=FlowOptions(59, 2))
-    assert result.gap.mean == pytest.approx(-0.25, abs=0.01)
+    result = report(shifted(model, 0.25), x, ("single", "flow"), flow=FlowOptions(39, 2))
+    assert result.gap.mean == pytest.approx(-0.25, abs=0.02)
     difference = result.row("one-pass-level").value - result.row("flow").value
     assert difference == pytest.approx(result.gap.mean, abs=1e-9)
     assert not result.believe and "log Z was not estimated" in result.why
@@ -105,6 +105,18 @@ def test_the_spread_is_freed_of_the_probes(monkeypatch):
     assert float(noise) > 0.02
     raw = result.gap.se * math.sqrt(60)
     assert result.gap.sd < raw
+
+
+def test_data_on_a_grid_are_scored_where_the_noise_is_half_a_bin():
+    schedule = UniformSigmaSchedule(20)
+    model, cells, log_probs = lattice_model(schedule)
+    x, _ = draw(cells, log_probs, 6)
+    result = report(model, x, ("single", "elbo", "flow"), flow=FlowOptions(2, 2))
+    level = result.row("one-pass-level").level
+    assert schedule.ratio[level - 1] < 0.5 * model.transform.model_bin <= schedule.ratio[level]
+    assert {result.row(name).level for name in ("one-pass-normalized", "elbo", "flow")} == {level}
+    assert result.gap.level == level
+    assert report(model, x, ("single",), level=3).row("one-pass-level").level == 3
 
 
 def test_code_lengths_of_a_lattice_are_not_beaten():

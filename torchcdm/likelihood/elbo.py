@@ -33,7 +33,7 @@ class ELBO:
         likelihood: The lower bound on log p(data), in data units.
         prior: KL of the last level's marginal from the chain's start.
         diffusion: Sum over the levels of the KL of one step.
-        reconstruction: From level 1 to the data: the code length of the grey levels, or the density.
+        reconstruction: From the first level to the data: the code length of the grey levels, or the density.
     """
 
     likelihood: LogLikelihood
@@ -47,15 +47,16 @@ def elbo(
     denoiser: Denoiser,
     x: Tensor,
     y: Tensor | None = None,
+    level: int = 1,
     steps: int | None = None,
     chain: ReverseChain | None = None,
     seed: int = 0,
     batch_size: int = 500,
 ) -> ELBO:
-    r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_1), over all T levels.
+    r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_l), over the levels from l to T.
 
-    .. math:: -\log P(k) \le E[KL(q(x_T|x_0) \| p(x_T)) + \sum_{t \ge 2} KL(q(x_{t-1}|x_t, x_0) \| r(x_{t-1}|x_t))
-        - \log P(k|x_1) + \log q(x_1|k) - \log q(x_1|x_0)]
+    .. math:: -\log P(k) \le E[KL(q(x_T|x_0) \| p(x_T)) + \sum_{t > l} KL(q(x_{t-1}|x_t, x_0) \| r(x_{t-1}|x_t))
+        - \log P(k|x_l) + \log q(x_l|k) - \log q(x_l|x_0)]
 
     x_0 is the dequantised data where the model has seen those. One draw of noise for each level, independent of the
     others: the terms don't need a path.
@@ -64,8 +65,9 @@ def elbo(
         denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
         y: Classes, long (N,), or None.
-        steps: Network evaluations: an unbiased estimate of the same bound from so many strata of the levels; T when
-            None.
+        level: The level l from which the data are decoded.
+        steps: Network evaluations: an unbiased estimate of the same bound from so many strata of the levels; one for
+            each level when None.
         chain: The kernels; the reference Gaussian's variances when None.
         seed: Seed of the noise; independent of ``batch_size``.
         batch_size: Samples at a time.
@@ -74,24 +76,27 @@ def elbo(
         UserError: No transform, or more steps than levels.
     """
     transform, schedule = require_transform(denoiser), denoiser.schedule
-    steps = schedule.T if steps is None else steps
-    if not 1 <= steps <= schedule.T or (steps == 1 and schedule.T > 1):
-        raise UserError(f"elbo: steps is {steps}; this schedule takes 2 to {schedule.T}")
+    if not 1 <= level < schedule.T:
+        raise UserError(f"elbo: level {level} cannot end a chain; choose 1 ... {schedule.T - 1}")
+    count = schedule.T - level + 1
+    steps = count if steps is None else steps
+    if not 2 <= steps <= count:
+        raise UserError(f"elbo: steps is {steps}; from level {level} this schedule takes 2 to {count}")
     chain = chain or ReverseChain(denoiser)
     parts = []
     with evaluation_mode(denoiser):
         for rows in batches(len(x), batch_size):
             batch = _Batch(chain, x, y, rows, seed)
             prior = chain.prior_kl(batch.x_0)
-            terms = prior, batch.diffusion(steps - 1), batch.reconstruction()
+            terms = prior, batch.diffusion(level, steps - 1), batch.reconstruction(level)
             parts.append([term.cpu() for term in terms])
     prior, diffusion, reconstruction = (torch.cat(column) for column in zip(*parts, strict=True))
     total = prior + diffusion + reconstruction
     # Code lengths need no change of units; a density less the log bin, as everywhere.
     change = transform.log_det if transform.bin is None else -transform.dim * transform.log_bin
-    how = "all levels" if steps == schedule.T else f"{steps} of {schedule.T} levels drawn for each sample"
+    how = f"all {count} levels" if steps == count else f"{steps} of {count} levels drawn for each sample"
     likelihood = LogLikelihood(
-        change - total, transform.dim, 0, f"ELBO of the reverse chain, {how}", transform.log_bin, steps
+        change - total, transform.dim, level, f"ELBO of the reverse chain, {how}", transform.log_bin, steps
     )
     return ELBO(likelihood, prior, diffusion, reconstruction)
 
@@ -111,10 +116,10 @@ class _Batch:
             cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=torch.float64))
             self.x_0 = self.x_0 + self.transform.model_bin * (cell.to(device) - 0.5)
 
-    def diffusion(self, evaluations: int) -> Tensor:
-        """Sum of KLs over the levels 2 ... T; of one random level in each of so many strata, times their sizes."""
+    def diffusion(self, level: int, evaluations: int) -> Tensor:
+        """Sum of KLs over the levels above ``level``; one random level for each of so many strata, times its size."""
         total = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
-        edges = torch.linspace(2, self.schedule.T + 1, evaluations + 1).round().long()
+        edges = torch.linspace(level + 1, self.schedule.T + 1, evaluations + 1).round().long()
         for stratum, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             t = draw_rows(
                 self.seed,
@@ -126,17 +131,17 @@ class _Batch:
             total = total + (high - low) * self.chain.kl(error, t)
         return total
 
-    def reconstruction(self) -> Tensor:
-        """From level 1 to the data."""
+    def reconstruction(self, level: int) -> Tensor:
+        """From ``level`` to the data."""
         eps = draw_normal(self.seed, (CHAIN, 0), self.rows, self.x_0)
-        x_1 = self.schedule.perturb(self.x_0, 1, eps)
-        x0 = self.chain.x0(x_1, 1, self.y)
+        x_t = self.schedule.perturb(self.x_0, level, eps)
+        x0 = self.chain.x0(x_t, level, self.y)
         if self.transform.bin is None:
-            return -self.chain.log_decoder(self.x_0, x0, 1)
-        cells = NoisyCells(self.transform, self.schedule, 1)
+            return -self.chain.log_decoder(self.x_0, x0, level)
+        cells = NoisyCells(self.transform, self.schedule, level)
         flat = eps.flatten(1)
         normal = -0.5 * flat.square().sum(1) - flat.shape[1] * (cells.sigma.log() + 0.5 * math.log(2 * math.pi))
-        return cells.log_q(x_1, self.x) - normal - cells.log_decoder(x_1, self.x, x0)
+        return cells.log_q(x_t, self.x) - normal - cells.log_decoder(x_t, self.x, x0)
 
     def _error(self, t: Tensor, stratum: int) -> Tensor:
         x_t = self.schedule.perturb(self.x_0, t, draw_normal(self.seed, (CHAIN, 1 + stratum), self.rows, self.x_0))

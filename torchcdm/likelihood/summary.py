@@ -23,9 +23,9 @@ REMARKS = {
     "published-convention": "undithered at level 0: for comparison with published numbers, no bound",
     "one-pass": "uniform dequantisation at level 0; a bound if exp(log p) integrates to one",
     "one-pass-importance": "the same draws, averaged inside the logarithm",
-    "one-pass-level": "through the noisy level, decoder from the denoiser's mean; a bound if normalised",
+    "one-pass-level": "through a noisy level, decoder from the denoiser's mean; a bound if normalised",
     "one-pass-normalized": "one-pass-level + log2 Z / d: the headline",
-    "elbo": "reverse chain of the same network, discretised decoder; a bound",
+    "elbo": "reverse chain of the same network down to that level, discretised decoder; a bound",
     "flow": "probability flow of the same network through the same noisy inputs; a bound up to its own error",
 }
 

@@ -27,6 +27,7 @@ class Evidence:
         log_z: The estimate that normalises.
         second: An independent one.
         conditional: Whether the rows are given a class.
+        level: Of the headline.
     """
 
     unit: float
@@ -36,6 +37,7 @@ class Evidence:
     log_z: LogNormalizer | None
     second: LogNormalizer | None
     conditional: bool = False
+    level: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def judge(evidence: Evidence) -> Verdict:
     """Gives the headline where that can be done, and compares it with the flow and the ELBO."""
     why = cannot_be_given(evidence)
     if why is not None:
-        empty = Row("one-pass-normalized", None, None, 1, 1)
+        empty = Row("one-pass-normalized", None, None, 1, evidence.level)
         return Verdict(empty, False, f"No normalised number can be given: {why}.", ())
     one_pass, z, unit = evidence.one_pass, evidence.log_z, evidence.unit
     # The interval is 1.96 standard errors to either side.
