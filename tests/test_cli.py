@@ -169,7 +169,7 @@ def test_a_run_ends_in_a_report(run):
     assert 2 < rows["one-pass"] < 4 and 2 < rows["flow"] < 4
     for name in ("training", "levels", "posteriors", "neighbours"):
         assert Image.open(run / "plots" / f"{name}.png").size[0] > 20
-    assert Image.open(run / "samples" / "final.png").size == (18, 18)  # 2 x 2 digits and the gap
+    assert Image.open(run / "samples" / "final.png").size == (98, 98)  # 2 x 2 digits, 48 wide, and the gap
 
 
 def test_sampling_again_gives_the_same_files(capsys, tmp_path, run):
