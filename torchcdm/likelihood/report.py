@@ -49,14 +49,15 @@ class LogZOptions:
     """How log Z is estimated in a report.
 
     Attributes:
-        particles: Of the sequential Monte Carlo; on digits 2048 gave an effective sample size of 7 to a network that
-            was not trained for consistency.
-        moves: Langevin steps at each level.
+        particles: Of the sequential Monte Carlo.
+        moves: Langevin steps at each level. Without any the particles see only what the reverse chain proposes, and
+            miss density that a network has put elsewhere: on digits, with a network that was not trained for
+            consistency, 0.12 bits/dim without moves and 0.25 with two, the first outside its own interval.
         draws: Of the second estimator, from the flow.
     """
 
     particles: int = 1024
-    moves: int = 0
+    moves: int = 1
     draws: int = 256
 
 
