@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 
 
 @final
@@ -38,19 +38,17 @@ class Processes:
         from accelerate.utils import DistributedDataParallelKwargs
 
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        try:
-            # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
-            self._accelerator = Accelerator(
-                cpu=several and device == "cpu",
-                mixed_precision="no",
-                log_with=list(trackers) or None,
-                project_dir=str(folder),
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            )
-            if trackers:
-                self._accelerator.init_trackers("torchcdm")
-        except (ValueError, ImportError) as error:
-            raise UserError(f"train.trackers: {' '.join(str(error).split())}") from error
+        _check_trackers(trackers)
+        # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
+        self._accelerator = Accelerator(
+            cpu=several and device == "cpu",
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=str(folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if trackers:
+            self._accelerator.init_trackers("torchcdm")
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.main = self._accelerator.is_main_process
         if several:
@@ -88,6 +86,20 @@ class Processes:
     def finish(self) -> None:
         """Closes the trackers."""
         self._accelerator.end_training()
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that accelerate would leave out with a warning."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType if kind is not LoggerType.ALL]
+    installed = [kind.value for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.trackers: unknown tracker '{name}'; {nearest(name, known)}")
+        if name not in installed:
+            raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
 
 
 def checked_device(name: str) -> torch.device:

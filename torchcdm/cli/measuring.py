@@ -19,10 +19,11 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, "nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json")
     parser.add_argument("model", metavar="RUN")
     add_data(parser)
-    parser.add_argument("--methods", default="single,flow", help="of single, elbo, flow, logz (single,flow)")
+    parser.add_argument("--methods", default="single,elbo,flow", help="of single, elbo, flow, logz (all but logz)")
     parser.add_argument("--draws", type=int, default=1, metavar="K", help="noise draws of the one-pass rows (1)")
+    parser.add_argument("--level", type=int, metavar="T", help="level of the bounds and the flow; chosen by default")
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
-    parser.add_argument("--flow-steps", type=int, default=100, metavar="N", help="Heun steps of the flow (100)")
+    parser.add_argument("--flow-steps", type=int, default=40, metavar="N", help="Heun steps of the flow (40)")
     parser.add_argument("--flow-probes", type=int, default=2, metavar="P", help="probes of its divergence, even (2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -63,6 +64,7 @@ def run_nll(options: argparse.Namespace) -> int:
         x,
         [method.strip() for method in options.methods.split(",")],
         y,
+        options.level,
         draws=options.draws,
         seed=options.seed,
         name=source.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.trainer import train
 
     config = _configuration(options)
+    # Of several processes the first one speaks.
+    options.quiet = options.quiet or os.environ.get("RANK", "0") != "0"
     device = device_of(options.device)
     source = load_source(config.data)
     if not options.quiet:
