@@ -194,7 +194,7 @@ def test_joint_labels_and_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("weights", [{"loss__ce_weight": "0"}, {"loss__mse_weight": "0"}])
 def test_either_loss_alone(tmp_path, weights):
-    run_training(tmp_path / "run", train__steps="2", **weights)
+    run_training(tmp_path / "run", train__steps="2", loss__time_weight="0", **weights)
     assert load(tmp_path / "run").schedule.T == 20
 
 
