@@ -102,8 +102,9 @@ def train(
     if config.data.spec is None:
         config = replace(config, data=replace(config.data, spec=source.name))
     config = replace(config, model=resolve(config.model, source.transform))
-    # The state of torch's own generator is the caller's: steps seed it anew.
-    with torch.random.fork_rng(), SignalWatch() as watch:
+    # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
+    # reading one opens a context on its GPU.
+    with torch.random.fork_rng(devices=[]), SignalWatch() as watch:
         return Trainer(config, run, source, device, progress, watch).run_to_end(resume)
 
 
