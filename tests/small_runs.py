@@ -3,8 +3,8 @@
 from torchcdm.config import Config, flag_fields, make_config, preset_fields
 
 SMALL = {
-    "model.backbone": "{name: encoder, width: 8, multipliers: [1, 2], blocks: 1, energy_maps: 4, dropout: 0.2}",
-    "model.backbone.positions": "false",
+    "model.backbone": "{name: encoder, width: 8, multipliers: [1, 2], blocks: 1, energy_maps: 4, dropout: 0.2, "
+    "positions: false}",
     "model.schedule": "{name: uniform-sigma, T: 20}",
     "train.steps": "12",
     "train.batch_size": "32",
