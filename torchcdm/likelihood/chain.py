@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
+from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.likelihood.common import batches, labels_of
 from torchcdm.likelihood.flow import reference_gaussian
 
@@ -91,8 +91,8 @@ class ReverseChain:
         x = x_t.to(working_dtype(self.denoiser, torch.float64))
         with torch.no_grad():
             eps = self.denoiser.denoise(x, t, y).eps
-        alpha_t, sigma_t = self.schedule.at(t, x_t.double())
-        return (x_t.double() - sigma_t * eps) / alpha_t
+        exact = x_t.double()
+        return Prediction(exact, *self.schedule.at(t, exact), eps).x0
 
     def rotate(self, x: Tensor) -> Tensor:
         """Coordinates in the eigenbasis, (B, d)."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion, Evaluation
-from torchcdm.denoisers import evaluation_mode, working_dtype
+from torchcdm.denoisers import Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import batches
@@ -199,9 +199,8 @@ class _Particles:
     def _look(self) -> None:
         """log p and the denoiser's mean where the particles are."""
         result = _evaluate(self.model, self.x, self.t, self.y, self.batch_size)
-        alpha_t, sigma_t = self.chain.schedule.at(self.t, self.x)
         self.log_p, self.eps = result.log_prob_levels[:, self.t], result.eps.double()
-        self.x0 = (self.x - sigma_t * self.eps) / alpha_t
+        self.x0 = Prediction(self.x, *self.chain.schedule.at(self.t, self.x), self.eps).x0
 
     def _step(self, s: int) -> None:
         self.x, log_ratio = self.chain.step(self.x, self.x0, self.t, s, self._normal())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
+from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import NoisyCells
 from torchcdm.likelihood.common import (
@@ -129,12 +129,11 @@ def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level
         eps, log_prob = result.eps, result.log_prob_levels[:, level]
     else:
         eps = model.denoise(x_t, level, labels).eps
-    alpha_t, sigma_t = schedule.at(level, z)
     if transform.bin is None:
         log_alpha = transform.dim * float(schedule.alpha[level].log())
         return ScoredNoise(z, log_prob, z.new_full((len(z),), log_alpha + transform.log_det))
     cells, levels = NoisyCells(transform, schedule, level), x[rows].to(z.device)
-    decoded = cells.log_decoder(z, levels, (z - sigma_t * eps) / alpha_t)
+    decoded = cells.log_decoder(z, levels, Prediction(z, *schedule.at(level, z), eps).x0)
     return ScoredNoise(z, log_prob, decoded - cells.log_q(z, levels) - transform.dim * transform.log_bin)
 
 
