@@ -48,6 +48,10 @@ class Prediction:
         """E[eps - x_0 | x_t], the velocity of the optimal-transport path (identity 5)."""
         return self.eps - self.x0
 
+    def carried_to(self, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
+        """x_s = alpha_s x_0 + sigma_s eps: the same data and noise at another level (identity 7)."""
+        return alpha_s * self.x0 + sigma_s * self.eps
+
     @classmethod
     def from_x0(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, x0: Tensor) -> Prediction:
         """From E[x_0 | x_t]; levels above 0."""

@@ -139,9 +139,9 @@ class DDIM(Sampler):
         now = denoiser.denoise(x_t, t, y)
         alpha_s, sigma_s = denoiser.schedule.at(s, x_t)
         if not self.stochastic or s == 0:
-            return alpha_s * now.x0 + sigma_s * now.eps, Visited(t, now)
+            return now.carried_to(alpha_s, sigma_s), Visited(t, now)
         c = self.eta * denoiser.schedule.reverse_kernel(t, s, x_t)[2]
-        x_s = alpha_s * now.x0 + (sigma_s**2 - c**2).sqrt() * now.eps + c * _given(noise, "ddim with eta")
+        x_s = now.carried_to(alpha_s, (sigma_s**2 - c**2).sqrt()) + c * _given(noise, "ddim with eta")
         return x_s, Visited(t, now)
 
 
@@ -166,7 +166,7 @@ class DPMSolver2(Sampler):
     ) -> tuple[Tensor, Visited]:
         now = denoiser.denoise(x_t, t, y)
         r, (alpha_s, sigma_s) = denoiser.schedule.ratio, denoiser.schedule.at(s, x_t)
-        x_s = alpha_s * now.x0 + sigma_s * now.eps
+        x_s = now.carried_to(alpha_s, sigma_s)
         if previous is not None and s > 0:
             curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
             slope = (now.eps - previous.prediction.eps) / (r[previous.t] / r[t]).log()
@@ -225,7 +225,7 @@ class Heun(Sampler):
     ) -> tuple[Tensor, Visited]:
         now = denoiser.denoise(x_t, t, y)
         alpha_s, sigma_s = denoiser.schedule.at(s, x_t)
-        x_s = alpha_s * now.x0 + sigma_s * now.eps
+        x_s = now.carried_to(alpha_s, sigma_s)
         if s > 0:
             there = denoiser.denoise(x_s, s, y)
             angle = denoiser.schedule.ratio.atan()
