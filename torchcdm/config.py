@@ -97,7 +97,7 @@ class MLPConfig:
     width: int = 256
     depth: int = 4
     dropout: float = 0.0
-    energy_maps: int = 8
+    energy_maps: int = 32
     knots: int | None = None
 
 
