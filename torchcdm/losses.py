@@ -41,6 +41,23 @@ def drop_labels(
     return y.masked_fill(dropped, null)
 
 
+def _noised(
+    loss: CDMLoss | DDMLoss,
+    x_0: Tensor,
+    y: Tensor | None,
+    t: Tensor | None,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x_t, levels, noise and labels of one step: what is None is drawn, some labels are dropped."""
+    if t is None:
+        t = loss.draw_levels(len(x_0), generator).to(x_0.device)
+    if eps is None:
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+    y = drop_labels(y, loss.model.classes, loss.label_dropout, generator)
+    return loss.model.schedule.perturb(x_0, t, eps), t, eps, y
+
+
 @final
 class CDMLoss(nn.Module):
     """Cross-entropy of the level plus squared error of the noise (Algorithm 1 of arXiv 2402.10095).
@@ -104,12 +121,7 @@ class CDMLoss(nn.Module):
             ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``.
         """
         schedule = self.model.schedule
-        if t is None:
-            t = self.draw_levels(len(x_0), generator).to(x_0.device)
-        if eps is None:
-            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-        y = drop_labels(y, self.model.classes, self.label_dropout, generator)
-        x_t = schedule.perturb(x_0, t, eps)
+        x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
 
         if self.mse_weight:
             result = self.model.evaluate(x_t, t, y, create_graph=True)
@@ -189,12 +201,7 @@ class DDMLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Terms:
         """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss``, ``mse`` and ``t``."""
-        schedule = self.model.schedule
-        if t is None:
-            t = self.draw_levels(len(x_0), generator).to(x_0.device)
-        if eps is None:
-            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-        y = drop_labels(y, self.model.classes, self.label_dropout, generator)
-        eps_hat = self.model.denoise(schedule.perturb(x_0, t, eps), t, y).eps
+        x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
+        eps_hat = self.model.denoise(x_t, t, y).eps
         mse = (eps - eps_hat).square().flatten(1).mean(1)
         return {"loss": mse, "mse": mse, "t": t}
