@@ -89,7 +89,7 @@ def corrupted(x: Tensor, name: str, mild: bool = False) -> Tensor:
 
 
 def resized_digits(size: tuple[int, int]) -> Tensor:
-    """scikit-learn's digits, all 1797, to ``size``, their 17 grey levels stretched to 0 ... 255: uint8 (N, 1, H, W)."""
+    """scikit-learn's digits, all 1797, to ``size``, their 17 grey levels as 0 ... 255: uint8 (N, 1, H, W)."""
     source = load_data("digits")
     digits = torch.cat([split.tensors()[0] for split in (source.train, source.validation, source.test)])
     large = torch.stack([pixels.resize(image.float() * 255 / 16, size) for image in digits])
