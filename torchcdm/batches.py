@@ -74,7 +74,7 @@ class Batch:
 
     Attributes:
         x_0: Dequantised data, model units, (B, *shape).
-        y: Classes, long (B,), or None.
+        y: Classes, long (B,), or contexts (B, context), or None.
         t: Levels, long (B,).
         eps: Standard normal noise, shape of ``x_0``.
     """
@@ -93,7 +93,7 @@ class Batches:
         source: The data; its training split.
         batch_size: Samples a step, all processes together.
         seed: Seed of everything.
-        labels: Whether the model sees classes.
+        labels: Whether the model sees classes, or contexts.
         flip: Mirror each image with probability one half.
         workers: Processes that read lazy splits.
         rank: This process.
@@ -155,7 +155,7 @@ class Batches:
         x_0 = transform(x + noise)
         t = levels.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
         eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
-        if self.labels and bool((y < 0).any()):
+        if self.labels and y.ndim == 1 and bool((y < 0).any()):
             raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
         label = y.to(device) if self.labels else None
         return Batch(x_0.to(device), label, t.to(device), eps.to(device))

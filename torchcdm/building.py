@@ -107,8 +107,10 @@ def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, cla
     options |= {"classes": classes}
     if not vectors:
         options |= {"in_channels": shape[0], "image_size": shape[1:]}
+    if ddm and options.get("context") is not None:
+        raise UserError("model.backbone.context needs a cdm; use --model.kind cdm")
     if ddm:
-        for key in ("head_channels", "direction", "energy_maps", "knots"):
+        for key in ("head_channels", "direction", "energy_maps", "knots", "context"):
             options.pop(key, None)
         return DDMMLP(shape[0], **options) if vectors else DDMUNet(**options)
     options |= {"levels": levels, "joint": joint}

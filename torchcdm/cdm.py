@@ -44,7 +44,7 @@ class ClassificationDiffusion(Denoiser):
 
     Args:
         backbone: Any twice differentiable ``nn.Module``: ``(x (B, *shape), y (B,) or None) -> h (B, T+2)``; called
-            with ``x`` alone where it has no ``classes`` attribute.
+            with ``x`` alone where it has neither ``classes`` nor ``context``.
         schedule: The noise schedule, T + 2 levels.
         transform: Data units to model units; None where the caller works in model units.
         gaussian: The base density; the standard normal when None.
@@ -77,6 +77,10 @@ class ClassificationDiffusion(Denoiser):
     @property
     def classes(self) -> int | None:
         return getattr(self.backbone, "classes", None)
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self.backbone, "context", None)
 
     @property
     def joint(self) -> bool:
@@ -247,7 +251,7 @@ class ClassificationDiffusion(Denoiser):
 
     def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
         """h - h_{T+1}, (B, [classes,] T+2), at least float32."""
-        h = self.backbone(x_t) if self.classes is None else self.backbone(x_t, y)
+        h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
         if h.dtype in (torch.float16, torch.bfloat16):
             h = h.float()
         return h - h[..., -1:]

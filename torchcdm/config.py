@@ -99,6 +99,7 @@ class MLPConfig:
     dropout: float = 0.0
     energy_maps: int = 32
     knots: int | None = None
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The samples a run draws of itself."""
+    """The samples a run draws of itself; none where ``n`` is 0."""
 
     n: int = 64
     sampler: str = "ddim"

@@ -93,6 +93,16 @@ class Denoiser(nn.Module, ABC):
     def classes(self) -> int | None:
         """Number of classes; None for an unconditional model."""
 
+    @property
+    def context(self) -> int | None:
+        """Numbers of the vector that takes the place of a class: ``y`` is then (B, context); None for none."""
+        return None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether there is a ``y``: classes or a context."""
+        return self.classes is not None or self.context is not None
+
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         """The noise in ``x_t``.

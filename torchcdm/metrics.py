@@ -172,7 +172,9 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:
-    """The labels of a split where the model is conditional and all samples have one."""
+    """The labels, or contexts, of a split where the model is conditional and all samples have one."""
+    if model.context is not None:
+        return labels
     return labels if model.classes is not None and len(labels) and bool((labels >= 0).all()) else None
 
 

@@ -277,7 +277,8 @@ def sample(
         n: Number of samples.
         sampler: A name in :data:`SAMPLERS`, or a sampler with settings of its own.
         steps: Number of steps, 1 ... T, evenly spaced over the levels.
-        y: Class of each sample, long (n,), or one class for all; None for the unconditional density.
+        y: Class of each sample, long (n,), or one class for all; None for the unconditional density. A model with a
+            context takes the contexts (n, context), or one for all.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w.
         seed: Seed, not negative.
         batch_size: Samples at a time; by size when None.
@@ -400,6 +401,12 @@ def _labels(denoiser: Denoiser, y: Tensor | int | None, n: int) -> Tensor | None
     """Labels as long (n,), checked."""
     if y is None:
         return None
+    if denoiser.context is not None:
+        contexts = torch.as_tensor(y)
+        contexts = contexts.expand(n, -1) if contexts.ndim == 1 else contexts
+        if tuple(contexts.shape) != (n, denoiser.context):
+            raise UserError(f"y has shape {tuple(contexts.shape)}; this model takes ({n}, {denoiser.context})")
+        return contexts
     if denoiser.classes is None:
         raise UserError("labels were given, but this model was trained without classes; leave y out")
     labels = torch.as_tensor(y).long()

@@ -161,7 +161,7 @@ class Trainer:
             source,
             self.options.batch_size,
             self.options.seed,
-            labels=self.model.classes is not None,
+            labels=self.model.conditional,
             flip=config.data.flip,
             workers=config.data.workers,
             rank=self.processes.rank,
@@ -191,7 +191,7 @@ class Trainer:
             cut_metrics(self.run.metrics, self.step)
         if self.step < self.options.steps and not self._out_of_patience():
             self._loop()
-        samples = self._final_samples() if self.main else self.run.samples
+        samples = self._final_samples() if self.main and self.config.sampling.n else self.run.samples
         self.processes.wait()
         self.processes.finish()
         return TrainResult(self.step, self.seconds, self.updates_lost, self._selected(), samples, self.main)

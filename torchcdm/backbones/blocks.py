@@ -72,6 +72,25 @@ class LabelEmbedding(nn.Embedding):
         return super().forward(y)
 
 
+@final
+class ContextEmbedding(nn.Module):
+    """A vector (B, width) from the numbers (B, context) that a density is conditional on."""
+
+    def __init__(self, context: int, width: int) -> None:
+        if context < 1:
+            raise UserError(f"network: context is {context}; give at least 1, or none at all")
+        super().__init__()
+        self.context = context
+        self.layers = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """Embeds ``y`` (B, context), one row for each sample of the batch ``x``."""
+        if y is None or tuple(y.shape) != (len(x), self.context):
+            found = "none was given" if y is None else f"y has shape {tuple(y.shape)}"
+            raise UserError(f"this density is conditional on {self.context} numbers a sample, and {found}")
+        return self.layers(y.to(self.layers[0].weight.dtype))
+
+
 def time_embedding(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Sines and cosines of the level ``t`` (B,) at geometrically spaced frequencies, (B, width)."""
     half = width // 2

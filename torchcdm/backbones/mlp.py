@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.backbones.blocks import LabelEmbedding, time_embedding
+from torchcdm.backbones.blocks import ContextEmbedding, LabelEmbedding, time_embedding
 from torchcdm.backbones.heads import at_least_float32, make_head
 from torchcdm.errors import UserError
 
@@ -60,9 +60,10 @@ class MLP(nn.Module):
         classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
         joint: Outputs for all classes from one pass instead of a label as input.
         knots: Outputs at so many levels, interpolated; one for each level when None.
+        context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
 
     Raises:
-        UserError: A joint head without classes.
+        UserError: A joint head without classes, or classes and a context at once.
 
     Example:
         >>> MLP(2, levels=102)(torch.zeros(5, 2)).shape
@@ -80,14 +81,20 @@ class MLP(nn.Module):
         classes: int | None = None,
         joint: bool = False,
         knots: int | None = None,
+        context: int | None = None,
     ) -> None:
         super().__init__()
+        if context is not None and classes is not None:
+            raise UserError("network: it takes classes or a context, not both; put the class into the context")
         self.dim, self.energy_maps = dim, energy_maps
-        self.classes, self.joint = classes, joint
-        conditional = classes is not None and not joint
-        self.label = LabelEmbedding(classes, width) if conditional else None
+        self.classes, self.joint, self.context = classes, joint, context
+        self.label: LabelEmbedding | ContextEmbedding | None = None
+        if context is not None:
+            self.label = ContextEmbedding(context, width)
+        elif classes is not None and not joint:
+            self.label = LabelEmbedding(classes, width)
         self.linear_in = nn.Linear(dim, width)
-        embedding = width if conditional else None
+        embedding = None if self.label is None else width
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.energy = nn.Linear(width, energy_maps * dim) if energy_maps else None
@@ -98,7 +105,7 @@ class MLP(nn.Module):
 
         Args:
             x: (B, dim).
-            y: Classes, long (B,), null label ``classes``; None for the null label.
+            y: Classes, long (B,), null label ``classes``; None for the null label. Or the context, (B, context).
 
         Returns:
             (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
