@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -223,6 +224,17 @@ def test_vectors_leave_a_table_of_samples(tmp_path):
     train(config, tmp_path / "run", source, device="cpu", progress=False)
     text = (tmp_path / "run" / "samples" / "final.csv").read_text().splitlines()
     assert text[0] == "c0,c1,c2" and len(text) == 5
+
+
+def test_a_training_ends_with_its_time_and_the_cosine_with_it(tmp_path):
+    ticks = iter(range(1000))  # one second a step
+    config = small_config(train__max_seconds="8", train__steps="500", train__warmup="0", train__log_every="1")
+    result = train(config, tmp_path / "run", device="cpu", progress=False, clock=lambda: float(next(ticks)))
+    assert result.step == 8 and result.seconds == 8
+    rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([config.train.lr * (1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)])
+    # The end is validated, like any end.
+    assert "val_nll" in read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
 
 
 # --- when things go wrong --------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ class TrainConfig:
 
     Attributes:
         steps: Optimiser steps.
+        max_seconds: End after so much time even so; the cosine is then zero at whichever end comes first.
         batch_size: Samples a step, all processes together.
         seed: Everything random in step k is a function of this and k.
         optimizer: ``adamw`` or ``adam``.
@@ -231,6 +232,7 @@ class TrainConfig:
     """
 
     steps: int = 10_000
+    max_seconds: float | None = None
     batch_size: int = 128
     seed: int = 0
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -259,6 +261,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "validate_every", "validation_samples", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise UserError(f"max_seconds is {self.max_seconds:g}; it must be positive")
         if self.lr <= 0:
             raise UserError(f"lr is {self.lr:g}; it must be positive")
         if not 0 <= self.ema_decay < 1:

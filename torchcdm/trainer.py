@@ -77,6 +77,7 @@ def train(
     resume: bool = False,
     device: str | None = None,
     progress: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainResult:
     """Trains a model and leaves a run folder.
 
@@ -87,6 +88,7 @@ def train(
         resume: Go on from the last saved state; a folder without one starts anew.
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
+        clock: What ``train.max_seconds`` counts, in seconds; ``time.process_time`` counts the processor's.
 
     Raises:
         UserError: The folder already holds a run, the configuration differs from that of the run to resume, the data
@@ -105,15 +107,18 @@ def train(
     # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
     # reading one opens a context on its GPU.
     with torch.random.fork_rng(devices=[]), SignalWatch() as watch:
-        return Trainer(config, run, source, device, progress, watch).run_to_end(resume)
+        return Trainer(config, run, source, device, progress, watch, clock).run_to_end(resume)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of a step, counted from 0."""
+def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
+    """Learning rate of a step, counted from 0, after so many seconds of training."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     match config.decay:
         case "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            share = step / config.steps
+            if config.max_seconds is not None:
+                share = min(1.0, max(share, seconds / config.max_seconds))
+            factor = 0.5 * (1 + math.cos(math.pi * share))
         case "step":
             factor = config.decay_factor ** (step // config.decay_every)
         case "constant":
@@ -132,6 +137,7 @@ class Trainer:
         device: As in :func:`train`.
         progress: As in :func:`train`.
         watch: Tells of signals.
+        clock: As in :func:`train`.
     """
 
     def __init__(
@@ -142,8 +148,9 @@ class Trainer:
         device: str | None,
         progress: bool,
         watch: SignalWatch,
+        clock: Callable[[], float],
     ) -> None:
-        self.config, self.run, self.source, self.watch = config, run, source, watch
+        self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = config.train
         self.processes = Processes(device, self.options.trackers, run.root)
         self.device = self.processes.device
@@ -189,7 +196,7 @@ class Trainer:
             self._restore(load_state(states[-1]))
         if self.main:
             cut_metrics(self.run.metrics, self.step)
-        if self.step < self.options.steps and not self._out_of_patience():
+        if not self._spent() and not self._out_of_patience():
             self._loop()
         samples = self._final_samples() if self.main and self.config.sampling.n else self.run.samples
         self.processes.wait()
@@ -261,18 +268,21 @@ class Trainer:
         options = self.options
         wrapped = self._wrap(self.loss)
         bar = tqdm(
-            total=options.steps, initial=self.step, desc="training", unit="step", disable=not self.progress,
+            total=options.steps if options.max_seconds is None else None,
+            initial=self.step, desc="training", unit="step", disable=not self.progress,
             mininterval=0.5, smoothing=0.05, dynamic_ncols=True,
         )  # fmt: skip
-        began = time.monotonic() - self.seconds
+        began = self.clock() - self.seconds
         self.model.train()
         with bar:
             for batch in self.batches(self.step, options.steps, self.loss, self.device):
                 terms, finite = self._update(wrapped, batch)
                 self.step += 1
-                self.seconds = time.monotonic() - began
                 bar.update()
-                stop = self.processes.largest(not finite, self.watch.received)
+                # Time decides about rates and the end: all processes take that of the slowest, in milliseconds.
+                elapsed = round(1000 * (self.clock() - began))
+                *stop, elapsed = self.processes.largest(not finite, self.watch.received, elapsed)
+                self.seconds = elapsed / 1000
                 self._count_bad(stop[0] > 0)
                 self.window.add(terms)
                 self._after_step(bar)
@@ -284,6 +294,8 @@ class Trainer:
                 if self._out_of_patience():
                     self.say(f"no better {self.value} for {self.stale} validations: stopped at step {self.step}")
                     break
+                if self._spent():
+                    break
         self._save_state()
 
     def _update(self, loss: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], bool]:
@@ -291,7 +303,7 @@ class Trainer:
         options = self.options
         torch.manual_seed(derive(options.seed, "network", self.step, self.processes.rank))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(options, self.step)
+            group["lr"] = learning_rate(options, self.step, self.seconds)
         with torch.autocast(self.device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False):
             terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
         value = terms["loss"].mean()
@@ -312,11 +324,11 @@ class Trainer:
     def _after_step(self, bar: Any) -> None:
         """Log, validate, save and sample, where the step asks for it."""
         options, step = self.options, self.step
-        last = step == options.steps
+        last = self._spent()
         logged, validated = step % options.log_every == 0 or last, step % options.validate_every == 0 or last
         line: dict[str, Any] = {}
         if logged:
-            line |= self.window.means(self.processes) | {"lr": learning_rate(options, step - 1)}
+            line |= self.window.means(self.processes) | {"lr": self.optimizer.param_groups[0]["lr"]}
             bar.set_postfix({key: f"{line[key]:.3f}" for key in ("mse", "ce") if key in line} | self._best_text())
         if validated and self.main:
             line |= self._validate()
@@ -356,6 +368,11 @@ class Trainer:
                 f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; the last "
                 "good state is kept: try a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
             )
+
+    def _spent(self) -> bool:
+        """Whether all steps are done, or all of the time."""
+        limit = self.options.max_seconds
+        return self.step >= self.options.steps or (limit is not None and self.seconds >= limit)
 
     def _out_of_patience(self) -> bool:
         return self.options.patience is not None and self.stale >= self.options.patience
