@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
             ax.set_ylabel(label)
             ax.legend()
 
-    return _save(path, max(len(panels), 1), paint)
+    return save_panels(path, max(len(panels), 1), paint)
 
 
 def level_posteriors(model: ClassificationDiffusion, x: Tensor, path: Path, seed: int = 0) -> Path:
@@ -72,7 +72,7 @@ def level_posteriors(model: ClassificationDiffusion, x: Tensor, path: Path, seed
         ax.set_ylabel("p(t | x)")
         ax.legend()
 
-    return _save(path, 1, paint)
+    return save_panels(path, 1, paint)
 
 
 def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> Path:
@@ -91,7 +91,7 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
             ax.set_xlabel("level t")
             ax.set_ylabel(name)
 
-    return _save(path, len(per_level), paint)
+    return save_panels(path, len(per_level), paint)
 
 
 def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
@@ -104,7 +104,7 @@ def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
         axes[1].set_xlim(axes[0].get_xlim())
         axes[1].set_ylim(axes[0].get_ylim())
 
-    return _save(path, 2, paint)
+    return save_panels(path, 2, paint)
 
 
 def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:
@@ -124,7 +124,7 @@ def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransf
     return save_grid(enlarged(pairs.flatten(0, 2)), path, transform, columns)
 
 
-def _save(path: Path, panels: int, paint: Any) -> Path:
+def save_panels(path: Path, panels: int, paint: Callable[[Sequence[Axes]], None]) -> Path:
     """A row of panels, painted and written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
