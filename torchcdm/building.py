@@ -31,7 +31,7 @@ from torchcdm.config import (
 from torchcdm.data import DataSource, load_data
 from torchcdm.denoisers import Denoiser, DenoisingDiffusion
 from torchcdm.errors import UserError
-from torchcdm.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.schedules import (
     CosineSchedule,
@@ -129,7 +129,7 @@ def build_model(
     config: ModelConfig,
     transform: DataTransform,
     classes: int | None = None,
-    gaussian: GaussianMarginals | None = None,
+    gaussian: GaussianMarginals | ClassGaussians | None = None,
     class_prior: Tensor | None = None,
 ) -> Denoiser:
     """The model of a resolved configuration.
@@ -147,11 +147,14 @@ def build_model(
     if config.labels != "none" and classes is None:
         raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
     classes = None if config.labels == "none" else classes
+    if config.class_gaussians and not (config.gaussian and config.labels == "joint"):
+        raise UserError("model.class_gaussians needs gaussian, and labels joint")
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     base: BaseDensity | None = gaussian
     if base is None and config.gaussian:
-        base = GaussianMarginals.blank(schedule, transform.shape)
+        blank = GaussianMarginals.blank(schedule, transform.shape)
+        base = ClassGaussians.blank(schedule, transform.shape, classes) if config.class_gaussians else blank
     if config.kind == "ddm":
         return DenoisingDiffusion(backbone, schedule, transform, base)
     return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
@@ -164,20 +167,28 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     return DDMLoss(model, config.label_dropout)
 
 
-def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool, limit: int = 50_000) -> GaussianMarginals:
+GAUSSIAN_NUMBERS = 2**27
+"""Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
+
+
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> GaussianMarginals | ClassGaussians:
     """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
 
     Args:
-        config: Resolved; its schedule.
+        config: Resolved; its schedule, and whether each class has a Gaussian of its own.
         source: The data.
         flip: Whether training mirrors images.
-        limit: At most so many samples.
     """
-    x, _ = source.train.tensors(limit)
     transform = source.transform
+    x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // transform.dim))
     z = transform.encode(x, torch.Generator().manual_seed(0))
     if flip:
-        z = torch.cat([z, z.flip(-1)])
+        z, y = torch.cat([z, z.flip(-1)]), torch.cat([y, y])
     bin_ = transform.model_bin
     floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
-    return GaussianMarginals.fit(z, build_schedule(config.schedule), floor)
+    schedule = build_schedule(config.schedule)
+    if not config.class_gaussians:
+        return GaussianMarginals.fit(z, schedule, floor)
+    if bool((y < 0).any()):
+        raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
+    return ClassGaussians.fit(z, y, schedule, floor)

@@ -115,7 +115,7 @@ class ClassificationDiffusion(Denoiser):
         """
         if not self.joint:
             raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
-        return self.base.log_prob_levels(x_t)[:, None] + self._network(x_t, None).double()
+        return self.base.log_prob_levels(x_t)[:, None] + self._class_corrections(x_t).double()
 
     def log_prior(self, y: Tensor) -> Tensor:
         """log p(y) of a joint model, (B,); 0 for the null label ``classes``, which stands for all of them."""
@@ -256,13 +256,17 @@ class ClassificationDiffusion(Denoiser):
             h = h.float()
         return h - h[..., -1:]
 
+    def _class_corrections(self, x_t: Tensor) -> Tensor:
+        """log p_t(x|y) - base_t(x), (B, classes, T+2), of a joint backbone; all classes agree at level T+1."""
+        by_class, effects = self._network(x_t, None), self.base.class_effects(x_t)
+        return by_class if effects is None else by_class + effects
+
     def _corrections(self, x_t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """log p_t(x|y) - base_t(x), and that of no label where the same pass gives it; each (B, T+2)."""
         if not self.joint:
             correction = self._network(x_t, y)
             return correction, correction
-        # log p_t(x|y) - base_t(x), (B, classes, T+2); all classes agree at level T+1.
-        by_class = self._network(x_t, None)
+        by_class = self._class_corrections(x_t)
         unconditional = (by_class + self.log_class_prior[:, None].to(by_class.dtype)).logsumexp(1)
         if y is None:
             return unconditional, unconditional

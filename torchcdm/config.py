@@ -177,6 +177,7 @@ class ModelConfig:
         labels: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes
             from one pass (identity 10).
         gaussian: Logits are a correction to a fitted Gaussian.
+        class_gaussians: And those of each class to one of its own; for joint labels.
         backbone: The network.
         schedule: The noise levels.
     """
@@ -184,6 +185,7 @@ class ModelConfig:
     kind: Literal["cdm", "ddm"] = "cdm"
     labels: Literal["none", "input", "joint"] = "none"
     gaussian: bool = True
+    class_gaussians: bool = False
     backbone: BackboneConfig = EncoderConfig()
     schedule: ScheduleConfig = UniformSigmaConfig()
 

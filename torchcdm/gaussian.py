@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchcdm.float64 import Float64Module
 from torchcdm.schedules import Level, NoiseSchedule
@@ -41,6 +41,10 @@ class BaseDensity(Float64Module, ABC):
     @abstractmethod
     def sample(self, eps: Tensor, t: int) -> Tensor:
         """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
+
+    def class_effects(self, x: Tensor) -> Tensor | None:
+        """What joint logits add for each class, float64 (B, classes, T+2), 0 at level T+1; None for nothing."""
+        return None
 
 
 @final
@@ -182,16 +186,18 @@ class GaussianMarginals(BaseDensity):
             floor: Smallest eigenvalue, model units squared; bin² / 12 for dequantised data.
             form: ``full`` (eigenvectors) or ``cosine`` (diagonal in a cosine basis); by size when None.
         """
-        shape, samples = samples.shape[1:], samples.double()
-        mean = samples.mean(0)
-        centred = samples - mean
-        if (form or default_form(shape)) == "full":
-            flat = centred.flatten(1)
-            variances, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-            rotation: Rotation = MatrixRotation(shape, vectors)
+        return cls.of_spread(schedule, *mean_and_spread(samples, form), floor)
+
+    @classmethod
+    def of_spread(
+        cls, schedule: NoiseSchedule, mean: Tensor, spread: Tensor, floor: float = 0.0
+    ) -> GaussianMarginals:
+        """The Gaussian of a mean (*shape) and a spread, both as from :func:`mean_and_spread`."""
+        if spread.ndim == 2:
+            variances, vectors = torch.linalg.eigh(spread)
+            rotation: Rotation = MatrixRotation(mean.shape, vectors)
         else:
-            rotation = CosineRotation(shape).to(samples.device)
-            variances = rotation(centred).square().mean(0)
+            variances, rotation = spread, CosineRotation(mean.shape).to(mean.device)
         # A floor of 0 still leaves out directions in which the data do not vary at all.
         smallest = max(floor, 1e-9 * float(variances.max()))
         return cls(schedule, mean, variances.clamp_min(smallest), rotation)
@@ -235,6 +241,124 @@ class GaussianMarginals(BaseDensity):
     def sample(self, eps: Tensor, t: int) -> Tensor:
         mean, variances = self.moments(t)
         return (mean + self.rotation.inverse(eps.flatten(1).double() * variances.sqrt())).to(eps.dtype)
+
+
+SHRINKAGE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
+"""Shares of the common covariance that :meth:`ClassGaussians.fit` tries."""
+
+HELD_OUT = 5
+"""Every fifth sample is held out to choose between them, ..."""
+
+HELD_OUT_LIMIT = 4000
+"""... of each class at most so many."""
+
+
+@final
+class ClassGaussians(BaseDensity):
+    """One Gaussian for all classes, and beside it one for each: joint logits then start as those of the classes.
+
+    The network still corrects one base density, that of all classes; the Gaussians of the classes enter by
+    :meth:`class_effects`. Before the first step the log ratio of two classes is that of two Gaussians.
+
+    Args:
+        common: Gaussian of all data together.
+        classes: Gaussian of each class, under the same schedule.
+    """
+
+    def __init__(self, common: GaussianMarginals, classes: Sequence[GaussianMarginals]) -> None:
+        super().__init__()
+        self.common = common
+        self.classes = nn.ModuleList(classes)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule."""
+        return self.common.schedule
+
+    @classmethod
+    def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], classes: int) -> ClassGaussians:
+        """Standard normals, to load a saved state into."""
+        common, *own = (GaussianMarginals.blank(schedule, shape) for _ in range(1 + classes))
+        return cls(common, own)
+
+    @classmethod
+    def fit(
+        cls, samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0, form: str | None = None
+    ) -> ClassGaussians:
+        """Means of the classes, and covariances between each class's own and the one common to them.
+
+        A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes
+        differ in the mean alone it is best taken from all of them; the share is the one under which held-out samples
+        are most probable (regularised discriminant analysis, Friedman 1989).
+
+        Args:
+            samples: Training data (N, *shape), model units, dequantised.
+            labels: Classes 0, 1, ..., long (N,); at least two samples of each.
+            schedule: The noise schedule.
+            floor: As in :meth:`GaussianMarginals.fit`.
+            form: Likewise.
+        """
+        classes = int(labels.max()) + 1
+        held_out = torch.arange(len(samples), device=labels.device) % HELD_OUT == 0
+        counts = torch.stack([torch.bincount(labels[part], minlength=classes) for part in (held_out, ~held_out)])
+        share = 1.0
+        if int(counts.min()) > 1:
+            trial = _class_moments(samples[~held_out], labels[~held_out], form)
+            parts = [samples[held_out & (labels == y)][:HELD_OUT_LIMIT] for y in range(classes)]
+
+            def held_out_log_prob(share: float) -> float:
+                gaussians = _blended(trial, share, schedule, floor)
+                return sum(float(g.log_prob_levels(x)[:, 0].mean()) for g, x in zip(gaussians, parts, strict=True))
+
+            share = max(SHRINKAGE, key=held_out_log_prob)
+        common = GaussianMarginals.fit(samples, schedule, floor, form)
+        return cls(common, _blended(_class_moments(samples, labels, form), share, schedule, floor))
+
+    def log_prob_levels(self, x: Tensor) -> Tensor:
+        return self.common.log_prob_levels(x)
+
+    def eps(self, x_t: Tensor, t: Level) -> Tensor:
+        return self.common.eps(x_t, t)
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.common.log_prob_change(x_t, t)
+
+    def sample(self, eps: Tensor, t: int) -> Tensor:
+        return self.common.sample(eps, t)
+
+    def class_effects(self, x: Tensor) -> Tensor:
+        by_class = torch.stack([gaussian.log_prob_levels(x) for gaussian in self.classes], 1)
+        return by_class - self.common.log_prob_levels(x)[:, None]
+
+
+def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, Tensor]:
+    """Mean (*shape) and spread of ``samples`` (N, *shape): float64.
+
+    The spread is the covariance of the flattened event, (d, d), for the form ``full``; the variances in the cosine
+    basis, (d,), for ``cosine``. By size when None.
+    """
+    shape, samples = samples.shape[1:], samples.double()
+    mean = samples.mean(0)
+    centred = samples - mean
+    if (form or default_form(shape)) == "full":
+        flat = centred.flatten(1)
+        return mean, flat.T @ flat / len(flat)
+    return mean, CosineRotation(shape).to(samples.device)(centred).square().mean(0)
+
+
+def _class_moments(samples: Tensor, labels: Tensor, form: str | None) -> list[tuple[Tensor, Tensor]]:
+    return [mean_and_spread(samples[labels == y], form) for y in range(int(labels.max()) + 1)]
+
+
+def _blended(
+    classes: Sequence[tuple[Tensor, Tensor]], share: float, schedule: NoiseSchedule, floor: float
+) -> list[GaussianMarginals]:
+    """A Gaussian for each class, its spread moved by ``share`` towards the mean spread."""
+    common = torch.stack([spread for _, spread in classes]).mean(0)
+    return [
+        GaussianMarginals.of_spread(schedule, mean, (1 - share) * spread + share * common, floor)
+        for mean, spread in classes
+    ]
 
 
 def default_form(shape: Sequence[int]) -> str:
