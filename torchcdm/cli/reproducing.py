@@ -1,0 +1,46 @@
+"""``cdm reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from torchcdm.cli.arguments import add_command, add_device, device_of
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "reproduce", "a table or figure of the paper, or a check against known truth",
+        "cdm reproduce fig7 --scale smoke --out reproduced",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="NAME", nargs="?", help="left out: lists the names")
+    parser.add_argument("--scale", default="smoke", help="smoke (minutes), small (two cores) or paper (smoke)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="report, figures and models; a second run goes on there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_device(parser)
+    parser.set_defaults(run=run_reproduce)
+
+
+def run_reproduce(options: argparse.Namespace) -> int:
+    """The report of a reproduction, made or completed."""
+    from torchcdm.errors import UserError
+    from torchcdm.interrupt import Interrupted
+    from torchcdm.reproduce import REPRODUCTIONS, reproduce
+
+    if options.name is None:
+        for name, entry in REPRODUCTIONS.items():
+            print(f"{name:12} {entry.title}")
+        return 0
+    if options.out is None:
+        raise UserError("give a folder with --out DIR")
+    device_of(options.device)
+    try:
+        path = reproduce(options.name, options.scale, options.out, options.device, progress=not options.quiet)
+    except Interrupted as stop:
+        print(f"cdm: {stop}", file=sys.stderr)
+        return 128 + stop.number
+    print(path.read_text(encoding="utf-8") if not options.quiet else path)
+    return 0

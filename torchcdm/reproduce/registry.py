@@ -1,0 +1,65 @@
+"""Names of the reproductions, and the one function that runs them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchcdm.errors import UserError, nearest
+from torchcdm.reproduce.result import write_result
+from torchcdm.reproduce.workspace import SCALES, Workspace
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """One table or figure.
+
+    Attributes:
+        title: What it shows.
+        module: Has ``run(workspace) -> Result``; imported when it is asked for.
+    """
+
+    title: str
+    module: str
+
+
+REPRODUCTIONS = {
+    "fig7": Reproduction(
+        "Figure 7: predicted against analytic log-likelihood, uniform pixels and Gaussian images",
+        "torchcdm.reproduce.fig7",
+    ),
+    "known-truth": Reproduction(
+        "Known truth: Gaussian mixtures in 2, 16 and 128 dimensions at every noise level",
+        "torchcdm.reproduce.known_truth",
+    ),
+}
+"""By the name on the command line; ``fig`` and ``table`` are numbered as in arXiv 2402.10095."""
+
+
+def reproduce(
+    name: str, scale: str, out: str | Path, device: str | None = None, progress: bool = False
+) -> Path:
+    """Runs one reproduction, or what is left of it.
+
+    Args:
+        name: Of :data:`REPRODUCTIONS`.
+        scale: Of :data:`torchcdm.reproduce.SCALES`.
+        out: Folder for models, numbers, figures and the report.
+        device: As in :func:`torchcdm.trainer.train`.
+        progress: Shows progress bars and messages.
+
+    Returns:
+        The Markdown report; a JSON of the same name lies beside it.
+
+    Raises:
+        UserError: Unknown name or scale, or a folder that was made with other settings.
+    """
+    if name not in REPRODUCTIONS:
+        raise UserError(f"unknown reproduction '{name}'; {nearest(name, REPRODUCTIONS)}")
+    if scale not in SCALES:
+        raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
+    entry = REPRODUCTIONS[name]
+    workspace = Workspace(Path(out), scale, device, progress)
+    result = importlib.import_module(entry.module).run(workspace)
+    return write_result(result, workspace.root, name, entry.title, scale)

@@ -1,0 +1,119 @@
+"""Where a reproduction keeps what is costly, so that nothing finished is made twice: models, numbers, sample sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.checkpoint import load, read_json
+from torchcdm.codec import differences, encode
+from torchcdm.config import Config
+from torchcdm.data import DataSource
+from torchcdm.denoisers import Denoiser
+from torchcdm.errors import UserError
+from torchcdm.run_folder import RunFolder, write_file, write_json
+from torchcdm.trainer import train
+
+SCALES = ("smoke", "small", "paper")
+"""``smoke`` proves in minutes that the code runs; ``small`` is for two cores; ``paper`` is the published setting."""
+
+
+@final
+class Workspace:
+    """The folder of reproductions at one scale. Several of them share its models.
+
+    Whatever is kept carries the settings it was made with, and is refused for others.
+
+    Args:
+        root: The folder.
+        scale: Of :data:`SCALES`.
+        device: As in :func:`torchcdm.trainer.train`.
+        progress: Shows progress bars and messages.
+    """
+
+    def __init__(self, root: Path, scale: str, device: str | None = None, progress: bool = False) -> None:
+        self.root, self.scale, self.device, self.progress = root, scale, device, progress
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures."""
+        return self.root / "figures"
+
+    def figure(self, name: str) -> Path:
+        """Path of a figure."""
+        return self.figures / f"{name}-{self.scale}.png"
+
+    def model(self, name: str, config: Config, source: DataSource) -> tuple[Denoiser, dict[str, Any]]:
+        """A trained model, from an earlier call where it was finished, and ``steps`` and ``seconds`` of its training.
+
+        Args:
+            name: Of the run, without the scale.
+            config: What and how.
+            source: The data; its name stands for them in the comparison of settings.
+
+        Raises:
+            UserError: The folder holds a run with other settings.
+            Interrupted: As in :func:`torchcdm.trainer.train`; the next call goes on.
+        """
+        config = replace(config, data=replace(config.data, spec=source.name))
+        folder = RunFolder(self.root / "runs" / f"{name}-{self.scale}")
+
+        def make() -> dict[str, Any]:
+            self.say(f"training {folder.root.name}")
+            result = train(config, folder.root, source, resume=True, device=self.device, progress=self.progress)
+            return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
+
+        facts = self._kept(folder.root / "finished.json", encode(config), make)
+        return load(folder.root, self.device or "cpu"), facts
+
+    def numbers(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Numbers (JSON) that ``make`` gives, from an earlier call where there was one with the same settings."""
+        return self._kept(self.root / "numbers" / f"{name}-{self.scale}.json", dict(settings), make)
+
+    def samples(
+        self, name: str, settings: Mapping[str, Any], chunks: int, make: Callable[[int], Tensor]
+    ) -> Tensor:
+        """A sample set, kept chunk by chunk.
+
+        Args:
+            name: Of the set, without the scale.
+            settings: What it depends on.
+            chunks: Number of chunks.
+            make: Gives the samples (n, *shape) of chunk 0, 1, ...
+        """
+        from safetensors.torch import load as parse
+        from safetensors.torch import save
+
+        folder = self.root / "samples" / f"{name}-{self.scale}"
+        self._kept(folder / "settings.json", dict(settings) | {"chunks": chunks}, dict)
+        parts = []
+        for chunk in range(chunks):
+            path = folder / f"{chunk:04d}.safetensors"
+            if not path.exists():
+                write_file(path, save({"x": make(chunk).contiguous()}))
+            parts.append(parse(path.read_bytes())["x"])
+        return torch.cat(parts)
+
+    def say(self, text: str) -> None:
+        """A message to whoever waits."""
+        if self.progress:
+            print(text, flush=True)
+
+    def _kept(self, path: Path, settings: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        settings = json.loads(json.dumps(settings))
+        if path.exists():
+            kept = read_json(path)
+            for field, mine, theirs in differences(settings, kept.get("settings", {})):
+                raise UserError(
+                    f"{path}: was made with {field} = {theirs}, not {mine}; remove it, or choose another --out"
+                )
+            return kept["values"]
+        values = make()
+        write_json(path, {"settings": settings, "values": values})
+        return values
