@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,7 @@ def fit(
         >>> model = fit(torch.randn(1000, 3), steps=500)
         >>> model.log_prob(torch.zeros(1, 3))
     """
-    sections, training = [{f.name for f in fields(kind)} for kind in (Config, TrainConfig)]
-    layer: dict[str, Any] = {}
-    for name, value in overrides.items():
-        if name in sections:
-            layer[name] = value
-        elif name not in training:
-            raise UserError(f"fit: unknown override '{name}'; {nearest(name, sections | training)}")
-    in_training = {name: value for name, value in overrides.items() if name not in sections}
-    layer["train"] = {**layer.get("train", {}), **in_training}
+    layer = override_fields(overrides)
     data_options = layer.get("data", {})
     source = from_object(
         data,
@@ -71,3 +64,18 @@ def fit(
         folder = Path(temporary) / "run" if out is None else Path(out)
         train(config, folder, source, device=device, progress=progress)
         return load(folder, device or "cpu")
+
+
+def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as the fields of a configuration: those that are no section belong to the training.
+
+    Raises:
+        UserError: A name that is neither, with the nearest.
+    """
+    sections, training = [{f.name for f in fields(kind)} for kind in (Config, TrainConfig)]
+    layer = {name: value for name, value in overrides.items() if name in sections}
+    in_training = {name: value for name, value in overrides.items() if name not in sections}
+    for name in in_training:
+        if name not in training:
+            raise UserError(f"fit: unknown override '{name}'; {nearest(name, sections | training)}")
+    return layer | {"train": {**layer.get("train", {}), **in_training}}
