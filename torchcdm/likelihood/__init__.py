@@ -4,8 +4,9 @@ from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.diagnostics import Consistency, GapByLevel, consistency, gap_by_level
 from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
+from torchcdm.likelihood.flow_bound import FlowLikelihood, FlowOptions, flow_likelihood
 from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer
-from torchcdm.likelihood.report import METHODS, FlowOptions, LogZOptions, report
+from torchcdm.likelihood.report import METHODS, LogZOptions, report
 from torchcdm.likelihood.single_pass import published_convention, single_pass
 from torchcdm.likelihood.summary import Gap, NLLReport, Row
 
@@ -14,6 +15,7 @@ __all__ = [
     "ESTIMATORS",
     "METHODS",
     "Consistency",
+    "FlowLikelihood",
     "FlowOptions",
     "FlowResult",
     "FlowSamples",
@@ -26,6 +28,7 @@ __all__ = [
     "Row",
     "consistency",
     "elbo",
+    "flow_likelihood",
     "flow_sample",
     "gap_by_level",
     "log_normalizer",

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import evaluation_mode
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.common import batches, labels_of, require_transform, scoring_level
+from torchcdm.likelihood.common import labels_of, require_transform, scoring_level
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import probability_flow
+from torchcdm.likelihood.flow_bound import FlowOptions, flow_likelihood
 from torchcdm.likelihood.normalizer import LogNormalizer, log_normalizer
-from torchcdm.likelihood.single_pass import combine, published_convention, score_noisy, single_draws
+from torchcdm.likelihood.single_pass import combine, published_convention, single_draws
 from torchcdm.likelihood.summary import ROWS, Gap, NLLReport, Row
 from torchcdm.likelihood.verdict import Evidence, judge
 from torchcdm.units import LogLikelihood
@@ -28,20 +27,6 @@ METHODS = ("single", "elbo", "flow", "logz")
 
 HALVED_SAMPLES = 64
 """So many samples show what the flow's steps cost in accuracy."""
-
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """How finely the flow is integrated in a report.
-
-    Attributes:
-        steps: Heun steps, two evaluations each; all levels when there are fewer. With 40 of 99 the error of the mean
-            was 0.002 bits/dim on digits under uniform sigma; the report measures its own.
-        probes: Random probes of the divergence at every level.
-    """
-
-    steps: int = 40
-    probes: int = 2
 
 
 @dataclass(frozen=True)
@@ -153,40 +138,26 @@ class _Table:
 
     def add_flow(self, options: FlowOptions) -> None:
         """flow, and its gap to one pass on the first draw of the noisy inputs."""
-        model, transform = self.model, require_transform(self.model)
-        with evaluation_mode(model):
-            scored = [
-                score_noisy(model, self.x, self.y, rows, self.level, self.seed)
-                for rows in batches(len(self.x), self.batch_size)
-            ]
-        z, log_p, offset = (torch.cat([getattr(part, key) for part in scored]) for key in ("z", "log_prob", "offset"))
-        steps = min(options.steps, model.schedule.T - self.level)
-        y = labels_of(self.y, slice(None), z.device)
-        result = probability_flow(
-            model, z, y, self.level, steps, options.probes, self.seed, batch_size=self.batch_size
-        )
-        nats = (result.log_prob + offset).cpu()
-        convention = f"probability flow from level {self.level}"
-        self.likelihoods["flow"] = LogLikelihood(
-            nats, transform.dim, self.level, convention, transform.log_bin, result.nfe
-        )
-        gap = self.unit * (result.log_prob - log_p).cpu()
+        result = flow_likelihood(self.model, self.x, self.y, self.level, options, self.seed, self.batch_size)
+        self.likelihoods["flow"], flow, scored = result.likelihood, result.flow, result.scored
+        gap = self.unit * (flow.log_prob - scored.log_prob).cpu()
         # The mean of two independent halves has a quarter of the variance of their difference.
-        probe_variance = (self.unit * result.probe_gap.cpu()).square().mean() / 4
+        probe_variance = (self.unit * flow.probe_gap.cpu()).square().mean() / 4
         spread = (gap.var() - probe_variance).clamp_min(0).sqrt()
         self.gap = Gap(float(gap.mean()), float(spread), self.level, float(gap.std() / math.sqrt(len(gap))))
-        probe_error, kl = float((probe_variance / len(gap)).sqrt()), self.unit * result.start_kl_bound
+        probe_error, kl = float((probe_variance / len(gap)).sqrt()), self.unit * flow.start_kl_bound
+        steps = options.steps_from(self.model, self.level)
         self.notes.append(
-            f"flow: error of its mean {self._step_error(z, y, options, steps)} from the steps ({steps}) and "
+            f"flow: error of its mean {self._step_error(scored.z, options, steps)} from the steps ({steps}) and "
             f"{probe_error:.4f} from the probes; KL of its start density at most {kl:.1g}"
         )
 
-    def _step_error(self, z: Tensor, y: Tensor | None, options: FlowOptions, steps: int) -> str:
+    def _step_error(self, z: Tensor, options: FlowOptions, steps: int) -> str:
         """By halving the steps on the first samples: of second order, so half the steps have four times the error."""
         if steps < 2:
             return "unknown"
         first = slice(0, HALVED_SAMPLES)
-        labels = None if y is None else y[first]
+        labels = labels_of(self.y, first, z.device)
         gap = probability_flow(
             self.model, z[first], labels, self.level, steps, options.probes, self.seed, True, self.batch_size
         ).step_gap
@@ -206,7 +177,7 @@ class _Table:
         self.log_z = log_normalizer(
             self.model, options.particles, moves=options.moves, chain=self._calibrated(), **shared
         )
-        steps = min(flow.steps, self.model.schedule.T - self.level)
+        steps = flow.steps_from(self.model, self.level)
         self.second = log_normalizer(self.model, options.draws, method="flow", steps=steps, **shared)
         bits = 1 / (self.log_z.dim * math.log(2))
         second = self.second
