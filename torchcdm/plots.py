@@ -94,6 +94,34 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
     return save_panels(path, len(per_level), paint)
 
 
+def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> Path:
+    """Anomaly scores of inputs beside those of held-out normal data, and the threshold as a dashed line.
+
+    Args:
+        normal: Scores of normal data, (n,).
+        scores: Scores of the inputs, (N,).
+        threshold: The score above which an input is flagged.
+        name: Of the score.
+        path: The PNG file.
+    """
+    together = torch.cat([normal, scores])
+    # Far outliers would squeeze everything else into one bar: they share the last one.
+    high = min(float(together.max()), float(normal.min()) + 3 * (threshold - float(normal.min())))
+    edges = torch.linspace(float(together.min()), high, 50).tolist()
+
+    def paint(axes: Sequence[Axes]) -> None:
+        (ax,) = axes
+        for values, label in ((normal, "held-out normal"), (scores, "inputs")):
+            shares = torch.full((len(values),), 1 / len(values)).tolist()
+            ax.hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
+        ax.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
+        ax.set_xlabel(f"score '{name}'" + (", larger ones in the last bar" if float(together.max()) > high else ""))
+        ax.set_ylabel("share")
+        ax.legend()
+
+    return _save(path, 1, paint)
+
+
 def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
     """Samples beside data, first two columns of vectors in data units."""
 

@@ -1,0 +1,156 @@
+"""``cdm score``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchcdm.cli.arguments import add_command, add_device, add_json, device_of, write_numbers
+from torchcdm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchcdm.anomaly import AnomalyDetector
+    from torchcdm.checkpoint import ModelInfo
+
+REFERENCE_LIMIT = 5000
+SHOWN = 10
+"""Rows that are printed: the most anomalous ones."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "score", "how anomalous images, arrays or rows of tables are",
+        "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="RUN")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="images, folders, .npy, .npz, tables; data units")
+    parser.add_argument(
+        "--score", default="levels", metavar="NAME", help="levels, typicality, complexity, log_prob or ratio (levels)"
+    )
+    parser.add_argument("--background", metavar="RUN", help="model of broader data, for the score 'ratio'")
+    parser.add_argument("--fpr", type=float, default=0.05, metavar="P", help="share of normal inputs to flag (0.05)")
+    parser.add_argument(
+        "--reference", metavar="PATH", nargs="+",
+        help="normal data that RUN was not trained on; its validation split by default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=int, default=REFERENCE_LIMIT, metavar="N",
+        help=f"at most N reference samples, evenly spaced ({REFERENCE_LIMIT})",
+    )  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="score, percentile and flag of every input")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="histogram of the scores, a PNG")
+    add_json(parser)
+    add_device(parser)
+    parser.set_defaults(run=run_score)
+
+
+def run_score(options: argparse.Namespace) -> int:
+    """Scores with percentiles among normal data, and flags at a false-positive rate."""
+    from torchcdm.anomaly import AnomalyDetector, make_score
+    from torchcdm.checkpoint import load, read_info
+    from torchcdm.data import read_inputs
+
+    if options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; at least 1 is needed")
+    info, device = read_info(options.model), device_of(options.device)
+    background = None if options.background is None else load(options.background, device)
+    score = make_score(options.score, load(options.model, device), background)
+    # Before the passes over the reference: a wrong path shall not take a minute to be found.
+    x, names = read_inputs(options.paths, *_reading(info), skip_bad=options.skip_bad)
+    reference, origin = _reference(options, info)
+    detector = AnomalyDetector.fit(score, reference)
+    threshold = detector.threshold(options.fpr)
+    scores = detector.score(x)
+    percentiles, flags = detector.percentile(scores), detector.flags(scores, options.fpr)
+
+    if options.csv is not None:
+        _write_csv(options.csv, names, scores, percentiles, flags)
+    if options.plot is not None:
+        from torchcdm.plots import score_histogram
+
+        score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
+    if str(options.json) != "-":
+        print(_summary(options, detector, origin, names, scores, percentiles, flags))
+    write_numbers(
+        options.json,
+        {
+            "score": options.score,
+            "fpr": options.fpr,
+            "threshold": threshold,
+            "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
+            "count": len(scores),
+            "flagged": int(flags.sum()),
+            "scores": scores.tolist(),
+            "percentiles": percentiles.tolist(),
+        },
+    )
+    return 0
+
+
+def _reading(info: ModelInfo) -> tuple[Any, ...]:
+    """What :func:`torchcdm.data.read_inputs` needs to know of a model."""
+    size = None if info.data.size is None else (info.data.size[0], info.data.size[1])
+    return info.transform, info.columns, size, info.data.channels
+
+
+def _reference(options: argparse.Namespace, info: ModelInfo) -> tuple[Tensor, str]:
+    """Normal data that did not train the model, and what they are called."""
+    from torchcdm.building import load_source
+    from torchcdm.data import MemorySplit, read_inputs
+
+    if options.reference is not None:
+        x, _ = read_inputs(options.reference, *_reading(info), skip_bad=options.skip_bad)
+        return MemorySplit(x).tensors(options.limit)[0], ", ".join(options.reference)
+    try:
+        source = load_source(info.data)
+        split = source.split("validation")
+    except UserError as error:
+        raise UserError(f"{error}; or give normal data by --reference PATH") from None
+    return split.tensors(options.limit)[0].float(), f"validation split of {source.name}"
+
+
+def _write_csv(path: Path, names: list[str], scores: Tensor, percentiles: Tensor, flags: Tensor) -> None:
+    from torchcdm.run_folder import write_file
+
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["input", "score", "percentile", "flag"])
+    for name, score, percentile, flag in zip(names, scores, percentiles, flags, strict=True):
+        rows.writerow([name, f"{float(score):.6g}", f"{float(percentile):.3f}", int(flag)])
+    write_file(path, text.getvalue())
+
+
+def _summary(
+    options: argparse.Namespace,
+    detector: AnomalyDetector,
+    origin: str,
+    names: list[str],
+    scores: Tensor,
+    percentiles: Tensor,
+    flags: Tensor,
+) -> str:
+    order = scores.argsort(descending=True)[:SHOWN].tolist()
+    lines = [f"{'score':>12}{'percentile':>12}  input"]
+    lines += [
+        f"{float(scores[i]):12.5g}{float(percentiles[i]):12.2f}{'*' if flags[i] else ' '} {names[i]}" for i in order
+    ]
+    if len(scores) > SHOWN:
+        lines.append(f"{'...':>12}{'':14}and {len(scores) - SHOWN} less anomalous ones")
+    lines.append(
+        f"flagged {int(flags.sum())} of {len(scores)} (*); among normal inputs it would be "
+        f"{options.fpr * len(scores):.3g} or fewer on average"
+    )
+    lines.append(
+        f"score '{options.score}', threshold {detector.threshold(options.fpr):.5g}, calibrated on "
+        f"{len(detector.calibration)} held-out samples: {origin}"
+    )
+    if options.score == "log_prob":
+        lines.append("raw log p misses inputs that are simpler than normal ones; --score levels does not")
+    return "\n".join(lines)
