@@ -119,7 +119,7 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
         ax.set_ylabel("share")
         ax.legend()
 
-    return _save(path, 1, paint)
+    return save_panels(path, 1, paint)
 
 
 def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
