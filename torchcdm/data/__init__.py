@@ -8,10 +8,11 @@ from torchcdm.data.inputs import read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.pixels import flip_horizontally
-from torchcdm.data.source import DataSource, LazySplit, MemorySplit, Split
+from torchcdm.data.source import ContextSplit, DataSource, LazySplit, MemorySplit, Split
 from torchcdm.data.specs import load_data, parse_size
 
 __all__ = [
+    "ContextSplit",
     "DataSource",
     "LazySplit",
     "MemorySplit",

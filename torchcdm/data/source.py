@@ -94,6 +94,29 @@ class MemorySplit(Split):
 
 
 @final
+class ContextSplit(Split):
+    """Samples held in memory, each with the numbers that it is conditional on: they take the place of its class.
+
+    Args:
+        x: Data units, (N, *shape), float32.
+        context: (N, q), float32.
+    """
+
+    def __init__(self, x: Tensor, context: Tensor) -> None:
+        super().__init__(torch.full((len(x),), NO_LABEL))
+        self.x, self.context = x, context
+
+    def values(self, indices: Tensor) -> Tensor:
+        return self.x[indices]
+
+    def select(self, indices: Tensor) -> ContextSplit:
+        return ContextSplit(self.x[indices], self.context[indices])
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.x[indices], self.context[indices]
+
+
+@final
 class LazySplit(Split):
     """Samples read when they are asked for.
 

@@ -1,0 +1,322 @@
+"""Two data sets side by side: one source with the classes ``denominator`` and ``numerator``, for density ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.data import arrays, tables
+from torchcdm.data.inputs import TABLE_SUFFIXES, read_inputs
+from torchcdm.data.objects import from_object
+from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
+from torchcdm.data.specs import load_data
+from torchcdm.data.tables import FEW_VALUES, Table
+from torchcdm.errors import UserError, nearest
+from torchcdm.units import DataTransform
+
+SOURCES = ("denominator", "numerator")
+"""The classes 0 and 1."""
+
+MIN_ROWS = 20
+"""Fewest samples of each data set."""
+
+REPEATS = 10
+"""A column whose values come back so often on average lies on a grid."""
+
+LABEL = "(source)"
+"""Name of the column of classes; no file's own."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Numerator and denominator, ready for training.
+
+    Attributes:
+        source: Labels 0 for the denominator, 1 for the numerator; as many of each in training, the smaller data set
+            repeated; no test split.
+        counts: Samples of denominator and numerator as they were given.
+        columns: All columns of a table or of vectors; the model sees ``source.columns``, those that vary.
+        widths: Uniform noise that a column was dequantised by, full width in its own unit.
+    """
+
+    source: DataSource
+    counts: tuple[int, int]
+    columns: tuple[str, ...] | None
+    widths: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images (N, C, H, W) in data units, and their grid."""
+
+    name: str
+    x: Tensor
+    grid: arrays.Grid | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def pair_up(
+    numerator: Any,
+    denominator: Any,
+    validation_fraction: float = 0.15,
+    seed: int = 0,
+    discrete: Literal["dequantize", "refuse"] = "dequantize",
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> Pair:
+    """Both data sets, split into training and validation and scaled alike.
+
+    Args:
+        numerator: As :func:`torchcdm.data.from_object` takes them, a SPEC as :func:`torchcdm.data.load_data` takes
+            them, or the path of a table, an array or a folder of images. Of a data set with splits, the training one.
+        denominator: Likewise, with the same columns or the same shape.
+        validation_fraction: Share of each that is held out.
+        seed: Of the split and of the dequantisation.
+        discrete: Columns with few values: ``dequantize`` adds uniform noise between neighbouring values, ``refuse``
+            names them in an error.
+        size: Images are resized to this (H, W).
+        channels: Images are converted to so many channels.
+
+    Raises:
+        UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
+    """
+    if discrete not in ("dequantize", "refuse"):
+        raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), ['dequantize', 'refuse'])}")
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}; it must be above 0 and below 1")
+    options = Options(size, channels, validation_fraction, 0.0, seed, False, LABEL)
+    given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
+    for side in given:
+        if len(side) < MIN_ROWS:
+            raise UserError(f"{side.name}: too few samples, {len(side)}; at least {MIN_ROWS} are needed")
+    counts = (len(given[0]), len(given[1]))
+    parts = _balanced(counts, validation_fraction, seed)
+    first, second = given
+    if isinstance(first, Table) and isinstance(second, Table):
+        source, widths = _from_tables(first, second, parts, discrete, options)
+        return Pair(source, counts, tuple(first.columns), widths)
+    if isinstance(first, _Images) and isinstance(second, _Images):
+        return Pair(_from_images(first, second, parts, options), counts, None, {})
+    words = ["rows of numbers" if isinstance(side, Table) else "images" for side in given]
+    raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
+
+
+def vectors(x: Any, columns: Sequence[str], name: str = "query") -> np.ndarray:
+    """Rows to be scored, float64 (N, d), all of ``columns`` in their order.
+
+    Args:
+        x: A path of a table or an array, a data frame, which may have its columns in any order, or an array (N, d).
+        columns: Those of the data that were fitted.
+        name: What to call them in messages.
+
+    Raises:
+        UserError: Missing columns, another number of columns, or cells that are no numbers.
+    """
+    table = _read(x, name, Options())
+    if not isinstance(table, Table):
+        raise UserError(f"{table.name}: holds images; rows of {len(columns)} numbers are needed")
+    if _numbered(table) and len(table.columns) != len(columns):
+        raise UserError(f"{table.name}: rows of {len(table.columns)} numbers; {len(columns)} are needed")
+    return table.matrix(list(table.columns) if _numbered(table) else columns)
+
+
+def images(
+    x: Any, transform: DataTransform, size: tuple[int, int] | None = None, channels: int | None = None
+) -> Tensor:
+    """Images to be scored in the data units of ``transform``, float32 (N, C, H, W).
+
+    Args:
+        x: Paths as :func:`torchcdm.data.read_inputs` takes them, or an array.
+        transform: Of the data that were fitted.
+        size: As it was there.
+        channels: Likewise.
+
+    Raises:
+        UserError: Another shape.
+    """
+    if isinstance(x, (str, Path)):
+        return read_inputs(x, transform, size=size, channels=channels)[0]
+    side = _read(x, "query", Options(size, channels))
+    if isinstance(side, Table) or tuple(side.x.shape[1:]) != transform.shape:
+        shape = (len(side.columns),) if isinstance(side, Table) else tuple(side.x.shape[1:])
+        raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
+    return side.x.float()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read(data: Any, name: str, options: Options) -> Table | _Images:
+    """One data set: a table, also where it came as an array of vectors, or images."""
+    if isinstance(data, Path) or (isinstance(data, str) and Path(data).exists() and not Path(data).is_dir()):
+        return _read_file(Path(data), name, options)
+    if isinstance(data, str):
+        kind, _, argument = data.partition(":")
+        if kind in ("table", "array") and argument:
+            return _read_file(Path(argument), name, options)
+        spec = f"folder:{data}" if Path(data).is_dir() else data
+        source = load_data(spec, options.size, options.channels, 0.0, 0.0, options.seed)
+        return _from_source(source, f"{name} ({data})")
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        return tables.from_frame(data, f"{name} (data frame)")
+    if isinstance(data, Tensor):
+        data = data.detach().cpu().float().numpy() if data.is_floating_point() else data.detach().cpu().numpy()
+    if isinstance(data, (list, np.ndarray)):
+        return _from_array(np.asarray(data), name)
+    return _from_source(from_object(data, None, 0.0, 0.0), name)
+
+
+def _read_file(path: Path, name: str, options: Options) -> Table | _Images:
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        table = tables.read(path)
+        return Table(f"{name} ({path})", table.columns, table.row, table.notes)
+    if path.is_dir():
+        return _read(f"folder:{path}", name, options)
+    return _from_array(arrays.read(path)[0], f"{name} ({path})")
+
+
+def _from_array(x: np.ndarray, name: str) -> Table | _Images:
+    if x.ndim not in (1, 2):
+        values, grid, _ = arrays.interpret(x, name)
+        return _Images(name, values, grid)
+    if x.dtype.kind not in "buif" or 0 in x.shape:
+        raise UserError(f"{name}: an array of shape {x.shape} and type {x.dtype} holds no numbers")
+    x = x[:, None] if x.ndim == 1 else x
+    return Table(name, {f"c{k}": x[:, k] for k in range(x.shape[1])}, lambda i: f"row {i} (counted from 0)")
+
+
+def _from_source(source: DataSource, name: str) -> Table | _Images:
+    x, _ = source.train.tensors()
+    if x.ndim == 2:
+        return _from_array(x.numpy(), name)
+    low, high = source.transform.low, source.transform.high
+    return _Images(name, x, None if low is None or high is None else (int(low), int(high)))
+
+
+def _numbered(table: Table) -> bool:
+    """Whether the columns have no names of their own."""
+    return list(table.columns) == [f"c{k}" for k in range(len(table.columns))]
+
+
+# --- splitting ---------------------------------------------------------------------------------------------------
+
+
+def _balanced(counts: tuple[int, int], fraction: float, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Indices of denominator and numerator for each split; the smaller data set is repeated in both."""
+    orders = [permutation(count, seed) for count in counts]
+    held_out = [max(2, round(fraction * count)) for count in counts]
+    parts = {
+        "train": [order[count:] for order, count in zip(orders, held_out, strict=True)],
+        "validation": [order[:count] for order, count in zip(orders, held_out, strict=True)],
+    }
+    return {name: _repeated(*pair) for name, pair in parts.items()}
+
+
+def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as long as the longer one, the shorter one repeated."""
+    count = max(len(a), len(b))
+    return a[torch.arange(count) % len(a)], b[torch.arange(count) % len(b)]
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def _from_tables(
+    denominator: Table,
+    numerator: Table,
+    parts: dict[str, tuple[Tensor, Tensor]],
+    discrete: str,
+    options: Options,
+) -> tuple[DataSource, dict[str, float]]:
+    columns = _common_columns(denominator, numerator)
+    both = [denominator.matrix(columns), numerator.matrix(columns)]
+    widths = {}
+    for k, column in enumerate(columns):
+        width = grid_width(np.concatenate([x[:, k] for x in both]))
+        if width is not None:
+            widths[column] = width
+    if widths and discrete == "refuse":
+        raise UserError(
+            f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
+            "which adds uniform noise between their values"
+        )
+    noise = np.random.RandomState(options.seed)
+    for x in both:
+        for k, column in enumerate(columns):
+            if column in widths:
+                x[:, k] += widths[column] * (noise.rand(len(x)) - 0.5)
+    joined = {}
+    for split, (low, high) in parts.items():
+        x = np.concatenate([both[0][low.numpy()], both[1][high.numpy()]])
+        label = np.repeat(np.array(SOURCES), [len(low), len(high)])
+        joined[split] = Table("numerator and denominator", dict(zip(columns, x.T, strict=True)) | {LABEL: label}, str)
+    source = tables.source_from_tables(joined, "numerator / denominator", options)
+    notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(source.columns or ())} columns."]
+    notes += [note for note in source.notes if note.startswith("column")]
+    notes += [
+        f"column '{column}' has few distinct values: dequantised by uniform noise of width {width:g}."
+        for column, width in widths.items()
+    ]
+    return replace(source, notes=tuple(notes)), widths
+
+
+def _common_columns(denominator: Table, numerator: Table) -> list[str]:
+    """The columns, in the order of the denominator.
+
+    Raises:
+        UserError: They differ.
+    """
+    sets = [list(table.columns) for table in (denominator, numerator)]
+    if _numbered(denominator) and _numbered(numerator) and len(sets[0]) != len(sets[1]):
+        raise UserError(f"numerator and denominator have {len(sets[1])} and {len(sets[0])} columns; give both the same")
+    for (mine, mine_name), (other, other_name) in (
+        ((sets[0], denominator.name), (sets[1], numerator.name)),
+        ((sets[1], numerator.name), (sets[0], denominator.name)),
+    ):
+        missing = [column for column in mine if column not in other]
+        if missing:
+            raise UserError(f"{other_name}: no column '{missing[0]}', which {mine_name} has; give both the same")
+    return sets[0]
+
+
+def grid_width(values: np.ndarray) -> float | None:
+    """Smallest distance between values that come back, (N,): the noise that makes them continuous; None if they don't.
+
+    A constant column has none: it is left out elsewhere.
+    """
+    distinct = np.unique(values)
+    few = len(distinct) <= FEW_VALUES or REPEATS * len(distinct) <= len(values)
+    return float(np.diff(distinct).min()) if few and len(distinct) > 1 else None
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def _from_images(
+    denominator: _Images, numerator: _Images, parts: dict[str, tuple[Tensor, Tensor]], options: Options
+) -> DataSource:
+    shapes = [tuple(side.x.shape[1:]) for side in (denominator, numerator)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"images of the numerator are {shapes[1]}, the denominator's {shapes[0]}; give size and channels")
+    grids = [side.grid for side in (denominator, numerator)]
+    if (grids[0] is None) != (grids[1] is None):
+        raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
+    grid = None
+    if grids[0] is not None and grids[1] is not None:
+        grid = (min(grids[0][0], grids[1][0]), max(grids[0][1], grids[1][1]))
+    splits: dict[str, Split] = {}
+    for split, (low, high) in parts.items():
+        x = torch.cat([denominator.x[low].float(), numerator.x[high].float()])
+        splits[split] = MemorySplit(x, torch.arange(2).repeat_interleave(torch.tensor([len(low), len(high)])))
+    none = MemorySplit(denominator.x[:0])
+    three = (splits["train"], splits["validation"], none)
+    notes = [f"{len(numerator)} images over {len(denominator)} images."]
+    return arrays.source_from_splits("numerator / denominator", three, grid, options, SOURCES, notes=notes)

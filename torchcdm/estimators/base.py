@@ -1,0 +1,196 @@
+"""What the estimators share: from a table to a trained model, and from a row to what the model sees."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from torch import Tensor
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.checkpoint import ModelInfo, read_info
+from torchcdm.codec import merge
+from torchcdm.data import ContextSplit, DataSource, MemorySplit, Split
+from torchcdm.data.source import permutation
+from torchcdm.errors import UserError
+from torchcdm.estimators.columns import Columns
+from torchcdm.fitting import fit
+from torchcdm.units import DataTransform
+
+SMALLEST_TABLE = 10
+SMALL, LARGE = 5_000, 50_000
+"""Rows up to which, and from which on, a table is small or large; see :func:`size_fields`."""
+
+
+def size_fields(rows: int) -> dict[str, Any]:
+    """What the number of training rows changes in a preset for vectors.
+
+    Small tables are overfit within some hundred steps; large ones are not, and take a wider network, longer.
+    """
+    if rows <= SMALL:
+        return {}
+    backbone = {"width": 256, "depth": 3, "dropout": 0.0}
+    train = {"steps": 4000, "validate_every": 200, "ema_decay": 0.998, "batch_size": 256}
+    if rows >= LARGE:
+        train |= {"steps": 8000, "batch_size": 512}
+    return {"model": {"backbone": backbone}, "train": train}
+
+
+class TableEstimator(BaseEstimator):
+    """The parameters of training, and training itself.
+
+    Args:
+        preset: Where all settings start from, a name of :func:`torchcdm.config.preset_names`.
+        steps: Optimiser steps at most; that of the preset, or of the size of the table, when None. Likewise below.
+        batch_size: Rows in a step.
+        lr: Peak learning rate.
+        width: Width of the network.
+        depth: Blocks of the network.
+        dropout: Rate inside the blocks.
+        patience: Training stops after so many validations without a new best; see also ``validate_every`` in
+            ``overrides``.
+        max_seconds: Training stops after so much time.
+        validation_fraction: Share of the rows that early stopping watches, and that training does not see.
+        discrete: What to do with columns of few distinct values: ``dequantize`` adds noise over the distance between
+            two values, ``error`` refuses them.
+        overrides: Any other fields of a configuration, ``{"loss": {"ce_weight": 1.0}}``; stronger than all above.
+        device: Where to train and score, ``cpu`` or ``cuda``; trains on the best there is when None.
+        random_state: Seed of the split, of training, and of scores of discrete columns.
+        verbose: 1 shows a progress bar and the notes.
+
+    Attributes:
+        model_: The trained :class:`torchcdm.ClassificationDiffusion`; data units are the kept columns, continuous.
+        columns_: Which columns were left out or dequantised, a :class:`Columns`.
+        notes_: What was read off the table, one sentence each.
+        validation_indices_: Rows of the training table that early stopping watched.
+        validation_score_: Best mean log-likelihood of the validation rows, nats in standardised units.
+        n_features_in_: Columns of the table.
+    """
+
+    save_format: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        *,
+        preset: str = "table",
+        steps: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        dropout: float | None = None,
+        patience: int | None = None,
+        max_seconds: float | None = None,
+        validation_fraction: float = 0.15,
+        discrete: str = "dequantize",
+        overrides: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.preset = preset
+        self.steps = steps
+        self.batch_size = batch_size
+        self.lr = lr
+        self.width = width
+        self.depth = depth
+        self.dropout = dropout
+        self.patience = patience
+        self.max_seconds = max_seconds
+        self.validation_fraction = validation_fraction
+        self.discrete = discrete
+        self.overrides = overrides
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def _measure_columns(self, x: np.ndarray, names: np.ndarray | None, what: str = "") -> Columns:
+        """The columns of a training table; says what is to be known of them."""
+        labels = [str(k) for k in range(x.shape[1])] if names is None else [str(name) for name in names]
+        columns, notes = Columns.measure(x, labels, self.discrete)
+        if columns.constants:
+            left_out = ", ".join(columns.names[k] for k in columns.constants)
+            note = f"{what}columns left out because they are constant: {left_out}; the density is that of the others"
+            warnings.warn(note, UserWarning, stacklevel=4)
+            notes.insert(0, note)
+        self.notes_ = [*getattr(self, "notes_", []), *notes]
+        if self.verbose:
+            for note in notes:
+                print(note)
+        return columns
+
+    def _split_rows(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of training and of validation, at random."""
+        share = self.validation_fraction
+        if not 0 < share < 1:
+            raise UserError(f"validation_fraction is {share}; it must be above 0 and below 1")
+        held_out = min(max(2, round(share * rows)), rows - 2)
+        order = permutation(rows, seed).numpy()
+        return order[held_out:], order[:held_out]
+
+    def _train(
+        self, train: np.ndarray, validation: np.ndarray, contexts: tuple[np.ndarray, np.ndarray] | None, seed: int
+    ) -> None:
+        """Fits the model to rows (N, d), float64, with contexts (N, q) of the two where it is conditional."""
+        transform = DataTransform.standardize(torch.from_numpy(train))
+        # Rows are standardised in float64 here and not by the model in training, so that a column may have any offset.
+        parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
+        splits: list[Split] = [MemorySplit(part) for part in parts]
+        if contexts is not None:
+            splits = [
+                ContextSplit(part, torch.from_numpy(context).float())
+                for part, context in zip(parts, contexts, strict=True)
+            ]
+        empty = MemorySplit(parts[0][:0])
+        source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
+        layer = merge(self._fields(len(train)), {"train": {"seed": seed}, "sampling": {"n": 0}})
+        if contexts is not None:
+            layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            model = fit(source, self.preset, out=run, device=self.device, progress=bool(self.verbose), **layer)
+            info = read_info(run)
+        if not isinstance(model, ClassificationDiffusion):
+            raise UserError("model.kind is ddm, which has no density; leave it out")
+        model.transform = transform
+        # Scores in float64: a row's is then the same in any batch, to about 1e-12.
+        self.model_ = model.double()
+        self._info: ModelInfo = replace(info, transform=transform)
+        self.validation_score_ = -float(info.selected.get("best", np.nan))
+
+    def _fields(self, rows: int) -> dict[str, Any]:
+        """The configuration on top of the preset."""
+        backbone = {"width": self.width, "depth": self.depth, "dropout": self.dropout}
+        train = {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "patience": self.patience,
+            "max_seconds": self.max_seconds,
+        }
+        given = {
+            "model": {"backbone": {key: value for key, value in backbone.items() if value is not None}},
+            "train": {key: value for key, value in train.items() if value is not None},
+        }
+        return merge(merge(size_fields(rows), given), self.overrides or {})
+
+    def _seed(self, random_state: Any = None) -> int:
+        """A seed from ``random_state``, or from the estimator's own when None."""
+        state = check_random_state(self.random_state if random_state is None else random_state)
+        return int(state.randint(2**31 - 1))
+
+    # --- what the model sees ---------------------------------------------------------------------------------------
+
+    def _tensor(self, rows: np.ndarray) -> Tensor:
+        """Rows on the model's device."""
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.model_.schedule.alpha.device)

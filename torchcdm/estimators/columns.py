@@ -1,0 +1,164 @@
+"""What becomes of the columns of a table before a model sees them, and how it is undone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from torchcdm.data.tables import FEW_VALUES, LARGE_SHARE
+from torchcdm.errors import UserError, nearest
+
+DISCRETE = ("dequantize", "error")
+"""What to do with a column of few distinct values."""
+
+REPEATS = 5
+SMALLEST_STEP = 0.01
+"""A column of more than FEW_VALUES values lies on a lattice where each value comes REPEATS times on average and the
+values are at least SMALLEST_STEP deviations apart: a finer one is blurred by the first noise level anyway."""
+
+COPIES, COPIED_ROWS = 20, 200_000
+"""A table with discrete columns is trained on so many noisy copies, or so many rows in all, whichever is less."""
+
+DRAWS = 8
+"""Draws of the dequantisation noise that a score is averaged over."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table as they were in training.
+
+    A constant column is left out: its density is a point, infinite at one value and zero elsewhere, so the density is
+    that of the other columns. A discrete column gets uniform noise over its cell, the smallest distance between two
+    of its values: the density of the sum, times the cell, bounds the probability of the value from below in the mean.
+
+    Attributes:
+        names: All columns, for messages.
+        constants: Values of the columns that are left out, by position.
+        values: Distinct values of the discrete columns, sorted, by position.
+    """
+
+    names: tuple[str, ...]
+    constants: Mapping[int, float]
+    values: Mapping[int, tuple[float, ...]]
+
+    @classmethod
+    def measure(cls, x: np.ndarray, names: Sequence[str], discrete: str) -> tuple[Columns, list[str]]:
+        """The columns of a training table, and what is to be said of them.
+
+        Args:
+            x: float64 (N, columns), finite.
+            names: Of the columns.
+            discrete: ``dequantize`` or ``error``.
+
+        Raises:
+            UserError: Nothing but constant columns; a discrete column under ``error``, or one whose values nearly
+                coincide.
+        """
+        if discrete not in DISCRETE:
+            raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
+        constants, values, notes = {}, {}, []
+        for k, name in enumerate(names):
+            found, counts = np.unique(x[:, k], return_counts=True)
+            if len(found) == 1:
+                constants[k] = float(found[0])
+                continue
+            share = counts.max() / len(x)
+            kind = f"has {len(found)} distinct values in {len(x)} rows"
+            if _is_discrete(found, len(x), float(x[:, k].std())):
+                values[k] = tuple(found.tolist())
+                step = float(np.diff(found).min())
+                if step < 1e-6 * float(x[:, k].std()):
+                    raise UserError(f"column '{name}' {kind}, two of them only {step:g} apart; round the column")
+                notes.append(f"column '{name}' {kind}: dequantised with cells of {step:g}")
+            elif share >= LARGE_SHARE and counts.max() >= REPEATS:
+                kind = f"holds {found[counts.argmax()]:g} in {100 * share:.0f} % of the rows"
+                notes.append(f"column '{name}' {kind}: its density has no upper bound there")
+            else:
+                continue
+            if discrete == "error":
+                raise UserError(
+                    f"column '{name}' {kind}, so that its density has no upper bound; leave it out, or where it has "
+                    "few values give discrete='dequantize'"
+                )
+        if len(constants) == len(names):
+            raise UserError("every column is constant; there is nothing to learn")
+        return cls(tuple(names), constants, values), notes
+
+    @property
+    def kept(self) -> list[int]:
+        """Positions of the columns that the model sees."""
+        return [k for k in range(len(self.names)) if k not in self.constants]
+
+    @property
+    def cells(self) -> np.ndarray:
+        """Width of the cell of each kept column, 0 where it is continuous: (kept,)."""
+        widths = [float(np.diff(self.values[k]).min()) if k in self.values else 0.0 for k in self.kept]
+        return np.array(widths)
+
+    @property
+    def log_cell(self) -> float:
+        """log of the volume of a cell, nats: turns a density of discrete columns into a probability."""
+        return sum(math.log(width) for width in self.cells.tolist() if width)
+
+    def deviating(self, x: np.ndarray) -> np.ndarray:
+        """Rows that hold another value in a column that was constant in training, bool (N,)."""
+        differs = [x[:, k] != value for k, value in self.constants.items()]
+        return np.logical_or.reduce(differs, axis=0) if differs else np.zeros(len(x), bool)
+
+    def noisy(self, x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """The kept columns, dequantised.
+
+        Args:
+            x: All columns, (N, columns).
+            noise: Uniform on [0, 1), broadcastable to (N, kept).
+        """
+        return x[:, self.kept] + self.cells * (noise - 0.5)
+
+    def noisy_copies(self, x: np.ndarray, seed: int) -> np.ndarray:
+        """What to train on: the kept columns, in several dequantised copies one after the other where some are
+        discrete; fewer of a large table."""
+        copies = max(1, min(COPIES, COPIED_ROWS // len(x))) if self.values else 1
+        repeated = np.tile(x, (copies, 1))
+        return self.noisy(repeated, np.random.RandomState(seed).uniform(size=(len(repeated), len(self.kept))))
+
+    def noise_draws(self, seed: int) -> np.ndarray:
+        """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""
+        if not self.values:
+            return np.full((1, 1), 0.5)
+        from scipy.stats import qmc
+
+        return qmc.Sobol(len(self.kept), seed=seed).random(DRAWS)
+
+    def restore(self, kept: np.ndarray) -> np.ndarray:
+        """All columns from the kept ones (N, kept): discrete ones rounded to the nearest value, constants put back."""
+        x = np.empty((len(kept), len(self.names)))
+        x[:, self.kept] = kept
+        for k, value in self.constants.items():
+            x[:, k] = value
+        for k, values in self.values.items():
+            grid = np.array(values)
+            x[:, k] = grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, x[:, k])]
+        return x
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain Python values, exact."""
+        return {"names": list(self.names), "constants": list(self.constants.items()),
+                "values": [[k, list(values)] for k, values in self.values.items()]}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Columns:
+        """The inverse of :meth:`to_json`."""
+        constants = {int(k): float(value) for k, value in content["constants"]}
+        values = {int(k): tuple(found) for k, found in content["values"]}
+        return cls(tuple(content["names"]), constants, values)
+
+
+def _is_discrete(values: np.ndarray, rows: int, deviation: float) -> bool:
+    """Whether sorted distinct values in so many rows are the values of a discrete column."""
+    if len(values) <= FEW_VALUES:
+        return 2 * len(values) <= rows
+    return REPEATS * len(values) <= rows and float(np.diff(values).min()) >= SMALLEST_STEP * deviation

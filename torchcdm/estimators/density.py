@@ -1,0 +1,235 @@
+"""Density of a table as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from sklearn.base import DensityMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from torchcdm.errors import UserError, nearest
+from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
+from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.saving import read_estimator, write_estimator
+from torchcdm.likelihood import probability_flow
+from torchcdm.samplers import sample
+
+LIKELIHOODS = ("one-pass", "flow")
+BATCH = 1000
+
+
+class TableDensity(TableEstimator):
+    """A model of the rows of one table; what :class:`CDMDensity` and the outlier detector share.
+
+    Attributes:
+        feature_names_in_: Names of the columns of a data frame.
+    """
+
+    columns_: Columns
+
+    def fit(self, X: Any, y: Any = None) -> TableDensity:
+        """Trains the model.
+
+        Args:
+            X: Table (N, columns) of finite numbers: array or data frame; at least ten rows.
+            y: Ignored.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: Values that are not finite numbers, fewer than ten rows.
+            UserError: What :meth:`Columns.measure` refuses, or settings that are not understood.
+        """
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=SMALLEST_TABLE)
+        self.notes_ = []
+        seed = self._seed()
+        self.columns_ = self._measure_columns(X, getattr(self, "feature_names_in_", None))
+        train, self.validation_indices_ = self._split_rows(len(X), seed)
+        held_out = X[self.validation_indices_]
+        self._train(
+            self.columns_.noisy_copies(X[train], seed), self.columns_.noisy_copies(held_out, seed + 1), None, seed
+        )
+        self._noise = self.columns_.noise_draws(seed)
+        self._after_training(X, held_out, seed)
+        return self
+
+    def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
+        """What else a subclass learns, from all rows and those that training did not see."""
+
+    def _checked(self, X: Any) -> np.ndarray:
+        """A table to score; warns of rows that differ where training did not vary."""
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=np.float64, reset=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
+
+        A ``random_state`` that is a generator, and ``y`` of any kind, are not kept.
+
+        Raises:
+            NotFittedError: Nothing was fitted.
+            UserError: A file cannot be written.
+        """
+        check_is_fitted(self)
+        names = getattr(self, "feature_names_in_", None)
+        fitted = {
+            "columns": self.columns_.to_json(),
+            "noise": self._noise.tolist(),
+            "notes": self.notes_,
+            "validation_score": self.validation_score_,
+            "validation_indices": self.validation_indices_.tolist(),
+            "n_features_in": self.n_features_in_,
+            "feature_names_in": None if names is None else names.tolist(),
+        }
+        write_estimator(
+            folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted | self._more_to_save()
+        )
+
+    def _more_to_save(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TableDensity:
+        """A saved estimator.
+
+        Raises:
+            UserError: No estimator of this class there, or damaged files.
+        """
+        model, info, params, fitted = read_estimator(folder, cls.__name__, device)
+        self = cls(**params)
+        self.model_, self._info = model, info
+        self.columns_ = Columns.from_json(fitted["columns"])
+        self._noise = np.array(fitted["noise"])
+        self.notes_, self.validation_score_ = fitted["notes"], fitted["validation_score"]
+        self.validation_indices_ = np.array(fitted["validation_indices"])
+        self.n_features_in_ = fitted["n_features_in"]
+        if fitted["feature_names_in"] is not None:
+            self.feature_names_in_ = np.array(fitted["feature_names_in"], dtype=object)
+        self._load_more(fitted)
+        return self
+
+    def _load_more(self, fitted: Mapping[str, Any]) -> None:
+        pass
+
+
+@final
+class CDMDensity(DensityMixin, TableDensity):
+    """Density estimation by a classification diffusion model: ``KernelDensity`` for correlated columns.
+
+    Args:
+        likelihood: How rows are scored. ``one-pass``: one network pass a row, not exactly normalised. ``flow``: the
+            probability flow of the same network, normalised, some hundred times as many passes; may be changed
+            after fitting (``set_params``).
+        preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
+
+    Attributes:
+        model_: The trained :class:`torchcdm.ClassificationDiffusion`.
+        columns_: Which columns were left out or dequantised.
+        notes_: What was read off the table.
+        validation_indices_: Rows of the training table that early stopping watched.
+        validation_score_: Best mean log-likelihood of the validation rows, nats in standardised units.
+        n_features_in_: Columns of the table.
+        feature_names_in_: Names of the columns of a data frame.
+
+    Example:
+        >>> density = CDMDensity(random_state=0).fit(X)
+        >>> log_p = density.score_samples(X)
+        >>> new_rows = density.sample(100, random_state=1)
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str = "one-pass",
+        preset: str = "table",
+        steps: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        dropout: float | None = None,
+        patience: int | None = None,
+        max_seconds: float | None = None,
+        validation_fraction: float = 0.15,
+        discrete: str = "dequantize",
+        overrides: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
+            patience=patience, max_seconds=max_seconds, validation_fraction=validation_fraction, discrete=discrete,
+            overrides=overrides, device=device, random_state=random_state, verbose=verbose,
+        )  # fmt: skip
+        self.likelihood = likelihood
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """log p of each row, nats in the units of the table.
+
+        With discrete columns it is the mean over draws of the dequantisation noise of the log-density, plus the log of
+        the cells: a probability in the discrete columns, a density in the others. Constant columns have no part in it.
+
+        Args:
+            X: Table (N, columns).
+
+        Returns:
+            float64 (N,).
+        """
+        if self.likelihood not in LIKELIHOODS:
+            raise UserError(f"likelihood is '{self.likelihood}'; {nearest(str(self.likelihood), LIKELIHOODS)}")
+        X = self._checked(X)
+        differ = int(self.columns_.deviating(X).sum())
+        if differ:
+            warnings.warn(
+                f"{differ} rows differ in a column that was constant in training, where this density knows nothing",
+                UserWarning,
+                stacklevel=2,
+            )
+        score = self._one_pass if self.likelihood == "one-pass" else self._flow
+        draws = [score(self.columns_.noisy(X, noise)) for noise in self._noise]
+        return np.mean(draws, axis=0) + self.columns_.log_cell
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.
+
+        Args:
+            X: Table (N, columns).
+            y: Ignored.
+        """
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """New rows, discrete columns rounded to their values, constant columns filled in.
+
+        Args:
+            n_samples: Number of rows.
+            random_state: Seed; the estimator's own when None.
+
+        Returns:
+            float64 (n_samples, columns).
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise UserError(f"n_samples is {n_samples}; ask for at least one")
+        steps = min(50, self.model_.schedule.T)
+        rows = sample(self.model_, n_samples, "dpm++", steps, seed=self._seed(random_state))
+        return self.columns_.restore(rows.numpy())
+
+    @torch.no_grad()
+    def _one_pass(self, rows: np.ndarray) -> np.ndarray:
+        parts = [self.model_.log_prob(part).cpu() for part in self._tensor(rows).split(BATCH)]
+        return torch.cat(parts).numpy()
+
+    def _flow(self, rows: np.ndarray) -> np.ndarray:
+        """The flow's density at level 1, read as one of the data: r_1 is a hundredth of a deviation."""
+        transform, alpha = self.model_.transform, self.model_.schedule.alpha[1]
+        x_1 = alpha * transform(self._tensor(rows))
+        log_p = probability_flow(self.model_, x_1).log_prob.cpu().double()
+        return (log_p + transform.dim * float(alpha.log()) + transform.log_det).numpy()
