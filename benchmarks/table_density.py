@@ -1,0 +1,424 @@
+"""Density of tables: the CDM by one pass and by its probability flow, beside flows, kernels and mixtures.
+
+    python benchmarks/table_density.py --budget 60 --json table_density.json
+    python benchmarks/table_density.py --tables wine coast --contenders cdm nsf
+
+Every contender sees the same rows: the test rows are a fold that nobody trains on, the validation rows those that
+:class:`torchcdm.estimators.CDMDensity` holds out, and the rest are for training. All standardise by the training rows,
+stop on the validation rows, and choose among their settings there. Discrete columns are dequantised alike. The budget
+is processor seconds for each contender and fold, all its settings together. The unit is nats a row, in the units of
+the table; the error is the standard error over test rows.
+
+One pass isn't normalised: the flow beside it is, and in up to three dimensions the integral of one pass is printed.
+
+Tables: digits, breast cancer and wine of scikit-learn, and two that are drawn from a density known in closed form
+(:class:`Houses`), in the manner of the California housing table: ``coast``, the two columns of the place, and
+``houses``, eight columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.model_selection import KFold
+from torch import Tensor, nn
+
+from torchcdm.compare.baselines import BANDWIDTHS, COMPONENTS
+from torchcdm.estimators import CDMDensity
+from torchcdm.units import DataTransform
+
+FLOW_ROWS = 1000
+"""The probability flow scores at most so many test rows: it takes some hundred passes."""
+
+VALIDATE_EVERY, PATIENCE, BATCH = 50, 10, 256
+"""Of the normalising flows: steps between validations, validations without a new best, rows in a step."""
+
+Density = Callable[[np.ndarray], np.ndarray]
+"""log-density of standardised rows (N, d), nats."""
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+class Houses:
+    """Rows in the manner of the California housing table, from a density that is known in closed form.
+
+    Place: a mixture of twelve Gaussians along a slanted coast. Every other column is ``g(m + s n)`` with an increasing
+    g, a mean m and a width s that depend on the columns before it, and n standard normal or a mixture of two normals,
+    so that its conditional density is that of n over the slope.
+
+    Columns: longitude and latitude (degrees), income, age of the house (0 ... 52 years), rooms, share of bedrooms,
+    occupants, value (0 ... 5).
+    """
+
+    names = ("longitude", "latitude", "income", "age", "rooms", "bedrooms", "occupants", "value")
+
+    def __init__(self) -> None:
+        draw = np.random.RandomState(1990)
+        along = np.sort(draw.uniform(0, 1, 12))
+        self.centres = np.stack([-124 + 9.5 * along + draw.normal(0, 0.5, 12),
+                                 41 - 8 * along + draw.normal(0, 0.4, 12)], 1)  # fmt: skip
+        self.weights = draw.dirichlet(np.full(12, 0.8))
+        spread = draw.uniform(0.08, 0.6, (12, 2))
+        turn = draw.uniform(-1, 1, 12)
+        rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]).transpose(2, 0, 1)
+        self.roots = rotation * spread[:, None]
+
+    def rows(self, count: int, seed: int) -> np.ndarray:
+        """(count, 8)."""
+        draw = np.random.RandomState(seed)
+        component = draw.choice(12, count, p=self.weights)
+        place = self.centres[component] + np.einsum("nij,nj->ni", self.roots[component], draw.normal(size=(count, 2)))
+        x = np.empty((count, 8))
+        x[:, :2] = place
+        for k in range(2, 8):
+            mean, width, share, shift = self._conditional(x, k)
+            noise = draw.normal(size=count) + shift * (draw.uniform(size=count) < share)
+            x[:, k] = self._link(k, mean + width * noise)[0]
+        return x
+
+    def log_prob(self, x: np.ndarray) -> np.ndarray:
+        """Of all columns, or of the first two where there are no more: (N,)."""
+        offset = np.einsum("kij,nkj->nki", np.linalg.inv(self.roots), x[:, None, :2] - self.centres)
+        volume = np.log(np.abs(np.linalg.det(self.roots)))
+        by_component = np.log(self.weights) - 0.5 * (offset**2).sum(2) - math.log(2 * math.pi) - volume
+        total = np.logaddexp.reduce(by_component, axis=1)
+        for k in range(2, x.shape[1]):
+            mean, width, share, shift = self._conditional(x, k)
+            latent = self._inverse_link(k, x[:, k])
+            n = (latent - mean) / width
+            parts = [np.log(p) - 0.5 * (n - s) ** 2 for p, s in ((1 - share, 0.0), (share, shift))]
+            total += np.logaddexp(*parts) - 0.5 * math.log(2 * math.pi) - np.log(width * self._link(k, latent)[1])
+        return total
+
+    @staticmethod
+    def _conditional(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """Mean, width, and the share and shift of the second normal of column k."""
+        inland = x[:, 1] - 41 + 8 / 9.5 * (x[:, 0] + 124)
+        one = np.ones(len(x))
+        if k == 2:
+            return 1.3 - 0.25 * np.tanh(inland), 0.35 * one, 0.2, 1.5
+        log_income = np.log(x[:, 2])
+        if k == 3:
+            return 0.6 - 0.8 * inland, 0.7 + 0.2 * np.tanh(inland), 0.1, 3.0
+        if k == 4:
+            return 1.2 + 0.35 * log_income + 0.1 * inland, 0.15 * one, 0.05, 4.0
+        if k == 5:
+            return 0.1 - 0.8 * np.log(x[:, 4]), 0.1 + 0.05 / x[:, 2], 0.05, 3.0
+        if k == 6:
+            return 0.9 + 0.1 * np.log(x[:, 4]) - 0.1 * log_income, 0.2 * one, 0.05, 3.0
+        mean = 1.4 * log_income - 0.6 * inland + 0.01 * x[:, 3] - 0.8 * np.log(x[:, 6])
+        return mean - 1.4, 0.4 * one, 0.1, 3.0
+
+    @staticmethod
+    def _link(k: int, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The increasing map of a column, and its slope."""
+        if k in (3, 7):
+            top, sigmoid = (52.0, 5.0)[k == 7], 1 / (1 + np.exp(-latent))
+            return top * sigmoid, top * sigmoid * (1 - sigmoid)
+        return np.exp(latent), np.exp(latent)
+
+    @staticmethod
+    def _inverse_link(k: int, value: np.ndarray) -> np.ndarray:
+        if k in (3, 7):
+            share = value / (52.0, 5.0)[k == 7]
+            return np.log(share / (1 - share))
+        return np.log(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to learn from.
+
+    Attributes:
+        x: (N, columns).
+        folds: Test folds of five that are used.
+        truth: The density that the rows were drawn from, where it is known.
+    """
+
+    x: np.ndarray
+    folds: int
+    truth: Density | None = None
+
+
+def load_table(name: str) -> Table:
+    """A table by its name in :data:`TABLES`."""
+    from sklearn import datasets
+
+    houses = Houses()
+    match name:
+        case "digits":
+            return Table(datasets.load_digits().data, 1)
+        case "breast-cancer":
+            return Table(datasets.load_breast_cancer().data, 3)
+        case "wine":
+            return Table(datasets.load_wine().data, 5)
+        case "coast":
+            return Table(houses.rows(5000, 0)[:, :2], 1, houses.log_prob)
+    return Table(houses.rows(20_000, 0), 1, houses.log_prob)
+
+
+TABLES = ("wine", "breast-cancer", "digits", "coast", "houses")
+
+
+# --- contenders --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Standardised rows of one fold, dequantised: training and validation."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a contender chose.
+
+    Attributes:
+        setting: In words.
+        validation: Mean log-likelihood of the validation rows.
+        log_prob: The density.
+    """
+
+    setting: str
+    validation: float
+    log_prob: Density
+
+
+Contender = Callable[[Rows, float, int], Fitted]
+"""Fits to rows, within a budget of processor seconds, with a seed."""
+
+
+def kernel_density(rows: Rows, budget: float, seed: int) -> Fitted:
+    """The bandwidth with the best validation likelihood."""
+    from sklearn.neighbors import KernelDensity
+
+    settings = ((f"bandwidth {h:.3f}", KernelDensity(bandwidth=float(h))) for h in BANDWIDTHS)
+    return best_of(settings, rows, budget)
+
+
+def gaussian_mixture(rows: Rows, budget: float, seed: int) -> Fitted:
+    """The number of components and the form of their covariance with the best validation likelihood."""
+    from sklearn.mixture import GaussianMixture
+
+    settings = (
+        (f"{count} {form}", GaussianMixture(count, covariance_type=form, reg_covar=1e-5, random_state=seed))
+        for form, counts in COMPONENTS.items()
+        for count in (1, *counts)
+        if count < len(rows.train) // 2
+    )
+    return best_of(settings, rows, budget)
+
+
+def best_of(settings: Iterator[tuple[str, object]], rows: Rows, budget: float) -> Fitted:
+    """Fits the settings in turn until the budget is spent; the one with the best validation likelihood."""
+    began, best = time.process_time(), (-math.inf, "", None)
+    for name, model in settings:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = float(model.fit(rows.train).score_samples(rows.validation[:5000]).mean())
+        best = max(best, (value, name, model), key=lambda item: item[0])
+        if time.process_time() - began > budget:
+            break
+    return Fitted(best[1], best[0], best[2].score_samples)
+
+
+def zuko_flow(kind: str) -> Contender:
+    """A normalising flow of zuko: two sizes, half of the budget each."""
+
+    def contender(rows: Rows, budget: float, seed: int) -> Fitted:
+        import zuko
+
+        dim, found = rows.train.shape[1], []
+        for transforms, width in ((3, 64), (5, 128)):
+            torch.manual_seed(seed)
+            build = {"nsf": zuko.flows.NSF, "maf": zuko.flows.MAF}[kind]
+            flow = build(dim, 0, transforms=transforms, hidden_features=(width, width))
+            value = train_flow(flow, rows, budget / 2, seed)
+            found.append((value, f"{transforms} x ({width}, {width})", flow))
+        value, name, flow = max(found, key=lambda item: item[0])
+
+        def density(x: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return torch.cat([flow().log_prob(part) for part in as_float(x).split(1000)]).double().numpy()
+
+        return Fitted(name, value, density)
+
+    return contender
+
+
+def train_flow(flow: nn.Module, rows: Rows, budget: float, seed: int) -> float:
+    """AdamW with early stopping; leaves the weights of the best validation likelihood, and returns it."""
+    train, validation = as_float(rows.train), as_float(rows.validation)[:5000]
+    optimizer = torch.optim.AdamW(flow.parameters(), 1e-3, weight_decay=1e-4)
+    draw = torch.Generator().manual_seed(seed)
+    began, step, stale, best, kept = time.process_time(), 0, 0, -math.inf, None
+    while stale < PATIENCE and time.process_time() - began < budget:
+        batch = train[torch.randint(len(train), (BATCH,), generator=draw)]
+        loss = -flow().log_prob(batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % VALIDATE_EVERY == 0:
+            with torch.no_grad():
+                value = float(flow().log_prob(validation).mean())
+            stale = 0 if value > best else stale + 1
+            if value > best:
+                best, kept = value, {key: item.clone() for key, item in flow.state_dict().items()}
+    if kept is not None:
+        flow.load_state_dict(kept)
+    return best
+
+
+def as_float(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x).float()
+
+
+PEERS: dict[str, Contender] = {
+    "nsf": zuko_flow("nsf"),
+    "maf": zuko_flow("maf"),
+    "gmm": gaussian_mixture,
+    "kde": kernel_density,
+}
+TITLES = {
+    "truth": "the density itself", "cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow", "nsf": "zuko NSF",
+    "maf": "zuko MAF", "gmm": "Gaussian mixture", "kde": "kernel density",
+}  # fmt: skip
+
+
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one table.
+
+    Attributes:
+        table: Its name.
+        name: The contender.
+        nats: Mean test log-likelihood.
+        se: Standard error over test rows.
+        rows: Test rows.
+        seconds: Processor seconds of fitting, mean over folds.
+        validation: Mean log-likelihood of the validation rows, mean over folds; what was chosen by.
+        setting: What validation chose in the last fold.
+        integral: Integral of the density, where it was computed.
+    """
+
+    table: str
+    name: str
+    nats: float
+    se: float
+    rows: int
+    seconds: float
+    validation: float
+    setting: str
+    integral: float | None = None
+
+
+def compare(name: str, contenders: Sequence[str], budget: float, seed: int, folds: int | None = None) -> list[Row]:
+    """All contenders on one table, fold after fold."""
+    table = load_table(name)
+    values: dict[str, list[np.ndarray]] = {}
+    seconds: dict[str, list[float]] = {}
+    validation: dict[str, list[float]] = {}
+    settings: dict[str, str] = {}
+    integral = None
+    splits = list(KFold(5, shuffle=True, random_state=seed).split(table.x))[: folds or table.folds]
+    for fold, (rest, test) in enumerate(splits):
+
+        def record(who: str, scores: np.ndarray, took: float, watched: float = math.nan, setting: str = "") -> None:
+            values.setdefault(who, []).append(scores)
+            validation.setdefault(who, []).append(watched)
+            seconds.setdefault(who, []).append(took)
+            settings[who] = setting
+
+        x, x_test = table.x[rest], table.x[test]
+        if table.truth is not None:
+            record("truth", table.truth(x_test), 0.0)
+        density = CDMDensity(random_state=seed + fold, device="cpu", max_seconds=budget)
+        began = time.process_time()
+        density.fit(x) if "cdm" in contenders else density.set_params(steps=1).fit(x)
+        took = time.process_time() - began
+        columns, held_out = density.columns_, density.validation_indices_
+        if "cdm" in contenders:
+            watched = density.validation_score_ + density.model_.transform.log_det + columns.log_cell
+            record("cdm", density.score_samples(x_test), took, watched)
+            integral = integrate(density, x) if x.shape[1] <= 3 else None
+            density.set_params(likelihood="flow")
+            record("cdm-flow", density.score_samples(x_test[:FLOW_ROWS]), took)
+        train = columns.noisy_copies(np.delete(x, held_out, 0), seed + fold)
+        transform = DataTransform.standardize(torch.from_numpy(train))
+        prepare = lambda rows, transform=transform: transform(torch.from_numpy(rows)).numpy()  # noqa: E731
+        rows = Rows(prepare(train), prepare(columns.noisy_copies(x[held_out], seed + fold + 1)))
+        noise = columns.noise_draws(seed + fold + 2)
+        for peer in [key for key in contenders if key in PEERS]:
+            began = time.process_time()
+            fitted = PEERS[peer](rows, budget, seed + fold)
+            took = time.process_time() - began
+            scores = np.mean([fitted.log_prob(prepare(columns.noisy(x_test, draw))) for draw in noise], axis=0)
+            offset = transform.log_det + columns.log_cell
+            record(peer, scores + offset, took, fitted.validation + offset, fitted.setting)
+    result = []
+    for who, parts in values.items():
+        scores = np.concatenate(parts)
+        mean, error = float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
+        took, watched = float(np.mean(seconds[who])), float(np.mean(validation[who]))
+        mass = integral if who == "cdm" else None
+        result.append(Row(name, who, mean, error, len(scores), took, watched, settings[who], mass))
+    return result
+
+
+def integrate(density: CDMDensity, x: np.ndarray, points: int = 90_000) -> float:
+    """Integral of one pass over a box of three times the data's range, by the midpoint rule."""
+    low, high = x.min(0), x.max(0)
+    low, high = low - (high - low), high + (high - low)
+    dim = x.shape[1]
+    side = round(points ** (1 / dim))
+    axes = [lo + (hi - lo) * (np.arange(side) + 0.5) / side for lo, hi in zip(low, high, strict=True)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, dim)
+    return float(np.exp(density.score_samples(grid)).sum() * np.prod((high - low) / side))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Test log-likelihood of tables, nats a row.",
+        epilog="example: python benchmarks/table_density.py --tables wine --budget 20",
+    )
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
+    parser.add_argument("--contenders", nargs="+", choices=["cdm", *PEERS], default=["cdm", *PEERS])
+    parser.add_argument("--budget", type=float, default=60.0, help="processor seconds for each contender and fold")
+    parser.add_argument("--folds", type=int, help="test folds of five, instead of each table's own number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows = []
+    for name in options.tables:
+        for row in compare(name, options.contenders, options.budget, options.seed, options.folds):
+            rows.append(row)
+            extra = "" if row.integral is None else f"  integral {row.integral:.4f}"
+            title = TITLES[row.name]
+            print(f"{name:14} {title:22} {row.nats:10.3f} +- {row.se:.3f}  {row.rows:5} rows  {row.seconds:6.1f} s  "
+                  f"validation {row.validation:.3f}  {row.setting}{extra}", flush=True)  # fmt: skip
+        if options.json is not None:
+            settings = {key: getattr(options, key) for key in ("budget", "seed", "threads")}
+            options.json.write_text(json.dumps(settings | {"rows": [asdict(row) for row in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
