@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from torchcdm.denoisers import DenoisingDiffusion
     from torchcdm.errors import UserError
     from torchcdm.fitting import fit
+    from torchcdm.ratio import DensityRatio
     from torchcdm.samplers import sample
 
 __all__ = [
     "ClassificationDiffusion",
     "DenoisingDiffusion",
+    "DensityRatio",
     "UserError",
     "__version__",
     "fit",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "ClassificationDiffusion": "cdm",
     "DenoisingDiffusion": "denoisers",
+    "DensityRatio": "ratio",
     "UserError": "errors",
     "fit": "fitting",
     "load": "checkpoint",

@@ -41,12 +41,14 @@ class Pair:
         source: Labels 0 for the denominator, 1 for the numerator; as many of each in training, the smaller data set
             repeated; no test split.
         counts: Samples of denominator and numerator as they were given.
+        held_out: How many of each are held out; the first ones of their class in the validation split.
         columns: All columns of a table or of vectors; the model sees ``source.columns``, those that vary.
         widths: Uniform noise that a column was dequantised by, full width in its own unit.
     """
 
     source: DataSource
     counts: tuple[int, int]
+    held_out: tuple[int, int]
     columns: tuple[str, ...] | None
     widths: dict[str, float]
 
@@ -98,57 +100,55 @@ def pair_up(
         if len(side) < MIN_ROWS:
             raise UserError(f"{side.name}: too few samples, {len(side)}; at least {MIN_ROWS} are needed")
     counts = (len(given[0]), len(given[1]))
-    parts = _balanced(counts, validation_fraction, seed)
+    held_out = (_share(validation_fraction, counts[0]), _share(validation_fraction, counts[1]))
+    parts = _balanced(counts, held_out, seed)
     first, second = given
     if isinstance(first, Table) and isinstance(second, Table):
         source, widths = _from_tables(first, second, parts, discrete, options)
-        return Pair(source, counts, tuple(first.columns), widths)
+        return Pair(source, counts, held_out, tuple(first.columns), widths)
     if isinstance(first, _Images) and isinstance(second, _Images):
-        return Pair(_from_images(first, second, parts, options), counts, None, {})
+        return Pair(_from_images(first, second, parts, options), counts, held_out, None, {})
     words = ["rows of numbers" if isinstance(side, Table) else "images" for side in given]
     raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
 
 
-def vectors(x: Any, columns: Sequence[str], name: str = "query") -> np.ndarray:
-    """Rows to be scored, float64 (N, d), all of ``columns`` in their order.
+def read_query(
+    x: Any,
+    transform: DataTransform,
+    columns: Sequence[str] | None = None,
+    kept: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> tuple[Tensor, list[str]]:
+    """Samples to be scored in the data units of ``transform``, float32 (N, *shape), and a name for each.
 
     Args:
-        x: A path of a table or an array, a data frame, which may have its columns in any order, or an array (N, d).
-        columns: Those of the data that were fitted.
-        name: What to call them in messages.
-
-    Raises:
-        UserError: Missing columns, another number of columns, or cells that are no numbers.
-    """
-    table = _read(x, name, Options())
-    if not isinstance(table, Table):
-        raise UserError(f"{table.name}: holds images; rows of {len(columns)} numbers are needed")
-    if _numbered(table) and len(table.columns) != len(columns):
-        raise UserError(f"{table.name}: rows of {len(table.columns)} numbers; {len(columns)} are needed")
-    return table.matrix(list(table.columns) if _numbered(table) else columns)
-
-
-def images(
-    x: Any, transform: DataTransform, size: tuple[int, int] | None = None, channels: int | None = None
-) -> Tensor:
-    """Images to be scored in the data units of ``transform``, float32 (N, C, H, W).
-
-    Args:
-        x: Paths as :func:`torchcdm.data.read_inputs` takes them, or an array.
+        x: As one data set of :func:`pair_up`; a table may have its columns in any order, and further ones.
         transform: Of the data that were fitted.
-        size: As it was there.
-        channels: Likewise.
+        columns: All columns of those; None for images.
+        kept: The columns that the transform is for.
+        size: Images are resized to this (H, W), as they were there.
+        channels: Images are converted to so many channels, likewise.
 
     Raises:
-        UserError: Another shape.
+        UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
     """
-    if isinstance(x, (str, Path)):
-        return read_inputs(x, transform, size=size, channels=channels)[0]
-    side = _read(x, "query", Options(size, channels))
-    if isinstance(side, Table) or tuple(side.x.shape[1:]) != transform.shape:
-        shape = (len(side.columns),) if isinstance(side, Table) else tuple(side.x.shape[1:])
-        raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
-    return side.x.float()
+    if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
+        return read_inputs(x, transform, size=size, channels=channels)
+    query = _read(x, "query", Options(size, channels))
+    if columns is None or kept is None:
+        shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
+        if isinstance(query, Table) or shape != transform.shape:
+            raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {transform.shape}")
+        return query.x.float(), [f"sample {i}" for i in range(len(query))]
+    if not isinstance(query, Table):
+        raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
+    if _numbered(query):
+        if len(query.columns) != len(columns):
+            raise UserError(f"{query.name}: rows of {len(query.columns)} numbers; {len(columns)} are needed")
+        query = replace(query, columns=dict(zip(columns, query.columns.values(), strict=True)))
+    x = torch.from_numpy(query.matrix(list(columns)).astype(np.float32))
+    return x[:, [list(columns).index(column) for column in kept]], [query.row(i) for i in range(len(query))]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -209,15 +209,16 @@ def _numbered(table: Table) -> bool:
 # --- splitting ---------------------------------------------------------------------------------------------------
 
 
-def _balanced(counts: tuple[int, int], fraction: float, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _share(fraction: float, count: int) -> int:
+    return max(2, round(fraction * count))
+
+
+def _balanced(
+    counts: tuple[int, int], held_out: tuple[int, int], seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Indices of denominator and numerator for each split; the smaller data set is repeated in both."""
-    orders = [permutation(count, seed) for count in counts]
-    held_out = [max(2, round(fraction * count)) for count in counts]
-    parts = {
-        "train": [order[count:] for order, count in zip(orders, held_out, strict=True)],
-        "validation": [order[:count] for order, count in zip(orders, held_out, strict=True)],
-    }
-    return {name: _repeated(*pair) for name, pair in parts.items()}
+    cut = [permutation(count, seed).split([n, count - n]) for count, n in zip(counts, held_out, strict=True)]
+    return {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
 
 
 def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +277,8 @@ def _common_columns(denominator: Table, numerator: Table) -> list[str]:
     """
     sets = [list(table.columns) for table in (denominator, numerator)]
     if _numbered(denominator) and _numbered(numerator) and len(sets[0]) != len(sets[1]):
-        raise UserError(f"numerator and denominator have {len(sets[1])} and {len(sets[0])} columns; give both the same")
+        counts = f"{len(sets[1])} and {len(sets[0])}"
+        raise UserError(f"numerator and denominator have {counts} columns; give both the same")
     for (mine, mine_name), (other, other_name) in (
         ((sets[0], denominator.name), (sets[1], numerator.name)),
         ((sets[1], numerator.name), (sets[0], denominator.name)),
@@ -305,7 +307,8 @@ def _from_images(
 ) -> DataSource:
     shapes = [tuple(side.x.shape[1:]) for side in (denominator, numerator)]
     if shapes[0] != shapes[1]:
-        raise UserError(f"images of the numerator are {shapes[1]}, the denominator's {shapes[0]}; give size and channels")
+        both = f"{shapes[1]} and {shapes[0]}"
+        raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
     grids = [side.grid for side in (denominator, numerator)]
     if (grids[0] is None) != (grids[1] is None):
         raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")

@@ -1,0 +1,114 @@
+"""``cdm ratio``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchcdm.cli.arguments import add_command, add_device, add_json, device_of, write_numbers
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from torchcdm.ratio import DensityRatio, Scores
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "ratio", "density ratio of two data sets: numerator over denominator, at the query",
+        "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
+    )  # fmt: skip
+    kinds = "a table, an array, a folder of images, or a SPEC"
+    for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
+        parser.add_argument(name, metavar=name.upper(), help=f"{what}: {kinds}")
+    parser.add_argument("--method", default="joint", help="joint or separate (joint)")
+    parser.add_argument("--clip", type=float, metavar="P", help="weights above this quantile are set to it: 0.999")
+    parser.add_argument(
+        "--discrete", default="dequantize", help="columns of few values: dequantize or refuse (dequantize)"
+    )
+    parser.add_argument("--size", metavar="HxW", help="images are resized to this")
+    parser.add_argument("--channels", type=int, metavar="N", help="images are converted to so many channels")
+    parser.add_argument("--steps", type=int, metavar="N", help="most training steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="log ratio, weight and flag of every sample")
+    parser.add_argument("--save", metavar="DIR", type=Path, help="keep the ratio, for torchcdm.DensityRatio.load")
+    add_json(parser)
+    add_device(parser)
+    parser.set_defaults(run=run_ratio)
+
+
+def run_ratio(options: argparse.Namespace) -> int:
+    """Fits, scores, and says how far to trust it."""
+    from torchcdm.data import parse_size
+    from torchcdm.ratio import DensityRatio
+    from torchcdm.ratio_checks import effective_sample_size, weights_of
+    from torchcdm.run_folder import write_file
+
+    training = {} if options.steps is None else {"steps": options.steps}
+    ratio = DensityRatio(
+        options.seed,
+        options.method,
+        options.discrete,
+        size=None if options.size is None else parse_size(options.size),
+        channels=options.channels,
+        device=str(device_of(options.device)),
+        progress=not options.quiet,
+        **training,
+    ).fit(options.numerator, options.denominator)
+    scores = ratio.scores(options.query)
+    weights = weights_of(scores.log_ratio, options.clip)
+    if options.save is not None:
+        ratio.save(options.save)
+    if options.csv is not None:
+        write_file(options.csv, _csv(scores, weights))
+    values = _numbers(ratio, scores, effective_sample_size(weights))
+    if str(options.json) != "-":
+        print(_text(ratio, values["query"]))
+    write_numbers(options.json, values)
+    return 0
+
+
+def _csv(scores: Scores, weights: np.ndarray) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["row", "input", "log_ratio", "weight", "outside"])
+    columns = (scores.names, scores.log_ratio.tolist(), weights.tolist(), scores.outside.tolist())
+    for row, (name, log_ratio, weight, outside) in enumerate(zip(*columns, strict=True)):
+        rows.writerow([row, name, f"{log_ratio:.6g}", f"{weight:.6g}", int(outside)])
+    return text.getvalue()
+
+
+def _numbers(ratio: DensityRatio, scores: Scores, effective: float) -> dict[str, Any]:
+    import numpy as np
+
+    low, median, high = np.quantile(scores.log_ratio, [0, 0.5, 1]).tolist()
+    log_ratio = {"mean": float(scores.log_ratio.mean()), "min": low, "median": median, "max": high}
+    return {
+        "method": ratio.method,
+        "counts": {"numerator": ratio.counts[1], "denominator": ratio.counts[0]},
+        "query": {
+            "count": len(scores.names),
+            "outside": int(scores.outside.sum()),
+            "log_ratio": log_ratio,
+            "effective_sample_size": effective,
+        },
+        "held_out": ratio.held_out.to_json(),
+        "notes": list(ratio.notes),
+    }
+
+
+def _text(ratio: DensityRatio, query: dict[str, Any]) -> str:
+    """The summary."""
+    low, median, high = (query["log_ratio"][key] for key in ("min", "median", "max"))
+    share = 100 * query["effective_sample_size"] / query["count"]
+    lines = [*ratio.notes, "", "on held-out samples:", ratio.held_out.table(), "", f"query: {query['count']} samples"]
+    lines.append(f"log p/q from {low:.3g} to {high:.3g} nats, median {median:.3g}")
+    lines.append(f"weights: effective sample size {query['effective_sample_size']:.0f} ({share:.0f} %)")
+    if query["outside"]:
+        lines.append(f"{query['outside']} samples lie outside both data sets: their ratio is extrapolation")
+    return "\n".join(lines)

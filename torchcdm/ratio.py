@@ -1,0 +1,333 @@
+"""Density ratios of two data sets: how much more probable a sample is under the one than under the other."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.checkpoint import ModelInfo, load, read_info, read_json, save_model
+from torchcdm.codec import decode, encode
+from torchcdm.config import make_config, preset_fields
+from torchcdm.data import DataSource
+from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
+from torchcdm.data.source import NO_LABEL
+from torchcdm.errors import UserError, nearest
+from torchcdm.fitting import override_fields
+from torchcdm.ratio_checks import Calibration, effective_sample_size, weights_of
+from torchcdm.run_folder import RunFolder, write_json
+from torchcdm.trainer import train
+from torchcdm.version import __version__
+
+FORMAT = 1
+"""Version of ``ratio.json``."""
+
+METHODS = ("joint", "separate")
+
+BATCH = 1024
+
+RARE = 1e-3
+"""Share of a data set below which a density counts as rare there."""
+
+LIMIT_ROWS = 20_000
+"""Training samples on which that is measured."""
+
+MODELS = {"joint": ("joint",), "separate": SOURCES}
+"""Folders of the models in a saved ratio."""
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "joint": {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}},
+    "separate": {"model": {"labels": "none"}},
+}
+"""What each method sets on top of the preset for vectors or images."""
+
+TRAINING = {"sampling": {"n": 0}, "train": {"select": "loss"}}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scored samples.
+
+    Attributes:
+        names: Of the samples: files, or rows.
+        log_ratio: log p(x) - log q(x), nats, float64 (N,).
+        outside: Whether the ratio is extrapolation, see :meth:`DensityRatio.outside_support`, bool (N,).
+    """
+
+    names: tuple[str, ...]
+    log_ratio: np.ndarray
+    outside: np.ndarray
+
+
+@final
+class DensityRatio:
+    """log p(x) / q(x) of two data sets: the numerator's density p over the denominator's q.
+
+    ``joint`` trains one network whose logits run over (source, level) (identity 10), each source starting from a
+    Gaussian of its own: the log ratio is a difference of two logits at level 0, from one pass. ``separate`` trains
+    a model on each data set and subtracts their log densities.
+
+    Args:
+        random_state: Seed of everything random.
+        method: ``joint`` or ``separate``.
+        discrete: Columns with few distinct values: ``dequantize`` or ``refuse``, see
+            :func:`torchcdm.data.pairs.pair_up`.
+        validation_fraction: Share of each data set held out for early stopping.
+        size: Images are resized to this (H, W).
+        channels: Images are converted to so many channels.
+        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
+        progress: Shows a progress bar.
+        preset: ``mlp`` for vectors and ``encoder`` for images when None.
+        **overrides: As for :func:`torchcdm.fit`: fields of the training (``steps=500``) or sections
+            (``model={"gaussian": False}``).
+
+    Attributes:
+        notes: What was read off the data, one sentence each.
+        counts: Samples of denominator and numerator.
+        held_out: Checks on the share held out for early stopping, a little optimistic for that.
+
+    Example:
+        >>> ratio = DensityRatio(random_state=0).fit(target, source)
+        >>> weights = ratio.importance_weights(source, clip=0.999)
+        >>> ratio.effective_sample_size(weights)
+    """
+
+    notes: tuple[str, ...]
+    counts: tuple[int, int]
+    held_out: Calibration
+
+    def __init__(
+        self,
+        random_state: int = 0,
+        method: Literal["joint", "separate"] = "joint",
+        discrete: Literal["dequantize", "refuse"] = "dequantize",
+        validation_fraction: float = 0.15,
+        size: tuple[int, int] | None = None,
+        channels: int | None = None,
+        device: str | None = None,
+        progress: bool = False,
+        preset: str | None = None,
+        **overrides: Any,
+    ) -> None:
+        if method not in METHODS:
+            raise UserError(f"method is '{method}'; {nearest(str(method), METHODS)}")
+        self.random_state, self.method, self.discrete = random_state, method, discrete
+        self.validation_fraction, self.size, self.channels = validation_fraction, size, channels
+        self.device, self.progress, self.preset, self.overrides = device, progress, preset, overrides
+        self._models: list[tuple[ClassificationDiffusion, ModelInfo]] = []
+
+    # --- fitting -------------------------------------------------------------------------------------------------
+
+    def fit(self, numerator: Any, denominator: Any) -> DensityRatio:
+        """Learns the ratio numerator / denominator.
+
+        Args:
+            numerator: Samples of p: array, tensor or list (N, d) or (N, C, H, W), data frame, torch Dataset, the path
+                of a table, an array or a folder of images, or a SPEC as on the command line.
+            denominator: Samples of q, likewise; other numbers of samples are fine.
+
+        Returns:
+            Itself.
+
+        Raises:
+            UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
+        """
+        options = (self.validation_fraction, self.random_state, self.discrete, self.size, self.channels)
+        pair = pair_up(numerator, denominator, *options)
+        source = pair.source
+        self._columns, self.counts, self.notes = pair.columns, pair.counts, source.notes
+        if self.method == "joint":
+            self._models = [self._train(source)]
+        else:
+            self._models = [self._train(_only(source, label)) for label in range(2)]
+        self._limits = self._measure_limits(source)
+        self.held_out = self._check(pair)
+        return self
+
+    def _train(self, source: DataSource) -> tuple[ClassificationDiffusion, ModelInfo]:
+        preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
+        layers = (preset_fields(preset), TRAINING, LAYERS[self.method], {"train": {"seed": self.random_state}})
+        config = make_config(*layers, override_fields(self.overrides))
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "run"
+            train(config, folder, source, device=self.device, progress=self.progress)
+            return _load(folder, self.device)
+
+    def _measure_limits(self, source: DataSource) -> np.ndarray:
+        """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator."""
+        x, y = source.train.tensors(LIMIT_ROWS)
+        values = self._log_probs(x)
+        limits = np.empty((2, 2))
+        for label in range(2):
+            rare, median = np.quantile(values[:, y.numpy() == label, label], [RARE, 0.5], axis=1)
+            limits[:, label] = rare - (median - rare)
+        return limits
+
+    def _check(self, pair: Pair) -> Calibration:
+        x, y = pair.source.validation.tensors()
+        denominator, numerator = (
+            self._log_probs(x[y == label][:count])[0] for label, count in enumerate(pair.held_out)
+        )
+        return Calibration.of(numerator[:, 1] - numerator[:, 0], denominator[:, 1] - denominator[:, 0])
+
+    # --- scoring -------------------------------------------------------------------------------------------------
+
+    def scores(self, x: Any) -> Scores:
+        """Names, log ratios and whether they are extrapolation, from one pass.
+
+        Args:
+            x: (N, d) or (N, C, H, W), or anything else that :meth:`fit` takes; a table needs the fitted columns.
+
+        Raises:
+            UserError: Not fitted, or data that do not go with the fitted ones.
+        """
+        self._check_fitted()
+        info = self._models[0][1]
+        values, names = read_query(x, info.transform, self._columns, info.columns, self.size, self.channels)
+        log_probs = self._log_probs(values)
+        below = log_probs < self._limits[:, None]
+        return Scores(tuple(names), log_probs[0, :, 1] - log_probs[0, :, 0], below.all(2).any(0))
+
+    def log_ratio(self, x: Any) -> np.ndarray:
+        """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
+        return self.scores(x).log_ratio
+
+    def ratio(self, x: Any) -> np.ndarray:
+        """p(x) / q(x), float64 (N,); infinite where the log ratio is above 709."""
+        with np.errstate(over="ignore"):
+            return np.exp(self.log_ratio(x))
+
+    def importance_weights(self, x: Any, clip: float | None = None) -> np.ndarray:
+        """Weights with mean 1 that make samples of the denominator stand for the numerator, float64 (N,).
+
+        Args:
+            x: Samples of the denominator.
+            clip: Weights above this quantile of them, such as 0.999, are set to it: less variance for a little bias.
+
+        Raises:
+            UserError: ``clip`` is no share.
+        """
+        return weights_of(self.log_ratio(x), clip)
+
+    def outside_support(self, x: Any) -> np.ndarray:
+        """Where neither data set tells anything: bool (N,).
+
+        True where the density of both models, or of both Gaussians, lies further below what is rare in training
+        (one in a thousand) than that lies below the median. The log ratio there is extrapolation.
+        """
+        return self.scores(x).outside
+
+    def calibration(self, numerator: Any, denominator: Any, bins: int = 10) -> Calibration:
+        """What can be checked without knowing the ratio, on samples that were not fitted.
+
+        Args:
+            numerator: Held-out samples of p.
+            denominator: Held-out samples of q.
+            bins: Of the reliability table.
+        """
+        return Calibration.of(self.log_ratio(numerator), self.log_ratio(denominator), bins)
+
+    @staticmethod
+    def effective_sample_size(weights: Any) -> float:
+        """As :func:`effective_sample_size`."""
+        return effective_sample_size(weights)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder: safetensors and JSON.
+
+        Raises:
+            UserError: Not fitted, or the folder cannot be written.
+        """
+        self._check_fitted()
+        folder = Path(path)
+        for name, (model, info) in zip(MODELS[self.method], self._models, strict=True):
+            save_model(RunFolder(folder / name), model, info)
+        content = {
+            "format": FORMAT,
+            "torchcdm": __version__,
+            "method": self.method,
+            "random_state": self.random_state,
+            "size": self.size,
+            "channels": self.channels,
+            "columns": self._columns,
+            "counts": self.counts,
+            "limits": self._limits.tolist(),
+            "held_out": encode(self.held_out),
+            "notes": self.notes,
+        }
+        write_json(folder / "ratio.json", content)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
+        """A ratio that :meth:`save` wrote.
+
+        Raises:
+            UserError: No ratio there, or files that are damaged or of another format version.
+        """
+        file = Path(path) / "ratio.json"
+        if not file.is_file():
+            raise UserError(f"{path}: holds no density ratio (ratio.json is missing)")
+        content = read_json(file)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{file}: format version {content.get('format')}, but this torchcdm reads {FORMAT}")
+        try:
+            size = None if content["size"] is None else (content["size"][0], content["size"][1])
+            seed, method, channels = (content[key] for key in ("random_state", "method", "channels"))
+            ratio = cls(seed, method, size=size, channels=channels, device=device)
+            ratio._columns = None if content["columns"] is None else tuple(content["columns"])
+            ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
+            ratio._limits = np.asarray(content["limits"], dtype=np.float64)
+            ratio.held_out = decode(Calibration, content["held_out"], "held_out")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: damaged, {error} is missing or wrong") from None
+        ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
+        return ratio
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _check_fitted(self) -> None:
+        if not self._models:
+            raise UserError("this DensityRatio is not fitted; call fit(numerator, denominator), or load one")
+
+    def _log_probs(self, x: Tensor) -> np.ndarray:
+        """log density at level 0 of models and of Gaussians: float64 (2, N, 2), denominator first; model units."""
+        model, info = self._models[0]
+        z = info.transform(x).to(model.schedule.alpha.device)
+        with torch.no_grad():
+            return torch.cat([self._log_probs_of(part) for part in z.split(BATCH)], 1).cpu().numpy()
+
+    def _log_probs_of(self, z: Tensor) -> Tensor:
+        models = [model for model, _ in self._models]
+        if self.method == "separate":
+            learned = [model.log_prob_levels(z)[:, 0] for model in models]
+            gaussian = [model.base.log_prob_levels(z)[:, 0] for model in models]
+            return torch.stack([torch.stack(learned, 1), torch.stack(gaussian, 1)])
+        (model,) = models
+        gaussian_levels = model.base.log_prob_levels(z)[:, None]
+        effects = model.base.class_effects(z)
+        gaussian_levels = gaussian_levels.expand(-1, 2, -1) if effects is None else gaussian_levels + effects
+        return torch.stack([model.class_log_prob_levels(z)[:, :, 0], gaussian_levels[:, :, 0]])
+
+
+def _load(run: Path, device: str | None) -> tuple[ClassificationDiffusion, ModelInfo]:
+    """A model with what its folder says of it."""
+    model = load(run, device or "cpu")
+    if not isinstance(model, ClassificationDiffusion):
+        raise UserError("a ddm has no density; a ratio needs a cdm")
+    return model, read_info(run)
+
+
+def _only(source: DataSource, label: int) -> DataSource:
+    """The samples of one class, without labels, under the transform of both."""
+    parts = [split.select((split.labels == label).nonzero()[:, 0]) for split in (source.train, source.validation)]
+    for part in parts:
+        part.labels = torch.full_like(part.labels, NO_LABEL)
+    return replace(source, train=parts[0], validation=parts[1], class_names=None)

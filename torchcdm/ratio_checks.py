@@ -1,0 +1,151 @@
+"""What log ratios are worth: weights, their effective sample size, and checks that need no known ratio."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from torchcdm.errors import UserError
+
+
+def effective_sample_size(weights: Any) -> float:
+    """(sum w)² / sum w²: so many samples of equal weight estimate a mean as well (Kish, 1965).
+
+    Args:
+        weights: Not negative, (N,).
+
+    Raises:
+        UserError: Negative or infinite weights, none, or only zeros.
+    """
+    w = np.asarray(weights, dtype=np.float64)
+    if w.ndim != 1 or not len(w) or not np.isfinite(w).all() or (w < 0).any() or not w.any():
+        raise UserError("weights must be finite, not negative and not all zero, of shape (N,)")
+    w = w / w.max()
+    return float(w.sum() ** 2 / np.square(w).sum())
+
+
+def weights_of(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
+    """exp(log ratio) over its mean, those above the quantile ``clip`` set to it: float64 (N,).
+
+    Raises:
+        UserError: ``clip`` is no share.
+    """
+    if clip is not None and not 0 < clip <= 1:
+        raise UserError(f"clip is {clip}; it is a quantile of the weights, above 0 and at most 1, such as 0.999")
+    limit = np.inf if clip is None else np.quantile(log_ratio, clip)
+    weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
+    return weights / weights.mean()
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One line of the reliability table, numerator and denominator counted as equally frequent.
+
+    Attributes:
+        low: Predicted probability of the numerator, from ...
+        high: ... to.
+        predicted: Mean of the prediction.
+        observed: Share of the numerator among the samples.
+        count: Samples.
+        mass: Their share, the shares of all bins adding up to 1.
+    """
+
+    low: float
+    high: float
+    predicted: float
+    observed: float
+    count: int
+    mass: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Checks of a ratio on held-out samples.
+
+    Attributes:
+        mean_ratio: Mean of p/q over the denominator; 1 for the true ratio, and noisy where few samples carry it.
+        mean_ratio_error: Its standard error.
+        mean_inverse: Mean of q/p over the numerator; likewise.
+        mean_inverse_error: Its standard error.
+        effective_sample_size: Of the weights p/q on the denominator's samples.
+        denominator: Number of these samples.
+        log_loss: Nats of the classifier sigmoid(log ratio) that tells the sources apart; log 2 = 0.693 is chance.
+        calibration_error: Mean distance of predicted and observed share over the bins.
+        bins: The reliability table; empty bins are left out.
+    """
+
+    mean_ratio: float
+    mean_ratio_error: float
+    mean_inverse: float
+    mean_inverse_error: float
+    effective_sample_size: float
+    denominator: int
+    log_loss: float
+    calibration_error: float
+    bins: tuple[Bin, ...]
+
+    @classmethod
+    def of(cls, numerator: np.ndarray, denominator: np.ndarray, bins: int = 10) -> Calibration:
+        """From log ratios at samples of the numerator and of the denominator, each (N,)."""
+        if bins < 1:
+            raise UserError(f"bins is {bins}; at least 1 is needed")
+        if len(numerator) < 2 or len(denominator) < 2:
+            raise UserError("calibration needs at least two held-out samples of numerator and denominator")
+        log_loss = 0.5 * (np.logaddexp(0, -numerator).mean() + np.logaddexp(0, denominator).mean())
+        table = _reliability(numerator, denominator, bins)
+        error = sum(line.mass * abs(line.predicted - line.observed) for line in table)
+        return cls(
+            *_mean_exp(denominator),
+            *_mean_exp(-numerator),
+            effective_sample_size(weights_of(denominator)),
+            len(denominator),
+            float(log_loss),
+            float(error),
+            tuple(table),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """All of it in lines to read."""
+        share = 100 * self.effective_sample_size / self.denominator
+        lines = [
+            f"mean of p/q over the denominator  {self.mean_ratio:.3f} +- {self.mean_ratio_error:.3f} (1 if right)",
+            f"mean of q/p over the numerator    {self.mean_inverse:.3f} +- {self.mean_inverse_error:.3f} (1 if right)",
+            f"effective sample size             {self.effective_sample_size:.0f} ({share:.0f} % of the denominator)",
+            f"log loss of the sources           {self.log_loss:.3f} nats (chance 0.693)",
+            f"calibration error                 {self.calibration_error:.3f}",
+            "P(numerator)  predicted  observed  samples",
+        ]
+        lines += [
+            f"{line.low:.1f} ... {line.high:.1f}   {line.predicted:9.3f} {line.observed:9.3f} {line.count:8}"
+            for line in self.bins
+        ]
+        return "\n".join(lines)
+
+
+def _mean_exp(values: np.ndarray) -> tuple[float, float]:
+    """Mean of exp(values) and its standard error; infinite where float64 does not hold them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        exp = np.exp(values)
+        return float(exp.mean()), float(exp.std(ddof=1) / len(exp) ** 0.5)
+
+
+def _reliability(numerator: np.ndarray, denominator: np.ndarray, bins: int) -> list[Bin]:
+    values = np.concatenate([numerator, denominator])
+    is_numerator = np.repeat([1.0, 0.0], [len(numerator), len(denominator)])
+    mass = np.repeat([0.5 / len(numerator), 0.5 / len(denominator)], [len(numerator), len(denominator)])
+    predicted = np.exp(-np.logaddexp(0, -values))
+    index = np.minimum((predicted * bins).astype(int), bins - 1)
+    lines = []
+    for k in range(bins):
+        inside = index == k
+        weight = mass[inside]
+        if len(weight):
+            shares = [float(np.average(v[inside], weights=weight)) for v in (predicted, is_numerator)]
+            lines.append(Bin(k / bins, (k + 1) / bins, *shares, int(inside.sum()), float(weight.sum())))
+    return lines
