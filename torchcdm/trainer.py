@@ -49,6 +49,10 @@ FREE_ON_RESUME = (
 """What may differ from the run that is resumed; all else would make it another run."""
 
 
+class NotFinite(UserError):
+    """A training that gave up, step after step without a finite gradient."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """How a training ended.
@@ -92,7 +96,8 @@ def train(
 
     Raises:
         UserError: The folder already holds a run, the configuration differs from that of the run to resume, the data
-            do not suit the model, a file cannot be written, or ten steps in a row were not finite.
+            do not suit the model, or a file cannot be written.
+        NotFinite: Ten steps in a row were not finite.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     run = RunFolder(Path(out))
@@ -364,7 +369,7 @@ class Trainer:
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
         self.updates_lost += bad
         if self.bad_in_a_row == MAX_BAD_STEPS:
-            raise UserError(
+            raise NotFinite(
                 f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; the last "
                 "good state is kept: try a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
             )
