@@ -5,7 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from torchcdm.cli import converting, denoising, measuring, ratios, reading, reproducing, sampling, scoring, training
+from torchcdm.cli import (
+    comparing,
+    converting,
+    denoising,
+    measuring,
+    ratios,
+    reading,
+    reproducing,
+    sampling,
+    scoring,
+    training,
+)
 from torchcdm.cli.arguments import Parser
 from torchcdm.errors import UserError
 from torchcdm.version import __version__
@@ -26,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="cdm", description="Classification diffusion models.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"torchcdm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (training, sampling, measuring, scoring, ratios, denoising, reading, converting, reproducing):
+    groups = (
+        training, sampling, measuring, scoring, comparing, ratios, denoising, reading, converting, reproducing,
+    )  # fmt: skip
+    for group in groups:
         group.add_commands(commands)
     try:
         # Flags of the form --section.field are known to the configuration alone.

@@ -23,7 +23,22 @@ COMPONENTS = {"full": (2, 5, 10, 15), "diag": (10, 20, 40, 80)}
 BANDWIDTHS = np.geomspace(0.02, 0.6, 12)
 """Model units: grey levels fill [-1, 1], continuous columns have unit deviation."""
 
-Density = Callable[[np.ndarray], np.ndarray]
+
+@dataclass(frozen=True)
+class Candidate:
+    """One fitted density model of flattened samples in model units.
+
+    Attributes:
+        name: What it is, with its setting.
+        log_prob: log density (N,) of samples (N, d).
+        sample: Draws (n, d) from how many and a seed.
+        parameters: Numbers that were learned.
+    """
+
+    name: str
+    log_prob: Callable[[np.ndarray], np.ndarray]
+    sample: Callable[[int, int], np.ndarray]
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -52,19 +67,24 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
         seed: Seed of the dequantisation of the other splits and of the mixtures.
     """
     transform = source.transform
-    train, validation = (
-        _prepare(split.tensors(LARGEST_COUNT)[0], transform, seed + i)
-        for i, split in enumerate((source.train, source.validation))
-    )
+    train, validation = training_arrays(source, seed)
     points = transform(test.double()).flatten(1).numpy()
     found = []
-    for candidates in (_gaussian(train, transform), _kernels(train), _mixtures(train, transform, seed)):
-        scored = [(density(validation).mean(), name, density) for name, density in candidates]
-        _, name, density = max(scored, key=lambda item: item[0])
-        nats = torch.from_numpy(density(points)) + transform.log_det
+    for candidates in (gaussians, kernels, mixtures):
+        best = max(candidates(train, transform, seed), key=lambda model: model.log_prob(validation).mean())
+        nats = torch.from_numpy(best.log_prob(points)) + transform.log_det
         result = LogLikelihood(nats, transform.dim, 0, "dequantised", transform.log_bin, 0)
-        found.append(Baseline(name, *result.mean_and_error(), result.unit))
+        found.append(Baseline(best.name, *result.mean_and_error(), result.unit))
     return found
+
+
+def training_arrays(source: DataSource, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation samples, at most :data:`LARGEST_COUNT` each: dequantised, model units, (N, d)."""
+    train, validation = (
+        _prepare(split.tensors(LARGEST_COUNT)[0], source.transform, seed + i)
+        for i, split in enumerate((source.train, source.validation))
+    )
+    return train, validation
 
 
 def _prepare(x: Tensor, transform: DataTransform, seed: int) -> np.ndarray:
@@ -77,23 +97,49 @@ def _floor(transform: DataTransform) -> float:
     return 1e-6 if transform.model_bin is None else float(transform.model_bin.min()) ** 2 / 12
 
 
-def _gaussian(train: np.ndarray, transform: DataTransform) -> Iterator[tuple[str, Density]]:
+def gaussians(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[Candidate]:
+    """The Gaussian of the data's mean and covariance.
+
+    Args:
+        train: Model units, (N, d).
+        transform: Of the data, for the smallest variance.
+        seed: Of what is random; nothing here.
+    """
     fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(1), _floor(transform), "full")
-    yield "Gaussian, full covariance", lambda x: fitted.log_prob_levels(torch.from_numpy(x))[:, 0].numpy()
+
+    def sample(n: int, seed: int) -> np.ndarray:
+        noise = torch.randn(n, train.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return fitted.sample(noise, 0).numpy()
+
+    dim = train.shape[1]
+    yield Candidate(
+        "Gaussian, full covariance",
+        lambda x: fitted.log_prob_levels(torch.from_numpy(x))[:, 0].numpy(),
+        sample,
+        dim + dim * (dim + 1) // 2,
+    )
 
 
-def _kernels(train: np.ndarray) -> Iterator[tuple[str, Density]]:
+def kernels(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[Candidate]:
+    """Kernel density estimates of several bandwidths. Arguments as in :func:`gaussians`."""
     from sklearn.neighbors import KernelDensity
 
     for bandwidth in BANDWIDTHS:
         model = KernelDensity(bandwidth=float(bandwidth)).fit(train)
-        yield f"kernel density, bandwidth {bandwidth:.3f}", model.score_samples
+        yield Candidate(
+            f"kernel density, bandwidth {bandwidth:.3f}",
+            model.score_samples,
+            lambda n, seed, model=model: model.sample(n, random_state=seed),
+            train.size,
+        )
 
 
-def _mixtures(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[tuple[str, Density]]:
+def mixtures(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[Candidate]:
+    """Gaussian mixtures of several sizes, by expectation maximisation. Arguments as in :func:`gaussians`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
+    dim = train.shape[1]
     for form, counts in COMPONENTS.items():
         for count in counts:
             if count >= len(train) // 2:
@@ -102,4 +148,10 @@ def _mixtures(train: np.ndarray, transform: DataTransform, seed: int) -> Iterato
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(train)
-            yield f"Gaussian mixture, {count} {form}", model.score_samples
+            spread = dim * (dim + 1) // 2 if form == "full" else dim
+            yield Candidate(
+                f"Gaussian mixture, {count} {form}",
+                model.score_samples,
+                lambda n, seed, model=model: model.set_params(random_state=seed).sample(n)[0],
+                count * (1 + dim + spread) - 1,
+            )

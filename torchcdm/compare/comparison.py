@@ -1,0 +1,144 @@
+"""Trains and measures systems under one protocol, and keeps what is finished."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from torchcdm.codec import decode, differences, encode
+from torchcdm.compare.budget import Budget
+from torchcdm.compare.peer import Diverged, Fitted, Peer, Score, Task
+from torchcdm.compare.peers import chosen_peers, library_of
+from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
+from torchcdm.data import DataSource
+from torchcdm.errors import UserError
+from torchcdm.run_folder import write_json, writing
+
+DRAWN = 64
+"""Samples that measure the speed of sampling."""
+
+PROTOCOL = "protocol.json"
+
+
+def compare(
+    source: DataSource,
+    seconds: float,
+    folder: Path,
+    peers: Sequence[str] | None = None,
+    clock: str = "wall",
+    seed: int = 0,
+    limit: int | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Every system trained for the same time on the same split, and scored on the same noisy test samples.
+
+    Args:
+        source: The data, with a validation and a test split.
+        seconds: Training time of each system.
+        folder: Where results and runs are kept. A system whose result lies there is not made again.
+        peers: Names; all that suit the data when None.
+        clock: What a second is, see :data:`torchcdm.compare.budget.CLOCKS`.
+        seed: Of training; the noise of scoring is the same for all seeds.
+        limit: Score at most so many test samples, evenly spaced.
+        device: Where to compute; the CPU when None.
+        progress: Shows progress bars.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        UserError: No time, an unknown peer or clock, a library that is not installed, a missing split, or a folder
+            that holds a comparison under another protocol.
+    """
+    Budget(seconds, clock)  # refuses what makes no sense before anything is trained
+    x, _ = source.split("test").tensors(limit)
+    source.split("validation")
+    found = chosen_peers(peers, source)
+    device = device or torch.device("cpu")
+    protocol = Protocol(
+        source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
+        "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
+    )  # fmt: skip
+    _enter(folder, protocol)
+    task = Task(source, device, seed, folder, progress)
+    results = []
+    for peer in found:
+        kept = _kept(folder / f"{peer.name}.json")
+        if kept is None:
+            kept = _measured(peer, task, Budget(seconds, clock), x)
+            write_json(folder / f"{peer.name}.json", encode(kept))
+        results.append(kept)
+    return Comparison(protocol, tuple(results), _machine(device))
+
+
+def _enter(folder: Path, protocol: Protocol) -> None:
+    """Makes the folder, or checks that it holds results of the same protocol."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PROTOCOL
+    if path.exists():
+        for field, mine, theirs in differences(encode(protocol), json.loads(path.read_text(encoding="utf-8"))):
+            raise UserError(f"{folder}: holds a comparison with {field} = {theirs}, not {mine}; choose another --out")
+    else:
+        write_json(path, encode(protocol))
+
+
+def _kept(path: Path) -> Result | None:
+    """A result that is there already."""
+    if not path.exists():
+        return None
+    try:
+        return decode(Result, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: is no result of a comparison ({error}); delete it to measure again") from None
+
+
+def _measured(peer: Peer, task: Task, budget: Budget, x: torch.Tensor) -> Result:
+    """Trains and measures; a system that diverges has a second attempt."""
+    library, version = library_of(peer)
+    note, steps, seconds = "", 0, 0.0
+    for attempt, rate in ((1, 1.0), (2, peer.retry)):
+        clock = budget.restarted()
+        try:
+            fitted = peer.fit(task, clock, rate)
+            rows = tuple(_row(score) for score in fitted.scores(x, budget))
+            note = f"second attempt: {note}" if note else ""
+            return Result(
+                peer.name, peer.title, library, version, "measured", attempt, fitted.training.setting,
+                fitted.training.steps, fitted.training.seconds, fitted.parameters, rows,
+                _sampling(fitted, budget, task.seed), note,
+            )  # fmt: skip
+        except Diverged as error:
+            note, seconds = str(error), clock.elapsed
+    return Result(
+        peer.name, peer.title, library, version, "diverged", 2, f"learning rate lowered to {peer.retry:g} of it",
+        steps, seconds, 0, (), None, note,
+    )  # fmt: skip
+
+
+def _row(score: Score) -> Row:
+    values = score.likelihood.values()
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise Diverged(f"{score.name}: no finite likelihood for {bad} of {len(values)} test samples")
+    value, error = score.likelihood.mean_and_error()
+    return Row(
+        score.name, value, error, score.likelihood.nfe, score.likelihood.level, score.normalised,
+        len(values) / max(score.seconds, 1e-9), tuple(values.tolist()),
+    )  # fmt: skip
+
+
+def _sampling(fitted: Fitted, budget: Budget, seed: int) -> Sampling:
+    clock = budget.restarted()
+    samples = fitted.sample(DRAWN, seed)
+    return Sampling(samples.nfe, len(samples.x) / max(clock.elapsed, 1e-9))
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name}), {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"

@@ -1,0 +1,122 @@
+"""Our own systems: the classification diffusion model under several schedules, and the plain diffusion model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import final
+
+from torchcdm.checkpoint import load
+from torchcdm.compare.budget import Budget
+from torchcdm.compare.denoising import FittedDenoiser
+from torchcdm.compare.peer import Diverged, Peer, Task, Training
+from torchcdm.config import (
+    Config,
+    EncoderConfig,
+    LinearConfig,
+    ModelConfig,
+    OptimalTransportConfig,
+    ScheduleConfig,
+    UNetConfig,
+    UniformSigmaConfig,
+    make_config,
+    preset_fields,
+)
+from torchcdm.data import DataSource
+from torchcdm.trainer import NotFinite, train
+
+PRESETS = {"digits": "digits", "fashion-mnist": "fashion-mnist"}
+"""Of data that have a preset of their own for this size of machine."""
+
+UNLIMITED = 10**9
+"""Steps: the budget ends the training."""
+
+
+def preset_for(source: DataSource) -> str:
+    """The preset whose network and training our systems take on these data."""
+    return PRESETS.get(source.name, "mlp" if len(source.shape) == 1 else "encoder")
+
+
+@final
+class ClassificationPeer(Peer):
+    """A classification diffusion model: the network and the training of the data's preset.
+
+    Args:
+        name: On the command line.
+        title: In the table.
+        schedule: In the place of the preset's.
+    """
+
+    def __init__(self, name: str, title: str, schedule: ScheduleConfig | None = None) -> None:
+        self.name, self.title, self.schedule = name, title, schedule
+
+    def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
+        config = preset_config(task.source)
+        model = config.model if self.schedule is None else replace(config.model, schedule=self.schedule)
+        return _fit(self.name, replace(config, model=model), task, budget, rate)
+
+
+@final
+class DiffusionPeer(Peer):
+    """The plain denoising diffusion model: the preset's training, a network of the same width that is told the level.
+
+    On images it is the U-Net of the encoder's width, multipliers and blocks.
+    """
+
+    name, title = "ddm", "DDM"
+
+    def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
+        config = preset_config(task.source)
+        return _fit(self.name, replace(config, model=_plain(config.model)), task, budget, rate)
+
+
+def preset_config(source: DataSource) -> Config:
+    """The preset's configuration; data come from the comparison, and no system mirrors them."""
+    return make_config(preset_fields(preset_for(source)), {"data": {"spec": source.name, "flip": False}})
+
+
+def _plain(model: ModelConfig) -> ModelConfig:
+    net = model.backbone
+    if isinstance(net, EncoderConfig):
+        net = UNetConfig(
+            channels=net.width, multipliers=net.multipliers, blocks=net.blocks, attention=(), dropout=net.dropout
+        )
+    return replace(model, kind="ddm", backbone=net)
+
+
+def _fit(name: str, config: Config, task: Task, budget: Budget, rate: float) -> FittedDenoiser:
+    folder = task.folder / (f"run-{name}" if rate == 1 else f"run-{name}-lower-rate")
+    limits = replace(
+        config.train, steps=UNLIMITED, max_seconds=budget.seconds, lr=rate * config.train.lr, seed=task.seed
+    )
+    config = replace(config, train=limits)
+    try:
+        result = train(
+            config, folder, task.source, resume=True, device=str(task.device), progress=task.progress, clock=budget.now
+        )
+    except NotFinite as error:
+        raise Diverged(str(error)) from error
+    training = Training(result.step, result.seconds, result.selected.get("best"), _setting(config))
+    sampling = config.sampling
+    return FittedDenoiser(load(folder, task.device), training, sampler=sampling.sampler, steps=sampling.steps)
+
+
+def _setting(config: Config) -> str:
+    model, net = config.model, config.model.backbone
+    width = getattr(net, "width", getattr(net, "channels", None))
+    average = f"EMA {config.train.ema_decay:g}"
+    base = " on a fitted Gaussian" if model.gaussian else ""
+    return (
+        f"preset {config.preset}: {net.name} of width {width}{base}, {model.schedule.name} T={model.schedule.T}, "
+        f"{config.train.optimizer}, lr {config.train.lr:g} {config.train.decay}, batch {config.train.batch_size}, "
+        f"{average}"
+    )
+
+
+OWN: tuple[Peer, ...] = (
+    ClassificationPeer("cdm", "CDM"),
+    ClassificationPeer("cdm-linear", "CDM, linear schedule", LinearConfig(T=1000)),
+    ClassificationPeer("cdm-uniform", "CDM, uniform sigma", UniformSigmaConfig(T=1000)),
+    ClassificationPeer("cdm-ot", "CDM, optimal transport", OptimalTransportConfig(T=999)),
+    DiffusionPeer(),
+)
+"""The default, the three published schedules with the same network, and the plain model."""

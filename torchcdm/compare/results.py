@@ -1,0 +1,219 @@
+"""What a comparison measured: plain values, as they are kept, and their table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from torchcdm.codec import encode
+from torchcdm.likelihood.summary import finite
+
+NOT_NORMALISED = "~"
+"""Marks a density that need not integrate to one."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all systems of a comparison share; results of two protocols do not stand in one table.
+
+    Attributes:
+        data: SPEC.
+        train: Training samples.
+        validation: Validation samples.
+        test: Test samples that are scored.
+        dim: Dimensions of a sample.
+        unit: ``bits/dim`` or ``nats``.
+        budget: Seconds of training.
+        clock: What a second is.
+        seed: Of training.
+    """
+
+    data: str
+    train: int
+    validation: int
+    test: int
+    dim: int
+    unit: str
+    budget: float
+    clock: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One likelihood of one system.
+
+    Attributes:
+        name: ``density``, ``one-pass`` ...
+        value: Mean NLL in the protocol's unit.
+        se: Its standard error.
+        nfe: Network evaluations for each sample.
+        level: Noise level that the data are scored through; 0 for none.
+        normalised: Whether the density integrates to one by construction.
+        per_second: Samples scored in a second of the clock.
+        values: NLL of each test sample.
+    """
+
+    name: str
+    value: float
+    se: float
+    nfe: int
+    level: int
+    normalised: bool
+    per_second: float
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What samples cost.
+
+    Attributes:
+        nfe: Network evaluations for each sample; None without a network.
+        per_second: Samples in a second of the clock.
+    """
+
+    nfe: int | None
+    per_second: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One system.
+
+    Attributes:
+        name: On the command line.
+        title: In the table.
+        library: Where it comes from.
+        version: Of that.
+        status: ``measured``, or ``diverged`` in both attempts.
+        attempts: 1, or 2 where the first diverged; the second has a lower learning rate and a budget of its own.
+        setting: What was trained and how.
+        steps: Optimiser steps, or candidates.
+        seconds: Of training.
+        parameters: Numbers that were learned.
+        rows: Its likelihoods.
+        sampling: None where it diverged.
+        note: Why it diverged, and what else to know.
+    """
+
+    name: str
+    title: str
+    library: str
+    version: str
+    status: str
+    attempts: int
+    setting: str
+    steps: int
+    seconds: float
+    parameters: int
+    rows: tuple[Row, ...]
+    sampling: Sampling | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that nobody can measure here."""
+
+    title: str
+    value: float
+    nfe: int
+    note: str
+
+
+PUBLISHED = (Published("MintNet", 3.32, 120, "published for CIFAR-10; no maintained implementation, not measured"),)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All systems under one protocol.
+
+    Attributes:
+        protocol: What they share.
+        results: In the order they were asked for.
+        machine: Device and threads.
+    """
+
+    protocol: Protocol
+    results: tuple[Result, ...]
+    machine: str
+
+    def ranked(self, normalised: bool) -> list[tuple[Result, Row]]:
+        """The rows that are normalised, or those that are not, the best first."""
+        rows = [(result, row) for result in self.results for row in result.rows if row.normalised == normalised]
+        return sorted(rows, key=lambda pair: pair[1].value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; each row with its paired difference to the best normalised one."""
+        best = next(iter(self.ranked(True)), None)
+        systems = []
+        for result in self.results:
+            system = encode(replace(result, rows=()))
+            system["rows"] = [
+                {**encode(replace(row, values=())), "over_best": None if best is None else paired(row, best[1])}
+                for row in result.rows
+            ]
+            for row in system["rows"]:
+                row.pop("values")
+                row["se"] = finite(row["se"])
+            systems.append(system)
+        return {
+            "protocol": encode(self.protocol),
+            "machine": self.machine,
+            "systems": systems,
+            "published": encode(PUBLISHED),
+        }
+
+    def table(self) -> str:
+        """For the terminal."""
+        p = self.protocol
+        clock = {"wall": "wall-clock", "processor": "processor time"}[p.clock]
+        lines = [
+            f"{p.data}: NLL of {p.test} test samples of {p.dim} dimensions in {p.unit}, lower is better",
+            f"{p.train} training and {p.validation} validation samples, {p.budget:g} s of {clock} to train, seed "
+            f"{p.seed}; {self.machine}",
+            "",
+            f"{'system':36}{'NLL':>9}{'s.e.':>8}{'over best':>18}{'NFE':>7}{'scored/s':>10}{'drawn/s':>9}"
+            f"{'parameters':>12}",
+        ]  # fmt: skip
+        ranked = self.ranked(True)
+        best = ranked[0][1] if ranked else None
+        lines += [self._line(result, row, best) for result, row in ranked]
+        loose = self.ranked(False)
+        if loose:
+            lines += ["", "not normalised: these densities need not integrate to one and are not ranked"]
+            lines += [self._line(result, row, best) for result, row in loose]
+        lines += ["", *(self._failure(result) for result in self.results if not result.rows)]
+        lines += [f"{published.title:36}{published.value:9.2f}  {published.note}" for published in PUBLISHED]
+        lines += ["", "settings"]
+        lines += [f"  {r.title} ({r.library} {r.version}): {r.setting}; {r.steps} steps, {r.seconds:.0f} s"
+                  + (f"; {r.note}" if r.note else "") for r in self.results]  # fmt: skip
+        return "\n".join(lines)
+
+    def _line(self, result: Result, row: Row, best: Row | None) -> str:
+        name = result.title if row.name == "density" else f"{result.title}, {row.name}"
+        if row.level:
+            name += f" (level {row.level})"
+        over = "" if best is None or row is best else paired(row, best)
+        gap = f"{over['mean']:+.3f} +- {over['se']:.3f}" if over else ""
+        drawn = f"{result.sampling.per_second:9.3g}" if result.sampling else f"{'-':>9}"
+        mark = "" if row.normalised else NOT_NORMALISED
+        return (
+            f"{name:36}{mark + format(row.value, '.3f'):>9}{row.se:8.3f}{gap:>18}{row.nfe:>7}"
+            f"{row.per_second:10.3g}{drawn}{result.parameters:>12,}"
+        )
+
+    def _failure(self, result: Result) -> str:
+        return f"{result.title:36}{'diverged':>9}  {result.note}"
+
+
+def paired(row: Row, best: Row) -> dict[str, float | None]:
+    """Mean difference over the same test samples, and its standard error."""
+    difference = torch.tensor(row.values, dtype=torch.float64) - torch.tensor(best.values, dtype=torch.float64)
+    return {"mean": float(difference.mean()), "se": finite(float(difference.std() / math.sqrt(len(difference))))}
+
+
