@@ -101,7 +101,7 @@ def _kept(path: Path) -> Result | None:
 def _measured(peer: Peer, task: Task, budget: Budget, x: torch.Tensor) -> Result:
     """Trains and measures; a system that diverges has a second attempt."""
     library, version = library_of(peer)
-    note, steps, seconds = "", 0, 0.0
+    note, seconds = "", 0.0
     for attempt, rate in ((1, 1.0), (2, peer.retry)):
         clock = budget.restarted()
         try:
@@ -110,14 +110,14 @@ def _measured(peer: Peer, task: Task, budget: Budget, x: torch.Tensor) -> Result
             note = f"second attempt: {note}" if note else ""
             return Result(
                 peer.name, peer.title, library, version, "measured", attempt, fitted.training.setting,
-                fitted.training.steps, fitted.training.seconds, fitted.parameters, rows,
+                fitted.training.steps, fitted.training.best_step, fitted.training.seconds, fitted.parameters, rows,
                 _sampling(fitted, budget, task.seed), note,
             )  # fmt: skip
         except Diverged as error:
             note, seconds = str(error), clock.elapsed
     return Result(
         peer.name, peer.title, library, version, "diverged", 2, f"learning rate lowered to {peer.retry:g} of it",
-        steps, seconds, 0, (), None, note,
+        0, 0, seconds, 0, (), None, note,
     )  # fmt: skip
 
 

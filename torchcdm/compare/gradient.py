@@ -28,6 +28,10 @@ VALIDATION_SEED = 1
 VALIDATE_EVERY = 0.02
 """Share of the budget between validations ..."""
 
+PATIENCE, LOWERED = 6, 0.3
+"""After so many validations without a better one training goes on from the best weights at a rate so much lower: a
+peer that overfits early still gets a decay of its rate, and one that does not never notices."""
+
 VALIDATION_COST = 10
 """... or so many times what a validation took, whichever is longer: validating takes a tenth of the time at most."""
 
@@ -52,7 +56,7 @@ class Recipe:
     """How a library's documentation trains the model.
 
     Attributes:
-        lr: Peak learning rate; a cosine takes it to zero at the end of the budget.
+        lr: Peak learning rate; a cosine takes it to zero at the end of the budget, a plateau lowers it before.
         batch_size: Samples a step.
         weight_decay: Of the optimiser.
         optimizer: ``Adam`` (decay in the gradient) or ``AdamW`` (decay beside it).
@@ -101,7 +105,7 @@ def train(
             bar(budget.elapsed, loop.best)
         loop.validate()
     setting = f"{architecture}; {recipe.text(rate)}"
-    return loop.best_model(), Training(loop.steps, budget.elapsed, loop.best, setting)
+    return loop.best_model(), Training(loop.steps, budget.elapsed, loop.best, loop.best_step, setting)
 
 
 class _Loop:
@@ -116,8 +120,9 @@ class _Loop:
         self.ema = None if recipe.ema_decay is None else EMA(model, recipe.ema_decay)
         x, _ = task.source.split("validation").tensors(VALIDATION_SAMPLES)
         self.validation = dequantised(self.transform, x, VALIDATION_SEED).float().to(task.device)
-        self.steps, self.bad_in_a_row = 0, 0
+        self.steps, self.bad_in_a_row, self.stale, self.lowered = 0, 0, 0, 1.0
         self.best: float | None = None
+        self.best_step = 0
         self.weights: dict[str, Any] = {}
         self.next_validation = VALIDATE_EVERY * budget.seconds
 
@@ -131,7 +136,7 @@ class _Loop:
         x, _ = self.split.batch(self.order.indices(self.steps))
         z = self.transform.encode(x, stream(self.task.seed, "dequantise", self.steps)).to(self.task.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * 0.5 * (1 + math.cos(math.pi * self.budget.share))
+            group["lr"] = self.lowered * self.rate * 0.5 * (1 + math.cos(math.pi * self.budget.share))
         self.model.train()
         loss = self.model.loss(z)
         self.optimizer.zero_grad(set_to_none=True)
@@ -154,13 +159,20 @@ class _Loop:
         return self.budget.elapsed >= self.next_validation
 
     def validate(self) -> None:
-        """Keeps the weights where they are the best so far."""
+        """Keeps the weights where they are the best so far, and goes back to them on a plateau."""
         began = self.budget.elapsed
         model = self.chosen.eval()
         with seeded(VALIDATION_SEED):
             value = model.validation_loss(self.validation)
         if math.isfinite(value) and (self.best is None or value < self.best):
-            self.best, self.weights = value, copy.deepcopy(model.state_dict())
+            self.best, self.best_step, self.stale = value, self.steps, 0
+            self.weights = copy.deepcopy(model.state_dict())
+        else:
+            self.stale += 1
+        if self.stale == PATIENCE and self.weights:
+            for module in {self.model, model}:
+                module.load_state_dict(self.weights)
+            self.lowered, self.stale = LOWERED * self.lowered, 0
         took = self.budget.elapsed - began
         wait = max(VALIDATE_EVERY * self.budget.seconds, VALIDATION_COST * took)
         self.next_validation = self.budget.elapsed + wait

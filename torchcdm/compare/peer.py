@@ -51,12 +51,14 @@ class Training:
         steps: Optimiser steps, or candidates that were fitted.
         seconds: Of the budget's clock.
         validation: The value that chose the model, lower is better; its unit is the system's own.
+        best_step: The step whose weights were kept.
         setting: What was trained and how, in one line.
     """
 
     steps: int
     seconds: float
     validation: float | None
+    best_step: int
     setting: str
 
 

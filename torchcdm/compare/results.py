@@ -93,6 +93,7 @@ class Result:
         attempts: 1, or 2 where the first diverged; the second has a lower learning rate and a budget of its own.
         setting: What was trained and how.
         steps: Optimiser steps, or candidates.
+        best_step: The step whose weights were kept.
         seconds: Of training.
         parameters: Numbers that were learned.
         rows: Its likelihoods.
@@ -108,6 +109,7 @@ class Result:
     attempts: int
     setting: str
     steps: int
+    best_step: int
     seconds: float
     parameters: int
     rows: tuple[Row, ...]
@@ -190,7 +192,8 @@ class Comparison:
         lines += ["", *(self._failure(result) for result in self.results if not result.rows)]
         lines += [f"{published.title:36}{published.value:9.2f}  {published.note}" for published in PUBLISHED]
         lines += ["", "settings"]
-        lines += [f"  {r.title} ({r.library} {r.version}): {r.setting}; {r.steps} steps, {r.seconds:.0f} s"
+        lines += [f"  {r.title} ({r.library} {r.version}): {r.setting}; best at step {r.best_step} of {r.steps}, "
+                  f"{r.seconds:.0f} s"
                   + (f"; {r.note}" if r.note else "") for r in self.results]  # fmt: skip
         return "\n".join(lines)
 

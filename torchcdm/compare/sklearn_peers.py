@@ -39,16 +39,17 @@ class ClassicalPeer(Peer):
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedCandidate:
         train, validation = training_arrays(task.source, task.seed)
-        best, value, count = None, -np.inf, 0
+        best, best_count, value, count = None, 0, -np.inf, 0
         for candidate in self.candidates(train, task.source.transform, task.seed):
             count += 1
             mean = candidate.log_prob(validation).mean()
             if best is None or mean > value:
-                best, value = candidate, mean
+                best, best_count, value = candidate, count, mean
             if budget.spent:
                 break
         setting = f"{best.name}, the best of {count} on validation; {len(train)} training samples"
-        return FittedCandidate(task, Training(count, budget.elapsed, -float(value), setting), best)
+        training = Training(count, budget.elapsed, -float(value), best_count, setting)
+        return FittedCandidate(task, training, best)
 
 
 @final
