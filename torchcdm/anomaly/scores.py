@@ -1,0 +1,279 @@
+"""Anomaly scores: a number for each input from its profile over the levels, higher for the more anomalous."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.anomaly.profile import coarse_level, level_profile
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import Denoiser
+from torchcdm.errors import UserError, nearest
+
+Fitted = Mapping[str, Tensor]
+"""What a score learned from the reference, by name."""
+
+
+class AnomalyScore(ABC):
+    """A number for each input, higher for the more anomalous; learned from normal data that did not train the model.
+
+    A subclass says what it learns from features of the reference and how it applies it.
+
+    Args:
+        model: The model of the normal data; put into evaluation mode while it is used.
+
+    Example:
+        >>> score = make_score("levels", model).fit(normal)
+        >>> score(x).shape
+        torch.Size([100])
+    """
+
+    name: ClassVar[str]
+    smallest_reference: ClassVar[int] = 1
+
+    def __init__(self, model: ClassificationDiffusion) -> None:
+        self.model = model
+        self.fitted: Fitted | None = None
+
+    def fit(self, reference: Tensor) -> AnomalyScore:
+        """Learns what is normal, and returns itself.
+
+        Args:
+            reference: Normal data that the model was not trained on, data units, (N, *shape).
+
+        Raises:
+            UserError: An empty or too small reference, another shape than the model's, values that are not finite.
+        """
+        if len(reference) < self.smallest_reference:
+            raise UserError(
+                f"the reference holds {len(reference)} samples; the score '{self.name}' needs at least "
+                f"{self.smallest_reference} normal ones that the model was not trained on"
+            )
+        self._check(reference, "the reference")
+        self.fitted = self.learn(self.features(reference))
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scores, float64 (N,) on the CPU.
+
+        Args:
+            x: Data units, (N, *shape).
+
+        Raises:
+            UserError: Not fitted, nothing to score, another shape than the model's, values that are not finite.
+        """
+        if self.fitted is None:
+            raise UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
+        if len(x) == 0:
+            raise UserError("there is nothing to score: the inputs are empty")
+        self._check(x, "the inputs")
+        return self.apply(self.features(x), self.fitted)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the score sees of each input, float64 (N, features)."""
+        return level_profile(self.model, x)
+
+    @abstractmethod
+    def learn(self, features: Tensor) -> Fitted:
+        """From features of the reference, (N, features)."""
+
+    @abstractmethod
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        """From features of inputs, (N, features), to scores (N,)."""
+
+    def _check(self, x: Tensor, what: str) -> None:
+        shape = self.model.shape
+        if shape is not None and tuple(x.shape[1:]) != shape:
+            raise UserError(f"{what}: samples of shape {tuple(x.shape[1:])}; the model takes {shape}")
+        bad = ~x.isfinite().flatten(1).all(1)
+        if bad.any():
+            raise UserError(f"{what}: sample {int(bad.int().argmax())} holds values that are not finite")
+
+
+@final
+class LogProb(AnomalyScore):
+    """-log p_0(x), raw. It misses inputs that are simpler than the normal ones, such as flat or blurred images."""
+
+    name = "log_prob"
+
+    def learn(self, features: Tensor) -> Fitted:
+        return {}
+
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        return -features[:, 0]
+
+
+@final
+class Typicality(AnomalyScore):
+    """|log p_0(x) - its mean over normal data|: too likely is as suspicious as too unlikely (arXiv 1906.02994)."""
+
+    name = "typicality"
+
+    def learn(self, features: Tensor) -> Fitted:
+        return {"mean": features[:, 0].mean()}
+
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        return (features[:, 0] - fitted["mean"]).abs()
+
+
+@final
+class Coarse(AnomalyScore):
+    """-log p_c(x) at the first level c with noise of half a model unit: the density of what is left of the data there.
+
+    It sees what a picture shows and not its pixels, as a kernel density of that bandwidth would.
+    """
+
+    name = "coarse"
+
+    def learn(self, features: Tensor) -> Fitted:
+        return {}
+
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        return -features[:, coarse_level(self.model.schedule)]
+
+
+@final
+class Complexity(AnomalyScore):
+    """log p_c(x) - log p_0(x), c as in :class:`Coarse`: how unlikely the detail is, whatever the coarse picture.
+
+    ``complexity + coarse = log_prob``.
+    """
+
+    name = "complexity"
+
+    def learn(self, features: Tensor) -> Fitted:
+        return {}
+
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        return features[:, coarse_level(self.model.schedule)] - features[:, 0]
+
+
+@final
+class Levels(AnomalyScore):
+    """How far the whole profile is from those of normal data: the one-pass kin of multi-scale score matching analysis.
+
+    The log of the squared Mahalanobis distance of the increments log p_t(x) - log p_{t+1}(x), all of them, under a
+    Gaussian with Ledoit and Wolf's shrunk covariance; plus, because what is odd is more often too unlikely than
+    too likely, half of the mean of -log p_t(x) over the fine levels. Both are counted in deviations among normal data.
+    (Multi-scale score matching analysis, arXiv 2010.13132, fits a density to the norms of ten scores: ten passes.)
+    """
+
+    name = "levels"
+    smallest_reference = 10
+    FOLDS = 5
+    LIKELIHOOD_WEIGHT = 0.5
+    """Chosen on other outliers than those that are reported: see docs/anomaly.md."""
+
+    def learn(self, features: Tensor) -> Fitted:
+        fine = features[:, : coarse_level(self.model.schedule) + 1]
+        fitted = {"mean": fine.mean(0), "deviation": _deviation(fine, 0)}
+        fitted |= self._shape(features)
+        # Distances of the very data that gave the covariance would be too small: each fold by the others.
+        folds = torch.arange(len(features)) % self.FOLDS
+        distances = torch.cat(
+            [self._log_distance(features[folds == k], self._shape(features[folds != k])) for k in range(self.FOLDS)]
+        )
+        unlikeliness = self._unlikeliness(features, fitted)
+        for name, values in (("log_distance", distances), ("unlikeliness", unlikeliness)):
+            fitted |= {f"{name}_mean": values.mean(), f"{name}_deviation": _deviation(values, 0)}
+        return fitted
+
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        def standardised(name: str, values: Tensor) -> Tensor:
+            return (values - fitted[f"{name}_mean"]) / fitted[f"{name}_deviation"]
+
+        shape = standardised("log_distance", self._log_distance(features, fitted))
+        return shape + self.LIKELIHOOD_WEIGHT * standardised("unlikeliness", self._unlikeliness(features, fitted))
+
+    @staticmethod
+    def _shape(features: Tensor) -> dict[str, Tensor]:
+        """The Gaussian of the increments."""
+        from sklearn.covariance import LedoitWolf
+
+        steps = -features.diff(dim=1)
+        centre, scale = steps.mean(0), _deviation(steps, 0)
+        precision = LedoitWolf().fit(((steps - centre) / scale).numpy()).precision_
+        return {"centre": centre, "scale": scale, "precision": torch.from_numpy(precision)}
+
+    @staticmethod
+    def _log_distance(features: Tensor, fitted: Fitted) -> Tensor:
+        z = (-features.diff(dim=1) - fitted["centre"]) / fitted["scale"]
+        return ((z @ fitted["precision"]) * z).sum(1).clamp_min(1e-12).log()
+
+    @staticmethod
+    def _unlikeliness(features: Tensor, fitted: Fitted) -> Tensor:
+        fine = features[:, : len(fitted["mean"])]
+        return ((fitted["mean"] - fine) / fitted["deviation"]).mean(1)
+
+
+@final
+class Ratio(AnomalyScore):
+    """log p_background(x) - log p(x): what makes an input odd beyond being odd for the background (arXiv 1906.02845).
+
+    Args:
+        model: The model of the normal data.
+        background: A model of broader data of the same shape.
+
+    Raises:
+        UserError: The two take inputs of different shapes.
+    """
+
+    name = "ratio"
+
+    def __init__(self, model: ClassificationDiffusion, background: ClassificationDiffusion) -> None:
+        super().__init__(model)
+        if model.shape != background.shape:
+            raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
+        self.background = background
+
+    def features(self, x: Tensor) -> Tensor:
+        """log p_0 of both in data units, (N, 2)."""
+        columns = []
+        for model in (self.model, self.background):
+            log_det = 0.0 if model.transform is None else model.transform.log_det
+            columns.append(level_profile(model, x)[:, 0] + log_det)
+        return torch.stack(columns, 1)
+
+    def learn(self, features: Tensor) -> Fitted:
+        return {}
+
+    def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
+        return features[:, 1] - features[:, 0]
+
+
+SCORES: dict[str, type[AnomalyScore]] = {
+    kind.name: kind for kind in (LogProb, Typicality, Coarse, Complexity, Levels, Ratio)
+}
+"""Scores by name."""
+
+
+def make_score(name: str, model: Denoiser, background: Denoiser | None = None) -> AnomalyScore:
+    """The score called ``name``, not yet fitted.
+
+    Args:
+        name: Of :data:`SCORES`.
+        model: The model of the normal data.
+        background: The background model; for ``ratio`` alone.
+
+    Raises:
+        UserError: An unknown name, a model without density, ``ratio`` without background or a background without it.
+    """
+    if name not in SCORES:
+        raise UserError(f"unknown anomaly score '{name}'; {nearest(name, SCORES)}")
+    if (name == Ratio.name) != (background is not None):
+        problem = "needs a background model" if background is None else "takes no background model"
+        raise UserError(f"the score '{name}' {problem}; '{Ratio.name}' is the one that compares two models")
+    for one in (model, background):
+        if one is not None and not isinstance(one, ClassificationDiffusion):
+            raise UserError("anomaly scores need a cdm: a plain diffusion model has no density in one pass")
+    return SCORES[name](model) if background is None else Ratio(model, background)
+
+
+def _deviation(values: Tensor, dim: int) -> Tensor:
+    """Standard deviations along ``dim``; never 0, also where all values are the same."""
+    deviation = values.std(dim, correction=0)
+    return deviation.clamp_min(1e-6 * float(deviation.max()) + 1e-12)
