@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.checkpoint import ModelInfo, read_info
@@ -188,9 +187,3 @@ class TableEstimator(BaseEstimator):
         """A seed from ``random_state``, or from the estimator's own when None."""
         state = check_random_state(self.random_state if random_state is None else random_state)
         return int(state.randint(2**31 - 1))
-
-    # --- what the model sees ---------------------------------------------------------------------------------------
-
-    def _tensor(self, rows: np.ndarray) -> Tensor:
-        """Rows on the model's device."""
-        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.model_.schedule.alpha.device)

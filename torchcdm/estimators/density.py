@@ -12,15 +12,12 @@ import torch
 from sklearn.base import DensityMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
 from torchcdm.estimators.columns import Columns
 from torchcdm.estimators.saving import read_estimator, write_estimator
-from torchcdm.likelihood import probability_flow
+from torchcdm.estimators.scoring import log_density
 from torchcdm.samplers import sample
-
-LIKELIHOODS = ("one-pass", "flow")
-BATCH = 1000
 
 
 class TableDensity(TableEstimator):
@@ -63,36 +60,23 @@ class TableDensity(TableEstimator):
         """What else a subclass learns, from all rows and those that training did not see."""
 
     def _checked(self, X: Any) -> np.ndarray:
-        """A table to score; warns of rows that differ where training did not vary."""
+        """A table to score."""
         check_is_fitted(self)
         return validate_data(self, X, dtype=np.float64, reset=False)
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
 
-        A ``random_state`` that is a generator, and ``y`` of any kind, are not kept.
+        A ``random_state`` that is a generator is not kept.
 
         Raises:
             NotFittedError: Nothing was fitted.
             UserError: A file cannot be written.
         """
         check_is_fitted(self)
-        names = getattr(self, "feature_names_in_", None)
-        fitted = {
-            "columns": self.columns_.to_json(),
-            "noise": self._noise.tolist(),
-            "notes": self.notes_,
-            "validation_score": self.validation_score_,
-            "validation_indices": self.validation_indices_.tolist(),
-            "n_features_in": self.n_features_in_,
-            "feature_names_in": None if names is None else names.tolist(),
-        }
         write_estimator(
-            folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted | self._more_to_save()
+            folder, type(self).__name__, self.model_, self._info, self.get_params(), self._fitted_fields()
         )
-
-    def _more_to_save(self) -> dict[str, Any]:
-        return {}
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TableDensity:
@@ -104,6 +88,24 @@ class TableDensity(TableEstimator):
         model, info, params, fitted = read_estimator(folder, cls.__name__, device)
         self = cls(**params)
         self.model_, self._info = model, info
+        self._restore(fitted)
+        return self
+
+    def _fitted_fields(self) -> dict[str, Any]:
+        """What was learned beside the model, plain Python values."""
+        names = getattr(self, "feature_names_in_", None)
+        return {
+            "columns": self.columns_.to_json(),
+            "noise": self._noise.tolist(),
+            "notes": self.notes_,
+            "validation_score": self.validation_score_,
+            "validation_indices": self.validation_indices_.tolist(),
+            "n_features_in": self.n_features_in_,
+            "feature_names_in": None if names is None else names.tolist(),
+        }
+
+    def _restore(self, fitted: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`_fitted_fields`."""
         self.columns_ = Columns.from_json(fitted["columns"])
         self._noise = np.array(fitted["noise"])
         self.notes_, self.validation_score_ = fitted["notes"], fitted["validation_score"]
@@ -111,11 +113,6 @@ class TableDensity(TableEstimator):
         self.n_features_in_ = fitted["n_features_in"]
         if fitted["feature_names_in"] is not None:
             self.feature_names_in_ = np.array(fitted["feature_names_in"], dtype=object)
-        self._load_more(fitted)
-        return self
-
-    def _load_more(self, fitted: Mapping[str, Any]) -> None:
-        pass
 
 
 @final
@@ -182,8 +179,6 @@ class CDMDensity(DensityMixin, TableDensity):
         Returns:
             float64 (N,).
         """
-        if self.likelihood not in LIKELIHOODS:
-            raise UserError(f"likelihood is '{self.likelihood}'; {nearest(str(self.likelihood), LIKELIHOODS)}")
         X = self._checked(X)
         differ = int(self.columns_.deviating(X).sum())
         if differ:
@@ -192,8 +187,8 @@ class CDMDensity(DensityMixin, TableDensity):
                 UserWarning,
                 stacklevel=2,
             )
-        score = self._one_pass if self.likelihood == "one-pass" else self._flow
-        draws = [score(self.columns_.noisy(X, noise)) for noise in self._noise]
+        noisy = (self.columns_.noisy(X, noise) for noise in self._noise)
+        draws = [log_density(self.model_, rows, self.likelihood) for rows in noisy]
         return np.mean(draws, axis=0) + self.columns_.log_cell
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -221,15 +216,3 @@ class CDMDensity(DensityMixin, TableDensity):
         steps = min(50, self.model_.schedule.T)
         rows = sample(self.model_, n_samples, "dpm++", steps, seed=self._seed(random_state))
         return self.columns_.restore(rows.numpy())
-
-    @torch.no_grad()
-    def _one_pass(self, rows: np.ndarray) -> np.ndarray:
-        parts = [self.model_.log_prob(part).cpu() for part in self._tensor(rows).split(BATCH)]
-        return torch.cat(parts).numpy()
-
-    def _flow(self, rows: np.ndarray) -> np.ndarray:
-        """The flow's density at level 1, read as one of the data: r_1 is a hundredth of a deviation."""
-        transform, alpha = self.model_.transform, self.model_.schedule.alpha[1]
-        x_1 = alpha * transform(self._tensor(rows))
-        log_p = probability_flow(self.model_, x_1).log_prob.cpu().double()
-        return (log_p + transform.dim * float(alpha.log()) + transform.log_det).numpy()

@@ -1,0 +1,244 @@
+"""Conditional densities of a table given another: simulation-based inference in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from sklearn.linear_model import RidgeCV
+from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils.validation import check_is_fitted
+
+from torchcdm.errors import UserError
+from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
+from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.saving import read_estimator, write_estimator
+from torchcdm.estimators.scoring import log_density
+from torchcdm.samplers import sample
+
+RIDGE = np.geomspace(1e-4, 1e4, 9)
+"""Penalties that the regression chooses among by leaving one out."""
+
+
+@final
+class CDMConditional(TableEstimator):
+    """p(theta | x) from pairs (theta, x): the posterior, where theta was drawn from the prior and x simulated.
+
+    theta = W x + b + a residual; the regression takes the linear part, and a classification diffusion model with x as
+    its context the density of the residual given x. Before the first training step the model is the linear-Gaussian
+    posterior. It is amortised: any x is conditioned on without further training.
+
+    Args:
+        likelihood: ``one-pass``, not exactly normalised, or ``flow``: see :class:`CDMDensity`.
+        preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
+
+    Attributes:
+        model_: The trained :class:`torchcdm.ClassificationDiffusion`, of the residuals.
+        theta_columns_: Which columns of theta were left out or dequantised.
+        x_columns_: Which columns of x were left out; none is dequantised.
+        notes_: What was read off the tables.
+        validation_indices_: Pairs that early stopping watched.
+        validation_score_: Best mean log p(theta | x) of those, nats in standardised units of the residuals.
+
+    Example:
+        >>> posterior = CDMConditional(random_state=0).fit(theta, x)
+        >>> log_p = posterior.log_prob(theta, x)
+        >>> draws = posterior.sample(1000, x_observed)
+    """
+
+    def __init__(
+        self,
+        *,
+        likelihood: str = "one-pass",
+        preset: str = "table",
+        steps: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        dropout: float | None = None,
+        patience: int | None = None,
+        max_seconds: float | None = None,
+        validation_fraction: float = 0.15,
+        discrete: str = "dequantize",
+        overrides: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
+            patience=patience, max_seconds=max_seconds, validation_fraction=validation_fraction, discrete=discrete,
+            overrides=overrides, device=device, random_state=random_state, verbose=verbose,
+        )  # fmt: skip
+        self.likelihood = likelihood
+
+    def fit(self, theta: Any, x: Any) -> CDMConditional:
+        """Trains the model.
+
+        Args:
+            theta: Parameters (N, p) or (N,): array or data frame; at least ten rows.
+            x: What was observed or simulated with them, (N, q) or (N,).
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: Values that are not finite numbers, tables of different lengths, fewer than ten rows.
+            UserError: What :meth:`Columns.measure` refuses, or settings that are not understood.
+        """
+        names = [getattr(part, "columns", None) for part in (theta, x)]
+        theta, x = (_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x")))
+        check_consistent_length(theta, x)
+        self.notes_ = []
+        seed = self._seed()
+        self.theta_columns_ = self._measure_columns(theta, names[0], "theta: ")
+        self.x_columns_ = self._context_columns(x, names[1])
+        train, held_out = self._split_rows(len(theta), seed)
+        self.validation_indices_ = held_out
+        kept = x[train][:, self.x_columns_.kept]
+        self._x_mean, self._x_deviation = kept.mean(0), kept.std(0)
+        self._x_deviation[self._x_deviation == 0] = 1.0  # varies among the held-out rows alone
+        parts, contexts = [], []
+        for k, rows in enumerate((train, held_out)):
+            noisy = self.theta_columns_.noisy_copies(theta[rows], seed + k)
+            parts.append(noisy)
+            contexts.append(np.tile(self._context(x[rows]), (len(noisy) // len(rows), 1)))
+        regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
+        self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
+        self._intercept = np.atleast_1d(regression.intercept_)
+        residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
+        self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), seed)
+        self._noise = self.theta_columns_.noise_draws(seed)
+        return self
+
+    def log_prob(self, theta: Any, x: Any) -> np.ndarray:
+        """log p(theta | x), nats in the units of theta; of discrete columns as in :meth:`CDMDensity.score_samples`.
+
+        Args:
+            theta: (N, p).
+            x: (N, q), or one row, (q,) or (1, q), for all.
+
+        Returns:
+            float64 (N,).
+        """
+        check_is_fitted(self)
+        columns = self.theta_columns_
+        theta = _matching(_table(theta, "theta"), "theta", columns)
+        x = self._observations(x)
+        if len(x) not in (1, len(theta)):
+            raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
+        context = np.broadcast_to(self._context(x), (len(theta), len(self.x_columns_.kept)))
+        centre = self._centre(context)
+        draws = [
+            log_density(self.model_, columns.noisy(theta, noise) - centre, self.likelihood, context)
+            for noise in self._noise
+        ]
+        return np.mean(draws, axis=0) + columns.log_cell
+
+    def sample(self, n: int, x: Any, random_state: Any = None) -> np.ndarray:
+        """Draws of theta given x.
+
+        Args:
+            n: Draws for each x.
+            x: One observation (q,), or several (M, q).
+            random_state: Seed; the estimator's own when None.
+
+        Returns:
+            float64 (n, p) for one observation, (M, n, p) for several.
+        """
+        check_is_fitted(self)
+        if n < 1:
+            raise UserError(f"n is {n}; ask for at least one draw")
+        one = np.ndim(x) == 1 and len(self.x_columns_.names) > 1 or np.ndim(x) == 0
+        x = self._observations(x)
+        context = np.repeat(self._context(x), n, axis=0)
+        steps = min(50, self.model_.schedule.T)
+        y = torch.from_numpy(context)
+        residuals = sample(self.model_, len(context), "dpm++", steps, y=y, seed=self._seed(random_state))
+        theta = self.theta_columns_.restore(residuals.numpy() + self._centre(context))
+        return theta if one else theta.reshape(len(x), n, -1)
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the estimator as safetensors and JSON. A ``random_state`` that is a generator is not kept.
+
+        Raises:
+            NotFittedError: Nothing was fitted.
+            UserError: A file cannot be written.
+        """
+        check_is_fitted(self)
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        fitted = {
+            "theta_columns": self.theta_columns_.to_json(),
+            "x_columns": self.x_columns_.to_json(),
+            "notes": self.notes_,
+            "validation_score": self.validation_score_,
+            "arrays": arrays,
+        }
+        write_estimator(folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> CDMConditional:
+        """A saved estimator.
+
+        Raises:
+            UserError: No estimator of this class there, or damaged files.
+        """
+        model, info, params, fitted = read_estimator(folder, cls.__name__, device)
+        self = cls(**params)
+        self.model_, self._info = model, info
+        self.theta_columns_ = Columns.from_json(fitted["theta_columns"])
+        self.x_columns_ = Columns.from_json(fitted["x_columns"])
+        self.notes_, self.validation_score_ = fitted["notes"], fitted["validation_score"]
+        for name in _ARRAYS:
+            setattr(self, name, np.array(fitted["arrays"][name]))
+        return self
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _context_columns(self, x: np.ndarray, names: Any) -> Columns:
+        """Columns of x: constant ones tell nothing; none is dequantised, since x has no density here."""
+        labels = [str(name) for name in (range(x.shape[1]) if names is None else names)]
+        constants = {k: float(x[0, k]) for k in range(x.shape[1]) if (x[:, k] == x[0, k]).all()}
+        if len(constants) == len(labels):
+            raise UserError("x: every column is constant; theta cannot depend on it, use CDMDensity")
+        if constants:
+            left_out = ", ".join(labels[k] for k in constants)
+            self.notes_.append(f"x: columns left out because they are constant: {left_out}")
+        return Columns(tuple(labels), constants, {})
+
+    def _observations(self, x: Any) -> np.ndarray:
+        """x as a table: a vector is one observation, unless x has one column."""
+        single = len(self.x_columns_.names) == 1
+        x = np.asarray(x, dtype=np.float64) if np.ndim(x) < 2 else x
+        x = x.reshape(-1, 1) if np.ndim(x) < 2 and single else np.atleast_2d(x) if np.ndim(x) < 2 else x
+        return _matching(_table(x, "x"), "x", self.x_columns_)
+
+    def _context(self, x: np.ndarray) -> np.ndarray:
+        """What the network sees of x (N, q): the columns that vary, standardised."""
+        return (x[:, self.x_columns_.kept] - self._x_mean) / self._x_deviation
+
+    def _centre(self, context: np.ndarray) -> np.ndarray:
+        """The regression of theta, (N, kept)."""
+        return context @ self._weights.T + self._intercept
+
+
+_ARRAYS = ("_x_mean", "_x_deviation", "_weights", "_intercept", "_noise", "validation_indices_")
+
+
+def _table(values: Any, name: str, smallest: int = 1) -> np.ndarray:
+    """A table of finite numbers as float64 (N, columns); a vector is one column."""
+    values = np.asarray(values)
+    values = values.reshape(-1, 1) if values.ndim < 2 else values
+    return check_array(values, dtype=np.float64, ensure_min_samples=smallest, input_name=name)
+
+
+def _matching(values: np.ndarray, name: str, columns: Columns) -> np.ndarray:
+    if values.shape[1] != len(columns.names):
+        raise UserError(f"{name} has {values.shape[1]} columns; the fit had {len(columns.names)}")
+    return values

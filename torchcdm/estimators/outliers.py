@@ -1,0 +1,155 @@
+"""Outlier detection in a table as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from sklearn.base import OutlierMixin
+from torch import Tensor
+
+from torchcdm.anomaly import AnomalyDetector, make_score
+from torchcdm.errors import UserError
+from torchcdm.estimators.density import TableDensity
+
+FALSE_ALARMS = 0.05
+"""Share of held-out normal rows that ``contamination="auto"`` flags."""
+
+LOWEST = float(np.finfo(np.float32).min)
+"""Score of a row that differs where training did not vary: below all others, and finite for the sake of curves."""
+
+DETECTOR = "detector.safetensors"
+
+
+@final
+class CDMOutlierDetector(OutlierMixin, TableDensity):
+    """Outliers by the anomaly scores of a classification diffusion model, one network pass a row.
+
+    A row that holds another value in a column that was constant in training is an outlier, whatever the rest.
+
+    Args:
+        anomaly_score: Name of a score in :data:`torchcdm.anomaly.SCORES` that takes one model.
+        contamination: Share of outliers in the training table, above 0 and at most ½: so many of its rows are
+            flagged. ``auto``: the table is taken as normal, and the threshold flags one in twenty of the normal rows
+            that training did not see; the lowest of them where there are fewer than 19.
+        preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
+
+    Attributes:
+        offset_: Threshold: ``decision_function`` is ``score_samples`` less this.
+        detector_: The fitted score with its calibration, a :class:`torchcdm.anomaly.AnomalyDetector`.
+        model_: The trained :class:`torchcdm.ClassificationDiffusion`.
+        columns_: Which columns were left out or dequantised.
+        notes_: What was read off the table.
+        validation_indices_: Rows of the training table that training did not see.
+        validation_score_: Best mean log-likelihood of those rows, nats in standardised units.
+        n_features_in_: Columns of the table.
+        feature_names_in_: Names of the columns of a data frame.
+
+    Example:
+        >>> detector = CDMOutlierDetector(random_state=0).fit(normal)
+        >>> suspects = table[detector.predict(table) == -1]
+    """
+
+    def __init__(
+        self,
+        *,
+        anomaly_score: str = "log_prob",
+        contamination: float | str = "auto",
+        preset: str = "table",
+        steps: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        dropout: float | None = None,
+        patience: int | None = None,
+        max_seconds: float | None = None,
+        validation_fraction: float = 0.15,
+        discrete: str = "dequantize",
+        overrides: Mapping[str, Any] | None = None,
+        device: str | None = None,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(
+            preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
+            patience=patience, max_seconds=max_seconds, validation_fraction=validation_fraction, discrete=discrete,
+            overrides=overrides, device=device, random_state=random_state, verbose=verbose,
+        )  # fmt: skip
+        self.anomaly_score = anomaly_score
+        self.contamination = contamination
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """How normal each row is, higher for the more normal: the anomaly score with its sign changed.
+
+        Args:
+            X: Table (N, columns).
+
+        Returns:
+            float64 (N,).
+        """
+        X = self._checked(X)
+        draws = [self.detector_.score(rows) for rows in self._noisy(X)]
+        scores = -torch.stack(draws).mean(0).numpy()
+        scores[self.columns_.deviating(X)] = LOWEST
+        return scores
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """:meth:`score_samples` less the threshold: negative for outliers, float64 (N,)."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> np.ndarray:
+        """+1 for a normal row, -1 for an outlier, (N,)."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def fit(self, X: Any, y: Any = None) -> CDMOutlierDetector:
+        """Trains the model and sets the threshold; arguments and errors as in :meth:`TableDensity.fit`."""
+        auto = isinstance(self.contamination, str) and self.contamination == "auto"
+        if not auto and not (isinstance(self.contamination, Real) and 0 < self.contamination <= 0.5):
+            raise UserError(f"contamination is {self.contamination!r}; give 'auto', or a share in (0, 0.5]")
+        super().fit(X, y)
+        return self
+
+    def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
+        # What learns of the held-out rows must not be calibrated on the same ones.
+        half = max(2, len(held_out) // 2)
+        score = make_score(self.anomaly_score, self.model_)
+        score.fit(torch.cat(list(self._noisy(held_out[:half]))))
+        calibration = held_out[half:] if score.fitted and len(held_out) > half else held_out
+        scores = torch.stack([score(rows) for rows in self._noisy(calibration)]).mean(0)
+        self.detector_ = AnomalyDetector(score, scores.sort().values)
+        if not isinstance(self.contamination, str):
+            self.offset_ = float(np.percentile(self.score_samples(X), 100 * self.contamination))
+        elif len(scores) + 1 >= 1 / FALSE_ALARMS:
+            self.offset_ = -self.detector_.threshold(FALSE_ALARMS)
+        else:
+            self.offset_ = -float(scores.max())
+
+    def _noisy(self, X: np.ndarray) -> list[Tensor]:
+        """The kept columns under each draw of the dequantisation noise, for the model."""
+        device = self.model_.schedule.alpha.device
+        rows = (self.columns_.noisy(X, noise) for noise in self._noise)
+        return [torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in rows]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the estimator as :meth:`TableDensity.save` does, and what its score learned."""
+        super().save(folder)
+        self.detector_.save(Path(folder) / DETECTOR)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> CDMOutlierDetector:
+        """A saved estimator; errors as in :meth:`TableDensity.load`."""
+        self = super().load(folder, device)
+        self.detector_ = AnomalyDetector.load(Path(folder) / DETECTOR, self.model_)
+        return self
+
+    def _fitted_fields(self) -> dict[str, Any]:
+        return super()._fitted_fields() | {"offset": self.offset_}
+
+    def _restore(self, fitted: Mapping[str, Any]) -> None:
+        super()._restore(fitted)
+        self.offset_ = fitted["offset"]
