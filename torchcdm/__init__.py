@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torchcdm.version import __version__
 
 if TYPE_CHECKING:
-    from torchcdm import likelihood
+    from torchcdm import estimators, likelihood
     from torchcdm.cdm import ClassificationDiffusion
     from torchcdm.checkpoint import load
     from torchcdm.denoisers import DenoisingDiffusion
@@ -31,11 +31,14 @@ __all__ = [
     "DensityRatio",
     "UserError",
     "__version__",
+    "estimators",
     "fit",
     "likelihood",
     "load",
     "sample",
 ]
+
+_MODULES = ("estimators", "likelihood")
 
 _HOMES = {
     "ClassificationDiffusion": "cdm",
@@ -50,8 +53,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that ``import torchcdm`` stays fast whatever a later name needs.
-    if name == "likelihood":
-        return importlib.import_module("torchcdm.likelihood")
+    if name in _MODULES:
+        return importlib.import_module(f"torchcdm.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"torchcdm.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'torchcdm' has no attribute '{name}'")
