@@ -95,7 +95,8 @@ def _fit(name: str, config: Config, task: Task, budget: Budget, rate: float) -> 
         )
     except NotFinite as error:
         raise Diverged(str(error)) from error
-    training = Training(result.step, result.seconds, result.selected.get("best"), result.selected["step"], _setting(config))
+    chosen = result.selected
+    training = Training(result.step, result.seconds, chosen.get("best"), chosen["step"], _setting(config))
     sampling = config.sampling
     return FittedDenoiser(load(folder, task.device), training, sampler=sampling.sampler, steps=sampling.steps)
 
