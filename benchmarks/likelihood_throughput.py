@@ -2,9 +2,10 @@
 
     python benchmarks/likelihood_throughput.py RUN --json throughput.json
 
-Both as ``cdm nll RUN`` runs them by default, data, draws and noise included: ``one-pass-level`` with one draw, and the flow
-with 40 Heun steps and 2 probes. They take turns in one process on batches of the same size; the numbers are medians over
-the rounds and a ratio of medians. A third row, log p of images that are already noisy, is what the network alone takes.
+Both as ``cdm nll RUN`` runs them by default, dithering and noise included: ``one-pass`` and ``one-pass-level`` with
+one draw, and the flow with 40 Heun steps and 2 probes. They take turns in one process on the same batch; the numbers are
+medians over the rounds and ratios of medians. ``network-pass``, log p of images that are already noisy, is what the
+network alone takes.
 """
 
 from __future__ import annotations

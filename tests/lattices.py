@@ -86,8 +86,8 @@ def lattice_model(
 class MarkovImages:
     """Images whose pixels, row by row, each depend on the one before: a code length for every image.
 
-    P(k_i | k_{i-1}) is a Gaussian around ``middle + memory (k_{i-1} - middle)``, discretised to the grey levels; the first
-    pixel's is that of a middle grey before it. With ``memory`` 0 the pixels are independent.
+    P(k_i | k_{i-1}) is a Gaussian around ``middle + memory (k_{i-1} - middle)``, discretised to the grey levels; the
+    first pixel's is that of a middle grey before it. With ``memory`` 0 the pixels are independent.
 
     Args:
         shape: (C, H, W).
@@ -106,7 +106,8 @@ class MarkovImages:
         # A floor, so that no grey level is impossible.
         weights = upper - lower + 1e-9
         self.transition = weights / weights.sum(1, keepdim=True)
-        start = torch.special.ndtr((grey + 0.5 - middle) / deviation) - torch.special.ndtr((grey - 0.5 - middle) / deviation)
+        upper, lower = (torch.special.ndtr((grey + e - middle) / deviation) for e in (0.5, -0.5))
+        start = upper - lower
         self.start = (start + 1e-9) / (start + 1e-9).sum()
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -130,13 +131,13 @@ class MarkovImages:
 
 
 class MarkovClassifier(nn.Module):
-    """h_t(x) = log p_t(x) - log N(x; 0, I) of :class:`MarkovImages`, exact: the forward algorithm of a hidden Markov model."""
+    """h_t(x) = log p_t(x) - log N(x; 0, I) of :class:`MarkovImages`: the forward algorithm of a Markov chain."""
 
     def __init__(self, images: MarkovImages, schedule: NoiseSchedule, transform: DataTransform) -> None:
         super().__init__()
         self.images, self.schedule, self.transform = images, schedule, transform
-        self.centres = transform(torch.arange(images.levels, dtype=torch.float64).reshape(-1, *[1] * len(images.shape)))
-        self.centres = self.centres.flatten(1)[:, :1]
+        grey = torch.arange(images.levels, dtype=torch.float64).reshape(-1, *[1] * len(images.shape))
+        self.centres = transform(grey).flatten(1)[:, :1]
 
     def forward(self, x: Tensor) -> Tensor:
         flat, log_a = x.double().flatten(1), None

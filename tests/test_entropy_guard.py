@@ -73,8 +73,8 @@ def test_dequantisation_of_the_exact_density_is_the_code_length(images):
 
 def test_the_flow_does_not_fall_below_the_code_length():
     images = MarkovImages((1, 1, 3), levels=8, deviation=1.5)
-    model = images.model(LogSNRSchedule(30, 0.05, 40))
-    x, true = images.draw(60)
+    model = images.model(LogSNRSchedule(24, 0.07, 40))
+    x, true = images.draw(30)
     scored = score_noisy(model, x, None, slice(0, len(x)), 2, 0)
     flow = probability_flow(model, scored.z, level=2).log_prob + scored.offset
     mean, error = excess(-flow / (images.dim * math.log(2)), true)

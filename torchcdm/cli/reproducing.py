@@ -17,8 +17,8 @@ def add_commands(commands: Any) -> None:
         "cdm reproduce fig7 --scale smoke --out reproduced",
     )  # fmt: skip
     parser.add_argument("name", metavar="NAME", nargs="?", help="left out: lists the names")
-    parser.add_argument("--scale", default="smoke", help="smoke (minutes), small (two cores) or paper (smoke)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="report, figures and models; a second run goes on there")
+    parser.add_argument("--scale", default="smoke", help="smoke (seconds), small (two cores), paper; smoke by default")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="report, figures, models; run again, it goes on")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_device(parser)
     parser.set_defaults(run=run_reproduce)

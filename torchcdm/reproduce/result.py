@@ -83,7 +83,8 @@ def write_result(result: Result, folder: Path, name: str, title: str, scale: str
     write_json(folder / f"{stem}.json", content)
     parts = [f"# {title}", f"    {command}"]
     parts += [table.markdown() for table in result.tables]
-    parts += [f"![{figure.caption}]({_relative(figure.path, folder)})\n\n*{figure.caption}*" for figure in result.figures]
+    for figure in result.figures:
+        parts.append(f"![{figure.caption}]({_relative(figure.path, folder)})\n\n*{figure.caption}*")
     if result.notes:
         parts.append("\n".join(f"- {note}" for note in result.notes))
     if result.scaled_down:
