@@ -3,7 +3,7 @@
     python benchmarks/likelihood_throughput.py RUN --json throughput.json
 
 Both as ``cdm nll RUN`` runs them by default, dithering and noise included: ``one-pass`` and ``one-pass-level`` with
-one draw, and the flow with 40 Heun steps and 2 probes. They take turns in one process on the same batch; the numbers are
+one draw, and the flow with 40 Heun steps and 2 probes. They take turns in one process on one batch; the numbers are
 medians over the rounds and ratios of medians. ``network-pass``, log p of images that are already noisy, is what the
 network alone takes.
 """
