@@ -156,17 +156,18 @@ class Complexity(AnomalyScore):
 class Levels(AnomalyScore):
     """How far the whole profile is from those of normal data: the one-pass kin of multi-scale score matching analysis.
 
-    The log of the squared Mahalanobis distance of the increments log p_t(x) - log p_{t+1}(x), all of them, under a
-    Gaussian with Ledoit and Wolf's shrunk covariance; plus, because what is odd is more often too unlikely than
-    too likely, half of the mean of -log p_t(x) over the fine levels. Both are counted in deviations among normal data.
-    (Multi-scale score matching analysis, arXiv 2010.13132, fits a density to the norms of ten scores: ten passes.)
+    The log of the squared Mahalanobis distance of all increments log p_t(x) - log p_{t+1}(x), which add up to
+    log p_0(x), under a Gaussian with Ledoit and Wolf's shrunk covariance; plus the softplus of the mean of -log p_t(x)
+    over the fine levels, because what is odd is more often too unlikely than too likely; too likely earns nothing.
+    Both are counted in deviations among normal data. The form was chosen on other outliers than those whose results
+    are reported (docs/anomaly.md).
+
+    Multi-scale score matching analysis (arXiv 2010.13132) fits a density to the norms of ten scores: ten passes.
     """
 
     name = "levels"
     smallest_reference = 10
     FOLDS = 5
-    LIKELIHOOD_WEIGHT = 0.5
-    """Chosen on other outliers than those that are reported: see docs/anomaly.md."""
 
     def learn(self, features: Tensor) -> Fitted:
         fine = features[:, : coarse_level(self.model.schedule) + 1]
@@ -187,21 +188,22 @@ class Levels(AnomalyScore):
             return (values - fitted[f"{name}_mean"]) / fitted[f"{name}_deviation"]
 
         shape = standardised("log_distance", self._log_distance(features, fitted))
-        return shape + self.LIKELIHOOD_WEIGHT * standardised("unlikeliness", self._unlikeliness(features, fitted))
+        unlikeliness = standardised("unlikeliness", self._unlikeliness(features, fitted))
+        return shape + torch.nn.functional.softplus(unlikeliness)
 
     @staticmethod
     def _shape(features: Tensor) -> dict[str, Tensor]:
         """The Gaussian of the increments."""
         from sklearn.covariance import LedoitWolf
 
-        steps = -features.diff(dim=1)
+        steps = _increments(features)
         centre, scale = steps.mean(0), _deviation(steps, 0)
         precision = LedoitWolf().fit(((steps - centre) / scale).numpy()).precision_
         return {"centre": centre, "scale": scale, "precision": torch.from_numpy(precision)}
 
     @staticmethod
     def _log_distance(features: Tensor, fitted: Fitted) -> Tensor:
-        z = (-features.diff(dim=1) - fitted["centre"]) / fitted["scale"]
+        z = (_increments(features) - fitted["centre"]) / fitted["scale"]
         return ((z @ fitted["precision"]) * z).sum(1).clamp_min(1e-12).log()
 
     @staticmethod
@@ -271,6 +273,11 @@ def make_score(name: str, model: Denoiser, background: Denoiser | None = None) -
         if one is not None and not isinstance(one, ClassificationDiffusion):
             raise UserError("anomaly scores need a cdm: a plain diffusion model has no density in one pass")
     return SCORES[name](model) if background is None else Ratio(model, background)
+
+
+def _increments(profile: Tensor) -> Tensor:
+    """log p_t(x) - log p_{t+1}(x), and log p_{T+1}(x) as the last: they add up to log p_0(x); (N, T+2)."""
+    return torch.cat([-profile.diff(dim=1), profile[:, -1:]], 1)
 
 
 def _deviation(values: Tensor, dim: int) -> Tensor:
