@@ -189,6 +189,7 @@ def test_our_own_divergence_counts_like_any(source, tmp_path, monkeypatch):
         (["compare", "digits", "--budget", "-5"], "budget is -5 seconds"),
         (["compare", "digits", "--budget", "soon"], "invalid float value: 'soon'"),
         (["compare", "digits", "--budget", "1", "--peers", "nfs"], "unknown peer 'nfs'; did you mean 'nsf'"),
+        (["compare", "digits", "--budget", "1", "--peers", ""], "unknown peer ''"),
         (["compare", "digits", "--budget", "1", "--clock", "sun"], "unknown clock 'sun'"),
         (["compare", "toy:two-moons", "--budget", "1", "--peers", "glow"], "glow does not suit toy:two-moons"),
         (["compare", "digits", "--budget", "1", "--seed", "-1"], "--seed is -1"),

@@ -17,6 +17,7 @@ from torchcdm.compare.gradient import Recipe, Trainable, seeded
 from torchcdm.compare.peer import Task, Training
 from torchcdm.compare.peers import PEERS
 from torchcdm.compare.torchcfm_peers import FlowMatching, Matching
+from torchcdm.config import DataConfig
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
@@ -40,7 +41,7 @@ def peer(name):
 
 
 def task_of(source, folder, seed=0):
-    return Task(source, torch.device("cpu"), seed, folder)
+    return Task(source, DataConfig(), torch.device("cpu"), seed, folder)
 
 
 MEAN, SPREAD = torch.tensor([3.0, -40.0, 0.1], dtype=torch.float64), torch.tensor([2.0, 30.0, 0.05]).double()

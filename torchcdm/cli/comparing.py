@@ -13,6 +13,7 @@ from torchcdm.cli.arguments import add_command, add_device, add_json, device_of,
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
+    from torchcdm.config import DataConfig
     from torchcdm.data import DataSource
 
 
@@ -45,6 +46,7 @@ def add_commands(commands: Any) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Trains, measures and prints."""
+    from torchcdm.building import load_source
     from torchcdm.compare.comparison import compare
     from torchcdm.compare.figure import scoring_cost
     from torchcdm.interrupt import Interrupted
@@ -55,11 +57,12 @@ def run_compare(options: argparse.Namespace) -> int:
         raise UserError(f"--limit is {options.limit}; at least 2 are needed")
     if options.budget is None and not options.list:
         raise UserError("the following arguments are required: --budget; see cdm compare --help")
-    source = _source(options)
+    data = _data(options)
+    source = load_source(data)
     if options.list:
         _list(source)
         return 0
-    names = None if options.peers is None else [name.strip() for name in options.peers.split(",") if name.strip()]
+    names = None if options.peers is None else [name.strip() for name in options.peers.split(",")]
     keep = nullcontext(options.out) if options.out else tempfile.TemporaryDirectory()
     with keep as folder:
         try:
@@ -72,6 +75,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 options.seed,
                 options.limit,
                 device_of(options.device),
+                data,
                 progress=not options.quiet,
             )
         except Interrupted as stop:
@@ -85,13 +89,12 @@ def run_compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _source(options: argparse.Namespace) -> DataSource:
-    from torchcdm.building import load_source
+def _data(options: argparse.Namespace) -> DataConfig:
     from torchcdm.config import DataConfig
     from torchcdm.data import parse_size
 
     size = None if options.size is None else parse_size(options.size)
-    return load_source(DataConfig(spec=options.data, size=size, channels=options.channels, label=options.label))
+    return DataConfig(spec=options.data, size=size, channels=options.channels, label=options.label)
 
 
 def _list(source: DataSource) -> None:

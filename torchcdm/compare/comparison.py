@@ -14,6 +14,7 @@ from torchcdm.compare.budget import Budget
 from torchcdm.compare.peer import Diverged, Fitted, Peer, Score, Task
 from torchcdm.compare.peers import chosen_peers, library_of
 from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
+from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
 from torchcdm.run_folder import write_json, writing
@@ -33,6 +34,7 @@ def compare(
     seed: int = 0,
     limit: int | None = None,
     device: torch.device | None = None,
+    data: DataConfig | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Every system trained for the same time on the same split, and scored on the same noisy test samples.
@@ -46,6 +48,7 @@ def compare(
         seed: Of training; the noise of scoring is the same for all seeds.
         limit: Score at most so many test samples, evenly spaced.
         device: Where to compute; the CPU when None.
+        data: What the source was loaded from, which our own runs keep; its name alone when None.
         progress: Shows progress bars.
 
     Returns:
@@ -65,7 +68,7 @@ def compare(
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
     )  # fmt: skip
     _enter(folder, protocol)
-    task = Task(source, device, seed, folder, progress)
+    task = Task(source, data or DataConfig(spec=source.name), device, seed, folder, progress)
     results = []
     for peer in found:
         kept = _kept(folder / f"{peer.name}.json")

@@ -50,7 +50,7 @@ class ClassificationPeer(Peer):
         self.name, self.title, self.schedule = name, title, schedule
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
-        config = preset_config(task.source)
+        config = preset_config(task)
         model = config.model if self.schedule is None else replace(config.model, schedule=self.schedule)
         return _fit(self.name, replace(config, model=model), task, budget, rate)
 
@@ -65,13 +65,13 @@ class DiffusionPeer(Peer):
     name, title = "ddm", "DDM"
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
-        config = preset_config(task.source)
+        config = preset_config(task)
         return _fit(self.name, replace(config, model=_plain(config.model)), task, budget, rate)
 
 
-def preset_config(source: DataSource) -> Config:
-    """The preset's configuration; data come from the comparison, and no system mirrors them."""
-    return make_config(preset_fields(preset_for(source)), {"data": {"spec": source.name, "flip": False}})
+def preset_config(task: Task) -> Config:
+    """The preset's configuration on the comparison's data."""
+    return replace(make_config(preset_fields(preset_for(task.source))), data=task.data)
 
 
 def _plain(model: ModelConfig) -> ModelConfig:

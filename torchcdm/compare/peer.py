@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.compare.budget import Budget
+from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.likelihood.common import DEQUANTISE, draw_rows
 from torchcdm.units import DataTransform, LogLikelihood
@@ -30,6 +31,7 @@ class Task:
 
     Attributes:
         source: The data: splits, units, grey levels.
+        data: What they were loaded from, for systems that keep it with their models.
         device: Where to compute.
         seed: Of weights, batches and dequantisation in training.
         folder: Where a system may keep files of its own.
@@ -37,6 +39,7 @@ class Task:
     """
 
     source: DataSource
+    data: DataConfig
     device: torch.device
     seed: int
     folder: Path
