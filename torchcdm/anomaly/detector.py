@@ -100,7 +100,7 @@ class AnomalyDetector:
         Raises:
             UserError: It cannot be written.
         """
-        meta = {"format": FORMAT, "score": self.score.name, "shape": json.dumps(self.score.model.shape)}
+        meta = {"format": FORMAT, "score": self.score.name, "model": _signature(self.score)}
         tensors = {f"fitted.{key}": value.contiguous() for key, value in (self.score.fitted or {}).items()}
         write_file(Path(path), safetensors_bytes(tensors | {"calibration": self.calibration}, meta))
 
@@ -109,7 +109,8 @@ class AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
         Raises:
-            UserError: No such file, a damaged one, one of another format, or one of a model of another shape.
+            UserError: No such file, a damaged one, one of another format, or one of a model of another shape or
+                another number of levels.
         """
         tensors = read_tensors(Path(path))
         with safe_open(path, "pt") as file:
@@ -117,8 +118,13 @@ class AnomalyDetector:
         if meta.get("format") != FORMAT or "calibration" not in tensors:
             raise UserError(f"{path}: is no anomaly detector that this version reads")
         score = make_score(meta["score"], model, background)
-        if meta["shape"] != json.dumps(score.model.shape):
-            raise UserError(f"{path}: was fitted for inputs of shape {meta['shape']}; the model takes {model.shape}")
+        if meta["model"] != _signature(score):
+            raise UserError(f"{path}: was fitted on a model of {meta['model']}; this one takes {_signature(score)}")
         prefix = "fitted."
         score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
         return cls(score, tensors["calibration"])
+
+
+def _signature(score: AnomalyScore) -> str:
+    """What a detector must find again in the model it is loaded for."""
+    return f"inputs {json.dumps(score.model.shape)} and {score.model.schedule.T + 2} levels"
