@@ -47,7 +47,7 @@ class Row:
     """One likelihood of one system.
 
     Attributes:
-        name: ``density``, ``one-pass`` ...
+        name: ``density``, ``importance``, ``one-pass`` ...
         value: Mean NLL in the protocol's unit.
         se: Its standard error.
         nfe: Network evaluations for each sample.
