@@ -25,10 +25,14 @@ class Reproduction:
 
 
 REPRODUCTIONS = {
+    "table1": Reproduction("Table 1: what the two losses do", "torchcdm.reproduce.table1"),
+    "fig3": Reproduction("Figure 3: log p(t|x), cross-entropy only against both losses", "torchcdm.reproduce.fig3"),
+    "fig4": Reproduction("Figure 4: denoising error by level, DDM against CDM", "torchcdm.reproduce.fig4"),
     "fig7": Reproduction(
         "Figure 7: predicted against analytic log-likelihood, uniform pixels and Gaussian images",
         "torchcdm.reproduce.fig7",
     ),
+    "fig9": Reproduction("Figure 9: confusion matrices of the level classifier", "torchcdm.reproduce.fig9"),
     "known-truth": Reproduction(
         "Known truth: Gaussian mixtures in 2, 16 and 128 dimensions at every noise level",
         "torchcdm.reproduce.known_truth",

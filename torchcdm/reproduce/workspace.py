@@ -18,7 +18,7 @@ from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.run_folder import RunFolder, write_file, write_json
-from torchcdm.trainer import train
+from torchcdm.trainer import TrainResult, train
 
 SCALES = ("smoke", "small", "paper")
 """``smoke`` proves in minutes that the code runs; ``small`` is for two cores; ``paper`` is the published setting."""
@@ -49,13 +49,16 @@ class Workspace:
         """Path of a figure."""
         return self.figures / f"{name}-{self.scale}.png"
 
-    def model(self, name: str, config: Config, source: DataSource) -> tuple[Denoiser, dict[str, Any]]:
+    def model(
+        self, name: str, config: Config, source: DataSource, how: Callable[..., TrainResult] | None = None
+    ) -> tuple[Denoiser, dict[str, Any]]:
         """A trained model, from an earlier call where it was finished, and ``steps`` and ``seconds`` of its training.
 
         Args:
             name: Of the run, without the scale.
             config: What and how.
             source: The data; its name stands for them in the comparison of settings.
+            how: Another training than :func:`torchcdm.trainer.train`, with its arguments.
 
         Raises:
             UserError: The folder holds a run with other settings.
@@ -66,7 +69,9 @@ class Workspace:
 
         def make() -> dict[str, Any]:
             self.say(f"training {folder.root.name}")
-            result = train(config, folder.root, source, resume=True, device=self.device, progress=self.progress)
+            result = (how or train)(
+                config, folder.root, source, resume=True, device=self.device, progress=self.progress
+            )
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
         facts = self._kept(folder.root / "finished.json", encode(config), make)

@@ -1,0 +1,144 @@
+"""Fréchet distance between images, in the features of Inception where its weights are, else of a small classifier.
+
+.. math:: |\\mu_a - \\mu_b|^2 + \\mathrm{Tr}(S_a + S_b - 2 (S_a S_b)^{1/2})
+
+Distances of different features do not compare: every number goes with the name of its extractor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.data import DataSource
+from torchcdm.errors import UserError
+
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+"""The file that torch-fidelity downloads into torch's cache of checkpoints."""
+
+SMALLEST_COUNT = 2000
+"""Below so many samples a Fréchet distance says little and is not printed in tables."""
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Features of images and their name.
+
+    Attributes:
+        name: For headers: which network, and how it was obtained.
+        features: Images in data units (N, C, H, W) to float64 (N, F).
+    """
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of two sets of features, (N, F) and (M, F), by their means and covariances.
+
+    Raises:
+        UserError: Fewer than two samples, or features of different length.
+    """
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"Fréchet distance: features of shapes {tuple(a.shape)} and {tuple(b.shape)} do not compare")
+    (mean_a, cov_a), (mean_b, cov_b) = (_moments(x.double()) for x in (a, b))
+    # The trace of the root of a product of covariances is that of a symmetric matrix: no complex root is needed.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def extractor_for(
+    source: DataSource, seed: int = 0, device: str | torch.device = "cpu", steps: int = 600
+) -> Extractor:
+    """Inception for RGB data where torch-fidelity and its weights are at hand, else a classifier trained on the spot.
+
+    Args:
+        source: The data: images, with classes where Inception is not at hand.
+        seed: Of the classifier's training.
+        device: Where to.
+        steps: Of the classifier's training.
+
+    Raises:
+        UserError: No Inception, and no classes to train a classifier on.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
+    if find_spec("torch_fidelity") and weights.exists():
+        return _inception(source, device)
+    if source.classes is None or len(source.shape) != 3:
+        raise UserError(
+            f"{source.name}: Fréchet distances need images with classes, or torch-fidelity with {weights}"
+        )
+    return _classifier(source, seed, device, steps)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), torch.cov(x.T).reshape(x.shape[1], x.shape[1])
+
+
+def _inception(source: DataSource, device: str | torch.device) -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+    transform = source.transform
+
+    @torch.no_grad()
+    def features(x: Tensor) -> Tensor:
+        low, high = transform.low or 0.0, transform.high or 255.0
+        bytes_ = ((transform.quantize(x.float()) - low) * (255 / (high - low))).round().to(torch.uint8)
+        bytes_ = bytes_.expand(-1, 3, -1, -1) if bytes_.shape[1] == 1 else bytes_
+        return torch.cat([network(part.to(device))[0].double().cpu() for part in bytes_.split(BATCH)])
+
+    return Extractor("Inception (torch-fidelity, 2048 features)", features)
+
+
+class _Classifier(nn.Module):
+    """Three convolutions and a layer of 64 features."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(256, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def _classifier(source: DataSource, seed: int, device: str | torch.device, steps: int) -> Extractor:
+    """Trained with Adam on batches of 128, a few seconds to a minute on one core."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Classifier(source.shape[0], source.classes or 0).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for step in range(steps):
+        x, y = source.train.batch(torch.randint(len(source.train), (128,), generator=generator))
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        loss = nn.functional.cross_entropy(network(source.transform(x).to(device)), y.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    network.eval().requires_grad_(False)
+
+    def features(x: Tensor) -> Tensor:
+        z = source.transform(source.transform.quantize(x.float()))
+        return torch.cat([network.body(part.to(device)).double().cpu() for part in z.split(BATCH)])
+
+    split = source.test or source.train
+    x, y = split.tensors(2000)
+    predicted = torch.cat([network(source.transform(part).to(device)).argmax(1).cpu() for part in x.split(BATCH)])
+    accuracy = float((predicted == y).double().mean())
+    name = f"64 features of a classifier trained here on {source.name}, accuracy {100 * accuracy:.1f} %"
+    return Extractor(name, features)

@@ -1,0 +1,65 @@
+"""Telescoping density-ratio estimation (arXiv 2006.12204): logistic losses on adjacent pairs of levels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.building import resolve
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.config import Config
+from torchcdm.data import DataSource
+from torchcdm.interrupt import SignalWatch
+from torchcdm.losses import Terms, stratified_levels
+from torchcdm.run_folder import RunFolder
+from torchcdm.trainer import Trainer, TrainResult
+
+
+@final
+class TRELoss(nn.Module):
+    r"""The mean over a sample's two pairs of the logistic loss of log p_t - log p_{t+1}.
+
+    .. math:: \tfrac12 [\mathrm{softplus}(f_{t+1} - f_t) + \mathrm{softplus}(f_{t-1} - f_t)], \qquad f = \log p(x_t)
+
+    Each pair of levels sees both of them equally often, so that its ratio is that of the two densities. Levels 0 and
+    T+1 have one pair.
+
+    Args:
+        model: The model to train.
+    """
+
+    def __init__(self, model: ClassificationDiffusion) -> None:
+        super().__init__()
+        self.model = model
+
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
+        device = torch.device("cpu") if generator is None else generator.device
+        return stratified_levels(n, self.model.schedule.T + 2, device, generator)
+
+    def forward(self, x_0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Terms:
+        """As :meth:`torchcdm.losses.CDMLoss.forward`: ``loss``, ``mse`` (0), ``t``."""
+        x_t = self.model.schedule.perturb(x_0, t, eps)
+        log_p = self.model.log_prob_pair(x_t, y)[0]
+        last = self.model.schedule.T + 1
+        here, above, below = (log_p.gather(1, (t + step).clamp(0, last)[:, None])[:, 0] for step in (0, 1, -1))
+        up, down = (nn.functional.softplus(other - here) for other in (above, below))
+        loss = 0.5 * (up.masked_fill(t == last, 0) + down.masked_fill(t == 0, 0)).to(x_0.dtype)
+        return {"loss": loss, "mse": torch.zeros_like(loss), "t": t}
+
+
+def train_tre(
+    config: Config, out: Path, source: DataSource, resume: bool, device: str | None, progress: bool
+) -> TrainResult:
+    """As :func:`torchcdm.trainer.train`, with :class:`TRELoss`."""
+    config = replace(config, model=resolve(config.model, source.transform))
+    with torch.random.fork_rng(devices=[]), SignalWatch() as watch:
+        trainer = Trainer(config, RunFolder(out), source, device, progress, watch, time.monotonic)
+        assert isinstance(trainer.model, ClassificationDiffusion)
+        trainer.loss = TRELoss(trainer.model)
+        return trainer.run_to_end(resume)
