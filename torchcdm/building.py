@@ -33,6 +33,7 @@ from torchcdm.denoisers import Denoiser, DenoisingDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
 from torchcdm.losses import CDMLoss, DDMLoss
+from torchcdm.mixture import MixtureMarginals
 from torchcdm.schedules import (
     CosineSchedule,
     LinearSchedule,
@@ -42,6 +43,9 @@ from torchcdm.schedules import (
     UniformSigmaSchedule,
 )
 from torchcdm.units import DataTransform
+
+FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals
+"""What logits can be a correction to, fitted to data."""
 
 
 def load_source(config: DataConfig) -> DataSource:
@@ -129,7 +133,7 @@ def build_model(
     config: ModelConfig,
     transform: DataTransform,
     classes: int | None = None,
-    gaussian: GaussianMarginals | ClassGaussians | None = None,
+    gaussian: FittedBase | None = None,
     class_prior: Tensor | None = None,
 ) -> Denoiser:
     """The model of a resolved configuration.
@@ -153,8 +157,7 @@ def build_model(
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     base: BaseDensity | None = gaussian
     if base is None and config.gaussian:
-        blank = GaussianMarginals.blank(schedule, transform.shape)
-        base = ClassGaussians.blank(schedule, transform.shape, classes) if config.class_gaussians else blank
+        base = _blank_base(config, schedule, transform.shape, classes)
     if config.kind == "ddm":
         return DenoisingDiffusion(backbone, schedule, transform, base)
     return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
@@ -164,6 +167,8 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     """The loss that trains ``model``."""
     if isinstance(model, ClassificationDiffusion):
         return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight)
+    if config.components < 1 or (config.components > 1 and (config.class_gaussians or not config.gaussian)):
+        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian, without class_gaussians")
     return DDMLoss(model, config.label_dropout)
 
 
@@ -171,11 +176,22 @@ GAUSSIAN_NUMBERS = 2**27
 """Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
 
 
-def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> GaussianMarginals | ClassGaussians:
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
     """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
 
     Args:
-        config: Resolved; its schedule, and whether each class has a Gaussian of its own.
+def _blank_base(
+    config: ModelConfig, schedule: NoiseSchedule, shape: tuple[int, ...], classes: int | None
+) -> FittedBase:
+    """A base density of the right form, to load a saved state into."""
+    if config.class_gaussians:
+        return ClassGaussians.blank(schedule, shape, classes)
+    if config.components > 1:
+        return MixtureMarginals.blank(schedule, shape, config.components)
+    return GaussianMarginals.blank(schedule, shape)
+
+
+        config: Resolved; its schedule, the number of Gaussians, and whether each class has one of its own.
         source: The data.
         flip: Whether training mirrors images.
     """
@@ -192,3 +208,5 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> Gaussia
     if bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     return ClassGaussians.fit(z, y, schedule, floor)
+    if config.components > 1:
+        return MixtureMarginals.fit(z, schedule, config.components, floor)

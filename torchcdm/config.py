@@ -180,6 +180,7 @@ class ModelConfig:
         class_gaussians: And those of each class to one of its own; for joint labels.
         backbone: The network.
         schedule: The noise levels.
+        components: That it is a mixture of so many Gaussians; vectors.
     """
 
     kind: Literal["cdm", "ddm"] = "cdm"
@@ -188,6 +189,7 @@ class ModelConfig:
     class_gaussians: bool = False
     backbone: BackboneConfig = EncoderConfig()
     schedule: ScheduleConfig = UniformSigmaConfig()
+    components: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
+from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.checkpoint import ModelInfo, read_info
@@ -22,6 +24,7 @@ from torchcdm.data.source import permutation
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
 from torchcdm.fitting import fit
+from torchcdm.mixture import best_component_count
 from torchcdm.units import DataTransform
 
 SMALLEST_TABLE = 10
@@ -43,6 +46,20 @@ def size_fields(rows: int) -> dict[str, Any]:
     return {"model": {"backbone": backbone}, "train": train}
 
 
+WATCHED_ROWS = 2000
+"""Noisy copies of validation rows that early stopping sees at least."""
+
+COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
+"""Numbers of components that are tried, up to COMPONENT_COLUMNS columns: a covariance has half their square."""
+
+COMPONENT_COLUMNS = 100
+
+
+def _component_count(train: Tensor, validation: Tensor) -> int:
+    """The number of components of the base density: the best on the validation rows."""
+    return best_component_count(train, validation, COMPONENTS) if train.shape[1] <= COMPONENT_COLUMNS else 1
+
+
 class TableEstimator(BaseEstimator):
     """The parameters of training, and training itself.
 
@@ -54,6 +71,7 @@ class TableEstimator(BaseEstimator):
         width: Width of the network.
         depth: Blocks of the network.
         dropout: Rate inside the blocks.
+        components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None.
         patience: Training stops after so many validations without a new best; see also ``validate_every`` in
             ``overrides``.
         max_seconds: Training stops after so much time.
@@ -70,7 +88,8 @@ class TableEstimator(BaseEstimator):
         columns_: Which columns were left out or dequantised, a :class:`Columns`.
         notes_: What was read off the table, one sentence each.
         validation_indices_: Rows of the training table that early stopping watched.
-        validation_score_: Best mean log-likelihood of the validation rows, nats in standardised units.
+        validation_loss_: Their training loss at the step that was kept. It and not log p chooses, because a density
+            that is not normalised can give every row a large log p.
         n_features_in_: Columns of the table.
     """
 
@@ -86,6 +105,7 @@ class TableEstimator(BaseEstimator):
         width: int | None = None,
         depth: int | None = None,
         dropout: float | None = None,
+        components: int | None = None,
         patience: int | None = None,
         max_seconds: float | None = None,
         validation_fraction: float = 0.15,
@@ -102,6 +122,7 @@ class TableEstimator(BaseEstimator):
         self.width = width
         self.depth = depth
         self.dropout = dropout
+        self.components = components
         self.patience = patience
         self.max_seconds = max_seconds
         self.validation_fraction = validation_fraction
@@ -144,15 +165,22 @@ class TableEstimator(BaseEstimator):
         transform = DataTransform.standardize(torch.from_numpy(train))
         # Rows are standardised in float64 here and not by the model in training, so that a column may have any offset.
         parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
+        # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
+        repeats = math.ceil(WATCHED_ROWS / len(validation))
+        parts[1] = parts[1].repeat(repeats, 1)
         splits: list[Split] = [MemorySplit(part) for part in parts]
         if contexts is not None:
+            watched = np.tile(contexts[1], (repeats, 1))
             splits = [
                 ContextSplit(part, torch.from_numpy(context).float())
-                for part, context in zip(parts, contexts, strict=True)
+                for part, context in zip(parts, (contexts[0], watched), strict=True)
             ]
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
-        layer = merge(self._fields(len(train)), {"train": {"seed": seed}, "sampling": {"n": 0}})
+        layer = merge({"train": {"select": "loss"}}, self._fields(len(train)))
+        layer = merge(layer, {"train": {"seed": seed}, "sampling": {"n": 0}})
+        if "components" not in layer["model"]:
+            layer = merge(layer, {"model": {"components": _component_count(parts[0], parts[1])}})
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
         with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +193,7 @@ class TableEstimator(BaseEstimator):
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()
         self._info: ModelInfo = replace(info, transform=transform)
-        self.validation_score_ = -float(info.selected.get("best", np.nan))
+        self.validation_loss_ = float(info.selected.get("best", np.nan))
 
     def _fields(self, rows: int) -> dict[str, Any]:
         """The configuration on top of the preset."""
@@ -178,7 +206,8 @@ class TableEstimator(BaseEstimator):
             "max_seconds": self.max_seconds,
         }
         given = {
-            "model": {"backbone": {key: value for key, value in backbone.items() if value is not None}},
+            "model": {"backbone": {key: value for key, value in backbone.items() if value is not None}}
+            | ({} if self.components is None else {"components": self.components}),
             "train": {key: value for key, value in train.items() if value is not None},
         }
         return merge(merge(size_fields(rows), given), self.overrides or {})

@@ -41,7 +41,7 @@ class CDMConditional(TableEstimator):
         x_columns_: Which columns of x were left out; none is dequantised.
         notes_: What was read off the tables.
         validation_indices_: Pairs that early stopping watched.
-        validation_score_: Best mean log p(theta | x) of those, nats in standardised units of the residuals.
+        validation_loss_: Their training loss at the step that was kept.
 
     Example:
         >>> posterior = CDMConditional(random_state=0).fit(theta, x)
@@ -60,6 +60,7 @@ class CDMConditional(TableEstimator):
         width: int | None = None,
         depth: int | None = None,
         dropout: float | None = None,
+        components: int | None = None,
         patience: int | None = None,
         max_seconds: float | None = None,
         validation_fraction: float = 0.15,
@@ -71,8 +72,9 @@ class CDMConditional(TableEstimator):
     ) -> None:
         super().__init__(
             preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
-            patience=patience, max_seconds=max_seconds, validation_fraction=validation_fraction, discrete=discrete,
-            overrides=overrides, device=device, random_state=random_state, verbose=verbose,
+            components=components, patience=patience, max_seconds=max_seconds,
+            validation_fraction=validation_fraction, discrete=discrete, overrides=overrides, device=device,
+            random_state=random_state, verbose=verbose,
         )  # fmt: skip
         self.likelihood = likelihood
 
@@ -177,7 +179,7 @@ class CDMConditional(TableEstimator):
             "theta_columns": self.theta_columns_.to_json(),
             "x_columns": self.x_columns_.to_json(),
             "notes": self.notes_,
-            "validation_score": self.validation_score_,
+            "validation_loss": self.validation_loss_,
             "arrays": arrays,
         }
         write_estimator(folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted)
@@ -194,7 +196,7 @@ class CDMConditional(TableEstimator):
         self.model_, self._info = model, info
         self.theta_columns_ = Columns.from_json(fitted["theta_columns"])
         self.x_columns_ = Columns.from_json(fitted["x_columns"])
-        self.notes_, self.validation_score_ = fitted["notes"], fitted["validation_score"]
+        self.notes_, self.validation_loss_ = fitted["notes"], fitted["validation_loss"]
         for name in _ARRAYS:
             setattr(self, name, np.array(fitted["arrays"][name]))
         return self

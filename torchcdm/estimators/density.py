@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
 from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.normalizing import Normalizer, importance_normalizer
 from torchcdm.estimators.saving import read_estimator, write_estimator
 from torchcdm.estimators.scoring import log_density
 from torchcdm.samplers import sample
@@ -98,7 +100,7 @@ class TableDensity(TableEstimator):
             "columns": self.columns_.to_json(),
             "noise": self._noise.tolist(),
             "notes": self.notes_,
-            "validation_score": self.validation_score_,
+            "validation_loss": self.validation_loss_,
             "validation_indices": self.validation_indices_.tolist(),
             "n_features_in": self.n_features_in_,
             "feature_names_in": None if names is None else names.tolist(),
@@ -108,7 +110,7 @@ class TableDensity(TableEstimator):
         """The inverse of :meth:`_fitted_fields`."""
         self.columns_ = Columns.from_json(fitted["columns"])
         self._noise = np.array(fitted["noise"])
-        self.notes_, self.validation_score_ = fitted["notes"], fitted["validation_score"]
+        self.notes_, self.validation_loss_ = fitted["notes"], fitted["validation_loss"]
         self.validation_indices_ = np.array(fitted["validation_indices"])
         self.n_features_in_ = fitted["n_features_in"]
         if fitted["feature_names_in"] is not None:
@@ -120,17 +122,19 @@ class CDMDensity(DensityMixin, TableDensity):
     """Density estimation by a classification diffusion model: ``KernelDensity`` for correlated columns.
 
     Args:
-        likelihood: How rows are scored. ``one-pass``: one network pass a row, not exactly normalised. ``flow``: the
-            probability flow of the same network, normalised, some hundred times as many passes; may be changed
-            after fitting (``set_params``).
+        likelihood: How rows are scored; may be changed after fitting (``set_params``). ``one-pass``: one network pass
+            a row, less the estimate of log Z where it is usable. ``flow``: the probability flow of the same network,
+            normalised by construction, some hundred passes a row.
         preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
         model_: The trained :class:`torchcdm.ClassificationDiffusion`.
         columns_: Which columns were left out or dequantised.
         notes_: What was read off the table.
+        normalizer_: The estimated integral of the one-pass density, a :class:`Normalizer` with ``log_z``, ``se`` and
+            ``effective_sample_size``.
         validation_indices_: Rows of the training table that early stopping watched.
-        validation_score_: Best mean log-likelihood of the validation rows, nats in standardised units.
+        validation_loss_: Their training loss at the step that was kept.
         n_features_in_: Columns of the table.
         feature_names_in_: Names of the columns of a data frame.
 
@@ -151,6 +155,7 @@ class CDMDensity(DensityMixin, TableDensity):
         width: int | None = None,
         depth: int | None = None,
         dropout: float | None = None,
+        components: int | None = None,
         patience: int | None = None,
         max_seconds: float | None = None,
         validation_fraction: float = 0.15,
@@ -162,8 +167,9 @@ class CDMDensity(DensityMixin, TableDensity):
     ) -> None:
         super().__init__(
             preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
-            patience=patience, max_seconds=max_seconds, validation_fraction=validation_fraction, discrete=discrete,
-            overrides=overrides, device=device, random_state=random_state, verbose=verbose,
+            components=components, patience=patience, max_seconds=max_seconds,
+            validation_fraction=validation_fraction, discrete=discrete, overrides=overrides, device=device,
+            random_state=random_state, verbose=verbose,
         )  # fmt: skip
         self.likelihood = likelihood
 
@@ -189,7 +195,23 @@ class CDMDensity(DensityMixin, TableDensity):
             )
         noisy = (self.columns_.noisy(X, noise) for noise in self._noise)
         draws = [log_density(self.model_, rows, self.likelihood) for rows in noisy]
-        return np.mean(draws, axis=0) + self.columns_.log_cell
+        log_z = self.normalizer_.correction if self.likelihood == "one-pass" else 0.0
+        return np.mean(draws, axis=0) + self.columns_.log_cell - log_z
+
+    def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
+        self.normalizer_ = importance_normalizer(self.model_, seed)
+        if not self.normalizer_.usable:
+            note = "one pass could not be normalised: log p is off by an unknown constant; use likelihood='flow'"
+            self.notes_.append(note)
+            if self.verbose:
+                print(note)
+
+    def _fitted_fields(self) -> dict[str, Any]:
+        return super()._fitted_fields() | {"normalizer": asdict(self.normalizer_)}
+
+    def _restore(self, fitted: Mapping[str, Any]) -> None:
+        super()._restore(fitted)
+        self.normalizer_ = Normalizer(**fitted["normalizer"])
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.

@@ -45,7 +45,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         columns_: Which columns were left out or dequantised.
         notes_: What was read off the table.
         validation_indices_: Rows of the training table that training did not see.
-        validation_score_: Best mean log-likelihood of those rows, nats in standardised units.
+        validation_loss_: Their training loss at the step that was kept.
         n_features_in_: Columns of the table.
         feature_names_in_: Names of the columns of a data frame.
 
@@ -66,6 +66,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         width: int | None = None,
         depth: int | None = None,
         dropout: float | None = None,
+        components: int | None = None,
         patience: int | None = None,
         max_seconds: float | None = None,
         validation_fraction: float = 0.15,
@@ -77,8 +78,9 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     ) -> None:
         super().__init__(
             preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
-            patience=patience, max_seconds=max_seconds, validation_fraction=validation_fraction, discrete=discrete,
-            overrides=overrides, device=device, random_state=random_state, verbose=verbose,
+            components=components, patience=patience, max_seconds=max_seconds,
+            validation_fraction=validation_fraction, discrete=discrete, overrides=overrides, device=device,
+            random_state=random_state, verbose=verbose,
         )  # fmt: skip
         self.anomaly_score = anomaly_score
         self.contamination = contamination
@@ -92,11 +94,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         Returns:
             float64 (N,).
         """
-        X = self._checked(X)
-        draws = [self.detector_.score(rows) for rows in self._noisy(X)]
-        scores = -torch.stack(draws).mean(0).numpy()
-        scores[self.columns_.deviating(X)] = LOWEST
-        return scores
+        return self._normality(self._checked(X))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """:meth:`score_samples` less the threshold: negative for outliers, float64 (N,)."""
@@ -123,11 +121,16 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         scores = torch.stack([score(rows) for rows in self._noisy(calibration)]).mean(0)
         self.detector_ = AnomalyDetector(score, scores.sort().values)
         if not isinstance(self.contamination, str):
-            self.offset_ = float(np.percentile(self.score_samples(X), 100 * self.contamination))
+            self.offset_ = float(np.percentile(self._normality(X), 100 * self.contamination))
         elif len(scores) + 1 >= 1 / FALSE_ALARMS:
             self.offset_ = -self.detector_.threshold(FALSE_ALARMS)
         else:
             self.offset_ = -float(scores.max())
+
+    def _normality(self, X: np.ndarray) -> np.ndarray:
+        scores = -torch.stack([self.detector_.score(rows) for rows in self._noisy(X)]).mean(0).numpy()
+        scores[self.columns_.deviating(X)] = LOWEST
+        return scores
 
     def _noisy(self, X: np.ndarray) -> list[Tensor]:
         """The kept columns under each draw of the dequantisation noise, for the model."""

@@ -50,6 +50,7 @@ class FlowResult:
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     """The denoiser's own Gaussian marginals, or those of standard normal data."""
     base = getattr(denoiser, "base", None)
+    base = getattr(base, "common", base)
     if isinstance(base, GaussianMarginals):
         return base
     if denoiser.shape is None:
