@@ -153,6 +153,8 @@ def build_model(
     classes = None if config.labels == "none" else classes
     if config.class_gaussians and not (config.gaussian and config.labels == "joint"):
         raise UserError("model.class_gaussians needs gaussian, and labels joint")
+    if config.components < 1 or (config.components > 1 and (config.class_gaussians or not config.gaussian)):
+        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian, without class_gaussians")
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     base: BaseDensity | None = gaussian
@@ -163,23 +165,6 @@ def build_model(
     return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
 
 
-def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
-    """The loss that trains ``model``."""
-    if isinstance(model, ClassificationDiffusion):
-        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight)
-    if config.components < 1 or (config.components > 1 and (config.class_gaussians or not config.gaussian)):
-        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian, without class_gaussians")
-    return DDMLoss(model, config.label_dropout)
-
-
-GAUSSIAN_NUMBERS = 2**27
-"""Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
-
-
-def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
-    """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
-
-    Args:
 def _blank_base(
     config: ModelConfig, schedule: NoiseSchedule, shape: tuple[int, ...], classes: int | None
 ) -> FittedBase:
@@ -191,6 +176,21 @@ def _blank_base(
     return GaussianMarginals.blank(schedule, shape)
 
 
+def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
+    """The loss that trains ``model``."""
+    if isinstance(model, ClassificationDiffusion):
+        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight)
+    return DDMLoss(model, config.label_dropout)
+
+
+GAUSSIAN_NUMBERS = 2**27
+"""Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
+
+
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
+    """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
+
+    Args:
         config: Resolved; its schedule, the number of Gaussians, and whether each class has one of its own.
         source: The data.
         flip: Whether training mirrors images.
@@ -203,10 +203,10 @@ def _blank_base(
     bin_ = transform.model_bin
     floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
     schedule = build_schedule(config.schedule)
+    if config.components > 1:
+        return MixtureMarginals.fit(z, schedule, config.components, floor)
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor)
     if bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     return ClassGaussians.fit(z, y, schedule, floor)
-    if config.components > 1:
-        return MixtureMarginals.fit(z, schedule, config.components, floor)

@@ -177,19 +177,19 @@ class ModelConfig:
         labels: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes
             from one pass (identity 10).
         gaussian: Logits are a correction to a fitted Gaussian.
+        components: That it is a mixture of so many Gaussians; vectors.
         class_gaussians: And those of each class to one of its own; for joint labels.
         backbone: The network.
         schedule: The noise levels.
-        components: That it is a mixture of so many Gaussians; vectors.
     """
 
     kind: Literal["cdm", "ddm"] = "cdm"
     labels: Literal["none", "input", "joint"] = "none"
     gaussian: bool = True
+    components: int = 1
     class_gaussians: bool = False
     backbone: BackboneConfig = EncoderConfig()
     schedule: ScheduleConfig = UniformSigmaConfig()
-    components: int = 1
 
 
 @dataclass(frozen=True)
