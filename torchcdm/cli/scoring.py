@@ -152,5 +152,5 @@ def _summary(
         f"{len(detector.calibration)} held-out samples: {origin}"
     )
     if options.score == "log_prob":
-        lines.append("raw log p misses inputs that are simpler than normal ones; --score levels does not")
+        lines.append("raw log p misses inputs that are simpler than the normal ones; compare with --score levels")
     return "\n".join(lines)
