@@ -287,7 +287,7 @@ def measure(setting: Setting, scorers: Sequence[Scorer]) -> Iterator[dict[str, o
                 values = np.nan_to_num(np.concatenate([usual, odd]), nan=np.finfo(np.float64).max)
                 usual, odd = values[: len(usual)], values[len(usual) :]
                 auroc = roc_auc_score(np.arange(len(values)) >= len(usual), values)
-                fpr = float((usual >= np.quantile(odd, 0.05)).mean())
+                fpr = float((usual >= np.quantile(odd, 0.05, method="lower")).mean())
                 yield {"setting": setting.name, "outliers": kind, "score": name, "auroc": float(auroc), "fpr95": fpr,
                        "normal_count": len(usual), "outlier_count": len(odd)}  # fmt: skip
 
