@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import covariance, rng
 
+from torchcdm.building import build_backbone
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.cli import main
 from torchcdm.codec import merge
@@ -228,3 +229,16 @@ def test_smoke_runs_and_a_second_run_makes_nothing(tmp_path, monkeypatch, capsys
     assert main(arguments) == 0
     assert (tmp_path / "fig7-smoke.json").read_text() == report
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("scale", workspace.SCALES)
+def test_networks_of_figure_7_take_its_images(scale):
+    setting = fig7.SETTINGS[scale]
+    image = (1, 8, 8) if setting.covariance == "digits" else (1, 28, 28)
+    for layer, shape in ((setting.uniform, setting.pixels), (setting.gaussian, image)):
+        config = make_config(preset_fields("encoder"), layer)
+        shape = (math.prod(shape),) if config.model.backbone.name == "mlp" else shape
+        with torch.device("meta"):
+            network = build_backbone(config.model, shape, config.model.schedule.T + 2, None)
+        size = sum(parameter.numel() for parameter in network.parameters())
+        assert (size > 10_000_000) == (scale == "paper"), "the published network has 33 million weights, ours few"
