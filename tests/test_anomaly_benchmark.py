@@ -53,7 +53,7 @@ def test_digits_are_resized_to_the_range_of_bytes(benchmark):
 
 
 def test_measures_by_counting(benchmark):
-    """Four usual and four odd samples, one odd below two usual: 14 of 16 pairs in order, and 2 of 4 for all the odd."""
+    """Four usual and four odd samples, one odd below two usual: 14 of 16 pairs in order, 2 of 4 for all."""
     outliers = {"odd": torch.tensor([1.5, 9, 9, 9])}
     setting = benchmark["Setting"]("s", None, None, torch.tensor([0.0, 1, 2, 3]), outliers)
     (row,) = benchmark["measure"](setting, [lambda x: {"raw": x.double().numpy()}])
