@@ -18,6 +18,7 @@ from torchcdm.config import make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
+from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError, nearest
 from torchcdm.fitting import override_fields
 from torchcdm.ratio_checks import Calibration, effective_sample_size, weights_of
@@ -141,7 +142,8 @@ class DensityRatio:
         options = (self.validation_fraction, self.random_state, self.discrete, self.size, self.channels)
         pair = pair_up(numerator, denominator, *options)
         source = pair.source
-        self._columns, self.counts, self.notes = pair.columns, pair.counts, source.notes
+        self._columns, self._warp = pair.columns, pair.warp
+        self.counts, self.notes = pair.counts, source.notes
         if self.method == "joint":
             self._models = [self._train(source)]
         else:
@@ -189,7 +191,8 @@ class DensityRatio:
         """
         self._check_fitted()
         info = self._models[0][1]
-        values, names = read_query(x, info.transform, self._columns, info.columns, self.size, self.channels)
+        layout = (info.transform, self._columns, info.columns, self._warp)
+        values, names = read_query(x, *layout, self.size, self.channels)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
         return Scores(tuple(names), log_probs[0, :, 1] - log_probs[0, :, 0], below.all(2).any(0))
@@ -258,6 +261,7 @@ class DensityRatio:
             "size": self.size,
             "channels": self.channels,
             "columns": self._columns,
+            "warp": None if self._warp is None else self._warp.to_config(),
             "counts": self.counts,
             "limits": self._limits.tolist(),
             "held_out": encode(self.held_out),
@@ -283,6 +287,7 @@ class DensityRatio:
             seed, method, channels = (content[key] for key in ("random_state", "method", "channels"))
             ratio = cls(seed, method, size=size, channels=channels, device=device)
             ratio._columns = None if content["columns"] is None else tuple(content["columns"])
+            ratio._warp = None if content["warp"] is None else ColumnWarp.from_config(content["warp"])
             ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
             ratio._limits = np.asarray(content["limits"], dtype=np.float64)
             ratio.held_out = decode(Calibration, content["held_out"], "held_out")

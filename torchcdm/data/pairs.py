@@ -16,7 +16,8 @@ from torchcdm.data.inputs import TABLE_SUFFIXES, read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
 from torchcdm.data.specs import load_data
-from torchcdm.data.tables import FEW_VALUES, Table
+from torchcdm.data.tables import FEW_VALUES, Table, column_notes
+from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError, nearest
 from torchcdm.units import DataTransform
 
@@ -32,6 +33,8 @@ REPEATS = 10
 LABEL = "(source)"
 """Name of the column of classes; no file's own."""
 
+PAIR = "numerator / denominator"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -43,14 +46,14 @@ class Pair:
         counts: Samples of denominator and numerator as they were given.
         held_out: How many of each are held out; the first ones of their class in the validation split.
         columns: All columns of a table or of vectors; the model sees ``source.columns``, those that vary.
-        widths: Uniform noise that a column was dequantised by, full width in its own unit.
+        warp: What brings the columns to the units of ``source``; None for images.
     """
 
     source: DataSource
     counts: tuple[int, int]
     held_out: tuple[int, int]
     columns: tuple[str, ...] | None
-    widths: dict[str, float]
+    warp: ColumnWarp | None
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,10 @@ def pair_up(
     parts = _balanced(counts, held_out, seed)
     first, second = given
     if isinstance(first, Table) and isinstance(second, Table):
-        source, widths = _from_tables(first, second, parts, discrete, options)
-        return Pair(source, counts, held_out, tuple(first.columns), widths)
+        source, warp = _from_tables(first, second, parts, discrete, options)
+        return Pair(source, counts, held_out, tuple(first.columns), warp)
     if isinstance(first, _Images) and isinstance(second, _Images):
-        return Pair(_from_images(first, second, parts, options), counts, held_out, None, {})
+        return Pair(_from_images(first, second, parts, options), counts, held_out, None, None)
     words = ["rows of numbers" if isinstance(side, Table) else "images" for side in given]
     raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
 
@@ -117,6 +120,7 @@ def read_query(
     transform: DataTransform,
     columns: Sequence[str] | None = None,
     kept: Sequence[str] | None = None,
+    warp: ColumnWarp | None = None,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> tuple[Tensor, list[str]]:
@@ -127,6 +131,7 @@ def read_query(
         transform: Of the data that were fitted.
         columns: All columns of those; None for images.
         kept: The columns that the transform is for.
+        warp: Of all columns.
         size: Images are resized to this (H, W), as they were there.
         channels: Images are converted to so many channels, likewise.
 
@@ -136,7 +141,7 @@ def read_query(
     if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
         return read_inputs(x, transform, size=size, channels=channels)
     query = _read(x, "query", Options(size, channels))
-    if columns is None or kept is None:
+    if columns is None or kept is None or warp is None:
         shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
         if isinstance(query, Table) or shape != transform.shape:
             raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {transform.shape}")
@@ -147,7 +152,7 @@ def read_query(
         if len(query.columns) != len(columns):
             raise UserError(f"{query.name}: rows of {len(query.columns)} numbers; {len(columns)} are needed")
         query = replace(query, columns=dict(zip(columns, query.columns.values(), strict=True)))
-    x = torch.from_numpy(query.matrix(list(columns)).astype(np.float32))
+    x = torch.from_numpy(warp(query.matrix(columns)).astype(np.float32))
     return x[:, [list(columns).index(column) for column in kept]], [query.row(i) for i in range(len(query))]
 
 
@@ -236,7 +241,7 @@ def _from_tables(
     parts: dict[str, tuple[Tensor, Tensor]],
     discrete: str,
     options: Options,
-) -> tuple[DataSource, dict[str, float]]:
+) -> tuple[DataSource, ColumnWarp]:
     columns = _common_columns(denominator, numerator)
     both = [denominator.matrix(columns), numerator.matrix(columns)]
     widths = {}
@@ -249,24 +254,26 @@ def _from_tables(
             f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
+    notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(columns)} columns."]
+    for k, column in enumerate(columns):
+        if column in widths:
+            text = f"few distinct values: dequantised by uniform noise of width {widths[column]:g}"
+            notes.append(f"column '{column}' has {text}.")
+        else:
+            notes += column_notes(column, np.concatenate([x[:, k] for x in both]))
     noise = np.random.RandomState(options.seed)
     for x in both:
-        for k, column in enumerate(columns):
-            if column in widths:
-                x[:, k] += widths[column] * (noise.rand(len(x)) - 0.5)
+        x += np.array([widths.get(column, 0.0) for column in columns]) * (noise.rand(*x.shape) - 0.5)
+    chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
+    order = permutation(len(chosen["train"]), options.seed).numpy()
+    warp = ColumnWarp.fit(chosen["train"][order])
     joined = {}
-    for split, (low, high) in parts.items():
-        x = np.concatenate([both[0][low.numpy()], both[1][high.numpy()]])
-        label = np.repeat(np.array(SOURCES), [len(low), len(high)])
-        joined[split] = Table("numerator and denominator", dict(zip(columns, x.T, strict=True)) | {LABEL: label}, str)
-    source = tables.source_from_tables(joined, "numerator / denominator", options)
-    notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(source.columns or ())} columns."]
-    notes += [note for note in source.notes if note.startswith("column")]
-    notes += [
-        f"column '{column}' has few distinct values: dequantised by uniform noise of width {width:g}."
-        for column, width in widths.items()
-    ]
-    return replace(source, notes=tuple(notes)), widths
+    for split, x in chosen.items():
+        label = np.repeat(np.array(SOURCES), len(x) // 2)
+        joined[split] = Table(PAIR, dict(zip(columns, warp(x).T, strict=True)) | {LABEL: label}, str)
+    source = tables.source_from_tables(joined, PAIR, options)
+    notes += [note for note in source.notes if "left out" in note]
+    return replace(source, notes=tuple(notes)), warp
 
 
 def _common_columns(denominator: Table, numerator: Table) -> list[str]:
@@ -322,4 +329,4 @@ def _from_images(
     none = MemorySplit(denominator.x[:0])
     three = (splits["train"], splits["validation"], none)
     notes = [f"{len(numerator)} images over {len(denominator)} images."]
-    return arrays.source_from_splits("numerator / denominator", three, grid, options, SOURCES, notes=notes)
+    return arrays.source_from_splits(PAIR, three, grid, options, SOURCES, notes=notes)

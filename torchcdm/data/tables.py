@@ -156,11 +156,11 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
         splits = (train, validation, test)
     for k, column in enumerate(columns):
         if column in kept:
-            notes += _column_notes(column, values["train"][:, k])
+            notes += column_notes(column, values["train"][:, k])
     return source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
 
 
-def _column_notes(column: str, values: np.ndarray) -> list[str]:
+def column_notes(column: str, values: np.ndarray) -> list[str]:
     """Warnings about values whose density is unbounded, or that float32 does not resolve."""
     notes = []
     value, count = Counter(values.tolist()).most_common(1)[0]
