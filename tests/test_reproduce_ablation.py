@@ -15,6 +15,7 @@ from torchcdm.cli import main
 from torchcdm.codec import merge
 from torchcdm.frechet import extractor_for
 from torchcdm.reproduce import ablation, fig4, fig9, table1
+from torchcdm.reproduce.denoised import denoised, root_mean_square
 from torchcdm.reproduce.tre import TRELoss
 from torchcdm.schedules import UniformSigmaSchedule
 from torchcdm.toy import MixtureClassifier, ring_mixture
@@ -96,6 +97,18 @@ def test_variants_differ_in_what_they_are_named_after(tmp_path):
         assert ddm.model.kind == "ddm" and ddm.model.backbone.name == "unet" and ddm.train == both.train
 
 
+def test_denoised_images_of_an_exact_model_go_to_the_mean():
+    mixture, model = exact(T=60)
+    x = mixture.sample(3000, rng())
+    noisy, clean = denoised(model, x, [1, 60])
+    assert noisy.shape == clean.shape == (2, 3000, 2)
+    # With little noise the image itself, within the noise; with much nearly the mean, 0: the best linear denoiser's
+    # output has the variance v² / (v + r²) of data of variance v under noise r.
+    assert root_mean_square(clean[0] - x) < root_mean_square(noisy[0] - x) < 0.02
+    variance, noise = float(x.square().mean()), float(model.schedule.ratio[60]) ** 2
+    assert root_mean_square(clean[1]) == pytest.approx(variance / math.sqrt(variance + noise), rel=0.05)
+
+
 @pytest.fixture
 def short(monkeypatch):
     """Models of three steps, and features of an untrained classifier."""
@@ -106,7 +119,7 @@ def short(monkeypatch):
 
 
 def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
-    for name in ("table1", "fig3", "fig4", "fig9"):
+    for name in ("table1", "fig3", "fig4", "fig5", "fig8", "fig9"):
         assert main(["reproduce", name, "--out", str(tmp_path), "--quiet"]) == 0
         content = json.loads((tmp_path / f"{name}-smoke.json").read_text())
         assert content["scaled_down"] and content["figures"]

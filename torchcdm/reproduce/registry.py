@@ -28,10 +28,12 @@ REPRODUCTIONS = {
     "table1": Reproduction("Table 1: what the two losses do", "torchcdm.reproduce.table1"),
     "fig3": Reproduction("Figure 3: log p(t|x), cross-entropy only against both losses", "torchcdm.reproduce.fig3"),
     "fig4": Reproduction("Figure 4: denoising error by level, DDM against CDM", "torchcdm.reproduce.fig4"),
+    "fig5": Reproduction("Figure 5: images denoised at high noise, and the mean image", "torchcdm.reproduce.fig5"),
     "fig7": Reproduction(
         "Figure 7: predicted against analytic log-likelihood, uniform pixels and Gaussian images",
         "torchcdm.reproduce.fig7",
     ),
+    "fig8": Reproduction("Figure 8: denoising, cross-entropy only against both losses", "torchcdm.reproduce.fig8"),
     "fig9": Reproduction("Figure 9: confusion matrices of the level classifier", "torchcdm.reproduce.fig9"),
     "known-truth": Reproduction(
         "Known truth: Gaussian mixtures in 2, 16 and 128 dimensions at every noise level",

@@ -8,7 +8,6 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.codec import encode
 from torchcdm.data import DataSource, save_grid
 from torchcdm.frechet import SMALLEST_COUNT, Extractor, extractor_for, frechet_distance
-from torchcdm.gallery import enlarged
 from torchcdm.likelihood import published_convention
 from torchcdm.metrics import evaluate
 from torchcdm.reproduce.ablation import SETTINGS, config_of, denoiser, samples_of, setting_of, source_of
@@ -46,7 +45,7 @@ def run(work: Workspace) -> Result:
         values["frechet"] = frechet_distance(extractor.features(x), real) if enough else None
         cells = [cell for key, known in zip(KEYS, PUBLISHED[variant], strict=True) for cell in (values[key], known)]
         rows.append((title, *cells, facts["steps"], round(facts["seconds"], 1)))
-        path = save_grid(enlarged(x[:64]), work.figure(f"table1-{variant}"), source.transform)
+        path = save_grid(x[:64], work.figure(f"table1-{variant}"), source.transform)
         figures.append(Figure(path, f"Samples, {title} (DDIM, {setting.steps} steps)."))
     frechet = f"Fréchet distance (DDIM, {setting.steps})"
     names = ("accuracy of the level, %", "CE, nats", "MSE", frechet, "NLL, bits/dim")
