@@ -72,7 +72,7 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
     found = []
     for candidates in (gaussians, kernels, mixtures):
         best = max(candidates(train, transform, seed), key=lambda model: model.log_prob(validation).mean())
-        nats = torch.from_numpy(best.log_prob(points)) + transform.log_det
+        nats = torch.from_numpy(best.log_prob(points)) + transform.log_det(test.double())
         result = LogLikelihood(nats, transform.dim, 0, "dequantised", transform.log_bin, 0)
         found.append(Baseline(best.name, *result.mean_and_error(), result.unit))
     return found

@@ -22,17 +22,21 @@ def scoring_cost(comparison: Comparison, path: Path) -> Path:
     """
 
     def paint(axes: Sequence[Axes]) -> None:
-        (ax,) = axes
-        for normalised in (True, False):
-            for result, row in comparison.ranked(normalised):
-                cost = 1 / row.per_second
-                label = result.title if row.name == "density" else f"{result.title}, {row.name}"
-                face = "tab:blue" if normalised else "none"
-                ax.errorbar(cost, row.value, row.se, fmt="o", color="tab:blue", markerfacecolor=face, markersize=5)
-                ax.annotate(label, (cost, row.value), fontsize=7, xytext=(5, 3), textcoords="offset points")
+        ax, legend = axes
+        rows = [(normalised, *pair) for normalised in (True, False) for pair in comparison.ranked(normalised)]
+        for place, (normalised, result, row) in enumerate(rows):
+            colour, marker = f"C{place % 10}", "osD^v"[place // 10 % 5]
+            label = result.title if row.name == "density" else f"{result.title}, {row.name}"
+            ax.errorbar(
+                1 / row.per_second, row.value, row.se, fmt=marker, color=colour, markersize=6,
+                markerfacecolor=colour if normalised else "none", label=f"{row.value:.3f}  {label}",
+            )  # fmt: skip
         ax.set_xscale("log")
         ax.set_xlabel("seconds to score a sample")
         ax.set_ylabel(f"NLL, {comparison.protocol.unit}")
         ax.set_title("filled: normalised by construction; hollow: not", fontsize=9)
+        legend.axis("off")
+        handles, labels = ax.get_legend_handles_labels()
+        legend.legend(handles, labels, loc="center left", fontsize=7, frameon=False, ncols=1 + (len(rows) > 18))
 
-    return save_panels(path, 1, paint)
+    return save_panels(path, 2, paint)

@@ -196,7 +196,7 @@ class FittedDensity(Fitted):
         for draw in draws:
             z = dequantised(self.transform, x, SCORING_SEED + draw)
             clock = budget.restarted()
-            nats.append(self.log_prob(z) + self.transform.log_det)
+            nats.append(self.log_prob(z) + self.transform.log_det(self.transform.inverse(z)))
             seconds.append(clock.elapsed)
             nfe += self.nfe
         dequantisation = ", dequantised, one draw" if self.transform.dequantize else ""

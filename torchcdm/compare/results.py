@@ -203,15 +203,20 @@ class Comparison:
             name += f" (level {row.level})"
         over = "" if best is None or row is best else paired(row, best)
         gap = f"{over['mean']:+.3f} +- {over['se']:.3f}" if over else ""
-        drawn = f"{result.sampling.per_second:9.3g}" if result.sampling else f"{'-':>9}"
+        drawn = "-" if result.sampling is None else _rate(result.sampling.per_second)
         mark = "" if row.normalised else NOT_NORMALISED
         return (
             f"{name:36}{mark + format(row.value, '.3f'):>9}{row.se:8.3f}{gap:>18}{row.nfe:>7}"
-            f"{row.per_second:10.3g}{drawn}{result.parameters:>12,}"
+            f"{_rate(row.per_second):>10}{drawn:>9}{result.parameters:>12,}"
         )
 
     def _failure(self, result: Result) -> str:
         return f"{result.title:36}{'diverged':>9}  {result.note}"
+
+
+def _rate(per_second: float) -> str:
+    """Samples a second in three digits, never as a power of ten."""
+    return f"{float(f'{per_second:.2e}'):,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def paired(row: Row, best: Row) -> dict[str, float | None]:
