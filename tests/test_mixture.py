@@ -1,0 +1,88 @@
+"""A mixture as base density: the model before training, its change over the levels, and its integral."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import normal, rng
+
+from torchcdm.backbones.mlp import MLP
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.errors import UserError
+from torchcdm.estimators.normalizing import importance_normalizer
+from torchcdm.likelihood import probability_flow
+from torchcdm.mixture import MixtureMarginals, best_component_count
+from torchcdm.schedules import LogSNRSchedule
+from torchcdm.toy import GaussianMixture
+from torchcdm.units import DataTransform
+
+SCHEDULE = LogSNRSchedule(40, 0.02, 10.0)
+
+
+def three_clouds(n=3000):
+    means = torch.tensor([[-1.5, 0.0], [1.0, 1.0], [0.5, -1.5]], dtype=torch.float64)
+    mixture = GaussianMixture(torch.tensor([0.5, 0.2, 0.3]), means, torch.full((3,), 0.05, dtype=torch.float64))
+    return mixture, mixture.sample(n, rng(0))
+
+
+def model_of(base):
+    backbone = MLP(2, SCHEDULE.T + 2, width=16, depth=1, energy_maps=2)
+    return ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base).double()
+
+
+def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
+    mixture, x = three_clouds()
+    base = MixtureMarginals.fit(x, SCHEDULE, 3)
+    truth = mixture.log_prob_levels(x, SCHEDULE)
+    with torch.no_grad():
+        assert abs(float((model_of(base).log_prob_levels(x) - truth).mean())) < 0.01
+    at_noise = base.log_prob_levels(x)[:, -1]
+    assert torch.allclose(at_noise, torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1))
+    x_1 = SCHEDULE.alpha[1] * x[:20]
+    flow = probability_flow(model_of(base), x_1).log_prob
+    assert torch.allclose(flow, base.log_prob_levels(x_1)[:, 1], atol=0.05)
+
+
+def test_the_change_over_the_levels_is_the_slope_of_the_density():
+    _, x = three_clouds(50)
+    base = MixtureMarginals.fit(x, LogSNRSchedule(4000, 0.02, 10.0), 3)
+    t = torch.linspace(2, 3999, 50).long()
+    levels = base.log_prob_levels(x)
+    rows = torch.arange(50)
+    difference = levels[rows, t + 1] - levels[rows, t - 1]
+    assert torch.allclose(base.log_prob_change(x, t), difference, rtol=1e-3, atol=1e-4)
+
+
+def test_validation_finds_the_number_of_components():
+    _, x = three_clouds()
+    assert best_component_count(x[:2000], x[2000:], (1, 2, 3, 5, 8)) == 3
+    assert best_component_count(normal(60, 3), normal(2000, 3, seed=1), (1, 8, 12)) == 1
+    with pytest.raises(UserError, match="vectors"):
+        MixtureMarginals.fit(torch.zeros(10, 1, 4, 4), SCHEDULE, 2)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_the_integral_of_one_pass_agrees_with_quadrature(components):
+    _, x = three_clouds()
+    base = MixtureMarginals.fit(x, SCHEDULE, components)
+    model = model_of(base)
+    assert importance_normalizer(model).log_z == pytest.approx(0, abs=0.02)
+    torch.manual_seed(0)
+    for parameter in model.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    found = importance_normalizer(model, seed=1)
+    axis = torch.linspace(-8, 8, 321, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    assert components == 1 or found.usable
+    with torch.no_grad():
+        mass = model.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
+    assert abs(float(mass.log())) > 0.05  # there is something to find
+    assert found.log_z == pytest.approx(float(mass.log()), abs=4 * found.se + 1e-3)
+    assert found.correction == (found.log_z if found.effective_sample_size >= 200 else 0)
+
+
+def test_an_estimate_that_few_draws_carry_is_not_used():
+    _, x = three_clouds()
+    model = model_of(MixtureMarginals.fit(x, SCHEDULE, 3))
+    few = importance_normalizer(model, draws=100)
+    assert not few.usable and few.correction == 0
+    assert np.isfinite(few.log_z)
