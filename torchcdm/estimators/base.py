@@ -161,9 +161,22 @@ class TableEstimator(BaseEstimator):
         return order[held_out:], order[:held_out]
 
     def _train(
-        self, train: np.ndarray, validation: np.ndarray, contexts: tuple[np.ndarray, np.ndarray] | None, seed: int
+        self,
+        train: np.ndarray,
+        validation: np.ndarray,
+        contexts: tuple[np.ndarray, np.ndarray] | None,
+        rows: int,
+        seed: int,
     ) -> None:
-        """Fits the model to rows (N, d), float64, with contexts (N, q) of the two where it is conditional."""
+        """Fits the model.
+
+        Args:
+            train: Rows (N, d), float64; with their noisy copies where there are some.
+            validation: Likewise.
+            contexts: Of the two, (N, q), where the density is conditional.
+            rows: Rows of training without copies.
+            seed: Of everything random.
+        """
         transform = DataTransform.standardize(torch.from_numpy(train))
         # Rows are standardised in float64 here and not by the model in training, so that a column may have any offset.
         parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
@@ -179,7 +192,7 @@ class TableEstimator(BaseEstimator):
             ]
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
-        layer = merge({"train": {"select": "loss"}}, self._fields(len(train)))
+        layer = merge({"train": {"select": "loss"}}, self._fields(rows))
         layer = merge(layer, {"train": {"seed": seed}, "sampling": {"n": 0}})
         if "components" not in layer["model"]:
             layer = merge(layer, {"model": {"components": _component_count(parts[0], parts[1])}})

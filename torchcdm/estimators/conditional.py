@@ -113,7 +113,7 @@ class CDMConditional(TableEstimator):
         self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
         self._intercept = np.atleast_1d(regression.intercept_)
         residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
-        self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), seed)
+        self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), len(train), seed)
         self._noise = self.theta_columns_.noise_draws(seed)
         return self
 

@@ -51,9 +51,8 @@ class TableDensity(TableEstimator):
         self.columns_ = self._measure_columns(X, getattr(self, "feature_names_in_", None))
         train, self.validation_indices_ = self._split_rows(len(X), seed)
         held_out = X[self.validation_indices_]
-        self._train(
-            self.columns_.noisy_copies(X[train], seed), self.columns_.noisy_copies(held_out, seed + 1), None, seed
-        )
+        noisy = self.columns_.noisy_copies(X[train], seed)
+        self._train(noisy, self.columns_.noisy_copies(held_out, seed + 1), None, len(train), seed)
         self._noise = self.columns_.noise_draws(seed)
         self._after_training(X, held_out, seed)
         return self
