@@ -59,10 +59,9 @@ class FlowModule(Trainable):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log density in model units, (B,)."""
-        w = (z.flatten(1) - self.mean.flatten()) if self.flat else z - self.mean
-        w = w / self.deviation.flatten() if self.flat else w / self.deviation
+        w = (z - self.mean) / self.deviation
         log_scale = self.deviation.log().expand(self.shape).sum()
-        return self.density(w) - log_scale
+        return self.density(w.flatten(1) if self.flat else w) - log_scale
 
     def sample(self, n: int) -> Tensor:
         """Draws in model units, (n, *shape)."""
