@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ NOISE_SEED = 0
 BATCH_SIZE = 500
 
 
-@torch.no_grad()
 def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
     """log p_t(x) at every level, the input itself unchanged from level to level: one forward pass.
 
@@ -31,20 +32,27 @@ def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int = B
     Returns:
         Nats in model units, float64 (N, T+2) on the CPU.
     """
-    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
-    with evaluation_mode(model):
-        parts = [model.log_prob_levels(_encode(model, part.to(device)).to(dtype)) for part in x.split(batch_size)]
-    return torch.cat(parts).cpu()
-
-
-def _encode(model: ClassificationDiffusion, x: Tensor) -> Tensor:
-    """Data units to model units, with the fixed dequantisation."""
     transform = model.transform
-    if transform is None:
-        return x
-    nothing = torch.zeros(transform.shape, dtype=torch.float64)
-    noise = transform.add_noise(nothing, torch.Generator().manual_seed(NOISE_SEED))
-    return transform(x.double() + noise.to(x.device))
+    return _evaluate(model, lambda x: model.log_prob_levels(x if transform is None else transform(x)), x, batch_size)
+
+
+def log_density(model: ClassificationDiffusion, x: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+    """log p_0(x) in data units, float64 (N,) on the CPU; arguments and dequantisation as in :func:`level_profile`."""
+    return _evaluate(model, model.log_prob, x, batch_size)
+
+
+@torch.no_grad()
+def _evaluate(
+    model: ClassificationDiffusion, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int
+) -> Tensor:
+    """``density`` of dequantised batches in data units, on the model's device and in its precision."""
+    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
+    noise = torch.zeros(x.shape[1:], dtype=torch.float64)
+    if model.transform is not None:
+        noise = model.transform.add_noise(noise, torch.Generator().manual_seed(NOISE_SEED))
+    with evaluation_mode(model):
+        parts = [density((part.double() + noise).to(device, dtype)).cpu() for part in x.cpu().split(batch_size)]
+    return torch.cat(parts)
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from torchcdm.anomaly.profile import coarse_level, level_profile
+from torchcdm.anomaly.profile import coarse_level, level_profile, log_density
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest
@@ -96,7 +96,7 @@ class AnomalyScore(ABC):
 
 @final
 class LogProb(AnomalyScore):
-    """-log p_0(x), raw. It misses inputs that are simpler than the normal ones, such as flat or blurred images."""
+    """-log p_0(x) in model units, raw. It misses inputs that are simpler than the normal ones: flat ones, blurred ones."""
 
     name = "log_prob"
 
@@ -234,11 +234,7 @@ class Ratio(AnomalyScore):
 
     def features(self, x: Tensor) -> Tensor:
         """log p_0 of both in data units, (N, 2)."""
-        columns = []
-        for model in (self.model, self.background):
-            log_det = 0.0 if model.transform is None else model.transform.log_det
-            columns.append(level_profile(model, x)[:, 0] + log_det)
-        return torch.stack(columns, 1)
+        return torch.stack([log_density(self.model, x), log_density(self.background, x)], 1)
 
     def learn(self, features: Tensor) -> Fitted:
         return {}
