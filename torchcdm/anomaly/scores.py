@@ -96,7 +96,7 @@ class AnomalyScore(ABC):
 
 @final
 class LogProb(AnomalyScore):
-    """-log p_0(x) in model units, raw. It misses inputs that are simpler than the normal ones: flat ones, blurred ones."""
+    """-log p_0(x) in model units, raw. It misses inputs that are simpler than the normal ones, flat or blurred."""
 
     name = "log_prob"
 
