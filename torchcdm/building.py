@@ -42,18 +42,18 @@ from torchcdm.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
-from torchcdm.units import DataTransform
+from torchcdm.units import DataTransform, GaussianizedTransform
 
 FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals
 """What logits can be a correction to, fitted to data."""
 
 
 def load_source(config: DataConfig) -> DataSource:
-    """The data that a configuration names."""
+    """The data that a configuration names, in the units that it asks for."""
     if config.spec is None:
         raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
     size = None if config.size is None else (config.size[0], config.size[1])
-    return load_data(
+    source = load_data(
         config.spec,
         size=size,
         channels=config.channels,
@@ -65,6 +65,21 @@ def load_source(config: DataConfig) -> DataSource:
         label=config.label,
         dequantize=config.dequantize,
     )
+    return gaussianized(source, config.flip) if config.gaussianize else source
+
+
+def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
+    """The same data with every dimension mapped to a standard normal, by the histograms of the training split.
+
+    Args:
+        source: Data on a grid.
+        flip: Whether training mirrors images.
+    """
+    if isinstance(source.transform, GaussianizedTransform):
+        return source
+    split = source.split("train")
+    parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(1000))
+    return replace(source, transform=GaussianizedTransform.fit(source.transform, parts, flip))
 
 
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:

@@ -154,7 +154,7 @@ class ClassificationDiffusion(Denoiser):
             raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
         if units == "model" or self.transform is None:
             return self.log_prob_levels(x, y)[:, t]
-        return self.log_prob_levels(self.transform(x), y)[:, t] + self.transform.log_det
+        return self.log_prob_levels(self.transform(x), y)[:, t] + self.transform.log_det(x)
 
     def logits(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
         """Logits of the level classifier, float64 (B, T+2): their softmax is p(t | x_t)."""

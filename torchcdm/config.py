@@ -34,6 +34,8 @@ class DataConfig:
         skip_bad: Leave out files that cannot be read.
         label: Column of a table that holds the class.
         dequantize: Train and score with uniform noise on grey levels; False as in the paper.
+        gaussianize: Map each pixel's grey levels to a standard normal by their histogram: a better density of grids
+            whose pixels have their own distributions, but noise is then no additive noise on the grey levels.
         flip: Mirror half of the training images, at random.
         workers: Processes that read samples from files.
     """
@@ -48,6 +50,7 @@ class DataConfig:
     skip_bad: bool = False
     label: str | None = None
     dequantize: bool = True
+    gaussianize: bool = False
     flip: bool = False
     workers: int = 0
 

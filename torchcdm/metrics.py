@@ -106,13 +106,13 @@ def one_pass(
         batch_size: Samples at a time; without influence on the draws.
     """
     device, transform = model.schedule.alpha.device, model.transform
-    z = _encode(model, x, torch.Generator().manual_seed(seed))
+    noisy = transform.add_noise(x, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         parts = [
-            model.log_prob(z[part].to(device), y=None if y is None else y[part].to(device), units="model").cpu()
+            model.log_prob(noisy[part].to(device), y=None if y is None else y[part].to(device)).cpu()
             for part in torch.arange(len(x)).split(batch_size)
         ]
-    nats = torch.cat(parts) + transform.log_det
+    nats = torch.cat(parts)
     return LogLikelihood(nats, transform.dim, 0, "dequantised" if transform.dequantize else "undithered",
                          transform.log_bin, 1)  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.schedules import NoiseSchedule
+from torchcdm.units import DataTransform, GaussianizedTransform
 
 COARSE = 12
 """Levels of the first search, evenly spaced in log r."""
@@ -65,7 +66,7 @@ def estimate_noise(
         units: ``data`` or ``model``.
 
     Raises:
-        UserError: Unknown units, or a shape that is not the model's.
+        UserError: Unknown units, a shape that is not the model's, or data units of a model of Gaussianised data.
     """
     z = _to_model(model, noisy, units)
     search = _Search(model, z, y)
@@ -124,6 +125,7 @@ def denoise_known(
     if std <= 0:
         raise UserError(f"the noise's standard deviation is {std:g}; it must be positive")
     if units == "data" and model.transform is not None:
+        require_additive_noise(model.transform)
         scale = model.transform.scale
         if scale.unique().numel() > 1:
             raise UserError("one noise deviation in data units, but the columns differ in scale; give model units")
@@ -174,7 +176,23 @@ def _to_model(model: ClassificationDiffusion, x: Tensor, units: str) -> Tensor:
         raise UserError(f"units is '{units}'; choose data or model")
     if model.shape is not None and tuple(x.shape[1:]) != model.shape:
         raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {model.shape}")
-    return model.transform(x) if units == "data" and model.transform is not None else x
+    if units == "model" or model.transform is None:
+        return x
+    require_additive_noise(model.transform)
+    return model.transform(x)
+
+
+def require_additive_noise(transform: DataTransform) -> None:
+    """Refuses models for which noise on the data is no noise in model units.
+
+    Raises:
+        UserError: The transform is not affine.
+    """
+    if isinstance(transform, GaussianizedTransform):
+        raise UserError(
+            "this model sees Gaussianised grey levels, where noise on the pixels is not additive; "
+            "to denoise data train with --data.gaussianize false"
+        )
 
 
 def _denoise(

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from torchcdm.batches import Batch, Batches, derive
-from torchcdm.building import build_loss, build_model, fit_gaussian, load_source, resolve
+from torchcdm.building import build_loss, build_model, fit_gaussian, gaussianized, load_source, resolve
 from torchcdm.checkpoint import (
     ModelInfo,
     TrainingState,
@@ -106,6 +106,8 @@ def train(
     if resume and run.config.exists():
         _check_same(config, make_config(file_fields(run.config)), run)
     source = load_source(config.data) if source is None else source
+    if config.data.gaussianize:
+        source = gaussianized(source, config.data.flip)
     if config.data.spec is None:
         config = replace(config, data=replace(config.data, spec=source.name))
     config = replace(config, model=resolve(config.model, source.transform))

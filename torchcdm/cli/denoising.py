@@ -75,8 +75,9 @@ def _rule(options: argparse.Namespace, model: Denoiser, info: ModelInfo) -> Any:
     import torch
 
     from torchcdm.cdm import ClassificationDiffusion
-    from torchcdm.noise_level import denoise_known, denoise_unknown, nearest_level
+    from torchcdm.noise_level import denoise_known, denoise_unknown, nearest_level, require_additive_noise
 
+    require_additive_noise(info.transform)
     schedule, scale = model.schedule, float(info.transform.scale.mean())
 
     def at_level(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ LARGEST_COUNT = 5000
 """More dimensions or training samples would take longer than the network."""
 
 COMPONENTS = {"full": (2, 5, 10, 15), "diag": (10, 20, 40, 80)}
-BANDWIDTHS = np.geomspace(0.02, 0.6, 12)
+BANDWIDTHS = np.geomspace(0.02, 2.0, 16)
 """Model units: grey levels fill [-1, 1], continuous columns have unit deviation."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torchcdm.likelihood.common import DEQUANTISE, draw_rows
 from torchcdm.metrics import evaluate
 from torchcdm.run_folder import RunFolder, read_metrics, write_json
 from torchcdm.samplers import sample
+from torchcdm.units import GaussianizedTransform
 from torchcdm.version import __version__
 
 FIGURE_SAMPLES = 256
@@ -31,6 +32,8 @@ NEIGHBOUR_POOL = 10_000
 ROW_NAMES = {
     "one-pass": "this model, one forward pass, level {}",
     "one-pass-level": "this model, one forward pass, level {}",
+    "one-pass-normalized": "this model, one forward pass, level {}, normalised",
+    "elbo": "this model, ELBO, level {}",
     "flow": "this model, probability flow, level {}",
 }
 """Rows of a likelihood report that stand beside the baselines."""
@@ -109,13 +112,19 @@ def _likelihood(
 
 
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
-    """Baselines on the very dequantised samples that one pass was scored on."""
+    """Baselines on the very dequantised samples that one pass was scored on.
+
+    Where the model sees Gaussianised pixels, in the plain units too: how much is the network's, and how much the map's.
+    """
     if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
         return []
     x, _ = source.split(split).tensors(config.report.limit)
     transform = source.transform
     noisy = draw_rows(0, DEQUANTISE, slice(0, len(x)), lambda i, g: transform.add_noise(x[i].double(), g))
-    return baselines(source, noisy)
+    if not isinstance(transform, GaussianizedTransform):
+        return baselines(source, noisy)
+    same = [replace(found, name=f"{found.name}, Gaussianised") for found in baselines(source, noisy)]
+    return same + baselines(replace(source, transform=transform.affine), noisy)
 
 
 def _figures(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchcdm.denoisers import Denoiser, evaluation_mode
 from torchcdm.errors import UserError
-from torchcdm.likelihood.cells import NoisyCells
+from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import (
     CELL,
@@ -93,7 +93,7 @@ def elbo(
     prior, diffusion, reconstruction = (torch.cat(column) for column in zip(*parts, strict=True))
     total = prior + diffusion + reconstruction
     # Code lengths need no change of units; a density less the log bin, as everywhere.
-    change = transform.log_det if transform.bin is None else -transform.dim * transform.log_bin
+    change = transform.log_det(x) if transform.bin is None else -transform.dim * transform.log_bin
     how = f"all {count} levels" if steps == count else f"{steps} of {count} levels drawn for each sample"
     likelihood = LogLikelihood(
         change - total, transform.dim, level, f"ELBO of the reverse chain, {how}", transform.log_bin, steps
@@ -110,11 +110,12 @@ class _Batch:
         device = self.schedule.alpha.device
         self.x, self.y = x[rows].to(device), labels_of(y, rows, device)
         self.rows, self.seed = rows, seed
-        self.x_0 = self.transform(self.x.double())
-        if self.transform.dequantize:
+        if self.transform.bin is None:
+            self.x_0 = self.transform(self.x.double())
+        else:
             shape = self.transform.shape
             cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=torch.float64))
-            self.x_0 = self.x_0 + self.transform.model_bin * (cell.to(device) - 0.5)
+            self.x_0 = self.transform.place(self.x, cell.to(device))
 
     def diffusion(self, level: int, evaluations: int) -> Tensor:
         """Sum of KLs over the levels above ``level``; one random level for each of so many strata, times its size."""
@@ -138,7 +139,7 @@ class _Batch:
         x0 = self.chain.x0(x_t, level, self.y)
         if self.transform.bin is None:
             return -self.chain.log_decoder(self.x_0, x0, level)
-        cells = NoisyCells(self.transform, self.schedule, level)
+        cells = noisy_cells(self.transform, self.schedule, level)
         flat = eps.flatten(1)
         normal = -0.5 * flat.square().sum(1) - flat.shape[1] * (cells.sigma.log() + 0.5 * math.log(2 * math.pi))
         return cells.log_q(x_t, self.x) - normal - cells.log_decoder(x_t, self.x, x0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
-from torchcdm.likelihood.cells import NoisyCells
+from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.common import (
     CELL,
     DEQUANTISE,
@@ -88,7 +88,7 @@ def single_draws(
                     z = transform(noisy.to(model.schedule.alpha.device))
                     dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
                     log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
-                    values[draw, rows] = (log_p + transform.log_det).cpu()
+                    values[draw, rows] = log_p.cpu() + transform.log_det(noisy.to(z.device)).cpu()
     return values
 
 
@@ -131,8 +131,8 @@ def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level
         eps = model.denoise(x_t, level, labels).eps
     if transform.bin is None:
         log_alpha = transform.dim * float(schedule.alpha[level].log())
-        return ScoredNoise(z, log_prob, z.new_full((len(z),), log_alpha + transform.log_det))
-    cells, levels = NoisyCells(transform, schedule, level), x[rows].to(z.device)
+        return ScoredNoise(z, log_prob, log_alpha + transform.log_det(x[rows].to(z.device)))
+    cells, levels = noisy_cells(transform, schedule, level), x[rows].to(z.device)
     decoded = cells.log_decoder(z, levels, Prediction(z, *schedule.at(level, z), eps).x0)
     return ScoredNoise(z, log_prob, decoded - cells.log_q(z, levels) - transform.dim * transform.log_bin)
 
@@ -149,7 +149,7 @@ def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Te
     if transform.bin is None:
         return schedule.perturb(clean, level, eps)
     cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(transform.shape, generator=g, dtype=torch.float64))
-    return NoisyCells(transform, schedule, level).noised(x[rows].to(device), cell.to(device), eps)
+    return noisy_cells(transform, schedule, level).noised(x[rows].to(device), cell.to(device), eps)
 
 
 @torch.no_grad()
