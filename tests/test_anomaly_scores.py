@@ -118,6 +118,14 @@ def test_far_points_are_anomalous_for_every_score(model, mixture, name):
     assert far.min() > usual.max()
 
 
+@pytest.mark.parametrize("name", SINGLE)
+def test_inputs_so_far_out_that_numbers_overflow_are_the_most_anomalous(model, mixture, name):
+    score = make_score(name, model).fit(mixture.sample(100, rng(1)))
+    values = score(torch.tensor([[0.0, 0.0], [1e200, 0.0], [30.0, 30.0]], dtype=torch.float64))
+    assert values.isfinite().all()
+    assert values.argmax() == 1
+
+
 def test_levels_sees_a_gap_between_the_modes_that_typicality_takes_for_usual():
     """Two sharp modes: log p half way equals that of ordinary points further out, the profile does not."""
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])

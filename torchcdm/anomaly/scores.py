@@ -14,6 +14,9 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest
 
+HIGHEST = torch.finfo(torch.float64).max
+"""Score of inputs for which numbers overflow."""
+
 Fitted = Mapping[str, Tensor]
 """What a score learned from the reference, by name."""
 
@@ -58,7 +61,7 @@ class AnomalyScore(ABC):
         return self
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Scores, float64 (N,) on the CPU.
+        """Scores, finite, float64 (N,) on the CPU.
 
         Args:
             x: Data units, (N, *shape).
@@ -71,7 +74,9 @@ class AnomalyScore(ABC):
         if len(x) == 0:
             raise UserError("there is nothing to score: the inputs are empty")
         self._check(x, "the inputs")
-        return self.apply(self.features(x), self.fitted)
+        scores = self.apply(self.features(x), self.fitted)
+        # Far outside the data a density overflows; what it is then, inf or nan, must not pass for normal.
+        return scores.nan_to_num(nan=HIGHEST, posinf=HIGHEST)
 
     def features(self, x: Tensor) -> Tensor:
         """What the score sees of each input, float64 (N, features)."""
