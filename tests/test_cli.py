@@ -23,6 +23,15 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A run in whose units noise on the pixels is additive."""
+    folder = tmp_path_factory.mktemp("cli") / "pixels"
+    flags = small_flags(data__gaussianize="false")
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *flags]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "conditional"
     flags = small_flags(model__labels="joint", train__steps="2")
@@ -99,18 +108,20 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
         (["nll", "RUN", "--conditional"], "have no classes"),
         (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
         (["evaluate", "RUN", "--draws", "0"], "--draws is 0"),
-        (["denoise", "RUN", "nothing.png", "--out", "S"], "nothing.png"),
-        (["denoise", "RUN", "x.npy", "--level", "21", "--out", "S"], "--level is 21"),
-        (["denoise", "RUN", "x.npy", "--noise-std", "-1", "--out", "S"], "-1; it must be positive"),
-        (["denoise", "RUN", "x.npy", "--level", "3", "--noise-std", "1", "--out", "S"], "not allowed with"),
+        (["denoise", "RUN", "x.npy", "--out", "S"], "to denoise data train with --data.gaussianize false"),
+        (["denoise", "PIXELS", "nothing.png", "--out", "S"], "nothing.png"),
+        (["denoise", "PIXELS", "x.npy", "--level", "21", "--out", "S"], "--level is 21"),
+        (["denoise", "PIXELS", "x.npy", "--noise-std", "-1", "--out", "S"], "-1; it must be positive"),
+        (["denoise", "PIXELS", "x.npy", "--level", "3", "--noise-std", "1", "--out", "S"], "not allowed with"),
         (["train", "digits", "--out", "RUN"], "already holds a run; go on with --resume"),
         (["convert", "x.pt", "RUN", "--preset", "cifar10"], "already holds a run"),
     ],
 )
-def test_mistakes_with_a_run(capsys, tmp_path, monkeypatch, run, words, message):
+def test_mistakes_with_a_run(capsys, tmp_path, monkeypatch, run, pixels, words, message):
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.zeros((2, 8, 8), np.float32))
-    assert message in refuse(capsys, *(run if word == "RUN" else word for word in words))
+    folders = {"RUN": run, "PIXELS": pixels}
+    assert message in refuse(capsys, *(folders.get(word, word) for word in words))
 
 
 def test_mistakes_about_labels(capsys, tmp_path, conditional):
@@ -224,13 +235,13 @@ def test_evaluate_by_level(capsys, tmp_path, run):
     assert abs(content["mean"]["mse"] - inner) < 0.02 and f"{content['mean']['mse']:.4f}" in out
 
 
-def test_denoising_removes_noise(capsys, tmp_path, run):
+def test_denoising_removes_noise(capsys, tmp_path, pixels):
     clean = load_data("digits").test.tensors(20)[0].float()
     noisy = clean + 4 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "noisy.npy", noisy.numpy())
     for flags in (["--noise-std", "4"], ["--level", "9"], []):
         out = tmp_path / "-".join(["out", *flags])
-        succeed(capsys, "denoise", run, tmp_path / "noisy.npy", *flags, "--out", out, "--device", "cpu")
+        succeed(capsys, "denoise", pixels, tmp_path / "noisy.npy", *flags, "--out", out, "--device", "cpu")
         result = torch.from_numpy(np.load(out / "denoised.npy")).float()
         # Little training: what the Gaussian alone removes.
         assert (result - clean).square().mean() < 0.6 * (noisy - clean).square().mean()

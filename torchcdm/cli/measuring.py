@@ -97,13 +97,13 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def _source(options: argparse.Namespace, info: ModelInfo) -> DataSource:
-    """The data of the run, or others; in either case as the run saw them."""
+    """The data of the run, or others, in data units: the units of the model are its own."""
     from torchcdm.building import load_source
 
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
     config = info.data if options.data is None else replace(info.data, spec=options.data)
-    source = load_source(config)
+    source = load_source(replace(config, gaussianize=False))
     if source.shape != info.transform.shape:
         raise UserError(f"{source.name}: has shape {source.shape}; the model takes {info.transform.shape}")
     return source

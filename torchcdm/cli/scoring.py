@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ def _reference(options: argparse.Namespace, info: ModelInfo) -> tuple[Tensor, st
         x, _ = read_inputs(options.reference, *_reading(info), skip_bad=options.skip_bad)
         return MemorySplit(x).tensors(options.limit)[0], ", ".join(options.reference)
     try:
-        source = load_source(info.data)
+        source = load_source(replace(info.data, gaussianize=False))
         split = source.split("validation")
     except UserError as error:
         raise UserError(f"{error}; or give normal data by --reference PATH") from None

@@ -114,7 +114,7 @@ def _likelihood(
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
     """Baselines on the very dequantised samples that one pass was scored on.
 
-    Where the model sees Gaussianised pixels, in the plain units too: how much is the network's, and how much the map's.
+    Where the model sees Gaussianised pixels, in the plain units too: what is the network's, and what the map's.
     """
     if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
         return []

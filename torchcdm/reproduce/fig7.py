@@ -98,7 +98,7 @@ SETTINGS = {
         (3, 32, 32), "fashion-mnist", 50_000, 500, 16,
         _layer(500, 16, 5e-3, _pixelwise(16, 16), 200, 0.002),
         _layer(800, 64, 4e-3, _dense(256, 8), 200, 0.001),
-        ("networks of 6 thousand (uniform pixels) and 2 million (Gaussian images) weights instead of 33 million",
+        ("networks of 8 thousand (uniform pixels) and 2 million (Gaussian images) weights instead of 33 million",
          "500 and 800 steps of 16 and 64 samples, minutes of one core",
          "a log-SNR ladder of 200 levels instead of the linear schedule of 1000"),
     ),

@@ -1,0 +1,263 @@
+"""Estimators of tables: scikit-learn's own checks, columns that are no ordinary ones, files, and known densities."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import torchcdm
+from torchcdm.errors import UserError
+from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
+from torchcdm.estimators.columns import Columns
+
+TINY = {
+    "steps": 3, "width": 8, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
+    "overrides": {"model": {"backbone": {"energy_maps": 2}, "schedule": {"T": 8}}, "train": {"validate_every": 3}},
+}  # fmt: skip
+
+
+@parametrize_with_checks([CDMDensity(**TINY), CDMOutlierDetector(**TINY)])
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+def table(n=80, seed=0):
+    draw = np.random.RandomState(seed)
+    x = draw.normal(size=(n, 3)) @ np.array([[1.0, 0.5, 0], [0, 0.2, 0.3], [0, 0, 5.0]])
+    return pd.DataFrame(x + [1e9, 0, -7], columns=["time", "level", "flow"])
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def gaussian_before_training(**options):
+    # A rate of almost nothing: the model stays the Gaussian that it starts as.
+    return CDMDensity(**{**TINY, "lr": 1e-12, **options})
+
+
+def test_nats_are_in_the_units_of_the_table_and_a_large_offset_costs_nothing():
+    frame = table(400)
+    density = gaussian_before_training().fit(frame)
+    train = np.delete(frame.to_numpy(), density.validation_indices_, 0)
+    mean, covariance = train.mean(0), np.cov(train.T, bias=True)
+    truth = torch.distributions.MultivariateNormal(torch.tensor(mean), torch.tensor(covariance))
+    expected = truth.log_prob(torch.tensor(frame.to_numpy())).numpy()
+    assert np.allclose(density.score_samples(frame), expected, atol=1e-3)
+    assert density.score(frame) == pytest.approx(expected.mean(), abs=1e-3)
+    # In other units the density is another by the volume.
+    scaled = gaussian_before_training().fit(frame * 1000)
+    assert np.allclose(scaled.score_samples(frame * 1000), expected - 3 * np.log(1000), atol=1e-3)
+
+
+def test_the_flow_of_a_gaussian_is_that_gaussian_blurred_by_the_first_level():
+    frame = table(200)
+    density = gaussian_before_training().fit(frame)
+    one_pass = density.score_samples(frame)
+    flow = density.set_params(likelihood="flow").score_samples(frame)
+    assert np.abs(flow - one_pass).max() < 0.1 and np.abs(flow - one_pass).max() > 0
+    with pytest.raises(UserError, match="likelihood is 'flo'; did you mean 'flow'"):
+        density.set_params(likelihood="flo").score_samples(frame)
+
+
+def test_a_discrete_column_is_scored_as_a_probability():
+    # Two equally likely values, whatever number stands for them: each has log-probability -log 2, and no density does
+    # better than that in the mean.
+    draw = np.random.RandomState(0)
+    coin = draw.randint(0, 2, 600)
+    for low, high in ((0.0, 1.0), (-3.0, 997.0)):
+        x = np.c_[np.where(coin, high, low), draw.normal(size=600)]
+        density = CDMDensity(random_state=0, device="cpu", steps=150, batch_size=128, width=32, lr=4e-3).fit(x)
+        (cell,) = density.columns_.cells[density.columns_.cells > 0]
+        assert cell == high - low
+        normal = torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor(x[:, 1])).numpy()
+        per_row = density.score_samples(x) - normal
+        assert -0.15 < per_row.mean() + np.log(2) < 0.1
+        sampled = density.sample(200, random_state=1)
+        assert set(sampled[:, 0]) == {low, high} and 0.3 < (sampled[:, 0] == low).mean() < 0.7
+    with pytest.raises(UserError, match="column '0' has 2 distinct values in 600 rows.*discrete='dequantize'"):
+        CDMDensity(discrete="error").fit(x)
+
+
+def test_a_constant_column_is_left_out_with_a_warning_and_marks_outliers():
+    frame = table(100).assign(site=4.0)
+    with pytest.warns(UserWarning, match="left out because they are constant: site; the density is that of the"):
+        density = CDMDensity(**TINY).fit(frame)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = CDMDensity(**TINY).fit(frame.drop(columns="site"))
+        assert np.array_equal(density.score_samples(frame), alone.score_samples(frame.drop(columns="site")))
+    assert (density.sample(5, random_state=0)[:, 3] == 4).all()
+    moved = frame.assign(site=[5.0] * 2 + [4.0] * 98)
+    with pytest.warns(UserWarning, match="2 rows differ in a column that was constant"):
+        density.score_samples(moved)
+    with pytest.warns(UserWarning, match="constant"):
+        detector = CDMOutlierDetector(**TINY).fit(frame)
+    assert (detector.predict(moved)[:2] == -1).all()
+    assert np.isfinite(detector.score_samples(moved)).all()
+    assert detector.score_samples(moved)[:2].max() < detector.score_samples(frame).min()
+    with pytest.raises(UserError, match="every column is constant"):
+        CDMDensity(**TINY).fit(np.ones((20, 2)))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.arange(1000) % 30, "cells of 1"),  # a lattice
+        (np.round(np.random.RandomState(0).normal(size=1000), 2), None),  # rounded, but finer than the noise
+        (np.random.RandomState(0).normal(size=1000), None),
+        (np.r_[np.zeros(300), np.random.RandomState(0).normal(size=700)], "holds 0 in 30 % of the rows"),
+        (np.random.RandomState(0).choice([0, 2, 5], 1000), "3 distinct values.*cells of 2"),
+    ],
+)
+def test_what_a_column_is(values, found):
+    x = np.c_[values, np.random.RandomState(1).normal(size=1000)].astype(float)
+    _, notes = Columns.measure(x, ["a", "b"], "dequantize")
+    assert len(notes) == (found is not None)
+    if found:
+        assert re.search(found, notes[0])
+        with pytest.raises(UserError, match="no upper bound"):
+            Columns.measure(x, ["a", "b"], "error")
+
+
+def test_columns_whose_values_nearly_coincide_are_refused():
+    x = np.c_[np.random.RandomState(0).choice([0, 1, 1 + 1e-12], 100), np.arange(100.0)]
+    with pytest.raises(UserError, match="column 'a' has 3 distinct values.*apart; round the column"):
+        Columns.measure(x, ["a", "b"], "dequantize")
+
+
+def test_noise_and_rounding_are_inverse():
+    x = np.random.RandomState(0).choice([0.0, 2.0, 5.0], (200, 2))
+    columns, _ = Columns.measure(np.c_[x, np.full(200, 3.0)], ["a", "b", "c"], "dequantize")
+    noise = np.random.RandomState(1).uniform(size=(200, 2))
+    assert np.array_equal(columns.restore(columns.noisy(np.c_[x, np.full(200, 3.0)], noise))[:, :2], x)
+    assert Columns.from_json(json.loads(json.dumps(columns.to_json()))) == columns
+
+
+# --- as people use them ----------------------------------------------------------------------------------------------
+
+
+def test_pipeline_and_grid_search_over_a_data_frame():
+    frame = table(60)
+    search = GridSearchCV(CDMDensity(**TINY), {"width": [4, 8], "lr": [1e-3]}, cv=2).fit(frame)
+    assert search.best_params_["width"] in (4, 8) and np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.best_estimator_.feature_names_in_.tolist() == ["time", "level", "flow"]
+    pipeline = make_pipeline(StandardScaler(), CDMDensity(**TINY)).fit(frame)
+    assert np.isfinite(pipeline.score(frame)) and pipeline.score_samples(frame).shape == (60,)
+    with pytest.raises(ValueError, match="feature names"):
+        search.best_estimator_.score_samples(frame.rename(columns={"time": "when"}))
+    with pytest.raises(ValueError, match="NaN"):
+        CDMDensity(**TINY).fit(frame.assign(flow=np.nan))
+
+
+def test_the_random_state_decides_all():
+    frame = table(60)
+    one, again = CDMDensity(**TINY).fit(frame), clone(CDMDensity(**TINY)).fit(frame)
+    other = CDMDensity(**{**TINY, "random_state": 1}).fit(frame)
+    assert np.array_equal(one.score_samples(frame), again.score_samples(frame))
+    assert not np.array_equal(one.score_samples(frame), other.score_samples(frame))
+    assert np.array_equal(one.sample(4, random_state=3), again.sample(4, random_state=3))
+    assert not np.array_equal(one.sample(4, random_state=3), one.sample(4, random_state=4))
+    generator = np.random.RandomState(5)
+    density = CDMDensity(**{**TINY, "random_state": generator}).fit(frame)
+    assert not np.array_equal(density.sample(4), density.sample(4))  # a generator moves on
+
+
+@pytest.mark.parametrize("kind", [CDMDensity, CDMOutlierDetector])
+def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
+    frame = table(60).assign(state=np.arange(60) % 3)
+    options = {"anomaly_score": "levels"} if kind is CDMOutlierDetector else {}
+    fitted = kind(**TINY, **options).fit(frame)
+    fitted.save(tmp_path / "saved")
+    loaded = kind.load(tmp_path / "saved")
+    for other in (loaded, pickle.loads(pickle.dumps(fitted))):
+        assert np.array_equal(other.score_samples(frame), fitted.score_samples(frame))
+        assert other.get_params() == fitted.get_params() and other.notes_ == fitted.notes_
+        assert other.feature_names_in_.tolist() == fitted.feature_names_in_.tolist()
+        assert other.validation_indices_.tolist() == fitted.validation_indices_.tolist()
+    if kind is CDMOutlierDetector:
+        assert np.array_equal(loaded.predict(frame), fitted.predict(frame))
+    assert not list((tmp_path / "saved").glob("*.p*k*l*"))
+    assert isinstance(torchcdm.load(tmp_path / "saved"), torchcdm.ClassificationDiffusion)
+    wrong = CDMDensity if kind is CDMOutlierDetector else CDMOutlierDetector
+    with pytest.raises(UserError, match=f"holds a {kind.__name__}; load it with that class"):
+        wrong.load(tmp_path / "saved")
+    (tmp_path / "saved" / "estimator.json").write_text("{")
+    with pytest.raises(UserError, match="damaged, not JSON"):
+        kind.load(tmp_path / "saved")
+
+
+def test_bad_settings_are_named():
+    frame = table(60)
+    for options, message in (
+        ({"preset": "tabel"}, "unknown preset 'tabel'; did you mean 'table'"),
+        ({"discrete": "drop"}, "discrete is 'drop'; choose from: dequantize, error"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
+        ({"overrides": {"loss": {"ce_wight": 1}}}, "unknown field 'loss.ce_wight'; did you mean 'ce_weight'"),
+        ({"overrides": {"model": {"kind": "ddm"}}}, "ddm, which has no density"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CDMDensity(**{**TINY, **options}).fit(frame)
+    with pytest.raises(UserError, match="contamination is 0.7"):
+        CDMOutlierDetector(**TINY, contamination=0.7).fit(frame)
+    with pytest.raises(UserError, match="unknown anomaly score 'level'; did you mean 'levels'"):
+        CDMOutlierDetector(**TINY, anomaly_score="level").fit(frame)
+    with pytest.raises(UserError, match="n_samples is 0"):
+        CDMDensity(**TINY).fit(frame).sample(0)
+
+
+def test_verbose_shows_the_notes(capsys):
+    frame = table(60).assign(state=np.arange(60) % 3)
+    CDMDensity(**{**TINY, "verbose": 1}).fit(frame)
+    said = capsys.readouterr()
+    assert "column 'state' has 3 distinct values in 60 rows: dequantised with cells of 1" in said.out
+    assert "training" in said.err
+
+
+# --- outliers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["log_prob", "levels"])
+def test_outliers_are_found_and_held_out_rows_set_the_threshold(score):
+    draw = np.random.RandomState(0)
+    angle = draw.uniform(0, 2 * np.pi, 1500)
+    ring = 3 * np.c_[np.cos(angle), np.sin(angle)] + 0.1 * draw.normal(size=(1500, 2))
+    train, test = train_test_split(ring, random_state=0)
+    # The middle of the ring is where a Gaussian has its mode.
+    middle = 0.3 * draw.normal(size=(100, 2))
+    detector = CDMOutlierDetector(
+        anomaly_score=score, random_state=0, device="cpu", steps=150, width=32, lr=4e-3, dropout=0.0
+    ).fit(train)
+    alarms = (detector.predict(test) == -1).mean()
+    assert alarms < 0.15
+    assert (detector.predict(middle) == -1).mean() > 0.95
+    assert np.array_equal(detector.decision_function(test), detector.score_samples(test) - detector.offset_)
+
+
+def test_contamination_is_the_share_of_the_training_table_that_is_flagged():
+    frame = table(200)
+    assert (CDMOutlierDetector(**TINY, contamination=0.1).fit_predict(frame) == -1).sum() == 20
+    # Too few held-out rows for one in twenty: none of them is flagged.
+    small = CDMOutlierDetector(**TINY).fit(frame[:40])
+    assert (small.predict(frame.iloc[small.validation_indices_]) == 1).all()
+
+
+def test_the_package_stays_light_until_an_estimator_is_asked_for():
+    code = "import sys, torchcdm; before = 'sklearn' in sys.modules; torchcdm.estimators.CDMDensity; print(before)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_conditional_is_exported():
+    assert torchcdm.estimators.CDMConditional is CDMConditional
