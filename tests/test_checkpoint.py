@@ -67,7 +67,8 @@ def test_a_loaded_model_gives_the_same_bits(tmp_path, source, labels):
     assert read_info(run.root).class_names == source.class_names
 
 
-def test_a_ladder_and_the_absence_of_a_gaussian_survive(tmp_path, source):
+def test_a_ladder_and_the_absence_of_a_gaussian_survive(tmp_path):
+    source = load_source(small_config(data__gaussianize="false").data)
     run, model = saved(tmp_path, source, model__schedule="log-snr", model__gaussian="false")
     assert torch.equal(load(run.root).schedule.sigma, model.schedule.sigma)
     assert read_info(run.root).model.schedule.r_min == 0.5 / 8.5

@@ -12,7 +12,7 @@ from torchcdm.compare import peers as registry
 from torchcdm.compare.comparison import compare
 from torchcdm.compare.flows import FlowModule
 from torchcdm.compare.peers import PEERS
-from torchcdm.compare.results import Comparison
+from torchcdm.compare.results import NAME_WIDTH, Comparison
 from torchcdm.compare.sklearn_peers import ClassicalPeer
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
@@ -46,7 +46,7 @@ def test_the_command_leaves_numbers_and_a_figure(made, capsys):
     content = json.loads((folder / "all.json").read_text())
     assert content["protocol"] == {
         "data": "digits", "train": 1300, "validation": 200, "test": 8, "dim": 64, "unit": "bits/dim", "budget": 0.3,
-        "clock": "processor", "seed": 0,
+        "clock": "processor", "seed": 0, "gaussianized": True,
     }  # fmt: skip
     assert [system["name"] for system in content["systems"]] == ["gaussian", "gmm", "cdm"]
     assert (folder / "all.png").read_bytes()[:4] == b"\x89PNG"
@@ -68,10 +68,16 @@ def test_the_table_ranks_only_what_is_normalised(made, capsys):
     assert main(words) == 0
     text = capsys.readouterr().out
     ranked, loose = text.split("not normalised:")
-    assert "CDM, elbo (level 3)" in ranked and "CDM, one-pass " not in ranked
+    assert "CDM, elbo (level 5)" in ranked and "CDM, one-pass " not in ranked
     assert "CDM, one-pass" in loose and "~" in loose and "MintNet" in loose
-    values = [float(line[36:45]) for line in ranked.splitlines()[4:] if line.strip()]
+    values = [float(line[NAME_WIDTH:].split()[0]) for line in ranked.splitlines()[4:] if line.strip()]
     assert values == sorted(values) and len(values) == 6
+
+
+def test_plain_units_are_another_protocol(made, capsys):
+    _, words = made
+    assert main([*words, "--no-gaussianize"]) == 2
+    assert "holds a comparison with gaussianized = True, not False" in capsys.readouterr().err
 
 
 def test_what_is_finished_is_not_made_again(made, monkeypatch):

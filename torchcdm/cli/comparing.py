@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--size", metavar="HxW", help="resize images")
     parser.add_argument("--channels", type=int, metavar="N", help="convert images to 1, 3 or 4 channels")
     parser.add_argument("--label", metavar="COLUMN", help="column of a table that is no feature: the class")
+    parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, help="all systems see grey levels "
+                        "Gaussianised by the histogram of each pixel; default: as the preset of the data")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_json(parser)
     add_device(parser)
@@ -46,9 +49,10 @@ def add_commands(commands: Any) -> None:
 
 def run_compare(options: argparse.Namespace) -> int:
     """Trains, measures and prints."""
-    from torchcdm.building import load_source
+    from torchcdm.building import gaussianized, load_source
     from torchcdm.compare.comparison import compare
     from torchcdm.compare.figure import scoring_cost
+    from torchcdm.compare.own import preset_of
     from torchcdm.interrupt import Interrupted
 
     if options.seed < 0:
@@ -59,6 +63,8 @@ def run_compare(options: argparse.Namespace) -> int:
         raise UserError("the following arguments are required: --budget; see cdm compare --help")
     data = _data(options)
     source = load_source(data)
+    if preset_of(source).data.gaussianize if options.gaussianize is None else options.gaussianize:
+        data, source = replace(data, gaussianize=True), gaussianized(source)
     if options.list:
         _list(source)
         return 0

@@ -18,6 +18,7 @@ from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
 from torchcdm.run_folder import write_json, writing
+from torchcdm.units import GaussianizedTransform
 
 DRAWN = 64
 """Samples that measure the speed of sampling."""
@@ -66,6 +67,7 @@ def compare(
     protocol = Protocol(
         source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
+        isinstance(source.transform, GaussianizedTransform),
     )  # fmt: skip
     _enter(folder, protocol)
     task = Task(source, data or DataConfig(spec=source.name), device, seed, folder, progress)

@@ -31,9 +31,9 @@ UNLIMITED = 10**9
 """Steps: the budget ends the training."""
 
 
-def preset_for(source: DataSource) -> str:
+def preset_of(source: DataSource) -> Config:
     """The preset whose network and training our systems take on these data."""
-    return PRESETS.get(source.name, "mlp" if len(source.shape) == 1 else "encoder")
+    return make_config(preset_fields(PRESETS.get(source.name, "mlp" if len(source.shape) == 1 else "encoder")))
 
 
 @final
@@ -71,7 +71,7 @@ class DiffusionPeer(Peer):
 
 def preset_config(task: Task) -> Config:
     """The preset's configuration on the comparison's data."""
-    return replace(make_config(preset_fields(preset_for(task.source))), data=task.data)
+    return replace(preset_of(task.source), data=task.data)
 
 
 def _plain(model: ModelConfig) -> ModelConfig:

@@ -29,6 +29,7 @@ class Protocol:
         budget: Seconds of training.
         clock: What a second is.
         seed: Of training.
+        gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
     """
 
     data: str
@@ -40,6 +41,11 @@ class Protocol:
     budget: float
     clock: str
     seed: int
+    gaussianized: bool = False
+
+
+NAME_WIDTH = 42
+"""Of the first column of the table."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +181,12 @@ class Comparison:
         p = self.protocol
         clock = {"wall": "wall-clock", "processor": "processor time"}[p.clock]
         lines = [
-            f"{p.data}: NLL of {p.test} test samples of {p.dim} dimensions in {p.unit}, lower is better",
+            f"{p.data}{', Gaussianised' if p.gaussianized else ''}: NLL of {p.test} test samples of {p.dim} "
+            f"dimensions in {p.unit}, lower is better",
             f"{p.train} training and {p.validation} validation samples, {p.budget:g} s of {clock} to train, seed "
             f"{p.seed}; {self.machine}",
             "",
-            f"{'system':36}{'NLL':>9}{'s.e.':>8}{'over best':>18}{'NFE':>7}{'scored/s':>10}{'drawn/s':>9}"
+            f"{'system':{NAME_WIDTH}}{'NLL':>9}{'s.e.':>8}{'over best':>18}{'NFE':>7}{'scored/s':>10}{'drawn/s':>9}"
             f"{'parameters':>12}",
         ]  # fmt: skip
         ranked = self.ranked(True)
@@ -190,7 +197,7 @@ class Comparison:
             lines += ["", "not normalised: these densities need not integrate to one and are not ranked"]
             lines += [self._line(result, row, best) for result, row in loose]
         lines += ["", *(self._failure(result) for result in self.results if not result.rows)]
-        lines += [f"{published.title:36}{published.value:9.2f}  {published.note}" for published in PUBLISHED]
+        lines += [f"{published.title:{NAME_WIDTH}}{published.value:9.2f}  {published.note}" for published in PUBLISHED]
         lines += ["", "settings"]
         lines += [f"  {r.title} ({r.library} {r.version}): {r.setting}; best at step {r.best_step} of {r.steps}, "
                   f"{r.seconds:.0f} s"
@@ -206,12 +213,12 @@ class Comparison:
         drawn = "-" if result.sampling is None else _rate(result.sampling.per_second)
         mark = "" if row.normalised else NOT_NORMALISED
         return (
-            f"{name:36}{mark + format(row.value, '.3f'):>9}{row.se:8.3f}{gap:>18}{row.nfe:>7}"
+            f"{name:{NAME_WIDTH}}{mark + format(row.value, '.3f'):>9}{row.se:8.3f}{gap:>18}{row.nfe:>7}"
             f"{_rate(row.per_second):>10}{drawn:>9}{result.parameters:>12,}"
         )
 
     def _failure(self, result: Result) -> str:
-        return f"{result.title:36}{'diverged':>9}  {result.note}"
+        return f"{result.title:{NAME_WIDTH}}{'diverged':>9}  {result.note}"
 
 
 def _rate(per_second: float) -> str:
