@@ -19,7 +19,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import torchcdm
 from torchcdm.errors import UserError
-from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
+from torchcdm.estimators import CDMDensity, CDMOutlierDetector
 from torchcdm.estimators.columns import Columns
 
 TINY = {
@@ -257,7 +257,3 @@ def test_the_package_stays_light_until_an_estimator_is_asked_for():
     code = "import sys, torchcdm; before = 'sklearn' in sys.modules; torchcdm.estimators.CDMDensity; print(before)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
-
-
-def test_conditional_is_exported():
-    assert torchcdm.estimators.CDMConditional is CDMConditional

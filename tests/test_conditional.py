@@ -1,0 +1,156 @@
+"""Conditional densities: posteriors that are known, columns that are no ordinary ones, files and mistakes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.base import clone
+
+import torchcdm
+from torchcdm.errors import UserError
+from torchcdm.estimators import CDMConditional, CDMDensity
+
+TINY = {
+    "steps": 3, "width": 8, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
+    "overrides": {"model": {"backbone": {"energy_maps": 2}, "schedule": {"T": 8}}, "train": {"validate_every": 3}},
+}  # fmt: skip
+
+MATRIX = np.array([[1.0, 0.3], [-0.5, 2.0], [0.8, 0.8]])
+NOISE = np.array([0.5, 1.0, 0.3])
+
+
+def linear_gaussian(n, seed=0):
+    """theta ~ N(0, I), x = A theta + noise; theta, x."""
+    draw = np.random.RandomState(seed)
+    theta = draw.normal(size=(n, 2))
+    return theta, theta @ MATRIX.T + NOISE * draw.normal(size=(n, 3))
+
+
+def posterior():
+    """Covariance of theta given x, and the matrix that takes x to its mean."""
+    covariance = np.linalg.inv(np.eye(2) + (MATRIX.T / NOISE**2) @ MATRIX)
+    return covariance, covariance @ MATRIX.T / NOISE**2
+
+
+def exact_log_prob(theta, x):
+    covariance, gain = posterior()
+    residual = theta - x @ gain.T
+    mahalanobis = (residual @ np.linalg.inv(covariance) * residual).sum(1)
+    return -0.5 * (mahalanobis + np.linalg.slogdet(2 * np.pi * covariance)[1])
+
+
+def pairs(n=80):
+    theta, x = linear_gaussian(n)
+    return pd.DataFrame(theta, columns=["rate", "dose"]), pd.DataFrame(x, columns=["a", "b", "c"])
+
+
+def test_before_training_it_is_the_posterior_of_a_linear_gaussian_simulator_in_the_units_of_theta():
+    theta, x = linear_gaussian(20_000)
+    new, x_new = linear_gaussian(300, seed=1)
+    # A rate of almost nothing: the network stays silent.
+    model = CDMConditional(**{**TINY, "lr": 1e-12}).fit(theta * [1, 1000], x)
+    expected = exact_log_prob(new, x_new) - np.log(1000)
+    # What is left are the errors of moments of 17 000 pairs, which grow in the tails.
+    error = np.abs(model.log_prob(new * [1, 1000], x_new) - expected)
+    assert error.mean() < 0.03 and error.max() < 0.2
+    one = model.log_prob(new * [1, 1000], x_new[0])
+    assert np.allclose(one, exact_log_prob(new, x_new[:1]) - np.log(1000), rtol=0.02, atol=0.1)
+    flow = model.set_params(likelihood="flow").log_prob(new[:20] * [1, 1000], x_new[:20])
+    assert np.abs(flow - expected[:20]).max() < 0.2
+
+
+def test_draws_have_the_mean_and_covariance_of_the_posterior():
+    theta, x = linear_gaussian(20_000)
+    model = CDMConditional(**{**TINY, "lr": 1e-12, "overrides": {"train": {"validate_every": 3}}}).fit(theta, x)
+    covariance, gain = posterior()
+    draws = model.sample(2000, x[:2])
+    assert draws.shape == (2, 2000, 2)
+    for k in range(2):
+        assert np.allclose(draws[k].mean(0), gain @ x[k], atol=0.04)
+        assert np.allclose(np.cov(draws[k].T), covariance, atol=0.1 * np.abs(covariance).max())
+    one = model.sample(5, x[0], random_state=3)
+    assert one.shape == (5, 2) and np.array_equal(one, model.sample(5, x[0], random_state=3))
+    assert not np.array_equal(one, model.sample(5, x[0], random_state=4))
+
+
+def test_training_learns_what_no_linear_regression_knows():
+    # theta | x ~ N(x_1², (0.2 + |x_2|)²): neither its mean nor its width is linear in x.
+    def simulate(n, seed):
+        draw = np.random.RandomState(seed)
+        x = draw.uniform(-1, 1, (n, 2))
+        return x[:, 0] ** 2 + (0.2 + np.abs(x[:, 1])) * draw.normal(size=n), x
+
+    def exact(theta, x):
+        width = 0.2 + np.abs(x[:, 1])
+        return -0.5 * ((theta - x[:, 0] ** 2) / width) ** 2 - np.log(width * np.sqrt(2 * np.pi))
+
+    def divergence(model):
+        theta, x = simulate(2000, 1)
+        return (exact(theta, x) - model.log_prob(theta, x)).mean()
+
+    theta, x = simulate(3000, 0)
+    options = {"random_state": 0, "device": "cpu", "width": 64, "dropout": 0.0, "overrides": {"train": {"warmup": 20}}}
+    started = divergence(CDMConditional(**options, steps=1, lr=1e-12).fit(theta, x))
+    trained = divergence(CDMConditional(**options, steps=400, lr=1e-2).fit(theta, x))
+    assert started > 0.2
+    assert abs(trained) < 0.05
+
+
+def test_a_discrete_theta_gets_the_probability_of_each_value():
+    # A class given x, by Bayes' rule: two normals a distance of two apart.
+    draw = np.random.RandomState(0)
+    theta = draw.randint(0, 2, 2000)
+    x = draw.normal(size=2000) + 2 * theta
+    model = CDMConditional(**{**TINY, "steps": 100, "width": 32, "lr": 4e-3, "batch_size": 128,
+                              "overrides": {"train": {"validate_every": 50}}}).fit(theta, x)  # fmt: skip
+    draws = model.sample(500, np.array([-1.0, 1.0, 3.0]))[:, :, 0]
+    assert set(np.unique(draws)) == {0.0, 1.0}
+    truth = 1 / (1 + np.exp([4.0, 0.0, -4.0]))
+    assert np.abs(draws.mean(1) - truth).max() < 0.15
+
+
+def test_what_is_constant_in_x_is_left_out():
+    theta, x = pairs()
+    model = CDMConditional(**TINY).fit(theta, x.assign(site=4.0))
+    alone = CDMConditional(**TINY).fit(theta, x)
+    assert model.notes_ == ["x: columns left out because they are constant: site"]
+    assert np.array_equal(model.log_prob(theta, x.assign(site=4.0)), alone.log_prob(theta, x))
+    with pytest.raises(UserError, match="x: every column is constant; theta cannot depend on it, use CDMDensity"):
+        CDMConditional(**TINY).fit(theta, np.ones((80, 2)))
+
+
+def test_the_random_state_decides_all_and_files_give_the_same_scores(tmp_path):
+    theta, x = pairs()
+    theta = theta.assign(kind=np.arange(80) % 3)
+    fitted, again = CDMConditional(**TINY).fit(theta, x), clone(CDMConditional(**TINY)).fit(theta, x)
+    assert np.array_equal(fitted.log_prob(theta, x), again.log_prob(theta, x))
+    fitted.save(tmp_path / "saved")
+    loaded = CDMConditional.load(tmp_path / "saved")
+    assert np.array_equal(loaded.log_prob(theta, x), fitted.log_prob(theta, x))
+    assert np.array_equal(loaded.sample(4, x.iloc[:2]), fitted.sample(4, x.iloc[:2]))
+    assert loaded.get_params() == fitted.get_params() and loaded.notes_ == fitted.notes_
+    with pytest.raises(UserError, match="holds a CDMConditional; load it with that class"):
+        CDMDensity.load(tmp_path / "saved")
+
+
+def test_mistakes_are_named():
+    theta, x = pairs()
+    model = CDMConditional(**TINY).fit(theta, x)
+    for call, message in (
+        (lambda: model.log_prob(theta.iloc[:, :1], x), "theta has 1 columns; the fit had 2"),
+        (lambda: model.log_prob(theta, x.iloc[:, :2]), "x has 2 columns; the fit had 3"),
+        (lambda: model.log_prob(theta, x.iloc[:5]), "x holds 5 rows and theta 80; give one x, or one for each theta"),
+        (lambda: model.sample(0, x), "n is 0; ask for at least one draw"),
+        (lambda: model.set_params(likelihood="flw").log_prob(theta, x), "likelihood is 'flw'; did you mean 'flow'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        CDMConditional(**TINY).fit(theta, x[:50])
+    with pytest.raises(ValueError, match="Input theta contains NaN"):
+        CDMConditional(**TINY).fit(theta.assign(dose=np.nan), x)
+    with pytest.raises(ValueError, match="Input x contains"):
+        model.log_prob(theta, x.assign(a=np.inf))
+
+
+def test_conditional_is_exported():
+    assert torchcdm.estimators.CDMConditional is CDMConditional
