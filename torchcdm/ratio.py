@@ -21,6 +21,7 @@ from torchcdm.data.source import NO_LABEL
 from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError, nearest
 from torchcdm.fitting import override_fields
+from torchcdm.losses import stratified_levels
 from torchcdm.ratio_checks import Calibration, effective_sample_size, weights_of
 from torchcdm.run_folder import RunFolder, write_json
 from torchcdm.trainer import train
@@ -41,6 +42,12 @@ LIMIT_ROWS = 20_000
 
 MODELS = {"joint": ("joint",), "separate": SOURCES}
 """Folders of the models in a saved ratio."""
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the network's correction that are tried on held-out samples, ..."""
+
+DRAWS = 4
+"""... so many noisy copies of each."""
 
 LAYERS: dict[str, dict[str, Any]] = {
     "joint": {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}},
@@ -72,7 +79,8 @@ class DensityRatio:
 
     ``joint`` trains one network whose logits run over (source, level) (identity 10), each source starting from a
     Gaussian of its own: the log ratio is a difference of two logits at level 0, from one pass. ``separate`` trains
-    a model on each data set and subtracts their log densities.
+    a model on each data set and subtracts their log densities. Either way held-out samples tell how much of what the
+    network adds to the fitted Gaussians is kept: between Gaussians it can only add noise.
 
     Args:
         random_state: Seed of everything random.
@@ -91,6 +99,8 @@ class DensityRatio:
     Attributes:
         notes: What was read off the data, one sentence each.
         counts: Samples of denominator and numerator.
+        shares: How much of the network's correction to the base density is kept, 0 ... 1; of each model, that of the
+            denominator first.
         held_out: Checks on the share held out for early stopping, a little optimistic for that.
 
     Example:
@@ -101,6 +111,7 @@ class DensityRatio:
 
     notes: tuple[str, ...]
     counts: tuple[int, int]
+    shares: tuple[float, ...]
     held_out: Calibration
 
     def __init__(
@@ -143,11 +154,14 @@ class DensityRatio:
         pair = pair_up(numerator, denominator, *options)
         source = pair.source
         self._columns, self._warp = pair.columns, pair.warp
-        self.counts, self.notes = pair.counts, source.notes
-        if self.method == "joint":
-            self._models = [self._train(source)]
-        else:
-            self._models = [self._train(_only(source, label)) for label in range(2)]
+        sources = [source] if self.method == "joint" else [_only(source, label) for label in range(2)]
+        self._models = [self._train(part) for part in sources]
+        self.shares = tuple(
+            best_share(model, *_held_out(part)) for (model, _), part in zip(self._models, sources, strict=True)
+        )
+        kept = " and ".join(f"{100 * share:.0f} %" for share in self.shares)
+        self.counts = pair.counts
+        self.notes = (*source.notes, f"{kept} of the network's correction to the fitted Gaussians is kept.")
         self._limits = self._measure_limits(source)
         self.held_out = self._check(pair)
         return self
@@ -263,6 +277,7 @@ class DensityRatio:
             "columns": self._columns,
             "warp": None if self._warp is None else self._warp.to_config(),
             "counts": self.counts,
+            "shares": self.shares,
             "limits": self._limits.tolist(),
             "held_out": encode(self.held_out),
             "notes": self.notes,
@@ -289,6 +304,7 @@ class DensityRatio:
             ratio._columns = None if content["columns"] is None else tuple(content["columns"])
             ratio._warp = None if content["warp"] is None else ColumnWarp.from_config(content["warp"])
             ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
+            ratio.shares = tuple(content["shares"])
             ratio._limits = np.asarray(content["limits"], dtype=np.float64)
             ratio.held_out = decode(Calibration, content["held_out"], "held_out")
         except (KeyError, TypeError, ValueError) as error:
@@ -310,16 +326,55 @@ class DensityRatio:
             return torch.cat([self._log_probs_of(part) for part in z.split(BATCH)], 1).cpu().numpy()
 
     def _log_probs_of(self, z: Tensor) -> Tensor:
-        models = [model for model, _ in self._models]
-        if self.method == "separate":
-            learned = [model.log_prob_levels(z)[:, 0] for model in models]
-            gaussian = [model.base.log_prob_levels(z)[:, 0] for model in models]
-            return torch.stack([torch.stack(learned, 1), torch.stack(gaussian, 1)])
-        (model,) = models
-        gaussian_levels = model.base.log_prob_levels(z)[:, None]
-        effects = model.base.class_effects(z)
-        gaussian_levels = gaussian_levels.expand(-1, 2, -1) if effects is None else gaussian_levels + effects
-        return torch.stack([model.class_log_prob_levels(z)[:, :, 0], gaussian_levels[:, :, 0]])
+        parts = [_base_and_correction(model, z) for model, _ in self._models]
+        base = torch.cat([base[:, :, 0] for base, _ in parts], 1)
+        correction = torch.cat(
+            [share * network[:, :, 0] for (_, network), share in zip(parts, self.shares, strict=True)], 1
+        )
+        return torch.stack([base + correction, base])
+
+
+def best_share(model: ClassificationDiffusion, z: Tensor, y: Tensor) -> float:
+    """The share of the network's correction under which held-out samples best tell their source and noise level.
+
+    Unlike the source alone, which is certain where the ratio is large, that is never too easy to tell.
+
+    Args:
+        model: All sources as frequent.
+        z: Model units, dequantised, (N, *shape).
+        y: Sources, long (N,); zeros for a model of one.
+    """
+    schedule, generator = model.schedule, torch.Generator().manual_seed(0)
+    device = schedule.alpha.device
+    rows = torch.arange(len(z)).repeat(DRAWS)
+    t = stratified_levels(len(rows), schedule.T + 2, torch.device("cpu"), generator)
+    eps = torch.randn(len(rows), *z.shape[1:], generator=generator)
+    losses = torch.zeros(len(SHARES), dtype=torch.float64)
+    with torch.no_grad():
+        for part in torch.arange(len(rows)).split(BATCH):
+            x_t = schedule.perturb(z[rows[part]].to(device), t[part].to(device), eps[part].to(device))
+            base, network = _base_and_correction(model, x_t)
+            true = y[rows[part]] * base.shape[2] + t[part]
+            for k, share in enumerate(SHARES):
+                logits = (base + share * network).flatten(1).cpu()
+                losses[k] += torch.nn.functional.cross_entropy(logits, true, reduction="sum")
+    return SHARES[int(losses.argmin())]
+
+
+def _base_and_correction(model: ClassificationDiffusion, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log p_t of the fitted Gaussians and what the network adds: each float64 (B, 2 or 1, T+2); model units."""
+    base = model.base.log_prob_levels(z)[:, None]
+    if not model.joint:
+        return base, model.log_prob_levels(z)[:, None] - base
+    effects, learned = model.base.class_effects(z), model.class_log_prob_levels(z)
+    base = base.expand_as(learned) if effects is None else base + effects
+    return base, learned - base
+
+
+def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
+    """Validation samples in model units, dequantised, and their sources; zeros without labels."""
+    x, y = source.validation.tensors(LIMIT_ROWS)
+    return source.transform.encode(x, torch.Generator().manual_seed(0)), y.clamp_min(0)
 
 
 def _load(run: Path, device: str | None) -> tuple[ClassificationDiffusion, ModelInfo]:

@@ -26,14 +26,19 @@ def effective_sample_size(weights: Any) -> float:
     return float(w.sum() ** 2 / np.square(w).sum())
 
 
+def check_clip(clip: float | None) -> None:
+    """Refuses a ``clip`` that is no share."""
+    if clip is not None and not 0 < clip <= 1:
+        raise UserError(f"clip is {clip}; it is a quantile of the weights, above 0 and at most 1, such as 0.999")
+
+
 def weights_of(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
     """exp(log ratio) over its mean, those above the quantile ``clip`` set to it: float64 (N,).
 
     Raises:
         UserError: ``clip`` is no share.
     """
-    if clip is not None and not 0 < clip <= 1:
-        raise UserError(f"clip is {clip}; it is a quantile of the weights, above 0 and at most 1, such as 0.999")
+    check_clip(clip)
     limit = np.inf if clip is None else np.quantile(log_ratio, clip)
     weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
     return weights / weights.mean()

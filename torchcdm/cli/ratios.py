@@ -46,9 +46,10 @@ def run_ratio(options: argparse.Namespace) -> int:
     """Fits, scores, and says how far to trust it."""
     from torchcdm.data import parse_size
     from torchcdm.ratio import DensityRatio
-    from torchcdm.ratio_checks import effective_sample_size, weights_of
+    from torchcdm.ratio_checks import check_clip, effective_sample_size, weights_of
     from torchcdm.run_folder import write_file
 
+    check_clip(options.clip)
     training = {} if options.steps is None else {"steps": options.steps}
     ratio = DensityRatio(
         options.seed,

@@ -266,7 +266,8 @@ def _from_tables(
         x += np.array([widths.get(column, 0.0) for column in columns]) * (noise.rand(*x.shape) - 0.5)
     chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
     order = permutation(len(chosen["train"]), options.seed).numpy()
-    warp = ColumnWarp.fit(chosen["train"][order])
+    sources = np.repeat(np.arange(2), len(order) // 2)
+    warp = ColumnWarp.fit(chosen["train"][order], sources[order])
     joined = {}
     for split, x in chosen.items():
         label = np.repeat(np.array(SOURCES), len(x) // 2)

@@ -5,7 +5,7 @@ A density ratio is the same after any invertible map of both data sets, so a map
 .. math:: z = \sinh(\delta\,\operatorname{arsinh}((x - \xi) / \eta) - \epsilon)
 
 is standard normal under the sinh-arcsinh distribution (Jones and Pewsey, Biometrika 2009): :math:`\epsilon` for skew,
-:math:`\delta` below 1 for heavy tails.
+:math:`\delta` below 1 for heavy tails. Before it, x becomes its logarithm where that is more nearly normal.
 """
 
 from __future__ import annotations
@@ -21,14 +21,30 @@ ROWS = 2000
 
 ITERATIONS = 100
 
-LEAST_SKEW, LEAST_KURTOSIS = 0.2, 0.4
-"""A column whose skew and excess kurtosis are smaller keeps its shape; four standard errors with all rows."""
+BELOW = 1e-3
+"""Share of the least training value: a new value below that is taken for it, so that zero has a logarithm too."""
+
+TINY = 1e-9
+"""Least deviation of a source, in deviations of the column."""
+
+LEAST_GAIN = 0.02
+"""Nats a row that bending a column must add to the likelihood of a normal for each source; else it keeps its shape."""
 
 
 @dataclass(frozen=True)
 class ColumnWarp:
-    """The map of all columns, each (d,), float64; a column with ``bent`` False is shifted and scaled alone."""
+    """The map of all columns, each (d,), float64.
 
+    Attributes:
+        least: Values below it count as it, in a column that becomes its logarithm; zero in others.
+        location: See above; of other columns, what is subtracted.
+        scale: See above; of other columns, what they are divided by.
+        skew: epsilon.
+        tail: delta.
+        bent: Whether the column takes part in that; it is shifted and scaled alone otherwise.
+    """
+
+    least: np.ndarray
     location: np.ndarray
     scale: np.ndarray
     skew: np.ndarray
@@ -36,26 +52,39 @@ class ColumnWarp:
     bent: np.ndarray
 
     @classmethod
-    def fit(cls, x: np.ndarray) -> ColumnWarp:
-        """By maximum likelihood, for each column of ``x`` (N, d), float64."""
-        mean, deviation = x.mean(0), x.std(0)
-        deviation[deviation == 0] = 1.0
+    def fit(cls, x: np.ndarray, sources: np.ndarray) -> ColumnWarp:
+        """By maximum likelihood, for each column by itself.
+
+        The curve is that of all rows together, but it is used only where each source is more nearly normal for it: two
+        normals side by side look skewed together, and bending them would be the end of their simple ratio.
+
+        Args:
+            x: (N, d), float64.
+            sources: The source of each row, (N,).
+        """
         rows = np.linspace(0, len(x) - 1, min(ROWS, len(x))).round().astype(int)
+        least, scaled = x.min(0), x[rows] / _deviation(x)
+        positive = np.where(least > 0, scaled, 1.0)
+        gain = _log_spread(scaled, sources[rows]) - _log_spread(np.log(positive), sources[rows])
+        least = np.where((least > 0) & (gain - np.log(positive).mean(0) > LEAST_GAIN), BELOW * least, 0.0)
+        x = _logarithm(x, least)
+        mean, deviation = x.mean(0), _deviation(x)
         y = (x[rows] - mean) / deviation
-        centred = y - y.mean(0)
-        second, third, fourth = (np.mean(centred**k, 0) for k in (2, 3, 4))
-        safe = np.where(second > 0, second, 1.0)
-        bent = (np.abs(third) > LEAST_SKEW * safe**1.5) | (fourth > (3 + LEAST_KURTOSIS) * safe**2)
-        location, scale, skew, tail = np.zeros_like(mean), np.ones_like(mean), np.zeros_like(mean), np.ones_like(mean)
-        if bent.any():
-            location[bent], scale[bent], skew[bent], tail[bent] = _maximum_likelihood(y[:, bent])
-        return cls(mean + deviation * location, deviation * scale, skew, tail, bent)
+        location, scale, skew, tail = _maximum_likelihood(y)
+        u = (y - location) / scale
+        z = _bend(u, skew, tail)
+        log_slope = np.log(tail / scale) + 0.5 * (np.log1p(np.square(z)) - np.log1p(np.square(u)))
+        gain = _log_spread(y, sources[rows]) - _log_spread(z, sources[rows]) + log_slope.mean(0)
+        bent = gain > LEAST_GAIN
+        kept = (np.where(bent, value, other) for value, other in ((location, 0), (scale, 1), (skew, 0), (tail, 1)))
+        location, scale, skew, tail = kept
+        return cls(least, mean + deviation * location, deviation * scale, skew, tail, bent)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) to (N, d), float64."""
-        y = (x - self.location) / self.scale
+        y = (_logarithm(x, self.least) - self.location) / self.scale
         # sinh(arcsinh(y)) is y, but not to the last bit, and far out not even nearly.
-        return np.where(self.bent, np.sinh(self.tail * np.arcsinh(y) - self.skew), y)
+        return np.where(self.bent, _bend(y, self.skew, self.tail), y)
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python values, exact."""
@@ -65,6 +94,27 @@ class ColumnWarp:
     def from_config(cls, config: dict[str, Any]) -> ColumnWarp:
         """The inverse of :meth:`to_config`."""
         return cls(**{name: np.asarray(value) for name, value in config.items()})
+
+
+def _bend(u: np.ndarray, skew: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    return np.sinh(tail * np.arcsinh(u) - skew)
+
+
+def _deviation(x: np.ndarray) -> np.ndarray:
+    """(d,); 1 for constant columns."""
+    deviation = x.std(0)
+    return np.where(deviation > 0, deviation, 1.0)
+
+
+def _logarithm(x: np.ndarray, least: np.ndarray) -> np.ndarray:
+    return np.where(least > 0, np.log(np.maximum(x, np.where(least > 0, least, 1.0))), x)
+
+
+def _log_spread(x: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """Mean over the rows of the log deviation of their source, (d,): by so much normals are less likely."""
+    parts = [x[sources == source] for source in np.unique(sources)]
+    # A source that is constant in a column is neither more nor less normal for its curve.
+    return sum(len(part) / len(x) * np.log(np.maximum(part.std(0), TINY)) for part in parts)
 
 
 def _maximum_likelihood(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,153 @@
+"""Two data sets side by side for a density ratio: splits, columns, grids, bent columns, and data that do not fit."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from torchcdm.data.pairs import grid_width, pair_up, read_query
+from torchcdm.data.warp import ColumnWarp
+from torchcdm.errors import UserError
+
+pd = pytest.importorskip("pandas")
+
+
+def normal(rows, columns, seed=0):
+    return np.random.RandomState(seed).normal(size=(rows, columns))
+
+
+def test_both_sources_are_as_frequent_and_nothing_of_the_held_out_share_is_trained_on():
+    # The first column tells every row apart: 0 ... 99 for the denominator, 1000 ... 1039 for the numerator.
+    denominator, numerator = normal(100, 2), normal(40, 2, seed=1)
+    denominator[:, 0] += 10 * np.arange(100)
+    numerator[:, 0] += 10 * np.arange(40) + 5000
+    pair = pair_up(numerator, denominator, validation_fraction=0.2)
+    assert pair.counts == (100, 40) and pair.held_out == (20, 8)
+    ids = {}
+    for split in ("train", "validation"):
+        x, y = getattr(pair.source, split).tensors()
+        assert int((y == 0).sum()) == int((y == 1).sum())
+        assert x[y == 1, 0].min() > x[y == 0, 0].max()
+        ids[split] = [set(x[y == label, 0].tolist()) for label in range(2)]
+    assert [len(found) for found in ids["train"]] == [80, 32]
+    assert [len(found) for found in ids["validation"]] == [20, 8]
+    assert all(train.isdisjoint(held) for train, held in zip(ids["train"], ids["validation"], strict=True))
+
+
+def test_columns_of_frames_go_by_name_in_any_order():
+    frame = pd.DataFrame(normal(60, 2), columns=["height", "mass"])
+    frame["mass"] += 100
+    shifted = frame[["mass", "height"]] + 1
+    pair = pair_up(shifted, frame)
+    assert pair.columns == ("height", "mass")
+    layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
+    x, names = read_query(frame, *layout)
+    assert len(names) == 60
+    extra = frame.assign(age=1.0)[["age", "mass", "height"]]
+    assert torch.equal(read_query(extra, *layout)[0], x)
+    assert torch.equal(read_query(frame.to_numpy(), *layout)[0], x)
+    with pytest.raises(UserError, match="'mass'"):
+        read_query(frame[["height"]], *layout)
+    with pytest.raises(UserError, match="rows of 3 numbers; 2 are needed"):
+        read_query(normal(4, 3), *layout)
+
+
+def test_constant_columns_are_left_out_with_a_note():
+    x = normal(60, 3)
+    x[:, 1] = 7
+    pair = pair_up(x + [1, 0, 0], x)
+    assert pair.source.columns == ("c0", "c2") and pair.source.shape == (2,)
+    assert any("constant" in note and "c1" in note for note in pair.source.notes)
+    layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
+    assert read_query(x, *layout)[0].shape == (60, 2)
+
+
+def test_columns_of_few_values_are_dequantised_or_refused():
+    x = normal(200, 2)
+    x[:, 1] = np.random.RandomState(3).randint(0, 4, 200) / 2
+    pair = pair_up(x, x)
+    assert any("'c1'" in note and "dequantised by uniform noise of width 0.5" in note for note in pair.source.notes)
+    values = pair.source.train.tensors()[0][:, 1]
+    assert len(values.unique()) > 100
+    with pytest.raises(UserError, match="few distinct values in the columns c1.*discrete='dequantize'"):
+        pair_up(x, x, discrete="refuse")
+
+
+def test_the_width_of_a_grid():
+    draw = np.random.RandomState(0)
+    assert grid_width(draw.normal(size=1000)) is None
+    assert grid_width(np.full(1000, 3.0)) is None
+    assert grid_width(draw.randint(0, 5, 1000) * 0.25) == 0.25
+    # 0 ... 255 in 10 000 rows come back 39 times each; in 1000 rows they might as well be continuous.
+    assert grid_width(draw.randint(0, 256, 10_000).astype(float)) == 1
+    assert grid_width(draw.randint(0, 256, 1000).astype(float)) is None
+
+
+def test_a_bent_column_is_nearly_normal_and_others_are_only_scaled():
+    draw = np.random.RandomState(0)
+    skewed, heavy, plain = np.exp(draw.normal(size=4000)), draw.standard_t(2, size=4000), draw.normal(5, 2, size=4000)
+    x = np.stack([skewed, heavy, plain], 1)
+    warp = ColumnWarp.fit(x, np.arange(4000) % 2)
+    assert warp.bent.tolist() == [False, True, False]
+    y = warp(x)
+    order = np.argsort(x, 0)
+    assert (np.diff(np.take_along_axis(y, order, 0), axis=0) > 0).all()
+    before, after = ((v - v.mean(0)) / v.std(0) for v in (x, y))
+    distances = [[kstest(column, "norm").statistic for column in v.T] for v in (before, after)]
+    assert min(distances[0][:2]) > 0.12 and max(distances[1]) < 0.03
+    assert np.abs(before[:, :2]).max() > 30 and np.abs(after).max() < 10
+    # A skewed column of positive numbers becomes its logarithm.
+    assert np.corrcoef(np.log(skewed), y[:, 0])[0, 1] > 0.9999
+    assert np.isfinite(warp(np.array([[0.0, 0.0, 0.0], [-5.0, -5.0, -5.0]]))).all()
+    assert np.abs(before[:, 2] - after[:, 2]).max() < 1e-10
+    assert np.array_equal(ColumnWarp.from_config(warp.to_config())(x), y)
+
+
+def test_two_normals_side_by_side_are_not_bent():
+    """Together they look skewed and of other than normal tails; their ratio is simple as they are."""
+    draw, sources = np.random.RandomState(0), np.arange(4000) % 2
+    x = draw.normal(size=(4000, 2)) * [1, 2] ** sources[:, None] + [1, 5] * sources[:, None]
+    warp = ColumnWarp.fit(x, sources)
+    assert not warp.bent.any()
+    np.testing.assert_allclose(warp(x), (x - x.mean(0)) / x.std(0), atol=1e-12)
+    np.testing.assert_allclose(ColumnWarp.fit(np.exp(x), sources)(np.exp(x)), warp(x), atol=1e-9)
+
+
+def test_images_go_by_shape_and_by_kind():
+    grey = np.random.RandomState(0).randint(0, 17, (30, 8, 8)).astype(np.uint8)
+    pair = pair_up(grey, grey)
+    assert pair.source.shape == (1, 8, 8) and pair.columns is None and pair.source.class_names is not None
+    with pytest.raises(UserError, match=r"shapes \(1, 6, 6\) and \(1, 8, 8\); give size and channels"):
+        pair_up(grey[:, :6, :6], grey)
+    with pytest.raises(UserError, match="grey levels, the other fractions"):
+        pair_up(grey / 16.3, grey)
+    with pytest.raises(UserError, match="the denominator holds images, the numerator rows of numbers"):
+        pair_up(normal(30, 64), grey)
+
+
+@pytest.mark.parametrize(
+    ("numerator", "message"),
+    [
+        (normal(60, 3), "numerator and denominator have 3 and 2 columns"),
+        (pd.DataFrame(normal(60, 2), columns=["a", "b"]), "no column 'c0', which denominator has"),
+        (normal(19, 2), "numerator: too few samples, 19; at least 20"),
+        (np.where(np.arange(120).reshape(60, 2) == 51, np.nan, 1.0), "numerator: .*row 25.*nan"),
+        (np.array([["a", "b"]] * 60), "holds no numbers"),
+        (np.zeros((60, 0)), "holds no numbers"),
+        ("no-such-file.csv", "no-such-file.csv"),
+    ],
+)
+def test_data_that_do_not_go_together_are_refused(numerator, message):
+    with pytest.raises(UserError, match=message) as caught:
+        pair_up(numerator, normal(60, 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_checked():
+    x = normal(60, 2)
+    with pytest.raises(UserError, match="discrete is 'dequantise'; did you mean 'dequantize'"):
+        pair_up(x, x, discrete="dequantise")
+    with pytest.raises(UserError, match="validation_fraction is 1"):
+        pair_up(x, x, validation_fraction=1)
+    with pytest.raises(UserError, match="every column is constant"):
+        pair_up(np.ones((60, 2)), np.ones((60, 2)))
