@@ -1,0 +1,197 @@
+"""DDPM checkpoints of diffusers (``UNet2DModel``, such as google/ddpm-cifar10-32) as :class:`DenoisingDiffusion`.
+
+The two networks are the same function, but for names, attention as matrices or 1x1 convolutions, and the level: index
+i in diffusers is our level t = i + 1. Nothing here imports diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchcdm.backbones.blocks import time_embedding
+from torchcdm.backbones.unet import DDMUNet
+from torchcdm.denoisers import DenoisingDiffusion
+from torchcdm.errors import UserError
+from torchcdm.schedules import LinearSchedule
+from torchcdm.units import DataTransform
+
+WEIGHTS, NETWORK, SCHEDULER = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"
+
+DOWN = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
+"""Blocks on the way down, and theirs on the way up."""
+
+FIXED: dict[str, tuple[Any, Any]] = {
+    "act_fn": ("silu", "silu"),
+    "add_attention": (True, True),
+    "attention_head_dim": (None, 8),
+    "attn_norm_num_groups": (None, None),
+    "center_input_sample": (False, False),
+    "class_embed_type": (None, None),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "conv"),
+    "flip_sin_to_cos": (False, True),
+    "freq_shift": (1, 0),
+    "mid_block_scale_factor": (1, 1),
+    "norm_eps": (1e-6, 1e-5),
+    "num_class_embeds": (None, None),
+    "resnet_time_scale_shift": ("default", "default"),
+    "time_embedding_dim": (None, None),
+    "time_embedding_type": ("positional", "positional"),
+    "upsample_type": ("conv", "conv"),
+}
+"""Options that only one value of fits :class:`DDMUNet`, and what diffusers takes where they are left out."""
+
+FIXED_SCHEDULER: dict[str, tuple[Any, Any]] = {
+    "beta_schedule": ("linear", "linear"),
+    "num_train_timesteps": (1000, 1000),
+    "prediction_type": ("epsilon", "epsilon"),
+    "trained_betas": (None, None),
+}
+
+LEAVES = {"time_emb_proj": "project", "conv_shortcut": "shortcut", "group_norm": "norm", "to_q": "query",
+          "to_k": "key", "to_v": "value", "to_out": "out", "proj_attn": "out"}  # fmt: skip
+"""Parts of blocks whose names differ; ``proj_attn`` is that of old files."""
+
+
+def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
+    """A DDPM of diffusers as a denoiser on 8-bit images, in eval mode on the CPU.
+
+    Args:
+        folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors`` of the network;
+            ``scheduler_config.json`` is read where it is there, else the schedule is the linear one of DDPM.
+
+    Raises:
+        UserError: A missing or damaged file, or another architecture, schedule or target of the prediction.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / NETWORK)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())})") from None
+    scheduler = _read_json(folder / SCHEDULER) if (folder / SCHEDULER).exists() else {}
+    try:
+        _check(scheduler, FIXED_SCHEDULER)
+    except UserError as error:
+        raise UserError(f"{folder / SCHEDULER}: {error}") from None
+    try:
+        backbone = convert_unet(config, state)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    schedule = LinearSchedule(1000, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
+    transform = DataTransform.images((backbone.unet.in_channels, *backbone.unet.size), dequantize=False)
+    return DenoisingDiffusion(backbone, schedule, transform).eval()
+
+
+def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DDMUNet:
+    """The network of a ``UNet2DModel`` with its weights.
+
+    Args:
+        config: Its configuration.
+        state: Its weights.
+
+    Raises:
+        UserError: An option that :class:`DDMUNet` does not have, or weights that are not those of the configuration.
+    """
+    _check(config, FIXED)
+    for key in ("sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types",
+                "up_block_types", "layers_per_block"):  # fmt: skip
+        if config.get(key) is None:
+            raise UserError(f"the configuration has no {key}")
+    size, widths, down = config["sample_size"], config["block_out_channels"], config["down_block_types"]
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = widths[0]
+    if config["in_channels"] != config["out_channels"] or any(other % channels for other in widths):
+        raise UserError("a network of as many channels out as in, whose widths are multiples of the first, is needed")
+    if any(kind not in DOWN for kind in down) or [DOWN[kind] for kind in reversed(down)] != config["up_block_types"]:
+        raise UserError(f"blocks {', '.join(down)} with {', '.join(config['up_block_types'])} are not those of a DDPM")
+    network = DDMUNet(
+        config["in_channels"], (height, width), channels, [other // channels for other in widths],
+        config["layers_per_block"], [max(height, width) >> i for i, kind in enumerate(down) if "Attn" in kind],
+        config.get("dropout", 0.0), groups=config.get("norm_num_groups", 32),
+    )  # fmt: skip
+    converted = {_rename(key): _as_convolution(key, value) for key, value in state.items()}
+    try:
+        network.load_state_dict(converted)
+    except RuntimeError as error:
+        raise UserError(f"the weights are not those of the configuration ({' '.join(str(error).split())})") from None
+    _count_from_one(network)
+    return network
+
+
+def _count_from_one(network: DDMUNet) -> None:
+    """Weights that see the level t where they have seen the index t - 1.
+
+    sin(w (t-1)) and cos(w (t-1)) are a rotation of sin(w t) and cos(w t) by w.
+    """
+    first = network.embed[0]
+    one = time_embedding(torch.ones(1), network.channels, torch.float64)[0]
+    sin, cos = one[: len(one) // 2], one[len(one) // 2 : 2 * (len(one) // 2)]
+    weight = first.weight.detach().double()
+    of_sin, of_cos = weight[:, : len(sin)], weight[:, len(sin) : 2 * len(sin)]
+    turned = torch.cat([of_sin * cos + of_cos * sin, of_cos * cos - of_sin * sin, weight[:, 2 * len(sin) :]], 1)
+    with torch.no_grad():
+        first.weight.copy_(turned)
+
+
+def _as_convolution(key: str, value: Tensor) -> Tensor:
+    """Matrices of the attention as 1x1 convolutions."""
+    return value[:, :, None, None] if ".attentions." in key and value.ndim == 2 else value
+
+
+def _rename(key: str) -> str:
+    """One name of diffusers as ours."""
+    head, *rest = key.split(".")
+    rest = [LEAVES.get(part, part) for part in rest]
+    match head, rest:
+        case "conv_in", [leaf]:
+            return f"unet.conv_in.{leaf}"
+        case "conv_norm_out", [leaf]:
+            return f"unet.norm_out.{leaf}"
+        case "conv_out", [leaf]:
+            return f"conv_out.{leaf}"
+        case "time_embedding", [("linear_1" | "linear_2") as name, leaf]:
+            return f"embed.{2 * (int(name[-1]) - 1)}.{leaf}"
+        case "mid_block", [("resnets" | "attentions") as kind, i, *leaf]:
+            return _part(f"unet.middle.{i}", kind, leaf)
+        case ("down_blocks" | "up_blocks"), [i, ("resnets" | "attentions") as kind, j, *leaf]:
+            return _part(f"unet.{head.split('_')[0]}_stages.{i}.{j}", kind, leaf)
+        case "down_blocks", [i, "downsamplers", "0", "conv", leaf]:
+            return f"unet.downs.{i}.conv.{leaf}"
+        case "up_blocks", [i, "upsamplers", "0", "conv", leaf]:
+            return f"unet.ups.{i}.conv.{leaf}"
+    raise UserError(f"'{key}' is no weight of a DDPM")
+
+
+def _part(step: str, kind: str, leaf: list[str]) -> str:
+    # The output of the attention is the first of a list there.
+    names = re.sub(r"^out\.0\.", "out.", ".".join(leaf))
+    return f"{step}.{'block' if kind == 'resnets' else 'attention'}.{names}"
+
+
+def _check(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuses options that have no counterpart here."""
+    for key, (needed, default) in fixed.items():
+        if config.get(key, default) != needed:
+            raise UserError(f"{key} is {config.get(key, default)!r}; only {needed!r} has a counterpart here")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no configuration of diffusers")
+    return content
