@@ -46,8 +46,8 @@ MODELS = {"joint": ("joint",), "separate": SOURCES}
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the network's correction that are tried on held-out samples, ..."""
 
-DRAWS = 4
-"""... so many noisy copies of each."""
+SHARE_ROWS, DRAWS = 2000, 4
+"""... at most so many, and so many noisy copies of each."""
 
 LAYERS: dict[str, dict[str, Any]] = {
     "joint": {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}},
@@ -373,7 +373,7 @@ def _base_and_correction(model: ClassificationDiffusion, z: Tensor) -> tuple[Ten
 
 def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
     """Validation samples in model units, dequantised, and their sources; zeros without labels."""
-    x, y = source.validation.tensors(LIMIT_ROWS)
+    x, y = source.validation.tensors(SHARE_ROWS)
     return source.transform.encode(x, torch.Generator().manual_seed(0)), y.clamp_min(0)
 
 

@@ -1,0 +1,152 @@
+"""Mutual information of correlated pairs by their density ratio to independent ones: a ladder with known rungs.
+
+    python benchmarks/mutual_information.py --json mutual_information.json
+    python benchmarks/mutual_information.py --rungs 20 40 --kinds rotated --residual off --steps 2000
+
+A rung (d, nats) has d/2 independent pairs with the correlation rho, rho² = 1 - exp(-4 nats / d); the numerator holds
+the pairs, the denominator N(0, I). The mean of the log ratio over the numerator is then the mutual information. The
+error is that of the estimated mean against the exact one on the same test points, RMSE that of single points.
+
+Kinds: ``plain``; ``rotated``, both sides turned by one random orthogonal matrix; ``bent``, both pushed through a fixed
+non-linear invertible map (:class:`ratio_pairs.InvertibleMap`), which leaves the ratio as it is. With the residual
+``on`` the network corrects one fitted Gaussian for each source, ``off`` it has to learn all. The column ``Gaussians``
+is what two fitted Gaussians say alone, and ``kept`` how much of the network's correction held-out rows bear out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ratio_pairs import Gaussians, InvertibleMap, orthogonal, rmse, write_rows
+
+from torchcdm import DensityRatio
+
+NATS = {20: 5.0, 40: 10.0, 80: 20.0, 160: 40.0, 320: 80.0}
+KINDS = ("plain", "rotated", "bent")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rung.
+
+    Attributes:
+        kind: See above.
+        residual: ``on`` or ``off``.
+        dim: d.
+        exact: Mean of the exact log ratio over the test points, nats.
+        estimate: Mean of the estimated one.
+        error: Share by which the estimate is off.
+        rmse: Of the log ratio of single test points, nats.
+        gaussians: Estimate of two fitted Gaussians without a network.
+        kept: Share of the network's correction, 0 ... 1.
+        rows: Training rows of each source, held-out ones included.
+        steps: Most training steps.
+        seconds: Processor seconds of fitting.
+    """
+
+    kind: str
+    residual: str
+    dim: int
+    exact: float
+    estimate: float
+    error: float
+    rmse: float
+    gaussians: float
+    kept: float
+    rows: int
+    steps: int
+    seconds: float
+
+
+def correlated(dim: int, nats: float, count: int, draw: np.random.RandomState) -> np.ndarray:
+    """(count, dim): the columns 2k and 2k+1 are a pair."""
+    rho = correlation(dim, nats)
+    first, noise = draw.normal(size=(2, count, dim // 2))
+    return np.stack([first, rho * first + np.sqrt(1 - rho**2) * noise], 2).reshape(count, dim)
+
+
+def correlation(dim: int, nats: float) -> float:
+    """Of each pair."""
+    return float(np.sqrt(-np.expm1(-4 * nats / dim)))
+
+
+def exact_log_ratio(x: np.ndarray, nats: float) -> np.ndarray:
+    """log p/q of rows (N, d), nats (N,)."""
+    rho = correlation(x.shape[1], nats)
+    a, b = x[:, ::2], x[:, 1::2]
+    pairs = (2 * rho * a * b - rho**2 * (a**2 + b**2)) / (2 * (1 - rho**2))
+    return pairs.sum(1) - 0.25 * x.shape[1] * np.log1p(-(rho**2))
+
+
+WITHOUT_RESIDUAL: dict[str, Any] = {
+    "model": {"gaussian": False, "class_gaussians": False, "backbone": {"width": 256, "dropout": 0.0}},
+    "lr": 2e-3,
+}
+"""A wider network that may fit as it likes: there is much to learn, and any number of rows to learn it from."""
+
+
+def rung(kind: str, residual: str, dim: int, options: argparse.Namespace) -> Row:
+    """Fits one rung and compares."""
+    nats, draw = NATS[dim], np.random.RandomState(options.seed)
+    turn = orthogonal(dim, np.random.RandomState(1))
+    move = {"plain": lambda x: x, "rotated": lambda x: x @ turn, "bent": InvertibleMap(dim)}[kind]
+    test = correlated(dim, nats, options.test, draw)
+    truth = exact_log_ratio(test, nats)
+    numerator = move(correlated(dim, nats, options.rows, draw))
+    denominator = move(draw.normal(size=(options.rows, dim)))
+    settings = WITHOUT_RESIDUAL if residual == "off" else {}
+    began = time.process_time()
+    ratio = DensityRatio(options.seed, device="cpu", progress=True, steps=options.steps, **settings)
+    ratio.fit(numerator, denominator)
+    seconds = time.process_time() - began
+    estimate = ratio.log_ratio(move(test))
+    exact, mean = float(truth.mean()), float(estimate.mean())
+    gaussians = float(Gaussians(numerator, denominator).log_ratio(move(test)).mean())
+    return Row(
+        kind, residual, dim, exact, mean, mean / exact - 1, rmse(estimate, truth), gaussians, ratio.shares[0],
+        options.rows, options.steps, seconds,
+    )  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Lines to read."""
+    lines = ["kind     residual    d    exact  estimate  error %    RMSE  Gaussians  kept  seconds"]
+    lines += [
+        f"{r.kind:8} {r.residual:8} {r.dim:4} {r.exact:8.3f} {r.estimate:9.3f} {100 * r.error:+8.2f} {r.rmse:7.2f} "
+        f"{r.gaussians:10.3f} {r.kept:5.2f} {r.seconds:8.0f}"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rungs", type=int, nargs="+", choices=NATS, default=list(NATS), help="dimensions")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--residual", nargs="+", choices=("on", "off"), default=["on"])
+    parser.add_argument("--rows", type=int, default=50_000, metavar="N", help="training rows of each source")
+    parser.add_argument("--test", type=int, default=10_000, metavar="N", help="test points of the numerator")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="most training steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
+    options = parser.parse_args(arguments)
+
+    rows: list[Row] = []
+    for residual in options.residual:
+        for kind in options.kinds:
+            for dim in options.rungs:
+                rows.append(rung(kind, residual, dim, options))
+                print(table(rows[-1:]), flush=True)
+                write_rows(rows, options.json)
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()
