@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from torchcdm.building import build_loss, build_model, build_schedule
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import Config, EncoderConfig, UNetConfig, make_config, preset_fields
+from torchcdm.compare.own import plain
+from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.denoisers import Denoiser, DenoisingDiffusion, evaluation_mode
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.losses import CDMLoss, DDMLoss
@@ -83,7 +84,7 @@ def guided_step(model: Denoiser, x: Tensor, y: Tensor) -> Step:
     return denoising_step(model.guided(GUIDANCE), x, y)
 
 
-def training_step(loss: CDMLoss | DDMLoss, x: Tensor, compiled: bool) -> Step:
+def training_step(loss: CDMLoss | DDMLoss, x: Tensor, compiled: bool, y: Tensor | None = None) -> Step:
     """Loss, gradients and Adam, as in the trainer; levels and noise are drawn anew."""
     optimizer = torch.optim.AdamW(loss.model.parameters(), 1e-5)
     module: nn.Module = torch.compile(loss, fullgraph=True) if compiled else loss
@@ -91,7 +92,7 @@ def training_step(loss: CDMLoss | DDMLoss, x: Tensor, compiled: bool) -> Step:
     def run() -> None:
         loss.model.train()
         t = loss.draw_levels(len(x))
-        module(x, None, t, torch.randn_like(x))["loss"].mean().backward()
+        module(x, y, t, torch.randn_like(x))["loss"].mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -120,22 +121,13 @@ def contenders(network: str, batch: int, compiled: bool) -> list[Contender]:
 
 def _encoder_models(batch: int, compiled: bool) -> list[Contender]:
     config, shape = make_config(preset_fields("fashion-mnist")), (1, 28, 28)
-    encoder = config.model.backbone
-    assert isinstance(encoder, EncoderConfig)
     joint = replace(config, model=replace(config.model, labels="joint"))
-    unet = UNetConfig(
-        channels=encoder.width,
-        multipliers=encoder.multipliers,
-        blocks=encoder.blocks,
-        attention=encoder.attention,
-        dropout=encoder.dropout,
-    )
-    ddm = replace(config, model=replace(config.model, kind="ddm", gaussian=False, backbone=unet))
+    ddm = replace(config, model=replace(plain(config.model), gaussian=False))
     x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
     rows = _rows("encoder", config, joint, x, y, compiled, baseline="encoder-ddm")
     rows += _rows("encoder-ddm", ddm, _labelled(ddm), x, y, compiled, baseline="encoder-ddm")
     # The guided step's own network without guidance: what guidance adds to a step.
-    model = _model(joint, shape)
+    model = untrained(joint, shape)
     rows.append(Contender("encoder/joint-unguided-step", denoising_step(model, x, y), "encoder-ddm/denoising-step"))
     return rows
 
@@ -181,7 +173,7 @@ def _rows(
         rival: Another DDM to divide by.
     """
     shape = tuple(x.shape[1:])
-    model, guided = _model(config, shape), _model(labelled, shape)
+    model, guided = untrained(config, shape), untrained(labelled, shape)
 
     def row(step: str, run: Step) -> Contender:
         others = {"ratio_to_diffusers": f"{rival}/{step}"} if rival else {}
@@ -203,11 +195,11 @@ def _labelled(config: Config) -> Config:
     return replace(config, model=replace(config.model, labels="input"))
 
 
-def _model(config: Config, shape: tuple[int, ...]) -> Denoiser:
+def untrained(config: Config, shape: tuple[int, ...], classes: int = CLASSES) -> Denoiser:
     """An untrained model, its Gaussian that of noise: neither has any influence on the cost."""
     schedule: NoiseSchedule = build_schedule(config.model.schedule)
     gaussian = GaussianMarginals.fit(torch.randn(500, *shape), schedule, 1e-3) if config.model.gaussian else None
-    return build_model(config.model, DataTransform.identity(shape), CLASSES, gaussian)
+    return build_model(config.model, DataTransform.identity(shape), classes, gaussian)
 
 
 def _diffusers_unet() -> nn.Module | None:

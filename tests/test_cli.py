@@ -12,6 +12,7 @@ from PIL import Image
 from small_runs import small_flags
 
 from torchcdm.cli import main
+from torchcdm.compare.baselines import Baseline
 from torchcdm.data import load_data
 
 
@@ -248,6 +249,16 @@ def test_denoising_removes_noise(capsys, tmp_path, pixels):
         with (out / "noise.csv").open() as file:
             found = [float(row["noise_std"]) for row in csv.DictReader(file)]
         assert 3 < np.median(found) < 5.5 and len(list(out.glob("*.png"))) == 20
+
+
+def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):
+    beside = [Baseline("something classical", 3.0, 0.1, "bits/dim")]
+    monkeypatch.setattr("torchcdm.compare.reporting.baselines", lambda *_: beside)
+    flags = small_flags(report__baselines="true", report__methods="[single]", train__steps="2")
+    out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
+    table = out[out.index("density model, same test samples") :]
+    assert "something classical, Gaussianised" in table
+    assert "one forward pass, level 0" in table and "normalised" not in table
 
 
 def test_info(capsys, run):

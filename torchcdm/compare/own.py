@@ -66,7 +66,7 @@ class DiffusionPeer(Peer):
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
         config = preset_config(task)
-        return _fit(self.name, replace(config, model=_plain(config.model)), task, budget, rate)
+        return _fit(self.name, replace(config, model=plain(config.model)), task, budget, rate)
 
 
 def preset_config(task: Task) -> Config:
@@ -74,7 +74,8 @@ def preset_config(task: Task) -> Config:
     return replace(preset_of(task.source), data=task.data)
 
 
-def _plain(model: ModelConfig) -> ModelConfig:
+def plain(model: ModelConfig) -> ModelConfig:
+    """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
     net = model.backbone
     if isinstance(net, EncoderConfig):
         net = UNetConfig(

@@ -151,7 +151,7 @@ def _figures(
 def _text(nll: NLLReport | None, beside: list[Baseline], evaluation: dict[str, Any]) -> str:
     lines = [] if nll is None else [nll.table(), ""]
     if nll is not None and beside:
-        ours = [row for row in nll.rows if row.name in ROW_NAMES]
+        ours = [row for row in nll.rows if row.name in ROW_NAMES and row.value is not None]
         rows = [(ROW_NAMES[row.name].format(row.level), row.value, row.se) for row in ours]
         rows += [(b.name, b.value, b.se) for b in beside]
         lines.append(f"{'density model, same test samples':46}{nll.unit:>9}{'s.e.':>9}")
