@@ -10,11 +10,11 @@ import torch
 from oracles import rng
 from torch import nn
 
+from torchcdm import frechet
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.cli import main
 from torchcdm.codec import merge
-from torchcdm.frechet import extractor_for
-from torchcdm.reproduce import ablation, fig4, fig9, table1
+from torchcdm.reproduce import fig4, fig9, models, table1
 from torchcdm.reproduce.denoised import denoised, root_mean_square
 from torchcdm.reproduce.tre import TRELoss
 from torchcdm.schedules import UniformSigmaSchedule
@@ -81,20 +81,21 @@ def test_groups_of_levels_leave_out_the_ends():
     assert mean.tolist() == [1.0, 2.0, 3.0, 4.0] and float(overall) == pytest.approx(24 / 8)
 
 
-def test_variants_differ_in_what_they_are_named_after(tmp_path):
-    from torchcdm.reproduce import Workspace
-
-    for scale in ("smoke", "small", "paper"):
-        work = Workspace(tmp_path, scale)
-        both, ce, mse, uniform, ddm = (
-            ablation.config_of(work, name) for name in ("both", "ce", "mse", "uniform", "ddm")
-        )
-        assert both.loss.ce_weight > 0 and both.loss.mse_weight > 0
-        assert ce == replace(both, loss=replace(both.loss, mse_weight=0.0))
-        assert mse == replace(both, loss=replace(both.loss, ce_weight=0.0))
-        assert uniform.model.schedule.name == "uniform-sigma" and uniform.model.schedule.T == both.model.schedule.T
-        assert both.model.schedule.name == "linear" and not both.data.dequantize and not both.model.gaussian
-        assert ddm.model.kind == "ddm" and ddm.model.backbone.name == "unet" and ddm.train == both.train
+@pytest.mark.parametrize("scale", ["smoke", "small", "paper"])
+def test_variants_differ_in_what_they_are_named_after(scale):
+    config = partial(models.config_of, models.SETTINGS[scale])
+    both, ce, mse, tre = (config(name) for name in ("both", "ce", "mse", "tre"))
+    assert both.loss.ce_weight > 0 and both.loss.mse_weight > 0
+    assert ce == replace(both, loss=replace(both.loss, mse_weight=0.0)) == tre
+    assert mse == replace(both, loss=replace(both.loss, ce_weight=0.0))
+    assert both.model.schedule.name == "linear" and not both.data.dequantize and not both.model.gaussian
+    uniform, ot = (config(name).model.schedule for name in ("uniform", "ot"))
+    assert uniform.name == "uniform-sigma" and uniform.T == both.model.schedule.T
+    assert ot.name == "optimal-transport" and ot.T == both.model.schedule.T - 1
+    ddm, bound, guided = (config(name) for name in ("ddm", "ddm-bound", "ddm-conditional"))
+    assert ddm == bound and ddm.model.kind == "ddm" and ddm.model.backbone.name == "unet" and ddm.train == both.train
+    assert guided.model == replace(ddm.model, labels="input") and guided.loss.label_dropout > 0
+    assert config("conditional").model == replace(both.model, labels="input")
 
 
 def test_denoised_images_of_an_exact_model_go_to_the_mean():
@@ -112,10 +113,11 @@ def test_denoised_images_of_an_exact_model_go_to_the_mean():
 @pytest.fixture
 def short(monkeypatch):
     """Models of three steps, and features of an untrained classifier."""
-    monkeypatch.setattr(table1, "extractor_for", partial(extractor_for, steps=1))
-    setting = ablation.SETTINGS["smoke"]
+    monkeypatch.setattr(frechet, "extractor_for", partial(frechet.extractor_for, steps=1))
+    setting = models.SETTINGS["smoke"]
     layers = merge(setting.layers, {"train": {"steps": 3}})
-    monkeypatch.setitem(ablation.SETTINGS, "smoke", replace(setting, layers=layers, samples=4, steps=2, test=20))
+    steps = dict.fromkeys(setting.steps, 2)
+    monkeypatch.setitem(models.SETTINGS, "smoke", replace(setting, layers=layers, samples=4, steps=steps, test=20))
 
 
 def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
@@ -126,7 +128,7 @@ def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
         assert all((tmp_path / "figures" / figure["file"]).exists() for figure in content["figures"])
     capsys.readouterr()
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        f"ablation-{name}-smoke" for name in sorted(ablation.VARIANTS)
+        f"digits-{name}-smoke" for name in ("both", "ce", "ddm", "mse", "tre", "uniform")
     ]
     table = json.loads((tmp_path / "table1-smoke.json").read_text())["tables"][0]
     assert [row[0] for row in table["rows"]] == list(table1.ROWS.values())

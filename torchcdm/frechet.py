@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 SMALLEST_COUNT = 2000
 """Below so many samples a Fréchet distance says little and is not printed in tables."""
+
+REAL = 10_000
+"""At most so many training images stand for the data."""
 
 BATCH = 256
 
@@ -78,6 +82,46 @@ def extractor_for(
             f"{source.name}: Fréchet distances need images with classes, or torch-fidelity with {weights}"
         )
     return _classifier(source, seed, device, steps)
+
+
+@final
+class Reference:
+    """The training images of a data set in the features of :func:`extractor_for`, and how far others are from them.
+
+    Args:
+        source: The data.
+        device: Where the features are computed.
+
+    Attributes:
+        extractor: The features.
+        real: Those of at most :data:`REAL` training images, float64 (N, F).
+    """
+
+    def __init__(self, source: DataSource, device: str | torch.device = "cpu") -> None:
+        self.source = source
+        self.extractor = extractor_for(source, device=device)
+        self.real = self.extractor.features(source.train.tensors(REAL)[0])
+
+    def distance(self, x: Tensor) -> float:
+        """Fréchet distance of images in data units, (N, C, H, W)."""
+        return frechet_distance(self.extractor.features(x), self.real)
+
+    def printable(self, x: Tensor) -> float | None:
+        """The same; None for fewer than :data:`SMALLEST_COUNT` images."""
+        return self.distance(x) if len(x) >= SMALLEST_COUNT else None
+
+    def header(self, count: int) -> str:
+        """What a number of ``count`` samples is, for the title of a table."""
+        return f"Fréchet distance of {count} samples to {len(self.real)} training images in {self.extractor.name}"
+
+    def notes(self, count: int) -> tuple[str, ...]:
+        """The distance of test images as a floor, or that ``count`` samples are too few."""
+        if count < SMALLEST_COUNT:
+            return (f"{count} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed.",)
+        test = self.source.split("test").tensors(count)[0]
+        floor = self.printable(test)
+        text = f"The Fréchet distance of {len(test)} test images to the same training images is"
+        return () if floor is None else (f"{text} {floor:.3g}.",)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torchcdm import plots
-from torchcdm.reproduce.ablation import SETTINGS, classifier, setting_of, source_of
+from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
 
@@ -20,9 +20,10 @@ VARIANTS = {"ce": "CE only", "both": "both losses"}
 
 def run(work: Workspace) -> Result:
     """Curves of both models for the same noisy test images."""
-    source, setting = source_of(work), setting_of(work)
-    x, _ = source.split("test").tensors(min(setting.test, 256))
-    curves = {variant: plots.posterior_curves(classifier(work, variant, source), x) for variant in VARIANTS}
+    models = Models(work)
+    setting = models.setting
+    x, _ = models.source.split("test").tensors(min(setting.test, 256))
+    curves = {variant: plots.posterior_curves(models.classifier(variant), x) for variant in VARIANTS}
     rows = []
     for i, t in enumerate(curves["both"].levels):
         cells: list[float | None] = []

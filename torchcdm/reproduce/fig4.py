@@ -11,7 +11,7 @@ from torch import Tensor
 from torchcdm.codec import encode
 from torchcdm.metrics import level_sums
 from torchcdm.plots import save_panels
-from torchcdm.reproduce.ablation import SETTINGS, config_of, denoiser, setting_of, source_of
+from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
 
@@ -30,10 +30,11 @@ VARIANTS = {"ddm": "DDM", "both": "CDM"}
 
 def run(work: Workspace) -> Result:
     """Both models on the same noisy test images."""
-    source, setting = source_of(work), setting_of(work)
+    models = Models(work)
+    source, setting = models.source, models.setting
     errors, sizes, seconds = {}, {}, {}
     for variant in VARIANTS:
-        model, facts = denoiser(work, variant, source)
+        model, facts = models.denoiser(variant)
         sizes[variant] = sum(parameter.numel() for parameter in model.parameters())
         seconds[variant] = round(facts["seconds"], 1)
 
@@ -42,8 +43,8 @@ def run(work: Workspace) -> Result:
             sums = level_sums(model, x, draws=DRAWS)
             return {"mse": sums.mse.tolist(), "count": sums.count.tolist()}
 
-        facts = {"config": encode(config_of(work, variant)), "test": setting.test, "draws": DRAWS}
-        errors[variant] = grouped(work.numbers(f"fig4-{variant}", facts, make))
+        facts = {"config": encode(models.config(variant)), "test": setting.test, "draws": DRAWS}
+        errors[variant] = grouped(work.numbers(f"fig4-{models.name(variant)}", facts, make))
     edges, ddm, cdm = errors["ddm"][0], errors["ddm"][1], errors["both"][1]
     rows = []
     for (low, high), a, b in zip(edges, ddm.tolist(), cdm.tolist(), strict=True):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from torchcdm.data import save_grid
-from torchcdm.reproduce.ablation import SETTINGS, denoiser, setting_of, source_of
 from torchcdm.reproduce.denoised import denoised, root_mean_square
+from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
 
@@ -26,12 +26,13 @@ MEASURED = 200
 
 def run(work: Workspace) -> Result:
     """Both models on the same noisy test images."""
-    source, setting = source_of(work), setting_of(work)
+    models = Models(work)
+    source, setting = models.source, models.setting
     x, _ = source.split("test").tensors(min(setting.test, MEASURED))
     mean = source.train.tensors()[0].double().mean(0).float()
     distances, figures = {}, []
     for variant, title in VARIANTS.items():
-        model, _ = denoiser(work, variant, source)
+        model, _ = models.denoiser(variant)
         levels = [round(share * model.schedule.T) for share in SHARES]
         noisy, clean = denoised(model, x, levels)
         distances[variant] = [root_mean_square(images - mean) for images in clean]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from torchcdm.data import save_grid
-from torchcdm.reproduce.ablation import SETTINGS, denoiser, setting_of, source_of
 from torchcdm.reproduce.denoised import denoised, root_mean_square
+from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
 
@@ -20,11 +20,12 @@ MEASURED = 200
 
 def run(work: Workspace) -> Result:
     """Both models on the same noisy test images."""
-    source, setting = source_of(work), setting_of(work)
+    models = Models(work)
+    source, setting = models.source, models.setting
     x, _ = source.split("test").tensors(min(setting.test, MEASURED))
     errors, figures = {}, []
     for variant, title in VARIANTS.items():
-        model, _ = denoiser(work, variant, source)
+        model, _ = models.denoiser(variant)
         levels = [round(share * model.schedule.T) for share in SHARES]
         noisy, clean = denoised(model, x, levels)
         errors[variant] = [root_mean_square(images - x.float()) for images in clean]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.losses import stratified_levels
 from torchcdm.plots import save_panels
-from torchcdm.reproduce.ablation import SETTINGS, classifier, setting_of, source_of
+from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
 
@@ -58,9 +58,10 @@ def confusion(model: ClassificationDiffusion, x: Tensor, draws: int = 8, seed: i
 
 def run(work: Workspace) -> Result:
     """All classifiers on the same test images."""
-    source, setting = source_of(work), setting_of(work)
-    x, _ = source.split("test").tensors(setting.test)
-    found = {variant: confusion(classifier(work, variant, source), x) for variant in VARIANTS}
+    models = Models(work)
+    setting = models.setting
+    x, _ = models.source.split("test").tensors(setting.test)
+    found = {variant: confusion(models.classifier(variant), x) for variant in VARIANTS}
     rows = []
     for variant, title in VARIANTS.items():
         distance = (found[variant].found - found[variant].true).abs().double()

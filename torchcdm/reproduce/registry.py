@@ -26,9 +26,12 @@ class Reproduction:
 
 REPRODUCTIONS = {
     "table1": Reproduction("Table 1: what the two losses do", "torchcdm.reproduce.table1"),
+    "table2": Reproduction("Table 2: DDM against CDM under three samplers", "torchcdm.reproduce.table2"),
+    "table3": Reproduction("Table 3: likelihoods of all systems", "torchcdm.reproduce.table3"),
     "fig3": Reproduction("Figure 3: log p(t|x), cross-entropy only against both losses", "torchcdm.reproduce.fig3"),
     "fig4": Reproduction("Figure 4: denoising error by level, DDM against CDM", "torchcdm.reproduce.fig4"),
     "fig5": Reproduction("Figure 5: images denoised at high noise, and the mean image", "torchcdm.reproduce.fig5"),
+    "fig6": Reproduction("Figure 6: guided samples of each class", "torchcdm.reproduce.fig6"),
     "fig7": Reproduction(
         "Figure 7: predicted against analytic log-likelihood, uniform pixels and Gaussian images",
         "torchcdm.reproduce.fig7",

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from torchcdm.building import resolve
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import Config
-from torchcdm.data import DataSource
-from torchcdm.interrupt import SignalWatch
 from torchcdm.losses import Terms, stratified_levels
-from torchcdm.run_folder import RunFolder
-from torchcdm.trainer import Trainer, TrainResult
 
 
 @final
@@ -51,15 +42,3 @@ class TRELoss(nn.Module):
         up, down = (nn.functional.softplus(other - here) for other in (above, below))
         loss = 0.5 * (up.masked_fill(t == last, 0) + down.masked_fill(t == 0, 0)).to(x_0.dtype)
         return {"loss": loss, "mse": torch.zeros_like(loss), "t": t}
-
-
-def train_tre(
-    config: Config, out: Path, source: DataSource, resume: bool, device: str | None, progress: bool
-) -> TrainResult:
-    """As :func:`torchcdm.trainer.train`, with :class:`TRELoss`."""
-    config = replace(config, model=resolve(config.model, source.transform))
-    with torch.random.fork_rng(devices=[]), SignalWatch() as watch:
-        trainer = Trainer(config, RunFolder(out), source, device, progress, watch, time.monotonic)
-        assert isinstance(trainer.model, ClassificationDiffusion)
-        trainer.loss = TRELoss(trainer.model)
-        return trainer.run_to_end(resume)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchcdm.checkpoint import load, read_json
 from torchcdm.codec import differences, encode
@@ -17,8 +18,9 @@ from torchcdm.config import Config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
+from torchcdm.reproduce.training import train_with
 from torchcdm.run_folder import RunFolder, write_file, write_json
-from torchcdm.trainer import TrainResult, train
+from torchcdm.trainer import train
 
 SCALES = ("smoke", "small", "paper")
 """``smoke`` proves in minutes that the code runs; ``small`` is for two cores; ``paper`` is the published setting."""
@@ -50,7 +52,7 @@ class Workspace:
         return self.figures / f"{name}-{self.scale}.png"
 
     def model(
-        self, name: str, config: Config, source: DataSource, how: Callable[..., TrainResult] | None = None
+        self, name: str, config: Config, source: DataSource, loss: Callable[[Any], nn.Module] | None = None
     ) -> tuple[Denoiser, dict[str, Any]]:
         """A trained model, from an earlier call where it was finished, and ``steps`` and ``seconds`` of its training.
 
@@ -58,7 +60,7 @@ class Workspace:
             name: Of the run, without the scale.
             config: What and how.
             source: The data; its name stands for them in the comparison of settings.
-            how: Another training than :func:`torchcdm.trainer.train`, with its arguments.
+            loss: Makes the loss of a model; the kind's own when None.
 
         Raises:
             UserError: The folder holds a run with other settings.
@@ -69,9 +71,8 @@ class Workspace:
 
         def make() -> dict[str, Any]:
             self.say(f"training {folder.root.name}")
-            result = (how or train)(
-                config, folder.root, source, resume=True, device=self.device, progress=self.progress
-            )
+            how = train if loss is None else partial(train_with, loss)
+            result = how(config, folder.root, source, resume=True, device=self.device, progress=self.progress)
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
         facts = self._kept(folder.root / "finished.json", encode(config), make)
@@ -84,11 +85,11 @@ class Workspace:
     def samples(
         self, name: str, settings: Mapping[str, Any], chunks: int, make: Callable[[int], Tensor]
     ) -> Tensor:
-        """A sample set, kept chunk by chunk.
+        """A sample set, kept chunk by chunk; a set of more chunks begins with those of a smaller one.
 
         Args:
             name: Of the set, without the scale.
-            settings: What it depends on.
+            settings: What a chunk depends on.
             chunks: Number of chunks.
             make: Gives the samples (n, *shape) of chunk 0, 1, ...
         """
@@ -96,7 +97,7 @@ class Workspace:
         from safetensors.torch import save
 
         folder = self.root / "samples" / f"{name}-{self.scale}"
-        self._kept(folder / "settings.json", dict(settings) | {"chunks": chunks}, dict)
+        self._kept(folder / "settings.json", dict(settings), dict)
         parts = []
         for chunk in range(chunks):
             path = folder / f"{chunk:04d}.safetensors"

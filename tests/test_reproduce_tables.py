@@ -1,0 +1,275 @@
+"""Tables 2 and 3 and Figure 6 at their smallest scale; the published setting on tiny files in their true formats."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import rng
+from test_data_published import write_celeba, write_cifar
+
+from torchcdm import frechet
+from torchcdm.cli import main
+from torchcdm.codec import merge
+from torchcdm.config import make_config, preset_fields
+from torchcdm.denoisers import DenoisingDiffusion
+from torchcdm.frechet import Extractor
+from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain
+from torchcdm.losses import DDMLoss
+from torchcdm.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
+from torchcdm.reproduce.bound import BoundLoss, bound_weights
+from torchcdm.schedules import LinearSchedule
+from torchcdm.units import DataTransform
+
+
+def pixels(source, **_):
+    """Features that need no training."""
+    return Extractor("means of rows", lambda x: x.double().flatten(1, 2).mean(2))
+
+
+def columns(table):
+    """Rows by their first cell, each a dict of lists by column, as names repeat."""
+    found = {}
+    for row in table["rows"]:
+        cells = {}
+        for name, cell in zip(table["columns"], row, strict=True):
+            cells.setdefault(name, []).append(cell)
+        found.setdefault(row[0], []).append(cells)
+    return found
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Models of three steps, few samples, and plain features."""
+    monkeypatch.setattr(frechet, "extractor_for", pixels)
+    monkeypatch.setattr(fig6, "extractor_for", pixels)
+    setting = models.SETTINGS["smoke"]
+    layers = merge(setting.layers, {"train": {"steps": 3}, "model": {"schedule": {"T": 24}}})
+    steps = {"ddim": 2, "ddpm": 3, "dpm2": 2}
+    monkeypatch.setitem(models.SETTINGS, "smoke", replace(setting, layers=layers, samples=20, steps=steps, test=20))
+
+
+def run(name, folder, scale="smoke"):
+    assert main(["reproduce", name, "--scale", scale, "--out", str(folder), "--quiet", "--device", "cpu"]) == 0
+    return json.loads((folder / f"{name}-{scale}.json").read_text())
+
+
+# --- Table 2 and Figure 6 ------------------------------------------------------------------------------------------
+
+
+def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypatch, capsys):
+    content = run("table2", tmp_path)
+    main_table, grid, other = content["tables"]
+    rows = columns(main_table)
+    assert list(rows) == ["DDM", "CDM", "DDM, conditional", "CDM, conditional"]
+    assert rows["CDM"][0]["published"] == [7.56, 4.74, 7.29] and rows["CDM"][0]["guidance weight"] == [None]
+    assert rows["CDM, conditional"][0]["published"] == [5.08, 3.66, 4.87]
+    assert "means of rows" in main_table["title"] and "20 samples" in main_table["title"]
+    assert main_table["columns"][2:] == [
+        "DDIM, 2 steps", "published", "DDPM, 3 steps", "published", "2nd-order DPM-Solver, 2 steps", "published",
+    ]  # fmt: skip
+    assert [row[3] for row in other["rows"]] == [10.28, 7.07] and other["rows"][1][1] == "Euler, 3 steps"
+    # Of twenty samples no Fréchet distance is printed, and yet a weight was chosen.
+    assert all(cell is None for row in grid["rows"] for cell in row[1:])
+    assert {rows[name][0]["guidance weight"][0] for name in ("DDM, conditional", "CDM, conditional")} <= {0.5, 1.0}
+    assert len(content["figures"]) == 6
+
+    monkeypatch.setattr(workspace, "train", lambda *_, **__: pytest.fail("trained again"))
+    made = []
+    monkeypatch.setattr(models, "sample", lambda *args, **_: made.append(args) or torch.zeros(20, 1, 8, 8))
+    figure = run("fig6", tmp_path)
+    assert not made or {args[5] for args in made} == {0.0}, "guided samples are those of the table"
+    assert [row[0] for row in figure["tables"][0]["rows"]] == ["0", "0.5", "1", "test images"]
+    assert "trouser" not in figure["figures"][0]["caption"] and "Rows: 0, 1, 2" in figure["figures"][0]["caption"]
+    capsys.readouterr()
+
+
+def test_the_chosen_weight_has_the_least_distance(tmp_path, short, monkeypatch, capsys):
+    # Samples of weight w lie w away from the data.
+    real = models.Models.samples
+
+    def shifted(self, variant, *args, guidance=0.0, **options):
+        x = self.source.train.tensors(2000)[0].float()
+        return x + guidance if "conditional" in variant else real(self, variant, *args, guidance=guidance, **options)
+
+    monkeypatch.setattr(models.Models, "samples", shifted)
+    monkeypatch.setattr(frechet, "SMALLEST_COUNT", 1000)
+    rows = columns(run("table2", tmp_path)["tables"][0])
+    assert rows["CDM, conditional"][0]["guidance weight"] == [0.5]
+    distance = rows["CDM, conditional"][0]["DDIM, 2 steps"][0]
+    assert distance == pytest.approx(8 * 0.5**2, rel=1e-6), "eight features, each half a grey level away"
+    capsys.readouterr()
+
+
+def test_a_larger_sample_set_begins_with_the_smaller(tmp_path, short):
+    setting = replace(models.SETTINGS["smoke"], samples=600)
+    family = models.Models(Workspace(tmp_path, "smoke"), setting)
+    few, all_ = (family.samples("conditional", "ddim", 1, 0.5, count) for count in (30, None))
+    assert len(few) == 250 and len(all_) == 750 and torch.equal(all_[:250], few)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["digits-conditional-ddim-1-w0.5-smoke"]
+
+
+def test_class_means_tell_classes_and_their_spread():
+    y = torch.arange(400) % 4
+    centres = 10 * torch.eye(4)[:, None, :, None].expand(4, 1, 4, 4)
+    noise = torch.randn(400, 1, 4, 4, generator=rng())
+    means = fig6.ClassMeans(pixels(None), centres[y] + noise, y, 4)
+    kept, spread = means.measure(centres[y] + 0.5 * noise, y)
+    assert kept == 100 and spread == pytest.approx(0.5, rel=1e-6)
+    wrong, _ = means.measure(centres[(y + 1) % 4] + noise, y)
+    assert wrong == 0
+
+
+# --- Table 3 -------------------------------------------------------------------------------------------------------
+
+
+def test_bound_weights_are_those_of_the_reverse_chain():
+    schedule, shape = LinearSchedule(30), (5,)
+    model = DenoisingDiffusion(torch.nn.Identity(), schedule, DataTransform.identity(shape))
+    chain = ReverseChain(model, torch.zeros(30, 5, dtype=torch.float64))
+    eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
+    t = torch.arange(2, 31)
+    kl = chain.kl(schedule.ratio[t, None] * eps_error, t)
+    assert torch.allclose(bound_weights(schedule)[1:] * eps_error.square().sum(1), kl)
+
+
+def test_the_bound_loss_is_l_simple_but_for_its_weights():
+    class Network(torch.nn.Module):
+        def forward(self, x, t, y):
+            return 0.3 * x
+
+    schedule = LinearSchedule(30)
+    model = DenoisingDiffusion(Network(), schedule, DataTransform.identity((5,)))
+    x, eps = (torch.randn(30, 5, dtype=torch.float64, generator=rng(seed)) for seed in (0, 1))
+    t = torch.arange(1, 31)
+    bound, simple = BoundLoss(model)(x, None, t, eps), DDMLoss(model)(x, None, t, eps)
+    ratio = bound["loss"] / simple["loss"]
+    weights = bound_weights(schedule)
+    assert torch.allclose(ratio, weights / weights.mean()) and torch.equal(bound["mse"], simple["mse"])
+    assert float(ratio.mean()) == pytest.approx(1)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Likelihoods and speeds measured with next to no evaluations, and no Gaussian in 3072 dimensions."""
+    pytest.importorskip("normflows")
+    monkeypatch.setattr(ReverseChain, "calibrated", classmethod(lambda cls, model, **_: cls(model)))
+    monkeypatch.setattr(FlowOptions, "steps_from", lambda *_: 2)
+    monkeypatch.setattr("torchcdm.compare.denoising.ELBO_EVALUATIONS", 3)
+    monkeypatch.setattr("torchcdm.compare.comparison.DRAWN", 2)
+    for scale, systems in (("smoke", ("cdm", "realnvp")), ("paper", ("realnvp",))):
+        setting = table3.Setting(4, 0.3, "processor", LogZOptions(32, 0, 32), systems)
+        monkeypatch.setitem(table3.SETTINGS, scale, setting)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_table_3_has_all_systems_and_makes_nothing_twice(tmp_path, short, scored, monkeypatch, capsys):
+    content = run("table3", tmp_path)
+    own, compared = content["tables"]
+    rows = columns(own)
+    assert list(rows) == [*table3.OWN_ROWS.values(), "MintNet", "VDM", "DDPM++ cont."]
+    found = {(title, row["likelihood"][0]): row for title in rows for row in rows[title]}
+    assert found["CDM, uniform sigma", "one pass, level 0"]["published"] == [2.98]
+    assert found["DDM, trained on L", "ELBO"]["published"] == [3.70]
+    assert found["DDM, trained on L_simple", "probability flow"]["published NFE"] == [200]
+    assert found["CDM", "one pass, level 0"]["NFE"] == [1]
+    assert found["MintNet", None]["published"] == [3.32] and found["MintNet", None]["NLL"] == [None]
+    assert ("DDM, trained on L", "one pass, level 0") not in found
+
+    likelihoods = {(row[0], row[1]) for row in compared["rows"]}
+    assert {("CDM", "one pass, normalised"), ("CDM", "ELBO"), ("RealNVP", "density, mean of 16 draws")} <= likelihoods
+    rows = columns(compared)
+    assert rows["RealNVP"][0]["published"] == [3.49]
+    normalised = [row[2] for row in compared["rows"]]
+    assert normalised == sorted(normalised, reverse=True), "those that need not be normalised come last"
+    assert "Gaussianised" in compared["title"], "digits are compared in the units of their preset"
+
+    for module, name in ((workspace, "train"), (table3, "likelihood_report"), (table3, "FittedDenoiser")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("made again"))
+    assert run("table3", tmp_path) == content
+    capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_libraries_that_are_not_installed_are_named(tmp_path, short, scored, monkeypatch, capsys):
+    monkeypatch.setattr(table3, "find_spec", lambda name: None)
+    monkeypatch.setattr(table3, "OWN_ROWS", {"ddm": "DDM"})
+    setting = table3.SETTINGS["smoke"]
+    monkeypatch.setitem(table3.SETTINGS, "smoke", replace(setting, systems=("realnvp",)))
+    content = run("table3", tmp_path)
+    assert any("Not installed: realnvp; pip install 'torchcdm[peers]'" in note for note in content["notes"])
+    capsys.readouterr()
+
+
+# --- the published setting, on tiny files --------------------------------------------------------------------------
+
+TINY = {
+    "train": {"steps": 2, "batch_size": 4, "warmup": 1, "validate_every": 2, "save_every": 2, "decay": "constant"},
+    "data": {"workers": 0},
+    "sampling": {"n": 1, "steps": 1, "guidance": 0.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """CIFAR-10 and CelebA as they are distributed, a few images each, and the published setting with thin networks."""
+    write_cifar(tmp_path / "data" / "cifar-10-batches-bin", count=6)
+    write_celeba(tmp_path / "data" / "celeba", count=12)
+    monkeypatch.setenv("TORCHCDM_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(frechet, "extractor_for", pixels)
+    monkeypatch.setattr(fig6, "extractor_for", pixels)
+    shrunk = {"samples": 10, "test": 4, "steps": {"ddim": 1, "ddpm": 2, "dpm2": 1}, "weights": (1.0,)}
+
+    def tiny(setting):
+        # The same form and number of levels; 4 channels instead of 128.
+        layers = merge(TINY, {"model": {"backbone": {"channels": 4, "blocks": 1}}})
+        return replace(setting, layers=layers, **shrunk)
+
+    monkeypatch.setitem(models.SETTINGS, "paper", tiny(models.SETTINGS["paper"]))
+    monkeypatch.setitem(table2.MORE, "paper", tuple(map(tiny, table2.MORE["paper"])))
+    return tmp_path / "out"
+
+
+def test_the_published_setting_of_table_2_runs_on_both_data_sets(published, capsys):
+    content = run("table2", published, "paper")
+    titles = [table["title"] for table in content["tables"]]
+    assert titles[0].startswith("cifar10") and titles[-1].startswith("celeba") and "CelebA 64x64" in titles[-1]
+    celeba = columns(content["tables"][-1])
+    assert list(celeba) == ["DDM", "CDM"] and celeba["CDM"][0]["published"] == [4.78, 2.51, 4.45]
+    assert not any("celeba" in title for title in titles[:-1]), "CelebA has no classes, and no other schedules"
+    assert sorted(path.name for path in (published / "runs").iterdir()) == [
+        "celeba-both-paper", "celeba-ddm-paper", "cifar10-both-paper", "cifar10-conditional-paper",
+        "cifar10-ddm-conditional-paper", "cifar10-ddm-paper", "cifar10-ot-paper", "cifar10-uniform-paper",
+    ]  # fmt: skip
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["table1", "fig6"])
+def test_the_published_setting_runs(name, published, capsys):
+    content = run(name, published, "paper")
+    assert content["tables"][0]["title"].startswith("cifar10")
+    if name == "fig6":
+        assert "Rows: airplane, automobile" in content["figures"][0]["caption"]
+    else:
+        assert [row[0] for row in content["tables"][0]["rows"]] == list(table1.ROWS.values())
+    capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_published_setting_of_table_3_runs(published, scored, monkeypatch, capsys):
+    monkeypatch.setattr(table3, "OWN_ROWS", {"ddm-bound": "DDM, trained on L", "ot": "CDM, optimal transport"})
+    content = run("table3", published, "paper")
+    own, compared = content["tables"]
+    assert own["title"].startswith("cifar10, the paper's form")
+    assert compared["title"].startswith("cifar10, one protocol")
+    assert {row[0] for row in compared["rows"]} == {"RealNVP"}
+    capsys.readouterr()
+
+
+def test_the_published_configurations_are_the_presets():
+    for variant, preset in {"both": "cifar10", "uniform": "cifar10-uniform", "ot": "cifar10-ot",
+                            "conditional": "cifar10-conditional"}.items():  # fmt: skip
+        assert models.config_of(models.SETTINGS["paper"], variant) == make_config(preset_fields(preset)), variant
+    assert models.config_of(models.CELEBA, "both") == make_config(preset_fields("celeba64"))
+    ddm = models.config_of(models.CELEBA, "ddm")
+    assert ddm.train.lr == 1e-4 and ddm.model.kind == "ddm"
