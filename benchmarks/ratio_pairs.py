@@ -25,14 +25,15 @@ class InvertibleMap:
     random; then ``y <- y + 0.2 sin(2 y)`` in every coordinate, which is increasing.
 
     Args:
-        dim: d, even.
-        seed: Of the halves and of W.
+        dim: d.
+        seed: Of the halves and of W; of an odd d one half is smaller, and W is cut.
     """
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         draw = np.random.RandomState(seed)
-        self.halves = np.split(draw.permutation(dim), 2)
-        self.weights = [orthogonal(dim // 2, draw) for _ in range(2)]
+        self.halves = np.array_split(draw.permutation(dim), 2)
+        sizes = [len(half) for half in self.halves]
+        self.weights = [orthogonal(sizes[0], draw)[:a, :b] for a, b in (sizes, sizes[::-1])]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, d) to (N, d)."""

@@ -1,0 +1,164 @@
+"""Weights of 40 far modes, read off a density ratio and off densities.
+
+    python benchmarks/mixture_weights.py --json mixture_weights.json
+    python benchmarks/mixture_weights.py --dims 128 --contenders ratio
+
+40 Gaussians of unit variance with centres uniform in a cube of side 80; their weights are drawn from a Dirichlet
+distribution (1, ..., 1), so that some hold a tenth and some a thousandth. Far modes are the trial of anything learned
+from scores: between them there is nothing that tells their weights.
+
+``ratio``: against the same modes with equal weights; a weight is the mean ratio over the mode's own points, over 40.
+``density``: a model of the mixture alone, which starts from one Gaussian; ``mixture``: one that starts from 40 fitted
+ones. There log p(x) - log N(x; mode), averaged over the mode's own points, is the log weight. ``counts``: the share of
+training rows in each mode, the best that there is. Weights are normalised to 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from ratio_pairs import SCHEDULE, mixture, write_rows
+
+import torchcdm
+from torchcdm import DensityRatio
+from torchcdm.toy import GaussianMixture
+
+MODES, SIDE = 40, 80.0
+
+POINTS = 50
+"""Fresh points of each mode at which ratios and densities are taken."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender in one dimension.
+
+    Attributes:
+        dim: d.
+        contender: Its name.
+        largest: Largest error of a weight.
+        mean: Mean error of a weight.
+        log_error: Root mean square error of the log weights.
+        seconds: Processor seconds.
+    """
+
+    dim: int
+    contender: str
+    largest: float
+    mean: float
+    log_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """The mixture, that of equal weights, training rows, their modes, and points of every mode (MODES, POINTS, d)."""
+
+    truth: GaussianMixture
+    equal: GaussianMixture
+    rows: np.ndarray
+    modes: np.ndarray
+    points: torch.Tensor
+    steps: int
+    seed: int
+
+    def of_equal(self) -> np.ndarray:
+        """As many rows of the mixture of equal weights."""
+        return self.equal.sample(len(self.rows), torch.Generator().manual_seed(self.seed + 1)).numpy()
+
+
+def make_task(dim: int, count: int, steps: int, seed: int) -> Task:
+    """The task in one dimension."""
+    draw = np.random.RandomState(seed)
+    centres, weights = SIDE * (draw.uniform(size=(MODES, dim)) - 0.5), draw.dirichlet(np.ones(MODES))
+    truth, equal = (mixture(w, centres, np.ones(MODES)) for w in (weights, np.ones(MODES)))
+    generator = torch.Generator().manual_seed(seed)
+    rows, modes = truth.sample_components(count, generator)
+    points = truth.draw(torch.arange(MODES).repeat_interleave(POINTS), generator).unflatten(0, (MODES, POINTS))
+    return Task(truth, equal, rows.numpy(), modes.numpy(), points, steps, seed)
+
+
+def by_ratio(task: Task) -> np.ndarray:
+    """Log weights up to a constant, (MODES,)."""
+    ratio = DensityRatio(task.seed, device="cpu", progress=True, steps=task.steps)
+    ratio.fit(task.rows, task.of_equal())
+    return ratio.log_ratio(task.points.flatten(0, 1).numpy()).reshape(MODES, POINTS).mean(1)
+
+
+def by_density(components: int) -> Callable[[Task], np.ndarray]:
+    """Likewise, from a density that starts from so many Gaussians."""
+
+    def log_weights(task: Task) -> np.ndarray:
+        options = {"model": {"components": components}, "sampling": {"n": 0}, "seed": task.seed, "steps": task.steps}
+        data = {"validation_fraction": 0.1, "test_fraction": 0.0}
+        model = torchcdm.fit(torch.from_numpy(task.rows).float(), device="cpu", data=data, **options)
+        x = task.points.flatten(0, 1)
+        with torch.no_grad():
+            log_p = model.log_prob(x.float()).reshape(MODES, POINTS)
+        own = task.equal.component_log_prob(x, 0, SCHEDULE).reshape(MODES, POINTS, MODES)
+        return (log_p - own.diagonal(dim1=0, dim2=2).T).mean(1).numpy()
+
+    return log_weights
+
+
+def by_counting(task: Task) -> np.ndarray:
+    """Likewise, from the modes that the rows came from."""
+    return np.log(np.bincount(task.modes, minlength=MODES) + 0.5)
+
+
+CONTENDERS: dict[str, Callable[[Task], np.ndarray]] = {
+    "ratio": by_ratio, "density": by_density(1), "mixture": by_density(MODES), "counts": by_counting,
+}  # fmt: skip
+
+
+def compare(dim: int, contender: str, task: Task) -> Row:
+    """One contender."""
+    began = time.process_time()
+    log_weights = CONTENDERS[contender](task)
+    seconds = time.process_time() - began
+    log_weights = log_weights - np.logaddexp.reduce(log_weights)
+    truth = task.truth.log_weights.numpy()
+    errors = np.abs(np.exp(log_weights) - np.exp(truth))
+    log_error = float(np.sqrt(np.mean(np.square(log_weights - truth))))
+    return Row(dim, contender, float(errors.max()), float(errors.mean()), log_error, seconds)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Lines to read."""
+    lines = ["  d  contender  largest error  mean error  RMSE of log weight  seconds"]
+    lines += [
+        f"{r.dim:3}  {r.contender:9} {r.largest:14.4f} {r.mean:11.4f} {r.log_error:19.3f} {r.seconds:8.1f}"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=int, nargs="+", default=[2, 16, 128], metavar="D")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ratio", "mixture", "counts"])
+    parser.add_argument("--rows", type=int, default=8000, metavar="N", help="training rows of each source")
+    parser.add_argument("--steps", type=int, default=500, metavar="N", help="most training steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
+    options = parser.parse_args(arguments)
+
+    rows: list[Row] = []
+    for dim in options.dims:
+        task = make_task(dim, options.rows, options.steps, options.seed)
+        for contender in options.contenders:
+            rows.append(compare(dim, contender, task))
+            print(table(rows[-1:]), flush=True)
+            write_rows(rows, options.json)
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main()
