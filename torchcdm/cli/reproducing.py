@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.cli.arguments import add_command, add_device
 
 
 def add_commands(commands: Any) -> None:
@@ -36,7 +36,6 @@ def run_reproduce(options: argparse.Namespace) -> int:
         return 0
     if options.out is None:
         raise UserError("give a folder with --out DIR")
-    device_of(options.device)
     try:
         path = reproduce(options.name, options.scale, options.out, options.device, progress=not options.quiet)
     except Interrupted as stop:

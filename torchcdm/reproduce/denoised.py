@@ -23,7 +23,7 @@ def denoised(model: Denoiser, x: Tensor, levels: list[int], seed: int = 0) -> tu
     """
     transform, schedule = model.transform, model.schedule
     generator = torch.Generator().manual_seed(seed)
-    z = transform.encode(x, generator).to(schedule.alpha.device)
+    z = transform(transform.add_noise(x, generator).to(schedule.alpha.device))
     eps = torch.randn(x.shape, generator=generator).to(z.device)
     noisy, clean = [], []
     for t in levels:

@@ -29,7 +29,7 @@ def run(work: Workspace) -> Result:
     classes = source.classes or 0
     weights = (0.0, *setting.weights)
     sets = [models.samples("conditional", guidance=weight, count=MEASURED) for weight in weights]
-    means = ClassMeans(extractor_for(source, device=work.device or "cpu"), *source.train.tensors(REAL), classes)
+    means = ClassMeans(extractor_for(source, device=work.device), *source.train.tensors(REAL), classes)
     rows = [(f"{w:g}", *means.measure(x, torch.arange(len(x)) % classes)) for w, x in zip(weights, sets, strict=True)]
     rows.append(("test images", *means.measure(*source.split("test").tensors(MEASURED))))
     title = (

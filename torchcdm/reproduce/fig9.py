@@ -48,11 +48,12 @@ def confusion(model: ClassificationDiffusion, x: Tensor, draws: int = 8, seed: i
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     rows = torch.arange(len(x)).repeat(draws)
     t = stratified_levels(len(rows), schedule.T + 2, torch.device("cpu"), generator)
-    z, found = model.transform.encode(x, generator), []
+    z = model.transform(model.transform.add_noise(x, generator).to(schedule.alpha.device))
+    found = []
     for part in torch.arange(len(rows)).split(BATCH):
-        eps = torch.randn(len(part), *x.shape[1:], generator=generator)
+        eps = torch.randn(len(part), *x.shape[1:], generator=generator).to(z)
         x_t = schedule.perturb(z[rows[part]], t[part], eps)
-        found.append(model.logits(x_t.to(schedule.alpha.device)).argmax(1).cpu())
+        found.append(model.logits(x_t).argmax(1).cpu())
     return Confusion(t, torch.cat(found), schedule.T + 1)
 
 

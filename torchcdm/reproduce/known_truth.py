@@ -7,6 +7,7 @@ that q has where the data are. Both need q/p to vary little; the effective sampl
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def weights_under(
         ``weight_error``: largest |difference| to the empirical weights of the same samples, which removes the samples'
         own fluctuation; ``mass``; ``share``: effective sample size over N.
     """
-    schedule = model.schedule
+    schedule = copy.deepcopy(model.schedule).cpu()
     responsibilities = (exact.component_log_prob(x, 0, schedule) + exact.log_weights).softmax(1)
     ratio = error.exp()
     weights = (ratio[:, None] * responsibilities).sum(0) / ratio.sum()

@@ -30,7 +30,7 @@ KEYS = ("accuracy", "ce", "mse", "frechet", "nll")
 def run(work: Workspace) -> Result:
     """Trains, samples and scores what is missing."""
     models = Models(work)
-    setting, reference = models.setting, Reference(models.source, work.device or "cpu")
+    setting, reference = models.setting, Reference(models.source, work.device)
     sampler = f"DDIM, {setting.steps['ddim']} steps"
     rows, figures = [], []
     for variant, title in ROWS.items():

@@ -75,7 +75,7 @@ class _DataSet:
     def __init__(self, work: Workspace, setting: Setting) -> None:
         self.models, self.setting = Models(work, setting), setting
         self.source = self.models.source
-        self.reference = Reference(self.source, work.device or "cpu")
+        self.reference = Reference(self.source, work.device)
         self.published = PUBLISHED.get(self.source.name, CIFAR10)
         self.figures: list[Figure] = []
 

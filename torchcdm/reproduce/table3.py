@@ -138,7 +138,7 @@ def run(work: Workspace) -> Result:
     folder = work.root / "compared" / f"{source.name}-{work.scale}"
     comparison = compare(
         source, setting.budget, folder, [name for name in names if name not in missing], setting.clock,
-        limit=setting.test, device=torch.device(work.device or "cpu"), data=data, progress=work.progress,
+        limit=setting.test, device=torch.device(work.device), data=data, progress=work.progress,
     )  # fmt: skip
     tables = _own_table(models, setting), _compared_table(work, setting, source, comparison, folder)
     notes = [
@@ -226,7 +226,7 @@ def _normalised(
     def make() -> dict[str, Any]:
         work.say(f"log Z of {result.title}")
         run = folder / f"run-{result.name}" if result.attempts == 1 else folder / f"run-{result.name}-lower-rate"
-        model = load(run, work.device or "cpu")
+        model = load(run, work.device)
         assert isinstance(model, ClassificationDiffusion)
         x, _ = source.split("test").tensors(setting.test)
         found = likelihood_report(model, x, ("single", "flow", "logz"), log_z=setting.log_z, progress=work.progress)

@@ -18,6 +18,7 @@ from torchcdm.config import Config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
+from torchcdm.processes import best_device, checked_device
 from torchcdm.reproduce.training import train_with
 from torchcdm.run_folder import RunFolder, write_file, write_json
 from torchcdm.trainer import train
@@ -37,10 +38,14 @@ class Workspace:
         scale: Of :data:`SCALES`.
         device: As in :func:`torchcdm.trainer.train`.
         progress: Shows progress bars and messages.
+
+    Attributes:
+        device: Where everything is computed.
     """
 
     def __init__(self, root: Path, scale: str, device: str | None = None, progress: bool = False) -> None:
-        self.root, self.scale, self.device, self.progress = root, scale, device, progress
+        self.root, self.scale, self.progress = root, scale, progress
+        self.device = str(best_device() if device is None else checked_device(device))
 
     @property
     def figures(self) -> Path:
@@ -76,7 +81,7 @@ class Workspace:
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
         facts = self._kept(folder.root / "finished.json", encode(config), make)
-        return load(folder.root, self.device or "cpu"), facts
+        return load(folder.root, self.device), facts
 
     def numbers(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Numbers (JSON) that ``make`` gives, from an earlier call where there was one with the same settings."""
