@@ -6,7 +6,7 @@ from oracles import covariance, rng
 
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
-from torchcdm.frechet import extractor_for, frechet_distance
+from torchcdm.frechet import extractor_for, frechet_distance, kernel_distance, precision_and_recall
 
 
 def test_distance_of_gaussians_with_commuting_covariances():
@@ -35,6 +35,38 @@ def test_fewer_samples_than_features():
     assert frechet_distance(a, b) > 0
     with pytest.raises(UserError, match="do not compare"):
         frechet_distance(a, b[:, :3])
+
+
+def test_kernel_distance_is_the_mean_over_all_pairs():
+    a, b = (torch.randn(n, 3, dtype=torch.float64, generator=rng(n)) for n in (4, 5))
+
+    def kernel(x, y):
+        return (float(x @ y) / 3 + 1) ** 3
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    within = [mean(kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) for x in (a, b)]
+    between = mean(kernel(x, y) for x in a for y in b)
+    assert kernel_distance(a, b) == pytest.approx(sum(within) - 2 * between, rel=1e-12)
+    # Without bias: of one distribution it is 0 on average, of another above.
+    draws = torch.randn(200, 2, 10, 3, generator=rng())
+    same = torch.tensor([kernel_distance(*pair) for pair in draws])
+    assert abs(same.mean()) < 3 * same.std() / 200**0.5
+    assert torch.tensor([kernel_distance(x, y + 1) for x, y in draws]).mean() > 10 * same.std() / 200**0.5
+
+
+def test_precision_and_recall_tell_what_is_wrong_from_what_is_missing():
+    left, right = (torch.randn(300, 2, generator=rng(seed)) + centre for seed, centre in ((0, 0.0), (1, 50.0)))
+    real = torch.cat([left, right])
+    precision, recall = precision_and_recall(torch.randn(300, 2, generator=rng(2)), real)
+    assert precision > 0.9 and 0.4 < recall < 0.55, "half of the data are missing"
+    precision, recall = precision_and_recall(real, left)
+    assert 0.45 < precision < 0.6 and recall > 0.9, "half of the samples are wrong"
+    assert precision_and_recall(real, real) == (1.0, 1.0) and precision_and_recall(left, right) == (0.0, 0.0)
+    with pytest.raises(UserError, match="more than 3 samples"):
+        precision_and_recall(real[:3], real)
 
 
 def test_classifier_features_tell_noise_and_a_missing_class_from_digits():

@@ -59,7 +59,7 @@ def run(name, folder, scale="smoke"):
 
 def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypatch, capsys):
     content = run("table2", tmp_path)
-    main_table, grid, other = content["tables"]
+    main_table, grid, other, quality = content["tables"]
     rows = columns(main_table)
     assert list(rows) == ["DDM", "CDM", "DDM, conditional", "CDM, conditional"]
     assert rows["CDM"][0]["published"] == [7.56, 4.74, 7.29] and rows["CDM"][0]["guidance weight"] == [None]
@@ -72,7 +72,8 @@ def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypa
     # Of twenty samples no Fréchet distance is printed, and yet a weight was chosen.
     assert all(cell is None for row in grid["rows"] for cell in row[1:])
     assert {rows[name][0]["guidance weight"][0] for name in ("DDM, conditional", "CDM, conditional")} <= {0.5, 1.0}
-    assert len(content["figures"]) == 6
+    assert len(content["figures"]) == len(quality["rows"]) == 6
+    assert quality["columns"] == ["samples", "KID", "precision", "recall"]
 
     monkeypatch.setattr(workspace, "train", lambda *_, **__: pytest.fail("trained again"))
     made = []
@@ -233,10 +234,10 @@ def published(tmp_path, monkeypatch):
 def test_the_published_setting_of_table_2_runs_on_both_data_sets(published, capsys):
     content = run("table2", published, "paper")
     titles = [table["title"] for table in content["tables"]]
-    assert titles[0].startswith("cifar10") and titles[-1].startswith("celeba") and "CelebA 64x64" in titles[-1]
-    celeba = columns(content["tables"][-1])
+    assert titles[0].startswith("cifar10") and titles[-2].startswith("celeba") and "CelebA 64x64" in titles[-2]
+    celeba = columns(content["tables"][-2])
     assert list(celeba) == ["DDM", "CDM"] and celeba["CDM"][0]["published"] == [4.78, 2.51, 4.45]
-    assert not any("celeba" in title for title in titles[:-1]), "CelebA has no classes, and no other schedules"
+    assert not any("celeba" in title for title in titles[:-2]), "CelebA has no classes, and no other schedules"
     assert sorted(path.name for path in (published / "runs").iterdir()) == [
         "celeba-both-paper", "celeba-ddm-paper", "cifar10-both-paper", "cifar10-conditional-paper",
         "cifar10-ddm-conditional-paper", "cifar10-ddm-paper", "cifar10-ot-paper", "cifar10-uniform-paper",

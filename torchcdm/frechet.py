@@ -2,7 +2,8 @@
 
 .. math:: |\\mu_a - \\mu_b|^2 + \\mathrm{Tr}(S_a + S_b - 2 (S_a S_b)^{1/2})
 
-Distances of different features do not compare: every number goes with the name of its extractor.
+Beside it the kernel distance, precision and recall. Numbers of different features do not compare: every number goes
+with the name of its extractor.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ SMALLEST_COUNT = 2000
 REAL = 10_000
 """At most so many training images stand for the data."""
 
+COMPARED = 5000
+"""At most so many images on either side where every pair is looked at."""
+
 BATCH = 256
 
 
@@ -50,14 +54,59 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         UserError: Fewer than two samples, or features of different length.
     """
-    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise UserError(f"Fréchet distance: features of shapes {tuple(a.shape)} and {tuple(b.shape)} do not compare")
+    _comparable(a, b)
     (mean_a, cov_a), (mean_b, cov_b) = (_moments(x.double()) for x in (a, b))
     # The trace of the root of a product of covariances is that of a symmetric matrix: no complex root is needed.
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """KID (arXiv 1801.01401): unbiased squared MMD of features (N, F) and (M, F) by the kernel (<x, y> / F + 1)^3.
+
+    May be negative, as it has no bias.
+
+    Raises:
+        UserError: Fewer than two samples, or features of different length.
+    """
+    _comparable(a, b)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        gram = kernel(x, x)
+        return (gram.sum() - gram.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    a, b = a.double(), b.double()
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def precision_and_recall(samples: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Shares of the samples that lie among the real images, and the other way round (arXiv 1904.06991).
+
+    A point lies among a set if it is nearer to one of its members than that member's own ``neighbours``-th nearest.
+
+    Args:
+        samples: Features (N, F).
+        real: Features (M, F).
+        neighbours: How many.
+
+    Raises:
+        UserError: No more samples than neighbours, or features of different length.
+    """
+    if min(len(samples), len(real)) <= neighbours:
+        raise UserError(f"precision and recall: more than {neighbours} samples are needed")
+    _comparable(samples, real)
+
+    def share_among(points: Tensor, members: Tensor) -> float:
+        radius = torch.cdist(members, members).kthvalue(neighbours + 1, 1).values  # the nearest is the member itself
+        return float((torch.cdist(points, members) <= radius).any(1).double().mean())
+
+    samples, real = samples.double(), real.double()
+    return share_among(samples, real), share_among(real, samples)
 
 
 def extractor_for(
@@ -106,6 +155,13 @@ class Reference:
         """Fréchet distance of images in data units, (N, C, H, W)."""
         return frechet_distance(self.extractor.features(x), self.real)
 
+    def quality(self, x: Tensor) -> tuple[float | None, float | None, float | None]:
+        """Kernel distance, precision and recall, of at most :data:`COMPARED` images on either side; None for few."""
+        if len(x) < SMALLEST_COUNT:
+            return None, None, None
+        features, real = self.extractor.features(x[:COMPARED]), self.real[:COMPARED]
+        return kernel_distance(features, real), *precision_and_recall(features, real)
+
     def printable(self, x: Tensor) -> float | None:
         """The same; None for fewer than :data:`SMALLEST_COUNT` images."""
         return self.distance(x) if len(x) >= SMALLEST_COUNT else None
@@ -122,6 +178,11 @@ class Reference:
         floor = self.printable(test)
         text = f"The Fréchet distance of {len(test)} test images to the same training images is"
         return () if floor is None else (f"{text} {floor:.3g}.",)
+
+
+def _comparable(a: Tensor, b: Tensor) -> None:
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)} do not compare")
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchcdm.frechet import Reference
+from torchcdm.frechet import COMPARED, Reference
 from torchcdm.reproduce.models import CELEBA, SETTINGS, Models, Setting
 from torchcdm.reproduce.result import Cell, Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
@@ -70,7 +70,7 @@ def run(work: Workspace) -> Result:
 
 
 class _DataSet:
-    """The models of one data set and their distances; figures gather as rows are made."""
+    """The models of one data set and their distances; figures and further measures gather as rows are made."""
 
     def __init__(self, work: Workspace, setting: Setting) -> None:
         self.models, self.setting = Models(work, setting), setting
@@ -78,6 +78,7 @@ class _DataSet:
         self.reference = Reference(self.source, work.device)
         self.published = PUBLISHED.get(self.source.name, CIFAR10)
         self.figures: list[Figure] = []
+        self.quality: list[tuple[Cell, ...]] = []
 
     def tables(self) -> list[Table]:
         """The main one, the choice of guidance weights, and the other schedules, where there are such."""
@@ -102,7 +103,9 @@ class _DataSet:
             columns = ("model", "sampler", "Fréchet distance", "published")
             other = tuple(self._schedule_row(variant, title) for variant, title in SCHEDULE_ROWS.items())
             tables.append(Table(f"{data}, the same for other schedules, by their published samplers", columns, other))
-        return tables
+        columns = ("samples", "KID", "precision", "recall")
+        title = f"{data}, the same features, at most {COMPARED} images on either side"
+        return [*tables, Table(title, columns, tuple(self.quality))]
 
     def _row(self, variant: str, title: str, weight: float = 0.0) -> tuple[Cell, ...]:
         """Measured and published distance under each sampler."""
@@ -125,4 +128,5 @@ class _DataSet:
         return title, f"{name}, {steps} steps", self.reference.printable(x), self.published.schedules[variant]
 
     def _show(self, variant: str, x: Tensor, what: str) -> None:
+        self.quality.append((what, *self.reference.quality(x)))
         self.figures.append(self.models.figure(f"table2-{self.models.name(variant)}", x, what))
