@@ -44,7 +44,8 @@ def table(n=80, seed=0):
 
 def gaussian_before_training(**options):
     # A rate of almost nothing: the model stays the Gaussian that it starts as.
-    return CDMDensity(**{**TINY, "lr": 1e-12, **options})
+    overrides = TINY["overrides"] | {"model": TINY["overrides"]["model"] | {"components": 1, "shrinkage": 0.0}}
+    return CDMDensity(**{**TINY, "lr": 1e-12, "overrides": overrides, **options})
 
 
 def test_nats_are_in_the_units_of_the_table_and_a_large_offset_costs_nothing():

@@ -9,8 +9,10 @@ from torchcdm.backbones.mlp import MLP
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.estimators.normalizing import importance_normalizer
+from torchcdm.fitting import fit
+from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood import probability_flow
-from torchcdm.mixture import MixtureMarginals, best_component_count
+from torchcdm.mixture import MixtureMarginals, best_mixture
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.toy import GaussianMixture
 from torchcdm.units import DataTransform
@@ -52,12 +54,51 @@ def test_the_change_over_the_levels_is_the_slope_of_the_density():
     assert torch.allclose(base.log_prob_change(x, t), difference, rtol=1e-3, atol=1e-4)
 
 
-def test_validation_finds_the_number_of_components():
+def test_validation_finds_the_number_of_components_and_the_shrinkage():
     _, x = three_clouds()
-    assert best_component_count(x[:2000], x[2000:], (1, 2, 3, 5, 8)) == 3
-    assert best_component_count(normal(60, 3), normal(2000, 3, seed=1), (1, 8, 12)) == 1
+    components, shrinkage = best_mixture(x[:2000], x[2000:], (1, 2, 3, 5, 8))
+    assert components == 3 and shrinkage <= 0.001
+    assert best_mixture(normal(60, 3), normal(2000, 3, seed=1), (1, 8, 12))[0] == 1
+    # The truth is round, and the covariance of 40 samples in 30 dimensions is anything but.
+    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (1,)) == (1, 0.7)
+    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,)) == (2, 0.0)
     with pytest.raises(UserError, match="vectors"):
         MixtureMarginals.fit(torch.zeros(10, 1, 4, 4), SCHEDULE, 2)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_shrinkage_moves_covariances_towards_a_round_one(components):
+    # Twice the deviation along one axis; all of the shrinkage is the mean variance along both.
+    x = normal(4000, 2) * torch.tensor([2.0, 1.0])
+    x = x - x.mean(0)
+    variances = x.var(0, correction=0)
+    for share in (0.0, 0.5, 1.0):
+        options = {"shrinkage": share}
+        base = GaussianMarginals.fit(x, SCHEDULE, **options)
+        if components > 1:
+            mixture = MixtureMarginals.fit(x, SCHEDULE, components, **options)
+            assert torch.allclose(mixture.common.variances, base.variances)
+            base = mixture.mixture
+            if share == 1:
+                assert torch.allclose(base.variances, variances.mean().expand(components, 2))
+            continue
+        expected = (1 - share) * variances + share * variances.mean()
+        assert torch.allclose(base.variances.sort().values, expected.sort().values, rtol=0.01)
+
+
+def test_few_samples_of_many_numbers_get_a_density_that_new_samples_have_too():
+    x, new = normal(100, 300), normal(50, 300, seed=1)
+    _, share = best_mixture(x[:80], x[80:], (1,))
+    plain, moved = (GaussianMarginals.fit(x[:80], SCHEDULE, shrinkage=s).log_prob_levels(new)[:, 0].mean()
+                    for s in (0.0, share))  # fmt: skip
+    truth = torch.distributions.Normal(0.0, 1.0).log_prob(new).sum(1).mean()
+    assert plain < truth - 1e4 and moved > truth - 60
+
+
+def test_shrinkage_needs_a_gaussian_and_a_share():
+    for model in ({"shrinkage": 1.5}, {"shrinkage": 0.1, "gaussian": False}):
+        with pytest.raises(UserError, match="model.shrinkage is .*; give a share from 0 to 1"):
+            fit(normal(40, 3), steps=1, progress=False, model=model)
 
 
 @pytest.mark.parametrize("components", [1, 3])

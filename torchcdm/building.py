@@ -170,6 +170,9 @@ def build_model(
         raise UserError("model.class_gaussians needs gaussian, and labels joint")
     if config.components < 1 or (config.components > 1 and (config.class_gaussians or not config.gaussian)):
         raise UserError(f"model.components is {config.components}; above 1 it needs gaussian, without class_gaussians")
+    if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (config.class_gaussians or not config.gaussian)):
+        what = "give a share from 0 to 1; above 0 it needs gaussian, without class_gaussians"
+        raise UserError(f"model.shrinkage is {config.shrinkage}; {what}")
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     base: BaseDensity | None = gaussian
@@ -219,9 +222,9 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
     schedule = build_schedule(config.schedule)
     if config.components > 1:
-        return MixtureMarginals.fit(z, schedule, config.components, floor)
+        return MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
     if not config.class_gaussians:
-        return GaussianMarginals.fit(z, schedule, floor)
+        return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
     if bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     return ClassGaussians.fit(z, y, schedule, floor)

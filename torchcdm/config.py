@@ -181,6 +181,7 @@ class ModelConfig:
             from one pass (identity 10).
         gaussian: Logits are a correction to a fitted Gaussian.
         components: That it is a mixture of so many Gaussians; vectors.
+        shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
         class_gaussians: And those of each class to one of its own; for joint labels.
         backbone: The network.
         schedule: The noise levels.
@@ -190,6 +191,7 @@ class ModelConfig:
     labels: Literal["none", "input", "joint"] = "none"
     gaussian: bool = True
     components: int = 1
+    shrinkage: float = 0.0
     class_gaussians: bool = False
     backbone: BackboneConfig = EncoderConfig()
     schedule: ScheduleConfig = UniformSigmaConfig()

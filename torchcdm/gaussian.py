@@ -176,7 +176,12 @@ class GaussianMarginals(BaseDensity):
 
     @classmethod
     def fit(
-        cls, samples: Tensor, schedule: NoiseSchedule, floor: float = 0.0, form: str | None = None
+        cls,
+        samples: Tensor,
+        schedule: NoiseSchedule,
+        floor: float = 0.0,
+        form: str | None = None,
+        shrinkage: float = 0.0,
     ) -> GaussianMarginals:
         """Mean and covariance of ``samples`` (N, *shape), model units, dequantised.
 
@@ -185,8 +190,15 @@ class GaussianMarginals(BaseDensity):
             schedule: The noise schedule.
             floor: Smallest eigenvalue, model units squared; bin² / 12 for dequantised data.
             form: ``full`` (eigenvectors) or ``cosine`` (diagonal in a cosine basis); by size when None.
+            shrinkage: Share by which the eigenvalues are moved towards their mean (Ledoit and Wolf 2004): those of
+                few samples spread too far, and without samples in a direction they are zero.
         """
-        return cls.of_spread(schedule, *mean_and_spread(samples, form), floor)
+        mean, spread = mean_and_spread(samples, form)
+        if spread.ndim == 2:
+            spread = shrunk(spread, float(spread.diagonal().mean()), shrinkage)
+        else:
+            spread = torch.lerp(spread, spread.mean(), shrinkage)
+        return cls.of_spread(schedule, mean, spread, floor)
 
     @classmethod
     def of_spread(
@@ -344,6 +356,12 @@ def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, T
         flat = centred.flatten(1)
         return mean, flat.T @ flat / len(flat)
     return mean, CosineRotation(shape).to(samples.device)(centred).square().mean(0)
+
+
+def shrunk(covariances: Tensor, variance: float, share: float) -> Tensor:
+    """Covariances (..., d, d) moved by ``share`` towards the round one of ``variance``."""
+    round_one = variance * torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
+    return torch.lerp(covariances, round_one.expand_as(covariances), share)
 
 
 def _class_moments(samples: Tensor, labels: Tensor, form: str | None) -> list[tuple[Tensor, Tensor]]:

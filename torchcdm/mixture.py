@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from torchcdm.errors import UserError
-from torchcdm.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.gaussian import BaseDensity, GaussianMarginals, shrunk
 from torchcdm.schedules import Level, NoiseSchedule
 from torchcdm.toy import GaussianMixture
 
@@ -20,6 +21,9 @@ FIT_ROWS = 10_000
 
 VARIANCE_FLOOR = 1e-5
 """Least variance of a component along any direction, model units: no component shrinks onto one sample."""
+
+SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
+"""Shares that are tried of moving covariances towards a round one."""
 
 
 @final
@@ -46,7 +50,7 @@ class MixtureMarginals(BaseDensity):
 
     @classmethod
     def fit(
-        cls, samples: Tensor, schedule: NoiseSchedule, components: int, floor: float = 0.0
+        cls, samples: Tensor, schedule: NoiseSchedule, components: int, floor: float = 0.0, shrinkage: float = 0.0
     ) -> MixtureMarginals:
         """By expectation maximisation.
 
@@ -55,16 +59,16 @@ class MixtureMarginals(BaseDensity):
             schedule: The noise schedule.
             components: Number of Gaussians.
             floor: Least variance, model units squared; :data:`VARIANCE_FLOOR` where that is more.
+            shrinkage: Share by which each covariance is moved towards a round one of the variance of all samples.
 
         Raises:
             UserError: Images, or fewer samples than components.
         """
         if samples.ndim != 2:
             raise UserError(f"model.components is {components}; mixtures are for vectors, leave it at 1 for images")
-        fitted = _fit(samples, components, floor)
-        parameters = (fitted.weights_, fitted.means_, fitted.covariances_)
-        mixture = GaussianMixture(*(torch.from_numpy(values) for values in parameters))
-        return cls(schedule, mixture, GaussianMarginals.fit(samples, schedule, floor))
+        weights, means, covariances = _fit(samples, components, floor)
+        mixture = GaussianMixture(weights, means, shrunk(covariances, _variance(samples), shrinkage))
+        return cls(schedule, mixture, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
 
     def log_prob_levels(self, x: Tensor) -> Tensor:
         return self.mixture.log_prob_levels(x, self.schedule)
@@ -86,27 +90,51 @@ class MixtureMarginals(BaseDensity):
         return self.common.sample(eps, t)
 
 
-def best_component_count(train: Tensor, validation: Tensor, counts: Iterable[int]) -> int:
-    """The number of components under which validation data are most probable; stops after two that are worse.
+def best_mixture(
+    train: Tensor, validation: Tensor, counts: Iterable[int], shares: Iterable[float] = SHRINKAGES
+) -> tuple[int, float]:
+    """The number of components and the shrinkage, by the likelihood of validation data.
+
+    More components need more shrinkage, so the two are chosen together. Fewer components win where they are within one
+    standard error of the best: few validation samples would choose among many settings by luck. Stops after two
+    numbers that are worse.
 
     Args:
         train: (N, d), model units.
-        validation: Likewise.
-        counts: Increasing.
+        validation: Likewise, without copies of the same sample.
+        counts: Increasing; the first is tried however few the samples.
+        shares: Shrinkages.
     """
-    best, best_value, worse = 1, -math.inf, 0
-    for count in counts:
-        if 2 * count > len(train) or worse == 2:
+    variance, watched = _variance(train), validation[:FIT_ROWS].double()
+    found: list[tuple[int, float, Tensor]] = []
+    best, worse = -math.inf, 0
+    for number, count in enumerate(counts):
+        if (number and 2 * count > len(train)) or worse == 2:
             break
-        value = float(_fit(train, count).score(validation[:FIT_ROWS].double().numpy()))
-        worse = 0 if value > best_value else worse + 1
-        if value > best_value:
-            best, best_value = count, value
-    return best
+        weights, means, covariances = _fit(train, count)
+        trials = []
+        for share in shares:
+            parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched[:, None])
+            trials.append((count, share, (parts + weights.log()).logsumexp(1)))
+        found.append(max(trials, key=lambda trial: float(trial[2].mean())))
+        value = float(found[-1][2].mean())
+        best, worse = max(best, value), 0 if value > best else worse + 1
+    highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
+    return next((count, share) for count, share, values in found if _within_error(highest - values))
 
 
-def _fit(samples: Tensor, components: int, floor: float = 0.0) -> Any:
-    """scikit-learn's mixture of full covariances on evenly spaced samples, the same for the same samples."""
+def _within_error(deficit: Tensor) -> bool:
+    """Whether the mean of paired differences is at most its standard error."""
+    return float(deficit.mean()) <= float(deficit.std(correction=0)) / math.sqrt(len(deficit))
+
+
+def _variance(samples: Tensor) -> float:
+    """Mean over the numbers of their variance."""
+    return float(samples.double().var(0, correction=0).mean())
+
+
+def _fit(samples: Tensor, components: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, means and full covariances by scikit-learn, of evenly spaced samples; float64."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture as Fitter
 
@@ -116,4 +144,6 @@ def _fit(samples: Tensor, components: int, floor: float = 0.0) -> Any:
     fitter = Fitter(components, reg_covar=max(floor, VARIANCE_FLOOR), random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return fitter.fit(rows)
+        fitted = fitter.fit(rows)
+    weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
+    return weights, means, covariances

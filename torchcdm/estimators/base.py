@@ -24,23 +24,29 @@ from torchcdm.data.source import permutation
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
 from torchcdm.fitting import fit
-from torchcdm.mixture import best_component_count
+from torchcdm.mixture import SHRINKAGES, best_mixture
 from torchcdm.units import DataTransform
 
 SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
-"""Rows up to which, and from which on, a table is small or large; see :func:`size_fields`."""
+"""Rows up to which, and from which on, a table is small or large: see :func:`size_fields`."""
+
+WIDE, MAPS = 100, 3200
+"""Columns up to which a table is not wide, and energy maps times columns of one that is: they cost most there."""
 
 
-def size_fields(rows: int) -> dict[str, Any]:
-    """What the number of training rows changes in a preset for vectors.
+def size_fields(rows: int, columns: int) -> dict[str, Any]:
+    """What the size of the training table changes in a preset for vectors.
 
     Small tables are overfit within some hundred steps, and stopped there. Larger ones take a deeper network without
-    dropout, and a learning rate that gets to its end.
+    dropout, and a learning rate that gets to its end. Wide ones take fewer energy maps.
     """
+    backbone: dict[str, Any] = {}
+    if columns > WIDE:
+        backbone["energy_maps"] = max(4, MAPS // columns)
     if rows <= SMALL:
-        return {}
-    backbone = {"depth": 3, "dropout": 0.0}
+        return {"model": {"backbone": backbone}}
+    backbone |= {"depth": 3, "dropout": 0.0}
     train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
     if rows >= LARGE:
         backbone |= {"width": 256}
@@ -52,14 +58,24 @@ WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
-"""Numbers of components that are tried, up to COMPONENT_COLUMNS columns: a covariance has half their square."""
-
-COMPONENT_COLUMNS = 100
+"""Numbers of components that are tried, except of wide tables: a covariance has half the square of the columns."""
 
 
-def _component_count(train: Tensor, validation: Tensor) -> int:
-    """The number of components of the base density: the best on the validation rows."""
-    return best_component_count(train, validation, COMPONENTS) if train.shape[1] <= COMPONENT_COLUMNS else 1
+def _base_fields(train: Tensor, validation: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base density is: the number of components and the shrinkage that are best on the validation rows.
+
+    Args:
+        train: Standardised rows (N, d).
+        validation: Likewise, each row once.
+        given: Fields of the model that are set, and not chosen here.
+    """
+    if not given.get("gaussian", True):
+        return {}
+    counts = COMPONENTS if train.shape[1] <= WIDE else (1,)
+    counts = (given["components"],) if "components" in given else counts
+    shares = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
+    components, shrinkage = best_mixture(train, validation, counts, shares)
+    return {"components": components, "shrinkage": shrinkage}
 
 
 class TableEstimator(BaseEstimator):
@@ -73,7 +89,8 @@ class TableEstimator(BaseEstimator):
         width: Width of the network.
         depth: Blocks of the network.
         dropout: Rate inside the blocks.
-        components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None.
+        components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None. So is
+            the shrinkage of their covariances, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``validate_every`` in
             ``overrides``.
         max_seconds: Training stops after so much time.
@@ -180,6 +197,7 @@ class TableEstimator(BaseEstimator):
         transform = DataTransform.standardize(torch.from_numpy(train))
         # Rows are standardised in float64 here and not by the model in training, so that a column may have any offset.
         parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
+        distinct = parts[1][: len(self.validation_indices_)]
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
         repeats = math.ceil(WATCHED_ROWS / len(validation))
         parts[1] = parts[1].repeat(repeats, 1)
@@ -192,10 +210,9 @@ class TableEstimator(BaseEstimator):
             ]
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
-        layer = merge({"train": {"select": "loss"}}, self._fields(rows))
+        layer = merge({"train": {"select": "loss"}}, self._fields(rows, train.shape[1]))
         layer = merge(layer, {"train": {"seed": seed}, "sampling": {"n": 0}})
-        if "components" not in layer["model"]:
-            layer = merge(layer, {"model": {"components": _component_count(parts[0], parts[1])}})
+        layer = merge(layer, {"model": _base_fields(parts[0], distinct, layer["model"])})
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
         with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +227,7 @@ class TableEstimator(BaseEstimator):
         self._info: ModelInfo = replace(info, transform=transform)
         self.validation_loss_ = float(info.selected.get("best", np.nan))
 
-    def _fields(self, rows: int) -> dict[str, Any]:
+    def _fields(self, rows: int, columns: int) -> dict[str, Any]:
         """The configuration on top of the preset."""
         backbone = {"width": self.width, "depth": self.depth, "dropout": self.dropout}
         train = {
@@ -225,7 +242,7 @@ class TableEstimator(BaseEstimator):
             | ({} if self.components is None else {"components": self.components}),
             "train": {key: value for key, value in train.items() if value is not None},
         }
-        return merge(merge(size_fields(rows), given), self.overrides or {})
+        return merge(merge(size_fields(rows, columns), given), self.overrides or {})
 
     def _seed(self, random_state: Any = None) -> int:
         """A seed from ``random_state``, or from the estimator's own when None."""

@@ -22,6 +22,9 @@ FALSE_ALARMS = 0.05
 LOWEST = float(np.finfo(np.float32).min)
 """Score of a row that differs where training did not vary: below all others, and finite for the sake of curves."""
 
+ROUNDING = 1e-9
+"""Share by which the score of one row may differ between batches: the row at the threshold counts as normal in all."""
+
 DETECTOR = "detector.safetensors"
 
 
@@ -126,6 +129,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
             self.offset_ = -self.detector_.threshold(FALSE_ALARMS)
         else:
             self.offset_ = -float(scores.max())
+        self.offset_ -= ROUNDING * max(1.0, abs(self.offset_))
 
     def _normality(self, X: np.ndarray) -> np.ndarray:
         scores = -torch.stack([self.detector_.score(rows) for rows in self._noisy(X)]).mean(0).numpy()

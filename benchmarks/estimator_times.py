@@ -1,0 +1,71 @@
+"""How long CDMDensity takes: rows down, processor seconds of fitting, and of scoring and drawing 1000 rows.
+
+    python benchmarks/estimator_times.py
+    python benchmarks/estimator_times.py --shapes 10000x8 --json times.json
+
+Columns are correlated and skewed: a random linear map of a few heavy-tailed numbers, and noise. The settings are the
+estimator's defaults, so early stopping decides on the number of steps, and the times of another table differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from torchcdm.estimators import CDMDensity
+
+SHAPES = ("100x2", "100x8", "1000x8", "10000x8", "100000x8", "100x500", "2000x500")
+
+SCORED = 1000
+
+
+def rows(count: int, columns: int, seed: int) -> np.ndarray:
+    """A table (count, columns)."""
+    draw = np.random.RandomState(seed)
+    matrix = draw.normal(size=(max(2, columns // 10), columns))
+    latent = np.sinh(draw.normal(size=(count, len(matrix))))
+    return latent @ matrix + 0.3 * draw.normal(size=(count, columns))
+
+
+def measure(count: int, columns: int, seed: int) -> dict[str, float]:
+    """Processor seconds of one table."""
+    x, new = np.split(rows(count + SCORED, columns, seed), [count])
+    marks = [time.process_time()]
+    density = CDMDensity(random_state=seed, device="cpu").fit(x)
+    marks.append(time.process_time())
+    nats = density.score(new)
+    marks.append(time.process_time())
+    density.sample(SCORED, random_state=seed)
+    marks.append(time.process_time())
+    fit, score, sample = np.diff(marks).tolist()
+    return {"rows": count, "columns": columns, "fit": fit, "score": score, "sample": sample, "nats": nats}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Processor seconds of CDMDensity.")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    found = []
+    for shape in options.shapes:
+        count, columns = map(int, shape.split("x"))
+        row = measure(count, columns, options.seed)
+        found.append(row)
+        print(f"{count:7} x {columns:<4} fit {row['fit']:7.1f} s  score {row['score']:6.2f} s  sample "
+              f"{row['sample']:6.2f} s  {row['nats']:.3f} nats a row", flush=True)  # fmt: skip
+        if options.json is not None:
+            options.json.write_text(json.dumps({"seed": options.seed, "rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
