@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from torchcdm.backbones.second_order import second_derivatives
 from torchcdm.denoisers import Denoiser, Prediction
 from torchcdm.errors import UserError
 from torchcdm.gaussian import BaseDensity, StandardNormal
@@ -206,7 +207,8 @@ class ClassificationDiffusion(Denoiser):
         with torch.enable_grad():
             if create_graph:
                 # torch.func rather than autograd.grad: torch.compile can differentiate through it.
-                gradient, corrections = torch.func.grad(target, has_aux=True)(x_t)
+                with second_derivatives():
+                    gradient, corrections = torch.func.grad(target, has_aux=True)(x_t)
             else:
                 x = x_t.detach().requires_grad_()
                 value, corrections = target(x)

@@ -197,12 +197,16 @@ class GuidedDenoiser(Denoiser):
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout off meanwhile; every part's own mode afterwards."""
+    """Dropout off and no gradient for the weights meanwhile; every part's own mode afterwards."""
     training = [part for part in module.modules() if part.training]
+    learning = [weight for weight in module.parameters() if weight.requires_grad]
     module.eval()
+    module.requires_grad_(False)
     try:
         yield
     finally:
+        for weight in learning:
+            weight.requires_grad_()
         for part in training:
             part.training = True
 

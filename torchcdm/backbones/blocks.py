@@ -9,6 +9,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from torchcdm.backbones.heads import at_least_float32
+from torchcdm.backbones.second_order import Conv2d, GroupNorm, SiLU
 from torchcdm.errors import UserError
 
 ImageSize = int | Sequence[int]
@@ -48,13 +50,13 @@ def check_images(x: Tensor, channels: int, size: tuple[int, int]) -> None:
         )
 
 
-def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
+def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
     """GroupNorm with ``groups`` groups where they divide the channels, else with at least 4 channels a group."""
     if groups is None or channels % groups:
         groups = math.gcd(channels, 32)
         while groups > 1 and channels // groups < 4:
             groups //= 2
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class LabelEmbedding(nn.Embedding):
@@ -120,20 +122,21 @@ class ResidualBlock(nn.Module):
         groups: int | None = None,
     ) -> None:
         super().__init__()
+        self.activation = SiLU()
         self.norm1 = group_norm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.project = None if embedding is None else nn.Linear(embedding, out_channels)
         self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
-        h = self.conv1(nn.functional.silu(self.norm1(x)))
+        h = self.conv1(self.activation(self.norm1(x)))
         if self.project is not None:
             h = h + self.project(nn.functional.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(nn.functional.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(self.activation(self.norm2(h))))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -149,10 +152,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int | None = None) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.query = nn.Conv2d(channels, channels, 1)
-        self.key = nn.Conv2d(channels, channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.query = Conv2d(channels, channels, 1)
+        self.key = Conv2d(channels, channels, 1)
+        self.value = Conv2d(channels, channels, 1)
+        self.out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
@@ -191,7 +194,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H/2, W/2)."""
@@ -204,8 +207,32 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2H, 2W)."""
         return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@final
+class MeanOfConvolution(nn.Conv2d):
+    """The mean over all pixels of a 3x3 convolution with zero padding, without the convolution.
+
+    Every pixel meets every weight, but for the borders: the mean is a product of the weights and nine sums of the
+    input, each without the rows and columns that its offset pushes out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels)."""
+        pixels = x.shape[2] * x.shape[3]
+        with torch.autocast(x.device.type, enabled=False):
+            x = at_least_float32(x)
+            rows = x.sum(2, keepdim=True)
+            sums = torch.cat([rows - x[:, :, -1:], rows, rows - x[:, :, :1]], 2)
+            columns = sums.sum(3, keepdim=True)
+            sums = torch.cat([columns - sums[..., -1:], columns, columns - sums[..., :1]], 3)
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return nn.functional.linear(sums.flatten(1) / pixels, weight.flatten(1), bias)

@@ -18,6 +18,7 @@ from torchcdm.backbones.blocks import (
     halved_sizes,
 )
 from torchcdm.backbones.heads import at_least_float32, make_head
+from torchcdm.backbones.second_order import Conv2d, SiLU
 
 
 @final
@@ -36,15 +37,15 @@ class Summary(nn.Module):
     def __init__(self, channels: int, in_channels: int, energy_maps: int) -> None:
         super().__init__()
         self.energy_maps = energy_maps
-        self.norm = group_norm(channels)
-        self.pooled = nn.Conv2d(channels, 2 * channels, 1)
-        self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1) if energy_maps else None
+        self.norm, self.activation = group_norm(channels), SiLU()
+        self.pooled = Conv2d(channels, 2 * channels, 1)
+        self.energy = Conv2d(channels, energy_maps * in_channels, 1) if energy_maps else None
         self.features = 2 * channels + energy_maps
 
     def forward(self, h: Tensor, image: Tensor) -> Tensor:
         """Features (B, channels, H, W) and the image averaged to their size, to (B, features)."""
-        h = nn.functional.silu(self.norm(h))
-        pooled = at_least_float32(nn.functional.silu(self.pooled(h))).mean((2, 3))
+        h = self.activation(self.norm(h))
+        pooled = at_least_float32(self.activation(self.pooled(h))).mean((2, 3))
         if self.energy is None:
             return pooled
         maps = self.energy(h).unflatten(1, (self.energy_maps, -1))
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
         self.label = None if embedding is None else LabelEmbedding(classes, embedding)
 
         channels = width * multipliers[0]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels, 3, padding=1)
         self.positions = nn.Parameter(torch.zeros(channels, *sizes[0])) if positions else None
         self.stages = nn.ModuleList()
         self.downs = nn.ModuleList()

@@ -12,6 +12,7 @@ from torchcdm.backbones.blocks import (
     Downsample,
     ImageSize,
     LabelEmbedding,
+    MeanOfConvolution,
     Step,
     Upsample,
     check_images,
@@ -19,7 +20,8 @@ from torchcdm.backbones.blocks import (
     halved_sizes,
     time_embedding,
 )
-from torchcdm.backbones.heads import CumulativeHead, Head, at_least_float32, make_head
+from torchcdm.backbones.heads import CumulativeHead, Head, make_head
+from torchcdm.backbones.second_order import Conv2d, SiLU
 
 
 @final
@@ -56,7 +58,7 @@ class UNet(nn.Module):
         widths = [channels * m for m in multipliers]
         attend = [max(size) in attention for size in sizes]
 
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels, 3, padding=1)
         self.down_stages, self.downs = nn.ModuleList(), nn.ModuleList()
         skips, current = [channels], channels
         for i, width in enumerate(widths):
@@ -84,7 +86,7 @@ class UNet(nn.Module):
             self.up_stages.append(stage)
             if i:
                 self.ups.append(Upsample(current))
-        self.norm_out = group_norm(current, groups)
+        self.norm_out, self.activation = group_norm(current, groups), SiLU()
         self.features = current
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -106,7 +108,7 @@ class UNet(nn.Module):
                 h = step(torch.cat([h, skips.pop()], 1), embedding)
             if i < len(self.ups):
                 h = self.ups[i](h)
-        return nn.functional.silu(self.norm_out(h))
+        return self.activation(self.norm_out(h))
 
 
 @final
@@ -161,7 +163,7 @@ class CDMUNet(nn.Module):
             4 * channels if conditional else None, groups,
         )  # fmt: skip
         pooled = head_channels or 2 * self.unet.features
-        self.conv_out = nn.Conv2d(self.unet.features, pooled, 3, padding=1)
+        self.conv_out = MeanOfConvolution(self.unet.features, pooled)
         self.head: Head
         if joint:
             self.head = make_head(pooled, levels, classes, joint)
@@ -173,7 +175,7 @@ class CDMUNet(nn.Module):
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, head_channels); arguments as in :meth:`forward`."""
         embedding = None if self.label is None else self.embed(self.label(y, x))
-        return at_least_float32(self.conv_out(self.unet(x, embedding))).mean((2, 3))
+        return self.conv_out(self.unet(x, embedding))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """h from images.
@@ -228,7 +230,7 @@ class DDMUNet(nn.Module):
         self.unet = UNet(
             in_channels, image_size, channels, multipliers, blocks, attention, dropout, 4 * channels, groups
         )
-        self.conv_out = nn.Conv2d(self.unet.features, in_channels, 3, padding=1)
+        self.conv_out = Conv2d(self.unet.features, in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
