@@ -83,7 +83,7 @@ def write_report(
         "versions": {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__,
                      "python": platform.python_version()},
         "nll": None if nll is None else nll.to_json(),
-        "baselines": [{"name": b.name, "value": b.value, "unit": b.unit} for b in beside],
+        "baselines": [{"name": b.name, "value": b.value, "se": b.se, "unit": b.unit} for b in beside],
         "levels": evaluation["mean"],
     }  # fmt: skip
     write_json(folder.report, content)
@@ -154,8 +154,8 @@ def _text(nll: NLLReport | None, beside: list[Baseline], evaluation: dict[str, A
         ours = [row for row in nll.rows if row.name in ROW_NAMES and row.value is not None]
         rows = [(ROW_NAMES[row.name].format(row.level), row.value, row.se) for row in ours]
         rows += [(b.name, b.value, b.se) for b in beside]
-        lines.append(f"{'density model, same test samples':46}{nll.unit:>9}{'s.e.':>9}")
-        lines += [f"{name:46}{value:9.3f}{se:9.3f}" for name, value, se in sorted(rows, key=lambda row: row[1])]
+        lines.append(f"{'density model, same test samples':52}{nll.unit:>9}{'s.e.':>9}")
+        lines += [f"{name:52}{value:9.3f}{se:9.3f}" for name, value, se in sorted(rows, key=lambda row: row[1])]
         lines.append("")
     means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation["mean"].items())
     lines.append(f"over all levels of {evaluation['count']} samples: {means}")
