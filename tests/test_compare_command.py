@@ -46,7 +46,7 @@ def test_the_command_leaves_numbers_and_a_figure(made, capsys):
     content = json.loads((folder / "all.json").read_text())
     assert content["protocol"] == {
         "data": "digits", "train": 1300, "validation": 200, "test": 8, "dim": 64, "unit": "bits/dim", "budget": 0.3,
-        "clock": "processor", "seed": 0, "gaussianized": True,
+        "clock": "processor", "seed": 0, "gaussianized": True, "log_z": None,
     }  # fmt: skip
     assert [system["name"] for system in content["systems"]] == ["gaussian", "gmm", "cdm"]
     assert (folder / "all.png").read_bytes()[:4] == b"\x89PNG"
@@ -193,6 +193,7 @@ def test_our_own_divergence_counts_like_any(source, tmp_path, monkeypatch):
         (["compare", "digits"], "required: --budget"),
         (["compare", "digits", "--budget", "0"], "budget is 0 seconds; it must be positive"),
         (["compare", "digits", "--budget", "-5"], "budget is -5 seconds"),
+        (["compare", "digits", "--budget", "1", "--log-z", "4"], "--log-z is 4; at least 32 particles"),
         (["compare", "digits", "--budget", "soon"], "invalid float value: 'soon'"),
         (["compare", "digits", "--budget", "1", "--peers", "nfs"], "unknown peer 'nfs'; did you mean 'nsf'"),
         (["compare", "digits", "--budget", "1", "--peers", ""], "unknown peer ''"),

@@ -8,20 +8,27 @@ import torch
 from oracles import covariance, normal, rng
 from torch import nn
 
-from torchcdm.compare import gradient
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.compare import comparison, gradient
 from torchcdm.compare.baselines import baselines
 from torchcdm.compare.budget import CLOCKS, Budget
 from torchcdm.compare.comparison import compare
+from torchcdm.compare.denoising import FittedDenoiser
 from torchcdm.compare.flows import FittedFlow, FlowModule, calls_of
 from torchcdm.compare.gradient import Recipe, Trainable, seeded
 from torchcdm.compare.peer import Task, Training
 from torchcdm.compare.peers import PEERS
+from torchcdm.compare.results import paired
 from torchcdm.compare.torchcfm_peers import FlowMatching, Matching
 from torchcdm.config import DataConfig
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
+from torchcdm.likelihood import LogZOptions
 from torchcdm.likelihood.common import DEQUANTISE, draw_rows
+from torchcdm.schedules import UniformSigmaSchedule
+from torchcdm.toy import MixtureClassifier, ring_mixture
+from torchcdm.units import DataTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -93,11 +100,11 @@ def test_no_peer_beats_a_gaussian(name, tmp_path):
 def test_no_peer_beats_independent_pixels(name, tmp_path):
     peer(name)
     source, table = independent_pixels()
-    comparison = compare(source, 0.3, tmp_path, [name], clock="processor")
+    made = compare(source, 0.3, tmp_path, [name], clock="processor")
     x, _ = source.test.tensors()
     exact = -table.log2()[torch.arange(16), x.flatten(1).long()].mean(1)
-    assert comparison.protocol.unit == "bits/dim"
-    assert_not_better_than(exact, comparison.results[0])
+    assert made.protocol.unit == "bits/dim"
+    assert_not_better_than(exact, made.results[0])
 
 
 def test_the_check_would_find_a_forgotten_log_determinant(tmp_path, monkeypatch):
@@ -110,6 +117,36 @@ def test_the_check_would_find_a_forgotten_log_determinant(tmp_path, monkeypatch)
     x, _ = source.test.tensors()
     with pytest.raises(AssertionError, match="realnvp"):
         assert_not_better_than(-truth.log_prob(x.double()), result)
+
+
+class Heavier(nn.Module):
+    """The exact classifier of a mixture, with ``mass`` nats too much below the highest level."""
+
+    def __init__(self, backbone, mass):
+        super().__init__()
+        self.backbone, self.mass = backbone, mass
+
+    def forward(self, x, y=None):
+        h = self.backbone(x)
+        return h + self.mass * (torch.arange(h.shape[1]) < h.shape[1] - 1)
+
+
+def test_one_pass_of_a_density_with_too_much_mass_is_normalised():
+    mixture, schedule, mass = ring_mixture(4), UniformSigmaSchedule(12), 0.7
+    backbone = Heavier(MixtureClassifier(mixture, schedule), mass)
+    model = ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,))).eval()
+    fitted = FittedDenoiser(model, Training(0, 0.0, None, 0, ""), with_elbo=False, log_z=LogZOptions(512, 0, 128))
+    x = mixture.sample(200, rng())
+    scores = {score.name: score for score in fitted.scores(x, Budget(1.0))}
+    raw, normalised = (scores[name].likelihood.values() for name in ("one-pass-level", "one-pass-normalized"))
+    assert scores["one-pass-normalized"].normalised and not scores["one-pass-level"].normalised
+    assert float((normalised - raw).mean()) == pytest.approx(mass, abs=0.1)
+    error = scores["one-pass-normalized"].shared_se
+    assert 0 < error < 0.1 and fitted.note.startswith("log Z +0.")
+    # All samples share the error of log Z, which therefore is in the row's own and in its differences.
+    row = comparison._row(scores["one-pass-normalized"])
+    assert row.se > scores["one-pass-level"].likelihood.mean_and_error()[1]
+    assert paired(row, comparison._row(scores["flow"]))["se"] >= error
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -41,6 +41,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--label", metavar="COLUMN", help="column of a table that is no feature: the class")
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, help="all systems see grey levels "
                         "Gaussianised by the histogram of each pixel; default: as the preset of the data")  # fmt: skip
+    parser.add_argument("--log-z", metavar="PARTICLES", type=int, help="normalise one pass of each CDM by log Z, "
+                        "estimated by so many particles (digits: 1024), two evaluations each a level")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_json(parser)
     add_device(parser)
@@ -54,11 +56,15 @@ def run_compare(options: argparse.Namespace) -> int:
     from torchcdm.compare.figure import scoring_cost
     from torchcdm.compare.own import preset_of
     from torchcdm.interrupt import Interrupted
+    from torchcdm.likelihood import LogZOptions
+    from torchcdm.likelihood.normalizer import ISLANDS
 
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}; it must not be negative")
     if options.limit is not None and options.limit < 2:
         raise UserError(f"--limit is {options.limit}; at least 2 are needed")
+    if options.log_z is not None and options.log_z < 2 * ISLANDS:
+        raise UserError(f"--log-z is {options.log_z}; at least {2 * ISLANDS} particles are needed")
     if options.budget is None and not options.list:
         raise UserError("the following arguments are required: --budget; see cdm compare --help")
     data = _data(options)
@@ -83,6 +89,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 device_of(options.device),
                 data,
                 progress=not options.quiet,
+                log_z=None if options.log_z is None else LogZOptions(options.log_z),
             )
         except Interrupted as stop:
             print(f"cdm: {stop}", file=sys.stderr)

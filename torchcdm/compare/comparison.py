@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
+from torchcdm.likelihood import LogZOptions
 from torchcdm.run_folder import write_json, writing
 from torchcdm.units import GaussianizedTransform
 
@@ -37,6 +40,8 @@ def compare(
     device: torch.device | None = None,
     data: DataConfig | None = None,
     progress: bool = False,
+    log_z: LogZOptions | None = None,
+    normalised: Sequence[str] | None = None,
 ) -> Comparison:
     """Every system trained for the same time on the same split, and scored on the same noisy test samples.
 
@@ -51,6 +56,8 @@ def compare(
         device: Where to compute; the CPU when None.
         data: What the source was loaded from, which our own runs keep; its name alone when None.
         progress: Shows progress bars.
+        log_z: How log Z of classification diffusion models is estimated, whose one pass then has a normalised row.
+        normalised: Names of those whose log Z is estimated; all when None.
 
     Returns:
         What was measured.
@@ -67,7 +74,7 @@ def compare(
     protocol = Protocol(
         source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
-        isinstance(source.transform, GaussianizedTransform),
+        isinstance(source.transform, GaussianizedTransform), log_z,
     )  # fmt: skip
     _enter(folder, protocol)
     task = Task(source, data or DataConfig(spec=source.name), device, seed, folder, progress)
@@ -75,7 +82,8 @@ def compare(
     for peer in found:
         kept = _kept(folder / f"{peer.name}.json")
         if kept is None:
-            kept = _measured(peer, task, Budget(seconds, clock), x)
+            wanted = log_z if normalised is None or peer.name in normalised else None
+            kept = _measured(peer, replace(task, log_z=wanted), Budget(seconds, clock), x)
             write_json(folder / f"{peer.name}.json", encode(kept))
         results.append(kept)
     return Comparison(protocol, tuple(results), _machine(device))
@@ -112,11 +120,12 @@ def _measured(peer: Peer, task: Task, budget: Budget, x: torch.Tensor) -> Result
         try:
             fitted = peer.fit(task, clock, rate)
             rows = tuple(_row(score) for score in fitted.scores(x, budget))
-            note = f"second attempt: {note}" if note else ""
+            notes = [f"second attempt: {note}"] if note else []
+            notes += [fitted.note] if fitted.note else []
             return Result(
                 peer.name, peer.title, library, version, "measured", attempt, fitted.training.setting,
                 fitted.training.steps, fitted.training.best_step, fitted.training.seconds, fitted.parameters, rows,
-                _sampling(fitted, budget, task.seed), note,
+                _sampling(fitted, budget, task.seed), "; ".join(notes),
             )  # fmt: skip
         except Diverged as error:
             note, seconds = str(error), clock.elapsed
@@ -133,8 +142,8 @@ def _row(score: Score) -> Row:
         raise Diverged(f"{score.name}: no finite likelihood for {bad} of {len(values)} test samples")
     value, error = score.likelihood.mean_and_error()
     return Row(
-        score.name, value, error, score.likelihood.nfe, score.likelihood.level, score.normalised,
-        len(values) / max(score.seconds, 1e-9), tuple(values.tolist()),
+        score.name, value, math.hypot(error, score.shared_se), score.likelihood.nfe, score.likelihood.level,
+        score.normalised, len(values) / max(score.seconds, 1e-9), tuple(values.tolist()), score.shared_se,
     )  # fmt: skip
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
 from torchcdm.denoisers import Denoiser
-from torchcdm.likelihood import FlowOptions, ReverseChain, elbo, flow_likelihood, single_pass
+from torchcdm.likelihood import (
+    FlowOptions,
+    LogZOptions,
+    ReverseChain,
+    Row,
+    elbo,
+    flow_likelihood,
+    log_z_estimates,
+    single_pass,
+)
 from torchcdm.likelihood.common import scoring_level
+from torchcdm.likelihood.verdict import Evidence, judge
 from torchcdm.samplers import make_sampler, sample
 from torchcdm.units import LogLikelihood
 
@@ -30,12 +43,19 @@ class FittedDenoiser(Fitted):
         with_elbo: Whether its reverse chain is a system of its own; flow matching has none.
         sampler: Name of the sampler.
         steps: Of the sampler.
+        log_z: How log Z of a classification diffusion model is estimated; None: not at all.
     """
 
     def __init__(
-        self, denoiser: Denoiser, training: Training, with_elbo: bool = True, sampler: str = "ddim", steps: int = 50
+        self,
+        denoiser: Denoiser,
+        training: Training,
+        with_elbo: bool = True,
+        sampler: str = "ddim",
+        steps: int = 50,
+        log_z: LogZOptions | None = None,
     ) -> None:
-        self.denoiser, self.training, self.with_elbo = denoiser, training, with_elbo
+        self.denoiser, self.training, self.with_elbo, self.log_z = denoiser, training, with_elbo, log_z
         self.sampler, self.steps = sampler, min(steps, denoiser.schedule.T)
         self.parameters = sum(p.numel() for p in denoiser.parameters())
 
@@ -55,7 +75,27 @@ class FittedDenoiser(Fitted):
             clock = budget.restarted()
             likelihood = method()
             scores.append(Score(name, likelihood, not name.startswith("one-pass"), clock.elapsed))
+        if isinstance(denoiser, ClassificationDiffusion) and self.log_z is not None:
+            one_pass = next(score for score in scores if score.name == "one-pass-level")
+            scores += self._normalised(denoiser, one_pass, self.log_z)
         return scores
+
+    def _normalised(self, model: ClassificationDiffusion, one_pass: Score, options: LogZOptions) -> list[Score]:
+        """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
+        likelihood, level = one_pass.likelihood, one_pass.likelihood.level
+        chain = ReverseChain.calibrated(model, seed=SCORING_SEED)
+        z, second = log_z_estimates(model, chain, level, options, FlowOptions(), SCORING_SEED)
+        row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
+        unit = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
+        verdict = judge(Evidence(unit, row, None, None, z, second, level=level))
+        if verdict.headline.value is None:
+            self.note = verdict.why
+            return []
+        self.note = f"log Z {unit * z.value:+.3f}, effective sample size {z.ess:.0f}"
+        normalised = replace(likelihood, nats=likelihood.nats - z.value)
+        # What the verdict adds to the samples' own error.
+        shared_se = math.sqrt(max(0.0, verdict.headline.se**2 - row.se**2))
+        return [Score(verdict.headline.name, normalised, True, one_pass.seconds, shared_se)]
 
     def _elbo(self, x: Tensor, level: int) -> LogLikelihood:
         levels = self.denoiser.schedule.T - level + 1

@@ -99,7 +99,9 @@ def _fit(name: str, config: Config, task: Task, budget: Budget, rate: float) -> 
     chosen = result.selected
     training = Training(result.step, result.seconds, chosen.get("best"), chosen["step"], _setting(config))
     sampling = config.sampling
-    return FittedDenoiser(load(folder, task.device), training, sampler=sampling.sampler, steps=sampling.steps)
+    return FittedDenoiser(
+        load(folder, task.device), training, sampler=sampling.sampler, steps=sampling.steps, log_z=task.log_z
+    )
 
 
 def _setting(config: Config) -> str:

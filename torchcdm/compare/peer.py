@@ -15,6 +15,7 @@ from torch import Tensor
 from torchcdm.compare.budget import Budget
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
+from torchcdm.likelihood import LogZOptions
 from torchcdm.likelihood.common import DEQUANTISE, draw_rows
 from torchcdm.units import DataTransform, LogLikelihood
 
@@ -41,6 +42,7 @@ class Task:
         seed: Of weights, batches and dequantisation in training.
         folder: Where a system may keep files of its own.
         progress: Shows progress bars.
+        log_z: How log Z of classification diffusion models is estimated; None: not at all.
     """
 
     source: DataSource
@@ -49,6 +51,7 @@ class Task:
     seed: int
     folder: Path
     progress: bool = False
+    log_z: LogZOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,14 @@ class Score:
         normalised: Whether the density integrates to one by construction. Values of a row where it is not cannot be
             ranked with the others.
         seconds: That the scoring took.
+        shared_se: Standard error that all samples share, in the unit of the row: that of an estimate of log Z.
     """
 
     name: str
     likelihood: LogLikelihood
     normalised: bool
     seconds: float
+    shared_se: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,12 @@ class Fitted(ABC):
     Attributes:
         training: How it was trained.
         parameters: Numbers that were learned.
+        note: What else is to be known of the last :meth:`scores`.
     """
 
     training: Training
     parameters: int
+    note: str = ""
 
     @abstractmethod
     def scores(self, x: Tensor, budget: Budget) -> list[Score]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchcdm.codec import encode
+from torchcdm.likelihood import LogZOptions
 from torchcdm.likelihood.summary import finite
 
 NOT_NORMALISED = "~"
@@ -30,6 +31,7 @@ class Protocol:
         clock: What a second is.
         seed: Of training.
         gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
+        log_z: How log Z of the classification diffusion models was estimated; None: not at all.
     """
 
     data: str
@@ -42,9 +44,10 @@ class Protocol:
     clock: str
     seed: int
     gaussianized: bool = False
+    log_z: LogZOptions | None = None
 
 
-NAME_WIDTH = 42
+NAME_WIDTH = 54
 """Of the first column of the table."""
 
 
@@ -58,9 +61,10 @@ class Row:
         se: Its standard error.
         nfe: Network evaluations for each sample.
         level: Noise level that the data are scored through; 0 for none.
-        normalised: Whether the density integrates to one by construction.
+        normalised: Whether the density integrates to one, by construction or by an estimate of log Z.
         per_second: Samples scored in a second of the clock.
         values: NLL of each test sample.
+        shared_se: The part of ``se`` that all samples share, that of log Z.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Row:
     normalised: bool
     per_second: float
     values: tuple[float, ...] = ()
+    shared_se: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,7 @@ def _rate(per_second: float) -> str:
 def paired(row: Row, best: Row) -> dict[str, float | None]:
     """Mean difference over the same test samples, and its standard error."""
     difference = torch.tensor(row.values, dtype=torch.float64) - torch.tensor(best.values, dtype=torch.float64)
-    return {"mean": float(difference.mean()), "se": finite(float(difference.std() / math.sqrt(len(difference))))}
+    own = float(difference.std() / math.sqrt(len(difference)))
+    return {"mean": float(difference.mean()), "se": finite(math.hypot(own, row.shared_se, best.shared_se))}
 
 

@@ -103,6 +103,32 @@ def report(
     return table.finish(name, split)
 
 
+def log_z_estimates(
+    model: ClassificationDiffusion,
+    chain: ReverseChain,
+    level: int,
+    options: LogZOptions,
+    flow: FlowOptions,
+    seed: int = 0,
+    batch_size: int = 500,
+) -> tuple[LogNormalizer, LogNormalizer]:
+    """log Z by sequential Monte Carlo, and a second, independent estimate from the flow.
+
+    Args:
+        model: The model, with a transform.
+        chain: The proposals of the first.
+        level: Level of the density.
+        options: How.
+        flow: How finely the flow of the second is integrated.
+        seed: Seed of all noise.
+        batch_size: Draws at a time; without influence on the numbers.
+    """
+    shared = {"level": level, "seed": seed, "batch_size": batch_size}
+    first = log_normalizer(model, options.particles, moves=options.moves, chain=chain, **shared)
+    steps = flow.steps_from(model, level)
+    return first, log_normalizer(model, options.draws, method="flow", steps=steps, **shared)
+
+
 @dataclass
 class _Table:
     """A report in the making."""
@@ -173,14 +199,11 @@ class _Table:
 
     def add_log_z(self, options: LogZOptions, flow: FlowOptions) -> None:
         """log Z by sequential Monte Carlo, and a second opinion from the flow."""
-        shared = {"level": self.level, "seed": self.seed, "batch_size": self.batch_size}
-        self.log_z = log_normalizer(
-            self.model, options.particles, moves=options.moves, chain=self._calibrated(), **shared
+        self.log_z, self.second = log_z_estimates(
+            self.model, self._calibrated(), self.level, options, flow, self.seed, self.batch_size
         )
-        steps = flow.steps_from(self.model, self.level)
-        self.second = log_normalizer(self.model, options.draws, method="flow", steps=steps, **shared)
-        bits = 1 / (self.log_z.dim * math.log(2))
         second = self.second
+        bits = 1 / (self.log_z.dim * math.log(2))
         self.notes.append(
             f"log2 Z / d, second estimator: {bits * second.value:+.4f}, 95% [{bits * second.low:+.4f}, "
             f"{bits * second.high:+.4f}], ess {second.ess:.1f}, {second.estimator}; its mean log weight, a lower "

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchcdm.building import load_source
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.checkpoint import load
 from torchcdm.codec import encode
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.comparison import compare
@@ -22,11 +19,9 @@ from torchcdm.compare.peer import Training
 from torchcdm.compare.peers import PEERS
 from torchcdm.compare.results import PUBLISHED as WITHOUT_LIBRARY
 from torchcdm.compare.results import Comparison
-from torchcdm.compare.results import Result as Measured
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.likelihood import LogZOptions
-from torchcdm.likelihood import report as likelihood_report
 from torchcdm.reproduce.models import Models
 from torchcdm.reproduce.result import Cell, Result, Table
 from torchcdm.reproduce.workspace import Workspace
@@ -138,15 +133,17 @@ def run(work: Workspace) -> Result:
     folder = work.root / "compared" / f"{source.name}-{work.scale}"
     comparison = compare(
         source, setting.budget, folder, [name for name in names if name not in missing], setting.clock,
-        limit=setting.test, device=torch.device(work.device), data=data, progress=work.progress,
+        limit=setting.test, device=torch.device(work.device), data=data, progress=work.progress, log_z=setting.log_z,
+        normalised=setting.normalised,
     )  # fmt: skip
-    tables = _own_table(models, setting), _compared_table(work, setting, source, comparison, folder)
+    tables = _own_table(models, setting), _compared_table(comparison)
     notes = [
         "Published: CIFAR-10, bits/dim; those of CDMs are one pass over undithered grey levels at level 0, no bound "
         "on a code length. ELBOs use at most 100 of the levels, drawn at random, which leaves the bound unbiased.",
         "One pass is normalised by an estimate of log Z; there is no such row where the estimate has too small an "
         "effective sample size, or two estimators disagree.",
     ]
+    notes += [f"{result.title}: {result.note}." for result in comparison.results if result.note]
     if missing:
         notes.append(f"Not installed: {', '.join(missing)}; pip install 'torchcdm[peers]'.")
     return Result(tables, (), (*models.setting.scaled_down, *setting.scaled_down), tuple(notes))
@@ -187,22 +184,14 @@ def _own_table(models: Models, setting: Setting) -> Table:
     )
 
 
-def _compared_table(
-    work: Workspace, setting: Setting, source: DataSource, comparison: Comparison, folder: Path
-) -> Table:
-    """Systems under one protocol; those that need not be normalised below the others."""
+def _compared_table(comparison: Comparison) -> Table:
+    """Systems under one protocol, the best first; those that need not be normalised below the others."""
     protocol, rows = comparison.protocol, []
-    pairs = [(result, encode(row)) for normalised in (True, False) for result, row in comparison.ranked(normalised)]
-    for result in comparison.results:
-        if result.status == "measured" and result.name in setting.normalised:
-            pairs.append((result, _normalised(work, setting, source, result, folder)))
-    # The best first, those that need not integrate to one last.
-    pairs.sort(key=lambda pair: (not pair[1]["normalised"], pair[1]["value"] is None, pair[1]["value"] or 0.0))
-    for result, row in pairs:
-        normalised = "yes" if row["normalised"] else "no"
-        published = _published(PUBLISHED_PEERS.get(result.name))
-        cells = row["value"], row["se"], row["nfe"], *published, result.steps, result.seconds, result.parameters
-        rows.append((result.title, LIKELIHOODS[row["name"]], normalised, *cells))
+    for normalised in (True, False):
+        for result, row in comparison.ranked(normalised):
+            published = _published(PUBLISHED_PEERS.get(result.name))
+            cells = row.value, row.se, row.nfe, *published, result.steps, result.seconds, result.parameters
+            rows.append((result.title, LIKELIHOODS[row.name], "yes" if normalised else "no", *cells))
     for result in comparison.results:
         if result.status != "measured":
             published = _published(PUBLISHED_PEERS.get(result.name))
@@ -216,26 +205,6 @@ def _compared_table(
          "parameters"),
         tuple(rows),
     )  # fmt: skip
-
-
-def _normalised(
-    work: Workspace, setting: Setting, source: DataSource, result: Measured, folder: Path
-) -> dict[str, Any]:
-    """The row of one pass normalised by an estimate of log Z, of a model that a comparison has trained."""
-
-    def make() -> dict[str, Any]:
-        work.say(f"log Z of {result.title}")
-        run = folder / f"run-{result.name}" if result.attempts == 1 else folder / f"run-{result.name}-lower-rate"
-        model = load(run, work.device)
-        assert isinstance(model, ClassificationDiffusion)
-        x, _ = source.split("test").tensors(setting.test)
-        found = likelihood_report(model, x, ("single", "flow", "logz"), log_z=setting.log_z, progress=work.progress)
-        row = next(row for row in found.rows if row.name == "one-pass-normalized")
-        return {"name": row.name, "value": row.value, "se": row.se, "nfe": row.nfe, "normalised": True,
-                "why": found.why}  # fmt: skip
-
-    facts = {"setting": result.setting, "steps": result.steps, "test": setting.test, "log_z": encode(setting.log_z)}
-    return work.numbers(f"table3-log-z-{source.name}-{result.name}", facts, make)
 
 
 def _published(number: Number | None) -> tuple[Cell, Cell]:
