@@ -11,7 +11,6 @@ from oracles import covariance, rng
 from torchcdm.building import build_backbone
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.cli import main
-from torchcdm.codec import merge
 from torchcdm.config import make_config, preset_fields
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
@@ -97,6 +96,14 @@ def test_other_settings_are_refused(work, source):
     assert work.numbers("n", {"test": 5}, lambda: pytest.fail("made again")) == {"value": 1.0}
 
 
+def test_fewer_steps_shrink_what_is_counted_in_steps(tmp_path):
+    config = make_config(preset_fields("encoder"), {"train": {"steps": 1000, "warmup": 50, "validate_every": 200,
+                                                              "save_every": 1}})  # fmt: skip
+    assert Workspace(tmp_path, "smoke").shortened(config) is config
+    train = Workspace(tmp_path, "smoke", steps=100).shortened(config).train
+    assert (train.steps, train.warmup, train.validate_every, train.save_every) == (100, 5, 20, 1)
+
+
 def test_sample_sets_are_kept_by_chunks(work):
     made = []
 
@@ -139,6 +146,7 @@ def test_the_command_line(tmp_path, capsys):
         (["reproduce", "fig8x", "--out", str(tmp_path)], "unknown reproduction 'fig8x'"),
         (["reproduce", "fig7", "--scale", "big", "--out", str(tmp_path)], "unknown scale 'big'"),
         (["reproduce", "fig7"], "--out DIR"),
+        (["reproduce", "fig7", "--steps", "0", "--out", str(tmp_path)], "--steps is 0"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
@@ -212,14 +220,13 @@ def test_the_covariance_of_images_is_that_of_dequantised_data():
 def test_smoke_runs_and_a_second_run_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fig7, "WIDTHS", (1.0,))
     monkeypatch.setattr(fig7, "SHARES", (0.1,))
-    layers = {"train": {"steps": 6}}
-    setting = fig7.SETTINGS["smoke"]
-    shorter = replace(setting, uniform=merge(setting.uniform, layers), gaussian=merge(setting.gaussian, layers))
-    monkeypatch.setitem(fig7.SETTINGS, "smoke", shorter)
-    arguments = ["reproduce", "fig7", "--out", str(tmp_path), "--quiet"]
+    arguments = ["reproduce", "fig7", "--steps", "6", "--out", str(tmp_path), "--quiet"]
     assert main(arguments) == 0
     report = (tmp_path / "fig7-smoke.json").read_text()
-    table = json.loads(report)["tables"][0]
+    content = json.loads(report)
+    assert content["command"] == "cdm reproduce fig7 --scale smoke --steps 6 --out DIR"
+    assert content["scaled_down"][-1].startswith("6 training steps for every model")
+    table = content["tables"][0]
     rows = {(row[0], row[2]): dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
     # The residual alone is right for Gaussian images, before any training.
     assert rows["Gaussian, g = 0.1", "on"]["mean \\|error\\|"] < 0.05

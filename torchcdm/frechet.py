@@ -163,7 +163,7 @@ class Reference:
         return kernel_distance(features, real), *precision_and_recall(features, real)
 
     def printable(self, x: Tensor) -> float | None:
-        """The same; None for fewer than :data:`SMALLEST_COUNT` images."""
+        """:meth:`distance`; None for fewer than :data:`SMALLEST_COUNT` images."""
         return self.distance(x) if len(x) >= SMALLEST_COUNT else None
 
     def header(self, count: int) -> str:

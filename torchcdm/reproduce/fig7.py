@@ -127,7 +127,7 @@ def run(work: Workspace) -> Result:
     # The cheap ones first: a covariance of all pairs of 3072 pixels takes longer than the training.
     for residual in (False, True):
         for name, mixture, layer in cases:
-            config = make_config(preset_fields("encoder"), layer, {"model": {"gaussian": residual}})
+            config = work.shortened(make_config(preset_fields("encoder"), layer, {"model": {"gaussian": residual}}))
             values = _measure(work, setting, name, mixture, config)
             rows.append(_row(name, residual, values))
             points.append((name, residual, values["exact"], values["predicted"]))

@@ -130,7 +130,7 @@ _KEYS = (
 
 def _measure(work: Workspace, setting: Setting, dim: int, modes: int) -> dict[str, Any]:
     layer = merge(setting.layer, setting.by_dimension.get(dim, {}))
-    config = make_config(preset_fields("mlp"), layer)
+    config = work.shortened(make_config(preset_fields("mlp"), layer))
     name = f"known-truth-{dim}d-{modes}modes"
 
     def make() -> dict[str, Any]:

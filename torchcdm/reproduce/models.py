@@ -180,7 +180,7 @@ class Models:
 
     def config(self, variant: str) -> Config:
         """The configuration of a model of :func:`variants`."""
-        return config_of(self.setting, variant)
+        return self.work.shortened(config_of(self.setting, variant))
 
     def denoiser(self, variant: str) -> tuple[Denoiser, dict[str, Any]]:
         """A trained model, and its steps and seconds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchcdm.errors import UserError, nearest
@@ -47,7 +47,12 @@ REPRODUCTIONS = {
 
 
 def reproduce(
-    name: str, scale: str, out: str | Path, device: str | None = None, progress: bool = False
+    name: str,
+    scale: str,
+    out: str | Path,
+    device: str | None = None,
+    progress: bool = False,
+    steps: int | None = None,
 ) -> Path:
     """Runs one reproduction, or what is left of it.
 
@@ -57,6 +62,7 @@ def reproduce(
         out: Folder for models, numbers, figures and the report.
         device: As in :func:`torchcdm.trainer.train`.
         progress: Shows progress bars and messages.
+        steps: Of every training, instead of the scale's; the report says so.
 
     Returns:
         The Markdown report; a JSON of the same name lies beside it.
@@ -68,7 +74,14 @@ def reproduce(
         raise UserError(f"unknown reproduction '{name}'; {nearest(name, REPRODUCTIONS)}")
     if scale not in SCALES:
         raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps is {steps}; it must be positive")
     entry = REPRODUCTIONS[name]
-    workspace = Workspace(Path(out), scale, device, progress)
+    workspace = Workspace(Path(out), scale, device, progress, steps)
     result = importlib.import_module(entry.module).run(workspace)
-    return write_result(result, workspace.root, name, entry.title, scale)
+    options = ""
+    if steps is not None:
+        options = f" --steps {steps}"
+        line = f"{steps} training steps for every model, whatever number of them stands above"
+        result = replace(result, scaled_down=(*result.scaled_down, line))
+    return write_result(result, workspace.root, name, entry.title, scale, options)

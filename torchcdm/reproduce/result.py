@@ -64,10 +64,12 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
-def write_result(result: Result, folder: Path, name: str, title: str, scale: str) -> Path:
+def write_result(
+    result: Result, folder: Path, name: str, title: str, scale: str, options: str = ""
+) -> Path:
     """``NAME-SCALE.md`` and ``NAME-SCALE.json`` in ``folder``; the path of the first."""
     stem = f"{name}-{scale}"
-    command = f"cdm reproduce {name} --scale {scale} --out DIR"
+    command = f"cdm reproduce {name} --scale {scale}{options} --out DIR"
     versions = {"torchcdm": __version__, "torch": torch.__version__, "python": platform.python_version()}
     content: dict[str, Any] = {
         "name": name,

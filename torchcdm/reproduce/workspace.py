@@ -38,13 +38,16 @@ class Workspace:
         scale: Of :data:`SCALES`.
         device: As in :func:`torchcdm.trainer.train`.
         progress: Shows progress bars and messages.
+        steps: Of every training; the scale's when None.
 
     Attributes:
         device: Where everything is computed.
     """
 
-    def __init__(self, root: Path, scale: str, device: str | None = None, progress: bool = False) -> None:
-        self.root, self.scale, self.progress = root, scale, progress
+    def __init__(
+        self, root: Path, scale: str, device: str | None = None, progress: bool = False, steps: int | None = None
+    ) -> None:
+        self.root, self.scale, self.progress, self.steps = root, scale, progress, steps
         self.device = str(best_device() if device is None else checked_device(device))
 
     @property
@@ -55,6 +58,15 @@ class Workspace:
     def figure(self, name: str) -> Path:
         """Path of a figure."""
         return self.figures / f"{name}-{self.scale}.png"
+
+    def shortened(self, config: Config) -> Config:
+        """The configuration with the steps of this workspace; what is counted in steps shrinks with them."""
+        if self.steps is None:
+            return config
+        share = self.steps / config.train.steps
+        counts = {name: max(1, round(share * getattr(config.train, name)))
+                  for name in ("warmup", "validate_every", "save_every")}  # fmt: skip
+        return replace(config, train=replace(config.train, steps=self.steps, **counts))
 
     def model(
         self, name: str, config: Config, source: DataSource, loss: Callable[[Any], nn.Module] | None = None
