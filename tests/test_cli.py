@@ -106,6 +106,7 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
         (["nll", "RUN", "--split", "tset"], "unknown split 'tset'; did you mean 'test'"),
         (["nll", "RUN", "--methods", "single,flwo"], "did you mean 'flow'"),
         (["nll", "RUN", "--limit", "0"], "--limit is 0"),
+        (["nll", "RUN", "--particles", "64"], "--particles is 64; at least 128"),
         (["nll", "RUN", "--conditional"], "have no classes"),
         (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
         (["evaluate", "RUN", "--draws", "0"], "--draws is 0"),

@@ -25,6 +25,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
     parser.add_argument("--flow-steps", type=int, default=40, metavar="N", help="Heun steps of the flow (40)")
     parser.add_argument("--flow-probes", type=int, default=2, metavar="P", help="probes of its divergence, even (2)")
+    parser.add_argument("--particles", type=int, default=1024, metavar="N", help="for log Z (1024); a quarter as many "
+                        "draws of the flow for its second estimate")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
@@ -47,9 +49,11 @@ def run_nll(options: argparse.Namespace) -> int:
     """Likelihood of a split."""
     from torchcdm.cdm import ClassificationDiffusion
     from torchcdm.checkpoint import load, read_info
-    from torchcdm.likelihood import FlowOptions, report
+    from torchcdm.likelihood import FlowOptions, LogZOptions, report
     from torchcdm.metrics import labels_for
 
+    if options.particles < 128:
+        raise UserError(f"--particles is {options.particles}; at least 128 are needed")
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
     if not isinstance(model, ClassificationDiffusion):
@@ -70,6 +74,7 @@ def run_nll(options: argparse.Namespace) -> int:
         name=source.name,
         split=options.split,
         flow=FlowOptions(options.flow_steps, options.flow_probes),
+        log_z=LogZOptions(options.particles, draws=options.particles // 4),
         progress=not options.quiet,
     )
     if str(options.json) != "-":
