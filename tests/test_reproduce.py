@@ -147,6 +147,7 @@ def test_the_command_line(tmp_path, capsys):
         (["reproduce", "fig7", "--scale", "big", "--out", str(tmp_path)], "unknown scale 'big'"),
         (["reproduce", "fig7"], "--out DIR"),
         (["reproduce", "fig7", "--steps", "0", "--out", str(tmp_path)], "--steps is 0"),
+        (["reproduce", "table1", "--samples", "-1", "--out", str(tmp_path)], "--samples is -1"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

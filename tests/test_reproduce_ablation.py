@@ -13,7 +13,6 @@ from torch import nn
 from torchcdm import frechet
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.cli import main
-from torchcdm.codec import merge
 from torchcdm.reproduce import fig4, fig9, models, table1
 from torchcdm.reproduce.denoised import denoised, root_mean_square
 from torchcdm.reproduce.tre import TRELoss
@@ -112,17 +111,15 @@ def test_denoised_images_of_an_exact_model_go_to_the_mean():
 
 @pytest.fixture
 def short(monkeypatch):
-    """Models of three steps, and features of an untrained classifier."""
+    """Few sampling steps and test images, and features of an untrained classifier."""
     monkeypatch.setattr(frechet, "extractor_for", partial(frechet.extractor_for, steps=1))
     setting = models.SETTINGS["smoke"]
-    layers = merge(setting.layers, {"train": {"steps": 3}})
-    steps = dict.fromkeys(setting.steps, 2)
-    monkeypatch.setitem(models.SETTINGS, "smoke", replace(setting, layers=layers, samples=4, steps=steps, test=20))
+    monkeypatch.setitem(models.SETTINGS, "smoke", replace(setting, steps=dict.fromkeys(setting.steps, 2), test=20))
 
 
 def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
     for name in ("table1", "fig3", "fig4", "fig5", "fig8", "fig9"):
-        assert main(["reproduce", name, "--out", str(tmp_path), "--quiet"]) == 0
+        assert main(["reproduce", name, "--steps", "3", "--samples", "4", "--out", str(tmp_path), "--quiet"]) == 0
         content = json.loads((tmp_path / f"{name}-smoke.json").read_text())
         assert content["scaled_down"] and content["figures"]
         assert all((tmp_path / "figures" / figure["file"]).exists() for figure in content["figures"])
@@ -132,6 +129,7 @@ def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
     ]
     table = json.loads((tmp_path / "table1-smoke.json").read_text())["tables"][0]
     assert [row[0] for row in table["rows"]] == list(table1.ROWS.values())
+    assert table["rows"][0][-2] == 3 and "distance of 4 samples" in table["title"]
     both = dict(zip(range(len(table["columns"])), table["rows"][2], strict=True))
     # Published and measured side by side; no Fréchet distance of four samples.
     assert table["columns"][1:5] == ["accuracy of the level, %", "published", "CE, nats", "published"]

@@ -19,8 +19,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="left out: lists the names")
     parser.add_argument("--scale", default="smoke", help="smoke (seconds), small (two cores), paper; smoke by default")
     parser.add_argument("--out", metavar="DIR", type=Path, help="report, figures, models; run again, it goes on")
-    parser.add_argument("--steps", metavar="N", type=int, help="of every training, instead of the scale's; the report "
-                        "says so")  # fmt: skip
+    parser.add_argument("--steps", metavar="N", type=int, help="of every training, instead of the scale's")
+    parser.add_argument("--samples", metavar="N", type=int, help="of every sample set, instead of the scale's")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_device(parser)
     parser.set_defaults(run=run_reproduce)
@@ -40,7 +40,7 @@ def run_reproduce(options: argparse.Namespace) -> int:
         raise UserError("give a folder with --out DIR")
     try:
         path = reproduce(
-            options.name, options.scale, options.out, options.device, not options.quiet, options.steps
+            options.name, options.scale, options.out, options.device, not options.quiet, options.steps, options.samples
         )
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -162,13 +162,14 @@ class Models:
         setting: Of the workspace's scale when None.
 
     Attributes:
-        setting: The setting.
+        setting: The setting, with as many samples as the workspace wants.
         source: Its data, not dequantised, as in the paper.
     """
 
     def __init__(self, work: Workspace, setting: Setting | None = None) -> None:
         self.work = work
-        self.setting = SETTINGS[work.scale] if setting is None else setting
+        setting = SETTINGS[work.scale] if setting is None else setting
+        self.setting = setting if work.sample_count is None else replace(setting, samples=work.sample_count)
         self.source = load_data(
             self.setting.data, self.setting.size, dequantize=False, validation_fraction=self.setting.validation
         )

@@ -53,6 +53,7 @@ def reproduce(
     device: str | None = None,
     progress: bool = False,
     steps: int | None = None,
+    samples: int | None = None,
 ) -> Path:
     """Runs one reproduction, or what is left of it.
 
@@ -63,6 +64,7 @@ def reproduce(
         device: As in :func:`torchcdm.trainer.train`.
         progress: Shows progress bars and messages.
         steps: Of every training, instead of the scale's; the report says so.
+        samples: Of every sample set, instead of the scale's; the report says so.
 
     Returns:
         The Markdown report; a JSON of the same name lies beside it.
@@ -74,14 +76,15 @@ def reproduce(
         raise UserError(f"unknown reproduction '{name}'; {nearest(name, REPRODUCTIONS)}")
     if scale not in SCALES:
         raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
-    if steps is not None and steps < 1:
-        raise UserError(f"--steps is {steps}; it must be positive")
+    changed = {"--steps": (steps, "training steps"), "--samples": (samples, "samples")}
+    changed = {option: pair for option, pair in changed.items() if pair[0] is not None}
+    for option, (number, _) in changed.items():
+        if number < 1:
+            raise UserError(f"{option} is {number}; it must be positive")
     entry = REPRODUCTIONS[name]
-    workspace = Workspace(Path(out), scale, device, progress, steps)
+    workspace = Workspace(Path(out), scale, device, progress, steps, samples)
     result = importlib.import_module(entry.module).run(workspace)
-    options = ""
-    if steps is not None:
-        options = f" --steps {steps}"
-        line = f"{steps} training steps for every model, whatever number of them stands above"
-        result = replace(result, scaled_down=(*result.scaled_down, line))
+    lines = (f"{number} {what} for every model, whatever stands above" for number, what in changed.values())
+    result = replace(result, scaled_down=(*result.scaled_down, *lines))
+    options = "".join(f" {option} {number}" for option, (number, _) in changed.items())
     return write_result(result, workspace.root, name, entry.title, scale, options)

@@ -60,7 +60,7 @@ def run(work: Workspace) -> Result:
         part = _DataSet(work, setting)
         tables += part.tables()
         figures += part.figures
-        notes += part.reference.notes(setting.samples)
+        notes += part.reference.notes(part.setting.samples)
     notes += [
         "The guidance weight of a conditional model is that of the grid with the least Fréchet distance under DDIM, "
         "for all three samplers.",
@@ -73,8 +73,8 @@ class _DataSet:
     """The models of one data set and their distances; figures and further measures gather as rows are made."""
 
     def __init__(self, work: Workspace, setting: Setting) -> None:
-        self.models, self.setting = Models(work, setting), setting
-        self.source = self.models.source
+        self.models = Models(work, setting)
+        self.setting, self.source = self.models.setting, self.models.source
         self.reference = Reference(self.source, work.device)
         self.published = PUBLISHED.get(self.source.name, CIFAR10)
         self.figures: list[Figure] = []

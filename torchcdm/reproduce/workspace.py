@@ -39,15 +39,23 @@ class Workspace:
         device: As in :func:`torchcdm.trainer.train`.
         progress: Shows progress bars and messages.
         steps: Of every training; the scale's when None.
+        sample_count: Of every sample set; the scale's when None.
 
     Attributes:
         device: Where everything is computed.
     """
 
     def __init__(
-        self, root: Path, scale: str, device: str | None = None, progress: bool = False, steps: int | None = None
+        self,
+        root: Path,
+        scale: str,
+        device: str | None = None,
+        progress: bool = False,
+        steps: int | None = None,
+        sample_count: int | None = None,
     ) -> None:
-        self.root, self.scale, self.progress, self.steps = root, scale, progress, steps
+        self.root, self.scale, self.progress = root, scale, progress
+        self.steps, self.sample_count = steps, sample_count
         self.device = str(best_device() if device is None else checked_device(device))
 
     @property
