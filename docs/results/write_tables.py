@@ -67,7 +67,67 @@ def demo() -> str:
     return markdown(head, (cells for _, cells in sorted(rows)))
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo}
+def step_cost(network: str) -> str:
+    """Seconds and ratios of the steps of a network and of its DDM."""
+    rows = {row["name"]: row for row in read("step_cost")["rows"]}
+    steps = {
+        "denoising-step": "denoising",
+        "training-step": "training",
+        "guided-step": "guided",
+        "one-pass-likelihood": "one-pass likelihood",
+    }
+    rivals = [key for key in rows[f"{network}/denoising-step"] if key.startswith("ratio_to_")]
+    head = ["step", "CDM, ms", "DDM, ms", *(f"ratio to {key[9:].replace('ddm', 'the DDM')}" for key in rivals)]
+    lines = []
+    for step, title in steps.items():
+        own, other = rows[f"{network}/{step}"], rows.get(f"{network}-ddm/{step}")
+        baseline = "1 evaluation" if other is None else f"{1e3 * other['seconds']:.0f}"
+        ratios = [f"{own[key]:.2f}" if key in own else "" for key in rivals]
+        lines.append([title, f"{1e3 * own['seconds']:.0f}", baseline, *ratios])
+    return markdown(head, lines)
+
+
+def training_memory() -> str:
+    """What training adds to the memory."""
+    rows = read("training_memory")["rows"]
+    cells = ([row["name"].split("/")[0], f"{row['bytes'] / 2**20:.0f}", f"{row['ratio_to_ddm']:.2f}"] for row in rows)
+    return markdown(["network", "MiB", "ratio to the DDM"], cells)
+
+
+def digits_seeds() -> str:
+    """The likelihoods of the digits preset, a row for each seed."""
+    reports = {0: read("digits")["nll"]} | {seed: read(f"digits_seed{seed}")["nll"] for seed in (1, 2)}
+    names = ("one-pass", "one-pass-level", "one-pass-normalized", "elbo", "flow")
+    head = ["seed", "one pass, level 0", "one pass, level 5", "one pass, normalised", "ELBO", "flow",
+            "log2 Z / d", "ESS", "one pass − flow: mean, spread"]  # fmt: skip
+    lines = []
+    for seed, nll in reports.items():
+        values = {row["name"]: row["value"] for row in nll["rows"]}
+        z, gap = nll["log2_z_per_dim"], nll["gap_to_flow"]
+        lines.append([
+            str(seed), *(f"{values[name]:.3f}" for name in names),
+            f"{z['value']:.3f} [{z['low']:.3f}, {z['high']:.3f}]", f"{z['ess']:.0f}",
+            f"{gap['mean']:+.3f}, {gap['sd']:.3f}",
+        ])  # fmt: skip
+    return markdown(head, lines)
+
+
+def fashion() -> str:
+    """The likelihood report of the Fashion-MNIST preset."""
+    nll = read("fashion")
+    lines = [cells for _, cells in sorted(likelihood_rows(nll))]
+    head = [f"Fashion-MNIST, {nll['data']['count']} test images", nll["unit"], "s.e.", "network passes"]
+    return markdown(head, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "digits-seeds": digits_seeds,
+    "fashion": fashion,
+    "step-cost-encoder": lambda: step_cost("encoder"),
+    "step-cost-paper": lambda: step_cost("paper"),
+    "training-memory": training_memory,
+}
 
 
 def rewritten(text: str) -> str:
