@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal
 from torchcdm import DensityRatio
 from torchcdm.errors import UserError
 from torchcdm.gaussian import ClassGaussians
-from torchcdm.ratio_checks import Calibration, effective_sample_size, weights_of
+from torchcdm.ratio_checks import Calibration, effective_sample_size, tempering, weights_of
 from torchcdm.schedules import LogSNRSchedule
 
 P = multivariate_normal([1.0, 0.5], [[0.8, 0.3], [0.3, 0.5]], seed=0)
@@ -128,6 +128,19 @@ def test_class_gaussians_share_a_covariance_where_only_the_means_differ():
     assert curvature(noise * torch.where(y[:, None] == 1, 2.0, 1.0) + y[:, None]) > 0.5
 
 
+def test_copies_of_a_sample_do_not_choose_the_covariances():
+    """A class repeated to the size of the other: its own copies would always bear out its own covariance."""
+    schedule = LogSNRSchedule(10, 0.02, 10.0)
+    x, held_out = (torch.randn(n, 20, generator=rng(n), dtype=torch.float64) for n in (340, 100))
+    samples = torch.cat([x[:40].repeat(8, 1)[:300], x[40:]])
+    y, held_out_y = torch.tensor([1, 0]).repeat_interleave(300), torch.arange(2).repeat(50)
+    order = torch.randperm(600, generator=rng(0))
+    shared = ClassGaussians.fit(samples[order], y[order], schedule, held_out=(held_out, held_out_y))
+    alone = ClassGaussians.fit(samples[order], y[order], schedule)
+    apart = [float(base.class_effects(held_out)[:, :, 0].diff(dim=1).abs().mean()) for base in (shared, alone)]
+    assert apart[0] < 2 < apart[1]
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +241,25 @@ def test_what_lies_outside_both_sources_is_flagged(joint):
     assert apart.log_ratio(both[0]).min() > 20 and apart.log_ratio(both[1]).max() < -20
 
 
+def test_a_log_ratio_that_is_too_certain_is_tempered_and_a_right_one_is_left_alone():
+    numerator, denominator = (exact(x) for x in samples(1000, seed=7))
+    assert tempering(numerator, denominator) == (1.0, 0.0)
+    scale, offset = tempering(3 * numerator + 1, 3 * denominator + 1)
+    assert scale == pytest.approx(1 / 3, abs=0.05) and offset == pytest.approx(-scale, abs=0.1)
+    assert tempering(0.5 * numerator, 0.5 * denominator)[0] == 1.0
+    # Where the sources hardly overlap a few samples would decide, and where a density overflows none can.
+    assert tempering(numerator + 20, denominator - 20) == (1.0, 0.0)
+    assert tempering(np.append(numerator, -np.inf), denominator) == (1.0, 0.0)
+
+
+def test_few_samples_of_many_columns_give_weights_that_are_not_extreme():
+    draw = np.random.RandomState(0)
+    numerator, denominator = (draw.standard_t(3, size=(n, 12)) for n in (60, 200))
+    ratio = DensityRatio(0, **CPU).fit(numerator, denominator)
+    fresh = draw.standard_t(3, size=(2000, 12))
+    assert ratio.effective_sample_size(ratio.importance_weights(fresh)) > 200
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +270,7 @@ def test_a_saved_ratio_comes_back(ratio, tmp_path):
     assert np.array_equal(again.log_ratio(x), ratio.log_ratio(x))
     assert np.array_equal(again.outside_support(x), ratio.outside_support(x))
     assert (again.method, again.counts, again.notes) == (ratio.method, ratio.counts, ratio.notes)
-    assert again.held_out == ratio.held_out
+    assert (again.held_out, again.tempered) == (ratio.held_out, ratio.tempered)
     assert not list((tmp_path / "ratio").rglob("*.pkl")) and not list((tmp_path / "ratio").rglob("*.pt"))
 
 

@@ -204,6 +204,9 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
 GAUSSIAN_NUMBERS = 2**27
 """Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
 
+HELD_OUT_SAMPLES = 20_000
+"""Validation samples that choose what the Gaussians of classes share."""
+
 
 def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
     """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
@@ -227,4 +230,8 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
         return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
     if bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
-    return ClassGaussians.fit(z, y, schedule, floor)
+    held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
+    if set(held_out_y.tolist()) != set(y.tolist()):
+        return ClassGaussians.fit(z, y, schedule, floor)
+    held_out_z = transform.encode(held_out_x, torch.Generator().manual_seed(1))
+    return ClassGaussians.fit(z, y, schedule, floor, held_out=(held_out_z, held_out_y))

@@ -295,7 +295,13 @@ class ClassGaussians(BaseDensity):
 
     @classmethod
     def fit(
-        cls, samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0, form: str | None = None
+        cls,
+        samples: Tensor,
+        labels: Tensor,
+        schedule: NoiseSchedule,
+        floor: float = 0.0,
+        form: str | None = None,
+        held_out: tuple[Tensor, Tensor] | None = None,
     ) -> ClassGaussians:
         """Means of the classes, and covariances between each class's own and the one common to them.
 
@@ -309,14 +315,20 @@ class ClassGaussians(BaseDensity):
             schedule: The noise schedule.
             floor: As in :meth:`GaussianMarginals.fit`.
             form: Likewise.
+            held_out: Samples and classes that choose the share; every fifth of the training data when None. Training
+                data that repeat the samples of a small class need some: a copy of a sample would choose its own fit.
         """
         classes = int(labels.max()) + 1
-        held_out = torch.arange(len(samples), device=labels.device) % HELD_OUT == 0
-        counts = torch.stack([torch.bincount(labels[part], minlength=classes) for part in (held_out, ~held_out)])
+        if held_out is None:
+            chosen = torch.arange(len(samples), device=labels.device) % HELD_OUT == 0
+            held_out, fitted = (samples[chosen], labels[chosen]), (samples[~chosen], labels[~chosen])
+        else:
+            fitted = samples, labels
+        counts = torch.stack([torch.bincount(y, minlength=classes) for _, y in (held_out, fitted)])
         share = 1.0
         if int(counts.min()) > 1:
-            trial = _class_moments(samples[~held_out], labels[~held_out], form)
-            parts = [samples[held_out & (labels == y)][:HELD_OUT_LIMIT] for y in range(classes)]
+            trial = _class_moments(*fitted, form)
+            parts = [held_out[0][held_out[1] == y][:HELD_OUT_LIMIT] for y in range(classes)]
 
             def held_out_log_prob(share: float) -> float:
                 gaussians = _blended(trial, share, schedule, floor)

@@ -22,7 +22,7 @@ from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError, nearest
 from torchcdm.fitting import override_fields
 from torchcdm.losses import stratified_levels
-from torchcdm.ratio_checks import Calibration, effective_sample_size, weights_of
+from torchcdm.ratio_checks import Calibration, effective_sample_size, tempering, weights_of
 from torchcdm.run_folder import RunFolder, write_json
 from torchcdm.trainer import train
 from torchcdm.version import __version__
@@ -101,6 +101,7 @@ class DensityRatio:
         counts: Samples of denominator and numerator.
         shares: How much of the network's correction to the base density is kept, 0 ... 1; of each model, that of the
             denominator first.
+        tempered: Scale and offset of the log ratio by :func:`torchcdm.ratio_checks.tempering`; mostly 1 and 0.
         held_out: Checks on the share held out for early stopping, a little optimistic for that.
 
     Example:
@@ -112,6 +113,7 @@ class DensityRatio:
     notes: tuple[str, ...]
     counts: tuple[int, int]
     shares: tuple[float, ...]
+    tempered: tuple[float, float]
     held_out: Calibration
 
     def __init__(
@@ -163,7 +165,12 @@ class DensityRatio:
         self.counts = pair.counts
         self.notes = (*source.notes, f"{kept} of the network's correction to the fitted Gaussians is kept.")
         self._limits = self._measure_limits(source)
-        self.held_out = self._check(pair)
+        numerator, denominator = self._held_out_log_ratios(pair)
+        self.tempered = tempering(numerator, denominator)
+        if self.tempered != (1.0, 0.0):
+            times, plus = self.tempered
+            self.notes += (f"the log ratio is {times:.2f} of the model's {plus:+.2f} nats: held-out samples said so.",)
+        self.held_out = Calibration.of(self._temper(numerator), self._temper(denominator))
         return self
 
     def _train(self, source: DataSource) -> tuple[ClassificationDiffusion, ModelInfo]:
@@ -185,12 +192,16 @@ class DensityRatio:
             limits[:, label] = rare - (median - rare)
         return limits
 
-    def _check(self, pair: Pair) -> Calibration:
+    def _held_out_log_ratios(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        """Of numerator and denominator, as the models have them."""
         x, y = pair.source.validation.tensors()
-        denominator, numerator = (
-            self._log_probs(x[y == label][:count])[0] for label, count in enumerate(pair.held_out)
-        )
-        return Calibration.of(numerator[:, 1] - numerator[:, 0], denominator[:, 1] - denominator[:, 0])
+        sides = (self._log_probs(x[y == label][:count])[0] for label, count in enumerate(pair.held_out))
+        denominator, numerator = (side[:, 1] - side[:, 0] for side in sides)
+        return numerator, denominator
+
+    def _temper(self, log_ratio: np.ndarray) -> np.ndarray:
+        scale, offset = self.tempered
+        return scale * log_ratio + offset
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -209,7 +220,8 @@ class DensityRatio:
         values, names = read_query(x, *layout, self.size, self.channels)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
-        return Scores(tuple(names), log_probs[0, :, 1] - log_probs[0, :, 0], below.all(2).any(0))
+        log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
+        return Scores(tuple(names), log_ratio, below.all(2).any(0))
 
     def log_ratio(self, x: Any) -> np.ndarray:
         """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
@@ -278,6 +290,7 @@ class DensityRatio:
             "warp": None if self._warp is None else self._warp.to_config(),
             "counts": self.counts,
             "shares": self.shares,
+            "tempered": self.tempered,
             "limits": self._limits.tolist(),
             "held_out": encode(self.held_out),
             "notes": self.notes,
@@ -305,6 +318,7 @@ class DensityRatio:
             ratio._warp = None if content["warp"] is None else ColumnWarp.from_config(content["warp"])
             ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
             ratio.shares = tuple(content["shares"])
+            ratio.tempered = (float(content["tempered"][0]), float(content["tempered"][1]))
             ratio._limits = np.asarray(content["limits"], dtype=np.float64)
             ratio.held_out = decode(Calibration, content["held_out"], "held_out")
         except (KeyError, TypeError, ValueError) as error:

@@ -9,6 +9,12 @@ import numpy as np
 
 from torchcdm.errors import UserError
 
+SCALES = tuple(k / 100 for k in range(5, 101))
+"""Scales of a log ratio that :func:`tempering` tries."""
+
+SEPARATE = 0.1
+"""Log loss, nats, below which the sources hardly overlap."""
+
 
 def effective_sample_size(weights: Any) -> float:
     """(sum w)² / sum w²: so many samples of equal weight estimate a mean as well (Kish, 1965).
@@ -42,6 +48,43 @@ def weights_of(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
     limit = np.inf if clip is None else np.quantile(log_ratio, clip)
     weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
     return weights / weights.mean()
+
+
+def tempering(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
+    """Scale and offset that held-out samples bear out for a log ratio: from few training samples it is too certain.
+
+    They are those of a logistic regression of the source on the log ratio (Platt 1999), the scale at most 1; 1 and 0
+    where that gains less than two parameters have to (Schwarz 1978), or where the sources hardly overlap: there only
+    a few samples would decide for all.
+
+    Args:
+        numerator: Log ratios of held-out samples of the numerator, (N,).
+        denominator: Likewise, (M,).
+    """
+    if not (np.isfinite(numerator).all() and np.isfinite(denominator).all()):
+        return 1.0, 0.0
+    count = len(numerator) + len(denominator)
+
+    def loss(scale: float, offset: float) -> float:
+        up, down = scale * numerator + offset, scale * denominator + offset
+        return 0.5 * float(np.logaddexp(0, -up).mean() + np.logaddexp(0, down).mean())
+
+    plain = loss(1.0, 0.0)
+    candidates = [(scale, _offset(scale * numerator, scale * denominator)) for scale in SCALES]
+    best = min(candidates, key=lambda pair: loss(*pair))
+    gained = count * (plain - loss(*best)) > np.log(count)
+    return best if gained and plain > SEPARATE else (1.0, 0.0)
+
+
+def _offset(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    """The b at which sigmoid(log ratio + b) is one half in the mean over both sources; by bisection."""
+    high = 1.0 + max(float(np.abs(numerator).max()), float(np.abs(denominator).max()))
+    low = -high
+    for _ in range(60):
+        b = 0.5 * (low + high)
+        mean = 0.5 * sum(float(np.exp(-np.logaddexp(0, -(values + b))).mean()) for values in (numerator, denominator))
+        low, high = (b, high) if mean < 0.5 else (low, b)
+    return 0.5 * (low + high)
 
 
 @dataclass(frozen=True)
