@@ -1,0 +1,101 @@
+"""How far the default network gets in a fraction of the time that the paper's network takes.
+
+    python benchmarks/time_to_quality.py --seconds 1800 --fraction 0.2 --out runs/quality --json time_to_quality.json
+
+Both are CDMs on the same data, schedule, batch and average of the weights; each learning rate decays to the end of its
+own time. The paper's network is the U-Net of the preset's width and multipliers, without Gaussian residual, positions
+and time term; its learning rate is the best of ``--rates`` on the validation split after ``--grid-seconds``. Seconds
+are of processor time. The error is that of ``equal_time.py``; the likelihood is that of the probability flow, on the
+first ``--flow-images`` test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from equal_time import measured
+
+from torchcdm.building import load_source
+from torchcdm.checkpoint import load
+from torchcdm.compare.own import plain
+from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.data import DataSource
+from torchcdm.likelihood import FlowOptions, flow_likelihood
+from torchcdm.run_folder import write_json
+
+FLOW = "flow.json"
+
+
+def paper(config: Config, rate: float) -> Config:
+    """The paper's network and losses for a preset."""
+    model = replace(config.model, backbone=plain(config.model).backbone, gaussian=False)
+    return replace(
+        config, model=model, loss=replace(config.loss, time_weight=0.0), train=replace(config.train, lr=rate)
+    )
+
+
+def flow_nll(folder: Path, source: DataSource, options: argparse.Namespace) -> dict[str, Any]:
+    """Bits/dim by the flow of the kept model, which is not computed again."""
+    kept = folder / FLOW
+    if not kept.exists():
+        x, _ = source.split("test").tensors(options.flow_images)
+        scored = flow_likelihood(load(folder, "cpu"), x, options=FlowOptions(options.flow_steps)).likelihood
+        bits = scored.bits_per_dim()
+        write_json(kept, {"flow": float(bits.mean()), "se": float(bits.std() / len(bits) ** 0.5), "images": len(bits)})
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="fashion-mnist")
+    parser.add_argument("--seconds", type=float, default=3600, help="processor time of the paper's network")
+    parser.add_argument("--fraction", type=float, default=0.2, help="share of it for the default network")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--grid-seconds", type=float, default=120)
+    parser.add_argument("--images", type=int, default=1000, help="test and validation images, four noise draws each")
+    parser.add_argument("--flow-images", type=int, default=64)
+    parser.add_argument("--flow-steps", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--out", type=Path, required=True, help="models and results")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+
+    config = make_config(preset_fields(options.preset))
+    config = replace(config, data=replace(config.data, gaussianize=False))
+    source = load_source(config.data)
+
+    def errors_of(name: str, contender: Config, seconds: float) -> dict[str, Any]:
+        return measured(contender, source, seconds, options.seed, options.out / name, options.images)
+
+    grid = {}
+    for rate in options.rates:
+        found = errors_of(f"grid-lr-{rate:g}", paper(config, rate), options.grid_seconds)
+        grid[rate] = found["validation_mse"]
+        print(f"the paper's network, lr {rate:g}: validation MSE {grid[rate]:.4f}", flush=True)
+    rate = min(grid, key=lambda key: grid[key])
+    rows = []
+    contenders = {
+        "default": (config, options.fraction * options.seconds),
+        "paper": (paper(config, rate), options.seconds),
+    }
+    for name, (contender, seconds) in contenders.items():
+        numbers = errors_of(name, contender, seconds)
+        numbers |= flow_nll(options.out / name, source, options)
+        rows.append({"name": name, "seconds": seconds} | numbers)
+        print(f"{name:10}{seconds:8.0f} s {numbers['steps']:7} steps  MSE {numbers['mse']:.4f}  flow "
+              f"{numbers['flow']:.3f} ± {numbers['se']:.3f} bits/dim", flush=True)  # fmt: skip
+    if options.json:
+        write_json(options.json, {"lr_of_paper": rate, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
