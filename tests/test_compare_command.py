@@ -2,10 +2,12 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from torchcdm import frechet
 from torchcdm.cli import main
 from torchcdm.compare import comparison as comparing
 from torchcdm.compare import peers as registry
@@ -46,7 +48,7 @@ def test_the_command_leaves_numbers_and_a_figure(made, capsys):
     content = json.loads((folder / "all.json").read_text())
     assert content["protocol"] == {
         "data": "digits", "train": 1300, "validation": 200, "test": 8, "dim": 64, "unit": "bits/dim", "budget": 0.3,
-        "clock": "processor", "seed": 0, "gaussianized": True, "log_z": None,
+        "clock": "processor", "seed": 0, "gaussianized": True, "log_z": None, "frechet": None,
     }  # fmt: skip
     assert [system["name"] for system in content["systems"]] == ["gaussian", "gmm", "cdm"]
     assert (folder / "all.png").read_bytes()[:4] == b"\x89PNG"
@@ -116,6 +118,8 @@ def test_results_of_another_protocol_are_not_mixed(source, tmp_path):
         ({"seed": 1}, "seed = 0, not 1"),
         ({"clock": "processor"}, "clock = wall"),
         ({"limit": 10}, "test = 20, not 10"),
+        ({"frechet": 2000}, "frechet = None, not 2000"),
+        ({"frechet": 1999}, "1999 samples are too few for a Fréchet distance; 2000 are needed"),
     )
     for changed, message in changes:
         with pytest.raises(UserError, match=message):
@@ -127,6 +131,19 @@ def test_a_spoiled_result_is_named(source, tmp_path):
     (tmp_path / "gaussian.json").write_text("{")
     with pytest.raises(UserError, match="gaussian.json: is no result of a comparison"):
         compare(source, 5, tmp_path, ["gaussian"])
+
+
+def test_frechet_distances_tell_a_good_model_from_a_poor_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(frechet, "extractor_for", partial(frechet.extractor_for, steps=100))
+    words = ["compare", "digits", "--budget", "5", "--peers", "gaussian,kde", "--out", str(tmp_path), "--limit", "20",
+             "--frechet", "2000", "--json", str(tmp_path / "all.json"), "--quiet"]  # fmt: skip
+    assert main(words) == 0
+    sampling = {s["name"]: s["sampling"] for s in json.loads((tmp_path / "all.json").read_text())["systems"]}
+    # Draws around training digits are nearer to them than those of one Gaussian.
+    assert 0 < sampling["kde"]["frechet"] < 0.5 * sampling["gaussian"]["frechet"]
+    assert sampling["kde"]["features"].startswith("Fréchet distance of 2000 samples to 1300 training images")
+    monkeypatch.setattr(comparing, "Reference", lambda *_: pytest.fail("made again"))
+    assert main(words) == 0
 
 
 # --- divergence ----------------------------------------------------------------------------------------------------

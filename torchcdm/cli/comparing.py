@@ -43,6 +43,8 @@ def add_commands(commands: Any) -> None:
                         "Gaussianised by the histogram of each pixel; default: as the preset of the data")  # fmt: skip
     parser.add_argument("--log-z", metavar="PARTICLES", type=int, help="normalise one pass of each CDM by log Z, "
                         "estimated by so many particles (digits: 1024), two evaluations each a level")  # fmt: skip
+    parser.add_argument("--frechet", metavar="N", type=int, help="Fréchet distance of N samples of each system to the "
+                        "training images; 2000 at least")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_json(parser)
     add_device(parser)
@@ -89,6 +91,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 device_of(options.device),
                 data,
                 progress=not options.quiet,
+                frechet=options.frechet,
                 log_z=None if options.log_z is None else LogZOptions(options.log_z),
             )
         except Interrupted as stop:

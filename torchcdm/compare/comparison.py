@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,16 @@ from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
+from torchcdm.frechet import SMALLEST_COUNT, Reference
 from torchcdm.likelihood import LogZOptions
 from torchcdm.run_folder import write_json, writing
 from torchcdm.units import GaussianizedTransform
 
 DRAWN = 64
-"""Samples that measure the speed of sampling."""
+"""Samples that measure the speed of sampling, where no more are asked for."""
+
+CHUNK = 250
+"""Samples that are drawn together."""
 
 PROTOCOL = "protocol.json"
 
@@ -42,6 +47,7 @@ def compare(
     progress: bool = False,
     log_z: LogZOptions | None = None,
     normalised: Sequence[str] | None = None,
+    frechet: int | None = None,
 ) -> Comparison:
     """Every system trained for the same time on the same split, and scored on the same noisy test samples.
 
@@ -58,13 +64,15 @@ def compare(
         progress: Shows progress bars.
         log_z: How log Z of classification diffusion models is estimated, whose one pass then has a normalised row.
         normalised: Names of those whose log Z is estimated; all when None.
+        frechet: Samples of each system for its Fréchet distance to the training images; None for none.
 
     Returns:
         What was measured.
 
     Raises:
-        UserError: No time, an unknown peer or clock, a library that is not installed, a missing split, or a folder
-            that holds a comparison under another protocol.
+        UserError: No time, an unknown peer or clock, a library that is not installed, a missing split, a folder
+            that holds a comparison under another protocol, too few samples for a Fréchet distance, or data that have
+            none.
     """
     Budget(seconds, clock)  # refuses what makes no sense before anything is trained
     x, _ = source.split("test").tensors(limit)
@@ -74,18 +82,24 @@ def compare(
     protocol = Protocol(
         source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
-        isinstance(source.transform, GaussianizedTransform), log_z,
+        isinstance(source.transform, GaussianizedTransform), log_z, frechet,
     )  # fmt: skip
+    if frechet is not None and frechet < SMALLEST_COUNT:
+        raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")
     _enter(folder, protocol)
+    kept = {peer.name: _kept(folder / f"{peer.name}.json") for peer in found}
+    missing = None in kept.values()
+    reference = Reference(source, device) if missing and frechet is not None else None
     task = Task(source, data or DataConfig(spec=source.name), device, seed, folder, progress)
     results = []
     for peer in found:
-        kept = _kept(folder / f"{peer.name}.json")
-        if kept is None:
+        result = kept[peer.name]
+        if result is None:
             wanted = log_z if normalised is None or peer.name in normalised else None
-            kept = _measured(peer, replace(task, log_z=wanted), Budget(seconds, clock), x)
-            write_json(folder / f"{peer.name}.json", encode(kept))
-        results.append(kept)
+            draw = partial(_sampling, seed=seed, count=frechet, reference=reference)
+            result = _measured(peer, replace(task, log_z=wanted), Budget(seconds, clock), x, draw)
+            write_json(folder / f"{peer.name}.json", encode(result))
+        results.append(result)
     return Comparison(protocol, tuple(results), _machine(device))
 
 
@@ -111,7 +125,9 @@ def _kept(path: Path) -> Result | None:
         raise UserError(f"{path}: is no result of a comparison ({error}); delete it to measure again") from None
 
 
-def _measured(peer: Peer, task: Task, budget: Budget, x: torch.Tensor) -> Result:
+def _measured(
+    peer: Peer, task: Task, budget: Budget, x: torch.Tensor, draw: Callable[[Fitted, Budget], Sampling]
+) -> Result:
     """Trains and measures; a system that diverges has a second attempt."""
     library, version = library_of(peer)
     note, seconds = "", 0.0
@@ -125,7 +141,7 @@ def _measured(peer: Peer, task: Task, budget: Budget, x: torch.Tensor) -> Result
             return Result(
                 peer.name, peer.title, library, version, "measured", attempt, fitted.training.setting,
                 fitted.training.steps, fitted.training.best_step, fitted.training.seconds, fitted.parameters, rows,
-                _sampling(fitted, budget, task.seed), "; ".join(notes),
+                draw(fitted, budget), "; ".join(notes),
             )  # fmt: skip
         except Diverged as error:
             note, seconds = str(error), clock.elapsed
@@ -147,10 +163,21 @@ def _row(score: Score) -> Row:
     )  # fmt: skip
 
 
-def _sampling(fitted: Fitted, budget: Budget, seed: int) -> Sampling:
-    clock = budget.restarted()
-    samples = fitted.sample(DRAWN, seed)
-    return Sampling(samples.nfe, len(samples.x) / max(clock.elapsed, 1e-9))
+def _sampling(
+    fitted: Fitted, budget: Budget, seed: int, count: int | None = None, reference: Reference | None = None
+) -> Sampling:
+    """Draws :data:`DRAWN` samples, or as many as a Fréchet distance takes."""
+    clock, parts = budget.restarted(), []
+    sizes = [DRAWN] if count is None else [min(CHUNK, count - first) for first in range(0, count, CHUNK)]
+    for part, size in enumerate(sizes):
+        parts.append(fitted.sample(size, seed + part))
+    x, nfe = torch.cat([part.x for part in parts]), parts[0].nfe
+    speed = len(x) / max(clock.elapsed, 1e-9)
+    if reference is None:
+        return Sampling(nfe, speed)
+    if not x.isfinite().all():
+        raise Diverged("samples are not finite")
+    return Sampling(nfe, speed, reference.distance(x), reference.header(len(x)))
 
 
 def _machine(device: torch.device) -> str:

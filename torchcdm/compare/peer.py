@@ -80,8 +80,8 @@ class Score:
     Attributes:
         name: ``density``, ``importance``, or as the rows of a likelihood report.
         likelihood: Of each sample.
-        normalised: Whether the density integrates to one by construction. Values of a row where it is not cannot be
-            ranked with the others.
+        normalised: Whether the density integrates to one, by construction or by an estimate of log Z. Values of a
+            row where it is not cannot be ranked with the others.
         seconds: That the scoring took.
         shared_se: Standard error that all samples share, in the unit of the row: that of an estimate of log Z.
     """

@@ -32,6 +32,7 @@ class Protocol:
         seed: Of training.
         gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
         log_z: How log Z of the classification diffusion models was estimated; None: not at all.
+        frechet: Samples of each system for its Fréchet distance; None: no such column.
     """
 
     data: str
@@ -45,6 +46,7 @@ class Protocol:
     seed: int
     gaussianized: bool = False
     log_z: LogZOptions | None = None
+    frechet: int | None = None
 
 
 NAME_WIDTH = 54
@@ -85,10 +87,14 @@ class Sampling:
     Attributes:
         nfe: Network evaluations for each sample; None without a network.
         per_second: Samples in a second of the clock.
+        frechet: Their Fréchet distance to the training images; None where it was not asked for.
+        features: What that is a distance of.
     """
 
     nfe: int | None
     per_second: float
+    frechet: float | None = None
+    features: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,11 @@ class Comparison:
         if loose:
             lines += ["", "not normalised: these densities need not integrate to one and are not ranked"]
             lines += [self._line(result, row, best) for result, row in loose]
+        features = sorted({r.sampling.features for r in self.results if r.sampling and r.sampling.features})
+        if features:
+            lines += ["", *features]
+            drawn = ((r.sampling.frechet, r.title) for r in self.results if r.sampling and r.sampling.features)
+            lines += [f"{title:{NAME_WIDTH}}{distance:9.2f}" for distance, title in sorted(drawn)]
         lines += ["", *(self._failure(result) for result in self.results if not result.rows)]
         lines += [f"{published.title:{NAME_WIDTH}}{published.value:9.2f}  {published.note}" for published in PUBLISHED]
         lines += ["", "settings"]
