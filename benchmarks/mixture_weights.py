@@ -27,6 +27,7 @@ from ratio_pairs import SCHEDULE, mixture, write_rows
 
 import torchcdm
 from torchcdm import DensityRatio
+from torchcdm.data import from_object
 from torchcdm.toy import GaussianMixture
 
 MODES, SIDE = 40, 80.0
@@ -96,8 +97,8 @@ def by_density(components: int) -> Callable[[Task], np.ndarray]:
 
     def log_weights(task: Task) -> np.ndarray:
         options = {"model": {"components": components}, "sampling": {"n": 0}, "seed": task.seed, "steps": task.steps}
-        data = {"validation_fraction": 0.1, "test_fraction": 0.0}
-        model = torchcdm.fit(torch.from_numpy(task.rows).float(), device="cpu", data=data, **options)
+        source = from_object(torch.from_numpy(task.rows).float(), validation_fraction=0.1, test_fraction=0.0)
+        model = torchcdm.fit(source, "mlp", device="cpu", **options)
         x = task.points.flatten(0, 1)
         with torch.no_grad():
             log_p = model.log_prob(x.float()).reshape(MODES, POINTS)

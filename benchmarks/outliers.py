@@ -40,6 +40,7 @@ from torchcdm.anomaly import SCORES, level_profile, make_score
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.peer import Task
 from torchcdm.compare.zuko_peers import MAF
+from torchcdm.config import DataConfig
 from torchcdm.data import DataSource, from_object, load_data, pixels
 
 # --- the list, fixed ---------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def flow_scorer(setting: Setting, seconds: float) -> Scorer:
     """-log p of zuko's masked autoregressive flow."""
     budget = Budget(seconds, "processor")
     with tempfile.TemporaryDirectory() as folder:
-        flow = MAF().fit(Task(setting.source, torch.device("cpu"), 0, Path(folder)), budget)
+        flow = MAF().fit(Task(setting.source, DataConfig(), torch.device("cpu"), 0, Path(folder)), budget)
 
     def scores(x: Tensor) -> dict[str, np.ndarray]:
         (score,) = flow.scores(x.float(), budget)

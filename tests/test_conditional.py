@@ -148,6 +148,10 @@ def test_mistakes_are_named():
         CDMConditional(**TINY).fit(theta, x[:50])
     with pytest.raises(ValueError, match="Input theta contains NaN"):
         CDMConditional(**TINY).fit(theta.assign(dose=np.nan), x)
+    with pytest.raises(ValueError, match="a minimum of 10 is required"):
+        CDMConditional(**TINY).fit(theta[:9], x[:9])
+    with pytest.raises(UserError, match="column 'kind' has 3 distinct values.*discrete='dequantize'"):
+        CDMConditional(**TINY, discrete="error").fit(theta.assign(kind=np.arange(80) % 3), x)
     with pytest.raises(ValueError, match="Input x contains"):
         model.log_prob(theta, x.assign(a=np.inf))
 

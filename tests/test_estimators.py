@@ -218,6 +218,22 @@ def test_bad_settings_are_named():
         CDMDensity(**TINY).fit(frame).sample(0)
 
 
+@pytest.mark.parametrize("kind", [CDMDensity, CDMOutlierDetector])
+def test_tables_that_cannot_be_fitted_or_scored_are_refused(kind):
+    frame = table(60)
+    with pytest.raises(ValueError, match="contains NaN"):
+        kind(**TINY).fit(frame.assign(level=np.nan))
+    with pytest.raises(ValueError, match=r"9 sample\(s\).*a minimum of 10 is required"):
+        kind(**TINY).fit(frame[:9])
+    fitted = kind(**TINY).fit(frame)
+    with pytest.raises(ValueError, match="contains NaN"):
+        fitted.score_samples(frame.assign(level=np.nan))
+    with pytest.raises(ValueError, match="feature names"):
+        fitted.score_samples(frame.rename(columns={"level": "depth"}))
+    with pytest.raises(ValueError, match="2 features, but .* is expecting 3 features"):
+        fitted.score_samples(frame.to_numpy()[:, :2])
+
+
 def test_verbose_shows_the_notes(capsys):
     frame = table(60).assign(state=np.arange(60) % 3)
     CDMDensity(**{**TINY, "verbose": 1}).fit(frame)
