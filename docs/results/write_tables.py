@@ -94,6 +94,24 @@ def training_memory() -> str:
     return markdown(["network", "MiB", "ratio to the DDM"], cells)
 
 
+def step_scaling() -> str:
+    """Steps against what they depend on: over the first value, and over the DDM."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in read("step_scaling")["rows"]:
+        question, value, step = row["name"].split("/")
+        found.setdefault((question, value), {})[step] = row
+    steps = {"denoising": "cdm-denoising-step", "training": "cdm-training-step", "one pass": "cdm-one-pass-likelihood",
+             "guided": "cdm-guided-step"}  # fmt: skip
+    lines = []
+    for (question, value), rows in found.items():
+        cells = [
+            f"{rows[name]['ratio_to_first']:.2f} ({rows[name]['ratio_to_ddm']:.2f})" if name in rows else ""
+            for name in steps.values()
+        ]
+        lines.append([question, value, *cells])
+    return markdown(["", "", *steps], lines)
+
+
 def digits_seeds() -> str:
     """The likelihoods of the digits preset, a row for each seed."""
     reports = {0: read("digits")["nll"], 1: read("digits_seed1")["nll"]}
@@ -120,12 +138,183 @@ def fashion() -> str:
     return markdown(head, lines)
 
 
+def mutual_information() -> str:
+    """The ladder, a row for each rung."""
+    head = ["pairs", "Gaussian residual", "d", "steps", "exact, nats", "estimate", "error", "RMSE of a point",
+            "two Gaussians", "network kept", "s"]  # fmt: skip
+    lines = [
+        [r["kind"], r["residual"], str(r["dim"]), str(r["steps"]), f"{r['exact']:.2f}", f"{r['estimate']:.2f}",
+         f"{100 * r['error']:+.1f} %", f"{r['rmse']:.2f}", f"{r['gaussians']:.2f}", f"{100 * r['kept']:.0f} %",
+         f"{r['seconds']:.0f}"]
+        for r in read("mutual_information")["rows"]
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def ratio_peers() -> str:
+    """RMSE of the log ratio, dimensions across."""
+    rows = read("ratio_peers")["rows"]
+    dims, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("dim", "estimator"))
+    values = {(row["estimator"], row["dim"]): row["rmse"] for row in rows}
+    best = {dim: min(values[name, dim] for name in names) for dim in dims}
+    titles = {
+        "joint": "torchcdm, `joint`", "separate": "torchcdm, `separate`", "gaussians": "two Gaussians",
+        "logistic": "logistic regression", "boosting": "gradient-boosted trees", "kliep": "KLIEP", "rulsif": "RuLSIF",
+        "constant": "log ratio 0",
+    }  # fmt: skip
+    lines = []
+    for name in names:
+        cells = (f"**{v:.2f}**" if v == best[dim] else f"{v:.2f}" for dim in dims for v in [values[name, dim]])
+        lines.append([titles[name], *cells])
+    return markdown(["RMSE of the log ratio, nats", *(f"d = {dim}" for dim in dims)], lines)
+
+
+def covariate_shift() -> str:
+    """Errors and sample sizes of weighted regression."""
+    titles = {"exact": "exact", "none": "none", "torchcdm": "torchcdm", "gaussians": "two Gaussians",
+              "logistic": "logistic regression"}  # fmt: skip
+    lines = [
+        [str(r["columns"]), titles[r["weights"]], f"{r['error']:.2f}", f"{100 * r['relative']:+.1f} %",
+         f"{100 * r['effective']:.0f} %", "" if r["rmse"] is None else f"{r['rmse']:.2f}"]
+        for r in read("covariate_shift")["rows"]
+    ]  # fmt: skip
+    head = ["columns", "weights", "error on the target", "against exact weights", "effective sample size",
+            "RMSE of the log ratio"]  # fmt: skip
+    return markdown(head, lines)
+
+
+def mixture_weights() -> str:
+    """Errors of the weights of 40 modes."""
+    lines = [
+        [str(r["dim"]), r["contender"], f"{r['largest']:.4f}", f"{r['mean']:.4f}", f"{r['log_error']:.2f}",
+         f"{r['seconds']:.0f}"]
+        for r in read("mixture_weights")["rows"]
+    ]  # fmt: skip
+    return markdown(["d", "from", "largest error", "mean error", "RMSE of log weight", "s"], lines)
+
+
+def table_density() -> str:
+    """Test log-likelihoods of tables."""
+    titles = {"truth": "the density itself", "cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow",
+              "nsf": "zuko NSF", "maf": "zuko MAF", "gmm": "Gaussian mixture", "kde": "kernel density"}  # fmt: skip
+    rows = read("table_density")["rows"]
+    best: dict[str, float] = {}
+    for r in rows:
+        if r["name"] not in ("truth", "cdm"):
+            best[r["table"]] = max(best.get(r["table"], r["nats"]), r["nats"])
+    lines = []
+    for r in rows:
+        loose = r["name"] == "cdm" and not usable(r["setting"])
+        value = f"{'~' if loose else ''}{r['nats']:.2f}"
+        cell = f"**{value}**" if r["nats"] == best[r["table"]] else value
+        lines.append([r["table"], titles[r["name"]], cell, f"{r['se']:.2f}", str(r["rows"]), f"{r['seconds']:.0f}"])
+    return markdown(["table", "density", "nats a row", "s.e.", "test rows", "s of fitting"], lines)
+
+
+def usable(setting: str) -> bool:
+    """Whether the estimate of log Z that a row of ``table_density`` tells of was used."""
+    return int(setting.rsplit(" ", 1)[1]) >= 200
+
+
+def conditional_density() -> str:
+    """Divergences from exact posteriors."""
+    titles = {"cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow", "nsf": "zuko NSF",
+              "linear": "linear regression, Gaussian"}  # fmt: skip
+    lines = [
+        [r["simulator"], titles[r["name"]], f"{r['kl']:.3f}", f"{r['se']:.3f}",
+         "" if r["c2st"] is None else f"{r['c2st']:.3f}", "" if r["log_z"] is None else f"{r['log_z']:+.3f}",
+         f"{r['seconds']:.0f}"]
+        for r in read("conditional_density")["rows"]
+    ]  # fmt: skip
+    return markdown(["simulator", "posterior", "KL, nats", "s.e.", "C2ST", "log Z", "s of fitting"], lines)
+
+
+def estimator_times() -> str:
+    """Seconds of CDMDensity."""
+    lines = [
+        [str(r["rows"]), str(r["columns"]), f"{r['fit']:.0f}", f"{r['score']:.2f}", f"{r['sample']:.1f}"]
+        for r in read("estimator_times")["rows"]
+    ]
+    return markdown(["rows", "columns", "fit, s", "score 1000 rows, s", "draw 1000 rows, s"], lines)
+
+
+def outliers_tables() -> str:
+    """AUROC of outliers in tables, the mean over the classes and splits of a table."""
+    rows = read("outliers_tables")["rows"]
+    settings, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "score"))
+    lines = []
+    for setting in settings:
+        values = []
+        for name in names:
+            found = [r["auroc"] for r in rows if (r["setting"], r["score"]) == (setting, name)]
+            values.append(sum(found) / len(found))
+        lines.append([setting, *(f"**{v:.3f}**" if v == max(values) else f"{v:.3f}" for v in values)])
+    own = ("levels", "coarse", "complexity", "typicality", "log_prob")
+    return markdown(["table", *(f"`{n}`" if n in own else n.removeprefix("PyOD ") for n in names)], lines)
+
+
+def cell(value: Any) -> str:
+    """A value of a reproduction's table, numbers in four digits."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def reproduction(name: str) -> str:
+    """The tables of a report of ``cdm reproduce``, below its command."""
+    report = read(name)
+    parts = [f"    {report['command']}\n"]
+    for table in report["tables"]:
+        rows = ([cell(value) for value in row] for row in table["rows"])
+        parts.append(f"{table['title']}:\n\n{markdown(table['columns'], rows)}")
+    return "\n" + "\n".join(parts)
+
+
+def rate(per_second: float) -> str:
+    """Samples a second in three digits."""
+    return f"{float(f'{per_second:.3g}'):,.6g}" if per_second < 1000 else f"{float(f'{per_second:.3g}'):,.0f}"
+
+
+def compared(name: str) -> str:
+    """A comparison, the best first; rows that need not be normalised last."""
+    report = read(name)
+    rows = []
+    for system in report["systems"]:
+        for row in system["rows"]:
+            over = row["over_best"]
+            title = system["title"] + ("" if row["name"] == "density" else f", {row['name']}")
+            rows.append((not row["normalised"], row["value"], [
+                title, f"{'' if row['normalised'] else '~'}{row['value']:.3f}", f"{row['se']:.3f}",
+                f"{over['mean']:+.3f} ± {over['se']:.3f}", str(row["nfe"]), rate(row["per_second"]),
+                rate(system["sampling"]["per_second"]), f"{system['parameters']:,}", str(system["steps"]),
+            ]))  # fmt: skip
+    head = "s.e.", "over best", "NFE", "scored/s", "drawn/s", "parameters", "steps"
+    return markdown(["system", report["protocol"]["unit"], *head], (cells for _, _, cells in sorted(rows)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "compare-digits": lambda: compared("compare_digits"),
+    "known-truth": lambda: reproduction("known_truth"),
+    "fig7": lambda: reproduction("fig7"),
+    "table1": lambda: reproduction("table1"),
+    "fig3": lambda: reproduction("fig3"),
+    "fig4": lambda: reproduction("fig4"),
+    "fig8": lambda: reproduction("fig8"),
+    "fig9": lambda: reproduction("fig9"),
+    "conditional-density": conditional_density,
+    "covariate-shift": covariate_shift,
     "demo": demo,
     "digits-seeds": digits_seeds,
+    "estimator-times": estimator_times,
     "fashion": fashion,
+    "mixture-weights": mixture_weights,
+    "mutual-information": mutual_information,
+    "outliers-tables": outliers_tables,
+    "ratio-peers": ratio_peers,
     "step-cost-encoder": lambda: step_cost("encoder"),
     "step-cost-paper": lambda: step_cost("paper"),
+    "table-density": table_density,
+    "step-scaling": step_scaling,
     "training-memory": training_memory,
 }
 
