@@ -171,7 +171,8 @@ def ratio_peers() -> str:
 
 def covariate_shift() -> str:
     """Errors and sample sizes of weighted regression."""
-    titles = {"exact": "exact", "none": "none", "torchcdm": "torchcdm", "gaussians": "two Gaussians",
+    titles = {"exact": "exact", "none": "none", "torchcdm": "torchcdm",
+              "torchcdm, 0.999": "torchcdm, `clip=0.999`", "gaussians": "two Gaussians",
               "logistic": "logistic regression"}  # fmt: skip
     lines = [
         [str(r["columns"]), titles[r["weights"]], f"{r['error']:.2f}", f"{100 * r['relative']:+.1f} %",
