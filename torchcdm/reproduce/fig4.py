@@ -34,17 +34,17 @@ def run(work: Workspace) -> Result:
     source, setting = models.source, models.setting
     errors, sizes, seconds = {}, {}, {}
     for variant in VARIANTS:
-        model, facts = models.denoiser(variant)
+        model, training = models.denoiser(variant)
         sizes[variant] = sum(parameter.numel() for parameter in model.parameters())
-        seconds[variant] = round(facts["seconds"], 1)
+        seconds[variant] = round(training["seconds"], 1)
 
         def make(model=model) -> dict[str, list[float]]:  # noqa: ANN001
             x, _ = source.split("test").tensors(setting.test)
             sums = level_sums(model, x, draws=DRAWS)
             return {"mse": sums.mse.tolist(), "count": sums.count.tolist()}
 
-        facts = {"config": encode(models.config(variant)), "test": setting.test, "draws": DRAWS}
-        errors[variant] = grouped(work.numbers(f"fig4-{models.name(variant)}", facts, make))
+        settings = {"config": encode(models.config(variant)), "test": setting.test, "draws": DRAWS}
+        errors[variant] = grouped(work.numbers(f"fig4-{models.name(variant)}", settings, make))
     edges, ddm, cdm = errors["ddm"][0], errors["ddm"][1], errors["both"][1]
     rows = []
     for (low, high), a, b in zip(edges, ddm.tolist(), cdm.tolist(), strict=True):
