@@ -266,7 +266,7 @@ def flow_scorer(setting: Setting, seconds: float) -> Scorer:
         flow = MAF().fit(Task(setting.source, DataConfig(), torch.device("cpu"), 0, Path(folder)), budget)
 
     def scores(x: Tensor) -> dict[str, np.ndarray]:
-        (score,) = flow.scores(x.float(), budget)
+        score, *_ = flow.scores(x.float(), budget)
         return {"flow log p": -score.likelihood.nats.numpy()}
 
     return scores
