@@ -162,7 +162,7 @@ class GaussianMarginals(BaseDensity):
         self.register_buffer("variances", variances.double())
         self.register_buffer("constants", torch.empty(0, dtype=torch.float64), persistent=False)
         self._set_constants()
-        self.register_load_state_dict_post_hook(lambda module, _: module._set_constants())
+        self.register_load_state_dict_post_hook(_refresh)
 
     def _set_constants(self) -> None:
         """What log p at each level owes to mean and variances alone, (T+2,): 784 000 logarithms for T = 1000."""
@@ -357,6 +357,11 @@ class ClassGaussians(BaseDensity):
     def class_effects(self, x: Tensor) -> Tensor:
         by_class = torch.stack([gaussian.log_prob_levels(x) for gaussian in self.classes], 1)
         return by_class - self.common.log_prob_levels(x)[:, None]
+
+
+def _refresh(gaussian: GaussianMarginals, _: object) -> None:
+    """After a saved state was loaded; a function of the module, so that models can be pickled."""
+    gaussian._set_constants()
 
 
 def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, Tensor]:
