@@ -9,10 +9,11 @@ from torch import nn
 
 from torchcdm import ClassificationDiffusion, DenoisingDiffusion, UserError
 from torchcdm.anomaly import SCORES, coarse_level, level_profile, make_score
+from torchcdm.anomaly.profile import NOISE_SEED, log_density
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
-from torchcdm.units import DataTransform
+from torchcdm.units import DataTransform, GaussianizedTransform
 
 SCHEDULE = UniformSigmaSchedule(20)
 SINGLE = [name for name in SCORES if name != "ratio"]
@@ -51,6 +52,20 @@ def test_the_profile_is_the_density_of_the_clean_input_at_every_level(model, mix
     for t in (0, 1, 10, 20, 21):
         truth = mixture_at_level(mixture, SCHEDULE, t).log_prob(x)
         torch.testing.assert_close(profile[:, t], truth, rtol=1e-9, atol=1e-9)
+
+
+def test_the_profile_is_in_data_units_where_the_map_to_model_units_is_not_affine():
+    grey = torch.randint(0, 5, (500, 1, 2, 2), generator=rng(0)).square().div(4, rounding_mode="floor")
+    transform = GaussianizedTransform.fit(DataTransform.images((1, 2, 2), 5), grey.split(250))
+    gaussian = GaussianMarginals.fit(transform.encode(grey.double(), rng(1)), SCHEDULE)
+    model = ClassificationDiffusion(ZeroBackbone(SCHEDULE.T + 2), SCHEDULE, transform, gaussian)
+    profile = level_profile(model, grey)
+    torch.testing.assert_close(profile[:, 0], log_density(model, grey))
+    noisy = transform.add_noise(torch.zeros(1, 2, 2, dtype=torch.float64), rng(NOISE_SEED))
+    stretch = transform.log_det(grey.double() + noisy)
+    assert stretch.std() > 0.1
+    inside = model.log_prob_levels(transform(grey.double() + noisy))
+    torch.testing.assert_close(profile, inside + stretch[:, None])
 
 
 def test_typicality_is_the_distance_of_log_p_from_its_mean_over_normal_data(model, mixture):

@@ -30,10 +30,16 @@ def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int = B
         batch_size: Inputs evaluated at once.
 
     Returns:
-        Nats in model units, float64 (N, T+2) on the CPU.
+        Nats, float64 (N, T+2) on the CPU; in data units where the model has a transform: what the map to model units
+        stretches differs between inputs where it is not affine.
     """
-    transform = model.transform
-    return _evaluate(model, lambda x: model.log_prob_levels(x if transform is None else transform(x)), x, batch_size)
+
+    def levels(x: Tensor) -> Tensor:
+        if model.transform is None:
+            return model.log_prob_levels(x)
+        return model.log_prob_levels(model.transform(x)) + model.transform.log_det(x)[:, None]
+
+    return _evaluate(model, levels, x, batch_size)
 
 
 def log_density(model: ClassificationDiffusion, x: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
