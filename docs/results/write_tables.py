@@ -239,19 +239,24 @@ def estimator_times() -> str:
     return markdown(["rows", "columns", "fit, s", "score 1000 rows, s", "draw 1000 rows, s"], lines)
 
 
-def outliers_tables() -> str:
-    """AUROC of outliers in tables, the mean over the classes and splits of a table."""
-    rows = read("outliers_tables")["rows"]
-    settings, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("setting", "score"))
-    lines = []
-    for setting in settings:
-        values = []
-        for name in names:
-            found = [r["auroc"] for r in rows if (r["setting"], r["score"]) == (setting, name)]
-            values.append(sum(found) / len(found))
-        lines.append([setting, *(f"**{v:.3f}**" if v == max(values) else f"{v:.3f}" for v in values)])
+def outliers(name: str, group: str) -> str:
+    """AUROC of each score, the mean over each ``group``: ``setting`` or ``outliers``; last that of all."""
+    rows = read(name)["rows"]
+    groups, scores = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, "score"))
     own = ("levels", "coarse", "complexity", "typicality", "log_prob")
-    return markdown(["table", *(f"`{n}`" if n in own else n.removeprefix("PyOD ") for n in names)], lines)
+    scores.sort(key=lambda score: own.index(score) if score in own else len(own))
+
+    def average(score: str, key: str, value: str | None) -> float:
+        found = [r[key] for r in rows if r["score"] == score and value in (None, r[group])]
+        return sum(found) / len(found)
+
+    lines = []
+    for value in [*groups, None]:
+        values = [average(score, "auroc", value) for score in scores]
+        cells = [f"**{v:.3f}**" if v == max(values) else f"{v:.3f}" for v in values]
+        lines.append([value or "mean", *cells, f"{average('levels', 'fpr95', value):.3f}"])
+    titles = [f"`{score}`" if score in own else score.removeprefix("PyOD ") for score in scores]
+    return markdown(["outliers", *titles, "FPR@95 of `levels`"], lines)
 
 
 def cell(value: Any) -> str:
@@ -310,7 +315,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion": fashion,
     "mixture-weights": mixture_weights,
     "mutual-information": mutual_information,
-    "outliers-tables": outliers_tables,
+    "outliers-corruptions": lambda: outliers("outliers_corruptions", "outliers"),
+    "outliers-tables": lambda: outliers("outliers_tables", "setting"),
     "ratio-peers": ratio_peers,
     "step-cost-encoder": lambda: step_cost("encoder"),
     "step-cost-paper": lambda: step_cost("paper"),
