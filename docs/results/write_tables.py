@@ -94,6 +94,17 @@ def training_memory() -> str:
     return markdown(["network", "MiB", "ratio to the DDM"], cells)
 
 
+def equal_time() -> str:
+    """Denoising error after equal time."""
+    lines = []
+    for row in read("equal_time")["rows"]:
+        spread = "" if row["mse_sd"] is None else f" ± {row['mse_sd']:.4f}"
+        steps = ", ".join(map(str, row["steps"]))
+        ratio, parameters = f"{row['ratio_to_ddm']:.3f}", f"{row['parameters']:,}"
+        lines.append([row["name"], f"{row['mse']:.4f}{spread}", ratio, steps, parameters])
+    return markdown(["", "MSE of eps", "ratio to the DDM", "steps, a seed each", "parameters"], lines)
+
+
 def step_scaling() -> str:
     """Steps against what they depend on: over the first value, and over the DDM."""
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -321,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost-encoder": lambda: step_cost("encoder"),
     "step-cost-paper": lambda: step_cost("paper"),
     "table-density": table_density,
+    "equal-time": equal_time,
     "step-scaling": step_scaling,
     "training-memory": training_memory,
 }
