@@ -29,7 +29,7 @@ import torch
 
 from torchcdm.building import load_source
 from torchcdm.checkpoint import load
-from torchcdm.compare.own import plain
+from torchcdm.compare.own import UNLIMITED, plain
 from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.metrics import evaluate
@@ -38,7 +38,6 @@ from torchcdm.trainer import train
 
 WIDTHS = (24, 32)
 RATES = (6e-4, 1.2e-3, 2.5e-3)
-UNLIMITED = 10**9
 RESULT = "equal_time.json"
 
 
@@ -48,6 +47,12 @@ class Contender:
 
     name: str
     config: Config
+
+
+def on_plain_grey_levels(preset: str, gaussianize: bool = False) -> Config:
+    """The preset's configuration with its data in grey levels, or Gaussianised."""
+    config = make_config(preset_fields(preset))
+    return replace(config, data=replace(config.data, gaussianize=gaussianize))
 
 
 def ddm(config: Config, width: int, rate: float, residual: bool) -> Config:
@@ -102,17 +107,18 @@ def contenders(config: Config, width: int, rate: float) -> Iterator[Contender]:
 
 
 def summary(name: str, seconds: float, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row: the mean over the seeds and their deviation."""
+    """A row: the mean over the seeds and their deviation; None for levels that a seed did not meet."""
     errors = [run["mse"] for run in runs]
     levels = zip(*(run["mse_per_level"] for run in runs), strict=True)
     return {
         "name": name,
         "seconds": seconds,
+        "seeds": len(runs),
         "mse": statistics.mean(errors),
         "mse_sd": statistics.stdev(errors) if len(errors) > 1 else None,
         "steps": [run["steps"] for run in runs],
         "parameters": runs[0]["parameters"],
-        "mse_per_level": [statistics.mean(level) for level in levels],
+        "mse_per_level": [None if None in level else statistics.mean(level) for level in levels],
     }
 
 
@@ -132,26 +138,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    config = make_config(preset_fields(options.preset))
-    config = replace(config, data=replace(config.data, gaussianize=options.gaussianize))
+    config = on_plain_grey_levels(options.preset, options.gaussianize)
     source = load_source(config.data)
     width, rate = best_ddm(options, config, source)
     print(f"DDM: width {width}, lr {rate:g}", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for contender in contenders(config, width, rate):
         runs = []
         for seed in options.seeds:
             folder = options.out / f"{contender.name}-{seed}"
             runs.append(measured(contender.config, source, options.seconds, seed, folder, options.images))
             print(f"{contender.name}, seed {seed}: MSE {runs[-1]['mse']:.4f}, {runs[-1]['steps']} steps", flush=True)
-        rows.append(summary(contender.name, options.seconds, runs))
-    reference = {row["name"]: row["mse"] for row in rows}
+            finished = [*rows, summary(contender.name, options.seconds, runs)]
+            report(finished, width, rate, options.json)
+        rows = finished
     for row in rows:
-        row["ratio_to_ddm"] = row["mse"] / min(reference["ddm"], reference["ddm-residual"])
         spread = "" if row["mse_sd"] is None else f" ± {row['mse_sd']:.4f}"
         print(f"{row['name']:16}MSE {row['mse']:.4f}{spread}  {row['ratio_to_ddm']:.3f} x the better DDM")
-    if options.json:
-        write_json(options.json, {"ddm": {"width": width, "lr": rate}, "seeds": options.seeds, "rows": rows})
+
+
+def report(rows: Sequence[dict[str, Any]], width: int, rate: float, path: Path | None) -> None:
+    """Sets ``ratio_to_ddm``, None before there is a DDM, and writes what is finished."""
+    baselines = [row["mse"] for row in rows if row["name"].startswith("ddm")]
+    for row in rows:
+        row["ratio_to_ddm"] = row["mse"] / min(baselines) if baselines else None
+    if path is not None:
+        write_json(path, {"ddm": {"width": width, "lr": rate}, "rows": list(rows)})
 
 
 if __name__ == "__main__":

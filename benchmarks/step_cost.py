@@ -11,6 +11,9 @@ paper
     The preset ``cifar10``; guidance from an embedded label, two passes. DDM: the U-Net of the same setting, and
     diffusers' ``UNet2DModel`` in the layout of ddpm-cifar10-32 where diffusers is installed.
 
+``NETWORK-pytorch`` is the training step of the same network with PyTorch's own second derivatives in the place of
+those of ``torchcdm.backbones.second_order``.
+
 All contenders of a network take turns in one process: a machine that slows down slows all of them. The numbers are
 medians over the rounds and ratios of medians. Rows are named ``network/step``; those of the default network also
 stand by the name of the step alone.
@@ -23,13 +26,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from torchcdm import cdm
 from torchcdm.building import build_loss, build_model, build_schedule
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.compare.own import plain
@@ -95,6 +101,16 @@ def training_step(loss: CDMLoss | DDMLoss, x: Tensor, compiled: bool, y: Tensor 
         module(x, y, t, torch.randn_like(x))["loss"].mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def with_pytorch_layers(step: Step) -> Step:
+    """The same without second derivatives by hand."""
+
+    def run() -> Any:
+        with patch.object(cdm, "second_derivatives", nullcontext):
+            return step()
 
     return run
 
@@ -179,12 +195,15 @@ def _rows(
         others = {"ratio_to_diffusers": f"{rival}/{step}"} if rival else {}
         return Contender(f"{name}/{step}", run, f"{baseline}/{step}", others)
 
+    train = training_step(build_loss(config.loss, model), x, compiled)
     rows = [
         row("denoising-step", denoising_step(model, x)),
-        row("training-step", training_step(build_loss(config.loss, model), x, compiled)),
+        row("training-step", train),
         Contender(f"{name}/guided-step", guided_step(guided, x, y), f"{baseline}/guided-step"),
     ]
     if isinstance(model, ClassificationDiffusion):
+        unaided = with_pytorch_layers(train)
+        rows.append(Contender(f"{name}-pytorch/training-step", unaided, f"{baseline}/training-step"))
         run = one_pass_likelihood(model, x)
         rows.append(Contender(f"{name}/one-pass-likelihood", run, f"{baseline}/denoising-step"))
     return rows

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import measured
+from equal_time import measured, on_plain_grey_levels
 
 from torchcdm.building import load_source
 from torchcdm.checkpoint import load
 from torchcdm.compare.own import plain
-from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.config import Config
 from torchcdm.data import DataSource
 from torchcdm.likelihood import FlowOptions, flow_likelihood
 from torchcdm.run_folder import write_json
@@ -69,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    config = make_config(preset_fields(options.preset))
-    config = replace(config, data=replace(config.data, gaussianize=False))
+    config = on_plain_grey_levels(options.preset)
     source = load_source(config.data)
 
     def errors_of(name: str, contender: Config, seconds: float) -> dict[str, Any]:

@@ -34,6 +34,15 @@ def test_step_cost_reports_every_step_beside_the_ddm(rows_of):
 
 
 @pytest.mark.slow
+def test_training_memory_has_every_training_step_beside_its_ddm(rows_of):
+    rows = rows_of("training_memory", "--network", "encoder", "--batch", "16")
+    assert set(rows) == {f"{name}/training-step" for name in ("encoder", "encoder-pytorch", "encoder-ddm")}
+    # PyTorch keeps what the second derivatives by hand do not.
+    assert rows["encoder-pytorch/training-step"]["bytes"] > 1.2 * rows["encoder/training-step"]["bytes"]
+    assert rows["encoder-ddm/training-step"]["ratio_to_ddm"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("question", ["levels", "classes"])
 def test_step_scaling_divides_by_the_first_value(rows_of, question):
     rows = rows_of("step_scaling", "--question", question, "--rounds", "1")
@@ -61,3 +70,13 @@ def test_equal_time_divides_by_the_better_ddm_and_makes_nothing_again(rows_of, t
 def test_import_time_is_relative_to_torch(rows_of):
     rows = rows_of("import_time", "--rounds", "1")
     assert rows["import torch"]["ratio_to_ddm"] == 1 and len(rows) == 3
+
+
+@pytest.mark.slow
+def test_time_to_quality_gives_the_default_a_share_of_the_time_and_makes_nothing_again(rows_of, tmp_path):
+    words = ["--preset", "digits", "--seconds", "4", "--fraction", "0.5", "--grid-seconds", "1", "--images", "8",
+             "--flow-images", "4", "--flow-steps", "3", "--out", str(tmp_path / "out")]  # fmt: skip
+    rows = rows_of("time_to_quality", *words)
+    assert rows["default"]["seconds"] == 2 and rows["paper"]["seconds"] == 4
+    assert rows["default"]["steps"] > rows["paper"]["steps"] > 0, "the paper's network takes longer for a step"
+    assert rows_of("time_to_quality", *words) == rows
