@@ -46,16 +46,17 @@ def pairs(n=80):
 def test_before_training_it_is_the_posterior_of_a_linear_gaussian_simulator_in_the_units_of_theta():
     theta, x = linear_gaussian(20_000)
     new, x_new = linear_gaussian(300, seed=1)
-    # A rate of almost nothing: the network stays silent.
-    model = CDMConditional(**{**TINY, "lr": 1e-12}).fit(theta * [1, 1000], x)
+    # A rate of almost nothing: the network stays silent. The base is the Gaussian of the moments, not a shrunk one.
+    overrides = TINY["overrides"] | {"model": TINY["overrides"]["model"] | {"components": 1, "shrinkage": 0.0}}
+    model = CDMConditional(**{**TINY, "lr": 1e-12, "overrides": overrides}).fit(theta * [1, 1000], x)
     expected = exact_log_prob(new, x_new) - np.log(1000)
     # What is left are the errors of moments of 17 000 pairs, which grow in the tails.
     error = np.abs(model.log_prob(new * [1, 1000], x_new) - expected)
-    assert error.mean() < 0.04 and error.max() < 0.3
+    assert error.mean() < 0.03 and error.max() < 0.2
     one = model.log_prob(new * [1, 1000], x_new[0])
-    assert np.allclose(one, exact_log_prob(new, x_new[:1]) - np.log(1000), rtol=0.04, atol=0.1)
+    assert np.allclose(one, exact_log_prob(new, x_new[:1]) - np.log(1000), rtol=0.02, atol=0.1)
     flow = model.set_params(likelihood="flow").log_prob(new[:20] * [1, 1000], x_new[:20])
-    assert np.abs(flow - expected[:20]).max() < 0.3
+    assert np.abs(flow - expected[:20]).max() < 0.2
 
 
 def test_draws_have_the_mean_and_covariance_of_the_posterior():
