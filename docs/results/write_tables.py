@@ -94,6 +94,19 @@ def training_memory() -> str:
     return markdown(["network", "MiB", "ratio to the DDM"], cells)
 
 
+def second_order() -> str:
+    """What second derivatives by hand save of a training step's time and memory."""
+    time, memory = ({row["name"]: row["ratio_to_ddm"] for row in read(name)["rows"]}
+                    for name in ("step_cost", "training_memory"))  # fmt: skip
+    lines = []
+    for title, suffix in (("PyTorch's", "-pytorch"), ("by hand", "")):
+        rows = [f"{network}{suffix}/training-step" for network in ("encoder", "paper")]
+        lines.append([title, *(f"{time[row]:.2f}" for row in rows), *(f"{memory[row]:.2f}" for row in rows)])
+    networks = ("default network", "paper's network")
+    head = ["second derivatives", *(f"time, {n}" for n in networks), *(f"memory, {n}" for n in networks)]
+    return markdown(head, lines)
+
+
 def equal_time() -> str:
     """Denoising error after equal time."""
     lines = []
@@ -121,6 +134,20 @@ def step_scaling() -> str:
         ]
         lines.append([question, value, *cells])
     return markdown(["", "", *steps], lines)
+
+
+def likelihood_throughput() -> str:
+    """Images a second of one pass and of the flow, and their ratio."""
+    titles = {"digits": "digits, 8x8, 50 levels", "fashion-mnist": "Fashion-MNIST, 28x28, 200 levels"}
+    names = ("one-pass", "one-pass-level", "network-pass", "flow")
+    lines = []
+    for data, rows in read("likelihood_throughput").items():
+        found = {row["name"]: row for row in rows}
+        values = [found[name]["images_per_second"] for name in names]
+        speeds = [f"{value:,.0f}" if value >= 100 else f"{value:.2f}" for value in values]
+        lines.append([titles[data], *speeds, *(f"{found[name]['ratio_to_flow']:.0f}" for name in names[:2])])
+    head = ["run", *(f"`{name}`" for name in names[:3]), "flow", "one pass / flow", "through a level / flow"]
+    return markdown(head, lines)
 
 
 def digits_seeds() -> str:
@@ -333,6 +360,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost-paper": lambda: step_cost("paper"),
     "table-density": table_density,
     "equal-time": equal_time,
+    "likelihood-throughput": likelihood_throughput,
+    "second-order": second_order,
     "step-scaling": step_scaling,
     "training-memory": training_memory,
 }
