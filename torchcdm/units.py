@@ -254,7 +254,7 @@ class GaussianizedTransform(DataTransform):
 
         A normal cut into cells of this width has about that entropy; above 4 where one grey level has all the mass.
         """
-        entropy = -(self.log_mass.exp() * self.log_mass).sum(-1)
+        entropy = torch.special.entr(self.cumulative.diff(dim=-1)).sum(-1)
         return (0.5 * math.log(2 * math.pi * math.e) - entropy).exp()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import final
 
 import torch
@@ -19,10 +20,16 @@ from torchcdm.schedules import NoiseSchedule
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 NEWTON_STEPS = 12
-"""Enough for the tilt of a decoder to converge to rounding error from the flat one."""
+"""Enough for a decoder's tilt to converge to rounding error from the flat one, unless one cell has nearly all mass."""
 
-LARGEST_TABLE = 2**22
-"""Numbers (samples times dimensions times candidates) that a decoder handles at once."""
+LARGEST_TILT = 20.0
+"""Nats a cell."""
+
+REACH = 9.0
+"""Deviations of the noise within which a decoder weighs cells; exp(-REACH²/2) is below the rounding of float64."""
+
+LARGEST_TABLE = 2**16
+"""Numbers (samples times dimensions times candidates) that a decoder handles at once: they stay in the cache."""
 
 
 def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -> NoisyCells:
@@ -46,31 +53,19 @@ def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -
 
 
 class NoisyCells(ABC):
-    """q(z|k) and P(k|z) at one noise level, both factorised over the dimensions; see :func:`noisy_cells`.
-
-    Candidates are grey levels in data units on a last axis: (B, *shape, n).
-    """
+    """q(z|k) and P(k|z) at one noise level, both factorised over the dimensions; see :func:`noisy_cells`."""
 
     def __init__(self, transform: DataTransform, schedule: NoiseSchedule, level: int) -> None:
         self.transform = transform
         self.alpha, self.sigma = schedule.alpha[level], schedule.sigma[level]
 
-    @property
     @abstractmethod
-    def unit(self) -> Tensor:
-        """Width of a cell, what a decoder's tilt is measured in: model units, broadcastable to the event."""
+    def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
+        """log q(z|k) for each dimension, (B, *shape), all float64."""
 
     @abstractmethod
-    def candidates(self, z: Tensor) -> Tensor:
-        """The grey levels that can have led to ``z``: (B, *shape, n), or (*shape, n) where all can."""
-
-    @abstractmethod
-    def log_q_each(self, z: Tensor, candidates: Tensor) -> Tensor:
-        """log q(z|k) for each dimension and candidate, (B, *shape, n)."""
-
-    @abstractmethod
-    def mean_in_cell(self, z: Tensor, candidates: Tensor) -> Tensor:
-        """E[x_0 | z, k] for each dimension and candidate, model units, (B, *shape, n)."""
+    def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+        """log P(k|z) for each dimension, (B, *shape), all float64."""
 
     def noised(self, x: Tensor, cell: Tensor, eps: Tensor) -> Tensor:
         """A draw of z from q(z|k), model units, float64, (B, *shape).
@@ -84,7 +79,7 @@ class NoisyCells(ABC):
 
     def log_q(self, z: Tensor, x: Tensor) -> Tensor:
         """log q(z|k), nats in model units, (B,)."""
-        return self.log_q_each(z.double(), x.double()[..., None])[..., 0].flatten(1).sum(1)
+        return self.log_q_each(z.double(), x.double()).flatten(1).sum(1)
 
     def log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         """log P(k|z), nats, (B,): the flat decoder tilted to the denoiser's mean.
@@ -93,100 +88,81 @@ class NoisyCells(ABC):
         there is one, with the tilt for which the mean of the data given z is ``x0``: the flat decoder where the
         denoiser agrees with it, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
         far below a cell networks don't know the mean well enough for more (measured: following it further costs 0.01
-        to 3 bits/dim). Grey levels further than eight deviations of the noise count as impossible.
+        to 3 bits/dim). On equally spaced levels those further than eight deviations of the noise count as impossible.
 
         Args:
             z: Noisy input, model units, (B, *shape).
             x: Grey levels, data units, (B, *shape).
             x0: E[x_0 | z] of the model, model units, (B, *shape).
         """
-        z, x, x0 = z.double(), x.double(), x0.double()
-        rows = max(1, LARGEST_TABLE // (z[0].numel() * self.candidates(z[:1]).shape[-1]))
-        parts = zip(z.split(rows), x.split(rows), x0.split(rows), strict=True)
-        return torch.cat([self._log_decoder(*part) for part in parts])
-
-    def log_prior(self, candidates: Tensor) -> Tensor:
-        """log of the flat decoder's prior over the candidates, up to a constant; -inf outside the range."""
-        low = -math.inf if self.transform.low is None else self.transform.low
-        high = math.inf if self.transform.high is None else self.transform.high
-        outside = (candidates < low - self.transform.bin / 4) | (candidates > high + self.transform.bin / 4)
-        return torch.zeros_like(candidates).masked_fill(outside, -math.inf)
-
-    def _log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        candidates = self.candidates(z)
-        flat = self.log_q_each(z, candidates) + self.log_prior(candidates)
-        logits = flat + self._tilt(flat, self.mean_in_cell(z, candidates), x0)
-        chosen = ((x[..., None] - candidates).abs() < self.transform.bin / 4).to(torch.float64)
-        # log_softmax is -inf for impossible levels: select before multiplying.
-        log_p = logits.log_softmax(-1).masked_fill(chosen == 0, 0).sum(-1)
-        log_p = log_p.masked_fill(chosen.sum(-1) == 0, -math.inf)
-        return log_p.flatten(1).sum(1)
-
-    def _tilt(self, flat: Tensor, means: Tensor, x0: Tensor) -> Tensor:
-        """What to add to the flat decoder so that the mean of ``means`` under it is ``x0``; by Newton."""
-        centre = (flat.softmax(-1) * means).sum(-1)
-        steps = (means - centre[..., None]) / self.unit[..., None]
-        goal = (x0 - centre) / self.unit
-        tilt = torch.zeros_like(goal)
-        for _ in range(NEWTON_STEPS):
-            weights = (flat + tilt[..., None] * steps).softmax(-1)
-            mean = (weights * steps).sum(-1)
-            variance = (weights * (steps - mean[..., None]).square()).sum(-1)
-            # A cautious step: where one level has all the mass the variance vanishes and no tilt is needed.
-            tilt = (tilt + ((goal - mean) / variance.clamp_min(1e-3)).clamp(-2, 2)).clamp(-20, 20)
-        return tilt[..., None] * steps
+        return self.log_decoder_each(z.double(), x.double(), x0.double()).flatten(1).sum(1)
 
 
 class _EquallySpaced(NoisyCells):
-    """Cells of the same width in every dimension's own unit."""
+    """Cells of the same width in every dimension's own unit.
+
+    Candidates are neighbouring grey levels in data units on a last axis: (B, *shape, n).
+    """
 
     @property
     def unit(self) -> Tensor:
+        """Width of a cell, what the tilt is measured in: model units."""
         return self.transform.model_bin.min()
 
-    def candidates(self, z: Tensor) -> Tensor:
-        nearest = self.transform.quantize(self.transform.inverse(z / self.alpha))
+    @abstractmethod
+    def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(z|k) and E[x_0 | z, k], model units, for each dimension and candidate, (B, *shape, n)."""
+
+    def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.posterior(z, x[..., None])[0][..., 0]
+
+    def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         reach = math.ceil(8 * float(self.sigma / self.alpha / self.unit)) + 1
-        offsets = torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
-        return nearest[..., None] + self.transform.bin * offsets
+        offsets = self.transform.bin * torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
+        rows = max(1, LARGEST_TABLE // (z[0].numel() * len(offsets)))
+        parts = zip(z.split(rows), x.split(rows), x0.split(rows), strict=True)
+        return torch.cat([self._decoded(*part, offsets) for part in parts])
+
+    def _decoded(self, z: Tensor, x: Tensor, x0: Tensor, offsets: Tensor) -> Tensor:
+        """:meth:`log_decoder_each` among the levels that are ``offsets`` away from the nearest one."""
+        candidates = self.transform.quantize(self.transform.inverse(z / self.alpha))[..., None] + offsets
+        log_q, means = self.posterior(z, candidates)
+        flat = log_q.masked_fill(self._outside(candidates), -math.inf)
+        log_p = tilted(flat, means, x0, self.unit)
+        other = (x[..., None] - candidates).abs() > self.transform.bin / 4
+        return log_p.masked_fill(other, -math.inf).amax(-1)
 
     def centres(self, candidates: Tensor) -> Tensor:
         """Middles of the cells, model units."""
         return torch.movedim(self.transform(torch.movedim(candidates, -1, 0)), 0, -1)
+
+    def _outside(self, candidates: Tensor) -> Tensor:
+        low = -math.inf if self.transform.low is None else self.transform.low
+        high = math.inf if self.transform.high is None else self.transform.high
+        return (candidates < low - self.transform.bin / 4) | (candidates > high + self.transform.bin / 4)
 
 
 @final
 class PointCells(_EquallySpaced):
     """Grey levels without a cell: models that were trained without dequantisation."""
 
-    def log_q_each(self, z: Tensor, candidates: Tensor) -> Tensor:
-        distance = z[..., None] - self.alpha * self.centres(candidates)
-        return -0.5 * (distance / self.sigma).square() - self.sigma.log() - 0.5 * math.log(2 * math.pi)
-
-    def mean_in_cell(self, z: Tensor, candidates: Tensor) -> Tensor:
-        return self.centres(candidates)
+    def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        centres = self.centres(candidates)
+        distance = z[..., None] - self.alpha * centres
+        return -0.5 * (distance / self.sigma).square() - self.sigma.log() - 0.5 * math.log(2 * math.pi), centres
 
 
 @final
 class UniformCells(_EquallySpaced):
     """x uniform over the cell: z is a box convolved with a Gaussian."""
 
-    def log_q_each(self, z: Tensor, candidates: Tensor) -> Tensor:
-        lower, upper, width = self._interval(z, candidates)
-        return log_interval(lower, upper) - (self.alpha * width).log()
-
-    def mean_in_cell(self, z: Tensor, candidates: Tensor) -> Tensor:
-        lower, upper, _ = self._interval(z, candidates)
-        r = self.sigma / self.alpha
-        return (z / self.alpha)[..., None] + r * truncated_normal_mean(lower, upper)
-
-    def _interval(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Edges of the cell about z / alpha in deviations of the noise, and its width in model units."""
+    def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         width = self.transform.model_bin.expand(self.transform.shape)[..., None]
-        r = self.sigma / self.alpha
-        middle = (self.centres(candidates) - (z / self.alpha)[..., None]) / r
-        half = 0.5 * width / r
-        return middle - half, middle + half, width
+        centre, r = (z / self.alpha)[..., None], self.sigma / self.alpha
+        lower = self.centres(candidates) - 0.5 * width - centre
+        edges = torch.cat([lower, lower[..., -1:] + width], -1) / r
+        log_mass = log_masses(edges)
+        return log_mass - (self.alpha * width).log(), centre + r * truncated_normal_means(edges, log_mass)
 
 
 @final
@@ -200,55 +176,130 @@ class NormalCells(NoisyCells):
         # z is N(0, v), and x given z is N(mean_weight * z, deviation²).
         self.v = self.alpha**2 + self.sigma**2
         self.mean_weight, self.deviation = self.alpha / self.v, self.sigma / self.v.sqrt()
-        self.edges, self.log_mass = transform.cell_edges, transform.log_mass
 
-    @property
+    @cached_property
+    def edges(self) -> Tensor:
+        """Edges of the cells, model units, (d, levels + 1)."""
+        return self.transform.cell_edges.flatten(0, -2)
+
+    @cached_property
     def unit(self) -> Tensor:
-        return self.transform.cell_width
+        """Typical width of a cell, what the tilt is measured in: model units, (d,)."""
+        return self.transform.cell_width.flatten()
 
-    def candidates(self, z: Tensor) -> Tensor:
-        count = self.log_mass.shape[-1]
-        levels = torch.arange(count, device=z.device, dtype=torch.float64)
-        return (self.transform.low + self.transform.bin * levels).expand(*self.transform.shape, count)
-
-    def log_q_each(self, z: Tensor, candidates: Tensor) -> Tensor:
+    def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
         log_normal = -0.5 * (z.square() / self.v + (2 * math.pi * self.v).log())
-        log_mass = self._of(self.log_mass, candidates)
-        return log_normal[..., None] + log_interval(*self._interval(z, candidates)) - log_mass
+        dimension, index = self._dimensions(z), self._indices(x)
+        log_mass, _ = self._posterior(z.flatten(), dimension, index, 1)
+        prior = self.transform.log_mass.flatten(0, -2)[dimension, index]
+        return log_normal + (log_mass[:, 0] - prior).reshape(z.shape)
 
-    def log_prior(self, candidates: Tensor) -> Tensor:
-        return self._of(self.log_mass, candidates)
+    def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+        index = self._indices(x)
+        first, count = self._window(z, index, x0)
+        columns = z.flatten(), x0.flatten(), self._dimensions(z), first, index - first
+        log_p = torch.empty_like(columns[0])
+        for n in count.unique().tolist():
+            for part in (count == n).nonzero()[:, 0].split(max(1, LARGEST_TABLE // n)):
+                z_part, x0_part, dimension, start, chosen = (column[part] for column in columns)
+                flat, means = self._posterior(z_part, dimension, start, n)
+                log_p[part] = tilted(flat, means, x0_part, self.unit[dimension]).gather(1, chosen[:, None])[:, 0]
+        off_grid = (x.flatten() - self.transform.low - self.transform.bin * index).abs() > self.transform.bin / 4
+        return log_p.masked_fill(off_grid, -math.inf).reshape(z.shape)
 
-    def mean_in_cell(self, z: Tensor, candidates: Tensor) -> Tensor:
-        lower, upper = self._interval(z, candidates)
-        return (self.mean_weight * z)[..., None] + self.deviation * truncated_normal_mean(lower, upper)
+    def _posterior(self, z: Tensor, dimension: Tensor, first: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """log P(k|z) of the flat decoder and E[x_0 | z, k] in the ``n`` cells from ``first`` on, (P, n)."""
+        middle = (self.mean_weight * z)[:, None]
+        edges = self.edges[dimension[:, None], first[:, None] + torch.arange(n + 1, device=z.device)]
+        edges = (edges - middle) / self.deviation
+        log_mass = log_masses(edges)
+        return log_mass, middle + self.deviation * truncated_normal_means(edges, log_mass)
 
-    def _interval(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Edges of the cell about the mean of x given z, in its deviations."""
-        middle = (self.mean_weight * z)[..., None]
-        edges = [self._of(self.edges[..., side:][..., : self.log_mass.shape[-1]], candidates) for side in (0, 1)]
-        lower, upper = ((edge - middle) / self.deviation for edge in edges)
-        return lower, upper
+    def _window(self, z: Tensor, index: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The cells that can have mass, and that of the data: the first of them and their number, (P,).
 
-    def _of(self, table: Tensor, candidates: Tensor) -> Tensor:
-        """Entries of ``table`` (*shape, levels) for the candidates."""
-        if candidates.shape == table.shape:
-            return table
-        index = ((candidates - self.transform.low) / self.transform.bin).round().long()
-        return table.expand(*candidates.shape[:-1], -1).gather(-1, index)
+        In deviations u of x given z, with m_k the mean of cell k and :math:`\Phi_k` its mass, Jensen's inequality
+        bounds what a tilt :math:`\theta \ge 0` gives to the cells beyond R, and what it gives to all of them:
+
+        .. math:: \sum_{k > R} \Phi_k e^{\theta m_k} \le \int_R^\infty \varphi(u) e^{\theta u} du
+            \le e^{\theta R - R^2/2}, \qquad \sum_k \Phi_k e^{\theta m_k} \ge 1
+
+        so that :math:`R = \theta + \sqrt{\theta^2 + \text{REACH}^2}` with the largest tilt is enough on the side of
+        the denoiser's mean, and REACH on the other one.
+        """
+        middle = (self.mean_weight * z).flatten(1)
+        theta = LARGEST_TILT * self.deviation / self.unit
+        far, near = theta + (theta.square() + REACH**2).sqrt(), torch.full_like(theta, REACH)
+        right = x0.flatten(1) > middle
+        start = middle - self.deviation * torch.where(right, near, far)
+        end = middle + self.deviation * torch.where(right, far, near)
+        first, last = (torch.searchsorted(self.edges, side.T.contiguous()).T.flatten() - 1 for side in (start, end))
+        first, last = torch.minimum(first.clamp_min(0), index), torch.maximum(last, index)
+        # Rounded up to a power of sqrt(2): pixels with equally many cells are handled together.
+        count = 2 ** ((2 * (last - first + 1).double().log2()).ceil() / 2)
+        count = count.ceil().long().clamp_max(self.edges.shape[1] - 1)
+        return torch.minimum(first, self.edges.shape[1] - 1 - count), count
+
+    def _dimensions(self, z: Tensor) -> Tensor:
+        """Row of :attr:`edges` for each of the P pixels of ``z`` (B, *shape), (P,)."""
+        return torch.arange(self.edges.shape[0], device=z.device).repeat(len(z))
+
+    def _indices(self, x: Tensor) -> Tensor:
+        """Number of the nearest grey level for each pixel, (P,)."""
+        index = ((x.flatten() - self.transform.low) / self.transform.bin).round()
+        return index.long().clamp(0, self.edges.shape[1] - 2)
 
 
-def log_interval(lower: Tensor, upper: Tensor) -> Tensor:
-    """log[Phi(upper) - Phi(lower)] for lower <= upper, accurate in both tails; the ends may be infinite."""
-    # By symmetry to the left tail, where log_ndtr is accurate.
-    right = lower + upper > 0
-    low, high = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
-    top, bottom = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
-    return top + torch.log(-torch.expm1((bottom - top).clamp_max(-1e-300)))
+def tilted(flat: Tensor, means: Tensor, x0: Tensor, unit: Tensor) -> Tensor:
+    """log probabilities of candidates with weights exp(``flat``), tilted so that the mean of ``means`` is ``x0``.
+
+    Args:
+        flat: log weights, up to a constant, (..., n).
+        means: What each candidate contributes to the mean, (..., n).
+        x0: Mean to reach, (...).
+        unit: What the tilt is measured in, broadcastable to (...).
+    """
+    centre, _ = _moments(flat, means)
+    steps, goal = (means - centre[..., None]) / unit[..., None], (x0 - centre) / unit
+    # The mean goes the way of the tilt.
+    low, high = (LARGEST_TILT * (sign * goal > 0) for sign in (-1, 1))
+    tilt = torch.zeros_like(goal)
+    for _ in range(NEWTON_STEPS):
+        mean, variance = _moments(torch.addcmul(flat, tilt[..., None], steps), steps)
+        # A cautious step: where one candidate has all the mass the variance vanishes and no tilt is needed.
+        step = ((goal - mean) / variance.clamp_min(1e-3)).clamp(-2, 2)
+        tilt = (tilt + step).clamp(-low, high)
+    logits = torch.addcmul(flat, tilt[..., None], steps)
+    return logits - logits.logsumexp(-1, keepdim=True)
 
 
-def truncated_normal_mean(lower: Tensor, upper: Tensor) -> Tensor:
-    """Mean of a standard normal cut to [lower, upper]."""
-    log_mass = log_interval(lower, upper)
+def _moments(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the last axis of ``values`` with weights exp(``logits``), (...)."""
+    # Not softmax, which takes ten times as long for rows as short as these.
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    total, weighted = weights.sum(-1), weights * values
+    mean = weighted.sum(-1) / total
+    return mean, (weighted * values).sum(-1) / total - mean.square()
+
+
+def log_masses(edges: Tensor) -> Tensor:
+    """log of the mass of a standard normal between neighbours of the ascending ``edges``, (..., n + 1) to (..., n).
+
+    Accurate in both tails; edges may be infinite, and cells without width have next to no mass.
+    """
+    # Mass beyond each edge, on the side of its tail.
+    tail = torch.special.log_ndtr(-edges.abs())
+    left, right = tail[..., :-1], tail[..., 1:]
+    top, bottom = torch.maximum(left, right), torch.minimum(left, right)
+    one_side = top + torch.log(-torch.expm1((bottom - top).nan_to_num(nan=0.0).clamp_max(-1e-300)))
+    # Around 0 the two halves add up.
+    both_sides = (0.5 * torch.erf(edges / math.sqrt(2)).diff(dim=-1)).log()
+    return torch.where((edges[..., :-1] < 0) & (edges[..., 1:] > 0), both_sides, one_side)
+
+
+def truncated_normal_means(edges: Tensor, log_mass: Tensor) -> Tensor:
+    """Means of a standard normal cut to the cells between neighbouring edges, whose :func:`log_masses` are given."""
+    lower, upper = edges[..., :-1], edges[..., 1:]
     low, high = ((-0.5 * end.square() - log_mass).exp() / math.sqrt(2 * math.pi) for end in (lower, upper))
-    return (low - high).nan_to_num().clamp(lower, upper)
+    # Anything finite for cells without width at infinity: nothing is in them.
+    return (low - high).nan_to_num().clamp(lower, upper).nan_to_num(posinf=0.0, neginf=0.0)
