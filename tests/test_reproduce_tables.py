@@ -55,6 +55,17 @@ def run(name, folder, scale="smoke"):
     return json.loads((folder / f"{name}-{scale}.json").read_text())
 
 
+def test_other_commands_read_a_model_of_a_reproduction(short, monkeypatch, tmp_path, capsys):
+    setting = models.SETTINGS["smoke"]
+    small = replace(setting, layers=merge(setting.layers, {"data": {"size": [4, 4]}}))
+    monkeypatch.setitem(models.SETTINGS, "smoke", small)
+    found = models.Models(Workspace(tmp_path, "smoke", device="cpu", progress=False))
+    assert found.denoiser("both")[0].shape == (1, 4, 4)
+    folder = tmp_path / "runs" / f"{found.name('both')}-smoke"
+    assert main(["nll", str(folder), "--methods", "single", "--limit", "5", "--quiet"]) == 0
+    assert "bits/dim" in capsys.readouterr().out
+
+
 # --- Table 2 and Figure 6 ------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from torchcdm.building import load_source
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.codec import encode, merge
 from torchcdm.config import Config, make_config, preset_fields
-from torchcdm.data import load_data
 from torchcdm.denoisers import Denoiser
 from torchcdm.gallery import balanced_labels
 from torchcdm.plots import neighbours
@@ -72,8 +72,6 @@ class Setting:
         ddm: Fields of the plain diffusion models, whose network is another.
         presets: Models that have a preset of their own.
         scaled_down: How it is smaller than the published setting.
-        size: Images are resized to this (height, width); None leaves them.
-        validation: Share of the training images that only choose the best weights; None for the data set's own.
         weights: Grid of guidance weights.
     """
 
@@ -86,8 +84,6 @@ class Setting:
     ddm: dict[str, Any] = field(default_factory=dict)
     presets: Mapping[str, str] = field(default_factory=dict)
     scaled_down: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
-    validation: float | None = None
     weights: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -102,13 +98,19 @@ def _training(steps: int, batch: int, lr: float) -> dict[str, Any]:
 
 
 def _small_setting(
-    data: str, width: int, multipliers: list[int], T: int, training: dict[str, Any], **sizes: Any
+    data: str,
+    width: int,
+    multipliers: list[int],
+    T: int,
+    training: dict[str, Any],
+    size: tuple[int, int] | None = None,
+    **sizes: Any,
 ) -> Setting:
     """The paper's form, no Gaussian residual and no dequantisation, with the encoder-only network."""
     encoder = {"name": "encoder", "width": width, "multipliers": multipliers, "blocks": 2, "energy_maps": 32}
     unet = {"name": "unet", "channels": width, "multipliers": multipliers, "attention": [], "dropout": 0.0}
     layers = {
-        "data": {"dequantize": False},
+        "data": {"spec": data, "size": None if size is None else list(size), "dequantize": False},
         "model": {"gaussian": False, "backbone": encoder, "schedule": {"name": "linear", "T": T}},
         "loss": {"ce_weight": 3.0},
         "train": training,
@@ -134,7 +136,7 @@ SETTINGS = {
         ),
     ),
     "paper": Setting(
-        "cifar10", "cifar10", 10_000, 50_000, PUBLISHED_STEPS, validation=0,
+        "cifar10", "cifar10", 10_000, 50_000, PUBLISHED_STEPS,
         presets={"uniform": "cifar10-uniform", "ot": "cifar10-ot", "conditional": "cifar10-conditional",
                  "ddm-conditional": "cifar10-conditional"},
         scaled_down=("one run of the published setting",),
@@ -170,9 +172,7 @@ class Models:
         self.work = work
         setting = SETTINGS[work.scale] if setting is None else setting
         self.setting = setting if work.sample_count is None else replace(setting, samples=work.sample_count)
-        self.source = load_data(
-            self.setting.data, self.setting.size, dequantize=False, validation_fraction=self.setting.validation
-        )
+        self.source = load_source(config_of(self.setting, "both").data)
         self._loaded: dict[str, tuple[Denoiser, dict[str, Any]]] = {}
 
     def name(self, variant: str) -> str:

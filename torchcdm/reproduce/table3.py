@@ -151,7 +151,8 @@ def run(work: Workspace) -> Result:
 
 def _dequantised(models: Models) -> tuple[DataConfig, DataSource]:
     """The same data as a comparison sees them: dequantised, with a validation split, in the preset's units."""
-    data = DataConfig(spec=models.setting.data, size=models.setting.size)
+    own = models.config("both").data
+    data = DataConfig(spec=own.spec, size=own.size)
     data = replace(data, gaussianize=preset_of(load_source(data)).data.gaussianize)
     return data, load_source(data)
 
