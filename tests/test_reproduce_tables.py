@@ -1,6 +1,7 @@
 """Tables 2 and 3 and Figure 6 at their smallest scale; the published setting on tiny files in their true formats."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,29 @@ def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypa
     assert [row[0] for row in figure["tables"][0]["rows"]] == ["0", "0.5", "1", "test images"]
     assert "trouser" not in figure["figures"][0]["caption"] and "Rows: 0, 1, 2" in figure["figures"][0]["caption"]
     capsys.readouterr()
+
+
+def test_what_is_finished_is_reported_without_making_the_rest(tmp_path, short, monkeypatch, capsys):
+    command = ["reproduce", "table2", "--scale", "smoke", "--out", str(tmp_path), "--quiet", "--device", "cpu"]
+    assert main([*command, "--finished"]) == 2
+    assert "nothing of table2 is finished at scale smoke" in capsys.readouterr().err
+    run("table2", tmp_path)
+    # As after a stop: the CDM's last sample set, all of a guided model, and one of the other schedules are missing.
+    shutil.rmtree(tmp_path / "samples" / "digits-both-ddpm-3-smoke")
+    for name in ("ddm-conditional", "ot"):
+        shutil.rmtree(tmp_path / "runs" / f"digits-{name}-smoke")
+    monkeypatch.setattr(workspace, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(models, "sample", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(frechet.Reference, "printable", lambda self, x: 1.0)
+    assert main([*command, "--finished"]) == 0
+    content = json.loads((tmp_path / "table2-smoke.json").read_text())
+    rows = columns(content["tables"][0])
+    assert list(rows) == ["DDM", "CDM", "CDM, conditional"]
+    assert [rows["CDM"][0][name] for name in content["tables"][0]["columns"][2::2]] == [[1.0], [None], [1.0]]
+    assert [row[0] for row in content["tables"][2]["rows"]] == ["CDM, uniform sigma"]
+    (left_out,) = (note for note in content["notes"] if note.startswith("Left out"))
+    assert "CDM, DDPM" in left_out and "DDM, conditional" in left_out and "optimal transport" in left_out
+    assert content["command"].endswith("--finished --out DIR")
 
 
 def test_the_chosen_weight_has_the_least_distance(tmp_path, short, monkeypatch, capsys):

@@ -21,6 +21,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="report, figures, models; run again, it goes on")
     parser.add_argument("--steps", metavar="N", type=int, help="of every training, instead of the scale's")
     parser.add_argument("--samples", metavar="N", type=int, help="of every sample set, instead of the scale's")
+    parser.add_argument("--finished", action="store_true", help="report what is finished so far, and make nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_device(parser)
     parser.set_defaults(run=run_reproduce)
@@ -40,8 +41,9 @@ def run_reproduce(options: argparse.Namespace) -> int:
         raise UserError("give a folder with --out DIR")
     try:
         path = reproduce(
-            options.name, options.scale, options.out, options.device, not options.quiet, options.steps, options.samples
-        )
+            options.name, options.scale, options.out, options.device, not options.quiet, options.steps,
+            options.samples, options.finished,
+        )  # fmt: skip
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +129,10 @@ def run(work: Workspace) -> Result:
     for residual in (False, True):
         for name, mixture, layer in cases:
             config = work.shortened(make_config(preset_fields("encoder"), layer, {"model": {"gaussian": residual}}))
-            values = _measure(work, setting, name, mixture, config)
+            title = f"{name}, residual {'on' if residual else 'off'}"
+            values = work.finished(title, partial(_measure, work, setting, name, mixture, config))
+            if values is None:
+                continue
             rows.append(_row(name, residual, values))
             points.append((name, residual, values["exact"], values["predicted"]))
     table = Table(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.reproduce.result import write_result
-from torchcdm.reproduce.workspace import SCALES, Workspace
+from torchcdm.reproduce.workspace import SCALES, Unfinished, Workspace
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def reproduce(
     progress: bool = False,
     steps: int | None = None,
     samples: int | None = None,
+    finished_only: bool = False,
 ) -> Path:
     """Runs one reproduction, or what is left of it.
 
@@ -65,12 +66,14 @@ def reproduce(
         progress: Shows progress bars and messages.
         steps: Of every training, instead of the scale's; the report says so.
         samples: Of every sample set, instead of the scale's; the report says so.
+        finished_only: Reports what is finished so far, and makes nothing; the report says what is left out.
 
     Returns:
         The Markdown report; a JSON of the same name lies beside it.
 
     Raises:
-        UserError: Unknown name or scale, or a folder that was made with other settings.
+        UserError: Unknown name or scale, a folder that was made with other settings, or ``finished_only`` and a
+            part is missing without which there is no report.
     """
     if name not in REPRODUCTIONS:
         raise UserError(f"unknown reproduction '{name}'; {nearest(name, REPRODUCTIONS)}")
@@ -82,9 +85,14 @@ def reproduce(
         if number < 1:
             raise UserError(f"{option} is {number}; it must be positive")
     entry = REPRODUCTIONS[name]
-    workspace = Workspace(Path(out), scale, device, progress, steps, samples)
+    workspace = Workspace(Path(out), scale, device, progress, steps, samples, finished_only)
     result = importlib.import_module(entry.module).run(workspace)
     lines = (f"{number} {what} for every model, whatever stands above" for number, what in changed.values())
     result = replace(result, scaled_down=(*result.scaled_down, *lines))
     options = "".join(f" {option} {number}" for option, (number, _) in changed.items())
+    if workspace.left_out:
+        if not any(table.rows for table in result.tables):
+            raise Unfinished(f"{out}: nothing of {name} is finished at scale {scale}; leave out --finished to make it")
+        result = replace(result, notes=(*result.notes, f"Left out, not finished: {'; '.join(workspace.left_out)}."))
+        options += " --finished"
     return write_result(result, workspace.root, name, entry.title, scale, options)

@@ -3,7 +3,9 @@ CDMs of the other schedules."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -73,7 +75,7 @@ class _DataSet:
     """The models of one data set and their distances; figures and further measures gather as rows are made."""
 
     def __init__(self, work: Workspace, setting: Setting) -> None:
-        self.models = Models(work, setting)
+        self.work, self.models = work, Models(work, setting)
         self.setting, self.source = self.models.setting, self.models.source
         self.reference = Reference(self.source, work.device)
         self.published = PUBLISHED.get(self.source.name, CIFAR10)
@@ -83,12 +85,14 @@ class _DataSet:
     def tables(self) -> list[Table]:
         """The main one, the choice of guidance weights, and the other schedules, where there are such."""
         data, weights = self.source.name, self.setting.weights
-        rows = [self._row(variant, title) for variant, title in ROWS.items()]
+        chosen: dict[str, float] = dict.fromkeys(ROWS, 0.0)
         grid = []
         for variant, title in CONDITIONAL_ROWS.items() if self.source.classes else ():
-            sets = {weight: self.models.samples(variant, guidance=weight) for weight in weights}
-            grid.append((title, *(self.reference.printable(x) for x in sets.values())))
-            rows.append(self._row(variant, title, min(weights, key=lambda w: self.reference.distance(sets[w]))))
+            distances = self.work.finished(f"{title}: guidance weights", partial(self._distances, variant))
+            if distances is not None:
+                chosen[variant] = min(weights, key=lambda weight: distances[weight][0])
+                grid.append((title, *(printed for _, printed in distances.values())))
+        rows = self._rows(chosen)
         names = [f"{name}, {self.setting.steps[sampler]} steps" for sampler, name in SAMPLERS.items()]
         title = (
             f"{data}, {self.reference.header(self.setting.samples)}; published: {self.published.data}, Inception, "
@@ -101,22 +105,45 @@ class _DataSet:
             tables.append(Table(f"{data}, the same under DDIM by guidance weight", columns, tuple(grid)))
         if self.published.schedules:
             columns = ("model", "sampler", "Fréchet distance", "published")
-            other = tuple(self._schedule_row(variant, title) for variant, title in SCHEDULE_ROWS.items())
-            tables.append(Table(f"{data}, the same for other schedules, by their published samplers", columns, other))
+            other = [self.work.finished(title, partial(self._schedule_row, variant, title))
+                     for variant, title in SCHEDULE_ROWS.items()]  # fmt: skip
+            title = f"{data}, the same for other schedules, by their published samplers"
+            if finished := tuple(row for row in other if row is not None):
+                tables.append(Table(title, columns, finished))
         columns = ("samples", "KID", "precision", "recall")
         title = f"{data}, the same features, at most {COMPARED} images on either side"
         return [*tables, Table(title, columns, tuple(self.quality))]
 
-    def _row(self, variant: str, title: str, weight: float = 0.0) -> tuple[Cell, ...]:
-        """Measured and published distance under each sampler."""
-        cells: list[Cell] = []
-        for sampler, known in zip(SAMPLERS, self.published.table[variant], strict=True):
-            x = self.models.samples(variant, sampler, guidance=weight)
-            cells += [self.reference.printable(x), known]
-            if sampler == "ddim":
-                guided = f", guidance weight {weight:g}" if weight else ""
-                self._show(variant, x, f"{title}{guided} (DDIM, {self.setting.steps[sampler]} steps)")
-        return title, weight or None, *cells
+    def _distances(self, variant: str) -> dict[float, tuple[float, Cell]]:
+        """Of the samples of each guidance weight under DDIM: as it is, and as it is printed."""
+        sets = {weight: self.models.samples(variant, guidance=weight) for weight in self.setting.weights}
+        return {weight: (self.reference.distance(x), self.reference.printable(x)) for weight, x in sets.items()}
+
+    def _rows(self, chosen: Mapping[str, float]) -> list[tuple[Cell, ...]]:
+        """Measured and published distance of each model under each sampler, guided by the weights ``chosen``.
+
+        Sampler by sampler, the cheapest first: what is finished when a run is stopped compares the models.
+        """
+        titles = ROWS | CONDITIONAL_ROWS
+        measured: dict[tuple[str, str], Cell] = {}
+        for sampler in sorted(SAMPLERS, key=lambda sampler: self.setting.steps[sampler]):
+            for variant, weight in chosen.items():
+                what = f"{titles[variant]}, {SAMPLERS[sampler]}"
+                x = self.work.finished(what, partial(self.models.samples, variant, sampler, guidance=weight))
+                if x is None:
+                    continue
+                measured[variant, sampler] = self.reference.printable(x)
+                if sampler == "ddim":
+                    guided = f", guidance weight {weight:g}" if weight else ""
+                    steps = self.setting.steps[sampler]
+                    self._show(variant, x, f"{titles[variant]}{guided} (DDIM, {steps} steps)")
+        rows: list[tuple[Cell, ...]] = []
+        for variant, weight in chosen.items():
+            published = zip(SAMPLERS, self.published.table[variant], strict=True)
+            cells = [cell for sampler, known in published for cell in (measured.get((variant, sampler)), known)]
+            if any((variant, sampler) in measured for sampler in SAMPLERS):
+                rows.append((titles[variant], weight or None, *cells))
+        return rows
 
     def _schedule_row(self, variant: str, title: str) -> tuple[Cell, ...]:
         name, steps = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ SCALES = ("smoke", "small", "paper")
 """``smoke`` proves in minutes that the code runs; ``small`` is for two cores; ``paper`` is the published setting."""
 
 
+Part = TypeVar("Part")
+
+
+class Unfinished(UserError):
+    """A part that is not finished, where only finished ones are asked for."""
+
+
 @final
 class Workspace:
     """The folder of reproductions at one scale. Several of them share its models.
@@ -40,9 +47,11 @@ class Workspace:
         progress: Shows progress bars and messages.
         steps: Of every training; the scale's when None.
         sample_count: Of every sample set; the scale's when None.
+        finished_only: Trains and samples nothing: what is missing raises :class:`Unfinished`.
 
     Attributes:
         device: Where everything is computed.
+        left_out: What :meth:`finished` has not found.
     """
 
     def __init__(
@@ -53,9 +62,11 @@ class Workspace:
         progress: bool = False,
         steps: int | None = None,
         sample_count: int | None = None,
+        finished_only: bool = False,
     ) -> None:
         self.root, self.scale, self.progress = root, scale, progress
-        self.steps, self.sample_count = steps, sample_count
+        self.steps, self.sample_count, self.finished_only = steps, sample_count, finished_only
+        self.left_out: list[str] = []
         self.device = str(best_device() if device is None else checked_device(device))
 
     @property
@@ -127,9 +138,18 @@ class Workspace:
         for chunk in range(chunks):
             path = folder / f"{chunk:04d}.safetensors"
             if not path.exists():
+                self._check_allowed(path)
                 write_file(path, save({"x": make(chunk).contiguous()}))
             parts.append(parse(path.read_bytes())["x"])
         return torch.cat(parts)
+
+    def finished(self, name: str, make: Callable[[], Part]) -> Part | None:
+        """What ``make`` gives; None where only finished parts are asked for and one that it needs is missing."""
+        try:
+            return make()
+        except Unfinished:
+            self.left_out.append(name)
+            return None
 
     def say(self, text: str) -> None:
         """A message to whoever waits."""
@@ -145,6 +165,12 @@ class Workspace:
                     f"{path}: was made with {field} = {theirs}, not {mine}; remove it, or choose another --out"
                 )
             return kept["values"]
+        self._check_allowed(path)
         values = make()
         write_json(path, {"settings": settings, "values": values})
         return values
+
+    def _check_allowed(self, path: Path) -> None:
+        """Refuses to make a part where only finished ones are asked for."""
+        if self.finished_only:
+            raise Unfinished(f"{path}: is not finished; leave out --finished to make it")
