@@ -219,7 +219,7 @@ def _paint(points: Sequence[tuple[str, bool, list[float], list[float]]], work: W
             ax.set_title(f"Gaussian residual {'on' if residual else 'off'}")
             ax.set_xlabel("analytic, nats per dimension")
             ax.set_ylabel("one pass, nats per dimension")
-        axes[1].legend(fontsize=7)
+            ax.legend(fontsize=7)
 
     return save_panels(work.figure("fig7"), 2, paint)
 
