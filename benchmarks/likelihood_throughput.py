@@ -5,7 +5,8 @@
 Both as ``cdm nll RUN`` runs them by default, dithering and noise included: ``one-pass`` and ``one-pass-level`` with
 one draw, and the flow with 40 Heun steps and 2 probes. They take turns in one process on one batch; the numbers are
 medians over the rounds and ratios of medians. ``network-pass``, log p of images that are already noisy, is what the
-network alone takes.
+network alone takes. Time is that of the process on its processors, so that other jobs on the machine do not count;
+the times of several threads add up.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def contenders(model: ClassificationDiffusion, x: Tensor) -> dict[str, Callable[
 
 
 def measure(rows: Mapping[str, Callable[[], Any]], rounds: int, passes: int) -> dict[str, float]:
-    """Median seconds of each row over the rounds; all take turns, after one turn to warm up.
+    """Median CPU seconds of each row over the rounds; all take turns, after one turn to warm up.
 
     Args:
         rows: What to time.
@@ -64,11 +65,11 @@ def measure(rows: Mapping[str, Callable[[], Any]], rounds: int, passes: int) -> 
     for turn in range(rounds + 1):
         for name, run in rows.items():
             repeats = 1 if name == "flow" else passes
-            began = time.perf_counter()
+            began = time.process_time()
             for _ in range(repeats):
                 run()
             if turn:
-                times[name].append((time.perf_counter() - began) / repeats)
+                times[name].append((time.process_time() - began) / repeats)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
