@@ -185,7 +185,9 @@ class GaussianMixture(ExactMixture):
     def draw(self, components: Tensor, generator: torch.Generator | None = None) -> Tensor:
         noise = torch.randn(len(components), self.means.shape[1], generator=generator, dtype=torch.float64)
         scaled = noise.to(components.device) * self.variances[components].sqrt()
-        spread = torch.einsum("nd,ned->ne", scaled, self.vectors[components])
+        spread = torch.empty_like(scaled)
+        for k in components.unique():  # not by one (n, d, d) array of all their axes
+            spread[components == k] = scaled[components == k] @ self.vectors[k].T
         return (self.means[components] + spread).reshape(-1, *self.shape)
 
     def _rotate(self, x: Tensor) -> Tensor:
