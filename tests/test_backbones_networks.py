@@ -29,6 +29,9 @@ NETWORKS = {
         "positions",
     ),
     "mlp": (lambda **kw: MLP(3, LEVELS, width=16, depth=2, energy_maps=2, **kw), (3,), "blocks.0.linear1.weight"),
+    "mlp-waves": (
+        lambda **kw: MLP(3, LEVELS, width=16, depth=1, energy_maps=2, waves=5, **kw), (3,), "waves.frequencies"
+    ),
     "unet": (
         lambda **kw: CDMUNet(2, (4, 8), LEVELS, **SMALL, **kw),
         (2, 4, 8),
@@ -177,6 +180,7 @@ def test_head_channels_and_direction_of_the_unet():
     (lambda: MLP(3, LEVELS)(torch.zeros(2, 4)), "vectors of 3"),
     (lambda: Encoder(1, 8, LEVELS, joint=True), "number of classes"),
     (lambda: MLP(2, LEVELS, classes=0), "at least 1"),
+    (lambda: MLP(2, LEVELS, waves=4, wave_frequency=0.0), "wave_frequency 0.0; both must be positive"),
     (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="dat"), "did you mean 'data'"),
     (lambda: make_head(4, 2, None, joint=False), "T [+] 2"),
 ])  # fmt: skip

@@ -129,7 +129,7 @@ def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, cla
     if ddm and options.get("context") is not None:
         raise UserError("model.backbone.context needs a cdm; use --model.kind cdm")
     if ddm:
-        for key in ("head_channels", "direction", "energy_maps", "knots", "context"):
+        for key in ("head_channels", "direction", "energy_maps", "knots", "context", "waves", "wave_frequency"):
             options.pop(key, None)
         return DDMMLP(shape[0], **options) if vectors else DDMUNet(**options)
     options |= {"levels": levels, "joint": joint}

@@ -103,6 +103,8 @@ class MLPConfig:
     energy_maps: int = 32
     knots: int | None = None
     context: int | None = None
+    waves: int = 0
+    wave_frequency: float = 4.0
 
 
 @dataclass(frozen=True)

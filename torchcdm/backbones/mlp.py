@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -44,6 +45,36 @@ class VectorBlock(nn.Module):
         return x + self.linear2(self.dropout(nn.functional.silu(h)))
 
 
+WAVELENGTHS = 20.0
+"""The longest initial wavelength of :class:`Waves` over the shortest."""
+
+
+@final
+class Waves(nn.Module):
+    """A vector beside sines and cosines of it, along directions that are learned (arXiv 2006.10739).
+
+    The first layer norm of a residual network sees little of a vector but its direction, and what follows is smooth:
+    many narrow modes in few dimensions need inputs that change as fast as their density does.
+
+    Args:
+        dim: Numbers in one sample.
+        count: Directions.
+        largest: Largest initial frequency, radians per unit of the input; the others fall off geometrically.
+    """
+
+    def __init__(self, dim: int, count: int, largest: float) -> None:
+        super().__init__()
+        if count < 1 or not 0 < largest < math.inf:
+            raise UserError(f"network: waves is {count} and wave_frequency {largest}; both must be positive")
+        sizes = largest * (1 / WAVELENGTHS) ** torch.linspace(0, 1, count)
+        self.frequencies = nn.Parameter(nn.functional.normalize(torch.randn(dim, count), dim=0) * sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, dim) to (B, dim + 2 count)."""
+        phases = x @ self.frequencies
+        return torch.cat([x, phases.sin(), phases.cos()], 1)
+
+
 @final
 class MLP(nn.Module):
     """Residual SiLU blocks; the head sees the last features and inner products of them with the input.
@@ -61,9 +92,11 @@ class MLP(nn.Module):
         joint: Outputs for all classes from one pass instead of a label as input.
         knots: Outputs at so many levels, interpolated; one for each level when None.
         context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
+        waves: Sines and cosines of the input beside it, see :class:`Waves`; 0 for none.
+        wave_frequency: Largest initial frequency of them, radians per unit.
 
     Raises:
-        UserError: A joint head without classes, or classes and a context at once.
+        UserError: Waves that are not positive, a joint head without classes, or classes and a context at once.
 
     Example:
         >>> MLP(2, levels=102)(torch.zeros(5, 2)).shape
@@ -82,6 +115,8 @@ class MLP(nn.Module):
         joint: bool = False,
         knots: int | None = None,
         context: int | None = None,
+        waves: int = 0,
+        wave_frequency: float = 4.0,
     ) -> None:
         super().__init__()
         if context is not None and classes is not None:
@@ -93,7 +128,8 @@ class MLP(nn.Module):
             self.label = ContextEmbedding(context, width)
         elif classes is not None and not joint:
             self.label = LabelEmbedding(classes, width)
-        self.linear_in = nn.Linear(dim, width)
+        self.waves = Waves(dim, waves, wave_frequency) if waves else None
+        self.linear_in = nn.Linear(dim + 2 * waves, width)
         embedding = None if self.label is None else width
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -112,7 +148,7 @@ class MLP(nn.Module):
         """
         check_vectors(x, self.dim)
         embedding = None if self.label is None else self.label(y, x)
-        h = self.linear_in(x)
+        h = self.linear_in(x if self.waves is None else self.waves(x))
         for block in self.blocks:
             h = block(h, embedding)
         features = nn.functional.silu(self.norm(h))
