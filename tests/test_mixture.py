@@ -12,7 +12,7 @@ from torchcdm.estimators.normalizing import importance_normalizer
 from torchcdm.fitting import fit
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood import probability_flow
-from torchcdm.mixture import MixtureMarginals, best_mixture
+from torchcdm.mixture import ClassMixtures, MixtureMarginals, best_mixture, merged
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.toy import GaussianMixture
 from torchcdm.units import DataTransform
@@ -64,6 +64,43 @@ def test_validation_finds_the_number_of_components_and_the_shrinkage():
     assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,)) == (2, 0.0)
     with pytest.raises(UserError, match="vectors"):
         MixtureMarginals.fit(torch.zeros(10, 1, 4, 4), SCHEDULE, 2)
+
+
+def test_every_far_mode_gets_a_component():
+    # Scikit-learn's own start leaves out some of these and gives others two components.
+    generator = rng(4)
+    means = 3 * torch.randn(20, 8, generator=generator, dtype=torch.float64)
+    mixture = GaussianMixture(torch.linspace(1, 4, 20), means, torch.full((20,), 0.05, dtype=torch.float64))
+    x = mixture.sample(8000, generator)
+    fitted = MixtureMarginals.fit(x, SCHEDULE, 20).mixture
+    nearest = torch.cdist(means, fitted.means).min(1)
+    assert nearest.values.max() < 0.2 and len(nearest.indices.unique()) == 20
+    assert torch.allclose(fitted.log_weights.exp()[nearest.indices], mixture.log_weights.exp(), atol=0.01)
+
+
+def test_merging_keeps_moments_and_takes_the_cheapest_pair():
+    weights, means = np.array([0.4, 0.1, 0.5]), np.array([[0.0, 0.0], [0.2, 0.0], [9.0, 0.0]])
+    covariances = np.stack([np.eye(2), 2 * np.eye(2), np.eye(2)])
+    w, m, c = merged(weights, means, covariances, 2)
+    np.testing.assert_allclose((w, m[0], m[1]), ([0.5, 0.5], [0.04, 0], [9, 0]))
+    np.testing.assert_allclose(c[0], np.diag([1.2 + 0.16 * 0.04, 1.2]))
+    w, m, c = merged(weights, means, covariances, 1)
+    second = sum(a * (k + np.outer(mu, mu)) for a, mu, k in zip(weights, means, covariances, strict=True))
+    np.testing.assert_allclose((w[0], *m[0]), (1, *(weights @ means)))
+    np.testing.assert_allclose(c[0] + np.outer(m[0], m[0]), second)
+
+
+def test_classes_have_their_own_weights_of_common_components_at_every_level():
+    mixture, x = three_clouds(9000)
+    other = GaussianMixture(torch.tensor([0.1, 0.6, 0.3]), mixture.means, torch.full((3,), 0.05, dtype=torch.float64))
+    x, y = torch.cat([x, other.sample(9000, rng(1))]), torch.arange(2).repeat_interleave(9000)
+    base = ClassMixtures.fit(x, y, SCHEDULE, 3)
+    query = x[::1800]
+    log_p = base.log_prob_levels(query)[:, None] + base.class_effects(query)
+    truth = torch.stack([exact.log_prob_levels(query, SCHEDULE) for exact in (mixture, other)], 1)
+    assert torch.allclose(log_p[:, 1] - log_p[:, 0], truth[:, 1] - truth[:, 0], atol=0.1)
+    assert torch.allclose(log_p, truth, atol=0.3)
+    assert base.class_effects(query)[..., -1].abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("components", [1, 3])

@@ -109,6 +109,21 @@ def test_class_gaussians_have_the_exact_ratio_at_every_level():
     assert float(effects[:, :, -1].abs().max()) < 1e-9
 
 
+def test_a_ratio_that_starts_from_a_mixture_is_saved_and_loaded(tmp_path):
+    draw = np.random.RandomState(0)
+
+    def two_modes(n, weight):
+        return 0.1 * draw.normal(size=(n, 2)) + np.where(draw.uniform(size=n) < weight, 2.0, -2.0)[:, None]
+
+    model = {"components": 2, "backbone": {"width": 8, "depth": 1, "energy_maps": 2}}
+    ratio = DensityRatio(0, device="cpu", steps=2, model=model).fit(two_modes(500, 0.9), two_modes(500, 0.5))
+    query = np.array([[2.0, 2.0], [-2.0, -2.0]])
+    found = ratio.log_ratio(query)
+    np.testing.assert_allclose(found, np.log([0.9 / 0.5, 0.1 / 0.5]), atol=0.35)
+    ratio.save(tmp_path / "ratio")
+    np.testing.assert_allclose(DensityRatio.load(tmp_path / "ratio").log_ratio(query), found)
+
+
 def test_class_gaussians_share_a_covariance_where_only_the_means_differ():
     """A ratio of 20-dimensional Gaussians with equal covariance is linear; its 210 squares are not worth fitting."""
     schedule = LogSNRSchedule(10, 0.02, 10.0)

@@ -33,7 +33,7 @@ from torchcdm.denoisers import Denoiser, DenoisingDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
 from torchcdm.losses import CDMLoss, DDMLoss
-from torchcdm.mixture import MixtureMarginals
+from torchcdm.mixture import ClassMixtures, MixtureMarginals
 from torchcdm.schedules import (
     CosineSchedule,
     LinearSchedule,
@@ -44,7 +44,7 @@ from torchcdm.schedules import (
 )
 from torchcdm.units import DataTransform, GaussianizedTransform
 
-FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals
+FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtures
 """What logits can be a correction to, fitted to data."""
 
 
@@ -168,10 +168,11 @@ def build_model(
     classes = None if config.labels == "none" else classes
     if config.class_gaussians and not (config.gaussian and config.labels == "joint"):
         raise UserError("model.class_gaussians needs gaussian, and labels joint")
-    if config.components < 1 or (config.components > 1 and (config.class_gaussians or not config.gaussian)):
-        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian, without class_gaussians")
-    if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (config.class_gaussians or not config.gaussian)):
-        what = "give a share from 0 to 1; above 0 it needs gaussian, without class_gaussians"
+    if config.components < 1 or (config.components > 1 and not config.gaussian):
+        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian")
+    one_each = config.class_gaussians and config.components == 1
+    if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (one_each or not config.gaussian)):
+        what = "give a share from 0 to 1; above 0 it needs gaussian, and components with class_gaussians"
         raise UserError(f"model.shrinkage is {config.shrinkage}; {what}")
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
@@ -187,6 +188,8 @@ def _blank_base(
     config: ModelConfig, schedule: NoiseSchedule, shape: tuple[int, ...], classes: int | None
 ) -> FittedBase:
     """A base density of the right form, to load a saved state into."""
+    if config.class_gaussians and config.components > 1:
+        return ClassMixtures.blank(schedule, shape, config.components, classes)
     if config.class_gaussians:
         return ClassGaussians.blank(schedule, shape, classes)
     if config.components > 1:
@@ -224,12 +227,15 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     bin_ = transform.model_bin
     floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
     schedule = build_schedule(config.schedule)
+    if config.class_gaussians and bool((y < 0).any()):
+        raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     if config.components > 1:
-        return MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
+        options = (config.components, floor, config.shrinkage, config.mixture_rows)
+        if config.class_gaussians:
+            return ClassMixtures.fit(z, y, schedule, *options)
+        return MixtureMarginals.fit(z, schedule, *options)
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
-    if bool((y < 0).any()):
-        raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
     if set(held_out_y.tolist()) != set(y.tolist()):
         return ClassGaussians.fit(z, y, schedule, floor)

@@ -183,8 +183,10 @@ class ModelConfig:
             from one pass (identity 10).
         gaussian: Logits are a correction to a fitted Gaussian.
         components: That it is a mixture of so many Gaussians; vectors.
+        mixture_rows: Training samples that the mixture is fitted to, at most.
         shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
-        class_gaussians: And those of each class to one of its own; for joint labels.
+        class_gaussians: And those of each class to one of its own, or to the same ``components`` with weights of its
+            own; for joint labels.
         backbone: The network.
         schedule: The noise levels.
     """
@@ -193,6 +195,7 @@ class ModelConfig:
     labels: Literal["none", "input", "joint"] = "none"
     gaussian: bool = True
     components: int = 1
+    mixture_rows: int = 10_000
     shrinkage: float = 0.0
     class_gaussians: bool = False
     backbone: BackboneConfig = EncoderConfig()
