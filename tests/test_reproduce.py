@@ -185,6 +185,15 @@ def test_wrong_weights_and_a_wrong_mass_are_found():
     assert values["mass"] == pytest.approx(2, abs=0.05)
 
 
+def test_the_error_that_training_samples_allow_shrinks_as_their_root():
+    # 11 numbers of two modes in the plane: log q/p has a deviation of about the root of 11 / N.
+    exact = known_truth.mixture(2, 2)
+    x = exact.sample(4000, rng())
+    truth = exact.log_prob(x, 0, LogSNRSchedule(4))
+    few, many = (known_truth.known_modes_error(exact, count, x, truth) for count in (1000, 100_000))
+    assert 0.02 < few < 0.2 and many < few / 4
+
+
 def test_mixtures_have_unequal_weights_that_sum_to_one():
     for dim, modes in known_truth.MIXTURES:
         weights = known_truth.mixture(dim, modes).log_weights.exp()

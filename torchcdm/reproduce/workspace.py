@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -88,7 +89,12 @@ class Workspace:
         return replace(config, train=replace(config.train, steps=self.steps, **counts))
 
     def model(
-        self, name: str, config: Config, source: DataSource, loss: Callable[[Any], nn.Module] | None = None
+        self,
+        name: str,
+        config: Config,
+        source: DataSource,
+        loss: Callable[[Any], nn.Module] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> tuple[Denoiser, dict[str, Any]]:
         """A trained model, from an earlier call where it was finished, and ``steps`` and ``seconds`` of its training.
 
@@ -97,6 +103,7 @@ class Workspace:
             config: What and how.
             source: The data; its name stands for them in the comparison of settings.
             loss: Makes the loss of a model; the kind's own when None.
+            clock: What ``seconds`` counts; with the kind's own loss.
 
         Raises:
             UserError: The folder holds a run with other settings.
@@ -107,7 +114,7 @@ class Workspace:
 
         def make() -> dict[str, Any]:
             self.say(f"training {folder.root.name}")
-            how = train if loss is None else partial(train_with, loss)
+            how = partial(train, clock=clock) if loss is None else partial(train_with, loss)
             result = how(config, folder.root, source, resume=True, device=self.device, progress=self.progress)
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
