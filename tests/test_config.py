@@ -19,7 +19,7 @@ from torchcdm.config import (
     preset_names,
 )
 from torchcdm.errors import UserError
-from torchcdm.trainer import learning_rate
+from torchcdm.trainer import learning_rate, share_done
 from torchcdm.units import DataTransform
 
 
@@ -150,6 +150,11 @@ def test_learning_rates():
     cosine = preset("digits", ("train.steps", "1000"), ("train.warmup", "0"), ("train.lr", "1")).train
     assert learning_rate(cosine, 0) == 1 and math.isclose(learning_rate(cosine, 500), 0.5)
     assert 0 < learning_rate(cosine, 999) < 1e-5
+
+
+def test_share_of_a_training_is_that_of_its_steps_or_time():
+    config = preset("digits", ("train.steps", "1000"), ("train.max_seconds", "60")).train
+    assert [share_done(config, 500, 0), share_done(config, 500, 45), share_done(config, 10, 90)] == [0.5, 0.75, 1.0]
 
 
 # --- names to classes ------------------------------------------------------------------------------------------

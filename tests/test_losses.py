@@ -227,6 +227,30 @@ def test_gradient_is_the_weighted_sum_of_its_terms():
     assert torch.allclose(terms["loss"], 3 * terms["mse"] + 2 * terms["ce"] / 4)
 
 
+def test_logits_are_trained_once_their_share_of_the_training_has_come():
+    x, eps, t = normal(20, 4), normal(20, 4, seed=1), torch.arange(20) % (T + 2)
+    loss = CDMLoss(
+        ClassificationDiffusion(Embedded(T + 2), CosineSchedule(T)), 2.0, 1.0, time_weight=0.5, logits_from=(0.5, 0.9)
+    )
+    for done, share in ((0.0, 0.0), (0.5, 0.0), (0.7, 0.5), (0.9, 1.0), (1.0, 1.0)):
+        loss.advance(done)
+        terms = loss(x, None, t, eps)
+        logits = (2 * terms["ce"] + 0.5 * terms["time"]) / 4
+        assert torch.allclose(terms["loss"], terms["mse"] + share * logits), done
+    assert "logits_share" not in loss.state_dict()
+
+
+@pytest.mark.parametrize("shares", [(0.5,), (0.9, 0.5), (-0.1, 0.5), (0.5, 1.1)])
+def test_shares_of_the_training_that_are_none(shares):
+    with pytest.raises(UserError, match="logits_from"):
+        CDMLoss(uninformative(CosineSchedule(T)), logits_from=shares)
+
+
+def test_cross_entropy_alone_does_not_wait():
+    with pytest.raises(UserError, match="mse_weight"):
+        CDMLoss(uninformative(CosineSchedule(T)), mse_weight=0.0, logits_from=(0.5, 0.9))
+
+
 def test_second_derivative_matches_finite_differences():
     x, eps, y, t = normal(6, 4), normal(6, 4, seed=1), torch.arange(6) % 4, torch.tensor([0, 1, 4, 8, T, T + 1])
     model = ClassificationDiffusion(Embedded(T + 2), CosineSchedule(T))

@@ -200,6 +200,17 @@ def test_either_loss_alone(tmp_path, weights):
     assert load(tmp_path / "run").schedule.T == 20
 
 
+@pytest.mark.parametrize(("shares", "same"), [("[1, 1]", True), ("[0.5, 1]", False)])
+def test_the_cross_entropy_counts_from_its_share_of_the_training(tmp_path, shares, same):
+    weights = []
+    for weight in ("1", "50"):
+        folder = tmp_path / weight
+        run_training(folder, train__steps="4", loss__ce_weight=weight, loss__logits_from=shares)
+        state = load_state(folder / "state" / "step-4").model
+        weights.append(torch.cat([state[name].flatten() for name in sorted(state) if "backbone" in name]))
+    assert torch.equal(*weights) == same
+
+
 def test_init_takes_the_weights_that_fit(whole, tmp_path):
     # No step changes anything at this rate: what was taken over is what is saved.
     run_training(tmp_path / "run", train__init=str(whole), train__steps="1", train__lr="1e-30",

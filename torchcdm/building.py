@@ -200,7 +200,8 @@ def _blank_base(
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     """The loss that trains ``model``."""
     if isinstance(model, ClassificationDiffusion):
-        return CDMLoss(model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight)
+        weights = config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight
+        return CDMLoss(model, *weights, config.logits_from)
     return DDMLoss(model, config.label_dropout)
 
 

@@ -204,12 +204,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """:class:`torchcdm.losses.CDMLoss`; a ddm reads ``label_dropout`` alone."""
+    """:class:`torchcdm.losses.CDMLoss`; a ddm reads ``label_dropout`` alone.
+
+    Attributes:
+        logits_from: Shares of the training between which the weights of the cross-entropy and of the time term rise
+            from 0.
+    """
 
     ce_weight: float = 3.0
     mse_weight: float = 1.0
     label_dropout: float = 0.1
     time_weight: float = 0.0
+    logits_from: tuple[float, ...] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)

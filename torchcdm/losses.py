@@ -75,7 +75,15 @@ class CDMLoss(nn.Module):
         label_dropout: Share of labels replaced by the null label.
         time_weight: Weight of the error in the change of log p over neighbouring levels (identity 11), which ties the
             logits to the denoiser; 0 leaves it out.
+        logits_from: Shares of the training (start, end) between which ``ce_weight`` and ``time_weight`` rise from 0:
+            the squared error alone first, as the cross-entropy costs it at high learning rates and needs few steps
+            once the denoiser is there. (0, 0): both from the first step.
+
+    Attributes:
+        logits_share: Share of the two weights that counts now, a scalar; 1 until :meth:`advance` sets it.
     """
+
+    logits_share: Tensor
 
     def __init__(
         self,
@@ -84,15 +92,28 @@ class CDMLoss(nn.Module):
         mse_weight: float = 1.0,
         label_dropout: float = 0.0,
         time_weight: float = 0.0,
+        logits_from: tuple[float, ...] = (0.0, 0.0),
     ) -> None:
         super().__init__()
         if ce_weight < 0 or mse_weight < 0 or ce_weight + mse_weight == 0:
             raise UserError("loss: ce_weight and mse_weight must not be negative, nor both 0")
         if time_weight < 0 or (time_weight and not mse_weight):
             raise UserError("loss: time_weight must not be negative, and needs an mse_weight above 0")
+        if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:
+            raise UserError("loss: logits_from is two shares of the training, 0 <= start <= end <= 1")
+        if logits_from[0] and not mse_weight:
+            raise UserError("loss: logits_from starts without the cross-entropy, and needs an mse_weight above 0")
         self.model = model
         self.ce_weight, self.mse_weight, self.time_weight = ce_weight, mse_weight, time_weight
-        self.label_dropout = label_dropout
+        self.label_dropout, self.logits_from = label_dropout, logits_from
+        # A tensor, not a number: torch.compile would compile anew for every value.
+        self.register_buffer("logits_share", torch.ones(()), persistent=False)
+
+    def advance(self, share: float) -> None:
+        """Sets the weights for a step at which so much of the training, 0 ... 1, is done."""
+        start, end = self.logits_from
+        risen = float(share >= end) if start == end else (share - start) / (end - start)
+        self.logits_share.fill_(min(max(risen, 0.0), 1.0))
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
@@ -136,10 +157,11 @@ class CDMLoss(nn.Module):
         if self.model.joint and y is not None:
             ce = ce - self.model.log_prior(y).masked_fill(t == schedule.T + 1, 0)
         d = x_0[0].numel()
-        loss = self.mse_weight * mse + self.ce_weight / d * ce.to(x_0.dtype)
+        logits = self.ce_weight / d * ce.to(x_0.dtype)
         if self.time_weight:
             time = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(x_0.dtype)
-            loss = loss + self.time_weight / d * time
+            logits = logits + self.time_weight / d * time
+        loss = self.mse_weight * mse + self.logits_share.to(x_0.dtype) * logits
         terms = {
             "loss": loss,
             "ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(x_0.dtype),

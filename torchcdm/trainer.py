@@ -34,6 +34,7 @@ from torchcdm.ema import EMA
 from torchcdm.errors import UserError
 from torchcdm.gallery import balanced_labels, draw, save_manifest, save_sheet
 from torchcdm.interrupt import Interrupted, SignalWatch
+from torchcdm.losses import CDMLoss
 from torchcdm.metrics import labels_for, validate
 from torchcdm.processes import Processes
 from torchcdm.run_folder import RunFolder, append_metrics, cut_metrics, write_file
@@ -117,15 +118,20 @@ def train(
         return Trainer(config, run, source, device, progress, watch, clock).run_to_end(resume)
 
 
+def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
+    """Share of the training, 0 ... 1, that is done before a step: of its steps or its time, whichever is more."""
+    share = step / config.steps
+    if config.max_seconds is not None:
+        share = max(share, seconds / config.max_seconds)
+    return min(1.0, share)
+
+
 def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
     """Learning rate of a step, counted from 0, after so many seconds of training."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     match config.decay:
         case "cosine":
-            share = step / config.steps
-            if config.max_seconds is not None:
-                share = min(1.0, max(share, seconds / config.max_seconds))
-            factor = 0.5 * (1 + math.cos(math.pi * share))
+            factor = 0.5 * (1 + math.cos(math.pi * share_done(config, step, seconds)))
         case "step":
             factor = config.decay_factor ** (step // config.decay_every)
         case "constant":
@@ -311,6 +317,8 @@ class Trainer:
         torch.manual_seed(derive(options.seed, "network", self.step, self.processes.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.step, self.seconds)
+        if isinstance(self.loss, CDMLoss):
+            self.loss.advance(share_done(options, self.step, self.seconds))
         with torch.autocast(self.device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False):
             terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
         value = terms["loss"].mean()
