@@ -341,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "known-truth": lambda: reproduction("known_truth"),
     "fig7": lambda: reproduction("fig7"),
     "table1": lambda: reproduction("table1"),
+    "table2": lambda: reproduction("table2"),
     "fig3": lambda: reproduction("fig3"),
     "fig4": lambda: reproduction("fig4"),
     "fig8": lambda: reproduction("fig8"),
