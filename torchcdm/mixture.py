@@ -27,7 +27,7 @@ PIECES, PIECE_ROWS = 3, 5
 """EM starts from so many pieces for each component, merged in pairs; from fewer where a piece has not this many rows
 for each number."""
 
-TOLERANCE, ROUGH = 1e-4, 1e-3
+TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
 
 SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
