@@ -1,15 +1,15 @@
 """Weights of 40 far modes, read off a density ratio and off densities.
 
     python benchmarks/mixture_weights.py --json mixture_weights.json
-    python benchmarks/mixture_weights.py --dims 128 --contenders ratio
+    python benchmarks/mixture_weights.py --dims 128 --contenders ratio-mixture --steps 50
 
 40 Gaussians of unit variance with centres uniform in a cube of side 80; their weights are drawn from a Dirichlet
 distribution (1, ..., 1), so that some hold a tenth and some a thousandth. Far modes are the trial of anything learned
 from scores: between them there is nothing that tells their weights.
 
-``ratio``: against the same modes with equal weights; ``ratio-mixture``: the same, started from 40 fitted Gaussians
+``ratio``: against the same modes with equal weights; ``ratio-mixture``: the same, started from 60 fitted Gaussians
 with weights of each source instead of one Gaussian for each. ``density``: a model of the mixture alone, which starts
-from one Gaussian; ``mixture``: one that starts from 40 fitted ones. Either gives points of the equal mixture weights
+from one Gaussian; ``mixture``: one that starts from 60 fitted ones. Either gives points of the equal mixture weights
 p/q, under which they stand for the model's density; the modes' weights are those under which the modes' mixture makes
 the weighted points most probable (EM): where modes overlap, a point belongs to more than one. ``exact``: the same from
 the exact ratio, what this reading and so many points allow. ``counts``: the share of training rows in each mode.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,9 @@ MODES, SIDE = 40, 80.0
 POINTS = 50
 """Fresh points of each mode at which ratios and densities are taken."""
 
+STARTED = 60
+"""Gaussians that a contender starts from: more than the modes, as some pairs of these overlap in the plane."""
+
 EM_STEPS = 500
 """Cheap ones: only the weights move."""
 
@@ -51,6 +54,7 @@ class Row:
         largest: Largest error of a weight.
         mean: Mean error of a weight.
         log_error: Root mean square error of the log weights.
+        steps: Training steps at most.
         seconds: Processor seconds.
     """
 
@@ -59,6 +63,7 @@ class Row:
     largest: float
     mean: float
     log_error: float
+    steps: int
     seconds: float
 
 
@@ -105,10 +110,10 @@ def by_ratio(components: int) -> Callable[[Task], np.ndarray]:
     """Log weights, (MODES,), from a ratio that starts from so many Gaussians."""
 
     def log_weights(task: Task) -> np.ndarray:
-        model = {"components": components}
+        model = {"components": components, "mixture_rows": 2 * len(task.rows)}
         ratio = DensityRatio(task.seed, device="cpu", progress=True, steps=task.steps, model=model)
         ratio.fit(task.rows, task.of_equal())
-        print(*ratio.notes, sep="\n")
+        print(*ratio.notes, sep="\n", flush=True)
         return modes_of(task, ratio.log_ratio(task.points.flatten(0, 1).numpy()))
 
     return log_weights
@@ -141,8 +146,8 @@ def by_counting(task: Task) -> np.ndarray:
 
 
 CONTENDERS: dict[str, Callable[[Task], np.ndarray]] = {
-    "ratio": by_ratio(1), "ratio-mixture": by_ratio(MODES), "density": by_density(1),
-    "mixture": by_density(MODES), "exact": by_truth, "counts": by_counting,
+    "ratio": by_ratio(1), "ratio-mixture": by_ratio(STARTED), "density": by_density(1),
+    "mixture": by_density(STARTED), "exact": by_truth, "counts": by_counting,
 }  # fmt: skip
 
 
@@ -155,14 +160,15 @@ def compare(dim: int, contender: str, task: Task) -> Row:
     truth = task.truth.log_weights.numpy()
     errors = np.abs(np.exp(log_weights) - np.exp(truth))
     log_error = float(np.sqrt(np.mean(np.square(log_weights - truth))))
-    return Row(dim, contender, float(errors.max()), float(errors.mean()), log_error, seconds)
+    return Row(dim, contender, float(errors.max()), float(errors.mean()), log_error, task.steps, seconds)
 
 
 def table(rows: Sequence[Row]) -> str:
     """Lines to read."""
-    lines = ["  d  contender      largest error  mean error  RMSE of log weight  seconds"]
+    lines = ["  d  contender      largest error  mean error  RMSE of log weight  steps  seconds"]
     lines += [
-        f"{r.dim:3}  {r.contender:13} {r.largest:14.4f} {r.mean:11.4f} {r.log_error:19.3f} {r.seconds:8.1f}"
+        f"{r.dim:3}  {r.contender:13} {r.largest:14.4f} {r.mean:11.4f} {r.log_error:19.3f} {r.steps:6} "
+        f"{r.seconds:8.1f}"
         for r in rows
     ]
     return "\n".join(lines)
@@ -175,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rows", type=int, default=8000, metavar="N", help="training rows of each source")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="most training steps")
+    parser.add_argument("--mixture-steps", type=int, metavar="N",
+                        help="those of contenders that start from a mixture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     options = parser.parse_args(arguments)
@@ -183,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dim in options.dims:
         task = make_task(dim, options.rows, options.steps, options.seed)
         for contender in options.contenders:
-            rows.append(compare(dim, contender, task))
+            starts_from_mixture = options.mixture_steps and "mixture" in contender
+            steps = options.mixture_steps if starts_from_mixture else options.steps
+            rows.append(compare(dim, contender, replace(task, steps=steps)))
             print(table(rows[-1:]), flush=True)
             write_rows(rows, options.json)
     print("\n" + table(rows))

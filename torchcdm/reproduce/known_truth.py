@@ -146,11 +146,11 @@ def run(work: Workspace) -> Result:
         rows = tuple(
             (dim, modes, *(values[key] for key in _KEYS)) for dim, modes, kind, values in found if kind == start
         )
-        title = "the network corrects one fitted Gaussian" if start == STARTS[0] else "it corrects a fitted mixture"
-        tables.append(Table(
-            f"{title}: log p at level 0 in nats, {setting.test} test samples; targets: mean |error| / d at most "
-            f"{TARGET_ERROR}, weights within {TARGET_WEIGHT}", _COLUMNS, rows,
-        ))  # fmt: skip
+        title = (
+            f"the network corrects a fitted {start}: log p at level 0 in nats, {setting.test} test samples; targets: "
+            f"mean |error| / d at most {TARGET_ERROR}, weights within {TARGET_WEIGHT}"
+        )
+        tables += [Table(title, _COLUMNS, rows)] if rows else []
     figure = Figure(_paint(found, work), "Mean absolute error of log p by noise level, nats per dimension.")
     notes = (
         "Known modes is the mean |error| / d of the Gaussians and weights that have the most likelihood when the mode "
