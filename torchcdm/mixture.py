@@ -261,7 +261,7 @@ def _start(x: np.ndarray, components: int, floor: float) -> dict[str, Any]:
     from sklearn.cluster import KMeans
 
     pieces = min(PIECES * components, len(x) // (PIECE_ROWS * x.shape[1]))
-    if components == 1 or pieces <= components:
+    if components == 1 or pieces < 2 * components:
         return {}
     labels = KMeans(pieces, n_init=1, max_iter=30, random_state=0).fit_predict(x)
     parts = [x[labels == k] for k in range(pieces)]
