@@ -8,11 +8,12 @@ distribution (1, ..., 1), so that some hold a tenth and some a thousandth. Far m
 from scores: between them there is nothing that tells their weights.
 
 ``ratio``: against the same modes with equal weights; ``ratio-mixture``: the same, started from 60 fitted Gaussians
-with weights of each source instead of one Gaussian for each. ``density``: a model of the mixture alone, which starts
-from one Gaussian; ``mixture``: one that starts from 60 fitted ones. Either gives points of the equal mixture weights
-p/q, under which they stand for the model's density; the modes' weights are those under which the modes' mixture makes
-the weighted points most probable (EM): where modes overlap, a point belongs to more than one. ``exact``: the same from
-the exact ratio, what this reading and so many points allow. ``counts``: the share of training rows in each mode.
+with weights of each source instead of one Gaussian for each; ``start``: these without the network. ``density``: a
+model of the mixture alone, which starts from one Gaussian; ``mixture``: one that starts from 60 fitted ones. Either
+gives points of the equal mixture weights p/q, under which they stand for the model's density; the modes' weights are
+those under which the modes' mixture makes the weighted points most probable (EM): where modes overlap, a point belongs
+to more than one. ``exact``: the same from the exact ratio, what this reading and so many points allow. ``counts``: the
+share of training rows in each mode.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ratio_pairs import SCHEDULE, mixture, write_rows
 import torchcdm
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
+from torchcdm.mixture import ClassMixtures
 from torchcdm.toy import GaussianMixture
 
 MODES, SIDE = 40, 80.0
@@ -119,6 +121,16 @@ def by_ratio(components: int) -> Callable[[Task], np.ndarray]:
     return log_weights
 
 
+def by_start(task: Task) -> np.ndarray:
+    """Likewise, from what ``ratio-mixture`` starts from, without a network."""
+    rows = torch.from_numpy(np.concatenate([task.of_equal(), task.rows])).double()
+    mean, scale = rows.mean(0), rows.std(0)
+    sources = torch.arange(2).repeat_interleave(len(task.rows))
+    start = ClassMixtures.fit((rows - mean) / scale, sources, SCHEDULE, STARTED, rows=len(rows))
+    log_p = start.class_effects((task.points.flatten(0, 1) - mean) / scale)[..., 0]
+    return modes_of(task, (log_p[:, 1] - log_p[:, 0]).numpy())
+
+
 def by_density(components: int) -> Callable[[Task], np.ndarray]:
     """Likewise, from a density that starts from so many Gaussians."""
 
@@ -146,7 +158,7 @@ def by_counting(task: Task) -> np.ndarray:
 
 
 CONTENDERS: dict[str, Callable[[Task], np.ndarray]] = {
-    "ratio": by_ratio(1), "ratio-mixture": by_ratio(STARTED), "density": by_density(1),
+    "ratio": by_ratio(1), "ratio-mixture": by_ratio(STARTED), "start": by_start, "density": by_density(1),
     "mixture": by_density(STARTED), "exact": by_truth, "counts": by_counting,
 }  # fmt: skip
 
