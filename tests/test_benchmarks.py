@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from torchcdm.errors import UserError
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -64,6 +66,8 @@ def test_equal_time_divides_by_the_better_ddm_and_makes_nothing_again(rows_of, t
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     assert rows_of("equal_time", *words) == rows
     assert made == {path: path.stat().st_mtime_ns for path in made}
+    with pytest.raises(UserError, match="was made with images = 8, not 9"):
+        rows_of("equal_time", *words[:-3], "9", *words[-2:])
 
 
 @pytest.mark.slow

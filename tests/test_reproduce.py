@@ -11,6 +11,7 @@ from oracles import covariance, rng
 from torchcdm.building import build_backbone
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.cli import main
+from torchcdm.codec import encode
 from torchcdm.config import make_config, preset_fields
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
@@ -94,6 +95,21 @@ def test_other_settings_are_refused(work, source):
     with pytest.raises(UserError, match="test = 5, not 6"):
         work.numbers("n", {"test": 6}, lambda: {"value": 2.0})
     assert work.numbers("n", {"test": 5}, lambda: pytest.fail("made again")) == {"value": 1.0}
+
+
+def test_parts_stay_good_when_the_configuration_gains_a_field(work, source, monkeypatch):
+    work.model("a", TINY, source)
+    work.numbers("n", {"config": encode(TINY)}, lambda: {"value": 1.0})
+    for path in (work.root / "runs" / "a-smoke" / "finished.json", work.root / "numbers" / "n-smoke.json"):
+        text = path.read_text()
+        assert '"time_weight": 0.0' in text
+        path.write_text(text.replace('"time_weight": 0.0', '"label_dropout": 0.1'))
+    monkeypatch.setattr(workspace, "train", lambda *_, **__: pytest.fail("trained again"))
+    work.model("a", TINY, source)
+    assert work.numbers("n", {"config": encode(TINY)}, lambda: pytest.fail("made again")) == {"value": 1.0}
+    other = replace(TINY, loss=replace(TINY.loss, time_weight=1.0))
+    with pytest.raises(UserError, match=r"was made with loss.time_weight = 0.0, not 1.0"):
+        work.model("a", other, source)
 
 
 def test_fewer_steps_shrink_what_is_counted_in_steps(tmp_path):

@@ -315,6 +315,26 @@ def reproduction(name: str) -> str:
     return "\n" + "\n".join(parts)
 
 
+def beside_ddm() -> str:
+    """What a CDM costs and gives, beside the plain diffusion model."""
+    time, memory = ({row["name"]: row["ratio_to_ddm"] for row in read(name)["rows"]}
+                    for name in ("step_cost", "training_memory"))  # fmt: skip
+    speed = {row["name"]: row["images_per_second"] for row in read("likelihood_throughput")["fashion-mnist"]}
+    main = read("table2")["tables"][0]
+    ddm, cdm = ([row[i] for i in (2, 4, 6)] for row in main["rows"][:2])
+    (everywhere,) = (row for row in read("fig4")["tables"][0]["rows"] if row[0] == "all")
+    lines = [
+        [f"time of a {name} step", f"{time[f'encoder/{name}-step']:.2f}", "1"]
+        for name in ("denoising", "guided", "training")
+    ]
+    lines.append(["memory of training", f"{memory['encoder/training-step']:.2f}", "1"])
+    lines.append(["likelihoods a second, 28x28", rate(speed["one-pass"]), f"{rate(speed['flow'])} (flow)"])
+    lines.append(["squared error of eps, same steps", f"{everywhere[2]:.4f}", f"{everywhere[1]:.4f}"])
+    names = (name for name in main["columns"] if "steps" in name)
+    lines += [[f"Fréchet distance, {name}", cell(a), cell(b)] for name, a, b in zip(names, cdm, ddm, strict=True)]
+    return markdown(["Fashion-MNIST, default network", "CDM", "DDM"], lines)
+
+
 def rate(per_second: float) -> str:
     """Samples a second in three digits."""
     return f"{float(f'{per_second:.3g}'):,.6g}" if per_second < 1000 else f"{float(f'{per_second:.3g}'):,.0f}"
@@ -348,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fig4": lambda: reproduction("fig4"),
     "fig8": lambda: reproduction("fig8"),
     "fig9": lambda: reproduction("fig9"),
+    "beside-ddm": beside_ddm,
     "conditional-density": conditional_density,
     "covariate-shift": covariate_shift,
     "demo": demo,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchcdm.checkpoint import load, read_json
 from torchcdm.codec import differences, encode
-from torchcdm.config import Config
+from torchcdm.config import Config, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
@@ -167,7 +167,7 @@ class Workspace:
         settings = json.loads(json.dumps(settings))
         if path.exists():
             kept = read_json(path)
-            for field, mine, theirs in differences(settings, kept.get("settings", {})):
+            for field, mine, theirs in differences(settings, _completed(kept.get("settings", {}))):
                 raise UserError(
                     f"{path}: was made with {field} = {theirs}, not {mine}; remove it, or choose another --out"
                 )
@@ -181,3 +181,10 @@ class Workspace:
         """Refuses to make a part where only finished ones are asked for."""
         if self.finished_only:
             raise Unfinished(f"{path}: is not finished; leave out --finished to make it")
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Kept settings, where they hold a configuration with the defaults of fields that it did not know yet."""
+    if settings.keys() >= {"data", "model", "loss", "train"}:
+        return json.loads(json.dumps(encode(make_config(settings))))
+    return {key: _completed(value) if isinstance(value, dict) else value for key, value in settings.items()}
