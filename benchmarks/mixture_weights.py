@@ -31,7 +31,7 @@ from ratio_pairs import SCHEDULE, mixture, write_rows
 import torchcdm
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
-from torchcdm.mixture import ClassMixtures
+from torchcdm.mixture import ClassMixtures, best_mixture
 from torchcdm.toy import GaussianMixture
 
 MODES, SIDE = 40, 80.0
@@ -40,7 +40,8 @@ POINTS = 50
 """Fresh points of each mode at which ratios and densities are taken."""
 
 STARTED = 60
-"""Gaussians that a contender starts from: more than the modes, as some pairs of these overlap in the plane."""
+"""Gaussians that a contender starts from: more than the modes, as some pairs of these overlap in the plane. In many
+dimensions each has few rows, so that the shrinkage of the covariances is chosen by rows held out."""
 
 EM_STEPS = 500
 """Cheap ones: only the weights move."""
@@ -112,7 +113,10 @@ def by_ratio(components: int) -> Callable[[Task], np.ndarray]:
     """Log weights, (MODES,), from a ratio that starts from so many Gaussians."""
 
     def log_weights(task: Task) -> np.ndarray:
-        model = {"components": components, "mixture_rows": 2 * len(task.rows)}
+        model = {"components": components}
+        if components > 1:
+            rows, _, _ = standardised(task)
+            model |= {"shrinkage": shrinkage_of(rows), "mixture_rows": len(rows)}
         ratio = DensityRatio(task.seed, device="cpu", progress=True, steps=task.steps, model=model)
         ratio.fit(task.rows, task.of_equal())
         print(*ratio.notes, sep="\n", flush=True)
@@ -121,12 +125,26 @@ def by_ratio(components: int) -> Callable[[Task], np.ndarray]:
     return log_weights
 
 
-def by_start(task: Task) -> np.ndarray:
-    """Likewise, from what ``ratio-mixture`` starts from, without a network."""
+def standardised(task: Task) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All rows, those of equal weights first, in units of their deviation; their mean and deviation."""
     rows = torch.from_numpy(np.concatenate([task.of_equal(), task.rows])).double()
     mean, scale = rows.mean(0), rows.std(0)
-    sources = torch.arange(2).repeat_interleave(len(task.rows))
-    start = ClassMixtures.fit((rows - mean) / scale, sources, SCHEDULE, STARTED, rows=len(rows))
+    return (rows - mean) / scale, mean, scale
+
+
+def shrinkage_of(rows: torch.Tensor) -> float:
+    """Of the covariances of so many Gaussians, as a tenth of the rows would have it."""
+    held_out = torch.arange(len(rows)) % 10 == 0
+    return best_mixture(rows[~held_out], rows[held_out], (STARTED,), rows=len(rows))[1]
+
+
+def by_start(task: Task) -> np.ndarray:
+    """Likewise, from what ``ratio-mixture`` starts from, without a network."""
+    rows, mean, scale = standardised(task)
+    sources, shrinkage = torch.arange(2).repeat_interleave(len(task.rows)), shrinkage_of(rows)
+    print(f"shrinkage {shrinkage}", flush=True)
+    options = {"shrinkage": shrinkage, "rows": len(rows)}
+    start = ClassMixtures.fit(rows, sources, SCHEDULE, STARTED, **options)
     log_p = start.class_effects((task.points.flatten(0, 1) - mean) / scale)[..., 0]
     return modes_of(task, (log_p[:, 1] - log_p[:, 0]).numpy())
 
