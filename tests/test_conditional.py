@@ -101,7 +101,7 @@ def test_a_discrete_theta_gets_the_probability_of_each_value():
     draw = np.random.RandomState(0)
     theta = draw.randint(0, 2, 2000)
     x = draw.normal(size=2000) + 2 * theta
-    model = CDMConditional(**{**TINY, "steps": 100, "width": 32, "lr": 4e-3, "batch_size": 128,
+    model = CDMConditional(**{**TINY, "steps": 200, "width": 32, "lr": 4e-3, "batch_size": 128,
                               "overrides": {"train": {"validate_every": 50}}}).fit(theta, x)  # fmt: skip
     draws = model.sample(500, np.array([-1.0, 1.0, 3.0]))[:, :, 0]
     assert set(np.unique(draws)) == {0.0, 1.0}
