@@ -360,7 +360,6 @@ def compared(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "compare-digits": lambda: compared("compare_digits"),
     "known-truth": lambda: reproduction("known_truth"),
-    "known-truth-before": lambda: reproduction("known_truth_before"),
     "fig7": lambda: reproduction("fig7"),
     "table1": lambda: reproduction("table1"),
     "table2": lambda: reproduction("table2"),
