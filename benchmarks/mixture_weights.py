@@ -31,7 +31,7 @@ from ratio_pairs import SCHEDULE, mixture, write_rows
 import torchcdm
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
-from torchcdm.mixture import ClassMixtures, best_mixture
+from torchcdm.mixture import ClassMixtures, MixtureMarginals, best_mixture
 from torchcdm.toy import GaussianMixture
 
 MODES, SIDE = 40, 80.0
@@ -143,8 +143,8 @@ def by_start(task: Task) -> np.ndarray:
     rows, mean, scale = standardised(task)
     sources, shrinkage = torch.arange(2).repeat_interleave(len(task.rows)), shrinkage_of(rows)
     print(f"shrinkage {shrinkage}", flush=True)
-    options = {"shrinkage": shrinkage, "rows": len(rows)}
-    start = ClassMixtures.fit(rows, sources, SCHEDULE, STARTED, **options)
+    common = MixtureMarginals.fit(rows, SCHEDULE, STARTED, shrinkage=shrinkage, rows=len(rows))
+    start = ClassMixtures.fit(common, rows, sources)
     log_p = start.class_effects((task.points.flatten(0, 1) - mean) / scale)[..., 0]
     return modes_of(task, (log_p[:, 1] - log_p[:, 0]).numpy())
 

@@ -12,6 +12,7 @@ from torchcdm.estimators.normalizing import importance_normalizer
 from torchcdm.fitting import fit
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood import probability_flow
+from torchcdm.likelihood.flow import reference_gaussian
 from torchcdm.mixture import ClassMixtures, MixtureMarginals, best_mixture, merged
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.toy import GaussianMixture
@@ -94,13 +95,17 @@ def test_classes_have_their_own_weights_of_common_components_at_every_level():
     mixture, x = three_clouds(9000)
     other = GaussianMixture(torch.tensor([0.1, 0.6, 0.3]), mixture.means, torch.full((3,), 0.05, dtype=torch.float64))
     x, y = torch.cat([x, other.sample(9000, rng(1))]), torch.arange(2).repeat_interleave(9000)
-    base = ClassMixtures.fit(x, y, SCHEDULE, 3)
+    base = ClassMixtures.fit(MixtureMarginals.fit(x, SCHEDULE, 3), x, y)
     query = x[::1800]
     log_p = base.log_prob_levels(query)[:, None] + base.class_effects(query)
     truth = torch.stack([exact.log_prob_levels(query, SCHEDULE) for exact in (mixture, other)], 1)
     assert torch.allclose(log_p[:, 1] - log_p[:, 0], truth[:, 1] - truth[:, 0], atol=0.1)
     assert torch.allclose(log_p, truth, atol=0.3)
     assert base.class_effects(query)[..., -1].abs().max() < 1e-9
+    # The flow of such a model starts from the Gaussian of all data.
+    backbone = MLP(2, SCHEDULE.T + 2, width=4, depth=1, energy_maps=1, classes=2, joint=True)
+    model = ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base)
+    assert reference_gaussian(model) is base.common.common
 
 
 @pytest.mark.parametrize("components", [1, 3])

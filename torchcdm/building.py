@@ -231,10 +231,8 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     if config.class_gaussians and bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     if config.components > 1:
-        options = (config.components, floor, config.shrinkage, config.mixture_rows)
-        if config.class_gaussians:
-            return ClassMixtures.fit(z, y, schedule, *options)
-        return MixtureMarginals.fit(z, schedule, *options)
+        common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage, config.mixture_rows)
+        return ClassMixtures.fit(common, z, y) if config.class_gaussians else common
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
     held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)

@@ -269,12 +269,45 @@ HELD_OUT_LIMIT = 4000
 """... of each class at most so many."""
 
 
-@final
-class ClassGaussians(BaseDensity):
-    """One Gaussian for all classes, and beside it one for each: joint logits then start as those of the classes.
+class ClassDensities(BaseDensity):
+    """The density of all classes together, and beside it what tells them apart: joint logits start as the classes'.
 
-    The network still corrects one base density, that of all classes; the Gaussians of the classes enter by
-    :meth:`class_effects`. Before the first step the log ratio of two classes is that of two Gaussians.
+    The network still corrects one base density, the common one; the classes enter by :meth:`class_effects`. Before
+    the first step the log ratio of two classes is that of their base densities.
+
+    Args:
+        common: Of all data together.
+    """
+
+    def __init__(self, common: BaseDensity) -> None:
+        super().__init__()
+        self.common = common
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule."""
+        return self.common.schedule
+
+    def log_prob_levels(self, x: Tensor) -> Tensor:
+        return self.common.log_prob_levels(x)
+
+    def eps(self, x_t: Tensor, t: Level) -> Tensor:
+        return self.common.eps(x_t, t)
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.common.log_prob_change(x_t, t)
+
+    def sample(self, eps: Tensor, t: int) -> Tensor:
+        return self.common.sample(eps, t)
+
+    @abstractmethod
+    def class_effects(self, x: Tensor) -> Tensor:
+        """log density of each class less that of all together, float64 (B, classes, T+2)."""
+
+
+@final
+class ClassGaussians(ClassDensities):
+    """One Gaussian for all classes, and beside it one for each.
 
     Args:
         common: Gaussian of all data together.
@@ -282,14 +315,8 @@ class ClassGaussians(BaseDensity):
     """
 
     def __init__(self, common: GaussianMarginals, classes: Sequence[GaussianMarginals]) -> None:
-        super().__init__()
-        self.common = common
+        super().__init__(common)
         self.classes = nn.ModuleList(classes)
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule."""
-        return self.common.schedule
 
     @classmethod
     def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], classes: int) -> ClassGaussians:
@@ -341,18 +368,6 @@ class ClassGaussians(BaseDensity):
             share = max(SHRINKAGE, key=held_out_log_prob)
         common = GaussianMarginals.fit(samples, schedule, floor, form)
         return cls(common, _blended(_class_moments(samples, labels, form), share, schedule, floor))
-
-    def log_prob_levels(self, x: Tensor) -> Tensor:
-        return self.common.log_prob_levels(x)
-
-    def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        return self.common.eps(x_t, t)
-
-    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.common.log_prob_change(x_t, t)
-
-    def sample(self, eps: Tensor, t: int) -> Tensor:
-        return self.common.sample(eps, t)
 
     def class_effects(self, x: Tensor) -> Tensor:
         by_class = torch.stack([gaussian.log_prob_levels(x) for gaussian in self.classes], 1)

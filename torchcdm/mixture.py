@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from torchcdm.errors import UserError
-from torchcdm.gaussian import BaseDensity, GaussianMarginals, shrunk
+from torchcdm.gaussian import BaseDensity, ClassDensities, GaussianMarginals, shrunk
 from torchcdm.schedules import Level, NoiseSchedule
 from torchcdm.toy import GaussianMixture
 
@@ -106,8 +106,8 @@ class MixtureMarginals(BaseDensity):
 
 
 @final
-class ClassMixtures(BaseDensity):
-    """The same Gaussians for all classes, with weights of each class: joint logits start as those of far modes.
+class ClassMixtures(ClassDensities):
+    """The same Gaussians for all classes, with weights of each class.
 
     What tells the classes apart in the weights of modes far from each other, no gradient and no smooth function sees.
 
@@ -119,14 +119,8 @@ class ClassMixtures(BaseDensity):
     log_weights: Tensor
 
     def __init__(self, common: MixtureMarginals, weights: Tensor) -> None:
-        super().__init__()
-        self.common = common
+        super().__init__(common)
         self.register_buffer("log_weights", (weights / weights.sum(1, keepdim=True)).double().log())
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule."""
-        return self.common.schedule
 
     @classmethod
     def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int) -> ClassMixtures:
@@ -134,47 +128,21 @@ class ClassMixtures(BaseDensity):
         return cls(MixtureMarginals.blank(schedule, shape, components), torch.ones(classes, components))
 
     @classmethod
-    def fit(
-        cls,
-        samples: Tensor,
-        labels: Tensor,
-        schedule: NoiseSchedule,
-        components: int,
-        floor: float = 0.0,
-        shrinkage: float = 0.0,
-        rows: int = FIT_ROWS,
-    ) -> ClassMixtures:
-        """As :meth:`MixtureMarginals.fit`; the weights of a class are the mean responsibilities of all its samples.
+    def fit(cls, common: MixtureMarginals, samples: Tensor, labels: Tensor) -> ClassMixtures:
+        """The weights of a class are the mean responsibilities of its samples.
 
         Args:
+            common: Fitted to the samples of all classes.
             samples: Training data (N, d), model units, dequantised.
             labels: Classes 0, 1, ..., long (N,).
-            schedule: The noise schedule.
-            components: Number of Gaussians.
-            floor: As in :meth:`MixtureMarginals.fit`.
-            shrinkage: Likewise.
-            rows: Likewise.
         """
-        common = MixtureMarginals.fit(samples, schedule, components, floor, shrinkage, rows)
         mixture = common.mixture
         # Half a sample in all for each class, spread as the components are: no weight is 0.
         counts = 0.5 * mixture.log_weights.exp().repeat(int(labels.max()) + 1, 1)
         for part in torch.arange(len(samples)).split(1000):
-            logits = mixture.component_log_prob(samples[part], 0, schedule) + mixture.log_weights
+            logits = mixture.component_log_prob(samples[part], 0, common.schedule) + mixture.log_weights
             counts.index_add_(0, labels[part], logits.softmax(1))
         return cls(common, counts)
-
-    def log_prob_levels(self, x: Tensor) -> Tensor:
-        return self.common.log_prob_levels(x)
-
-    def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        return self.common.eps(x_t, t)
-
-    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.common.log_prob_change(x_t, t)
-
-    def sample(self, eps: Tensor, t: int) -> Tensor:
-        return self.common.sample(eps, t)
 
     def class_effects(self, x: Tensor) -> Tensor:
         parts = self.common.mixture.component_log_prob_levels(x, self.schedule)

@@ -50,7 +50,8 @@ class FlowResult:
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     """The denoiser's own Gaussian marginals, or those of standard normal data."""
     base = getattr(denoiser, "base", None)
-    base = getattr(base, "common", base)
+    while hasattr(base, "common"):
+        base = base.common
     if isinstance(base, GaussianMarginals):
         return base
     if denoiser.shape is None:
