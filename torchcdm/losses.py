@@ -115,6 +115,11 @@ class CDMLoss(nn.Module):
         risen = float(share >= end) if start == end else (share - start) / (end - start)
         self.logits_share.fill_(min(max(risen, 0.0), 1.0))
 
+    @property
+    def settled(self) -> bool:
+        """Whether the logits count in full; before, a validation says nothing of them."""
+        return bool(self.logits_share == 1)
+
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
         device = torch.device("cpu") if generator is None else generator.device

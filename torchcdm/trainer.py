@@ -366,7 +366,10 @@ class Trainer:
         loss = self.config.loss
         values = validate(self.ema.model, *self.validation, loss.ce_weight, loss.mse_weight)
         value = values[self.value]
-        if math.isfinite(value) and (self.best is None or value < self.best["best"]):
+        if isinstance(self.loss, CDMLoss) and not self.loss.settled:
+            # Logits that are not trained yet make no best model, and no reason to stop.
+            self._save_model()
+        elif math.isfinite(value) and (self.best is None or value < self.best["best"]):
             unit = {"nll": "nats" if self.source.transform.bin is None else "bits/dim"}.get(self.value, "")
             self.best = {"value": self.value, "unit": unit, "best": value, "step": self.step}
             self.stale = 0
