@@ -100,10 +100,11 @@ def test_other_settings_are_refused(work, source):
 def test_parts_stay_good_when_the_configuration_gains_a_field(work, source, monkeypatch):
     work.model("a", TINY, source)
     work.numbers("n", {"config": encode(TINY)}, lambda: {"value": 1.0})
-    for path in (work.root / "runs" / "a-smoke" / "finished.json", work.root / "numbers" / "n-smoke.json"):
-        text = path.read_text()
-        assert '"time_weight": 0.0' in text
-        path.write_text(text.replace('"time_weight": 0.0', '"label_dropout": 0.1'))
+    run, numbers = work.root / "runs" / "a-smoke" / "finished.json", work.root / "numbers" / "n-smoke.json"
+    for path, configuration in ((run, lambda settings: settings), (numbers, lambda settings: settings["config"])):
+        kept = json.loads(path.read_text())
+        del configuration(kept["settings"])["loss"]["time_weight"]
+        path.write_text(json.dumps(kept))
     monkeypatch.setattr(workspace, "train", lambda *_, **__: pytest.fail("trained again"))
     work.model("a", TINY, source)
     assert work.numbers("n", {"config": encode(TINY)}, lambda: pytest.fail("made again")) == {"value": 1.0}

@@ -332,7 +332,7 @@ def beside_ddm() -> str:
     lines.append(["squared error of eps, same steps", f"{everywhere[2]:.4f}", f"{everywhere[1]:.4f}"])
     names = (name for name in main["columns"] if "steps" in name)
     lines += [[f"Fréchet distance, {name}", cell(a), cell(b)] for name, a, b in zip(names, cdm, ddm, strict=True)]
-    return markdown(["Fashion-MNIST, default network", "CDM", "DDM"], lines)
+    return markdown(["Fashion-MNIST", "CDM", "DDM"], lines)
 
 
 def rate(per_second: float) -> str:
