@@ -71,6 +71,19 @@ class Contender:
     others: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Mode:
+    """How training steps run; the DDM's too.
+
+    Attributes:
+        compiled: Under torch.compile.
+        half: Convolutions and matrix products in bfloat16, as ``cdm train --precision bf16``.
+    """
+
+    compiled: bool = False
+    half: bool = False
+
+
 # --- the steps -----------------------------------------------------------------------------------------------------
 
 
@@ -90,15 +103,17 @@ def guided_step(model: Denoiser, x: Tensor, y: Tensor) -> Step:
     return denoising_step(model.guided(GUIDANCE), x, y)
 
 
-def training_step(loss: CDMLoss | DDMLoss, x: Tensor, compiled: bool, y: Tensor | None = None) -> Step:
+def training_step(loss: CDMLoss | DDMLoss, x: Tensor, mode: Mode, y: Tensor | None = None) -> Step:
     """Loss, gradients and Adam, as in the trainer; levels and noise are drawn anew."""
     optimizer = torch.optim.AdamW(loss.model.parameters(), 1e-5)
-    module: nn.Module = torch.compile(loss, fullgraph=True) if compiled else loss
+    module: nn.Module = torch.compile(loss, fullgraph=True) if mode.compiled else loss
 
     def run() -> None:
         loss.model.train()
         t = loss.draw_levels(len(x))
-        module(x, y, t, torch.randn_like(x))["loss"].mean().backward()
+        with torch.autocast(x.device.type, torch.bfloat16, mode.half, cache_enabled=False):
+            terms = module(x, y, t, torch.randn_like(x))
+        terms["loss"].mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -128,40 +143,40 @@ def one_pass_likelihood(model: ClassificationDiffusion, x: Tensor) -> Step:
 # --- the contenders ------------------------------------------------------------------------------------------------
 
 
-def contenders(network: str, batch: int, compiled: bool) -> list[Contender]:
+def contenders(network: str, batch: int, mode: Mode) -> list[Contender]:
     """All rows of a network."""
     torch.manual_seed(0)
     make = {"encoder": _encoder_models, "paper": _paper_models}[network]
-    return make(batch, compiled)
+    return make(batch, mode)
 
 
-def _encoder_models(batch: int, compiled: bool) -> list[Contender]:
+def _encoder_models(batch: int, mode: Mode) -> list[Contender]:
     config, shape = make_config(preset_fields("fashion-mnist")), (1, 28, 28)
     joint = replace(config, model=replace(config.model, labels="joint"))
     ddm = replace(config, model=replace(plain(config.model), gaussian=False))
     x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
-    rows = _rows("encoder", config, joint, x, y, compiled, baseline="encoder-ddm")
-    rows += _rows("encoder-ddm", ddm, _labelled(ddm), x, y, compiled, baseline="encoder-ddm")
+    rows = _rows("encoder", config, joint, x, y, mode, baseline="encoder-ddm")
+    rows += _rows("encoder-ddm", ddm, _labelled(ddm), x, y, mode, baseline="encoder-ddm")
     # The guided step's own network without guidance: what guidance adds to a step.
     model = untrained(joint, shape)
     rows.append(Contender("encoder/joint-unguided-step", denoising_step(model, x, y), "encoder-ddm/denoising-step"))
     return rows
 
 
-def _paper_models(batch: int, compiled: bool) -> list[Contender]:
+def _paper_models(batch: int, mode: Mode) -> list[Contender]:
     config, shape = make_config(preset_fields("cifar10")), (3, 32, 32)
     ddm = replace(config, model=replace(config.model, kind="ddm"))
     x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
     diffusers = _diffusers_unet()
     rival = None if diffusers is None else "paper-diffusers"
-    rows = _rows("paper", config, _labelled(config), x, y, compiled, "paper-ddm", rival)
-    rows += _rows("paper-ddm", ddm, _labelled(ddm), x, y, compiled, "paper-ddm", rival)
+    rows = _rows("paper", config, _labelled(config), x, y, mode, "paper-ddm", rival)
+    rows += _rows("paper-ddm", ddm, _labelled(ddm), x, y, mode, "paper-ddm", rival)
     if diffusers is not None:
         model = DenoisingDiffusion(diffusers, build_schedule(config.model.schedule), DataTransform.identity(shape))
         loss = DDMLoss(model)
         rows += [
             Contender("paper-diffusers/denoising-step", denoising_step(model, x), "paper-ddm/denoising-step"),
-            Contender("paper-diffusers/training-step", training_step(loss, x, compiled), "paper-ddm/training-step"),
+            Contender("paper-diffusers/training-step", training_step(loss, x, mode), "paper-ddm/training-step"),
         ]
     return rows
 
@@ -172,7 +187,7 @@ def _rows(
     labelled: Config,
     x: Tensor,
     y: Tensor,
-    compiled: bool,
+    mode: Mode,
     baseline: str,
     rival: str | None = None,
 ) -> list[Contender]:
@@ -184,7 +199,7 @@ def _rows(
         labelled: The one that is guided.
         x: Inputs, model units.
         y: Classes.
-        compiled: Compile training steps.
+        mode: Of the training steps.
         baseline: Name of its DDM.
         rival: Another DDM to divide by.
     """
@@ -195,7 +210,7 @@ def _rows(
         others = {"ratio_to_diffusers": f"{rival}/{step}"} if rival else {}
         return Contender(f"{name}/{step}", run, f"{baseline}/{step}", others)
 
-    train = training_step(build_loss(config.loss, model), x, compiled)
+    train = training_step(build_loss(config.loss, model), x, mode)
     rows = [
         row("denoising-step", denoising_step(model, x)),
         row("training-step", train),
@@ -286,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help=f"samples a step; by network when left out: {BATCHES}")
     parser.add_argument("--threads", type=int, help="torch's threads")
     parser.add_argument("--compile", action="store_true", help="training steps under torch.compile, the DDM's too")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                        help="of the training steps, the DDM's too")  # fmt: skip
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
     for name in ("rounds", "batch", "threads"):
@@ -298,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in BATCHES if options.network == "all" else [options.network]:
         batch = options.batch or BATCHES[network]
         print(f"{network}: batch {batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}", flush=True)
-        rows = contenders(network, batch, options.compile)
+        rows = contenders(network, batch, Mode(options.compile, options.precision == "bf16"))
         lines = table(rows, measure(rows, options.rounds, lambda text: print(f"  {text}", flush=True)))
         for line in lines:
             ratios = "".join(f"{value:9.2f} x {key[9:]}" for key, value in line.items() if key.startswith("ratio_to_"))

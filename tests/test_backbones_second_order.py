@@ -91,15 +91,45 @@ def test_the_training_loss_has_the_same_gradients_with_and_without(monkeypatch):
     assert calls and all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(by_hand, plain, strict=True))
 
 
-def test_outside_and_under_autocast_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
-    layer, x = (part.float() for part in layer_and_input)
+def test_outside_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
+    layer, x = layer_and_input
     for name in ("_Convolution", "_GroupNorm", "_SiLU"):
         monkeypatch.setattr(f"torchcdm.backbones.second_order.{name}", None)
     layer(x)
-    with second_derivatives(), torch.autocast("cpu", torch.bfloat16):
-        layer(x)
     with second_derivatives(), pytest.raises(AttributeError):
         layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_layer_gives_what_that_of_pytorch_gives(layer_and_input, dtype):
+    layer, x = layer_and_input
+    layer, x = layer.float(), x.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with second_derivatives():
+            found = layer(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_under_autocast_the_gradients_of_a_loss_are_as_near_to_the_true_ones_as_those_of_pytorch(monkeypatch):
+    loss = small_loss().float()
+    x, t = torch.randn(32, 1, 8, 8), torch.arange(32) % 12
+    eps = torch.randn_like(x)
+
+    def gradients(half):
+        loss.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+            terms = loss(x, None, t, eps)
+        terms["loss"].mean().backward()
+        return torch.cat([weight.grad.flatten() for weight in loss.parameters()])
+
+    true, by_hand = gradients(half=False), gradients(half=True)
+    monkeypatch.setattr("torchcdm.backbones.second_order._by_hand", lambda x: False)
+    plain = gradients(half=True)
+    assert not torch.equal(by_hand, plain)
+    error, error_of_pytorch = (float((found - true).norm() / true.norm()) for found in (by_hand, plain))
+    assert 0 < error < 1.2 * error_of_pytorch < 0.1
 
 
 def test_weights_take_no_gradient_in_evaluation_and_are_as_they_were_afterwards():

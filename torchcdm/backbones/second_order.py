@@ -4,8 +4,11 @@ Training a CDM differentiates a gradient. PyTorch's own second derivatives of th
 elementwise passes, and that of a convolution takes the gradient of the weights by a convolution with swapped axes, at
 twice the cost of the kernel made for it. Here a first derivative is a function of its own, with its derivative given.
 
-They stand in for PyTorch's layers, with the same names of weights, inside :func:`second_derivatives`. Elsewhere, under
-autocast and under the compiler, which fuses passes itself, they are PyTorch's: a first derivative needs no help.
+They stand in for PyTorch's layers, with the same names of weights, inside :func:`second_derivatives`. Elsewhere, and
+under the compiler, which fuses passes itself, they are PyTorch's: a first derivative needs no help.
+
+Autocast does not see inside a function of its own, so the layers do here what it would do: convolutions in its half
+precision; norms keep their statistics and weights in float32.
 """
 
 from __future__ import annotations
@@ -37,7 +40,14 @@ def second_derivatives() -> Iterator[None]:
 
 
 def _by_hand(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and _wanted.get() and not torch.is_autocast_enabled(x.device.type)
+    return not torch.compiler.is_compiling() and _wanted.get()
+
+
+def _autocast_type(x: Tensor) -> torch.dtype | None:
+    """The half precision that autocast wants for a convolution of ``x``, None outside of autocast."""
+    device = x.device.type
+    wanted = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if wanted else None
 
 
 # --- convolution -------------------------------------------------------------------------------------------------
@@ -50,7 +60,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not _by_hand(x):
             return super().forward(x)
-        return _Convolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+        weight, bias = self.weight, self.bias
+        if (half := _autocast_type(x)) is not None:
+            x, weight, bias = x.to(half), weight.to(half), None if bias is None else bias.to(half)
+        return _Convolution.apply(x, weight, bias, self.stride, self.padding)
 
 
 class _Convolution(Function):
@@ -108,6 +121,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not _by_hand(x):
             return super().forward(x)
+        if _autocast_type(x) is not None and x.device.type != "cpu":
+            x = x.float()  # as autocast does there; the kernels of the CPU take half precision with float32 weights
         return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)[0]
 
 
@@ -207,9 +222,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _affine(constant: Tensor, *terms: tuple[Tensor, Tensor]) -> Tensor:
     """A constant and multiples of images (B, C, H, W); constant and factors are (B, C)."""
-    total = constant[:, :, None, None]
+    total = constant[:, :, None, None].to(terms[0][1].dtype)
     for factor, image in terms:
-        total = torch.addcmul(total, factor[:, :, None, None], image)
+        total = torch.addcmul(total, factor[:, :, None, None].to(image.dtype), image)
     return total
 
 
