@@ -365,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table2": lambda: reproduction("table2"),
     "fig3": lambda: reproduction("fig3"),
     "fig4": lambda: reproduction("fig4"),
+    "fig6": lambda: reproduction("fig6"),
     "fig8": lambda: reproduction("fig8"),
     "fig9": lambda: reproduction("fig9"),
     "beside-ddm": beside_ddm,
