@@ -80,6 +80,16 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, step):
     assert steps == [line["step"] for line in read_metrics(whole / "metrics.jsonl")]
 
 
+def test_a_run_of_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    run_training(tmp_path / "whole", train__optimizer="muon")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 5, crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_training(tmp_path / "run", train__optimizer="muon")
+    run_training(tmp_path / "run", resume=True, train__optimizer="muon")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave(whole, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)

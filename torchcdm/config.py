@@ -227,10 +227,10 @@ class TrainConfig:
         max_seconds: End after so much time even so; the cosine is then zero at whichever end comes first.
         batch_size: Samples a step, all processes together.
         seed: Everything random in step k is a function of this and k.
-        optimizer: ``adamw`` or ``adam``.
+        optimizer: ``adamw``, ``adam``, or ``muon``: Muon for the hidden layers, AdamW for the rest.
         lr: Peak learning rate.
         betas: The two decay rates of Adam.
-        weight_decay: Of AdamW.
+        weight_decay: Of AdamW and Muon.
         warmup: Steps of linear warm-up.
         decay: ``cosine`` to zero at the last step, ``constant``, or ``step``: times ``decay_factor`` every
             ``decay_every`` steps.
@@ -255,7 +255,7 @@ class TrainConfig:
     max_seconds: float | None = None
     batch_size: int = 128
     seed: int = 0
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, ...] = (0.9, 0.99)
     weight_decay: float = 0.01

@@ -36,6 +36,7 @@ from torchcdm.gallery import balanced_labels, draw, save_manifest, save_sheet
 from torchcdm.interrupt import Interrupted, SignalWatch
 from torchcdm.losses import CDMLoss
 from torchcdm.metrics import labels_for, validate
+from torchcdm.optimizers import build_optimizer
 from torchcdm.processes import Processes
 from torchcdm.run_folder import RunFolder, append_metrics, cut_metrics, write_file
 
@@ -173,9 +174,9 @@ class Trainer:
         self.model = self._initial_model().to(self.device)
         self.ema = EMA(self.model, self.options.ema_decay)
         self.parameters = list(self.model.parameters())
-        kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-        decay = {"weight_decay": self.options.weight_decay} if self.options.optimizer == "adamw" else {}
-        self.optimizer = kinds[self.options.optimizer](self.parameters, self.options.lr, self.options.betas, **decay)
+        self.optimizer = build_optimizer(
+            self.options.optimizer, self.model, self.options.lr, self.options.betas, self.options.weight_decay
+        )
         self.loss = build_loss(config.loss, self.model)
         self.batches = Batches(
             source,
