@@ -116,7 +116,11 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _move(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[weight]
-        average = state.setdefault("momentum", torch.zeros_like(gradient))
+        if not state:
+            # AdamW looks for a count in every state that it loads.
+            state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(gradient)
+        state["step"] += 1
+        average = state["momentum"]
         average.lerp_(gradient, 1 - self.momentum)
         direction = gradient.lerp(average, self.momentum).flatten(1)
         scale = 0.2 * max(direction.shape) ** 0.5
