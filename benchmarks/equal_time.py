@@ -41,7 +41,7 @@ from torchcdm.run_folder import write_json
 from torchcdm.trainer import train
 
 WIDTHS = (24, 32)
-RATES = (6e-4, 1.2e-3, 2.5e-3, 5e-3)
+RATES = (1e-2, 2e-2, 4e-2)
 RESULT = "equal_time.json"
 
 

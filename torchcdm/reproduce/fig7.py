@@ -64,7 +64,8 @@ class Setting:
 def _layer(steps: int, batch: int, lr: float, network: dict[str, Any], T: int, r_min: float) -> dict[str, Any]:
     often = max(1, steps // 4)
     return {
-        "train": {"steps": steps, "batch_size": batch, "lr": lr, "warmup": max(1, steps // 20), "ema_decay": 0.99,
+        "train": {"steps": steps, "batch_size": batch, "optimizer": "adamw", "lr": lr, "ema_decay": 0.99,
+                  "warmup": max(1, steps // 20),
                   # The cross-entropy of thousands of dimensions is large at first; clipped to norm 1 it would leave
                   # the squared error nothing.
                   "grad_clip": None, "validate_every": often, "save_every": often, "validation_samples": 200,
