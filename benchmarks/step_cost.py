@@ -43,6 +43,7 @@ from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.denoisers import Denoiser, DenoisingDiffusion, evaluation_mode
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.losses import CDMLoss, DDMLoss
+from torchcdm.optimizers import build_optimizer
 from torchcdm.schedules import NoiseSchedule
 from torchcdm.units import DataTransform
 
@@ -78,10 +79,12 @@ class Mode:
     Attributes:
         compiled: Under torch.compile.
         half: Convolutions and matrix products in bfloat16, as ``cdm train --precision bf16``.
+        optimizer: As ``train.optimizer``.
     """
 
     compiled: bool = False
     half: bool = False
+    optimizer: str = "adamw"
 
 
 # --- the steps -----------------------------------------------------------------------------------------------------
@@ -104,8 +107,8 @@ def guided_step(model: Denoiser, x: Tensor, y: Tensor) -> Step:
 
 
 def training_step(loss: CDMLoss | DDMLoss, x: Tensor, mode: Mode, y: Tensor | None = None) -> Step:
-    """Loss, gradients and Adam, as in the trainer; levels and noise are drawn anew."""
-    optimizer = torch.optim.AdamW(loss.model.parameters(), 1e-5)
+    """Loss, gradients and optimiser, as in the trainer; levels and noise are drawn anew."""
+    optimizer = build_optimizer(mode.optimizer, loss.model, 1e-5, (0.9, 0.99), 0.01)
     module: nn.Module = torch.compile(loss, fullgraph=True) if mode.compiled else loss
 
     def run() -> None:
@@ -210,7 +213,7 @@ def _rows(
         others = {"ratio_to_diffusers": f"{rival}/{step}"} if rival else {}
         return Contender(f"{name}/{step}", run, f"{baseline}/{step}", others)
 
-    train = training_step(build_loss(config.loss, model), x, mode)
+    train = training_step(build_loss(config.loss, model), x, replace(mode, optimizer=config.train.optimizer))
     rows = [
         row("denoising-step", denoising_step(model, x)),
         row("training-step", train),

@@ -26,7 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_cost import Contender, denoising_step, guided_step, measure, one_pass_likelihood, training_step, untrained
+from step_cost import (
+    Contender,
+    Mode,
+    denoising_step,
+    guided_step,
+    measure,
+    one_pass_likelihood,
+    training_step,
+    untrained,
+)
 
 from torchcdm.building import build_loss
 from torchcdm.cdm import ClassificationDiffusion
@@ -61,12 +70,13 @@ def steps_of(kind: str, config: Config, name: str, batch: int, side: int, classe
     x, y = torch.randn(batch, *shape), torch.arange(batch) % classes
     model = untrained(config, shape, classes)
     labelled = config.model.labels != "none"
+    loss, mode = build_loss(config.loss, model), Mode(optimizer=config.train.optimizer)
     denoising, training = f"{name}/ddm-denoising-step", f"{name}/ddm-training-step"
     rows = [
         Contender(f"{name}/{kind}-denoising-step", denoising_step(model, x, y if labelled else None), denoising),
         Contender(
             f"{name}/{kind}-training-step",
-            training_step(build_loss(config.loss, model), x, compiled=False, y=y if labelled else None),
+            training_step(loss, x, mode, y if labelled else None),
             training,
         ),
     ]

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from step_cost import BATCHES, contenders
+from step_cost import BATCHES, Mode, contenders
 
 from torchcdm.run_folder import write_json
 
@@ -35,7 +35,7 @@ def resident(which: str) -> int:
 def added_by(network: str, name: str, batch: int) -> int:
     """Bytes that two training steps add, in this process."""
     torch.set_num_threads(1)
-    row = next(row for row in contenders(network, batch, compiled=False) if row.name == name)
+    row = next(row for row in contenders(network, batch, Mode()) if row.name == name)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for network in BATCHES if options.network == "all" else [options.network]:
         batch = options.batch or BATCHES[network]
-        trained = [row for row in contenders(network, batch, compiled=False) if row.name.endswith(STEP)]
+        trained = [row for row in contenders(network, batch, Mode()) if row.name.endswith(STEP)]
         found = {row.name: in_own_process(network, row.name, batch) for row in trained}
         rows += [
             {"name": row.name, "bytes": found[row.name], "ratio_to_ddm": found[row.name] / found[row.ddm]}

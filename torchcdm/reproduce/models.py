@@ -92,9 +92,9 @@ PUBLISHED_STEPS = {"ddim": 50, "ddpm": 1000, "dpm2": 25}
 
 def _training(steps: int, batch: int, lr: float) -> dict[str, Any]:
     often = max(1, steps // 5)
-    return {"steps": steps, "batch_size": batch, "optimizer": "adamw", "lr": lr, "warmup": max(1, steps // 20), "ema_decay": 0.995,
-            "validate_every": often, "save_every": often, "validation_samples": 500, "select": "loss",
-            "patience": None, "sample_every": None, "log_every": 25}  # fmt: skip
+    return {"steps": steps, "batch_size": batch, "optimizer": "adamw", "lr": lr, "warmup": max(1, steps // 20),
+            "ema_decay": 0.995, "validate_every": often, "save_every": often, "validation_samples": 500,
+            "select": "loss", "patience": None, "sample_every": None, "log_every": 25}  # fmt: skip
 
 
 def _small_setting(
