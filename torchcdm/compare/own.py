@@ -27,6 +27,9 @@ from torchcdm.trainer import NotFinite, train
 PRESETS = {"digits": "digits", "fashion-mnist": "fashion-mnist"}
 """Of data that have a preset of their own for this size of machine."""
 
+DDM_RATE = 2e-3
+"""Of AdamW."""
+
 UNLIMITED = 10**9
 """Steps: the budget ends the training."""
 
@@ -59,14 +62,16 @@ class ClassificationPeer(Peer):
 class DiffusionPeer(Peer):
     """The plain denoising diffusion model: the preset's training, a network of the same width that is told the level.
 
-    On images it is the U-Net of the encoder's width, multipliers and blocks.
+    On images it is the U-Net of the encoder's width, multipliers and blocks. Its optimiser is its own: Muon at the
+    rate of the CDM's preset for digits left it 0.16 bits/dim worse than this one.
     """
 
     name, title = "ddm", "DDM"
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
         config = preset_config(task)
-        return _fit(self.name, replace(config, model=plain(config.model)), task, budget, rate)
+        training = replace(config.train, optimizer="adamw", lr=DDM_RATE)
+        return _fit(self.name, replace(config, model=plain(config.model), train=training), task, budget, rate)
 
 
 def preset_config(task: Task) -> Config:
