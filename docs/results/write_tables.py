@@ -152,7 +152,7 @@ def likelihood_throughput() -> str:
 
 def digits_seeds() -> str:
     """The likelihoods of the digits preset, a row for each seed."""
-    reports = {0: read("digits")["nll"], 1: read("digits_seed1")["nll"]}
+    reports = {seed: read(name)["nll"] for seed, name in enumerate(("digits", "digits_seed1", "digits_seed2"))}
     names = ("one-pass", "one-pass-level", "one-pass-normalized", "elbo", "flow")
     head = ["seed", "one pass, level 0", "one pass, level 5", "one pass, normalised", "ELBO", "flow",
             "log2 Z / d", "ESS", "one pass − flow: mean, spread"]  # fmt: skip
@@ -161,7 +161,7 @@ def digits_seeds() -> str:
         values = {row["name"]: row["value"] for row in nll["rows"]}
         z, gap = nll["log2_z_per_dim"], nll["gap_to_flow"]
         lines.append([
-            str(seed), *(f"{values[name]:.3f}" for name in names),
+            str(seed), *("–" if values[name] is None else f"{values[name]:.3f}" for name in names),
             f"{z['value']:.3f} [{z['low']:.3f}, {z['high']:.3f}]", f"{z['ess']:.0f}",
             f"{gap['mean']:+.3f}, {gap['sd']:.3f}",
         ])  # fmt: skip
