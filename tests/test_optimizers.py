@@ -68,6 +68,27 @@ def test_everything_else_is_moved_as_by_adamw():
         assert torch.equal(by_muon, by_adamw) != (name in hidden), name
 
 
+def test_a_closure_gives_the_gradients_and_its_loss():
+    torch.manual_seed(0)
+    network = nn.Linear(8, 8).double()
+    twin = nn.Linear(8, 8).double()
+    twin.load_state_dict(network.state_dict())
+    x = torch.randn(4, 8, dtype=torch.float64)
+
+    def closure(layer):
+        layer.zero_grad()
+        loss = layer(x).square().sum()
+        loss.backward()
+        return loss
+
+    closure(twin)
+    MuonAdamW(twin, 1e-2).step()
+    before = float(network(x).square().sum())
+    loss = MuonAdamW(network, 1e-2).step(lambda: closure(network))
+    assert float(loss) == before
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
+
+
 def test_weights_without_a_gradient_stay():
     network = Encoder(1, 8, levels=12, width=8, multipliers=(1,))
     before = [weight.detach().clone() for weight in network.parameters()]

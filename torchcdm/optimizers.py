@@ -99,6 +99,10 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step of all parameters with a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         moved = [
             (group, weight, weight.grad)
             for group in self.param_groups
@@ -108,11 +112,11 @@ class MuonAdamW(torch.optim.AdamW):
         ]
         for _, weight, _ in moved:
             weight.grad = None  # AdamW passes it by
-        result = super().step(closure)
+        super().step()
         for group, weight, gradient in moved:
             weight.grad = gradient
             self._move(weight, gradient, group["lr"], group["weight_decay"])
-        return result
+        return loss
 
     def _move(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[weight]
