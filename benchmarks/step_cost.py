@@ -155,6 +155,7 @@ def contenders(network: str, batch: int, mode: Mode) -> list[Contender]:
 
 def _encoder_models(batch: int, mode: Mode) -> list[Contender]:
     config, shape = make_config(preset_fields("fashion-mnist")), (1, 28, 28)
+    mode = replace(mode, optimizer=config.train.optimizer)
     joint = replace(config, model=replace(config.model, labels="joint"))
     ddm = replace(config, model=replace(plain(config.model), gaussian=False))
     x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
@@ -168,6 +169,7 @@ def _encoder_models(batch: int, mode: Mode) -> list[Contender]:
 
 def _paper_models(batch: int, mode: Mode) -> list[Contender]:
     config, shape = make_config(preset_fields("cifar10")), (3, 32, 32)
+    mode = replace(mode, optimizer=config.train.optimizer)
     ddm = replace(config, model=replace(config.model, kind="ddm"))
     x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
     diffusers = _diffusers_unet()
@@ -213,7 +215,7 @@ def _rows(
         others = {"ratio_to_diffusers": f"{rival}/{step}"} if rival else {}
         return Contender(f"{name}/{step}", run, f"{baseline}/{step}", others)
 
-    train = training_step(build_loss(config.loss, model), x, replace(mode, optimizer=config.train.optimizer))
+    train = training_step(build_loss(config.loss, model), x, mode)
     rows = [
         row("denoising-step", denoising_step(model, x)),
         row("training-step", train),
