@@ -107,6 +107,17 @@ def second_order() -> str:
     return markdown(head, lines)
 
 
+def half_precision() -> str:
+    """Training steps in both precisions."""
+    found = {name: {row["name"]: row for row in rows} for name, rows in read("half_precision").items()}
+    lines = []
+    titles = {"encoder": "CDM", "encoder-pytorch": "CDM, PyTorch's second derivatives", "encoder-ddm": "DDM"}
+    for name, title in titles.items():
+        steps = [rows[f"{name}/training-step"] for rows in found.values()]
+        lines.append([title, *(f"{1e3 * step['seconds']:.0f} ({step['ratio_to_ddm']:.2f})" for step in steps)])
+    return markdown(["training step, ms (ratio to the DDM)", *found], lines)
+
+
 def equal_time() -> str:
     """Denoising error after equal time."""
     lines = []
@@ -364,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table1": lambda: reproduction("table1"),
     "table2": lambda: reproduction("table2"),
     "fig3": lambda: reproduction("fig3"),
+    "half-precision": half_precision,
     "fig4": lambda: reproduction("fig4"),
     "fig6": lambda: reproduction("fig6"),
     "fig8": lambda: reproduction("fig8"),
