@@ -83,9 +83,9 @@ def test_a_closure_gives_the_gradients_and_its_loss():
 
     closure(twin)
     MuonAdamW(twin, 1e-2).step()
-    before = float(network(x).square().sum())
+    before = float(network(x).square().sum().detach())
     loss = MuonAdamW(network, 1e-2).step(lambda: closure(network))
-    assert float(loss) == before
+    assert float(loss.detach()) == before
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
 
 
