@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for optimizer, rate in cells:
         found = errors_of(f"grid-{optimizer}-{rate:g}", paper(config, optimizer, rate), options.grid_seconds)
         grid[optimizer, rate] = found["validation_mse"]
-        print(f"the paper's network, {optimizer}, rate {rate:g}: validation MSE {found['validation_mse']:.4f}", flush=True)
+        error = grid[optimizer, rate]
+        print(f"the paper's network, {optimizer}, rate {rate:g}: validation MSE {error:.4f}", flush=True)
     optimizer, rate = min(grid, key=lambda key: grid[key])
     rows = []
     contenders = {
