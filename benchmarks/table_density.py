@@ -4,10 +4,11 @@
     python benchmarks/table_density.py --tables wine coast --contenders cdm nsf
 
 Every contender sees the same rows: the test rows are a fold that nobody trains on, the validation rows those that
-:class:`torchcdm.estimators.CDMDensity` holds out, and the rest are for training. All standardise by the training rows,
-stop on the validation rows, and choose among their settings there. Discrete columns are dequantised alike. The budget
-is processor seconds for each peer and fold, all its settings together; the CDM has its default settings, stops by its
-own rules, and its time is shown. The unit is nats a row, in the units of the table; the error is the standard error
+:class:`torchcdm.estimators.CDMDensity` holds out, and the rest are for training. All see the
+columns as the estimator's own model does (:class:`torchcdm.units.ColumnTransform` of the training rows: dequantised, and
+each brought near a normal), stop on the validation rows, and choose among their settings there. The budget is processor
+seconds for each peer and fold, all its settings together; the CDM has its default settings, stops by its own rules, and
+its time is shown. The unit is nats a row, in the units of the table; the error is the standard error
 over test rows.
 
 One pass is the estimator's: less log Z, estimated from the base density. The flow beside it needs no such estimate.
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from torchcdm.compare.baselines import BANDWIDTHS, COMPONENTS
 from torchcdm.estimators import CDMDensity
-from torchcdm.units import DataTransform
+from torchcdm.units import ColumnTransform
 
 FLOW_ROWS = 300
 """The probability flow scores at most so many test rows: it takes some hundred passes."""
@@ -46,7 +47,7 @@ VALIDATE_EVERY, PATIENCE, BATCH = 50, 10, 256
 """Of the normalising flows: steps between validations, validations without a new best, rows in a step."""
 
 Density = Callable[[np.ndarray], np.ndarray]
-"""log-density of standardised rows (N, d), nats."""
+"""log-density of rows (N, d) in model units, nats."""
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ TABLES = ("wine", "breast-cancer", "digits", "coast", "houses")
 
 @dataclass(frozen=True)
 class Rows:
-    """Standardised rows of one fold, dequantised: training and validation."""
+    """Rows of one fold in model units, dequantised: training and validation."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -353,17 +354,20 @@ def compare(name: str, contenders: Sequence[str], budget: float, seed: int, fold
             density.set_params(likelihood="flow")
             record("cdm-flow", density.score_samples(x_test[:FLOW_ROWS]), took)
         train = columns.noisy_copies(np.delete(x, held_out, 0), seed + fold)
-        transform = DataTransform.standardize(torch.from_numpy(train))
+        transform = ColumnTransform.fit(torch.from_numpy(train), columns.kept_values)
         prepare = lambda rows, transform=transform: transform(torch.from_numpy(rows)).numpy()  # noqa: E731
-        rows = Rows(prepare(train), prepare(columns.noisy_copies(x[held_out], seed + fold + 1)))
+        log_det = lambda rows, transform=transform: transform.log_det(torch.from_numpy(rows)).numpy()  # noqa: E731
+        held_out_rows = columns.noisy_copies(x[held_out], seed + fold + 1)
+        rows = Rows(prepare(train), prepare(held_out_rows))
         noise = columns.noise_draws(seed + fold + 2)
         for peer in [key for key in contenders if key in PEERS]:
             began = time.process_time()
             fitted = PEERS[peer](rows, budget, seed + fold)
             took = time.process_time() - began
-            scores = np.mean([fitted.log_prob(prepare(columns.noisy(x_test, draw))) for draw in noise], axis=0)
-            offset = float(transform.log_det(torch.zeros(1, *transform.shape))) + columns.log_cell
-            record(peer, scores + offset, took, fitted.validation + offset, fitted.setting)
+            draws = [columns.noisy(x_test, draw) for draw in noise]
+            scores = np.mean([fitted.log_prob(prepare(rows)) + log_det(rows) for rows in draws], axis=0)
+            watched = fitted.validation + float(log_det(held_out_rows).mean())
+            record(peer, scores + columns.log_cell, took, watched + columns.log_cell, fitted.setting)
     result = []
     for who, parts in values.items():
         scores = np.concatenate(parts)

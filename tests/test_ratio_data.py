@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
 
 from torchcdm.data.pairs import grid_width, pair_up, read_query
-from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError
 
 pd = pytest.importorskip("pandas")
@@ -81,36 +79,6 @@ def test_the_width_of_a_grid():
     # 0 ... 255 in 10 000 rows come back 39 times each; in 1000 rows they might as well be continuous.
     assert grid_width(draw.randint(0, 256, 10_000).astype(float)) == 1
     assert grid_width(draw.randint(0, 256, 1000).astype(float)) is None
-
-
-def test_a_bent_column_is_nearly_normal_and_others_are_only_scaled():
-    draw = np.random.RandomState(0)
-    skewed, heavy, plain = np.exp(draw.normal(size=4000)), draw.standard_t(2, size=4000), draw.normal(5, 2, size=4000)
-    x = np.stack([skewed, heavy, plain], 1)
-    warp = ColumnWarp.fit(x, np.arange(4000) % 2)
-    assert warp.bent.tolist() == [False, True, False]
-    y = warp(x)
-    order = np.argsort(x, 0)
-    assert (np.diff(np.take_along_axis(y, order, 0), axis=0) > 0).all()
-    before, after = ((v - v.mean(0)) / v.std(0) for v in (x, y))
-    distances = [[kstest(column, "norm").statistic for column in v.T] for v in (before, after)]
-    assert min(distances[0][:2]) > 0.12 and max(distances[1]) < 0.03
-    assert np.abs(before[:, :2]).max() > 30 and np.abs(after).max() < 10
-    # A skewed column of positive numbers becomes its logarithm.
-    assert np.corrcoef(np.log(skewed), y[:, 0])[0, 1] > 0.9999
-    assert np.isfinite(warp(np.array([[0.0, 0.0, 0.0], [-5.0, -5.0, -5.0]]))).all()
-    assert np.abs(before[:, 2] - after[:, 2]).max() < 1e-10
-    assert np.array_equal(ColumnWarp.from_config(warp.to_config())(x), y)
-
-
-def test_two_normals_side_by_side_are_not_bent():
-    """Together they look skewed and of other than normal tails; their ratio is simple as they are."""
-    draw, sources = np.random.RandomState(0), np.arange(4000) % 2
-    x = draw.normal(size=(4000, 2)) * [1, 2] ** sources[:, None] + [1, 5] * sources[:, None]
-    warp = ColumnWarp.fit(x, sources)
-    assert not warp.bent.any()
-    np.testing.assert_allclose(warp(x), (x - x.mean(0)) / x.std(0), atol=1e-12)
-    np.testing.assert_allclose(ColumnWarp.fit(np.exp(x), sources)(np.exp(x)), warp(x), atol=1e-9)
 
 
 def test_images_go_by_shape_and_by_kind():

@@ -8,7 +8,7 @@ import torch
 from oracles import normal, rng
 
 from torchcdm.errors import UserError
-from torchcdm.units import DataTransform, GaussianizedTransform, LogLikelihood
+from torchcdm.units import DataTransform, GaussianizedTransform, LogLikelihood, transform_from_config
 
 
 def transforms():
@@ -39,7 +39,7 @@ def test_inverse_and_log_determinant(name):
 @every_transform
 def test_survives_json_to_the_last_bit(name):
     transform = transforms()[name]
-    copy = DataTransform.from_config(json.loads(json.dumps(transform.to_config())))
+    copy = transform_from_config(json.loads(json.dumps(transform.to_config())))
     x = 10 * normal(4, *transform.shape)
     assert torch.equal(copy(x), transform(x))
     assert torch.equal(copy.log_det(x), transform.log_det(x))
@@ -180,7 +180,7 @@ def test_gaussianized_mirrors_count_where_training_mirrors():
 
 
 def test_gaussianized_survives_json_and_a_state(gaussianized):
-    copy = DataTransform.from_config(json.loads(json.dumps(gaussianized.to_config())))
+    copy = transform_from_config(json.loads(json.dumps(gaussianized.to_config())))
     copy.load_state_dict(gaussianized.state_dict())
     x = skewed(20).double()
     assert torch.equal(copy(x), gaussianized(x))

@@ -42,7 +42,7 @@ from torchcdm.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
-from torchcdm.units import DataTransform, GaussianizedTransform
+from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
 FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtures
 """What logits can be a correction to, fitted to data."""
@@ -69,15 +69,22 @@ def load_source(config: DataConfig) -> DataSource:
 
 
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
-    """The same data with every dimension mapped to a standard normal, by the histograms of the training split.
+    """The same data with every dimension brought to a standard normal, or near one, as the training split has it.
+
+    Grey levels go by histogram, columns of continuous numbers by a curve each.
 
     Args:
-        source: Data on a grid.
+        source: Data on a grid, or vectors.
         flip: Whether training mirrors images.
+
+    Raises:
+        UserError: Images of continuous values.
     """
-    if isinstance(source.transform, GaussianizedTransform):
+    if isinstance(source.transform, GaussianizedTransform | ColumnTransform):
         return source
     split = source.split("train")
+    if source.transform.bin is None and len(source.shape) == 1:
+        return replace(source, transform=ColumnTransform.fit(split.tensors()[0]))
     parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(1000))
     return replace(source, transform=GaussianizedTransform.fit(source.transform, parts, flip))
 

@@ -32,7 +32,7 @@ from torchcdm.run_folder import (
     write_through,
     writing,
 )
-from torchcdm.units import DataTransform
+from torchcdm.units import DataTransform, transform_from_config
 from torchcdm.version import __version__
 
 FORMAT = 1
@@ -112,7 +112,7 @@ def read_info(run: str | Path) -> ModelInfo:
     try:
         return ModelInfo(
             decode(ModelConfig, content["model"], "model"),
-            DataTransform.from_config(content["transform"]),
+            transform_from_config(content["transform"]),
             decode(DataConfig, content["data"], "data"),
             content["preset"],
             _names(content["classes"]),

@@ -18,6 +18,7 @@ from torchcdm.trainer import train
 
 def fit(
     data: Any,
+    /,
     preset: str | None = None,
     labels: Any = None,
     out: str | Path | None = None,

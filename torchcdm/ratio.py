@@ -18,13 +18,13 @@ from torchcdm.config import make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
-from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError, nearest
 from torchcdm.fitting import override_fields
 from torchcdm.losses import stratified_levels
 from torchcdm.ratio_checks import Calibration, effective_sample_size, tempering, weights_of
 from torchcdm.run_folder import RunFolder, write_json
 from torchcdm.trainer import train
+from torchcdm.units import ColumnWarp
 from torchcdm.version import __version__
 
 FORMAT = 1
@@ -315,7 +315,7 @@ class DensityRatio:
             seed, method, channels = (content[key] for key in ("random_state", "method", "channels"))
             ratio = cls(seed, method, size=size, channels=channels, device=device)
             ratio._columns = None if content["columns"] is None else tuple(content["columns"])
-            ratio._warp = None if content["warp"] is None else ColumnWarp.from_config(content["warp"])
+            ratio._warp = None if content["warp"] is None else ColumnWarp(**content["warp"])
             ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
             ratio.shares = tuple(content["shares"])
             ratio.tempered = (float(content["tempered"][0]), float(content["tempered"][1]))

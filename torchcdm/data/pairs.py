@@ -17,9 +17,8 @@ from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
 from torchcdm.data.specs import load_data
 from torchcdm.data.tables import FEW_VALUES, Table, column_notes
-from torchcdm.data.warp import ColumnWarp
 from torchcdm.errors import UserError, nearest
-from torchcdm.units import DataTransform
+from torchcdm.units import ColumnWarp, DataTransform
 
 SOURCES = ("denominator", "numerator")
 """The classes 0 and 1."""
@@ -152,7 +151,7 @@ def read_query(
         if len(query.columns) != len(columns):
             raise UserError(f"{query.name}: rows of {len(query.columns)} numbers; {len(columns)} are needed")
         query = replace(query, columns=dict(zip(columns, query.columns.values(), strict=True)))
-    x = torch.from_numpy(warp(query.matrix(columns)).astype(np.float32))
+    x = warp(torch.from_numpy(query.matrix(columns))).float()
     return x[:, [list(columns).index(column) for column in kept]], [query.row(i) for i in range(len(query))]
 
 
@@ -267,11 +266,11 @@ def _from_tables(
     chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
     order = permutation(len(chosen["train"]), options.seed).numpy()
     sources = np.repeat(np.arange(2), len(order) // 2)
-    warp = ColumnWarp.fit(chosen["train"][order], sources[order])
+    warp = ColumnWarp.fit(torch.from_numpy(chosen["train"][order]), torch.from_numpy(sources[order]))
     joined = {}
     for split, x in chosen.items():
-        label = np.repeat(np.array(SOURCES), len(x) // 2)
-        joined[split] = Table(PAIR, dict(zip(columns, warp(x).T, strict=True)) | {LABEL: label}, str)
+        label, z = np.repeat(np.array(SOURCES), len(x) // 2), warp(torch.from_numpy(x)).numpy()
+        joined[split] = Table(PAIR, dict(zip(columns, z.T, strict=True)) | {LABEL: label}, str)
     source = tables.source_from_tables(joined, PAIR, options)
     notes += [note for note in source.notes if "left out" in note]
     return replace(source, notes=tuple(notes)), warp

@@ -25,7 +25,7 @@ from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
 from torchcdm.fitting import fit
 from torchcdm.mixture import SHRINKAGES, best_mixture
-from torchcdm.units import DataTransform
+from torchcdm.units import ColumnTransform, DataTransform
 
 SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
@@ -39,7 +39,7 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
     """What the size of the training table changes in a preset for vectors.
 
     Small tables are overfit within some hundred steps, and stopped there. Larger ones take a deeper network without
-    dropout, and a learning rate that gets to its end. Wide ones take fewer energy maps.
+    dropout, Muon, and a learning rate that gets to its end. Wide ones take fewer energy maps.
     """
     backbone: dict[str, Any] = {}
     if columns > WIDE:
@@ -47,7 +47,7 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
     if rows <= SMALL:
         return {"model": {"backbone": backbone}}
     backbone |= {"depth": 3, "dropout": 0.0}
-    train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
+    train = {"optimizer": "muon", "lr": 1e-2, "steps": 1500, "validate_every": 100, "patience": 10}
     if rows >= LARGE:
         backbone |= {"width": 256}
         train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
@@ -194,7 +194,8 @@ class TableEstimator(BaseEstimator):
             rows: Rows of training without copies.
             seed: Of everything random.
         """
-        transform = DataTransform.standardize(torch.from_numpy(train))
+        values = self.columns_.kept_values if contexts is None else {}
+        transform = ColumnTransform.fit(torch.from_numpy(train), values)
         # Rows are standardised in float64 here and not by the model in training, so that a column may have any offset.
         parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
         distinct = parts[1][: len(self.validation_indices_)]
@@ -211,7 +212,7 @@ class TableEstimator(BaseEstimator):
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
         layer = merge({"train": {"select": "loss"}}, self._fields(rows, train.shape[1]))
-        layer = merge(layer, {"train": {"seed": seed}, "sampling": {"n": 0}})
+        layer = merge(layer, {"train": {"seed": seed}, "sampling": {"n": 0}, "data": {"gaussianize": False}})
         layer = merge(layer, {"model": _base_fields(parts[0], distinct, layer["model"])})
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})

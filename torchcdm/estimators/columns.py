@@ -94,6 +94,11 @@ class Columns:
         return [k for k in range(len(self.names)) if k not in self.constants]
 
     @property
+    def kept_values(self) -> dict[int, tuple[float, ...]]:
+        """Distinct values of the discrete columns by their position among the kept ones."""
+        return {at: self.values[k] for at, k in enumerate(self.kept) if k in self.values}
+
+    @property
     def cells(self) -> np.ndarray:
         """Width of the cell of each kept column, 0 where it is continuous: (kept,)."""
         widths = [float(np.diff(self.values[k]).min()) if k in self.values else 0.0 for k in self.kept]

@@ -1,0 +1,34 @@
+r"""Data units, model units, and what a log-likelihood is measured in.
+
+Data units are the values as they are stored: 0 ... 255 for 8-bit images, 0 ... 16 for the digits, a column's
+own unit in a table. The network sees model units, :math:`z = (x - \text{shift}) / \text{scale}` or a bent map of
+each dimension, and :math:`\log p(x) = \log p(z) + \log|dz/dx|`. Grey level k owns the cell from k - ½ to k + ½
+(times the bin), so that rounding is the inverse of dequantisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchcdm.units.affine import DataTransform
+from torchcdm.units.columns import ColumnTransform
+from torchcdm.units.gaussianized import GaussianizedTransform
+from torchcdm.units.log_likelihood import LogLikelihood
+from torchcdm.units.warp import ColumnWarp
+
+__all__ = [
+    "ColumnTransform",
+    "ColumnWarp",
+    "DataTransform",
+    "GaussianizedTransform",
+    "LogLikelihood",
+    "transform_from_config",
+]
+
+KINDS = {"affine": DataTransform, "gaussianized": GaussianizedTransform, "columns": ColumnTransform}
+
+
+def transform_from_config(config: dict[str, Any]) -> DataTransform:
+    """The transform that wrote ``config``; histograms of grey levels are blank, to load a saved state into."""
+    config = dict(config)
+    return KINDS[config.pop("kind", "affine")](**config)

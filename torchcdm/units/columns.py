@@ -1,0 +1,115 @@
+"""Columns of a table, each by a map of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.units.affine import DataTransform
+from torchcdm.units.warp import ColumnWarp
+
+OUTSIDE = 1e-4
+"""Probability that a histogram leaves on either side of the known values: z = 3.7 at their ends."""
+
+
+@final
+class ColumnTransform(DataTransform):
+    r"""Columns to model units, each more nearly normal: continuous ones bent, those of few values by histogram.
+
+    A dequantised column of few values is a row of boxes, whose edges a smooth density would spend itself on. Its
+    histogram takes it to a normal, as in :class:`GaussianizedTransform`; what is left to learn is how columns hang
+    together. Beyond the known values the map goes on as a line of the column's deviation: what is far out stays so.
+
+    Args:
+        warp: Of all columns, arguments of :class:`ColumnWarp`; shifts and scales the columns with a histogram.
+        histograms: By column, the edges of its cells and of the gaps between them, rising, data units, and the
+            cumulative probability at each.
+    """
+
+    def __init__(
+        self, warp: Mapping[str, Any], histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]]
+    ) -> None:
+        super().__init__((len(warp["scale"]),))
+        self.warp = ColumnWarp(**warp)
+        self.columns = tuple(int(k) for k in histograms)
+        for k, (edges, cumulative) in zip(self.columns, histograms.values(), strict=True):
+            self.register_buffer(f"edges{k}", torch.as_tensor(edges, dtype=torch.float64), persistent=False)
+            self.register_buffer(f"cumulative{k}", torch.as_tensor(cumulative, dtype=torch.float64), persistent=False)
+
+    @classmethod
+    def fit(cls, x: Tensor, values: Mapping[int, Sequence[float]] = MappingProxyType({})) -> ColumnTransform:
+        """From the dequantised training rows.
+
+        Args:
+            x: Rows (N, d), data units.
+            values: Distinct values of the discrete columns, rising, by column; each has a cell as wide as the
+                smallest distance between two of them.
+        """
+        x = x.double()
+        histograms = {k: _histogram(x[:, k], known) for k, known in values.items()}
+        return cls(ColumnWarp.fit(x, straight=tuple(values)).to_config(), histograms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.warp(x)
+        for k in self.columns:
+            z[:, k] = self._by_histogram(k, x[:, k].double())[0]
+        return z.to(x.dtype if x.is_floating_point() else torch.float32)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        x = self.warp.inverse(z)
+        for k in self.columns:
+            edges, cumulative = self._histogram(k)
+            column = z[:, k].double()
+            probability = torch.special.ndtr(column).clamp(cumulative[0], cumulative[-1])
+            index = _cell_of(probability, cumulative)
+            within = (probability - cumulative[index]) / cumulative.diff()[index]
+            beyond = column - torch.special.ndtri(probability)
+            x[:, k] = edges[index] + within * edges.diff()[index] + beyond * self.warp.scale[k]
+        return x.to(z.dtype)
+
+    def log_det(self, x: Tensor) -> Tensor:
+        slopes = self.warp.log_slope(x)
+        for k in self.columns:
+            slopes[:, k] = self._by_histogram(k, x[:, k].double())[1]
+        return slopes.sum(1)
+
+    def to_config(self) -> dict[str, Any]:
+        histograms = {str(k): [part.tolist() for part in self._histogram(k)] for k in self.columns}
+        return {"kind": "columns", "warp": self.warp.to_config(), "histograms": histograms}
+
+    def _histogram(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.get_buffer(f"edges{k}"), self.get_buffer(f"cumulative{k}")
+
+    def _by_histogram(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z of column ``k`` and log dz/dx, each (N,)."""
+        edges, cumulative = self._histogram(k)
+        inside = x.clamp(edges[0], edges[-1])
+        index = _cell_of(inside, edges)
+        density = (cumulative.diff() / edges.diff())[index]
+        z = torch.special.ndtri(cumulative[index] + density * (inside - edges[index]))
+        log_slope = density.log() + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)
+        scale = self.warp.scale[k]
+        return z + (x - inside) / scale, torch.where(x == inside, log_slope, -scale.log())
+
+
+def _histogram(x: Tensor, values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Edges of the cells of ``values`` and of the gaps between them, and the share of ``x`` (N,) below each."""
+    centres = torch.tensor(values, dtype=torch.float64)
+    half = centres.diff().min() / 2
+    edges = torch.stack([centres - half, centres + half], 1).flatten()
+    rising = edges.diff() > 1e-6 * half  # neighbouring cells share an edge, to rounding
+    edges = edges[torch.cat([torch.ones(1, dtype=torch.bool), rising])]
+    # One more sample, spread over all cells: none is impossible.
+    counts = torch.histogram(x.clamp(edges[0], edges[-1]).contiguous(), edges).hist + 1 / len(edges)
+    share = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0) / counts.sum()])
+    return edges.tolist(), (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
+
+
+def _cell_of(values: Tensor, edges: Tensor) -> Tensor:
+    """Index of the cell between two of the rising ``edges`` that holds each value, long."""
+    return torch.searchsorted(edges, values, right=True).clamp(1, len(edges) - 1) - 1

@@ -1,0 +1,55 @@
+"""What a log-likelihood is measured in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchcdm.errors import UserError
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Log-likelihoods that carry their unit.
+
+    Attributes:
+        nats: log-likelihood of each sample, in data units (densities) or absolute (code lengths), shape (B,).
+        dim: Dimensions d of one sample.
+        level: Noise level at which the density was taken.
+        convention: One phrase: how the number was obtained.
+        log_bin: log of the grey-level spacing in data units; None for continuous data.
+        nfe: Network evaluations for each sample.
+    """
+
+    nats: Tensor
+    dim: int
+    level: int
+    convention: str
+    log_bin: float | None
+    nfe: int
+
+    @property
+    def unit(self) -> str:
+        """``bits/dim`` for data on a grid, ``nats`` (negative log density of a sample) for continuous data."""
+        return "nats" if self.log_bin is None else "bits/dim"
+
+    def bits_per_dim(self) -> Tensor:
+        """-(log p + d log bin) / (d log 2), shape (B,): a code length for data on a grid.
+
+        Raises:
+            UserError: The data are continuous; bits would depend on the unit of measurement.
+        """
+        if self.log_bin is None:
+            raise UserError("bits/dim needs data on a grid; continuous data are reported in nats")
+        return -(self.nats.double() + self.dim * self.log_bin) / (self.dim * math.log(2))
+
+    def values(self) -> Tensor:
+        """Negative log-likelihood of each sample in :attr:`unit`, float64 (B,)."""
+        return -self.nats.double() if self.log_bin is None else self.bits_per_dim()
+
+    def mean_and_error(self) -> tuple[float, float]:
+        """Mean of :meth:`values` and its standard error over samples (nan for one sample)."""
+        values = self.values()
+        return float(values.mean()), float(values.std() / math.sqrt(len(values)))
