@@ -4,12 +4,11 @@
     python benchmarks/table_density.py --tables wine coast --contenders cdm nsf
 
 Every contender sees the same rows: the test rows are a fold that nobody trains on, the validation rows those that
-:class:`torchcdm.estimators.CDMDensity` holds out, and the rest are for training. All see the
-columns as the estimator's own model does (:class:`torchcdm.units.ColumnTransform` of the training rows: dequantised, and
-each brought near a normal), stop on the validation rows, and choose among their settings there. The budget is processor
-seconds for each peer and fold, all its settings together; the CDM has its default settings, stops by its own rules, and
-its time is shown. The unit is nats a row, in the units of the table; the error is the standard error
-over test rows.
+:class:`torchcdm.estimators.CDMDensity` holds out, and the rest are for training. All see the columns as the
+estimator's own model does (:class:`torchcdm.units.ColumnTransform` of the training rows: dequantised, and each brought
+near a normal), stop on the validation rows, and choose among their settings there. The budget is processor seconds for
+each peer and fold, all its settings together; the CDM has its defaults, stops by its own rules, and its time is
+shown. The unit is nats a row, in the units of the table; the error is the standard error over test rows.
 
 One pass is the estimator's: less log Z, estimated from the base density. The flow beside it needs no such estimate.
 In up to three dimensions the integral of one pass is printed.

@@ -55,9 +55,7 @@ class DataTransform(Float64Module):
         self.low, self.high = low, high
 
     @classmethod
-    def images(
-        cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True
-    ) -> DataTransform:
+    def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True) -> DataTransform:
         """Grey levels 0 ... levels - 1 to [-1, 1].
 
         With ``dequantize`` the cells fill [-1, 1], a bin of 2 / levels; without, the grey levels do, as in the
