@@ -86,7 +86,8 @@ def exact_log_ratio(x: np.ndarray, nats: float) -> np.ndarray:
 
 WITHOUT_RESIDUAL: dict[str, Any] = {
     "model": {"gaussian": False, "class_gaussians": False, "backbone": {"width": 256, "dropout": 0.0}},
-    "lr": 2e-3,
+    "optimizer": "muon",
+    "lr": 1e-2,
 }
 """A wider network that may fit as it likes: there is much to learn, and any number of rows to learn it from."""
 

@@ -39,7 +39,7 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
     """What the size of the training table changes in a preset for vectors.
 
     Small tables are overfit within some hundred steps, and stopped there. Larger ones take a deeper network without
-    dropout, Muon, and a learning rate that gets to its end. Wide ones take fewer energy maps.
+    dropout, and a learning rate that gets to its end. Wide ones take fewer energy maps.
     """
     backbone: dict[str, Any] = {}
     if columns > WIDE:
@@ -47,7 +47,7 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
     if rows <= SMALL:
         return {"model": {"backbone": backbone}}
     backbone |= {"depth": 3, "dropout": 0.0}
-    train = {"optimizer": "muon", "lr": 1e-2, "steps": 1500, "validate_every": 100, "patience": 10}
+    train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
     if rows >= LARGE:
         backbone |= {"width": 256}
         train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}

@@ -89,8 +89,8 @@ class Setting:
 def _layer(steps: int, batch: int, lr: float, width: int, depth: int, maps: int, T: int) -> dict[str, Any]:
     # One validation, at the end: fresh samples are not overfit, and some hundred of them would choose a step by luck.
     return {
-        "train": {"steps": steps, "batch_size": batch, "lr": lr, "ema_decay": 0.998, "validation_samples": 500,
-                  "select": "loss", "patience": None, **_intervals(steps), "validate_every": steps},
+        "train": {"steps": steps, "batch_size": batch, "optimizer": "muon", "lr": lr, "ema_decay": 0.998,
+                  "validation_samples": 500, "select": "loss", "patience": None, **_intervals(steps), "validate_every": steps},
         "loss": {"ce_weight": 2.0},
         "model": {"backbone": {"name": "mlp", "width": width, "depth": depth, "energy_maps": maps, "dropout": 0.0},
                   "schedule": {"name": "log-snr", "T": T, "r_min": 0.05, "r_max": 10.0}},
@@ -108,16 +108,16 @@ WAVES = {2: {"model": {"backbone": {"waves": 64, "wave_frequency": 6.0, "energy_
 
 SETTINGS = {
     "smoke": Setting(
-        ((2, 2), (16, 8)), {2: 4000, 16: 4000}, 1000, 8, _layer(150, 128, 4e-3, 32, 1, 8, 30), {}, 30,
+        ((2, 2), (16, 8)), {2: 4000, 16: 4000}, 1000, 8, _layer(150, 128, 1e-2, 32, 1, 8, 30), {}, 30,
         ("two of nine mixtures, 150 steps, a network of width 32",),
     ),
     "small": Setting(
-        MIXTURES, {2: 500_000, 16: 300_000, 128: 300_000}, 5000, 16, _layer(1500, 512, 4e-3, 128, 2, 32, 40),
-        {2: merge(_layer(2000, 512, 4e-3, 64, 2, 8, 40), WAVES[2]), 128: _layer(1500, 256, 2e-3, 128, 2, 16, 80)}, 100,
+        MIXTURES, {2: 500_000, 16: 300_000, 128: 300_000}, 5000, 16, _layer(1500, 512, 1e-2, 128, 2, 32, 40),
+        {2: merge(_layer(2000, 512, 1e-2, 64, 2, 8, 40), WAVES[2]), 128: _layer(1500, 256, 1e-2, 128, 2, 16, 80)}, 100,
         ("1500 to 2000 steps a mixture on one core, where a GPU would take 20 000",),
     ),
     "paper": Setting(
-        MIXTURES, {2: 1_000_000, 16: 1_000_000, 128: 500_000}, 20_000, 24, _layer(20_000, 1024, 2e-3, 256, 3, 64, 100),
+        MIXTURES, {2: 1_000_000, 16: 1_000_000, 128: 500_000}, 20_000, 24, _layer(20_000, 1024, 1e-2, 256, 3, 64, 100),
         WAVES, 2000,
     ),
 }  # fmt: skip
