@@ -390,6 +390,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixture-weights": mixture_weights,
     "mutual-information": mutual_information,
     "outliers-corruptions": lambda: outliers("outliers_corruptions", "outliers"),
+    "outliers-held-out": lambda: outliers("outliers_held_out", "outliers"),
     "outliers-tables": lambda: outliers("outliers_tables", "setting"),
     "ratio-peers": ratio_peers,
     "step-cost-encoder": lambda: step_cost("encoder"),
