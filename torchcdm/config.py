@@ -34,8 +34,9 @@ class DataConfig:
         skip_bad: Leave out files that cannot be read.
         label: Column of a table that holds the class.
         dequantize: Train and score with uniform noise on grey levels; False as in the paper.
-        gaussianize: Map each pixel's grey levels to a standard normal by their histogram: a better density of grids
-            whose pixels have their own distributions, but noise is then no additive noise on the grey levels.
+        gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
+            table towards a normal: a better density where dimensions have distributions of their own, but noise is
+            then no additive noise on the data.
         flip: Mirror half of the training images, at random.
         workers: Processes that read samples from files.
     """
