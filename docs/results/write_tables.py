@@ -244,6 +244,18 @@ def mixture_weights() -> str:
     return markdown(head, lines)
 
 
+def time_to_quality() -> str:
+    """Errors of the default network and of the paper's after their times."""
+    titles = {"default": "default", "paper": "the paper's"}
+    lines = [
+        [titles[r["name"]], f"{r['seconds']:.0f}", str(r["steps"]), f"{r['mse']:.4f}",
+         f"{r['flow']:.3f} ± {r['se']:.3f}", f"{r['parameters']:,}"]
+        for r in read("time_to_quality")["rows"]
+    ]  # fmt: skip
+    columns = ["network", "seconds", "steps", "MSE of eps", "flow, bits/dim (64 images)", "parameters"]
+    return markdown(columns, lines)
+
+
 def table_density() -> str:
     """Test log-likelihoods of tables."""
     titles = {"truth": "the density itself", "cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow",
@@ -390,6 +402,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixture-weights": mixture_weights,
     "mutual-information": mutual_information,
     "outliers-corruptions": lambda: outliers("outliers_corruptions", "outliers"),
+    "time-to-quality": time_to_quality,
     "outliers-held-out": lambda: outliers("outliers_held_out", "outliers"),
     "outliers-tables": lambda: outliers("outliers_tables", "setting"),
     "ratio-peers": ratio_peers,

@@ -90,7 +90,8 @@ def _layer(steps: int, batch: int, lr: float, width: int, depth: int, maps: int,
     # One validation, at the end: fresh samples are not overfit, and some hundred of them would choose a step by luck.
     return {
         "train": {"steps": steps, "batch_size": batch, "optimizer": "muon", "lr": lr, "ema_decay": 0.998,
-                  "validation_samples": 500, "select": "loss", "patience": None, **_intervals(steps), "validate_every": steps},
+                  "validation_samples": 500, "select": "loss", "patience": None, **_intervals(steps),
+                  "validate_every": steps},
         "loss": {"ce_weight": 2.0},
         "model": {"backbone": {"name": "mlp", "width": width, "depth": depth, "energy_maps": maps, "dropout": 0.0},
                   "schedule": {"name": "log-snr", "T": T, "r_min": 0.05, "r_max": 10.0}},
