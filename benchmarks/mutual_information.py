@@ -86,8 +86,7 @@ def exact_log_ratio(x: np.ndarray, nats: float) -> np.ndarray:
 
 WITHOUT_RESIDUAL: dict[str, Any] = {
     "model": {"gaussian": False, "class_gaussians": False, "backbone": {"width": 256, "dropout": 0.0}},
-    "optimizer": "muon",
-    "lr": 1e-2,
+    "lr": 2e-3,
 }
 """A wider network that may fit as it likes: there is much to learn, and any number of rows to learn it from."""
 
