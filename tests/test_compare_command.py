@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchcdm import frechet
+from torchcdm.building import gaussianized
 from torchcdm.cli import main
 from torchcdm.compare import comparison as comparing
 from torchcdm.compare import peers as registry
@@ -80,6 +81,13 @@ def test_plain_units_are_another_protocol(made, capsys):
     _, words = made
     assert main([*words, "--no-gaussianize"]) == 2
     assert "holds a comparison with gaussianized = True, not False" in capsys.readouterr().err
+
+
+def test_bent_columns_are_another_protocol_too(source, tmp_path):
+    words = {"seconds": 0.3, "folder": tmp_path, "peers": ("gaussian",), "clock": "processor"}
+    assert compare(source, **words).protocol.gaussianized is False
+    with pytest.raises(UserError, match="gaussianized = False, not True"):
+        compare(gaussianized(source), **words)
 
 
 def test_what_is_finished_is_not_made_again(made, monkeypatch):

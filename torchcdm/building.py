@@ -80,7 +80,7 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     Raises:
         UserError: Images of continuous values.
     """
-    if isinstance(source.transform, GaussianizedTransform | ColumnTransform):
+    if source.transform.gaussianized:
         return source
     split = source.split("train")
     if source.transform.bin is None and len(source.shape) == 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.schedules import NoiseSchedule
-from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
+from torchcdm.units import DataTransform
 
 COARSE = 12
 """Levels of the first search, evenly spaced in log r."""
@@ -188,7 +188,7 @@ def require_additive_noise(transform: DataTransform) -> None:
     Raises:
         UserError: The transform is not affine.
     """
-    if isinstance(transform, GaussianizedTransform | ColumnTransform):
+    if transform.gaussianized:
         raise UserError(
             "this model sees Gaussianised data, where noise on grey levels or columns is not additive; "
             "to denoise data train with --data.gaussianize false"

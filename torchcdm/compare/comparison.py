@@ -23,7 +23,6 @@ from torchcdm.errors import UserError
 from torchcdm.frechet import SMALLEST_COUNT, Reference
 from torchcdm.likelihood import LogZOptions
 from torchcdm.run_folder import write_json, writing
-from torchcdm.units import GaussianizedTransform
 
 DRAWN = 64
 """Samples that measure the speed of sampling, where no more are asked for."""
@@ -82,7 +81,7 @@ def compare(
     protocol = Protocol(
         source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
-        isinstance(source.transform, GaussianizedTransform), log_z, frechet,
+        source.transform.gaussianized, log_z, frechet,
     )  # fmt: skip
     if frechet is not None and frechet < SMALLEST_COUNT:
         raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")

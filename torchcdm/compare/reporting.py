@@ -114,16 +114,19 @@ def _likelihood(
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
     """Baselines on the very dequantised samples that one pass was scored on.
 
-    Where the model sees Gaussianised pixels, in the plain units too: what is the network's, and what the map's.
+    Where the model sees Gaussianised grey levels, in the plain units too: what is the network's, and what the map's.
     """
     if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
         return []
     x, _ = source.split(split).tensors(config.report.limit)
     transform = source.transform
     noisy = draw_rows(0, DEQUANTISE, slice(0, len(x)), lambda i, g: transform.add_noise(x[i].double(), g))
+    found = baselines(source, noisy)
+    if not transform.gaussianized:
+        return found
+    same = [replace(baseline, name=f"{baseline.name}, Gaussianised") for baseline in found]
     if not isinstance(transform, GaussianizedTransform):
-        return baselines(source, noisy)
-    same = [replace(found, name=f"{found.name}, Gaussianised") for found in baselines(source, noisy)]
+        return same
     return same + baselines(replace(source, transform=transform.affine), noisy)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class DataTransform(Float64Module):
         >>> transform.log_det(torch.zeros(5, 1, 28, 28)).shape
         torch.Size([5])
     """
+
+    gaussianized: ClassVar[bool] = False
+    """Whether dimensions are bent towards normals, so that noise on the data is no additive noise in model units."""
 
     shift: Tensor
     scale: Tensor

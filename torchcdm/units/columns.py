@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.units.affine import DataTransform
+from torchcdm.units.gaussianized import log_normal
 from torchcdm.units.warp import ColumnWarp
 
 OUTSIDE = 1e-4
@@ -30,6 +30,8 @@ class ColumnTransform(DataTransform):
         histograms: By column, the edges of its cells and of the gaps between them, rising, data units, and the
             cumulative probability at each.
     """
+
+    gaussianized = True
 
     def __init__(
         self, warp: Mapping[str, Any], histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]]
@@ -51,7 +53,7 @@ class ColumnTransform(DataTransform):
                 smallest distance between two of them.
         """
         x = x.double()
-        histograms = {k: _histogram(x[:, k], known) for k, known in values.items()}
+        histograms = {k: _measured(x[:, k], known) for k, known in values.items()}
         return cls(ColumnWarp.fit(x, straight=tuple(values)).to_config(), histograms)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,12 +94,12 @@ class ColumnTransform(DataTransform):
         index = _cell_of(inside, edges)
         density = (cumulative.diff() / edges.diff())[index]
         z = torch.special.ndtri(cumulative[index] + density * (inside - edges[index]))
-        log_slope = density.log() + 0.5 * z.square() + 0.5 * math.log(2 * math.pi)
+        log_slope = density.log() - log_normal(z)
         scale = self.warp.scale[k]
         return z + (x - inside) / scale, torch.where(x == inside, log_slope, -scale.log())
 
 
-def _histogram(x: Tensor, values: Sequence[float]) -> tuple[list[float], list[float]]:
+def _measured(x: Tensor, values: Sequence[float]) -> tuple[list[float], list[float]]:
     """Edges of the cells of ``values`` and of the gaps between them, and the share of ``x`` (N,) below each."""
     centres = torch.tensor(values, dtype=torch.float64)
     half = centres.diff().min() / 2

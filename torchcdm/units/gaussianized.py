@@ -42,6 +42,7 @@ class GaussianizedTransform(DataTransform):
         cumulative: F at the edges of the cells, (*shape, levels + 1), from 0 to 1.
     """
 
+    gaussianized = True
     cumulative: Tensor
 
     def __init__(self, shape: Sequence[int], bin: float | None, low: float | None, high: float | None) -> None:
@@ -128,8 +129,7 @@ class GaussianizedTransform(DataTransform):
     def log_det(self, x: Tensor) -> Tensor:
         z = self(x.double())
         log_mass = self._at(self.log_mass, self._nearest(x.double()))
-        log_normal = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
-        return (log_mass - math.log(self.bin) - log_normal).flatten(1).sum(1)
+        return (log_mass - math.log(self.bin) - log_normal(z)).flatten(1).sum(1)
 
     def to_config(self) -> dict[str, Any]:
         return {
@@ -149,3 +149,8 @@ class GaussianizedTransform(DataTransform):
         """The entries (B, *shape) of ``table`` (*shape, n) at ``index`` (B, *shape)."""
         flat = table.flatten(0, -2)
         return flat[torch.arange(len(flat), device=flat.device), index.flatten(1)].reshape(index.shape)
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """log density of a standard normal at each number."""
+    return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
