@@ -79,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [("adamw", rate) for rate in options.rates] + [("muon", rate) for rate in options.muon_rates]
     for optimizer, rate in cells:
         found = errors_of(f"grid-{optimizer}-{rate:g}", paper(config, optimizer, rate), options.grid_seconds)
-        grid[optimizer, rate] = found["validation_mse"]
-        error = grid[optimizer, rate]
+        grid[optimizer, rate] = error = found["validation_mse"]
         print(f"the paper's network, {optimizer}, rate {rate:g}: validation MSE {error:.4f}", flush=True)
     optimizer, rate = min(grid, key=lambda key: grid[key])
     rows = []

@@ -43,6 +43,8 @@ def test_every_column_comes_near_a_normal(x, transform):
     z = transform(x)
     assert [round(distance(x[:, k]), 2) > 0.1 for k in range(4)] == [True, True, False, True]
     assert max(distance(z[:, k]) for k in range(4)) < 0.03
+    standardised = (x - x.mean(0)) / x.std(0)
+    assert standardised[:, :2].abs().amax(0).min() > 10 and z.abs().max() < 6
     assert abs(float(z[:, 3].mean())) < 0.03 and abs(float(z[:, 3].std()) - 1) < 0.03
     # A skewed column of positive numbers becomes its logarithm; a normal one keeps its shape.
     pairs = torch.stack([x[:, 0].log(), z[:, 0]]), torch.stack([x[:, 2], z[:, 2]])

@@ -194,9 +194,10 @@ class TableEstimator(BaseEstimator):
             rows: Rows of training without copies.
             seed: Of everything random.
         """
+        # Residuals of a regression lie on no values.
         values = self.columns_.kept_values if contexts is None else {}
         transform = ColumnTransform.fit(torch.from_numpy(train), values)
-        # Rows are standardised in float64 here and not by the model in training, so that a column may have any offset.
+        # Rows come to model units in float64 here and not by the model in training: a column may have any offset.
         parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
         distinct = parts[1][: len(self.validation_indices_)]
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.

@@ -86,10 +86,10 @@ class Setting:
     scaled_down: tuple[str, ...] = ()
 
 
-def _layer(steps: int, batch: int, lr: float, width: int, depth: int, maps: int, T: int) -> dict[str, Any]:
+def _layer(steps: int, batch: int, width: int, depth: int, maps: int, T: int) -> dict[str, Any]:
     # One validation, at the end: fresh samples are not overfit, and some hundred of them would choose a step by luck.
     return {
-        "train": {"steps": steps, "batch_size": batch, "optimizer": "muon", "lr": lr, "ema_decay": 0.998,
+        "train": {"steps": steps, "batch_size": batch, "optimizer": "muon", "lr": 1e-2, "ema_decay": 0.998,
                   "validation_samples": 500, "select": "loss", "patience": None, **_intervals(steps),
                   "validate_every": steps},
         "loss": {"ce_weight": 2.0},
@@ -109,16 +109,16 @@ WAVES = {2: {"model": {"backbone": {"waves": 64, "wave_frequency": 6.0, "energy_
 
 SETTINGS = {
     "smoke": Setting(
-        ((2, 2), (16, 8)), {2: 4000, 16: 4000}, 1000, 8, _layer(150, 128, 1e-2, 32, 1, 8, 30), {}, 30,
+        ((2, 2), (16, 8)), {2: 4000, 16: 4000}, 1000, 8, _layer(150, 128, 32, 1, 8, 30), {}, 30,
         ("two of nine mixtures, 150 steps, a network of width 32",),
     ),
     "small": Setting(
-        MIXTURES, {2: 500_000, 16: 300_000, 128: 300_000}, 5000, 16, _layer(1500, 512, 1e-2, 128, 2, 32, 40),
-        {2: merge(_layer(2000, 512, 1e-2, 64, 2, 8, 40), WAVES[2]), 128: _layer(1500, 256, 1e-2, 128, 2, 16, 80)}, 100,
+        MIXTURES, {2: 500_000, 16: 300_000, 128: 300_000}, 5000, 16, _layer(1500, 512, 128, 2, 32, 40),
+        {2: merge(_layer(2000, 512, 64, 2, 8, 40), WAVES[2]), 128: _layer(1500, 256, 128, 2, 16, 80)}, 100,
         ("1500 to 2000 steps a mixture on one core, where a GPU would take 20 000",),
     ),
     "paper": Setting(
-        MIXTURES, {2: 1_000_000, 16: 1_000_000, 128: 500_000}, 20_000, 24, _layer(20_000, 1024, 1e-2, 256, 3, 64, 100),
+        MIXTURES, {2: 1_000_000, 16: 1_000_000, 128: 500_000}, 20_000, 24, _layer(20_000, 1024, 256, 3, 64, 100),
         WAVES, 2000,
     ),
 }  # fmt: skip

@@ -108,7 +108,7 @@ class ColumnWarp(Float64Module):
     def log_slope(self, x: Tensor) -> Tensor:
         """log dz/dx of each number, (N, d), float64."""
         of_bend = torch.where(self.bent, _log_slope(self._scaled(x), self.skew, self.tail), 0.0)
-        of_logarithm = torch.where(self.least > 0, -torch.maximum(x.double(), self._floor()).log(), 0.0)
+        of_logarithm = torch.where(self.least > 0, -torch.maximum(x.double(), _floor(self.least)).log(), 0.0)
         return of_bend + of_logarithm - self.scale.log()
 
     def to_config(self) -> dict[str, Any]:
@@ -117,9 +117,6 @@ class ColumnWarp(Float64Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         return (_logarithm(x.double(), self.least) - self.location) / self.scale
-
-    def _floor(self) -> Tensor:
-        return torch.where(self.least > 0, self.least, 1.0)
 
 
 def _bend(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
@@ -134,15 +131,20 @@ def _log_slope(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
     return tail.log() + log_cosh - 0.5 * torch.log1p(u.square())
 
 
+def _floor(least: Tensor) -> Tensor:
+    """Where the logarithm ends; 1, as good as any, in columns without one."""
+    return torch.where(least > 0, least, 1.0)
+
+
 def _logarithm(x: Tensor, least: Tensor) -> Tensor:
     """log x where ``least`` is positive, below it the tangent; x elsewhere."""
-    floor = torch.where(least > 0, least, 1.0)
+    floor = _floor(least)
     return torch.where(least > 0, torch.maximum(x, floor).log() + (x - floor).clamp_max(0) / floor, x)
 
 
 def _exponential(y: Tensor, least: Tensor) -> Tensor:
     """The inverse of :func:`_logarithm`."""
-    floor = torch.where(least > 0, least, 1.0)
+    floor = _floor(least)
     below = (y - floor.log()).clamp_max(0) * floor
     return torch.where(least > 0, torch.maximum(y, floor.log()).exp() + below, y)
 
