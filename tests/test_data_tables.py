@@ -86,7 +86,7 @@ def test_notes_on_values_without_a_bounded_density(tmp_path):
     path = write(tmp_path / "t.csv", ["fine", "few", "zeros", "time"], np.column_stack(columns))
     source = load_data(f"table:{path}")
     text = " ".join(source.notes)
-    assert "'few' has 4 distinct values" in text and "'time' varies little" in text
+    assert "'few' has 4 distinct values: dequantised" in text and "'time' varies little" in text
     assert "'zeros' holds 0 in" in text and "'fine'" not in text
     seconds = write(tmp_path / "s.csv", ["time"], 1.7e9 + rng.normal(size=(400, 1)))
     with pytest.raises(UserError, match="column 'time' varies less than float32 resolves; subtract an offset"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchcdm.data.pairs import grid_width, pair_up, read_query
+from torchcdm.data.pairs import pair_up, read_query
 from torchcdm.errors import UserError
 
 pd = pytest.importorskip("pandas")
@@ -69,16 +69,6 @@ def test_columns_of_few_values_are_dequantised_or_refused():
     assert len(values.unique()) > 100
     with pytest.raises(UserError, match="few distinct values in the columns c1.*discrete='dequantize'"):
         pair_up(x, x, discrete="refuse")
-
-
-def test_the_width_of_a_grid():
-    draw = np.random.RandomState(0)
-    assert grid_width(draw.normal(size=1000)) is None
-    assert grid_width(np.full(1000, 3.0)) is None
-    assert grid_width(draw.randint(0, 5, 1000) * 0.25) == 0.25
-    # 0 ... 255 in 10 000 rows come back 39 times each; in 1000 rows they might as well be continuous.
-    assert grid_width(draw.randint(0, 256, 10_000).astype(float)) == 1
-    assert grid_width(draw.randint(0, 256, 1000).astype(float)) is None
 
 
 def test_images_go_by_shape_and_by_kind():

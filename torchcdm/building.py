@@ -71,7 +71,7 @@ def load_source(config: DataConfig) -> DataSource:
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     """The same data with every dimension brought to a standard normal, or near one, as the training split has it.
 
-    Grey levels go by histogram, columns of continuous numbers by a curve each.
+    Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each.
 
     Args:
         source: Data on a grid, or vectors.
@@ -80,13 +80,14 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     Raises:
         UserError: Images of continuous values.
     """
-    if source.transform.gaussianized:
+    transform, split = source.transform, source.split("train")
+    if transform.bin is None and len(source.shape) == 1:
+        discrete = transform.values if isinstance(transform, ColumnTransform) else {}
+        return replace(source, transform=ColumnTransform.fit(split.tensors()[0], discrete))
+    if transform.gaussianized:
         return source
-    split = source.split("train")
-    if source.transform.bin is None and len(source.shape) == 1:
-        return replace(source, transform=ColumnTransform.fit(split.tensors()[0]))
     parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(1000))
-    return replace(source, transform=GaussianizedTransform.fit(source.transform, parts, flip))
+    return replace(source, transform=GaussianizedTransform.fit(transform, parts, flip))
 
 
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:

@@ -191,7 +191,8 @@ def require_additive_noise(transform: DataTransform) -> None:
     if transform.gaussianized:
         raise UserError(
             "this model sees Gaussianised data, where noise on grey levels or columns is not additive; "
-            "to denoise data train with --data.gaussianize false"
+            "to denoise data train with --data.gaussianize false (and, for columns of few values, "
+            "--data.dequantize false)"
         )
 
 

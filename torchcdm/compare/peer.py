@@ -16,7 +16,7 @@ from torchcdm.compare.budget import Budget
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource
 from torchcdm.likelihood import LogZOptions
-from torchcdm.likelihood.common import DEQUANTISE, draw_rows
+from torchcdm.likelihood.common import dithered
 from torchcdm.units import DataTransform, LogLikelihood
 
 SCORING_SEED = 0
@@ -221,5 +221,4 @@ class FittedDensity(Fitted):
 
 def dequantised(transform: DataTransform, x: Tensor, seed: int = SCORING_SEED) -> Tensor:
     """Samples with the dequantisation that one pass of our own models is scored on; model units, float64."""
-    noisy = draw_rows(seed, DEQUANTISE, slice(0, len(x)), lambda i, g: transform.add_noise(x[i].double(), g))
-    return transform(noisy)
+    return transform(dithered(transform, x, slice(0, len(x)), seed))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import pixels
+from torchcdm.data.columns import measure_columns
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
@@ -101,7 +102,7 @@ def interpret(x: np.ndarray, name: str, first: bool = False) -> tuple[Tensor, Gr
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise UserError(f"{name}: sample {row} holds a value that is not a finite number")
-    return values, None, [*notes, *_lattice_note(values)]
+    return values, None, [*notes, *(_lattice_note(values) if values.ndim > 2 else [])]
 
 
 def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
@@ -199,27 +200,28 @@ def read_labels(
     return torch.from_numpy(y.astype(np.int64)), tuple(names)
 
 
-def measure(train: Split, grid: Grid | None, dequantize: bool, name: str) -> DataTransform:
-    """The transform of a training split: the grid for grey levels, mean and deviation for continuous data.
+def measure(
+    train: Split, grid: Grid | None, dequantize: bool, name: str, columns: Sequence[str] | None = None
+) -> tuple[DataTransform, list[str]]:
+    """The transform of a training split, and notes: the grid for grey levels, mean and deviation for continuous data.
 
     Raises:
-        UserError: A column that does not vary.
+        UserError: What does not vary.
     """
     if grid is None:
+        shape = train[0][0].shape
+        if len(shape) == 1:
+            return measure_columns(train.tensors()[0], columns or [f"c{k}" for k in range(shape[0])], dequantize, name)
         x, _ = train.tensors(limit=10_000)
-        if x.ndim == 2:
-            constant = (x == x[0]).all(0).nonzero().flatten().tolist()
-            if constant:
-                raise UserError(f"{name}: column {constant[0]} (counted from 0) is constant; leave it out")
-        elif bool((x == x.flatten()[0]).all()):
+        if bool((x == x.flatten()[0]).all()):
             raise UserError(f"{name}: all values are equal; there is nothing to learn")
-        return DataTransform.standardize(x)
+        return DataTransform.standardize(x), []
     low, high = grid
     shape = train[0][0].shape
     if low == 0:
-        return DataTransform.images(shape, high + 1, dequantize)
+        return DataTransform.images(shape, high + 1, dequantize), []
     scale = (high - low + (1 if dequantize else 0)) / 2
-    return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high))
+    return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high)), []
 
 
 def source_from_splits(
@@ -232,8 +234,8 @@ def source_from_splits(
     notes: Iterable[str] = (),
 ) -> DataSource:
     """The source of splits that are made; the transform is measured on the first."""
-    transform = measure(splits[0], grid, options.dequantize, name)
-    return DataSource(name, *splits, transform, class_names, columns, tuple(notes))
+    transform, more = measure(splits[0], grid, options.dequantize, name, columns)
+    return DataSource(name, *splits, transform, class_names, columns, (*notes, *more))
 
 
 def source_from_pool(

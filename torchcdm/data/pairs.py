@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, tables
+from torchcdm.data.columns import cell_width, discrete_values, frequency_notes, resolution_notes
 from torchcdm.data.inputs import TABLE_SUFFIXES, read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
 from torchcdm.data.specs import load_data
-from torchcdm.data.tables import FEW_VALUES, Table, column_notes
+from torchcdm.data.tables import Table
 from torchcdm.errors import UserError, nearest
 from torchcdm.units import ColumnWarp, DataTransform
 
@@ -25,9 +26,6 @@ SOURCES = ("denominator", "numerator")
 
 MIN_ROWS = 20
 """Fewest samples of each data set."""
-
-REPEATS = 10
-"""A column whose values come back so often on average lies on a grid."""
 
 LABEL = "(source)"
 """Name of the column of classes; no file's own."""
@@ -243,23 +241,21 @@ def _from_tables(
 ) -> tuple[DataSource, ColumnWarp]:
     columns = _common_columns(denominator, numerator)
     both = [denominator.matrix(columns), numerator.matrix(columns)]
-    widths = {}
-    for k, column in enumerate(columns):
-        width = grid_width(np.concatenate([x[:, k] for x in both]))
-        if width is not None:
-            widths[column] = width
+    together = [np.concatenate([x[:, k] for x in both]) for k in range(len(columns))]
+    found = [discrete_values(x, column) for x, column in zip(together, columns, strict=True)]
+    widths = {column: cell_width(values) for column, values in zip(columns, found, strict=True) if values is not None}
     if widths and discrete == "refuse":
         raise UserError(
             f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
     notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(columns)} columns."]
-    for k, column in enumerate(columns):
+    for column, x in zip(columns, together, strict=True):
         if column in widths:
             text = f"few distinct values: dequantised by uniform noise of width {widths[column]:g}"
             notes.append(f"column '{column}' has {text}.")
         else:
-            notes += column_notes(column, np.concatenate([x[:, k] for x in both]))
+            notes += [*frequency_notes(x, column), *resolution_notes(x, column)]
     noise = np.random.RandomState(options.seed)
     for x in both:
         x += np.array([widths.get(column, 0.0) for column in columns]) * (noise.rand(*x.shape) - 0.5)
@@ -271,8 +267,8 @@ def _from_tables(
     for split, x in chosen.items():
         label, z = np.repeat(np.array(SOURCES), len(x) // 2), warp(torch.from_numpy(x)).numpy()
         joined[split] = Table(PAIR, dict(zip(columns, z.T, strict=True)) | {LABEL: label}, str)
-    source = tables.source_from_tables(joined, PAIR, options)
-    notes += [note for note in source.notes if "left out" in note]
+    source = tables.source_from_tables(joined, PAIR, replace(options, dequantize=False))
+    notes += [note for note in source.notes if "columns left out" in note]
     return replace(source, notes=tuple(notes)), warp
 
 
@@ -294,16 +290,6 @@ def _common_columns(denominator: Table, numerator: Table) -> list[str]:
         if missing:
             raise UserError(f"{other_name}: no column '{missing[0]}', which {mine_name} has; give both the same")
     return sets[0]
-
-
-def grid_width(values: np.ndarray) -> float | None:
-    """Smallest distance between values that come back, (N,): the noise that makes them continuous; None if they don't.
-
-    A constant column has none: it is left out elsewhere.
-    """
-    distinct = np.unique(values)
-    few = len(distinct) <= FEW_VALUES or REPEATS * len(distinct) <= len(values)
-    return float(np.diff(distinct).min()) if few and len(distinct) > 1 else None
 
 
 # --- images ------------------------------------------------------------------------------------------------------

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.data.arrays import read_labels, source_from_splits
+from torchcdm.data.columns import FEW_VALUES
 from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
-
-FEW_VALUES = 20
-LARGE_SHARE = 0.1
-"""A column with at most FEW_VALUES values, or one value in LARGE_SHARE of the rows, has no bounded density."""
-
-FLOAT32_STEPS = 1000
-"""Least number of float32 steps in a standard deviation before a note asks to subtract an offset."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +107,13 @@ def from_frame(frame: Any, name: str = "data frame") -> Table:
 
 
 def source_from_tables(parts: dict[str, Table], name: str, options: Options, labels: Any = None) -> DataSource:
-    """The columns of numbers; columns that are constant in training are left out.
+    """The columns of numbers; columns that are constant in training are left out, discrete ones dequantised.
 
     Args:
         parts: ``train``, and ``validation`` and ``test`` where they are apart; what is missing is drawn at random.
         name: Name of the source.
-        options: ``label`` names the column of classes, which is no column of the data.
+        options: ``label`` names the column of classes, which is no column of the data; without ``dequantize``
+            discrete columns are left as they are.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
 
     Raises:
@@ -154,25 +149,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
         notes.append(f"columns left out because they are constant in training: {constant}.")
         train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
         splits = (train, validation, test)
-    for k, column in enumerate(columns):
-        if column in kept:
-            notes += column_notes(column, values["train"][:, k])
     return source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
-
-
-def column_notes(column: str, values: np.ndarray) -> list[str]:
-    """Warnings about values whose density is unbounded, or that float32 does not resolve."""
-    notes = []
-    value, count = Counter(values.tolist()).most_common(1)[0]
-    distinct = len(np.unique(values))
-    if len(values) >= 5 * FEW_VALUES and (distinct <= FEW_VALUES or count >= LARGE_SHARE * len(values)):
-        what = f"has {distinct} distinct values" if distinct <= FEW_VALUES else (
-            f"holds {value:g} in {100 * count / len(values):.0f} % of the rows"
-        )
-        notes.append(f"column '{column}' {what}: its density has no upper bound; better a label, or left out.")
-    if values.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(values).max():
-        notes.append(f"column '{column}' varies little beside its size, beyond float32: subtract an offset.")
-    return notes
 
 
 def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[str, ...] | None]:

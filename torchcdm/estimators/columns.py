@@ -9,16 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from torchcdm.data.tables import FEW_VALUES, LARGE_SHARE
+from torchcdm.data.columns import cell_width, discrete_values, frequent_value
 from torchcdm.errors import UserError, nearest
 
 DISCRETE = ("dequantize", "error")
 """What to do with a column of few distinct values."""
-
-REPEATS = 5
-SMALLEST_STEP = 0.01
-"""A column of more than FEW_VALUES values lies on a lattice where each value comes REPEATS times on average and the
-values are at least SMALLEST_STEP deviations apart: a finer one is blurred by the first noise level anyway."""
 
 COPIES, COPIED_ROWS = 20, 200_000
 """A table with discrete columns is trained on so many noisy copies, or so many rows in all, whichever is less."""
@@ -62,20 +57,17 @@ class Columns:
             raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
         constants, values, notes = {}, {}, []
         for k, name in enumerate(names):
-            found, counts = np.unique(x[:, k], return_counts=True)
-            if len(found) == 1:
-                constants[k] = float(found[0])
+            column = x[:, k]
+            if (column == column[0]).all():
+                constants[k] = float(column[0])
                 continue
-            share = counts.max() / len(x)
-            kind = f"has {len(found)} distinct values in {len(x)} rows"
-            if _is_discrete(found, len(x), float(x[:, k].std())):
-                values[k] = tuple(found.tolist())
-                step = float(np.diff(found).min())
-                if step < 1e-6 * float(x[:, k].std()):
-                    raise UserError(f"column '{name}' {kind}, two of them only {step:g} apart; round the column")
-                notes.append(f"column '{name}' {kind}: dequantised with cells of {step:g}")
-            elif share >= LARGE_SHARE and counts.max() >= REPEATS:
-                kind = f"holds {found[counts.argmax()]:g} in {100 * share:.0f} % of the rows"
+            found, frequent = discrete_values(column, name), frequent_value(column)
+            if found is not None:
+                values[k] = found
+                kind = f"has {len(found)} distinct values in {len(x)} rows"
+                notes.append(f"column '{name}' {kind}: dequantised with cells of {cell_width(found):g}")
+            elif frequent is not None:
+                kind = f"holds {frequent[0]:g} in {100 * frequent[1]:.0f} % of the rows"
                 notes.append(f"column '{name}' {kind}: its density has no upper bound there")
             else:
                 continue
@@ -101,7 +93,7 @@ class Columns:
     @property
     def cells(self) -> np.ndarray:
         """Width of the cell of each kept column, 0 where it is continuous: (kept,)."""
-        widths = [float(np.diff(self.values[k]).min()) if k in self.values else 0.0 for k in self.kept]
+        widths = [cell_width(self.values[k]) if k in self.values else 0.0 for k in self.kept]
         return np.array(widths)
 
     @property
@@ -160,10 +152,3 @@ class Columns:
         constants = {int(k): float(value) for k, value in content["constants"]}
         values = {int(k): tuple(found) for k, found in content["values"]}
         return cls(tuple(content["names"]), constants, values)
-
-
-def _is_discrete(values: np.ndarray, rows: int, deviation: float) -> bool:
-    """Whether sorted distinct values in so many rows are the values of a discrete column."""
-    if len(values) <= FEW_VALUES:
-        return 2 * len(values) <= rows
-    return REPEATS * len(values) <= rows and float(np.diff(values).min()) >= SMALLEST_STEP * deviation

@@ -53,6 +53,11 @@ def scoring_level(model: Denoiser) -> int:
     return min(int(enough.double().argmax()) + 1, max(1, model.schedule.T - 1))
 
 
+def dithered(transform: DataTransform, x: Tensor, rows: slice, seed: int) -> Tensor:
+    """The samples ``rows`` with noise over their cells, data units, float64; a function of (seed, index) alone."""
+    return draw_rows(seed, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g)).to(x.device)
+
+
 def batches(n: int, size: int) -> Iterator[slice]:
     """Slices that cover ``n`` samples, the last one too."""
     if n < 1:

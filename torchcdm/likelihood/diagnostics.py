@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import evaluation_mode, working_dtype
-from torchcdm.likelihood.common import CHAIN, DEQUANTISE, batches, draw_normal, draw_rows, labels_of, require_transform
+from torchcdm.likelihood.common import CHAIN, batches, dithered, draw_normal, labels_of, require_transform
 from torchcdm.likelihood.flow import flow_gaps
 from torchcdm.likelihood.single_pass import noised
 
@@ -75,8 +75,8 @@ def consistency(
     down, up = (torch.empty(schedule.T + 1, len(x), dtype=torch.float64) for _ in range(2))
     with evaluation_mode(model):
         for rows in batches(len(x), batch_size):
-            dithered = draw_rows(seed, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g))
-            x_0, labels = transform(dithered.to(device)), labels_of(y, rows, device)
+            x_0 = transform(dithered(transform, x, rows, seed).to(device))
+            labels = labels_of(y, rows, device)
             for t in range(schedule.T + 2):
                 x_t = schedule.perturb(x_0, t, draw_normal(seed, (CHAIN, t), rows, x_0))
                 log_p = model.log_prob_levels(x_t.to(dtype), labels)

@@ -17,6 +17,7 @@ from torchcdm.likelihood.common import (
     CHAIN,
     STRATA,
     batches,
+    dithered,
     draw_normal,
     draw_rows,
     labels_of,
@@ -89,11 +90,9 @@ def elbo(
             batch = _Batch(chain, x, y, rows, seed)
             prior = chain.prior_kl(batch.x_0)
             terms = prior, batch.diffusion(level, steps - 1), batch.reconstruction(level)
-            parts.append([term.cpu() for term in terms])
-    prior, diffusion, reconstruction = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts.append([term.cpu() for term in (*terms, batch.change)])
+    prior, diffusion, reconstruction, change = (torch.cat(column) for column in zip(*parts, strict=True))
     total = prior + diffusion + reconstruction
-    # Code lengths need no change of units; a density less the log bin, as everywhere.
-    change = transform.log_det(x) if transform.bin is None else -transform.dim * transform.log_bin
     how = f"all {count} levels" if steps == count else f"{steps} of {count} levels drawn for each sample"
     likelihood = LogLikelihood(
         change - total, transform.dim, level, f"ELBO of the reverse chain, {how}", transform.log_bin, steps
@@ -102,7 +101,7 @@ def elbo(
 
 
 class _Batch:
-    """The samples ``rows``: x_0 as the chain sees it."""
+    """The samples ``rows``: x_0 as the chain sees it, and what makes its log-likelihood one of the data, (B,)."""
 
     def __init__(self, chain: ReverseChain, x: Tensor, y: Tensor | None, rows: slice, seed: int) -> None:
         self.chain, self.schedule = chain, chain.schedule
@@ -111,8 +110,11 @@ class _Batch:
         self.x, self.y = x[rows].to(device), labels_of(y, rows, device)
         self.rows, self.seed = rows, seed
         if self.transform.bin is None:
-            self.x_0 = self.transform(self.x.double())
+            noisy = dithered(self.transform, x, rows, seed).to(device)
+            self.x_0, self.change = self.transform(noisy), self.transform.log_det(noisy)
         else:
+            # Code lengths need no change of units; a density less the log bin, as everywhere.
+            self.change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
             shape = self.transform.shape
             cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=torch.float64))
             self.x_0 = self.transform.place(self.x, cell.to(device))

@@ -14,9 +14,9 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.common import (
     CELL,
-    DEQUANTISE,
     NOISE,
     batches,
+    dithered,
     draw_normal,
     draw_rows,
     labels_of,
@@ -82,13 +82,11 @@ def single_draws(
                     scored = score_noisy(model, x, y, rows, level, seed + draw)
                     values[draw, rows] = (scored.log_prob + scored.offset).cpu()
                 else:
-                    noisy = draw_rows(
-                        seed + draw, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g)
-                    )
-                    z = transform(noisy.to(model.schedule.alpha.device))
+                    noisy = dithered(transform, x, rows, seed + draw).to(model.schedule.alpha.device)
+                    z = transform(noisy)
                     dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
                     log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
-                    values[draw, rows] = log_p.cpu() + transform.log_det(noisy.to(z.device)).cpu()
+                    values[draw, rows] = log_p.cpu() + transform.log_det(noisy).cpu()
     return values
 
 
@@ -131,25 +129,26 @@ def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level
         eps = model.denoise(x_t, level, labels).eps
     if transform.bin is None:
         log_alpha = transform.dim * float(schedule.alpha[level].log())
-        return ScoredNoise(z, log_prob, log_alpha + transform.log_det(x[rows].to(z.device)))
+        clean = dithered(transform, x, rows, seed).to(z.device)
+        return ScoredNoise(z, log_prob, log_alpha + transform.log_det(clean))
     cells, levels = noisy_cells(transform, schedule, level), x[rows].to(z.device)
     decoded = cells.log_decoder(z, levels, Prediction(z, *schedule.at(level, z), eps).x0)
     return ScoredNoise(z, log_prob, decoded - cells.log_q(z, levels) - transform.dim * transform.log_bin)
 
 
 def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Tensor:
-    """The samples ``rows`` at a level above 0: dequantised on a grid, model units, float64 (B, *shape).
+    """The samples ``rows`` at a level above 0: dequantised where they are discrete, model units, float64 (B, *shape).
 
     A function of (seed, index) alone, so that several likelihoods can score the very same noisy inputs.
     """
     transform, schedule = require_transform(model), model.schedule
     device = schedule.alpha.device
-    clean = transform(x[rows].to(device).double())
+    clean = x[rows].to(device).double()
     eps = draw_normal(seed, NOISE, rows, clean)
     if transform.bin is None:
-        return schedule.perturb(clean, level, eps)
+        return schedule.perturb(transform(dithered(transform, x, rows, seed).to(device)), level, eps)
     cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(transform.shape, generator=g, dtype=torch.float64))
-    return noisy_cells(transform, schedule, level).noised(x[rows].to(device), cell.to(device), eps)
+    return noisy_cells(transform, schedule, level).noised(clean, cell.to(device), eps)
 
 
 @torch.no_grad()

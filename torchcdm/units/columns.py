@@ -27,11 +27,17 @@ class ColumnTransform(DataTransform):
 
     Args:
         warp: Of all columns, arguments of :class:`ColumnWarp`; shifts and scales the columns with a histogram.
-        histograms: By column, the edges of its cells and of the gaps between them, rising, data units, and the
-            cumulative probability at each.
+        histograms: By discrete column, its values, rising, data units, and the cumulative probability at the edges of
+            their cells and of the gaps between them.
+
+    Attributes:
+        columns: The discrete columns.
+        cells: Width of the cell of each column, (d,), data units; 0 for continuous ones.
     """
 
     gaussianized = True
+
+    cells: Tensor
 
     def __init__(
         self, warp: Mapping[str, Any], histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]]
@@ -39,22 +45,54 @@ class ColumnTransform(DataTransform):
         super().__init__((len(warp["scale"]),))
         self.warp = ColumnWarp(**warp)
         self.columns = tuple(int(k) for k in histograms)
-        for k, (edges, cumulative) in zip(self.columns, histograms.values(), strict=True):
-            self.register_buffer(f"edges{k}", torch.as_tensor(edges, dtype=torch.float64), persistent=False)
+        self.dequantize = bool(histograms)
+        cells = torch.zeros(self.shape, dtype=torch.float64)
+        for k, (values, cumulative) in zip(self.columns, histograms.values(), strict=True):
+            centres = torch.as_tensor(values, dtype=torch.float64)
+            cells[k] = centres.diff().min()
+            self.register_buffer(f"values{k}", centres, persistent=False)
+            self.register_buffer(f"edges{k}", _edges(centres), persistent=False)
             self.register_buffer(f"cumulative{k}", torch.as_tensor(cumulative, dtype=torch.float64), persistent=False)
+        self.register_buffer("cells", cells, persistent=False)
 
     @classmethod
-    def fit(cls, x: Tensor, values: Mapping[int, Sequence[float]] = MappingProxyType({})) -> ColumnTransform:
-        """From the dequantised training rows.
+    def fit(
+        cls, x: Tensor, values: Mapping[int, Sequence[float]] = MappingProxyType({}), bend: bool = True
+    ) -> ColumnTransform:
+        """From the training rows; discrete columns dequantised, or as they are.
 
         Args:
             x: Rows (N, d), data units.
             values: Distinct values of the discrete columns, rising, by column; each has a cell as wide as the
                 smallest distance between two of them.
+            bend: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
         """
         x = x.double()
-        histograms = {k: _measured(x[:, k], known) for k, known in values.items()}
-        return cls(ColumnWarp.fit(x, straight=tuple(values)).to_config(), histograms)
+        histograms = {k: (known, _cumulative(x[:, k], known)) for k, known in values.items()}
+        straight = tuple(values) if bend else range(x.shape[1])
+        return cls(ColumnWarp.fit(x, straight=straight).to_config(), histograms)
+
+    @property
+    def values(self) -> dict[int, tuple[float, ...]]:
+        """Distinct values of the discrete columns, rising, by column."""
+        return {k: tuple(self.get_buffer(f"values{k}").tolist()) for k in self.columns}
+
+    def add_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Discrete columns spread over their cells, (..., d), data units."""
+        if not self.columns:
+            return x
+        x = x if x.is_floating_point() else x.float()
+        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return x + self.cells.to(x) * (noise - 0.5)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Discrete columns rounded to the nearest of their values, (N, d), data units."""
+        x = x.clone()
+        for k in self.columns:
+            values = self.get_buffer(f"values{k}")
+            borders = (values[1:] + values[:-1]) / 2
+            x[:, k] = values[torch.searchsorted(borders, x[:, k].double().contiguous())].to(x.dtype)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.warp(x)
@@ -81,7 +119,9 @@ class ColumnTransform(DataTransform):
         return slopes.sum(1)
 
     def to_config(self) -> dict[str, Any]:
-        histograms = {str(k): [part.tolist() for part in self._histogram(k)] for k in self.columns}
+        histograms = {
+            str(k): [self.get_buffer(f"{part}{k}").tolist() for part in ("values", "cumulative")] for k in self.columns
+        }
         return {"kind": "columns", "warp": self.warp.to_config(), "histograms": histograms}
 
     def _histogram(self, k: int) -> tuple[Tensor, Tensor]:
@@ -99,17 +139,21 @@ class ColumnTransform(DataTransform):
         return z + (x - inside) / scale, torch.where(x == inside, log_slope, -scale.log())
 
 
-def _measured(x: Tensor, values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Edges of the cells of ``values`` and of the gaps between them, and the share of ``x`` (N,) below each."""
-    centres = torch.tensor(values, dtype=torch.float64)
+def _edges(centres: Tensor) -> Tensor:
+    """Edges of the cells around the rising ``centres`` and of the gaps between them, rising."""
     half = centres.diff().min() / 2
     edges = torch.stack([centres - half, centres + half], 1).flatten()
     rising = edges.diff() > 1e-6 * half  # neighbouring cells share an edge, to rounding
-    edges = edges[torch.cat([torch.ones(1, dtype=torch.bool), rising])]
+    return edges[torch.cat([torch.ones(1, dtype=torch.bool), rising])]
+
+
+def _cumulative(x: Tensor, values: Sequence[float]) -> list[float]:
+    """Share of ``x`` (N,) below each of the edges of the cells of ``values`` and of the gaps between them."""
+    edges = _edges(torch.tensor(values, dtype=torch.float64))
     # One more sample, spread over all cells: none is impossible.
     counts = torch.histogram(x.clamp(edges[0], edges[-1]).contiguous(), edges).hist + 1 / len(edges)
     share = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0) / counts.sum()])
-    return edges.tolist(), (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
+    return (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
 
 
 def _cell_of(values: Tensor, edges: Tensor) -> Tensor:
