@@ -33,7 +33,7 @@ class DataConfig:
         limit: At most so many samples in every split.
         skip_bad: Leave out files that cannot be read.
         label: Column of a table that holds the class.
-        dequantize: Train and score with uniform noise on grey levels; False as in the paper.
+        dequantize: Train and score with uniform noise on grey levels and columns of few values; False as in the paper.
         gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
             table towards a normal: a better density where dimensions have distributions of their own, but noise is
             then no additive noise on the data.
