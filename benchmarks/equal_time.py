@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 
-from torchcdm.building import load_source
+from torchcdm.building import load_source, plain_model
 from torchcdm.checkpoint import load
 from torchcdm.codec import differences, encode
-from torchcdm.compare.own import UNLIMITED, plain
+from torchcdm.compare.own import UNLIMITED
 from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
@@ -59,7 +59,7 @@ def at_rate(config: Config, rate: float) -> Config:
 
 def ddm(config: Config, width: int, residual: bool = True) -> Config:
     """The DDM for a preset."""
-    model = plain(config.model)
+    model = plain_model(config.model)
     return replace(
         config, model=replace(model, gaussian=residual, backbone=replace(model.backbone, channels=width))
     )

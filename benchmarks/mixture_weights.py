@@ -155,7 +155,7 @@ def by_density(components: int) -> Callable[[Task], np.ndarray]:
     def log_weights(task: Task) -> np.ndarray:
         options = {"model": {"components": components}, "sampling": {"n": 0}, "seed": task.seed, "steps": task.steps}
         source = from_object(torch.from_numpy(task.rows).float(), validation_fraction=0.1, test_fraction=0.0)
-        model = torchcdm.fit(source, "mlp", device="cpu", **options)
+        model = torchcdm.fit(source, preset="mlp", device="cpu", **options)
         x = task.points.flatten(0, 1)
         with torch.no_grad():
             log_p = model.log_prob(x.float())

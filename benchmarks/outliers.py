@@ -156,7 +156,7 @@ def corruption_setting(options: argparse.Namespace) -> Iterator[Setting]:
     """Fashion-MNIST against digits and what is spoiled."""
     source = load_data("fashion-mnist")
     if options.run is None:
-        model = torchcdm.fit(source, "fashion-mnist", progress=False, **steps_of(options))
+        model = torchcdm.fit(source, preset="fashion-mnist", progress=False, **steps_of(options))
     else:
         model = torchcdm.load(options.run)
     order = torch.randperm(len(source.test), generator=torch.Generator().manual_seed(0))
@@ -176,7 +176,7 @@ def held_out_settings(options: argparse.Namespace) -> Iterator[Setting]:
             return split.select((~torch.isin(split.labels, torch.tensor(held_out))).nonzero()[:, 0])
 
         known = replace(source, train=normal_only(source.train), validation=normal_only(source.validation))
-        model = torchcdm.fit(known, "fashion-mnist", progress=False, **steps_of(options))
+        model = torchcdm.fit(known, preset="fashion-mnist", progress=False, **steps_of(options))
         outliers = {
             source.class_names[k]: source.test.select((source.test.labels == k).nonzero()[:, 0]).tensors()[0]
             for k in classes
@@ -197,7 +197,7 @@ def table_settings(options: argparse.Namespace) -> Iterator[Setting]:
                 rows = torch.from_numpy(np.random.RandomState(split).permutation(np.flatnonzero(y != odd)))
                 known, normal = rows[: 3 * len(rows) // 4], rows[3 * len(rows) // 4 :]
                 source = from_object(values[known], validation_fraction=0.25, test_fraction=0.0, seed=split)
-                model = torchcdm.fit(source, "table", progress=False, seed=split, **steps_of(options))
+                model = torchcdm.fit(source, preset="table", progress=False, seed=split, **steps_of(options))
                 outliers = {f"class {odd}": values[torch.from_numpy(y == odd)]}
                 yield Setting(table, source, model, values[normal], outliers)
 

@@ -36,9 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm import cdm
-from torchcdm.building import build_loss, build_model, build_schedule
+from torchcdm.building import build_loss, build_model, build_schedule, plain_model
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.compare.own import plain
 from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.denoisers import Denoiser, DenoisingDiffusion, evaluation_mode
 from torchcdm.gaussian import GaussianMarginals
@@ -157,7 +156,7 @@ def _encoder_models(batch: int, mode: Mode) -> list[Contender]:
     config, shape = make_config(preset_fields("fashion-mnist")), (1, 28, 28)
     mode = replace(mode, optimizer=config.train.optimizer)
     joint = replace(config, model=replace(config.model, labels="joint"))
-    ddm = replace(config, model=replace(plain(config.model), gaussian=False))
+    ddm = replace(config, model=replace(plain_model(config.model), gaussian=False))
     x, y = torch.randn(batch, *shape), torch.arange(batch) % CLASSES
     rows = _rows("encoder", config, joint, x, y, mode, baseline="encoder-ddm")
     rows += _rows("encoder-ddm", ddm, _labelled(ddm), x, y, mode, baseline="encoder-ddm")

@@ -37,9 +37,8 @@ from step_cost import (
     untrained,
 )
 
-from torchcdm.building import build_loss
+from torchcdm.building import build_loss, plain_model
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.compare.own import plain
 from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.run_folder import write_json
 
@@ -55,12 +54,12 @@ def rows_at(question: str, value: int) -> list[Contender]:
     batch = value if question == "batch" else BATCH
     side = value if question == "resolution" else SIDE
     classes = value if question == "classes" else CLASSES
-    plain_model = replace(config, model=replace(plain(config.model), gaussian=False))
+    ddm = replace(config, model=replace(plain_model(config.model), gaussian=False))
     if question == "classes":
         config = replace(config, model=replace(config.model, labels="joint"))
-        plain_model = replace(plain_model, model=replace(plain_model.model, labels="input"))
+        ddm = replace(ddm, model=replace(ddm.model, labels="input"))
     return steps_of("cdm", config, f"{question}/{value}", batch, side, classes) + steps_of(
-        "ddm", plain_model, f"{question}/{value}", batch, side, classes
+        "ddm", ddm, f"{question}/{value}", batch, side, classes
     )
 
 

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from equal_time import measured, on_plain_grey_levels
 
-from torchcdm.building import load_source
+from torchcdm.building import load_source, plain_model
 from torchcdm.checkpoint import load
-from torchcdm.compare.own import plain
 from torchcdm.config import Config
 from torchcdm.data import DataSource
 from torchcdm.likelihood import FlowOptions, flow_likelihood
@@ -34,7 +33,7 @@ FLOW = "flow.json"
 
 def paper(config: Config, optimizer: str, rate: float) -> Config:
     """The paper's network and losses for a preset."""
-    model = replace(config.model, backbone=plain(config.model).backbone, gaussian=False)
+    model = replace(config.model, backbone=plain_model(config.model).backbone, gaussian=False)
     training = replace(config.train, optimizer=optimizer, lr=rate)
     return replace(config, model=model, loss=replace(config.loss, time_weight=0.0), train=training)
 

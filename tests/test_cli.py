@@ -71,7 +71,6 @@ def refuse(capsys, *words):
         (["train", "digits", "--out", "R", "--train.steps"], "--train.steps needs a value"),
         (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
         (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),
-        (["train", "digits", "--out", "R", "--model", "ddm"], "cannot be a ddm; use --model.backbone unet"),
         (["train", "digits", "--out", "R", "--size", "8by8"], "write height x width"),
         (["train", "digits", "--out", "R", "--size", "7x7"], "halve"),
         (["train", "digits", "--out", "R", "--data", "digit"], "did you mean 'digits'"),

@@ -279,7 +279,7 @@ def test_corrupt_image_of_a_lazy_folder_is_named_when_it_is_read(tmp_path, monke
 
 
 def test_folders_that_are_missing_empty_or_too_small(tmp_path):
-    assert "nowhere: no such folder" in one_line(f"folder:{tmp_path}/nowhere")
+    assert "nowhere: no such file or folder" in one_line(f"folder:{tmp_path}/nowhere")
     assert "write folder:PATH" in one_line("folder:")
     assert f"{tmp_path}: no image files" in one_line(f"folder:{tmp_path}")
     write_folder(tmp_path, 3)

@@ -91,7 +91,7 @@ def test_toys_have_the_mean_of_their_distribution(name):
         ("digits:there", "'digits' takes nothing after the colon"),
         ("toy:two-moon", "did you mean 'two-moons'"),
         ("array:nowhere.npz", "nowhere.npz: no such file"),
-        ("folder:nowhere", "no such folder"),
+        ("folder:nowhere", "nowhere: no such file or folder"),
         ("array:", "write array:FILE.npz"),
         ("toy", "write toy:NAME"),
         ("", "choose from: array, celeba"),

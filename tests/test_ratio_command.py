@@ -63,7 +63,7 @@ def test_the_table_and_the_numbers_are_those_of_the_python_call(capsys, tmp_path
     assert numbers["query"]["effective_sample_size"] == pytest.approx(ratio.effective_sample_size(weights), rel=1e-4)
     assert numbers["query"]["log_ratio"]["max"] == pytest.approx(truth.log_ratio.max(), rel=1e-4)
     assert numbers["held_out"]["log_loss"] == pytest.approx(ratio.held_out.log_loss, rel=1e-4)
-    assert "150 rows over 200 rows, 2 columns." in out and "log loss of the sources" in out
+    assert "150 rows over 200 rows, 2 columns: height, mass." in out and "log loss of the sources" in out
     assert "1 samples lie outside both data sets" in out
 
     again = DensityRatio.load(tmp_path / "ratio", device="cpu")

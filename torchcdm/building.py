@@ -99,6 +99,16 @@ def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
     return replace(config, schedule=schedule)
 
 
+def plain_model(model: ModelConfig) -> ModelConfig:
+    """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
+    net = model.backbone
+    if isinstance(net, EncoderConfig):
+        net = UNetConfig(
+            channels=net.width, multipliers=net.multipliers, blocks=net.blocks, attention=(), dropout=net.dropout
+        )
+    return replace(model, kind="ddm", backbone=net)
+
+
 def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """The noise schedule of a resolved configuration."""
     match config:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.backbones.second_order import second_derivatives
-from torchcdm.denoisers import Denoiser, Prediction
+from torchcdm.denoisers import Denoiser, Prediction, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.gaussian import BaseDensity, StandardNormal
 from torchcdm.schedules import Level, NoiseSchedule
@@ -136,7 +136,7 @@ class ClassificationDiffusion(Denoiser):
         Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
 
         Args:
-            x: (B, *shape).
+            x: (B, *shape), a tensor or an array of any number type.
             t: Level of the density; 0 is the data.
             y: Classes, long (B,); None for the unconditional density.
             units: ``data``, or ``model`` for inputs that are already transformed.
@@ -151,11 +151,12 @@ class ClassificationDiffusion(Denoiser):
             raise UserError(f"units is '{units}'; choose data or model")
         if not 0 <= t <= self.schedule.T + 1:
             raise UserError(f"level {t} does not exist; levels are 0 ... {self.schedule.T + 1}")
+        x = torch.as_tensor(x, device=self.schedule.alpha.device)
         if self.shape is not None and tuple(x.shape[1:]) != self.shape:
             raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
-        if units == "model" or self.transform is None:
-            return self.log_prob_levels(x, y)[:, t]
-        return self.log_prob_levels(self.transform(x), y)[:, t] + self.transform.log_det(x)
+        z = x if units == "model" or self.transform is None else self.transform(x)
+        log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
+        return log_p if z is x else log_p + self.transform.log_det(x)
 
     def logits(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
         """Logits of the level classifier, float64 (B, T+2): their softmax is p(t | x_t)."""
@@ -254,6 +255,8 @@ class ClassificationDiffusion(Denoiser):
     def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
         """h - h_{T+1}, (B, [classes,] T+2), at least float32."""
         h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
+        if h.shape[-1] != self.schedule.T + 2:
+            raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
         if h.dtype in (torch.float16, torch.bfloat16):
             h = h.float()
         return h - h[..., -1:]

@@ -5,6 +5,7 @@ Precedence, weakest first: the defaults below, a preset, a YAML file, flags.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -284,14 +285,23 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise UserError(f"max_seconds is {self.max_seconds:g}; it must be positive")
-        if self.lr <= 0:
-            raise UserError(f"lr is {self.lr:g}; it must be positive")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value:g}; it must be positive")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name):g}; it must not be negative")
+        for name in ("patience", "decay_every", "sample_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay:g}; it must be at least 0 and below 1")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must not be negative")
-        if len(self.betas) != 2:
-            raise UserError(f"betas is {list(self.betas)}; two numbers are needed")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas is {list(self.betas)}; two numbers of at least 0 and below 1 are needed")
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,10 @@ class SamplingConfig:
     sampler: str = "ddim"
     steps: int = 50
     guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n < 0 or self.steps < 1:
+            raise UserError(f"sampling: n is {self.n} and steps is {self.steps}; at least 0 and 1 are needed")
 
 
 @dataclass(frozen=True)
@@ -323,6 +337,11 @@ class ReportConfig:
     flow_steps: int = 50
     flow_probes: int = 2
     baselines: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "draws", "flow_steps", "flow_probes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"report: {name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torchcdm.checkpoint import load
 from torchcdm.config import Config, TrainConfig, make_config, preset_fields
-from torchcdm.data import from_object
+from torchcdm.data import DataSource, from_object, load_data, spec_of
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest
+from torchcdm.interrupt import Interrupted
 from torchcdm.trainer import train
 
 
 def fit(
     data: Any,
     /,
-    preset: str | None = None,
     labels: Any = None,
+    *,
+    preset: str | None = None,
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -30,12 +33,14 @@ def fit(
 
     Args:
         data: Tensor or array of images (N, C, H, W) or vectors (N, d), integers for grey levels and floats for
-            continuous values; a data frame; a torch Dataset; a pair (samples, labels).
+            continuous values; a data frame; a torch Dataset; a pair (samples, labels); the path of a table, an array
+            or a folder of images, or a SPEC as on the command line.
+        labels: Classes (N,); the model is conditional where ``model={"labels": ...}`` says so. Of a data frame or the
+            path of a table, the name of a column.
         preset: Name of a preset; ``encoder`` for images and ``mlp`` for vectors when None.
-        labels: Classes (N,); the model is conditional where ``model={"labels": ...}`` says so.
-        out: Folder of the run; kept nowhere when None.
+        out: Folder of the run; when None nothing is kept and no samples are drawn.
         device: As in :func:`torchcdm.trainer.train`.
-        progress: Shows a progress bar.
+        progress: Shows a progress bar, and what was read off the data.
         **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
             (``model={"backbone": {"width": 48}}``).
 
@@ -50,21 +55,54 @@ def fit(
         >>> model.log_prob(torch.zeros(1, 3))
     """
     layer = override_fields(overrides)
-    data_options = layer.get("data", {})
-    source = from_object(
-        data,
-        labels,
-        data_options.get("validation_fraction"),
-        data_options.get("test_fraction"),
-        data_options.get("seed", 0),
-        data_options.get("dequantize", True),
-    )
+    source = _source(data, labels, layer.get("data", {}))
+    if progress:
+        print(*source.notes, sep="\n")
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
     config = make_config(preset_fields(preset), layer)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run" if out is None else Path(out)
-        train(config, folder, source, device=device, progress=progress)
+    if out is not None:
+        train(config, Path(out), source, device=device, progress=progress)
+        return load(out, device or "cpu")
+    with trained(config, source, device, progress) as folder:
         return load(folder, device or "cpu")
+
+
+@contextmanager
+def trained(config: Config, source: DataSource, device: str | None, progress: bool) -> Iterator[Path]:
+    """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
+
+    Args:
+        config: What and how.
+        source: The data.
+        device: As in :func:`torchcdm.trainer.train`.
+        progress: Likewise.
+
+    Raises:
+        Interrupted: A signal stopped the training; nothing is left of it.
+    """
+    config = replace(config, sampling=replace(config.sampling, n=0))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        try:
+            train(config, folder, source, device=device, progress=progress)
+        except Interrupted as error:
+            raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
+        yield folder
+
+
+def _source(data: Any, labels: Any, options: Mapping[str, Any]) -> DataSource:
+    """The data by the fields of the configuration that objects have too."""
+    fractions = options.get("validation_fraction"), options.get("test_fraction")
+    seed, dequantize = options.get("seed", 0), options.get("dequantize", True)
+    if not isinstance(data, (str, Path)):
+        return from_object(data, labels, *fractions, seed, dequantize)
+    if labels is not None and not isinstance(labels, str):
+        raise UserError("fit: labels of data from files lie in the files; give the name of a table's column, or none")
+    size = options.get("size")
+    return load_data(
+        spec_of(data), None if size is None else tuple(size), options.get("channels"), *fractions, seed,
+        options.get("limit"), options.get("skip_bad", False), labels or options.get("label"), dequantize,
+    )  # fmt: skip
 
 
 def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import final
@@ -123,14 +124,25 @@ def extractor_for(
     Raises:
         UserError: No Inception, and no classes to train a classifier on.
     """
+    if _has_inception(source):
+        return _inception(source, device)
+    return _classifier(source, seed, device, steps)
+
+
+def _has_inception(source: DataSource) -> bool:
+    """Whether features are Inception's; else a classifier of the source's classes has to give them.
+
+    Raises:
+        UserError: Neither can be had.
+    """
     weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
     if find_spec("torch_fidelity") and weights.exists():
-        return _inception(source, device)
+        return True
     if source.classes is None or len(source.shape) != 3:
         raise UserError(
             f"{source.name}: Fréchet distances need images with classes, or torch-fidelity with {weights}"
         )
-    return _classifier(source, seed, device, steps)
+    return False
 
 
 @final
@@ -147,9 +159,18 @@ class Reference:
     """
 
     def __init__(self, source: DataSource, device: str | torch.device = "cpu") -> None:
-        self.source = source
-        self.extractor = extractor_for(source, device=device)
-        self.real = self.extractor.features(source.train.tensors(REAL)[0])
+        _has_inception(source)  # what has no features is refused before anything is trained for them
+        self.source, self.device = source, device
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """Made, or trained, when the first distance is asked for."""
+        return extractor_for(self.source, device=self.device)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Features of training images."""
+        return self.extractor.features(self.source.train.tensors(REAL)[0])
 
     def distance(self, x: Tensor) -> float:
         """Fréchet distance of images in data units, (N, C, H, W)."""
@@ -168,6 +189,8 @@ class Reference:
 
     def header(self, count: int) -> str:
         """What a number of ``count`` samples is, for the title of a table."""
+        if count < SMALLEST_COUNT:
+            return f"no Fréchet distance of {count} samples"
         return f"Fréchet distance of {count} samples to {len(self.real)} training images in {self.extractor.name}"
 
     def notes(self, count: int) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ some x_t is another case: :meth:`ClassificationDiffusion.denoise_blind`.)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +123,7 @@ def denoise_known(
     Raises:
         UserError: ``std`` is not positive, or in data units of a model whose columns differ in scale.
     """
-    if std <= 0:
+    if not 0 < std < math.inf:
         raise UserError(f"the noise's standard deviation is {std:g}; it must be positive")
     if units == "data" and model.transform is not None:
         require_additive_noise(model.transform)

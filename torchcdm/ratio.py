@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -19,11 +19,10 @@ from torchcdm.data import DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError, nearest
-from torchcdm.fitting import override_fields
+from torchcdm.fitting import override_fields, trained
 from torchcdm.losses import stratified_levels
-from torchcdm.ratio_checks import Calibration, effective_sample_size, tempering, weights_of
+from torchcdm.ratio_checks import SEPARATE, Calibration, effective_sample_size, tempering, weights_of
 from torchcdm.run_folder import RunFolder, write_json
-from torchcdm.trainer import train
 from torchcdm.units import ColumnWarp
 from torchcdm.version import __version__
 
@@ -33,6 +32,9 @@ FORMAT = 1
 METHODS = ("joint", "separate")
 
 BATCH = 1024
+
+FARTHEST = 1e6
+"""Model units beyond which a query counts as lying there: squares of more overflow in the network."""
 
 RARE = 1e-3
 """Share of a data set below which a density counts as rare there."""
@@ -55,7 +57,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 """What each method sets on top of the preset for vectors or images."""
 
-TRAINING = {"sampling": {"n": 0}, "train": {"select": "loss"}}
+SETTINGS = ("random_state", "method", "discrete", "validation_fraction", "channels", "preset")
+"""Arguments that a saved ratio keeps as they are."""
+
+TRAINING = {"train": {"select": "loss"}}
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class DensityRatio:
         validation_fraction: Share of each data set held out for early stopping.
         size: Images are resized to this (H, W).
         channels: Images are converted to so many channels.
+        skip_bad: Leave out image files that cannot be read.
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar.
         preset: ``mlp`` for vectors and ``encoder`` for images when None.
@@ -124,6 +130,7 @@ class DensityRatio:
         validation_fraction: float = 0.15,
         size: tuple[int, int] | None = None,
         channels: int | None = None,
+        skip_bad: bool = False,
         device: str | None = None,
         progress: bool = False,
         preset: str | None = None,
@@ -131,8 +138,11 @@ class DensityRatio:
     ) -> None:
         if method not in METHODS:
             raise UserError(f"method is '{method}'; {nearest(str(method), METHODS)}")
-        self.random_state, self.method, self.discrete = random_state, method, discrete
+        if isinstance(random_state, bool) or not isinstance(random_state, Integral) or random_state < 0:
+            raise UserError(f"random_state is {random_state!r}; a whole number of at least 0 is needed")
+        self.random_state, self.method, self.discrete = int(random_state), method, discrete
         self.validation_fraction, self.size, self.channels = validation_fraction, size, channels
+        self.skip_bad = skip_bad
         self.device, self.progress, self.preset, self.overrides = device, progress, preset, overrides
         self._models: list[tuple[ClassificationDiffusion, ModelInfo]] = []
 
@@ -152,8 +162,18 @@ class DensityRatio:
         Raises:
             UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
         """
-        options = (self.validation_fraction, self.random_state, self.discrete, self.size, self.channels)
+        options = (self.validation_fraction, self.random_state, self.discrete, self.size, self.channels, self.skip_bad)
         pair = pair_up(numerator, denominator, *options)
+        self._models = []
+        try:
+            self._learn(pair)
+        except BaseException:
+            self._models = []  # what an interruption leaves is not fitted
+            raise
+        return self
+
+    def _learn(self, pair: Pair) -> None:
+        """Everything that :meth:`fit` sets."""
         source = pair.source
         self._columns, self._warp = pair.columns, pair.warp
         sources = [source] if self.method == "joint" else [_only(source, label) for label in range(2)]
@@ -171,15 +191,14 @@ class DensityRatio:
             times, plus = self.tempered
             self.notes += (f"the log ratio is {times:.2f} of the model's {plus:+.2f} nats: held-out samples said so.",)
         self.held_out = Calibration.of(self._temper(numerator), self._temper(denominator))
-        return self
+        if self.held_out.log_loss < SEPARATE:
+            self.notes += ("the sources hardly overlap: the sign of a log ratio is to be believed, its size is not.",)
 
     def _train(self, source: DataSource) -> tuple[ClassificationDiffusion, ModelInfo]:
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
         layers = (preset_fields(preset), TRAINING, LAYERS[self.method], {"train": {"seed": self.random_state}})
         config = make_config(*layers, override_fields(self.overrides))
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "run"
-            train(config, folder, source, device=self.device, progress=self.progress)
+        with trained(config, source, self.device, self.progress) as folder:
             return _load(folder, self.device)
 
     def _measure_limits(self, source: DataSource) -> np.ndarray:
@@ -217,7 +236,7 @@ class DensityRatio:
         self._check_fitted()
         info = self._models[0][1]
         layout = (info.transform, self._columns, info.columns, self._warp)
-        values, names = read_query(x, *layout, self.size, self.channels)
+        values, names = read_query(x, *layout, self.size, self.channels, self.skip_bad)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
         log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
@@ -282,10 +301,9 @@ class DensityRatio:
         content = {
             "format": FORMAT,
             "torchcdm": __version__,
-            "method": self.method,
-            "random_state": self.random_state,
+            **{key: getattr(self, key) for key in SETTINGS},
+            "overrides": self.overrides,
             "size": self.size,
-            "channels": self.channels,
             "columns": self._columns,
             "warp": None if self._warp is None else self._warp.to_config(),
             "counts": self.counts,
@@ -312,8 +330,8 @@ class DensityRatio:
             raise UserError(f"{file}: format version {content.get('format')}, but this torchcdm reads {FORMAT}")
         try:
             size = None if content["size"] is None else (content["size"][0], content["size"][1])
-            seed, method, channels = (content[key] for key in ("random_state", "method", "channels"))
-            ratio = cls(seed, method, size=size, channels=channels, device=device)
+            settings = {key: content[key] for key in SETTINGS}
+            ratio = cls(**settings, size=size, device=device, **content["overrides"])
             ratio._columns = None if content["columns"] is None else tuple(content["columns"])
             ratio._warp = None if content["warp"] is None else ColumnWarp(**content["warp"])
             ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
@@ -335,7 +353,7 @@ class DensityRatio:
     def _log_probs(self, x: Tensor) -> np.ndarray:
         """log density at level 0 of models and of Gaussians: float64 (2, N, 2), denominator first; model units."""
         model, info = self._models[0]
-        z = info.transform(x).to(model.schedule.alpha.device)
+        z = info.transform(x).clamp(-FARTHEST, FARTHEST).to(model.schedule.alpha.device)
         with torch.no_grad():
             return torch.cat([self._log_probs_of(part) for part in z.split(BATCH)], 1).cpu().numpy()
 

@@ -162,8 +162,8 @@ class Calibration:
         """All of it in lines to read."""
         share = 100 * self.effective_sample_size / self.denominator
         lines = [
-            f"mean of p/q over the denominator  {self.mean_ratio:.3f} +- {self.mean_ratio_error:.3f} (1 if right)",
-            f"mean of q/p over the numerator    {self.mean_inverse:.3f} +- {self.mean_inverse_error:.3f} (1 if right)",
+            f"mean of p/q over the denominator  {self.mean_ratio:.4g} +- {self.mean_ratio_error:.2g} (1 if right)",
+            f"mean of q/p over the numerator    {self.mean_inverse:.4g} +- {self.mean_inverse_error:.2g} (1 if right)",
             f"effective sample size             {self.effective_sample_size:.0f} ({share:.0f} % of the denominator)",
             f"log loss of the sources           {self.log_loss:.3f} nats (chance 0.693)",
             f"calibration error                 {self.calibration_error:.3f}",

@@ -347,9 +347,14 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of a name in :data:`SAMPLERS`; a sampler itself passes through."""
     if isinstance(sampler, Sampler):
         return sampler
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}'; {nearest(sampler, SAMPLERS)}")
+    check_sampler(sampler)
     return SAMPLERS[sampler]()
+
+
+def check_sampler(name: str) -> None:
+    """Refuses a name that is none of :data:`SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler '{name}'; {nearest(name, SAMPLERS)}")
 
 
 def sample_noise(

@@ -42,6 +42,12 @@ class NoiseSchedule(Float64Module, ABC):
             raise UserError(f"schedule: T is {T}; at least one noise level is needed")
         self.T = T
         alpha, sigma = self.inner_levels(torch.arange(1, T + 1, dtype=torch.float64))
+        if alpha.shape != (T,) or sigma.shape != (T,):
+            shapes = f"{tuple(alpha.shape)} and {tuple(sigma.shape)}"
+            raise UserError(f"schedule: inner_levels gives alpha and sigma of shapes {shapes}; both must be ({T},)")
+        ratio = sigma / alpha
+        if not (alpha > 0).all() or not (ratio[0] > 0 and ratio.isfinite().all() and (ratio.diff() > 0).all()):
+            raise UserError("schedule: alpha must be positive; sigma / alpha positive, and rising from level to level")
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         self.register_buffer("alpha", torch.cat([one, alpha, zero]), persistent=False)
         self.register_buffer("sigma", torch.cat([zero, sigma, one]), persistent=False)
@@ -66,7 +72,12 @@ class NoiseSchedule(Float64Module, ABC):
         Args:
             t: Level, an int or long (B,).
             x: Any batch (B, ...).
+
+        Raises:
+            UserError: An int outside 0 ... T+1.
         """
+        if isinstance(t, int) and not 0 <= t <= self.T + 1:
+            raise UserError(f"level {t} does not exist; levels are 0 ... {self.T + 1}")
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
 
     def perturb(self, x_0: Tensor, t: Level, eps: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torchcdm.checkpoint import (
 )
 from torchcdm.codec import differences, encode
 from torchcdm.config import Config, TrainConfig, file_fields, make_config
-from torchcdm.data import DataSource
+from torchcdm.data import DataSource, fingerprint
 from torchcdm.denoisers import Denoiser
 from torchcdm.ema import EMA
 from torchcdm.errors import UserError
@@ -192,6 +192,7 @@ class Trainer:
         self.validation = None if x is None else (x, labels_for(self.model, labels))
         self.value = self.options.select if config.model.kind == "cdm" else "mse"
 
+        self.fingerprint = fingerprint(source)
         self.step, self.updates_lost, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.best: dict[str, Any] | None = None
         self.stale = 0
@@ -239,6 +240,10 @@ class Trainer:
             load_tensors(module, tensors, self.run.states / f"step-{state.step}")
         self.optimizer.load_state_dict(state.optimizer)
         progress = state.progress
+        if progress["data"] != self.fingerprint:
+            raise UserError(
+                f"{self.run.root}: its data have changed since; start a new run, with --init for its weights"
+            )
         self.step, self.ema.updates = state.step, progress["ema_updates"]
         self.seconds, self.updates_lost = progress["seconds"], progress["skipped"]
         self.best, self.stale = progress["best"], progress["stale"]
@@ -253,6 +258,7 @@ class Trainer:
             "skipped": self.updates_lost,
             "best": self.best,
             "stale": self.stale,
+            "data": self.fingerprint,
         }
         state = TrainingState(
             self.step, self.model.state_dict(), self.ema.model.state_dict(), self.optimizer.state_dict(), progress

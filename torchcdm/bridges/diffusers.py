@@ -67,22 +67,25 @@ def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
 
     Args:
         folder: Holds ``config.json`` and ``diffusion_pytorch_model.safetensors`` of the network;
-            ``scheduler_config.json`` is read where it is there, else the schedule is the linear one of DDPM.
+            ``scheduler_config.json`` is read where it is there, else the schedule is the linear one of DDPM. A
+            saved pipeline has them in ``unet`` and ``scheduler``.
 
     Raises:
         UserError: A missing or damaged file, or another architecture, schedule or target of the prediction.
     """
     folder = Path(folder)
-    config = _read_json(folder / NETWORK)
+    pipeline = (folder / "unet").is_dir()
+    network, timing = (folder / "unet", folder / "scheduler" / SCHEDULER) if pipeline else (folder, folder / SCHEDULER)
+    config = _read_json(network / NETWORK)
     try:
-        state = load_file(folder / WEIGHTS)
+        state = load_file(network / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({' '.join(str(error).split())})") from None
-    scheduler = _read_json(folder / SCHEDULER) if (folder / SCHEDULER).exists() else {}
+        raise UserError(f"{network / WEIGHTS}: cannot be read ({' '.join(str(error).split())})") from None
+    scheduler = _read_json(timing) if timing.exists() else {}
     try:
         _check(scheduler, FIXED_SCHEDULER)
     except UserError as error:
-        raise UserError(f"{folder / SCHEDULER}: {error}") from None
+        raise UserError(f"{timing}: {error}") from None
     try:
         backbone = convert_unet(config, state)
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -53,16 +54,32 @@ def device_of(name: str | None) -> torch.device:
     return best_device() if name is None else checked_device(name)
 
 
+def check_writable(path: Path | None) -> None:
+    """Refuses, before the long work, a file that cannot be written after it; its folder is made.
+
+    Raises:
+        UserError: The folder cannot be made or written, or a folder lies in place of the file.
+    """
+    if path is None or str(path) == "-":
+        return
+    from torchcdm.run_folder import writing
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError("a folder lies there" if path.is_dir() else f"{path.parent} cannot be written")
+
+
 def write_numbers(path: Path | None, value: Any) -> None:
     """Numbers as JSON where ``--json`` says."""
     if path is None:
         return
+    from torchcdm.run_folder import without_nan, write_json
+
+    value = without_nan(value)
     if str(path) == "-":
         json.dump(value, sys.stdout, indent=1)
         print()
         return
-    from torchcdm.run_folder import write_json, writing
-
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     write_json(path, value)

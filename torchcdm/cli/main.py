@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,10 @@ SIGINT and SIGTERM, in training with the state saved.
 """
 
 
+DOTTED = re.compile(r"--\w+(\.\w+)+")
+"""The flag of a field of the configuration, without a value."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = Parser(prog="cdm", description="Classification diffusion models.", epilog=EPILOG)
@@ -44,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         group.add_commands(commands)
     try:
         # Flags of the form --section.field are known to the configuration alone.
-        options, rest = parser.parse_known_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        options, rest = parser.parse_known_args(_joined(given))
         options.rest = rest
         if rest and not getattr(options, "takes_fields", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -59,3 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output, such as head, has seen enough.
         sys.stderr.close()
         return 0
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """``--section.field VALUE`` as one word: the parser would take the value for an argument without a name."""
+    joined, rest = [], iter(words)
+    for word in rest:
+        if DOTTED.fullmatch(word) and (value := next(rest, None)) is not None:
+            word = f"{word}={value}"
+        joined.append(word)
+    return joined
+

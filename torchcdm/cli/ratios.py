@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, device_of, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, device_of, write_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--discrete", default="dequantize", help="columns of few values: dequantize or refuse (dequantize)"
     )
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--size", metavar="HxW", help="images are resized to this")
     parser.add_argument("--channels", type=int, metavar="N", help="images are converted to so many channels")
     parser.add_argument("--steps", type=int, metavar="N", help="most training steps")
@@ -44,12 +45,17 @@ def add_commands(commands: Any) -> None:
 
 def run_ratio(options: argparse.Namespace) -> int:
     """Fits, scores, and says how far to trust it."""
-    from torchcdm.data import parse_size
+    from torchcdm.data import check_spec, parse_size, spec_of
     from torchcdm.ratio import DensityRatio
     from torchcdm.ratio_checks import check_clip, effective_sample_size, weights_of
-    from torchcdm.run_folder import write_file
+    from torchcdm.run_folder import RunFolder, write_file
 
     check_clip(options.clip)
+    check_spec(spec_of(options.query))
+    check_writable(options.csv)
+    check_writable(options.json)
+    if options.save is not None:
+        RunFolder(options.save).make()
     training = {} if options.steps is None else {"steps": options.steps}
     ratio = DensityRatio(
         options.seed,
@@ -57,6 +63,7 @@ def run_ratio(options: argparse.Namespace) -> int:
         options.discrete,
         size=None if options.size is None else parse_size(options.size),
         channels=options.channels,
+        skip_bad=options.skip_bad,
         device=str(device_of(options.device)),
         progress=not options.quiet,
         **training,

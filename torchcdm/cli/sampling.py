@@ -79,7 +79,7 @@ def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tens
     names = info.class_names or ()
     if label in names:
         return torch.full((max(n, 0),), names.index(label))
-    if not label.isdigit() or int(label) >= model.classes:
+    if not label.isdecimal() or int(label) >= model.classes:
         known = f"a number 0 ... {model.classes - 1}, or one of {', '.join(names)}"
         raise UserError(f"--label {label}: give balanced, {known}")
     return torch.full((max(n, 0),), int(label))

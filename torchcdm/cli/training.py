@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, device_of
@@ -40,7 +41,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--channels", metavar="N", help="convert images to 1, 3 or 4 channels")
     parser.add_argument("--label", metavar="COLUMN", help="column of a table that holds the class")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--model", metavar="cdm|ddm", help="ddm: the plain denoising diffusion baseline")
+    parser.add_argument("--model", metavar="cdm|ddm", help="ddm: the plain denoising diffusion baseline; for an "
+                        "encoder the U-Net of its width")  # fmt: skip
     parser.add_argument("--steps", metavar="N", help="optimiser steps")
     parser.add_argument("--seed", metavar="S", help="seed of everything random")
     parser.add_argument("--precision", metavar="fp32|bf16")
@@ -62,9 +64,13 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.building import load_source
     from torchcdm.compare.reporting import write_report
     from torchcdm.interrupt import Interrupted
+    from torchcdm.likelihood import check_methods
+    from torchcdm.samplers import check_sampler
     from torchcdm.trainer import train
 
     config = _configuration(options)
+    check_sampler(config.sampling.sampler)
+    check_methods(config.report.methods)
     # Of several processes the first one speaks.
     options.quiet = options.quiet or os.environ.get("RANK", "0") != "0"
     device = device_of(options.device)
@@ -105,6 +111,7 @@ def _configuration(options: argparse.Namespace) -> Config:
     """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
     from pathlib import Path
 
+    from torchcdm.building import plain_model
     from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
     from torchcdm.data import parse_size
     from torchcdm.run_folder import RunFolder
@@ -122,7 +129,8 @@ def _configuration(options: argparse.Namespace) -> Config:
     flags = [(path, getattr(options, name)) for name, path in SHORT.items() if getattr(options, name) is not None]
     flags = [(path, str(list(parse_size(text))) if path == "data.size" else text) for path, text in flags]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
-    return make_config(*layers, flag_fields(flags + _fields(options.rest)))
+    config = make_config(*layers, flag_fields(flags + _fields(options.rest)))
+    return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
 
 
 def _fields(rest: list[str]) -> list[tuple[str, str]]:

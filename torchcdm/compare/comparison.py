@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from torchcdm.checkpoint import read_json
 from torchcdm.codec import decode, differences, encode
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.peer import Diverged, Fitted, Peer, Score, Task
 from torchcdm.compare.peers import chosen_peers, library_of
 from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
 from torchcdm.config import DataConfig
-from torchcdm.data import DataSource
+from torchcdm.data import DataSource, fingerprint
 from torchcdm.errors import UserError
 from torchcdm.frechet import SMALLEST_COUNT, Reference
 from torchcdm.likelihood import LogZOptions
@@ -81,7 +82,7 @@ def compare(
     protocol = Protocol(
         source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
-        source.transform.gaussianized, log_z, frechet,
+        source.transform.gaussianized, log_z, frechet, fingerprint(source),
     )  # fmt: skip
     if frechet is not None and frechet < SMALLEST_COUNT:
         raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")
@@ -108,7 +109,7 @@ def _enter(folder: Path, protocol: Protocol) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / PROTOCOL
     if path.exists():
-        for field, mine, theirs in differences(encode(protocol), json.loads(path.read_text(encoding="utf-8"))):
+        for field, mine, theirs in differences(encode(protocol), read_json(path)):
             raise UserError(f"{folder}: holds a comparison with {field} = {theirs}, not {mine}; choose another --out")
     else:
         write_json(path, encode(protocol))

@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import final
 
+from torchcdm.building import plain_model
 from torchcdm.checkpoint import load
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.denoising import FittedDenoiser
 from torchcdm.compare.peer import Diverged, Peer, Task, Training
 from torchcdm.config import (
     Config,
-    EncoderConfig,
     LinearConfig,
-    ModelConfig,
     OptimalTransportConfig,
     ScheduleConfig,
-    UNetConfig,
     UniformSigmaConfig,
     make_config,
     preset_fields,
@@ -73,22 +71,12 @@ class DiffusionPeer(Peer):
         training = config.train
         if training.optimizer == "muon":
             training = replace(training, optimizer="adamw", lr=DDM_RATE)
-        return _fit(self.name, replace(config, model=plain(config.model), train=training), task, budget, rate)
+        return _fit(self.name, replace(config, model=plain_model(config.model), train=training), task, budget, rate)
 
 
 def preset_config(task: Task) -> Config:
     """The preset's configuration on the comparison's data."""
     return replace(preset_of(task.source), data=task.data)
-
-
-def plain(model: ModelConfig) -> ModelConfig:
-    """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
-    net = model.backbone
-    if isinstance(net, EncoderConfig):
-        net = UNetConfig(
-            channels=net.width, multipliers=net.multipliers, blocks=net.blocks, attention=(), dropout=net.dropout
-        )
-    return replace(model, kind="ddm", backbone=net)
 
 
 def _fit(name: str, config: Config, task: Task, budget: Budget, rate: float) -> FittedDenoiser:

@@ -33,6 +33,7 @@ class Protocol:
         gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
         log_z: How log Z of the classification diffusion models was estimated; None: not at all.
         frechet: Samples of each system for its Fréchet distance; None: no such column.
+        fingerprint: Of the data, see :func:`torchcdm.data.fingerprint`; empty where it was not kept.
     """
 
     data: str
@@ -47,6 +48,7 @@ class Protocol:
     gaussianized: bool = False
     log_z: LogZOptions | None = None
     frechet: int | None = None
+    fingerprint: str = ""
 
 
 NAME_WIDTH = 54
@@ -161,6 +163,11 @@ class Comparison:
     results: tuple[Result, ...]
     machine: str
 
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """Rows that are not measured, where their unit is that of the comparison."""
+        return PUBLISHED if self.protocol.unit == "bits/dim" else ()
+
     def ranked(self, normalised: bool) -> list[tuple[Result, Row]]:
         """The rows that are normalised, or those that are not, the best first."""
         rows = [(result, row) for result in self.results for row in result.rows if row.normalised == normalised]
@@ -184,7 +191,7 @@ class Comparison:
             "protocol": encode(self.protocol),
             "machine": self.machine,
             "systems": systems,
-            "published": encode(PUBLISHED),
+            "published": encode(self.published),
         }
 
     def table(self) -> str:
@@ -213,7 +220,7 @@ class Comparison:
             drawn = ((r.sampling.frechet, r.title) for r in self.results if r.sampling and r.sampling.features)
             lines += [f"{title:{NAME_WIDTH}}{distance:9.2f}" for distance, title in sorted(drawn)]
         lines += ["", *(self._failure(result) for result in self.results if not result.rows)]
-        lines += [f"{published.title:{NAME_WIDTH}}{published.value:9.2f}  {published.note}" for published in PUBLISHED]
+        lines += [f"{row.title:{NAME_WIDTH}}{row.value:9.2f}  {row.note}" for row in self.published]
         lines += ["", "settings"]
         lines += [f"  {r.title} ({r.library} {r.version}): {r.setting}; best at step {r.best_step} of {r.steps}, "
                   f"{r.seconds:.0f} s"

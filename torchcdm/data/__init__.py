@@ -8,8 +8,8 @@ from torchcdm.data.inputs import read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.pixels import flip_horizontally
-from torchcdm.data.source import ContextSplit, DataSource, LazySplit, MemorySplit, Split
-from torchcdm.data.specs import load_data, parse_size
+from torchcdm.data.source import ContextSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint
+from torchcdm.data.specs import check_spec, load_data, parse_size, spec_of
 
 __all__ = [
     "ContextSplit",
@@ -17,6 +17,8 @@ __all__ = [
     "LazySplit",
     "MemorySplit",
     "Split",
+    "check_spec",
+    "fingerprint",
     "flip_horizontally",
     "from_object",
     "load_data",
@@ -26,5 +28,6 @@ __all__ = [
     "save_grid",
     "save_images",
     "save_table",
+    "spec_of",
     "to_bytes",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.data import pixels
-from torchcdm.data.columns import measure_columns
+from torchcdm.data.columns import check_resolution, measure_columns
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
@@ -68,6 +69,19 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     return arrays[key], y, notes
 
 
+def as_array(data: Any, name: str) -> np.ndarray:
+    """A list or an array as an array; one of objects that are numbers as float64.
+
+    Raises:
+        UserError: Rows of unequal length, objects that are no numbers.
+    """
+    try:
+        x = np.asarray(data)
+        return x.astype(np.float64) if x.dtype.kind == "O" else x
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: the list is not an array of numbers ({error})") from error
+
+
 def interpret(x: np.ndarray, name: str, first: bool = False) -> tuple[Tensor, Grid | None, list[str]]:
     """Samples as a tensor with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
@@ -97,11 +111,12 @@ def interpret(x: np.ndarray, name: str, first: bool = False) -> tuple[Tensor, Gr
             dtype = np.uint8 if x.dtype.kind != "i" and grid[1] < 256 else np.float32
             return torch.from_numpy(np.ascontiguousarray(x, dtype)), grid, notes
         notes.append(f"whole numbers {low} ... {high} are too many levels for a grid: taken as continuous.")
-    values = torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    finite = values.flatten(1).isfinite().all(1)
+    finite = np.isfinite(x).reshape(len(x), -1).all(1)
     if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise UserError(f"{name}: sample {row} holds a value that is not a finite number")
+        raise UserError(f"{name}: sample {int(finite.argmin())} holds a value that is not a finite number")
+    if x.ndim == 2:
+        check_resolution(x, [f"c{k}" for k in range(x.shape[1])], name)
+    values = torch.from_numpy(np.ascontiguousarray(x, np.float32))
     return values, None, [*notes, *(_lattice_note(values) if values.ndim > 2 else [])]
 
 

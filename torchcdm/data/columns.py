@@ -28,6 +28,9 @@ upper bound."""
 FLOAT32_STEPS = 1000
 """Least number of float32 steps in a standard deviation before a note asks to subtract an offset."""
 
+ROUNDING = 0.01
+"""Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
+
 
 def measure_columns(
     x: Tensor, names: Sequence[str], dequantize: bool, data: str
@@ -89,6 +92,21 @@ def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:
         what = f"has {len(values)} distinct values in {len(x)} rows, two of them only {step:g} apart"
         raise UserError(f"column '{name}' {what}; round the column")
     return tuple(values.tolist())
+
+
+def check_resolution(x: np.ndarray, names: Sequence[str], data: str) -> None:
+    """Refuses rows (N, d) of float64 with a column whose values, or whose differences, float32 does not hold.
+
+    Raises:
+        UserError: Names the first such column.
+    """
+    with np.errstate(over="ignore"):
+        single = x.astype(np.float32)
+    for k, name in enumerate(names):
+        if not np.isfinite(single[:, k]).all():
+            raise UserError(f"{data}: column '{name}' holds values beyond float32 (3e38); divide it by a constant")
+        if (single[:, k] - x[:, k]).std() > ROUNDING * x[:, k].std():
+            raise UserError(f"{data}: column '{name}' varies less than float32 resolves; subtract an offset")
 
 
 def frequent_value(x: np.ndarray) -> tuple[float, float] | None:

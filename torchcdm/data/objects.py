@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ def from_object(
     Integers are grey levels; floats are continuous.
 
     Args:
-        data: Tensor (N, d) or (N, C, H, W); numpy array, where channels may come last; a pandas DataFrame; a torch
-            Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
+        data: Tensor (N, d) or (N, C, H, W); numpy array, where channels may come last; a pandas DataFrame or Series; a
+            torch Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
             (samples, labels); or a DataSource, which is given back.
         labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column.
         validation_fraction: Share of validation; 0.1 when None.
@@ -56,18 +57,15 @@ def from_object(
         data = data.float() if data.dtype == torch.bfloat16 else data  # a type that numpy has not
         return _from_array(data.detach().cpu().numpy(), y, "tensor", options, first=True)
     if isinstance(data, (np.ndarray, list)):
-        try:
-            x = np.asarray(data)
-        except ValueError as error:
-            raise UserError(f"the list is not an array of numbers ({error})") from error
-        return _from_array(x, y, "array", options)
-    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        return _from_array(arrays.as_array(data, "array"), y, "array", options)
+    if tables.is_frame(data):
         table = tables.from_frame(data)
         return tables.source_from_tables({"train": table}, table.name, options, None if column else y)
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        return _from_dataset(data, y, options)
-    kind = type(data).__name__
-    raise UserError(f"data of type {kind} are not understood; give a tensor, an array, a data frame or a Dataset")
+    known = isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+    if not known or isinstance(data, (str, bytes, Mapping)) or hasattr(data, "tocsr"):
+        kind = type(data).__name__
+        raise UserError(f"data of type {kind} are not understood; give a tensor, an array, a data frame or a Dataset")
+    return _from_dataset(data, y, options)
 
 
 def _from_array(

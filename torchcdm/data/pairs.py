@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, tables
-from torchcdm.data.columns import cell_width, discrete_values, frequency_notes, resolution_notes
+from torchcdm.data.columns import cell_width, discrete_values, frequency_notes
 from torchcdm.data.inputs import TABLE_SUFFIXES, read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
@@ -73,6 +73,7 @@ def pair_up(
     discrete: Literal["dequantize", "refuse"] = "dequantize",
     size: tuple[int, int] | None = None,
     channels: int | None = None,
+    skip_bad: bool = False,
 ) -> Pair:
     """Both data sets, split into training and validation and scaled alike.
 
@@ -86,6 +87,7 @@ def pair_up(
             names them in an error.
         size: Images are resized to this (H, W).
         channels: Images are converted to so many channels.
+        skip_bad: Leave out image files that cannot be read.
 
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
@@ -94,13 +96,15 @@ def pair_up(
         raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), ['dequantize', 'refuse'])}")
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}; it must be above 0 and below 1")
-    options = Options(size, channels, validation_fraction, 0.0, seed, False, LABEL)
+    options = Options(size, channels, validation_fraction, 0.0, seed, skip_bad, LABEL)
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
     for side in given:
         if len(side) < MIN_ROWS:
             raise UserError(f"{side.name}: too few samples, {len(side)}; at least {MIN_ROWS} are needed")
     counts = (len(given[0]), len(given[1]))
     held_out = (_share(validation_fraction, counts[0]), _share(validation_fraction, counts[1]))
+    if min(count - held for count, held in zip(counts, held_out, strict=True)) < 2:
+        raise UserError(f"validation_fraction is {validation_fraction}, which leaves nothing to train on; lower it")
     parts = _balanced(counts, held_out, seed)
     first, second = given
     if isinstance(first, Table) and isinstance(second, Table):
@@ -120,6 +124,7 @@ def read_query(
     warp: ColumnWarp | None = None,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Tensor, list[str]]:
     """Samples to be scored in the data units of ``transform``, float32 (N, *shape), and a name for each.
 
@@ -131,13 +136,16 @@ def read_query(
         warp: Of all columns.
         size: Images are resized to this (H, W), as they were there.
         channels: Images are converted to so many channels, likewise.
+        skip_bad: Leave out image files that cannot be read.
 
     Raises:
         UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
     """
     if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
-        return read_inputs(x, transform, size=size, channels=channels)
-    query = _read(x, "query", Options(size, channels))
+        return read_inputs(x, transform, size=size, channels=channels, skip_bad=skip_bad)
+    query = _read(x, "query", Options(size, channels, skip_bad=skip_bad))
+    if not len(query):
+        raise UserError(f"{query.name}: holds no rows; there is nothing to score")
     if columns is None or kept is None or warp is None:
         shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
         if isinstance(query, Table) or shape != transform.shape:
@@ -165,14 +173,14 @@ def _read(data: Any, name: str, options: Options) -> Table | _Images:
         if kind in ("table", "array") and argument:
             return _read_file(Path(argument), name, options)
         spec = f"folder:{data}" if Path(data).is_dir() else data
-        source = load_data(spec, options.size, options.channels, 0.0, 0.0, options.seed)
+        source = load_data(spec, options.size, options.channels, 0.0, 0.0, options.seed, skip_bad=options.skip_bad)
         return _from_source(source, f"{name} ({data})")
-    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+    if tables.is_frame(data):
         return tables.from_frame(data, f"{name} (data frame)")
     if isinstance(data, Tensor):
         data = data.detach().cpu().float().numpy() if data.is_floating_point() else data.detach().cpu().numpy()
     if isinstance(data, (list, np.ndarray)):
-        return _from_array(np.asarray(data), name)
+        return _from_array(arrays.as_array(data, name), name)
     return _from_source(from_object(data, None, 0.0, 0.0), name)
 
 
@@ -189,7 +197,7 @@ def _from_array(x: np.ndarray, name: str) -> Table | _Images:
     if x.ndim not in (1, 2):
         values, grid, _ = arrays.interpret(x, name)
         return _Images(name, values, grid)
-    if x.dtype.kind not in "buif" or 0 in x.shape:
+    if x.dtype.kind not in "buif" or x.shape[-1] == 0:
         raise UserError(f"{name}: an array of shape {x.shape} and type {x.dtype} holds no numbers")
     x = x[:, None] if x.ndim == 1 else x
     return Table(name, {f"c{k}": x[:, k] for k in range(x.shape[1])}, lambda i: f"row {i} (counted from 0)")
@@ -249,13 +257,14 @@ def _from_tables(
             f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
-    notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(columns)} columns."]
+    notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(columns)} columns: {', '.join(columns)}."]
+    notes += dict.fromkeys((*numerator.notes, *denominator.notes))
     for column, x in zip(columns, together, strict=True):
         if column in widths:
             text = f"few distinct values: dequantised by uniform noise of width {widths[column]:g}"
             notes.append(f"column '{column}' has {text}.")
-        else:
-            notes += [*frequency_notes(x, column), *resolution_notes(x, column)]
+        elif (x != x[0]).any():
+            notes += frequency_notes(x, column)
     noise = np.random.RandomState(options.seed)
     for x in both:
         x += np.array([widths.get(column, 0.0) for column in columns]) * (noise.rand(*x.shape) - 0.5)

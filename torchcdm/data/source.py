@@ -6,6 +6,8 @@ Nothing here augments: training and evaluation read the same samples, and the tr
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +29,9 @@ DEFAULT_FRACTION = 0.1
 
 SMALLEST_SPLITTABLE = 10
 """Below this many samples data are not split at random."""
+
+FINGERPRINT = 100
+"""Samples of each split that a fingerprint is of."""
 
 NO_LABEL = -1
 
@@ -195,6 +200,19 @@ class DataSource:
         splits = (self.train, self.validation, self.test)
         train, validation, test = (split.limited(limit) for split in splits)
         return replace(self, train=train, validation=validation, test=test)
+
+
+def fingerprint(source: DataSource) -> str:
+    """A hash that tells data apart: units, counts, and some samples of every split.
+
+    Samples are those that the splits hold, evenly spaced, :data:`FINGERPRINT` of each.
+    """
+    digest = hashlib.sha256(json.dumps(source.transform.to_config()).encode())
+    for split in (source.train, source.validation, source.test):
+        x, y = split.tensors(FINGERPRINT)
+        digest.update(f"{len(split)} {tuple(x.shape)}".encode())
+        digest.update(x.double().contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def evenly_spaced(count: int, limit: int | None) -> Tensor:

@@ -23,6 +23,11 @@ LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
 }
 """What a SPEC may begin with; the loader gets what follows the colon."""
 
+PREFIXES = {
+    ".npz": "array", ".npy": "array", ".csv": "table", ".tsv": "table", ".txt": "table", ".parquet": "table",
+}  # fmt: skip
+"""Kinds of data by the suffix of their file."""
+
 NEED_ARGUMENT = {
     "folder": "folder:PATH",
     "array": "array:FILE.npz",
@@ -67,11 +72,8 @@ def load_data(
         >>> source.shape, len(source.train), len(source.validation), len(source.test)
         ((1, 8, 8), 1300, 200, 297)
     """
+    check_spec(spec)
     kind, _, argument = spec.partition(":")
-    if kind in NEED_ARGUMENT and not argument:
-        raise UserError(f"'{spec}' does not say which; write {NEED_ARGUMENT[kind]}")
-    if kind not in LOADERS:
-        raise UserError(f"unknown data '{spec}'; {_hint(spec, kind)}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError(f"size is {size}; it must be two positive numbers, height and width")
     if limit is not None and limit < 1:
@@ -86,6 +88,17 @@ def load_data(
     return source
 
 
+def check_spec(spec: str) -> None:
+    """Refuses what is no SPEC, or names a file or folder that is not there."""
+    kind, _, argument = spec.partition(":")
+    if kind in NEED_ARGUMENT and not argument:
+        raise UserError(f"'{spec}' does not say which; write {NEED_ARGUMENT[kind]}")
+    if kind not in LOADERS:
+        raise UserError(_unknown(spec))
+    if kind in ("folder", "array", "table") and not Path(argument).exists():
+        raise UserError(f"{argument}: no such file or folder")
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """``HxW`` or one number for squares, as on the command line.
 
@@ -98,11 +111,18 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _hint(spec: str, kind: str) -> str:
-    """The SPEC that was meant where a bare path was given; the nearest name elsewhere."""
-    if not spec:
-        return nearest(kind, LOADERS)
-    path = Path(spec)
-    prefixes = {".npz": "array", ".npy": "array", ".csv": "table", ".parquet": "table"}
-    prefix = "folder" if path.is_dir() else prefixes.get(path.suffix.lower())
-    return f"write {prefix}:{spec}" if prefix and path.exists() else nearest(kind, LOADERS)
+def spec_of(path: str | Path) -> str:
+    """The SPEC of a table, an array or a folder; a SPEC as it is."""
+    text, path = str(path), Path(path)
+    prefix = "folder" if path.is_dir() else PREFIXES.get(path.suffix.lower())
+    return f"{prefix}:{text}" if text and prefix and path.exists() else text
+
+
+def _unknown(spec: str) -> str:
+    """What to say of a text that is no SPEC: that of a bare path, that there is no such file, or the nearest name."""
+    meant, kind = spec_of(spec), spec.partition(":")[0]
+    if meant != spec:
+        return f"unknown data '{spec}'; write {meant}"
+    if kind == spec and (Path(spec).suffix or len(Path(spec).parts) > 1):
+        return f"{spec}: no such file or folder"
+    return f"unknown data '{spec}'; {nearest(kind, LOADERS)}"

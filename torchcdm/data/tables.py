@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data.arrays import read_labels, source_from_splits
-from torchcdm.data.columns import FEW_VALUES
+from torchcdm.data.columns import check_resolution
 from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
 
@@ -98,8 +98,15 @@ def read(path: Path) -> Table:
     raise UserError(f"{path}: tables are read from .csv, .tsv, .txt and .parquet files")
 
 
+def is_frame(data: Any) -> bool:
+    """Whether these are columns of a data frame, or one of them, a series."""
+    return hasattr(data, "to_numpy") and (hasattr(data, "columns") or hasattr(data, "to_frame"))
+
+
 def from_frame(frame: Any, name: str = "data frame") -> Table:
-    """A pandas DataFrame as a table."""
+    """A pandas DataFrame as a table; a Series is one column."""
+    if not hasattr(frame, "columns"):
+        frame = frame.to_frame(name="value" if frame.name is None else frame.name)
     names = [str(column) for column in frame.columns]
     _refuse_duplicates(names, name)
     columns = {text: frame[column].to_numpy() for text, column in zip(names, frame.columns, strict=True)}
@@ -127,6 +134,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     if options.label is not None:
         labels = [label for part in parts.values() for label in part.column(options.label)]
     values = {split: part.matrix(columns) for split, part in parts.items()}
+    check_resolution(values["train"], columns, table.name)
     sizes = [len(part) for part in values.values()]
     y, class_names = _classes(labels, sum(sizes), table.name)
     y = torch.full((sum(sizes),), NO_LABEL) if y is None else y
@@ -138,9 +146,6 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     x, _ = splits[0].tensors()
     varying = (x != x[0]).any(0)
     kept = [column for column, varies in zip(columns, varying.tolist(), strict=True) if varies]
-    for k, column in enumerate(columns):
-        if column not in kept and len(np.unique(values["train"][:, k])) > FEW_VALUES:
-            raise UserError(f"{table.name}: column '{column}' varies less than float32 resolves; subtract an offset")
     if not kept:
         raise UserError(f"{table.name}: every column is constant; there is nothing to learn")
     notes = [*table.notes, f"{sum(sizes)} rows, {len(kept)} columns: {', '.join(kept)}."]
@@ -208,7 +213,20 @@ def _read_csv(path: Path) -> Table:
         if len(row) != len(header):
             raise UserError(f"{path}: line {number} has {len(row)} cells; the first line has {len(header)}")
     columns = {name: [row[k] for _, row in lines] for k, name in enumerate(header)}
+    if "" in columns:
+        if header[0] or not _counts(columns.pop("")):
+            raise UserError(f"{path}: column {header.index('') + 1} has no name; name it in the first line")
+        notes = (*notes, "the first column has no name and counts the rows: left out.")
     return Table(str(path), columns, lambda i: f"line {lines[i][0]}", notes)
+
+
+def _counts(cells: Sequence[str]) -> bool:
+    """Whether the cells are rising whole numbers, as the index of a data frame that was written with its rows."""
+    try:
+        numbers = [int(cell) for cell in cells]
+    except ValueError:
+        return False
+    return all(low < high for low, high in zip(numbers, numbers[1:], strict=False))
 
 
 def _read_parquet(path: Path) -> Table:
@@ -219,13 +237,16 @@ def _read_parquet(path: Path) -> Table:
     try:
         table = parquet.read_table(path)
         _refuse_duplicates(table.column_names, str(path))
-        columns = {name: table[name].to_numpy() for name in table.column_names}
+        written = (table.schema.pandas_metadata or {}).get("index_columns", ())
+        index = [name for name in written if isinstance(name, str)]  # others are ranges, which are no columns
+        columns = {name: table[name].to_numpy() for name in table.column_names if name not in index}
     except UserError:
         raise
     except Exception as error:  # pyarrow raises its own family of errors, which is not imported here
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
-    return Table(str(path), columns, lambda i: f"row {i} (counted from 0)")
+    notes = (f"the index of the data frame is left out: {', '.join(index)}.",) if index else ()
+    return Table(str(path), columns, lambda i: f"row {i} (counted from 0)", notes)
 
 
 def _refuse_duplicates(names: Sequence[str], where: str) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,13 +15,14 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.checkpoint import ModelInfo, read_info
+from torchcdm.checkpoint import ModelInfo, load, read_info
 from torchcdm.codec import merge
+from torchcdm.config import make_config, preset_fields
 from torchcdm.data import ContextSplit, DataSource, MemorySplit, Split
 from torchcdm.data.source import permutation
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
-from torchcdm.fitting import fit
+from torchcdm.fitting import override_fields, trained
 from torchcdm.mixture import SHRINKAGES, best_mixture
 from torchcdm.units import ColumnTransform, DataTransform
 
@@ -213,14 +212,13 @@ class TableEstimator(BaseEstimator):
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
         layer = merge({"train": {"select": "loss"}}, self._fields(rows, train.shape[1]))
-        layer = merge(layer, {"train": {"seed": seed}, "sampling": {"n": 0}, "data": {"gaussianize": False}})
+        layer = merge(layer, {"train": {"seed": seed}, "data": {"gaussianize": False}})
         layer = merge(layer, {"model": _base_fields(parts[0], distinct, layer["model"])})
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            model = fit(source, self.preset, out=run, device=self.device, progress=bool(self.verbose), **layer)
-            info = read_info(run)
+        config = make_config(preset_fields(self.preset), override_fields(layer))
+        with trained(config, source, self.device, bool(self.verbose)) as run:
+            model, info = load(run, self.device or "cpu"), read_info(run)
         if not isinstance(model, ClassificationDiffusion):
             raise UserError("model.kind is ddm, which has no density; leave it out")
         model.transform = transform

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,3 +153,11 @@ class Columns:
         constants = {int(k): float(value) for k, value in content["constants"]}
         values = {int(k): tuple(found) for k, found in content["values"]}
         return cls(tuple(content["names"]), constants, values)
+
+
+def warn_of_deviating(columns: Columns, x: np.ndarray) -> None:
+    """Warns of rows (N, columns) that a density tells nothing of, see :meth:`Columns.deviating`."""
+    differ = int(columns.deviating(x).sum())
+    if differ:
+        what = "rows differ in a column that was constant in training, where this density knows nothing"
+        warnings.warn(f"{differ} {what}", UserWarning, stacklevel=3)

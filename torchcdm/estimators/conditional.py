@@ -14,9 +14,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
-from torchcdm.estimators.columns import Columns
-from torchcdm.estimators.saving import read_estimator, write_estimator
-from torchcdm.estimators.scoring import log_density
+from torchcdm.estimators.columns import Columns, warn_of_deviating
+from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
+from torchcdm.estimators.scoring import check_likelihood, log_density
 from torchcdm.samplers import sample
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
@@ -95,7 +95,8 @@ class CDMConditional(TableEstimator):
         names = [getattr(part, "columns", None) for part in (theta, x)]
         theta, x = (_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x")))
         check_consistent_length(theta, x)
-        self.notes_ = []
+        check_likelihood(self.likelihood)
+        self.notes_, self.n_features_in_ = [], theta.shape[1]
         seed = self._seed()
         self.theta_columns_ = self._measure_columns(theta, names[0], "theta: ")
         self.x_columns_ = self._context_columns(x, names[1])
@@ -129,17 +130,22 @@ class CDMConditional(TableEstimator):
         """
         check_is_fitted(self)
         columns = self.theta_columns_
-        theta = _matching(_table(theta, "theta"), "theta", columns)
+        theta = _matching(theta, "theta", columns)
         x = self._observations(x)
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
         context = np.broadcast_to(self._context(x), (len(theta), len(self.x_columns_.kept)))
         centre = self._centre(context)
+        warn_of_deviating(columns, theta)
         draws = [
             log_density(self.model_, columns.noisy(theta, noise) - centre, self.likelihood, context)
             for noise in self._noise
         ]
         return np.mean(draws, axis=0) + columns.log_cell
+
+    def score(self, theta: Any, x: Any) -> float:
+        """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
+        return float(self.log_prob(theta, x).mean())
 
     def sample(self, n: int, x: Any, random_state: Any = None) -> np.ndarray:
         """Draws of theta given x.
@@ -192,13 +198,15 @@ class CDMConditional(TableEstimator):
             UserError: No estimator of this class there, or damaged files.
         """
         model, info, params, fitted = read_estimator(folder, cls.__name__, device)
-        self = cls(**params)
-        self.model_, self._info = model, info
-        self.theta_columns_ = Columns.from_json(fitted["theta_columns"])
-        self.x_columns_ = Columns.from_json(fitted["x_columns"])
-        self.notes_, self.validation_loss_ = fitted["notes"], fitted["validation_loss"]
-        for name in _ARRAYS:
-            setattr(self, name, np.array(fitted["arrays"][name]))
+        with restoring(folder):
+            self = cls(**params)
+            self.model_, self._info = model, info
+            self.theta_columns_ = Columns.from_json(fitted["theta_columns"])
+            self.x_columns_ = Columns.from_json(fitted["x_columns"])
+            self.n_features_in_ = len(self.theta_columns_.names)
+            self.notes_, self.validation_loss_ = fitted["notes"], fitted["validation_loss"]
+            for name in _ARRAYS:
+                setattr(self, name, np.array(fitted["arrays"][name]))
         return self
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -217,9 +225,10 @@ class CDMConditional(TableEstimator):
     def _observations(self, x: Any) -> np.ndarray:
         """x as a table: a vector is one observation, unless x has one column."""
         single = len(self.x_columns_.names) == 1
-        x = np.asarray(x, dtype=np.float64) if np.ndim(x) < 2 else x
-        x = x.reshape(-1, 1) if np.ndim(x) < 2 and single else np.atleast_2d(x) if np.ndim(x) < 2 else x
-        return _matching(_table(x, "x"), "x", self.x_columns_)
+        if np.ndim(x) < 2:
+            x = np.asarray(x, dtype=np.float64)
+            x = x.reshape(-1, 1) if single else np.atleast_2d(x)
+        return _matching(x, "x", self.x_columns_)
 
     def _context(self, x: np.ndarray) -> np.ndarray:
         """What the network sees of x (N, q): the columns that vary, standardised."""
@@ -240,7 +249,19 @@ def _table(values: Any, name: str, smallest: int = 1) -> np.ndarray:
     return check_array(values, dtype=np.float64, ensure_min_samples=smallest, input_name=name)
 
 
-def _matching(values: np.ndarray, name: str, columns: Columns) -> np.ndarray:
-    if values.shape[1] != len(columns.names):
-        raise UserError(f"{name} has {values.shape[1]} columns; the fit had {len(columns.names)}")
-    return values
+def _matching(values: Any, name: str, columns: Columns) -> np.ndarray:
+    """A table to score, its columns those of the fit: by name where both have names, in any order.
+
+    Raises:
+        UserError: Another number of columns, or other names.
+    """
+    names = [str(column) for column in getattr(values, "columns", ())]
+    table = _table(values, name)
+    if table.shape[1] != len(columns.names):
+        raise UserError(f"{name} has {table.shape[1]} columns; the fit had {len(columns.names)}")
+    if not names or columns.names == tuple(map(str, range(len(columns.names)))):
+        return table
+    missing = next((column for column in columns.names if column not in names), None)
+    if missing is not None:
+        raise UserError(f"{name} has no column '{missing}', which the fit had (found: {', '.join(names)})")
+    return table[:, [names.index(column) for column in columns.names]]

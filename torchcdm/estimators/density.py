@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +14,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
-from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.normalizing import Normalizer, importance_normalizer
-from torchcdm.estimators.saving import read_estimator, write_estimator
-from torchcdm.estimators.scoring import log_density
+from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
+from torchcdm.estimators.scoring import check_likelihood, log_density
 from torchcdm.samplers import sample
 
 
@@ -87,9 +86,10 @@ class TableDensity(TableEstimator):
             UserError: No estimator of this class there, or damaged files.
         """
         model, info, params, fitted = read_estimator(folder, cls.__name__, device)
-        self = cls(**params)
-        self.model_, self._info = model, info
-        self._restore(fitted)
+        with restoring(folder):
+            self = cls(**params)
+            self.model_, self._info = model, info
+            self._restore(fitted)
         return self
 
     def _fitted_fields(self) -> dict[str, Any]:
@@ -185,17 +185,17 @@ class CDMDensity(DensityMixin, TableDensity):
             float64 (N,).
         """
         X = self._checked(X)
-        differ = int(self.columns_.deviating(X).sum())
-        if differ:
-            warnings.warn(
-                f"{differ} rows differ in a column that was constant in training, where this density knows nothing",
-                UserWarning,
-                stacklevel=2,
-            )
+        warn_of_deviating(self.columns_, X)
         noisy = (self.columns_.noisy(X, noise) for noise in self._noise)
         draws = [log_density(self.model_, rows, self.likelihood) for rows in noisy]
         log_z = self.normalizer_.correction if self.likelihood == "one-pass" else 0.0
         return np.mean(draws, axis=0) + self.columns_.log_cell - log_z
+
+    def fit(self, X: Any, y: Any = None) -> CDMDensity:
+        """Trains the model; arguments and errors as in :meth:`TableDensity.fit`."""
+        check_likelihood(self.likelihood)
+        super().fit(X, y)
+        return self
 
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
         self.normalizer_ = importance_normalizer(self.model_, seed)

@@ -13,6 +13,7 @@ from sklearn.base import OutlierMixin
 from torch import Tensor
 
 from torchcdm.anomaly import AnomalyDetector, make_score
+from torchcdm.anomaly.scores import check_name
 from torchcdm.errors import UserError
 from torchcdm.estimators.density import TableDensity
 
@@ -112,6 +113,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         auto = isinstance(self.contamination, str) and self.contamination == "auto"
         if not auto and not (isinstance(self.contamination, Real) and 0 < self.contamination <= 0.5):
             raise UserError(f"contamination is {self.contamination!r}; give 'auto', or a share in (0, 0.5]")
+        check_name(self.anomaly_score)
         super().fit(X, y)
         return self
 

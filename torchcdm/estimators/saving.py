@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,6 +38,7 @@ def write_estimator(
     run = RunFolder(Path(folder))
     run.make()
     save_model(run, model, info)
+    params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
     plain = {key: value if _is_plain(value) else None for key, value in params.items()}
     write_json(run.root / FILE, {"format": FORMAT, "estimator": kind, "params": plain, "fitted": fitted})
 
@@ -53,7 +57,20 @@ def read_estimator(
         raise UserError(f"{path}: format {content.get('format')}, but this torchcdm reads {FORMAT}")
     if content.get("estimator") != kind:
         raise UserError(f"{path}: holds a {content.get('estimator')}; load it with that class, not {kind}")
-    return load(folder, device).double(), read_info(folder), content["params"], content["fitted"]
+    with restoring(folder):
+        params, fitted = content["params"], content["fitted"]
+    return load(folder, device).double(), read_info(folder), params, fitted
+
+
+@contextmanager
+def restoring(folder: str | Path) -> Iterator[None]:
+    """Says of what is missing or wrong in a file that was read that the file is damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{Path(folder) / FILE}: damaged, {error} is missing or wrong") from None
 
 
 def _is_plain(value: Any) -> bool:

@@ -17,6 +17,12 @@ FLOW_STEPS = 50
 """Steps of the probability flow, Heun: two evaluations each, of the network and of its divergence."""
 
 
+def check_likelihood(likelihood: str) -> None:
+    """Refuses a name that is none of :data:`LIKELIHOODS`."""
+    if likelihood not in LIKELIHOODS:
+        raise UserError(f"likelihood is '{likelihood}'; {nearest(str(likelihood), LIKELIHOODS)}")
+
+
 def log_density(
     model: ClassificationDiffusion, rows: np.ndarray, likelihood: str, y: np.ndarray | None = None
 ) -> np.ndarray:
@@ -34,8 +40,7 @@ def log_density(
     Raises:
         UserError: Another likelihood.
     """
-    if likelihood not in LIKELIHOODS:
-        raise UserError(f"likelihood is '{likelihood}'; {nearest(str(likelihood), LIKELIHOODS)}")
+    check_likelihood(likelihood)
     device = model.schedule.alpha.device
     x, context = (None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in (rows, y))
     parts = []

@@ -46,6 +46,13 @@ class LogZOptions:
     draws: int = 256
 
 
+def check_methods(methods: Sequence[str]) -> None:
+    """Refuses a name that is none of :data:`METHODS`."""
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"unknown likelihood method '{method}'; {nearest(method, METHODS)}")
+
+
 def report(
     model: ClassificationDiffusion,
     x: Tensor,
@@ -82,12 +89,14 @@ def report(
         progress: Shows a progress bar.
 
     Raises:
-        UserError: An unknown method, or a model without transform.
+        UserError: An unknown method, a level or a number of draws that does not exist, or a model without transform.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"unknown likelihood method '{method}'; {nearest(method, METHODS)}")
+    check_methods(methods)
     level = scoring_level(model) if level is None else level
+    if not 1 <= level < model.schedule.T:
+        raise UserError(f"level {level} cannot be scored through; choose 1 ... {model.schedule.T - 1}")
+    if draws < 1:
+        raise UserError(f"draws is {draws}; at least one is needed")
     x, y = x[:limit], None if y is None else y[:limit]
     flow = flow or FlowOptions()
     table = _Table(model, x, y, level, draws, seed, batch_size)
@@ -169,8 +178,9 @@ class _Table:
         gap = self.unit * (flow.log_prob - scored.log_prob).cpu()
         # The mean of two independent halves has a quarter of the variance of their difference.
         probe_variance = (self.unit * flow.probe_gap.cpu()).square().mean() / 4
-        spread = (gap.var() - probe_variance).clamp_min(0).sqrt()
-        self.gap = Gap(float(gap.mean()), float(spread), self.level, float(gap.std() / math.sqrt(len(gap))))
+        spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
+        error = float(gap.std() / math.sqrt(len(gap))) if len(gap) > 1 else math.nan
+        self.gap = Gap(float(gap.mean()), float(spread), self.level, error)
         probe_error, kl = float((probe_variance / len(gap)).sqrt()), self.unit * flow.start_kl_bound
         steps = options.steps_from(self.model, self.level)
         self.notes.append(
