@@ -1,6 +1,7 @@
 """DDPM checkpoints of diffusers: our network is the same function of image and level."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,3 +111,14 @@ def test_missing_and_foreign_files_are_named(saved, tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
     with pytest.raises(UserError, match=r"scheduler_config.json: prediction_type is 'v_prediction'"):
         load_diffusers(tmp_path)
+
+
+def test_a_saved_pipeline_is_read_as_well(saved, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "scheduler").mkdir()
+    folder, _ = saved
+    for path in folder.iterdir():
+        shutil.copy(path, tmp_path / ("scheduler" if "scheduler" in path.name else "unet") / path.name)
+    flat, nested = load_diffusers(folder), load_diffusers(tmp_path)
+    x = torch.randn(2, *flat.transform.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(flat.denoise(x, 100).eps, nested.denoise(x, 100).eps)

@@ -360,3 +360,10 @@ def test_conversions_go_round():
     ):
         assert torch.allclose(again.eps, eps, atol=1e-12)
     assert torch.allclose(schedule.perturb(truth.x0, 7, eps), x, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 7, 9])
+def test_a_backbone_with_another_number_of_logits_is_refused(levels):
+    model = ClassificationDiffusion(ZeroBackbone(levels), UniformSigmaSchedule(6))
+    with pytest.raises(UserError, match=f"the backbone gives {levels} logits; the schedule has 8 levels"):
+        model.log_prob(torch.zeros(2, 3))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from small_runs import small_flags
 
+import torchcdm
 from torchcdm.cli import main
 from torchcdm.compare.baselines import Baseline
 from torchcdm.data import load_data
@@ -69,6 +70,15 @@ def refuse(capsys, *words):
         (["train", "digits", "--out", "R", "--train.stesp", "5"], "unknown field 'train.stesp'; did you mean 'steps'"),
         (["train", "digits", "--out", "R", "--stesp", "5"], "unknown argument '--stesp'; did you mean 'steps'"),
         (["train", "digits", "--out", "R", "--train.steps"], "--train.steps needs a value"),
+        (["train", "--out", "R", "--train.lr", ".nan", "digits"], "lr is nan; it must be positive"),
+        (["train", "--train.betas", "[2, 3]", "digits", "--out", "R"], "two numbers of at least 0 and below 1"),
+        (["train", "digits", "--out", "R", "--train.grad_clip", "-1"], "grad_clip is -1; it must be positive"),
+        (["train", "digits", "--out", "R", "--train.warmup", "-5"], "warmup is -5; it must not be negative"),
+        (["train", "digits", "--out", "R", "--train.patience", "0"], "patience is 0; it must be at least 1"),
+        (["train", "digits", "--out", "R", "--sampling.n", "-3"], "n is -3"),
+        (["train", "digits", "--out", "R", "--sampling.sampler", "foo"], "unknown sampler 'foo'"),
+        (["train", "digits", "--out", "R", "--report.methods", "[foo]"], "unknown likelihood method 'foo'"),
+        (["train", "digits", "--out", "R", "--report.draws", "0"], "draws is 0; it must be at least 1"),
         (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
         (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),
         (["train", "digits", "--out", "R", "--size", "8by8"], "write height x width"),
@@ -105,6 +115,9 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
         (["nll", "RUN", "--split", "tset"], "unknown split 'tset'; did you mean 'test'"),
         (["nll", "RUN", "--methods", "single,flwo"], "did you mean 'flow'"),
         (["nll", "RUN", "--limit", "0"], "--limit is 0"),
+        (["nll", "RUN", "--level", "99"], "level 99 cannot be scored through; choose 1 ..."),
+        (["nll", "RUN", "--level=-1"], "level -1 cannot be scored through"),
+        (["nll", "RUN", "--draws", "0"], "draws is 0; at least one is needed"),
         (["nll", "RUN", "--particles", "64"], "--particles is 64; at least 128"),
         (["nll", "RUN", "--conditional"], "have no classes"),
         (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
@@ -113,6 +126,7 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
         (["denoise", "PIXELS", "nothing.png", "--out", "S"], "nothing.png"),
         (["denoise", "PIXELS", "x.npy", "--level", "21", "--out", "S"], "--level is 21"),
         (["denoise", "PIXELS", "x.npy", "--noise-std", "-1", "--out", "S"], "-1; it must be positive"),
+        (["denoise", "PIXELS", "x.npy", "--noise-std", "nan", "--out", "S"], "nan; it must be positive"),
         (["denoise", "PIXELS", "x.npy", "--level", "3", "--noise-std", "1", "--out", "S"], "not allowed with"),
         (["train", "digits", "--out", "RUN"], "already holds a run; go on with --resume"),
         (["convert", "x.pt", "RUN", "--preset", "cifar10"], "already holds a run"),
@@ -126,7 +140,7 @@ def test_mistakes_with_a_run(capsys, tmp_path, monkeypatch, run, pixels, words, 
 
 
 def test_mistakes_about_labels(capsys, tmp_path, conditional):
-    for label in ("10", "-1", "ten"):
+    for label in ("10", "-1", "ten", "\u00b2"):
         assert "give balanced, a number 0 ... 9" in refuse(
             capsys, "sample", conditional, f"--label={label}", "--out", tmp_path
         )
@@ -271,3 +285,26 @@ def test_resume_of_a_run_needs_no_preset(capsys, tmp_path, run):
     succeed(capsys, *words, "--config", run / "config.yaml", "--steps", "2")
     out = succeed(capsys, *words, "--resume", "--steps", "3")
     assert "3 steps in" in out and "one-pass" in out
+
+
+def test_a_field_and_its_value_may_stand_anywhere(tmp_path, run):
+    """The value of a field is no preset, with or without one before it."""
+    fields = ["--train.steps", "2", "--sampling.n", "0", "--report.limit", "4", "--report.methods", "[single]"]
+    words = ["train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "r"), *fields, "--quiet"]
+    assert main(words) == 0
+    assert "steps: 2" in (tmp_path / "r" / "config.yaml").read_text()
+    assert main(["train", "--out", str(tmp_path / "r"), "--resume", "--train.steps", "3", "--quiet"]) == 0
+
+
+def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(tmp_path):
+    small = ["--model.backbone.width", "8", "--model.backbone.multipliers", "[1]", "--train.steps", "1"]
+    words = ["--sampling.n", "0", "--report.limit", "4", "--train.validation_samples", "4", "--quiet"]
+    assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
+    model = torchcdm.load(tmp_path / "r")
+    assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
+
+
+def test_numbers_that_are_none_are_null_in_json(tmp_path, run):
+    path = tmp_path / "nll.json"
+    assert main(["nll", str(run), "--methods", "single", "--limit", "1", "--json", str(path), "--quiet"]) == 0
+    assert "NaN" not in path.read_text() and json.loads(path.read_text())["rows"][0]["se"] is None

@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from torchcdm.compare.flows import FlowModule
 from torchcdm.compare.peers import PEERS
 from torchcdm.compare.results import NAME_WIDTH, Comparison
 from torchcdm.compare.sklearn_peers import ClassicalPeer
-from torchcdm.data import from_object
+from torchcdm.data import fingerprint, from_object, load_data
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 
@@ -47,6 +48,7 @@ def made(tmp_path_factory):
 def test_the_command_leaves_numbers_and_a_figure(made, capsys):
     folder, words = made
     content = json.loads((folder / "all.json").read_text())
+    assert content["protocol"].pop("fingerprint") == fingerprint(gaussianized(load_data("digits")))
     assert content["protocol"] == {
         "data": "digits", "train": 1300, "validation": 200, "test": 8, "dim": 64, "unit": "bits/dim", "budget": 0.3,
         "clock": "processor", "seed": 0, "gaussianized": True, "log_z": None, "frechet": None,
@@ -272,3 +274,16 @@ def test_a_comparison_of_diverged_systems_alone_is_a_table(made):
 
     lost = replace(kept, rows=(), sampling=None, status="diverged", note="lost")
     assert "diverged" in Comparison(protocol, (lost,), "cpu").table()
+
+
+def test_results_of_other_data_of_the_same_size_are_not_mixed(tmp_path):
+    x = np.random.RandomState(0).normal(size=(100, 3))
+    compare(from_object(x), 1.0, tmp_path, ["gaussian"])
+    with pytest.raises(UserError, match="holds a comparison with fingerprint = "):
+        compare(from_object(x[:, ::-1].copy()), 1.0, tmp_path, ["gaussian"])
+
+
+def test_a_damaged_protocol_is_named(tmp_path):
+    (tmp_path / "protocol.json").write_text("{")
+    with pytest.raises(UserError, match="protocol.json"):
+        compare(from_object(np.random.RandomState(0).normal(size=(100, 3))), 1.0, tmp_path, ["gaussian"])

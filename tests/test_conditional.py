@@ -1,9 +1,12 @@
 """Conditional densities: posteriors that are known, columns that are no ordinary ones, files and mistakes."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
 
 import torchcdm
 from torchcdm.errors import UserError
@@ -159,3 +162,48 @@ def test_mistakes_are_named():
 
 def test_conditional_is_exported():
     assert torchcdm.estimators.CDMConditional is CDMConditional
+
+
+def test_columns_go_by_name():
+    theta, x = pairs()
+    model = CDMConditional(**TINY).fit(theta, x)
+    truth = model.log_prob(theta, x)
+    assert np.array_equal(model.log_prob(theta.iloc[:, ::-1], x.iloc[:, ::-1]), truth)
+    assert np.array_equal(model.sample(2, x.iloc[:3, ::-1]), model.sample(2, x.iloc[:3]))
+    assert np.array_equal(model.log_prob(theta.to_numpy(), x.to_numpy()), truth)
+    with pytest.raises(UserError, match="theta has no column .*, which the fit had"):
+        model.log_prob(x.iloc[:, :2], x)
+
+
+def test_it_has_a_score_for_grid_searches():
+    theta, x = pairs()
+    search = GridSearchCV(CDMConditional(**TINY), {"width": [8, 16]}, cv=2).fit(theta, x)
+    assert search.best_params_["width"] in (8, 16) and search.best_estimator_.n_features_in_ == 2
+    assert search.best_estimator_.score(theta, x) == search.best_estimator_.log_prob(theta, x).mean()
+
+
+def test_a_row_that_differs_in_a_constant_column_is_said():
+    theta, x = pairs()
+    model = CDMConditional(**TINY).fit(theta.assign(unit=1.0), x)
+    with pytest.warns(UserWarning, match="80 rows differ in a column that was constant in training"):
+        model.log_prob(theta.assign(unit=2.0), x)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("params"),
+        lambda content: content["fitted"].pop("arrays"),
+        lambda content: content["params"].update(colour=1),
+        lambda content: content.update(fitted=None),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, damage):
+    theta, x = pairs()
+    CDMConditional(**TINY).fit(theta, x).save(tmp_path)
+    path = tmp_path / "estimator.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="estimator.json: damaged"):
+        CDMConditional.load(tmp_path)

@@ -111,3 +111,19 @@ def test_likelihoods_of_discrete_columns_are_their_probabilities():
     assert (found["one pass"].nats - true).abs().max() < 0.05
     for name, likelihood in found.items():
         assert abs(float((likelihood.nats - true).mean())) < 0.05, name
+
+
+@pytest.mark.parametrize("kind", ["array", "frame"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x + 1e8, "column '.*' varies less than float32 resolves"), (lambda x: x * 1e39, "beyond float32")],
+)
+def test_what_float32_does_not_hold_is_refused(kind, change, message):
+    x = change(np.random.RandomState(0).normal(size=(100, 2)))
+    data = pytest.importorskip("pandas").DataFrame(x, columns=["a", "b"]) if kind == "frame" else x
+    with pytest.raises(UserError, match=message):
+        from_object(data)
+
+
+def test_large_whole_numbers_are_exact():
+    assert from_object(2.0**23 + np.random.RandomState(0).randint(0, 3, (100, 2))).shape == (2,)

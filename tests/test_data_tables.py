@@ -199,3 +199,24 @@ def test_saved_tables_read_back_exactly(tmp_path):
     source = load_data(f"table:{path}")
     assert source.columns == ("a", "b", "c")
     assert torch.equal(everything(source), x[x[:, 0].argsort()])
+
+
+def test_the_index_of_a_data_frame_is_no_column(tmp_path, values):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(values, columns=["a", "b", "c"])
+    frame = frame[frame.a > frame.a.quantile(0.2)]
+    frame.to_csv(tmp_path / "t.csv")
+    source = load_data(f"table:{tmp_path}/t.csv")
+    assert source.columns == ("a", "b", "c")
+    assert any("first column has no name and counts the rows: left out" in note for note in source.notes)
+    pytest.importorskip("pyarrow")
+    frame.to_parquet(tmp_path / "t.parquet")
+    source = load_data(f"table:{tmp_path}/t.parquet")
+    assert source.columns == ("a", "b", "c") and any("index of the data frame is left out" in n for n in source.notes)
+
+
+@pytest.mark.parametrize("header", [["", "b"], ["a", ""]])
+def test_other_columns_without_a_name_are_refused(tmp_path, header):
+    rows = np.random.RandomState(0).normal(size=(20, 2))
+    with pytest.raises(UserError, match="has no name; name it in the first line"):
+        load_data(f"table:{write(tmp_path / 't.csv', header, rows)}")

@@ -8,6 +8,7 @@ import torch
 
 import torchcdm
 from torchcdm.errors import UserError
+from torchcdm.interrupt import Interrupted
 
 TINY = {"device": "cpu", "progress": False}
 
@@ -68,3 +69,51 @@ def test_public_names():
         assert getattr(torchcdm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         torchcdm.lode  # noqa: B018
+
+
+def test_what_was_read_off_the_data_is_said(capsys):
+    x = np.random.RandomState(0).choice([0.0, 1.0, 3.0], (60, 2))
+    torchcdm.fit(x, steps=1, model={"backbone": {"width": 8}}, device="cpu")
+    assert "column 'c1' has 3 distinct values: dequantised with cells of 1" in capsys.readouterr().out
+
+
+def test_labels_come_second_as_in_scikit_learn():
+    x, y = np.random.RandomState(0).normal(size=(60, 2)), np.arange(60) % 3
+    model = torchcdm.fit(x, y, steps=1, model={"labels": "input", "backbone": {"width": 8}}, **TINY)
+    assert model.classes == 3
+
+
+def test_files_and_series(tmp_path):
+    x = np.random.RandomState(0).normal(size=(60, 2))
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a,b", comments="")
+    small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
+    assert torchcdm.fit(tmp_path / "t.csv", **small).shape == (2,)
+    pd = pytest.importorskip("pandas")
+    assert torchcdm.fit(pd.Series(np.arange(60.0) ** 2), **small).shape == (1,)
+
+
+@pytest.mark.parametrize("data", [{"a": [1.0, 2.0]}, b"bytes"])
+def test_other_objects_are_refused_in_one_line(data):
+    with pytest.raises(UserError, match="data of type .* are not understood"):
+        torchcdm.fit(data, **TINY)
+
+
+def test_no_samples_are_drawn_for_a_run_that_is_not_kept(monkeypatch):
+    monkeypatch.setattr("torchcdm.trainer.draw", lambda *args: pytest.fail("drawn for nobody"))
+    torchcdm.fit(torch.randn(60, 2), steps=1, model={"backbone": {"width": 8}}, **TINY)
+
+
+def test_an_interrupted_fit_does_not_promise_a_state(monkeypatch):
+    def stopped(*args, **kwargs):
+        raise Interrupted(2, "stopped after step 3; the state is saved, go on with --resume")
+
+    monkeypatch.setattr("torchcdm.fitting.train", stopped)
+    with pytest.raises(Interrupted, match="stopped by a signal; nothing of it is kept"):
+        torchcdm.fit(torch.randn(60, 2), **TINY)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, lambda x: x.double(), lambda x: x.half().float()])
+def test_log_prob_takes_numbers_of_any_precision(kind):
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).half().float()
+    model = torchcdm.fit(x, steps=1, model={"backbone": {"width": 8}}, **TINY)
+    assert torch.allclose(model.log_prob(kind(x)), model.log_prob(x), atol=1e-5)

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from oracles import rng
+from oracles import normal, rng
 from scipy.stats import multivariate_normal
 
 from torchcdm import DensityRatio
@@ -326,7 +326,7 @@ def test_mistakes(joint):
     with pytest.raises(UserError, match="nan"):
         joint.log_ratio([[1.0, math.nan]])
     with pytest.raises(UserError, match="few distinct values in the columns c1"):
-        DensityRatio(discrete="refuse").fit(*(np.stack([x[:, 0], x[:, 1].round()], 1) for x in (p, q)))
+        DensityRatio(discrete="error").fit(*(np.stack([x[:, 0], x[:, 1].round()], 1) for x in (p, q)))
 
 
 @pytest.mark.parametrize("method", ["joint", "separate"])
@@ -339,3 +339,54 @@ def test_fewer_rows_than_columns_and_a_column_that_one_source_holds_constant(met
     q[:, 1] = 0.25
     ratio = DensityRatio(0, method, device="cpu", steps=2).fit(p, q)
     assert np.isfinite(ratio.log_ratio(p)).all() and ratio.log_ratio(p).mean() > 0 > ratio.log_ratio(q).mean()
+
+
+def test_an_interrupted_fit_leaves_nothing_that_answers(joint, monkeypatch):
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(device="cpu", steps=2).fit(x + 1, x)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchcdm.ratio.best_share", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ratio.fit(100 * x + 1, 100 * x)
+    with pytest.raises(UserError, match="this DensityRatio is not fitted"):
+        ratio.log_ratio(x)
+
+
+def test_a_query_far_beyond_float32_squares_has_a_finite_ratio():
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(device="cpu", steps=2).fit(x + 1, x)
+    query = [[1e30, 0.0], [0.0, 0.0]]
+    assert np.isfinite(ratio.importance_weights(query)).all()
+    assert ratio.outside_support(query).tolist() == [True, False]
+
+
+def test_an_empty_query_and_too_much_validation_are_refused():
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(device="cpu", steps=2).fit(x + 1, x)
+    with pytest.raises(UserError, match="holds no rows; there is nothing to score"):
+        ratio.log_ratio(x[:0])
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        DensityRatio(device="cpu", validation_fraction=0.99).fit(x, x)
+
+
+@pytest.mark.parametrize("seed", [None, -1, "a", np.random.RandomState(0), True])
+def test_other_random_states_are_refused(seed):
+    with pytest.raises(UserError, match="random_state is .*; a whole number of at least 0 is needed"):
+        DensityRatio(random_state=seed)
+
+
+def test_sources_that_hardly_overlap_are_said():
+    x = normal(60, 2).numpy()
+    assert any("hardly overlap" in note for note in DensityRatio(device="cpu", steps=2).fit(x + 20, x).notes)
+
+
+def test_a_loaded_ratio_can_be_fitted_again_with_its_settings(tmp_path):
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(3, device="cpu", validation_fraction=0.3, steps=2, discrete="error").fit(x + 1, x)
+    ratio.save(tmp_path)
+    again = DensityRatio.load(tmp_path, device="cpu")
+    assert np.array_equal(again.fit(x + 1, x).log_ratio(x), ratio.log_ratio(x))
+    assert again.overrides == {"steps": 2} and again.discrete == "error"

@@ -68,7 +68,7 @@ def test_columns_of_few_values_are_dequantised_or_refused():
     values = pair.source.train.tensors()[0][:, 1]
     assert len(values.unique()) > 100
     with pytest.raises(UserError, match="few distinct values in the columns c1.*discrete='dequantize'"):
-        pair_up(x, x, discrete="refuse")
+        pair_up(x, x, discrete="error")
 
 
 def test_images_go_by_shape_and_by_kind():

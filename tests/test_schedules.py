@@ -8,7 +8,7 @@ from oracles import SCHEDULES, normal
 from torch.distributions import Normal
 
 from torchcdm.errors import UserError
-from torchcdm.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule
+from torchcdm.schedules import CosineSchedule, LinearSchedule, LogSNRSchedule, NoiseSchedule, UniformSigmaSchedule
 
 T = 40
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -138,3 +138,28 @@ def test_settings_that_make_no_schedule():
         CosineSchedule(0)
     with pytest.raises(UserError, match="r_min"):
         LogSNRSchedule(10, r_min=3, r_max=2)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sigma", "message"),
+    [
+        ([0.9, 0.8], [0.1, 0.2], r"of shapes \(2,\) and \(2,\); both must be \(3,\)"),
+        ([0.9, 0.8, 0.7], [0.3, 0.2, 0.1], "rising from level to level"),
+        ([0.9, 0.8, -0.7], [0.1, 0.2, 0.3], "alpha must be positive"),
+        ([0.9, 0.8, 0.7], [0.1, 0.2, float("nan")], "rising from level to level"),
+    ],
+)
+def test_schedules_that_are_none_are_refused(alpha, sigma, message):
+    class Own(NoiseSchedule):
+        def inner_levels(self, t):
+            return torch.tensor(alpha).double(), torch.tensor(sigma).double()
+
+    with pytest.raises(UserError, match=message):
+        Own(3)
+
+
+def test_levels_that_do_not_exist_are_refused():
+    schedule = UniformSigmaSchedule(5)
+    for t in (-1, 7):
+        with pytest.raises(UserError, match=f"level {t} does not exist; levels are 0 ... 6"):
+            schedule.at(t, torch.zeros(1))

@@ -15,7 +15,7 @@ from small_runs import small_config
 from torchcdm import trainer as training
 from torchcdm.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.codec import encode
-from torchcdm.config import file_fields, make_config
+from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.data import from_object
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError
@@ -338,3 +338,14 @@ def test_trackers_that_are_missing_are_told_and_others_are_written(tmp_path):
     else:
         run_training(tmp_path / "run", train__trackers="[tensorboard]", train__steps="2")
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_resume_refuses_data_that_have_changed(tmp_path):
+    fields = {"model.backbone": "mlp", "train.steps": "2", "sampling.n": "0"}
+    layers = preset_fields("mlp"), flag_fields(fields.items())
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    train(make_config(*layers), tmp_path, from_object(x), device="cpu", progress=False)
+    more = make_config(*layers, flag_fields([("train.steps", "3")]))
+    with pytest.raises(UserError, match="its data have changed since; start a new run, with --init"):
+        train(more, tmp_path, from_object(1000 * x + 5), resume=True, device="cpu", progress=False)
+    assert train(more, tmp_path, from_object(x), resume=True, device="cpu", progress=False).step == 3

@@ -90,7 +90,7 @@ class DensityRatio:
     Args:
         random_state: Seed of everything random.
         method: ``joint`` or ``separate``.
-        discrete: Columns with few distinct values: ``dequantize`` or ``refuse``, see
+        discrete: Columns with few distinct values: ``dequantize`` or ``error``, see
             :func:`torchcdm.data.pairs.pair_up`.
         validation_fraction: Share of each data set held out for early stopping.
         size: Images are resized to this (H, W).
@@ -126,7 +126,7 @@ class DensityRatio:
         self,
         random_state: int = 0,
         method: Literal["joint", "separate"] = "joint",
-        discrete: Literal["dequantize", "refuse"] = "dequantize",
+        discrete: Literal["dequantize", "error"] = "dequantize",
         validation_fraction: float = 0.15,
         size: tuple[int, int] | None = None,
         channels: int | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ SIGINT and SIGTERM, in training with the state saved.
 """
 
 
-DOTTED = re.compile(r"--\w+(\.\w+)+")
-"""The flag of a field of the configuration, without a value."""
+DOTTED = re.compile(r"--\w+(\.\w+)+(=|$)")
+"""The flag of a field of the configuration, which every command but ``train`` refuses."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for group in groups:
         group.add_commands(commands)
     try:
-        # Flags of the form --section.field are known to the configuration alone.
-        given = sys.argv[1:] if arguments is None else arguments
-        options, rest = parser.parse_known_args(_joined(given))
-        options.rest = rest
+        # The parser would take the values of flags that it does not know for arguments without a name.
+        words, fields = _without_fields(sys.argv[1:] if arguments is None else arguments)
+        options, rest = parser.parse_known_args(words)
+        options.rest = rest = fields + rest
         if rest and not getattr(options, "takes_fields", False):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return options.run(options) or 0
@@ -67,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _joined(words: Sequence[str]) -> list[str]:
-    """``--section.field VALUE`` as one word: the parser would take the value for an argument without a name."""
-    joined, rest = [], iter(words)
+def _without_fields(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without ``--section.field VALUE`` and ``--section.field=VALUE``, and those, for the configuration."""
+    left, fields, rest = [], [], iter(words)
     for word in rest:
-        if DOTTED.fullmatch(word) and (value := next(rest, None)) is not None:
-            word = f"{word}={value}"
-        joined.append(word)
-    return joined
+        if not DOTTED.match(word):
+            left.append(word)
+        else:
+            fields += [word] if "=" in word else [word, *itertools.islice(rest, 1)]
+    return left, fields
 

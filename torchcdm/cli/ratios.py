@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--method", default="joint", help="joint or separate (joint)")
     parser.add_argument("--clip", type=float, metavar="P", help="weights above this quantile are set to it: 0.999")
     parser.add_argument(
-        "--discrete", default="dequantize", help="columns of few values: dequantize or refuse (dequantize)"
+        "--discrete", default="dequantize", help="columns of few values: dequantize or error (dequantize)"
     )
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--size", metavar="HxW", help="images are resized to this")

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.units import ColumnTransform, DataTransform
+
+DISCRETE = ("dequantize", "error")
+"""What to do with a column of few distinct values."""
 
 FEW_VALUES = 20
 """A column of at most so many values is discrete, where each comes twice on average."""
@@ -64,6 +67,12 @@ def measure_columns(
     if not discrete:
         return DataTransform.standardize(x), notes
     return ColumnTransform.fit(x, discrete, bend=False), notes
+
+
+def check_discrete(discrete: str) -> None:
+    """Refuses what is none of :data:`DISCRETE`."""
+    if discrete not in DISCRETE:
+        raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
 
 
 def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, tables
-from torchcdm.data.columns import cell_width, discrete_values, frequency_notes
+from torchcdm.data.columns import cell_width, check_discrete, discrete_values, frequency_notes
 from torchcdm.data.inputs import TABLE_SUFFIXES, read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
 from torchcdm.data.specs import load_data
 from torchcdm.data.tables import Table
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
 from torchcdm.units import ColumnWarp, DataTransform
 
 SOURCES = ("denominator", "numerator")
@@ -70,7 +70,7 @@ def pair_up(
     denominator: Any,
     validation_fraction: float = 0.15,
     seed: int = 0,
-    discrete: Literal["dequantize", "refuse"] = "dequantize",
+    discrete: Literal["dequantize", "error"] = "dequantize",
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     skip_bad: bool = False,
@@ -83,7 +83,7 @@ def pair_up(
         denominator: Likewise, with the same columns or the same shape.
         validation_fraction: Share of each that is held out.
         seed: Of the split and of the dequantisation.
-        discrete: Columns with few values: ``dequantize`` adds uniform noise between neighbouring values, ``refuse``
+        discrete: Columns with few values: ``dequantize`` adds uniform noise between neighbouring values, ``error``
             names them in an error.
         size: Images are resized to this (H, W).
         channels: Images are converted to so many channels.
@@ -92,8 +92,7 @@ def pair_up(
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
     """
-    if discrete not in ("dequantize", "refuse"):
-        raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), ['dequantize', 'refuse'])}")
+    check_discrete(discrete)
     if not 0 < validation_fraction < 1:
         raise UserError(f"validation_fraction is {validation_fraction}; it must be above 0 and below 1")
     options = Options(size, channels, validation_fraction, 0.0, seed, skip_bad, LABEL)
@@ -252,7 +251,7 @@ def _from_tables(
     together = [np.concatenate([x[:, k] for x in both]) for k in range(len(columns))]
     found = [discrete_values(x, column) for x, column in zip(together, columns, strict=True)]
     widths = {column: cell_width(values) for column, values in zip(columns, found, strict=True) if values is not None}
-    if widths and discrete == "refuse":
+    if widths and discrete == "error":
         raise UserError(
             f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"

@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from torchcdm.data.columns import cell_width, discrete_values, frequent_value
-from torchcdm.errors import UserError, nearest
-
-DISCRETE = ("dequantize", "error")
-"""What to do with a column of few distinct values."""
+from torchcdm.data.columns import cell_width, check_discrete, discrete_values, frequent_value
+from torchcdm.errors import UserError
 
 COPIES, COPIED_ROWS = 20, 200_000
 """A table with discrete columns is trained on so many noisy copies, or so many rows in all, whichever is less."""
@@ -54,8 +51,7 @@ class Columns:
             UserError: Nothing but constant columns; a discrete column under ``error``, or one whose values nearly
                 coincide.
         """
-        if discrete not in DISCRETE:
-            raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
+        check_discrete(discrete)
         constants, values, notes = {}, {}, []
         for k, name in enumerate(names):
             column = x[:, k]

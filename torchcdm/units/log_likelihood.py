@@ -52,4 +52,5 @@ class LogLikelihood:
     def mean_and_error(self) -> tuple[float, float]:
         """Mean of :meth:`values` and its standard error over samples (nan for one sample)."""
         values = self.values()
-        return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+        error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        return float(values.mean()), error
