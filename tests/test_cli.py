@@ -296,12 +296,17 @@ def test_a_field_and_its_value_may_stand_anywhere(tmp_path, run):
     assert main(["train", "--out", str(tmp_path / "r"), "--resume", "--train.steps", "3", "--quiet"]) == 0
 
 
-def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(tmp_path):
+def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(capsys, tmp_path):
     small = ["--model.backbone.width", "8", "--model.backbone.multipliers", "[1]", "--train.steps", "1"]
     words = ["--sampling.n", "0", "--report.limit", "4", "--train.validation_samples", "4", "--quiet"]
     assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
     model = torchcdm.load(tmp_path / "r")
     assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
+    words = ["nll", str(tmp_path / "r"), "--limit", "2", "--flow-steps", "4", "--quiet", "--json"]
+    assert main([*words, str(tmp_path / "nll.json")]) == 0
+    numbers = json.loads((tmp_path / "nll.json").read_text())
+    assert [row["name"] for row in numbers["rows"]] == ["elbo", "flow"] and numbers["gap_to_flow"] is None
+    assert "single: a ddm has no density in one pass" in refuse(capsys, *words, "-", "--methods", "single,flow")
 
 
 def test_numbers_that_are_none_are_null_in_json(tmp_path, run):

@@ -254,6 +254,8 @@ class ClassificationDiffusion(Denoiser):
 
     def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
         """h - h_{T+1}, (B, [classes,] T+2), at least float32."""
+        if y is not None and not self.conditional:
+            raise UserError("y is given, but the backbone takes no classes")
         h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")

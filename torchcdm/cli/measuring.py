@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, "nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json")
     parser.add_argument("model", metavar="RUN")
     add_data(parser)
-    parser.add_argument("--methods", default="single,elbo,flow", help="of single, elbo, flow, logz (all but logz)")
+    parser.add_argument("--methods", help="of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
     parser.add_argument("--draws", type=int, default=1, metavar="K", help="noise draws of the one-pass rows (1)")
     parser.add_argument("--level", type=int, metavar="T", help="level of the bounds and the flow; chosen by default")
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
@@ -56,8 +56,7 @@ def run_nll(options: argparse.Namespace) -> int:
         raise UserError(f"--particles is {options.particles}; at least 128 are needed")
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
-    if not isinstance(model, ClassificationDiffusion):
-        raise UserError(f"{options.model}: is a ddm, which has no likelihood in one pass")
+    methods = options.methods or ("single,elbo,flow" if isinstance(model, ClassificationDiffusion) else "elbo,flow")
     source = _source(options, info)
     x, labels = source.split(options.split).tensors(options.limit)
     y = labels_for(model, labels) if options.conditional else None
@@ -66,7 +65,7 @@ def run_nll(options: argparse.Namespace) -> int:
     result = report(
         model,
         x,
-        [method.strip() for method in options.methods.split(",")],
+        [method.strip() for method in methods.split(",")],
         y,
         options.level,
         draws=options.draws,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import labels_of, require_transform, scoring_level
@@ -46,6 +47,13 @@ class LogZOptions:
     draws: int = 256
 
 
+BY_CONSTRUCTION = "ELBO and flow integrate to one by construction; the flow up to its step and probe errors."
+"""What is to be said of a plain diffusion model."""
+
+OF_CLASSIFIERS = ("single", "logz")
+"""Those that need a density in one pass."""
+
+
 def check_methods(methods: Sequence[str]) -> None:
     """Refuses a name that is none of :data:`METHODS`."""
     for method in methods:
@@ -54,7 +62,7 @@ def check_methods(methods: Sequence[str]) -> None:
 
 
 def report(
-    model: ClassificationDiffusion,
+    model: Denoiser,
     x: Tensor,
     methods: Sequence[str] = METHODS,
     y: Tensor | None = None,
@@ -72,7 +80,8 @@ def report(
     """Scores data by every method asked for, on the same samples and the same noisy inputs.
 
     Args:
-        model: The model, with a transform; put into evaluation mode meanwhile.
+        model: The model, with a transform; put into evaluation mode meanwhile. A plain diffusion model has ELBO and
+            flow alone.
         x: Data units, (N, *shape); every sample is scored, in order.
         methods: Of :data:`METHODS`.
         y: Classes, long (N,), for the conditional density, whose log Z is not estimated; None for the unconditional.
@@ -92,6 +101,9 @@ def report(
         UserError: An unknown method, a level or a number of draws that does not exist, or a model without transform.
     """
     check_methods(methods)
+    lacking = [method for method in methods if method in OF_CLASSIFIERS]
+    if lacking and not isinstance(model, ClassificationDiffusion):
+        raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     level = scoring_level(model) if level is None else level
     if not 1 <= level < model.schedule.T:
         raise UserError(f"level {level} cannot be scored through; choose 1 ... {model.schedule.T - 1}")
@@ -138,11 +150,16 @@ def log_z_estimates(
     return first, log_normalizer(model, options.draws, method="flow", steps=steps, **shared)
 
 
+def _error(values: Tensor) -> float:
+    """Standard error of the mean of (N,); nan for one value."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
 @dataclass
 class _Table:
     """A report in the making."""
 
-    model: ClassificationDiffusion
+    model: Denoiser
     x: Tensor
     y: Tensor | None
     level: int
@@ -175,13 +192,13 @@ class _Table:
         """flow, and its gap to one pass on the first draw of the noisy inputs."""
         result = flow_likelihood(self.model, self.x, self.y, self.level, options, self.seed, self.batch_size)
         self.likelihoods["flow"], flow, scored = result.likelihood, result.flow, result.scored
-        gap = self.unit * (flow.log_prob - scored.log_prob).cpu()
         # The mean of two independent halves has a quarter of the variance of their difference.
         probe_variance = (self.unit * flow.probe_gap.cpu()).square().mean() / 4
-        spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
-        error = float(gap.std() / math.sqrt(len(gap))) if len(gap) > 1 else math.nan
-        self.gap = Gap(float(gap.mean()), float(spread), self.level, error)
-        probe_error, kl = float((probe_variance / len(gap)).sqrt()), self.unit * flow.start_kl_bound
+        if scored.log_prob is not None:
+            gap = self.unit * (flow.log_prob - scored.log_prob).cpu()
+            spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
+            self.gap = Gap(float(gap.mean()), float(spread), self.level, _error(gap))
+        probe_error, kl = float((probe_variance / len(scored.z)).sqrt()), self.unit * flow.start_kl_bound
         steps = options.steps_from(self.model, self.level)
         self.notes.append(
             f"flow: error of its mean {self._step_error(scored.z, options, steps)} from the steps ({steps}) and "
@@ -231,7 +248,7 @@ class _Table:
         if None in pair:
             return None
         difference = pair[0].values() - pair[1].values()
-        return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
+        return float(difference.mean()), _error(difference)
 
     def finish(self, name: str, split: str) -> NLLReport:
         """The report."""
@@ -242,18 +259,21 @@ class _Table:
                 raise RuntimeError(f"{key}: {len(likelihood.nats)} of {len(self.x)} samples were scored")
             value, error = likelihood.mean_and_error()
             rows[key] = Row(key, value, error, likelihood.nfe, likelihood.level)
-        one_pass = rows.get("one-pass-level")
-        evidence = Evidence(
-            self.unit, one_pass, self._over_elbo(), self.gap, self.log_z, self.second, self.y is not None, self.level
-        )
-        verdict = judge(evidence)
-        rows["one-pass-normalized"] = verdict.headline
+        if isinstance(self.model, ClassificationDiffusion):
+            evidence = Evidence(
+                self.unit, rows.get("one-pass-level"), self._over_elbo(), self.gap, self.log_z, self.second,
+                self.y is not None, self.level,
+            )  # fmt: skip
+            verdict = judge(evidence)
+            rows["one-pass-normalized"] = verdict.headline
+            believe, why, notes = verdict.believe, verdict.why, verdict.notes
+        else:
+            believe, why, notes = True, BY_CONSTRUCTION, ()
         ordered = tuple(rows[key] for key in ROWS if key in rows)
         unit = "nats" if transform.bin is None else "bits/dim"
-        notes = (*self.notes, *verdict.notes)
         return NLLReport(
-            name, split, len(self.x), transform.dim, unit, ordered, self.log_z, self.gap, verdict.believe, verdict.why,
-            notes,
+            name, split, len(self.x), transform.dim, unit, ordered, self.log_z, self.gap, believe, why,
+            (*self.notes, *notes),
         )  # fmt: skip
 
 
