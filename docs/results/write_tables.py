@@ -389,6 +389,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fig3": lambda: reproduction("fig3"),
     "half-precision": half_precision,
     "fig4": lambda: reproduction("fig4"),
+    "fig5": lambda: reproduction("fig5"),
     "fig6": lambda: reproduction("fig6"),
     "fig8": lambda: reproduction("fig8"),
     "fig9": lambda: reproduction("fig9"),
