@@ -39,7 +39,7 @@ def test_columns_of_frames_go_by_name_in_any_order():
     pair = pair_up(shifted, frame)
     assert pair.columns == ("height", "mass")
     layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
-    x, names = read_query(frame, *layout)
+    x, names, _ = read_query(frame, *layout)
     assert len(names) == 60
     extra = frame.assign(age=1.0)[["age", "mass", "height"]]
     assert torch.equal(read_query(extra, *layout)[0], x)
@@ -57,7 +57,8 @@ def test_constant_columns_are_left_out_with_a_note():
     assert pair.source.columns == ("c0", "c2") and pair.source.shape == (2,)
     assert any("constant" in note and "c1" in note for note in pair.source.notes)
     layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
-    assert read_query(x, *layout)[0].shape == (60, 2)
+    values, _, differs = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
+    assert values.shape == (61, 2) and differs.tolist() == 60 * [False] + [True]
 
 
 def test_columns_of_few_values_are_dequantised_or_refused():

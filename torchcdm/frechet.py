@@ -124,12 +124,12 @@ def extractor_for(
     Raises:
         UserError: No Inception, and no classes to train a classifier on.
     """
-    if _has_inception(source):
+    if inception_features(source):
         return _inception(source, device)
     return _classifier(source, seed, device, steps)
 
 
-def _has_inception(source: DataSource) -> bool:
+def inception_features(source: DataSource) -> bool:
     """Whether features are Inception's; else a classifier of the source's classes has to give them.
 
     Raises:
@@ -159,7 +159,6 @@ class Reference:
     """
 
     def __init__(self, source: DataSource, device: str | torch.device = "cpu") -> None:
-        _has_inception(source)  # what has no features is refused before anything is trained for them
         self.source, self.device = source, device
 
     @cached_property
@@ -189,8 +188,6 @@ class Reference:
 
     def header(self, count: int) -> str:
         """What a number of ``count`` samples is, for the title of a table."""
-        if count < SMALLEST_COUNT:
-            return f"no Fréchet distance of {count} samples"
         return f"Fréchet distance of {count} samples to {len(self.real)} training images in {self.extractor.name}"
 
     def notes(self, count: int) -> tuple[str, ...]:

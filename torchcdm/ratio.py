@@ -236,11 +236,11 @@ class DensityRatio:
         self._check_fitted()
         info = self._models[0][1]
         layout = (info.transform, self._columns, info.columns, self._warp)
-        values, names = read_query(x, *layout, self.size, self.channels, self.skip_bad)
+        values, names, differs = read_query(x, *layout, self.size, self.channels, self.skip_bad)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
         log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
-        return Scores(tuple(names), log_ratio, below.all(2).any(0))
+        return Scores(tuple(names), log_ratio, below.all(2).any(0) | differs)
 
     def log_ratio(self, x: Any) -> np.ndarray:
         """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
@@ -267,7 +267,8 @@ class DensityRatio:
         """Where neither data set tells anything: bool (N,).
 
         True where the density of both models, or of both Gaussians, lies further below what is rare in training
-        (one in a thousand) than that lies below the median. The log ratio there is extrapolation.
+        (one in a thousand) than that lies below the median; or where a column that was constant in both has another
+        value. The log ratio there is extrapolation.
         """
         return self.scores(x).outside
 

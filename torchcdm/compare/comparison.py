@@ -21,7 +21,7 @@ from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.errors import UserError
-from torchcdm.frechet import SMALLEST_COUNT, Reference
+from torchcdm.frechet import SMALLEST_COUNT, Reference, inception_features
 from torchcdm.likelihood import LogZOptions
 from torchcdm.run_folder import write_json, writing
 
@@ -86,6 +86,8 @@ def compare(
     )  # fmt: skip
     if frechet is not None and frechet < SMALLEST_COUNT:
         raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")
+    if frechet is not None:
+        inception_features(source)  # what has no features is refused before anything is trained
     _enter(folder, protocol)
     kept = {peer.name: _kept(folder / f"{peer.name}.json") for peer in found}
     missing = None in kept.values()

@@ -27,6 +27,9 @@ SOURCES = ("denominator", "numerator")
 MIN_ROWS = 20
 """Fewest samples of each data set."""
 
+CONSTANT = 1e-9
+"""Relative difference from the value of a constant column that is none."""
+
 LABEL = "(source)"
 """Name of the column of classes; no file's own."""
 
@@ -124,8 +127,9 @@ def read_query(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     skip_bad: bool = False,
-) -> tuple[Tensor, list[str]]:
-    """Samples to be scored in the data units of ``transform``, float32 (N, *shape), and a name for each.
+) -> tuple[Tensor, list[str], np.ndarray]:
+    """Samples to be scored: in the data units of ``transform``, float32 (N, *shape); a name for each; whether each
+    differs in a column that was constant in training, bool (N,).
 
     Args:
         x: As one data set of :func:`pair_up`; a table may have its columns in any order, and further ones.
@@ -141,7 +145,8 @@ def read_query(
         UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
     """
     if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
-        return read_inputs(x, transform, size=size, channels=channels, skip_bad=skip_bad)
+        values, names = read_inputs(x, transform, size=size, channels=channels, skip_bad=skip_bad)
+        return values, names, np.zeros(len(names), dtype=bool)
     query = _read(x, "query", Options(size, channels, skip_bad=skip_bad))
     if not len(query):
         raise UserError(f"{query.name}: holds no rows; there is nothing to score")
@@ -149,15 +154,19 @@ def read_query(
         shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
         if isinstance(query, Table) or shape != transform.shape:
             raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {transform.shape}")
-        return query.x.float(), [f"sample {i}" for i in range(len(query))]
+        return query.x.float(), [f"sample {i}" for i in range(len(query))], np.zeros(len(query), dtype=bool)
     if not isinstance(query, Table):
         raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
     if _numbered(query):
         if len(query.columns) != len(columns):
             raise UserError(f"{query.name}: rows of {len(query.columns)} numbers; {len(columns)} are needed")
         query = replace(query, columns=dict(zip(columns, query.columns.values(), strict=True)))
-    x = warp(torch.from_numpy(query.matrix(columns))).float()
-    return x[:, [list(columns).index(column) for column in kept]], [query.row(i) for i in range(len(query))]
+    x = warp(torch.from_numpy(query.matrix(columns)))
+    kept_at = [list(columns).index(column) for column in kept]
+    # The warp takes the value of a constant column to zero, to rounding.
+    differs = x.abs() > CONSTANT * warp.location.abs().clamp_min(1)
+    differs[:, kept_at] = False
+    return x[:, kept_at].float(), [query.row(i) for i in range(len(query))], differs.any(1).numpy()
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
