@@ -86,9 +86,9 @@ def compare(
     )  # fmt: skip
     if frechet is not None and frechet < SMALLEST_COUNT:
         raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")
+    _enter(folder, protocol)
     if frechet is not None:
         inception_features(source)  # what has no features is refused before anything is trained
-    _enter(folder, protocol)
     kept = {peer.name: _kept(folder / f"{peer.name}.json") for peer in found}
     missing = None in kept.values()
     reference = Reference(source, device) if missing and frechet is not None else None
