@@ -112,8 +112,8 @@ def test_an_interrupted_fit_does_not_promise_a_state(monkeypatch):
         torchcdm.fit(torch.randn(60, 2), **TINY)
 
 
-@pytest.mark.parametrize("kind", [np.asarray, lambda x: x.double(), lambda x: x.half().float()])
+@pytest.mark.parametrize("kind", [np.asarray, lambda x: x.double()])
 def test_log_prob_takes_numbers_of_any_precision(kind):
-    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).half().float()
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
     model = torchcdm.fit(x, steps=1, model={"backbone": {"width": 8}}, **TINY)
     assert torch.allclose(model.log_prob(kind(x)), model.log_prob(x), atol=1e-5)

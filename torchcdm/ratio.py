@@ -57,7 +57,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 """What each method sets on top of the preset for vectors or images."""
 
-SETTINGS = ("random_state", "method", "discrete", "validation_fraction", "channels", "preset")
+SETTINGS = ("random_state", "method", "discrete", "validation_fraction", "channels", "skip_bad", "preset")
 """Arguments that a saved ratio keeps as they are."""
 
 TRAINING = {"train": {"select": "loss"}}

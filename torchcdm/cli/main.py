@@ -77,4 +77,3 @@ def _without_fields(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             fields += [word] if "=" in word else [word, *itertools.islice(rest, 1)]
     return left, fields
-

@@ -82,7 +82,7 @@ def compare(
     protocol = Protocol(
         source.name, len(source.train), len(source.validation), len(x), source.transform.dim,
         "nats" if source.transform.bin is None else "bits/dim", float(seconds), clock, seed,
-        source.transform.gaussianized, log_z, frechet, fingerprint(source),
+        source.transform.gaussianized, log_z, frechet, fingerprint=fingerprint(source),
     )  # fmt: skip
     if frechet is not None and frechet < SMALLEST_COUNT:
         raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")

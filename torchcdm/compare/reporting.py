@@ -19,7 +19,7 @@ from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.likelihood import FlowOptions, NLLReport
 from torchcdm.likelihood import report as likelihood_report
-from torchcdm.likelihood.common import DEQUANTISE, draw_rows
+from torchcdm.likelihood.common import dithered
 from torchcdm.metrics import evaluate
 from torchcdm.run_folder import RunFolder, read_metrics, write_json
 from torchcdm.samplers import sample
@@ -120,7 +120,7 @@ def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]
         return []
     x, _ = source.split(split).tensors(config.report.limit)
     transform = source.transform
-    noisy = draw_rows(0, DEQUANTISE, slice(0, len(x)), lambda i, g: transform.add_noise(x[i].double(), g))
+    noisy = dithered(transform, x, slice(0, len(x)), seed=0)
     found = baselines(source, noisy)
     if not transform.gaussianized:
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Protocol:
         gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
         log_z: How log Z of the classification diffusion models was estimated; None: not at all.
         frechet: Samples of each system for its Fréchet distance; None: no such column.
-        fingerprint: Of the data, see :func:`torchcdm.data.fingerprint`; empty where it was not kept.
+        fingerprint: Of the data, see :func:`torchcdm.data.fingerprint`.
     """
 
     data: str
@@ -48,7 +48,7 @@ class Protocol:
     gaussianized: bool = False
     log_z: LogZOptions | None = None
     frechet: int | None = None
-    fingerprint: str = ""
+    fingerprint: str = field(kw_only=True)
 
 
 NAME_WIDTH = 54

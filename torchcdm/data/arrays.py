@@ -223,8 +223,8 @@ def measure(
     Raises:
         UserError: What does not vary.
     """
+    shape = train[0][0].shape
     if grid is None:
-        shape = train[0][0].shape
         if len(shape) == 1:
             return measure_columns(train.tensors()[0], columns or [f"c{k}" for k in range(shape[0])], dequantize, name)
         x, _ = train.tensors(limit=10_000)
@@ -232,7 +232,6 @@ def measure(
             raise UserError(f"{name}: all values are equal; there is nothing to learn")
         return DataTransform.standardize(x), []
     low, high = grid
-    shape = train[0][0].shape
     if low == 0:
         return DataTransform.images(shape, high + 1, dequantize), []
     scale = (high - low + (1 if dequantize else 0)) / 2

@@ -15,8 +15,6 @@ from torchcdm.data.folders import find_images
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
-
 
 def read_inputs(
     paths: str | Path | Sequence[str | Path],
@@ -86,7 +84,7 @@ class _Target:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         suffix = path.suffix.lower()
-        if suffix in TABLE_SUFFIXES:
+        if suffix in tables.SUFFIXES:
             return self._table(path)
         if suffix in (".npz", ".npy"):
             return self._array(path)

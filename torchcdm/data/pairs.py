@@ -13,10 +13,10 @@ from torch import Tensor
 
 from torchcdm.data import arrays, tables
 from torchcdm.data.columns import cell_width, check_discrete, discrete_values, frequency_notes
-from torchcdm.data.inputs import TABLE_SUFFIXES, read_inputs
+from torchcdm.data.inputs import read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
-from torchcdm.data.specs import load_data
+from torchcdm.data.specs import load_data, spec_of
 from torchcdm.data.tables import Table
 from torchcdm.errors import UserError
 from torchcdm.units import ColumnWarp, DataTransform
@@ -180,7 +180,7 @@ def _read(data: Any, name: str, options: Options) -> Table | _Images:
         kind, _, argument = data.partition(":")
         if kind in ("table", "array") and argument:
             return _read_file(Path(argument), name, options)
-        spec = f"folder:{data}" if Path(data).is_dir() else data
+        spec = spec_of(data)
         source = load_data(spec, options.size, options.channels, 0.0, 0.0, options.seed, skip_bad=options.skip_bad)
         return _from_source(source, f"{name} ({data})")
     if tables.is_frame(data):
@@ -193,7 +193,7 @@ def _read(data: Any, name: str, options: Options) -> Table | _Images:
 
 
 def _read_file(path: Path, name: str, options: Options) -> Table | _Images:
-    if path.suffix.lower() in TABLE_SUFFIXES:
+    if path.suffix.lower() in tables.SUFFIXES:
         table = tables.read(path)
         return Table(f"{name} ({path})", table.columns, table.row, table.notes)
     if path.is_dir():

@@ -23,9 +23,7 @@ LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
 }
 """What a SPEC may begin with; the loader gets what follows the colon."""
 
-PREFIXES = {
-    ".npz": "array", ".npy": "array", ".csv": "table", ".tsv": "table", ".txt": "table", ".parquet": "table",
-}  # fmt: skip
+PREFIXES = dict.fromkeys((".npz", ".npy"), "array") | dict.fromkeys(tables.SUFFIXES, "table")
 """Kinds of data by the suffix of their file."""
 
 NEED_ARGUMENT = {

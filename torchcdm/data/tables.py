@@ -18,6 +18,10 @@ from torchcdm.data.columns import check_resolution
 from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
 
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+"""Of table files."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -93,9 +97,9 @@ def read(path: Path) -> Table:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)
-    if suffix in (".csv", ".tsv", ".txt"):
+    if suffix in TEXT_SUFFIXES:
         return _read_csv(path)
-    raise UserError(f"{path}: tables are read from .csv, .tsv, .txt and .parquet files")
+    raise UserError(f"{path}: tables are read from {', '.join(TEXT_SUFFIXES)} and .parquet files")
 
 
 def is_frame(data: Any) -> bool:

@@ -172,6 +172,12 @@ class CDMDensity(DensityMixin, TableDensity):
         )  # fmt: skip
         self.likelihood = likelihood
 
+    def fit(self, X: Any, y: Any = None) -> CDMDensity:
+        """Trains the model; arguments and errors as in :meth:`TableDensity.fit`."""
+        check_likelihood(self.likelihood)
+        super().fit(X, y)
+        return self
+
     def score_samples(self, X: Any) -> np.ndarray:
         """log p of each row, nats in the units of the table.
 
@@ -190,12 +196,6 @@ class CDMDensity(DensityMixin, TableDensity):
         draws = [log_density(self.model_, rows, self.likelihood) for rows in noisy]
         log_z = self.normalizer_.correction if self.likelihood == "one-pass" else 0.0
         return np.mean(draws, axis=0) + self.columns_.log_cell - log_z
-
-    def fit(self, X: Any, y: Any = None) -> CDMDensity:
-        """Trains the model; arguments and errors as in :meth:`TableDensity.fit`."""
-        check_likelihood(self.likelihood)
-        super().fit(X, y)
-        return self
 
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
         self.normalizer_ = importance_normalizer(self.model_, seed)

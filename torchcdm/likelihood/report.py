@@ -21,7 +21,7 @@ from torchcdm.likelihood.normalizer import LogNormalizer, log_normalizer
 from torchcdm.likelihood.single_pass import combine, published_convention, single_draws
 from torchcdm.likelihood.summary import ROWS, Gap, NLLReport, Row
 from torchcdm.likelihood.verdict import Evidence, judge
-from torchcdm.units import LogLikelihood
+from torchcdm.units import LogLikelihood, standard_error
 
 METHODS = ("single", "elbo", "flow", "logz")
 """Groups of rows that can be asked for."""
@@ -150,11 +150,6 @@ def log_z_estimates(
     return first, log_normalizer(model, options.draws, method="flow", steps=steps, **shared)
 
 
-def _error(values: Tensor) -> float:
-    """Standard error of the mean of (N,); nan for one value."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
 @dataclass
 class _Table:
     """A report in the making."""
@@ -197,7 +192,7 @@ class _Table:
         if scored.log_prob is not None:
             gap = self.unit * (flow.log_prob - scored.log_prob).cpu()
             spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
-            self.gap = Gap(float(gap.mean()), float(spread), self.level, _error(gap))
+            self.gap = Gap(float(gap.mean()), float(spread), self.level, standard_error(gap))
         probe_error, kl = float((probe_variance / len(scored.z)).sqrt()), self.unit * flow.start_kl_bound
         steps = options.steps_from(self.model, self.level)
         self.notes.append(
@@ -248,7 +243,7 @@ class _Table:
         if None in pair:
             return None
         difference = pair[0].values() - pair[1].values()
-        return float(difference.mean()), _error(difference)
+        return float(difference.mean()), standard_error(difference)
 
     def finish(self, name: str, split: str) -> NLLReport:
         """The report."""

@@ -13,7 +13,7 @@ from typing import Any
 from torchcdm.units.affine import DataTransform
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
-from torchcdm.units.log_likelihood import LogLikelihood
+from torchcdm.units.log_likelihood import LogLikelihood, standard_error
 from torchcdm.units.warp import ColumnWarp
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "DataTransform",
     "GaussianizedTransform",
     "LogLikelihood",
+    "standard_error",
     "transform_from_config",
 ]
 

@@ -52,5 +52,9 @@ class LogLikelihood:
     def mean_and_error(self) -> tuple[float, float]:
         """Mean of :meth:`values` and its standard error over samples (nan for one sample)."""
         values = self.values()
-        error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-        return float(values.mean()), error
+        return float(values.mean()), standard_error(values)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of (N,); nan for one value."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
