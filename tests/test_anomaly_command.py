@@ -113,6 +113,25 @@ def test_rows_of_a_table_are_named_by_their_lines(capsys, tmp_path):
     assert [row["flag"] for row in rows] == ["0", "1"]
 
 
+def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):
+    """A stuck sensor is no part of the model; one that moves is an anomaly all the same."""
+    draw = np.random.RandomState(0)
+    good = np.column_stack([draw.normal(size=(300, 2)), np.full(300, 0.1)])
+    new = np.column_stack([0.1 * draw.normal(size=(4, 2)), [0.1, 0.2, 0.1, -7.0]])
+    for name, rows in {"good": good, "fresh": good[:200], "new": new}.items():
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="volt,ampere,state", comments="")
+    np.savetxt(tmp_path / "without.csv", new[:, :2], delimiter=",", header="volt,ampere", comments="")
+    run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
+    assert load_data(f"table:{tmp_path / 'good.csv'}").constants == {"state": np.float32(0.1)}
+    words = (run, tmp_path / "new.csv", "--reference", tmp_path / "fresh.csv", "--json", tmp_path / "s.json")
+    out = score(capsys, *words)
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["flags"] == [False, True, False, True] and numbers["flagged"] == numbers["deviating"] == 2
+    assert "2 of them whatever their score: they differ in a column that was constant in training" in out
+    out = score(capsys, run, tmp_path / "without.csv", *words[2:])
+    assert json.loads((tmp_path / "s.json").read_text())["flagged"] == 0 and "whatever" not in out
+
+
 def test_the_ratio_needs_and_takes_a_background(capsys, tmp_path, run, queries):
     out = score(capsys, run, queries, "--score", "ratio", "--background", run, "--json", "-")
     assert np.abs(json.loads(out)["scores"]).max() == 0

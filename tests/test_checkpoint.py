@@ -49,7 +49,7 @@ def saved(tmp_path, source, **changes):
     run = RunFolder(tmp_path / "run")
     run.make()
     names, selected = source.class_names, {"value": "last"}
-    save_model(run, model, ModelInfo(model_config, source.transform, config.data, "digits", names, None, selected))
+    save_model(run, model, ModelInfo(model_config, source.transform, config.data, "digits", names, None, {}, selected))
     return run, model
 
 

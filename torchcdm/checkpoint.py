@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchcdm.building import build_model
 from torchcdm.codec import decode, encode
 from torchcdm.config import DataConfig, ModelConfig
+from torchcdm.data import Inputs, read_inputs
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.run_folder import (
@@ -35,7 +36,7 @@ from torchcdm.run_folder import (
 from torchcdm.units import DataTransform, transform_from_config
 from torchcdm.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files; raised when an older reader would misread them."""
 
 KEPT_STATES = 2
@@ -55,6 +56,7 @@ class ModelInfo:
         preset: Name of the preset, if any.
         class_names: Names of the classes of the data; None without labels.
         columns: Names of the columns of a table.
+        constants: Values of its columns that are left out because they are constant in training.
         selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
             best, or ``{"value": "last", "step"}``.
     """
@@ -65,12 +67,21 @@ class ModelInfo:
     preset: str | None
     class_names: tuple[str, ...] | None
     columns: tuple[str, ...] | None
+    constants: Mapping[str, float]
     selected: dict[str, Any]
 
     @property
     def classes(self) -> int | None:
         """Number of classes of the data."""
         return None if self.class_names is None else len(self.class_names)
+
+    def read_inputs(
+        self, paths: str | Path | Sequence[str | Path], skip_bad: bool = False, noisy: bool = False
+    ) -> Inputs:
+        """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
+        size = None if self.data.size is None else (self.data.size[0], self.data.size[1])
+        columns, channels = self.columns, self.data.channels
+        return read_inputs(paths, self.transform, columns, self.constants, size, channels, skip_bad, noisy)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``config.json``."""
@@ -82,6 +93,7 @@ class ModelInfo:
             "transform": self.transform.to_config(),
             "classes": encode(self.class_names),
             "columns": encode(self.columns),
+            "constants": dict(self.constants),
             "selected": self.selected,
             "data": encode(self.data),
         }
@@ -117,6 +129,7 @@ def read_info(run: str | Path) -> ModelInfo:
             content["preset"],
             _names(content["classes"]),
             _names(content["columns"]),
+            {str(name): float(value) for name, value in content["constants"].items()},
             content["selected"],
         )
     except (KeyError, TypeError) as error:

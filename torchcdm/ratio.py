@@ -236,11 +236,11 @@ class DensityRatio:
         self._check_fitted()
         info = self._models[0][1]
         layout = (info.transform, self._columns, info.columns, self._warp)
-        values, names, differs = read_query(x, *layout, self.size, self.channels, self.skip_bad)
+        values, names, deviating = read_query(x, *layout, self.size, self.channels, self.skip_bad)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
         log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
-        return Scores(tuple(names), log_ratio, below.all(2).any(0) | differs)
+        return Scores(tuple(names), log_ratio, below.all(2).any(0) | deviating.numpy())
 
     def log_ratio(self, x: Any) -> np.ndarray:
         """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""

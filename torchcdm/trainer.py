@@ -273,6 +273,7 @@ class Trainer:
             self.config.preset,
             self.source.class_names,
             self.source.columns,
+            self.source.constants,
             self._selected(),
         )
         save_model(self.run, self.ema.model, info)

@@ -56,7 +56,7 @@ def run_convert(options: argparse.Namespace) -> int:
     names = None if options.classes is None else tuple(map(str, range(options.classes)))
     selected = {"value": "converted", "source": options.checkpoint.name}
     run.make()
-    save_model(run, model, ModelInfo(model_config, transform, config.data, config.preset, names, None, selected))
+    save_model(run, model, ModelInfo(model_config, transform, config.data, config.preset, names, None, {}, selected))
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")
     return 0
 

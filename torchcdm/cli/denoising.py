@@ -42,15 +42,12 @@ def run_denoise(options: argparse.Namespace) -> int:
     import torch
 
     from torchcdm.checkpoint import load, read_info
-    from torchcdm.data import read_inputs, save_array, save_images, save_table
+    from torchcdm.data import save_array, save_images, save_table
     from torchcdm.run_folder import write_file
 
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
-    size = None if info.data.size is None else (info.data.size[0], info.data.size[1])
-    x, names = read_inputs(
-        options.paths, info.transform, info.columns, size, info.data.channels, options.skip_bad, noisy=True
-    )
+    x, names, _ = info.read_inputs(options.paths, options.skip_bad, noisy=True)
     denoise = _rule(options, model, info)
     parts = [denoise(part.to(model.schedule.alpha.device)) for part in x.split(BATCH)]
     clean = torch.cat([part[0] for part in parts]).cpu()

@@ -56,7 +56,6 @@ def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
     from torchcdm.anomaly import AnomalyDetector, make_score
     from torchcdm.checkpoint import load, read_info
-    from torchcdm.data import read_inputs
 
     if options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
@@ -64,12 +63,12 @@ def run_score(options: argparse.Namespace) -> int:
     background = None if options.background is None else load(options.background, device)
     score = make_score(options.score, load(options.model, device), background)
     # Before the passes over the reference: a wrong path shall not take a minute to be found.
-    x, names = read_inputs(options.paths, *_reading(info), skip_bad=options.skip_bad)
+    x, names, deviating = info.read_inputs(options.paths, options.skip_bad)
     reference, origin = _reference(options, info)
     detector = AnomalyDetector.fit(score, reference)
     threshold = detector.threshold(options.fpr)
     scores = detector.score(x)
-    percentiles, flags = detector.percentile(scores), detector.flags(scores, options.fpr)
+    percentiles, flags = detector.percentile(scores), detector.flags(scores, options.fpr) | deviating
 
     if options.csv is not None:
         _write_csv(options.csv, names, scores, percentiles, flags)
@@ -78,7 +77,7 @@ def run_score(options: argparse.Namespace) -> int:
 
         score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
     if str(options.json) != "-":
-        print(_summary(options, detector, origin, names, scores, percentiles, flags))
+        print(_summary(options, detector, origin, names, scores, percentiles, flags, int(deviating.sum())))
     write_numbers(
         options.json,
         {
@@ -88,26 +87,22 @@ def run_score(options: argparse.Namespace) -> int:
             "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
             "count": len(scores),
             "flagged": int(flags.sum()),
+            "deviating": int(deviating.sum()),
             "scores": scores.tolist(),
             "percentiles": percentiles.tolist(),
+            "flags": flags.tolist(),
         },
     )
     return 0
 
 
-def _reading(info: ModelInfo) -> tuple[Any, ...]:
-    """What :func:`torchcdm.data.read_inputs` needs to know of a model."""
-    size = None if info.data.size is None else (info.data.size[0], info.data.size[1])
-    return info.transform, info.columns, size, info.data.channels
-
-
 def _reference(options: argparse.Namespace, info: ModelInfo) -> tuple[Tensor, str]:
     """Normal data that did not train the model, and what they are called."""
     from torchcdm.building import load_source
-    from torchcdm.data import MemorySplit, read_inputs
+    from torchcdm.data import MemorySplit
 
     if options.reference is not None:
-        x, _ = read_inputs(options.reference, *_reading(info), skip_bad=options.skip_bad)
+        x = info.read_inputs(options.reference, options.skip_bad).x
         return MemorySplit(x).tensors(options.limit)[0], ", ".join(options.reference)
     try:
         source = load_source(replace(info.data, gaussianize=False))
@@ -136,6 +131,7 @@ def _summary(
     scores: Tensor,
     percentiles: Tensor,
     flags: Tensor,
+    deviating: int,
 ) -> str:
     order = scores.argsort(descending=True)[:SHOWN].tolist()
     lines = [f"{'score':>12}{'percentile':>12}  input"]
@@ -152,6 +148,8 @@ def _summary(
         f"score '{options.score}', threshold {detector.threshold(options.fpr):.5g}, calibrated on "
         f"{len(detector.calibration)} held-out samples: {origin}"
     )
+    if deviating:
+        lines.append(f"{deviating} of them whatever their score: they differ in a column that was constant in training")
     if options.score == "log_prob":
         lines.append("raw log p misses inputs that are simpler than the normal ones; compare with --score levels")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Values are in data units everywhere: as stored, 0 ... 255 for 8-bit images. ``so
 model units.
 """
 
-from torchcdm.data.inputs import read_inputs
+from torchcdm.data.inputs import Inputs, read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.pixels import flip_horizontally
@@ -14,6 +14,7 @@ from torchcdm.data.specs import check_spec, load_data, parse_size, spec_of
 __all__ = [
     "ContextSplit",
     "DataSource",
+    "Inputs",
     "LazySplit",
     "MemorySplit",
     "Split",

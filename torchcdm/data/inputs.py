@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,31 @@ from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
 
+class Inputs(NamedTuple):
+    """Samples that were read for a model.
+
+    Attributes:
+        x: Data units, float32 (N, *shape).
+        names: The path of each, or the path and the row.
+        deviating: Whether it holds another value in a column that was constant in training, where a model knows
+            nothing: bool (N,).
+    """
+
+    x: Tensor
+    names: list[str]
+    deviating: Tensor
+
+
 def read_inputs(
     paths: str | Path | Sequence[str | Path],
     transform: DataTransform,
     columns: Sequence[str] | None = None,
+    constants: Mapping[str, float] | None = None,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     skip_bad: bool = False,
     noisy: bool = False,
-) -> tuple[Tensor, list[str]]:
+) -> Inputs:
     """Samples for a model from files.
 
     An image file's full range, 0 ... 255 or 0 ... 65535, stands for the model's range of grey levels: a digit
@@ -34,32 +51,26 @@ def read_inputs(
         paths: Image files, folders of images (recursive), .npz and .npy arrays, tables.
         transform: The model's, which knows shape, grid and range.
         columns: The columns that the model was trained on; a table is read by them, in whatever order it has them.
+        constants: Values of the columns that were left out there; what a table has of them is compared.
         size: Images are resized to this (H, W), as in training where training resized.
         channels: Images are converted to this number of channels, likewise.
         skip_bad: Leave out image files that cannot be read.
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
 
-    Returns:
-        Samples in data units, float32 (N, *shape), and a name for each: the path, or the path and the row.
-
     Raises:
         UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
 
     Example:
-        >>> x, names = read_inputs(["a.png", "folder", "more.npz"], model.transform)
+        >>> x, names, deviating = read_inputs(["a.png", "folder", "more.npz"], model.transform)
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    target = _Target(transform, tuple(columns) if columns else None, size, channels, skip_bad, noisy)
-    samples: list[Tensor] = []
-    names: list[str] = []
-    for path in map(Path, paths):
-        x, labels = target.read(path)
-        samples.append(x)
-        names += labels
-    if not names:
+    target = _Target(transform, tuple(columns or ()), constants or {}, size, channels, skip_bad, noisy)
+    parts = [target.read(path) for path in map(Path, paths)]
+    if not any(part.names for part in parts):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
-    return torch.cat(samples), names
+    x, names, deviating = zip(*parts, strict=True)
+    return Inputs(torch.cat(x), [name for some in names for name in some], torch.cat(deviating))
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,8 @@ class _Target:
     """What files are brought to."""
 
     transform: DataTransform
-    columns: tuple[str, ...] | None
+    columns: tuple[str, ...]
+    constants: Mapping[str, float]
     size: tuple[int, int] | None
     channels: int | None
     skip_bad: bool
@@ -77,8 +89,8 @@ class _Target:
     def shape(self) -> tuple[int, ...]:
         return self.transform.shape
 
-    def read(self, path: Path) -> tuple[Tensor, list[str]]:
-        """All samples of one file or folder: float32 (N, *shape), and their names."""
+    def read(self, path: Path) -> Inputs:
+        """All samples of one file or folder."""
         if path.is_dir():
             return self._images([file.path for file in find_images(path)[0]])
         if not path.exists():
@@ -92,7 +104,7 @@ class _Target:
             return self._images([path])
         raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
 
-    def _images(self, paths: list[Path]) -> tuple[Tensor, list[str]]:
+    def _images(self, paths: list[Path]) -> Inputs:
         samples, names = [torch.empty(0, *self.shape)], []
         for path in paths:
             try:
@@ -106,7 +118,7 @@ class _Target:
             x = self._on_grid(x.float(), info.high, str(path))
             samples.append(self._check_range(x[None], str(path)))
             names.append(str(path))
-        return torch.cat(samples), names
+        return without_columns(torch.cat(samples), names)
 
     def _on_grid(self, x: Tensor, file_high: int | None, name: str) -> Tensor:
         """File values to the model's grey levels; float files, and .npy images, hold data units already."""
@@ -117,14 +129,15 @@ class _Target:
             raise UserError(f"{name}: grey levels 0 ... {file_high}; the model's data are continuous: give an array")
         return self.transform.quantize(low + x * ((high - low) / file_high))
 
-    def _array(self, path: Path) -> tuple[Tensor, list[str]]:
+    def _array(self, path: Path) -> Inputs:
         x, _, _ = arrays.read(path)
         x = x[None] if self._is_one_sample(x) else x
         values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == self.shape)
         if values.ndim == 4:
             values = torch.stack([self._convert(image, grid) for image in values])
         self._check_shape(tuple(values.shape[1:]), str(path))
-        return self._check_range(values.float(), str(path)), [f"{path}[{i}]" for i in range(len(values))]
+        names = [f"{path}[{i}]" for i in range(len(values))]
+        return without_columns(self._check_range(values.float(), str(path)), names)
 
     def _is_one_sample(self, x: np.ndarray) -> bool:
         if len(self.shape) == 1:
@@ -138,12 +151,16 @@ class _Target:
             image = pixels.resize(image, self.size)
         return image if grid is None else image.round()
 
-    def _table(self, path: Path) -> tuple[Tensor, list[str]]:
+    def _table(self, path: Path) -> Inputs:
         table = tables.read(path)
         columns = self.columns or tuple(table.columns)
         self._check_shape((len(columns),), str(path))
         x = torch.from_numpy(table.matrix(columns).astype(np.float32))
-        return self._check_range(x, str(path)), [f"{path}: {table.row(i)}" for i in range(len(x))]
+        deviating = torch.zeros(len(x), dtype=torch.bool)
+        for column, value in self.constants.items():
+            if column in table.columns:
+                deviating |= torch.from_numpy(table.numbers(column).astype(np.float32)) != value
+        return Inputs(self._check_range(x, str(path)), [f"{path}: {table.row(i)}" for i in range(len(x))], deviating)
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> None:
         if shape != self.shape:
@@ -158,6 +175,11 @@ class _Target:
                 found, levels = f"{smallest:g} to {largest:g}", f"{low:g} ... {high:g}"
                 raise UserError(f"{name}: values from {found}; the model's grey levels are {levels}")
         return x
+
+
+def without_columns(x: Tensor, names: list[str]) -> Inputs:
+    """Samples that have no columns, so that none deviates."""
+    return Inputs(x, names, torch.zeros(len(x), dtype=torch.bool))
 
 
 def _words(shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchcdm.data import arrays, tables
 from torchcdm.data.columns import cell_width, check_discrete, discrete_values, frequency_notes
-from torchcdm.data.inputs import read_inputs
+from torchcdm.data.inputs import Inputs, read_inputs, without_columns
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
 from torchcdm.data.specs import load_data, spec_of
@@ -127,9 +127,8 @@ def read_query(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     skip_bad: bool = False,
-) -> tuple[Tensor, list[str], np.ndarray]:
-    """Samples to be scored: in the data units of ``transform``, float32 (N, *shape); a name for each; whether each
-    differs in a column that was constant in training, bool (N,).
+) -> Inputs:
+    """Samples to be scored, in the data units of ``transform``.
 
     Args:
         x: As one data set of :func:`pair_up`; a table may have its columns in any order, and further ones.
@@ -145,8 +144,7 @@ def read_query(
         UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
     """
     if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
-        values, names = read_inputs(x, transform, size=size, channels=channels, skip_bad=skip_bad)
-        return values, names, np.zeros(len(names), dtype=bool)
+        return read_inputs(x, transform, size=size, channels=channels, skip_bad=skip_bad)
     query = _read(x, "query", Options(size, channels, skip_bad=skip_bad))
     if not len(query):
         raise UserError(f"{query.name}: holds no rows; there is nothing to score")
@@ -154,7 +152,7 @@ def read_query(
         shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
         if isinstance(query, Table) or shape != transform.shape:
             raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {transform.shape}")
-        return query.x.float(), [f"sample {i}" for i in range(len(query))], np.zeros(len(query), dtype=bool)
+        return without_columns(query.x.float(), [f"sample {i}" for i in range(len(query))])
     if not isinstance(query, Table):
         raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
     if _numbered(query):
@@ -166,7 +164,7 @@ def read_query(
     # The warp takes the value of a constant column to zero, to rounding.
     differs = x.abs() > CONSTANT * warp.location.abs().clamp_min(1)
     differs[:, kept_at] = False
-    return x[:, kept_at].float(), [query.row(i) for i in range(len(query))], differs.any(1).numpy()
+    return Inputs(x[:, kept_at].float(), [query.row(i) for i in range(len(query))], differs.any(1))
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

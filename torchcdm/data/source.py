@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -160,6 +160,7 @@ class DataSource:
         class_names: Names of the classes 0, 1, ...; None without labels.
         columns: Names of the columns of a table; None elsewhere.
         notes: What was read off the data, one sentence each.
+        constants: Values of the columns of a table that are left out because they are constant in training.
     """
 
     name: str
@@ -170,6 +171,7 @@ class DataSource:
     class_names: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
     notes: tuple[str, ...] = field(default=())
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:

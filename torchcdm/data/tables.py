@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +153,13 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     if not kept:
         raise UserError(f"{table.name}: every column is constant; there is nothing to learn")
     notes = [*table.notes, f"{sum(sizes)} rows, {len(kept)} columns: {', '.join(kept)}."]
-    if len(kept) < len(columns):
-        constant = ", ".join(column for column in columns if column not in kept)
-        notes.append(f"columns left out because they are constant in training: {constant}.")
+    constants = {column: float(x[0, k]) for k, column in enumerate(columns) if column not in kept}
+    if constants:
+        notes.append(f"columns left out because they are constant in training: {', '.join(constants)}.")
         train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
         splits = (train, validation, test)
-    return source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
+    source = source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
+    return replace(source, constants=constants)
 
 
 def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[str, ...] | None]:
