@@ -89,7 +89,7 @@ def damage(path, edit):
         (lambda run: run.model.write_bytes(b""), "model.safetensors: damaged or truncated"),
         (lambda run: run.model_info.write_text("{"), "config.json: damaged, not JSON"),
         (lambda run: run.model_info.write_text("[]"), "config.json: damaged, not a JSON object"),
-        (lambda run: damage(run.model_info, lambda c: c.update(format=2)), "config.json: format version 2"),
+        (lambda run: damage(run.model_info, lambda c: c.update(format=9)), "config.json: format version 9"),
         (lambda run: damage(run.model_info, lambda c: c.pop("transform")), "config.json: damaged, 'transform'"),
         (
             lambda run: damage(run.model_info, lambda c: c["model"]["backbone"].update(wdth=3)),

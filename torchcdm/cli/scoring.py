@@ -149,7 +149,7 @@ def _summary(
         f"{len(detector.calibration)} held-out samples: {origin}"
     )
     if deviating:
-        lines.append(f"{deviating} of them whatever their score: they differ in a column that was constant in training")
+        lines.append(f"{deviating} of them whatever their score: they differ in a column constant in training")
     if options.score == "log_prob":
         lines.append("raw log p misses inputs that are simpler than the normal ones; compare with --score levels")
     return "\n".join(lines)
