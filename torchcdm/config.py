@@ -184,11 +184,11 @@ class ModelConfig:
         labels: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes
             from one pass (identity 10).
         gaussian: Logits are a correction to a fitted Gaussian.
-        components: That it is a mixture of so many Gaussians; vectors.
+        components: Number of Gaussians in the base density; above 1 for vectors only.
         mixture_rows: Training samples that the mixture is fitted to, at most.
         shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
-        class_gaussians: And those of each class to one of its own, or to the same ``components`` with weights of its
-            own; for joint labels.
+        class_gaussians: Each class has a base Gaussian of its own, or weights of its own for the same ``components``;
+            for joint labels.
         backbone: The network.
         schedule: The noise levels.
     """

@@ -197,7 +197,7 @@ class TableEstimator(BaseEstimator):
         values = self.columns_.kept_values if contexts is None else {}
         transform = ColumnTransform.fit(torch.from_numpy(train), values)
         # Rows come to model units in float64 here and not by the model in training: a column may have any offset.
-        parts = [transform(torch.from_numpy(rows)).float() for rows in (train, validation)]
+        parts = [transform(torch.from_numpy(x)).float() for x in (train, validation)]
         distinct = parts[1][: len(self.validation_indices_)]
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
         repeats = math.ceil(WATCHED_ROWS / len(validation))

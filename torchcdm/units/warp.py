@@ -36,15 +36,19 @@ FIELDS = ("least", "location", "scale", "skew", "tail", "bent")
 
 @final
 class ColumnWarp(Float64Module):
-    """The map of all columns, increasing in each and onto the real numbers.
+    r"""The map of all columns, increasing in each and onto the real numbers.
+
+    Bent columns become :math:`\sinh(\delta\,\operatorname{arsinh}((x - \xi) / \eta) - \epsilon)`, all others
+    :math:`(x - \xi) / \eta`; some of either kind have their logarithm taken first.
+    Every argument holds a number for each column, (d,).
 
     Args:
-        least: Of a column that becomes its logarithm, where that ends and a line begins, positive; zero for others.
-        location: See above; of columns that are not bent, what is subtracted.
-        scale: See above; of columns that are not bent, what they are divided by.
-        skew: epsilon.
-        tail: delta.
-        bent: Whether the column takes part in that; it is shifted and scaled alone otherwise. All are of length d.
+        least: Value below which the logarithm goes on as a line, positive; 0 for columns whose logarithm is not taken.
+        location: xi, in the column's unit, or in that of its logarithm.
+        scale: eta, positive, likewise.
+        skew: epsilon; 0 for columns that are not bent.
+        tail: delta; 1 for columns that are not bent.
+        bent: Whether the column is bent.
     """
 
     least: Tensor
