@@ -10,14 +10,14 @@ from oracles import rng
 from torchcdm.building import gaussianized
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import from_object
-from torchcdm.data.columns import cell_width, discrete_values, frequent_value
+from torchcdm.data.columns import discrete_values, frequent_value
 from torchcdm.data.source import Options
 from torchcdm.data.tables import Table, source_from_tables
 from torchcdm.errors import UserError
 from torchcdm.likelihood import elbo, flow_likelihood, single_pass
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
-from torchcdm.units import ColumnTransform
+from torchcdm.units import ColumnTransform, cell_width
 
 VALUES, CHANCES = (0.0, 1.0, 2.0, 5.0), (0.4, 0.3, 0.1, 0.2)
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from torchcdm.errors import UserError, nearest
-from torchcdm.units import ColumnTransform, DataTransform
+from torchcdm.units import ColumnTransform, DataTransform, cell_width
 
 DISCRETE = ("dequantize", "error")
 """What to do with a column of few distinct values."""
@@ -123,11 +123,6 @@ def frequent_value(x: np.ndarray) -> tuple[float, float] | None:
     values, counts = np.unique(x, return_counts=True)
     share = counts.max() / len(x)
     return (float(values[counts.argmax()]), share) if share >= LARGE_SHARE and counts.max() >= REPEATS else None
-
-
-def cell_width(values: tuple[float, ...]) -> float:
-    """Smallest distance between two of the rising ``values``: the noise that spreads each over a cell of its own."""
-    return float(np.diff(values).min())
 
 
 def frequency_notes(x: np.ndarray, name: str) -> list[str]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, tables
-from torchcdm.data.columns import cell_width, check_discrete, discrete_values, frequency_notes
+from torchcdm.data.columns import check_discrete, discrete_values, frequency_notes
 from torchcdm.data.inputs import Inputs, read_inputs, without_columns
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
 from torchcdm.data.specs import load_data, spec_of
 from torchcdm.data.tables import Table
 from torchcdm.errors import UserError
-from torchcdm.units import ColumnWarp, DataTransform
+from torchcdm.units import ColumnWarp, DataTransform, cell_width, spread
 
 SOURCES = ("denominator", "numerator")
 """The classes 0 and 1."""
@@ -271,9 +271,8 @@ def _from_tables(
             notes.append(f"column '{column}' has {text}.")
         elif (x != x[0]).any():
             notes += frequency_notes(x, column)
-    noise = np.random.RandomState(options.seed)
-    for x in both:
-        x += np.array([widths.get(column, 0.0) for column in columns]) * (noise.rand(*x.shape) - 0.5)
+    noise, width = np.random.RandomState(options.seed), np.array([widths.get(column, 0.0) for column in columns])
+    both = [spread(x, width, noise.rand(*x.shape)) for x in both]
     chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
     order = permutation(len(chosen["train"]), options.seed).numpy()
     sources = np.repeat(np.arange(2), len(order) // 2)

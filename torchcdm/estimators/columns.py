@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from torchcdm.data.columns import cell_width, check_discrete, discrete_values, frequent_value
+from torchcdm.data.columns import check_discrete, discrete_values, frequent_value
 from torchcdm.errors import UserError
+from torchcdm.units import cell_width, nearest_value, spread
 
 COPIES, COPIED_ROWS = 20, 200_000
 """A table with discrete columns is trained on so many noisy copies, or so many rows in all, whichever is less."""
@@ -110,7 +112,7 @@ class Columns:
             x: All columns, (N, columns).
             noise: Uniform on [0, 1), broadcastable to (N, kept).
         """
-        return x[:, self.kept] + self.cells * (noise - 0.5)
+        return spread(x[:, self.kept], self.cells, noise)
 
     def noisy_copies(self, x: np.ndarray, seed: int) -> np.ndarray:
         """What to train on: the kept columns, in several dequantised copies one after the other where some are
@@ -134,8 +136,7 @@ class Columns:
         for k, value in self.constants.items():
             x[:, k] = value
         for k, values in self.values.items():
-            grid = np.array(values)
-            x[:, k] = grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, x[:, k])]
+            x[:, k] = nearest_value(torch.from_numpy(x[:, k]), torch.tensor(values, dtype=torch.float64)).numpy()
         return x
 
     def to_json(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from torchcdm.units.affine import DataTransform
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
+from torchcdm.units.lattice import cell_width, nearest_value, spread
 from torchcdm.units.log_likelihood import LogLikelihood, standard_error
 from torchcdm.units.warp import ColumnWarp
 
@@ -22,6 +23,9 @@ __all__ = [
     "DataTransform",
     "GaussianizedTransform",
     "LogLikelihood",
+    "cell_width",
+    "nearest_value",
+    "spread",
     "standard_error",
     "transform_from_config",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.float64 import Float64Module
+from torchcdm.units.lattice import spread
 
 
 class DataTransform(Float64Module):
@@ -25,6 +26,9 @@ class DataTransform(Float64Module):
         low: Smallest grey level, where rounding clips; None does not clip.
         high: Largest grey level.
 
+    Attributes:
+        cells: Width of the cell of each number, data units, broadcastable to ``shape``; 0 for continuous data.
+
     Example:
         >>> transform = DataTransform.images((1, 28, 28))
         >>> transform.log_det(torch.zeros(5, 1, 28, 28)).shape
@@ -36,6 +40,7 @@ class DataTransform(Float64Module):
 
     shift: Tensor
     scale: Tensor
+    cells: Tensor
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class DataTransform(Float64Module):
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64), persistent=False)
         if not bool((self.scale > 0).all() and self.scale.isfinite().all()):
             raise UserError("data transform: every scale must be positive and finite; is a column constant?")
+        self.register_buffer("cells", torch.tensor(bin or 0.0, dtype=torch.float64), persistent=False)
         self.bin = bin
         self.dequantize = dequantize and bin is not None
         self.low, self.high = low, high
@@ -113,11 +119,11 @@ class DataTransform(Float64Module):
 
     def add_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Dequantise: x plus uniform noise over its cell, data units; ``x`` itself where there is nothing to do."""
-        if not self.dequantize or self.bin is None:
+        if not self.dequantize:
             return x
         x = x if x.is_floating_point() else x.float()
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return x + self.bin * (noise - 0.5)
+        return spread(x, self.cells.to(x), noise)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """What the network trains on: dequantised, in model units."""
@@ -125,7 +131,7 @@ class DataTransform(Float64Module):
 
     def place(self, x: Tensor, cell: Tensor) -> Tensor:
         """Grey levels, each at the position ``cell`` on [0, 1] of its cell where the model sees cells: model units."""
-        return self(x.double() + self.bin * (cell - 0.5)) if self.dequantize else self(x.double())
+        return self(spread(x.double(), self.cells, cell) if self.dequantize else x.double())
 
     def quantize(self, x: Tensor) -> Tensor:
         """Data units rounded to the nearest grey level and clipped to the range; continuous data unchanged."""

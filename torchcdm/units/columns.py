@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchcdm.units.affine import DataTransform
 from torchcdm.units.gaussianized import log_normal
+from torchcdm.units.lattice import cell_width, nearest_value
 from torchcdm.units.warp import ColumnWarp
 
 OUTSIDE = 1e-4
@@ -37,8 +38,6 @@ class ColumnTransform(DataTransform):
 
     gaussianized = True
 
-    cells: Tensor
-
     def __init__(
         self, warp: Mapping[str, Any], histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]]
     ) -> None:
@@ -46,14 +45,13 @@ class ColumnTransform(DataTransform):
         self.warp = ColumnWarp(**warp)
         self.columns = tuple(int(k) for k in histograms)
         self.dequantize = bool(histograms)
-        cells = torch.zeros(self.shape, dtype=torch.float64)
+        self.cells = torch.zeros(self.shape, dtype=torch.float64)
         for k, (values, cumulative) in zip(self.columns, histograms.values(), strict=True):
             centres = torch.as_tensor(values, dtype=torch.float64)
-            cells[k] = centres.diff().min()
+            self.cells[k] = cell_width(centres)
             self.register_buffer(f"values{k}", centres, persistent=False)
             self.register_buffer(f"edges{k}", _edges(centres), persistent=False)
             self.register_buffer(f"cumulative{k}", torch.as_tensor(cumulative, dtype=torch.float64), persistent=False)
-        self.register_buffer("cells", cells, persistent=False)
 
     @classmethod
     def fit(
@@ -77,21 +75,11 @@ class ColumnTransform(DataTransform):
         """Distinct values of the discrete columns, rising, by column."""
         return {k: tuple(self.get_buffer(f"values{k}").tolist()) for k in self.columns}
 
-    def add_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Discrete columns spread over their cells, (..., d), data units."""
-        if not self.columns:
-            return x
-        x = x if x.is_floating_point() else x.float()
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return x + self.cells.to(x) * (noise - 0.5)
-
     def quantize(self, x: Tensor) -> Tensor:
         """Discrete columns rounded to the nearest of their values, (N, d), data units."""
         x = x.clone()
         for k in self.columns:
-            values = self.get_buffer(f"values{k}")
-            borders = (values[1:] + values[:-1]) / 2
-            x[:, k] = values[torch.searchsorted(borders, x[:, k].double().contiguous())].to(x.dtype)
+            x[:, k] = nearest_value(x[:, k], self.get_buffer(f"values{k}"))
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +129,7 @@ class ColumnTransform(DataTransform):
 
 def _edges(centres: Tensor) -> Tensor:
     """Edges of the cells around the rising ``centres`` and of the gaps between them, rising."""
-    half = centres.diff().min() / 2
+    half = cell_width(centres) / 2
     edges = torch.stack([centres - half, centres + half], 1).flatten()
     rising = edges.diff() > 1e-6 * half  # neighbouring cells share an edge, to rounding
     return edges[torch.cat([torch.ones(1, dtype=torch.bool), rising])]
