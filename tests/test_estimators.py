@@ -163,6 +163,21 @@ def test_noise_and_rounding_are_inverse():
     assert Columns.from_json(json.loads(json.dumps(columns.to_json()))) == columns
 
 
+@pytest.mark.parametrize("kind", [CDMDensity, CDMOutlierDetector])
+def test_what_the_model_scores_lies_in_the_cells_of_the_row(kind, tmp_path):
+    state, kept = np.random.RandomState(0).choice([0.0, 2.0, 5.0], 80), ["time", "level", "flow", "state"]
+    frame = table(80).assign(state=state)
+    fitted = kind(**TINY).fit(frame)
+    fitted.save(tmp_path)
+    for estimator in (fitted, kind.load(tmp_path)):
+        seen = []
+        estimator.model_.transform.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        estimator.score_samples(frame)
+        moved = torch.stack(seen) - torch.from_numpy(frame[kept].to_numpy())
+        assert not moved[:, :, :3].any()
+        assert 0.8 < float(moved[:, :, 3].abs().max()) <= 1
+
+
 # --- as people use them ----------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,14 @@ def test_it_survives_json_and_single_precision(x, transform):
     assert transform(x.float()).dtype == torch.float32 and copy.shape == (4,)
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_rows_that_come_dequantised_get_no_second_noise(x, dequantize):
+    transform = ColumnTransform.fit(x, {3: (0.0, 1.0, 2.0, 5.0)}, dequantize=dequantize)
+    for one in (transform, transform_from_config(json.loads(json.dumps(transform.to_config())))):
+        moved = one.add_noise(x, torch.Generator().manual_seed(1)) - x
+        assert bool(moved[:, 3].any()) == dequantize and not moved[:, :3].any()
+
+
 def test_a_column_of_few_values_is_not_bent_however_skewed_it_is():
     x = (2.0 ** torch.arange(8, dtype=torch.float64)).repeat(50)[:, None]
     transform = ColumnTransform.fit(x, {0: tuple((2.0 ** torch.arange(8)).tolist())})

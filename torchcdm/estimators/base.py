@@ -102,7 +102,8 @@ class TableEstimator(BaseEstimator):
         verbose: 1 shows a progress bar and the notes.
 
     Attributes:
-        model_: The trained :class:`torchcdm.ClassificationDiffusion`; data units are the kept columns, continuous.
+        model_: The trained :class:`torchcdm.ClassificationDiffusion`; data units are those of the kept columns,
+            discrete ones dequantised already: its transform adds no noise.
         columns_: Which columns were left out or dequantised, a :class:`Columns`.
         notes_: What was read off the table, one sentence each.
         validation_indices_: Rows of the training table that early stopping watched.
@@ -195,7 +196,8 @@ class TableEstimator(BaseEstimator):
         """
         # Residuals of a regression lie on no values.
         values = self.columns_.kept_values if contexts is None else {}
-        transform = ColumnTransform.fit(torch.from_numpy(train), values)
+        # They come dequantised: the transform must not add noise a second time.
+        transform = ColumnTransform.fit(torch.from_numpy(train), values, dequantize=False)
         # Rows come to model units in float64 here and not by the model in training: a column may have any offset.
         parts = [transform(torch.from_numpy(x)).float() for x in (train, validation)]
         distinct = parts[1][: len(self.validation_indices_)]

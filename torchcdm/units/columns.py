@@ -30,6 +30,7 @@ class ColumnTransform(DataTransform):
         warp: Of all columns, arguments of :class:`ColumnWarp`; shifts and scales the columns with a histogram.
         histograms: By discrete column, its values, rising, data units, and the cumulative probability at the edges of
             their cells and of the gaps between them.
+        dequantize: Whether training and scoring add uniform noise over the cells; not where the rows bring it along.
 
     Attributes:
         columns: The discrete columns.
@@ -39,12 +40,15 @@ class ColumnTransform(DataTransform):
     gaussianized = True
 
     def __init__(
-        self, warp: Mapping[str, Any], histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]]
+        self,
+        warp: Mapping[str, Any],
+        histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]],
+        dequantize: bool = True,
     ) -> None:
         super().__init__((len(warp["scale"]),))
         self.warp = ColumnWarp(**warp)
         self.columns = tuple(int(k) for k in histograms)
-        self.dequantize = bool(histograms)
+        self.dequantize = dequantize and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
         for k, (values, cumulative) in zip(self.columns, histograms.values(), strict=True):
             centres = torch.as_tensor(values, dtype=torch.float64)
@@ -55,7 +59,11 @@ class ColumnTransform(DataTransform):
 
     @classmethod
     def fit(
-        cls, x: Tensor, values: Mapping[int, Sequence[float]] = MappingProxyType({}), bend: bool = True
+        cls,
+        x: Tensor,
+        values: Mapping[int, Sequence[float]] = MappingProxyType({}),
+        bend: bool = True,
+        dequantize: bool = True,
     ) -> ColumnTransform:
         """From the training rows; discrete columns dequantised, or as they are.
 
@@ -64,11 +72,12 @@ class ColumnTransform(DataTransform):
             values: Distinct values of the discrete columns, rising, by column; each has a cell as wide as the
                 smallest distance between two of them.
             bend: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
+            dequantize: As for the class.
         """
         x = x.double()
         histograms = {k: (known, _cumulative(x[:, k], known)) for k, known in values.items()}
         straight = tuple(values) if bend else range(x.shape[1])
-        return cls(ColumnWarp.fit(x, straight=straight).to_config(), histograms)
+        return cls(ColumnWarp.fit(x, straight=straight).to_config(), histograms, dequantize)
 
     @property
     def values(self) -> dict[int, tuple[float, ...]]:
@@ -110,7 +119,8 @@ class ColumnTransform(DataTransform):
         histograms = {
             str(k): [self.get_buffer(f"{part}{k}").tolist() for part in ("values", "cumulative")] for k in self.columns
         }
-        return {"kind": "columns", "warp": self.warp.to_config(), "histograms": histograms}
+        warp = self.warp.to_config()
+        return {"kind": "columns", "warp": warp, "histograms": histograms, "dequantize": self.dequantize}
 
     def _histogram(self, k: int) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"edges{k}"), self.get_buffer(f"cumulative{k}")
