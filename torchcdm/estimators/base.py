@@ -223,7 +223,7 @@ class TableEstimator(BaseEstimator):
             model, info = load(run, self.device or "cpu"), read_info(run)
         if not isinstance(model, ClassificationDiffusion):
             raise UserError("model.kind is ddm, which has no density; leave it out")
-        model.transform = transform
+        model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()
         self._info: ModelInfo = replace(info, transform=transform)
