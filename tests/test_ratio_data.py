@@ -56,6 +56,8 @@ def test_constant_columns_are_left_out_with_a_note():
     pair = pair_up(x + [1, 0, 0], x)
     assert pair.source.columns == ("c0", "c2") and pair.source.shape == (2,)
     assert any("constant" in note and "c1" in note for note in pair.source.notes)
+    named = pd.DataFrame(x[:, ::2], columns=["a", "columns left out"])
+    assert sum("left out" in note for note in pair_up(named + 1, named).source.notes) == 1, "the list of all columns"
     layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
     values, _, differs = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
     assert values.shape == (61, 2) and differs.tolist() == 60 * [False] + [True]

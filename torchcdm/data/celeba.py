@@ -37,17 +37,17 @@ def celeba(argument: str, options: Options) -> DataSource:
     if not paths[0]:
         raise UserError(f"{listing}: no image of the training partition (0) is in {images}")
     # One header stands for all: the archive has one size, and the headers of 200 000 files take minutes.
-    info, good, notes = inspect(everything if options.skip_bad else everything[:1], options)
+    found = inspect(everything if options.skip_bad else everything[:1], options)
+    info, notes = found.info, list(found.left_out)
     if info.size != FILE_SIZE:
         raise UserError(f"{everything[0]}: {info}; the aligned and cropped CelebA has 218 x 178 pixels")
     size = options.size or SIZE
     reader = ImageReader(info.high, size, options.channels, CROP)
     splits = []
     for part in paths:
-        kept = [path for path in part if path in good] if options.skip_bad else part
+        kept = [path for path in part if path in found.good] if options.skip_bad else part
         split = LazySplit(reader, kept, torch.full((len(kept),), NO_LABEL))
         splits.append(read_if_small(split, len(everything)))
-    notes = [note for note in notes if "left out" in note]
     if absent:
         notes.append(f"{len(absent)} listed file(s) are missing, {absent[0]} the first.")
     notes.append("cropped to 128 x 128 pixels around (89, 121), resized to {} x {}.".format(*size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -123,6 +123,11 @@ def frequent_value(x: np.ndarray) -> tuple[float, float] | None:
     values, counts = np.unique(x, return_counts=True)
     share = counts.max() / len(x)
     return (float(values[counts.argmax()]), share) if share >= LARGE_SHARE and counts.max() >= REPEATS else None
+
+
+def constants_note(names: Iterable[str]) -> str:
+    """That the columns of these names are left out."""
+    return f"columns left out because they are constant in training: {', '.join(names)}."
 
 
 def frequency_notes(x: np.ndarray, name: str) -> list[str]:

@@ -30,6 +30,23 @@ class ImageFile:
     folders: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What a look at image files found.
+
+    Attributes:
+        info: What the first good file holds; the others give the same shape.
+        good: The files that can be read.
+        notes: On shape, depth and aspect ratio.
+        left_out: The note on the files that cannot be read; empty where there are none.
+    """
+
+    info: ImageInfo
+    good: set[Path]
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
 def find_images(root: Path) -> tuple[list[ImageFile], int]:
     """All image files below ``root`` in the order of their paths, and how many other files there are.
 
@@ -61,16 +78,18 @@ def load(argument: str, options: Options) -> DataSource:
     class_names = _class_names(parts)
     if class_names:
         notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
-    info, good, more = inspect([file.path for file in files], options)
-    reader = ImageReader(info.high, options.size, options.channels)
+    found = inspect([file.path for file in files], options)
+    reader = ImageReader(found.info.high, options.size, options.channels)
     splits = {}
     for split, part in parts.items():
-        kept = [file for file in part if file.path in good]
+        kept = [file for file in part if file.path in found.good]
         labels = [class_names.index(file.folders[0]) if class_names else NO_LABEL for file in kept]
-        splits[split] = read_if_small(LazySplit(reader, [file.path for file in kept], torch.tensor(labels)), len(good))
+        lazy = LazySplit(reader, [file.path for file in kept], torch.tensor(labels))
+        splits[split] = read_if_small(lazy, len(found.good))
     name = f"folder:{argument}"
     complete, note = complete_splits(name, splits, options)
-    return source_from_splits(name, complete, info.grid, options, class_names, notes=[*notes, *more, note])
+    notes += [*found.notes, *found.left_out, note]
+    return source_from_splits(name, complete, found.info.grid, options, class_names, notes=notes)
 
 
 def _parts(root: Path) -> tuple[dict[str, list[ImageFile]], list[str]]:
@@ -111,11 +130,8 @@ def _class_names(parts: dict[str, list[ImageFile]]) -> tuple[str, ...] | None:
     return names
 
 
-def inspect(paths: Sequence[Path], options: Options) -> tuple[ImageInfo, set[Path], list[str]]:
+def inspect(paths: Sequence[Path], options: Options) -> Inspection:
     """Checks that all files give one shape, by their headers; with ``skip_bad`` every file is decoded.
-
-    Returns:
-        What the first good file holds, the good files, and notes.
 
     Raises:
         UserError: A file that cannot be read, or two files that differ.
@@ -144,14 +160,13 @@ def inspect(paths: Sequence[Path], options: Options) -> tuple[ImageInfo, set[Pat
         good.add(path)
     if first is None:
         raise UserError(f"{paths[0]}: neither this nor any other of the {len(paths)} image files can be read")
-    if bad:
-        notes.append(f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.")
+    left_out = (f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.",) if bad else ()
     if squeezed:
         notes.append("resizing changes the aspect ratio of some images.")
     info = first[1]
     (height, width), channels = options.size or info.size, options.channels or info.channels
     notes.insert(0, f"{len(good)} images of {channels} channel(s), {height} x {width} pixels.")
-    return info, good, notes
+    return Inspection(info, good, tuple(notes), left_out)
 
 
 def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo], options: Options) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, tables
-from torchcdm.data.columns import check_discrete, discrete_values, frequency_notes
+from torchcdm.data.columns import check_discrete, constants_note, discrete_values, frequency_notes
 from torchcdm.data.inputs import Inputs, read_inputs, without_columns
 from torchcdm.data.objects import from_object
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
@@ -282,7 +282,8 @@ def _from_tables(
         label, z = np.repeat(np.array(SOURCES), len(x) // 2), warp(torch.from_numpy(x)).numpy()
         joined[split] = Table(PAIR, dict(zip(columns, z.T, strict=True)) | {LABEL: label}, str)
     source = tables.source_from_tables(joined, PAIR, replace(options, dequantize=False))
-    notes += [note for note in source.notes if "columns left out" in note]
+    if source.constants:
+        notes.append(constants_note(source.constants))
     return replace(source, notes=tuple(notes)), warp
 
 

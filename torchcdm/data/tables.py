@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data.arrays import read_labels, source_from_splits
-from torchcdm.data.columns import check_resolution
+from torchcdm.data.columns import check_resolution, constants_note
 from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
 from torchcdm.errors import UserError
 
@@ -155,7 +155,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     notes = [*table.notes, f"{sum(sizes)} rows, {len(kept)} columns: {', '.join(kept)}."]
     constants = {column: float(x[0, k]) for k, column in enumerate(columns) if column not in kept}
     if constants:
-        notes.append(f"columns left out because they are constant in training: {', '.join(constants)}.")
+        notes.append(constants_note(constants))
         train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
         splits = (train, validation, test)
     source = source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
