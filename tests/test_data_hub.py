@@ -1,6 +1,7 @@
 """Hugging Face data sets, saved and read through their own library; nothing is downloaded."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,37 @@ def test_absent_library_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:some/name needs the library datasets; pip install 'torchcdm\[hub\]'"):
         load_data("hf:some/name")
+
+
+class Rows:
+    """What is read of one split of the library: features, rows, columns."""
+
+    def __init__(self, **columns):
+        image = type("Image", (), {})
+        self.columns = columns
+        self.features = {name: image() if name == "image" else object() for name in columns}
+
+    def __len__(self):
+        return len(self.columns["image"])
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else {name: rows[key] for name, rows in self.columns.items()}
+
+
+def test_a_class_that_is_a_text_has_one_number_in_all_splits(monkeypatch):
+    from PIL import Image
+
+    def rows(names, count):
+        return Rows(image=[Image.new("L", (4, 4), k) for k in range(count)], label=(names * count)[:count])
+
+    parts = {"train": rows(["cat", "dog", "zebra"], 12), "test": rows(["dog", "zebra"], 4)}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: parts))
+    source = load_data("hf:some/name")
+    assert source.class_names == ("cat", "dog", "zebra") and source.test.labels.tolist() == [1, 2, 1, 2]
+    names = {"cat": 0, "dog": 1, "zebra": 2}
+    for split in (source.train, source.validation):
+        x, y = split.tensors()
+        assert y.tolist() == [names[parts["train"].columns["label"][k]] for k in x[:, 0, 0, 0].tolist()]
 
 
 @pytest.fixture

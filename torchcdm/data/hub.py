@@ -64,13 +64,14 @@ def _image_source(name: str, parts: dict[str, Any], column: str, options: Option
     shape = tuple(reader.prepare(images.from_pillow(first)).shape)
     label, names = _label_column(train.features, options.label, name)
     splits: dict[str, Split] = {}
-    total = sum(map(len, parts.values()))
-    class_names = None
-    for split, part in parts.items():
-        y, class_names = read_labels(None if label is None else part[label][:], len(part), name, names)
-        y = torch.full((len(part),), NO_LABEL) if y is None else y
-        lazy = LazySplit(HubReader(part, column, reader, shape, f"{name}, {split}"), range(len(part)), y)
-        splits[split] = read_if_small(lazy, total)
+    sizes = [len(part) for part in parts.values()]
+    # All splits together: a class must have one number, also where a split has none of it.
+    labels = None if label is None else [value for part in parts.values() for value in part[label][:]]
+    y, class_names = read_labels(labels, sum(sizes), name, names)
+    y = torch.full((sum(sizes),), NO_LABEL) if y is None else y
+    for (split, part), of_part in zip(parts.items(), y.split(sizes), strict=True):
+        lazy = LazySplit(HubReader(part, column, reader, shape, f"{name}, {split}"), range(len(part)), of_part)
+        splits[split] = read_if_small(lazy, sum(sizes))
     complete, note = complete_splits(name, splits, options)
     notes = [f"images from the column '{column}', {shape[0]} channel(s), {shape[1]} x {shape[2]} pixels."]
     if label is not None:
