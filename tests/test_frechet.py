@@ -1,5 +1,8 @@
 """Fréchet distances against closed forms and an independent library; features that see what matters."""
 
+import sys
+import types
+
 import pytest
 import torch
 from oracles import covariance, rng
@@ -80,6 +83,32 @@ def test_classifier_features_tell_noise_and_a_missing_class_from_digits():
     missing = frechet_distance(extractor.features(x[y != 3]), train)
     noisy = frechet_distance(extractor.features(x + 4 * torch.randn(x.shape, generator=rng())), train)
     assert same < missing < noisy
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch, scale):
+    from torchcdm.data import from_object
+
+    class Network(torch.nn.Module):
+        """Stands for Inception; its features are the bytes."""
+
+        def __init__(self, name, features):
+            super().__init__()
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8
+            return (x.flatten(1),)
+
+    fake = types.SimpleNamespace(FeatureExtractorInceptionV3=Network)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
+    monkeypatch.setattr("torchcdm.frechet.inception_features", lambda source: True)
+    grey = torch.arange(256).repeat(3).reshape(-1, 3, 2, 2)
+    data = grey.to(torch.uint8) if scale == 255 else grey / 255
+    source = from_object(data, validation_fraction=0.0, test_fraction=0.0)
+    features = extractor_for(source).features
+    for x in (grey, grey * 0.5 + 1, grey * 2.0 - 100):
+        expected = x.double().flatten(1).clamp(0, 255)
+        assert (features(x * scale / 255.0) - expected).abs().max() <= 0.51
 
 
 def test_data_without_classes_need_inception():

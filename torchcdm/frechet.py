@@ -18,7 +18,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.data import DataSource
+from torchcdm.data import DataSource, to_bytes
 from torchcdm.errors import UserError
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -213,12 +213,15 @@ def _inception(source: DataSource, device: str | torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
-    transform = source.transform
+    limits = None
+    if source.transform.low is None:
+        # One range for data and samples, or the distance would not see that they differ in it.
+        real = source.train.tensors(REAL)[0]
+        limits = float(real.min()), float(real.max())
 
     @torch.no_grad()
     def features(x: Tensor) -> Tensor:
-        low, high = transform.low or 0.0, transform.high or 255.0
-        bytes_ = ((transform.quantize(x.float()) - low) * (255 / (high - low))).round().to(torch.uint8)
+        bytes_ = to_bytes(x.float(), source.transform, limits)
         bytes_ = bytes_.expand(-1, 3, -1, -1) if bytes_.shape[1] == 1 else bytes_
         return torch.cat([network(part.to(device))[0].double().cpu() for part in bytes_.split(BATCH)])
 

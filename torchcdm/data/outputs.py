@@ -21,16 +21,18 @@ GRID_SIDE = 64
 """Screen pixels up to which a grid enlarges small images, by a whole factor."""
 
 
-def to_bytes(x: Tensor, transform: DataTransform | None = None) -> Tensor:
+def to_bytes(
+    x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None
+) -> Tensor:
     """Images in data units as uint8, black to white over the range of grey levels; rounded, not truncated.
-
-    Without a range (continuous data, or no transform) the smallest and largest value of ``x`` take its place.
 
     Args:
         x: Data units, (N, C, H, W).
         transform: The model's.
+        limits: Black and white where there is no range (continuous data, or no transform); what is beyond is clipped.
+            The smallest and largest value of ``x`` when None.
     """
-    low, high = _range(x, transform)
+    low, high = _range(x, transform, limits)
     x = x if transform is None else transform.quantize(x)
     return ((x.double() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8).cpu()
 
@@ -156,11 +158,13 @@ def save_table(x: Tensor, path: str | Path, columns: Sequence[str] | None = None
     return path
 
 
-def _range(x: Tensor, transform: DataTransform | None) -> tuple[float, float]:
+def _range(
+    x: Tensor, transform: DataTransform | None, limits: tuple[float, float] | None
+) -> tuple[float, float]:
     """What becomes black and white."""
     if transform is not None and transform.low is not None and transform.high is not None:
         return transform.low, transform.high
-    low, high = (float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0)
+    low, high = limits or ((float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0))
     return low, high if high > low else low + 1.0
 
 
