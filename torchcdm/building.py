@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -173,7 +174,7 @@ def build_model(
 
     Args:
         config: Kind, network and schedule.
-        transform: Of the data: fixes the event shape.
+        transform: Of the data: fixes the event shape. The model gets a copy, which goes where the model goes.
         classes: Number of classes of the data.
         gaussian: Fitted marginals; a blank, to load a saved state into, when None and the configuration has some.
         class_prior: p(y) for joint logits.
@@ -197,6 +198,7 @@ def build_model(
     base: BaseDensity | None = gaussian
     if base is None and config.gaussian:
         base = _blank_base(config, schedule, transform.shape, classes)
+    transform = copy.deepcopy(transform)
     if config.kind == "ddm":
         return DenoisingDiffusion(backbone, schedule, transform, base)
     return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
