@@ -24,7 +24,7 @@ from torchcdm.checkpoint import (
     state_folders,
 )
 from torchcdm.errors import UserError
-from torchcdm.run_folder import TEMPORARY, RunFolder, append_metrics, cut_metrics, read_metrics
+from torchcdm.run_folder import TEMPORARY, RunFolder, append_metrics, cut_metrics, read_metrics, write_json
 
 
 def randomised(model):
@@ -213,6 +213,13 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path):
     assert path.read_text().count("\n") == 2 and [line["step"] for line in read_metrics(path)] == [2, 4]
     cut_metrics(tmp_path / "none.jsonl", 4)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": float("nan")})
+    write_json(tmp_path / "report.json", {"values": [1.0, float("inf")]})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+    assert json.loads((tmp_path / "report.json").read_text()) == {"values": [1.0, None]}
 
 
 def test_matching_weights_are_copied_and_the_others_named():

@@ -349,3 +349,17 @@ def test_resume_refuses_data_that_have_changed(tmp_path):
     with pytest.raises(UserError, match="its data have changed since; start a new run, with --init"):
         train(more, tmp_path, from_object(1000 * x + 5), resume=True, device="cpu", progress=False)
     assert train(more, tmp_path, from_object(x), resume=True, device="cpu", progress=False).step == 3
+
+
+def test_a_compiler_that_fails_is_told_and_left_out(tmp_path, monkeypatch):
+    def compile_in_vain(loss, **options):
+        def refuse(*batch):
+            raise RuntimeError(f"no compiler for {torch.get_autocast_dtype('cpu')}\nand more")
+
+        assert torch.is_autocast_enabled("cpu")
+        return refuse
+
+    monkeypatch.setattr(torch, "compile", compile_in_vain)
+    with pytest.warns(UserWarning, match=r"torch.compile failed \(no compiler for torch.bfloat16\); training goes on"):
+        result = run_training(tmp_path / "run", train__compile="true", train__precision="bf16", train__steps="2")
+    assert result.step == 2

@@ -172,6 +172,7 @@ class ClassificationDiffusion(Denoiser):
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
+        x_t = x_t.detach()
         return Prediction(x_t, *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
     def evaluate(
@@ -195,6 +196,8 @@ class ClassificationDiffusion(Denoiser):
                 (1 + w) log p_t(x|y) - w log p_t(x).
         """
         _refuse_inference_mode()
+        if not create_graph:
+            x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
         rows = torch.arange(len(x_t), device=x_t.device)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
 

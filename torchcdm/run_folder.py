@@ -141,14 +141,14 @@ def without_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As :func:`write_file`, indented."""
-    write_file(path, json.dumps(value, indent=1) + "\n")
+    """As :func:`write_file`, indented; null in place of numbers that are not finite."""
+    write_file(path, json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n")
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
     """One more line of ``metrics.jsonl``."""
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(values)) + "\n")
+        file.write(json.dumps(without_nan(values), allow_nan=False) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

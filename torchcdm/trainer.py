@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,7 +328,7 @@ class Trainer:
             group["lr"] = learning_rate(options, self.step, self.seconds)
         if isinstance(self.loss, CDMLoss):
             self.loss.advance(share_done(options, self.step, self.seconds))
-        with torch.autocast(self.device.type, torch.bfloat16, options.precision == "bf16", cache_enabled=False):
+        with self._precision():
             terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
         value = terms["loss"].mean()
         if self.processes.world > 1:
@@ -429,9 +430,16 @@ class Trainer:
         """The loss, compiled where asked and possible, and wrapped for several processes."""
         if self.options.compile:
             batch = next(self.batches(self.step, self.step + 1, self.loss, self.device))
-            loss = _compiled(loss, batch, self.say)
+            with self._precision():  # as the steps have it: what is compiled for another is compiled anew
+                loss = _compiled(loss, batch)
             self.optimizer.zero_grad(set_to_none=True)
         return self.processes.wrap(loss)
+
+    def _precision(self) -> torch.autocast:
+        """Half precision where it is asked for."""
+        # Nothing is cached: the weights that a forward pass has cast would not be differentiated twice.
+        half = self.options.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
 
     def say(self, text: str) -> None:
         """A message above the progress bar."""
@@ -469,13 +477,14 @@ class _Window:
         return means | {"mse": sums["mse"] / max(noisy, 1)}
 
 
-def _compiled(loss: nn.Module, batch: Batch, say: Callable[[str], None]) -> nn.Module:
-    """The loss under torch.compile; the loss itself, with a message, where that fails."""
+def _compiled(loss: nn.Module, batch: Batch) -> nn.Module:
+    """The loss under torch.compile; the loss itself, with a warning, where that fails."""
     compiled = torch.compile(loss, fullgraph=True)
     try:
         compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
     except Exception as error:  # the compiler's failures have no common type
-        say(f"torch.compile failed ({str(error).strip().splitlines()[0]}); training goes on without it")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"torch.compile failed ({reason}); training goes on without it", UserWarning, stacklevel=2)
         return loss
     return compiled
 

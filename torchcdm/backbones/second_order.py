@@ -39,7 +39,7 @@ def second_derivatives() -> Iterator[None]:
         _wanted.reset(token)
 
 
-def _by_hand(x: Tensor) -> bool:
+def _by_hand() -> bool:
     return not torch.compiler.is_compiling() and _wanted.get()
 
 
@@ -58,7 +58,7 @@ class Conv2d(nn.Conv2d):
     """:class:`torch.nn.Conv2d` without dilation, groups or padding modes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _by_hand(x):
+        if not _by_hand():
             return super().forward(x)
         weight, bias = self.weight, self.bias
         if (half := _autocast_type(x)) is not None:
@@ -119,7 +119,7 @@ class GroupNorm(nn.GroupNorm):
     """:class:`torch.nn.GroupNorm` with weight and bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _by_hand(x):
+        if not _by_hand():
             return super().forward(x)
         if _autocast_type(x) is not None and x.device.type != "cpu":
             x = x.float()  # as autocast does there; the kernels of the CPU take half precision with float32 weights
@@ -183,6 +183,8 @@ class _NormGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # mean and inverse would count as constants
+            raise RuntimeError("a gradient through these layers can be differentiated once, not twice")
         grad, x, weight, mean, inverse = ctx.saved_tensors
         v = v.contiguous()
         # Sums over pixels (B, C), then means over groups, (B, C) again: everything else is affine in v, grad and x.
@@ -236,7 +238,7 @@ class SiLU(nn.SiLU):
     """:class:`torch.nn.SiLU`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SiLU.apply(x) if _by_hand(x) else super().forward(x)
+        return _SiLU.apply(x) if _by_hand() else super().forward(x)
 
 
 class _SiLU(Function):

@@ -76,9 +76,8 @@ def write_numbers(path: Path | None, value: Any) -> None:
         return
     from torchcdm.run_folder import without_nan, write_json
 
-    value = without_nan(value)
     if str(path) == "-":
-        json.dump(value, sys.stdout, indent=1)
+        json.dump(without_nan(value), sys.stdout, indent=1)
         print()
         return
     check_writable(path)
