@@ -6,9 +6,10 @@ import pytest
 import torch
 from oracles import SCHEDULES, covariance, labelled_mixture, normal, rng
 
+from torchcdm.backbones.mlp import MLP
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
-from torchcdm.noise_level import denoise_known, denoise_unknown, estimate_noise, nearest_level
+from torchcdm.noise_level import denoise_known, denoise_level, denoise_unknown, estimate_noise, nearest_level
 from torchcdm.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
 from torchcdm.units import DataTransform
@@ -147,6 +148,25 @@ def test_columns_of_unequal_scale():
     assert torch.allclose(estimate.std, estimate.ratio[:, None] * scale)
     with pytest.raises(UserError, match="differ in scale"):
         denoise_known(model, noisy, 1.0)
+
+
+def test_inputs_of_any_precision():
+    """The network's weights are float32."""
+    schedule = LogSNRSchedule(T)
+    model = ClassificationDiffusion(MLP(3, levels=T + 2, width=16), schedule, DataTransform((3,), 5.0, 2.0)).eval()
+    noisy = 5 + 3 * normal(4, 3)
+    for units in ("data", "model"):
+        single, double = (estimate_noise(model, x, units=units) for x in (noisy.float(), noisy))
+        assert torch.allclose(single.ratio, double.ratio, rtol=1e-3)
+        single, double = (denoise_known(model, x, 1.0, units=units) for x in (noisy.float(), noisy))
+        assert torch.allclose(single, double, atol=1e-5) and double.isfinite().all()
+
+
+def test_a_level_is_the_noise_of_that_level():
+    model = exact(LogSNRSchedule(T), DataTransform((DIM,), shift=50.0, scale=20.0))
+    noisy = 50 + 20 * (DATA.sample(3, rng(1)) + 0.4 * normal(3, DIM))
+    std = 20 * float(model.schedule.ratio[70])
+    assert torch.equal(denoise_level(model, noisy, 70), denoise_known(model, noisy, std))
 
 
 def test_a_label_sharpens_the_estimate():

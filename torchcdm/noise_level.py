@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import Denoiser, working_dtype
 from torchcdm.errors import UserError
-from torchcdm.schedules import NoiseSchedule
+from torchcdm.schedules import Level, NoiseSchedule
 from torchcdm.units import DataTransform
 
 COARSE = 12
@@ -105,11 +106,11 @@ def denoise_unknown(
     Arguments and errors as :func:`estimate_noise`; the denoised data come in the same units, not rounded.
     """
     estimate = estimate_noise(model, noisy, y, units)
-    return _denoise(model, noisy, estimate.level, y, units), estimate
+    return denoise_level(model, noisy, estimate.level, y, units), estimate
 
 
 def denoise_known(
-    model: ClassificationDiffusion, noisy: Tensor, std: float, y: Tensor | None = None, units: str = "data"
+    model: Denoiser, noisy: Tensor, std: float, y: Tensor | None = None, units: str = "data"
 ) -> Tensor:
     """Removes white noise of a known standard deviation ``std``, at the level nearest to it.
 
@@ -127,12 +128,42 @@ def denoise_known(
         raise UserError(f"the noise's standard deviation is {std:g}; it must be positive")
     if units == "data" and model.transform is not None:
         require_additive_noise(model.transform)
-        scale = model.transform.scale
-        if scale.unique().numel() > 1:
+        scale = common_scale(model.transform)
+        if scale is None:
             raise UserError("one noise deviation in data units, but the columns differ in scale; give model units")
-        std = std / float(scale.flatten()[0])
+        std = std / scale
     ratio = torch.full((len(noisy),), std, dtype=torch.float64, device=model.schedule.alpha.device)
-    return _denoise(model, noisy, nearest_level(model.schedule, ratio), y, units)
+    return denoise_level(model, noisy, nearest_level(model.schedule, ratio), y, units)
+
+
+def denoise_level(
+    model: Denoiser, noisy: Tensor, level: Level, y: Tensor | None = None, units: str = "data"
+) -> Tensor:
+    """Removes the noise r_t of a known level t: E[x_0 | alpha_t y].
+
+    Args:
+        model: A trained model.
+        noisy: Clean data plus noise, (B, *shape).
+        level: t, an int or long (B,).
+        y: Classes, long (B,), or None.
+        units: ``data`` or ``model``.
+
+    Returns:
+        In the same units and in the precision of the network, not rounded, (B, *shape).
+
+    Raises:
+        UserError: Unknown units, a shape that is not the model's, or data units of a model of Gaussianised data.
+    """
+    z = _to_model(model, noisy, units)
+    alpha_t, _ = model.schedule.at(level, z)
+    clean = model.denoise(alpha_t * z, level, y).x0
+    return model.transform.inverse(clean) if units == "data" and model.transform is not None else clean
+
+
+def common_scale(transform: DataTransform) -> float | None:
+    """Data units in a model unit where all values share it, images for one; None where columns have their own."""
+    scales = transform.scale.unique()
+    return float(scales[0]) if len(scales) == 1 else None
 
 
 class _Search:
@@ -172,15 +203,16 @@ def _vertex(log_r: Tensor, scores: Tensor, best: Tensor) -> Tensor:
     return top.where(inside, log_r[best])
 
 
-def _to_model(model: ClassificationDiffusion, x: Tensor, units: str) -> Tensor:
+def _to_model(model: Denoiser, x: Tensor, units: str) -> Tensor:
+    """Model units, in the precision of the network."""
     if units not in ("data", "model"):
         raise UserError(f"units is '{units}'; choose data or model")
     if model.shape is not None and tuple(x.shape[1:]) != model.shape:
         raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {model.shape}")
-    if units == "model" or model.transform is None:
-        return x
-    require_additive_noise(model.transform)
-    return model.transform(x)
+    if units == "data" and model.transform is not None:
+        require_additive_noise(model.transform)
+        x = model.transform(x)
+    return x.to(working_dtype(model, x.dtype))
 
 
 def require_additive_noise(transform: DataTransform) -> None:
@@ -195,12 +227,3 @@ def require_additive_noise(transform: DataTransform) -> None:
             "to denoise data train with --data.gaussianize false (and, for columns of few values, "
             "--data.dequantize false)"
         )
-
-
-def _denoise(
-    model: ClassificationDiffusion, noisy: Tensor, level: Tensor, y: Tensor | None, units: str
-) -> Tensor:
-    z = _to_model(model, noisy, units)
-    alpha_t, _ = model.schedule.at(level, z)
-    clean = model.denoise(alpha_t * z, level, y).x0
-    return model.transform.inverse(clean) if units == "data" and model.transform is not None else clean
