@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from small_runs import small_flags
 
 import torchcdm
+from torchcdm.checkpoint import read_info
 from torchcdm.cli import main
 from torchcdm.compare.baselines import Baseline
 from torchcdm.data import load_data
@@ -263,6 +265,52 @@ def test_denoising_removes_noise(capsys, tmp_path, pixels):
         with (out / "noise.csv").open() as file:
             found = [float(row["noise_std"]) for row in csv.DictReader(file)]
         assert 3 < np.median(found) < 5.5 and len(list(out.glob("*.png"))) == 20
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A run on two columns that belong together, one in units and one in thousands; and its file."""
+    folder = tmp_path_factory.mktemp("cli")
+    hidden = np.random.RandomState(0).normal(size=(400, 1))
+    rows = (hidden + 0.1 * np.random.RandomState(1).normal(size=(400, 2))) * [1, 1000]
+    np.savetxt(folder / "t.csv", rows, delimiter=",", header="volt,gram", comments="")
+    words = ["--data", f"table:{folder / 't.csv'}", "--data.gaussianize", "false", "--train.steps", "4"]
+    words += ["--sampling.n", "0", "--report.methods", "[single]", "--report.baselines", "false", "--quiet"]
+    assert main(["train", "table", "--out", str(folder / "run"), "--device", "cpu", *words]) == 0
+    return folder / "run", folder / "t.csv"
+
+
+def noisy_rows(path, ratio):
+    """A table's columns, the noise that was put on them, and their deviations."""
+    clean = np.loadtxt(path, delimiter=",", skiprows=1)
+    return clean, clean + ratio * clean.std(0) * np.random.RandomState(2).normal(size=clean.shape), clean.std(0)
+
+
+def test_noise_of_a_table_is_told_in_deviations_of_its_columns(capsys, tmp_path, table):
+    run, path = table
+    clean, noisy, deviation = noisy_rows(path, 0.4)
+    np.savetxt(tmp_path / "n.csv", noisy, delimiter=",", header="volt,gram", comments="")
+    words = ["denoise", run, tmp_path / "n.csv", "--device", "cpu", "--out", tmp_path / "out"]
+    assert "of each column's" in succeed(capsys, *words)
+    with (tmp_path / "out" / "noise.csv").open() as file:
+        found = [float(row["noise_ratio"]) for row in csv.DictReader(file)]
+    # Two numbers a row tell little of its noise; many rows tell it.
+    assert 0.2 < np.median(found) < 0.7
+    denoised = np.loadtxt(tmp_path / "out" / "denoised.csv", delimiter=",", skiprows=1)
+    assert ((denoised - clean) / deviation).std() < 0.9 * 0.4
+    assert "the columns differ in scale; give --level" in refuse(capsys, *words, "--noise-std", "1")
+
+
+def test_denoising_takes_the_transform_that_is_where_the_model_is(capsys, tmp_path, monkeypatch, table):
+    """The one in the description of the run stays behind on another device; here one without any numbers."""
+    run, path = table
+    model, info = torchcdm.load(run), read_info(run)
+    words = ["denoise", run, path, "--level", "9", "--device", "cpu", "--out"]
+    succeed(capsys, *words, tmp_path / "here")
+    monkeypatch.setattr("torchcdm.checkpoint.load", lambda *_: model)
+    monkeypatch.setattr("torchcdm.checkpoint.read_info", lambda _: replace(info, transform=info.transform.to("meta")))
+    succeed(capsys, *words, tmp_path / "there")
+    assert (tmp_path / "here" / "denoised.csv").read_text() == (tmp_path / "there" / "denoised.csv").read_text()
 
 
 def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):
