@@ -240,6 +240,57 @@ def test_nll_writes_the_contract(capsys, tmp_path, run):
     assert json.loads(succeed(capsys, *words, "--json", "-")) == content
 
 
+def nll_of(capsys, run, *words):
+    words = ["nll", run, "--methods", "single", "--device", "cpu", "--quiet", "--json", "-", *words]
+    return {row["name"]: row["value"] for row in json.loads(succeed(capsys, *words))["rows"]}
+
+
+def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table):
+    run, path = table
+    volt, gram = np.loadtxt(path, delimiter=",", skiprows=1).T.tolist()
+    # In another order and among others; one that holds a single value must stay in.
+    lines = [f"{g!r},n{i},{v!r}" for i, (v, g) in enumerate(zip(volt, gram, strict=True))]
+    (tmp_path / "other.csv").write_text("\n".join(["gram,name,volt", *lines]))
+    (tmp_path / "flat.csv").write_text("\n".join(["gram,volt", *(f"{g!r},0.1" for g in gram)]))
+    (tmp_path / "lacking.csv").write_text("\n".join(["gram,ampere", *(f"{g!r},0.1" for g in gram)]))
+    own = nll_of(capsys, run)
+    assert nll_of(capsys, run, "--data", f"table:{tmp_path / 'other.csv'}") == own
+    assert np.isfinite(nll_of(capsys, run, "--data", f"table:{tmp_path / 'flat.csv'}")["one-pass"])
+    for command in ("nll", "evaluate"):
+        error = refuse(capsys, command, run, "--data", f"table:{tmp_path / 'lacking.csv'}")
+        assert "no column 'volt' (found: gram, ampere)" in error
+
+
+@pytest.mark.parametrize("command", ["nll", "evaluate"])
+def test_other_grey_levels_are_refused(capsys, tmp_path, run, table, command):
+    draw = np.random.RandomState(0)
+    np.save(tmp_path / "bytes.npy", draw.randint(0, 256, (40, 8, 8), dtype=np.uint8))
+    np.save(tmp_path / "floats.npy", draw.rand(40, 8, 8))
+    np.save(tmp_path / "counts.npy", draw.randint(0, 10, (40, 2)))
+    for other, name, message in (
+        (run, "bytes", "grey levels 0 ... 255; the model takes grey levels 0 ... 16; rescale them"),
+        (run, "floats", "continuous values; the model takes grey levels 0 ... 16; give whole numbers"),
+        (table[0], "counts", "grey levels 0 ... 9; the model takes continuous values; give floats"),
+    ):
+        assert message in refuse(capsys, command, other, "--data", f"array:{tmp_path / name}.npy")
+
+
+def test_classes_of_other_data_go_by_name(capsys, tmp_path, conditional):
+    x, y = load_data("digits").test.tensors()
+    chosen = (y == 3) | (y == 7)
+    x, y = x[chosen].numpy(), y[chosen].numpy()
+    for name, labels in (("numbers", y), ("texts", y.astype(str)), ("words", np.where(y == 3, "three", "7"))):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=labels)
+    words = ["--conditional", "--data"]
+    by_number = nll_of(capsys, conditional, *words, f"array:{tmp_path / 'numbers.npz'}")
+    # Classes 0 and 1 there; 3 and 7 for the model.
+    assert nll_of(capsys, conditional, *words, f"array:{tmp_path / 'texts.npz'}") == by_number
+    data = ["--data", f"array:{tmp_path / 'words.npz'}"]
+    for command in (["nll", conditional, "--conditional"], ["evaluate", conditional]):
+        assert "class 'three' is none of the model's (0, 1, 2, 3, " in refuse(capsys, *command, *data)
+    nll_of(capsys, conditional, *data)  # without classes they do not matter
+
+
 def test_evaluate_by_level(capsys, tmp_path, run):
     out = succeed(capsys, "evaluate", run, "--json", tmp_path / "e.json", "--device", "cpu")
     content = json.loads((tmp_path / "e.json").read_text())

@@ -6,9 +6,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchcdm import toy
-from torchcdm.data import DataSource, MemorySplit, flip_horizontally, from_object, load_data, parse_size
+from torchcdm.data import (
+    DataSource,
+    MemorySplit,
+    flip_horizontally,
+    from_object,
+    load_data,
+    parse_size,
+    renumbered,
+)
 from torchcdm.data.source import permutation
 from torchcdm.errors import UserError
+from torchcdm.units import DataTransform
 
 
 def rows(*splits):
@@ -101,6 +110,26 @@ def test_wrong_specs(spec, message):
     with pytest.raises(UserError, match=message) as caught:
         load_data(spec)
     assert "\n" not in str(caught.value)
+
+
+def labels_of(names, model_names):
+    labels = torch.arange(len(names)).repeat(10)
+    x = torch.rand(len(labels), 2)
+    parts = MemorySplit(x, labels), MemorySplit(x[:1]), MemorySplit(x[:0])
+    source = DataSource("data", *parts, DataTransform.identity((2,)), tuple(names))
+    result = renumbered(source, tuple(model_names))
+    assert result.validation.labels.tolist() == [-1]
+    return result.train.labels[: len(names)].tolist()
+
+
+def test_classes_are_numbered_as_those_of_a_model():
+    assert labels_of(["cat", "dog"], ["ape", "dog", "cat"]) == [2, 1]
+    # Bare numbers count the names of the other side.
+    assert labels_of(["0", "1"], ["ape", "cat", "dog"]) == labels_of(["ape", "cat"], ["0", "1"]) == [0, 1]
+    # But not where the names are numbers themselves.
+    for own, model in ((["0", "1"], ["1", "2"]), (["cat", "eel"], ["cat", "dog"]), (["0", "1", "2"], ["cat", "dog"])):
+        with pytest.raises(UserError, match="is none of the model's"):
+            labels_of(own, model)
 
 
 def test_options_that_do_not_fit_the_data():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,8 +50,19 @@ FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtur
 """What logits can be a correction to, fitted to data."""
 
 
-def load_source(config: DataConfig) -> DataSource:
-    """The data that a configuration names, in the units that it asks for."""
+def load_source(
+    config: DataConfig, transform: DataTransform | None = None, columns: Sequence[str] | None = None
+) -> DataSource:
+    """The data that a configuration names.
+
+    Args:
+        config: What, and in which units.
+        transform: Of the model that is to score them, in whose units they come then.
+        columns: Those that the model was trained on.
+
+    Raises:
+        UserError: No data, or what :func:`torchcdm.data.load_data` refuses.
+    """
     if config.spec is None:
         raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
     size = None if config.size is None else (config.size[0], config.size[1])
@@ -65,8 +77,10 @@ def load_source(config: DataConfig) -> DataSource:
         skip_bad=config.skip_bad,
         label=config.label,
         dequantize=config.dequantize,
+        transform=transform,
+        columns=columns,
     )
-    return gaussianized(source, config.flip) if config.gaussianize else source
+    return gaussianized(source, config.flip) if config.gaussianize and transform is None else source
 
 
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:

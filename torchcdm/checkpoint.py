@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from torchcdm.building import build_model
+from torchcdm.building import build_model, load_source
 from torchcdm.codec import decode, encode
 from torchcdm.config import DataConfig, ModelConfig
-from torchcdm.data import Inputs, read_inputs
+from torchcdm.data import DataSource, Inputs, read_inputs, renumbered
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.run_folder import (
@@ -82,6 +82,24 @@ class ModelInfo:
         size = None if self.data.size is None else (self.data.size[0], self.data.size[1])
         columns, channels = self.columns, self.data.channels
         return read_inputs(paths, self.transform, columns, self.constants, size, channels, skip_bad, noisy)
+
+    def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
+        """Data with splits for the model to score, in its units: what it was trained on, or others of the same kind.
+
+        Args:
+            model: The model of the run.
+            spec: Other data; read as the run's own were.
+            labelled: The classes are used, where the model knows some: they are numbered as its own.
+
+        Raises:
+            UserError: Data that cannot be read, or of another shape, other columns, grey levels or classes than the
+                model's; names both.
+        """
+        config = self.data if spec is None else replace(self.data, spec=spec)
+        source = load_source(config, model.transform, self.columns)
+        if labelled and model.classes is not None and source.class_names is not None:
+            return renumbered(source, self.class_names)
+        return source
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``config.json``."""

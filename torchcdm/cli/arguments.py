@@ -42,7 +42,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """``--data`` and ``--split`` of a command that measures a run."""
-    parser.add_argument("--data", metavar="SPEC", help="other data than the run was trained on")
+    parser.add_argument("--data", metavar="SPEC", help="other data than the run was trained on, of the same columns, "
+                        "shape and grey levels")  # fmt: skip
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples, evenly spaced")
 

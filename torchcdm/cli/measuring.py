@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, device_of, write_numbers
@@ -12,6 +11,7 @@ from torchcdm.errors import UserError
 if TYPE_CHECKING:
     from torchcdm.checkpoint import ModelInfo
     from torchcdm.data import DataSource
+    from torchcdm.denoisers import Denoiser
 
 
 def add_commands(commands: Any) -> None:
@@ -57,7 +57,7 @@ def run_nll(options: argparse.Namespace) -> int:
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
     methods = options.methods or ("single,elbo,flow" if isinstance(model, ClassificationDiffusion) else "elbo,flow")
-    source = _source(options, info)
+    source = _source(options, info, model, labelled=options.conditional)
     x, labels = source.split(options.split).tensors(options.limit)
     y = labels_for(model, labels) if options.conditional else None
     if options.conditional and y is None:
@@ -91,7 +91,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise UserError(f"--draws is {options.draws}; at least 1 is needed")
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
-    source = _source(options, info)
+    source = _source(options, info, model, labelled=True)
     values = evaluate(model, source.split(options.split), options.limit, options.draws)
     if str(options.json) != "-":
         for name, value in values["mean"].items():
@@ -100,14 +100,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _source(options: argparse.Namespace, info: ModelInfo) -> DataSource:
-    """The data of the run, or others, in data units: the units of the model are its own."""
-    from torchcdm.building import load_source
-
+def _source(options: argparse.Namespace, info: ModelInfo, model: Denoiser, labelled: bool) -> DataSource:
+    """The data of the run, or others."""
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
-    config = info.data if options.data is None else replace(info.data, spec=options.data)
-    source = load_source(replace(config, gaussianize=False))
-    if source.shape != info.transform.shape:
-        raise UserError(f"{source.name}: has shape {source.shape}; the model takes {info.transform.shape}")
-    return source
+    return info.read_source(model, options.data, labelled)

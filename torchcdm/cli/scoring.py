@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
     from torchcdm.anomaly import AnomalyDetector
     from torchcdm.checkpoint import ModelInfo
+    from torchcdm.denoisers import Denoiser
 
 REFERENCE_LIMIT = 5000
 SHOWN = 10
@@ -60,11 +60,12 @@ def run_score(options: argparse.Namespace) -> int:
     if options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
     info, device = read_info(options.model), device_of(options.device)
+    model = load(options.model, device)
     background = None if options.background is None else load(options.background, device)
-    score = make_score(options.score, load(options.model, device), background)
+    score = make_score(options.score, model, background)
     # Before the passes over the reference: a wrong path shall not take a minute to be found.
     x, names, deviating = info.read_inputs(options.paths, options.skip_bad)
-    reference, origin = _reference(options, info)
+    reference, origin = _reference(options, info, model)
     detector = AnomalyDetector.fit(score, reference)
     threshold = detector.threshold(options.fpr)
     scores = detector.score(x)
@@ -96,16 +97,15 @@ def run_score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _reference(options: argparse.Namespace, info: ModelInfo) -> tuple[Tensor, str]:
+def _reference(options: argparse.Namespace, info: ModelInfo, model: Denoiser) -> tuple[Tensor, str]:
     """Normal data that did not train the model, and what they are called."""
-    from torchcdm.building import load_source
     from torchcdm.data import MemorySplit
 
     if options.reference is not None:
         x = info.read_inputs(options.reference, options.skip_bad).x
         return MemorySplit(x).tensors(options.limit)[0], ", ".join(options.reference)
     try:
-        source = load_source(replace(info.data, gaussianize=False))
+        source = info.read_source(model)
         split = source.split("validation")
     except UserError as error:
         raise UserError(f"{error}; or give normal data by --reference PATH") from None

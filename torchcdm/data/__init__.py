@@ -8,7 +8,7 @@ from torchcdm.data.inputs import Inputs, read_inputs
 from torchcdm.data.objects import from_object
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.pixels import flip_horizontally
-from torchcdm.data.source import ContextSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint
+from torchcdm.data.source import ContextSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
 from torchcdm.data.specs import check_spec, load_data, parse_size, spec_of
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "load_data",
     "parse_size",
     "read_inputs",
+    "renumbered",
     "save_array",
     "save_grid",
     "save_images",

@@ -238,6 +238,31 @@ def measure(
     return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high)), []
 
 
+def check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTransform, name: str) -> None:
+    """Refuses data that a model of ``transform`` would take for others.
+
+    Raises:
+        UserError: Another shape, other grey levels, or grey levels for continuous values; names both.
+    """
+    if shape != transform.shape:
+        raise UserError(f"{name}: has shape {shape}; the model takes {transform.shape}")
+    found = None if grid is None else (*grid, 1)
+    taken = None if transform.bin is None else (transform.low, transform.high, transform.bin)
+    if found == taken:
+        return
+    if taken is None:
+        mend = "give floats in the units of the training data"
+    elif found is None:
+        mend = "give whole numbers"
+    else:
+        mend = "rescale them; an array's levels are read off its values, which must reach both ends"
+    raise UserError(f"{name}: {_levels(found)}; the model takes {_levels(taken)}; {mend}")
+
+
+def _levels(grid: tuple[float, float, float] | None) -> str:
+    return "continuous values" if grid is None else "grey levels {:g} ... {:g}".format(*grid)
+
+
 def source_from_splits(
     name: str,
     splits: tuple[Split, Split, Split],
@@ -247,8 +272,12 @@ def source_from_splits(
     columns: tuple[str, ...] | None = None,
     notes: Iterable[str] = (),
 ) -> DataSource:
-    """The source of splits that are made; the transform is measured on the first."""
-    transform, more = measure(splits[0], grid, options.dequantize, name, columns)
+    """The source of splits that are made; its transform is the options', else measured on the first split."""
+    if options.transform is None:
+        transform, more = measure(splits[0], grid, options.dequantize, name, columns)
+    else:
+        transform, more = options.transform, []
+        check_units(tuple(splits[0][0][0].shape), grid, transform, name)
     return DataSource(name, *splits, transform, class_names, columns, (*notes, *more))
 
 

@@ -6,6 +6,7 @@ Nothing here augments: training and evaluation read the same samples, and the tr
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -76,6 +77,12 @@ class Split(Dataset, ABC):
     def limited(self, limit: int | None) -> Split:
         """At most ``limit`` samples, evenly spaced; the split itself where it is no larger."""
         return self if limit is None or limit >= len(self) else self.select(evenly_spaced(len(self), limit))
+
+    def relabelled(self, labels: Tensor) -> Split:
+        """The same samples with other labels, long (N,)."""
+        result = copy.copy(self)
+        result.labels = labels
+        return result
 
 
 @final
@@ -204,6 +211,39 @@ class DataSource:
         return replace(self, train=train, validation=validation, test=test)
 
 
+def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
+    """The same source with its classes numbered as those of a model are.
+
+    Classes go by name. Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, the
+    numbers count the names.
+
+    Args:
+        source: Data with classes.
+        names: The model's classes.
+
+    Raises:
+        UserError: A class that is none of the model's, with both.
+    """
+    own, splits = source.class_names, (source.train, source.validation, source.test)
+    present = torch.cat([split.labels for split in splits]).unique()
+    strange = [own[k] for k in present.tolist() if k != NO_LABEL and own[k] not in names]
+    if strange:
+        if len(own) <= len(names) and (_count(own, names) or _count(names, own)):
+            return source
+        what = f"class '{strange[0]}' is none of the model's"
+        raise UserError(f"{source.name}: {what} ({', '.join(names)}); rename or leave out its samples")
+    # Without a label, -1, is the last entry.
+    numbers = torch.tensor([names.index(name) if name in names else NO_LABEL for name in own] + [NO_LABEL])
+    train, validation, test = (split.relabelled(numbers[split.labels]) for split in splits)
+    return replace(source, train=train, validation=validation, test=test, class_names=tuple(names))
+
+
+def _count(numbers: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether ``numbers`` are bare 0 ... K - 1, and ``names`` no numbers at all."""
+    bare = list(numbers) == [str(k) for k in range(len(numbers))]
+    return bare and not any(name.lstrip("-").isdigit() for name in names)
+
+
 def fingerprint(source: DataSource) -> str:
     """A hash that tells data apart: units, counts, and some samples of every split.
 
@@ -231,7 +271,7 @@ def permutation(count: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :func:`torchcdm.data.load_data`, handed to the loader of one kind of data."""
+    """The arguments of :func:`torchcdm.data.load_data`, handed to the loader of one kind of data."""
 
     size: tuple[int, int] | None = None
     channels: int | None = None
@@ -241,6 +281,8 @@ class Options:
     skip_bad: bool = False
     label: str | None = None
     dequantize: bool = True
+    transform: DataTransform | None = None
+    columns: Sequence[str] | None = None
 
 
 def partition(

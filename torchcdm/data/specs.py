@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torchcdm.data import arrays, celeba, folders, hub, named, published, tables
 from torchcdm.data.source import DataSource, Options
 from torchcdm.errors import UserError, nearest
+from torchcdm.units import DataTransform
 
 LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
     "digits": named.digits,
@@ -46,8 +47,10 @@ def load_data(
     skip_bad: bool = False,
     label: str | None = None,
     dequantize: bool = True,
+    transform: DataTransform | None = None,
+    columns: Sequence[str] | None = None,
 ) -> DataSource:
-    """The data set that a SPEC names.
+    """The data set that a SPEC names, to train on or for a trained model to score.
 
     Args:
         spec: ``digits``, ``fashion-mnist[:PATH]``, ``cifar10[:PATH]``, ``celeba:PATH``, ``folder:PATH``,
@@ -61,6 +64,9 @@ def load_data(
         skip_bad: Leave out images that cannot be read, and say how many; every file is read once to find them.
         label: Column of a table that holds the class.
         dequantize: Whether training and scoring add uniform noise to grey levels; False as in the paper.
+        transform: Of the model that scores the data, which must have its shape and grey levels; measured on the
+            training split when None.
+        columns: The columns that the model was trained on; a table is read by them, in whatever order it has them.
 
     Raises:
         UserError: Anything wrong with the SPEC or with the files, named in one line.
@@ -77,7 +83,9 @@ def load_data(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1")
     size = None if size is None else (int(size[0]), int(size[1]))
-    options = Options(size, channels, validation_fraction, test_fraction, seed, skip_bad, label, dequantize)
+    options = Options(
+        size, channels, validation_fraction, test_fraction, seed, skip_bad, label, dequantize, transform, columns
+    )
     if label is not None and kind not in ("table", "hf"):
         raise UserError(f"label '{label}' names a column of a table; {spec} has no columns")
     source = LOADERS[kind](argument, options).limited(limit)

@@ -120,11 +120,13 @@ def from_frame(frame: Any, name: str = "data frame") -> Table:
 def source_from_tables(parts: dict[str, Table], name: str, options: Options, labels: Any = None) -> DataSource:
     """The columns of numbers; columns that are constant in training are left out, discrete ones dequantised.
 
+    For a model that is to score them: its columns, whatever they hold.
+
     Args:
         parts: ``train``, and ``validation`` and ``test`` where they are apart; what is missing is drawn at random.
         name: Name of the source.
         options: ``label`` names the column of classes, which is no column of the data; without ``dequantize``
-            discrete columns are left as they are.
+            discrete columns are left as they are; ``transform`` and ``columns`` are those of the model.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
 
     Raises:
@@ -132,13 +134,14 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
             variation float32 does not hold.
     """
     table = parts["train"]
-    columns = [column for column in table.columns if column != options.label]
+    columns = list(options.columns or (column for column in table.columns if column != options.label))
     if not columns or not len(table):
         raise UserError(f"{table.name}: no columns of numbers, or no rows")
     if options.label is not None:
         labels = [label for part in parts.values() for label in part.column(options.label)]
     values = {split: part.matrix(columns) for split, part in parts.items()}
-    check_resolution(values["train"], columns, table.name)
+    if options.transform is None:
+        check_resolution(values["train"], columns, table.name)
     sizes = [len(part) for part in values.values()]
     y, class_names = _classes(labels, sum(sizes), table.name)
     y = torch.full((sum(sizes),), NO_LABEL) if y is None else y
@@ -148,7 +151,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     }
     splits, note = complete_splits(table.name, pools, options)
     x, _ = splits[0].tensors()
-    varying = (x != x[0]).any(0)
+    varying = (x != x[0]).any(0) if options.transform is None else torch.ones(len(columns), dtype=torch.bool)
     kept = [column for column, varies in zip(columns, varying.tolist(), strict=True) if varies]
     if not kept:
         raise UserError(f"{table.name}: every column is constant; there is nothing to learn")
