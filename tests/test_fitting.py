@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import torchcdm
+from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.interrupt import Interrupted
 
@@ -51,6 +52,34 @@ def test_fields_of_the_data_are_overrides_too():
     assert model.transform.warp.least.all(), "both columns become their logarithms"
     z = model.transform(x.double())
     assert float(z.mean().abs()) < 0.3 and torch.allclose(model.transform.inverse(z), x.double())
+
+
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        ({"limit": 5}, "give fewer samples"),
+        ({"size": [4, 4]}, "resize the images before"),
+        ({"channels": 1}, "convert the images before"),
+        ({"skip_bad": True}, "leave bad samples out before"),
+        ({"label": "kind"}, "name of a data frame's column, as labels"),
+        ({"spec": "digits"}, "the data themselves are the first argument"),
+    ],
+)
+def test_fields_without_effect_on_objects_are_refused(options, mend):
+    (name,) = options
+    with pytest.raises(UserError, match=f"data.{name} has no effect on Python objects; .*{mend}"):
+        torchcdm.fit(torch.randn(60, 2), data=options, **TINY)
+
+
+def test_fields_without_effect_on_sources_and_files_are_refused(tmp_path):
+    source = from_object(torch.randn(60, 2))
+    with pytest.raises(UserError, match="data.seed has no effect on a DataSource; make the DataSource with it"):
+        torchcdm.fit(source, data={"seed": 3}, **TINY)
+    with pytest.raises(UserError, match="data.spec has no effect on data from files"):
+        torchcdm.fit("toy:rings", data={"spec": "digits"}, **TINY)
+    # What is as it would be without is no mistake.
+    small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
+    assert torchcdm.fit(source, data={"seed": 0, "limit": None}, **small).shape == (2,)
 
 
 def test_overrides_are_checked():

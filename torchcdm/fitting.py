@@ -10,12 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.checkpoint import load
-from torchcdm.config import Config, TrainConfig, make_config, preset_fields
+from torchcdm.config import Config, DataConfig, TrainConfig, make_config, preset_fields
 from torchcdm.data import DataSource, from_object, load_data, spec_of
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest
 from torchcdm.interrupt import Interrupted
 from torchcdm.trainer import train
+
+GIVEN = {"spec": "the data themselves are the first argument"}
+OF_OBJECTS = GIVEN | {
+    "size": "resize the images before",
+    "channels": "convert the images before",
+    "limit": "give fewer samples",
+    "skip_bad": "leave bad samples out before",
+    "label": "give the classes, or the name of a data frame's column, as labels",
+}
+OF_SOURCES = OF_OBJECTS | dict.fromkeys(
+    ("validation_fraction", "test_fraction", "seed", "dequantize"), "make the DataSource with it"
+)
+"""Fields of the data without effect on files, Python objects and a :class:`DataSource`, and what to do instead."""
 
 
 def fit(
@@ -91,7 +104,16 @@ def trained(config: Config, source: DataSource, device: str | None, progress: bo
 
 
 def _source(data: Any, labels: Any, options: Mapping[str, Any]) -> DataSource:
-    """The data by the fields of the configuration that objects have too."""
+    """The data by the fields of the configuration; those without effect are refused."""
+    kind, without_effect = "Python objects", OF_OBJECTS
+    if isinstance(data, DataSource):
+        kind, without_effect = "a DataSource", OF_SOURCES
+    elif isinstance(data, (str, Path)):
+        kind, without_effect = "data from files", GIVEN
+    for name, mend in without_effect.items():
+        default = getattr(DataConfig, name)
+        if options.get(name, default) != default:
+            raise UserError(f"fit: data.{name} has no effect on {kind}; {mend}")
     fractions = options.get("validation_fraction"), options.get("test_fraction")
     seed, dequantize = options.get("seed", 0), options.get("dequantize", True)
     if not isinstance(data, (str, Path)):
