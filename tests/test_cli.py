@@ -366,7 +366,7 @@ def test_denoising_takes_the_transform_that_is_where_the_model_is(capsys, tmp_pa
 
 def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):
     beside = [Baseline("something classical", 3.0, 0.1, "bits/dim")]
-    monkeypatch.setattr("torchcdm.compare.reporting.baselines", lambda *_: beside)
+    monkeypatch.setattr("torchcdm.reporting.baselines", lambda *_: beside)
     flags = small_flags(report__baselines="true", report__methods="[single]", train__steps="2")
     out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
     table = out[out.index("density model, same test samples") :]

@@ -62,9 +62,9 @@ def add_commands(commands: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Trains, then measures on the test split."""
     from torchcdm.building import load_source
-    from torchcdm.compare.reporting import write_report
     from torchcdm.interrupt import Interrupted
     from torchcdm.likelihood import check_methods
+    from torchcdm.reporting import write_report
     from torchcdm.samplers import check_sampler
     from torchcdm.trainer import train
 
