@@ -398,9 +398,13 @@ def test_a_field_and_its_value_may_stand_anywhere(tmp_path, run):
 def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(capsys, tmp_path):
     small = ["--model.backbone.width", "8", "--model.backbone.multipliers", "[1]", "--train.steps", "1"]
     words = ["--sampling.n", "0", "--report.limit", "4", "--train.validation_samples", "4", "--quiet"]
+    words += ["--report.flow_steps", "2", "--report.baselines", "false"]
     assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
     model = torchcdm.load(tmp_path / "r")
     assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
+    # The preset asks for one pass and log Z too, which take a classifier.
+    rows = json.loads((tmp_path / "r" / "report.json").read_text())["nll"]["rows"]
+    assert [row["name"] for row in rows] == ["elbo", "flow"] and all(1 < row["value"] < 9 for row in rows)
     words = ["nll", str(tmp_path / "r"), "--limit", "2", "--flow-steps", "4", "--quiet", "--json"]
     assert main([*words, str(tmp_path / "nll.json")]) == 0
     numbers = json.loads((tmp_path / "nll.json").read_text())

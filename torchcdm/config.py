@@ -323,7 +323,7 @@ class ReportConfig:
     """What is measured on the test split when training ends.
 
     Attributes:
-        methods: Likelihoods, see :func:`torchcdm.likelihood.report`.
+        methods: Likelihoods, see :func:`torchcdm.likelihood.report`; of a ddm those that it has, elbo and flow.
         limit: At most so many test samples.
         draws: Noise draws of the one-pass likelihoods.
         flow_steps: Heun steps of the probability flow.

@@ -17,7 +17,7 @@ from torchcdm.compare.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.config import Config, file_fields, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
-from torchcdm.likelihood import FlowOptions, NLLReport
+from torchcdm.likelihood import FlowOptions, NLLReport, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.common import dithered
 from torchcdm.metrics import evaluate
@@ -93,15 +93,16 @@ def write_report(
 def _likelihood(
     model: Denoiser, config: Config, source: DataSource, split: str, device: str | torch.device, progress: bool
 ) -> NLLReport | None:
-    """The likelihood report; None for a ddm, which has none in one pass."""
-    if not isinstance(model, ClassificationDiffusion) or not config.report.methods:
+    """The likelihood report by those of the configuration's methods that the model has; None where it has none."""
+    methods = [method for method in config.report.methods if method in methods_of(model)]
+    if not methods:
         return None
     x, _ = source.split(split).tensors(config.report.limit)
     # The unconditional density, also of models that saw classes: the baselines know none.
     return likelihood_report(
         model,
         x,
-        config.report.methods,
+        methods,
         draws=config.report.draws,
         seed=0,
         name=source.name,

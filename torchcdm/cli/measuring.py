@@ -47,16 +47,16 @@ def add_commands(commands: Any) -> None:
 
 def run_nll(options: argparse.Namespace) -> int:
     """Likelihood of a split."""
-    from torchcdm.cdm import ClassificationDiffusion
     from torchcdm.checkpoint import load, read_info
-    from torchcdm.likelihood import FlowOptions, LogZOptions, report
+    from torchcdm.likelihood import FlowOptions, LogZOptions, methods_of, report
     from torchcdm.metrics import labels_for
 
     if options.particles < 128:
         raise UserError(f"--particles is {options.particles}; at least 128 are needed")
     info = read_info(options.model)
     model = load(options.model, device_of(options.device))
-    methods = options.methods or ("single,elbo,flow" if isinstance(model, ClassificationDiffusion) else "elbo,flow")
+    # log Z takes longer than all others.
+    methods = options.methods or ",".join(method for method in methods_of(model) if method != "logz")
     source = _source(options, info, model, labelled=options.conditional)
     x, labels = source.split(options.split).tensors(options.limit)
     y = labels_for(model, labels) if options.conditional else None

@@ -6,7 +6,7 @@ from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
 from torchcdm.likelihood.flow_bound import FlowLikelihood, FlowOptions, flow_likelihood
 from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer
-from torchcdm.likelihood.report import METHODS, LogZOptions, check_methods, log_z_estimates, report
+from torchcdm.likelihood.report import METHODS, LogZOptions, check_methods, log_z_estimates, methods_of, report
 from torchcdm.likelihood.single_pass import published_convention, single_pass
 from torchcdm.likelihood.summary import Gap, NLLReport, Row
 
@@ -34,6 +34,7 @@ __all__ = [
     "gap_by_level",
     "log_normalizer",
     "log_z_estimates",
+    "methods_of",
     "probability_flow",
     "published_convention",
     "report",

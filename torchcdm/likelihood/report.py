@@ -54,6 +54,12 @@ OF_CLASSIFIERS = ("single", "logz")
 """Those that need a density in one pass."""
 
 
+def methods_of(model: Denoiser) -> tuple[str, ...]:
+    """Those of :data:`METHODS` that a model has: a plain diffusion model none that need a density in one pass."""
+    classifier = isinstance(model, ClassificationDiffusion)
+    return tuple(method for method in METHODS if classifier or method not in OF_CLASSIFIERS)
+
+
 def check_methods(methods: Sequence[str]) -> None:
     """Refuses a name that is none of :data:`METHODS`."""
     for method in methods:
@@ -101,8 +107,8 @@ def report(
         UserError: An unknown method, a level or a number of draws that does not exist, or a model without transform.
     """
     check_methods(methods)
-    lacking = [method for method in methods if method in OF_CLASSIFIERS]
-    if lacking and not isinstance(model, ClassificationDiffusion):
+    lacking = [method for method in methods if method not in methods_of(model)]
+    if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     level = scoring_level(model) if level is None else level
     if not 1 <= level < model.schedule.T:
