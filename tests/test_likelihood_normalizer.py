@@ -11,7 +11,7 @@ from torch import distributions
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood import Gap, ReverseChain, Row, consistency, elbo, log_normalizer
+from torchcdm.likelihood import NLLGap, ReverseChain, Row, consistency, elbo, log_normalizer
 from torchcdm.likelihood.verdict import Evidence, judge
 from torchcdm.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
@@ -234,8 +234,8 @@ def log_z():
 
 def evidence(estimate, **changes):
     one_pass = Row("one-pass-level", 2.0, 0.01, 1, 1)
-    gap, unit = Gap(0.001, 0.05, 1, 0.001), 1 / (2 * math.log(2))
-    return replace(Evidence(unit, one_pass, (-0.03, 0.001), gap, estimate, estimate), **changes)
+    gap, per_nat = NLLGap(0.001, 0.05, 1, 0.001), 1 / (2 * math.log(2))
+    return replace(Evidence(per_nat, one_pass, (-0.03, 0.001), gap, estimate, estimate), **changes)
 
 
 def test_a_consistent_model_is_believed(log_z):
@@ -272,8 +272,8 @@ def test_no_headline(log_z, changes, reason):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"gap": Gap(0.05, 0.1, 1, 0.001)}, "0.0500 above the flow"),
-        ({"gap": Gap(-0.05, 0.1, 1, 0.001)}, "0.0500 below the flow"),
+        ({"gap": NLLGap(0.05, 0.1, 1, 0.001)}, "0.0500 above the flow"),
+        ({"gap": NLLGap(-0.05, 0.1, 1, 0.001)}, "0.0500 below the flow"),
         ({"over_elbo": (0.05, 0.001)}, "+0.0500 from the ELBO"),
         ({"gap": None, "over_elbo": None}, "compared with nothing"),
     ],

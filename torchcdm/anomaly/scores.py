@@ -101,7 +101,7 @@ class AnomalyScore(ABC):
 
 @final
 class LogProb(AnomalyScore):
-    """-log p_0(x) in model units, raw. It misses inputs that are simpler than the normal ones, flat or blurred."""
+    """-log p_0(x) in data units, raw. It misses inputs that are simpler than the normal ones, flat or blurred."""
 
     name = "log_prob"
 

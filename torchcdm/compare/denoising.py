@@ -86,12 +86,12 @@ class FittedDenoiser(Fitted):
         chain = ReverseChain.calibrated(model, seed=SCORING_SEED)
         z, second = log_z_estimates(model, chain, level, options, FlowOptions(), SCORING_SEED)
         row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
-        unit = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
-        verdict = judge(Evidence(unit, row, None, None, z, second, level=level))
+        per_nat = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
+        verdict = judge(Evidence(per_nat, row, None, None, z, second, level=level))
         if verdict.headline.value is None:
             self.note = verdict.why
             return []
-        self.note = f"log Z {unit * z.value:+.3f}, effective sample size {z.ess:.0f}"
+        self.note = f"log Z {per_nat * z.value:+.3f}, effective sample size {z.ess:.0f}"
         normalised = replace(likelihood, nats=likelihood.nats - z.value)
         # What the verdict adds to the samples' own error.
         shared_se = math.sqrt(max(0.0, verdict.headline.se**2 - row.se**2))

@@ -1,14 +1,14 @@
 """Likelihoods: from one pass, as bounds, by the probability flow of the same network, and how they compare."""
 
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.diagnostics import Consistency, GapByLevel, consistency, gap_by_level
+from torchcdm.likelihood.diagnostics import Consistency, LogProbGaps, consistency, gap_by_level
 from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
 from torchcdm.likelihood.flow_bound import FlowLikelihood, FlowOptions, flow_likelihood
 from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer
 from torchcdm.likelihood.report import METHODS, LogZOptions, check_methods, log_z_estimates, methods_of, report
 from torchcdm.likelihood.single_pass import published_convention, single_pass
-from torchcdm.likelihood.summary import Gap, NLLReport, Row
+from torchcdm.likelihood.summary import NLLGap, NLLReport, Row
 
 __all__ = [
     "ELBO",
@@ -19,10 +19,10 @@ __all__ = [
     "FlowOptions",
     "FlowResult",
     "FlowSamples",
-    "Gap",
-    "GapByLevel",
     "LogNormalizer",
+    "LogProbGaps",
     "LogZOptions",
+    "NLLGap",
     "NLLReport",
     "ReverseChain",
     "Row",

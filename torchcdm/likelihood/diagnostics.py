@@ -39,8 +39,10 @@ class Consistency:
 
 
 @dataclass(frozen=True)
-class GapByLevel:
-    """One pass less flow along the paths of noisy data.
+class LogProbGaps:
+    """log p by one pass less that by the flow, along the paths of noisy data.
+
+    Above 0 one pass finds the data more likely; :class:`torchcdm.likelihood.NLLGap` has the opposite sign.
 
     Attributes:
         levels: Visited levels, rising.
@@ -97,8 +99,8 @@ def gap_by_level(
     probes: int = 2,
     seed: int = 0,
     batch_size: int = 500,
-) -> GapByLevel:
-    """The accumulated gap between one pass and flow at every level that the flow visits.
+) -> LogProbGaps:
+    """The accumulated gap of log p between one pass and flow at every level that the flow visits.
 
     Args:
         model: The model; put into evaluation mode meanwhile.
@@ -112,4 +114,4 @@ def gap_by_level(
     """
     z = torch.cat([noised(model, x, rows, level, seed) for rows in batches(len(x), batch_size)])
     levels, gaps = flow_gaps(model, z, y, level, steps, probes, seed, batch_size)
-    return GapByLevel(levels, gaps.mean(1).cpu(), gaps.std(1).cpu())
+    return LogProbGaps(levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -166,7 +166,7 @@ def flow_gaps(
     seed: int = 0,
     batch_size: int = 500,
 ) -> tuple[list[int], Tensor]:
-    """One pass less flow at every level that a path visits: the levels, and log p_t - log p_flow, (levels, N) nats.
+    """The levels that a path visits, and log p by one pass less that by the flow at each of them, (levels, N) nats.
 
     Arguments as in :func:`probability_flow`. The difference between two levels is the inconsistency between them.
     """

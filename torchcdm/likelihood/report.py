@@ -19,7 +19,7 @@ from torchcdm.likelihood.flow import probability_flow
 from torchcdm.likelihood.flow_bound import FlowOptions, flow_likelihood
 from torchcdm.likelihood.normalizer import LogNormalizer, log_normalizer
 from torchcdm.likelihood.single_pass import combine, published_convention, single_draws
-from torchcdm.likelihood.summary import ROWS, Gap, NLLReport, Row
+from torchcdm.likelihood.summary import ROWS, NLLGap, NLLReport, Row
 from torchcdm.likelihood.verdict import Evidence, judge
 from torchcdm.units import LogLikelihood, standard_error
 
@@ -169,7 +169,7 @@ class _Table:
     batch_size: int
     likelihoods: dict[str, LogLikelihood] = field(default_factory=dict)
     chain: ReverseChain | None = None
-    gap: Gap | None = None
+    gap: NLLGap | None = None
     log_z: LogNormalizer | None = None
     second: LogNormalizer | None = None
     notes: list[str] = field(default_factory=list)
@@ -177,7 +177,7 @@ class _Table:
     def __post_init__(self) -> None:
         transform = require_transform(self.model)
         # From nats of a sample to the unit of the report.
-        self.unit = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
+        self.per_nat = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
 
     def add_single(self) -> None:
         """published-convention, one-pass, one-pass-level."""
@@ -190,16 +190,16 @@ class _Table:
                 self.likelihoods["one-pass-importance"] = combine(self.model, values, level, importance=True)
 
     def add_flow(self, options: FlowOptions) -> None:
-        """flow, and its gap to one pass on the first draw of the noisy inputs."""
+        """flow, and how far one pass reads above it on the first draw of the noisy inputs."""
         result = flow_likelihood(self.model, self.x, self.y, self.level, options, self.seed, self.batch_size)
         self.likelihoods["flow"], flow, scored = result.likelihood, result.flow, result.scored
         # The mean of two independent halves has a quarter of the variance of their difference.
-        probe_variance = (self.unit * flow.probe_gap.cpu()).square().mean() / 4
+        probe_variance = (self.per_nat * flow.probe_gap.cpu()).square().mean() / 4
         if scored.log_prob is not None:
-            gap = self.unit * (flow.log_prob - scored.log_prob).cpu()
+            gap = self.per_nat * (flow.log_prob - scored.log_prob).cpu()
             spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
-            self.gap = Gap(float(gap.mean()), float(spread), self.level, standard_error(gap))
-        probe_error, kl = float((probe_variance / len(scored.z)).sqrt()), self.unit * flow.start_kl_bound
+            self.gap = NLLGap(float(gap.mean()), float(spread), self.level, standard_error(gap))
+        probe_error, kl = float((probe_variance / len(scored.z)).sqrt()), self.per_nat * flow.start_kl_bound
         steps = options.steps_from(self.model, self.level)
         self.notes.append(
             f"flow: error of its mean {self._step_error(scored.z, options, steps)} from the steps ({steps}) and "
@@ -215,13 +215,13 @@ class _Table:
         gap = probability_flow(
             self.model, z[first], labels, self.level, steps, options.probes, self.seed, True, self.batch_size
         ).step_gap
-        return f"{abs(float(self.unit * gap.mean())) / 3:.4f}"
+        return f"{abs(float(self.per_nat * gap.mean())) / 3:.4f}"
 
     def add_elbo(self) -> None:
         """elbo, over all levels above the scored one, with variances that the model's own samples have."""
         bound = elbo(self.model, self.x, self.y, self.level, None, self._calibrated(), self.seed, self.batch_size)
         self.likelihoods["elbo"] = bound.likelihood
-        terms = ((name, float(self.unit * getattr(bound, name).mean())) for name in
+        terms = ((name, float(self.per_nat * getattr(bound, name).mean())) for name in
                  ("prior", "diffusion", "reconstruction"))  # fmt: skip
         self.notes.append("elbo: " + ", ".join(f"{name} {value:+.4f}" for name, value in terms))
 
@@ -244,7 +244,7 @@ class _Table:
         return self.chain
 
     def _over_elbo(self) -> tuple[float, float] | None:
-        """one-pass-level less ELBO on the same samples: mean and standard error."""
+        """NLL by one-pass-level less that by the ELBO on the same samples: mean and standard error."""
         pair = [self.likelihoods.get(name) for name in ("one-pass-level", "elbo")]
         if None in pair:
             return None
@@ -262,7 +262,7 @@ class _Table:
             rows[key] = Row(key, value, error, likelihood.nfe, likelihood.level)
         if isinstance(self.model, ClassificationDiffusion):
             evidence = Evidence(
-                self.unit, rows.get("one-pass-level"), self._over_elbo(), self.gap, self.log_z, self.second,
+                self.per_nat, rows.get("one-pass-level"), self._over_elbo(), self.gap, self.log_z, self.second,
                 self.y is not None, self.level,
             )  # fmt: skip
             verdict = judge(evidence)

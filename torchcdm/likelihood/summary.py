@@ -52,8 +52,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Gap:
-    """One pass less flow on the same noisy inputs, in the report's unit.
+class NLLGap:
+    """NLL by one pass less that by the flow on the same noisy inputs, in the report's unit.
+
+    Above 0 one pass finds the data less likely; :class:`torchcdm.likelihood.LogProbGaps` has the opposite sign.
 
     Attributes:
         mean: Over the samples.
@@ -80,7 +82,7 @@ class NLLReport:
         unit: ``bits/dim``, or ``nats`` for continuous data.
         rows: The table.
         log_z: Estimate of log Z at the level of the headline; None where not asked for.
-        gap: One pass against flow; None where not asked for.
+        gap: One pass less flow, of NLL; None where not asked for.
         believe: Whether the headline is to be believed.
         why: In one sentence.
         notes: Further sentences: errors of the estimators, terms of the ELBO.
@@ -93,7 +95,7 @@ class NLLReport:
     unit: str
     rows: tuple[Row, ...]
     log_z: LogNormalizer | None
-    gap: Gap | None
+    gap: NLLGap | None
     believe: bool
     why: str
     notes: tuple[str, ...] = ()

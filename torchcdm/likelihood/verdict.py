@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from torchcdm.likelihood.normalizer import LogNormalizer
-from torchcdm.likelihood.summary import Gap, Row
+from torchcdm.likelihood.summary import NLLGap, Row
 
 SMALLEST_ESS = 20
 """Below this effective sample size of log Z no normalised number is given."""
@@ -20,20 +20,20 @@ class Evidence:
     """What is known about a model's likelihood; None for what was not asked for.
 
     Attributes:
-        unit: Of the rows, in nats of a sample.
+        per_nat: Units of the rows in a nat of a sample: 1, or 1 / (d log 2) for bits/dim.
         one_pass: The row at the level of log Z, not normalised.
-        over_elbo: one_pass less ELBO, mean over the samples and its standard error.
-        gap: One pass less flow.
+        over_elbo: NLL by one_pass less that by the ELBO, mean over the samples and its standard error.
+        gap: NLL by one pass less that by the flow.
         log_z: The estimate that normalises.
         second: An independent one.
         conditional: Whether the rows are given a class.
         level: Of the headline.
     """
 
-    unit: float
+    per_nat: float
     one_pass: Row | None
     over_elbo: tuple[float, float] | None
-    gap: Gap | None
+    gap: NLLGap | None
     log_z: LogNormalizer | None
     second: LogNormalizer | None
     conditional: bool = False
@@ -56,19 +56,19 @@ def judge(evidence: Evidence) -> Verdict:
     if why is not None:
         empty = Row("one-pass-normalized", None, None, 1, evidence.level)
         return Verdict(empty, False, f"No normalised number can be given: {why}.", ())
-    one_pass, z, unit = evidence.one_pass, evidence.log_z, evidence.unit
+    one_pass, z, per_nat = evidence.one_pass, evidence.log_z, evidence.per_nat
     # The interval is 1.96 standard errors to either side.
-    z_error = unit * (z.high - z.low) / 3.92
-    value = one_pass.value + unit * z.value
+    z_error = per_nat * (z.high - z.low) / 3.92
+    value = one_pass.value + per_nat * z.value
     headline = Row("one-pass-normalized", value, math.hypot(one_pass.se, z_error), 1, z.level)
-    tolerance = CONSISTENT * unit * z.dim * math.log(2)
+    tolerance = CONSISTENT * per_nat * z.dim * math.log(2)
     against, notes = [], []
     if evidence.gap is not None:
-        difference = evidence.gap.mean + unit * z.value
+        difference = evidence.gap.mean + per_nat * z.value
         side = "above" if difference > 0 else "below"
         against.append((abs(difference), f"is {abs(difference):.4f} {side} the flow"))
     if evidence.over_elbo is not None:
-        excess, error = evidence.over_elbo[0] + unit * z.value, evidence.over_elbo[1]
+        excess, error = evidence.over_elbo[0] + per_nat * z.value, evidence.over_elbo[1]
         side = "above" if excess > 0 else "below"
         notes.append(f"The headline is {abs(excess):.4f} +- {error:.4f} {side} the ELBO.")
         # The bound is an estimate, each level with noise of its own.
