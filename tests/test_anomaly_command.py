@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 from small_runs import small_flags
 
 from torchcdm import load
-from torchcdm.anomaly import AnomalyDetector, make_score
-from torchcdm.cli import main
+from torchcdm.anomaly import SCORES, AnomalyDetector, make_score
+from torchcdm.cli import main, scoring
 from torchcdm.data import load_data, save_images
 
 
@@ -142,6 +143,13 @@ def test_the_ratio_needs_and_takes_a_background(capsys, tmp_path, run, queries):
 def test_raw_log_p_comes_with_a_warning(capsys, run, queries):
     assert "raw log p misses inputs that are simpler" in score(capsys, run, queries, "--score", "log_prob")
     assert "raw log p" not in score(capsys, run, queries)
+
+
+def test_the_help_names_every_score(capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    words = capsys.readouterr().out.split("--score NAME")[-1].split("--background")[0]
+    assert re.findall(r"\w+", words)[1:-1] == list(scoring.SCORES) and set(scoring.SCORES) == set(SCORES)
 
 
 def test_mistakes(capsys, tmp_path, run, queries):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torchcdm.checkpoint import ModelInfo
     from torchcdm.denoisers import Denoiser
 
+SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
+"""Those of :data:`torchcdm.anomaly.SCORES`, which takes torch to import: help is to come at once."""
+
 REFERENCE_LIMIT = 5000
 SHOWN = 10
 """Rows that are printed: the most anomalous ones."""
@@ -31,9 +34,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="RUN")
     parser.add_argument("paths", metavar="PATH", nargs="+", help="images, folders, .npy, .npz, tables; data units")
-    parser.add_argument(
-        "--score", default="levels", metavar="NAME", help="levels, typicality, complexity, log_prob or ratio (levels)"
-    )
+    parser.add_argument("--score", default=SCORES[0], metavar="NAME", help=f"of {', '.join(SCORES)} ({SCORES[0]})")
     parser.add_argument("--background", metavar="RUN", help="model of broader data, for the score 'ratio'")
     parser.add_argument("--fpr", type=float, default=0.05, metavar="P", help="share of normal inputs to flag (0.05)")
     parser.add_argument(
