@@ -1,6 +1,7 @@
 """DDPM checkpoints of diffusers: our network is the same function of image and level."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from oracles import rng
 from safetensors.torch import load_file, save_file
 
+import torchcdm
 from torchcdm.bridges.diffusers import convert_unet, load_diffusers
 from torchcdm.errors import UserError
+from torchcdm.likelihood import FlowOptions
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -60,6 +63,14 @@ def test_levels_and_noise_are_those_of_the_scheduler(saved):
     x = torch.randn(2, 3, 16, 16, generator=rng())
     assert torch.allclose(model.denoise(x, 700).eps, unet(x, 699).sample, atol=1e-4)
     assert model.transform.inverse(torch.tensor([-1.0, 1.0])).tolist() == [0, 255] and not model.transform.dequantize
+
+
+def test_it_samples_and_has_a_likelihood_as_any_plain_diffusion_model(saved):
+    model = load_diffusers(saved[0])
+    assert torchcdm.sample(model, 2, sampler="ddim", steps=3).shape == (2, 3, 16, 16)
+    x = torch.randint(0, 256, (2, 3, 16, 16), generator=rng(), dtype=torch.uint8)
+    report = torchcdm.likelihood.report(model, x, ["flow"], flow=FlowOptions(2))
+    assert report.unit == "bits/dim" and math.isfinite(report.row("flow").value)
 
 
 @torch.no_grad()
