@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchcdm.backbones.heads import CumulativeHead, JointHead, PlainHead, make_head
+from torchcdm.backbones.heads import CumulativeHead, JointHead, make_head
 from torchcdm.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_noise_end_is_fixed_and_heads_start_at_zero():
     features = torch.randn(3, 5)
     assert randomised(CumulativeHead(5, 9))(features)[:, -1].abs().max() == 0
     assert randomised(JointHead(5, 9, classes=3))(features)[:, :, -1].abs().max() == 0
-    for head in (PlainHead(5, 9), CumulativeHead(5, 9), JointHead(5, 9, 3), JointHead(5, 9, 200, rank=4)):
+    for head in (CumulativeHead(5, 9), JointHead(5, 9, 3), JointHead(5, 9, 200, rank=4)):
         assert head(features).abs().max() == 0
     assert CumulativeHead(5, 9, zero_init=False)(features).abs().max() > 0
 

@@ -73,24 +73,6 @@ class _Linear(nn.Linear):
 
 
 @final
-class PlainHead(Head):
-    """One linear output a level.
-
-    Args:
-        features: Width of the input.
-        levels: T + 2.
-        zero_init: Start at h = 0.
-    """
-
-    def __init__(self, features: int, levels: int, zero_init: bool = True) -> None:
-        super().__init__()
-        self.linear = _Linear(features, levels, zero_init)
-
-    def levels_of(self, features: Tensor) -> Tensor:
-        return self.linear(features)
-
-
-@final
 class CumulativeHead(Head):
     """Linear outputs for the steps between neighbouring levels, accumulated over the levels.
 

@@ -71,7 +71,6 @@ def probability_flow(
     seed: int = 0,
     halve: bool = False,
     batch_size: int = 500,
-    levels: Sequence[int] | None = None,
 ) -> FlowResult:
     """log density of noisy inputs under the flow from their level to the last (Heun, second order).
 
@@ -86,13 +85,12 @@ def probability_flow(
         seed: Seed of the probes; independent of ``batch_size``.
         halve: Also integrate with half the steps, for :attr:`FlowResult.step_gap`.
         batch_size: Samples integrated at once.
-        levels: Instead of ``steps``: the levels, increasing from ``level`` to T.
 
     Raises:
         UserError: A level or a number of steps that the schedule does not have, or an odd number of probes.
     """
     check_probes(probes)
-    grid = list(levels) if levels is not None else rising_levels(level, denoiser.schedule.T, steps)
+    grid = rising_levels(level, denoiser.schedule.T, steps)
     reference = reference_gaussian(denoiser)
     parts = []
     with evaluation_mode(denoiser):
