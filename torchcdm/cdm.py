@@ -247,7 +247,7 @@ class ClassificationDiffusion(Denoiser):
         return (share * x.double() + pull).to(x.dtype)
 
     def start(self, noise: Tensor) -> Tensor:
-        return self.base.sample(noise, self.schedule.T)
+        return self.base.start(noise)
 
     def guided(self, weight: float) -> Denoiser:
         """Classifier-free guidance (identity 8): one pass a step with joint logits, two without."""

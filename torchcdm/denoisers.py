@@ -160,7 +160,7 @@ class DenoisingDiffusion(Denoiser):
         return Prediction(x_t, alpha_t, sigma_t, eps)
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise if self.base is None else self.base.sample(noise, self.schedule.T)
+        return noise if self.base is None else self.base.start(noise)
 
 
 @final

@@ -39,8 +39,12 @@ class BaseDensity(Float64Module, ABC):
         """log density at level t + 1 less that at t - 1, by the slope at level t (identity 11): float64 (B,)."""
 
     @abstractmethod
-    def sample(self, eps: Tensor, t: int) -> Tensor:
-        """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
+    def start(self, eps: Tensor) -> Tensor:
+        """x at level T for samplers to start from, made of standard normal ``eps`` (B, *shape)."""
+
+    @abstractmethod
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Exact draws at level 0, float64 of ``shape`` (n, *event) on the schedule's device; a CPU generator."""
 
     def class_effects(self, x: Tensor) -> Tensor | None:
         """What joint logits add for each class, float64 (B, classes, T+2), 0 at level T+1; None for nothing."""
@@ -67,8 +71,11 @@ class StandardNormal(BaseDensity):
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
         return torch.zeros(len(x_t), dtype=torch.float64, device=x_t.device)
 
-    def sample(self, eps: Tensor, t: int) -> Tensor:
+    def start(self, eps: Tensor) -> Tensor:
         return eps
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return _standard_normal(shape, generator, self.schedule)
 
 
 class Rotation(Float64Module, ABC):
@@ -255,8 +262,15 @@ class GaussianMarginals(BaseDensity):
         return self.schedule.alpha[t] * self.mean, self._variances_at(t).reshape(-1)
 
     def sample(self, eps: Tensor, t: int) -> Tensor:
+        """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
         mean, variances = self.moments(t)
         return (mean + self.rotation.inverse(eps.flatten(1).double() * variances.sqrt())).to(eps.dtype)
+
+    def start(self, eps: Tensor) -> Tensor:
+        return self.sample(eps, self.schedule.T)
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return self.sample(_standard_normal(shape, generator, self.schedule), 0)
 
 
 SHRINKAGE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
@@ -297,8 +311,11 @@ class ClassDensities(BaseDensity):
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.common.log_prob_change(x_t, t)
 
-    def sample(self, eps: Tensor, t: int) -> Tensor:
-        return self.common.sample(eps, t)
+    def start(self, eps: Tensor) -> Tensor:
+        return self.common.start(eps)
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return self.common.draw(shape, generator)
 
     @abstractmethod
     def class_effects(self, x: Tensor) -> Tensor:
@@ -377,6 +394,11 @@ class ClassGaussians(ClassDensities):
 def _refresh(gaussian: GaussianMarginals, _: object) -> None:
     """After a saved state was loaded; a function of the module, so that models can be pickled."""
     gaussian._set_constants()
+
+
+def _standard_normal(shape: Sequence[int], generator: torch.Generator, schedule: NoiseSchedule) -> Tensor:
+    """float64 noise of ``shape``, drawn on the CPU, on the schedule's device."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(schedule.alpha.device)
 
 
 def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, Tensor]:

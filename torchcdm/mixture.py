@@ -101,8 +101,11 @@ class MixtureMarginals(BaseDensity):
         energy = (share * (eps.square().sum(2) + spread)).sum(1)
         return schedule.log_prob_change(x_t, t, (share[..., None] * eps).sum(1), energy)
 
-    def sample(self, eps: Tensor, t: int) -> Tensor:
-        return self.common.sample(eps, t)
+    def start(self, eps: Tensor) -> Tensor:
+        return self.common.start(eps)
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return self.mixture.sample(shape[0], generator)
 
 
 @final

@@ -116,7 +116,8 @@ class ExactMixture(Float64Module, ABC):
 
     def sample_components(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """x (n, *shape), float64, and the component that each came from, long (n,)."""
-        k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        k = torch.multinomial(self.log_weights.cpu().exp(), n, replacement=True, generator=generator)
+        k = k.to(self.log_weights.device)
         return self.draw(k, generator), k
 
     # --- parts -----------------------------------------------------------------------------------------------

@@ -108,8 +108,7 @@ def gaussians(train: np.ndarray, transform: DataTransform, seed: int) -> Iterato
     fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(1), _floor(transform), "full")
 
     def sample(n: int, seed: int) -> np.ndarray:
-        noise = torch.randn(n, train.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return fitted.sample(noise, 0).numpy()
+        return fitted.draw((n, train.shape[1]), torch.Generator().manual_seed(seed)).numpy()
 
     dim = train.shape[1]
     yield Candidate(

@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.gaussian import GaussianMarginals
-from torchcdm.mixture import MixtureMarginals
 
 DRAWS = 20_000
 BATCH = 1000
@@ -52,15 +49,15 @@ def importance_normalizer(model: ClassificationDiffusion, seed: int = 0, draws: 
     """Z = E_q[p(x) / q(x)], q half the base density and half its blurred copy, both known in closed form.
 
     Args:
-        model: Unconditional, with a fitted Gaussian or mixture as base.
+        model: Unconditional, of vectors.
         seed: Seed of the draws.
         draws: Their number.
     """
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
     log_alpha = float(schedule.alpha[wide].log())
-    clean = _base_draws(model, draws, generator)
-    dim, parts = clean.shape[1], []
+    dim, parts = model.transform.dim, []
+    clean = model.base.draw((draws, dim), generator)
     for k, z in enumerate(clean.split(BATCH)):
         if k % 2:
             noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
@@ -74,14 +71,3 @@ def importance_normalizer(model: ClassificationDiffusion, seed: int = 0, draws: 
     relative = float(weights.std() / weights.mean()) / math.sqrt(len(weights))
     size = float(weights.sum() ** 2 / weights.square().sum())
     return Normalizer(float(log_w.logsumexp(0)) - math.log(len(log_w)), relative, size)
-
-
-def _base_draws(model: ClassificationDiffusion, count: int, generator: torch.Generator) -> Tensor:
-    """Draws of the base density at level 0, float64 (count, d)."""
-    base, device = model.base, model.schedule.alpha.device
-    if isinstance(base, MixtureMarginals):
-        component = torch.multinomial(base.mixture.log_weights.cpu().exp(), count, True, generator=generator)
-        return base.mixture.draw(component.to(device), generator)
-    assert isinstance(base, GaussianMarginals)
-    shape = (count, *base.mean.shape)
-    return base.sample(torch.randn(shape, generator=generator, dtype=torch.float64).to(device), 0)
