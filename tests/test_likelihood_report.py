@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 from lattices import draw, lattice_model
-from oracles import labelled_mixture, rng
+from oracles import labelled_mixture, normal, rng
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood import FlowOptions, LogZOptions, probability_flow, report, single_pass
+from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain, elbo, probability_flow, report, single_pass
 from torchcdm.schedules import LogSNRSchedule, UniformSigmaSchedule
-from torchcdm.toy import MixtureClassifier
+from torchcdm.toy import GaussianMixture, MixtureClassifier
 from torchcdm.units import DataTransform
 
 KEYS = {"data", "unit", "rows", "log2_z_per_dim", "gap_to_flow", "believe", "why"}
@@ -161,6 +161,47 @@ def test_given_the_class():
     result = report(model, x, ("single", "flow", "logz"), y=y)
     assert result.row("one-pass").value == pytest.approx(float(-mixture.log_prob(x, 0, schedule, y).mean()))
     assert result.log_z is None and "class-conditional" in result.why
+
+
+def test_given_the_class_the_chain_is_that_of_the_classes():
+    # Two classes far apart: without its class a noisy x says little of where it came from.
+    schedule, means = LogSNRSchedule(20, 0.05, 80), torch.tensor([[-4.0, 0.0], [4.0, 0.0]])
+    mixture = GaussianMixture(torch.ones(2), means, torch.tensor([0.2, 0.2]), torch.arange(2))
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+    )
+    x, y = mixture.sample_labelled(300, rng(1))
+    x, y = x[y.argsort()], y.sort().values
+    # The same noise in both, so their difference is that of the variances alone.
+    loose = elbo(model, x, y, chain=ReverseChain.calibrated(model)).likelihood.mean_and_error()[0]
+    assert report(model, x, ("elbo",), y=y).row("elbo").value < loose - 0.05
+
+
+class AroundContext(torch.nn.Module):
+    """x given its context c is N(c, 0.2 I): h_t(x, c) over the standard normal."""
+
+    classes, joint, context = None, False, 3
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x, c):
+        alpha, sigma = self.schedule.alpha, self.schedule.sigma
+        assert c is not None, "no context was given"
+        given = torch.distributions.Normal(alpha * c[..., None], (0.2 * alpha**2 + sigma**2).sqrt())
+        return (given.log_prob(x[..., None]) - torch.distributions.Normal(0.0, 1.0).log_prob(x)[..., None]).sum(1)
+
+
+def test_given_a_context():
+    schedule = LogSNRSchedule(60, 0.05, 80)
+    model = ClassificationDiffusion(AroundContext(schedule), schedule, DataTransform.identity((3,)))
+    context = 2 * normal(300, 3)
+    x = context + math.sqrt(0.2) * normal(300, 3, seed=1)
+    result = report(model, x, ("single", "elbo"), y=context)
+    truth = -torch.distributions.Normal(context, math.sqrt(0.2)).log_prob(x).sum(1).mean()
+    assert result.row("one-pass").value == pytest.approx(float(truth))
+    assert result.row("elbo").value == pytest.approx(float(truth), abs=0.2)
 
 
 def test_unknown_methods_are_refused(vectors):

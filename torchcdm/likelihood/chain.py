@@ -52,11 +52,21 @@ class ReverseChain:
         seed: int = 0,
         batch_size: int = 500,
     ) -> ReverseChain:
-        """Variances measured at every level on samples of the model itself, ``y`` their classes (n,).
+        """Variances measured at every level on samples of the model itself.
 
         Costs 2 T network evaluations of ``n`` samples.
+
+        Args:
+            denoiser: Any denoiser.
+            y: Classes or contexts that the chain is to be used with, of any number: the samples are spread evenly
+                over them. None for none.
+            n: Samples.
+            seed: Seed of all noise.
+            batch_size: Samples at a time.
         """
         chain, T = cls(denoiser), denoiser.schedule.T
+        if y is not None:
+            y = y[torch.arange(n, device=y.device) * len(y) // n]
         device, shape = denoiser.schedule.alpha.device, chain.reference.mean.shape
         generator = torch.Generator().manual_seed(seed)
         x_0 = chain.sample(n, generator, y, batch_size)

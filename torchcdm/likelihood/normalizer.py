@@ -120,8 +120,7 @@ def log_normalizer(
         name, x = f"importance sampling from the probability flow, {islands * size} draws", drawn.x_t
     else:
         if chain is None:
-            calibration_labels = None if y is None else torch.full((256,), y)
-            chain = ReverseChain.calibrated(model, calibration_labels, seed=seed, batch_size=batch_size)
+            chain = ReverseChain.calibrated(model, labels, seed=seed, batch_size=batch_size)
         with evaluation_mode(model):
             particles = _Particles(model, chain, labels, islands, size, seed, batch_size)
             particles.run(level, moves, resample=method == "smc")

@@ -240,7 +240,7 @@ class _Table:
 
     def _calibrated(self) -> ReverseChain:
         if self.chain is None:
-            self.chain = ReverseChain.calibrated(self.model, seed=self.seed, batch_size=self.batch_size)
+            self.chain = ReverseChain.calibrated(self.model, self.y, seed=self.seed, batch_size=self.batch_size)
         return self.chain
 
     def _over_elbo(self) -> tuple[float, float] | None:
