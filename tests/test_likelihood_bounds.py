@@ -10,7 +10,7 @@ from oracles import normal, rng
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.likelihood import elbo, probability_flow, published_convention, single_pass
-from torchcdm.likelihood.cells import noisy_cells
+from torchcdm.likelihood.cells import REACH, noisy_cells
 from torchcdm.likelihood.single_pass import score_noisy
 from torchcdm.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
@@ -46,6 +46,15 @@ def test_decoder_sums_to_one_for_any_mean(kind, level):
     states = torch.cartesian_prod(*[torch.arange(6.0)] * 3)
     log_p = torch.stack([cells.log_decoder(z, state.expand(50, 3), x0) for state in states])
     assert torch.allclose(log_p.logsumexp(0), torch.zeros(50).double(), atol=1e-10)
+
+
+@every_grid
+def test_decoder_reaches_as_far_on_every_grid(kind):
+    cells = noisy_cells(grid(kind, (1,), 256), LogSNRSchedule(20, 0.05, 80), 1)
+    x = torch.full((1, 1), 100.0)
+    middle = cells.transform.place(x, torch.full((1, 1), 0.5))
+    z = cells.alpha * middle + (REACH - 0.5) * cells.sigma
+    assert bool(cells.log_decoder(z, x, z / cells.alpha).isfinite())
 
 
 @every_grid

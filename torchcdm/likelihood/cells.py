@@ -88,7 +88,7 @@ class NoisyCells(ABC):
         there is one, with the tilt for which the mean of the data given z is ``x0``: the flat decoder where the
         denoiser agrees with it, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
         far below a cell networks don't know the mean well enough for more (measured: following it further costs 0.01
-        to 3 bits/dim). On equally spaced levels those further than eight deviations of the noise count as impossible.
+        to 3 bits/dim). On equally spaced levels those further than :data:`REACH` deviations count as impossible.
 
         Args:
             z: Noisy input, model units, (B, *shape).
@@ -117,7 +117,7 @@ class _EquallySpaced(NoisyCells):
         return self.posterior(z, x[..., None])[0][..., 0]
 
     def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        reach = math.ceil(8 * float(self.sigma / self.alpha / self.unit)) + 1
+        reach = math.ceil(REACH * float(self.sigma / self.alpha / self.unit)) + 1
         offsets = self.transform.bin * torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
         rows = max(1, LARGEST_TABLE // (z[0].numel() * len(offsets)))
         parts = zip(z.split(rows), x.split(rows), x0.split(rows), strict=True)
