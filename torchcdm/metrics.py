@@ -11,8 +11,8 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import Split
 from torchcdm.denoisers import Denoiser
+from torchcdm.likelihood import single_pass
 from torchcdm.losses import stratified_levels
-from torchcdm.units import LogLikelihood
 
 BATCH = 256
 
@@ -93,30 +93,6 @@ def level_sums(
     return LevelSums(*sums)
 
 
-def one_pass(
-    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, seed: int = 0, batch_size: int = BATCH
-) -> LogLikelihood:
-    """log p_0 of dequantised data with fixed noise, one forward pass: what training watches.
-
-    Args:
-        model: In eval mode, with a transform.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), or None.
-        seed: Seed of the dequantisation.
-        batch_size: Samples at a time; without influence on the draws.
-    """
-    device, transform = model.schedule.alpha.device, model.transform
-    noisy = transform.add_noise(x, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        parts = [
-            model.log_prob(noisy[part].to(device), y=None if y is None else y[part].to(device)).cpu()
-            for part in torch.arange(len(x)).split(batch_size)
-        ]
-    nats = torch.cat(parts)
-    return LogLikelihood(nats, transform.dim, 0, "dequantised" if transform.dequantize else "undithered",
-                         transform.log_bin, 1)  # fmt: skip
-
-
 def validate(
     model: Denoiser, x: Tensor, y: Tensor | None, ce_weight: float, mse_weight: float, draws: int = 1
 ) -> dict[str, float]:
@@ -139,7 +115,7 @@ def validate(
         return {"mse": values["mse"], "loss": values["mse"]}
     dim = x[0].numel()
     values["loss"] = mse_weight * values["mse"] + ce_weight / dim * values["ce"]
-    values["nll"] = one_pass(model, x, y).mean_and_error()[0]
+    values["nll"] = single_pass(model, x, y).mean_and_error()[0]
     return values
 
 

@@ -55,6 +55,8 @@ def scoring_level(model: Denoiser) -> int:
 
 def dithered(transform: DataTransform, x: Tensor, rows: slice, seed: int) -> Tensor:
     """The samples ``rows`` with noise over their cells, data units, float64; a function of (seed, index) alone."""
+    if not transform.dequantize:
+        return x[rows].double()
     return draw_rows(seed, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g)).to(x.device)
 
 
