@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
 from oracles import normal, rng
 
 from torchcdm.backbones.mlp import MLP
@@ -56,6 +57,16 @@ def test_draws_are_those_of_the_mixture_and_samplers_start_from_one_gaussian():
         assert abs(float(values.mean() - mixture.log_prob_levels(x, SCHEDULE)[:, 0].mean())) < 0.05
         noise = normal(5, 2)
         assert torch.equal(density.start(noise), base.common.sample(noise, SCHEDULE.T))
+
+
+def test_draws_come_to_the_device_of_the_density(monkeypatch):
+    schedule = LogSNRSchedule(40, 0.02, 10.0)
+    base = MixtureMarginals.blank(schedule, (2,), 3)
+    # Which components there are depends on values, and fakes have none: up to there.
+    monkeypatch.setattr(base.mixture, "draw", lambda components, generator: components)
+    with elsewhere(base):
+        for density in (base, base.common):
+            assert density.draw((5, 2), rng()).device == schedule.alpha.device
 
 
 def test_the_change_over_the_levels_is_the_slope_of_the_density():

@@ -1,5 +1,6 @@
 """Density ratios of two data sets: against exact ones, their sign, weights, checks, files, and mistakes."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,14 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from oracles import normal, rng
+from oracles import labelled_mixture, normal, rng
 from scipy.stats import multivariate_normal
 
 from torchcdm import DensityRatio
+from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import ClassGaussians
+from torchcdm.ratio import best_share
 from torchcdm.ratio_checks import Calibration, effective_sample_size, tempering, weights_of
 from torchcdm.schedules import LogSNRSchedule
+from torchcdm.toy import MixtureClassifier
+from torchcdm.units import DataTransform
 
 P = multivariate_normal([1.0, 0.5], [[0.8, 0.3], [0.3, 0.5]], seed=0)
 Q = multivariate_normal([0.0, 0.0], [[1.0, -0.2], [-0.2, 1.5]], seed=1)
@@ -50,6 +55,19 @@ def test_log_ratio_of_two_gaussians(ratio):
     assert math.sqrt(np.mean((estimate - exact(x)) ** 2)) < 0.2
     assert np.array_equal(ratio.ratio(x), np.exp(estimate))
     assert ratio.counts == (2500, 2500)
+
+
+def test_the_share_of_the_correction_is_chosen_in_the_units_of_the_model():
+    """All of an exact correction, none of its opposite; data units far from model units."""
+    mixture, schedule = labelled_mixture(), LogSNRSchedule(20, 0.05, 10.0)
+    network = MixtureClassifier(mixture, schedule, joint=True)
+    transform = DataTransform((2,), shift=30.0, scale=5.0)
+    z, y = mixture.sample_labelled(500, rng())
+    for sign, share in ((1, 1.0), (-1, 0.0)):
+        opposite = copy.deepcopy(network)
+        opposite.forward = lambda x, y=None, sign=sign: sign * network(x, y)
+        model = ClassificationDiffusion(opposite, schedule, transform, class_prior=torch.ones(2))
+        assert best_share(model, transform.inverse(z), y) == share
 
 
 def test_swapped_sources_have_the_opposite_sign(joint):

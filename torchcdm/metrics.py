@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import Split
-from torchcdm.denoisers import Denoiser
+from torchcdm.denoisers import Denoiser, working_dtype
 from torchcdm.likelihood import single_pass
 from torchcdm.losses import stratified_levels
+from torchcdm.schedules import Level
 
 BATCH = 256
+"""Noisy copies at a time. Their noise is drawn by batch, so that this is part of every seed."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,63 @@ class LevelSums:
         }
 
 
-def level_sums(
-    model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0, batch_size: int = BATCH
-) -> LevelSums:
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Noisy copies of some samples, on the model's device.
+
+    Attributes:
+        rows: Which samples they are copies of, long (B,), on the CPU.
+        x_t: Model units, (B, *shape).
+        t: Levels, long (B,).
+        eps: The noise in ``x_t``, (B, *shape).
+    """
+
+    rows: Tensor
+    x_t: Tensor
+    t: Tensor
+    eps: Tensor
+
+
+def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterator[NoisyBatch]:
+    """Noisy copies of samples, batch by batch.
+
+    Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples;
+    no more of them is held than a batch needs.
+
+    Args:
+        model: Its schedule and transform; without a transform ``x`` is in model units.
+        x: Data units, (N, *shape).
+        t: One copy of each sample at this level; or the levels of k copies of each, long (k N,), in which copy j of
+            sample i is entry j N + i.
+        seed: Seed of noise and dequantisation.
+    """
+    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
+    levels = torch.full((len(x),), t) if isinstance(t, int) else t
+    for first in range(0, len(levels), BATCH):
+        part = levels[first : first + BATCH]
+        rows = torch.arange(first, first + len(part)) % len(x)
+        generator = torch.Generator().manual_seed(hash((seed, first)))
+        # Of a whole batch, also where the last one is not: how many rows follow has no influence.
+        eps = torch.randn(BATCH, *x.shape[1:], generator=generator, dtype=dtype)[: len(part)].to(device)
+        x_0 = x[rows].to("cpu", dtype)
+        if model.transform is None:
+            x_0 = x_0.to(device)
+        else:
+            # Noise comes from the CPU, the constants of the transform are where the model is.
+            x_0 = model.transform(model.transform.add_noise(x_0, generator).to(device))
+        part = part.to(device)
+        yield NoisyBatch(rows, model.schedule.perturb(x_0, part, eps), part, eps)
+
+
+def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0) -> Iterator[NoisyBatch]:
+    """:func:`noisy_batches` with ``draws`` copies of each sample, the levels 0 ... T+1 stratified over all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    t = stratified_levels(len(x) * draws, model.schedule.T + 2, torch.device("cpu"), generator)
+    return noisy_batches(model, x, t, seed)
+
+
+@torch.no_grad()
+def level_sums(model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0) -> LevelSums:
     """Denoising error, cross-entropy and accuracy by level, with fixed noise.
 
     Args:
@@ -62,35 +119,57 @@ def level_sums(
         y: Classes, long (N,), for models that saw them; None else.
         draws: Noisy copies of each sample; the levels are stratified over all of them.
         seed: Seed of levels, noise and dequantisation.
-        batch_size: Samples at a time; without influence on the draws.
 
     Returns:
         Sums by level.
     """
-    device, T = model.schedule.alpha.device, model.schedule.T
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.arange(len(x)).repeat(draws)
-    t = stratified_levels(len(rows), T + 2, torch.device("cpu"), generator)
-    z = _encode(model, x[rows], generator)
-    eps = torch.randn(z.shape, generator=generator)
-    sums = torch.zeros(4, T + 2, dtype=torch.float64)
-    with torch.no_grad():
-        for part in torch.arange(len(rows)).split(batch_size):
-            levels, noise = t[part].to(device), eps[part].to(device)
-            x_t = model.schedule.perturb(z[part].to(device), levels, noise)
-            label = None if y is None else y[rows[part]].to(device)
-            ce = correct = torch.zeros(len(part), device=device)
-            if isinstance(model, ClassificationDiffusion):
-                result = model.evaluate(x_t, levels, label)
-                eps_hat, log_p = result.eps, result.unconditional
-                ce = torch.nn.functional.cross_entropy(log_p, levels, reduction="none")
-                correct = (log_p.argmax(1) == levels).float()
-            else:
-                eps_hat = model.denoise(x_t, levels, label).eps
-            mse = (noise - eps_hat).square().flatten(1).mean(1)
-            values = torch.stack([torch.ones_like(mse), mse, ce, correct]).double().cpu()
-            sums.index_add_(1, t[part], values)
+    sums = torch.zeros(4, model.schedule.T + 2, dtype=torch.float64)
+    for batch in at_all_levels(model, x, draws, seed):
+        label = None if y is None else y[batch.rows].to(batch.t.device)
+        ce = correct = torch.zeros(len(batch.t), device=batch.t.device)
+        if isinstance(model, ClassificationDiffusion):
+            result = model.evaluate(batch.x_t, batch.t, label)
+            eps_hat, log_p = result.eps, result.unconditional
+            ce = torch.nn.functional.cross_entropy(log_p, batch.t, reduction="none")
+            correct = (log_p.argmax(1) == batch.t).float()
+        else:
+            eps_hat = model.denoise(batch.x_t, batch.t, label).eps
+        mse = (batch.eps - eps_hat).square().flatten(1).mean(1)
+        values = torch.stack([torch.ones_like(mse), mse, ce, correct]).double().cpu()
+        sums.index_add_(1, batch.t.cpu(), values)
     return LevelSums(*sums)
+
+
+@dataclass(frozen=True)
+class PosteriorCurves:
+    """p(t | x_t) for inputs noised to some true levels.
+
+    Attributes:
+        levels: The true levels.
+        p: For each, the mean over inputs of p(t | x_t) at every t, (T+2,).
+        log_p: Likewise of log p(t | x_t).
+    """
+
+    levels: list[int]
+    p: list[Tensor]
+    log_p: list[Tensor]
+
+
+@torch.no_grad()
+def posterior_curves(model: ClassificationDiffusion, x: Tensor, seed: int = 0) -> PosteriorCurves:
+    """What the level classifier says of inputs at six true levels.
+
+    Args:
+        model: In eval mode.
+        x: Data units, (N, *shape).
+        seed: Seed of the noise, the same at every level.
+    """
+    true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
+    log_p = [
+        torch.cat([model.logits(batch.x_t).log_softmax(1).cpu() for batch in noisy_batches(model, x, t, seed)])
+        for t in true
+    ]
+    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p], [curve.mean(0) for curve in log_p])
 
 
 def validate(
@@ -152,7 +231,3 @@ def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:
     if model.context is not None:
         return labels
     return labels if model.classes is not None and len(labels) and bool((labels >= 0).all()) else None
-
-
-def _encode(model: Denoiser, x: Tensor, generator: torch.Generator) -> Tensor:
-    return x.float() if model.transform is None else model.transform.encode(x, generator)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import save_grid
 from torchcdm.gallery import enlarged
+from torchcdm.metrics import PosteriorCurves
 from torchcdm.run_folder import writing
 from torchcdm.units import DataTransform
 
@@ -43,49 +42,13 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return save_panels(path, max(len(panels), 1), paint)
 
 
-@dataclass(frozen=True)
-class PosteriorCurves:
-    """p(t | x_t) for inputs noised to some true levels.
-
-    Attributes:
-        levels: The true levels.
-        p: For each, the mean over inputs of p(t | x_t) at every t, (T+2,).
-        log_p: Likewise of log p(t | x_t).
-    """
-
-    levels: list[int]
-    p: list[Tensor]
-    log_p: list[Tensor]
-
-
-def posterior_curves(model: ClassificationDiffusion, x: Tensor, seed: int = 0) -> PosteriorCurves:
-    """What the level classifier says of inputs at six true levels.
-
-    Args:
-        model: In eval mode.
-        x: Data units, (N, *shape).
-        seed: Seed of the noise.
-    """
-    schedule, device = model.schedule, model.schedule.alpha.device
-    generator = torch.Generator().manual_seed(seed)
-    z = x.float() if model.transform is None else model.transform.encode(x, generator)
-    eps = torch.randn(z.shape, generator=generator)
-    true = sorted({round(share * (schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
-    with torch.no_grad():
-        log_p = [model.logits(schedule.perturb(z.to(device), t, eps.to(device))).log_softmax(1).cpu() for t in true]
-    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p], [curve.mean(0) for curve in log_p])
-
-
-def level_posteriors(model: ClassificationDiffusion, x: Tensor, path: Path, seed: int = 0) -> Path:
+def level_posteriors(curves: PosteriorCurves, path: Path) -> Path:
     """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
 
     Args:
-        model: In eval mode.
-        x: Data units, (N, *shape).
+        curves: From :func:`torchcdm.metrics.posterior_curves`.
         path: The PNG file.
-        seed: Seed of the noise.
     """
-    curves = posterior_curves(model, x, seed)
 
     def paint(axes: Sequence[Axes]) -> None:
         (ax,) = axes

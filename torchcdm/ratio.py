@@ -20,7 +20,7 @@ from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError, nearest
 from torchcdm.fitting import override_fields, trained
-from torchcdm.losses import stratified_levels
+from torchcdm.metrics import at_all_levels
 from torchcdm.ratio_checks import SEPARATE, Calibration, effective_sample_size, tempering, weights_of
 from torchcdm.run_folder import RunFolder, write_json
 from torchcdm.units import ColumnWarp
@@ -367,30 +367,24 @@ class DensityRatio:
         return torch.stack([base + correction, base])
 
 
-def best_share(model: ClassificationDiffusion, z: Tensor, y: Tensor) -> float:
+@torch.no_grad()
+def best_share(model: ClassificationDiffusion, x: Tensor, y: Tensor) -> float:
     """The share of the network's correction under which held-out samples best tell their source and noise level.
 
     Unlike the source alone, which is certain where the ratio is large, that is never too easy to tell.
 
     Args:
         model: All sources as frequent.
-        z: Model units, dequantised, (N, *shape).
+        x: Data units, (N, *shape).
         y: Sources, long (N,); zeros for a model of one.
     """
-    schedule, generator = model.schedule, torch.Generator().manual_seed(0)
-    device = schedule.alpha.device
-    rows = torch.arange(len(z)).repeat(DRAWS)
-    t = stratified_levels(len(rows), schedule.T + 2, torch.device("cpu"), generator)
-    eps = torch.randn(len(rows), *z.shape[1:], generator=generator)
     losses = torch.zeros(len(SHARES), dtype=torch.float64)
-    with torch.no_grad():
-        for part in torch.arange(len(rows)).split(BATCH):
-            x_t = schedule.perturb(z[rows[part]].to(device), t[part].to(device), eps[part].to(device))
-            base, network = _base_and_correction(model, x_t)
-            true = y[rows[part]] * base.shape[2] + t[part]
-            for k, share in enumerate(SHARES):
-                logits = (base + share * network).flatten(1).cpu()
-                losses[k] += torch.nn.functional.cross_entropy(logits, true, reduction="sum")
+    for batch in at_all_levels(model, x, DRAWS):
+        base, network = _base_and_correction(model, batch.x_t)
+        true = y[batch.rows] * base.shape[2] + batch.t.cpu()
+        for k, share in enumerate(SHARES):
+            logits = (base + share * network).flatten(1).cpu()
+            losses[k] += torch.nn.functional.cross_entropy(logits, true, reduction="sum")
     return SHARES[int(losses.argmin())]
 
 
@@ -405,9 +399,9 @@ def _base_and_correction(model: ClassificationDiffusion, z: Tensor) -> tuple[Ten
 
 
 def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
-    """Validation samples in model units, dequantised, and their sources; zeros without labels."""
+    """Validation samples and their sources; zeros without labels."""
     x, y = source.validation.tensors(SHARE_ROWS)
-    return source.transform.encode(x, torch.Generator().manual_seed(0)), y.clamp_min(0)
+    return x, y.clamp_min(0)
 
 
 def _load(run: Path, device: str | None) -> tuple[ClassificationDiffusion, ModelInfo]:

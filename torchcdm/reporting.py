@@ -20,7 +20,7 @@ from torchcdm.denoisers import Denoiser
 from torchcdm.likelihood import FlowOptions, NLLReport, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.common import dithered
-from torchcdm.metrics import evaluate
+from torchcdm.metrics import evaluate, posterior_curves
 from torchcdm.run_folder import RunFolder, read_metrics, write_json
 from torchcdm.samplers import sample
 from torchcdm.units import GaussianizedTransform
@@ -138,7 +138,7 @@ def _figures(
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
     x, _ = (source.test or source.train).tensors(FIGURE_SAMPLES)
     if isinstance(model, ClassificationDiffusion):
-        plots.level_posteriors(model, x, folder.plots / "posteriors.png")
+        plots.level_posteriors(posterior_curves(model, x), folder.plots / "posteriors.png")
     images, plane = len(source.shape) == 3, source.shape == (2,)
     if not images and not plane:
         return

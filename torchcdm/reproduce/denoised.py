@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.denoisers import Denoiser
+from torchcdm.metrics import noisy_batches
 
 
 @torch.no_grad()
@@ -21,15 +22,11 @@ def denoised(model: Denoiser, x: Tensor, levels: list[int], seed: int = 0) -> tu
     Returns:
         x_t / alpha_t and the estimates, data units, each (levels, N, *shape).
     """
-    transform, schedule = model.transform, model.schedule
-    generator = torch.Generator().manual_seed(seed)
-    z = transform(transform.add_noise(x, generator).to(schedule.alpha.device))
-    eps = torch.randn(x.shape, generator=generator).to(z.device)
     noisy, clean = [], []
     for t in levels:
-        x_t = schedule.perturb(z, t, eps)
-        noisy.append(transform.inverse(x_t / schedule.at(t, x_t)[0]).cpu())
-        clean.append(transform.inverse(model.denoise(x_t, t).x0).cpu())
+        predictions = [model.denoise(batch.x_t, t) for batch in noisy_batches(model, x, t, seed)]
+        noisy.append(model.transform.inverse(torch.cat([at.x_t / at.alpha_t for at in predictions])).cpu())
+        clean.append(model.transform.inverse(torch.cat([at.x0 for at in predictions])).cpu())
     return torch.stack(noisy), torch.stack(clean)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torchcdm import plots
+from torchcdm.metrics import posterior_curves
 from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
@@ -23,7 +24,7 @@ def run(work: Workspace) -> Result:
     models = Models(work)
     setting = models.setting
     x, _ = models.source.split("test").tensors(min(setting.test, 256))
-    curves = {variant: plots.posterior_curves(models.classifier(variant), x) for variant in VARIANTS}
+    curves = {variant: posterior_curves(models.classifier(variant), x) for variant in VARIANTS}
     rows = []
     for i, t in enumerate(curves["both"].levels):
         cells: list[float | None] = []

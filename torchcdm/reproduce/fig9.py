@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.losses import stratified_levels
+from torchcdm.metrics import at_all_levels
 from torchcdm.plots import save_panels
 from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
@@ -23,7 +23,6 @@ __all__ = ["SETTINGS", "run"]
 
 VARIANTS = {"ce": "CE only", "both": "both losses", "uniform": "both losses, uniform sigma"}
 BINS = 50
-BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,9 @@ class Confusion:
 @torch.no_grad()
 def confusion(model: ClassificationDiffusion, x: Tensor, draws: int = 8, seed: int = 0) -> Confusion:
     """Classifies noisy images, ``draws`` copies of each of ``x`` (N, *shape), data units."""
-    schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
-    rows = torch.arange(len(x)).repeat(draws)
-    t = stratified_levels(len(rows), schedule.T + 2, torch.device("cpu"), generator)
-    z = model.transform(model.transform.add_noise(x, generator).to(schedule.alpha.device))
-    found = []
-    for part in torch.arange(len(rows)).split(BATCH):
-        eps = torch.randn(len(part), *x.shape[1:], generator=generator).to(z)
-        x_t = schedule.perturb(z[rows[part]], t[part], eps)
-        found.append(model.logits(x_t).argmax(1).cpu())
-    return Confusion(t, torch.cat(found), schedule.T + 1)
+    batches = at_all_levels(model, x, draws, seed)
+    true, found = zip(*((batch.t.cpu(), model.logits(batch.x_t).argmax(1).cpu()) for batch in batches), strict=True)
+    return Confusion(torch.cat(true), torch.cat(found), model.schedule.T + 1)
 
 
 def run(work: Workspace) -> Result:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import DataSource, MemorySplit
+from torchcdm.metrics import noisy_batches
 from torchcdm.toy import ExactMixture
 from torchcdm.units import DataTransform
 
@@ -64,18 +65,15 @@ def level_errors(
         mixture: What it was trained on.
         x: Test samples (N, *shape).
         levels: Of 0 ... T+1.
-        seed: Seed of the noise.
+        seed: Seed of the noise, the same at every level.
     """
-    device, schedule = model.schedule.alpha.device, copy.deepcopy(model.schedule).cpu()
-    generator = torch.Generator().manual_seed(seed)
+    schedule = copy.deepcopy(model.schedule).cpu()
     error, exact = (torch.empty(len(levels), len(x), dtype=torch.float64) for _ in range(2))
     for row, t in enumerate(levels):
-        eps = torch.randn(x.shape, generator=generator)
-        for rows in torch.arange(len(x)).split(CHUNK):
-            x_t = model.schedule.perturb(x[rows].to(device), t, eps[rows].to(device))
-            truth = mixture.log_prob(x_t.cpu(), t, schedule)
-            exact[row, rows] = truth
-            error[row, rows] = model.log_prob_levels(x_t)[:, t].cpu() - truth
+        for batch in noisy_batches(model, x, t, seed):
+            truth = mixture.log_prob(batch.x_t.cpu(), t, schedule)
+            exact[row, batch.rows] = truth
+            error[row, batch.rows] = model.log_prob_levels(batch.x_t)[:, t].cpu() - truth
     return LevelErrors(levels, error, exact)
 
 
