@@ -79,10 +79,9 @@ class _Operations(TorchDispatchMode):
             where = ", ".join(f"{tuple(x.shape)} on the {'GPU' if places.on_gpu(x) else 'CPU'}" for x in inputs)
             raise MixedDevices(f"{name} of {where}")
         result = func(*args, **(kwargs or {}))
-        for x in _tensors(result):
-            if name == "copy_":
-                break  # what is copied into stays where it is
-            if here or not any(map(places.on_cpu, inputs)):
+        # What is copied into stays where it is, and a view of a storage is where that was.
+        if name not in ("copy_", "set_") and (here or not any(map(places.on_cpu, inputs))):
+            for x in _tensors(result):
                 places.put(x, on_gpu=here)
         return result
 
@@ -104,6 +103,8 @@ class _Calls(TorchFunctionMode):
             raise MixedDevices("numpy reads no GPU")
         if func in (torch.Tensor.cpu, torch.Tensor.cuda):
             return self._moved(args[0].clone(), func is torch.Tensor.cuda)
+        if func is torch.Tensor.__deepcopy__:  # copies a storage by no operation
+            return self._moved(func(*args, **kwargs), self.places.on_gpu(args[0]))
         if func is torch.Tensor.to:
             return self._to(args[0], args[1:], kwargs)
         device = kwargs.pop("device", None)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from elsewhere import elsewhere
 from oracles import normal, rng
+from pretended_device import pretended_device
 
 from torchcdm.backbones.mlp import MLP
 from torchcdm.cdm import ClassificationDiffusion
@@ -59,14 +59,12 @@ def test_draws_are_those_of_the_mixture_and_samplers_start_from_one_gaussian():
         assert torch.equal(density.start(noise), base.common.sample(noise, SCHEDULE.T))
 
 
-def test_draws_come_to_the_device_of_the_density(monkeypatch):
-    schedule = LogSNRSchedule(40, 0.02, 10.0)
-    base = MixtureMarginals.blank(schedule, (2,), 3)
-    # Which components there are depends on values, and fakes have none: up to there.
-    monkeypatch.setattr(base.mixture, "draw", lambda components, generator: components)
-    with elsewhere(base):
+def test_draws_come_to_the_device_of_the_density():
+    base = MixtureMarginals.fit(three_clouds(50)[1], LogSNRSchedule(40, 0.02, 10.0), 3)
+    with pretended_device() as device:
+        base.to(device)
         for density in (base, base.common):
-            assert density.draw((5, 2), rng()).device == schedule.alpha.device
+            assert density.draw((5, 2), rng()).device == device
 
 
 def test_the_change_over_the_levels_is_the_slope_of_the_density():

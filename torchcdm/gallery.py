@@ -17,9 +17,6 @@ from torchcdm.denoisers import Denoiser
 from torchcdm.run_folder import write_file
 from torchcdm.samplers import Sampler, sample
 
-VISIBLE_SIDE = 48
-"""Pixels that a side of an image in a grid should have."""
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -80,12 +77,6 @@ def draw(
     return Drawn(x, y, log_p, seed)
 
 
-def enlarged(x: Tensor) -> Tensor:
-    """Images (N, C, H, W) with every pixel repeated until a person can see them in a grid."""
-    factor = max(1, VISIBLE_SIDE // max(x.shape[2:]))
-    return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-
-
 def balanced_labels(n: int, classes: int) -> Tensor:
     """Each class equally often, in turn: long (n,)."""
     return torch.arange(n) % classes
@@ -104,7 +95,7 @@ def save_sheet(drawn: Drawn, model: Denoiser, stem: Path, columns: Sequence[str]
         The path.
     """
     if drawn.is_images:
-        return save_grid(enlarged(drawn.x), stem.with_suffix(".png"), model.transform)
+        return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
     return save_table(_rounded(drawn.x, model), stem.with_suffix(".csv"), columns)
 
 

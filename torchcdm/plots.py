@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import save_grid
-from torchcdm.gallery import enlarged
 from torchcdm.metrics import PosteriorCurves
 from torchcdm.run_folder import writing
 from torchcdm.units import DataTransform
@@ -138,7 +137,7 @@ def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransf
     samples = samples[: rows * columns].float().cpu()
     nearest = train[torch.cdist(samples.flatten(1), train.float().flatten(1)).argmin(1)].float()
     pairs = torch.stack([samples.unflatten(0, (rows, columns)), nearest.unflatten(0, (rows, columns))], 1)
-    return save_grid(enlarged(pairs.flatten(0, 2)), path, transform, columns)
+    return save_grid(pairs.flatten(0, 2), path, transform, columns)
 
 
 def save_panels(path: Path, panels: int, paint: Callable[[Sequence[Axes]], None]) -> Path:

@@ -17,6 +17,7 @@ from torchcdm.compare.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.config import Config, file_fields, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
+from torchcdm.gallery import balanced_labels
 from torchcdm.likelihood import FlowOptions, NLLReport, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.common import dithered
@@ -143,7 +144,7 @@ def _figures(
     if not images and not plane:
         return
     n, steps = 32 if images else 2000, min(config.sampling.steps, model.schedule.T)
-    y = None if model.classes is None else torch.arange(n) % model.classes
+    y = None if model.classes is None else balanced_labels(n, model.classes)
     drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed)
     train, _ = source.train.tensors(NEIGHBOUR_POOL)
     if plane:
