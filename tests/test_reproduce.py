@@ -17,6 +17,7 @@ from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.reproduce import Figure, Result, Table, Workspace, fig7, known_truth, registry, workspace
 from torchcdm.reproduce.result import write_result
+from torchcdm.reproduce.tre import TRELoss
 from torchcdm.reproduce.truth import exact_source, level_errors, spread_levels
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
@@ -95,6 +96,15 @@ def test_other_settings_are_refused(work, source):
     with pytest.raises(UserError, match="test = 5, not 6"):
         work.numbers("n", {"test": 6}, lambda: {"value": 2.0})
     assert work.numbers("n", {"test": 5}, lambda: pytest.fail("made again")) == {"value": 1.0}
+
+
+@pytest.mark.parametrize("loss", [None, TRELoss])
+def test_an_unfinished_model_of_other_settings_is_refused(work, source, loss):
+    work.model("a", TINY, source, loss)
+    (work.root / "runs" / "a-smoke" / "finished.json").unlink()
+    other = replace(TINY, train=replace(TINY.train, lr=0.5))
+    with pytest.raises(UserError, match=r"was trained with train.lr = .*, not 0.5"):
+        work.model("a", other, source, loss)
 
 
 def test_parts_stay_good_when_the_configuration_gains_a_field(work, source, monkeypatch):

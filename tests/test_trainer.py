@@ -248,6 +248,34 @@ def test_vectors_leave_a_table_of_samples(tmp_path):
     assert text[0] == "c0,c1,c2" and len(text) == 5
 
 
+class Decay(torch.nn.Module):
+    """Sum of the squared weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def draw_levels(self, n, generator=None):
+        return torch.zeros(n, dtype=torch.long)
+
+    def forward(self, x_0, y, t, eps):
+        squares = sum(p.square().sum() for p in self.model.parameters()).expand(len(x_0))
+        return {"loss": squares, "mse": torch.zeros_like(squares), "t": t}
+
+
+def test_another_loss_trains_and_resumes_under_the_same_checks(tmp_path):
+    def run(**changes):
+        config = small_config(train__validate_every="100", train__ema_decay="0", **changes)
+        return train(config, tmp_path, resume=True, device="cpu", progress=False, loss=Decay)
+
+    run(train__steps="6")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    with pytest.raises(UserError, match=r"was trained with train.lr = .*, not 0.123"):
+        run(train__steps="8", train__lr="0.123")
+    assert run(train__steps="8").step == 8
+
+
 def test_a_training_ends_with_its_time_and_the_cosine_with_it(tmp_path):
     ticks = iter(range(1000))  # one second a step
     config = small_config(train__max_seconds="8", train__steps="500", train__warmup="0", train__log_every="1")

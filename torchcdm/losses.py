@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError
+from torchcdm.schedules import NoiseSchedule
 
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
@@ -29,6 +30,12 @@ def stratified_levels(
     order = torch.randperm(n, generator=generator, device=device)
     offset = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
     return ((order + offset) * (count / n)).long().clamp_max(count - 1)
+
+
+def all_levels(schedule: NoiseSchedule, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """:func:`stratified_levels` of 0 ... T+1, on the generator's device: long (n,)."""
+    device = torch.device("cpu") if generator is None else generator.device
+    return stratified_levels(n, schedule.T + 2, device, generator)
 
 
 def drop_labels(
@@ -122,8 +129,7 @@ class CDMLoss(nn.Module):
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
-        device = torch.device("cpu") if generator is None else generator.device
-        return stratified_levels(n, self.model.schedule.T + 2, device, generator)
+        return all_levels(self.model.schedule, n, generator)
 
     def forward(
         self,

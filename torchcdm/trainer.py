@@ -85,6 +85,7 @@ def train(
     device: str | None = None,
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
+    loss: Callable[[Denoiser], nn.Module] | None = None,
 ) -> TrainResult:
     """Trains a model and leaves a run folder.
 
@@ -96,6 +97,8 @@ def train(
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
         clock: What ``train.max_seconds`` counts, in seconds; ``time.process_time`` counts the processor's.
+        loss: Makes the loss of a model, with :meth:`torchcdm.losses.CDMLoss.draw_levels` and ``forward`` alike; that
+            of the configuration when None.
 
     Raises:
         UserError: The folder already holds a run, the configuration differs from that of the run to resume, the data
@@ -117,7 +120,7 @@ def train(
     # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
     # reading one opens a context on its GPU.
     with torch.random.fork_rng(devices=[]), SignalWatch() as watch:
-        return Trainer(config, run, source, device, progress, watch, clock).run_to_end(resume)
+        return Trainer(config, run, source, device, progress, watch, clock, loss).run_to_end(resume)
 
 
 def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
@@ -153,6 +156,7 @@ class Trainer:
         progress: As in :func:`train`.
         watch: Tells of signals.
         clock: As in :func:`train`.
+        loss: As in :func:`train`.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class Trainer:
         progress: bool,
         watch: SignalWatch,
         clock: Callable[[], float],
+        loss: Callable[[Denoiser], nn.Module] | None,
     ) -> None:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = config.train
@@ -178,7 +183,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.options.optimizer, self.model, self.options.lr, self.options.betas, self.options.weight_decay
         )
-        self.loss = build_loss(config.loss, self.model)
+        self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
         self.batches = Batches(
             source,
             self.options.batch_size,

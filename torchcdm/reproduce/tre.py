@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.losses import Terms, stratified_levels
+from torchcdm.losses import Terms, all_levels
 
 
 @final
@@ -29,9 +29,8 @@ class TRELoss(nn.Module):
         self.model = model
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
-        device = torch.device("cpu") if generator is None else generator.device
-        return stratified_levels(n, self.model.schedule.T + 2, device, generator)
+        """As :meth:`torchcdm.losses.CDMLoss.draw_levels`."""
+        return all_levels(self.model.schedule, n, generator)
 
     def forward(self, x_0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Terms:
         """As :meth:`torchcdm.losses.CDMLoss.forward`: ``loss``, ``mse`` (0), ``t``."""

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -20,7 +19,6 @@ from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.processes import best_device, checked_device
-from torchcdm.reproduce.training import train_with
 from torchcdm.run_folder import RunFolder, write_file, write_json
 from torchcdm.trainer import train
 
@@ -103,7 +101,7 @@ class Workspace:
             config: What and how.
             source: The data; its name stands for them in the comparison of settings.
             loss: Makes the loss of a model; the kind's own when None.
-            clock: What ``seconds`` counts; with the kind's own loss.
+            clock: What ``seconds`` counts.
 
         Raises:
             UserError: The folder holds a run with other settings.
@@ -114,8 +112,10 @@ class Workspace:
 
         def make() -> dict[str, Any]:
             self.say(f"training {folder.root.name}")
-            how = partial(train, clock=clock) if loss is None else partial(train_with, loss)
-            result = how(config, folder.root, source, resume=True, device=self.device, progress=self.progress)
+            result = train(
+                config, folder.root, source, resume=True, device=self.device, progress=self.progress, clock=clock,
+                loss=loss,
+            )  # fmt: skip
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
         facts = self._kept(folder.root / "finished.json", encode(config), make)
