@@ -13,6 +13,7 @@ import yaml
 from small_runs import small_config
 
 from torchcdm import trainer as training
+from torchcdm.building import gaussianized
 from torchcdm.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.codec import encode
 from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
@@ -23,6 +24,7 @@ from torchcdm.interrupt import Interrupted
 from torchcdm.losses import CDMLoss
 from torchcdm.run_folder import RunFolder, read_metrics
 from torchcdm.trainer import train
+from torchcdm.units import ColumnTransform
 
 SAME = ("model.safetensors", "state/step-12/model.safetensors", "state/step-12/ema.safetensors",
         "state/step-12/optimizer.pt", "samples/manifest.csv", "samples/final.png")  # fmt: skip
@@ -246,6 +248,14 @@ def test_vectors_leave_a_table_of_samples(tmp_path):
     train(config, tmp_path / "run", source, device="cpu", progress=False)
     text = (tmp_path / "run" / "samples" / "final.csv").read_text().splitlines()
     assert text[0] == "c0,c1,c2" and len(text) == 5
+
+
+def test_a_source_is_taken_in_the_units_that_it_comes_in(tmp_path, monkeypatch):
+    source = gaussianized(from_object(torch.randn(200, 3).exp()))
+    monkeypatch.setattr(ColumnTransform, "fit", lambda *_, **__: pytest.fail("its curves are fitted twice"))
+    config = small_config("mlp", model__backbone="{name: mlp, width: 16, depth: 1}", data__gaussianize="true")
+    train(config, tmp_path / "run", source, device="cpu", progress=False)
+    assert load(tmp_path / "run").transform.to_config() == source.transform.to_config()
 
 
 class Decay(torch.nn.Module):

@@ -80,7 +80,12 @@ def load_source(
         transform=transform,
         columns=columns,
     )
-    return gaussianized(source, config.flip) if config.gaussianize and transform is None else source
+    return in_units(source, config) if transform is None else source
+
+
+def in_units(source: DataSource, config: DataConfig) -> DataSource:
+    """Data in the units that a configuration asks for: :func:`gaussianized`, or as they are."""
+    return gaussianized(source, config.flip) if config.gaussianize else source
 
 
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from torchcdm.building import in_units
 from torchcdm.checkpoint import load
 from torchcdm.config import Config, DataConfig, TrainConfig, make_config, preset_fields
 from torchcdm.data import DataSource, from_object, load_data, spec_of
@@ -74,7 +75,7 @@ def fit(
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
     config = make_config(preset_fields(preset), layer)
     if out is not None:
-        train(config, Path(out), source, device=device, progress=progress)
+        train(config, Path(out), in_units(source, config.data), device=device, progress=progress)
         return load(out, device or "cpu")
     with trained(config, source, device, progress) as folder:
         return load(folder, device or "cpu")
@@ -97,7 +98,7 @@ def trained(config: Config, source: DataSource, device: str | None, progress: bo
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         try:
-            train(config, folder, source, device=device, progress=progress)
+            train(config, folder, in_units(source, config.data), device=device, progress=progress)
         except Interrupted as error:
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
         yield folder

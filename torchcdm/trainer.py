@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from torchcdm.batches import Batch, Batches, derive
-from torchcdm.building import build_loss, build_model, fit_gaussian, gaussianized, load_source, resolve
+from torchcdm.building import build_loss, build_model, fit_gaussian, load_source, resolve
 from torchcdm.checkpoint import (
     ModelInfo,
     TrainingState,
@@ -92,7 +92,8 @@ def train(
     Args:
         config: What and how.
         out: The run's folder.
-        source: The data; loaded from the configuration when None.
+        source: The data, in the units that the configuration asks for (:func:`torchcdm.building.in_units`); loaded
+            from it when None.
         resume: Go on from the last saved state; a folder without one starts anew.
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
@@ -112,8 +113,6 @@ def train(
     if resume and run.config.exists():
         _check_same(config, make_config(file_fields(run.config)), run)
     source = load_source(config.data) if source is None else source
-    if config.data.gaussianize:
-        source = gaussianized(source, config.data.flip)
     if config.data.spec is None:
         config = replace(config, data=replace(config.data, spec=source.name))
     config = replace(config, model=resolve(config.model, source.transform))
