@@ -152,6 +152,7 @@ def test_frechet_distances_tell_a_good_model_from_a_poor_one(tmp_path, monkeypat
     # Draws around training digits are nearer to them than those of one Gaussian.
     assert 0 < sampling["kde"]["frechet"] < 0.5 * sampling["gaussian"]["frechet"]
     assert sampling["kde"]["features"].startswith("Fréchet distance of 2000 samples to 1300 training images")
+    assert len(list((tmp_path / "features").glob("classifier-*.safetensors"))) == 1, "later systems have the same"
     monkeypatch.setattr(comparing, "Reference", lambda *_: pytest.fail("made again"))
     assert main(words) == 0
 

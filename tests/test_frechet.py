@@ -1,15 +1,19 @@
 """Fréchet distances against closed forms and an independent library; features that see what matters."""
 
+import json
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 from oracles import covariance, rng
 
-from torchcdm.data import load_data
+from torchcdm import features, frechet
+from torchcdm.data import from_object, load_data
 from torchcdm.errors import UserError
-from torchcdm.frechet import extractor_for, frechet_distance, kernel_distance, precision_and_recall
+from torchcdm.features import Extractor, extractor_for
+from torchcdm.frechet import Moments, Reference, frechet_distance, kernel_distance, precision_and_recall
 
 
 def test_distance_of_gaussians_with_commuting_covariances():
@@ -38,6 +42,27 @@ def test_fewer_samples_than_features():
     assert frechet_distance(a, b) > 0
     with pytest.raises(UserError, match="do not compare"):
         frechet_distance(a, b[:, :3])
+    with pytest.raises(UserError, match="of 1 samples; at least 2 are needed"):
+        frechet_distance(a, b[:1])
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    x = 1000 + torch.randn(500, 6, dtype=torch.float64, generator=rng()) @ covariance(6)
+    found = Moments.of(x.split([1, 0, 255, 243, 1]))
+    assert found.count == 500 and torch.allclose(found.mean, x.mean(0), rtol=1e-12)
+    assert torch.allclose(found.covariance, torch.cov(x.T), rtol=1e-9)
+
+
+def test_all_training_images_stand_for_the_data(monkeypatch):
+    grey = torch.randint(0, 256, (12_000, 1, 2, 2), generator=rng()).to(torch.uint8)
+    source = from_object(grey, validation_fraction=0.0, test_fraction=0.0)
+    pixels = Extractor("pixels", lambda x: x.double().flatten(1), "pixels")
+    monkeypatch.setattr(frechet, "extractor_for", lambda *_, **__: pixels)
+    reference = Reference(source)
+    assert reference.header(7) == "Fréchet distance of 7 samples to 12000 training images in pixels"
+    assert reference.distance(grey) == pytest.approx(0, abs=1e-6) and reference.distance(grey + 2.0) > 15
+    # Where all pairs are looked at some of them do, from all over the split.
+    assert torch.equal(reference.real, source.train.tensors(frechet.COMPARED)[0].flatten(1).float())
 
 
 def test_kernel_distance_is_the_mean_over_all_pairs():
@@ -85,10 +110,47 @@ def test_classifier_features_tell_noise_and_a_missing_class_from_digits():
     assert same < missing < noisy
 
 
+def test_a_folder_keeps_the_features_that_distances_are_taken_in(tmp_path, monkeypatch):
+    source, short = load_data("digits"), partial(extractor_for, steps=5)
+    monkeypatch.setattr(frechet, "extractor_for", short)
+    first = Reference(source, folder=tmp_path)
+    x = source.test.tensors()[0]
+    distance, header = first.distance(x), first.header(9)
+    assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.safetensors"))) == 2
+    (path,) = tmp_path.glob("reference-*.json")
+    kept = json.loads(path.read_text())["settings"]
+    assert (kept["data"], kept["split"], kept["count"]) == ("digits", "train", len(source.train))
+    assert kept["extractor"] == first.extractor.name and kept["key"] == first.extractor.key
+
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "_train_classifier", lambda *_: pytest.fail("trained again"))
+        patched.setattr(frechet, "in_batches", lambda *_: pytest.fail("measured again"))
+        again = Reference(source, folder=tmp_path)
+        assert (again.distance(x), again.header(9)) == (distance, header)
+        assert torch.equal(again.extractor.features(x), first.extractor.features(x))
+        assert torch.equal(again.real, first.real)
+        with pytest.raises(UserError, match=r"classifier-.*json: was made with steps = 5, not 6; remove it"):
+            extractor_for(source, steps=6, folder=tmp_path)
+    # Other data have features of their own.
+    short(source.limited(300), folder=tmp_path)
+    assert len(list(tmp_path.glob("classifier-*.json"))) == 2
+
+
+@pytest.mark.parametrize("lost", ["json", "safetensors", "half"])
+def test_features_whose_writing_was_stopped_are_made_again(tmp_path, lost):
+    source = load_data("digits")
+    key = extractor_for(source, steps=2, folder=tmp_path).key
+    (tensors,), (facts,) = tmp_path.glob("*.safetensors"), tmp_path.glob("*.json")
+    if lost == "half":
+        facts.write_text(facts.read_text().replace('"sha256": "', '"sha256": "0'))
+    else:
+        (facts if lost == "json" else tensors).unlink()
+    assert extractor_for(source, steps=2, folder=tmp_path).key == key
+    assert extractor_for(source, steps=2, folder=tmp_path).key == key and '": "0' not in facts.read_text()
+
+
 @pytest.mark.parametrize("scale", [1, 255])
 def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch, scale):
-    from torchcdm.data import from_object
-
     class Network(torch.nn.Module):
         """Stands for Inception; its features are the bytes."""
 
@@ -101,7 +163,7 @@ def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch,
 
     fake = types.SimpleNamespace(FeatureExtractorInceptionV3=Network)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
-    monkeypatch.setattr("torchcdm.frechet.inception_features", lambda source: True)
+    monkeypatch.setattr("torchcdm.features.inception_features", lambda source: True)
     grey = torch.arange(256).repeat(3).reshape(-1, 3, 2, 2)
     data = grey.to(torch.uint8) if scale == 255 else grey / 255
     source = from_object(data, validation_fraction=0.0, test_fraction=0.0)
@@ -112,8 +174,6 @@ def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch,
 
 
 def test_data_without_classes_need_inception():
-    from torchcdm.data import from_object
-
     source = from_object(torch.zeros(50, 3, 8, 8, dtype=torch.uint8) + torch.arange(8, dtype=torch.uint8))
     with pytest.raises(UserError, match="need images with classes"):
         extractor_for(source)

@@ -127,6 +127,9 @@ def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
         f"digits-{name}-smoke" for name in ("both", "ce", "ddm", "mse", "tre", "uniform")
     ]
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "features").glob("*.json")) == [
+        "classifier", "reference",
+    ]  # fmt: skip
     table = json.loads((tmp_path / "table1-smoke.json").read_text())["tables"][0]
     assert [row[0] for row in table["rows"]] == list(table1.ROWS.values())
     assert table["rows"][0][-2] == 3 and "distance of 4 samples" in table["title"]

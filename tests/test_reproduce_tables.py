@@ -15,7 +15,7 @@ from torchcdm.codec import merge
 from torchcdm.compare import comparison
 from torchcdm.config import make_config, preset_fields
 from torchcdm.denoisers import DenoisingDiffusion
-from torchcdm.frechet import Extractor
+from torchcdm.features import Extractor
 from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain
 from torchcdm.losses import DDMLoss
 from torchcdm.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
@@ -26,7 +26,7 @@ from torchcdm.units import DataTransform
 
 def pixels(source, **_):
     """Features that need no training."""
-    return Extractor("means of rows", lambda x: x.double().flatten(1, 2).mean(2))
+    return Extractor("means of rows", lambda x: x.double().flatten(1, 2).mean(2), "rows")
 
 
 def columns(table):
@@ -44,7 +44,6 @@ def columns(table):
 def short(monkeypatch):
     """Models of three steps, few samples, and plain features."""
     monkeypatch.setattr(frechet, "extractor_for", pixels)
-    monkeypatch.setattr(fig6, "extractor_for", pixels)
     setting = models.SETTINGS["smoke"]
     layers = merge(setting.layers, {"train": {"steps": 3}, "model": {"schedule": {"T": 24}}})
     steps = {"ddim": 2, "ddpm": 3, "dpm2": 2}
@@ -256,7 +255,6 @@ def published(tmp_path, monkeypatch):
     write_celeba(tmp_path / "data" / "celeba", count=12)
     monkeypatch.setenv("TORCHCDM_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(frechet, "extractor_for", pixels)
-    monkeypatch.setattr(fig6, "extractor_for", pixels)
     shrunk = {"samples": 10, "test": 4, "steps": {"ddim": 1, "ddpm": 2, "dpm2": 1}, "weights": (1.0,)}
 
     def tiny(setting):

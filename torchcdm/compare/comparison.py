@@ -21,7 +21,8 @@ from torchcdm.compare.results import Comparison, Protocol, Result, Row, Sampling
 from torchcdm.config import DataConfig
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.errors import UserError
-from torchcdm.frechet import SMALLEST_COUNT, Reference, inception_features
+from torchcdm.features import inception_features
+from torchcdm.frechet import SMALLEST_COUNT, Reference
 from torchcdm.likelihood import LogZOptions
 from torchcdm.run_folder import write_json, writing
 
@@ -31,7 +32,8 @@ DRAWN = 64
 CHUNK = 250
 """Samples that are drawn together."""
 
-PROTOCOL = "protocol.json"
+PROTOCOL, FEATURES = "protocol.json", "features"
+"""In the folder: what its results must agree in, and what Fréchet distances are taken in."""
 
 
 def compare(
@@ -91,7 +93,7 @@ def compare(
         inception_features(source)  # what has no features is refused before anything is trained
     kept = {peer.name: _kept(folder / f"{peer.name}.json") for peer in found}
     missing = None in kept.values()
-    reference = Reference(source, device) if missing and frechet is not None else None
+    reference = Reference(source, device, folder / FEATURES) if missing and frechet is not None else None
     task = Task(source, data or DataConfig(spec=source.name), device, seed, folder, progress)
     results = []
     for peer in found:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import save_grid
-from torchcdm.frechet import Extractor, extractor_for
+from torchcdm.features import Extractor
+from torchcdm.frechet import Reference
 from torchcdm.reproduce.models import SETTINGS, Models
 from torchcdm.reproduce.result import Figure, Result, Table
 from torchcdm.reproduce.workspace import Workspace
@@ -29,7 +30,8 @@ def run(work: Workspace) -> Result:
     classes = source.classes or 0
     weights = (0.0, *setting.weights)
     sets = [models.samples("conditional", guidance=weight, count=MEASURED) for weight in weights]
-    means = ClassMeans(extractor_for(source, device=work.device), *source.train.tensors(REAL), classes)
+    extractor = Reference(source, work.device, work.features).extractor
+    means = ClassMeans(extractor, *source.train.tensors(REAL), classes)
     rows = [(f"{w:g}", *means.measure(x, torch.arange(len(x)) % classes)) for w, x in zip(weights, sets, strict=True)]
     rows.append(("test images", *means.measure(*source.split("test").tensors(MEASURED))))
     title = (

@@ -31,7 +31,7 @@ KEYS = ("accuracy", "ce", "mse", "frechet", "nll")
 def run(work: Workspace) -> Result:
     """Trains, samples and scores what is missing."""
     models = Models(work)
-    setting, reference = models.setting, Reference(models.source, work.device)
+    setting, reference = models.setting, Reference(models.source, work.device, work.features)
     sampler = f"DDIM, {setting.steps['ddim']} steps"
     rows, figures, count = [], [], setting.samples
     for variant, title in ROWS.items():

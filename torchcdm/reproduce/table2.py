@@ -77,7 +77,7 @@ class _DataSet:
     def __init__(self, work: Workspace, setting: Setting) -> None:
         self.work, self.models = work, Models(work, setting)
         self.setting, self.source = self.models.setting, self.models.source
-        self.reference = Reference(self.source, work.device)
+        self.reference = Reference(self.source, work.device, work.features)
         self.published = PUBLISHED.get(self.source.name, CIFAR10)
         self.figures: list[Figure] = []
         self.quality: list[tuple[Cell, ...]] = []

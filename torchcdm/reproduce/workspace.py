@@ -73,6 +73,11 @@ class Workspace:
         """Folder of the figures."""
         return self.root / "figures"
 
+    @property
+    def features(self) -> Path:
+        """Folder of what Fréchet distances are taken in: the same for all reproductions."""
+        return self.root / "features"
+
     def figure(self, name: str) -> Path:
         """Path of a figure."""
         return self.figures / f"{name}-{self.scale}.png"
