@@ -93,7 +93,10 @@ def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypa
     figure = run("fig6", tmp_path)
     assert not made or {args[5] for args in made} == {0.0}, "guided samples are those of the table"
     assert [row[0] for row in figure["tables"][0]["rows"]] == ["0", "0.5", "1", "test images"]
-    assert "trouser" not in figure["figures"][0]["caption"] and "Rows: 0, 1, 2" in figure["figures"][0]["caption"]
+    grid, nearest = figure["figures"]
+    assert "trouser" not in grid["caption"] and "Rows: 0, 1, 2" in grid["caption"]
+    assert nearest["caption"] == "Samples, guidance weight 1; below each its nearest of 1300 training images."
+    assert (tmp_path / "figures" / nearest["file"]).exists()
     capsys.readouterr()
 
 

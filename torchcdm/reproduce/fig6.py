@@ -45,9 +45,9 @@ def run(work: Workspace) -> Result:
     names = ", ".join(source.class_names or ())
     caption = f"Rows: {names}. Columns: guidance weights {', '.join(f'{w:g}' for w in weights)}; a row has one noise."
     notes = ("Guidance is meant to trade spread for samples that keep to their class; weight 0 is the plain model.",)
-    return Result(
-        (Table(title, columns, tuple(rows)),), (Figure(path, caption),), setting.scaled_down, notes
-    )
+    # What was learned by heart would show most under the strongest guidance.
+    nearest = models.figure("fig6-neighbours", sets[-1], f"guidance weight {weights[-1]:g}")
+    return Result((Table(title, columns, tuple(rows)),), (Figure(path, caption), nearest), setting.scaled_down, notes)
 
 
 class ClassMeans:
