@@ -4,14 +4,14 @@ Each mixture is learned twice: by a network that corrects one fitted Gaussian, a
 mixture, the number of its Gaussians and the share of the network that is kept chosen by validation samples. The second
 has the family of the truth, which data of one's own may not have.
 
-Mode weights of the model's density q are the integrals of the exact responsibilities under it,
-``E_p[(q/p) r_k] / E_p[q/p]`` over test samples of the exact density p. The same samples give the mass ``E_p[q/p]``
-that q has where the data are. Both need q/p to vary little; the effective sample size says whether it does.
+Mode weights of the model's density q at a level are the integrals of the level's exact responsibilities under it,
+``E_p[(q/p) r_k] / E_p[q/p]`` over test samples of the exact density p there. The same samples give the mass
+``E_p[q/p]`` that q has where the data are. Both need q/p to vary little; the effective sample size says whether it
+does.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
@@ -31,9 +31,9 @@ from torchcdm.mixture import best_mixture
 from torchcdm.plots import save_panels
 from torchcdm.ratio import best_share
 from torchcdm.reproduce.result import Figure, Result, Table
-from torchcdm.reproduce.truth import CHUNK, exact_source, level_errors, spread_levels
+from torchcdm.reproduce.truth import CHUNK, LevelErrors, exact_source, level_errors, noisy_copies, spread_levels
 from torchcdm.reproduce.workspace import Workspace
-from torchcdm.schedules import UniformSigmaSchedule
+from torchcdm.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def run(work: Workspace) -> Result:
             found.append((dim, modes, start, values))
     for start in STARTS:
         rows = tuple(
-            (dim, modes, *(values[key] for key in _KEYS)) for dim, modes, kind, values in found if kind == start
+            (dim, modes, *(values.get(key) for key in _KEYS)) for dim, modes, kind, values in found if kind == start
         )
         title = (
             f"the network corrects a fitted {start}: log p at level 0 in nats, {setting.test} test samples; targets: "
@@ -158,7 +158,9 @@ def run(work: Workspace) -> Result:
         "Known modes is the mean |error| / d of the Gaussians and weights that have the most likelihood when the mode "
         "of each training sample is told: what the training samples allow.",
         "Mass is the integral of the model's density where the data are, E_p[q/p]; the effective share is the "
-        "effective sample size of the weights q/p over the number of test samples.",
+        "effective sample size of the weights q/p over the number of test samples. All three are of level 0.",
+        "Over levels the weights are those of each measured level, by its own responsibilities. These go to the true "
+        "weights as noise covers the modes, whatever the model: the low levels decide.",
         "Seconds are of the processor on a CPU; the mixture's include its fits.",
     )
     return Result(tuple(tables), (figure,), setting.scaled_down, notes)
@@ -166,14 +168,35 @@ def run(work: Workspace) -> Result:
 
 _COLUMNS = (
     "dimensions", "modes", "true log p", "error", "mean \\|error\\|", "mean \\|error\\| / d", "known modes",
-    "largest over levels, / d", "largest error of a weight", "mass", "effective share", "Gaussians", "network kept",
-    "steps", "seconds",
+    "largest over levels, / d", "largest error of a weight", "the same over levels", "mass",
+    "effective share", "Gaussians", "network kept", "steps", "seconds",
 )  # fmt: skip
 
 _KEYS = (
-    "exact", "error", "absolute", "absolute_per_dim", "known_modes", "largest_per_dim", "weight_error", "mass",
-    "share", "components", "kept", "steps", "seconds",
+    "exact", "error", "absolute", "absolute_per_dim", "known_modes", "largest_per_dim", "weight_error",
+    "largest_weight_error", "mass", "share", "components", "kept", "steps", "seconds",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A model's errors, and what they are of.
+
+    Attributes:
+        schedule: On the CPU.
+        kept: Share of the network's correction.
+        steps: Of the training.
+        seconds: Of the training, and of fits before it.
+        x: Test samples (N, d).
+        found: Errors at :func:`torchcdm.reproduce.truth.noisy_copies` of them.
+    """
+
+    schedule: NoiseSchedule
+    kept: float
+    steps: int
+    seconds: float
+    x: Tensor
+    found: LevelErrors
 
 
 def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str) -> dict[str, Any]:
@@ -195,7 +218,8 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
         layers.append({"model": model, "train": {"steps": steps, **_intervals(steps)}})
     config = work.shortened(make_config(*layers))
 
-    def make() -> dict[str, Any]:
+    @functools.cache
+    def scored() -> _Scored:
         clock = time.process_time if work.device == "cpu" else time.monotonic
         began = clock()
         model, trained = work.model(name, config, source(), clock=clock)
@@ -206,22 +230,36 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
             parameter.data *= kept
         x = source().test.tensors()[0]
         found = level_errors(model, exact, x, spread_levels(model.schedule.T, setting.levels))
-        clean = found.error[0]
+        # The exact densities are computed on the CPU.
+        return _Scored(model.schedule.cpu(), kept, trained["steps"], seconds, x, found)
+
+    def make() -> dict[str, Any]:
+        one = scored()
+        found, clean = one.found, one.found.error[0]
         return {
             "exact": float(found.exact[0].mean()), "error": float(clean.mean()), "absolute": float(clean.abs().mean()),
             "absolute_per_dim": float(clean.abs().mean()) / dim,
-            "known_modes": known_modes_error(exact, count, x, found.exact[0]) / dim,
+            "known_modes": known_modes_error(exact, count, one.x, found.exact[0]) / dim,
             "largest_per_dim": float(found.error.abs().mean(1).max()) / dim,
-            **weights_under(model, exact, x, clean),
-            "components": chosen["components"], "kept": kept,
-            "levels": [level / (model.schedule.T + 1) for level in found.levels],
+            **weights_under(exact, one.x, 0, one.schedule, clean),
+            "components": chosen["components"], "kept": one.kept,
+            "levels": [level / (one.schedule.T + 1) for level in found.levels],
             "error_by_level": (found.error.mean(1) / dim).tolist(),
             "absolute_by_level": (found.error.abs().mean(1) / dim).tolist(),
-            "steps": trained["steps"], "seconds": round(seconds, 1),
+            "steps": one.steps, "seconds": round(one.seconds, 1),
         }  # fmt: skip
 
     facts = {"settings": encode(config), "train": count, "test": setting.test, "levels": setting.levels}
-    return work.numbers(name, facts, make)
+    values = work.numbers(name, facts, make)
+    if not work.has_model(name):
+        return values  # kept without its model, which is not trained again for one more column
+
+    def weights() -> dict[str, Any]:
+        one = scored()
+        return weights_by_level(exact, one.x, one.schedule, one.found)
+
+    what = f"{dim} dimensions, {modes} modes, from a {start}: weights over levels"
+    return values | (work.finished(what, lambda: work.numbers(f"{name}-weights", facts, weights)) or {})
 
 
 def _choose(source: DataSource) -> dict[str, Any]:
@@ -263,22 +301,23 @@ def known_modes_error(exact: GaussianMixture, count: int, x: Tensor, truth: Tens
 
 
 def weights_under(
-    model: ClassificationDiffusion, exact: GaussianMixture, x: Tensor, error: Tensor
+    exact: GaussianMixture, x_t: Tensor, t: int, schedule: NoiseSchedule, error: Tensor
 ) -> dict[str, float]:
-    """Mode weights and mass of the model's density at level 0.
+    """Mode weights and mass of a model's density q at one level.
 
     Args:
-        model: The model.
         exact: The exact density p.
-        x: Samples of p, (N, d).
+        x_t: Samples of p at the level, (N, d).
+        t: The level.
+        schedule: Of the level.
         error: log q - log p there, (N,).
 
     Returns:
         ``weight_error``: largest |difference| to the empirical weights of the same samples, which removes the samples'
         own fluctuation; ``mass``; ``share``: effective sample size over N.
     """
-    schedule = copy.deepcopy(model.schedule).cpu()
-    responsibilities = (exact.component_log_prob(x, 0, schedule) + exact.log_weights).softmax(1)
+    parts = [exact.component_log_prob(part, t, schedule) for part in x_t.split(CHUNK)]
+    responsibilities = (torch.cat(parts) + exact.log_weights).softmax(1)
     ratio = error.exp()
     weights = (ratio[:, None] * responsibilities).sum(0) / ratio.sum()
     return {
@@ -286,6 +325,26 @@ def weights_under(
         "mass": float(ratio.mean()),
         "share": float(ratio.sum().square() / ratio.square().sum() / len(ratio)),
     }
+
+
+def weights_by_level(
+    exact: GaussianMixture, x: Tensor, schedule: NoiseSchedule, found: LevelErrors
+) -> dict[str, Any]:
+    """:func:`weights_under` at each of the levels of :func:`torchcdm.reproduce.truth.level_errors`.
+
+    Args:
+        exact: The exact density.
+        x: The samples that were scored, (N, d).
+        schedule: Of the model.
+        found: The model's errors.
+
+    Returns:
+        ``largest_weight_error`` over the levels; of each of them ``weight_error_by_level`` and ``share_by_level``.
+    """
+    copies = zip(noisy_copies(x, schedule, found.levels), found.error, strict=True)
+    values = [weights_under(exact, x_t, t, schedule, error) for (t, x_t), error in copies]
+    errors, shares = ([value[key] for value in values] for key in ("weight_error", "share"))
+    return {"largest_weight_error": max(errors), "weight_error_by_level": errors, "share_by_level": shares}
 
 
 def _paint(found: Sequence[tuple[int, int, str, dict[str, Any]]], work: Workspace) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import DataSource, MemorySplit
-from torchcdm.metrics import noisy_batches
+from torchcdm.schedules import NoiseSchedule
 from torchcdm.toy import ExactMixture
 from torchcdm.units import DataTransform
 
@@ -54,26 +55,35 @@ class LevelErrors:
     exact: Tensor
 
 
+def noisy_copies(
+    x: Tensor, schedule: NoiseSchedule, levels: list[int], seed: int = 0
+) -> Iterator[tuple[int, Tensor]]:
+    """Samples (N, *shape) with the noise of each of some levels, one level after the other; clean ones at level 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in levels:
+        yield t, schedule.perturb(x, t, torch.randn(x.shape, generator=generator))
+
+
 @torch.no_grad()
 def level_errors(
     model: ClassificationDiffusion, mixture: ExactMixture, x: Tensor, levels: list[int], seed: int = 0
 ) -> LevelErrors:
-    """One pass against the truth, level by level, each at samples of its own level.
+    """One pass against the truth, level by level, each at its own of :func:`noisy_copies`.
 
     Args:
         model: In eval mode, without units of its own.
         mixture: What it was trained on.
         x: Test samples (N, *shape).
         levels: Of 0 ... T+1.
-        seed: Seed of the noise, the same at every level.
+        seed: Seed of the noise.
     """
-    schedule = copy.deepcopy(model.schedule).cpu()
+    device, schedule = model.schedule.alpha.device, copy.deepcopy(model.schedule).cpu()
     error, exact = (torch.empty(len(levels), len(x), dtype=torch.float64) for _ in range(2))
-    for row, t in enumerate(levels):
-        for batch in noisy_batches(model, x, t, seed):
-            truth = mixture.log_prob(batch.x_t.cpu(), t, schedule)
-            exact[row, batch.rows] = truth
-            error[row, batch.rows] = model.log_prob_levels(batch.x_t)[:, t].cpu() - truth
+    for row, (t, x_t) in enumerate(noisy_copies(x, schedule, levels, seed)):
+        for rows in torch.arange(len(x)).split(CHUNK):
+            truth = mixture.log_prob(x_t[rows], t, schedule)
+            exact[row, rows] = truth
+            error[row, rows] = model.log_prob_levels(x_t[rows].to(device))[:, t].cpu() - truth
     return LevelErrors(levels, error, exact)
 
 

@@ -25,6 +25,8 @@ from torchcdm.trainer import train
 SCALES = ("smoke", "small", "paper")
 """``smoke`` proves in minutes that the code runs; ``small`` is for two cores; ``paper`` is the published setting."""
 
+FINISHED = "finished.json"
+"""In the folder of a run whose training has ended."""
 
 Part = TypeVar("Part")
 
@@ -123,8 +125,12 @@ class Workspace:
             )  # fmt: skip
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
-        facts = self._kept(folder.root / "finished.json", encode(config), make)
+        facts = self._kept(folder.root / FINISHED, encode(config), make)
         return load(folder.root, self.device), facts
+
+    def has_model(self, name: str) -> bool:
+        """Whether :meth:`model` would train nothing."""
+        return (self.root / "runs" / f"{name}-{self.scale}" / FINISHED).exists()
 
     def numbers(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Numbers (JSON) that ``make`` gives, from an earlier call where there was one with the same settings."""
