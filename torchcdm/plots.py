@@ -17,6 +17,8 @@ from torchcdm.units import DataTransform
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from torchcdm.likelihood import Consistency, LogProbGaps
+
 
 def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Denoising error, cross-entropy and validation NLL over the steps.
@@ -31,7 +33,7 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
     def paint(axes: Sequence[Axes]) -> None:
         for ax, (key, label) in zip(axes, panels, strict=True):
             for name, style in ((key, "training"), (f"val_{key}", "validation")):
-                points = [(line["step"], line[name]) for line in lines if name in line]
+                points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                 if points:
                     ax.plot(*zip(*points, strict=True), label=style, marker="." if len(points) < 40 else None)
             ax.set_xlabel("step")
@@ -80,6 +82,33 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
             ax.set_ylabel(name)
 
     return save_panels(path, len(per_level), paint)
+
+
+def consistency(ratios: Consistency, gaps: LogProbGaps, path: Path) -> Path:
+    """Ratios of neighbouring levels, 1 for a perfect classifier, and the gap between one pass and flow, by level.
+
+    Args:
+        ratios: From :func:`torchcdm.likelihood.consistency`.
+        gaps: From :func:`torchcdm.likelihood.gap_by_level`.
+        path: The PNG file.
+    """
+
+    def paint(axes: Sequence[Axes]) -> None:
+        left, right = axes
+        levels = torch.arange(len(ratios.down)) + 0.5
+        left.plot(levels, ratios.down, label="E[p(t-1) / p(t)] at level t")
+        left.plot(levels, ratios.up, label="E[p(t+1) / p(t)] at level t")
+        left.axhline(1, color="0.7", linestyle="--")
+        left.set_yscale("log")
+        left.legend(fontsize=7)
+        right.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
+        right.plot(gaps.levels, gaps.mean)
+        right.axhline(0, color="0.7", linestyle="--")
+        right.set_ylabel("log p, one pass less flow, nats")
+        for ax in axes:
+            ax.set_xlabel("level t")
+
+    return save_panels(path, 2, paint)
 
 
 def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> Path:

@@ -18,14 +18,25 @@ from torchcdm.config import Config, file_fields, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.gallery import balanced_labels
-from torchcdm.likelihood import FlowOptions, NLLReport, methods_of
+from torchcdm.likelihood import (
+    Consistency,
+    FlowOptions,
+    LogProbGaps,
+    NLLReport,
+    consistency,
+    gap_by_level,
+    methods_of,
+)
 from torchcdm.likelihood import report as likelihood_report
-from torchcdm.likelihood.common import dithered
+from torchcdm.likelihood.common import dithered, scoring_level
 from torchcdm.metrics import evaluate, posterior_curves
 from torchcdm.run_folder import RunFolder, read_metrics, write_json
 from torchcdm.samplers import sample
 from torchcdm.units import GaussianizedTransform
 from torchcdm.version import __version__
+
+DIAGNOSED = 32
+"""Samples on which a model's levels are held against each other and against the flow: T passes each."""
 
 FIGURE_SAMPLES = 256
 NEIGHBOUR_POOL = 10_000
@@ -72,7 +83,10 @@ def write_report(
     evaluation = evaluate(model, split, config.report.limit)
     nll = _likelihood(model, config, source, split_name, device, progress)
     beside = _baselines(config, source, split_name) if nll is not None else []
+    diagnostics = _diagnostics(model, config, split.tensors(DIAGNOSED)[0]) if nll is not None else None
     _figures(folder, model, source, config, evaluation)
+    if diagnostics is not None:
+        plots.consistency(*diagnostics, folder.plots / "consistency.png")
 
     lines = read_metrics(folder.metrics)
     last = lines[-1] if lines else {"step": 0, "seconds": 0.0}
@@ -86,6 +100,8 @@ def write_report(
         "nll": None if nll is None else nll.to_json(),
         "baselines": [{"name": b.name, "value": b.value, "se": b.se, "unit": b.unit} for b in beside],
         "levels": evaluation["mean"],
+        "consistency": None if diagnostics is None else diagnostics[0].to_json(),
+        "gap_to_flow_by_level": None if diagnostics is None else diagnostics[1].to_json(),
     }  # fmt: skip
     write_json(folder.report, content)
     return RunReport(content, _text(nll, beside, evaluation))
@@ -111,6 +127,15 @@ def _likelihood(
         flow=FlowOptions(config.report.flow_steps, config.report.flow_probes),
         progress=progress,
     )
+
+
+def _diagnostics(model: Denoiser, config: Config, x: torch.Tensor) -> tuple[Consistency, LogProbGaps] | None:
+    """Where one pass is inconsistent, level by level; None for models without logits, and of a single sample."""
+    if not isinstance(model, ClassificationDiffusion) or len(x) < 2:
+        return None
+    level, options = scoring_level(model), config.report
+    steps = FlowOptions(options.flow_steps).steps_from(model, level)
+    return consistency(model, x), gap_by_level(model, x, level=level, steps=steps, probes=options.flow_probes)
 
 
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:

@@ -8,7 +8,7 @@ gap between one pass and the probability flow, accumulated from the noise end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Consistency:
     up: Tensor
     down_se: Tensor
     up_se: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists."""
+        return {name: value.tolist() for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
