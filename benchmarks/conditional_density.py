@@ -27,7 +27,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from flows import score_rows, train_flow
 
 from torchcdm.estimators import CDMConditional
 
@@ -36,9 +36,6 @@ PAIRS_TESTED, FLOW_PAIRS = 1000, 200
 
 OBSERVATIONS, DRAWS = 5, 1000
 """For C2ST and log Z: observations, and draws for each."""
-
-VALIDATE_EVERY, PATIENCE, BATCH = 50, 10, 256
-"""Of the peer: steps between validations, validations without a new best, pairs in a step."""
 
 
 # --- simulators ----------------------------------------------------------------------------------------------------
@@ -253,27 +250,10 @@ def zuko_nsf(pairs: Pairs, budget: float, seed: int) -> Posterior:
     train, validation = ([standard(part, k) for k, part in enumerate(rows)] for rows in pairs.split())
     torch.manual_seed(seed)
     flow = zuko.flows.NSF(train[0].shape[1], train[1].shape[1], transforms=5, hidden_features=(128, 128))
-    optimizer = torch.optim.AdamW(flow.parameters(), 1e-3, weight_decay=1e-4)
-    draw = torch.Generator().manual_seed(seed)
-    began, step, stale, best, kept = time.process_time(), 0, 0, -math.inf, flow.state_dict()
-    while stale < PATIENCE and time.process_time() - began < budget:
-        batch = torch.randint(len(train[0]), (BATCH,), generator=draw)
-        optimizer.zero_grad()
-        (-flow(train[1][batch]).log_prob(train[0][batch]).mean()).backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % VALIDATE_EVERY == 0:
-            with torch.no_grad():
-                value = float(flow(validation[1]).log_prob(validation[0]).mean())
-            stale = 0 if value > best else stale + 1
-            if value > best:
-                best, kept = value, {key: item.clone() for key, item in flow.state_dict().items()}
-    flow.load_state_dict(kept)
+    train_flow(flow, train, validation, budget, seed)
 
     def log_prob(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return flow(standard(x, 1)).log_prob(standard(theta, 0)).double().numpy() - np.log(scales[0][1]).sum()
+        return score_rows(flow, [standard(theta, 0), standard(x, 1)]) - np.log(scales[0][1]).sum()
 
     def sample(count: int, x: np.ndarray) -> np.ndarray:
         torch.manual_seed(0)

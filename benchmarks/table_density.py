@@ -24,26 +24,28 @@ import argparse
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from flows import score_rows, train_flow
 from sklearn.model_selection import KFold
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchcdm.compare.baselines import BANDWIDTHS, COMPONENTS
+from torchcdm.compare.baselines import COMPONENTS, Candidate, choose, kernels, mixtures
+from torchcdm.compare.budget import Budget
 from torchcdm.estimators import CDMDensity
 from torchcdm.units import ColumnTransform
 
 FLOW_ROWS = 300
 """The probability flow scores at most so many test rows: it takes some hundred passes."""
 
-VALIDATE_EVERY, PATIENCE, BATCH = 50, 10, 256
-"""Of the normalising flows: steps between validations, validations without a new best, rows in a step."""
+FLOOR = 1e-5
+"""Added to the variances of mixtures, model units."""
 
 Density = Callable[[np.ndarray], np.ndarray]
 """log-density of rows (N, d) in model units, nats."""
@@ -188,38 +190,14 @@ Contender = Callable[[Rows, float, int], Fitted]
 """Fits to rows, within a budget of processor seconds, with a seed."""
 
 
-def kernel_density(rows: Rows, budget: float, seed: int) -> Fitted:
-    """The bandwidth with the best validation likelihood."""
-    from sklearn.neighbors import KernelDensity
+def classical(candidates: Callable[[np.ndarray, float, int], Iterator[Candidate]]) -> Contender:
+    """A family of scikit-learn, of which validation chooses one."""
 
-    settings = ((f"bandwidth {h:.3f}", KernelDensity(bandwidth=float(h))) for h in BANDWIDTHS)
-    return best_of(settings, rows, budget)
+    def contender(rows: Rows, budget: float, seed: int) -> Fitted:
+        choice = choose(candidates(rows.train, FLOOR, seed), rows.validation, Budget(budget, "processor"))
+        return Fitted(choice.candidate.name, choice.validation, choice.candidate.log_prob)
 
-
-def gaussian_mixture(rows: Rows, budget: float, seed: int) -> Fitted:
-    """The number of components and the form of their covariance with the best validation likelihood."""
-    from sklearn.mixture import GaussianMixture
-
-    settings = (
-        (f"{count} {form}", GaussianMixture(count, covariance_type=form, reg_covar=1e-5, random_state=seed))
-        for form, counts in COMPONENTS.items()
-        for count in (1, *counts)
-        if count < len(rows.train) // 2
-    )
-    return best_of(settings, rows, budget)
-
-
-def best_of(settings: Iterator[tuple[str, object]], rows: Rows, budget: float) -> Fitted:
-    """Fits the settings in turn until the budget is spent; the one with the best validation likelihood."""
-    began, best = time.process_time(), (-math.inf, "", None)
-    for name, model in settings:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = float(model.fit(rows.train).score_samples(rows.validation[:5000]).mean())
-        best = max(best, (value, name, model), key=lambda item: item[0])
-        if time.process_time() - began > budget:
-            break
-    return Fitted(best[1], best[0], best[2].score_samples)
+    return contender
 
 
 def zuko_flow(kind: str) -> Contender:
@@ -228,47 +206,18 @@ def zuko_flow(kind: str) -> Contender:
     def contender(rows: Rows, budget: float, seed: int) -> Fitted:
         import zuko
 
-        dim, found = rows.train.shape[1], []
+        train, validation = as_float(rows.train), as_float(rows.validation)
+        found = []
         for transforms, width in ((3, 64), (5, 128)):
             torch.manual_seed(seed)
             build = {"nsf": zuko.flows.NSF, "maf": zuko.flows.MAF}[kind]
-            flow = build(dim, 0, transforms=transforms, hidden_features=(width, width))
-            value = train_flow(flow, rows, budget / 2, seed)
+            flow = build(train.shape[1], 0, transforms=transforms, hidden_features=(width, width))
+            value = train_flow(flow, [train], [validation], budget / 2, seed)
             found.append((value, f"{transforms} x ({width}, {width})", flow))
         value, name, flow = max(found, key=lambda item: item[0])
-
-        def density(x: np.ndarray) -> np.ndarray:
-            with torch.no_grad():
-                return torch.cat([flow().log_prob(part) for part in as_float(x).split(1000)]).double().numpy()
-
-        return Fitted(name, value, density)
+        return Fitted(name, value, lambda x: score_rows(flow, [as_float(x)]))
 
     return contender
-
-
-def train_flow(flow: nn.Module, rows: Rows, budget: float, seed: int) -> float:
-    """AdamW with early stopping; leaves the weights of the best validation likelihood, and returns it."""
-    train, validation = as_float(rows.train), as_float(rows.validation)[:5000]
-    optimizer = torch.optim.AdamW(flow.parameters(), 1e-3, weight_decay=1e-4)
-    draw = torch.Generator().manual_seed(seed)
-    began, step, stale, best, kept = time.process_time(), 0, 0, -math.inf, None
-    while stale < PATIENCE and time.process_time() - began < budget:
-        batch = train[torch.randint(len(train), (BATCH,), generator=draw)]
-        loss = -flow().log_prob(batch).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % VALIDATE_EVERY == 0:
-            with torch.no_grad():
-                value = float(flow().log_prob(validation).mean())
-            stale = 0 if value > best else stale + 1
-            if value > best:
-                best, kept = value, {key: item.clone() for key, item in flow.state_dict().items()}
-    if kept is not None:
-        flow.load_state_dict(kept)
-    return best
 
 
 def as_float(x: np.ndarray) -> Tensor:
@@ -278,8 +227,8 @@ def as_float(x: np.ndarray) -> Tensor:
 PEERS: dict[str, Contender] = {
     "nsf": zuko_flow("nsf"),
     "maf": zuko_flow("maf"),
-    "gmm": gaussian_mixture,
-    "kde": kernel_density,
+    "gmm": classical(partial(mixtures, components={form: (1, *counts) for form, counts in COMPONENTS.items()})),
+    "kde": classical(kernels),
 }
 TITLES = {
     "truth": "the density itself", "cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow", "nsf": "zuko NSF",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.compare.budget import Budget
 from torchcdm.data import DataSource
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.schedules import UniformSigmaSchedule
@@ -42,6 +43,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What validation chose among candidates.
+
+    Attributes:
+        candidate: The best.
+        validation: Its mean log density of the validation samples, nats.
+        number: Its place among the candidates, from 1.
+        count: Candidates that were fitted.
+    """
+
+    candidate: Candidate
+    validation: float
+    number: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Baseline:
     """One density model on the test split.
 
@@ -71,7 +89,7 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
     points = transform(test.double()).flatten(1).numpy()
     found = []
     for candidates in (gaussians, kernels, mixtures):
-        best = max(candidates(train, transform, seed), key=lambda model: model.log_prob(validation).mean())
+        best = choose(candidates(train, smallest_variance(transform), seed), validation).candidate
         nats = torch.from_numpy(best.log_prob(points)) + transform.log_det(test.double())
         result = LogLikelihood(nats, transform.dim, 0, "dequantised", transform.log_bin, 0)
         found.append(Baseline(best.name, *result.mean_and_error(), result.unit))
@@ -92,20 +110,40 @@ def _prepare(x: Tensor, transform: DataTransform, seed: int) -> np.ndarray:
     return transform.encode(x.double(), generator).flatten(1).numpy()
 
 
-def _floor(transform: DataTransform) -> float:
-    """Smallest variance: that of a grey level's cell."""
+def choose(candidates: Iterable[Candidate], validation: np.ndarray, budget: Budget | None = None) -> Choice:
+    """The candidate of the best validation likelihood.
+
+    Args:
+        candidates: At least one, small ones first: fitted in turn until the budget is spent; a fit that has begun is
+            finished.
+        validation: Model units, (N, d).
+        budget: Runs already; None for all candidates.
+    """
+    best, value, number, count = None, -np.inf, 0, 0
+    for candidate in candidates:
+        count += 1
+        mean = float(candidate.log_prob(validation).mean())
+        if best is None or mean > value:
+            best, value, number = candidate, mean, count
+        if budget is not None and budget.spent:
+            break
+    return Choice(best, value, number, count)
+
+
+def smallest_variance(transform: DataTransform) -> float:
+    """That of a grey level's cell, model units."""
     return 1e-6 if transform.model_bin is None else float(transform.model_bin.min()) ** 2 / 12
 
 
-def gaussians(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[Candidate]:
+def gaussians(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]:
     """The Gaussian of the data's mean and covariance.
 
     Args:
         train: Model units, (N, d).
-        transform: Of the data, for the smallest variance.
+        floor: The smallest variance.
         seed: Of what is random; nothing here.
     """
-    fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(1), _floor(transform), "full")
+    fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(1), floor, "full")
 
     def sample(n: int, seed: int) -> np.ndarray:
         return fitted.draw((n, train.shape[1]), torch.Generator().manual_seed(seed)).numpy()
@@ -119,7 +157,7 @@ def gaussians(train: np.ndarray, transform: DataTransform, seed: int) -> Iterato
     )
 
 
-def kernels(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[Candidate]:
+def kernels(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]:
     """Kernel density estimates of several bandwidths. Arguments as in :func:`gaussians`."""
     from sklearn.neighbors import KernelDensity
 
@@ -133,17 +171,26 @@ def kernels(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[
         )
 
 
-def mixtures(train: np.ndarray, transform: DataTransform, seed: int) -> Iterator[Candidate]:
-    """Gaussian mixtures of several sizes, by expectation maximisation. Arguments as in :func:`gaussians`."""
+def mixtures(
+    train: np.ndarray, floor: float, seed: int, components: Mapping[str, Sequence[int]] = COMPONENTS
+) -> Iterator[Candidate]:
+    """Gaussian mixtures of several sizes, by expectation maximisation. Arguments as in :func:`gaussians`.
+
+    Args:
+        train: Model units, (N, d).
+        floor: Added to all variances.
+        seed: Of where the components begin.
+        components: How many for each form of covariance; those that have fewer than two samples each are left out.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     dim = train.shape[1]
-    for form, counts in COMPONENTS.items():
+    for form, counts in components.items():
         for count in counts:
             if count >= len(train) // 2:
                 continue
-            model = GaussianMixture(count, covariance_type=form, reg_covar=_floor(transform), random_state=seed)
+            model = GaussianMixture(count, covariance_type=form, reg_covar=floor, random_state=seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(train)

@@ -9,20 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.compare.baselines import LARGEST_DIM, Candidate, gaussians, kernels, mixtures, training_arrays
+from torchcdm.compare.baselines import (
+    LARGEST_DIM,
+    Candidate,
+    choose,
+    gaussians,
+    kernels,
+    mixtures,
+    smallest_variance,
+    training_arrays,
+)
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.peer import FittedDensity, Peer, Samples, Task, Training
-from torchcdm.units import DataTransform
 
-Candidates = Callable[[np.ndarray, DataTransform, int], Iterator[Candidate]]
+Candidates = Callable[[np.ndarray, float, int], Iterator[Candidate]]
 
 
 @final
 class ClassicalPeer(Peer):
     """A family of density models of which validation chooses one.
 
-    The candidates are fitted one after the other, the small ones first, until the budget is spent; a fit that has
-    begun is finished. At most 5000 training samples are taken.
+    The candidates are fitted in turn until the budget is spent. At most 5000 training samples are taken.
 
     Args:
         name: On the command line.
@@ -39,17 +46,11 @@ class ClassicalPeer(Peer):
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedCandidate:
         train, validation = training_arrays(task.source, task.seed)
-        best, best_count, value, count = None, 0, -np.inf, 0
-        for candidate in self.candidates(train, task.source.transform, task.seed):
-            count += 1
-            mean = candidate.log_prob(validation).mean()
-            if best is None or mean > value:
-                best, best_count, value = candidate, count, mean
-            if budget.spent:
-                break
-        setting = f"{best.name}, the best of {count} on validation; {len(train)} training samples"
-        training = Training(count, budget.elapsed, -float(value), best_count, setting)
-        return FittedCandidate(task, training, best)
+        candidates = self.candidates(train, smallest_variance(task.source.transform), task.seed)
+        choice = choose(candidates, validation, budget)
+        setting = f"{choice.candidate.name}, the best of {choice.count} on validation; {len(train)} training samples"
+        training = Training(choice.count, budget.elapsed, -choice.validation, choice.number, setting)
+        return FittedCandidate(task, training, choice.candidate)
 
 
 @final
