@@ -45,14 +45,14 @@ def test_training_memory_has_every_training_step_beside_its_ddm(rows_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("question", ["levels", "classes"])
+@pytest.mark.parametrize("question", ["levels", "classes", "processes"])
 def test_step_scaling_divides_by_the_first_value(rows_of, question):
     rows = rows_of("step_scaling", "--question", question, "--rounds", "1")
     for name, row in rows.items():
         _, value, step = name.split("/")
         first = next(other for key, other in rows.items() if key.endswith(f"/{step}"))
         assert row["seconds"] == pytest.approx(row["ratio_to_first"] * first["seconds"])
-        if step == "ddm-denoising-step":
+        if step.startswith("ddm-"):
             assert row["ratio_to_ddm"] == 1
 
 
