@@ -26,7 +26,7 @@ from torchcdm.checkpoint import load
 from torchcdm.config import Config
 from torchcdm.data import DataSource
 from torchcdm.likelihood import FlowOptions, flow_likelihood
-from torchcdm.run_folder import write_json
+from torchcdm.run_folder import RunFolder, read_metrics, write_json
 
 FLOW = "flow.json"
 
@@ -49,6 +49,22 @@ def flow_nll(folder: Path, source: DataSource, options: argparse.Namespace) -> d
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
+def validations(folder: Path) -> list[tuple[float, float]]:
+    """Seconds and squared error of every validation of a run."""
+    lines = read_metrics(RunFolder(folder).metrics)
+    return [(line["seconds"], line["val_mse"]) for line in lines if "val_mse" in line]
+
+
+def seconds_to(target: float, errors: Sequence[tuple[float, float]]) -> float | None:
+    """When a squared error of ``target`` or less was first seen; None: never.
+
+    Args:
+        target: Mean squared error of eps.
+        errors: As :func:`validations` has them.
+    """
+    return next((seconds for seconds, error in errors if error <= target), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-4, 1e-3], help="of AdamW")
     parser.add_argument("--muon-rates", type=float, nargs="*", default=[5e-3, 1e-2])
     parser.add_argument("--grid-seconds", type=float, default=120)
+    parser.add_argument("--target-mse", type=float, help="validation error that a time is asked for; the least of the "
+                        "paper's network when left out")  # fmt: skip
+    parser.add_argument("--validate-every", type=int, help="steps; the preset's when left out")
     parser.add_argument("--images", type=int, default=1000, help="test and validation images, four noise draws each")
     parser.add_argument("--flow-images", type=int, default=64)
     parser.add_argument("--flow-steps", type=int, default=40)
@@ -69,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
 
     config = on_plain_grey_levels(options.preset)
+    if options.validate_every is not None:
+        config = replace(config, train=replace(config.train, validate_every=options.validate_every))
     source = load_source(config.data)
 
     def errors_of(name: str, contender: Config, seconds: float) -> dict[str, Any]:
@@ -92,8 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append({"name": name, "seconds": seconds} | numbers)
         print(f"{name:10}{seconds:8.0f} s {numbers['steps']:7} steps  MSE {numbers['mse']:.4f}  flow "
               f"{numbers['flow']:.3f} ± {numbers['se']:.3f} bits/dim", flush=True)  # fmt: skip
+    errors = {name: validations(options.out / name) for name in contenders}
+    target = options.target_mse
+    if target is None:
+        target = min(error for _, error in errors["paper"])
+    for row in rows:
+        row["seconds_to_target"] = reached = seconds_to(target, errors[row["name"]])
+        when = "never" if reached is None else f"after {reached:.0f} s"
+        print(f"{row['name']:10}validation MSE of {target:.4f} {when}")
     if options.json:
-        write_json(options.json, {"optimizer_of_paper": optimizer, "lr_of_paper": rate, "rows": rows})
+        settings = {"optimizer_of_paper": optimizer, "lr_of_paper": rate, "target_mse": target}
+        write_json(options.json, settings | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -83,4 +83,7 @@ def test_time_to_quality_gives_the_default_a_share_of_the_time_and_makes_nothing
     rows = rows_of("time_to_quality", *words)
     assert rows["default"]["seconds"] == 2 and rows["paper"]["seconds"] == 4
     assert rows["default"]["steps"] > rows["paper"]["steps"] > 0, "the paper's network takes longer for a step"
+    assert rows["paper"]["seconds_to_target"] > 0, "the target is the least error of the paper's network"
     assert rows_of("time_to_quality", *words) == rows
+    never = rows_of("time_to_quality", *words, "--target-mse", "0")
+    assert all(row["seconds_to_target"] is None for row in never.values())
