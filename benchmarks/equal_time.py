@@ -9,7 +9,7 @@ validation split.
 Settings are chosen before anything is compared, by the least validation error over a grid of trainings
 (``--grid-seconds`` each, seed 0): the learning rate for the CDM, learning rate and width for the DDM, whose U-Net has
 time embeddings and the preset's multipliers. The DDM stands twice: with the fitted Gaussian as its own linear
-residual, as the CDM has one, and without.
+residual, as the CDM has one, and without; ``ratio_to_ddm`` divides by the better of those that are finished.
 
 The error is that of eps over the levels 1 ... T with equal weight, on ``--images`` test images with the same noise for
 all. ``--out`` keeps every model and every result; what is there is not made again, and refused where its settings
