@@ -1,5 +1,6 @@
 """Restorations of noisy digits, ranked without the originals by the anomaly scores of a model of digits.
 
+    cdm train digits --data.gaussianize false --out runs/digits
     python benchmarks/restorations.py runs/digits
 
 Test digits get white noise of three grey levels; six restorations of each compete. Printed for each score: the rank
@@ -11,6 +12,7 @@ that model may favour: the last column is the correlation without it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,11 +53,11 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float((1 - 6 * (ranks[0] - ranks[1]).square().sum(1) / (k * (k**2 - 1))).mean())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run of the preset 'digits'")
-    model = torchcdm.load(parser.parse_args().run)
+    parser.add_argument("run", help="a run of the preset 'digits' on plain grey levels")
+    model = torchcdm.load(parser.parse_args(arguments).run)
     source = load_data("digits")
     x = source.test.tensors()[0].float()
     candidates = restorations(model, x + NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
