@@ -11,7 +11,7 @@ from torch import distributions
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood import NLLGap, ReverseChain, Row, consistency, elbo, log_normalizer
+from torchcdm.likelihood import NLLGap, ReverseChain, Row, consistency, elbo, log_normalizer, log_normalizer_above
 from torchcdm.likelihood.normalizer import _Particles
 from torchcdm.likelihood.verdict import Evidence, judge
 from torchcdm.schedules import CosineSchedule, UniformSigmaSchedule
@@ -73,6 +73,33 @@ def test_at_any_level():
     schedule = CosineSchedule(25)
     found = log_normalizer(tilted_model(schedule, 0.4, SLOPE), 640, level=12, islands=32)
     assert abs(found.value - 0.4 - log_integral(schedule, SLOPE, 12)) < (found.high - found.low) + 0.01
+
+
+@pytest.mark.parametrize(("slope", "level"), [(None, 1), (SLOPE, 1), (SLOPE, 12)])
+def test_paths_from_either_end_enclose_log_z(slope, level):
+    schedule = CosineSchedule(25)
+    model = tilted_model(schedule, 1.7, slope)
+    truth, x = 1.7, schedule.perturb(labelled_mixture().sample(50_000, rng(2)), level, normal(50_000, 2))
+    if slope is not None:
+        truth += log_integral(schedule, slope, level)
+        x = x[torch.multinomial((x @ slope).softmax(0), 2000, replacement=True, generator=rng(3))]
+    chain = ReverseChain(model)
+    below = log_normalizer(model, 2000, level, "ais", chain=chain)
+    above, error = log_normalizer_above(model, x[:2000], level, chain=chain)
+    assert below.mean_log_weight < truth < above - 3 * error
+    # The same mean from the other end: of paths that lead down, weighted.
+    particles = _Particles(model, chain, None, 1, 8000, 0, 8000)
+    particles.run(level, 0, False)
+    log_w = particles.log_w[0]
+    assert above == pytest.approx(float(log_w.softmax(0) @ log_w), abs=0.1)
+
+
+def test_the_noise_of_a_step_is_found_again():
+    model = tilted_model(CosineSchedule(25))
+    chain, noise, x_t = ReverseChain(model), normal(4, 2), normal(4, 2)
+    x0 = chain.x0(x_t, 9)
+    assert torch.allclose(chain.noise_of(chain.step(x_t, x0, 9, 5, noise)[0], x_t, x0, 9, 5), noise)
+    assert torch.allclose(chain.start_noise_of(chain.start(noise)[0]), noise)
 
 
 def test_resampling_keeps_the_mean_of_the_estimate():

@@ -5,7 +5,7 @@ from torchcdm.likelihood.diagnostics import Consistency, LogProbGaps, consistenc
 from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
 from torchcdm.likelihood.flow_bound import FlowLikelihood, FlowOptions, flow_likelihood
-from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer
+from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer, log_normalizer_above
 from torchcdm.likelihood.report import METHODS, LogZOptions, check_methods, log_z_estimates, methods_of, report
 from torchcdm.likelihood.single_pass import published_convention, single_pass
 from torchcdm.likelihood.summary import NLLGap, NLLReport, Row
@@ -33,6 +33,7 @@ __all__ = [
     "flow_sample",
     "gap_by_level",
     "log_normalizer",
+    "log_normalizer_above",
     "log_z_estimates",
     "methods_of",
     "probability_flow",

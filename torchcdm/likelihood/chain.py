@@ -128,6 +128,11 @@ class ReverseChain:
         log_r = -0.5 * noise.square().sum(1) - 0.5 * variance.log().sum()
         return x_s, log_q - log_r
 
+    def noise_of(self, x_s: Tensor, x_t: Tensor, x0: Tensor, t: int, s: int) -> Tensor:
+        """The noise (B, d) with which :meth:`step` goes from ``x_t`` to ``x_s``."""
+        a, b, c = self.schedule.reverse_kernel(t, s, x_t)
+        return self.rotate(x_s - a * x_t - b * x0) / (c**2 + b**2 * self.variances[t - 1]).sqrt()
+
     def kl(self, error: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat, levels t (B,)."""
         # q(x_s | x_t, x_0) for one level at a time would be many small products: gather the three scalars instead.
@@ -151,6 +156,11 @@ class ReverseChain:
         mean, variances = self.reference.moments(self.schedule.T)
         x_T = mean + self.reference.rotation.inverse(noise * variances.sqrt())
         return x_T, -0.5 * (noise.square() + (2 * math.pi * variances).log()).sum(1)
+
+    def start_noise_of(self, x_T: Tensor) -> Tensor:
+        """The noise (B, d) with which :meth:`start` gives ``x_T``."""
+        mean, variances = self.reference.moments(self.schedule.T)
+        return self.rotate(x_T - mean) / variances.sqrt()
 
     def prior_kl(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || reference Gaussian at T), nats (B,)."""

@@ -24,7 +24,7 @@ from torchcdm.cdm import ClassificationDiffusion, Evaluation
 from torchcdm.denoisers import Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.common import batches
+from torchcdm.likelihood.common import batches, labels_of
 from torchcdm.likelihood.flow import flow_sample
 
 ESTIMATORS = ("smc", "ais", "flow")
@@ -139,6 +139,50 @@ def log_normalizer(
         log_weights, x = particles.log_estimates(), particles.x
         name = f"{method}, {islands} x {size} particles, {model.schedule.T - level + 1} levels, {moves} moves"
     return _summary(log_weights, name, level, x, islands * size)
+
+
+@torch.no_grad()
+def log_normalizer_above(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    level: int = 1,
+    y: int | None = None,
+    chain: ReverseChain | None = None,
+    seed: int = 0,
+    batch_size: int = 1024,
+) -> tuple[float, float]:
+    """log Z from above, where there are exact samples: the weights of annealing on paths that lead up from them.
+
+    From the model's own samples the mean log weight is at most log Z in expectation, from exact samples of its
+    normalised density at least: together they enclose it (Grosse et al., 2015, arXiv 1511.02543).
+
+    Args:
+        model: The model; put into evaluation mode meanwhile.
+        x: Exact samples of exp(log p_level) / Z, model units, (N, *shape).
+        level: Level of the density, 1 ... T.
+        y: A class, for the normaliser of log p(x|y); None for the unconditional density.
+        chain: As in :func:`log_normalizer`.
+        seed: Seed of the noise.
+        batch_size: Samples evaluated at once.
+
+    Returns:
+        Mean log weight, nats, and its standard error.
+    """
+    schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
+    x_s = x.to(schedule.alpha.device).double()
+    labels = None if y is None else torch.full((len(x),), y, device=x_s.device)
+    chain = ReverseChain.calibrated(model, labels, seed=seed, batch_size=batch_size) if chain is None else chain
+    with evaluation_mode(model):
+        log_w = _evaluate(model, x_s, level, labels, batch_size).log_prob_levels[:, level]
+        for t in range(level + 1, schedule.T + 1):
+            keep, added = schedule.forward_kernel(t - 1, t, x_s)
+            x_t = keep * x_s + added * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x_s.device)
+            x0 = torch.cat([chain.x0(x_t[rows], t, labels_of(labels, rows, x_t.device))
+                            for rows in batches(len(x), batch_size)])  # fmt: skip
+            log_w = log_w + chain.step(x_t, x0, t, t - 1, chain.noise_of(x_s, x_t, x0, t, t - 1))[1]
+            x_s = x_t
+        log_w = log_w - chain.start(chain.start_noise_of(x_s))[1]
+    return float(log_w.mean()), float(log_w.std()) / len(x) ** 0.5
 
 
 def _summary(log_weights: Tensor, name: str, level: int, x: Tensor, draws: int) -> LogNormalizer:
