@@ -17,11 +17,11 @@ SCHEDULE = "{name: log-snr, T: 10, r_min: 0.05, r_max: 20.0}"
 
 @pytest.fixture
 def cdm(tmp_path, monkeypatch):
-    """A command on the device, in a folder of its own that holds a table and three digits."""
+    """A command on the device, in a folder of its own that holds a table and twelve digits."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchcdm.processes.checked_device", torch.device)
     np.savetxt("table.csv", TABLE, delimiter=",", header="a,b,c", comments="")
-    np.save("digits.npy", load_data("digits").test.tensors(3)[0][:, 0].numpy())
+    np.save("digits.npy", load_data("digits").test.tensors(12)[0][:, 0].numpy())
 
     def run(words, *more):
         with pretended_device() as device:
