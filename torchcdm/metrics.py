@@ -187,12 +187,14 @@ def validate(
 
     Returns:
         ``mse``, and for a cdm ``ce``, ``accuracy``, ``loss`` and ``nll``, in bits/dim for data on a grid and nats
-        for continuous data.
+        for continuous data. ``loss`` has the cross-entropy of the level, also for joint models, and no time term.
     """
     values: dict[str, float] = level_sums(model, x, y, draws).means()
     if not isinstance(model, ClassificationDiffusion):
         return {"mse": values["mse"], "loss": values["mse"]}
     dim = x[0].numel()
+    # Joint models are chosen no better by the cross-entropy of class and level: on six pairs of bent mixtures the log
+    # ratio's error was the same five times and 4 % larger once.
     values["loss"] = mse_weight * values["mse"] + ce_weight / dim * values["ce"]
     values["nll"] = single_pass(model, x, y).mean_and_error()[0]
     return values
