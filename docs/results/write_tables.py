@@ -118,10 +118,10 @@ def half_precision() -> str:
     return markdown(["training step, ms (ratio to the DDM)", *found], lines)
 
 
-def equal_time() -> str:
+def equal_time(name: str) -> str:
     """Denoising error after equal time."""
     lines = []
-    for row in read("equal_time")["rows"]:
+    for row in read(name)["rows"]:
         spread = "" if row["mse_sd"] is None else f" ± {row['mse_sd']:.4f}"
         steps = ", ".join(map(str, row["steps"]))
         ratio, parameters = f"{row['ratio_to_ddm']:.3f}", f"{row['parameters']:,}"
@@ -426,7 +426,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost-encoder": lambda: step_cost("encoder"),
     "step-cost-paper": lambda: step_cost("paper"),
     "table-density": table_density,
-    "equal-time": equal_time,
+    "equal-time": lambda: equal_time("equal_time"),
+    "equal-time-gaussianized": lambda: equal_time("equal_time_gaussianized"),
     "likelihood-throughput": likelihood_throughput,
     "second-order": second_order,
     "step-scaling": step_scaling,
