@@ -89,7 +89,7 @@ def test_paths_from_either_end_enclose_log_z(slope, level):
     assert below.mean_log_weight < truth < above - 3 * error
     # The same mean from the other end: of paths that lead down, weighted.
     particles = _Particles(model, chain, None, 1, 8000, 0, 8000)
-    particles.run(level, 0, False)
+    particles.run(level, 0, resample=False)
     log_w = particles.log_w[0]
     assert above == pytest.approx(float(log_w.softmax(0) @ log_w), abs=0.1)
 
@@ -114,24 +114,6 @@ def test_resampling_keeps_the_mean_of_the_estimate():
     ratio = (values - truth).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(12)
     assert float(ratio.std()) < 0.4
-
-
-@pytest.mark.parametrize("method", ["smc", "ais"])
-def test_moves_do_not_answer_to_the_particles_that_count(method, monkeypatch):
-    # Neither their number nor their draws change a step size: islands have nothing in common but what came before.
-    schedule, sizes = CosineSchedule(15), {}
-    model, move = tilted_model(schedule, slope=2 * SLOPE), _Particles._move
-
-    def noted(self, size):
-        sizes.setdefault(self.islands, []).append(size)
-        return move(self, size)
-
-    monkeypatch.setattr(_Particles, "_move", noted)
-    for islands in (2, 7):
-        sizes.pop(1, None)
-        log_normalizer(model, 10 * islands, method=method, moves=2, chain=ReverseChain(model), islands=islands)
-    assert sizes[2] == sizes[7] == sizes[1] and len(sizes[2]) == 2 * 14
-    assert min(sizes[2]) < sizes[2][0] == 0.5 < max(sizes[2])
 
 
 def test_particles_come_from_the_normalised_density():

@@ -13,7 +13,6 @@ the steps (sequential Monte Carlo) keeps the mean. What the estimates have in co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +33,6 @@ ISLANDS = 16
 """Independent populations, from whose spread the confidence interval comes."""
 
 BOOTSTRAP = 2000
-
-PILOT = 64
-"""Particles that run ahead of the others to find the step sizes of their moves."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +93,7 @@ def log_normalizer(
         level: Level of the density, 1 ... T.
         method: Of :data:`ESTIMATORS`.
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
-        moves: Langevin steps with accept-reject after each level (``smc``, ``ais``), an evaluation each; their sizes
-            are found by :data:`PILOT` more draws.
+        moves: Langevin steps with accept-reject after each level (``smc``, ``ais``), an evaluation each.
         chain: The proposals; calibrated on model samples when None.
         islands: Independent populations.
         steps: Of the flow; all levels when None.
@@ -127,15 +122,8 @@ def log_normalizer(
         if chain is None:
             chain = ReverseChain.calibrated(model, labels, seed=seed, batch_size=batch_size)
         with evaluation_mode(model):
-            resample, sizes = method == "smc", None
-            if moves:
-                # Sizes that answered to the particles themselves would tie the islands together, and E[w] would be Z
-                # only in the limit of many.
-                ahead = None if labels is None else labels[:1].expand(PILOT)
-                pilot = _Particles(model, chain, ahead, 1, PILOT, hash((seed, PILOT)), batch_size)
-                sizes = pilot.run(level, moves, resample)
             particles = _Particles(model, chain, labels, islands, size, seed, batch_size)
-            particles.run(level, moves, resample, sizes)
+            particles.run(level, moves, resample=method == "smc")
         log_weights, x = particles.log_estimates(), particles.x
         name = f"{method}, {islands} x {size} particles, {model.schedule.T - level + 1} levels, {moves} moves"
     return _summary(log_weights, name, level, x, islands * size)
@@ -232,31 +220,16 @@ class _Particles:
         self._look()
         self.log_w = (self.log_p - log_start).reshape(islands, size)
         self.log_z = torch.zeros(islands, dtype=torch.float64, device=self.device)
+        self.step_size = 0.5
 
-    def run(self, level: int, moves: int, resample: bool, sizes: Sequence[float] | None = None) -> list[float]:
-        """Down to ``level``.
-
-        Args:
-            level: Where to stop.
-            moves: After each level.
-            resample: Whether to, after each level.
-            sizes: Step size of each move; when None each is adapted to the acceptance of those before.
-
-        Returns:
-            The step size of each move.
-        """
-        used, size = [], 0.5
+    def run(self, level: int, moves: int, resample: bool) -> None:
+        """Down to ``level``."""
         while self.t > level:
             self._step(self.t - 1)
             if resample:
                 self._resample()
             for _ in range(moves):
-                size = size if sizes is None else sizes[len(used)]
-                used.append(size)
-                rate = self._move(size)
-                # Towards the acceptance that moves fastest in many dimensions.
-                size = min(max(size * math.exp(rate - 0.57), 1e-3), 2.0)
-        return used
+                self._move()
 
     def log_estimates(self) -> Tensor:
         """Logarithms whose exponentials have mean Z, (islands, 1) after resampling: one mean for each island."""
@@ -292,24 +265,20 @@ class _Particles:
         self.log_z = self.log_z + torch.where(poor, gained, 0)
         self.log_w = torch.where(poor[:, None], 0, self.log_w)
 
-    def _move(self, size: float) -> float:
-        """A Langevin step with accept-reject, which leaves exp(log p_t) invariant, scaled by direction.
-
-        Returns:
-            The share that was accepted.
-        """
+    def _move(self) -> None:
+        """A Langevin step with accept-reject, which leaves exp(log p_t) invariant, scaled by direction."""
         rotation, sigma = self.chain.reference.rotation, self.chain.schedule.sigma[self.t]
         # E[eps²] = 1 - V alpha² / sigma²: the variance of a Gaussian with as much information in each direction.
         information = 1 - self.chain.variances[self.t - 1] / self.chain.schedule.ratio[self.t] ** 2
         scale = sigma**2 / information.clamp(0.05, 1)
         noise = self._normal()
         here = self.x, self.x0, self.eps, self.log_p
-        drift = -0.5 * size * scale * self.chain.rotate(self.eps) / sigma
-        self.x = self.x + rotation.inverse(drift + (size * scale).sqrt() * noise)
+        drift = -0.5 * self.step_size * scale * self.chain.rotate(self.eps) / sigma
+        self.x = self.x + rotation.inverse(drift + (self.step_size * scale).sqrt() * noise)
         self._look()
-        back = -0.5 * size * scale * self.chain.rotate(self.eps) / sigma
-        returned = -(drift + (size * scale).sqrt() * noise) - back
-        log_backward = -0.5 * (returned.square() / (size * scale)).sum(1)
+        back = -0.5 * self.step_size * scale * self.chain.rotate(self.eps) / sigma
+        returned = -(drift + (self.step_size * scale).sqrt() * noise) - back
+        log_backward = -0.5 * (returned.square() / (self.step_size * scale)).sum(1)
         log_forward = -0.5 * noise.square().sum(1)
         log_accept = self.log_p - here[3] + log_backward - log_forward
         uniform = torch.rand(len(noise), generator=self.generator, dtype=torch.float64).to(self.device)
@@ -319,4 +288,7 @@ class _Particles:
             torch.where(picked, new, old) for new, old in zip((self.x, self.x0, self.eps), here, strict=False)
         )
         self.log_p = torch.where(accepted, self.log_p, here[3])
-        return float(accepted.double().mean())
+        # Towards the acceptance that moves fastest in many dimensions, for the next move: a share over all islands, so
+        # that what ties them together, and the bias that comes of it, vanish with the number of particles.
+        rate = float(accepted.double().mean())
+        self.step_size = float(min(max(self.step_size * math.exp(rate - 0.57), 1e-3), 2.0))
