@@ -84,31 +84,34 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
     return save_panels(path, len(per_level), paint)
 
 
-def consistency(ratios: Consistency, gaps: LogProbGaps, path: Path) -> Path:
+def consistency(ratios: Consistency, gaps: LogProbGaps | None, path: Path) -> Path:
     """Ratios of neighbouring levels, 1 for a perfect classifier, and the gap between one pass and flow, by level.
 
     Args:
         ratios: From :func:`torchcdm.likelihood.consistency`.
-        gaps: From :func:`torchcdm.likelihood.gap_by_level`.
+        gaps: From :func:`torchcdm.likelihood.gap_by_level`; None for no such panel.
         path: The PNG file.
     """
 
     def paint(axes: Sequence[Axes]) -> None:
-        left, right = axes
+        left = axes[0]
         levels = torch.arange(len(ratios.down)) + 0.5
         left.plot(levels, ratios.down, label="E[p(t-1) / p(t)] at level t")
         left.plot(levels, ratios.up, label="E[p(t+1) / p(t)] at level t")
         left.axhline(1, color="0.7", linestyle="--")
         left.set_yscale("log")
         left.legend(fontsize=7)
+        for ax in axes:
+            ax.set_xlabel("level t")
+        if gaps is None:
+            return
+        right = axes[1]
         right.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
         right.plot(gaps.levels, gaps.mean)
         right.axhline(0, color="0.7", linestyle="--")
         right.set_ylabel("log p, one pass less flow, nats")
-        for ax in axes:
-            ax.set_xlabel("level t")
 
-    return save_panels(path, 2, paint)
+    return save_panels(path, 1 if gaps is None else 2, paint)
 
 
 def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> Path:

@@ -83,10 +83,10 @@ def write_report(
     evaluation = evaluate(model, split, config.report.limit)
     nll = _likelihood(model, config, source, split_name, device, progress)
     beside = _baselines(config, source, split_name) if nll is not None else []
-    diagnostics = _diagnostics(model, config, split.tensors(DIAGNOSED)[0]) if nll is not None else None
+    ratios, gaps = _diagnostics(model, config, split.tensors(DIAGNOSED)[0]) if nll is not None else (None, None)
     _figures(folder, model, source, config, evaluation)
-    if diagnostics is not None:
-        plots.consistency(*diagnostics, folder.plots / "consistency.png")
+    if ratios is not None:
+        plots.consistency(ratios, gaps, folder.plots / "consistency.png")
 
     lines = read_metrics(folder.metrics)
     last = lines[-1] if lines else {"step": 0, "seconds": 0.0}
@@ -100,8 +100,8 @@ def write_report(
         "nll": None if nll is None else nll.to_json(),
         "baselines": [{"name": b.name, "value": b.value, "se": b.se, "unit": b.unit} for b in beside],
         "levels": evaluation["mean"],
-        "consistency": None if diagnostics is None else diagnostics[0].to_json(),
-        "gap_to_flow_by_level": None if diagnostics is None else diagnostics[1].to_json(),
+        "consistency": None if ratios is None else ratios.to_json(),
+        "gap_to_flow_by_level": None if gaps is None else gaps.to_json(),
     }  # fmt: skip
     write_json(folder.report, content)
     return RunReport(content, _text(nll, beside, evaluation))
@@ -129,11 +129,18 @@ def _likelihood(
     )
 
 
-def _diagnostics(model: Denoiser, config: Config, x: torch.Tensor) -> tuple[Consistency, LogProbGaps] | None:
-    """Where one pass is inconsistent, level by level; None for models without logits, and of a single sample."""
+def _diagnostics(
+    model: Denoiser, config: Config, x: torch.Tensor
+) -> tuple[Consistency | None, LogProbGaps | None]:
+    """Where one pass is inconsistent, level by level, and against the flow where the configuration asks for one.
+
+    None for models without logits, and of a single sample.
+    """
     if not isinstance(model, ClassificationDiffusion) or len(x) < 2:
-        return None
+        return None, None
     level, options = scoring_level(model), config.report
+    if "flow" not in options.methods:
+        return consistency(model, x), None
     steps = FlowOptions(options.flow_steps).steps_from(model, level)
     return consistency(model, x), gap_by_level(model, x, level=level, steps=steps, probes=options.flow_probes)
 
