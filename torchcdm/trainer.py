@@ -441,7 +441,6 @@ class Trainer:
 
     def _precision(self) -> torch.autocast:
         """Half precision where it is asked for."""
-        # Nothing is cached: the weights that a forward pass has cast would not be differentiated twice.
         half = self.options.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
 
