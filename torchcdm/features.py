@@ -175,7 +175,7 @@ def _classifier(
     stem = None if folder is None else folder / f"classifier-{data}"
     weights, facts = kept(stem, settings, partial(_train_classifier, source, seed, device, steps))
     network = _Classifier(source.shape[0], source.classes or 0)
-    load_tensors(network, weights, Path(f"{stem}.safetensors"))
+    load_tensors(network, weights, stem or Path("classifier"))
     network.to(device).eval().requires_grad_(False)
 
     def features(x: Tensor) -> Tensor:
