@@ -85,7 +85,7 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
 
 
 def consistency(ratios: Consistency, gaps: LogProbGaps | None, path: Path) -> Path:
-    """Ratios of neighbouring levels, 1 for a perfect classifier, and the gap between one pass and flow, by level.
+    """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap between one pass and flow, by level.
 
     Args:
         ratios: From :func:`torchcdm.likelihood.consistency`.
@@ -96,10 +96,11 @@ def consistency(ratios: Consistency, gaps: LogProbGaps | None, path: Path) -> Pa
     def paint(axes: Sequence[Axes]) -> None:
         left = axes[0]
         levels = torch.arange(len(ratios.down)) + 0.5
-        left.plot(levels, ratios.down, label="E[p(t-1) / p(t)] at level t")
-        left.plot(levels, ratios.up, label="E[p(t+1) / p(t)] at level t")
-        left.axhline(1, color="0.7", linestyle="--")
-        left.set_yscale("log")
+        # Not a logarithmic axis: ratios of a poor model may be all that float64 holds.
+        left.plot(levels, ratios.down.log10(), label="E[p(t-1) / p(t)] at level t")
+        left.plot(levels, ratios.up.log10(), label="E[p(t+1) / p(t)] at level t")
+        left.axhline(0, color="0.7", linestyle="--")
+        left.set_ylabel("log10 of the mean ratio")
         left.legend(fontsize=7)
         for ax in axes:
             ax.set_xlabel("level t")
