@@ -127,9 +127,18 @@ def test_parts_stay_good_when_the_configuration_gains_a_field(work, source, monk
 def test_fewer_steps_shrink_what_is_counted_in_steps(tmp_path):
     config = make_config(preset_fields("encoder"), {"train": {"steps": 1000, "warmup": 50, "validate_every": 200,
                                                               "save_every": 1}})  # fmt: skip
-    assert Workspace(tmp_path, "smoke").shortened(config) is config
-    train = Workspace(tmp_path, "smoke", steps=100).shortened(config).train
+    assert Workspace(tmp_path, "smoke").adjusted(config) == config
+    train = Workspace(tmp_path, "smoke", steps=100).adjusted(config).train
     assert (train.steps, train.warmup, train.validate_every, train.save_every) == (100, 5, 20, 1)
+
+
+def test_a_seed_is_that_of_every_training(tmp_path, source):
+    config = Workspace(tmp_path, "smoke", seed=3).adjusted(TINY)
+    assert config.train.seed == 3
+    work = Workspace(tmp_path, "smoke")
+    work.model("a", TINY, source)
+    with pytest.raises(UserError, match=r"was made with train.seed = 0, not 3"):
+        work.model("a", config, source)
 
 
 def test_sample_sets_are_kept_by_chunks(work):

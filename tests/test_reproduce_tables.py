@@ -100,6 +100,24 @@ def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypa
     capsys.readouterr()
 
 
+def test_a_seed_is_that_of_trainings_and_samples(tmp_path, short, capsys):
+    drawn = {}
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        assert main(["reproduce", "fig5", "--out", str(folder), "--quiet", "--device", "cpu", "--seed", str(seed)]) == 0
+        content = json.loads((folder / "fig5-smoke.json").read_text())
+        assert content["command"].endswith(f" --seed {seed} --out DIR") == bool(seed)
+        family = models.Models(Workspace(folder, "smoke", device="cpu", seed=seed, finished_only=True))
+        assert family.denoiser("both")[0] is family.denoiser("both")[0]
+        family.work.finished_only = False
+        drawn[seed] = family.samples("both", count=4)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert main(["reproduce", "fig5", "--out", str(tmp_path / "0"), "--quiet", "--device", "cpu", "--seed", "1"]) == 2
+    assert "was made with train.seed = 0, not 1" in capsys.readouterr().err
+    assert main(["reproduce", "fig5", "--out", str(tmp_path), "--quiet", "--seed", "-1"]) == 2
+    assert "--seed is -1; it must not be negative" in capsys.readouterr().err
+
+
 def test_what_is_finished_is_reported_without_making_the_rest(tmp_path, short, monkeypatch, capsys):
     command = ["reproduce", "table2", "--scale", "smoke", "--out", str(tmp_path), "--quiet", "--device", "cpu"]
     assert main([*command, "--finished"]) == 2

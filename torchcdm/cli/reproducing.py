@@ -21,6 +21,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="report, figures, models; run again, it goes on")
     parser.add_argument("--steps", metavar="N", type=int, help="of every training, instead of the scale's")
     parser.add_argument("--samples", metavar="N", type=int, help="of every sample set, instead of the scale's")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of trainings and samples; 0 by default")
     parser.add_argument("--finished", action="store_true", help="report what is finished so far, and make nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_device(parser)
@@ -42,7 +43,7 @@ def run_reproduce(options: argparse.Namespace) -> int:
     try:
         path = reproduce(
             options.name, options.scale, options.out, options.device, not options.quiet, options.steps,
-            options.samples, options.finished,
+            options.samples, options.finished, options.seed,
         )  # fmt: skip
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)

@@ -129,7 +129,7 @@ def run(work: Workspace) -> Result:
     # The cheap ones first: a covariance of all pairs of 3072 pixels takes longer than the training.
     for residual in (False, True):
         for name, mixture, layer in cases:
-            config = work.shortened(make_config(preset_fields("encoder"), layer, {"model": {"gaussian": residual}}))
+            config = work.adjusted(make_config(preset_fields("encoder"), layer, {"model": {"gaussian": residual}}))
             title = f"{name}, residual {'on' if residual else 'off'}"
             values = work.finished(title, partial(_measure, work, setting, name, mixture, config))
             if values is None:

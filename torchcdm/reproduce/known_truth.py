@@ -216,7 +216,7 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
         model = {key: chosen[key] for key in ("components", "shrinkage")} | {"mixture_rows": count}
         steps = setting.mixture_steps
         layers.append({"model": model, "train": {"steps": steps, **_intervals(steps)}})
-    config = work.shortened(make_config(*layers))
+    config = work.adjusted(make_config(*layers))
 
     @functools.cache
     def scored() -> _Scored:

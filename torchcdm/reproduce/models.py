@@ -25,6 +25,9 @@ from torchcdm.samplers import sample
 CHUNK = 250
 """Samples that are kept together."""
 
+SEEDS = 1_000_000
+"""Chunks have seeds of their own, below this many for each seed of a workspace."""
+
 SHOWN = 64
 POOL = 10_000
 """Training images among which the nearest to a sample is looked for."""
@@ -181,7 +184,7 @@ class Models:
 
     def config(self, variant: str) -> Config:
         """The configuration of a model of :func:`variants`."""
-        return self.work.shortened(config_of(self.setting, variant))
+        return self.work.adjusted(config_of(self.setting, variant))
 
     def denoiser(self, variant: str) -> tuple[Denoiser, dict[str, Any]]:
         """A trained model, and its steps and seconds."""
@@ -227,7 +230,8 @@ class Models:
 
         def make(chunk: int) -> Tensor:
             self.work.say(f"sampling {name}, chunk {chunk + 1} of {chunks}")
-            return sample(model, size, sampler, steps, y, guidance, seed=chunk, progress=self.work.progress)
+            seed = SEEDS * self.work.seed + chunk
+            return sample(model, size, sampler, steps, y, guidance, seed=seed, progress=self.work.progress)
 
         facts = {"config": encode(self.config(variant)), "chunk": size}
         return self.work.samples(name, facts, chunks, make)

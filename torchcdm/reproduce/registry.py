@@ -55,6 +55,7 @@ def reproduce(
     steps: int | None = None,
     samples: int | None = None,
     finished_only: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Runs one reproduction, or what is left of it.
 
@@ -67,6 +68,7 @@ def reproduce(
         steps: Of every training, instead of the scale's; the report says so.
         samples: Of every sample set, instead of the scale's; the report says so.
         finished_only: Reports what is finished so far, and makes nothing; the report says what is left out.
+        seed: Of trainings and samples; each wants a folder of its own.
 
     Returns:
         The Markdown report; a JSON of the same name lies beside it.
@@ -84,12 +86,16 @@ def reproduce(
     for option, (number, _) in changed.items():
         if number < 1:
             raise UserError(f"{option} is {number}; it must be positive")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must not be negative")
     entry = REPRODUCTIONS[name]
-    workspace = Workspace(Path(out), scale, device, progress, steps, samples, finished_only)
+    workspace = Workspace(Path(out), scale, device, progress, steps, samples, finished_only, seed)
     result = importlib.import_module(entry.module).run(workspace)
     lines = (f"{number} {what} for every model, whatever stands above" for number, what in changed.values())
     result = replace(result, scaled_down=(*result.scaled_down, *lines))
     options = "".join(f" {option} {number}" for option, (number, _) in changed.items())
+    if seed:
+        options += f" --seed {seed}"
     if workspace.left_out:
         if not any(table.rows for table in result.tables):
             raise Unfinished(f"{out}: nothing of {name} is finished at scale {scale}; leave out --finished to make it")

@@ -137,7 +137,7 @@ def run(work: Workspace) -> Result:
     comparison = compare(
         source, setting.budget, folder, [name for name in names if name not in missing], setting.clock,
         limit=setting.test, device=torch.device(work.device), data=data, progress=work.progress, log_z=setting.log_z,
-        normalised=setting.normalised,
+        normalised=setting.normalised, seed=work.seed,
     )  # fmt: skip
     tables = _own_table(models, setting), _compared_table(comparison)
     notes = [

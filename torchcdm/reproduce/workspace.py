@@ -49,6 +49,7 @@ class Workspace:
         steps: Of every training; the scale's when None.
         sample_count: Of every sample set; the scale's when None.
         finished_only: Trains and samples nothing: what is missing raises :class:`Unfinished`.
+        seed: Of trainings and samples; data sets and the noise of measurements are the same for all seeds.
 
     Attributes:
         device: Where everything is computed.
@@ -64,9 +65,11 @@ class Workspace:
         steps: int | None = None,
         sample_count: int | None = None,
         finished_only: bool = False,
+        seed: int = 0,
     ) -> None:
         self.root, self.scale, self.progress = root, scale, progress
         self.steps, self.sample_count, self.finished_only = steps, sample_count, finished_only
+        self.seed = seed
         self.left_out: list[str] = []
         self.device = str(best_device() if device is None else checked_device(device))
 
@@ -84,8 +87,9 @@ class Workspace:
         """Path of a figure."""
         return self.figures / f"{name}-{self.scale}.png"
 
-    def shortened(self, config: Config) -> Config:
-        """The configuration with the steps of this workspace; what is counted in steps shrinks with them."""
+    def adjusted(self, config: Config) -> Config:
+        """The configuration with the seed and the steps of this workspace; what is counted in steps shrinks with them."""
+        config = replace(config, train=replace(config.train, seed=self.seed))
         if self.steps is None:
             return config
         share = self.steps / config.train.steps
