@@ -88,7 +88,7 @@ class Workspace:
         return self.figures / f"{name}-{self.scale}.png"
 
     def adjusted(self, config: Config) -> Config:
-        """The configuration with the seed and the steps of this workspace; what is counted in steps shrinks with them."""
+        """The configuration with this workspace's seed and steps; what is counted in steps shrinks with them."""
         config = replace(config, train=replace(config.train, seed=self.seed))
         if self.steps is None:
             return config
