@@ -10,6 +10,7 @@ from torchcdm.building import build_backbone, build_model, build_schedule, resol
 from torchcdm.codec import decode, differences, encode, merge
 from torchcdm.config import (
     Config,
+    LearnedConfig,
     LogSNRConfig,
     ModelConfig,
     file_fields,
@@ -160,12 +161,13 @@ def test_share_of_a_training_is_that_of_its_steps_or_time():
 # --- names to classes ------------------------------------------------------------------------------------------
 
 
-def test_the_ladder_begins_at_half_a_grey_level():
+@pytest.mark.parametrize("ladder", [LogSNRConfig, LearnedConfig])
+def test_the_ladder_begins_at_half_a_grey_level(ladder):
     transform = DataTransform.images((1, 8, 8), levels=17)
-    config = resolve(ModelConfig(schedule=LogSNRConfig(T=50)), transform)
+    config = resolve(ModelConfig(schedule=ladder(T=50)), transform)
     schedule = build_schedule(config.schedule)
-    assert math.isclose(float(schedule.ratio[1]), 1 / 17)
-    given = resolve(ModelConfig(schedule=LogSNRConfig(T=50, r_min=0.3)), transform)
+    assert math.isclose(float(schedule.ratio[1].detach()), 1 / 17)
+    given = resolve(ModelConfig(schedule=ladder(T=50, r_min=0.3)), transform)
     assert given.schedule.r_min == 0.3
 
 

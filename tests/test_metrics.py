@@ -9,11 +9,12 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood import consistency, single_pass
+from torchcdm.losses import bound_weights
 from torchcdm.metrics import BATCH, at_all_levels, level_sums, noisy_batches, posterior_curves, validate
 from torchcdm.ratio import best_share
 from torchcdm.reproduce import fig9
 from torchcdm.reproduce.denoised import denoised
-from torchcdm.schedules import UniformSigmaSchedule
+from torchcdm.schedules import LinearSchedule, UniformSigmaSchedule
 from torchcdm.units import DataTransform
 
 SCHEDULE = UniformSigmaSchedule(10)
@@ -112,6 +113,19 @@ def test_validation_is_the_loss_and_one_pass():
     values, means = validate(model, x, None, 2.0, 3.0), level_sums(model, x).means()
     assert values["loss"] == pytest.approx(3 * means["mse"] + 2 / 9 * means["ce"])
     assert values["nll"] == single_pass(model, x).mean_and_error()[0]
+
+
+def test_validation_of_a_bound_is_its_sum_over_the_levels():
+    class Nothing(torch.nn.Module):
+        def forward(self, x, t, y=None):
+            return 0 * x
+
+    schedule, x = LinearSchedule(30), images(3200)
+    ddm = DenoisingDiffusion(Nothing(), schedule, DataTransform.images(x.shape[1:], 17))
+    values = validate(ddm, x, None, weighting="bound")
+    # The squared error of no estimate is 1 at every level.
+    assert values["loss"] == pytest.approx(float(bound_weights(schedule).sum()), rel=0.03)
+    assert values["mse"] == pytest.approx(1, rel=0.03) and validate(ddm, x, None)["loss"] == values["mse"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,11 @@ def test_variants_differ_in_what_they_are_named_after(scale):
     assert uniform.name == "uniform-sigma" and uniform.T == both.model.schedule.T
     assert ot.name == "optimal-transport" and ot.T == both.model.schedule.T - 1
     ddm, bound, guided = (config(name) for name in ("ddm", "ddm-bound", "ddm-conditional"))
-    assert ddm == bound and ddm.model.kind == "ddm" and ddm.model.backbone.name == "unet" and ddm.train == both.train
+    assert ddm.model.kind == "ddm" and ddm.model.backbone.name == "unet" and ddm.train == both.train
+    assert bound == replace(ddm, loss=replace(ddm.loss, weighting="bound"))
+    learned = config("ddm-learned")
+    assert learned == replace(bound, model=replace(bound.model, schedule=learned.model.schedule))
+    assert learned.model.schedule.name == "learned" and learned.model.schedule.T == both.model.schedule.T
     assert guided.model == replace(ddm.model, labels="input") and guided.loss.label_dropout > 0
     assert config("conditional").model == replace(both.model, labels="input")
 

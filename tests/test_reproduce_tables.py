@@ -14,14 +14,9 @@ from torchcdm.cli import main
 from torchcdm.codec import merge
 from torchcdm.compare import comparison
 from torchcdm.config import make_config, preset_fields
-from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.features import Extractor
 from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain
-from torchcdm.losses import DDMLoss
 from torchcdm.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
-from torchcdm.reproduce.bound import BoundLoss, bound_weights
-from torchcdm.schedules import LinearSchedule
-from torchcdm.units import DataTransform
 
 
 def pixels(source, **_):
@@ -181,32 +176,6 @@ def test_class_means_tell_classes_and_their_spread():
 # --- Table 3 -------------------------------------------------------------------------------------------------------
 
 
-def test_bound_weights_are_those_of_the_reverse_chain():
-    schedule, shape = LinearSchedule(30), (5,)
-    model = DenoisingDiffusion(torch.nn.Identity(), schedule, DataTransform.identity(shape))
-    chain = ReverseChain(model, torch.zeros(30, 5, dtype=torch.float64))
-    eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
-    t = torch.arange(2, 31)
-    kl = chain.kl(schedule.ratio[t, None] * eps_error, t)
-    assert torch.allclose(bound_weights(schedule)[1:] * eps_error.square().sum(1), kl)
-
-
-def test_the_bound_loss_is_l_simple_but_for_its_weights():
-    class Network(torch.nn.Module):
-        def forward(self, x, t, y):
-            return 0.3 * x
-
-    schedule = LinearSchedule(30)
-    model = DenoisingDiffusion(Network(), schedule, DataTransform.identity((5,)))
-    x, eps = (torch.randn(30, 5, dtype=torch.float64, generator=rng(seed)) for seed in (0, 1))
-    t = torch.arange(1, 31)
-    bound, simple = BoundLoss(model)(x, None, t, eps), DDMLoss(model)(x, None, t, eps)
-    ratio = bound["loss"] / simple["loss"]
-    weights = bound_weights(schedule)
-    assert torch.allclose(ratio, weights / weights.mean()) and torch.equal(bound["mse"], simple["mse"])
-    assert float(ratio.mean()) == pytest.approx(1)
-
-
 @pytest.fixture
 def scored(monkeypatch):
     """Likelihoods and speeds measured with next to no evaluations, and no Gaussian in 3072 dimensions."""
@@ -225,7 +194,7 @@ def test_table_3_has_all_systems_and_makes_nothing_twice(tmp_path, short, scored
     content = run("table3", tmp_path)
     own, compared = content["tables"]
     rows = columns(own)
-    assert list(rows) == [*table3.OWN_ROWS.values(), "MintNet", "VDM", "DDPM++ cont."]
+    assert list(rows) == [*table3.OWN_ROWS.values(), "MintNet", "DDPM++ cont."]
     found = {(title, row["likelihood"][0]): row for title in rows for row in rows[title]}
     assert found["CDM, uniform sigma", "one pass, level 0"]["published"] == [2.98]
     assert found["DDM, trained on L", "ELBO"]["published"] == [3.70]

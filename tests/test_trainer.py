@@ -15,6 +15,7 @@ from small_runs import small_config
 from torchcdm import trainer as training
 from torchcdm.building import gaussianized
 from torchcdm.checkpoint import load, load_state, read_info, state_folders
+from torchcdm.cli import main
 from torchcdm.codec import encode
 from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.data import from_object
@@ -23,6 +24,7 @@ from torchcdm.errors import UserError
 from torchcdm.interrupt import Interrupted
 from torchcdm.losses import CDMLoss
 from torchcdm.run_folder import RunFolder, read_metrics
+from torchcdm.samplers import sample
 from torchcdm.trainer import train
 from torchcdm.units import ColumnTransform
 
@@ -192,6 +194,22 @@ def test_ddm_baseline(tmp_path):
     run_training(tmp_path / "run", model__kind="ddm", model__backbone=backbone, train__steps="4")
     assert isinstance(load(tmp_path / "run"), DenoisingDiffusion)
     assert read_info(tmp_path / "run").selected["value"] == "mse"
+
+
+def test_ddm_with_a_learned_schedule(tmp_path):
+    backbone = "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}"
+    ddm = {"model__kind": "ddm", "model__backbone": backbone, "model__schedule": "{name: learned, T: 20}"}
+    bound = ddm | {"model__gaussian": "false", "loss__weighting": "bound"}
+    run_training(tmp_path / "run", **bound, train__steps="4")
+    model, info = load(tmp_path / "run"), read_info(tmp_path / "run")
+    assert info.selected["value"] == "loss"
+    steps = model.schedule.ratio[1:-1].log().diff()
+    assert steps.max() > 1.001 * steps.min(), "trained"
+    assert main(["nll", str(tmp_path / "run"), "--limit", "4", "--methods", "elbo", "--quiet"]) == 0
+    assert sample(model, 2, "ddim", 2).isfinite().all()
+    for changes in ({"model__gaussian": "true"}, {"model__kind": "cdm"}):
+        with pytest.raises(UserError, match="is for a plain diffusion model: --model.kind ddm, --model.gaussian"):
+            run_training(tmp_path / "other", **(bound | changes))
 
 
 def test_joint_labels_and_bfloat16(tmp_path):

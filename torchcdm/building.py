@@ -19,6 +19,7 @@ from torchcdm.config import (
     CosineConfig,
     DataConfig,
     EncoderConfig,
+    LearnedConfig,
     LinearConfig,
     LogSNRConfig,
     LossConfig,
@@ -38,6 +39,7 @@ from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.mixture import ClassMixtures, MixtureMarginals
 from torchcdm.schedules import (
     CosineSchedule,
+    LearnedSchedule,
     LinearSchedule,
     LogSNRSchedule,
     NoiseSchedule,
@@ -113,7 +115,7 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
     """The same with the numbers filled in that are read off the data."""
     schedule = config.schedule
-    if isinstance(schedule, LogSNRConfig) and schedule.r_min is None:
+    if isinstance(schedule, LogSNRConfig | LearnedConfig) and schedule.r_min is None:
         r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
         schedule = replace(schedule, r_min=r_min)
     return replace(config, schedule=schedule)
@@ -142,6 +144,8 @@ def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
             return OptimalTransportSchedule(config.T)
         case LogSNRConfig():
             return LogSNRSchedule(config.T, config.r_min, config.r_max)
+        case LearnedConfig():
+            return LearnedSchedule(config.T, config.r_min, config.r_max)
 
 
 def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
@@ -208,6 +212,8 @@ def build_model(
         raise UserError("model.class_gaussians needs gaussian, and labels joint")
     if config.components < 1 or (config.components > 1 and not config.gaussian):
         raise UserError(f"model.components is {config.components}; above 1 it needs gaussian")
+    if isinstance(config.schedule, LearnedConfig) and (config.gaussian or config.kind == "cdm"):
+        raise UserError("a learned schedule is for a plain diffusion model: --model.kind ddm, --model.gaussian false")
     one_each = config.class_gaussians and config.components == 1
     if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (one_each or not config.gaussian)):
         what = "give a share from 0 to 1; above 0 it needs gaussian, and components with class_gaussians"
@@ -241,7 +247,7 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     if isinstance(model, ClassificationDiffusion):
         weights = config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight
         return CDMLoss(model, *weights, config.logits_from)
-    return DDMLoss(model, config.label_dropout)
+    return DDMLoss(model, config.label_dropout, config.weighting)
 
 
 GAUSSIAN_NUMBERS = 2**27

@@ -170,7 +170,19 @@ class LogSNRConfig:
     r_max: float = 80.0
 
 
-ScheduleConfig = LinearConfig | CosineConfig | UniformSigmaConfig | OptimalTransportConfig | LogSNRConfig
+@dataclass(frozen=True)
+class LearnedConfig:
+    """:class:`torchcdm.schedules.LearnedSchedule`, of a ddm; ``r_min`` as in :class:`LogSNRConfig`."""
+
+    name: Literal["learned"] = "learned"
+    T: int = 1000
+    r_min: float | None = None
+    r_max: float = 80.0
+
+
+ScheduleConfig = (
+    LinearConfig | CosineConfig | UniformSigmaConfig | OptimalTransportConfig | LogSNRConfig | LearnedConfig
+)
 
 # --- the rest ----------------------------------------------------------------------------------------------------
 
@@ -206,9 +218,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """:class:`torchcdm.losses.CDMLoss`; a ddm reads ``label_dropout`` alone.
+    """:class:`torchcdm.losses.CDMLoss`, or :class:`torchcdm.losses.DDMLoss`, which reads ``label_dropout`` and
+    ``weighting`` alone.
 
     Attributes:
+        weighting: Of a ddm's levels: ``simple``, or ``bound`` as in the bound on the likelihood.
         logits_from: Shares of the training between which the weights of the cross-entropy and of the time term rise
             from 0.
     """
@@ -218,6 +232,7 @@ class LossConfig:
     label_dropout: float = 0.1
     time_weight: float = 0.0
     logits_from: tuple[float, ...] = (0.0, 0.0)
+    weighting: Literal["simple", "bound"] = "simple"
 
 
 @dataclass(frozen=True)
@@ -244,7 +259,8 @@ class TrainConfig:
         compile: Compile the loss with torch.compile.
         validate_every: Steps between validations of the averaged weights.
         validation_samples: At most so many validation samples.
-        select: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; for a ddm, mse.
+        select: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; a ddm has ``mse``, or
+            ``loss`` where that is weighted.
         patience: Stop after so many validations without a new best; None never stops early.
         log_every: Steps between lines of metrics.jsonl.
         save_every: Steps between states that a resumed run starts from.

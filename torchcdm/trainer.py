@@ -41,6 +41,9 @@ from torchcdm.optimizers import build_optimizer
 from torchcdm.processes import Processes
 from torchcdm.run_folder import RunFolder, append_metrics, cut_metrics, write_file
 
+DDM_VALUES = {"simple": "mse", "bound": "loss"}
+"""The validation value that names the best plain diffusion model, by the weighting of its loss."""
+
 MAX_BAD_STEPS = 10
 """So many steps in a row without a finite gradient end the training."""
 
@@ -195,7 +198,7 @@ class Trainer:
         )
         x, labels = source.validation.tensors(self.options.validation_samples) if source.validation else (None, None)
         self.validation = None if x is None else (x, labels_for(self.model, labels))
-        self.value = self.options.select if config.model.kind == "cdm" else "mse"
+        self.value = self.options.select if config.model.kind == "cdm" else DDM_VALUES[config.loss.weighting]
 
         self.fingerprint = fingerprint(source)
         self.step, self.updates_lost, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
@@ -377,7 +380,7 @@ class Trainer:
             self._save_model()
             return {}
         loss = self.config.loss
-        values = validate(self.ema.model, *self.validation, loss.ce_weight, loss.mse_weight)
+        values = validate(self.ema.model, *self.validation, loss.ce_weight, loss.mse_weight, loss.weighting)
         value = values[self.value]
         if isinstance(self.loss, CDMLoss) and not self.loss.settled:
             # Logits that are not trained yet make no best model, and no reason to stop.

@@ -16,7 +16,6 @@ from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.denoisers import Denoiser
 from torchcdm.gallery import balanced_labels
 from torchcdm.plots import neighbours
-from torchcdm.reproduce.bound import BoundLoss
 from torchcdm.reproduce.result import Figure
 from torchcdm.reproduce.tre import TRELoss
 from torchcdm.reproduce.workspace import Workspace
@@ -37,10 +36,12 @@ def variants(T: int) -> dict[str, dict[str, Any]]:
     """What each model changes in the configuration of its scale, which has ``T`` noise levels.
 
     ``both`` is the CDM; ``ce`` and ``mse`` have one of its losses; ``tre`` has the logistic losses of adjacent pairs
-    (the earlier ratio estimator); ``ddm`` is the plain diffusion model, and ``ddm-bound`` the same trained on its
-    likelihood bound; the others differ in schedule, or are given the class.
+    (the earlier ratio estimator); ``ddm`` is the plain diffusion model, ``ddm-bound`` the same trained on its
+    likelihood bound, and ``ddm-learned`` along with its schedule; the others differ in schedule, or are given the
+    class.
     """
     ddm = {"model": {"kind": "ddm"}}
+    bound = merge(ddm, {"loss": {"weighting": "bound"}})
     labels = {"model": {"labels": "input"}}
     return {
         "both": {},
@@ -52,12 +53,13 @@ def variants(T: int) -> dict[str, dict[str, Any]]:
         "ot": {"model": {"schedule": {"name": "optimal-transport", "T": T - 1}}},
         "conditional": labels,
         "ddm": ddm,
-        "ddm-bound": ddm,
+        "ddm-bound": bound,
+        "ddm-learned": merge(bound, {"model": {"gaussian": False, "schedule": {"name": "learned", "T": T}}}),
         "ddm-conditional": merge(ddm, {"model": merge(ddm["model"], labels["model"])}),
     }
 
 
-LOSSES: dict[str, Callable[[Any], torch.nn.Module]] = {"tre": TRELoss, "ddm-bound": BoundLoss}
+LOSSES: dict[str, Callable[[Any], torch.nn.Module]] = {"tre": TRELoss}
 """Of the models that another loss trains than their kind's own."""
 
 
