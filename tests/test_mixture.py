@@ -101,6 +101,17 @@ def test_every_far_mode_gets_a_component():
     assert torch.allclose(fitted.log_weights.exp()[nearest.indices], mixture.log_weights.exp(), atol=0.01)
 
 
+def test_far_modes_of_few_rows_get_a_component_each():
+    # Too few rows for the covariance of a piece; scikit-learn's own start leaves out one of these.
+    generator = rng(0)
+    centres = 6 * torch.rand(30, 24, dtype=torch.float64, generator=generator)
+    modes = torch.arange(30).repeat_interleave(torch.linspace(10, 70, 30).long())
+    x = centres[modes] + 0.2 * torch.randn(len(modes), 24, dtype=torch.float64, generator=generator)
+    fitted = MixtureMarginals.fit(x, SCHEDULE, 30, shrinkage=0.1).mixture
+    nearest = torch.cdist(centres, fitted.means).min(1)
+    assert nearest.values.max() < 0.5 and len(nearest.indices.unique()) == 30
+
+
 def test_merging_keeps_moments_and_takes_the_cheapest_pair():
     weights, means = np.array([0.4, 0.1, 0.5]), np.array([[0.0, 0.0], [0.2, 0.0], [9.0, 0.0]])
     covariances = np.stack([np.eye(2), 2 * np.eye(2), np.eye(2)])

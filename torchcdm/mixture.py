@@ -24,8 +24,8 @@ VARIANCE_FLOOR = 1e-5
 """Least variance of a component along any direction, model units: no component shrinks onto one sample."""
 
 PIECES, PIECE_ROWS = 3, 5
-"""EM starts from so many pieces for each component, merged in pairs; from fewer where a piece has not this many rows
-for each number."""
+"""EM starts from so many pieces for each component, merged in pairs; where a piece has not so many rows for each number,
+all are merged as round ones of the same variance."""
 
 TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
@@ -215,35 +215,46 @@ def _fit(
         raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
     x = samples[:: math.ceil(len(samples) / rows)].double().cpu().numpy()
     floor = max(floor, VARIANCE_FLOOR)
-    options = {"reg_covar": floor, "random_state": 0, "tol": tolerance} | _start(x, components, floor)
+    options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = Fitter(components, **options).fit(x)
+        trials = [Fitter(components, **options, **start).fit(x) for start in _starts(x, components, floor)]
+    fitted = max(trials, key=lambda trial: trial.lower_bound_)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
     return weights, means, covariances
 
 
-def _start(x: np.ndarray, components: int, floor: float) -> dict[str, Any]:
+def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
     """Where EM starts: many pieces by k-means, merged down to the components.
 
     As many pieces as modes leave out some modes, which EM does not mend; thrice as many hardly do. Those that share a
-    mode are the cheapest to merge. Empty, for scikit-learn's own start, where pieces would have few rows.
+    mode are the cheapest to merge. Where pieces have few rows scikit-learn's own start, the empty one, is tried too.
     """
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import AgglomerativeClustering, KMeans
 
-    pieces = min(PIECES * components, len(x) // (PIECE_ROWS * x.shape[1]))
-    if components == 1 or pieces < 2 * components:
-        return {}
+    pieces = PIECES * components
+    if components == 1 or len(x) < PIECE_ROWS * pieces:
+        return [{}]
     labels = KMeans(pieces, n_init=1, max_iter=30, random_state=0).fit_predict(x)
     parts = [x[labels == k] for k in range(pieces)]
     parts = [part for part in parts if len(part)]
     if len(parts) < components:
-        return {}
+        return [{}]
     weights = np.array([len(part) / len(x) for part in parts])
     means = np.stack([part.mean(0) for part in parts])
-    covariances = np.stack([np.atleast_2d(np.cov(part.T, bias=True)) for part in parts]) + floor * np.eye(x.shape[1])
-    weights, means, covariances = merged(weights, means, covariances, components)
-    return {"weights_init": weights, "means_init": means, "precisions_init": np.linalg.inv(covariances)}
+    if len(x) >= PIECE_ROWS * pieces * x.shape[1]:
+        covariances = np.stack([np.atleast_2d(np.cov(part.T, bias=True)) for part in parts])
+        weights, means, covariances = merged(weights, means, covariances + floor * np.eye(x.shape[1]), components)
+        return [{"weights_init": weights, "means_init": means, "precisions_init": np.linalg.inv(covariances)}]
+    groups = AgglomerativeClustering(components, linkage="ward").fit_predict(means)
+    shares = weights * (groups == np.arange(components)[:, None])
+    variance = floor + weights @ [part.var(0).mean() for part in parts]
+    merged_start = {
+        "weights_init": shares.sum(1),
+        "means_init": shares @ means / shares.sum(1, keepdims=True),
+        "precisions_init": np.stack([np.eye(x.shape[1]) / variance] * components),
+    }
+    return [{}, merged_start]
 
 
 def merged(
