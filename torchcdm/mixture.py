@@ -24,8 +24,8 @@ VARIANCE_FLOOR = 1e-5
 """Least variance of a component along any direction, model units: no component shrinks onto one sample."""
 
 PIECES, PIECE_ROWS = 3, 5
-"""EM starts from so many pieces for each component, merged in pairs; where a piece has not so many rows for each number
-all are merged as round ones of the same variance."""
+"""EM starts from so many pieces for each component, merged in pairs; where pieces have not so many rows for each
+number, all are merged as round ones of the same variance."""
 
 TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
