@@ -1,5 +1,6 @@
 """The benchmarks run; what they measure is for their pages, not for a test that a busy machine could fail."""
 
+import itertools
 import json
 import runpy
 from functools import partial
@@ -11,6 +12,7 @@ from small_runs import small_config
 
 from torchcdm import DensityRatio
 from torchcdm.anomaly import SCORES
+from torchcdm.compare.budget import CLOCKS
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
 from torchcdm.trainer import train
@@ -25,6 +27,10 @@ def benchmark(monkeypatch):
     return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
 
 
+def not_json(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+
 @pytest.fixture
 def report_of(benchmark, tmp_path):
     """Runs a benchmark, with other values for some of its names, and gives its rows."""
@@ -33,7 +39,7 @@ def report_of(benchmark, tmp_path):
         main, report = benchmark(name)["main"], tmp_path / "report.json"
         main.__globals__.update(values)
         main([*words, "--json", str(report)])
-        return json.loads(report.read_text())["rows"]
+        return json.loads(report.read_text(), parse_constant=not_json)["rows"]
 
     return run
 
@@ -157,6 +163,14 @@ def test_table_density_scores_all_contenders_on_the_same_rows(rows_of):
                                                                 "kde": 36}  # fmt: skip
     assert finite(rows.values(), "nats", "se")
     assert finite((rows[name] for name in ("nsf", "gmm", "kde")), "validation")
+
+
+def test_table_density_gives_the_cdm_the_budget_of_the_others(rows_of, monkeypatch):
+    looks = itertools.count()  # each takes a hundredth of a second
+    monkeypatch.setitem(CLOCKS, "processor", lambda: next(looks) / 100)
+    words = ["--tables", "wine", "--folds", "1", "--budget", "0.4", "--contenders", "cdm"]
+    rows = rows_of("table_density", *words, CDMDensity=partial(CDMDensity, **TINY | {"steps": 10**6}), FLOW_ROWS=5)
+    assert rows["cdm"]["seconds"] == pytest.approx(0.4, abs=0.05)
 
 
 def test_the_density_of_the_houses_integrates_to_one(benchmark):

@@ -41,6 +41,27 @@ def table(n=80, seed=0):
     return pd.DataFrame(x + [1e9, 0, -7], columns=["time", "level", "flow"])
 
 
+def test_max_seconds_counts_the_choice_of_the_mixture(monkeypatch):
+    # A clock that every look moves by a second, and every choice by twenty.
+    seconds, choose = 0.0, estimators_base.best_mixture
+
+    def look():
+        nonlocal seconds
+        seconds += 1
+        return seconds
+
+    def best_mixture(*given):
+        nonlocal seconds
+        seconds += 20
+        return choose(*given)
+
+    monkeypatch.setattr(estimators_base, "best_mixture", best_mixture)
+    density = CDMDensity(**TINY | {"steps": 10**6, "max_seconds": 30})
+    density.clock = look
+    density.fit(table())
+    assert 30 <= seconds <= 33
+
+
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 

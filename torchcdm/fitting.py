@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -82,7 +83,13 @@ def fit(
 
 
 @contextmanager
-def trained(config: Config, source: DataSource, device: str | None, progress: bool) -> Iterator[Path]:
+def trained(
+    config: Config,
+    source: DataSource,
+    device: str | None,
+    progress: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Path]:
     """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
 
     Args:
@@ -90,6 +97,7 @@ def trained(config: Config, source: DataSource, device: str | None, progress: bo
         source: The data.
         device: As in :func:`torchcdm.trainer.train`.
         progress: Likewise.
+        clock: Likewise.
 
     Raises:
         Interrupted: A signal stopped the training; nothing is left of it.
@@ -98,7 +106,7 @@ def trained(config: Config, source: DataSource, device: str | None, progress: bo
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         try:
-            train(config, folder, in_units(source, config.data), device=device, progress=progress)
+            train(config, folder, in_units(source, config.data), device=device, progress=progress, clock=clock)
         except Interrupted as error:
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
         yield folder

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -56,6 +57,9 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
 WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
 
+SHORTEST = 1e-3
+"""Seconds of a training for which no time is left: one step."""
+
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
 """Numbers of components that are tried, except of wide tables: a covariance has half the square of the columns."""
 
@@ -92,7 +96,7 @@ class TableEstimator(BaseEstimator):
             the shrinkage of their covariances, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``validate_every`` in
             ``overrides``.
-        max_seconds: Training stops after so much time.
+        max_seconds: Training stops when fitting has taken so much time, the choice of the mixture included.
         validation_fraction: Share of the rows that early stopping watches, and that training does not see.
         discrete: What to do with columns of few distinct values: ``dequantize`` adds noise over the distance between
             two values, ``error`` refuses them.
@@ -113,6 +117,8 @@ class TableEstimator(BaseEstimator):
     """
 
     save_format: ClassVar[int] = 1
+    clock: Callable[[], float] = time.monotonic
+    """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share."""
 
     def __init__(
         self,
@@ -194,6 +200,7 @@ class TableEstimator(BaseEstimator):
             rows: Rows of training without copies.
             seed: Of everything random.
         """
+        began = self.clock()
         # Residuals of a regression lie on no values.
         values = self.columns_.kept_values if contexts is None else {}
         # They come dequantised: the transform must not add noise a second time.
@@ -219,7 +226,10 @@ class TableEstimator(BaseEstimator):
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
         config = make_config(preset_fields(self.preset), override_fields(layer))
-        with trained(config, source, self.device, bool(self.verbose)) as run:
+        if config.train.max_seconds is not None:
+            left = max(config.train.max_seconds - (self.clock() - began), SHORTEST)
+            config = replace(config, train=replace(config.train, max_seconds=left))
+        with trained(config, source, self.device, bool(self.verbose), self.clock) as run:
             model, info = load(run, self.device or "cpu"), read_info(run)
         if not isinstance(model, ClassificationDiffusion):
             raise UserError("model.kind is ddm, which has no density; leave it out")
