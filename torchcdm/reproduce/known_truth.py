@@ -178,27 +178,6 @@ _KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """A model's errors, and what they are of.
-
-    Attributes:
-        schedule: On the CPU.
-        kept: Share of the network's correction.
-        steps: Of the training.
-        seconds: Of the training, and of fits before it.
-        x: Test samples (N, d).
-        found: Errors at :func:`torchcdm.reproduce.truth.noisy_copies` of them.
-    """
-
-    schedule: NoiseSchedule
-    kept: float
-    steps: int
-    seconds: float
-    x: Tensor
-    found: LevelErrors
-
-
 def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str) -> dict[str, Any]:
     count, name = setting.train[dim], f"known-truth-{dim}d-{modes}modes"
     exact = mixture(dim, modes)
@@ -218,8 +197,7 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
         layers.append({"model": model, "train": {"steps": steps, **_intervals(steps)}})
     config = work.adjusted(make_config(*layers))
 
-    @functools.cache
-    def scored() -> _Scored:
+    def make() -> dict[str, Any]:
         clock = time.process_time if work.device == "cpu" else time.monotonic
         began = clock()
         model, trained = work.model(name, config, source(), clock=clock)
@@ -230,36 +208,22 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
             parameter.data *= kept
         x = source().test.tensors()[0]
         found = level_errors(model, exact, x, spread_levels(model.schedule.T, setting.levels))
-        # The exact densities are computed on the CPU.
-        return _Scored(model.schedule.cpu(), kept, trained["steps"], seconds, x, found)
-
-    def make() -> dict[str, Any]:
-        one = scored()
-        found, clean = one.found, one.found.error[0]
+        schedule, clean = model.schedule.cpu(), found.error[0]  # the exact densities are computed on the CPU
         return {
             "exact": float(found.exact[0].mean()), "error": float(clean.mean()), "absolute": float(clean.abs().mean()),
             "absolute_per_dim": float(clean.abs().mean()) / dim,
-            "known_modes": known_modes_error(exact, count, one.x, found.exact[0]) / dim,
+            "known_modes": known_modes_error(exact, count, x, found.exact[0]) / dim,
             "largest_per_dim": float(found.error.abs().mean(1).max()) / dim,
-            **weights_under(exact, one.x, 0, one.schedule, clean),
-            "components": chosen["components"], "kept": one.kept,
-            "levels": [level / (one.schedule.T + 1) for level in found.levels],
+            **weights_by_level(exact, x, schedule, found),
+            "components": chosen["components"], "kept": kept,
+            "levels": [level / (schedule.T + 1) for level in found.levels],
             "error_by_level": (found.error.mean(1) / dim).tolist(),
             "absolute_by_level": (found.error.abs().mean(1) / dim).tolist(),
-            "steps": one.steps, "seconds": round(one.seconds, 1),
+            "steps": trained["steps"], "seconds": round(seconds, 1),
         }  # fmt: skip
 
     facts = {"settings": encode(config), "train": count, "test": setting.test, "levels": setting.levels}
-    values = work.numbers(name, facts, make)
-    if not work.has_model(name):
-        return values  # kept without its model, which is not trained again for one more column
-
-    def weights() -> dict[str, Any]:
-        one = scored()
-        return weights_by_level(exact, one.x, one.schedule, one.found)
-
-    what = f"{dim} dimensions, {modes} modes, from a {start}: weights over levels"
-    return values | (work.finished(what, lambda: work.numbers(f"{name}-weights", facts, weights)) or {})
+    return work.numbers(name, facts, make)
 
 
 def _choose(source: DataSource) -> dict[str, Any]:
@@ -339,12 +303,14 @@ def weights_by_level(
         found: The model's errors.
 
     Returns:
-        ``largest_weight_error`` over the levels; of each of them ``weight_error_by_level`` and ``share_by_level``.
+        Those of the first level; ``largest_weight_error`` over all; of each ``weight_error_by_level`` and
+        ``share_by_level``.
     """
     copies = zip(noisy_copies(x, schedule, found.levels), found.error, strict=True)
     values = [weights_under(exact, x_t, t, schedule, error) for (t, x_t), error in copies]
     errors, shares = ([value[key] for value in values] for key in ("weight_error", "share"))
-    return {"largest_weight_error": max(errors), "weight_error_by_level": errors, "share_by_level": shares}
+    over_levels = {"largest_weight_error": max(errors), "weight_error_by_level": errors, "share_by_level": shares}
+    return values[0] | over_levels
 
 
 def _paint(found: Sequence[tuple[int, int, str, dict[str, Any]]], work: Workspace) -> Any:

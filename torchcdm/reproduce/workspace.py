@@ -132,10 +132,6 @@ class Workspace:
         facts = self._kept(folder.root / FINISHED, encode(config), make)
         return load(folder.root, self.device), facts
 
-    def has_model(self, name: str) -> bool:
-        """Whether :meth:`model` would train nothing."""
-        return (self.root / "runs" / f"{name}-{self.scale}" / FINISHED).exists()
-
     def numbers(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Numbers (JSON) that ``make`` gives, from an earlier call where there was one with the same settings."""
         return self._kept(self.root / "numbers" / f"{name}-{self.scale}.json", dict(settings), make)
