@@ -77,6 +77,8 @@ def test_fields_without_effect_on_sources_and_files_are_refused(tmp_path):
         torchcdm.fit(source, data={"seed": 3}, **TINY)
     with pytest.raises(UserError, match="data.spec has no effect on data from files"):
         torchcdm.fit("toy:rings", data={"spec": "digits"}, **TINY)
+    with pytest.raises(UserError, match="labels have no effect on a DataSource, which has its own; make it with them"):
+        torchcdm.fit(source, torch.arange(60) % 2, **TINY)
     # What is as it would be without is no mistake.
     small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
     assert torchcdm.fit(source, data={"seed": 0, "limit": None}, **small).shape == (2,)

@@ -33,7 +33,7 @@ def from_object(
         data: Tensor (N, d) or (N, C, H, W); numpy array, where channels may come last; a pandas DataFrame or Series; a
             torch Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
             (samples, labels); or a DataSource, which is given back.
-        labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column.
+        labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column. None for a DataSource.
         validation_fraction: Share of validation; 0.1 when None.
         test_fraction: Share of test; 0.1 when None.
         seed: Seed of the split.
@@ -47,6 +47,8 @@ def from_object(
         (3,)
     """
     if isinstance(data, DataSource):
+        if labels is not None:
+            raise UserError("labels have no effect on a DataSource, which has its own; make it with them")
         return data
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
