@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import labelled_mixture, normal, rng
 from scipy.stats import multivariate_normal
+from sklearn.base import clone
 
 from torchcdm import DensityRatio
 from torchcdm.cdm import ClassificationDiffusion
@@ -399,6 +400,25 @@ def test_other_random_states_are_refused(seed):
 def test_sources_that_hardly_overlap_are_said():
     x = normal(60, 2).numpy()
     assert any("hardly overlap" in note for note in DensityRatio(device="cpu", steps=2).fit(x + 20, x).notes)
+
+
+def test_a_clone_has_the_settings_and_is_not_fitted():
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(3, device="cpu", validation_fraction=0.3, steps=2, model={"components": 2}).fit(x + 1, x)
+    again = clone(ratio)
+    with pytest.raises(UserError, match="not fitted"):
+        again.log_ratio(x)
+    again.overrides["model"]["components"] = 1
+    assert ratio.overrides == {"steps": 2, "model": {"components": 2}}, "shared with the clone"
+    assert np.array_equal(clone(ratio).fit(x + 1, x).log_ratio(x), ratio.log_ratio(x))
+
+
+def test_every_setting_is_cloned():
+    other = {"random_state": 1, "method": "separate", "discrete": "error", "validation_fraction": 0.2, "size": (4, 4),
+             "channels": 1, "skip_bad": True, "device": "cpu", "progress": True, "preset": "mlp", "steps": 5}
+    ratio, cloned = vars(DensityRatio(**other)), vars(clone(DensityRatio(**other)))
+    assert ratio == cloned
+    assert all(value != vars(DensityRatio())[name] for name, value in ratio.items() if name != "_models")
 
 
 def test_a_loaded_ratio_can_be_fitted_again_with_its_settings(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -145,6 +146,11 @@ class DensityRatio:
         self.skip_bad = skip_bad
         self.device, self.progress, self.preset, self.overrides = device, progress, preset, overrides
         self._models: list[tuple[ClassificationDiffusion, ModelInfo]] = []
+
+    def __sklearn_clone__(self) -> DensityRatio:
+        """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
+        settings = {key: getattr(self, key) for key in (*SETTINGS, "size", "device", "progress")}
+        return DensityRatio(**settings, **deepcopy(self.overrides))
 
     # --- fitting -------------------------------------------------------------------------------------------------
 
