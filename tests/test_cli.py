@@ -265,14 +265,27 @@ def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table
         assert "no column 'volt' (found: gram, ampere)" in error
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_an_array_on_the_grid_of_the_model_need_not_reach_its_ends(capsys, tmp_path, run, dtype):
+    x = load_data("digits").test.tensors()[0].clamp(1, 9).numpy()
+    path = tmp_path / "some.npy"
+    np.save(path, x.astype(dtype))
+    source = load_data(f"array:{path}", transform=torchcdm.load(run).transform)
+    values = torch.cat([split.tensors()[0].float() for split in (source.train, source.validation, source.test)])
+    assert values.sum((1, 2, 3)).sort()[0].tolist() == sorted(x.sum((1, 2, 3)).tolist())
+    assert np.isfinite(nll_of(capsys, run, "--data", f"array:{path}", "--limit", "5")["one-pass"])
+
+
 @pytest.mark.parametrize("command", ["nll", "evaluate"])
 def test_other_grey_levels_are_refused(capsys, tmp_path, run, table, command):
     draw = np.random.RandomState(0)
     np.save(tmp_path / "bytes.npy", draw.randint(0, 256, (40, 8, 8), dtype=np.uint8))
+    np.save(tmp_path / "signed.npy", draw.randint(-1, 10, (40, 8, 8)))
     np.save(tmp_path / "floats.npy", draw.rand(40, 8, 8))
     np.save(tmp_path / "counts.npy", draw.randint(0, 10, (40, 2)))
     for other, name, message in (
         (run, "bytes", "grey levels 0 ... 255; the model takes grey levels 0 ... 16; rescale them"),
+        (run, "signed", "grey levels -1 ... 9; the model takes grey levels 0 ... 16; rescale them"),
         (run, "floats", "continuous values; the model takes grey levels 0 ... 16; give whole numbers"),
         (table[0], "counts", "grey levels 0 ... 9; the model takes continuous values; give floats"),
     ):

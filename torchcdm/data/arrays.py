@@ -34,7 +34,7 @@ def pool_from(
     x: np.ndarray, y: np.ndarray | None, name: str, options: Options, first: bool = False
 ) -> tuple[MemorySplit, Grid | None, tuple[str, ...] | None, list[str]]:
     """All samples of an array, resized and converted, with their grid, class names and notes."""
-    values, grid, notes = interpret(x, name, first)
+    values, grid, notes = interpret(x, name, first, _grid_of(options.transform))
     if values.ndim == 4:
         values = convert_images(values, grid, options)
     labels, class_names = read_labels(y, len(values), name)
@@ -82,13 +82,16 @@ def as_array(data: Any, name: str) -> np.ndarray:
         raise UserError(f"{name}: the list is not an array of numbers ({error})") from error
 
 
-def interpret(x: np.ndarray, name: str, first: bool = False) -> tuple[Tensor, Grid | None, list[str]]:
+def interpret(
+    x: np.ndarray, name: str, first: bool = False, known: Grid | None = None
+) -> tuple[Tensor, Grid | None, list[str]]:
     """Samples as a tensor with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
     Args:
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
         name: The data, for messages.
         first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
+        known: The grid of whole numbers that all lie between its ends; that of others is read off them.
 
     Raises:
         UserError: Other numbers of axes, values that are not finite numbers, no samples.
@@ -106,7 +109,7 @@ def interpret(x: np.ndarray, name: str, first: bool = False) -> tuple[Tensor, Gr
     if x.dtype.kind != "f":
         low, high = int(x.min()), int(x.max())
         if high - low < 2**16:
-            grid = _grid(low, high)
+            grid = known if known is not None and known[0] <= low and high <= known[1] else _grid(low, high)
             notes.append(f"whole numbers {low} ... {high}: {grid[1] - grid[0] + 1} grey levels.")
             dtype = np.uint8 if x.dtype.kind != "i" and grid[1] < 256 else np.float32
             return torch.from_numpy(np.ascontiguousarray(x, dtype)), grid, notes
@@ -151,6 +154,13 @@ def _grid(low: int, high: int) -> Grid:
     if high < 64:
         return 0, max(high, 1)
     return (0, 255) if high < 256 else (0, 65535)
+
+
+def _grid_of(transform: DataTransform | None) -> Grid | None:
+    """The whole numbers that a model takes; None where it takes no such, or there is no model."""
+    if transform is None or transform.bin != 1 or transform.low is None or transform.high is None:
+        return None
+    return int(transform.low), int(transform.high)
 
 
 def _lattice_note(values: Tensor) -> list[str]:
@@ -255,7 +265,7 @@ def check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTransf
     elif found is None:
         mend = "give whole numbers"
     else:
-        mend = "rescale them; an array's levels are read off its values, which must reach both ends"
+        mend = "rescale them"
     raise UserError(f"{name}: {_levels(found)}; the model takes {_levels(taken)}; {mend}")
 
 
