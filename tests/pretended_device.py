@@ -103,7 +103,7 @@ class _Calls(TorchFunctionMode):
             raise MixedDevices("numpy reads no GPU")
         if func in (torch.Tensor.cpu, torch.Tensor.cuda):
             return self._moved(args[0].clone(), func is torch.Tensor.cuda)
-        if func is torch.Tensor.__deepcopy__:  # copies a storage by no operation
+        if func in (torch.Tensor.__deepcopy__, torch.Tensor.new_tensor):  # made by no operation on the first
             return self._moved(func(*args, **kwargs), self.places.on_gpu(args[0]))
         if func is torch.Tensor.to:
             return self._to(args[0], args[1:], kwargs)

@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from PIL import Image
 from small_runs import small_flags
 
 import torchcdm
-from torchcdm.checkpoint import read_info
 from torchcdm.cli import main
 from torchcdm.compare.baselines import Baseline
 from torchcdm.data import load_data
@@ -367,18 +365,6 @@ def test_noise_of_a_table_is_told_in_deviations_of_its_columns(capsys, tmp_path,
     denoised = np.loadtxt(tmp_path / "out" / "denoised.csv", delimiter=",", skiprows=1)
     assert ((denoised - clean) / deviation).std() < 0.9 * 0.4
     assert "the columns differ in scale; give --level" in refuse(capsys, *words, "--noise-std", "1")
-
-
-def test_denoising_takes_the_transform_that_is_where_the_model_is(capsys, tmp_path, monkeypatch, table):
-    """The one in the description of the run stays behind on another device; here one without any numbers."""
-    run, path = table
-    model, info = torchcdm.load(run), read_info(run)
-    words = ["denoise", run, path, "--level", "9", "--device", "cpu", "--out"]
-    succeed(capsys, *words, tmp_path / "here")
-    monkeypatch.setattr("torchcdm.checkpoint.load", lambda *_: model)
-    monkeypatch.setattr("torchcdm.checkpoint.read_info", lambda _: replace(info, transform=info.transform.to("meta")))
-    succeed(capsys, *words, tmp_path / "there")
-    assert (tmp_path / "here" / "denoised.csv").read_text() == (tmp_path / "there" / "denoised.csv").read_text()
 
 
 def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def test_a_mix_is_noticed():
         y.square().sum().backward()
         assert y.device == layer.weight.grad.device == torch.zeros(1, device=device).device == device
         assert (y.cpu() + torch.zeros(4, 2)).device == x.device == torch.device("cpu")
+        assert y.new_tensor([1.0]).device == device
         assert (y + torch.tensor(1.0)).device == device and y[torch.tensor([0])].device == device
         for mix in (lambda: layer(x), lambda: y + torch.zeros(4, 2), lambda: x[torch.tensor([0], device=device)],
                     lambda: x * y.sum(), lambda: y.detach().numpy()):  # fmt: skip
@@ -58,6 +59,13 @@ def test_images_from_training_to_scores(cdm, labels):
     cdm("score run digits.npy --reference digits.npy digits.npy --fpr 0.5")
 
 
+def test_denoising(cdm):
+    flags = small_flags(report__methods="[]", data__gaussianize="false", train__steps="2", sampling__n="0")
+    cdm("train digits --out run --quiet", *flags)
+    for strength in ("", "--level 4", "--noise-std 2"):
+        cdm(f"denoise run digits.npy --out clean {strength}")
+
+
 def test_a_plain_diffusion_model(cdm):
     network = "{name: unet, channels: 8, multipliers: [1, 2], attention: [], dropout: 0.1}"
     flags = small_flags(report__methods="[]", report__limit="4", train__steps="4", model__backbone=network)
@@ -71,6 +79,9 @@ def test_tables(cdm, components):
         "--sampling.n", "4", "--model.components", components, "--model.schedule", SCHEDULE)  # fmt: skip
     cdm("nll run --limit 4 --flow-steps 2 --methods single,elbo,flow,logz --particles 128 --quiet")
     cdm("score run table.csv --reference table.csv --fpr 0.3")
+    cdm("train table --data table:table.csv --out affine --quiet --train.steps 2 --report.methods [] --sampling.n 0",
+        "--data.gaussianize", "false", "--model.schedule", SCHEDULE)  # fmt: skip
+    cdm("denoise affine table.csv --out clean")
 
 
 def test_estimators_and_ratios(monkeypatch):

@@ -22,7 +22,6 @@ from torchcdm.errors import UserError
 from torchcdm.estimators import CDMDensity, CDMOutlierDetector
 from torchcdm.estimators import base as estimators_base
 from torchcdm.estimators.columns import Columns
-from torchcdm.estimators.density import TableDensity
 
 TINY = {
     "steps": 3, "width": 8, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
@@ -199,14 +198,6 @@ def test_what_the_model_scores_lies_in_the_cells_of_the_row(kind, tmp_path):
         moved = torch.stack(seen) - torch.from_numpy(frame[kept].to_numpy())
         assert not moved[:, :, :3].any()
         assert 0.8 < float(moved[:, :, 3].abs().max()) <= 1
-
-
-def test_the_transform_goes_where_the_model_is(monkeypatch):
-    # The meta device stands for a GPU. The base class scores nothing after training, which nothing can do there.
-    load = estimators_base.load
-    monkeypatch.setattr(estimators_base, "load", lambda *given: load(*given).to("meta"))
-    fitted = TableDensity(**TINY).fit(table(80).assign(state=np.arange(80) % 3))
-    assert {buffer.device.type for buffer in fitted.model_.buffers()} == {"meta"}
 
 
 # --- as people use them ----------------------------------------------------------------------------------------------
