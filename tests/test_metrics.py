@@ -1,5 +1,7 @@
 """Noisy copies of data: what their noise depends on, where they are, and what is measured on them."""
 
+import math
+
 import pytest
 import torch
 from oracles import ZeroBackbone, normal, rng
@@ -9,7 +11,7 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood import consistency, single_pass
-from torchcdm.losses import bound_weights
+from torchcdm.losses import CDMLoss, bound_weights
 from torchcdm.metrics import BATCH, at_all_levels, level_sums, noisy_batches, posterior_curves, validate
 from torchcdm.ratio import best_share
 from torchcdm.reproduce import fig9
@@ -108,11 +110,17 @@ def test_posteriors_are_means_over_inputs_of_each_level():
     assert torch.allclose(p.mean(0), torch.full((5,), 0.2).double(), atol=0.01) and torch.allclose(p, p.T, atol=0.02)
 
 
-def test_validation_is_the_loss_and_one_pass():
-    model, x = model_of_images(), images(100)
-    values, means = validate(model, x, None, 2.0, 3.0), level_sums(model, x).means()
-    assert values["loss"] == pytest.approx(3 * means["mse"] + 2 / 9 * means["ce"])
-    assert values["nll"] == single_pass(model, x).mean_and_error()[0]
+def test_validation_is_the_loss_of_training_and_the_density():
+    # A standard normal is one at every level, so that the cross-entropy is the same at all of them: validation, whose
+    # squared error leaves out both ends, has the loss of the levels between them.
+    x = normal(500, 3).double()
+    model = ClassificationDiffusion(ZeroBackbone(12), SCHEDULE, DataTransform.identity((3,)))
+    values, loss = validate(model, x, None, 2.0, 3.0), CDMLoss(model, 2.0, 3.0)
+    terms = [loss(x[batch.rows], t=batch.t, eps=batch.eps) for batch in at_all_levels(model, x)]
+    each, t = (torch.cat([part[name] for part in terms]) for name in ("loss", "t"))
+    assert values["loss"] == pytest.approx(float(each[(t > 0) & (t <= SCHEDULE.T)].mean()))
+    assert values["ce"] == pytest.approx(math.log(12))
+    assert values["nll"] == pytest.approx(-float(torch.distributions.Normal(0, 1).log_prob(x).sum(1).mean()))
 
 
 def test_validation_of_a_bound_is_its_sum_over_the_levels():
