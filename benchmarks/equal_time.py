@@ -31,11 +31,10 @@ import torch
 
 from torchcdm.building import load_source, plain_model
 from torchcdm.checkpoint import load
-from torchcdm.codec import differences, encode
+from torchcdm.codec import check_settings, encode
 from torchcdm.compare.own import UNLIMITED
 from torchcdm.config import Config, make_config, preset_fields
 from torchcdm.data import DataSource
-from torchcdm.errors import UserError
 from torchcdm.metrics import evaluate
 from torchcdm.run_folder import write_json
 from torchcdm.trainer import train
@@ -79,8 +78,7 @@ def measured(
     kept = folder / RESULT
     if kept.exists():
         numbers = json.loads(kept.read_text(encoding="utf-8"))
-        for field, mine, theirs in differences(settings, numbers.pop("settings")):
-            raise UserError(f"{kept}: was made with {field} = {theirs}, not {mine}; choose another --out")
+        check_settings(kept, settings, numbers.pop("settings"))
         return numbers
     result = train(config, folder, source, resume=True, clock=time.process_time)
     model = load(folder, "cpu")

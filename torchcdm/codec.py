@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torchcdm.errors import UserError, nearest
@@ -84,6 +85,21 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = ""
         elif a != b:
             found.append((here, a, b))
     return found
+
+
+def check_settings(path: Path, mine: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    """Refuses a file that is kept from an earlier call with other settings.
+
+    Args:
+        path: The file.
+        mine: The settings of this call (JSON).
+        kept: Those that the file was made with.
+
+    Raises:
+        UserError: They differ; names a field.
+    """
+    for field, own, other in differences(mine, kept):
+        raise UserError(f"{path}: was made with {field} = {other}, not {own}; remove it, or choose another --out")
 
 
 def _decode_dataclass(kind: type, value: Any, path: str) -> Any:

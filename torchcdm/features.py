@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from torchcdm.checkpoint import load_tensors, read_json, read_tensors
-from torchcdm.codec import differences
+from torchcdm.codec import check_settings
 from torchcdm.data import DataSource, fingerprint, to_bytes
 from torchcdm.data.source import Split
 from torchcdm.errors import UserError
@@ -114,10 +114,7 @@ def kept(stem: Path | None, settings: Mapping[str, Any], make: Callable[[], Kept
     tensor_file, fact_file = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("safetensors", "json"))
     if tensor_file.exists() and fact_file.exists():
         content = read_json(fact_file)
-        for field, mine, theirs in differences(settings, content.get("settings", {})):
-            raise UserError(
-                f"{fact_file}: was made with {field} = {theirs}, not {mine}; remove it, or choose another --out"
-            )
+        check_settings(fact_file, settings, content.get("settings", {}))
         if content.get("sha256") == _hash(tensor_file.read_bytes()):
             return read_tensors(tensor_file), content["facts"]
     tensors, facts = make()

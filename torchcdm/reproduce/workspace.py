@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.checkpoint import load, read_json
-from torchcdm.codec import differences, encode
+from torchcdm.codec import check_settings, encode
 from torchcdm.config import Config, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
@@ -178,10 +178,7 @@ class Workspace:
         settings = json.loads(json.dumps(settings))
         if path.exists():
             kept = read_json(path)
-            for field, mine, theirs in differences(settings, _completed(kept.get("settings", {}))):
-                raise UserError(
-                    f"{path}: was made with {field} = {theirs}, not {mine}; remove it, or choose another --out"
-                )
+            check_settings(path, settings, _completed(kept.get("settings", {})))
             return kept["values"]
         self._check_allowed(path)
         values = make()
