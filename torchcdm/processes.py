@@ -38,10 +38,12 @@ class Processes:
         from accelerate.utils import DistributedDataParallelKwargs
 
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
+        on_cpu = (best_device().type if device is None else device) == "cpu"
         _check_trackers(trackers)
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
         self._accelerator = Accelerator(
-            cpu=several and device == "cpu",
+            cpu=several and on_cpu,
             mixed_precision="no",
             log_with=list(trackers) or None,
             project_dir=str(folder),
@@ -51,6 +53,8 @@ class Processes:
             self._accelerator.init_trackers("torchcdm")
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.main = self._accelerator.is_main_process
+        if several and self.world == 1:
+            raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
         if several:
             self.device = self._accelerator.device
         else:
