@@ -14,6 +14,8 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import save_array, save_grid, save_images, save_table
 from torchcdm.denoisers import Denoiser
+from torchcdm.likelihood.common import labels_of
+from torchcdm.processes import map_rows
 from torchcdm.run_folder import write_file
 from torchcdm.samplers import Sampler, sample
 
@@ -49,7 +51,7 @@ def draw(
     guidance: float = 0.0,
     seed: int = 0,
     progress: bool = False,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Drawn:
     """Samples and their one-pass log-densities.
 
@@ -62,18 +64,16 @@ def draw(
         guidance: Weight of classifier-free guidance.
         seed: Seed.
         progress: Shows a progress bar.
-        batch_size: Samples at a time in the density.
+        batch_size: Samples at a time; as many as memory holds when None.
     """
-    x = sample(model, n, sampler, steps, y, guidance, seed, progress=progress)
+    x = sample(model, n, sampler, steps, y, guidance, seed, batch_size, progress=progress)
     log_p = None
     if isinstance(model, ClassificationDiffusion):
         device = model.schedule.alpha.device
         with torch.no_grad():
-            parts = [
-                model.log_prob(x[part].to(device), y=None if y is None else y[part].to(device)).cpu()
-                for part in torch.arange(n).split(batch_size)
-            ]
-        log_p = torch.cat(parts)
+            log_p = map_rows(
+                lambda rows: model.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size
+            )
     return Drawn(x, y, log_p, seed)
 
 

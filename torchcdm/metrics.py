@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torchcdm.data import Split
 from torchcdm.denoisers import Denoiser, working_dtype
 from torchcdm.likelihood import single_pass
 from torchcdm.losses import bound_weights, stratified_levels
+from torchcdm.processes import map_rows
 from torchcdm.schedules import Level, NoiseSchedule
 
 BATCH = 256
@@ -131,18 +133,25 @@ def level_sums(model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int =
     sums = torch.zeros(4, model.schedule.T + 2, dtype=torch.float64)
     for batch in at_all_levels(model, x, draws, seed):
         label = None if y is None else y[batch.rows].to(batch.t.device)
-        ce = correct = torch.zeros(len(batch.t), device=batch.t.device)
-        if isinstance(model, ClassificationDiffusion):
-            result = model.evaluate(batch.x_t, batch.t, label)
-            eps_hat, log_p = result.eps, result.unconditional
-            ce = torch.nn.functional.cross_entropy(log_p, batch.t, reduction="none")
-            correct = (log_p.argmax(1) == batch.t).float()
-        else:
-            eps_hat = model.denoise(batch.x_t, batch.t, label).eps
-        mse = (batch.eps - eps_hat).square().flatten(1).mean(1)
-        values = torch.stack([torch.ones_like(mse), mse, ce, correct]).double().cpu()
-        sums.index_add_(1, batch.t.cpu(), values)
+        # All processes draw the noise of the whole batch, and share the network.
+        values = map_rows(partial(_errors, model, batch, label), len(batch.t))
+        sums.index_add_(1, batch.t.cpu(), values.T)
     return LevelSums(*sums)
+
+
+def _errors(model: Denoiser, batch: NoisyBatch, y: Tensor | None, rows: slice) -> Tensor:
+    """One, squared error, cross-entropy and hit of each copy, (B, 4) float64 on the CPU."""
+    x_t, t, y = batch.x_t[rows], batch.t[rows], None if y is None else y[rows]
+    ce = correct = torch.zeros(len(t), device=t.device)
+    if isinstance(model, ClassificationDiffusion):
+        result = model.evaluate(x_t, t, y)
+        eps_hat, log_p = result.eps, result.unconditional
+        ce = torch.nn.functional.cross_entropy(log_p, t, reduction="none")
+        correct = (log_p.argmax(1) == t).float()
+    else:
+        eps_hat = model.denoise(x_t, t, y).eps
+    mse = (batch.eps[rows] - eps_hat).square().flatten(1).mean(1)
+    return torch.stack([torch.ones_like(mse), mse, ce, correct], 1).double().cpu()
 
 
 @dataclass(frozen=True)

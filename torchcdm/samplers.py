@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
+from torchcdm.processes import map_rows, share
 
 
 @dataclass(frozen=True)
@@ -281,14 +282,14 @@ def sample(
             context takes the contexts (n, context), or one for all.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w.
         seed: Seed, not negative.
-        batch_size: Samples at a time; by size when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
         levels: Strictly decreasing levels to visit instead of ``steps``, the last where sampling stops.
         shape: Event shape; the denoiser's own when None.
         units: ``data`` (not rounded to grey levels), or ``model``.
         start: x at the first level, model units (n, *shape). When None, a draw from the model's base density at
             level T: its fitted Gaussian's, or standard normal noise.
         progress: Shows a progress bar.
-        callback: Called after each step.
+        callback: Called after each step; of several processes, in each with its own samples.
 
     Returns:
         (n, *shape) on the CPU.
@@ -313,34 +314,28 @@ def sample(
         if labels is None:
             raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
         denoiser = denoiser.guided(guidance)
-    if batch_size is None:
-        batch_size = max(64, 2**18 // math.prod(shape))
-    elif batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    device = denoiser.schedule.alpha.device
+    dtype = working_dtype(denoiser, torch.get_default_dtype())
+    bar = _progress_bar(len(share(n)) * (len(path) - 1), progress)
 
-    batches = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
-    bar = _progress_bar(len(batches) * (len(path) - 1), progress)
-    results = []
+    def draw(rows: slice) -> Tensor:
+        draws = sample_noise(seed, range(n)[rows], shape, len(path) if rule.stochastic else 1, dtype)
+        first = next(draws).to(device)
+        x = denoiser.start(first) if start is None else start[rows].to(device, dtype)
+        label = None if labels is None else labels[rows].to(device)
+        previous = None
+        for t, s in zip(path, path[1:], strict=False):
+            noise = next(draws).to(device) if rule.stochastic else None
+            x, previous = rule.step(denoiser, x, t, s, label, noise, previous)
+            if callback is not None:
+                callback(s, x, previous.prediction)
+            bar.update(len(x))
+        if units == "data" and denoiser.transform is not None:
+            x = denoiser.transform.inverse(x)
+        return x.cpu()
+
     with evaluation_mode(denoiser), torch.no_grad(), bar:
-        device = denoiser.schedule.alpha.device
-        dtype = working_dtype(denoiser, torch.get_default_dtype())
-        for rows in batches:
-            here = slice(rows.start, rows.stop)
-            draws = sample_noise(seed, rows, shape, len(path) if rule.stochastic else 1, dtype)
-            first = next(draws).to(device)
-            x = denoiser.start(first) if start is None else start[here].to(device, dtype)
-            label = None if labels is None else labels[here].to(device)
-            previous = None
-            for t, s in zip(path, path[1:], strict=False):
-                noise = next(draws).to(device) if rule.stochastic else None
-                x, previous = rule.step(denoiser, x, t, s, label, noise, previous)
-                if callback is not None:
-                    callback(s, x, previous.prediction)
-                bar.update()
-            if units == "data" and denoiser.transform is not None:
-                x = denoiser.transform.inverse(x)
-            results.append(x.cpu())
-    return torch.cat(results)
+        return map_rows(draw, n, batch_size, own=max(64, 2**18 // math.prod(shape)))
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
@@ -427,7 +422,7 @@ def _labels(denoiser: Denoiser, y: Tensor | int | None, n: int) -> Tensor | None
 def _progress_bar(total: int, show: bool):  # noqa: ANN202 (tqdm is imported here alone)
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="sampling", unit="step", disable=not show)
+    return tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not show)
 
 
 def _given(noise: Tensor | None, name: str) -> Tensor:

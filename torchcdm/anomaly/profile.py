@@ -9,16 +9,16 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import evaluation_mode, working_dtype
+from torchcdm.processes import map_rows
 from torchcdm.schedules import NoiseSchedule
 
 COARSE_NOISE = 0.5
 """Noise, in model units, that leaves the coarse picture: data have a scale of about one."""
 
 NOISE_SEED = 0
-BATCH_SIZE = 500
 
 
-def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int | None = None) -> Tensor:
     """log p_t(x) at every level, the input itself unchanged from level to level: one forward pass.
 
     Data on a grid are dequantised by one fixed draw of the noise for all inputs, so that the profile is a function of
@@ -27,7 +27,7 @@ def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int = B
     Args:
         model: The model; put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
-        batch_size: Inputs evaluated at once.
+        batch_size: Inputs at a time; as many as memory holds, at most 500, when None.
 
     Returns:
         Nats, float64 (N, T+2) on the CPU; in data units where the model has a transform: what the map to model units
@@ -42,23 +42,26 @@ def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int = B
     return _evaluate(model, levels, x, batch_size)
 
 
-def log_density(model: ClassificationDiffusion, x: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+def log_density(model: ClassificationDiffusion, x: Tensor, batch_size: int | None = None) -> Tensor:
     """log p_0(x) in data units, float64 (N,) on the CPU; arguments and dequantisation as in :func:`level_profile`."""
     return _evaluate(model, model.log_prob, x, batch_size)
 
 
 @torch.no_grad()
 def _evaluate(
-    model: ClassificationDiffusion, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int
+    model: ClassificationDiffusion, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
 ) -> Tensor:
     """``density`` of dequantised batches in data units, on the model's device and in its precision."""
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     noise = torch.zeros(x.shape[1:], dtype=torch.float64)
     if model.transform is not None:
         noise = model.transform.add_noise(noise, torch.Generator().manual_seed(NOISE_SEED))
+
+    def one(rows: slice) -> Tensor:
+        return density((x[rows].cpu().double() + noise).to(device, dtype)).cpu()
+
     with evaluation_mode(model):
-        parts = [density((part.double() + noise).to(device, dtype)).cpu() for part in x.cpu().split(batch_size)]
-    return torch.cat(parts)
+        return map_rows(one, len(x), batch_size)
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:

@@ -50,9 +50,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def device_of(name: str | None) -> torch.device:
     """The device asked for, checked; the best there is otherwise."""
-    from torchcdm.processes import best_device, checked_device
+    from torchcdm.processes import chosen_device
 
-    return best_device() if name is None else checked_device(name)
+    return chosen_device(name)
 
 
 def check_writable(path: Path | None) -> None:

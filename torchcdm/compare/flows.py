@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.gradient import Recipe, Trainable, seeded, train
 from torchcdm.compare.peer import SCORING_SEED, FittedDensity, Peer, Samples, Task, Training, dequantised
-from torchcdm.likelihood.common import batches
 
 BATCH = 500
 STANDARDISED_ON = 10_000
@@ -73,7 +72,7 @@ class FlowModule(Trainable):
 
     def validation_loss(self, z: Tensor) -> float:
         with torch.no_grad():
-            parts = [self.log_prob(z[rows]).double() for rows in batches(len(z), BATCH)]
+            parts = [self.log_prob(part).double() for part in z.split(BATCH)]
         return -float(torch.cat(parts).mean())
 
 
@@ -133,9 +132,9 @@ class FittedFlow(FittedDensity):
         # Seeded for flows whose log-determinant is estimated with random probes.
         with seeded(SCORING_SEED), torch.no_grad():
             parts, calls = [], []
-            for rows in batches(len(z), BATCH):
+            for part in z.split(BATCH):
                 with calls_of(self.module.network) as counted:
-                    parts.append(self.module.log_prob(z[rows].float().to(self.device)).double().cpu())
+                    parts.append(self.module.log_prob(part.float().to(self.device)).double().cpu())
                 calls.append(counted[0])
         self._nfe = max(calls)
         return torch.cat(parts)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
-from torchcdm.likelihood.common import batches, labels_of
+from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import reference_gaussian
+from torchcdm.processes import map_rows
 
 CALIBRATION_SAMPLES = 256
 """Model samples from which the variances are measured: each is then right within about a tenth."""
@@ -50,7 +51,7 @@ class ReverseChain:
         y: Tensor | None = None,
         n: int = CALIBRATION_SAMPLES,
         seed: int = 0,
-        batch_size: int = 500,
+        batch_size: int | None = None,
     ) -> ReverseChain:
         """Variances measured at every level on samples of the model itself.
 
@@ -62,7 +63,7 @@ class ReverseChain:
                 over them. None for none.
             n: Samples.
             seed: Seed of all noise.
-            batch_size: Samples at a time.
+            batch_size: Samples at a time; as many as memory holds, at most 500, when None.
         """
         chain, T = cls(denoiser), denoiser.schedule.T
         if y is not None:
@@ -75,26 +76,28 @@ class ReverseChain:
             for t in range(1, T + 1):
                 eps = torch.randn(n, *shape, generator=generator, dtype=x_0.dtype).to(device)
                 x_t = denoiser.schedule.perturb(x_0, t, eps)
-                for rows in batches(n, batch_size):
-                    x0 = chain.x0(x_t[rows], t, labels_of(y, rows, device))
-                    squares[t - 1] += chain.rotate(x_0[rows] - x0).square().sum(0)
+                squares[t - 1] = chain.rotate(x_0 - chain.means(x_t, t, y, batch_size)).square().sum(0)
         return cls(denoiser, squares / n)
 
-    def sample(self, n: int, generator: torch.Generator, y: Tensor | None = None, batch_size: int = 500) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator, y: Tensor | None = None, batch_size: int | None = None
+    ) -> Tensor:
         """Draws of x_0 by the chain itself over all levels, model units, float64 (n, *shape)."""
         device, dim = self.schedule.alpha.device, self.reference.variances.numel()
 
         def normal() -> Tensor:
             return torch.randn(n, dim, generator=generator, dtype=torch.float64).to(device)
 
-        def mean(t: int) -> Tensor:
-            return torch.cat([self.x0(x[rows], t, labels_of(y, rows, device)) for rows in batches(n, batch_size)])
-
         x, _ = self.start(normal())
         with evaluation_mode(self.denoiser):
             for t in range(self.schedule.T, 1, -1):
-                x, _ = self.step(x, mean(t), t, t - 1, normal())
-            return mean(1) + self.reference.rotation.inverse(normal() * self.variances[0].sqrt())
+                x, _ = self.step(x, self.means(x, t, y, batch_size), t, t - 1, normal())
+            spread = self.reference.rotation.inverse(normal() * self.variances[0].sqrt())
+            return self.means(x, 1, y, batch_size) + spread
+
+    def means(self, x_t: Tensor, t: int, y: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+        """:meth:`x0` of many samples, by batches."""
+        return map_rows(lambda rows: self.x0(x_t[rows], t, labels_of(y, rows, x_t.device)), len(x_t), batch_size)
 
     def x0(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t], float64, shape of ``x_t``."""

@@ -1,8 +1,8 @@
-"""What the likelihoods share: batches, and noise that does not depend on them."""
+"""What the likelihoods share: where data are scored, and noise that does not depend on batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,14 +58,6 @@ def dithered(transform: DataTransform, x: Tensor, rows: slice, seed: int) -> Ten
     if not transform.dequantize:
         return x[rows].double()
     return draw_rows(seed, DEQUANTISE, rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g)).to(x.device)
-
-
-def batches(n: int, size: int) -> Iterator[slice]:
-    """Slices that cover ``n`` samples, the last one too."""
-    if n < 1:
-        raise UserError("there is nothing to score: the data are empty")
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def draw_rows(

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import evaluation_mode, working_dtype
-from torchcdm.likelihood.common import CHAIN, batches, dithered, draw_normal, labels_of, require_transform
+from torchcdm.likelihood.common import CHAIN, dithered, draw_normal, labels_of, require_transform
 from torchcdm.likelihood.flow import flow_gaps
 from torchcdm.likelihood.single_pass import noised
+from torchcdm.processes import map_rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class LogProbGaps:
 
 @torch.no_grad()
 def consistency(
-    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, seed: int = 0, batch_size: int = 500
+    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, seed: int = 0, batch_size: int | None = None
 ) -> Consistency:
     """Ratios of neighbouring levels on noised data; T + 2 forward passes.
 
@@ -74,24 +75,27 @@ def consistency(
         x: Data units, (N, *shape), N at least 2.
         y: Classes, long (N,), or None.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
     """
     transform, schedule = require_transform(model), model.schedule
     dtype, device = working_dtype(model, torch.float64), schedule.alpha.device
-    down, up = (torch.empty(schedule.T + 1, len(x), dtype=torch.float64) for _ in range(2))
+
+    def ratios(rows: slice) -> tuple[Tensor, Tensor]:
+        x_0 = transform(dithered(transform, x, rows, seed).to(device))
+        labels, down, up = labels_of(y, rows, device), [], []
+        for t in range(schedule.T + 2):
+            x_t = schedule.perturb(x_0, t, draw_normal(seed, (CHAIN, t), rows, x_0))
+            log_p = model.log_prob_levels(x_t.to(dtype), labels).double().cpu()
+            if t > 0:
+                down.append((log_p[:, t - 1] - log_p[:, t]).exp())
+            if t <= schedule.T:
+                up.append((log_p[:, t + 1] - log_p[:, t]).exp())
+        return torch.stack(down, 1), torch.stack(up, 1)
+
     with evaluation_mode(model):
-        for rows in batches(len(x), batch_size):
-            x_0 = transform(dithered(transform, x, rows, seed).to(device))
-            labels = labels_of(y, rows, device)
-            for t in range(schedule.T + 2):
-                x_t = schedule.perturb(x_0, t, draw_normal(seed, (CHAIN, t), rows, x_0))
-                log_p = model.log_prob_levels(x_t.to(dtype), labels)
-                if t > 0:
-                    down[t - 1, rows] = (log_p[:, t - 1] - log_p[:, t]).exp().cpu()
-                if t <= schedule.T:
-                    up[t, rows] = (log_p[:, t + 1] - log_p[:, t]).exp().cpu()
+        down, up = map_rows(ratios, len(x), batch_size)
     root = len(x) ** 0.5
-    return Consistency(down.mean(1), up.mean(1), down.std(1) / root, up.std(1) / root)
+    return Consistency(down.mean(0), up.mean(0), down.std(0) / root, up.std(0) / root)
 
 
 def gap_by_level(
@@ -102,7 +106,7 @@ def gap_by_level(
     steps: int | None = None,
     probes: int = 2,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> LogProbGaps:
     """The accumulated gap of log p between one pass and flow at every level that the flow visits.
 
@@ -114,8 +118,8 @@ def gap_by_level(
         steps: Of the flow; all levels when None.
         probes: Of its divergence.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
     """
-    z = torch.cat([noised(model, x, rows, level, seed) for rows in batches(len(x), batch_size)])
+    z = map_rows(lambda rows: noised(model, x, rows, level, seed), len(x), batch_size)
     levels, gaps = flow_gaps(model, z, y, level, steps, probes, seed, batch_size)
     return LogProbGaps(levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -16,13 +16,13 @@ from torchcdm.likelihood.common import (
     CELL,
     CHAIN,
     STRATA,
-    batches,
     dithered,
     draw_normal,
     draw_rows,
     labels_of,
     require_transform,
 )
+from torchcdm.processes import map_rows
 from torchcdm.units import LogLikelihood
 
 
@@ -52,7 +52,7 @@ def elbo(
     steps: int | None = None,
     chain: ReverseChain | None = None,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> ELBO:
     r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_l), over the levels from l to T.
 
@@ -71,7 +71,7 @@ def elbo(
             each level when None.
         chain: The kernels; the reference Gaussian's variances when None.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
 
     Raises:
         UserError: No transform, or more steps than levels.
@@ -84,14 +84,15 @@ def elbo(
     if not 2 <= steps <= count:
         raise UserError(f"elbo: steps is {steps}; from level {level} this schedule takes 2 to {count}")
     chain = chain or ReverseChain(denoiser)
-    parts = []
+
+    def terms(rows: slice) -> tuple[Tensor, ...]:
+        batch = _Batch(chain, x, y, rows, seed)
+        prior = chain.prior_kl(batch.x_0)
+        parts = prior, batch.diffusion(level, steps - 1), batch.reconstruction(level), batch.change
+        return tuple(part.cpu() for part in parts)
+
     with evaluation_mode(denoiser):
-        for rows in batches(len(x), batch_size):
-            batch = _Batch(chain, x, y, rows, seed)
-            prior = chain.prior_kl(batch.x_0)
-            terms = prior, batch.diffusion(level, steps - 1), batch.reconstruction(level)
-            parts.append([term.cpu() for term in (*terms, batch.change)])
-    prior, diffusion, reconstruction, change = (torch.cat(column) for column in zip(*parts, strict=True))
+        prior, diffusion, reconstruction, change = map_rows(terms, len(x), batch_size)
     total = prior + diffusion + reconstruction
     how = f"all {count} levels" if steps == count else f"{steps} of {count} levels drawn for each sample"
     likelihood = LogLikelihood(

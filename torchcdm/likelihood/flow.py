@@ -19,7 +19,8 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood.common import PROBES, START, batches, draw_rows, labels_of
+from torchcdm.likelihood.common import PROBES, START, draw_rows, labels_of
+from torchcdm.processes import map_rows
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""
@@ -70,7 +71,7 @@ def probability_flow(
     probes: int = 2,
     seed: int = 0,
     halve: bool = False,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> FlowResult:
     """log density of noisy inputs under the flow from their level to the last (Heun, second order).
 
@@ -84,7 +85,7 @@ def probability_flow(
             :data:`EXACT_DIMENSIONS` dimensions.
         seed: Seed of the probes; independent of ``batch_size``.
         halve: Also integrate with half the steps, for :attr:`FlowResult.step_gap`.
-        batch_size: Samples integrated at once.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
 
     Raises:
         UserError: A level or a number of steps that the schedule does not have, or an odd number of probes.
@@ -92,14 +93,14 @@ def probability_flow(
     check_probes(probes)
     grid = rising_levels(level, denoiser.schedule.T, steps)
     reference = reference_gaussian(denoiser)
-    parts = []
+
+    def integrate(rows: slice) -> tuple[Tensor, ...]:
+        flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
+        fine = flow.log_prob(x_t[rows], grid)
+        return (*fine, *flow.log_prob(x_t[rows], halved(grid))) if halve else fine
+
     with evaluation_mode(denoiser):
-        for rows in batches(len(x_t), batch_size):
-            flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
-            fine = flow.log_prob(x_t[rows], grid)
-            coarse = flow.log_prob(x_t[rows], halved(grid)) if halve else None
-            parts.append((*fine, *(coarse or ())))
-    log_prob, probe_gap, x_T, *coarse = (torch.cat(column) for column in zip(*parts, strict=True))
+        log_prob, probe_gap, x_T, *coarse = map_rows(integrate, len(x_t), batch_size)
     return FlowResult(
         log_prob,
         probe_gap,
@@ -135,7 +136,7 @@ def flow_sample(
     steps: int | None = None,
     probes: int = 2,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> FlowSamples:
     """Draws at ``level`` by the flow backwards from its start density at T, with their log density.
 
@@ -144,13 +145,15 @@ def flow_sample(
     check_probes(probes)
     grid = rising_levels(level, denoiser.schedule.T, steps)
     reference = reference_gaussian(denoiser)
-    dim, device, parts = reference.variances.numel(), denoiser.schedule.alpha.device, []
+    dim, device = reference.variances.numel(), denoiser.schedule.alpha.device
+
+    def draw(rows: slice) -> tuple[Tensor, ...]:
+        w = draw_rows(seed, START, rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64))
+        flow = _Flow(denoiser, reference, labels_of(y, rows, device), probes, seed, rows)
+        return flow.sample(w.to(device), grid)
+
     with evaluation_mode(denoiser):
-        for rows in batches(n, batch_size):
-            w = draw_rows(seed, START, rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64))
-            flow = _Flow(denoiser, reference, labels_of(y, rows, device), probes, seed, rows)
-            parts.append(flow.sample(w.to(device), grid))
-    x_t, log_prob, probe_gap = (torch.cat(column) for column in zip(*parts, strict=True))
+        x_t, log_prob, probe_gap = map_rows(draw, n, batch_size)
     return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
 
 
@@ -162,7 +165,7 @@ def flow_gaps(
     steps: int | None = None,
     probes: int = 2,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> tuple[list[int], Tensor]:
     """The levels that a path visits, and log p by one pass less that by the flow at each of them, (levels, N) nats.
 
@@ -171,12 +174,13 @@ def flow_gaps(
     check_probes(probes)
     grid = rising_levels(level, model.schedule.T, steps)
     reference = reference_gaussian(model)
-    parts = []
+
+    def gaps(rows: slice) -> Tensor:
+        flow = _Flow(model, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
+        return flow.gaps(x_t[rows], grid).T
+
     with evaluation_mode(model):
-        for rows in batches(len(x_t), batch_size):
-            flow = _Flow(model, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
-            parts.append(flow.gaps(x_t[rows], grid))
-    return grid, torch.cat(parts, 1)
+        return grid, map_rows(gaps, len(x_t), batch_size).T
 
 
 def check_probes(probes: int) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from torchcdm.denoisers import Denoiser, evaluation_mode
-from torchcdm.likelihood.common import batches, labels_of, require_transform, scoring_level
+from torchcdm.likelihood.common import labels_of, require_transform, scoring_level
 from torchcdm.likelihood.flow import FlowResult, probability_flow
 from torchcdm.likelihood.single_pass import ScoredNoise, score_noisy
+from torchcdm.processes import map_rows
 from torchcdm.units import LogLikelihood
 
 
@@ -54,7 +54,7 @@ def flow_likelihood(
     level: int | None = None,
     options: FlowOptions | None = None,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> FlowLikelihood:
     """log-likelihood of data through one draw of noise at ``level`` and the flow from there.
 
@@ -68,15 +68,19 @@ def flow_likelihood(
         level: 1 ... T - 1; where data are scored by default when None.
         options: Steps and probes.
         seed: Seed of noise and probes; independent of ``batch_size``.
-        batch_size: Samples at a time.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
     """
     options = options or FlowOptions()
     level = scoring_level(denoiser) if level is None else level
     transform = require_transform(denoiser)
+
+    def score(rows: slice) -> tuple[Tensor, ...]:
+        one = score_noisy(denoiser, x, y, rows, level, seed)
+        return (one.z, one.offset) if one.log_prob is None else (one.z, one.offset, one.log_prob)
+
     with evaluation_mode(denoiser):
-        parts = [score_noisy(denoiser, x, y, rows, level, seed) for rows in batches(len(x), batch_size)]
-    own = None if parts[0].log_prob is None else torch.cat([part.log_prob for part in parts])
-    scored = ScoredNoise(torch.cat([part.z for part in parts]), own, torch.cat([part.offset for part in parts]))
+        z, offset, *own = map_rows(score, len(x), batch_size)
+    scored = ScoredNoise(z, own[0] if own else None, offset)
     steps, labels = options.steps_from(denoiser, level), labels_of(y, slice(None), scored.z.device)
     result = probability_flow(denoiser, scored.z, labels, level, steps, options.probes, seed, batch_size=batch_size)
     likelihood = LogLikelihood(

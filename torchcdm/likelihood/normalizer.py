@@ -23,8 +23,9 @@ from torchcdm.cdm import ClassificationDiffusion, Evaluation
 from torchcdm.denoisers import Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.common import batches, labels_of
+from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import flow_sample
+from torchcdm.processes import alone, map_rows
 
 ESTIMATORS = ("smc", "ais", "flow")
 """Sequential Monte Carlo; the same without resampling; importance sampling from the probability flow."""
@@ -83,7 +84,7 @@ def log_normalizer(
     steps: int | None = None,
     probes: int = 8,
     seed: int = 0,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
 ) -> LogNormalizer:
     """log of the integral of exp(log p_level).
 
@@ -99,7 +100,7 @@ def log_normalizer(
         steps: Of the flow; all levels when None.
         probes: Of the flow's divergence: their noise inflates the weights.
         seed: Seed of all noise.
-        batch_size: Draws evaluated at once.
+        batch_size: Draws at a time; as many as memory holds, at most 500, when None.
 
     Raises:
         UserError: An unknown method or a level without density to sample.
@@ -121,7 +122,9 @@ def log_normalizer(
     else:
         if chain is None:
             chain = ReverseChain.calibrated(model, labels, seed=seed, batch_size=batch_size)
-        with evaluation_mode(model):
+        # Particles depend on each other: were there differences in rounding between processes, resampling would turn
+        # them into other particles.
+        with evaluation_mode(model), alone():
             particles = _Particles(model, chain, labels, islands, size, seed, batch_size)
             particles.run(level, moves, resample=method == "smc")
         log_weights, x = particles.log_estimates(), particles.x
@@ -137,7 +140,7 @@ def log_normalizer_above(
     y: int | None = None,
     chain: ReverseChain | None = None,
     seed: int = 0,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
 ) -> tuple[float, float]:
     """log Z from above, where there are exact samples: the weights of annealing on paths that lead up from them.
 
@@ -151,7 +154,7 @@ def log_normalizer_above(
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
         chain: As in :func:`log_normalizer`.
         seed: Seed of the noise.
-        batch_size: Samples evaluated at once.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
 
     Returns:
         Mean log weight, nats, and its standard error.
@@ -165,8 +168,7 @@ def log_normalizer_above(
         for t in range(level + 1, schedule.T + 1):
             keep, added = schedule.forward_kernel(t - 1, t, x_s)
             x_t = keep * x_s + added * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x_s.device)
-            x0 = torch.cat([chain.x0(x_t[rows], t, labels_of(labels, rows, x_t.device))
-                            for rows in batches(len(x), batch_size)])  # fmt: skip
+            x0 = chain.means(x_t, t, labels, batch_size)
             log_w = log_w + chain.step(x_t, x0, t, t - 1, chain.noise_of(x_s, x_t, x0, t, t - 1))[1]
             x_s = x_t
         log_w = log_w - chain.start(chain.start_noise_of(x_s))[1]
@@ -188,13 +190,16 @@ def _summary(log_weights: Tensor, name: str, level: int, x: Tensor, draws: int) 
     return LogNormalizer(value, low, high, name, ess, level, x[0].numel(), mean, float(error), x)
 
 
-def _evaluate(model: ClassificationDiffusion, x: Tensor, t: int, y: Tensor | None, batch_size: int) -> Evaluation:
+def _evaluate(
+    model: ClassificationDiffusion, x: Tensor, t: int, y: Tensor | None, batch_size: int | None
+) -> Evaluation:
     dtype = working_dtype(model, torch.float64)
-    parts = [
-        model.evaluate(x[rows].to(dtype), t, None if y is None else y[rows]) for rows in batches(len(x), batch_size)
-    ]
-    columns = ([getattr(part, key) for part in parts] for key in ("eps", "log_prob_levels", "unconditional"))
-    return Evaluation(*(torch.cat(column) for column in columns))
+
+    def part(rows: slice) -> tuple[Tensor, ...]:
+        result = model.evaluate(x[rows].to(dtype), t, labels_of(y, rows, x.device))
+        return result.eps, result.log_prob_levels, result.unconditional
+
+    return Evaluation(*map_rows(part, len(x), batch_size))
 
 
 class _Particles:
@@ -208,7 +213,7 @@ class _Particles:
         islands: int,
         size: int,
         seed: int,
-        batch_size: int,
+        batch_size: int | None,
     ) -> None:
         self.model, self.chain, self.y = model, chain, y
         self.islands, self.size, self.batch_size = islands, size, batch_size

@@ -80,7 +80,7 @@ def report(
     split: str = "",
     flow: FlowOptions | None = None,
     log_z: LogZOptions | None = None,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> NLLReport:
     """Scores data by every method asked for, on the same samples and the same noisy inputs.
@@ -100,7 +100,8 @@ def report(
         split: Of the data, for the report.
         flow: How finely the flow is integrated.
         log_z: How log Z is estimated.
-        batch_size: Samples at a time; without influence on the numbers.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None. Without influence on the
+            numbers.
         progress: Shows a progress bar.
 
     Raises:
@@ -137,7 +138,7 @@ def log_z_estimates(
     options: LogZOptions,
     flow: FlowOptions,
     seed: int = 0,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> tuple[LogNormalizer, LogNormalizer]:
     """log Z by sequential Monte Carlo, and a second, independent estimate from the flow.
 
@@ -148,7 +149,7 @@ def log_z_estimates(
         options: How.
         flow: How finely the flow of the second is integrated.
         seed: Seed of all noise.
-        batch_size: Draws at a time; without influence on the numbers.
+        batch_size: Draws at a time, likewise.
     """
     shared = {"level": level, "seed": seed, "batch_size": batch_size}
     first = log_normalizer(model, options.particles, moves=options.moves, chain=chain, **shared)
@@ -166,7 +167,7 @@ class _Table:
     level: int
     draws: int
     seed: int
-    batch_size: int
+    batch_size: int | None
     likelihoods: dict[str, LogLikelihood] = field(default_factory=dict)
     chain: ReverseChain | None = None
     gap: NLLGap | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,16 +16,14 @@ from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.common import (
     CELL,
     NOISE,
-    batches,
     dithered,
     draw_normal,
     draw_rows,
     labels_of,
     require_transform,
 )
+from torchcdm.processes import map_rows
 from torchcdm.units import LogLikelihood
-
-BATCH_SIZE = 500
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def single_pass(
     draws: int = 1,
     importance: bool = False,
     seed: int = 0,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> LogLikelihood:
     """log-likelihood of data by the classifier's logits, one network evaluation a draw.
 
@@ -52,7 +51,7 @@ def single_pass(
         draws: Noise draws for each sample.
         importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples evaluated at once.
+        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
 
     Returns:
         Nats in data units, (N,).
@@ -70,24 +69,24 @@ def single_draws(
     level: int,
     draws: int,
     seed: int,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Tensor:
     """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
     transform = require_transform(model)
-    values = torch.empty(draws, len(x), dtype=torch.float64)
+
+    def one(rows: slice, seed: int) -> Tensor:
+        if level:
+            scored = score_noisy(model, x, y, rows, level, seed)
+            return (scored.log_prob + scored.offset).cpu()
+        noisy = dithered(transform, x, rows, seed).to(model.schedule.alpha.device)
+        z = transform(noisy)
+        dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
+        log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
+        return log_p.cpu() + transform.log_det(noisy).cpu()
+
     with evaluation_mode(model):
-        for draw in range(draws):
-            for rows in batches(len(x), batch_size):
-                if level:
-                    scored = score_noisy(model, x, y, rows, level, seed + draw)
-                    values[draw, rows] = (scored.log_prob + scored.offset).cpu()
-                else:
-                    noisy = dithered(transform, x, rows, seed + draw).to(model.schedule.alpha.device)
-                    z = transform(noisy)
-                    dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
-                    log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
-                    values[draw, rows] = log_p.cpu() + transform.log_det(noisy).cpu()
-    return values
+        seeds = range(seed, seed + draws)
+        return torch.stack([map_rows(partial(one, seed=seed), len(x), batch_size) for seed in seeds]).double()
 
 
 def combine(model: ClassificationDiffusion, values: Tensor, level: int, importance: bool) -> LogLikelihood:
@@ -153,7 +152,7 @@ def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Te
 
 @torch.no_grad()
 def published_convention(
-    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, batch_size: int = BATCH_SIZE
+    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, batch_size: int | None = None
 ) -> LogLikelihood:
     """The published number: grey levels scored without dequantisation at level 0. No bound on a code length.
 
@@ -161,10 +160,11 @@ def published_convention(
     """
     transform, device = require_transform(model), model.schedule.alpha.device
     dtype = working_dtype(model, torch.float64)
+
+    def log_prob(rows: slice) -> Tensor:
+        return model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
+
     with evaluation_mode(model):
-        values = [
-            model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
-            for rows in batches(len(x), batch_size)
-        ]
+        values = map_rows(log_prob, len(x), batch_size)
     name = "level 0, undithered: a density on a lattice, no bound"
-    return LogLikelihood(torch.cat(values), transform.dim, 0, name, transform.log_bin, 1)
+    return LogLikelihood(values, transform.dim, 0, name, transform.log_bin, 1)
