@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, device_of, write_numbers
+from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, write_numbers
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,32 +50,36 @@ def run_nll(options: argparse.Namespace) -> int:
     from torchcdm.checkpoint import load, read_info
     from torchcdm.likelihood import FlowOptions, LogZOptions, methods_of, report
     from torchcdm.metrics import labels_for
+    from torchcdm.processes import sharing
 
     if options.particles < 128:
         raise UserError(f"--particles is {options.particles}; at least 128 are needed")
     info = read_info(options.model)
-    model = load(options.model, device_of(options.device))
-    # log Z takes longer than all others.
-    methods = options.methods or ",".join(method for method in methods_of(model) if method != "logz")
-    source = _source(options, info, model, labelled=options.conditional)
-    x, labels = source.split(options.split).tensors(options.limit)
-    y = labels_for(model, labels) if options.conditional else None
-    if options.conditional and y is None:
-        raise UserError("--conditional: the model or the data have no classes")
-    result = report(
-        model,
-        x,
-        [method.strip() for method in methods.split(",")],
-        y,
-        options.level,
-        draws=options.draws,
-        seed=options.seed,
-        name=source.name,
-        split=options.split,
-        flow=FlowOptions(options.flow_steps, options.flow_probes),
-        log_z=LogZOptions(options.particles, draws=options.particles // 4),
-        progress=not options.quiet,
-    )
+    with sharing(options.device) as (device, main):
+        model = load(options.model, device)
+        # log Z takes longer than all others.
+        methods = options.methods or ",".join(method for method in methods_of(model) if method != "logz")
+        source = _source(options, info, model, labelled=options.conditional)
+        x, labels = source.split(options.split).tensors(options.limit)
+        y = labels_for(model, labels) if options.conditional else None
+        if options.conditional and y is None:
+            raise UserError("--conditional: the model or the data have no classes")
+        result = report(
+            model,
+            x,
+            [method.strip() for method in methods.split(",")],
+            y,
+            options.level,
+            draws=options.draws,
+            seed=options.seed,
+            name=source.name,
+            split=options.split,
+            flow=FlowOptions(options.flow_steps, options.flow_probes),
+            log_z=LogZOptions(options.particles, draws=options.particles // 4),
+            progress=main and not options.quiet,
+        )
+    if not main:
+        return 0
     if str(options.json) != "-":
         print(result.table())
     write_numbers(options.json, result.to_json())
@@ -86,13 +90,17 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Classifier and denoiser by level."""
     from torchcdm.checkpoint import load, read_info
     from torchcdm.metrics import evaluate
+    from torchcdm.processes import sharing
 
     if options.draws < 1:
         raise UserError(f"--draws is {options.draws}; at least 1 is needed")
     info = read_info(options.model)
-    model = load(options.model, device_of(options.device))
-    source = _source(options, info, model, labelled=True)
-    values = evaluate(model, source.split(options.split), options.limit, options.draws)
+    with sharing(options.device) as (device, main):
+        model = load(options.model, device)
+        source = _source(options, info, model, labelled=True)
+        values = evaluate(model, source.split(options.split), options.limit, options.draws)
+    if not main:
+        return 0
     if str(options.json) != "-":
         for name, value in values["mean"].items():
             print(f"{name:10} {value:.4f}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ FORMATS = ("grid", "images", "array", "all")
 
 def add_commands(commands: Any) -> None:
     """Adds the command."""
-    parser = add_command(commands, "sample", "draw samples", "cdm sample runs/digits --n 64 --out samples")
+    parser = add_command(
+        commands, "sample", "draw samples",
+        "cdm sample runs/digits --n 64 --out samples\n"
+        "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --format array --out samples",
+    )  # fmt: skip
     parser.add_argument("model", metavar="RUN")
     parser.add_argument("--n", type=int, default=64, help="number of samples (64)")
     parser.add_argument("--sampler", default="ddim", help="ddpm, ddim, dpm2, dpm++ or heun (ddim)")
@@ -40,16 +44,21 @@ def run_sample(options: argparse.Namespace) -> int:
     """Samples to files, with a manifest."""
     from torchcdm.checkpoint import load, read_info
     from torchcdm.gallery import draw, save_all, save_each, save_manifest, save_sheet
+    from torchcdm.processes import sharing
     from torchcdm.run_folder import writing
 
     info = read_info(options.model)
-    model = load(options.model, device_of(options.device))
     out = options.out
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    y = _labels(options.label, options.n, model, info)
-    steps = min(50, model.schedule.T) if options.steps is None else options.steps
-    drawn = draw(model, options.n, options.sampler, steps, y, options.guidance, options.seed, not options.quiet)
+    with sharing(options.device) as (device, main):
+        model = load(options.model, device)
+        y = _labels(options.label, options.n, model, info)
+        steps = min(50, model.schedule.T) if options.steps is None else options.steps
+        bar = main and not options.quiet
+        drawn = draw(model, options.n, options.sampler, steps, y, options.guidance, options.seed, bar)
+    if not main:
+        return 0
     files = None
     if options.format in ("grid", "all"):
         save_sheet(drawn, model, out / "samples", info.columns)

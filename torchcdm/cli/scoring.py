@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, device_of, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,19 +57,23 @@ def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
     from torchcdm.anomaly import AnomalyDetector, make_score
     from torchcdm.checkpoint import load, read_info
+    from torchcdm.processes import sharing
 
     if options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
-    info, device = read_info(options.model), device_of(options.device)
-    model = load(options.model, device)
-    background = None if options.background is None else load(options.background, device)
-    score = make_score(options.score, model, background)
-    # Before the passes over the reference: a wrong path shall not take a minute to be found.
-    x, names, deviating = info.read_inputs(options.paths, options.skip_bad)
-    reference, origin = _reference(options, info, model)
-    detector = AnomalyDetector.fit(score, reference)
-    threshold = detector.threshold(options.fpr)
-    scores = detector.score(x)
+    info = read_info(options.model)
+    with sharing(options.device) as (device, main):
+        model = load(options.model, device)
+        background = None if options.background is None else load(options.background, device)
+        score = make_score(options.score, model, background)
+        # Before the passes over the reference: a wrong path shall not take a minute to be found.
+        x, names, deviating = info.read_inputs(options.paths, options.skip_bad)
+        reference, origin = _reference(options, info, model)
+        detector = AnomalyDetector.fit(score, reference)
+        threshold = detector.threshold(options.fpr)
+        scores = detector.score(x)
+    if not main:
+        return 0
     percentiles, flags = detector.percentile(scores), detector.flags(scores, options.fpr) | deviating
 
     if options.csv is not None:

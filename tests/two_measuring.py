@@ -1,0 +1,70 @@
+"""Run by torchrun: two processes share what one measures of a run, in Python and by commands."""
+
+import io
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+from torchcdm import load
+from torchcdm.anomaly.profile import level_profile
+from torchcdm.cli import main
+from torchcdm.data import load_data
+from torchcdm.likelihood import FlowOptions, elbo, log_normalizer, report
+from torchcdm.likelihood.chain import ReverseChain
+from torchcdm.metrics import evaluate
+from torchcdm.processes import map_rows, sharing
+from torchcdm.samplers import sample
+
+
+def measured(run: Path) -> dict:
+    """Samples, likelihoods, a profile, and errors by level, in float64."""
+    model, split = load(run).double(), load_data("digits").split("test")
+    x = split.tensors(11)[0]
+    chain = ReverseChain.calibrated(model, n=5)
+    normalizers = [log_normalizer(model, 20, 15, name, chain=chain, islands=5) for name in ("smc", "flow")]
+    return {
+        "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],
+        "report": report(model, x, ("single", "flow"), draws=2, flow=FlowOptions(2)).to_json(),
+        "elbo": elbo(model, x, steps=4, chain=chain).likelihood.nats,
+        "log Z": [estimate.value for estimate in normalizers],
+        "profile": level_profile(model, x),
+        "levels": evaluate(model, split, 40)["per_level"],
+    }
+
+
+def commands(run: Path, out: Path) -> list[str]:
+    """The commands that share their work."""
+    return [
+        f"sample {run} --n 9 --steps 3 --format all --out {out / 'samples'}",
+        f"nll {run} --limit 9 --methods single --json {out / 'nll.json'} --quiet",
+        f"evaluate {run} --limit 9 --draws 1 --json {out / 'levels.json'}",
+        f"score {run} {out / 'new.npy'} --limit 60 --json {out / 'scores.json'}",
+    ]
+
+
+def failing(rows: slice) -> torch.Tensor:
+    """Fails for the last of four rows, which is the second process's."""
+    if rows.stop == 4:
+        raise ArithmeticError("too much")
+    return torch.zeros(rows.stop - rows.start)
+
+
+def shared(run: Path, out: Path) -> None:
+    """Leaves what this process measured and said, and how the other's failure ended its work."""
+    with sharing() as (_, first):
+        rank = 0 if first else 1
+        torch.save(measured(run), out / f"measured-{rank}.pt")
+        try:
+            map_rows(failing, 4)
+        except (RuntimeError, ArithmeticError) as error:
+            (out / f"failure-{rank}.txt").write_text(repr(error))
+        for command in commands(run, out):
+            with redirect_stdout(io.StringIO()) as said:
+                assert main(command.split()) == 0
+            (out / f"{command.split()[0]}-{rank}.txt").write_text(said.getvalue())
+
+
+if __name__ == "__main__":
+    shared(Path(sys.argv[1]), Path(sys.argv[2]))
