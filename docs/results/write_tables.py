@@ -179,6 +179,25 @@ def digits_seeds() -> str:
     return markdown(head, lines)
 
 
+def table2_seeds() -> str:
+    """Distances of the two unconditional models, and the ratios of their errors, a row for each seed."""
+    head = ["seed", "DDIM: DDM", "CDM", "2nd-order DPM-Solver: DDM", "CDM", "CDM / DDM, error at levels 1 ... 100",
+            "701 ... 800", "all"]  # fmt: skip
+    lines = []
+    for seed in range(3):
+        suffix = f"_seed{seed}" if seed else ""
+        table, errors = (read(name + suffix)["tables"][0] for name in ("table2", "fig4"))
+        rows = {row[0]: row for row in table["rows"]}
+        places = [next(i for i, title in enumerate(table["columns"]) if title.startswith(name)) for name in
+                  ("DDIM", "2nd-order")]  # fmt: skip
+        ratios = {row[0]: row[3] for row in errors["rows"]}
+        lines.append([
+            str(seed), *(f"{rows[model][place]:.2f}" for place in places for model in ("DDM", "CDM")),
+            *(f"{ratios[levels]:.3f}" for levels in ("1 ... 100", "701 ... 800", "all")),
+        ])  # fmt: skip
+    return markdown(head, lines)
+
+
 def fashion() -> str:
     """The likelihood report of the Fashion-MNIST preset."""
     nll = read("fashion")
@@ -426,6 +445,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost-encoder": lambda: step_cost("encoder"),
     "step-cost-paper": lambda: step_cost("paper"),
     "table-density": table_density,
+    "table2-seeds": table2_seeds,
     "equal-time": lambda: equal_time("equal_time"),
     "equal-time-gaussianized": lambda: equal_time("equal_time_gaussianized"),
     "likelihood-throughput": likelihood_throughput,
