@@ -22,7 +22,7 @@ from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowOptions, LogZOptions, report
 from torchcdm.metrics import level_sums
-from torchcdm.processes import map_rows, sharing
+from torchcdm.processes import Processes, _shared_by, map_rows, sharing
 from torchcdm.samplers import sample
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.trainer import train
@@ -97,6 +97,11 @@ def test_without_a_launcher_there_is_no_group():
     with sharing("cpu") as (device, first):
         assert first and device == torch.device("cpu") and not torch.distributed.is_initialized()
         assert torch.equal(map_rows(lambda rows: torch.arange(10)[rows], 10, 3), torch.arange(10))
+
+
+def test_a_training_within_shared_work_is_refused(tmp_path):
+    with _shared_by(object()), pytest.raises(UserError, match=r"call it outside of sharing\(\)"):
+        Processes("cpu", (), tmp_path)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -39,10 +39,13 @@ class Processes:
         main: Whether this is the process that writes files.
 
     Raises:
-        UserError: A device that is not there, a tracker that is not installed.
+        UserError: A device that is not there, a tracker that is not installed, or a training within :func:`sharing`.
     """
 
     def __init__(self, device: str | None, trackers: Sequence[str], folder: Path) -> None:
+        if _SHARED_BY.get() is not None:
+            # Only the first process validates, which would wait for the others; and its end is that of their group.
+            raise UserError("a training shares its steps itself; call it outside of sharing()")
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
@@ -137,7 +140,8 @@ def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
     """Meanwhile :func:`map_rows` shares its rows among the processes of ``accelerate launch`` or ``torchrun``.
 
     All processes must do the same work within, and all have all results. Their group ends with it: once in a program,
-    one within another is part of it. Without a launcher there is no group, and nothing is shared.
+    one within another is part of it. Trainings share their steps themselves, and are refused within. Without a
+    launcher there is no group, and nothing is shared.
 
     Args:
         device: As in :class:`Processes`.
