@@ -506,8 +506,16 @@ def test_losses_that_no_learned_schedule_has():
     schedule = LearnedSchedule(20)
     with pytest.raises(UserError, match="needs --loss.weighting bound"):
         DDMLoss(DenoisingDiffusion(nn.Identity(), schedule))
+    with pytest.raises(UserError, match="takes no base density"):
+        base = GaussianMarginals.blank(schedule, (2,))
+        DDMLoss(DenoisingDiffusion(nn.Identity(), schedule, base=base), weighting="bound")
     with pytest.raises(UserError, match="a learned schedule is for --model.kind ddm"):
         CDMLoss(uninformative(schedule))
+
+
+def test_an_unknown_weighting_is_refused():
+    with pytest.raises(UserError, match="weighting is 'l2'; choose simple or bound"):
+        DDMLoss(DenoisingDiffusion(nn.Identity(), CosineSchedule(T)), weighting="l2")
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -1.0), (0.0, 0.0)])

@@ -232,6 +232,9 @@ class DDMLoss(nn.Module):
         label_dropout: Share of labels replaced by the null label.
         weighting: Of the levels: ``simple``, all alike (L_simple of arXiv 2006.11239), or ``bound``, as in the bound
             on the likelihood (L there), the mean weight 1.
+
+    Raises:
+        UserError: An unknown weighting, or a learned schedule with another than ``bound``, or beside a base density.
     """
 
     def __init__(
@@ -241,8 +244,14 @@ class DDMLoss(nn.Module):
         weighting: Literal["simple", "bound"] = "simple",
     ) -> None:
         super().__init__()
-        if weighting != "bound" and isinstance(model.schedule, LearnedSchedule):
-            raise UserError(f"loss: weighting is {weighting}; a learned schedule needs --loss.weighting bound")
+        if weighting not in ("simple", "bound"):
+            raise UserError(f"loss: weighting is '{weighting}'; choose simple or bound")
+        if isinstance(model.schedule, LearnedSchedule):
+            if weighting != "bound":
+                raise UserError(f"loss: weighting is {weighting}; a learned schedule needs --loss.weighting bound")
+            if model.base is not None:
+                # Its constants are of the levels as they were, and gradients through it are none of the squares.
+                raise UserError("loss: a learned schedule takes no base density; --model.gaussian false")
         self.model = model
         self.label_dropout, self.weighting = label_dropout, weighting
 
