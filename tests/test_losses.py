@@ -10,7 +10,9 @@ from torch import nn
 
 from torchcdm.backbones.encoder import Encoder
 from torchcdm.backbones.mlp import MLP
+from torchcdm.building import build_loss
 from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.config import LossConfig
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals, MatrixRotation
@@ -516,6 +518,11 @@ def test_losses_that_no_learned_schedule_has():
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(UserError, match="weighting is 'l2'; choose simple or bound"):
         DDMLoss(DenoisingDiffusion(nn.Identity(), CosineSchedule(T)), weighting="l2")
+
+
+def test_a_weighting_of_a_ddm_is_refused_for_a_cdm():
+    with pytest.raises(UserError, match="loss.weighting is bound; it is for --model.kind ddm"):
+        build_loss(LossConfig(weighting="bound"), uninformative(CosineSchedule(T)))
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -1.0), (0.0, 0.0)])

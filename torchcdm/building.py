@@ -243,8 +243,14 @@ def _blank_base(
 
 
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
-    """The loss that trains ``model``."""
+    """The loss that trains ``model``.
+
+    Raises:
+        UserError: Weights that make no loss, or a ``weighting`` for another kind of model.
+    """
     if isinstance(model, ClassificationDiffusion):
+        if config.weighting != "simple":
+            raise UserError(f"loss.weighting is {config.weighting}; it is for --model.kind ddm, leave it out")
         weights = config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight
         return CDMLoss(model, *weights, config.logits_from)
     return DDMLoss(model, config.label_dropout, config.weighting)
