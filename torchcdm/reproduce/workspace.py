@@ -18,7 +18,7 @@ from torchcdm.config import Config, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
-from torchcdm.processes import best_device, checked_device
+from torchcdm.processes import chosen_device
 from torchcdm.run_folder import RunFolder, write_file, write_json
 from torchcdm.trainer import train
 
@@ -71,7 +71,7 @@ class Workspace:
         self.steps, self.sample_count, self.finished_only = steps, sample_count, finished_only
         self.seed = seed
         self.left_out: list[str] = []
-        self.device = str(best_device() if device is None else checked_device(device))
+        self.device = str(chosen_device(device))
 
     @property
     def figures(self) -> Path:
