@@ -28,10 +28,10 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("ce_weight", ["3", "0"])
-def test_gradients_are_those_of_the_joint_batch(folder, tmp_path, ce_weight):
-    _, joint = two_processes.gradients(tmp_path, ce_weight)
-    shares = [torch.load(folder / f"gradients-{ce_weight}-{rank}.pt") for rank in range(2)]
+@pytest.mark.parametrize("kind", two_processes.KINDS)
+def test_gradients_are_those_of_the_joint_batch(folder, tmp_path, kind):
+    _, joint = two_processes.gradients(tmp_path, kind)
+    shares = [torch.load(folder / f"gradients-{kind}-{rank}.pt") for rank in range(2)]
     largest = max(float(gradient.abs().max()) for gradient in joint.values())
     assert largest > 1e-3
     for name, gradient in joint.items():

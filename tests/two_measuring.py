@@ -3,6 +3,7 @@
 import io
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,13 @@ from torchcdm import load
 from torchcdm.anomaly.profile import level_profile
 from torchcdm.cli import main
 from torchcdm.data import load_data
+from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowOptions, elbo, log_normalizer, report
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.metrics import evaluate
 from torchcdm.processes import map_rows, sharing
 from torchcdm.samplers import sample
+from torchcdm.trainer import NotFinite
 
 
 def measured(run: Path) -> dict:
@@ -44,10 +47,10 @@ def commands(run: Path, out: Path) -> list[str]:
     ]
 
 
-def failing(rows: slice) -> torch.Tensor:
+def failing(error: Exception, rows: slice) -> torch.Tensor:
     """Fails for the last of four rows, which is the second process's."""
     if rows.stop == 4:
-        raise ArithmeticError("too much")
+        raise error
     return torch.zeros(rows.stop - rows.start)
 
 
@@ -56,10 +59,12 @@ def shared(run: Path, out: Path) -> None:
     with sharing() as (_, first):
         rank = 0 if first else 1
         torch.save(measured(run), out / f"measured-{rank}.pt")
-        try:
-            map_rows(failing, 4)
-        except (RuntimeError, ArithmeticError) as error:
-            (out / f"failure-{rank}.txt").write_text(repr(error))
+        for error in (ArithmeticError("too much"), NotFinite("no numbers")):
+            try:
+                map_rows(partial(failing, error), 4)
+            except (RuntimeError, ArithmeticError, UserError) as caught:
+                with (out / f"failures-{rank}.txt").open("a") as file:
+                    print(repr(caught), file=file)
         for command in commands(run, out):
             with redirect_stdout(io.StringIO()) as said:
                 assert main(command.split()) == 0

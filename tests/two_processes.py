@@ -11,13 +11,26 @@ from torchcdm.building import build_loss, build_model, fit_gaussian, load_source
 from torchcdm.processes import Processes
 from torchcdm.trainer import train
 
+KINDS = {
+    "both": {"loss__ce_weight": "3", "model__backbone__dropout": "0"},
+    "mse": {"loss__ce_weight": "0", "model__backbone__dropout": "0"},
+    "learned": {
+        "model__kind": "ddm", "model__schedule": "{name: learned, T: 20, r_min: 0.05}", "model__gaussian": "false",
+        "model__backbone": "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}",
+        "model__backbone__dropout": "0",
+        "loss__weighting": "bound",
+    },
+}  # fmt: skip
+"""What is trained."""
 
-def gradients(folder: Path, ce_weight: str) -> tuple[Processes, dict[str, torch.Tensor]]:
+
+def gradients(folder: Path, kind: str) -> tuple[Processes, dict[str, torch.Tensor]]:
     """The gradients of this process after one backward pass of step 3."""
-    config = small_config(model__backbone__dropout="0", loss__ce_weight=ce_weight)
+    config = small_config(**KINDS[kind])
     source = load_source(config.data)
     torch.manual_seed(0)
-    model = build_model(config.model, source.transform, None, fit_gaussian(config.model, source, flip=False)).double()
+    gaussian = fit_gaussian(config.model, source, flip=False) if config.model.gaussian else None
+    model = build_model(config.model, source.transform, None, gaussian).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -32,10 +45,10 @@ def gradients(folder: Path, ce_weight: str) -> tuple[Processes, dict[str, torch.
 
 
 def main(folder: Path) -> None:
-    """Leaves ``gradients-CE-RANK.pt``, and a run that all processes trained."""
-    for ce_weight in ("3", "0"):
-        processes, found = gradients(folder, ce_weight)
-        torch.save(found, folder / f"gradients-{ce_weight}-{processes.rank}.pt")
+    """Leaves ``gradients-KIND-RANK.pt``, and a run that all processes trained."""
+    for kind in KINDS:
+        processes, found = gradients(folder, kind)
+        torch.save(found, folder / f"gradients-{kind}-{processes.rank}.pt")
     train(small_config(train__steps="4", model__backbone__dropout="0"), folder / "run", device="cpu", progress=False)
 
 

@@ -283,7 +283,14 @@ class DDMLoss(nn.Module):
 
 
 def _by_squares(loss: Tensor, *inputs: Tensor) -> None:
-    """Makes gradients through ``inputs`` (B, ...) those of loss² / 2 over the mean loss, ``loss`` (B,)."""
-    scale = loss / loss.mean()
+    """Makes gradients through ``inputs`` (B, ...) those of loss² / 2 over the mean loss, ``loss`` (B,).
+
+    The mean is that of all processes that share the step: they average their gradients.
+    """
+    mean = loss.mean()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    scale = loss / mean
     for x in inputs:
         x.register_hook(lambda gradient: gradient * scale.reshape(-1, *[1] * (gradient.ndim - 1)))

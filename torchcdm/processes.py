@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -198,14 +199,15 @@ def map_rows(function: Callable[[slice], Rows], n: int, size: int | None = None,
         function: From the rows of a batch to a tensor or a tuple of them, (B, ...).
         n: Number of samples.
         size: Samples at a time. When None ``own``, and half as many, with a warning, whenever memory runs out.
-        own: The library's choice.
+        own: Samples at a time at first, where ``size`` is None.
 
     Returns:
         Of all samples (n, ...), in every process, on the device on which ``function`` left them.
 
     Raises:
         UserError: No samples, or a size below 1.
-        RuntimeError: Another process failed.
+        UserError: Of another process too.
+        RuntimeError: Another process failed otherwise.
     """
     if n < 1:
         raise UserError("there is nothing to score: the data are empty")
@@ -220,10 +222,14 @@ def map_rows(function: Callable[[slice], Rows], n: int, size: int | None = None,
             mine = _each(torch.cat, _in_batches(function, rows, size, own))
     except Exception as error:  # whatever it is, the others wait for this process
         failure = error
-    shares = processes.gather((None, repr(failure)) if mine is None else (_each(_on_cpu, [mine]), None))
+    # As text: not every exception can be sent.
+    reason = UserError(str(failure)) if isinstance(failure, UserError) else repr(failure)
+    shares = processes.gather((None, reason) if mine is None else (_each(_on_cpu, [mine]), None))
     if failure is not None:
         raise failure
     for rank, (_, reason) in enumerate(shares):
+        if isinstance(reason, UserError):
+            raise reason
         if reason is not None:
             raise RuntimeError(f"process {rank} failed: {reason}")
     return _each(torch.cat, [_each(_beside, (theirs, mine)) for theirs, _ in shares])
@@ -243,6 +249,10 @@ def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None
                 raise
         else:
             start = batch.stop
+            continue
+        # After the handler: until then the error holds the frames, and these what is to be freed.
+        gc.collect()
+        torch.cuda.empty_cache()
     if at_most < asked:
         warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
     return parts

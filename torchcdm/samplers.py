@@ -289,7 +289,8 @@ def sample(
         start: x at the first level, model units (n, *shape). When None, a draw from the model's base density at
             level T: its fitted Gaussian's, or standard normal noise.
         progress: Shows a progress bar.
-        callback: Called after each step; of several processes, in each with its own samples.
+        callback: Called after each step; of several processes, in each with its own samples. A batch
+            that memory did not hold begins anew with half as many.
 
     Returns:
         (n, *shape) on the CPU.

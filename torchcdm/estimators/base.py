@@ -96,7 +96,7 @@ class TableEstimator(BaseEstimator):
             the shrinkage of their covariances, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``validate_every`` in
             ``overrides``.
-        max_seconds: Training stops when fitting has taken so much time, the choice of the mixture included.
+        max_seconds: Training stops after so much time, the choice of the mixture included.
         validation_fraction: Share of the rows that early stopping watches, and that training does not see.
         discrete: What to do with columns of few distinct values: ``dequantize`` adds noise over the distance between
             two values, ``error`` refuses them.
@@ -118,7 +118,8 @@ class TableEstimator(BaseEstimator):
 
     save_format: ClassVar[int] = 1
     clock: Callable[[], float] = time.monotonic
-    """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share."""
+    """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share. No setting: a clone
+    has that of its class."""
 
     def __init__(
         self,
