@@ -206,6 +206,7 @@ def halved(grid: Sequence[int]) -> list[int]:
     return [*grid[:-1:2], grid[-1]]
 
 
+@torch.no_grad()
 def start_kl_bound(denoiser: Denoiser, reference: GaussianMarginals, x_t: Tensor, level: int) -> float:
     """Upper bound on KL(p_T || G_T): the mean over data of KL(N(a x, b² I) || G_T), nats."""
     schedule = denoiser.schedule
