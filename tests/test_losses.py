@@ -547,21 +547,22 @@ def test_change_over_levels_is_that_of_the_mixture(name):
         assert residual.mean().abs() < 4 * residual.std() / len(x_t) ** 0.5 + 1e-5
 
 
+class Shift(nn.Module):
+    """A constant added to log p at every second pair of 52 levels: the gradient does not notice."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(size, dtype=torch.float64))
+
+    def forward(self, x):
+        steps = (torch.arange(52) // 2 % 2).double()
+        return self.size * steps.expand(len(x), -1) + 0 * x.sum(1, keepdim=True)
+
+
 def test_time_term_vanishes_for_an_exact_gaussian_and_sees_a_shifted_level():
     schedule = UniformSigmaSchedule(50)
     x_0 = normal(4000, 3, seed=2) @ covariance(3)
     gaussian = GaussianMarginals.fit(x_0, schedule)
-
-    class Shift(nn.Module):
-        """A constant added to log p at every second level: the gradient does not notice."""
-
-        def __init__(self, size):
-            super().__init__()
-            self.size = nn.Parameter(torch.tensor(size, dtype=torch.float64))
-
-        def forward(self, x):
-            steps = (torch.arange(52) // 2 % 2).double()
-            return self.size * steps.expand(len(x), -1) + 0 * x.sum(1, keepdim=True)
 
     def time_error(size):
         model = ClassificationDiffusion(Shift(size), schedule, gaussian=gaussian)
@@ -572,3 +573,40 @@ def test_time_term_vanishes_for_an_exact_gaussian_and_sees_a_shifted_level():
     loss = CDMLoss(ClassificationDiffusion(Shift(0.5), schedule, gaussian=gaussian), ce_weight=0.0, time_weight=1.0)
     loss(x_0, generator=rng(4))["loss"].mean().backward()
     assert loss.model.backbone.size.grad > 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_neighbours_of_an_exact_round_gaussian_agree_and_a_shifted_level_is_seen(name):
+    schedule = SCHEDULES[name](50)
+    x_0 = 0.7 * normal(4000, 5, seed=2)
+    gaussian = GaussianMarginals.fit(x_0, schedule)
+
+    def terms(size):
+        model = ClassificationDiffusion(Shift(size), schedule, gaussian=gaussian)
+        return model, CDMLoss(model, ce_weight=0.0, kernel_weight=1.0)(x_0, generator=rng(4))
+
+    _, exact_terms = terms(0.0)
+    model, shifted = terms(0.5)
+    used = exact_terms["kernel"] > 0
+    assert used.double().mean() > 0.7 and not exact_terms["kernel"][exact_terms["t"] <= 1].any()
+    # Half of the neighbours differ by half a nat; the exact ones by what a batch tells of the denoiser's error.
+    assert exact_terms["kernel"].mean() < 0.004 and shifted["kernel"].mean() > 0.04
+    shifted["loss"].mean().backward()
+    assert model.backbone.size.grad > 0
+
+
+def test_neighbours_of_an_exact_mixture_agree_the_better_the_nearer_they_are():
+    mixture, mismatch = labelled_mixture(), []
+    for levels in (25, 100, 400):
+        model = exact(mixture, UniformSigmaSchedule(levels))
+        x_0 = mixture.sample(4000, rng(5))
+        mismatch.append(CDMLoss(model, kernel_weight=1.0)(x_0, generator=rng(6))["kernel"].mean())
+    assert mismatch[1] < mismatch[0] / 2 and mismatch[2] < mismatch[1] / 2
+
+
+def test_weights_that_tie_no_levels():
+    for name in ("time_weight", "kernel_weight"):
+        with pytest.raises(UserError, match=f"{name} must not be negative, and needs an mse_weight"):
+            CDMLoss(uninformative(CosineSchedule(T)), 1.0, 0.0, **{name: 1.0})
+    with pytest.raises(UserError, match="at least 2 noise levels"):
+        CDMLoss(uninformative(CosineSchedule(1)), kernel_weight=1.0)

@@ -251,8 +251,10 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     if isinstance(model, ClassificationDiffusion):
         if config.weighting != "simple":
             raise UserError(f"loss.weighting is {config.weighting}; it is for --model.kind ddm, leave it out")
-        weights = config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight
-        return CDMLoss(model, *weights, config.logits_from)
+        return CDMLoss(
+            model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight, config.kernel_weight,
+            config.logits_from,
+        )  # fmt: skip
     return DDMLoss(model, config.label_dropout, config.weighting)
 
 

@@ -223,14 +223,15 @@ class LossConfig:
 
     Attributes:
         weighting: Of a ddm's levels: ``simple``, or ``bound`` as in the bound on the likelihood.
-        logits_from: Shares of the training between which the weights of the cross-entropy and of the time term rise
-            from 0.
+        logits_from: Shares of the training between which the weights of the cross-entropy, of the time term and of the
+            kernel's rise from 0.
     """
 
     ce_weight: float = 3.0
     mse_weight: float = 1.0
     label_dropout: float = 0.1
     time_weight: float = 0.0
+    kernel_weight: float = 0.0
     logits_from: tuple[float, ...] = (0.0, 0.0)
     weighting: Literal["simple", "bound"] = "simple"
 

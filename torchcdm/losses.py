@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import DenoisingDiffusion
+from torchcdm.denoisers import DenoisingDiffusion, Prediction
 from torchcdm.errors import UserError
 from torchcdm.schedules import LearnedSchedule, NoiseSchedule
 
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
+
+LEVELS_AVERAGED = 0.04
+"""Few samples of a batch fall on one level: errors of a level are means about it, with this share of T as deviation."""
 
 Terms = dict[str, Tensor]
 """Loss terms by name, each (B,); ``loss`` is the one to average and minimise."""
@@ -60,7 +63,7 @@ def _noised(
     if t is None:
         t = loss.draw_levels(len(x_0), generator).to(x_0.device)
     if eps is None:
-        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        eps = _noise_like(x_0, generator)
     y = drop_labels(y, loss.model.classes, loss.label_dropout, generator)
     return loss.model.schedule.perturb(x_0, t, eps), t, eps, y
 
@@ -82,12 +85,14 @@ class CDMLoss(nn.Module):
         label_dropout: Share of labels replaced by the null label.
         time_weight: Weight of the error in the change of log p over neighbouring levels (identity 11), which ties the
             logits to the denoiser; 0 leaves it out.
-        logits_from: Shares of the training (start, end) between which ``ce_weight`` and ``time_weight`` rise from 0:
+        kernel_weight: Weight of the mismatch of neighbouring levels under the forward kernel, which makes one pass and
+            the flow agree; 0 leaves it out. It takes a second forward pass a step.
+        logits_from: Shares of the training (start, end) between which all weights but ``mse_weight`` rise from 0:
             the squared error alone first, as the cross-entropy costs it at high learning rates and needs few steps
             once the denoiser is there. (0, 0): both from the first step.
 
     Attributes:
-        logits_share: Share of the two weights that counts now, a scalar; 1 until :meth:`advance` sets it.
+        logits_share: Share of these weights that counts now, a scalar; 1 until :meth:`advance` sets it.
     """
 
     logits_share: Tensor
@@ -99,13 +104,17 @@ class CDMLoss(nn.Module):
         mse_weight: float = 1.0,
         label_dropout: float = 0.0,
         time_weight: float = 0.0,
+        kernel_weight: float = 0.0,
         logits_from: tuple[float, ...] = (0.0, 0.0),
     ) -> None:
         super().__init__()
         if ce_weight < 0 or mse_weight < 0 or ce_weight + mse_weight == 0:
             raise UserError("loss: ce_weight and mse_weight must not be negative, nor both 0")
-        if time_weight < 0 or (time_weight and not mse_weight):
-            raise UserError("loss: time_weight must not be negative, and needs an mse_weight above 0")
+        for name, weight in (("time_weight", time_weight), ("kernel_weight", kernel_weight)):
+            if weight < 0 or (weight and not mse_weight):
+                raise UserError(f"loss: {name} must not be negative, and needs an mse_weight above 0")
+        if kernel_weight and model.schedule.T < 2:
+            raise UserError("loss: kernel_weight needs a schedule with at least 2 noise levels")
         if isinstance(model.schedule, LearnedSchedule):
             raise UserError("loss: a classifier's levels are fixed; a learned schedule is for --model.kind ddm")
         if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:
@@ -113,7 +122,8 @@ class CDMLoss(nn.Module):
         if logits_from[0] and not mse_weight:
             raise UserError("loss: logits_from starts without the cross-entropy, and needs an mse_weight above 0")
         self.model = model
-        self.ce_weight, self.mse_weight, self.time_weight = ce_weight, mse_weight, time_weight
+        self.ce_weight, self.mse_weight = ce_weight, mse_weight
+        self.time_weight, self.kernel_weight = time_weight, kernel_weight
         self.label_dropout, self.logits_from = label_dropout, logits_from
         # A tensor, not a number: torch.compile would compile anew for every value.
         self.register_buffer("logits_share", torch.ones(()), persistent=False)
@@ -174,6 +184,10 @@ class CDMLoss(nn.Module):
         if self.time_weight:
             time = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(x_0.dtype)
             logits = logits + self.time_weight / d * time
+        if self.kernel_weight:
+            estimate = Prediction(x_t, *schedule.at(t.clamp(1, schedule.T), x_t), result.eps.detach())
+            kernel = self._kernel_error(x_0, y, t, estimate, mse.detach(), log_p, generator).to(x_0.dtype)
+            logits = logits + self.kernel_weight / d * kernel
         loss = self.mse_weight * mse + self.logits_share.to(x_0.dtype) * logits
         terms = {
             "loss": loss,
@@ -184,6 +198,8 @@ class CDMLoss(nn.Module):
         }
         if self.time_weight:
             terms["time"] = time
+        if self.kernel_weight:
+            terms["kernel"] = kernel
         return terms | {"ce_joint": ce.to(x_0.dtype)} if self.model.joint else terms
 
     def _time_error(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, mse: Tensor, log_p: Tensor) -> Tensor:
@@ -206,6 +222,56 @@ class CDMLoss(nn.Module):
         used = (inner == t) & (step < LARGEST_TIME_STEP)
         error = ((above - below - base_change) - target) / step
         return (error.square() / (2 * d)).where(used, torch.zeros_like(error))
+
+    def _kernel_error(
+        self,
+        x_0: Tensor,
+        y: Tensor | None,
+        t: Tensor,
+        estimate: Prediction,
+        mse: Tensor,
+        log_p: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Half the squared mismatch of the levels s = t - 1 and t under the forward kernel, nats² (B,), float64.
+
+        log p_s(x_s) + log q(x_t | x_s) - log p_t(x_t) - log p(x_s | x_t) is 0 by Bayes (identity 12), here at an x_s
+        between x_t and x_0. p(x_s | x_t) is a Gaussian about the denoiser's mean, whose variance has the denoiser's
+        error in it: to first order the mismatch does not depend on how well that is known.
+        """
+        schedule, x_t = self.model.schedule, estimate.x_t
+        upper = t.clamp(2, schedule.T)
+        lower = upper - 1
+        to_t, to_0, spread = schedule.reverse_kernel(upper, lower, x_t)
+        x_s = to_t * x_t + to_0 * x_0 + spread * _noise_like(x_0, generator)
+        keep, added = schedule.forward_kernel(lower, upper, x_t)
+        error = schedule.ratio[upper].square() * _mean_by_level(mse, t, schedule.T)[upper]
+        variance = (spread.double().square() + to_0.double().square() * error.reshape(to_0.shape)).flatten()
+        forward = _log_gaussian(x_t - keep * x_s, added.double().square().flatten())
+        backward = _log_gaussian(x_s - to_t * x_t - to_0 * estimate.x0, variance)
+        log_p_s = self.model.log_prob_pair(x_s, y)[0].gather(1, lower[:, None])[:, 0]
+        mismatch = log_p_s + forward - log_p.gather(1, upper[:, None])[:, 0] - backward
+        log_r = schedule.ratio.log()
+        used = (upper == t) & (log_r[upper] - log_r[lower] < LARGEST_TIME_STEP)
+        return (mismatch.square() / 2).where(used, torch.zeros_like(mismatch))
+
+
+def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def _mean_by_level(mse: Tensor, t: Tensor, T: int) -> Tensor:
+    """Mean of ``mse`` (B,) about each level 0 ... T+1, from the samples at the levels 1 ... T: float64 (T+2,)."""
+    values = torch.stack([torch.ones_like(mse), mse]).double() * ((t >= 1) & (t <= T))
+    levels = torch.arange(T + 2, dtype=torch.float64, device=t.device)
+    near = (-0.5 * ((levels - t[:, None]) / (LEVELS_AVERAGED * T)).square()).exp()
+    count, total = values @ near.clamp_min(1e-9)
+    return total / count
+
+
+def _log_gaussian(offset: Tensor, variance: Tensor) -> Tensor:
+    """log N(offset; 0, variance I) but for the powers of 2 pi, (B,), from (B, ...) and (B,)."""
+    return -0.5 * (offset.double().square().flatten(1).sum(1) / variance + offset[0].numel() * variance.log())
 
 
 def bound_weights(schedule: NoiseSchedule) -> Tensor:
