@@ -16,7 +16,7 @@ LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
 
 LEVELS_AVERAGED = 0.04
-"""Few samples of a batch fall on one level: errors of a level are means about it, with this share of T as deviation."""
+"""Few samples of a batch fall on one level: errors of it are means about it, with this share of T as deviation."""
 
 Terms = dict[str, Tensor]
 """Loss terms by name, each (B,); ``loss`` is the one to average and minimise."""

@@ -48,7 +48,7 @@ class LevelSums:
         }
 
     def bound(self, schedule: NoiseSchedule) -> float:
-        """Sum of the mean squared error over the levels 1 ... T, weighted as in the likelihood bound: nats per dimension."""
+        """Sum of the mean squared error over the levels 1 ... T, weighted as in the bound: nats per dimension."""
         weighted = bound_weights(schedule).detach().cpu() * self.mse[1:-1]
         return float(schedule.T * weighted.sum() / self.count[1:-1].sum())
 
