@@ -15,7 +15,7 @@ from torchcdm.schedules import LearnedSchedule, NoiseSchedule
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
 
-LEVELS_AVERAGED = 0.04
+LEVELS_AVERAGED = 0.02
 """Few samples of a batch fall on one level: errors of it are means about it, with this share of T as deviation."""
 
 Terms = dict[str, Tensor]
