@@ -5,28 +5,22 @@ import shutil
 
 import pytest
 import torch
-from oracles import SCHEDULES, ZeroBackbone, covariance, labelled_mixture, normal, rng
+from oracles import SCHEDULES, ZeroBackbone, labelled_mixture, normal, rng
 from torch import nn
 
 from torchcdm.backbones.encoder import Encoder
 from torchcdm.backbones.mlp import MLP
-from torchcdm.building import build_loss
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import LossConfig
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals, MatrixRotation
-from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.losses import CDMLoss, DDMLoss, bound_weights, drop_labels, stratified_levels
+from torchcdm.losses import CDMLoss, DDMLoss, drop_labels, stratified_levels
 from torchcdm.schedules import (
     CosineSchedule,
-    LearnedSchedule,
-    LinearSchedule,
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
 from torchcdm.toy import MixtureClassifier
-from torchcdm.units import DataTransform
 
 T = 12
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -407,206 +401,10 @@ def test_images_and_vectors_of_the_same_pixels_have_the_same_loss():
     assert all(torch.allclose(flat[name], image[name], atol=1e-12) for name in flat)
 
 
-# --- the baseline --------------------------------------------------------------------------------------------------
-
-
-class ExactNoise(nn.Module):
-    """E[eps | x_t] of N(0, variance), as the network of a ddm; ``factor`` (1 when exact) is a weight."""
-
-    def __init__(self, schedule, variance):
-        super().__init__()
-        # In a list: the schedule is the model's, not a part of the network.
-        self.schedule, self.variance = [schedule], variance
-        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-    def forward(self, x, t, y=None):
-        # A network sees levels and no schedule.
-        alpha_t, sigma_t = (value.detach() for value in self.schedule[0].at(t, x))
-        return self.factor * sigma_t * x / (alpha_t**2 * self.variance + sigma_t**2)
-
-
-def test_baseline_loss_is_the_bayes_error_at_the_exact_denoiser():
-    schedule, n, variance = CosineSchedule(T), 20_000, 0.25
-    model = DenoisingDiffusion(ExactNoise(schedule, variance), schedule)
-    terms = DDMLoss(model)(math.sqrt(variance) * normal(n, 1), generator=rng())
-    assert terms["t"].min() == 1 and terms["t"].max() == T
-    signal = schedule.alpha[1:-1] ** 2 * variance
-    truth = signal / (signal + schedule.sigma[1:-1] ** 2)
-    for t in range(1, T + 1):
-        mse = terms["mse"][terms["t"] == t]
-        assert abs(mse.mean() - truth[t - 1]) < 4 * mse.std() / math.sqrt(len(mse))
-    assert torch.equal(terms["loss"], terms["mse"])
-
-
-def test_bound_weights_are_those_of_the_reverse_chain():
-    schedule, shape = LinearSchedule(30), (5,)
-    model = DenoisingDiffusion(nn.Identity(), schedule, DataTransform.identity(shape))
-    chain = ReverseChain(model, torch.zeros(30, 5, dtype=torch.float64))
-    eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
-    t = torch.arange(2, 31)
-    kl = chain.kl(schedule.ratio[t, None] * eps_error, t)
-    assert torch.allclose(bound_weights(schedule)[1:] * eps_error.square().sum(1), kl)
-
-
-def test_the_bound_loss_is_l_simple_but_for_its_weights():
-    class Network(nn.Module):
-        def forward(self, x, t, y):
-            return 0.3 * x
-
-    schedule = LinearSchedule(30)
-    model = DenoisingDiffusion(Network(), schedule, DataTransform.identity((5,)))
-    x, eps = (torch.randn(30, 5, dtype=torch.float64, generator=rng(seed)) for seed in (0, 1))
-    t = torch.arange(1, 31)
-    bound, simple = DDMLoss(model, weighting="bound")(x, None, t, eps), DDMLoss(model)(x, None, t, eps)
-    ratio = bound["loss"] / simple["loss"]
-    weights = bound_weights(schedule)
-    assert torch.allclose(ratio, weights / weights.mean()) and torch.equal(bound["mse"], simple["mse"])
-    assert float(ratio.mean()) == pytest.approx(1)
-
-
-def test_a_learned_schedule_makes_all_levels_weigh_alike():
-    schedule, variance, levels = LearnedSchedule(20, 0.01, 10.0), 0.25, torch.arange(1, 21)
-    model = DenoisingDiffusion(ExactNoise(schedule, variance), schedule)
-    loss, optimizer = DDMLoss(model, weighting="bound"), torch.optim.Adam([schedule.log_steps], 0.05)
-
-    def terms():
-        """The bound's terms at the levels 2 ... T: weight times Bayes error."""
-        signal = schedule.alpha[levels] ** 2 * variance
-        return (bound_weights(schedule) * signal / (signal + schedule.sigma[levels] ** 2)).detach()[1:]
-
-    before = terms()
-    for step in range(300):
-        optimizer.zero_grad()
-        loss(math.sqrt(variance) * normal(200, 8, seed=2 * step), generator=rng(step))["loss"].mean().backward()
-        optimizer.step()
-    after = terms()
-    assert before.max() / before.min() > 20 and after.max() / after.min() < 1.3
-    ratio = schedule.ratio[1:-1]
-    assert (ratio.diff() > 0).all() and torch.allclose(ratio[[0, -1]], torch.tensor([0.01, 10.0]).double())
-
-
-def test_only_the_schedule_is_trained_by_squares():
-    schedule = LearnedSchedule(20, 0.01, 10.0)
-    model = DenoisingDiffusion(ExactNoise(schedule, 0.25), schedule)
-    x, eps, t = normal(20, 3), normal(20, 3, seed=1), torch.arange(1, 21)
-    loss = DDMLoss(model, weighting="bound")(x, None, t, eps)["loss"]
-    loss.mean().backward()
-    of_schedule, of_network = schedule.log_steps.grad.clone(), model.backbone.factor.grad.clone()
-    model.zero_grad()
-    # Recomputed without hooks.
-    weights = bound_weights(schedule)
-    x_t = schedule.perturb(x, t, eps)
-    plain = (weights / weights.mean().detach())[t - 1] * (eps - model.backbone(x_t, t)).square().mean(1)
-    assert torch.allclose(plain, loss)
-    (expected,) = torch.autograd.grad((plain.square() / 2).mean() / plain.mean().detach(), schedule.log_steps,
-                                      retain_graph=True)  # fmt: skip
-    assert torch.allclose(of_schedule, expected, rtol=1e-4)
-    assert torch.allclose(of_network, torch.autograd.grad(plain.mean(), model.backbone.factor)[0])
-
-
-def test_losses_that_no_learned_schedule_has():
-    schedule = LearnedSchedule(20)
-    with pytest.raises(UserError, match="needs --loss.weighting bound"):
-        DDMLoss(DenoisingDiffusion(nn.Identity(), schedule))
-    with pytest.raises(UserError, match="takes no base density"):
-        base = GaussianMarginals.blank(schedule, (2,))
-        DDMLoss(DenoisingDiffusion(nn.Identity(), schedule, base=base), weighting="bound")
-    with pytest.raises(UserError, match="a learned schedule is for --model.kind ddm"):
-        CDMLoss(uninformative(schedule))
-
-
-def test_an_unknown_weighting_is_refused():
-    with pytest.raises(UserError, match="weighting is 'l2'; choose simple or bound"):
-        DDMLoss(DenoisingDiffusion(nn.Identity(), CosineSchedule(T)), weighting="l2")
-
-
-def test_a_weighting_of_a_ddm_is_refused_for_a_cdm():
-    with pytest.raises(UserError, match="loss.weighting is bound; it is for --model.kind ddm"):
-        build_loss(LossConfig(weighting="bound"), uninformative(CosineSchedule(T)))
+# --- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -1.0), (0.0, 0.0)])
 def test_weights_that_make_no_loss(weights):
     with pytest.raises(UserError, match="ce_weight"):
         CDMLoss(uninformative(CosineSchedule(T)), *weights)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_change_over_levels_is_that_of_the_mixture(name):
-    # Identity 11: the target's mean, weighted by any function of x, is that of the true change of log p.
-    schedule, mixture, t = SCHEDULES[name](200), labelled_mixture(), 100
-    x_0 = mixture.sample(50_000, rng(1))
-    eps = normal(*x_0.shape, seed=3)
-    x_t = schedule.perturb(x_0, t, eps)
-    levels = mixture.log_prob_levels(x_t, schedule)
-    eps_hat = mixture.eps(x_t, t, schedule)
-    energy = eps_hat.square().sum(1) + (eps - eps_hat).square().sum(1)
-    target = schedule.log_prob_change(x_t, torch.full((len(x_t),), t), eps_hat, energy)
-    for weight in (torch.ones(len(x_t)), x_t[:, 0].tanh(), x_t[:, 1].sin()):
-        residual = (levels[:, t + 1] - levels[:, t - 1] - target) * weight
-        assert residual.mean().abs() < 4 * residual.std() / len(x_t) ** 0.5 + 1e-5
-
-
-class Shift(nn.Module):
-    """A constant added to log p at every second pair of 52 levels: the gradient does not notice."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = nn.Parameter(torch.tensor(size, dtype=torch.float64))
-
-    def forward(self, x):
-        steps = (torch.arange(52) // 2 % 2).double()
-        return self.size * steps.expand(len(x), -1) + 0 * x.sum(1, keepdim=True)
-
-
-def test_time_term_vanishes_for_an_exact_gaussian_and_sees_a_shifted_level():
-    schedule = UniformSigmaSchedule(50)
-    x_0 = normal(4000, 3, seed=2) @ covariance(3)
-    gaussian = GaussianMarginals.fit(x_0, schedule)
-
-    def time_error(size):
-        model = ClassificationDiffusion(Shift(size), schedule, gaussian=gaussian)
-        return CDMLoss(model, time_weight=1.0)(x_0, generator=rng(4))["time"].mean()
-
-    # What is left of an exact model is the noise of one draw of eps.
-    assert time_error(0.5) > 5 * time_error(0.0)
-    loss = CDMLoss(ClassificationDiffusion(Shift(0.5), schedule, gaussian=gaussian), ce_weight=0.0, time_weight=1.0)
-    loss(x_0, generator=rng(4))["loss"].mean().backward()
-    assert loss.model.backbone.size.grad > 0
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_neighbours_of_an_exact_round_gaussian_agree_and_a_shifted_level_is_seen(name):
-    schedule = SCHEDULES[name](50)
-    x_0 = 0.7 * normal(4000, 5, seed=2)
-    gaussian = GaussianMarginals.fit(x_0, schedule)
-
-    def terms(size):
-        model = ClassificationDiffusion(Shift(size), schedule, gaussian=gaussian)
-        return model, CDMLoss(model, ce_weight=0.0, kernel_weight=1.0)(x_0, generator=rng(4))
-
-    _, exact_terms = terms(0.0)
-    model, shifted = terms(0.5)
-    used = exact_terms["kernel"] > 0
-    assert used.double().mean() > 0.7 and not exact_terms["kernel"][exact_terms["t"] <= 1].any()
-    # Half of the neighbours differ by half a nat; the exact ones by what a batch tells of the denoiser's error.
-    assert exact_terms["kernel"].mean() < 0.004 and shifted["kernel"].mean() > 0.04
-    shifted["loss"].mean().backward()
-    assert model.backbone.size.grad > 0
-
-
-def test_neighbours_of_an_exact_mixture_agree_the_better_the_nearer_they_are():
-    mixture, mismatch = labelled_mixture(), []
-    for levels in (25, 100, 400):
-        model = exact(mixture, UniformSigmaSchedule(levels))
-        x_0 = mixture.sample(4000, rng(5))
-        mismatch.append(CDMLoss(model, kernel_weight=1.0)(x_0, generator=rng(6))["kernel"].mean())
-    assert mismatch[1] < mismatch[0] / 2 and mismatch[2] < mismatch[1] / 2
-
-
-def test_weights_that_tie_no_levels():
-    for name in ("time_weight", "kernel_weight"):
-        with pytest.raises(UserError, match=f"{name} must not be negative, and needs an mse_weight"):
-            CDMLoss(uninformative(CosineSchedule(T)), 1.0, 0.0, **{name: 1.0})
-    with pytest.raises(UserError, match="at least 2 noise levels"):
-        CDMLoss(uninformative(CosineSchedule(1)), kernel_weight=1.0)
