@@ -19,7 +19,7 @@ SCHEDULE = "{name: log-snr, T: 10, r_min: 0.05, r_max: 20.0}"
 def cdm(tmp_path, monkeypatch):
     """A command on the device, in a folder of its own that holds a table and twelve digits."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchcdm.processes.checked_device", torch.device)
+    monkeypatch.setattr("torchcdm.devices.checked_device", torch.device)
     np.savetxt("table.csv", TABLE, delimiter=",", header="a,b,c", comments="")
     np.save("digits.npy", load_data("digits").test.tensors(12)[0][:, 0].numpy())
 
@@ -85,7 +85,7 @@ def test_tables(cdm, components):
 
 
 def test_estimators_and_ratios(monkeypatch):
-    monkeypatch.setattr("torchcdm.processes.checked_device", torch.device)
+    monkeypatch.setattr("torchcdm.devices.checked_device", torch.device)
     with pretended_device() as device:
         options = {"random_state": 0, "device": str(device), "steps": 6}
         for likelihood in ("one-pass", "flow"):

@@ -22,7 +22,8 @@ from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowOptions, LogZOptions, report
 from torchcdm.metrics import level_sums
-from torchcdm.processes import Processes, _shared_by, map_rows, sharing
+from torchcdm.processes import Processes, _shared_by, sharing
+from torchcdm.rows import map_rows
 from torchcdm.samplers import sample
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.trainer import train

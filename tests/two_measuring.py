@@ -16,7 +16,8 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowOptions, elbo, log_normalizer, report
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.metrics import evaluate
-from torchcdm.processes import map_rows, sharing
+from torchcdm.processes import sharing
+from torchcdm.rows import map_rows
 from torchcdm.samplers import sample
 from torchcdm.trainer import NotFinite
 

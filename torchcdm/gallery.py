@@ -15,7 +15,7 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.data import save_array, save_grid, save_images, save_table
 from torchcdm.denoisers import Denoiser
 from torchcdm.likelihood.common import labels_of
-from torchcdm.processes import map_rows
+from torchcdm.rows import map_rows
 from torchcdm.run_folder import write_file
 from torchcdm.samplers import Sampler, sample
 

@@ -15,7 +15,7 @@ from torchcdm.data import Split
 from torchcdm.denoisers import Denoiser, working_dtype
 from torchcdm.likelihood import single_pass
 from torchcdm.losses import bound_weights, stratified_levels
-from torchcdm.processes import map_rows
+from torchcdm.rows import map_rows
 from torchcdm.schedules import Level, NoiseSchedule
 
 BATCH = 256

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
-from torchcdm.processes import map_rows, share
+from torchcdm.processes import share
+from torchcdm.rows import map_rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import evaluation_mode, working_dtype
-from torchcdm.processes import map_rows
+from torchcdm.rows import map_rows
 from torchcdm.schedules import NoiseSchedule
 
 COARSE_NOISE = 0.5

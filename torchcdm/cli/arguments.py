@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,13 +46,6 @@ def add_data(parser: argparse.ArgumentParser) -> None:
                         "shape and grey levels")  # fmt: skip
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples, evenly spaced")
-
-
-def device_of(name: str | None) -> torch.device:
-    """The device asked for, checked; the best there is otherwise."""
-    from torchcdm.processes import chosen_device
-
-    return chosen_device(name)
 
 
 def check_writable(path: Path | None) -> None:

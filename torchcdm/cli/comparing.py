@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, device_of, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from torchcdm.compare.comparison import compare
     from torchcdm.compare.figure import scoring_cost
     from torchcdm.compare.own import preset_of
+    from torchcdm.devices import chosen_device
     from torchcdm.interrupt import Interrupted
     from torchcdm.likelihood import LogZOptions
     from torchcdm.likelihood.normalizer import ISLANDS
@@ -88,7 +89,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 options.clock,
                 options.seed,
                 options.limit,
-                device_of(options.device),
+                chosen_device(options.device),
                 data,
                 progress=not options.quiet,
                 frechet=options.frechet,

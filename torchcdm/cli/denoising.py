@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,11 +46,12 @@ def run_denoise(options: argparse.Namespace) -> int:
 
     from torchcdm.checkpoint import load, read_info
     from torchcdm.data import save_array, save_images, save_table
+    from torchcdm.devices import chosen_device
     from torchcdm.noise_level import common_scale
     from torchcdm.run_folder import write_file
 
     info = read_info(options.model)
-    model = load(options.model, device_of(options.device))
+    model = load(options.model, chosen_device(options.device))
     x, names, _ = info.read_inputs(options.paths, options.skip_bad, noisy=True)
     denoise = _rule(options, model)
     parts = [denoise(part.to(model.schedule.alpha.device)) for part in x.split(BATCH)]

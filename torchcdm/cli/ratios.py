@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, device_of, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +46,7 @@ def add_commands(commands: Any) -> None:
 def run_ratio(options: argparse.Namespace) -> int:
     """Fits, scores, and says how far to trust it."""
     from torchcdm.data import check_spec, parse_size, spec_of
+    from torchcdm.devices import chosen_device
     from torchcdm.ratio import DensityRatio
     from torchcdm.ratio_checks import check_clip, effective_sample_size, weights_of
     from torchcdm.run_folder import RunFolder, write_file
@@ -64,7 +65,7 @@ def run_ratio(options: argparse.Namespace) -> int:
         size=None if options.size is None else parse_size(options.size),
         channels=options.channels,
         skip_bad=options.skip_bad,
-        device=str(device_of(options.device)),
+        device=str(chosen_device(options.device)),
         progress=not options.quiet,
         **training,
     ).fit(options.numerator, options.denominator)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, device_of
+from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def add_commands(commands: Any) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Trains, then measures on the test split."""
     from torchcdm.building import load_source
+    from torchcdm.devices import chosen_device
     from torchcdm.interrupt import Interrupted
     from torchcdm.likelihood import check_methods
     from torchcdm.reporting import write_report
@@ -73,7 +74,7 @@ def run_train(options: argparse.Namespace) -> int:
     check_methods(config.report.methods)
     # Of several processes the first one speaks.
     options.quiet = options.quiet or os.environ.get("RANK", "0") != "0"
-    device = device_of(options.device)
+    device = chosen_device(options.device)
     source = load_source(config.data)
     if not options.quiet:
         for note in source.notes:

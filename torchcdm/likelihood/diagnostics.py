@@ -19,7 +19,7 @@ from torchcdm.denoisers import evaluation_mode, working_dtype
 from torchcdm.likelihood.common import CHAIN, dithered, draw_normal, labels_of, require_transform
 from torchcdm.likelihood.flow import flow_gaps
 from torchcdm.likelihood.single_pass import noised
-from torchcdm.processes import map_rows
+from torchcdm.rows import map_rows
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torchcdm.likelihood.common import (
     labels_of,
     require_transform,
 )
-from torchcdm.processes import map_rows
+from torchcdm.rows import map_rows
 from torchcdm.units import LogLikelihood
 
 

@@ -20,7 +20,7 @@ from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood.common import PROBES, START, draw_rows, labels_of
-from torchcdm.processes import map_rows
+from torchcdm.rows import map_rows
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""

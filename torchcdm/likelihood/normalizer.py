@@ -25,7 +25,8 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import flow_sample
-from torchcdm.processes import alone, map_rows
+from torchcdm.processes import alone
+from torchcdm.rows import map_rows
 
 ESTIMATORS = ("smc", "ais", "flow")
 """Sequential Monte Carlo; the same without resampling; importance sampling from the probability flow."""

@@ -17,8 +17,8 @@ from torchcdm.codec import check_settings, encode
 from torchcdm.config import Config, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
+from torchcdm.devices import chosen_device
 from torchcdm.errors import UserError
-from torchcdm.processes import chosen_device
 from torchcdm.run_folder import RunFolder, write_file, write_json
 from torchcdm.trainer import train
 

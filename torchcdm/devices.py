@@ -1,0 +1,31 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+from torchcdm.errors import UserError
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device asked for, checked; the best there is when None."""
+    return best_device() if name is None else checked_device(name)
+
+
+def checked_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        UserError: It is not, or it has no float64, in which schedules and densities are kept.
+    """
+    try:
+        torch.zeros(1, device=name, dtype=torch.float64)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise UserError(f"device {name} cannot be used: {reason}; leave --device out, or give cpu") from None
+    return torch.device(name)
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one; Apple's are left out, they have no float64."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
