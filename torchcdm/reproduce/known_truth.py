@@ -146,7 +146,7 @@ def run(work: Workspace) -> Result:
             found.append((dim, modes, start, values))
     for start in STARTS:
         rows = tuple(
-            (dim, modes, *(values.get(key) for key in _KEYS)) for dim, modes, kind, values in found if kind == start
+            (dim, modes, *(values[key] for key in _KEYS)) for dim, modes, kind, values in found if kind == start
         )
         title = (
             f"the network corrects a fitted {start}: log p at level 0 in nats, {setting.test} test samples; targets: "
@@ -222,7 +222,10 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
             "steps": trained["steps"], "seconds": round(seconds, 1),
         }  # fmt: skip
 
-    facts = {"settings": encode(config), "train": count, "test": setting.test, "levels": setting.levels}
+    facts = {
+        "settings": encode(config), "train": count, "test": setting.test, "levels": setting.levels,
+        "measured": list(_KEYS),
+    }  # fmt: skip
     return work.numbers(name, facts, make)
 
 
