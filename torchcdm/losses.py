@@ -86,13 +86,14 @@ class CDMLoss(nn.Module):
         time_weight: Weight of the error in the change of log p over neighbouring levels (identity 11), which ties the
             logits to the denoiser; 0 leaves it out.
         kernel_weight: Weight of the mismatch of neighbouring levels under the forward kernel, which makes one pass and
-            the flow agree; 0 leaves it out. It takes a second forward pass a step.
+            the flow agree; 0 leaves it out. It takes a second forward pass a step, from where the logits count.
         logits_from: Shares of the training (start, end) between which all weights but ``mse_weight`` rise from 0:
             the squared error alone first, as the cross-entropy costs it at high learning rates and needs few steps
             once the denoiser is there. (0, 0): both from the first step.
 
     Attributes:
         logits_share: Share of these weights that counts now, a scalar; 1 until :meth:`advance` sets it.
+        logits_count: Whether it is above 0; the ties of neighbouring levels are left out, and not computed, before.
     """
 
     logits_share: Tensor
@@ -127,12 +128,14 @@ class CDMLoss(nn.Module):
         self.label_dropout, self.logits_from = label_dropout, logits_from
         # A tensor, not a number: torch.compile would compile anew for every value.
         self.register_buffer("logits_share", torch.ones(()), persistent=False)
+        self.logits_count = True
 
     def advance(self, share: float) -> None:
         """Sets the weights for a step at which so much of the training, 0 ... 1, is done."""
         start, end = self.logits_from
         risen = float(share >= end) if start == end else (share - start) / (end - start)
         self.logits_share.fill_(min(max(risen, 0.0), 1.0))
+        self.logits_count = risen > 0
 
     @property
     def settled(self) -> bool:
@@ -162,7 +165,8 @@ class CDMLoss(nn.Module):
 
         Returns:
             ``loss``, ``ce`` (nats), ``mse`` (mean over d; constant at level 0, 0 at level T+1), ``t``,
-            ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``.
+            ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``; ``time`` and
+            ``kernel`` where they have a weight.
         """
         schedule = self.model.schedule
         x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
@@ -181,10 +185,10 @@ class CDMLoss(nn.Module):
             ce = ce - self.model.log_prior(y).masked_fill(t == schedule.T + 1, 0)
         d = x_0[0].numel()
         logits = self.ce_weight / d * ce.to(x_0.dtype)
-        if self.time_weight:
+        if self.time_weight and self.logits_count:
             time = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(x_0.dtype)
             logits = logits + self.time_weight / d * time
-        if self.kernel_weight:
+        if self.kernel_weight and self.logits_count:
             estimate = Prediction(x_t, *schedule.at(t.clamp(1, schedule.T), x_t), result.eps.detach())
             kernel = self._kernel_error(x_0, y, t, estimate, mse.detach(), log_p, generator).to(x_0.dtype)
             logits = logits + self.kernel_weight / d * kernel
@@ -196,9 +200,9 @@ class CDMLoss(nn.Module):
             "t": t,
             "correct": (unconditional.argmax(1) == t).to(x_0.dtype),
         }
-        if self.time_weight:
+        if self.time_weight and self.logits_count:
             terms["time"] = time
-        if self.kernel_weight:
+        if self.kernel_weight and self.logits_count:
             terms["kernel"] = kernel
         return terms | {"ce_joint": ce.to(x_0.dtype)} if self.model.joint else terms
 
