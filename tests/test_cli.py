@@ -119,6 +119,7 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
         (["nll", "RUN", "--level=-1"], "level -1 cannot be scored through"),
         (["nll", "RUN", "--draws", "0"], "draws is 0; at least one is needed"),
         (["nll", "RUN", "--particles", "64"], "--particles is 64; at least 128"),
+        (["nll", "RUN", "--moves=-1"], "--moves is -1; it must not be negative"),
         (["nll", "RUN", "--conditional"], "have no classes"),
         (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
         (["evaluate", "RUN", "--draws", "0"], "--draws is 0"),

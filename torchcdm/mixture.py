@@ -21,7 +21,7 @@ FIT_ROWS = 10_000
 """A mixture is fitted to at most so many samples, unless more are asked for."""
 
 FIRST_ROWS = 20_000
-"""Of more samples EM takes so many first, and all of them from where that ends: a few iterations instead of a hundred."""
+"""Of more samples EM takes so many first, and all from where that ends: a few iterations instead of a hundred."""
 
 VARIANCE_FLOOR = 1e-5
 """Least variance of a component along any direction, model units: no component shrinks onto one sample."""
@@ -225,7 +225,8 @@ def _fit(
         trials = [Fitter(components, **options, **start).fit(first) for start in _starts(first, components, floor)]
         fitted = max(trials, key=lambda trial: trial.lower_bound_)
         if len(first) < len(x):
-            fitted = Fitter(components, **options, **_start(fitted.weights_, fitted.means_, fitted.covariances_)).fit(x)
+            start = _start(fitted.weights_, fitted.means_, fitted.covariances_)
+            fitted = Fitter(components, **options, **start).fit(x)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
     return weights, means, covariances
 

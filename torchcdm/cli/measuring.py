@@ -27,6 +27,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--flow-probes", type=int, default=2, metavar="P", help="probes of its divergence, even (2)")
     parser.add_argument("--particles", type=int, default=1024, metavar="N", help="for log Z (1024); a quarter as many "
                         "draws of the flow for its second estimate")  # fmt: skip
+    parser.add_argument("--moves", type=int, default=1, metavar="M", help="Langevin steps of the particles at each "
+                        "level (1): more cost as many evaluations, and find density that the sampler does not "
+                        "propose")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
@@ -54,6 +57,8 @@ def run_nll(options: argparse.Namespace) -> int:
 
     if options.particles < 128:
         raise UserError(f"--particles is {options.particles}; at least 128 are needed")
+    if options.moves < 0:
+        raise UserError(f"--moves is {options.moves}; it must not be negative")
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
@@ -75,7 +80,7 @@ def run_nll(options: argparse.Namespace) -> int:
             name=source.name,
             split=options.split,
             flow=FlowOptions(options.flow_steps, options.flow_probes),
-            log_z=LogZOptions(options.particles, draws=options.particles // 4),
+            log_z=LogZOptions(options.particles, options.moves, options.particles // 4),
             progress=main and not options.quiet,
         )
     if not main:

@@ -86,6 +86,7 @@ def log_normalizer(
     probes: int = 8,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> LogNormalizer:
     """log of the integral of exp(log p_level).
 
@@ -102,9 +103,10 @@ def log_normalizer(
         probes: Of the flow's divergence: their noise inflates the weights.
         seed: Seed of all noise.
         batch_size: Draws at a time; as many as memory holds, at most 500, when None.
+        progress: Shows a progress bar over the levels (``smc``, ``ais``).
 
     Raises:
-        UserError: An unknown method or a level without density to sample.
+        UserError: An unknown method, a level without density to sample, or too few draws, islands or moves.
     """
     if method not in ESTIMATORS:
         raise UserError(f"unknown estimator '{method}'; {nearest(method, ESTIMATORS)}")
@@ -112,6 +114,8 @@ def log_normalizer(
         raise UserError(f"level {level} has no normaliser to estimate; choose 1 ... {model.schedule.T}")
     if n < 2 * islands or islands < 2:
         raise UserError(f"n is {n}: {islands} islands need at least 2 draws each; at least 2 islands")
+    if moves < 0:
+        raise UserError(f"moves is {moves}; it must not be negative")
     size = n // islands
     labels = None if y is None else torch.full((islands * size,), y, device=model.schedule.alpha.device)
     if method == "flow":
@@ -127,7 +131,7 @@ def log_normalizer(
         # them into other particles.
         with evaluation_mode(model), alone():
             particles = _Particles(model, chain, labels, islands, size, seed, batch_size)
-            particles.run(level, moves, resample=method == "smc")
+            particles.run(level, moves, resample=method == "smc", progress=progress)
         log_weights, x = particles.log_estimates(), particles.x
         name = f"{method}, {islands} x {size} particles, {model.schedule.T - level + 1} levels, {moves} moves"
     return _summary(log_weights, name, level, x, islands * size)
@@ -228,10 +232,12 @@ class _Particles:
         self.log_z = torch.zeros(islands, dtype=torch.float64, device=self.device)
         self.step_size = 0.5
 
-    def run(self, level: int, moves: int, resample: bool) -> None:
+    def run(self, level: int, moves: int, resample: bool, progress: bool = False) -> None:
         """Down to ``level``."""
-        while self.t > level:
-            self._step(self.t - 1)
+        from tqdm.auto import tqdm
+
+        for t in tqdm(range(self.t - 1, level - 1, -1), desc="log Z", unit="level", disable=not progress, leave=False):
+            self._step(t)
             if resample:
                 self._resample()
             for _ in range(moves):

@@ -127,7 +127,7 @@ def report(
         elif stage == "flow":
             table.add_flow(flow)
         elif y is None:
-            table.add_log_z(log_z or LogZOptions(), flow)
+            table.add_log_z(log_z or LogZOptions(), flow, progress)
     return table.finish(name, split)
 
 
@@ -139,6 +139,7 @@ def log_z_estimates(
     flow: FlowOptions,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: bool = False,
 ) -> tuple[LogNormalizer, LogNormalizer]:
     """log Z by sequential Monte Carlo, and a second, independent estimate from the flow.
 
@@ -150,9 +151,10 @@ def log_z_estimates(
         flow: How finely the flow of the second is integrated.
         seed: Seed of all noise.
         batch_size: Draws at a time, likewise.
+        progress: Shows a progress bar.
     """
     shared = {"level": level, "seed": seed, "batch_size": batch_size}
-    first = log_normalizer(model, options.particles, moves=options.moves, chain=chain, **shared)
+    first = log_normalizer(model, options.particles, moves=options.moves, chain=chain, progress=progress, **shared)
     steps = flow.steps_from(model, level)
     return first, log_normalizer(model, options.draws, method="flow", steps=steps, **shared)
 
@@ -226,10 +228,10 @@ class _Table:
                  ("prior", "diffusion", "reconstruction"))  # fmt: skip
         self.notes.append("elbo: " + ", ".join(f"{name} {value:+.4f}" for name, value in terms))
 
-    def add_log_z(self, options: LogZOptions, flow: FlowOptions) -> None:
+    def add_log_z(self, options: LogZOptions, flow: FlowOptions, progress: bool) -> None:
         """log Z by sequential Monte Carlo, and a second opinion from the flow."""
         self.log_z, self.second = log_z_estimates(
-            self.model, self._calibrated(), self.level, options, flow, self.seed, self.batch_size
+            self.model, self._calibrated(), self.level, options, flow, self.seed, self.batch_size, progress
         )
         second = self.second
         bits = 1 / (self.log_z.dim * math.log(2))
