@@ -84,8 +84,7 @@ class MixtureMarginals(BaseDensity):
         """
         if samples.ndim != 2:
             raise UserError(f"model.components is {components}; mixtures are for vectors, leave it at 1 for images")
-        weights, means, covariances = _fit(samples, components, floor, rows, TOLERANCE)
-        mixture = GaussianMixture(weights, means, shrunk(covariances, _variance(samples), shrinkage))
+        mixture = GaussianMixture(*fit_gaussians(samples, components, floor, shrinkage, rows))
         return cls(schedule, mixture, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
 
     def log_prob_levels(self, x: Tensor) -> Tensor:
@@ -185,7 +184,7 @@ def best_mixture(
     for number, count in enumerate(counts):
         if (number and 2 * count > len(train)) or worse == 2:
             break
-        weights, means, covariances = _fit(train, count, rows=rows)
+        weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=ROUGH)
         trials = []
         for share in shares:
             parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched[:, None])
@@ -207,10 +206,27 @@ def _variance(samples: Tensor) -> float:
     return float(samples.double().var(0, correction=0).mean())
 
 
-def _fit(
-    samples: Tensor, components: int, floor: float = 0.0, rows: int = FIT_ROWS, tolerance: float = ROUGH
+def fit_gaussians(
+    samples: Tensor,
+    components: int,
+    floor: float = 0.0,
+    shrinkage: float = 0.0,
+    rows: int = FIT_ROWS,
+    tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and full covariances by scikit-learn, of evenly spaced samples; float64."""
+    """Weights (K,), means (K, d) and full covariances (K, d, d) by expectation maximisation; float64.
+
+    Args:
+        samples: (N, d).
+        components: K.
+        floor: Least variance; :data:`VARIANCE_FLOOR` where that is more.
+        shrinkage: Share by which each covariance is moved towards a round one of the variance of all samples.
+        rows: At most so many samples, evenly spaced ones.
+        tolerance: EM ends where an iteration gains less, nats a sample.
+
+    Raises:
+        UserError: Fewer samples than components.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture as Fitter
 
@@ -228,7 +244,7 @@ def _fit(
             start = _start(fitted.weights_, fitted.means_, fitted.covariances_)
             fitted = Fitter(components, **options, **start).fit(x)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
-    return weights, means, covariances
+    return weights, means, shrunk(covariances, _variance(samples), shrinkage)
 
 
 def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:

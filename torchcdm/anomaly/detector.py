@@ -19,7 +19,7 @@ from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.run_folder import write_file
 
-FORMAT = "1"
+FORMAT = "2"
 """Version of a saved detector."""
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from torchcdm.anomaly.increments import DISTANCES, best_kind, deviation, fit_increments, log_distances
 from torchcdm.anomaly.profile import coarse_level, level_profile, log_density
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import Denoiser
@@ -57,7 +58,8 @@ class AnomalyScore(ABC):
                 f"{self.smallest_reference} normal ones that the model was not trained on"
             )
         self._check(reference, "the reference")
-        self.fitted = self.learn(self.features(reference))
+        # As they are read from a file: rounding depends on the layout in memory.
+        self.fitted = {name: value.contiguous() for name, value in self.learn(self.features(reference)).items()}
         return self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -161,10 +163,10 @@ class Complexity(AnomalyScore):
 class Levels(AnomalyScore):
     """How far the whole profile is from those of normal data: the one-pass kin of multi-scale score matching analysis.
 
-    The log of the squared Mahalanobis distance of all increments log p_t(x) - log p_{t+1}(x), which add up to
-    log p_0(x), under a Gaussian with Ledoit and Wolf's shrunk covariance; plus the softplus of the mean of -log p_t(x)
-    over the fine levels, because what is odd is more often too unlikely than too likely; too likely earns nothing.
-    Both are counted in deviations among normal data. The form was chosen on other outliers than those whose results
+    The sum of two distances of all increments log p_t(x) - log p_{t+1}(x), which add up to log p_0(x), from those of
+    normal data (:func:`torchcdm.anomaly.increments.log_distances`), and of the softplus of the mean of -log p_t(x)
+    over the fine levels: what is odd is more often too unlikely than too likely, and too likely earns nothing. All
+    three are counted in deviations among normal data. The form was chosen on other outliers than those whose results
     are reported (docs/anomaly.md).
 
     Multi-scale score matching analysis (arXiv 2010.13132) fits a density to the norms of ten scores: ten passes.
@@ -176,40 +178,25 @@ class Levels(AnomalyScore):
 
     def learn(self, features: Tensor) -> Fitted:
         fine = features[:, : coarse_level(self.model.schedule) + 1]
-        fitted = {"mean": fine.mean(0), "deviation": _deviation(fine, 0)}
-        fitted |= self._shape(features)
-        # Distances of the very data that gave the covariance would be too small: each fold by the others.
+        kind = best_kind(features)
+        fitted = {"mean": fine.mean(0), "deviation": deviation(fine, 0)} | fit_increments(features, *kind)
+        # Distances of the very data that gave the densities would be too small: each fold by the others.
         folds = torch.arange(len(features)) % self.FOLDS
-        distances = torch.cat(
-            [self._log_distance(features[folds == k], self._shape(features[folds != k])) for k in range(self.FOLDS)]
-        )
-        unlikeliness = self._unlikeliness(features, fitted)
-        for name, values in (("log_distance", distances), ("unlikeliness", unlikeliness)):
-            fitted |= {f"{name}_mean": values.mean(), f"{name}_deviation": _deviation(values, 0)}
+        parts = [
+            log_distances(features[folds == k], fit_increments(features[folds != k], *kind)) for k in range(self.FOLDS)
+        ]
+        values = {name: torch.cat([part[name] for part in parts]) for name in DISTANCES}
+        values["unlikeliness"] = self._unlikeliness(features, fitted)
+        for name, normal in values.items():
+            fitted |= {f"{name}_mean": normal.mean(), f"{name}_deviation": deviation(normal, 0)}
         return fitted
 
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
-        def standardised(name: str, values: Tensor) -> Tensor:
-            return (values - fitted[f"{name}_mean"]) / fitted[f"{name}_deviation"]
-
-        shape = standardised("log_distance", self._log_distance(features, fitted))
-        unlikeliness = standardised("unlikeliness", self._unlikeliness(features, fitted))
-        return shape + torch.nn.functional.softplus(unlikeliness)
-
-    @staticmethod
-    def _shape(features: Tensor) -> dict[str, Tensor]:
-        """The Gaussian of the increments."""
-        from sklearn.covariance import LedoitWolf
-
-        steps = _increments(features)
-        centre, scale = steps.mean(0), _deviation(steps, 0)
-        precision = LedoitWolf().fit(((steps - centre) / scale).numpy()).precision_
-        return {"centre": centre, "scale": scale, "precision": torch.from_numpy(precision)}
-
-    @staticmethod
-    def _log_distance(features: Tensor, fitted: Fitted) -> Tensor:
-        z = (_increments(features) - fitted["centre"]) / fitted["scale"]
-        return ((z @ fitted["precision"]) * z).sum(1).clamp_min(1e-12).log()
+        values = log_distances(features, fitted) | {"unlikeliness": self._unlikeliness(features, fitted)}
+        values = {
+            name: (value - fitted[f"{name}_mean"]) / fitted[f"{name}_deviation"] for name, value in values.items()
+        }
+        return values["distance"] + values["rarity"] + torch.nn.functional.softplus(values["unlikeliness"])
 
     @staticmethod
     def _unlikeliness(features: Tensor, fitted: Fitted) -> Tensor:
@@ -279,14 +266,3 @@ def make_score(name: str, model: Denoiser, background: Denoiser | None = None) -
         if one is not None and not isinstance(one, ClassificationDiffusion):
             raise UserError("anomaly scores need a cdm: a plain diffusion model has no density in one pass")
     return SCORES[name](model) if background is None else Ratio(model, background)
-
-
-def _increments(profile: Tensor) -> Tensor:
-    """log p_t(x) - log p_{t+1}(x), and log p_{T+1}(x) as the last: they add up to log p_0(x); (N, T+2)."""
-    return torch.cat([-profile.diff(dim=1), profile[:, -1:]], 1)
-
-
-def _deviation(values: Tensor, dim: int) -> Tensor:
-    """Standard deviations along ``dim``; never 0, also where all values are the same."""
-    deviation = values.std(dim, correction=0)
-    return deviation.clamp_min(1e-6 * float(deviation.max()) + 1e-12)
