@@ -8,6 +8,7 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from torchcdm.anomaly.increments import DISTANCES, best_kind, deviation, fit_increments, log_distances
 from torchcdm.anomaly.profile import coarse_level, level_profile, log_density
@@ -164,10 +165,10 @@ class Levels(AnomalyScore):
     """How far the whole profile is from those of normal data: the one-pass kin of multi-scale score matching analysis.
 
     The sum of two distances of all increments log p_t(x) - log p_{t+1}(x), which add up to log p_0(x), from those of
-    normal data (:func:`torchcdm.anomaly.increments.log_distances`), and of the softplus of the mean of -log p_t(x)
-    over the fine levels: what is odd is more often too unlikely than too likely, and too likely earns nothing. All
-    three are counted in deviations among normal data. The form was chosen on other outliers than those whose results
-    are reported (docs/anomaly.md).
+    normal data (:func:`torchcdm.anomaly.increments.log_distances`), and of the mean of -log p_t(x) over the fine
+    levels, as what is odd is more often too unlikely than too likely. All three are counted in deviations among normal
+    data. Of the first distance and of the mean the softplus counts: nearer or likelier than usual earns nothing. The
+    form was chosen on other outliers than those whose results are reported (docs/anomaly.md).
 
     Multi-scale score matching analysis (arXiv 2010.13132) fits a density to the norms of ten scores: ten passes.
     """
@@ -196,7 +197,7 @@ class Levels(AnomalyScore):
         values = {
             name: (value - fitted[f"{name}_mean"]) / fitted[f"{name}_deviation"] for name, value in values.items()
         }
-        return values["distance"] + values["rarity"] + torch.nn.functional.softplus(values["unlikeliness"])
+        return values["rarity"] + sum(softplus(values[name]) for name in ("distance", "unlikeliness"))
 
     @staticmethod
     def _unlikeliness(features: Tensor, fitted: Fitted) -> Tensor:
