@@ -39,7 +39,8 @@ class ClassificationDiffusion(Denoiser):
     The backbone's output h corrects a base density that is known in closed form at every level:
     ``log p_t(x) = base_t(x) + h_t(x) - h_{T+1}(x)``. With the standard normal as base this is identity 1; with
     fitted Gaussian marginals the network learns only what is not Gaussian. The classifier's logits are the
-    same numbers: ``p(t | x) = softmax_t(log p_t(x))`` under the uniform prior over levels of training.
+    same numbers: ``p(t | x) = softmax_t(log p_t(x))`` under the uniform prior over levels of training. Constants of
+    the levels, 0 unless :func:`torchcdm.calibration.calibrate_levels` has set them, are added to h.
 
     A *joint* backbone gives (B, classes, T+2): log p_t(x|y) for all classes at once (identity 10).
 
@@ -59,6 +60,7 @@ class ClassificationDiffusion(Denoiser):
     """
 
     log_class_prior: Tensor | None
+    level_constants: Tensor
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class ClassificationDiffusion(Denoiser):
         super().__init__(schedule, transform)
         self.backbone = backbone
         self.base = StandardNormal(schedule) if gaussian is None else gaussian
+        self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
         if self.joint:
             prior = torch.ones(self.classes or 1) if class_prior is None else class_prior
             self.register_buffer("log_class_prior", (prior / prior.sum()).log())
@@ -256,7 +259,7 @@ class ClassificationDiffusion(Denoiser):
     # --- the network's part ----------------------------------------------------------------------------------
 
     def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
-        """h - h_{T+1}, (B, [classes,] T+2), at least float32."""
+        """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""
         if y is not None and not self.conditional:
             raise UserError("y is given, but the backbone takes no classes")
         h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
@@ -264,7 +267,7 @@ class ClassificationDiffusion(Denoiser):
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
         if h.dtype in (torch.float16, torch.bfloat16):
             h = h.float()
-        return h - h[..., -1:]
+        return h - h[..., -1:] + self.level_constants.to(h.dtype)
 
     def _class_corrections(self, x_t: Tensor) -> Tensor:
         """log p_t(x|y) - base_t(x), (B, classes, T+2), of a joint backbone; all classes agree at level T+1."""

@@ -36,7 +36,7 @@ from torchcdm.run_folder import (
 from torchcdm.units import DataTransform, transform_from_config
 from torchcdm.version import __version__
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files; raised when an older reader would misread them."""
 
 KEPT_STATES = 2

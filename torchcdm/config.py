@@ -263,6 +263,8 @@ class TrainConfig:
         select: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; a ddm has ``mse``, or
             ``loss`` where that is weighted.
         patience: Stop after so many validations without a new best; None never stops early.
+        calibration: Noisy copies of the validation split by which the constants of a cdm's levels are set at the end,
+            where that lowers the cross-entropy (:mod:`torchcdm.calibration`); 0 leaves them as they are.
         log_every: Steps between lines of metrics.jsonl.
         save_every: Steps between states that a resumed run starts from.
         sample_every: Steps between grids of samples; None for one at the end.
@@ -290,6 +292,7 @@ class TrainConfig:
     validation_samples: int = 2000
     select: Literal["nll", "loss", "mse"] = "nll"
     patience: int | None = None
+    calibration: int = 0
     log_every: int = 50
     save_every: int = 500
     sample_every: int | None = None
@@ -306,7 +309,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value:g}; it must be positive")
-        for name in ("warmup", "weight_decay"):
+        for name in ("warmup", "weight_decay", "calibration"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name):g}; it must not be negative")
         for name in ("patience", "decay_every", "sample_every"):

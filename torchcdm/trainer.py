@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from torchcdm.batches import Batch, Batches, derive
 from torchcdm.building import build_loss, build_model, fit_gaussian, load_source, resolve
+from torchcdm.calibration import calibrate_levels
+from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.checkpoint import (
     ModelInfo,
     TrainingState,
@@ -49,8 +51,8 @@ MAX_BAD_STEPS = 10
 
 FREE_ON_RESUME = (
     "preset", "description", "reaches", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
-    "train.validation_samples", "train.patience", "train.log_every", "train.save_every", "train.sample_every",
-    "train.trackers", "train.init",
+    "train.validation_samples", "train.patience", "train.calibration", "train.log_every", "train.save_every",
+    "train.sample_every", "train.trackers", "train.init",
 )  # fmt: skip
 """What may differ from the run that is resumed; all else would make it another run."""
 
@@ -209,7 +211,7 @@ class Trainer:
     # --- start and end -----------------------------------------------------------------------------------------
 
     def run_to_end(self, resume: bool) -> TrainResult:
-        """All steps that are left, then samples of the best model."""
+        """All steps that are left, then the constants of the levels and samples of the best model."""
         if self.main:
             self.run.make()
             write_file(self.run.config, yaml.safe_dump(encode(self.config), sort_keys=False))
@@ -221,6 +223,8 @@ class Trainer:
             cut_metrics(self.run.metrics, self.step)
         if not self._spent() and not self._out_of_patience():
             self._loop()
+        if self.main and self.options.calibration and self.validation is not None:
+            self._calibrate()
         samples = self._final_samples() if self.main and self.config.sampling.n else self.run.samples
         self.processes.wait()
         self.processes.finish()
@@ -428,8 +432,25 @@ class Trainer:
 
     def _final_samples(self) -> Path:
         """Samples of the model that was kept."""
-        load_tensors(self.ema.model, read_tensors(self.run.model), self.run.model)
+        self._take_kept()
         return self._samples("final")
+
+    def _calibrate(self) -> None:
+        """Sets the constants of the levels of the model that was kept, by the whole validation split."""
+        model, (x, labels) = self.ema.model, self.source.validation.tensors()
+        if not isinstance(model, ClassificationDiffusion) or len(x) < 2:
+            return
+        self._take_kept()
+        found = calibrate_levels(model, x, labels_for(model, labels), self.options.calibration, self.options.seed)
+        if found.change:
+            self._save_model()
+        self.say(
+            f"constants of the levels: cross-entropy of held-out halves {found.before:.4f} -> {found.after:.4f}, "
+            + (f"log p_0 {found.change:+.3f} nats" if found.change else "left as they were")
+        )
+
+    def _take_kept(self) -> None:
+        load_tensors(self.ema.model, read_tensors(self.run.model), self.run.model)
 
     # --- parts -----------------------------------------------------------------------------------------------
 
