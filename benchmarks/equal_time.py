@@ -72,7 +72,9 @@ def measured(
     Raises:
         UserError: The folder has numbers of other settings.
     """
-    limits = replace(config.train, steps=UNLIMITED, max_seconds=seconds, seed=seed, save_every=UNLIMITED)
+    limits = replace(
+        config.train, steps=UNLIMITED, max_seconds=seconds, seed=seed, save_every=UNLIMITED, calibration=0
+    )
     config = replace(config, train=limits)
     settings = json.loads(json.dumps({"config": encode(config), "images": images}))
     kept = folder / RESULT

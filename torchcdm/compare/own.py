@@ -81,9 +81,11 @@ def preset_config(task: Task) -> Config:
 
 def _fit(name: str, config: Config, task: Task, budget: Budget, rate: float) -> FittedDenoiser:
     folder = task.folder / (f"run-{name}" if rate == 1 else f"run-{name}-lower-rate")
+    # The constants of the levels would be set after the budget's end.
     limits = replace(
-        config.train, steps=UNLIMITED, max_seconds=budget.seconds, lr=rate * config.train.lr, seed=task.seed
-    )
+        config.train, steps=UNLIMITED, max_seconds=budget.seconds, lr=rate * config.train.lr, seed=task.seed,
+        calibration=0,
+    )  # fmt: skip
     config = replace(config, train=limits)
     try:
         result = train(
