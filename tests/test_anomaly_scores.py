@@ -9,6 +9,7 @@ from torch import nn
 
 from torchcdm import ClassificationDiffusion, DenoisingDiffusion, UserError
 from torchcdm.anomaly import SCORES, coarse_level, level_profile, make_score
+from torchcdm.anomaly.increments import DISTANCES, best_kind, fit_increments, log_distances
 from torchcdm.anomaly.profile import NOISE_SEED, log_density
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.schedules import LogSNRSchedule, UniformSigmaSchedule
@@ -153,6 +154,31 @@ def test_levels_sees_a_gap_between_the_modes_that_typicality_takes_for_usual():
     rank = {name: (score(usual)[:, None] < score(middle)).double().mean() for name, score in scores.items()}
     assert rank["levels"] > rank["typicality"]
     assert rank["levels"] > 0.97
+
+
+def test_what_increments_hardly_do_is_seen_by_the_second_distance():
+    """Increments of five factors and a little noise, which the covariance of the first distance shrinks away."""
+    mixing = normal(5, 60, seed=9)
+
+    def profiles(n, noise, seed):
+        return (normal(n, 5, seed=seed) @ mixing + noise * normal(n, 60, seed=seed + 100)).cumsum(1)
+
+    reference, usual, odd = profiles(1500, 0.03, 1), profiles(500, 0.03, 2), profiles(500, 0.045, 3)
+    fitted = fit_increments(reference, *best_kind(reference))
+    found = log_distances(usual, fitted), log_distances(odd, fitted)
+    seen = {name: auroc(found[0][name], found[1][name]) for name in DISTANCES}
+    assert seen["rarity"] > 0.98 and seen["distance"] < 0.9
+
+
+def test_groups_of_increments_have_a_gaussian_each():
+    """Two groups; in the middle between them is nobody, where one Gaussian has its peak."""
+    side = 3 * (2 * (torch.arange(2000) % 7 % 2) - 1)[:, None]
+    reference = (normal(2000, 4, seed=1) + side).cumsum(1)
+    components, shrinkage = best_kind(reference)
+    assert components == 2
+    fitted = fit_increments(reference, components, shrinkage)
+    between, inside = (log_distances(normal(200, 4, seed=2).mul(0.3).add(x).cumsum(1), fitted) for x in (0, 3))
+    assert between["rarity"].min() > inside["rarity"].max()
 
 
 def test_levels_does_not_take_its_own_reference_for_more_normal_than_other_normal_data():
