@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -73,16 +74,25 @@ def test_two_processes_measure_what_one_does(folders):
     assert_close(one, torch.load(two / "measured-1.pt"), 1e-8)
 
 
+def assert_same_words(one, other):
+    """The same text but for the last digits of its numbers."""
+    number = re.compile(r"-?\d+\.\d+")
+    assert number.sub("#", one).split() == number.sub("#", other).split()
+    found = ([float(x) for x in number.findall(text)] for text in (one, other))
+    assert_close(*found, 1e-3)
+
+
 def test_of_two_processes_one_writes_and_speaks(folders):
     run, two, one = folders
     for command in two_measuring.commands(run, one):
         with redirect_stdout(io.StringIO()) as said:
             assert main([*command.split(), "--device", "cpu"]) == 0
         name = command.split()[0]
-        assert (two / f"{name}-0.txt").read_text().replace(str(two), str(one)) == said.getvalue()
+        assert_same_words((two / f"{name}-0.txt").read_text().replace(str(two), str(one)), said.getvalue())
         assert (two / f"{name}-1.txt").read_text() == ""
-    for name in ("nll", "levels", "scores"):
-        assert_close(*(json.loads((folder / f"{name}.json").read_text()) for folder in (one, two)), 1e-4)
+    # Batches of other sizes round otherwise, and a score divides by what increments hardly vary.
+    for name, tolerance in (("nll", 1e-4), ("levels", 1e-4), ("scores", 1e-3)):
+        assert_close(*(json.loads((folder / f"{name}.json").read_text()) for folder in (one, two)), tolerance)
     with np.load(one / "samples/samples.npz") as mine, np.load(two / "samples/samples.npz") as theirs:
         assert np.array_equal(mine["x"], theirs["x"])
 
