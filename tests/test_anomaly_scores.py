@@ -170,6 +170,15 @@ def test_what_increments_hardly_do_is_seen_by_the_second_distance():
     assert seen["rarity"] > 0.98 and seen["distance"] < 0.9
 
 
+def test_increments_of_fine_schedules_span_several_levels():
+    reference = normal(100, 1002).cumsum(1)
+    fitted = fit_increments(reference, 1, 0.1)
+    assert len(fitted["centre"]) == 501  # of two levels each
+    # What they add up to is log p_0, however many there are.
+    assert torch.allclose(fitted["centre"].sum(), reference[:, 0].mean())
+    assert all(values.isfinite().all() for values in log_distances(reference, fitted).values())
+
+
 def test_groups_of_increments_have_a_gaussian_each():
     """Two groups; in the middle between them is nobody, where one Gaussian has its peak."""
     side = 3 * (2 * (torch.arange(2000) % 7 % 2) - 1)[:, None]

@@ -88,9 +88,13 @@ def test_of_two_processes_one_writes_and_speaks(folders):
         with redirect_stdout(io.StringIO()) as said:
             assert main([*command.split(), "--device", "cpu"]) == 0
         name = command.split()[0]
-        assert_same_words((two / f"{name}-0.txt").read_text().replace(str(two), str(one)), said.getvalue())
+        theirs = (two / f"{name}-0.txt").read_text().replace(str(two), str(one))
+        if name == "score":
+            # Batches of other sizes round otherwise, and a score divides by what increments hardly vary.
+            assert_same_words(theirs, said.getvalue())
+        else:
+            assert theirs == said.getvalue()
         assert (two / f"{name}-1.txt").read_text() == ""
-    # Batches of other sizes round otherwise, and a score divides by what increments hardly vary.
     for name, tolerance in (("nll", 1e-4), ("levels", 1e-4), ("scores", 1e-3)):
         assert_close(*(json.loads((folder / f"{name}.json").read_text()) for folder in (one, two)), tolerance)
     with np.load(one / "samples/samples.npz") as mine, np.load(two / "samples/samples.npz") as theirs:

@@ -128,6 +128,7 @@ class CDMLoss(nn.Module):
         self.label_dropout, self.logits_from = label_dropout, logits_from
         # A tensor, not a number: torch.compile would compile anew for every value.
         self.register_buffer("logits_share", torch.ones(()), persistent=False)
+        # A bool beside it: to ask the tensor would wait for the GPU, and breaks the compiler's graph.
         self.logits_count = True
 
     def advance(self, share: float) -> None:

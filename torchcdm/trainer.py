@@ -437,10 +437,11 @@ class Trainer:
 
     def _calibrate(self) -> None:
         """Sets the constants of the levels of the model that was kept, by the whole validation split."""
-        model, (x, labels) = self.ema.model, self.source.validation.tensors()
-        if not isinstance(model, ClassificationDiffusion) or len(x) < 2:
+        model = self.ema.model
+        if not isinstance(model, ClassificationDiffusion) or len(self.source.validation) < 2:
             return
         self._take_kept()
+        x, labels = self.source.validation.tensors()
         found = calibrate_levels(model, x, labels_for(model, labels), self.options.calibration, self.options.seed)
         if found.change:
             self._save_model()
