@@ -1,11 +1,13 @@
 r"""Constants of the levels, set on held-out data after a training.
 
-The ratio of two neighbouring levels is a classifier's odds, and right on average where
+A level classifier is calibrated as a whole where the mean of p(t | x) over noisy copies of all levels is the share of
+the level,
 
-.. math:: E_{x \sim p_t}[p_{t-1}(x) / p_t(x)] = 1.
+.. math:: \frac{1}{T+2} \sum_s E_{x \sim p_s}[p(t \mid x)] = \frac{1}{T+2} \quad \text{for every } t,
 
-Training gets there last: its rate has fallen when the denoiser is good, and the errors of all levels add up in
-log p_0. The constants that minimise the cross-entropy mend them at once; no gradient in x, and so no sample, changes.
+as it is for the true densities. Constants added to the logits that minimise the cross-entropy make it so, and no
+gradient in x, and so no sample, changes. A training whose logits come late leaves them behind, as its rate has fallen
+by then, and the errors of all levels add up in log p_0.
 """
 
 from __future__ import annotations
