@@ -118,6 +118,11 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks, before there is a group: the launcher tells the others theirs."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _several() -> bool:
     """Whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

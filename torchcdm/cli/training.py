@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,6 +64,7 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.devices import chosen_device
     from torchcdm.interrupt import Interrupted
     from torchcdm.likelihood import check_methods
+    from torchcdm.processes import is_first
     from torchcdm.reporting import write_report
     from torchcdm.samplers import check_sampler
     from torchcdm.trainer import train
@@ -72,8 +72,7 @@ def run_train(options: argparse.Namespace) -> int:
     config = _configuration(options)
     check_sampler(config.sampling.sampler)
     check_methods(config.report.methods)
-    # Of several processes the first one speaks.
-    options.quiet = options.quiet or os.environ.get("RANK", "0") != "0"
+    options.quiet = options.quiet or not is_first()
     device = chosen_device(options.device)
     source = load_source(config.data)
     if not options.quiet:

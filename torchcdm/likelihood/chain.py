@@ -122,7 +122,7 @@ class ReverseChain:
             noise: Standard normal, (B, d).
         """
         a, b, c = self.schedule.reverse_kernel(t, s, x_t)
-        variance = c**2 + b**2 * self.variances[t - 1]
+        variance = self._kernel_variances(b, c**2, t)
         spread = self.reference.rotation.inverse(noise * variance.sqrt())
         x_s = a * x_t + b * x0 + spread
         keep, added = self.schedule.forward_kernel(s, t, x_t)
@@ -134,7 +134,11 @@ class ReverseChain:
     def noise_of(self, x_s: Tensor, x_t: Tensor, x0: Tensor, t: int, s: int) -> Tensor:
         """The noise (B, d) with which :meth:`step` goes from ``x_t`` to ``x_s``."""
         a, b, c = self.schedule.reverse_kernel(t, s, x_t)
-        return self.rotate(x_s - a * x_t - b * x0) / (c**2 + b**2 * self.variances[t - 1]).sqrt()
+        return self.rotate(x_s - a * x_t - b * x0) / self._kernel_variances(b, c**2, t).sqrt()
+
+    def _kernel_variances(self, b: Tensor, c2: Tensor, t: int | Tensor) -> Tensor:
+        """c² + b² V_t along the eigenbasis, (d,) for one level or (B, d)."""
+        return c2 + b**2 * self.variances[t - 1]
 
     def kl(self, error: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat, levels t (B,)."""
@@ -144,7 +148,7 @@ class ReverseChain:
         added = sigma[t] ** 2 - (a * sigma[t - 1]) ** 2
         b = (alpha[t - 1] * added / sigma[t] ** 2)[:, None]
         c2 = (added * sigma[t - 1] ** 2 / sigma[t] ** 2)[:, None]
-        variance = c2 + b**2 * self.variances[t - 1]
+        variance = self._kernel_variances(b, c2, t)
         moved = (c2 + (b * self.rotate(error)).square()) / variance
         return 0.5 * (moved - 1 + (variance / c2).log()).sum(1)
 
