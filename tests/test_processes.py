@@ -24,7 +24,7 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowOptions, LogZOptions, report
 from torchcdm.metrics import level_sums
 from torchcdm.processes import Processes, _shared_by, sharing
-from torchcdm.rows import map_rows
+from torchcdm.rows import map_rows, rows_at_a_time
 from torchcdm.samplers import sample
 from torchcdm.schedules import LogSNRSchedule
 from torchcdm.trainer import train
@@ -114,7 +114,8 @@ def test_the_failure_of_a_process_is_that_of_all(folders):
 def test_without_a_launcher_there_is_no_group():
     with sharing("cpu") as (device, first):
         assert first and device == torch.device("cpu") and not torch.distributed.is_initialized()
-        assert torch.equal(map_rows(lambda rows: torch.arange(10)[rows], 10, 3), torch.arange(10))
+        rows = map_rows(lambda rows: torch.arange(10)[rows], 10, 3, dim=1, device=device)
+        assert torch.equal(rows, torch.arange(10))
 
 
 def test_a_training_within_shared_work_is_refused(tmp_path):
@@ -189,7 +190,24 @@ def test_what_halving_cannot_mend_fails(model, size, error):
         level_profile(model, X, batch_size=size)
 
 
+@pytest.mark.parametrize(
+    ("dim", "on_cpu", "on_gpu"),
+    [(2, 4096, 131_072), (64, 512, 4096), (784, 41, 334), (12_288, 16, 64)],
+)
+def test_batches_go_by_the_size_of_a_sample(dim, on_cpu, on_gpu):
+    assert rows_at_a_time(dim, torch.device("cpu")) == on_cpu
+    assert rows_at_a_time(dim, torch.device("cuda")) == on_gpu
+    seen = []
+
+    def work(rows):
+        seen.append(rows.stop - rows.start)
+        return torch.zeros(seen[-1])
+
+    map_rows(work, on_cpu + 1, dim=dim, device=torch.device("cpu"))
+    assert seen == [on_cpu, 1]
+
+
 @pytest.mark.parametrize(("n", "size", "message"), [(0, None, "empty"), (3, 0, "batch_size is 0")])
 def test_rows_that_make_no_sense(n, size, message):
     with pytest.raises(UserError, match=message):
-        map_rows(lambda rows: torch.zeros(rows.stop - rows.start), n, size)
+        map_rows(lambda rows: torch.zeros(rows.stop - rows.start), n, size, dim=1, device=torch.device("cpu"))

@@ -57,12 +57,12 @@ def failing(error: Exception, rows: slice) -> torch.Tensor:
 
 def shared(run: Path, out: Path) -> None:
     """Leaves what this process measured and said, and how the other's failure ended its work."""
-    with sharing() as (_, first):
+    with sharing() as (device, first):
         rank = 0 if first else 1
         torch.save(measured(run), out / f"measured-{rank}.pt")
         for error in (ArithmeticError("too much"), NotFinite("no numbers")):
             try:
-                map_rows(partial(failing, error), 4)
+                map_rows(partial(failing, error), 4, dim=1, device=device)
             except (RuntimeError, ArithmeticError, UserError) as caught:
                 with (out / f"failures-{rank}.txt").open("a") as file:
                     print(repr(caught), file=file)

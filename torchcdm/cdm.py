@@ -185,6 +185,7 @@ class ClassificationDiffusion(Denoiser):
         y: Tensor | None = None,
         create_graph: bool = False,
         guidance: float = 0.0,
+        keep_graph: bool = False,
     ) -> Evaluation:
         """The denoiser and the density at every level, from one forward and one backward pass.
 
@@ -194,9 +195,10 @@ class ClassificationDiffusion(Denoiser):
             x_t: Model units, (B, *shape).
             t: Level, an int or long (B,).
             y: Classes, long (B,), or None.
-            create_graph: Keep the gradient differentiable, for the loss and for divergences.
+            create_graph: Keep the gradient differentiable, for divergences and for losses that need it.
             guidance: Weight w of identity 8, for joint backbones: the gradient is taken of
                 (1 + w) log p_t(x|y) - w log p_t(x).
+            keep_graph: Keep the densities differentiable in the weights, and not the gradient.
         """
         _refuse_inference_mode()
         if not create_graph:
@@ -219,8 +221,9 @@ class ClassificationDiffusion(Denoiser):
             else:
                 x = x_t.detach().requires_grad_()
                 value, corrections = target(x)
-                (gradient,) = torch.autograd.grad(value, x)
-                corrections = tuple(correction.detach() for correction in corrections)
+                (gradient,) = torch.autograd.grad(value, x, retain_graph=keep_graph)
+                if not keep_graph:
+                    corrections = tuple(correction.detach() for correction in corrections)
         _, sigma_t = self.schedule.at(t, x_t)
         eps = self.base.eps(x_t, t) - sigma_t * gradient
         base = self.base.log_prob_levels(x_t)

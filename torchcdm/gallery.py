@@ -72,8 +72,9 @@ def draw(
         device = model.schedule.alpha.device
         with torch.no_grad():
             log_p = map_rows(
-                lambda rows: model.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size
-            )
+                lambda rows: model.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size,
+                dim=x.shape[1:].numel(), device=device,
+            )  # fmt: skip
     return Drawn(x, y, log_p, seed)
 
 

@@ -15,6 +15,10 @@ from torchcdm.schedules import LearnedSchedule, NoiseSchedule
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
 
+DISPLACEMENT = 7.0
+"""Of the finite difference in the squared error's gradient, in units of sqrt(machine epsilon * sigma): between the
+rounding of x + displacement and the curvature, which are 0.01 of a trained network's gradient there."""
+
 LEVELS_AVERAGED = 0.02
 """Few samples of a batch fall on one level: errors of it are means about it, with this share of T as deviation."""
 
@@ -173,9 +177,14 @@ class CDMLoss(nn.Module):
         x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
 
         if self.mse_weight:
-            result = self.model.evaluate(x_t, t, y, create_graph=True)
+            differences = differences_suffice(x_t)
+            random_state = torch.get_rng_state() if differences else None
+            result = self.model.evaluate(x_t, t, y, create_graph=not differences, keep_graph=differences)
             log_p, unconditional = result.log_prob_levels, result.unconditional
-            mse = (eps - result.eps).square().flatten(1).mean(1)
+            error = result.eps - eps
+            mse = error.square().flatten(1).mean(1)
+            if differences:
+                mse = mse + self._gradient_of_square(x_t, t, y, error, log_p, random_state)
         else:
             log_p, unconditional = self.model.log_prob_pair(x_t, y)
             mse = x_0.new_zeros(len(x_0))
@@ -206,6 +215,37 @@ class CDMLoss(nn.Module):
         if self.kernel_weight and self.logits_count:
             terms["kernel"] = kernel
         return terms | {"ce_joint": ce.to(x_0.dtype)} if self.model.joint else terms
+
+    def _gradient_of_square(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None, error: Tensor, log_p: Tensor, random_state: Tensor
+    ) -> Tensor:
+        """Zeros (B,) whose gradient in the weights is that of the squared error, by first derivatives alone.
+
+        With eps_hat = -sigma grad log p_t the gradient of the mean square of the error e is that of
+        -2 sigma / d times the derivative of log p_t along e, held fixed: a difference of two values of log p_t.
+
+        Args:
+            x_t: Noisy input, (B, *shape).
+            t: Levels, (B,).
+            y: Classes, (B,), or None.
+            error: eps_hat - eps without a graph, (B, *shape).
+            log_p: At ``x_t``, with its graph, (B, T+2).
+            random_state: Of torch before that pass: the second one has the same dropout.
+        """
+        sigma = self.model.schedule.sigma[t]
+        distance = DISPLACEMENT * (torch.finfo(x_t.dtype).eps * sigma).sqrt()
+        # Every other sample goes the other way: what is left of the curvature is of second order.
+        distance[1::2] *= -1
+        size = error.double().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
+        moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random_state)
+            there = self.model.log_prob_pair(moved, y)[0]
+        change = (there - log_p).gather(1, t[:, None])[:, 0]
+        # sigma / distance, which is finite where sigma is 0.
+        scale = distance.sign() * (sigma / torch.finfo(x_t.dtype).eps).sqrt() / DISPLACEMENT
+        slope = -2 / error[0].numel() * size * scale * change
+        return (slope - slope.detach()).to(x_t.dtype)
 
     def _time_error(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, mse: Tensor, log_p: Tensor) -> Tensor:
         """Squared error of d log p / d log r at a fixed point, over 2 d (identity 11): float64 (B,).
@@ -259,6 +299,16 @@ class CDMLoss(nn.Module):
         log_r = schedule.ratio.log()
         used = (upper == t) & (log_r[upper] - log_r[lower] < LARGEST_TIME_STEP)
         return (mismatch.square() / 2).where(used, torch.zeros_like(mismatch))
+
+
+def differences_suffice(x: Tensor) -> bool:
+    """Whether a difference of two log densities at ``x`` stands for a derivative.
+
+    It saves a fifth of a step on a CPU. Half precision, and the shortened float32 of GPUs, are too coarse for it; the
+    compiler wants ``torch.func``.
+    """
+    exact = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return exact and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

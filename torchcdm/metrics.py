@@ -134,7 +134,9 @@ def level_sums(model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int =
     for batch in at_all_levels(model, x, draws, seed):
         label = None if y is None else y[batch.rows].to(batch.t.device)
         # All processes draw the noise of the whole batch, and share the network.
-        values = map_rows(partial(_errors, model, batch, label), len(batch.t))
+        values = map_rows(
+            partial(_errors, model, batch, label), len(batch.t), dim=x.shape[1:].numel(), device=batch.t.device
+        )
         sums.index_add_(1, batch.t.cpu(), values.T)
     return LevelSums(*sums)
 

@@ -1,4 +1,4 @@
-"""Samples in batches: as many at a time as memory holds, shared among the processes that share a measurement."""
+"""Samples in batches of a size that suits the machine, shared among the processes that share a measurement."""
 
 from __future__ import annotations
 
@@ -13,14 +13,27 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.processes import alone, share, sharers
 
-ROWS = 500
-"""Samples that are evaluated at a time, where memory holds so many."""
+CPU_VALUES, CPU_ROWS = 2**15, (16, 4096)
+"""Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long."""
+
+OTHER_VALUES, OTHER_ROWS = 2**18, 64
+"""Values and least samples of a batch on a GPU, which is to be filled; where its memory holds so many."""
 
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 """A tensor, or several, with an entry for each of some samples."""
 
 
-def map_rows(function: Callable[[slice], Rows], n: int, size: int | None = None, own: int = ROWS) -> Rows:
+def rows_at_a_time(dim: int, device: torch.device) -> int:
+    """How many samples of ``dim`` values a network on ``device`` is given at a time."""
+    if device.type != "cpu":
+        return max(OTHER_ROWS, OTHER_VALUES // dim)
+    least, most = CPU_ROWS
+    return min(max(least, CPU_VALUES // dim), most)
+
+
+def map_rows(
+    function: Callable[[slice], Rows], n: int, size: int | None = None, *, dim: int, device: torch.device
+) -> Rows:
     """``function`` of batches that cover ``n`` samples, joined in their order.
 
     What it gives for a sample must not depend on the rest of the batch. Under :func:`torchcdm.processes.sharing` each
@@ -29,8 +42,10 @@ def map_rows(function: Callable[[slice], Rows], n: int, size: int | None = None,
     Args:
         function: From the rows of a batch to a tensor or a tuple of them, (B, ...).
         n: Number of samples.
-        size: Samples at a time. When None ``own``, and half as many, with a warning, whenever memory runs out.
-        own: Samples at a time at first, where ``size`` is None.
+        size: Samples at a time. When None :func:`rows_at_a_time`, and half as many, with a warning, whenever memory
+            runs out.
+        dim: Values of a sample.
+        device: Where ``function`` works.
 
     Returns:
         Of all samples (n, ...), in every process, on the device on which ``function`` left them.
@@ -45,12 +60,13 @@ def map_rows(function: Callable[[slice], Rows], n: int, size: int | None = None,
     if size is not None and size < 1:
         raise UserError(f"batch_size is {size}; it must be at least 1")
     processes, rows = sharers(), share(n)
+    at_first = rows_at_a_time(dim, device) if size is None else size
     if processes is None or len(rows) == n:
-        return _each(torch.cat, _in_batches(function, rows, size, own))
+        return _each(torch.cat, _in_batches(function, rows, at_first, size is None))
     mine = failure = None
     try:
         with alone():
-            mine = _each(torch.cat, _in_batches(function, rows, size, own))
+            mine = _each(torch.cat, _in_batches(function, rows, at_first, size is None))
     except Exception as error:  # whatever it is, the others wait for this process
         failure = error
     # As text: not every exception can be sent.
@@ -66,9 +82,9 @@ def map_rows(function: Callable[[slice], Rows], n: int, size: int | None = None,
     return _each(torch.cat, [_each(_beside, (theirs, mine)) for theirs, _ in shares])
 
 
-def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None, own: int) -> list[Rows]:
-    """``function`` of one batch after the other."""
-    asked = at_most = min(size or own, len(rows))
+def _in_batches(function: Callable[[slice], Rows], rows: range, size: int, fewer: bool) -> list[Rows]:
+    """``function`` of one batch after the other, of ``fewer`` samples where memory runs out if that is allowed."""
+    asked = at_most = min(size, len(rows))
     parts, start = [], rows.start
     while start < rows.stop:
         batch = slice(start, min(start + at_most, rows.stop))
@@ -76,7 +92,7 @@ def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None
             parts.append(function(batch))
         except RuntimeError as error:
             at_most = (batch.stop - batch.start) // 2
-            if size is not None or at_most == 0 or not _out_of_memory(error):
+            if not fewer or at_most == 0 or not _out_of_memory(error):
                 raise
         else:
             start = batch.stop

@@ -337,7 +337,7 @@ def sample(
         return x.cpu()
 
     with evaluation_mode(denoiser), torch.no_grad(), bar:
-        return map_rows(draw, n, batch_size, own=max(64, 2**18 // math.prod(shape)))
+        return map_rows(draw, n, batch_size, dim=math.prod(shape), device=device)
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:

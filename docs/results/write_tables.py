@@ -415,6 +415,7 @@ def compared(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "compare-digits": lambda: compared("compare_digits"),
+    "compare-fashion": lambda: compared("compare_fashion"),
     "known-truth": lambda: reproduction("known_truth"),
     "fig7": lambda: reproduction("fig7"),
     "table1": lambda: reproduction("table1"),

@@ -27,7 +27,7 @@ def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int | N
     Args:
         model: The model; put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
-        batch_size: Inputs at a time; as many as memory holds, at most 500, when None.
+        batch_size: Inputs at a time; by their size, and what memory holds, when None.
 
     Returns:
         Nats, float64 (N, T+2) on the CPU; in data units where the model has a transform: what the map to model units
@@ -61,7 +61,7 @@ def _evaluate(
         return density((x[rows].cpu().double() + noise).to(device, dtype)).cpu()
 
     with evaluation_mode(model):
-        return map_rows(one, len(x), batch_size)
+        return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:

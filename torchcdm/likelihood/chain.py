@@ -63,7 +63,7 @@ class ReverseChain:
                 over them. None for none.
             n: Samples.
             seed: Seed of all noise.
-            batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+            batch_size: Samples at a time; by their size, and what memory holds, when None.
         """
         chain, T = cls(denoiser), denoiser.schedule.T
         if y is not None:
@@ -97,7 +97,10 @@ class ReverseChain:
 
     def means(self, x_t: Tensor, t: int, y: Tensor | None = None, batch_size: int | None = None) -> Tensor:
         """:meth:`x0` of many samples, by batches."""
-        return map_rows(lambda rows: self.x0(x_t[rows], t, labels_of(y, rows, x_t.device)), len(x_t), batch_size)
+        return map_rows(
+            lambda rows: self.x0(x_t[rows], t, labels_of(y, rows, x_t.device)), len(x_t), batch_size,
+            dim=x_t.shape[1:].numel(), device=x_t.device,
+        )  # fmt: skip
 
     def x0(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t], float64, shape of ``x_t``."""

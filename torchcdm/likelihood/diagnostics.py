@@ -75,7 +75,7 @@ def consistency(
         x: Data units, (N, *shape), N at least 2.
         y: Classes, long (N,), or None.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
     """
     transform, schedule = require_transform(model), model.schedule
     dtype, device = working_dtype(model, torch.float64), schedule.alpha.device
@@ -93,7 +93,7 @@ def consistency(
         return torch.stack(down, 1), torch.stack(up, 1)
 
     with evaluation_mode(model):
-        down, up = map_rows(ratios, len(x), batch_size)
+        down, up = map_rows(ratios, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
     root = len(x) ** 0.5
     return Consistency(down.mean(0), up.mean(0), down.std(0) / root, up.std(0) / root)
 
@@ -118,8 +118,11 @@ def gap_by_level(
         steps: Of the flow; all levels when None.
         probes: Of its divergence.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
     """
-    z = map_rows(lambda rows: noised(model, x, rows, level, seed), len(x), batch_size)
+    z = map_rows(
+        lambda rows: noised(model, x, rows, level, seed), len(x), batch_size,
+        dim=x.shape[1:].numel(), device=model.schedule.alpha.device,
+    )  # fmt: skip
     levels, gaps = flow_gaps(model, z, y, level, steps, probes, seed, batch_size)
     return LogProbGaps(levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

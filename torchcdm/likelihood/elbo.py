@@ -71,7 +71,7 @@ def elbo(
             each level when None.
         chain: The kernels; the reference Gaussian's variances when None.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
 
     Raises:
         UserError: No transform, or more steps than levels.
@@ -92,7 +92,9 @@ def elbo(
         return tuple(part.cpu() for part in parts)
 
     with evaluation_mode(denoiser):
-        prior, diffusion, reconstruction, change = map_rows(terms, len(x), batch_size)
+        prior, diffusion, reconstruction, change = map_rows(
+            terms, len(x), batch_size, dim=x.shape[1:].numel(), device=chain.schedule.alpha.device
+        )
     total = prior + diffusion + reconstruction
     how = f"all {count} levels" if steps == count else f"{steps} of {count} levels drawn for each sample"
     likelihood = LogLikelihood(

@@ -85,7 +85,7 @@ def probability_flow(
             :data:`EXACT_DIMENSIONS` dimensions.
         seed: Seed of the probes; independent of ``batch_size``.
         halve: Also integrate with half the steps, for :attr:`FlowResult.step_gap`.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
 
     Raises:
         UserError: A level or a number of steps that the schedule does not have, or an odd number of probes.
@@ -100,7 +100,9 @@ def probability_flow(
         return (*fine, *flow.log_prob(x_t[rows], halved(grid))) if halve else fine
 
     with evaluation_mode(denoiser):
-        log_prob, probe_gap, x_T, *coarse = map_rows(integrate, len(x_t), batch_size)
+        log_prob, probe_gap, x_T, *coarse = map_rows(
+            integrate, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device
+        )
     return FlowResult(
         log_prob,
         probe_gap,
@@ -153,7 +155,7 @@ def flow_sample(
         return flow.sample(w.to(device), grid)
 
     with evaluation_mode(denoiser):
-        x_t, log_prob, probe_gap = map_rows(draw, n, batch_size)
+        x_t, log_prob, probe_gap = map_rows(draw, n, batch_size, dim=dim, device=device)
     return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
 
 
@@ -180,7 +182,7 @@ def flow_gaps(
         return flow.gaps(x_t[rows], grid).T
 
     with evaluation_mode(model):
-        return grid, map_rows(gaps, len(x_t), batch_size).T
+        return grid, map_rows(gaps, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device).T
 
 
 def check_probes(probes: int) -> None:

@@ -68,7 +68,7 @@ def flow_likelihood(
         level: 1 ... T - 1; where data are scored by default when None.
         options: Steps and probes.
         seed: Seed of noise and probes; independent of ``batch_size``.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
     """
     options = options or FlowOptions()
     level = scoring_level(denoiser) if level is None else level
@@ -79,7 +79,9 @@ def flow_likelihood(
         return (one.z, one.offset) if one.log_prob is None else (one.z, one.offset, one.log_prob)
 
     with evaluation_mode(denoiser):
-        z, offset, *own = map_rows(score, len(x), batch_size)
+        z, offset, *own = map_rows(
+            score, len(x), batch_size, dim=x.shape[1:].numel(), device=denoiser.schedule.alpha.device
+        )
     scored = ScoredNoise(z, own[0] if own else None, offset)
     steps, labels = options.steps_from(denoiser, level), labels_of(y, slice(None), scored.z.device)
     result = probability_flow(denoiser, scored.z, labels, level, steps, options.probes, seed, batch_size=batch_size)

@@ -102,7 +102,7 @@ def log_normalizer(
         steps: Of the flow; all levels when None.
         probes: Of the flow's divergence: their noise inflates the weights.
         seed: Seed of all noise.
-        batch_size: Draws at a time; as many as memory holds, at most 500, when None.
+        batch_size: Draws at a time; by their size, and what memory holds, when None.
         progress: Shows a progress bar over the levels (``smc``, ``ais``).
 
     Raises:
@@ -159,7 +159,7 @@ def log_normalizer_above(
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
         chain: As in :func:`log_normalizer`.
         seed: Seed of the noise.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
 
     Returns:
         Mean log weight, nats, and its standard error.
@@ -204,7 +204,7 @@ def _evaluate(
         result = model.evaluate(x[rows].to(dtype), t, labels_of(y, rows, x.device))
         return result.eps, result.log_prob_levels, result.unconditional
 
-    return Evaluation(*map_rows(part, len(x), batch_size))
+    return Evaluation(*map_rows(part, len(x), batch_size, dim=x.shape[1:].numel(), device=x.device))
 
 
 class _Particles:

@@ -100,7 +100,7 @@ def report(
         split: Of the data, for the report.
         flow: How finely the flow is integrated.
         log_z: How log Z is estimated.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None. Without influence on the
+        batch_size: Samples at a time; by their size, and what memory holds, when None. Without influence on the
             numbers.
         progress: Shows a progress bar.
 

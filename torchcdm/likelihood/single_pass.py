@@ -51,7 +51,7 @@ def single_pass(
         draws: Noise draws for each sample.
         importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
         seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; as many as memory holds, at most 500, when None.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
 
     Returns:
         Nats in data units, (N,).
@@ -72,13 +72,13 @@ def single_draws(
     batch_size: int | None = None,
 ) -> Tensor:
     """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
-    transform = require_transform(model)
+    transform, device = require_transform(model), model.schedule.alpha.device
 
     def one(rows: slice, seed: int) -> Tensor:
         if level:
             scored = score_noisy(model, x, y, rows, level, seed)
             return (scored.log_prob + scored.offset).cpu()
-        noisy = dithered(transform, x, rows, seed).to(model.schedule.alpha.device)
+        noisy = dithered(transform, x, rows, seed).to(device)
         z = transform(noisy)
         dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
         log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
@@ -86,7 +86,11 @@ def single_draws(
 
     with evaluation_mode(model):
         seeds = range(seed, seed + draws)
-        return torch.stack([map_rows(partial(one, seed=seed), len(x), batch_size) for seed in seeds]).double()
+        values = [
+            map_rows(partial(one, seed=seed), len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+            for seed in seeds
+        ]
+    return torch.stack(values).double()
 
 
 def combine(model: ClassificationDiffusion, values: Tensor, level: int, importance: bool) -> LogLikelihood:
@@ -165,6 +169,6 @@ def published_convention(
         return model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
 
     with evaluation_mode(model):
-        values = map_rows(log_prob, len(x), batch_size)
+        values = map_rows(log_prob, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
     name = "level 0, undithered: a density on a lattice, no bound"
     return LogLikelihood(values, transform.dim, 0, name, transform.log_bin, 1)
