@@ -8,8 +8,8 @@ validation split.
 
 Settings are chosen before anything is compared, by the least validation error over a grid of trainings
 (``--grid-seconds`` each, seed 0): the learning rate for the CDM, learning rate and width for the DDM, whose U-Net has
-time embeddings and the preset's multipliers. The DDM stands twice: with the fitted Gaussian as its own linear
-residual, as the CDM has one, and without; ``ratio_to_ddm`` divides by the better of those that are finished.
+time embeddings and the preset's multipliers. Both stand twice: with the fitted Gaussian as a linear residual, as in
+the grids, and without; ``ratio_to_ddm`` divides by the better DDM of those that are finished.
 
 The error is that of eps over the levels 1 ... T with equal weight, on ``--images`` test images with the same noise for
 all. ``--out`` keeps every model and every result; what is there is not made again, and refused where its settings
@@ -64,6 +64,11 @@ def ddm(config: Config, width: int, residual: bool = True) -> Config:
     )
 
 
+def without_residual(config: Config) -> Config:
+    """The same on the standard normal."""
+    return replace(config, model=replace(config.model, gaussian=False))
+
+
 def measured(
     config: Config, source: DataSource, seconds: float, seed: int, folder: Path, images: int
 ) -> dict[str, Any]:
@@ -114,8 +119,13 @@ def contenders(options: argparse.Namespace, config: Config, source: DataSource) 
     plain_cells = {(width, rate): f"ddm-width-{width}-lr-{rate:g}" for width in WIDTHS for rate in RATES}
     theirs = {name: at_rate(ddm(config, width), rate) for (width, rate), name in plain_cells.items()}
     chosen = theirs[best(theirs, options, source)]
-    without = replace(chosen, model=replace(chosen.model, gaussian=False))
-    return {"cdm": ours[best(ours, options, source)], "ddm-residual": chosen, "ddm": without}
+    own = ours[best(ours, options, source)]
+    return {
+        "cdm-residual": own,
+        "cdm": without_residual(own),
+        "ddm-residual": chosen,
+        "ddm": without_residual(chosen),
+    }
 
 
 def summary(name: str, seconds: float, config: Config, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

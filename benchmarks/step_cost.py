@@ -11,8 +11,8 @@ paper
     The preset ``cifar10``; guidance from an embedded label, two passes. DDM: the U-Net of the same setting, and
     diffusers' ``UNet2DModel`` in the layout of ddpm-cifar10-32 where diffusers is installed.
 
-``NETWORK-pytorch`` is the training step of the same network with PyTorch's own second derivatives in the place of
-those of ``torchcdm.backbones.second_order``.
+``NETWORK-twice`` is the training step of the same network with second derivatives, those of
+``torchcdm.backbones.second_order``, in the place of a difference of two densities; ``NETWORK-pytorch`` with PyTorch's.
 
 All contenders of a network take turns in one process: a machine that slows down slows all of them. The numbers are
 medians over the rounds and ratios of medians. Rows are named ``network/step``; those of the default network also
@@ -35,7 +35,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from torchcdm import cdm
+from torchcdm import cdm, losses
 from torchcdm.building import build_loss, build_model, build_schedule, plain_model
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.config import Config, make_config, preset_fields
@@ -122,12 +122,22 @@ def training_step(loss: CDMLoss | DDMLoss, x: Tensor, mode: Mode, y: Tensor | No
     return run
 
 
+def differentiated_twice(step: Step) -> Step:
+    """The same with second derivatives."""
+
+    def run() -> Any:
+        with patch.object(losses, "differences_suffice", lambda x: False):
+            return step()
+
+    return run
+
+
 def with_pytorch_layers(step: Step) -> Step:
-    """The same without second derivatives by hand."""
+    """The same with second derivatives, none of them by hand."""
 
     def run() -> Any:
         with patch.object(cdm, "second_derivatives", nullcontext):
-            return step()
+            return differentiated_twice(step)()
 
     return run
 
@@ -221,8 +231,8 @@ def _rows(
         Contender(f"{name}/guided-step", guided_step(guided, x, y), f"{baseline}/guided-step"),
     ]
     if isinstance(model, ClassificationDiffusion):
-        unaided = with_pytorch_layers(train)
-        rows.append(Contender(f"{name}-pytorch/training-step", unaided, f"{baseline}/training-step"))
+        for suffix, step in (("twice", differentiated_twice(train)), ("pytorch", with_pytorch_layers(train))):
+            rows.append(Contender(f"{name}-{suffix}/training-step", step, f"{baseline}/training-step"))
         run = one_pass_likelihood(model, x)
         rows.append(Contender(f"{name}/one-pass-likelihood", run, f"{baseline}/denoising-step"))
     return rows

@@ -95,15 +95,16 @@ def training_memory() -> str:
 
 
 def second_order() -> str:
-    """What second derivatives by hand save of a training step's time and memory."""
+    """What the ways to the gradient of the squared error take of time and memory."""
     time, memory = ({row["name"]: row["ratio_to_ddm"] for row in read(name)["rows"]}
                     for name in ("step_cost", "training_memory"))  # fmt: skip
     lines = []
-    for title, suffix in (("PyTorch's", "-pytorch"), ("by hand", "")):
+    ways = {"PyTorch's second derivatives": "-pytorch", "by hand": "-twice", "**a difference of densities**": ""}
+    for title, suffix in ways.items():
         rows = [f"{network}{suffix}/training-step" for network in ("encoder", "paper")]
         lines.append([title, *(f"{time[row]:.2f}" for row in rows), *(f"{memory[row]:.2f}" for row in rows)])
     networks = ("default network", "paper's network")
-    head = ["second derivatives", *(f"time, {n}" for n in networks), *(f"memory, {n}" for n in networks)]
+    head = ["gradient of the squared error by", *(f"time, {n}" for n in networks), *(f"memory, {n}" for n in networks)]
     return markdown(head, lines)
 
 
@@ -111,7 +112,11 @@ def half_precision() -> str:
     """Training steps in both precisions."""
     found = {name: {row["name"]: row for row in rows} for name, rows in read("half_precision").items()}
     lines = []
-    titles = {"encoder": "CDM", "encoder-pytorch": "CDM, PyTorch's second derivatives", "encoder-ddm": "DDM"}
+    titles = {
+        "encoder": "CDM, second derivatives by hand",
+        "encoder-pytorch": "CDM, PyTorch's second derivatives",
+        "encoder-ddm": "DDM",
+    }
     for name, title in titles.items():
         steps = [rows[f"{name}/training-step"] for rows in found.values()]
         lines.append([title, *(f"{1e3 * step['seconds']:.0f} ({step['ratio_to_ddm']:.2f})" for step in steps)])
