@@ -318,6 +318,11 @@ def test_differences_are_for_full_precision():
     assert not losses.differences_suffice(x.to("meta"))  # not a CPU
     with torch.autocast("cpu", torch.bfloat16):
         assert not losses.differences_suffice(x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not losses.differences_suffice(x) and losses.differences_suffice(x.double())
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def compilers():

@@ -1,8 +1,10 @@
 """Convolution, group normalisation and SiLU whose second derivatives are written by hand.
 
-Training a CDM differentiates a gradient. PyTorch's own second derivatives of these layers are put together from many
-elementwise passes, and that of a convolution takes the gradient of the weights by a convolution with swapped axes, at
-twice the cost of the kernel made for it. Here a first derivative is a function of its own, with its derivative given.
+Training a CDM differentiates a gradient, where no difference stands for that
+(:func:`torchcdm.losses.differences_suffice`), and so does the divergence of its flow. PyTorch's own second derivatives
+of these layers are put together from many elementwise passes, and that of a convolution takes the gradient of the
+weights by a convolution with swapped axes, at twice the cost of the kernel made for it. Here a first derivative is a
+function of its own, with its derivative given.
 
 They stand in for PyTorch's layers, with the same names of weights, inside :func:`second_derivatives`. Elsewhere, and
 under the compiler, which fuses passes itself, they are PyTorch's: a first derivative needs no help.
