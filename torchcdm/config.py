@@ -348,6 +348,7 @@ class ReportConfig:
         draws: Noise draws of the one-pass likelihoods.
         flow_steps: Heun steps of the probability flow.
         flow_probes: Random probes of its divergence.
+        particles: Of the estimate of log Z.
         baselines: Put classical density models beside it, where the data are small.
     """
 
@@ -356,12 +357,15 @@ class ReportConfig:
     draws: int = 1
     flow_steps: int = 50
     flow_probes: int = 2
+    particles: int = 1024
     baselines: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "draws", "flow_steps", "flow_probes"):
             if getattr(self, name) < 1:
                 raise UserError(f"report: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.particles < 128:
+            raise UserError(f"report: particles is {self.particles}; at least 128 are needed")
 
 
 @dataclass(frozen=True)

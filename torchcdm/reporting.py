@@ -22,6 +22,7 @@ from torchcdm.likelihood import (
     Consistency,
     FlowOptions,
     LogProbGaps,
+    LogZOptions,
     NLLReport,
     consistency,
     gap_by_level,
@@ -125,6 +126,7 @@ def _likelihood(
         name=source.name,
         split=split,
         flow=FlowOptions(config.report.flow_steps, config.report.flow_probes),
+        log_z=LogZOptions(config.report.particles),
         progress=progress,
     )
 
