@@ -56,12 +56,10 @@ def at_rate(config: Config, rate: float) -> Config:
     return replace(config, train=replace(config.train, lr=rate))
 
 
-def ddm(config: Config, width: int, residual: bool = True) -> Config:
-    """The DDM for a preset."""
+def ddm(config: Config, width: int) -> Config:
+    """The DDM for a preset, on the fitted Gaussian."""
     model = plain_model(config.model)
-    return replace(
-        config, model=replace(model, gaussian=residual, backbone=replace(model.backbone, channels=width))
-    )
+    return replace(config, model=replace(model, gaussian=True, backbone=replace(model.backbone, channels=width)))
 
 
 def without_residual(config: Config) -> Config:

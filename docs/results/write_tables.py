@@ -113,7 +113,7 @@ def half_precision() -> str:
     found = {name: {row["name"]: row for row in rows} for name, rows in read("half_precision").items()}
     lines = []
     titles = {
-        "encoder": "CDM, second derivatives by hand",
+        "encoder-twice": "CDM, second derivatives by hand",
         "encoder-pytorch": "CDM, PyTorch's second derivatives",
         "encoder-ddm": "DDM",
     }
