@@ -16,6 +16,7 @@ SMALL = {
     "report.limit": "16",
     "report.flow_steps": "2",
     "report.draws": "1",
+    "report.particles": "128",
     "report.baselines": "false",
 }
 

@@ -78,6 +78,7 @@ def refuse(capsys, *words):
         (["train", "digits", "--out", "R", "--sampling.n", "-3"], "n is -3"),
         (["train", "digits", "--out", "R", "--sampling.sampler", "foo"], "unknown sampler 'foo'"),
         (["train", "digits", "--out", "R", "--report.methods", "[foo]"], "unknown likelihood method 'foo'"),
+        (["train", "digits", "--out", "R", "--report.particles", "127"], "particles is 127; at least 128"),
         (["train", "digits", "--out", "R", "--report.draws", "0"], "draws is 0; it must be at least 1"),
         (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
         (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),
@@ -376,6 +377,13 @@ def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, 
     table = out[out.index("density model, same test samples") :]
     assert "something classical, Gaussianised" in table
     assert "one forward pass, level 0" in table and "normalised" not in table
+
+
+def test_a_report_estimates_log_z_from_the_particles_asked_for(capsys, tmp_path):
+    flags = small_flags(report__methods="[single, logz]", report__particles="160", train__steps="2")
+    succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["nll"]["log2_z_per_dim"]["estimator"].startswith("smc, 16 x 10 particles")
 
 
 def test_info(capsys, run):
