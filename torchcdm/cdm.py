@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torchcdm.errors import UserError
 from torchcdm.gaussian import BaseDensity, StandardNormal
 from torchcdm.schedules import Level, NoiseSchedule
 from torchcdm.units import DataTransform
+
+Graph = Literal["none", "densities", "denoiser"]
+"""What of an evaluation stays differentiable."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +186,8 @@ class ClassificationDiffusion(Denoiser):
         x_t: Tensor,
         t: Level,
         y: Tensor | None = None,
-        create_graph: bool = False,
         guidance: float = 0.0,
-        keep_graph: bool = False,
+        graph: Graph = "none",
     ) -> Evaluation:
         """The denoiser and the density at every level, from one forward and one backward pass.
 
@@ -195,13 +197,13 @@ class ClassificationDiffusion(Denoiser):
             x_t: Model units, (B, *shape).
             t: Level, an int or long (B,).
             y: Classes, long (B,), or None.
-            create_graph: Keep the gradient differentiable, for divergences and for losses that need it.
             guidance: Weight w of identity 8, for joint backbones: the gradient is taken of
                 (1 + w) log p_t(x|y) - w log p_t(x).
-            keep_graph: Keep the densities differentiable in the weights, and not the gradient.
+            graph: What stays differentiable: nothing, the densities in the weights alone, or the denoiser too, in the
+                weights and in ``x_t``, for divergences and for losses that need it.
         """
         _refuse_inference_mode()
-        if not create_graph:
+        if graph != "denoiser":
             x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
         rows = torch.arange(len(x_t), device=x_t.device)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
@@ -214,15 +216,15 @@ class ClassificationDiffusion(Denoiser):
             return value.sum(), (chosen, unconditional)
 
         with torch.enable_grad():
-            if create_graph:
+            if graph == "denoiser":
                 # torch.func rather than autograd.grad: torch.compile can differentiate through it.
                 with second_derivatives():
                     gradient, corrections = torch.func.grad(target, has_aux=True)(x_t)
             else:
                 x = x_t.detach().requires_grad_()
                 value, corrections = target(x)
-                (gradient,) = torch.autograd.grad(value, x, retain_graph=keep_graph)
-                if not keep_graph:
+                (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
+                if graph == "none":
                     corrections = tuple(correction.detach() for correction in corrections)
         _, sigma_t = self.schedule.at(t, x_t)
         eps = self.base.eps(x_t, t) - sigma_t * gradient

@@ -17,6 +17,9 @@ import yaml
 from torchcdm.codec import decode, encode, merge
 from torchcdm.errors import UserError, nearest
 
+FEWEST_PARTICLES = 128
+"""For log Z: a quarter of them are the draws of the second estimate."""
+
 # --- data ----------------------------------------------------------------------------------------------------
 
 
@@ -364,8 +367,8 @@ class ReportConfig:
         for name in ("limit", "draws", "flow_steps", "flow_probes"):
             if getattr(self, name) < 1:
                 raise UserError(f"report: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.particles < 128:
-            raise UserError(f"report: particles is {self.particles}; at least 128 are needed")
+        if self.particles < FEWEST_PARTICLES:
+            raise UserError(f"report: particles is {self.particles}; at least {FEWEST_PARTICLES} are needed")
 
 
 @dataclass(frozen=True)

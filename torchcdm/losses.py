@@ -215,10 +215,10 @@ class CDMLoss(nn.Module):
     ) -> tuple[Evaluation, Tensor]:
         """The model at ``x_t`` and the mean square of eps_hat - eps, (B,), with its gradient in the weights."""
         if not differences_suffice(x_t):
-            result = self.model.evaluate(x_t, t, y, create_graph=True)
+            result = self.model.evaluate(x_t, t, y, graph="denoiser")
             return result, (result.eps - eps).square().flatten(1).mean(1)
         random_state = torch.get_rng_state()
-        result = self.model.evaluate(x_t, t, y, keep_graph=True)
+        result = self.model.evaluate(x_t, t, y, graph="densities")
         error = result.eps - eps
         gradient = self._gradient_of_square(x_t, t, y, error, result.log_prob_levels, random_state)
         return result, error.square().flatten(1).mean(1) + gradient

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, write_numbers
+from torchcdm.config import FEWEST_PARTICLES
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def run_nll(options: argparse.Namespace) -> int:
     from torchcdm.metrics import labels_for
     from torchcdm.processes import sharing
 
-    if options.particles < 128:
-        raise UserError(f"--particles is {options.particles}; at least 128 are needed")
+    if options.particles < FEWEST_PARTICLES:
+        raise UserError(f"--particles is {options.particles}; at least {FEWEST_PARTICLES} are needed")
     if options.moves < 0:
         raise UserError(f"--moves is {options.moves}; it must not be negative")
     info = read_info(options.model)

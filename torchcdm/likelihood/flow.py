@@ -329,7 +329,7 @@ class _Flow:
             x = x_t.detach().requires_grad_()
             log_p = x.new_full((len(x),), math.nan).double()
             if isinstance(self.denoiser, ClassificationDiffusion):
-                result = self.denoiser.evaluate(x, t, self.y, create_graph=True)
+                result = self.denoiser.evaluate(x, t, self.y, graph="denoiser")
                 eps, log_p = result.eps, result.log_prob_levels[:, t].detach()
             else:
                 eps = self.denoiser.denoise(x, t, self.y).eps
