@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -242,6 +243,26 @@ def test_nll_writes_the_contract(capsys, tmp_path, run):
     assert {"published-convention", "one-pass", "one-pass-level", "flow"} <= {row["name"] for row in content["rows"]}
     assert "one-pass-level" in out
     assert json.loads(succeed(capsys, *words, "--json", "-")) == content
+
+
+def test_calibrate_changes_the_values_of_a_run_and_no_sample(capsys, tmp_path, run):
+    copy = shutil.copytree(run, tmp_path / "run")
+    words = ["calibrate", copy, "--samples", "40", "--rounds", "1", "--particles", "16", "--device", "cpu", "--quiet"]
+    found = json.loads(succeed(capsys, *words, "--json", "-"))
+    assert found["unit"] == "bits/dim" and found["after"] < found["before"] and len(found["log_z"]) == 1
+    (old, new), x = (torchcdm.load(folder) for folder in (run, copy)), load_data("digits").test.tensors(4)[0]
+    assert old.readout is None and not torch.equal(new.log_prob(x), old.log_prob(x))
+    z = new.transform(x.float())
+    assert torch.equal(new.denoise(z, 3).eps, old.denoise(z, 3).eps)
+    # Twice is as once: what is there is replaced.
+    assert "deviation" in succeed(capsys, *words)
+    torch.testing.assert_close(torchcdm.load(copy).log_prob(x), new.log_prob(x))
+
+
+def test_calibrate_refuses(capsys, tmp_path, run, conditional):
+    assert "classes or a context" in refuse(capsys, "calibrate", conditional, "--device", "cpu", "--quiet")
+    assert "--samples is 0" in refuse(capsys, "calibrate", run, "--samples", "0")
+    assert "holds no trained model" in refuse(capsys, "calibrate", tmp_path)
 
 
 def nll_of(capsys, run, *words):

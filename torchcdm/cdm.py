@@ -12,6 +12,7 @@ from torchcdm.backbones.second_order import second_derivatives
 from torchcdm.denoisers import Denoiser, Prediction, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.gaussian import BaseDensity, StandardNormal
+from torchcdm.readout import Readout
 from torchcdm.schedules import Level, NoiseSchedule
 from torchcdm.units import DataTransform
 
@@ -43,7 +44,9 @@ class ClassificationDiffusion(Denoiser):
     ``log p_t(x) = base_t(x) + h_t(x) - h_{T+1}(x)``. With the standard normal as base this is identity 1; with
     fitted Gaussian marginals the network learns only what is not Gaussian. The classifier's logits are the
     same numbers: ``p(t | x) = softmax_t(log p_t(x))`` under the uniform prior over levels of training. Constants of
-    the levels, 0 unless :func:`torchcdm.calibration.calibrate_levels` has set them, are added to h.
+    the levels, 0 unless :func:`torchcdm.calibration.calibrate_levels` has set them, are added to h. A readout, where
+    :func:`torchcdm.path_calibration.calibrate_paths` has set one, gives the values of log p in the place of h, whose
+    gradient stays the denoiser.
 
     A *joint* backbone gives (B, classes, T+2): log p_t(x|y) for all classes at once (identity 10).
 
@@ -77,6 +80,7 @@ class ClassificationDiffusion(Denoiser):
         self.backbone = backbone
         self.base = StandardNormal(schedule) if gaussian is None else gaussian
         self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
+        self.readout: Readout | None = None
         if self.joint:
             prior = torch.ones(self.classes or 1) if class_prior is None else class_prior
             self.register_buffer("log_class_prior", (prior / prior.sum()).log())
@@ -267,12 +271,16 @@ class ClassificationDiffusion(Denoiser):
         """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""
         if y is not None and not self.conditional:
             raise UserError("y is given, but the backbone takes no classes")
-        h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
+        inputs = (x_t, y) if self.conditional else (x_t,)
+        features = None if self.readout is None else self.backbone.features(*inputs)
+        h = self.backbone(*inputs) if features is None else self.backbone.head(features)
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
         if h.dtype in (torch.float16, torch.bfloat16):
             h = h.float()
-        return h - h[..., -1:] + self.level_constants.to(h.dtype)
+        h = h - h[..., -1:] + self.level_constants.to(h.dtype)
+        # The value of the readout, the gradient of h.
+        return h if features is None else h + (self.readout(features.detach()).to(h.dtype) - h).detach()
 
     def _class_corrections(self, x_t: Tensor) -> Tensor:
         """log p_t(x|y) - base_t(x), (B, classes, T+2), of a joint backbone; all classes agree at level T+1."""

@@ -19,11 +19,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from torchcdm.building import build_model, load_source
+from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.codec import decode, encode
 from torchcdm.config import DataConfig, ModelConfig
 from torchcdm.data import DataSource, Inputs, read_inputs, renumbered
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
+from torchcdm.readout import Readout
 from torchcdm.run_folder import (
     TEMPORARY,
     RunFolder,
@@ -40,6 +42,9 @@ FORMAT = 3
 """Version of the files; raised when an older reader would misread them."""
 
 KEPT_STATES = 2
+
+READOUT = "readout.weight"
+"""Among the weights of a model whose paths were calibrated."""
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -172,7 +177,10 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     info = read_info(run)
     model = build_model(info.model, info.transform, info.classes)
     path = RunFolder(Path(run)).model
-    load_tensors(model, read_tensors(path), path)
+    tensors = read_tensors(path)
+    if isinstance(model, ClassificationDiffusion) and READOUT in tensors:
+        model.readout = Readout.blank(*tensors[READOUT].shape)
+    load_tensors(model, tensors, path)
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -120,16 +120,8 @@ class Encoder(nn.Module):
             self.summaries.append(Summary(channels, in_channels, energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, knots)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h from images.
-
-        Args:
-            x: (B, in_channels, height, width).
-            y: Classes, long (B,), null label ``classes``; None for the null label.
-
-        Returns:
-            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
-        """
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees, (B, features); arguments as in :meth:`forward`."""
         check_images(x, self.in_channels, self.size)
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
@@ -141,4 +133,16 @@ class Encoder(nn.Module):
             for step in stage:
                 h = step(h, embedding)
             features.append(summary(h, image))
-        return self.head(torch.cat(features, 1))
+        return torch.cat(features, 1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """h from images.
+
+        Args:
+            x: (B, in_channels, height, width).
+            y: Classes, long (B,), null label ``classes``; None for the null label.
+
+        Returns:
+            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
+        """
+        return self.head(self.features(x, y))

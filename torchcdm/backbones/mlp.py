@@ -136,6 +136,20 @@ class MLP(nn.Module):
         self.energy = nn.Linear(width, energy_maps * dim) if energy_maps else None
         self.head = make_head(width + energy_maps, levels, classes, joint, knots)
 
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees, (B, features); arguments as in :meth:`forward`."""
+        check_vectors(x, self.dim)
+        embedding = None if self.label is None else self.label(y, x)
+        h = self.linear_in(x if self.waves is None else self.waves(x))
+        for block in self.blocks:
+            h = block(h, embedding)
+        features = nn.functional.silu(self.norm(h))
+        if self.energy is None:
+            return features
+        maps = self.energy(features).unflatten(1, (self.energy_maps, self.dim))
+        energies = at_least_float32(maps * x[:, None]).sum(2)
+        return torch.cat([at_least_float32(features), energies], 1)
+
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """h from vectors.
 
@@ -146,17 +160,7 @@ class MLP(nn.Module):
         Returns:
             (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
         """
-        check_vectors(x, self.dim)
-        embedding = None if self.label is None else self.label(y, x)
-        h = self.linear_in(x if self.waves is None else self.waves(x))
-        for block in self.blocks:
-            h = block(h, embedding)
-        features = nn.functional.silu(self.norm(h))
-        if self.energy is None:
-            return self.head(features)
-        maps = self.energy(features).unflatten(1, (self.energy_maps, self.dim))
-        energies = at_least_float32(maps * x[:, None]).sum(2)
-        return self.head(torch.cat([at_least_float32(features), energies], 1))
+        return self.head(self.features(x, y))
 
 
 @final

@@ -87,10 +87,14 @@ class TimmBackbone(nn.Module):
                 layer.fused_attn = False
         self.head = make_head(self._probe(name), levels, classes, joint, knots)
 
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees, (B, features); arguments as in :meth:`forward`."""
+        check_images(x, self.in_channels, self.size)
+        return self.network(x)
+
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """h, (B, T+2) or joint (B, classes, T+2), from images (B, in_channels, H, W); ``y`` is not used."""
-        check_images(x, self.in_channels, self.size)
-        return self.head(self.network(x))
+        return self.head(self.features(x, y))
 
     def _probe(self, name: str) -> int:
         """Number of features, from one image that is differentiated twice; refuses what does not fit."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from torchcdm.cli import (
+    calibrating,
     comparing,
     converting,
     denoising,
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"torchcdm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     groups = (
-        training, sampling, measuring, scoring, comparing, ratios, denoising, reading, converting, reproducing,
+        training, sampling, measuring, calibrating, scoring, comparing, ratios, denoising, reading, converting,
+        reproducing,
     )  # fmt: skip
     for group in groups:
         group.add_commands(commands)

@@ -1,0 +1,112 @@
+"""Readouts fitted on paths, against an exact classifier whose values were bent and whose gradients were not."""
+
+import pytest
+import torch
+from oracles import labelled_mixture, rng
+from torch import nn
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.errors import UserError
+from torchcdm.likelihood import log_normalizer
+from torchcdm.path_calibration import calibrate_paths
+from torchcdm.readout import LIMIT, Readout
+from torchcdm.schedules import UniformSigmaSchedule
+from torchcdm.toy import MixtureClassifier
+from torchcdm.units import DataTransform
+
+T = 60
+
+
+class Bent(nn.Module):
+    """An exact classifier with ``bend`` * |x| too much in the values of the levels below T+1, without a gradient."""
+
+    def __init__(self, exact, bend):
+        super().__init__()
+        self.exact, self.classes, self.joint = exact, None, False
+        self.head = nn.Linear(T + 3, T + 2, bias=False)
+        fade = torch.linspace(1, 0, T + 2)[:, None]
+        self.head.weight.data = torch.cat([torch.eye(T + 2), bend * fade], 1)
+
+    def features(self, x, y=None):
+        return torch.cat([self.exact(x, y), x.flatten(1).norm(dim=1, keepdim=True).detach()], 1)
+
+    def forward(self, x, y=None):
+        return self.head(self.features(x, y))
+
+
+def bent_by(bend):
+    schedule, mixture = UniformSigmaSchedule(T), labelled_mixture()
+    backbone = Bent(MixtureClassifier(mixture, schedule), bend)
+    transform = DataTransform((2,))
+    return ClassificationDiffusion(backbone, schedule, transform).double().eval(), mixture
+
+
+def test_what_was_added_to_the_values_is_taken_out_again():
+    model, mixture = bent_by(3.0)
+    x, fresh = mixture.sample(600, rng(1)), mixture.sample(200, rng(2))
+    eps, exact = model.denoise(fresh, 5).eps, mixture.log_prob_levels(fresh, model.schedule)
+    bent = model.log_prob_levels(fresh)
+    found = calibrate_paths(model, x, rounds=0)
+    mended = model.log_prob_levels(fresh)
+    assert found.level == 1 and found.after < found.before / 3
+    for t in (0, 1, 10, 30):
+        assert (bent - exact)[:, t].std() > 5 * (mended - exact)[:, t].std()
+        assert (mended - exact)[:, t].mean().abs() < 0.1 < (bent - exact)[:, t].mean().abs()
+    assert torch.equal(mended[:, -1], exact[:, -1]) or torch.allclose(mended[:, -1], exact[:, -1], atol=1e-12)
+    assert torch.equal(model.denoise(fresh, 5).eps, eps)  # values alone have changed
+
+
+def test_particles_find_where_there_is_too_much():
+    model, mixture = bent_by(3.0)
+    x = mixture.sample(600, rng(1))
+    before = log_normalizer(model, 512, seed=9)
+    found = calibrate_paths(model, x, rounds=1, particles=128)
+    after = log_normalizer(model, 512, seed=9)
+    assert len(found.log_z) == 1 and before.value > 1
+    assert abs(after.value) < 0.1
+
+
+def test_an_exact_model_is_left_as_it_is():
+    model, mixture = bent_by(0.0)
+    fresh = mixture.sample(50, rng(2))
+    exact = model.log_prob_levels(fresh)
+    calibrate_paths(model, mixture.sample(300, rng(1)), rounds=1, particles=64)
+    assert (model.log_prob_levels(fresh) - exact)[:, 1].abs().max() < 0.1
+
+
+def test_features_count_within_the_limit_alone():
+    mean, scale = torch.randn(4, 3, generator=rng(1)), 1 + torch.rand(4, 3, generator=rng(2))
+    weight, offset = torch.randn(4, 3, generator=rng(3)), torch.randn(4, generator=rng(4))
+    readout = Readout(mean, scale, weight, offset)
+    features = 20 * torch.randn(50, 3, generator=rng(5))
+    z = ((features[:, None] - mean) / scale).clamp(-LIMIT, LIMIT)
+    assert (z.abs() == LIMIT).any() and (z.abs() < LIMIT).any()
+    torch.testing.assert_close(readout(features), ((z * weight).sum(2) + offset).double(), rtol=1e-4, atol=1e-4)
+
+
+def joint_model():
+    schedule, mixture = UniformSigmaSchedule(T), labelled_mixture()
+    return ClassificationDiffusion(MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,)))
+
+
+def without_features():
+    schedule, mixture = UniformSigmaSchedule(T), labelled_mixture()
+    backbone = MixtureClassifier(mixture, schedule)
+    backbone.classes = None
+    return ClassificationDiffusion(backbone, schedule, DataTransform((2,)))
+
+
+@pytest.mark.parametrize(
+    ("model", "n", "options", "reason"),
+    [
+        (joint_model, 100, {}, "models of one density"),
+        (without_features, 100, {}, "a linear `head`"),
+        (lambda: bent_by(0)[0], 15, {}, "at least 16 are needed"),
+        (lambda: bent_by(0)[0], 100, {"rounds": -1}, "must not be negative"),
+        (lambda: bent_by(0)[0], 100, {"particles": 8}, "at least 16 are needed"),
+        (lambda: bent_by(0)[0], 100, {"level": T}, f"choose 1 ... {T - 1}"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(model, n, options, reason):
+    with pytest.raises(UserError, match=reason):
+        calibrate_paths(model(), torch.zeros(n, 2), **options)

@@ -1,0 +1,289 @@
+r"""Values of log p that agree with the model's own reverse chain, fitted after a training.
+
+A network's gradient is trained at every point, its values through the differences of neighbouring levels alone, whose
+errors add up from T to 0. Along a path of the noise up from a sample, the reverse chain of the denoiser, a normalised
+density, says what log p should be:
+
+.. math:: \log p_T(x_T) + \sum_{u > t} [\log r(x_{u-1} | x_u) - \log q(x_u | x_{u-1})] \approx \log p_t(x_t)
+
+(the terms of the log weight in :mod:`torchcdm.likelihood.normalizer`). A readout, linear in the network's features at
+each level, is fitted to these targets by ridge regression: on paths from data, and on paths from images to which the
+density gave too much, found by particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in turn.
+Gradients, and so samples, ELBO and flow, stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.denoisers import evaluation_mode
+from torchcdm.errors import UserError
+from torchcdm.likelihood import LogNormalizer, ReverseChain, log_normalizer
+from torchcdm.likelihood.common import scoring_level
+from torchcdm.likelihood.single_pass import noised
+from torchcdm.readout import LIMIT, Readout
+from torchcdm.rows import map_rows
+
+FEWEST_SAMPLES = 16
+
+CHAIN_SAMPLES = 96
+"""For the variances of the chain: each is then right within a seventh."""
+
+ISLANDS = 8
+
+HELD_OUT = 4
+"""Every fourth sample chooses the ridge."""
+
+RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
+"""Per sample, for features of deviation one."""
+
+PARTICLE_WEIGHT = 0.3
+"""Of a path from a particle beside one from data."""
+
+
+@dataclass(frozen=True)
+class PathCalibration:
+    """What a calibration on paths did.
+
+    Attributes:
+        level: Lowest level of the paths.
+        dim: Dimensions of a sample.
+        before: Deviation between samples of log p at that level about the chain's targets, on the held-out quarter,
+            nats; the noise of the paths is in it.
+        after: The same by the readout, its ridge chosen on that quarter, without the paths from particles.
+        log_z: Estimates of log Z at that level before each round of particles.
+    """
+
+    level: int
+    dim: int
+    before: float
+    after: float
+    log_z: tuple[LogNormalizer, ...]
+
+
+@final
+class Paths:
+    """Paths of the noise up the levels, and what the chain says of them.
+
+    Attributes:
+        level: The first level.
+        features: What the head saw, (levels, n, features).
+        wanted: Targets of log p - base, nats, float64 (levels, n).
+    """
+
+    def __init__(
+        self,
+        model: ClassificationDiffusion,
+        chain: ReverseChain,
+        x: Tensor,
+        level: int,
+        seed: int = 0,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        """One path from each sample.
+
+        Args:
+            model: In evaluation mode; its head sees the features.
+            chain: Of its denoiser.
+            x: Samples at ``level``, model units, (n, *shape).
+            level: 1 ... T - 1.
+            seed: Seed of the noise.
+            batch_size: Samples at a time; by their size, and what memory holds, when None.
+            progress: Shows a progress bar over the levels.
+        """
+        from tqdm.auto import tqdm
+
+        schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
+        self.level = level
+        x_s = x.double()
+        base, features, steps = [], [], []
+        with _features_of(model.backbone.head) as seen:
+            for t in tqdm(range(level, schedule.T + 1), desc="paths", unit="level", disable=not progress, leave=False):
+                if t > level:
+                    keep, added = schedule.forward_kernel(t - 1, t, x_s)
+                    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x_s.device)
+                    x_t = keep * x_s + added * noise
+                else:
+                    x_t = x_s
+
+                def look(rows: slice, x_t: Tensor = x_t, t: int = t) -> tuple[Tensor, Tensor, Tensor]:
+                    x0 = chain.x0(x_t[rows], t)
+                    return x0, seen[-1].float(), model.base.log_prob_levels(x_t[rows])[:, t]
+
+                x0, feature, density = map_rows(look, len(x), batch_size, dim=x[0].numel(), device=x_s.device)
+                if t > level:
+                    steps.append(chain.step(x_t, x0, t, t - 1, chain.noise_of(x_s, x_t, x0, t, t - 1))[1])
+                features.append(feature)
+                base.append(density)
+                x_s = x_t
+        targets = [chain.start(chain.start_noise_of(x_s))[1]]
+        for step in reversed(steps):
+            targets.append(targets[-1] - step)
+        self.features = torch.stack(features)
+        self.wanted = torch.stack(targets[::-1]) - torch.stack(base)
+
+
+@torch.no_grad()
+def calibrate_paths(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    rounds: int = 2,
+    particles: int = 128,
+    level: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> PathCalibration:
+    """Sets ``model.readout``, where it lowers the deviation about the chain's targets on held-out samples.
+
+    Costs T evaluations of each sample, 2 T of the :data:`CHAIN_SAMPLES` for the chain, and 3 T of the particles in
+    each round.
+
+    Args:
+        model: Without classes or context; its readout is set, and replaces the one that it has.
+        x: Data that the model was not trained on, data units, (N, *shape).
+        rounds: Of particles, which find what the density gives too much to.
+        particles: In each round.
+        level: Lowest level; that through which data are scored when None. Levels below take its readout.
+        seed: Seed of all noise.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        progress: Shows progress bars.
+
+    Raises:
+        UserError: A model with classes or context, or of a network without features and a linear head; too few
+            samples; a level without one above it.
+    """
+    _check(model, x, rounds, particles)
+    level = scoring_level(model) if level is None else level
+    if not 1 <= level < model.schedule.T:
+        raise UserError(f"calibration: level {level} has no path above it; choose 1 ... {model.schedule.T - 1}")
+    device = model.schedule.alpha.device
+    model.readout = None
+    with evaluation_mode(model):
+        chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size)
+        start = noised(model, x.to(device), slice(0, len(x)), level, seed)
+        data = Paths(model, chain, start, level, seed, batch_size, progress)
+        fit = _Fit(model, data)
+        if fit.after >= fit.before:
+            return PathCalibration(level, x[0].numel(), fit.before, fit.after, ())
+        found, shown = [], []
+        model.readout = fit.readout(shown)
+        for k in range(1, rounds + 1):
+            estimate = log_normalizer(
+                model, particles, level, moves=1, chain=chain, islands=ISLANDS, seed=seed + k, batch_size=batch_size,
+                progress=progress,
+            )  # fmt: skip
+            found.append(estimate)
+            shown.append(Paths(model, chain, estimate.x, level, seed + k, batch_size, progress))
+            model.readout = fit.readout(shown)
+    return PathCalibration(level, x[0].numel(), fit.before, fit.after, tuple(found))
+
+
+def _check(model: ClassificationDiffusion, x: Tensor, rounds: int, particles: int) -> None:
+    if model.classes is not None or model.context is not None:
+        raise UserError("calibration on paths: the model has classes or a context; it is for models of one density")
+    if not hasattr(model.backbone, "features") or not hasattr(model.backbone, "head"):
+        raise UserError("calibration on paths: the network must have `features` and a linear `head` on them")
+    if len(x) < FEWEST_SAMPLES:
+        raise UserError(f"calibration on paths: {len(x)} held-out samples; at least {FEWEST_SAMPLES} are needed")
+    if rounds < 0:
+        raise UserError(f"calibration on paths: rounds is {rounds}; it must not be negative")
+    if particles < 2 * ISLANDS:
+        raise UserError(f"calibration on paths: particles is {particles}; at least {2 * ISLANDS} are needed")
+
+
+@contextmanager
+def _features_of(head: nn.Module) -> Iterator[list[Tensor]]:
+    """What ``head`` was given last, as the only item of a list."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[:] = [inputs[0].detach()]
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@final
+class _Fit:
+    """Ridge regressions at the levels of paths from data.
+
+    Attributes:
+        before: Deviation at the lowest level on the held-out quarter, by the network as it is.
+        after: The same by the regression on the others with the best ridge.
+    """
+
+    def __init__(self, model: ClassificationDiffusion, data: Paths) -> None:
+        self.data, self.levels = data, model.schedule.T + 2
+        head = copy.deepcopy(model.backbone.head).double()
+        features = data.features.shape[2]
+        eye = torch.eye(features, dtype=torch.float64, device=data.features.device)
+        bias = head(torch.zeros_like(eye[:1]))
+        slope, bias = head(eye) - bias, bias + model.level_constants.double()
+        # Of h - h_{T+1}, (levels of the paths, features) and (levels of the paths,).
+        covered = slice(data.level, data.level + len(data.features))
+        self.slope = (slope - slope[:, -1:]).T[covered]
+        self.bias = (bias - bias[:, -1:])[0, covered]
+        self.mean = data.features.double().mean(1)
+        scale = data.features.double().std(1)
+        self.scale = torch.maximum(scale, 1e-3 * scale.median(1, keepdim=True).values).clamp_min(1e-9)
+
+        held = torch.arange(data.features.shape[1], device=eye.device) % HELD_OUT == 0
+        z, error = self._of(data, 0)
+        self.before = float(error[held].std())
+        deviations = {}
+        for ridge in RIDGES:
+            weight, offset = _ridge(z[~held], error[~held], torch.ones_like(error[~held]), ridge)
+            deviations[ridge] = float((error[held] - z[held] @ weight - offset).std())
+        self.ridge = min(deviations, key=deviations.__getitem__)
+        self.after = deviations[self.ridge]
+
+    def readout(self, shown: Sequence[Paths]) -> Readout:
+        """From all paths of the data, and those from particles."""
+        weights, offsets = [], []
+        for k in range(len(self.mean)):
+            parts = [self._of(paths, k) for paths in (self.data, *shown)]
+            z, error = (torch.cat(column) for column in zip(*parts, strict=True))
+            counts = torch.full_like(error, PARTICLE_WEIGHT)
+            counts[: len(parts[0][1])] = 1
+            weight, offset = _ridge(z, error, counts, self.ridge)
+            weights.append(self.scale[k] * self.slope[k] + weight)
+            offsets.append(self.mean[k] @ self.slope[k] + self.bias[k] + offset)
+
+        def at_all_levels(values: Tensor, last: float) -> Tensor:
+            """The levels below the paths as the lowest one; level T+1 by itself."""
+            below = values[:1].expand(self.data.level, *values.shape[1:])
+            return torch.cat([below, values, torch.full_like(values[:1], last)])
+
+        return Readout(
+            at_all_levels(self.mean, 0), at_all_levels(self.scale, 1), at_all_levels(torch.stack(weights), 0),
+            at_all_levels(torch.stack(offsets), 0),
+        )  # fmt: skip
+
+    def _of(self, paths: Paths, k: int) -> tuple[Tensor, Tensor]:
+        """Features in deviations, (n, features), and targets less what the network says, (n,), at the k-th level."""
+        z = ((paths.features[k].double() - self.mean[k]) / self.scale[k]).clamp(-LIMIT, LIMIT)
+        given = z @ (self.scale[k] * self.slope[k]) + self.mean[k] @ self.slope[k] + self.bias[k]
+        return z, paths.wanted[k] - given
+
+
+def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (features,) and offset of the ridge regression of ``y`` (n,) on ``z`` (n, features)."""
+    share = counts / counts.sum()
+    z_mean, y_mean = share @ z, share @ y
+    centred = z - z_mean
+    gram = centred.T @ (counts[:, None] * centred) + ridge * counts.sum() * torch.eye(z.shape[1]).to(z)
+    weight = torch.linalg.solve(gram, centred.T @ (counts * (y - y_mean)))
+    return weight, y_mean - z_mean @ weight
