@@ -49,6 +49,7 @@ def test_what_was_added_to_the_values_is_taken_out_again():
     found = calibrate_paths(model, x, rounds=0)
     mended = model.log_prob_levels(fresh)
     assert found.level == 1 and found.after < found.before / 3
+    # Below the lowest level of the paths too, where the values stay those of levels apart.
     for t in (0, 1, 10, 30):
         assert (bent - exact)[:, t].std() > 5 * (mended - exact)[:, t].std()
         assert (mended - exact)[:, t].mean().abs() < 0.1 < (bent - exact)[:, t].mean().abs()
@@ -110,3 +111,15 @@ def without_features():
 def test_what_cannot_be_calibrated_is_refused(model, n, options, reason):
     with pytest.raises(UserError, match=reason):
         calibrate_paths(model(), torch.zeros(n, 2), **options)
+
+
+def test_levels_below_the_paths_keep_their_own_values():
+    model, mixture = bent_by(3.0)
+    x, fresh = mixture.sample(600, rng(1)), mixture.sample(200, rng(2))
+    exact = mixture.log_prob_levels(fresh, model.schedule)
+    bent = model.log_prob_levels(fresh)
+    calibrate_paths(model, x, rounds=0, level=20)
+    mended = model.log_prob_levels(fresh)
+    assert (exact[:, 0] - exact[:, 20]).std() > 0.5
+    assert 5 * (mended - exact)[:, 20].std() < (bent - exact)[:, 20].std()
+    assert 2 * (mended - exact)[:, 0].std() < (bent - exact)[:, 0].std()

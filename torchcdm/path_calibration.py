@@ -226,19 +226,16 @@ class _Fit:
     """
 
     def __init__(self, model: ClassificationDiffusion, data: Paths) -> None:
-        self.data, self.levels = data, model.schedule.T + 2
+        self.data = data
         head = copy.deepcopy(model.backbone.head).double()
-        features = data.features.shape[2]
-        eye = torch.eye(features, dtype=torch.float64, device=data.features.device)
+        eye = torch.eye(data.features.shape[2], dtype=torch.float64, device=data.features.device)
         bias = head(torch.zeros_like(eye[:1]))
         slope, bias = head(eye) - bias, bias + model.level_constants.double()
-        # Of h - h_{T+1}, (levels of the paths, features) and (levels of the paths,).
-        covered = slice(data.level, data.level + len(data.features))
-        self.slope = (slope - slope[:, -1:]).T[covered]
-        self.bias = (bias - bias[:, -1:])[0, covered]
-        self.mean = data.features.double().mean(1)
-        scale = data.features.double().std(1)
-        self.scale = torch.maximum(scale, 1e-3 * scale.median(1, keepdim=True).values).clamp_min(1e-9)
+        # Of h - h_{T+1} with its constants: (T+2, features) and (T+2,).
+        self.slope, self.bias = (slope - slope[:, -1:]).T, (bias - bias[:, -1:])[0]
+        scales = torch.stack([features.std(0) for features in data.features]).double()
+        self.mean = torch.stack([features.mean(0) for features in data.features]).double()
+        self.scale = torch.maximum(scales, 1e-3 * scales.median(1, keepdim=True).values).clamp_min(1e-9)
 
         held = torch.arange(data.features.shape[1], device=eye.device) % HELD_OUT == 0
         z, error = self._of(data, 0)
@@ -252,31 +249,27 @@ class _Fit:
 
     def readout(self, shown: Sequence[Paths]) -> Readout:
         """From all paths of the data, and those from particles."""
-        weights, offsets = [], []
+        fitted = []
         for k in range(len(self.mean)):
             parts = [self._of(paths, k) for paths in (self.data, *shown)]
             z, error = (torch.cat(column) for column in zip(*parts, strict=True))
             counts = torch.full_like(error, PARTICLE_WEIGHT)
             counts[: len(parts[0][1])] = 1
-            weight, offset = _ridge(z, error, counts, self.ridge)
-            weights.append(self.scale[k] * self.slope[k] + weight)
-            offsets.append(self.mean[k] @ self.slope[k] + self.bias[k] + offset)
-
-        def at_all_levels(values: Tensor, last: float) -> Tensor:
-            """The levels below the paths as the lowest one; level T+1 by itself."""
-            below = values[:1].expand(self.data.level, *values.shape[1:])
-            return torch.cat([below, values, torch.full_like(values[:1], last)])
-
-        return Readout(
-            at_all_levels(self.mean, 0), at_all_levels(self.scale, 1), at_all_levels(torch.stack(weights), 0),
-            at_all_levels(torch.stack(offsets), 0),
-        )  # fmt: skip
+            fitted.append(_ridge(z, error, counts, self.ridge))
+        level, levels = self.data.level, len(self.bias)
+        # What was fitted at the lowest level is added to the network's own values below it too; nothing at T+1.
+        rows = torch.arange(levels, device=self.bias.device).sub(level).clamp(0, len(self.mean) - 1)
+        mean, scale = self.mean[rows], self.scale[rows]
+        weight, offset = (torch.stack(column)[rows] for column in zip(*fitted, strict=True))
+        weight[-1], offset[-1] = 0, 0
+        own = self.bias + (mean * self.slope).sum(1)
+        return Readout(mean, scale, scale * self.slope + weight, own + offset)
 
     def _of(self, paths: Paths, k: int) -> tuple[Tensor, Tensor]:
         """Features in deviations, (n, features), and targets less what the network says, (n,), at the k-th level."""
         z = ((paths.features[k].double() - self.mean[k]) / self.scale[k]).clamp(-LIMIT, LIMIT)
-        given = z @ (self.scale[k] * self.slope[k]) + self.mean[k] @ self.slope[k] + self.bias[k]
-        return z, paths.wanted[k] - given
+        slope, bias = self.slope[paths.level + k], self.bias[paths.level + k]
+        return z, paths.wanted[k] - (z @ (self.scale[k] * slope) + self.mean[k] @ slope + bias)
 
 
 def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
