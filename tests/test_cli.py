@@ -254,15 +254,19 @@ def test_calibrate_changes_the_values_of_a_run_and_no_sample(capsys, tmp_path, r
     assert old.readout is None and not torch.equal(new.log_prob(x), old.log_prob(x))
     z = new.transform(x.float())
     assert torch.equal(new.denoise(z, 3).eps, old.denoise(z, 3).eps)
-    # Twice is as once: what is there is replaced.
-    assert "deviation" in succeed(capsys, *words)
+    # A finished run that is resumed keeps it; it can be taken back.
+    succeed(capsys, "train", "digits", "--out", copy, "--resume", "--device", "cpu", "--quiet", *small_flags())
     torch.testing.assert_close(torchcdm.load(copy).log_prob(x), new.log_prob(x))
+    assert "root mean square" in succeed(capsys, *words)
+    succeed(capsys, "calibrate", copy, "--remove")
+    assert torch.equal(torchcdm.load(copy).log_prob(x), old.log_prob(x))
 
 
 def test_calibrate_refuses(capsys, tmp_path, run, conditional):
     assert "classes or a context" in refuse(capsys, "calibrate", conditional, "--device", "cpu", "--quiet")
     assert "--samples is 0" in refuse(capsys, "calibrate", run, "--samples", "0")
     assert "holds no trained model" in refuse(capsys, "calibrate", tmp_path)
+    assert "no path above it" in refuse(capsys, "calibrate", run, "--level", "0", "--quiet")
 
 
 def nll_of(capsys, run, *words):

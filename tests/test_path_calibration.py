@@ -5,9 +5,12 @@ import torch
 from oracles import labelled_mixture, rng
 from torch import nn
 
+from torchcdm import path_calibration
+from torchcdm.calibration import calibrate_levels
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError
 from torchcdm.likelihood import log_normalizer
+from torchcdm.losses import CDMLoss
 from torchcdm.path_calibration import calibrate_paths
 from torchcdm.readout import LIMIT, Readout
 from torchcdm.schedules import UniformSigmaSchedule
@@ -18,25 +21,30 @@ T = 60
 
 
 class Bent(nn.Module):
-    """An exact classifier with ``bend`` * |x| too much in the values of the levels below T+1, without a gradient."""
+    """An exact classifier with too much in the values of the levels below T+1, and nothing of it in the gradient.
 
-    def __init__(self, exact, bend):
+    ``bend`` * |x|, and ``step`` nats beyond |x| = 3.5, where there are hardly any data: the difference of two features
+    that are one on data.
+    """
+
+    def __init__(self, exact, bend, step):
         super().__init__()
         self.exact, self.classes, self.joint = exact, None, False
-        self.head = nn.Linear(T + 3, T + 2, bias=False)
+        self.head = nn.Linear(T + 4, T + 2, bias=False)
         fade = torch.linspace(1, 0, T + 2)[:, None]
-        self.head.weight.data = torch.cat([torch.eye(T + 2), bend * fade], 1)
+        self.head.weight.data = torch.cat([torch.eye(T + 2), (bend - step) * fade, step * fade], 1)
 
     def features(self, x, y=None):
-        return torch.cat([self.exact(x, y), x.flatten(1).norm(dim=1, keepdim=True).detach()], 1)
+        size = x.flatten(1).norm(dim=1, keepdim=True).detach()
+        return torch.cat([self.exact(x, y), size, size + (10 * (size - 3.5)).sigmoid()], 1)
 
     def forward(self, x, y=None):
         return self.head(self.features(x, y))
 
 
-def bent_by(bend):
+def bent_by(bend, step=0.0):
     schedule, mixture = UniformSigmaSchedule(T), labelled_mixture()
-    backbone = Bent(MixtureClassifier(mixture, schedule), bend)
+    backbone = Bent(MixtureClassifier(mixture, schedule), bend, step)
     transform = DataTransform((2,))
     return ClassificationDiffusion(backbone, schedule, transform).double().eval(), mixture
 
@@ -53,26 +61,56 @@ def test_what_was_added_to_the_values_is_taken_out_again():
     for t in (0, 1, 10, 30):
         assert (bent - exact)[:, t].std() > 5 * (mended - exact)[:, t].std()
         assert (mended - exact)[:, t].mean().abs() < 0.1 < (bent - exact)[:, t].mean().abs()
-    assert torch.equal(mended[:, -1], exact[:, -1]) or torch.allclose(mended[:, -1], exact[:, -1], atol=1e-12)
+    assert torch.allclose(mended[:, -1], exact[:, -1], atol=1e-12)
     assert torch.equal(model.denoise(fresh, 5).eps, eps)  # values alone have changed
+    evaluation = model.evaluate(fresh, 5)
+    assert torch.equal(evaluation.eps, eps) and torch.allclose(evaluation.log_prob_levels, mended)
 
 
-def test_particles_find_where_there_is_too_much():
-    model, mixture = bent_by(3.0)
-    x = mixture.sample(600, rng(1))
-    before = log_normalizer(model, 512, seed=9)
-    found = calibrate_paths(model, x, rounds=1, particles=128)
-    after = log_normalizer(model, 512, seed=9)
-    assert len(found.log_z) == 1 and before.value > 1
-    assert abs(after.value) < 0.1
-
-
-def test_an_exact_model_is_left_as_it_is():
+def test_offsets_are_taken_out_where_nothing_else_can_be():
     model, mixture = bent_by(0.0)
     fresh = mixture.sample(50, rng(2))
     exact = model.log_prob_levels(fresh)
-    calibrate_paths(model, mixture.sample(300, rng(1)), rounds=1, particles=64)
-    assert (model.log_prob_levels(fresh) - exact)[:, 1].abs().max() < 0.1
+    model.level_constants += 5 * torch.linspace(1, 0, T + 2)
+    assert (model.log_prob_levels(fresh) - exact)[:, 1].mean() > 4.5
+    calibrate_paths(model, mixture.sample(300, rng(1)), rounds=0)
+    assert (model.log_prob_levels(fresh) - exact)[:, 1].mean().abs() < 0.1
+
+
+def test_particles_find_what_no_data_show():
+    model, mixture = bent_by(0.0, step=9.0)
+    x = mixture.sample(400, rng(1))
+    assert (x.norm(dim=1) > 3.5).double().mean() < 0.01
+    calibrate_paths(model, x, rounds=0)
+    unseen = log_normalizer(model, 512, moves=1, seed=9).value
+    found = calibrate_paths(model, x, rounds=1, particles=256)
+    seen = log_normalizer(model, 512, moves=1, seed=9).value
+    assert len(found.log_z) == 1 and found.log_z[0].value > 0.5 and unseen > 0.5
+    assert abs(seen) < 0.2
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
+    model, mixture = bent_by(3.0)
+    x = mixture.sample(100, rng(1))
+    calibrate_paths(model, x, rounds=0)
+    kept, values = model.readout, model.log_prob_levels(x)
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(path_calibration, "log_normalizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_paths(model, x[:50], rounds=1)
+    assert model.readout is kept and torch.equal(model.log_prob_levels(x), values)
+
+
+def test_a_model_with_a_readout_is_neither_trained_nor_given_constants():
+    model, mixture = bent_by(3.0)
+    calibrate_paths(model, mixture.sample(100, rng(1)), rounds=0)
+    with pytest.raises(UserError, match="set its readout to None"):
+        CDMLoss(model)
+    with pytest.raises(UserError, match="have no influence"):
+        calibrate_levels(model, mixture.sample(100, rng(1)))
 
 
 def test_features_count_within_the_limit_alone():
@@ -90,6 +128,12 @@ def joint_model():
     return ClassificationDiffusion(MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,)))
 
 
+def bent_head():
+    model, _ = bent_by(1.0)
+    model.backbone.head = nn.Sequential(model.backbone.head, nn.Tanh())
+    return model
+
+
 def without_features():
     schedule, mixture = UniformSigmaSchedule(T), labelled_mixture()
     backbone = MixtureClassifier(mixture, schedule)
@@ -102,6 +146,7 @@ def without_features():
     [
         (joint_model, 100, {}, "models of one density"),
         (without_features, 100, {}, "a linear `head`"),
+        (bent_head, 100, {}, "is not linear"),
         (lambda: bent_by(0)[0], 15, {}, "at least 16 are needed"),
         (lambda: bent_by(0)[0], 100, {"rounds": -1}, "must not be negative"),
         (lambda: bent_by(0)[0], 100, {"particles": 8}, "at least 16 are needed"),

@@ -141,7 +141,7 @@ class ClassificationDiffusion(Denoiser):
     def log_prob(
         self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data"
     ) -> Tensor:
-        """log p_t(x), one forward pass, differentiable.
+        """log p_t(x), one forward pass, differentiable; of a model with a readout the gradient is the denoiser's.
 
         Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
 
@@ -183,7 +183,7 @@ class ClassificationDiffusion(Denoiser):
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
         x_t = x_t.detach()
-        return Prediction(x_t, *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
+        return Prediction(x_t, *self.schedule.at(t, x_t), self.evaluate(x_t, t, y, readout=False).eps)
 
     def evaluate(
         self,
@@ -192,6 +192,7 @@ class ClassificationDiffusion(Denoiser):
         y: Tensor | None = None,
         guidance: float = 0.0,
         graph: Graph = "none",
+        readout: bool = True,
     ) -> Evaluation:
         """The denoiser and the density at every level, from one forward and one backward pass.
 
@@ -205,6 +206,7 @@ class ClassificationDiffusion(Denoiser):
                 (1 + w) log p_t(x|y) - w log p_t(x).
             graph: What stays differentiable: nothing, the densities in the weights alone, or the denoiser too, in the
                 weights and in ``x_t``, for divergences and for losses that need it.
+            readout: Whether densities are those of the readout, where the model has one; it takes time.
         """
         _refuse_inference_mode()
         if graph != "denoiser":
@@ -213,7 +215,7 @@ class ClassificationDiffusion(Denoiser):
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
 
         def target(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            chosen, unconditional = self._corrections(x, y)
+            chosen, unconditional = self._corrections(x, y, readout)
             value = chosen[rows, levels]
             if guidance:
                 value = (1 + guidance) * value - guidance * unconditional[rows, levels]
@@ -267,12 +269,12 @@ class ClassificationDiffusion(Denoiser):
 
     # --- the network's part ----------------------------------------------------------------------------------
 
-    def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
+    def _network(self, x_t: Tensor, y: Tensor | None, readout: bool = True) -> Tensor:
         """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""
         if y is not None and not self.conditional:
             raise UserError("y is given, but the backbone takes no classes")
         inputs = (x_t, y) if self.conditional else (x_t,)
-        features = None if self.readout is None else self.backbone.features(*inputs)
+        features = self.backbone.features(*inputs) if readout and self.readout is not None else None
         h = self.backbone(*inputs) if features is None else self.backbone.head(features)
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
@@ -287,10 +289,10 @@ class ClassificationDiffusion(Denoiser):
         by_class, effects = self._network(x_t, None), self.base.class_effects(x_t)
         return by_class if effects is None else by_class + effects
 
-    def _corrections(self, x_t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _corrections(self, x_t: Tensor, y: Tensor | None, readout: bool = True) -> tuple[Tensor, Tensor]:
         """log p_t(x|y) - base_t(x), and that of no label where the same pass gives it; each (B, T+2)."""
         if not self.joint:
-            correction = self._network(x_t, y)
+            correction = self._network(x_t, y, readout)
             return correction, correction
         by_class = self._class_corrections(x_t)
         unconditional = (by_class + self.log_class_prior[:, None].to(by_class.dtype)).logsumexp(1)
@@ -328,7 +330,7 @@ class OnePassGuidance(Denoiser):
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         if y is None:
             raise UserError("guidance needs labels: give y")
-        eps = self.model.evaluate(x_t, t, y, guidance=self.weight).eps
+        eps = self.model.evaluate(x_t, t, y, guidance=self.weight, readout=False).eps
         return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def start(self, noise: Tensor) -> Tensor:

@@ -177,11 +177,18 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     info = read_info(run)
     model = build_model(info.model, info.transform, info.classes)
     path = RunFolder(Path(run)).model
-    tensors = read_tensors(path)
-    if isinstance(model, ClassificationDiffusion) and READOUT in tensors:
-        model.readout = Readout.blank(*tensors[READOUT].shape)
-    load_tensors(model, tensors, path)
+    load_model_tensors(model, read_tensors(path), path)
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_model_tensors(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """:func:`load_tensors` of a model, with a readout where the file has one and without one where not."""
+    if isinstance(model, ClassificationDiffusion):
+        weight = tensors.get(READOUT)
+        model.readout = None
+        if weight is not None and weight.ndim == 2:
+            model.readout = Readout.blank(*weight.shape).to(model.schedule.alpha.device)
+    load_tensors(model, tensors, path)
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

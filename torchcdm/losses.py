@@ -120,6 +120,8 @@ class CDMLoss(nn.Module):
                 raise UserError(f"loss: {name} must not be negative, and needs an mse_weight above 0")
         if kernel_weight and model.schedule.T < 2:
             raise UserError("loss: kernel_weight needs a schedule with at least 2 noise levels")
+        if model.readout is not None:
+            raise UserError("loss: the model was calibrated on paths; set its readout to None to train it further")
         if isinstance(model.schedule, LearnedSchedule):
             raise UserError("loss: a classifier's levels are fixed; a learned schedule is for --model.kind ddm")
         if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:

@@ -15,6 +15,7 @@ Gradients, and so samples, ELBO and flow, stay as they are.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,14 +40,17 @@ CHAIN_SAMPLES = 96
 
 ISLANDS = 8
 
-HELD_OUT = 4
-"""Every fourth sample chooses the ridge."""
+FOLDS = 4
+"""Every fourth sample is scored by a fit on the others, four times, to choose the ridge and to tell what it gains."""
 
-RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0)
-"""Per sample, for features of deviation one."""
+RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0, math.inf)
+"""Per sample, for features of deviation one; with the last an offset is all that is fitted."""
 
 PARTICLE_WEIGHT = 0.3
 """Of a path from a particle beside one from data."""
+
+DATA_PATHS, PARTICLES, PARTICLE_PATHS = range(3)
+"""What noise is drawn for, in each round."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class PathCalibration:
     Attributes:
         level: Lowest level of the paths.
         dim: Dimensions of a sample.
-        before: Deviation between samples of log p at that level about the chain's targets, on the held-out quarter,
-            nats; the noise of the paths is in it.
-        after: The same by the readout, its ridge chosen on that quarter, without the paths from particles.
+        before: Root mean square of log p at that level less the chain's targets, by the network without a readout, on
+            paths from data, nats; the noise of the paths is in it.
+        after: The same by a readout of the same ridge, each sample's fitted on other samples and without particles.
         log_z: Estimates of log Z at that level before each round of particles.
     """
 
@@ -102,33 +106,38 @@ class Paths:
         """
         from tqdm.auto import tqdm
 
-        schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
+        T, n = model.schedule.T, len(x)
         self.level = level
-        x_s = x.double()
-        base, features, steps = [], [], []
-        with _features_of(model.backbone.head) as seen:
-            for t in tqdm(range(level, schedule.T + 1), desc="paths", unit="level", disable=not progress, leave=False):
-                if t > level:
-                    keep, added = schedule.forward_kernel(t - 1, t, x_s)
-                    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x_s.device)
-                    x_t = keep * x_s + added * noise
-                else:
-                    x_t = x_s
+        self.features, base = None, []
 
-                def look(rows: slice, x_t: Tensor = x_t, t: int = t) -> tuple[Tensor, Tensor, Tensor]:
-                    x0 = chain.x0(x_t[rows], t)
-                    return x0, seen[-1].float(), model.base.log_prob_levels(x_t[rows])[:, t]
+        def means(x_t: Tensor, t: int) -> Tensor:
+            """The denoiser's mean; what the head saw and the base density go aside."""
 
-                x0, feature, density = map_rows(look, len(x), batch_size, dim=x[0].numel(), device=x_s.device)
-                if t > level:
-                    steps.append(chain.step(x_t, x0, t, t - 1, chain.noise_of(x_s, x_t, x0, t, t - 1))[1])
-                features.append(feature)
-                base.append(density)
-                x_s = x_t
-        targets = [chain.start(chain.start_noise_of(x_s))[1]]
+            def look(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+                x0 = chain.x0(x_t[rows], t)
+                return x0, seen["features"].float(), model.base.log_prob_levels(x_t[rows])[:, t]
+
+            x0, features, density = map_rows(look, n, batch_size, dim=x[0].numel(), device=x_t.device)
+            if self.features is None:
+                self.features = features.new_empty(T - level + 1, *features.shape)
+            self.features[t - level] = features
+            base.append(density)
+            bar.update()
+            return x0
+
+        generator, steps = torch.Generator().manual_seed(seed), []
+        with (
+            _head_inputs(model.backbone.head) as seen,
+            tqdm(total=T - level + 1, desc="paths", unit="level", disable=not progress, leave=False) as bar,
+        ):
+            last = x.double()
+            means(last, level)
+            for x_t, step in chain.rise(last, level, generator, means):
+                steps.append(step)
+                last = x_t
+        targets = [chain.start(chain.start_noise_of(last))[1]]
         for step in reversed(steps):
             targets.append(targets[-1] - step)
-        self.features = torch.stack(features)
         self.wanted = torch.stack(targets[::-1]) - torch.stack(base)
 
 
@@ -143,48 +152,63 @@ def calibrate_paths(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> PathCalibration:
-    """Sets ``model.readout``, where it lowers the deviation about the chain's targets on held-out samples.
+    """Sets ``model.readout``: values of log p that agree with the model's own reverse chain.
 
     Costs T evaluations of each sample, 2 T of the :data:`CHAIN_SAMPLES` for the chain, and 3 T of the particles in
     each round.
 
     Args:
-        model: Without classes or context; its readout is set, and replaces the one that it has.
+        model: Without classes or context; its readout is set, in the place of the one that it may have.
         x: Data that the model was not trained on, data units, (N, *shape).
         rounds: Of particles, which find what the density gives too much to.
         particles: In each round.
-        level: Lowest level; that through which data are scored when None. Levels below take its readout.
+        level: Lowest level; that through which data are scored when None. The
+            network's values below it change by as much as its.
         seed: Seed of all noise.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         progress: Shows progress bars.
 
     Raises:
         UserError: A model with classes or context, or of a network without features and a linear head; too few
-            samples; a level without one above it.
+            samples; a level without one above it; values that are not finite.
     """
     _check(model, x, rounds, particles)
     level = scoring_level(model) if level is None else level
     if not 1 <= level < model.schedule.T:
         raise UserError(f"calibration: level {level} has no path above it; choose 1 ... {model.schedule.T - 1}")
-    device = model.schedule.alpha.device
-    model.readout = None
-    with evaluation_mode(model):
-        chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size)
-        start = noised(model, x.to(device), slice(0, len(x)), level, seed)
-        data = Paths(model, chain, start, level, seed, batch_size, progress)
-        fit = _Fit(model, data)
-        if fit.after >= fit.before:
-            return PathCalibration(level, x[0].numel(), fit.before, fit.after, ())
-        found, shown = [], []
+    before = model.readout
+    try:
+        with evaluation_mode(model):
+            return _calibrate(model, x, rounds, particles, level, seed, batch_size, progress)
+    except BaseException:
+        model.readout = before
+        raise
+
+
+def _calibrate(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    rounds: int,
+    particles: int,
+    level: int,
+    seed: int,
+    batch_size: int | None,
+    progress: bool,
+) -> PathCalibration:
+    chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size)
+    start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
+    fit = _Fit(model, Paths(model, chain, start, level, hash((seed, DATA_PATHS)), batch_size, progress))
+    found, shown = [], []
+    model.readout = fit.readout(shown)
+    for k in range(rounds):
+        estimate = log_normalizer(
+            model, particles, level, moves=1, chain=chain, islands=ISLANDS, seed=hash((seed, PARTICLES, k)),
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        found.append(estimate)
+        noise = hash((seed, PARTICLE_PATHS, k))
+        shown.append(Paths(model, chain, estimate.x, level, noise, batch_size, progress))
         model.readout = fit.readout(shown)
-        for k in range(1, rounds + 1):
-            estimate = log_normalizer(
-                model, particles, level, moves=1, chain=chain, islands=ISLANDS, seed=seed + k, batch_size=batch_size,
-                progress=progress,
-            )  # fmt: skip
-            found.append(estimate)
-            shown.append(Paths(model, chain, estimate.x, level, seed + k, batch_size, progress))
-            model.readout = fit.readout(shown)
     return PathCalibration(level, x[0].numel(), fit.before, fit.after, tuple(found))
 
 
@@ -202,12 +226,12 @@ def _check(model: ClassificationDiffusion, x: Tensor, rounds: int, particles: in
 
 
 @contextmanager
-def _features_of(head: nn.Module) -> Iterator[list[Tensor]]:
-    """What ``head`` was given last, as the only item of a list."""
-    seen: list[Tensor] = []
+def _head_inputs(head: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What ``head`` was given last, as ``features``."""
+    seen: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[:] = [inputs[0].detach()]
+        seen["features"] = inputs[0].detach()
 
     handle = head.register_forward_pre_hook(keep)
     try:
@@ -221,8 +245,9 @@ class _Fit:
     """Ridge regressions at the levels of paths from data.
 
     Attributes:
-        before: Deviation at the lowest level on the held-out quarter, by the network as it is.
-        after: The same by the regression on the others with the best ridge.
+        ridge: The one with the least error at the lowest level, on samples that were not fitted to.
+        before: That error, root mean square, without a regression.
+        after: And with it.
     """
 
     def __init__(self, model: ClassificationDiffusion, data: Paths) -> None:
@@ -237,15 +262,23 @@ class _Fit:
         self.mean = torch.stack([features.mean(0) for features in data.features]).double()
         self.scale = torch.maximum(scales, 1e-3 * scales.median(1, keepdim=True).values).clamp_min(1e-9)
 
-        held = torch.arange(data.features.shape[1], device=eye.device) % HELD_OUT == 0
+        features = data.features[0].double()
+        if not torch.allclose(head(features), features @ slope + head(torch.zeros_like(features[:1])), atol=1e-6):
+            raise UserError("calibration on paths: the network's `head` is not linear")
         z, error = self._of(data, 0)
-        self.before = float(error[held].std())
-        deviations = {}
+        folds = torch.arange(len(z), device=z.device) % FOLDS
+        errors = {}
         for ridge in RIDGES:
-            weight, offset = _ridge(z[~held], error[~held], torch.ones_like(error[~held]), ridge)
-            deviations[ridge] = float((error[held] - z[held] @ weight - offset).std())
-        self.ridge = min(deviations, key=deviations.__getitem__)
-        self.after = deviations[self.ridge]
+            left = error.clone()
+            for k in range(FOLDS):
+                scored = folds == k
+                weight, offset = _ridge(z[~scored], error[~scored], torch.ones_like(error[~scored]), ridge)
+                left[scored] -= z[scored] @ weight + offset
+            errors[ridge] = float(left.square().mean().sqrt())
+        self.ridge = min(errors, key=errors.__getitem__)
+        self.before, self.after = float(error.square().mean().sqrt()), errors[self.ridge]
+        if not self.after < math.inf:
+            raise UserError("calibration on paths: log p or what the chain says of it is not finite")
 
     def readout(self, shown: Sequence[Paths]) -> Readout:
         """From all paths of the data, and those from particles."""
@@ -276,6 +309,8 @@ def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, 
     """Weight (features,) and offset of the ridge regression of ``y`` (n,) on ``z`` (n, features)."""
     share = counts / counts.sum()
     z_mean, y_mean = share @ z, share @ y
+    if ridge == math.inf:
+        return torch.zeros_like(z_mean), y_mean
     centred = z - z_mean
     gram = centred.T @ (counts[:, None] * centred) + ridge * counts.sum() * torch.eye(z.shape[1]).to(z)
     weight = torch.linalg.solve(gram, centred.T @ (counts * (y - y_mean)))

@@ -13,6 +13,8 @@ LIMIT = 6.0
 """Deviations within which a feature counts: hardly any data are further off, and what the network makes of images
 that no data ever were lies tens of them away."""
 
+VALUES_HELD = 2**22
+
 
 @final
 class Readout(Float64Module):
@@ -21,7 +23,7 @@ class Readout(Float64Module):
     .. math:: w_t \\cdot \\mathrm{clamp}((f - m_t) / s_t, \\pm L) + b_t
 
     Args:
-        mean: m, mean of each feature over data at each level, (T+2, features).
+        mean: m, mean of each feature over data at each level that was fitted, (T+2, features).
         scale: s, their deviations, (T+2, features).
         weight: w, (T+2, features).
         offset: b, (T+2,).
@@ -47,7 +49,11 @@ class Readout(Float64Module):
         """h - h_{T+1} with the constants of the levels, float64 (B, T+2), from (B, features)."""
         slope = self.weight / self.scale
         linear = features.double() @ slope.T + (self.offset - (self.mean * slope).sum(1))
-        # What lies within the limit, nearly all, is in the product above: the rest needs no double precision.
-        z = (features.float()[:, None] - self.mean.float()) / self.scale.float()
-        excess = z - z.clamp(-LIMIT, LIMIT)
-        return linear - (excess * self.weight.float()).sum(2)
+        # What lies within the limit, nearly all, is in the product above: the rest needs no double precision. Some
+        # levels at a time, as (B, T+2, features) is more than all else that a pass takes.
+        mean, scale, weight = (value.float() for value in (self.mean, self.scale, self.weight))
+        excess = []
+        for rows in torch.arange(len(mean), device=mean.device).split(max(1, VALUES_HELD // features.numel())):
+            z = (features.float()[:, None] - mean[rows]) / scale[rows]
+            excess.append(((z - z.clamp(-LIMIT, LIMIT)) * weight[rows]).sum(2))
+        return linear - torch.cat(excess, 1)

@@ -22,6 +22,7 @@ from torchcdm.checkpoint import (
     ModelInfo,
     TrainingState,
     load_matching,
+    load_model_tensors,
     load_state,
     load_tensors,
     read_tensors,
@@ -441,6 +442,8 @@ class Trainer:
         if not isinstance(model, ClassificationDiffusion) or len(self.source.validation) < 2:
             return
         self._take_kept()
+        if model.readout is not None:
+            return  # of a finished run that was resumed: its values are set
         x, labels = self.source.validation.tensors()
         found = calibrate_levels(model, x, labels_for(model, labels), self.options.calibration, self.options.seed)
         if found.change:
@@ -451,7 +454,7 @@ class Trainer:
         )
 
     def _take_kept(self) -> None:
-        load_tensors(self.ema.model, read_tensors(self.run.model), self.run.model)
+        load_model_tensors(self.ema.model, read_tensors(self.run.model), self.run.model)
 
     # --- parts -----------------------------------------------------------------------------------------------
 

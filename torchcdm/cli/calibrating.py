@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
 from torchcdm.errors import UserError
 
 
@@ -18,7 +18,7 @@ def add_commands(commands: Any) -> None:
         "cdm calibrate runs/digits --samples 200 --rounds 1",
     )  # fmt: skip
     parser.add_argument("model", metavar="RUN", help="a trained run of one density; its model is changed: values of "
-                        "log p alone, no sample, ELBO or flow")  # fmt: skip
+                        "log p and what is made of them, such as anomaly scores; no sample, ELBO or flow")  # fmt: skip
     parser.add_argument("--samples", type=int, default=512, metavar="N", help="validation samples (512), a pass a "
                         "level for each")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, metavar="K", help="of particles, which find what log p gives "
@@ -26,6 +26,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--particles", type=int, default=128, metavar="N", help="in each round (128), three passes a "
                         "level for each")  # fmt: skip
     parser.add_argument("--level", type=int, metavar="T", help="lowest level; that of `cdm nll` by default")
+    parser.add_argument("--remove", action="store_true", help="take back what an earlier call has set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
@@ -37,30 +38,39 @@ def run_calibrate(options: argparse.Namespace) -> int:
     """Fits a readout and keeps it with the model."""
     from torchcdm.cdm import ClassificationDiffusion
     from torchcdm.checkpoint import load, read_info, save_model
-    from torchcdm.devices import chosen_device
     from torchcdm.path_calibration import calibrate_paths
+    from torchcdm.processes import sharing
     from torchcdm.run_folder import RunFolder
 
     if options.samples < 1:
         raise UserError(f"--samples is {options.samples}; at least 1 is needed")
+    check_writable(options.json)
     info = read_info(options.model)
-    model = load(options.model, chosen_device(options.device))
-    if not isinstance(model, ClassificationDiffusion):
-        raise UserError(f"{options.model}: a ddm has no log p to calibrate")
-    source = info.read_source(model)
-    if source.validation is None:
-        raise UserError(f"{options.model}: its data have no validation split; train with --data.validation_fraction")
-    found = calibrate_paths(
-        model,
-        source.validation.tensors(options.samples)[0],
-        options.rounds,
-        options.particles,
-        options.level,
-        options.seed,
-        progress=not options.quiet,
-    )
-    if found.after < found.before:
-        save_model(RunFolder(Path(options.model)), model, info)
+    run = RunFolder(Path(options.model))
+    with sharing(options.device) as (device, main):
+        model = load(options.model, device)
+        if not isinstance(model, ClassificationDiffusion):
+            raise UserError(f"{options.model}: a ddm has no log p to calibrate")
+        if options.remove:
+            model.readout = None
+        else:
+            source = info.read_source(model)
+            if source.validation is None:
+                raise UserError(f"{options.model}: its data have no validation split to calibrate on")
+            found = calibrate_paths(
+                model,
+                source.validation.tensors(options.samples)[0],
+                options.rounds,
+                options.particles,
+                options.level,
+                options.seed,
+                progress=main and not options.quiet,
+            )
+    if not main:
+        return 0
+    save_model(run, model, info)
+    if options.remove:
+        return 0
     unit, size = ("nats", 1.0) if source.transform.bin is None else ("bits/dim", found.dim * math.log(2))
     values = {
         "unit": unit,
@@ -71,8 +81,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     }
     if str(options.json) != "-":
         print(
-            f"log p_{found.level} about the chain's targets, held-out samples: deviation {values['before']:.4g} -> "
-            f"{values['after']:.4g} {unit}" + ("" if found.after < found.before else "; the model stays as it was")
+            f"log p_{found.level} less what the chain says, root mean square on samples not fitted to: "
+            f"{values['before']:.4g} -> {values['after']:.4g} {unit}"
         )
         for k, z in enumerate(values["log_z"], 1):
             print(f"log Z before round {k}: {z['value']:.4g} [{z['low']:.4g}, {z['high']:.4g}] {unit}")

@@ -11,6 +11,7 @@ valid; a good one makes them tight.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import final
 
 import torch
@@ -133,6 +134,26 @@ class ReverseChain:
         log_q = -0.5 * residual.square().sum(1) - noise.shape[1] * added.log()
         log_r = -0.5 * noise.square().sum(1) - 0.5 * variance.log().sum()
         return x_s, log_q - log_r
+
+    def rise(
+        self, x_s: Tensor, level: int, generator: torch.Generator, means: Callable[[Tensor, int], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Paths of the noise up from ``x_s``: at each level above, up to T, x_t and what :meth:`step` says of the way
+        back.
+
+        Args:
+            x_s: Model units, float64 (B, *shape).
+            level: Its level.
+            generator: Of the noise, on the CPU.
+            means: The denoiser's mean at (x_t, t).
+        """
+        for t in range(level + 1, self.schedule.T + 1):
+            keep, added = self.schedule.forward_kernel(t - 1, t, x_s)
+            noise = torch.randn(x_s.shape, generator=generator, dtype=torch.float64).to(x_s.device)
+            x_t = keep * x_s + added * noise
+            x0 = means(x_t, t)
+            yield x_t, self.step(x_t, x0, t, t - 1, self.noise_of(x_s, x_t, x0, t, t - 1))[1]
+            x_s = x_t
 
     def noise_of(self, x_s: Tensor, x_t: Tensor, x0: Tensor, t: int, s: int) -> Tensor:
         """The noise (B, d) with which :meth:`step` goes from ``x_t`` to ``x_s``."""

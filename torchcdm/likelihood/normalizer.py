@@ -12,6 +12,7 @@ the steps (sequential Monte Carlo) keeps the mean. What the estimates have in co
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -170,12 +171,9 @@ def log_normalizer_above(
     chain = ReverseChain.calibrated(model, labels, seed=seed, batch_size=batch_size) if chain is None else chain
     with evaluation_mode(model):
         log_w = _evaluate(model, x_s, level, labels, batch_size).log_prob_levels[:, level]
-        for t in range(level + 1, schedule.T + 1):
-            keep, added = schedule.forward_kernel(t - 1, t, x_s)
-            x_t = keep * x_s + added * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x_s.device)
-            x0 = chain.means(x_t, t, labels, batch_size)
-            log_w = log_w + chain.step(x_t, x0, t, t - 1, chain.noise_of(x_s, x_t, x0, t, t - 1))[1]
-            x_s = x_t
+        means = functools.partial(chain.means, y=labels, batch_size=batch_size)
+        for x_t, log_ratio in chain.rise(x_s, level, generator, means):
+            log_w, x_s = log_w + log_ratio, x_t
         log_w = log_w - chain.start(chain.start_noise_of(x_s))[1]
     return float(log_w.mean()), float(log_w.std()) / len(x) ** 0.5
 
