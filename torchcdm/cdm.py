@@ -330,7 +330,7 @@ class OnePassGuidance(Denoiser):
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         if y is None:
             raise UserError("guidance needs labels: give y")
-        eps = self.model.evaluate(x_t, t, y, guidance=self.weight, readout=False).eps
+        eps = self.model.evaluate(x_t, t, y, guidance=self.weight).eps
         return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def start(self, noise: Tensor) -> Tensor:

@@ -162,8 +162,7 @@ def calibrate_paths(
         x: Data that the model was not trained on, data units, (N, *shape).
         rounds: Of particles, which find what the density gives too much to.
         particles: In each round.
-        level: Lowest level; that through which data are scored when None. The
-            network's values below it change by as much as its.
+        level: Lowest level; that through which data are scored when None. Values below it change by as much as its.
         seed: Seed of all noise.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         progress: Shows progress bars.
@@ -254,17 +253,17 @@ class _Fit:
         self.data = data
         head = copy.deepcopy(model.backbone.head).double()
         eye = torch.eye(data.features.shape[2], dtype=torch.float64, device=data.features.device)
-        bias = head(torch.zeros_like(eye[:1]))
-        slope, bias = head(eye) - bias, bias + model.level_constants.double()
+        at_zero = head(torch.zeros_like(eye[:1]))
+        slope, bias = head(eye) - at_zero, at_zero + model.level_constants.double()
+        features = data.features[0].double()
+        if not torch.allclose(head(features), features @ slope + at_zero, atol=1e-6):
+            raise UserError("calibration on paths: the network's `head` is not linear")
         # Of h - h_{T+1} with its constants: (T+2, features) and (T+2,).
         self.slope, self.bias = (slope - slope[:, -1:]).T, (bias - bias[:, -1:])[0]
         scales = torch.stack([features.std(0) for features in data.features]).double()
         self.mean = torch.stack([features.mean(0) for features in data.features]).double()
         self.scale = torch.maximum(scales, 1e-3 * scales.median(1, keepdim=True).values).clamp_min(1e-9)
 
-        features = data.features[0].double()
-        if not torch.allclose(head(features), features @ slope + head(torch.zeros_like(features[:1])), atol=1e-6):
-            raise UserError("calibration on paths: the network's `head` is not linear")
         z, error = self._of(data, 0)
         folds = torch.arange(len(z), device=z.device) % FOLDS
         errors = {}

@@ -17,7 +17,7 @@ from torchcdm.backbones.blocks import (
     group_norm,
     halved_sizes,
 )
-from torchcdm.backbones.heads import at_least_float32, make_head
+from torchcdm.backbones.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.backbones.second_order import Conv2d, SiLU
 
 
@@ -54,7 +54,7 @@ class Summary(nn.Module):
 
 
 @final
-class Encoder(nn.Module):
+class Encoder(HeadedBackbone):
     """Residual blocks at falling resolutions, each summarised for the head; about half the cost of a U-Net.
 
     Args:
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, knots)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees, (B, features); arguments as in :meth:`forward`."""
+        """What the head sees, (B, features)."""
         check_images(x, self.in_channels, self.size)
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
@@ -134,15 +134,3 @@ class Encoder(nn.Module):
                 h = step(h, embedding)
             features.append(summary(h, image))
         return torch.cat(features, 1)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h from images.
-
-        Args:
-            x: (B, in_channels, height, width).
-            y: Classes, long (B,), null label ``classes``; None for the null label.
-
-        Returns:
-            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
-        """
-        return self.head(self.features(x, y))

@@ -59,6 +59,33 @@ class Head(nn.Module, ABC):
         """h from features of at least float32."""
 
 
+class HeadedBackbone(nn.Module, ABC):
+    """A network whose logits are a head on its features.
+
+    Attributes:
+        head: Linear in the features.
+    """
+
+    head: Head
+
+    @abstractmethod
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees, (B, features); arguments as in :meth:`forward`."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """h of ``x``.
+
+        Args:
+            x: Images (B, channels, height, width), or vectors (B, dim).
+            y: Classes, long (B,), null label ``classes``; None for the null label. Or the context, (B, context), of a
+                network that takes one.
+
+        Returns:
+            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
+        """
+        return self.head(self.features(x, y))
+
+
 class _Linear(nn.Linear):
     """A linear layer that computes in the precision of its input, whatever that of its weights."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.backbones.blocks import ContextEmbedding, LabelEmbedding, time_embedding
-from torchcdm.backbones.heads import at_least_float32, make_head
+from torchcdm.backbones.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.errors import UserError
 
 
@@ -76,7 +76,7 @@ class Waves(nn.Module):
 
 
 @final
-class MLP(nn.Module):
+class MLP(HeadedBackbone):
     """Residual SiLU blocks; the head sees the last features and inner products of them with the input.
 
     An inner product <x, s(x)> has s(x) itself in its gradient, so that the denoiser contains the features directly.
@@ -137,7 +137,7 @@ class MLP(nn.Module):
         self.head = make_head(width + energy_maps, levels, classes, joint, knots)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees, (B, features); arguments as in :meth:`forward`."""
+        """What the head sees, (B, features)."""
         check_vectors(x, self.dim)
         embedding = None if self.label is None else self.label(y, x)
         h = self.linear_in(x if self.waves is None else self.waves(x))
@@ -149,18 +149,6 @@ class MLP(nn.Module):
         maps = self.energy(features).unflatten(1, (self.energy_maps, self.dim))
         energies = at_least_float32(maps * x[:, None]).sum(2)
         return torch.cat([at_least_float32(features), energies], 1)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h from vectors.
-
-        Args:
-            x: (B, dim).
-            y: Classes, long (B,), null label ``classes``; None for the null label. Or the context, (B, context).
-
-        Returns:
-            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
-        """
-        return self.head(self.features(x, y))
 
 
 @final

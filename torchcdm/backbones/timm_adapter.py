@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.backbones.blocks import ImageSize, check_images, height_and_width
-from torchcdm.backbones.heads import make_head
+from torchcdm.backbones.heads import HeadedBackbone, make_head
 from torchcdm.errors import UserError
 
 _UNFIT = {
@@ -45,7 +45,7 @@ def unfit_operations(output: Tensor) -> dict[str, str]:
 
 
 @final
-class TimmBackbone(nn.Module):
+class TimmBackbone(HeadedBackbone):
     """The pooled features of a timm classifier under our own head.
 
     Vision transformers, ConvNeXt and others with smooth activations and LayerNorm or GroupNorm work; fused
@@ -88,13 +88,9 @@ class TimmBackbone(nn.Module):
         self.head = make_head(self._probe(name), levels, classes, joint, knots)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees, (B, features); arguments as in :meth:`forward`."""
+        """Of the timm model; ``y`` is not used."""
         check_images(x, self.in_channels, self.size)
         return self.network(x)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h, (B, T+2) or joint (B, classes, T+2), from images (B, in_channels, H, W); ``y`` is not used."""
-        return self.head(self.features(x, y))
 
     def _probe(self, name: str) -> int:
         """Number of features, from one image that is differentiated twice; refuses what does not fit."""

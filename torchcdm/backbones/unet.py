@@ -20,7 +20,7 @@ from torchcdm.backbones.blocks import (
     halved_sizes,
     time_embedding,
 )
-from torchcdm.backbones.heads import CumulativeHead, Head, make_head
+from torchcdm.backbones.heads import CumulativeHead, HeadedBackbone, make_head
 from torchcdm.backbones.second_order import Conv2d, SiLU
 
 
@@ -112,7 +112,7 @@ class UNet(nn.Module):
 
 
 @final
-class CDMUNet(nn.Module):
+class CDMUNet(HeadedBackbone):
     """The paper's network: the U-Net without time, pooled over space, one logit a level.
 
     With the defaults and 1002 levels it has the 33 405 930 parameters of the published CIFAR-10 model.
@@ -164,7 +164,6 @@ class CDMUNet(nn.Module):
         )  # fmt: skip
         pooled = head_channels or 2 * self.unet.features
         self.conv_out = MeanOfConvolution(self.unet.features, pooled)
-        self.head: Head
         if joint:
             self.head = make_head(pooled, levels, classes, joint)
         elif direction == "data":
@@ -173,21 +172,9 @@ class CDMUNet(nn.Module):
             self.head = CumulativeHead(pooled, levels, direction)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees, (B, head_channels); arguments as in :meth:`forward`."""
+        """What the head sees, (B, head_channels)."""
         embedding = None if self.label is None else self.embed(self.label(y, x))
         return self.conv_out(self.unet(x, embedding))
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h from images.
-
-        Args:
-            x: (B, in_channels, height, width).
-            y: Classes, long (B,), null label ``classes``; None for the null label.
-
-        Returns:
-            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
-        """
-        return self.head(self.features(x, y))
 
 
 @final

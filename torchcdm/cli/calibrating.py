@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
 from torchcdm.errors import UserError
+
+if TYPE_CHECKING:
+    from torchcdm.path_calibration import PathCalibration
 
 
 def add_commands(commands: Any) -> None:
@@ -35,7 +38,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    """Fits a readout and keeps it with the model."""
+    """Fits a readout and keeps it with the model, or takes it back."""
     from torchcdm.cdm import ClassificationDiffusion
     from torchcdm.checkpoint import load, read_info, save_model
     from torchcdm.path_calibration import calibrate_paths
@@ -46,7 +49,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         raise UserError(f"--samples is {options.samples}; at least 1 is needed")
     check_writable(options.json)
     info = read_info(options.model)
-    run = RunFolder(Path(options.model))
+    found = None
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         if not isinstance(model, ClassificationDiffusion):
@@ -54,24 +57,25 @@ def run_calibrate(options: argparse.Namespace) -> int:
         if options.remove:
             model.readout = None
         else:
-            source = info.read_source(model)
-            if source.validation is None:
-                raise UserError(f"{options.model}: its data have no validation split to calibrate on")
             found = calibrate_paths(
                 model,
-                source.validation.tensors(options.samples)[0],
+                info.read_source(model).validation.tensors(options.samples)[0],
                 options.rounds,
                 options.particles,
                 options.level,
                 options.seed,
                 progress=main and not options.quiet,
             )
-    if not main:
-        return 0
-    save_model(run, model, info)
-    if options.remove:
-        return 0
-    unit, size = ("nats", 1.0) if source.transform.bin is None else ("bits/dim", found.dim * math.log(2))
+    if main:
+        save_model(RunFolder(Path(options.model)), model, info)
+    if main and found is not None:
+        _tell(options, found, info.transform.bin is None)
+    return 0
+
+
+def _tell(options: argparse.Namespace, found: PathCalibration, continuous: bool) -> None:
+    """What was found, in nats for continuous data and in bits/dim else."""
+    unit, size = ("nats", 1.0) if continuous else ("bits/dim", found.dim * math.log(2))
     values = {
         "unit": unit,
         "level": found.level,
@@ -87,4 +91,3 @@ def run_calibrate(options: argparse.Namespace) -> int:
         for k, z in enumerate(values["log_z"], 1):
             print(f"log Z before round {k}: {z['value']:.4g} [{z['low']:.4g}, {z['high']:.4g}] {unit}")
     write_numbers(options.json, values)
-    return 0
