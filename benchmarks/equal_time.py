@@ -57,14 +57,14 @@ def at_rate(config: Config, rate: float) -> Config:
 
 
 def ddm(config: Config, width: int) -> Config:
-    """The DDM for a preset, on the fitted Gaussian."""
+    """The DDM for a preset."""
     model = plain_model(config.model)
-    return replace(config, model=replace(model, gaussian=True, backbone=replace(model.backbone, channels=width)))
+    return replace(config, model=replace(model, backbone=replace(model.backbone, channels=width)))
 
 
-def without_residual(config: Config) -> Config:
-    """The same on the standard normal."""
-    return replace(config, model=replace(config.model, gaussian=False))
+def on_gaussian(config: Config, gaussian: bool) -> Config:
+    """The same with the fitted Gaussian as linear residual, or on the standard normal."""
+    return replace(config, model=replace(config.model, gaussian=gaussian))
 
 
 def measured(
@@ -113,6 +113,7 @@ def best(cells: Mapping[str, Config], options: argparse.Namespace, source: DataS
 
 def contenders(options: argparse.Namespace, config: Config, source: DataSource) -> dict[str, Config]:
     """The rows, each at the setting that its grid has chosen."""
+    config = on_gaussian(config, True)
     ours = {f"cdm-lr-{rate:g}": at_rate(config, rate) for rate in RATES}
     plain_cells = {(width, rate): f"ddm-width-{width}-lr-{rate:g}" for width in WIDTHS for rate in RATES}
     theirs = {name: at_rate(ddm(config, width), rate) for (width, rate), name in plain_cells.items()}
@@ -120,9 +121,9 @@ def contenders(options: argparse.Namespace, config: Config, source: DataSource) 
     own = ours[best(ours, options, source)]
     return {
         "cdm-residual": own,
-        "cdm": without_residual(own),
+        "cdm": on_gaussian(own, False),
         "ddm-residual": chosen,
-        "ddm": without_residual(chosen),
+        "ddm": on_gaussian(chosen, False),
     }
 
 
