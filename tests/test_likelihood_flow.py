@@ -12,7 +12,7 @@ from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError
 from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood import flow_sample, gap_by_level, probability_flow
+from torchcdm.likelihood import flow_path, flow_sample, gap_by_level, probability_flow
 from torchcdm.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
 from torchcdm.units import DataTransform
@@ -143,6 +143,18 @@ def test_draws_have_the_density_that_they_come_with():
     ratio = (mixture.log_prob(drawn.x_t, 1, schedule) - drawn.log_prob).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(300) + 1e-3
     assert torch.allclose(flow_sample(model, 9, seed=3, batch_size=2).x_t, drawn.x_t[:9], atol=1e-9)
+
+
+def test_a_path_has_the_density_of_each_level_that_it_visits():
+    mixture, schedule = labelled_mixture(), UniformSigmaSchedule(100)
+    model, (z, _) = exact_model(mixture, schedule), noisy(mixture, schedule, 20)
+    path, whole = flow_path(model, z, level=20, steps=40), probability_flow(model, z, level=20, steps=40)
+    assert path.levels[0] == 20 and path.levels[-1] == schedule.T and len(path.levels) == len(path.x) == 41
+    torch.testing.assert_close(path.x[0], z)
+    torch.testing.assert_close(path.x[-1], whole.x_T)
+    torch.testing.assert_close(path.log_prob[0], whole.log_prob)
+    for t, x, log_prob in zip(path.levels, path.x, path.log_prob, strict=True):
+        assert float((log_prob - mixture.log_prob(x, t, schedule)).abs().mean()) < 0.01 + 2 * whole.start_kl_bound
 
 
 def test_gap_by_level_shows_where_a_model_is_inconsistent():

@@ -1,33 +1,28 @@
-r"""Values of log p that agree with the model's own reverse chain, fitted after a training.
+r"""Values of log p that agree with the probability flow of the same network, fitted after a training.
 
 A network's gradient is trained at every point, its values through the differences of neighbouring levels alone, whose
-errors add up from T to 0. Along a path of the noise up from a sample, the reverse chain of the denoiser, a normalised
-density, says what log p should be:
-
-.. math:: \log p_T(x_T) + \sum_{u > t} [\log r(x_{u-1} | x_u) - \log q(x_u | x_{u-1})] \approx \log p_t(x_t)
-
-(the terms of the log weight in :mod:`torchcdm.likelihood.normalizer`). A readout, linear in the network's features at
-each level, is fitted to these targets by ridge regression: on paths from data, and on paths from images to which the
-density gave too much, found by particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in turn.
-Gradients, and so samples, ELBO and flow, stay as they are.
+errors add up from T to 0. The flow of the gradient (identity 6), a normalised density but for its numerical error,
+says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout, linear in the network's
+features at each level, is fitted to these targets by ridge regression: on paths from data, and on paths from images to
+which the density gave too much, found by particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in
+turn. Gradients, and so samples, ELBO and flow, stay as they are.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import evaluation_mode
+from torchcdm.denoisers import evaluation_mode, working_dtype
 from torchcdm.errors import UserError
-from torchcdm.likelihood import LogNormalizer, ReverseChain, log_normalizer
+from torchcdm.likelihood import LogNormalizer, ReverseChain, flow_path, log_normalizer
 from torchcdm.likelihood.common import scoring_level
 from torchcdm.likelihood.single_pass import noised
 from torchcdm.readout import LIMIT, Readout
@@ -35,22 +30,25 @@ from torchcdm.rows import map_rows
 
 FEWEST_SAMPLES = 16
 
+FLOW_STEPS, FLOW_PROBES = 25, 2
+"""Of the flows. On Fashion-MNIST 20 steps differ from 40 by 6 nats an image, which is the noise of the probes."""
+
 CHAIN_SAMPLES = 96
-"""For the variances of the chain: each is then right within a seventh."""
+"""For the variances of the chain that particles go down by: each is then right within a seventh."""
 
 ISLANDS = 8
 
 FOLDS = 4
 """Every fourth sample is scored by a fit on the others, four times, to choose the ridge and to tell what it gains."""
 
-RIDGES = (0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0, math.inf)
+RIDGES = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0, math.inf)
 """Per sample, for features of deviation one; with the last an offset is all that is fitted."""
 
-PARTICLE_WEIGHT = 0.3
-"""Of a path from a particle beside one from data."""
+PARTICLE_SHARE = 0.1
+"""Of the particles of a round, all together, beside all data."""
 
 DATA_PATHS, PARTICLES, PARTICLE_PATHS = range(3)
-"""What noise is drawn for, in each round."""
+"""What noise is drawn for: of the probes, and of the particles, in each round."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class PathCalibration:
     Attributes:
         level: Lowest level of the paths.
         dim: Dimensions of a sample.
-        before: Root mean square of log p at that level less the chain's targets, by the network without a readout, on
-            paths from data, nats; the noise of the paths is in it.
+        before: Root mean square of log p at that level less the flow's, by the network without a readout, on data,
+            nats; the noise of the flow's probes is in it.
         after: The same by a readout of the same ridge, each sample's fitted on other samples and without particles.
         log_z: Estimates of log Z at that level before each round of particles.
     """
@@ -75,10 +73,10 @@ class PathCalibration:
 
 @final
 class Paths:
-    """Paths of the noise up the levels, and what the chain says of them.
+    """Where the flow takes some samples, what the head sees there, and what log p should be.
 
     Attributes:
-        level: The first level.
+        levels: Visited levels, rising to T.
         features: What the head saw, (levels, n, features).
         wanted: Targets of log p - base, nats, float64 (levels, n).
     """
@@ -86,7 +84,6 @@ class Paths:
     def __init__(
         self,
         model: ClassificationDiffusion,
-        chain: ReverseChain,
         x: Tensor,
         level: int,
         seed: int = 0,
@@ -96,49 +93,29 @@ class Paths:
         """One path from each sample.
 
         Args:
-            model: In evaluation mode; its head sees the features.
-            chain: Of its denoiser.
+            model: In evaluation mode.
             x: Samples at ``level``, model units, (n, *shape).
             level: 1 ... T - 1.
-            seed: Seed of the noise.
+            seed: Seed of the flow's probes.
             batch_size: Samples at a time; by their size, and what memory holds, when None.
-            progress: Shows a progress bar over the levels.
+            progress: Shows a progress bar.
         """
-        from tqdm.auto import tqdm
+        x, steps = x.to(working_dtype(model, torch.float64)), min(FLOW_STEPS, model.schedule.T - level)
+        path = flow_path(model, x, None, level, steps, FLOW_PROBES, seed, batch_size, progress)
+        self.levels = path.levels
 
-        T, n = model.schedule.T, len(x)
-        self.level = level
-        self.features, base = None, []
+        def look(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
 
-        def means(x_t: Tensor, t: int) -> Tensor:
-            """The denoiser's mean; what the head saw and the base density go aside."""
-
-            def look(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-                x0 = chain.x0(x_t[rows], t)
-                return x0, seen["features"].float(), model.base.log_prob_levels(x_t[rows])[:, t]
-
-            x0, features, density = map_rows(look, n, batch_size, dim=x[0].numel(), device=x_t.device)
-            if self.features is None:
-                self.features = features.new_empty(T - level + 1, *features.shape)
-            self.features[t - level] = features
-            base.append(density)
-            bar.update()
-            return x0
-
-        generator, steps = torch.Generator().manual_seed(seed), []
-        with (
-            _head_inputs(model.backbone.head) as seen,
-            tqdm(total=T - level + 1, desc="paths", unit="level", disable=not progress, leave=False) as bar,
-        ):
-            last = x.double()
-            means(last, level)
-            for x_t, step in chain.rise(last, level, generator, means):
-                steps.append(step)
-                last = x_t
-        targets = [chain.start(chain.start_noise_of(last))[1]]
-        for step in reversed(steps):
-            targets.append(targets[-1] - step)
-        self.wanted = torch.stack(targets[::-1]) - torch.stack(base)
+        seen = [
+            map_rows(
+                lambda rows, x_t=x_t, t=t: look(x_t[rows], t), len(x_t), batch_size,
+                dim=x_t[0].numel(), device=x_t.device,
+            )
+            for t, x_t in zip(path.levels, path.x, strict=True)
+        ]  # fmt: skip
+        self.features, base = (torch.stack(column) for column in zip(*seen, strict=True))
+        self.wanted = path.log_prob - base
 
 
 @torch.no_grad()
@@ -152,10 +129,10 @@ def calibrate_paths(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> PathCalibration:
-    """Sets ``model.readout``: values of log p that agree with the model's own reverse chain.
+    """Sets ``model.readout``: values of log p that agree with the flow of the same model.
 
-    Costs T evaluations of each sample, 2 T of the :data:`CHAIN_SAMPLES` for the chain, and 3 T of the particles in
-    each round.
+    Costs a flow of :data:`FLOW_STEPS` steps for each sample and each particle, 2 T evaluations of
+    :data:`CHAIN_SAMPLES` for the chain of the particles, and 2 T of the particles in each round.
 
     Args:
         model: Without classes or context; its readout is set, in the place of the one that it may have.
@@ -194,11 +171,11 @@ def _calibrate(
     batch_size: int | None,
     progress: bool,
 ) -> PathCalibration:
-    chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size)
     start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
-    fit = _Fit(model, Paths(model, chain, start, level, hash((seed, DATA_PATHS)), batch_size, progress))
+    fit = _Fit(model, Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress))
     found, shown = [], []
     model.readout = fit.readout(shown)
+    chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size) if rounds else None
     for k in range(rounds):
         estimate = log_normalizer(
             model, particles, level, moves=1, chain=chain, islands=ISLANDS, seed=hash((seed, PARTICLES, k)),
@@ -206,7 +183,7 @@ def _calibrate(
         )  # fmt: skip
         found.append(estimate)
         noise = hash((seed, PARTICLE_PATHS, k))
-        shown.append(Paths(model, chain, estimate.x, level, noise, batch_size, progress))
+        shown.append(Paths(model, estimate.x, level, noise, batch_size, progress))
         model.readout = fit.readout(shown)
     return PathCalibration(level, x[0].numel(), fit.before, fit.after, tuple(found))
 
@@ -222,21 +199,6 @@ def _check(model: ClassificationDiffusion, x: Tensor, rounds: int, particles: in
         raise UserError(f"calibration on paths: rounds is {rounds}; it must not be negative")
     if particles < 2 * ISLANDS:
         raise UserError(f"calibration on paths: particles is {particles}; at least {2 * ISLANDS} are needed")
-
-
-@contextmanager
-def _head_inputs(head: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What ``head`` was given last, as ``features``."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen["features"] = inputs[0].detach()
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 @final
@@ -277,7 +239,7 @@ class _Fit:
         self.ridge = min(errors, key=errors.__getitem__)
         self.before, self.after = float(error.square().mean().sqrt()), errors[self.ridge]
         if not self.after < math.inf:
-            raise UserError("calibration on paths: log p or what the chain says of it is not finite")
+            raise UserError("calibration on paths: log p or what the flow says of it is not finite")
 
     def readout(self, shown: Sequence[Paths]) -> Readout:
         """From all paths of the data, and those from particles."""
@@ -285,14 +247,14 @@ class _Fit:
         for k in range(len(self.mean)):
             parts = [self._of(paths, k) for paths in (self.data, *shown)]
             z, error = (torch.cat(column) for column in zip(*parts, strict=True))
-            counts = torch.full_like(error, PARTICLE_WEIGHT)
-            counts[: len(parts[0][1])] = 1
+            n = len(parts[0][1])
+            share = [torch.full_like(e, PARTICLE_SHARE * n / len(e)) for _, e in parts[1:]]
+            counts = torch.cat([error.new_ones(n), *share])
             fitted.append(_ridge(z, error, counts, self.ridge))
-        level, levels = self.data.level, len(self.bias)
+        weight, offset = (torch.stack(column) for column in zip(*fitted, strict=True))
         # What was fitted at the lowest level is added to the network's own values below it too; nothing at T+1.
-        rows = torch.arange(levels, device=self.bias.device).sub(level).clamp(0, len(self.mean) - 1)
-        mean, scale = self.mean[rows], self.scale[rows]
-        weight, offset = (torch.stack(column)[rows] for column in zip(*fitted, strict=True))
+        between = _between(self.data.levels, len(self.bias)).to(weight)
+        mean, scale, weight, offset = (between @ value for value in (self.mean, self.scale, weight, offset))
         weight[-1], offset[-1] = 0, 0
         own = self.bias + (mean * self.slope).sum(1)
         return Readout(mean, scale, scale * self.slope + weight, own + offset)
@@ -300,8 +262,18 @@ class _Fit:
     def _of(self, paths: Paths, k: int) -> tuple[Tensor, Tensor]:
         """Features in deviations, (n, features), and targets less what the network says, (n,), at the k-th level."""
         z = ((paths.features[k].double() - self.mean[k]) / self.scale[k]).clamp(-LIMIT, LIMIT)
-        slope, bias = self.slope[paths.level + k], self.bias[paths.level + k]
+        slope, bias = self.slope[paths.levels[k]], self.bias[paths.levels[k]]
         return z, paths.wanted[k] - (z @ (self.scale[k] * slope) + self.mean[k] @ slope + bias)
+
+
+def _between(levels: Sequence[int], count: int) -> Tensor:
+    """Linear interpolation from rising levels to the levels 0 ... count - 1, and the ends beyond, (count, levels)."""
+    points = torch.tensor(levels, dtype=torch.float64)
+    wanted = torch.arange(count, dtype=torch.float64).clamp(points[0], points[-1])
+    above = torch.searchsorted(points, wanted).clamp(1, len(points) - 1)
+    share = ((wanted - points[above - 1]) / (points[above] - points[above - 1]))[:, None]
+    eye = torch.eye(len(points), dtype=torch.float64)
+    return (1 - share) * eye[above - 1] + share * eye[above]
 
 
 def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

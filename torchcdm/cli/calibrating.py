@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "calibrate", "make one pass agree with the reverse chain of the same network",
+        commands, "calibrate", "make one pass agree with the probability flow of the same network",
         "cdm calibrate runs/digits --samples 200 --rounds 1",
     )  # fmt: skip
     parser.add_argument("model", metavar="RUN", help="a trained run of one density; its model is changed: values of "
                         "log p and what is made of them, such as anomaly scores; no sample, ELBO or flow")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=512, metavar="N", help="validation samples (512), a pass a "
-                        "level for each")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=1024, metavar="N", help="validation samples (1024), a flow "
+                        "of 25 steps for each")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, metavar="K", help="of particles, which find what log p gives "
                         "too much to (2)")  # fmt: skip
-    parser.add_argument("--particles", type=int, default=128, metavar="N", help="in each round (128), three passes a "
-                        "level for each")  # fmt: skip
+    parser.add_argument("--particles", type=int, default=128, metavar="N", help="in each round (128), two passes a "
+                        "level and a flow for each")  # fmt: skip
     parser.add_argument("--level", type=int, metavar="T", help="lowest level; that of `cdm nll` by default")
     parser.add_argument("--remove", action="store_true", help="take back what an earlier call has set")
     parser.add_argument("--seed", type=int, default=0)
@@ -85,7 +85,7 @@ def _tell(options: argparse.Namespace, found: PathCalibration, continuous: bool)
     }
     if str(options.json) != "-":
         print(
-            f"log p_{found.level} less what the chain says, root mean square on samples not fitted to: "
+            f"log p_{found.level} less the flow's, root mean square on samples not fitted to: "
             f"{values['before']:.4g} -> {values['after']:.4g} {unit}"
         )
         for k, z in enumerate(values["log_z"], 1):

@@ -3,7 +3,7 @@
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.diagnostics import Consistency, LogProbGaps, consistency, gap_by_level
 from torchcdm.likelihood.elbo import ELBO, elbo
-from torchcdm.likelihood.flow import FlowResult, FlowSamples, flow_sample, probability_flow
+from torchcdm.likelihood.flow import FlowPath, FlowResult, FlowSamples, flow_path, flow_sample, probability_flow
 from torchcdm.likelihood.flow_bound import FlowLikelihood, FlowOptions, flow_likelihood
 from torchcdm.likelihood.normalizer import ESTIMATORS, LogNormalizer, log_normalizer, log_normalizer_above
 from torchcdm.likelihood.report import METHODS, LogZOptions, check_methods, log_z_estimates, methods_of, report
@@ -17,6 +17,7 @@ __all__ = [
     "Consistency",
     "FlowLikelihood",
     "FlowOptions",
+    "FlowPath",
     "FlowResult",
     "FlowSamples",
     "LogNormalizer",
@@ -30,6 +31,7 @@ __all__ = [
     "check_methods",
     "elbo",
     "flow_likelihood",
+    "flow_path",
     "flow_sample",
     "gap_by_level",
     "log_normalizer",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.denoisers import evaluation_mode, working_dtype
 from torchcdm.likelihood.common import CHAIN, dithered, draw_normal, labels_of, require_transform
-from torchcdm.likelihood.flow import flow_gaps
+from torchcdm.likelihood.flow import flow_path
 from torchcdm.likelihood.single_pass import noised
 from torchcdm.rows import map_rows
 
@@ -124,5 +124,16 @@ def gap_by_level(
         lambda rows: noised(model, x, rows, level, seed), len(x), batch_size,
         dim=x.shape[1:].numel(), device=model.schedule.alpha.device,
     )  # fmt: skip
-    levels, gaps = flow_gaps(model, z, y, level, steps, probes, seed, batch_size)
-    return LogProbGaps(levels, gaps.mean(1).cpu(), gaps.std(1).cpu())
+    path = flow_path(model, z, y, level, steps, probes, seed, batch_size)
+    dtype, device = working_dtype(model, torch.float64), z.device
+
+    def one_pass(t: int, x_t: Tensor) -> Tensor:
+        return map_rows(
+            lambda rows: model.log_prob_levels(x_t[rows].to(dtype), labels_of(y, rows, device))[:, t], len(x_t),
+            batch_size, dim=x_t[0].numel(), device=device,
+        )  # fmt: skip
+
+    with torch.no_grad(), evaluation_mode(model):
+        own = torch.stack([one_pass(t, x_t) for t, x_t in zip(path.levels, path.x, strict=True)])
+    gaps = own - path.log_prob
+    return LogProbGaps(path.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -159,8 +159,23 @@ def flow_sample(
     return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
 
 
-def flow_gaps(
-    model: ClassificationDiffusion,
+@dataclass(frozen=True)
+class FlowPath:
+    """Where the flow takes its inputs, and their log density on the way.
+
+    Attributes:
+        levels: Visited levels, rising from that of the inputs to T.
+        x: At each of them, model units, in the precision of the inputs (levels, N, *shape).
+        log_prob: The flow's log density there, nats in model units, (levels, N).
+    """
+
+    levels: list[int]
+    x: Tensor
+    log_prob: Tensor
+
+
+def flow_path(
+    denoiser: Denoiser,
     x_t: Tensor,
     y: Tensor | None = None,
     level: int = 1,
@@ -168,21 +183,30 @@ def flow_gaps(
     probes: int = 2,
     seed: int = 0,
     batch_size: int | None = None,
-) -> tuple[list[int], Tensor]:
-    """The levels that a path visits, and log p by one pass less that by the flow at each of them, (levels, N) nats.
+    progress: bool = False,
+) -> FlowPath:
+    """What :func:`probability_flow` integrates, level by level.
 
-    Arguments as in :func:`probability_flow`. The difference between two levels is the inconsistency between them.
+    Arguments as there; ``progress`` shows a progress bar.
     """
+    from tqdm.auto import tqdm
+
     check_probes(probes)
-    grid = rising_levels(level, model.schedule.T, steps)
-    reference = reference_gaussian(model)
+    grid = rising_levels(level, denoiser.schedule.T, steps)
+    reference = reference_gaussian(denoiser)
 
-    def gaps(rows: slice) -> Tensor:
-        flow = _Flow(model, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
-        return flow.gaps(x_t[rows], grid).T
+    def follow(rows: slice) -> tuple[Tensor, Tensor]:
+        flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
+        x, log_prob = flow.along(x_t[rows], grid)
+        bar.update(len(x_t[rows]))
+        return x.to(x_t.dtype).transpose(0, 1), log_prob.T
 
-    with evaluation_mode(model):
-        return grid, map_rows(gaps, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device).T
+    with (
+        evaluation_mode(denoiser),
+        tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar,
+    ):
+        x, log_prob = map_rows(follow, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device)
+    return FlowPath(grid, x.transpose(0, 1), log_prob.T)
 
 
 def check_probes(probes: int) -> None:
@@ -224,14 +248,12 @@ class _Path:
     """Where a flow went.
 
     Attributes:
-        w: At the end, (B, d).
+        w: At each level, (levels, B, d).
         totals: The divergence integrated up to each level, by either half of the probes, (levels, 2, B).
-        log_p: The model's own log density at each level, (levels, B); nan for a denoiser without one.
     """
 
     w: Tensor
     totals: Tensor
-    log_p: Tensor
 
 
 class _Flow:
@@ -254,15 +276,16 @@ class _Flow:
     def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
         path = self.follow(x_t, grid)
-        total = path.totals[-1]
-        return self._log_density(path.w, total.mean(0), grid[0]), total[0] - total[1], self._x(path.w, grid[-1])
+        total, end = path.totals[-1], path.w[-1]
+        return self._log_density(end, total.mean(0), grid[0]), total[0] - total[1], self._x(end, grid[-1])
 
-    def gaps(self, x_t: Tensor, grid: Sequence[int]) -> Tensor:
-        """The model's own log p_t less the flow's, along the path, (levels of the grid, B)."""
+    def along(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x and its log density at each level of the grid, (levels, B, *shape) and (levels, B)."""
         path = self.follow(x_t, grid)
         rest = (path.totals[-1] - path.totals).mean(1)
-        flow = torch.stack([self._log_density(path.w, total, t) for t, total in zip(grid, rest, strict=True)])
-        return path.log_p - flow
+        x = [self._x(w, t) for t, w in zip(grid, path.w, strict=True)]
+        log_prob = [self._log_density(path.w[-1], total, t) for t, total in zip(grid, rest, strict=True)]
+        return torch.stack(x), torch.stack(log_prob)
 
     def follow(self, x_t: Tensor, grid: Sequence[int]) -> _Path:
         """The path from x at the first level of the grid."""
@@ -275,23 +298,23 @@ class _Flow:
         start = grid[0]
         path = self._travel(w, grid[::-1])
         total = -path.totals[-1]
-        return self._x(path.w, start), self._log_density(w, total.mean(0), start), total[0] - total[1]
+        return self._x(path.w[-1], start), self._log_density(w, total.mean(0), start), total[0] - total[1]
 
     def _travel(self, w: Tensor, levels: Sequence[int]) -> _Path:
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         angle = torch.atan(self.schedule.ratio)
-        slope, divergence, log_p = self._slope_and_divergence(w, levels[0])
-        totals, logs = [torch.zeros_like(divergence)], [log_p]
+        slope, divergence = self._slope_and_divergence(w, levels[0])
+        states, totals = [w], [torch.zeros_like(divergence)]
         for t, s in pairwise(levels):
             step = angle[s] - angle[t]
             ahead = self._slope(w + step * slope, s)
             w = w + step / 2 * (slope + ahead)
             before = divergence
-            slope, divergence, log_p = self._slope_and_divergence(w, s)
+            slope, divergence = self._slope_and_divergence(w, s)
+            states.append(w)
             totals.append(totals[-1] + step / 2 * (before + divergence))
-            logs.append(log_p)
-        return _Path(w, torch.stack(totals), torch.stack(logs))
+        return _Path(torch.stack(states), torch.stack(totals))
 
     def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
         """log p_t from where the path is at T and its divergence from t to T."""
@@ -313,24 +336,22 @@ class _Flow:
         excess = self.denoiser.denoise(x_t, t, self.y).eps - self.reference.eps(x_t, t)
         return self._in_angle(excess, t)
 
-    def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, with its divergence by either half of the probes, (2, B), and the model's log density, (B,)."""
-        excess, divergence, log_p = self._excess(self._x(w, t).to(self.dtype), t)
+    def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """The same, with its divergence by either half of the probes, (2, B)."""
+        excess, divergence = self._excess(self._x(w, t).to(self.dtype), t)
         # The trace of a map does not depend on the basis: alpha * div_x of the excess.
         speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
-        return self._in_angle(excess, t), speed * divergence.double(), log_p
+        return self._in_angle(excess, t), speed * divergence.double()
 
     def _in_angle(self, excess: Tensor, t: int) -> Tensor:
         return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
 
-    def _excess(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _excess(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """E[eps | x_t] less the reference's, and its divergence in x_t: the one place that takes one."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            log_p = x.new_full((len(x),), math.nan).double()
             if isinstance(self.denoiser, ClassificationDiffusion):
-                result = self.denoiser.evaluate(x, t, self.y, graph="denoiser")
-                eps, log_p = result.eps, result.log_prob_levels[:, t].detach()
+                eps = self.denoiser.evaluate(x, t, self.y, graph="denoiser", readout=False).eps
             else:
                 eps = self.denoiser.denoise(x, t, self.y).eps
             excess = eps - self.reference.eps(x, t)
@@ -340,9 +361,9 @@ class _Flow:
                 (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(vectors))
                 traces.append((product * probe).flatten(1).sum(1))
         if x[0].numel() <= EXACT_DIMENSIONS:
-            return excess.detach(), torch.stack(traces).sum(0).expand(2, -1), log_p
+            return excess.detach(), torch.stack(traces).sum(0).expand(2, -1)
         halves = torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
-        return excess.detach(), halves, log_p
+        return excess.detach(), halves
 
     def _probe_vectors(self, x: Tensor, t: int) -> list[Tensor]:
         """Unit vectors (exact trace) or fresh random signs, drawn anew for each sample and level."""
