@@ -1,5 +1,6 @@
 """Thresholds that keep their false-positive rate, percentiles that agree with them, and files."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from scipy.stats import betabinom
 
 from torchcdm import ClassificationDiffusion, UserError
 from torchcdm.anomaly import AnomalyDetector, make_score
+from torchcdm.readout import Readout
 from torchcdm.schedules import UniformSigmaSchedule
 from torchcdm.toy import GaussianMixture, MixtureClassifier
 from torchcdm.units import DataTransform
@@ -159,6 +161,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
         AnomalyDetector.load(path, other)
     with pytest.raises(UserError, match="takes no background model"):
         AnomalyDetector.load(path, model, model)
+    since = copy.deepcopy(model)
+    since.level_constants[3] += 0.1
+    with pytest.raises(UserError, match="trained or calibrated since.* fit the detector again"):
+        AnomalyDetector.load(path, since)
+    since = copy.deepcopy(model)
+    since.readout = Readout.blank(22, 1)
+    with pytest.raises(UserError, match="trained or calibrated since.* fit the detector again"):
+        AnomalyDetector.load(path, since)
+    AnomalyDetector.load(path, copy.deepcopy(model).double())
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="damaged"):
         AnomalyDetector.load(path, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
 from torchcdm.run_folder import write_file
 
-FORMAT = "2"
+FORMAT = "3"
 """Version of a saved detector."""
 
 
@@ -100,7 +101,7 @@ class AnomalyDetector:
         Raises:
             UserError: It cannot be written.
         """
-        meta = {"format": FORMAT, "score": self.score.name, "model": _signature(self.score)}
+        meta = {"format": FORMAT, "score": self.score.name, "model": _sizes(self.score), "values": _values(self.score)}
         tensors = {f"fitted.{key}": value.contiguous() for key, value in (self.score.fitted or {}).items()}
         write_file(Path(path), safetensors_bytes(tensors | {"calibration": self.calibration}, meta))
 
@@ -109,8 +110,8 @@ class AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
         Raises:
-            UserError: No such file, a damaged one, one of another format, or one of a model of another shape or
-                another number of levels.
+            UserError: No such file, a damaged one, one of another format, one of a model of another shape or another
+                number of levels, or of other weights, constants or readout.
         """
         tensors = read_tensors(Path(path))
         with safe_open(path, "pt") as file:
@@ -118,13 +119,25 @@ class AnomalyDetector:
         if meta.get("format") != FORMAT or "calibration" not in tensors:
             raise UserError(f"{path}: is no anomaly detector that this version reads")
         score = make_score(meta["score"], model, background)
-        if meta["model"] != _signature(score):
-            raise UserError(f"{path}: was fitted on a model of {meta['model']}; this one takes {_signature(score)}")
+        if meta["model"] != _sizes(score):
+            raise UserError(f"{path}: was fitted on a model of {meta['model']}; this one takes {_sizes(score)}")
+        if meta["values"] != _values(score):
+            what = "the model has been trained or calibrated since, or is another"
+            raise UserError(f"{path}: {what}; fit the detector again")
         prefix = "fitted."
         score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
         return cls(score, tensors["calibration"])
 
 
-def _signature(score: AnomalyScore) -> str:
-    """What a detector must find again in the model it is loaded for."""
+def _sizes(score: AnomalyScore) -> str:
+    """What a model has to take and give for a detector to be its."""
     return f"inputs {json.dumps(score.model.shape)} and {score.model.schedule.T + 2} levels"
+
+
+def _values(score: AnomalyScore) -> str:
+    """A digest of all that the models' densities are made of, in single precision."""
+    digest = hashlib.sha256()
+    for model in score.models:
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

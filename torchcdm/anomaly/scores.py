@@ -44,6 +44,11 @@ class AnomalyScore(ABC):
         self.model = model
         self.fitted: Fitted | None = None
 
+    @property
+    def models(self) -> tuple[ClassificationDiffusion, ...]:
+        """All whose densities the score is made of."""
+        return (self.model,)
+
     def fit(self, reference: Tensor) -> AnomalyScore:
         """Learns what is normal, and returns itself.
 
@@ -224,6 +229,10 @@ class Ratio(AnomalyScore):
         if model.shape != background.shape:
             raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
         self.background = background
+
+    @property
+    def models(self) -> tuple[ClassificationDiffusion, ...]:
+        return self.model, self.background
 
     def features(self, x: Tensor) -> Tensor:
         """log p_0 of both in data units, (N, 2)."""
