@@ -5,8 +5,9 @@
 Both are CDMs on the same data, schedule, batch and average of the weights; each learning rate decays to the end of its
 own time. The paper's network is the U-Net of the preset's width and multipliers, without Gaussian residual, positions
 and time term; its optimiser and learning rate are the best of ``--rates`` and ``--muon-rates`` on the validation split
-after ``--grid-seconds``. Seconds are of processor time. The error is that of ``equal_time.py``; the likelihood is that
-of the probability flow, on the first ``--flow-images`` test images.
+after ``--grid-seconds``, as the default network's rate is of ``--default-rates``. Seconds are of processor time. The
+error is that of ``equal_time.py``; the likelihood is that of the probability flow, on the first ``--flow-images`` test
+images.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import measured, on_plain_grey_levels
+from equal_time import at_rate, measured, on_plain_grey_levels
 
 from torchcdm.building import load_source, plain_model
 from torchcdm.checkpoint import load
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fraction", type=float, default=0.2, help="share of it for the default network")
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-4, 1e-3], help="of AdamW")
     parser.add_argument("--muon-rates", type=float, nargs="*", default=[5e-3, 1e-2])
+    parser.add_argument("--default-rates", type=float, nargs="*", default=[1e-2, 2e-2], help="of the default network")
     parser.add_argument("--grid-seconds", type=float, default=120)
     parser.add_argument("--target-mse", type=float, help="validation error that a time is asked for; the least of the "
                         "paper's network when left out")  # fmt: skip
@@ -95,17 +97,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def errors_of(name: str, contender: Config, seconds: float) -> dict[str, Any]:
         return measured(contender, source, seconds, options.seed, options.out / name, options.images)
 
-    grid = {}
-    cells = [("adamw", rate) for rate in options.rates] + [("muon", rate) for rate in options.muon_rates]
-    for optimizer, rate in cells:
-        found = errors_of(f"grid-{optimizer}-{rate:g}", paper(config, optimizer, rate), options.grid_seconds)
-        grid[optimizer, rate] = error = found["validation_mse"]
-        print(f"the paper's network, {optimizer}, rate {rate:g}: validation MSE {error:.4f}", flush=True)
-    optimizer, rate = min(grid, key=lambda key: grid[key])
+    def best(title: str, cells: dict[str, Config]) -> Config:
+        errors = {}
+        for name, cell in cells.items():
+            found = errors_of(f"grid-{name}", cell, options.grid_seconds)
+            errors[name] = found["validation_mse"]
+            print(f"{title}, {name}: validation MSE {errors[name]:.4f}", flush=True)
+        return cells[min(errors, key=errors.__getitem__)]
+
+    rates = [("adamw", rate) for rate in options.rates] + [("muon", rate) for rate in options.muon_rates]
+    theirs = best("the paper's network", {f"{name}-{rate:g}": paper(config, name, rate) for name, rate in rates})
+    ours = best("the default network", {f"default-{rate:g}": at_rate(config, rate) for rate in options.default_rates})
     rows = []
     contenders = {
-        "default": (config, options.fraction * options.seconds),
-        "paper": (paper(config, optimizer, rate), options.seconds),
+        "default": (ours, options.fraction * options.seconds),
+        "paper": (theirs, options.seconds),
     }
     for name, (contender, seconds) in contenders.items():
         numbers = errors_of(name, contender, seconds)
@@ -122,7 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         when = "never" if reached is None else f"after {reached:.0f} s"
         print(f"{row['name']:10}validation MSE of {target:.4f} {when}")
     if options.json:
-        settings = {"optimizer_of_paper": optimizer, "lr_of_paper": rate, "target_mse": target}
+        settings = {
+            "optimizer_of_paper": theirs.train.optimizer,
+            "lr_of_paper": theirs.train.lr,
+            "lr_of_default": ours.train.lr,
+            "target_mse": target,
+        }
         write_json(options.json, settings | {"rows": rows})
 
 
