@@ -8,8 +8,8 @@ validation split.
 
 Settings are chosen before anything is compared, by the least validation error over a grid of trainings
 (``--grid-seconds`` each, seed 0): the learning rate for the CDM, learning rate and width for the DDM, whose U-Net has
-time embeddings and the preset's multipliers. Both stand twice: with the fitted Gaussian as a linear residual, as in
-the grids, and without; ``ratio_to_ddm`` divides by the better DDM of those that are finished.
+time embeddings and the preset's multipliers. Both stand twice: with a fitted Gaussian as a linear residual, as in
+the grids, and without, as the preset has it; ``ratio_to_ddm`` divides by the better DDM of those that are finished.
 
 The error is that of eps over the levels 1 ... T with equal weight, on ``--images`` test images with the same noise for
 all. ``--out`` keeps every model and every result; what is there is not made again, and refused where its settings

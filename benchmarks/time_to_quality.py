@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import at_rate, measured, on_plain_grey_levels
+from equal_time import at_rate, best, measured, on_plain_grey_levels
 
 from torchcdm.building import load_source, plain_model
 from torchcdm.checkpoint import load
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fraction", type=float, default=0.2, help="share of it for the default network")
     parser.add_argument("--rates", type=float, nargs="*", default=[3e-4, 1e-3], help="of AdamW")
     parser.add_argument("--muon-rates", type=float, nargs="*", default=[5e-3, 1e-2])
-    parser.add_argument("--default-rates", type=float, nargs="*", default=[1e-2, 2e-2], help="of the default network")
+    parser.add_argument("--default-rates", type=float, nargs="+", default=[1e-2, 2e-2], help="of the default network")
     parser.add_argument("--grid-seconds", type=float, default=120)
     parser.add_argument("--target-mse", type=float, help="validation error that a time is asked for; the least of the "
                         "paper's network when left out")  # fmt: skip
@@ -94,27 +94,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = replace(config, train=replace(config.train, validate_every=options.validate_every))
     source = load_source(config.data)
 
-    def errors_of(name: str, contender: Config, seconds: float) -> dict[str, Any]:
-        return measured(contender, source, seconds, options.seed, options.out / name, options.images)
-
-    def best(title: str, cells: dict[str, Config]) -> Config:
-        errors = {}
-        for name, cell in cells.items():
-            found = errors_of(f"grid-{name}", cell, options.grid_seconds)
-            errors[name] = found["validation_mse"]
-            print(f"{title}, {name}: validation MSE {errors[name]:.4f}", flush=True)
-        return cells[min(errors, key=errors.__getitem__)]
-
     rates = [("adamw", rate) for rate in options.rates] + [("muon", rate) for rate in options.muon_rates]
-    theirs = best("the paper's network", {f"{name}-{rate:g}": paper(config, name, rate) for name, rate in rates})
-    ours = best("the default network", {f"default-{rate:g}": at_rate(config, rate) for rate in options.default_rates})
+    papers = {f"{name}-{rate:g}": paper(config, name, rate) for name, rate in rates}
+    defaults = {f"default-{rate:g}": at_rate(config, rate) for rate in options.default_rates}
+    theirs, ours = papers[best(papers, options, source)], defaults[best(defaults, options, source)]
     rows = []
     contenders = {
         "default": (ours, options.fraction * options.seconds),
         "paper": (theirs, options.seconds),
     }
     for name, (contender, seconds) in contenders.items():
-        numbers = errors_of(name, contender, seconds)
+        numbers = measured(contender, source, seconds, options.seed, options.out / name, options.images)
         numbers |= flow_nll(options.out / name, source, options)
         rows.append({"name": name, "seconds": seconds} | numbers)
         print(f"{name:10}{seconds:8.0f} s {numbers['steps']:7} steps  MSE {numbers['mse']:.4f}  flow "

@@ -170,6 +170,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
     with pytest.raises(UserError, match="trained or calibrated since.* fit the detector again"):
         AnomalyDetector.load(path, since)
     AnomalyDetector.load(path, copy.deepcopy(model).double())
+    changed = copy.deepcopy(model)
+    detector = AnomalyDetector.fit(make_score("levels", changed), mixture.sample(100, rng(1)))
+    changed.level_constants[3] += 0.1
+    detector.save(tmp_path / "late.safetensors")
+    with pytest.raises(UserError, match="trained or calibrated since"):
+        AnomalyDetector.load(tmp_path / "late.safetensors", changed)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="damaged"):
         AnomalyDetector.load(path, model)

@@ -148,13 +148,16 @@ def test_draws_have_the_density_that_they_come_with():
 def test_a_path_has_the_density_of_each_level_that_it_visits():
     mixture, schedule = labelled_mixture(), UniformSigmaSchedule(100)
     model, (z, _) = exact_model(mixture, schedule), noisy(mixture, schedule, 20)
-    path, whole = flow_path(model, z, level=20, steps=40), probability_flow(model, z, level=20, steps=40)
-    assert path.levels[0] == 20 and path.levels[-1] == schedule.T and len(path.levels) == len(path.x) == 41
-    torch.testing.assert_close(path.x[0], z)
-    torch.testing.assert_close(path.x[-1], whole.x_T)
+    path = flow_path(model, z, lambda x, t, y: (x, torch.full((len(x),), t)), level=20, steps=40, batch_size=7)
+    whole = probability_flow(model, z, level=20, steps=40)
+    x, levels = path.seen
+    assert path.levels[0] == 20 and path.levels[-1] == schedule.T and len(path.levels) == 41
+    assert all(row.eq(t).all() for row, t in zip(levels, path.levels, strict=True))
+    torch.testing.assert_close(x[0], z)
+    torch.testing.assert_close(x[-1], whole.x_T)
     torch.testing.assert_close(path.log_prob[0], whole.log_prob)
-    for t, x, log_prob in zip(path.levels, path.x, path.log_prob, strict=True):
-        assert float((log_prob - mixture.log_prob(x, t, schedule)).abs().mean()) < 0.01 + 2 * whole.start_kl_bound
+    for x_t, t, log_prob in zip(x, path.levels, path.log_prob, strict=True):
+        assert float((log_prob - mixture.log_prob(x_t, t, schedule)).abs().mean()) < 0.004
 
 
 def test_gap_by_level_shows_where_a_model_is_inconsistent():

@@ -104,6 +104,35 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     assert model.readout is kept and torch.equal(model.log_prob_levels(x), values)
 
 
+def test_what_is_not_finite_is_left_out_of_particles_and_refused_of_data(monkeypatch):
+    model, mixture = bent_by(3.0)
+    x, follow = mixture.sample(100, rng(1)), path_calibration.flow_path
+    spoiled = []
+
+    def with_a_hole(model, x_t, *arguments):
+        path = follow(model, x_t, *arguments)
+        spoiled.append(len(x_t))
+        if len(spoiled) == len(holes) and holes[-1]:
+            path.log_prob[3, 5] = torch.inf
+        return path
+
+    monkeypatch.setattr(path_calibration, "flow_path", with_a_hole)
+    holes = [False, True]
+    calibrate_paths(model, x, rounds=1, particles=32)
+    assert spoiled == [100, 32] and model.log_prob_levels(x).isfinite().all()
+    spoiled.clear()
+    holes = [True]
+    with pytest.raises(UserError, match="is not finite"):
+        calibrate_paths(model, x, rounds=0)
+
+
+def test_between_levels_the_ends_and_the_line():
+    between = path_calibration._between([2, 4, 9], 12)
+    values = between @ torch.tensor([1.0, 3.0, 8.0]).double()
+    assert values.tolist() == pytest.approx([1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8])
+    assert path_calibration._between([1, 2], 4).tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+
+
 def test_a_model_with_a_readout_is_neither_trained_nor_given_constants():
     model, mixture = bent_by(3.0)
     calibrate_paths(model, mixture.sample(100, rng(1)), rounds=0)

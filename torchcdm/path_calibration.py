@@ -1,11 +1,12 @@
 r"""Values of log p that agree with the probability flow of the same network, fitted after a training.
 
 A network's gradient is trained at every point, its values through the differences of neighbouring levels alone, whose
-errors add up from T to 0. The flow of the gradient (identity 6), a normalised density but for its numerical error,
-says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout, linear in the network's
-features at each level, is fitted to these targets by ridge regression: on paths from data, and on paths from images to
-which the density gave too much, found by particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in
-turn. Gradients, and so samples, ELBO and flow, stay as they are.
+errors add up from T to 0. The flow of the gradient (identity 6), a normalised density but for the errors of its steps
+and of its start at T, says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout,
+linear in the network's features, is fitted to these targets by ridge regression at each of these levels and
+interpolated between them: on paths from data, and on paths from images to which the density gave too much, found by
+particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in turn. Gradients, and so samples, ELBO and
+flow, stay as they are.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ import torch
 from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import evaluation_mode, working_dtype
+from torchcdm.denoisers import evaluation_mode
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogNormalizer, ReverseChain, flow_path, log_normalizer
 from torchcdm.likelihood.common import scoring_level
 from torchcdm.likelihood.single_pass import noised
 from torchcdm.readout import LIMIT, Readout
-from torchcdm.rows import map_rows
 
 FEWEST_SAMPLES = 16
 
 FLOW_STEPS, FLOW_PROBES = 25, 2
-"""Of the flows. On Fashion-MNIST 20 steps differ from 40 by 6 nats an image, which is the noise of the probes."""
+"""Of the flows. On Fashion-MNIST 20 steps and 40 differ by 6 nats an image, as much as the noise of the probes."""
 
 CHAIN_SAMPLES = 96
 """For the variances of the chain that particles go down by: each is then right within a seventh."""
@@ -48,7 +48,7 @@ PARTICLE_SHARE = 0.1
 """Of the particles of a round, all together, beside all data."""
 
 DATA_PATHS, PARTICLES, PARTICLE_PATHS = range(3)
-"""What noise is drawn for: of the probes, and of the particles, in each round."""
+"""What noise is drawn for: the probes of the data's flows; in each round the particles, and the probes of theirs."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PathCalibration:
 
 @final
 class Paths:
-    """Where the flow takes some samples, what the head sees there, and what log p should be.
+    """Where the flow takes some samples, what the head sees there, and what log p should be; as far as it is finite.
 
     Attributes:
         levels: Visited levels, rising to T.
@@ -100,22 +100,15 @@ class Paths:
             batch_size: Samples at a time; by their size, and what memory holds, when None.
             progress: Shows a progress bar.
         """
-        x, steps = x.to(working_dtype(model, torch.float64)), min(FLOW_STEPS, model.schedule.T - level)
-        path = flow_path(model, x, None, level, steps, FLOW_PROBES, seed, batch_size, progress)
-        self.levels = path.levels
-
-        def look(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
             return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
 
-        seen = [
-            map_rows(
-                lambda rows, x_t=x_t, t=t: look(x_t[rows], t), len(x_t), batch_size,
-                dim=x_t[0].numel(), device=x_t.device,
-            )
-            for t, x_t in zip(path.levels, path.x, strict=True)
-        ]  # fmt: skip
-        self.features, base = (torch.stack(column) for column in zip(*seen, strict=True))
-        self.wanted = path.log_prob - base
+        steps = min(FLOW_STEPS, model.schedule.T - level)
+        path = flow_path(model, x, look, None, level, steps, FLOW_PROBES, seed, batch_size, progress)
+        features, base = path.seen
+        wanted = path.log_prob - base
+        finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
+        self.levels, self.features, self.wanted = path.levels, features[:, finite], wanted[:, finite]
 
 
 @torch.no_grad()
@@ -172,7 +165,10 @@ def _calibrate(
     progress: bool,
 ) -> PathCalibration:
     start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
-    fit = _Fit(model, Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress))
+    data = Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress)
+    if data.wanted.shape[1] < len(x):
+        raise UserError("calibration on paths: log p or what the flow says of it is not finite")
+    fit = _Fit(model, data)
     found, shown = [], []
     model.readout = fit.readout(shown)
     chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size) if rounds else None
@@ -238,8 +234,6 @@ class _Fit:
             errors[ridge] = float(left.square().mean().sqrt())
         self.ridge = min(errors, key=errors.__getitem__)
         self.before, self.after = float(error.square().mean().sqrt()), errors[self.ridge]
-        if not self.after < math.inf:
-            raise UserError("calibration on paths: log p or what the flow says of it is not finite")
 
     def readout(self, shown: Sequence[Paths]) -> Readout:
         """From all paths of the data, and those from particles."""
@@ -248,7 +242,7 @@ class _Fit:
             parts = [self._of(paths, k) for paths in (self.data, *shown)]
             z, error = (torch.cat(column) for column in zip(*parts, strict=True))
             n = len(parts[0][1])
-            share = [torch.full_like(e, PARTICLE_SHARE * n / len(e)) for _, e in parts[1:]]
+            share = [torch.full_like(e, PARTICLE_SHARE * n / max(1, len(e))) for _, e in parts[1:]]
             counts = torch.cat([error.new_ones(n), *share])
             fitted.append(_ridge(z, error, counts, self.ridge))
         weight, offset = (torch.stack(column) for column in zip(*fitted, strict=True))

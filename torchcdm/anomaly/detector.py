@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -32,6 +32,7 @@ class AnomalyDetector:
     Attributes:
         score: The fitted score.
         calibration: Scores of held-out normal data, sorted, float64 (n,).
+        values: Digest of the weights, constants and readouts that the scores were made with.
 
     Example:
         >>> detector = AnomalyDetector.fit(make_score("levels", model), normal)
@@ -40,6 +41,11 @@ class AnomalyDetector:
 
     score: AnomalyScore
     calibration: Tensor
+    values: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Now, not when it is saved: the model may be calibrated in between.
+        object.__setattr__(self, "values", _values(self.score))
 
     @classmethod
     def fit(cls, score: AnomalyScore, reference: Tensor, seed: int = 0) -> AnomalyDetector:
@@ -101,7 +107,7 @@ class AnomalyDetector:
         Raises:
             UserError: It cannot be written.
         """
-        meta = {"format": FORMAT, "score": self.score.name, "model": _sizes(self.score), "values": _values(self.score)}
+        meta = {"format": FORMAT, "score": self.score.name, "model": _sizes(self.score), "values": self.values}
         tensors = {f"fitted.{key}": value.contiguous() for key, value in (self.score.fitted or {}).items()}
         write_file(Path(path), safetensors_bytes(tensors | {"calibration": self.calibration}, meta))
 
@@ -135,7 +141,7 @@ def _sizes(score: AnomalyScore) -> str:
 
 
 def _values(score: AnomalyScore) -> str:
-    """A digest of all that the models' densities are made of, in single precision."""
+    """A digest of the tensors that the models' densities are made of, in single precision."""
     digest = hashlib.sha256()
     for model in score.models:
         for name, value in sorted(model.state_dict().items()):

@@ -11,7 +11,7 @@ valid; a good one makes them tight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import final
 
 import torch
@@ -136,7 +136,12 @@ class ReverseChain:
         return x_s, log_q - log_r
 
     def rise(
-        self, x_s: Tensor, level: int, generator: torch.Generator, means: Callable[[Tensor, int], Tensor]
+        self,
+        x_s: Tensor,
+        level: int,
+        generator: torch.Generator,
+        y: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Paths of the noise up from ``x_s``: at each level above, up to T, x_t and what :meth:`step` says of the way
         back.
@@ -145,13 +150,14 @@ class ReverseChain:
             x_s: Model units, float64 (B, *shape).
             level: Its level.
             generator: Of the noise, on the CPU.
-            means: The denoiser's mean at (x_t, t).
+            y: Classes, long (B,), or None.
+            batch_size: Samples at a time; by their size, and what memory holds, when None.
         """
         for t in range(level + 1, self.schedule.T + 1):
             keep, added = self.schedule.forward_kernel(t - 1, t, x_s)
             noise = torch.randn(x_s.shape, generator=generator, dtype=torch.float64).to(x_s.device)
             x_t = keep * x_s + added * noise
-            x0 = means(x_t, t)
+            x0 = self.means(x_t, t, y, batch_size)
             yield x_t, self.step(x_t, x0, t, t - 1, self.noise_of(x_s, x_t, x0, t, t - 1))[1]
             x_s = x_t
 

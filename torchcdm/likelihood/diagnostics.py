@@ -124,16 +124,10 @@ def gap_by_level(
         lambda rows: noised(model, x, rows, level, seed), len(x), batch_size,
         dim=x.shape[1:].numel(), device=model.schedule.alpha.device,
     )  # fmt: skip
-    path = flow_path(model, z, y, level, steps, probes, seed, batch_size)
-    dtype, device = working_dtype(model, torch.float64), z.device
 
-    def one_pass(t: int, x_t: Tensor) -> Tensor:
-        return map_rows(
-            lambda rows: model.log_prob_levels(x_t[rows].to(dtype), labels_of(y, rows, device))[:, t], len(x_t),
-            batch_size, dim=x_t[0].numel(), device=device,
-        )  # fmt: skip
+    def one_pass(x_t: Tensor, t: int, labels: Tensor | None) -> tuple[Tensor]:
+        return (model.log_prob_levels(x_t, labels)[:, t],)
 
-    with torch.no_grad(), evaluation_mode(model):
-        own = torch.stack([one_pass(t, x_t) for t, x_t in zip(path.levels, path.x, strict=True)])
-    gaps = own - path.log_prob
+    path = flow_path(model, z, one_pass, y, level, steps, probes, seed, batch_size)
+    gaps = path.seen[0] - path.log_prob
     return LogProbGaps(path.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -8,7 +8,7 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -159,24 +159,29 @@ def flow_sample(
     return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
 
 
+Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
+"""What is wanted of x_t (B, *shape), in the precision of the network, at level t, of classes y: tensors (B, ...)."""
+
+
 @dataclass(frozen=True)
 class FlowPath:
-    """Where the flow takes its inputs, and their log density on the way.
+    """Levels that the flow visits on the way up, and its log density there.
 
     Attributes:
-        levels: Visited levels, rising from that of the inputs to T.
-        x: At each of them, model units, in the precision of the inputs (levels, N, *shape).
-        log_prob: The flow's log density there, nats in model units, (levels, N).
+        levels: From that of the inputs to T.
+        seen: What was asked for at each of them, (levels, N, ...).
+        log_prob: The flow's log density, nats in model units, (levels, N).
     """
 
     levels: list[int]
-    x: Tensor
+    seen: tuple[Tensor, ...]
     log_prob: Tensor
 
 
 def flow_path(
     denoiser: Denoiser,
     x_t: Tensor,
+    look: Look,
     y: Tensor | None = None,
     level: int = 1,
     steps: int | None = None,
@@ -185,9 +190,10 @@ def flow_path(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> FlowPath:
-    """What :func:`probability_flow` integrates, level by level.
+    """What :func:`probability_flow` integrates, level by level; arguments as there, but for two.
 
-    Arguments as there; ``progress`` shows a progress bar.
+    ``look`` is asked at each level, as whole paths of images are more than memory may hold; ``progress`` shows a
+    progress bar.
     """
     from tqdm.auto import tqdm
 
@@ -195,18 +201,18 @@ def flow_path(
     grid = rising_levels(level, denoiser.schedule.T, steps)
     reference = reference_gaussian(denoiser)
 
-    def follow(rows: slice) -> tuple[Tensor, Tensor]:
+    def follow(rows: slice) -> tuple[Tensor, ...]:
         flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
-        x, log_prob = flow.along(x_t[rows], grid)
-        bar.update(len(x_t[rows]))
-        return x.to(x_t.dtype).transpose(0, 1), log_prob.T
+        log_prob, seen = flow.along(x_t[rows], grid, look)
+        bar.update(len(log_prob))
+        return log_prob, *seen
 
     with (
         evaluation_mode(denoiser),
         tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar,
     ):
-        x, log_prob = map_rows(follow, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device)
-    return FlowPath(grid, x.transpose(0, 1), log_prob.T)
+        log_prob, *seen = map_rows(follow, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device)
+    return FlowPath(grid, tuple(column.transpose(0, 1) for column in seen), log_prob.T)
 
 
 def check_probes(probes: int) -> None:
@@ -243,12 +249,16 @@ def start_kl_bound(denoiser: Denoiser, reference: GaussianMarginals, x_t: Tensor
     return float(0.5 * ((b**2 + offset) / variances - 1 + (variances / b**2).log()).sum())
 
 
+Visit = Callable[[Tensor, int], None]
+"""Called with w (B, d) and the level at each level of a path."""
+
+
 @dataclass(frozen=True)
 class _Path:
     """Where a flow went.
 
     Attributes:
-        w: At each level, (levels, B, d).
+        w: At the end, (B, d).
         totals: The divergence integrated up to each level, by either half of the probes, (levels, 2, B).
     """
 
@@ -276,45 +286,48 @@ class _Flow:
     def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
         path = self.follow(x_t, grid)
-        total, end = path.totals[-1], path.w[-1]
-        return self._log_density(end, total.mean(0), grid[0]), total[0] - total[1], self._x(end, grid[-1])
+        total = path.totals[-1]
+        return self._log_density(path.w, total.mean(0), grid[0]), total[0] - total[1], self._x(path.w, grid[-1])
 
-    def along(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """x and its log density at each level of the grid, (levels, B, *shape) and (levels, B)."""
-        path = self.follow(x_t, grid)
+    def along(self, x_t: Tensor, grid: Sequence[int], look: Look) -> tuple[Tensor, list[Tensor]]:
+        """log density at each level of the grid, (B, levels), and what ``look`` says there, (B, levels, ...)."""
+        seen: list[tuple[Tensor, ...]] = []
+        path = self.follow(x_t, grid, lambda w, t: seen.append(look(self._x(w, t).to(self.dtype), t, self.y)))
         rest = (path.totals[-1] - path.totals).mean(1)
-        x = [self._x(w, t) for t, w in zip(grid, path.w, strict=True)]
-        log_prob = [self._log_density(path.w[-1], total, t) for t, total in zip(grid, rest, strict=True)]
-        return torch.stack(x), torch.stack(log_prob)
+        log_prob = [self._log_density(path.w, total, t) for t, total in zip(grid, rest, strict=True)]
+        return torch.stack(log_prob, 1), [torch.stack(column, 1) for column in zip(*seen, strict=True)]
 
-    def follow(self, x_t: Tensor, grid: Sequence[int]) -> _Path:
+    def follow(self, x_t: Tensor, grid: Sequence[int], visit: Visit | None = None) -> _Path:
         """The path from x at the first level of the grid."""
         start = grid[0]
         w = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
-        return self._travel(w / self._scale(start), grid)
+        return self._travel(w / self._scale(start), grid, visit)
 
     def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """x at the first level from w at the last, its log density there, gap of the probe halves."""
         start = grid[0]
         path = self._travel(w, grid[::-1])
         total = -path.totals[-1]
-        return self._x(path.w[-1], start), self._log_density(w, total.mean(0), start), total[0] - total[1]
+        return self._x(path.w, start), self._log_density(w, total.mean(0), start), total[0] - total[1]
 
-    def _travel(self, w: Tensor, levels: Sequence[int]) -> _Path:
+    def _travel(self, w: Tensor, levels: Sequence[int], visit: Visit | None = None) -> _Path:
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         angle = torch.atan(self.schedule.ratio)
         slope, divergence = self._slope_and_divergence(w, levels[0])
-        states, totals = [w], [torch.zeros_like(divergence)]
+        totals = [torch.zeros_like(divergence)]
+        if visit is not None:
+            visit(w, levels[0])
         for t, s in pairwise(levels):
             step = angle[s] - angle[t]
             ahead = self._slope(w + step * slope, s)
             w = w + step / 2 * (slope + ahead)
             before = divergence
             slope, divergence = self._slope_and_divergence(w, s)
-            states.append(w)
             totals.append(totals[-1] + step / 2 * (before + divergence))
-        return _Path(torch.stack(states), torch.stack(totals))
+            if visit is not None:
+                visit(w, s)
+        return _Path(w, torch.stack(totals))
 
     def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
         """log p_t from where the path is at T and its divergence from t to T."""

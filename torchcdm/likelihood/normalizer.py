@@ -12,7 +12,6 @@ the steps (sequential Monte Carlo) keeps the mean. What the estimates have in co
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -171,8 +170,7 @@ def log_normalizer_above(
     chain = ReverseChain.calibrated(model, labels, seed=seed, batch_size=batch_size) if chain is None else chain
     with evaluation_mode(model):
         log_w = _evaluate(model, x_s, level, labels, batch_size).log_prob_levels[:, level]
-        means = functools.partial(chain.means, y=labels, batch_size=batch_size)
-        for x_t, log_ratio in chain.rise(x_s, level, generator, means):
+        for x_t, log_ratio in chain.rise(x_s, level, generator, labels, batch_size):
             log_w, x_s = log_w + log_ratio, x_t
         log_w = log_w - chain.start(chain.start_noise_of(x_s))[1]
     return float(log_w.mean()), float(log_w.std()) / len(x) ** 0.5
