@@ -144,6 +144,10 @@ def test_a_saved_detector_gives_the_same_scores_and_thresholds(tmp_path, model, 
     assert torch.equal(again.score(x), detector.score(x))
     assert again.threshold(0.1) == detector.threshold(0.1)
     assert torch.equal(again.percentile(again.score(x)), detector.percentile(detector.score(x)))
+    if background is not None:
+        background.level_constants[3] += 0.1
+        with pytest.raises(UserError, match="trained or calibrated since"):
+            AnomalyDetector.load(tmp_path / "detector.safetensors", model, background)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
