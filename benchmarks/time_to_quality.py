@@ -5,9 +5,9 @@
 Both are CDMs on the same data, schedule, batch and average of the weights; each learning rate decays to the end of its
 own time. The paper's network is the U-Net of the preset's width and multipliers, without Gaussian residual, positions
 and time term; its optimiser and learning rate are the best of ``--rates`` and ``--muon-rates`` on the validation split
-after ``--grid-seconds``, as the default network's rate is of ``--default-rates``. Seconds are of processor time. The
-error is that of ``equal_time.py``; the likelihood is that of the probability flow, on the first ``--flow-images`` test
-images.
+after ``--grid-seconds`` with seed 0, as the default network's rate is of ``--default-rates``. Seconds are of processor
+time. The error is that of ``equal_time.py``; the likelihood is that of the probability flow, on the first
+``--flow-images`` test images.
 """
 
 from __future__ import annotations

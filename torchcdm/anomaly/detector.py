@@ -127,12 +127,13 @@ class AnomalyDetector:
         score = make_score(meta["score"], model, background)
         if meta["model"] != _sizes(score):
             raise UserError(f"{path}: was fitted on a model of {meta['model']}; this one takes {_sizes(score)}")
-        if meta["values"] != _values(score):
-            what = "the model has been trained or calibrated since, or is another"
-            raise UserError(f"{path}: {what}; fit the detector again")
         prefix = "fitted."
         score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        return cls(score, tensors["calibration"])
+        detector = cls(score, tensors["calibration"])
+        if meta["values"] != detector.values:
+            what = "the model has been trained or calibrated since, or is another"
+            raise UserError(f"{path}: {what}; fit the detector again")
+        return detector
 
 
 def _sizes(score: AnomalyScore) -> str:

@@ -8,7 +8,8 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -249,23 +250,6 @@ def start_kl_bound(denoiser: Denoiser, reference: GaussianMarginals, x_t: Tensor
     return float(0.5 * ((b**2 + offset) / variances - 1 + (variances / b**2).log()).sum())
 
 
-Visit = Callable[[Tensor, int], None]
-"""Called with w (B, d) and the level at each level of a path."""
-
-
-@dataclass(frozen=True)
-class _Path:
-    """Where a flow went.
-
-    Attributes:
-        w: At the end, (B, d).
-        totals: The divergence integrated up to each level, by either half of the probes, (levels, 2, B).
-    """
-
-    w: Tensor
-    totals: Tensor
-
-
 class _Flow:
     """One batch on its way: state w (B, d) and the accumulated divergence of both probe halves (2, B)."""
 
@@ -285,49 +269,49 @@ class _Flow:
 
     def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
-        path = self.follow(x_t, grid)
-        total = path.totals[-1]
-        return self._log_density(path.w, total.mean(0), grid[0]), total[0] - total[1], self._x(path.w, grid[-1])
+        (end,) = deque(self._rise(x_t, grid), maxlen=1)
+        _, w, total = end
+        return self._log_density(w, total.mean(0), grid[0]), total[0] - total[1], self._x(w, grid[-1])
 
     def along(self, x_t: Tensor, grid: Sequence[int], look: Look) -> tuple[Tensor, list[Tensor]]:
         """log density at each level of the grid, (B, levels), and what ``look`` says there, (B, levels, ...)."""
-        seen: list[tuple[Tensor, ...]] = []
-        path = self.follow(x_t, grid, lambda w, t: seen.append(look(self._x(w, t).to(self.dtype), t, self.y)))
-        rest = (path.totals[-1] - path.totals).mean(1)
-        log_prob = [self._log_density(path.w, total, t) for t, total in zip(grid, rest, strict=True)]
+        seen, totals = [], []
+        for t, w, total in self._rise(x_t, grid):
+            seen.append(look(self._x(w, t).to(self.dtype), t, self.y))
+            totals.append(total)
+        rest = (totals[-1] - torch.stack(totals)).mean(1)
+        log_prob = [self._log_density(w, from_t, t) for t, from_t in zip(grid, rest, strict=True)]
         return torch.stack(log_prob, 1), [torch.stack(column, 1) for column in zip(*seen, strict=True)]
-
-    def follow(self, x_t: Tensor, grid: Sequence[int], visit: Visit | None = None) -> _Path:
-        """The path from x at the first level of the grid."""
-        start = grid[0]
-        w = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
-        return self._travel(w / self._scale(start), grid, visit)
 
     def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """x at the first level from w at the last, its log density there, gap of the probe halves."""
-        start = grid[0]
-        path = self._travel(w, grid[::-1])
-        total = -path.totals[-1]
-        return self._x(path.w, start), self._log_density(w, total.mean(0), start), total[0] - total[1]
+        (end,) = deque(self._travel(w, grid[::-1]), maxlen=1)
+        start, w_start, total = end
+        log_density = self._log_density(w, -total.mean(0), start)
+        return self._x(w_start, start), log_density, total[1] - total[0]
 
-    def _travel(self, w: Tensor, levels: Sequence[int], visit: Visit | None = None) -> _Path:
+    def _rise(self, x_t: Tensor, grid: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """:meth:`_travel` from x at the first level of the grid."""
+        start = grid[0]
+        w = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
+        return self._travel(w / self._scale(start), grid)
+
+    def _travel(self, w: Tensor, levels: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each level, w there (B, d), and the divergence integrated up to it by either half of the probes, (2, B)."""
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         angle = torch.atan(self.schedule.ratio)
         slope, divergence = self._slope_and_divergence(w, levels[0])
-        totals = [torch.zeros_like(divergence)]
-        if visit is not None:
-            visit(w, levels[0])
+        total = torch.zeros_like(divergence)
+        yield levels[0], w, total
         for t, s in pairwise(levels):
             step = angle[s] - angle[t]
             ahead = self._slope(w + step * slope, s)
             w = w + step / 2 * (slope + ahead)
             before = divergence
             slope, divergence = self._slope_and_divergence(w, s)
-            totals.append(totals[-1] + step / 2 * (before + divergence))
-            if visit is not None:
-                visit(w, s)
-        return _Path(w, torch.stack(totals))
+            total = total + step / 2 * (before + divergence)
+            yield s, w, total
 
     def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
         """log p_t from where the path is at T and its divergence from t to T."""
