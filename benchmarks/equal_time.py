@@ -33,7 +33,8 @@ from torchcdm.building import load_source, plain_model
 from torchcdm.checkpoint import load
 from torchcdm.codec import check_settings, encode
 from torchcdm.compare.own import UNLIMITED
-from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.config import Config
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.metrics import evaluate
 from torchcdm.run_folder import write_json

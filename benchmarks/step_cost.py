@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from torchcdm import cdm, losses
 from torchcdm.building import build_loss, build_model, build_schedule, plain_model
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.config import Config
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.denoisers import Denoiser, DenoisingDiffusion, evaluation_mode
 from torchcdm.gaussian import GaussianMarginals
 from torchcdm.losses import CDMLoss, DDMLoss

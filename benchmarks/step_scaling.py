@@ -49,7 +49,8 @@ from step_cost import (
 
 from torchcdm.building import build_loss, plain_model
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.config import Config
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.run_folder import write_json
 
 VALUES = {"levels": (100, 400, 1000), "classes": (10, 100, 1000), "batch": (8, 32, 128), "resolution": (16, 32, 64)}

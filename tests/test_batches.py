@@ -7,7 +7,8 @@ import torch
 
 from torchcdm.batches import Batches, EpochOrder, derive
 from torchcdm.building import build_loss, build_model
-from torchcdm.config import LossConfig, make_config
+from torchcdm.config import LossConfig
+from torchcdm.config_sources import make_config
 from torchcdm.data import DataSource, LazySplit, MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform

@@ -10,7 +10,7 @@ from torch import nn
 import torchcdm
 from torchcdm.calibration import best_constants, calibrate_levels
 from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import make_config, preset_fields
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.errors import UserError
 from torchcdm.schedules import UniformSigmaSchedule
 from torchcdm.toy import MixtureClassifier

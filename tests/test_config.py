@@ -8,17 +8,8 @@ import yaml
 
 from torchcdm.building import build_backbone, build_model, build_schedule, resolve
 from torchcdm.codec import decode, differences, encode, merge
-from torchcdm.config import (
-    Config,
-    LearnedConfig,
-    LogSNRConfig,
-    ModelConfig,
-    file_fields,
-    flag_fields,
-    make_config,
-    preset_fields,
-    preset_names,
-)
+from torchcdm.config import Config, LearnedConfig, LogSNRConfig, ModelConfig
+from torchcdm.config_sources import file_fields, flag_fields, make_config, preset_fields, preset_names
 from torchcdm.errors import UserError
 from torchcdm.trainer import learning_rate, share_done
 from torchcdm.units import DataTransform

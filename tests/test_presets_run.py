@@ -10,7 +10,7 @@ from test_data_published import write_celeba, write_cifar, write_fashion
 
 from torchcdm.checkpoint import load, read_info
 from torchcdm.cli import main
-from torchcdm.config import preset_names
+from torchcdm.config_sources import preset_names
 
 SHRUNK = {
     "--steps": "2",

@@ -13,7 +13,7 @@ from torchcdm.building import build_backbone
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.cli import main
 from torchcdm.codec import encode
-from torchcdm.config import make_config, preset_fields
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.reproduce import Figure, Result, Table, Workspace, fig7, known_truth, registry, workspace

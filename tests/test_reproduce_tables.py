@@ -13,7 +13,7 @@ from torchcdm import frechet
 from torchcdm.cli import main
 from torchcdm.codec import merge
 from torchcdm.compare import comparison
-from torchcdm.config import make_config, preset_fields
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.features import Extractor
 from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain
 from torchcdm.reproduce import Workspace, fig6, models, table1, table2, table3, workspace

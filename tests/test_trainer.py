@@ -17,7 +17,7 @@ from torchcdm.building import gaussianized
 from torchcdm.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.cli import main
 from torchcdm.codec import encode
-from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
+from torchcdm.config_sources import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.data import from_object
 from torchcdm.denoisers import DenoisingDiffusion
 from torchcdm.errors import UserError

@@ -1,6 +1,7 @@
 """Run by torchrun: two processes share what one measures of a run, in Python and by commands."""
 
 import io
+import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -74,3 +75,6 @@ def shared(run: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     shared(Path(sys.argv[1]), Path(sys.argv[2]))
+    # Everything is written. PyTorch's threads of a group now and then abort an interpreter that ends in the usual way.
+    sys.stdout.flush()
+    os._exit(0)

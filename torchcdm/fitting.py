@@ -12,7 +12,8 @@ from typing import Any
 
 from torchcdm.building import in_units
 from torchcdm.checkpoint import load
-from torchcdm.config import Config, DataConfig, TrainConfig, make_config, preset_fields
+from torchcdm.config import Config, DataConfig, TrainConfig
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import DataSource, from_object, load_data, spec_of
 from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest

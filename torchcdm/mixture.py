@@ -164,6 +164,7 @@ def best_mixture(
     counts: Iterable[int],
     shares: Iterable[float] = SHRINKAGES,
     rows: int = FIT_ROWS,
+    tolerance: float = ROUGH,
 ) -> tuple[int, float]:
     """The number of components and the shrinkage, by the likelihood of validation data.
 
@@ -177,6 +178,8 @@ def best_mixture(
         counts: Increasing; the first is tried however few the samples.
         shares: Shrinkages.
         rows: At most so many samples are fitted.
+        tolerance: EM ends where an iteration gains less, nats a sample; a rough one is unjust to few components on
+            many samples.
     """
     variance, watched = _variance(train), validation[:FIT_ROWS].double()
     found: list[tuple[int, float, Tensor]] = []
@@ -184,7 +187,7 @@ def best_mixture(
     for number, count in enumerate(counts):
         if (number and 2 * count > len(train)) or worse == 2:
             break
-        weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=ROUGH)
+        weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=tolerance)
         trials = []
         for share in shares:
             parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched[:, None])

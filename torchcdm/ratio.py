@@ -15,7 +15,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.checkpoint import ModelInfo, load, read_info, read_json, save_model
 from torchcdm.codec import decode, encode
-from torchcdm.config import make_config, preset_fields
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL

@@ -14,7 +14,8 @@ from torchcdm import plots
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.checkpoint import load
 from torchcdm.compare.baselines import LARGEST_DIM, Baseline, baselines
-from torchcdm.config import Config, file_fields, make_config
+from torchcdm.config import Config
+from torchcdm.config_sources import file_fields, make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.gallery import balanced_labels

@@ -31,7 +31,8 @@ from torchcdm.checkpoint import (
     state_folders,
 )
 from torchcdm.codec import differences, encode
-from torchcdm.config import Config, TrainConfig, file_fields, make_config
+from torchcdm.config import Config, TrainConfig
+from torchcdm.config_sources import file_fields, make_config
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.denoisers import Denoiser
 from torchcdm.ema import EMA

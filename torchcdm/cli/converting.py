@@ -31,7 +31,7 @@ def run_convert(options: argparse.Namespace) -> int:
     from torchcdm.bridges.official import load_official
     from torchcdm.building import build_model, resolve
     from torchcdm.checkpoint import ModelInfo, save_model
-    from torchcdm.config import file_fields, make_config, preset_fields
+    from torchcdm.config_sources import file_fields, make_config, preset_fields
     from torchcdm.run_folder import RunFolder
     from torchcdm.units import DataTransform
 

@@ -94,7 +94,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_presets(options: argparse.Namespace) -> int:
     """One line a preset."""
-    from torchcdm.config import make_config, preset_fields, preset_names
+    from torchcdm.config_sources import make_config, preset_fields, preset_names
 
     for name in preset_names():
         config = make_config(preset_fields(name))
@@ -112,7 +112,7 @@ def _configuration(options: argparse.Namespace) -> Config:
     from pathlib import Path
 
     from torchcdm.building import plain_model
-    from torchcdm.config import file_fields, flag_fields, make_config, preset_fields
+    from torchcdm.config_sources import file_fields, flag_fields, make_config, preset_fields
     from torchcdm.data import parse_size
     from torchcdm.run_folder import RunFolder
 

@@ -10,15 +10,8 @@ from torchcdm.checkpoint import load
 from torchcdm.compare.budget import Budget
 from torchcdm.compare.denoising import FittedDenoiser
 from torchcdm.compare.peer import Diverged, Peer, Task, Training
-from torchcdm.config import (
-    Config,
-    LinearConfig,
-    OptimalTransportConfig,
-    ScheduleConfig,
-    UniformSigmaConfig,
-    make_config,
-    preset_fields,
-)
+from torchcdm.config import Config, LinearConfig, OptimalTransportConfig, ScheduleConfig, UniformSigmaConfig
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import DataSource
 from torchcdm.trainer import NotFinite, train
 

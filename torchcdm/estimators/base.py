@@ -18,7 +18,7 @@ from torch import Tensor
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.checkpoint import ModelInfo, load, read_info
 from torchcdm.codec import merge
-from torchcdm.config import make_config, preset_fields
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import ContextSplit, DataSource, MemorySplit, Split
 from torchcdm.data.source import permutation
 from torchcdm.errors import UserError
@@ -85,7 +85,7 @@ class TableEstimator(BaseEstimator):
     """The parameters of training, and training itself.
 
     Args:
-        preset: Where all settings start from, a name of :func:`torchcdm.config.preset_names`.
+        preset: Where all settings start from, a name of :func:`torchcdm.config_sources.preset_names`.
         steps: Optimiser steps at most; that of the preset, or of the size of the table, when None. Likewise below.
         batch_size: Rows in a step.
         lr: Peak learning rate.

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.codec import encode
-from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.config import Config
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import load_data
 from torchcdm.plots import save_panels
 from torchcdm.reproduce.result import Figure, Result, Table

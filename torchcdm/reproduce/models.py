@@ -12,7 +12,8 @@ from torch import Tensor
 from torchcdm.building import load_source
 from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.codec import encode, merge
-from torchcdm.config import Config, make_config, preset_fields
+from torchcdm.config import Config
+from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.denoisers import Denoiser
 from torchcdm.gallery import balanced_labels
 from torchcdm.plots import neighbours

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from torchcdm.checkpoint import load, read_json
 from torchcdm.codec import check_settings, encode
-from torchcdm.config import Config, make_config
+from torchcdm.config import Config
+from torchcdm.config_sources import make_config
 from torchcdm.data import DataSource
 from torchcdm.denoisers import Denoiser
 from torchcdm.devices import chosen_device
