@@ -75,6 +75,6 @@ def shared(run: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     shared(Path(sys.argv[1]), Path(sys.argv[2]))
-    # Everything is written. PyTorch's threads of a group now and then abort an interpreter that ends in the usual way.
+    # Everything is written. PyTorch's threads of a group have aborted an interpreter that ended in the usual way.
     sys.stdout.flush()
     os._exit(0)

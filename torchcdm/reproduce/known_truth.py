@@ -56,7 +56,7 @@ SELECTION_ROWS = 50_000
 """Training samples that these are fitted to, at most; the shrinkage of the one that is chosen is then of all."""
 
 SELECTION_TOLERANCE = 1e-4
-"""Of EM then. A rougher one leaves few Gaussians further from their best than many."""
+"""Of EM then. With 1e-3, 10 Gaussians of eight modes in the plane were further from their best than 45."""
 
 VALIDATION = 4000
 
