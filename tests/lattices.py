@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.schedules import NoiseSchedule
+from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
 

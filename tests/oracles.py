@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributions, nn
 
-from torchcdm.schedules import (
+from torchcdm.diffusion.exact import GaussianMixture
+from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,
     LogSNRSchedule,
@@ -13,7 +14,6 @@ from torchcdm.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
-from torchcdm.toy import GaussianMixture
 
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
     "linear": LinearSchedule,

@@ -1,7 +1,7 @@
 """Configurations that train in a second or two."""
 
-from torchcdm.config import Config
-from torchcdm.config_sources import flag_fields, make_config, preset_fields
+from torchcdm.training.config_files import flag_fields, make_config, preset_fields
+from torchcdm.training.settings import Config
 
 SMALL = {
     "model.backbone": "{name: encoder, width: 8, multipliers: [1, 2], blocks: 1, energy_maps: 4, dropout: 0.2, "

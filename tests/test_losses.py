@@ -9,19 +9,19 @@ from oracles import SCHEDULES, ZeroBackbone, labelled_mixture, normal, rng
 from torch import nn
 
 from torchcdm import losses
-from torchcdm.backbones.encoder import Encoder
-from torchcdm.backbones.mlp import MLP
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import DenoisingDiffusion
-from torchcdm.errors import UserError
-from torchcdm.gaussian import GaussianMarginals, MatrixRotation
-from torchcdm.losses import CDMLoss, DDMLoss, drop_labels, stratified_levels
-from torchcdm.schedules import (
+from torchcdm.diffusion.exact import MixtureClassifier
+from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
+from torchcdm.diffusion.schedules import (
     CosineSchedule,
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
-from torchcdm.toy import MixtureClassifier
+from torchcdm.errors import UserError
+from torchcdm.losses import CDMLoss, DDMLoss, drop_labels, stratified_levels
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.networks.encoder import Encoder
+from torchcdm.networks.mlp import MLP
 
 T = 12
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)

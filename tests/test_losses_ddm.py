@@ -7,19 +7,19 @@ import torch
 from oracles import ZeroBackbone, normal, rng
 from torch import nn
 
-from torchcdm.building import build_loss
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.config import LossConfig
-from torchcdm.denoisers import DenoisingDiffusion
-from torchcdm.errors import UserError
-from torchcdm.gaussian import GaussianMarginals
-from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.losses import CDMLoss, DDMLoss, bound_weights
-from torchcdm.schedules import (
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LearnedSchedule,
     LinearSchedule,
 )
+from torchcdm.errors import UserError
+from torchcdm.likelihood.chain import ReverseChain
+from torchcdm.losses import CDMLoss, DDMLoss, bound_weights
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.training.build import build_loss
+from torchcdm.training.settings import LossConfig
 from torchcdm.units import DataTransform
 
 T = 12

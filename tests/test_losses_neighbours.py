@@ -5,12 +5,12 @@ import torch
 from oracles import SCHEDULES, ZeroBackbone, covariance, labelled_mixture, normal, rng
 from torch import nn
 
-from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.diffusion.exact import MixtureClassifier
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.gaussian import GaussianMarginals
 from torchcdm.losses import CDMLoss
-from torchcdm.schedules import CosineSchedule, UniformSigmaSchedule
-from torchcdm.toy import MixtureClassifier
+from torchcdm.models.cdm import ClassificationDiffusion
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -7,12 +7,9 @@ import torch
 from oracles import SCHEDULES, ZeroBackbone, covariance, labelled_mixture, normal
 from torch import nn
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser, DenoisingDiffusion, Prediction
-from torchcdm.errors import UserError
-from torchcdm.gaussian import GaussianMarginals, MatrixRotation
-from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, make_sampler, sample, sample_noise
-from torchcdm.schedules import (
+from torchcdm.diffusion.exact import MixtureClassifier
+from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
+from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,
     LogSNRSchedule,
@@ -20,7 +17,10 @@ from torchcdm.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
-from torchcdm.toy import MixtureClassifier
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, Prediction
+from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, make_sampler, sample, sample_noise
 from torchcdm.units import DataTransform
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 from torchcdm import load
-from torchcdm.anomaly.profile import level_profile
+from torchcdm.apps.anomaly.profile import level_profile
 from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowOptions, elbo, log_normalizer, report
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.metrics import evaluate
-from torchcdm.processes import sharing
-from torchcdm.rows import map_rows
+from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import sharing
 from torchcdm.samplers import sample
-from torchcdm.trainer import NotFinite
+from torchcdm.training.evaluation import evaluate
+from torchcdm.training.loop import NotFinite
 
 
 def measured(run: Path) -> dict:

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from small_runs import small_config
 
-from torchcdm.batches import Batches
-from torchcdm.building import build_loss, build_model, fit_gaussian, load_source
-from torchcdm.processes import Processes
-from torchcdm.trainer import train
+from torchcdm.runtime.processes import Processes
+from torchcdm.training.batches import Batches
+from torchcdm.training.build import build_loss, build_model, fit_gaussian, load_source
+from torchcdm.training.loop import train
 
 KINDS = {
     "both": {"loss__ce_weight": "3", "model__backbone__dropout": "0"},

@@ -13,17 +13,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from torchcdm import estimators, likelihood
-    from torchcdm.cdm import ClassificationDiffusion
-    from torchcdm.checkpoint import load
-    from torchcdm.denoisers import DenoisingDiffusion
+    from torchcdm.apps.ratio import DensityRatio
     from torchcdm.errors import UserError
-    from torchcdm.fitting import fit
-    from torchcdm.ratio import DensityRatio
+    from torchcdm.models.cdm import ClassificationDiffusion
+    from torchcdm.models.denoiser import DenoisingDiffusion
     from torchcdm.samplers import sample
+    from torchcdm.training.checkpoint import load
+    from torchcdm.training.fit import fit
 
 __all__ = [
     "ClassificationDiffusion",
@@ -41,12 +41,12 @@ __all__ = [
 _MODULES = ("estimators", "likelihood")
 
 _HOMES = {
-    "ClassificationDiffusion": "cdm",
-    "DenoisingDiffusion": "denoisers",
-    "DensityRatio": "ratio",
+    "ClassificationDiffusion": "models.cdm",
+    "DenoisingDiffusion": "models.denoiser",
+    "DensityRatio": "apps.ratio",
     "UserError": "errors",
-    "fit": "fitting",
-    "load": "checkpoint",
+    "fit": "training.fit",
+    "load": "training.checkpoint",
     "sample": "samplers",
 }
 

@@ -7,10 +7,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.cdm import ClassificationDiffusion, Evaluation
-from torchcdm.denoisers import DenoisingDiffusion, Prediction
+from torchcdm.diffusion.schedules import LearnedSchedule, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.schedules import LearnedSchedule, NoiseSchedule
+from torchcdm.models.cdm import ClassificationDiffusion, Evaluation
+from torchcdm.models.denoiser import DenoisingDiffusion, Prediction
 
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""

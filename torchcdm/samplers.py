@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
-from torchcdm.processes import share
-from torchcdm.rows import map_rows
+from torchcdm.models.denoiser import Denoiser, Prediction, evaluation_mode, working_dtype
+from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import share
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,12 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_config
 from torch import Tensor, nn
 
-from torchcdm.anomaly import make_score
-from torchcdm.backbones.encoder import Encoder
-from torchcdm.backbones.mlp import DDMMLP, MLP
-from torchcdm.backbones.unet import CDMUNet, DDMUNet
-from torchcdm.calibration import calibrate_levels
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.checkpoint import load
-from torchcdm.denoisers import Denoiser, DenoisingDiffusion
-from torchcdm.gaussian import ClassGaussians, GaussianMarginals
+from torchcdm.apps.anomaly import make_score
+from torchcdm.apps.denoising import denoise_unknown, estimate_noise
+from torchcdm.apps.ratio import DensityRatio
+from torchcdm.diffusion.gaussian import ClassGaussians, GaussianMarginals
+from torchcdm.diffusion.mixture import MixtureMarginals
+from torchcdm.diffusion.schedules import LinearSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.likelihood import (
     consistency,
     elbo,
@@ -39,15 +36,18 @@ from torchcdm.likelihood import (
     single_pass,
 )
 from torchcdm.losses import CDMLoss, DDMLoss
-from torchcdm.metrics import level_sums
-from torchcdm.mixture import MixtureMarginals
-from torchcdm.noise_level import denoise_unknown, estimate_noise
-from torchcdm.optimizers import build_optimizer
-from torchcdm.path_calibration import calibrate_paths
-from torchcdm.ratio import DensityRatio
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+from torchcdm.networks.encoder import Encoder
+from torchcdm.networks.mlp import DDMMLP, MLP
+from torchcdm.networks.unet import CDMUNet, DDMUNet
 from torchcdm.samplers import DDIM, SAMPLERS, sample
-from torchcdm.schedules import LinearSchedule, LogSNRSchedule, UniformSigmaSchedule
-from torchcdm.trainer import train
+from torchcdm.training.checkpoint import load
+from torchcdm.training.evaluation import level_sums
+from torchcdm.training.level_constants import calibrate_levels
+from torchcdm.training.loop import train
+from torchcdm.training.optimizers import build_optimizer
+from torchcdm.training.path_calibration import calibrate_paths
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 VALUES = Path(__file__).with_name("values.safetensors")

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchcdm.backbones.blocks import time_embedding
-from torchcdm.backbones.unet import DDMUNet
-from torchcdm.denoisers import DenoisingDiffusion
+from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
-from torchcdm.schedules import LinearSchedule
+from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.networks.blocks import time_embedding
+from torchcdm.networks.unet import DDMUNet
 from torchcdm.units import DataTransform
 
 WEIGHTS, NETWORK, SCHEDULER = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"

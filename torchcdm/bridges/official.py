@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchcdm.backbones.unet import CDMUNet
 from torchcdm.errors import UserError
+from torchcdm.networks.unet import CDMUNet
 
 EMA_KEY = "ema_model_state_dict"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.files import without_nan, write_json, writing
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,7 +54,7 @@ def check_writable(path: Path | None) -> None:
     """
     if path is None or str(path) == "-":
         return
-    from torchcdm.run_folder import writing
+
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def write_numbers(path: Path | None, value: Any) -> None:
     """Numbers as JSON where ``--json`` says."""
     if path is None:
         return
-    from torchcdm.run_folder import without_nan, write_json
+
 
     if str(path) == "-":
         json.dump(without_nan(value), sys.stdout, indent=1)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
 from torchcdm.errors import UserError
+from torchcdm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from torchcdm.path_calibration import PathCalibration
+    from torchcdm.training.path_calibration import PathCalibration
 
 
 def add_commands(commands: Any) -> None:
@@ -39,11 +40,11 @@ def add_commands(commands: Any) -> None:
 
 def run_calibrate(options: argparse.Namespace) -> int:
     """Fits a readout and keeps it with the model, or takes it back."""
-    from torchcdm.cdm import ClassificationDiffusion
-    from torchcdm.checkpoint import load, read_info, save_model
-    from torchcdm.path_calibration import calibrate_paths
-    from torchcdm.processes import sharing
-    from torchcdm.run_folder import RunFolder
+    from torchcdm.models.cdm import ClassificationDiffusion
+    from torchcdm.runtime.processes import sharing
+    from torchcdm.training.checkpoint import load, read_info, save_model
+    from torchcdm.training.path_calibration import calibrate_paths
+
 
     if options.samples < 1:
         raise UserError(f"--samples is {options.samples}; at least 1 is needed")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchcdm.cli.arguments import add_command
 from torchcdm.errors import UserError
+from torchcdm.training.run_folder import RunFolder
 
 
 def add_commands(commands: Any) -> None:
@@ -29,10 +30,9 @@ def add_commands(commands: Any) -> None:
 def run_convert(options: argparse.Namespace) -> int:
     """A run folder that every other command reads."""
     from torchcdm.bridges.official import load_official
-    from torchcdm.building import build_model, resolve
-    from torchcdm.checkpoint import ModelInfo, save_model
-    from torchcdm.config_sources import file_fields, make_config, preset_fields
-    from torchcdm.run_folder import RunFolder
+    from torchcdm.training.build import build_model, resolve
+    from torchcdm.training.checkpoint import ModelInfo, save_model
+    from torchcdm.training.config_files import file_fields, make_config, preset_fields
     from torchcdm.units import DataTransform
 
     run = RunFolder(options.out)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError
+from torchcdm.runtime.files import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchcdm.denoisers import Denoiser
+    from torchcdm.models.denoiser import Denoiser
 
 BATCH = 256
 
@@ -44,11 +45,11 @@ def run_denoise(options: argparse.Namespace) -> int:
     """Clean files, and a table of the noise that was found."""
     import torch
 
-    from torchcdm.checkpoint import load, read_info
+    from torchcdm.apps.denoising import common_scale
     from torchcdm.data import save_array, save_images, save_table
-    from torchcdm.devices import chosen_device
-    from torchcdm.noise_level import common_scale
-    from torchcdm.run_folder import write_file
+    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.training.checkpoint import load, read_info
+
 
     info = read_info(options.model)
     model = load(options.model, chosen_device(options.device))
@@ -78,8 +79,7 @@ def _rule(options: argparse.Namespace, model: Denoiser) -> Callable[[Tensor], tu
     """From noisy samples to clean ones, data units, their levels (B,), and the noise in model units, float64 (B,)."""
     import torch
 
-    from torchcdm.cdm import ClassificationDiffusion
-    from torchcdm.noise_level import (
+    from torchcdm.apps.denoising import (
         common_scale,
         denoise_known,
         denoise_level,
@@ -87,6 +87,7 @@ def _rule(options: argparse.Namespace, model: Denoiser) -> Callable[[Tensor], tu
         nearest_level,
         require_additive_noise,
     )
+    from torchcdm.models.cdm import ClassificationDiffusion
 
     require_additive_noise(model.transform)
     schedule, scale = model.schedule, common_scale(model.transform)

@@ -6,23 +6,22 @@ import itertools
 import re
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
+from torchcdm import __version__
 from torchcdm.cli import (
     calibrating,
-    comparing,
     converting,
     denoising,
     measuring,
     ratios,
     reading,
-    reproducing,
     sampling,
     scoring,
     training,
 )
 from torchcdm.cli.arguments import Parser
 from torchcdm.errors import UserError
-from torchcdm.version import __version__
 
 EPILOG = """\
 examples:
@@ -39,17 +38,28 @@ DOTTED = re.compile(r"--\w+(\.\w+)+(=|$)")
 """The flag of a field of the configuration, which every command but ``train`` refuses."""
 
 
+GROUPS = (training, sampling, measuring, calibrating, scoring, ratios, denoising, reading, converting)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """``cdm``: runs one command and returns its exit code."""
     parser = Parser(prog="cdm", description="Classification diffusion models.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"torchcdm {__version__}")
+    return run_command(parser, GROUPS, arguments)
+
+
+def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequence[str] | None) -> int:
+    """Runs the command that the words name; a user's mistake is one line on stderr and exit code 2.
+
+    Args:
+        parser: Named as the program.
+        groups: Modules whose ``add_commands`` adds commands.
+        arguments: The words after the program's name; those of the process when None.
+    """
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    groups = (
-        training, sampling, measuring, calibrating, scoring, comparing, ratios, denoising, reading, converting,
-        reproducing,
-    )  # fmt: skip
     for group in groups:
         group.add_commands(commands)
+    name = parser.prog
     try:
         # The parser would take the values of flags that it does not know for arguments without a name.
         words, fields = _without_fields(sys.argv[1:] if arguments is None else arguments)
@@ -59,10 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return options.run(options) or 0
     except UserError as error:
-        print(f"cdm: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cdm: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output, such as head, has seen enough.

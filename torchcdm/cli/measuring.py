@@ -6,13 +6,13 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, write_numbers
-from torchcdm.config import FEWEST_PARTICLES
 from torchcdm.errors import UserError
+from torchcdm.training.settings import FEWEST_PARTICLES
 
 if TYPE_CHECKING:
-    from torchcdm.checkpoint import ModelInfo
     from torchcdm.data import DataSource
-    from torchcdm.denoisers import Denoiser
+    from torchcdm.models.denoiser import Denoiser
+    from torchcdm.training.checkpoint import ModelInfo
 
 
 def add_commands(commands: Any) -> None:
@@ -51,10 +51,10 @@ def add_commands(commands: Any) -> None:
 
 def run_nll(options: argparse.Namespace) -> int:
     """Likelihood of a split."""
-    from torchcdm.checkpoint import load, read_info
     from torchcdm.likelihood import FlowOptions, LogZOptions, methods_of, report
-    from torchcdm.metrics import labels_for
-    from torchcdm.processes import sharing
+    from torchcdm.runtime.processes import sharing
+    from torchcdm.training.checkpoint import load, read_info
+    from torchcdm.training.evaluation import labels_for
 
     if options.particles < FEWEST_PARTICLES:
         raise UserError(f"--particles is {options.particles}; at least {FEWEST_PARTICLES} are needed")
@@ -94,9 +94,9 @@ def run_nll(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Classifier and denoiser by level."""
-    from torchcdm.checkpoint import load, read_info
-    from torchcdm.metrics import evaluate
-    from torchcdm.processes import sharing
+    from torchcdm.runtime.processes import sharing
+    from torchcdm.training.checkpoint import load, read_info
+    from torchcdm.training.evaluation import evaluate
 
     if options.draws < 1:
         raise UserError(f"--draws is {options.draws}; at least 1 is needed")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
+from torchcdm.runtime.files import write_file
+from torchcdm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from torchcdm.ratio import DensityRatio, Scores
+    from torchcdm.apps.ratio import DensityRatio, Scores
 
 
 def add_commands(commands: Any) -> None:
@@ -45,11 +47,11 @@ def add_commands(commands: Any) -> None:
 
 def run_ratio(options: argparse.Namespace) -> int:
     """Fits, scores, and says how far to trust it."""
+    from torchcdm.apps.ratio import DensityRatio
+    from torchcdm.apps.ratio_checks import check_clip, effective_sample_size, weights_of
     from torchcdm.data import check_spec, parse_size, spec_of
-    from torchcdm.devices import chosen_device
-    from torchcdm.ratio import DensityRatio
-    from torchcdm.ratio_checks import check_clip, effective_sample_size, weights_of
-    from torchcdm.run_folder import RunFolder, write_file
+    from torchcdm.runtime.devices import chosen_device
+
 
     check_clip(options.clip)
     check_spec(spec_of(options.query))

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from torchcdm.cli.arguments import add_command, add_json, write_numbers
+from torchcdm.training.run_folder import RunFolder, read_metrics
 
 
 def add_commands(commands: Any) -> None:
@@ -20,8 +21,8 @@ def run_info(options: argparse.Namespace) -> int:
     """Architecture, data and training of a run."""
     from pathlib import Path
 
-    from torchcdm.checkpoint import load, read_info, state_folders
-    from torchcdm.run_folder import RunFolder, read_metrics
+    from torchcdm.training.checkpoint import load, read_info, state_folders
+
 
     info = read_info(options.model)
     model = load(options.model)

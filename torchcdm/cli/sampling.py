@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError
+from torchcdm.runtime.files import writing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchcdm.checkpoint import ModelInfo
-    from torchcdm.denoisers import Denoiser
+    from torchcdm.models.denoiser import Denoiser
+    from torchcdm.training.checkpoint import ModelInfo
 
 
 FORMATS = ("grid", "images", "array", "all")
@@ -42,10 +43,10 @@ def add_commands(commands: Any) -> None:
 
 def run_sample(options: argparse.Namespace) -> int:
     """Samples to files, with a manifest."""
-    from torchcdm.checkpoint import load, read_info
-    from torchcdm.gallery import draw, save_all, save_each, save_manifest, save_sheet
-    from torchcdm.processes import sharing
-    from torchcdm.run_folder import writing
+    from torchcdm.runtime.processes import sharing
+    from torchcdm.training.checkpoint import load, read_info
+    from torchcdm.training.samples import draw, save_all, save_each, save_manifest, save_sheet
+
 
     info = read_info(options.model)
     out = options.out
@@ -77,7 +78,7 @@ def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tens
     """The classes that ``--label`` asks for."""
     import torch
 
-    from torchcdm.gallery import balanced_labels
+    from torchcdm.training.samples import balanced_labels
 
     if label is None:
         return None

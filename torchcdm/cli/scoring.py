@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
 from torchcdm.errors import UserError
+from torchcdm.runtime.files import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchcdm.anomaly import AnomalyDetector
-    from torchcdm.checkpoint import ModelInfo
-    from torchcdm.denoisers import Denoiser
+    from torchcdm.apps.anomaly import AnomalyDetector
+    from torchcdm.models.denoiser import Denoiser
+    from torchcdm.training.checkpoint import ModelInfo
 
 SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
-"""Those of :data:`torchcdm.anomaly.SCORES`, which takes torch to import: help is to come at once."""
+"""Those of :data:`torchcdm.apps.anomaly.SCORES`, which takes torch to import: help is to come at once."""
 
 REFERENCE_LIMIT = 5000
 SHOWN = 10
@@ -55,9 +56,9 @@ def add_commands(commands: Any) -> None:
 
 def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
-    from torchcdm.anomaly import AnomalyDetector, make_score
-    from torchcdm.checkpoint import load, read_info
-    from torchcdm.processes import sharing
+    from torchcdm.apps.anomaly import AnomalyDetector, make_score
+    from torchcdm.runtime.processes import sharing
+    from torchcdm.training.checkpoint import load, read_info
 
     if options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
@@ -79,7 +80,7 @@ def run_score(options: argparse.Namespace) -> int:
     if options.csv is not None:
         _write_csv(options.csv, names, scores, percentiles, flags)
     if options.plot is not None:
-        from torchcdm.plots import score_histogram
+        from torchcdm.apps.plots import score_histogram
 
         score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
     if str(options.json) != "-":
@@ -118,7 +119,7 @@ def _reference(options: argparse.Namespace, info: ModelInfo, model: Denoiser) ->
 
 
 def _write_csv(path: Path, names: list[str], scores: Tensor, percentiles: Tensor, flags: Tensor) -> None:
-    from torchcdm.run_folder import write_file
+
 
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device
 from torchcdm.errors import UserError, nearest
+from torchcdm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from torchcdm.config import Config
+    from torchcdm.training.settings import Config
 
 SHORT = {
     "data": "data.spec",
@@ -60,14 +61,14 @@ def add_commands(commands: Any) -> None:
 
 def run_train(options: argparse.Namespace) -> int:
     """Trains, then measures on the test split."""
-    from torchcdm.building import load_source
-    from torchcdm.devices import chosen_device
-    from torchcdm.interrupt import Interrupted
+    from torchcdm.apps.report import write_report
     from torchcdm.likelihood import check_methods
-    from torchcdm.processes import is_first
-    from torchcdm.reporting import write_report
+    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.runtime.processes import is_first
     from torchcdm.samplers import check_sampler
-    from torchcdm.trainer import train
+    from torchcdm.training.build import load_source
+    from torchcdm.training.interrupt import Interrupted
+    from torchcdm.training.loop import train
 
     config = _configuration(options)
     check_sampler(config.sampling.sampler)
@@ -94,7 +95,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_presets(options: argparse.Namespace) -> int:
     """One line a preset."""
-    from torchcdm.config_sources import make_config, preset_fields, preset_names
+    from torchcdm.training.config_files import make_config, preset_fields, preset_names
 
     for name in preset_names():
         config = make_config(preset_fields(name))
@@ -111,10 +112,10 @@ def _configuration(options: argparse.Namespace) -> Config:
     """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
     from pathlib import Path
 
-    from torchcdm.building import plain_model
-    from torchcdm.config_sources import file_fields, flag_fields, make_config, preset_fields
     from torchcdm.data import parse_size
-    from torchcdm.run_folder import RunFolder
+    from torchcdm.training.build import plain_model
+    from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
+
 
     layers = []
     if options.preset is not None:

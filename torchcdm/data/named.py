@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from torchcdm import toy as toys
 from torchcdm.data.arrays import Grid, convert_images, source_from_splits
 from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
+from torchcdm.diffusion import exact as toys
 from torchcdm.errors import UserError
 
 POOL_SEED = 0

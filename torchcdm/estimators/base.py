@@ -15,16 +15,16 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.checkpoint import ModelInfo, load, read_info
-from torchcdm.codec import merge
-from torchcdm.config_sources import make_config, preset_fields
 from torchcdm.data import ContextSplit, DataSource, MemorySplit, Split
 from torchcdm.data.source import permutation
+from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
-from torchcdm.fitting import override_fields, trained
-from torchcdm.mixture import SHRINKAGES, best_mixture
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.training.checkpoint import ModelInfo, load, read_info
+from torchcdm.training.codec import merge
+from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.fit import override_fields, trained
 from torchcdm.units import ColumnTransform, DataTransform
 
 SMALLEST_TABLE = 10
@@ -85,7 +85,7 @@ class TableEstimator(BaseEstimator):
     """The parameters of training, and training itself.
 
     Args:
-        preset: Where all settings start from, a name of :func:`torchcdm.config_sources.preset_names`.
+        preset: Where all settings start from, a name of :func:`torchcdm.training.config_files.preset_names`.
         steps: Optimiser steps at most; that of the preset, or of the size of the table, when None. Likewise below.
         batch_size: Rows in a step.
         lr: Peak learning rate.

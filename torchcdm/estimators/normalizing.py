@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchcdm.cdm import ClassificationDiffusion
+from torchcdm.models.cdm import ClassificationDiffusion
 
 DRAWS = 20_000
 BATCH = 1000

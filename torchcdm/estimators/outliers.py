@@ -12,8 +12,8 @@ import torch
 from sklearn.base import OutlierMixin
 from torch import Tensor
 
-from torchcdm.anomaly import AnomalyDetector, make_score
-from torchcdm.anomaly.scores import check_name
+from torchcdm.apps.anomaly import AnomalyDetector, make_score
+from torchcdm.apps.anomaly.scores import check_name
 from torchcdm.errors import UserError
 from torchcdm.estimators.density import TableDensity
 
@@ -36,7 +36,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     A row that holds another value in a column that was constant in training is an outlier, whatever the rest.
 
     Args:
-        anomaly_score: Name of a score in :data:`torchcdm.anomaly.SCORES` that takes one model.
+        anomaly_score: Name of a score in :data:`torchcdm.apps.anomaly.SCORES` that takes one model.
         contamination: Share of outliers in the training table, above 0 and at most ½: so many of its rows are
             flagged. ``auto``: the table is taken as normal, and the threshold flags one in twenty of the normal rows
             that training did not see; the lowest of them where there are fewer than 19.
@@ -44,7 +44,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
 
     Attributes:
         offset_: Threshold: ``decision_function`` is ``score_samples`` less this.
-        detector_: The fitted score with its calibration, a :class:`torchcdm.anomaly.AnomalyDetector`.
+        detector_: The fitted score with its calibration, a :class:`torchcdm.apps.anomaly.AnomalyDetector`.
         model_: The trained :class:`torchcdm.ClassificationDiffusion`.
         columns_: Which columns were left out or dequantised.
         notes_: What was read off the table.

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchcdm.checkpoint import ModelInfo, load, read_info, read_json, save_model
 from torchcdm.errors import UserError
-from torchcdm.run_folder import RunFolder, write_json
+from torchcdm.runtime.files import write_json
+from torchcdm.training.checkpoint import ModelInfo, load, read_info, read_json, save_model
+from torchcdm.training.run_folder import RunFolder
 
 FORMAT = 1
 FILE = "estimator.json"

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood import probability_flow
+from torchcdm.models.cdm import ClassificationDiffusion
 
 LIKELIHOODS = ("one-pass", "flow")
 BATCH = 1000

@@ -15,8 +15,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.schedules import NoiseSchedule
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 NEWTON_STEPS = 12

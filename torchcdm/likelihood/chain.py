@@ -17,10 +17,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import reference_gaussian
-from torchcdm.rows import map_rows
+from torchcdm.models.denoiser import Denoiser, Prediction, evaluation_mode, working_dtype
+from torchcdm.runtime.batching import map_rows
 
 CALIBRATION_SAMPLES = 256
 """Model samples from which the variances are measured: each is then right within about a tenth."""

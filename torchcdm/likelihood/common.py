@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 DEQUANTISE, NOISE, CELL, START, PROBES, CHAIN, STRATA = range(7)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import evaluation_mode, working_dtype
 from torchcdm.likelihood.common import CHAIN, dithered, draw_normal, labels_of, require_transform
 from torchcdm.likelihood.flow import flow_path
 from torchcdm.likelihood.single_pass import noised
-from torchcdm.rows import map_rows
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import evaluation_mode, working_dtype
+from torchcdm.runtime.batching import map_rows
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcdm.denoisers import Denoiser, evaluation_mode
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.chain import ReverseChain
@@ -22,7 +21,8 @@ from torchcdm.likelihood.common import (
     labels_of,
     require_transform,
 )
-from torchcdm.rows import map_rows
+from torchcdm.models.denoiser import Denoiser, evaluation_mode
+from torchcdm.runtime.batching import map_rows
 from torchcdm.units import LogLikelihood
 
 

@@ -16,12 +16,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser, evaluation_mode, working_dtype
+from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.errors import UserError
-from torchcdm.gaussian import GaussianMarginals
 from torchcdm.likelihood.common import PROBES, START, draw_rows, labels_of
-from torchcdm.rows import map_rows
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.runtime.batching import map_rows
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchcdm.denoisers import Denoiser, evaluation_mode
 from torchcdm.likelihood.common import labels_of, require_transform, scoring_level
 from torchcdm.likelihood.flow import FlowResult, probability_flow
 from torchcdm.likelihood.single_pass import ScoredNoise, score_noisy
-from torchcdm.rows import map_rows
+from torchcdm.models.denoiser import Denoiser, evaluation_mode
+from torchcdm.runtime.batching import map_rows
 from torchcdm.units import LogLikelihood
 
 

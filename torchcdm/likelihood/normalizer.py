@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion, Evaluation
-from torchcdm.denoisers import Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import flow_sample
-from torchcdm.processes import alone
-from torchcdm.rows import map_rows
+from torchcdm.models.cdm import ClassificationDiffusion, Evaluation
+from torchcdm.models.denoiser import Prediction, evaluation_mode, working_dtype
+from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import alone
 
 ESTIMATORS = ("smc", "ais", "flow")
 """Sequential Monte Carlo; the same without resampling; importance sampling from the probability flow."""

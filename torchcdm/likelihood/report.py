@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import labels_of, require_transform, scoring_level
@@ -21,6 +19,8 @@ from torchcdm.likelihood.normalizer import LogNormalizer, log_normalizer
 from torchcdm.likelihood.single_pass import combine, published_convention, single_draws
 from torchcdm.likelihood.summary import ROWS, NLLGap, NLLReport, Row
 from torchcdm.likelihood.verdict import Evidence, judge
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import LogLikelihood, standard_error
 
 METHODS = ("single", "elbo", "flow", "logz")

@@ -9,8 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchcdm.cdm import ClassificationDiffusion
-from torchcdm.denoisers import Denoiser, Prediction, evaluation_mode, working_dtype
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.common import (
@@ -22,7 +20,9 @@ from torchcdm.likelihood.common import (
     labels_of,
     require_transform,
 )
-from torchcdm.rows import map_rows
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser, Prediction, evaluation_mode, working_dtype
+from torchcdm.runtime.batching import map_rows
 from torchcdm.units import LogLikelihood
 
 

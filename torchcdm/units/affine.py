@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.float64 import Float64Module
+from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import spread
 
 

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchcdm.float64 import Float64Module
+from torchcdm.units.float64 import Float64Module
 
 ROWS = 2000
 """Rows that the curves are fitted to."""

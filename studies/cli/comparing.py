@@ -1,0 +1,122 @@
+"""``python -m studies compare``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
+from torchcdm.errors import UserError
+
+if TYPE_CHECKING:
+    from torchcdm.data import DataSource
+    from torchcdm.training.settings import DataConfig
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands,
+        "compare",
+        "train other density models and ours for the same time on the same data, and score them alike",
+        "python -m studies compare digits --budget 150 --peers cdm,nsf,realnvp --out compared --json compared.json",
+    )
+    parser.add_argument("data", metavar="DATA", help="digits, folder:PATH, array:FILE, table:FILE, toy:NAME ...")
+    parser.add_argument("--budget", metavar="SECONDS", type=float, help="training time of each system; needed")
+    parser.add_argument("--peers", metavar="A,B", help="names, separated by commas; all that suit the data by default")
+    parser.add_argument("--list", action="store_true", help="list the peers that suit the data and do nothing else")
+    parser.add_argument("--clock", default="wall", help="wall, or processor: processor time of this process (wall)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="keep results and models; what is finished there is "
+                        "not made again")  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="figure of likelihood against the cost of scoring")
+    parser.add_argument("--seed", type=int, default=0, help="of training (0)")
+    parser.add_argument("--limit", type=int, metavar="N", help="score at most N test samples, evenly spaced")
+    parser.add_argument("--size", metavar="HxW", help="resize images")
+    parser.add_argument("--channels", type=int, metavar="N", help="convert images to 1, 3 or 4 channels")
+    parser.add_argument("--label", metavar="COLUMN", help="column of a table that is no feature: the class")
+    parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, help="all systems see grey levels "
+                        "Gaussianised by the histogram of each pixel; default: as the preset of the data")  # fmt: skip
+    parser.add_argument("--log-z", metavar="PARTICLES", type=int, help="normalise one pass of each CDM by log Z, "
+                        "estimated by so many particles (digits: 1024), two evaluations each a level")  # fmt: skip
+    parser.add_argument("--frechet", metavar="N", type=int, help="Fréchet distance of N samples of each system to the "
+                        "training images; 2000 at least")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_json(parser)
+    add_device(parser)
+    parser.set_defaults(run=run_compare)
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """Trains, measures and prints."""
+    from studies.compare.comparison import compare
+    from studies.compare.figure import scoring_cost
+    from studies.compare.own import preset_of
+    from torchcdm.likelihood import LogZOptions
+    from torchcdm.likelihood.normalizer import ISLANDS
+    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.training.build import gaussianized, load_source
+    from torchcdm.training.interrupt import Interrupted
+
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; it must not be negative")
+    if options.limit is not None and options.limit < 2:
+        raise UserError(f"--limit is {options.limit}; at least 2 are needed")
+    if options.log_z is not None and options.log_z < 2 * ISLANDS:
+        raise UserError(f"--log-z is {options.log_z}; at least {2 * ISLANDS} particles are needed")
+    if options.budget is None and not options.list:
+        raise UserError("the following arguments are required: --budget; see cdm compare --help")
+    data = _data(options)
+    source = load_source(data)
+    if preset_of(source).data.gaussianize if options.gaussianize is None else options.gaussianize:
+        data, source = replace(data, gaussianize=True), gaussianized(source)
+    if options.list:
+        _list(source)
+        return 0
+    names = None if options.peers is None else [name.strip() for name in options.peers.split(",")]
+    keep = nullcontext(options.out) if options.out else tempfile.TemporaryDirectory()
+    with keep as folder:
+        try:
+            comparison = compare(
+                source,
+                options.budget,
+                Path(folder),
+                names,
+                options.clock,
+                options.seed,
+                options.limit,
+                chosen_device(options.device),
+                data,
+                progress=not options.quiet,
+                frechet=options.frechet,
+                log_z=None if options.log_z is None else LogZOptions(options.log_z),
+            )
+        except Interrupted as stop:
+            print(f"cdm: {stop}", file=sys.stderr)
+            return 128 + stop.number
+    if str(options.json) != "-":
+        print(comparison.table())
+    write_numbers(options.json, comparison.to_json())
+    if options.plot is not None:
+        scoring_cost(comparison, options.plot)
+    return 0
+
+
+def _data(options: argparse.Namespace) -> DataConfig:
+    from torchcdm.data import parse_size
+    from torchcdm.training.settings import DataConfig
+
+    size = None if options.size is None else parse_size(options.size)
+    return DataConfig(spec=options.data, size=size, channels=options.channels, label=options.label)
+
+
+def _list(source: DataSource) -> None:
+    from studies.compare.peers import PEERS
+
+    for name, peer in PEERS.items():
+        why = peer.unsuited(source.shape)
+        print(f"{name:16}{peer.title}" + (f"; not for {source.name}: {why}" if why else ""))

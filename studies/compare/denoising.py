@@ -1,0 +1,111 @@
+"""Systems that denoise: their likelihoods by one pass, ELBO and flow, and their samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from studies.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
+from torchcdm.apps.budget import Budget
+from torchcdm.likelihood import (
+    FlowOptions,
+    LogZOptions,
+    ReverseChain,
+    Row,
+    elbo,
+    flow_likelihood,
+    log_z_estimates,
+    single_pass,
+)
+from torchcdm.likelihood.common import scoring_level
+from torchcdm.likelihood.verdict import Evidence, judge
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.samplers import make_sampler, sample
+from torchcdm.units import LogLikelihood
+
+ELBO_EVALUATIONS = 100
+"""Of each sample; more levels than that are drawn at random, which leaves the bound unbiased."""
+
+CALIBRATED_LEVELS = 100
+"""Up to so many levels the reverse variances are measured on the model's own samples; a finer chain hardly needs them
+and would take twice as many evaluations as it has levels."""
+
+
+class FittedDenoiser(Fitted):
+    """A trained denoiser.
+
+    Args:
+        denoiser: With a transform.
+        training: How it was trained.
+        with_elbo: Whether its reverse chain is a system of its own; flow matching has none.
+        sampler: Name of the sampler.
+        steps: Of the sampler.
+        log_z: How log Z of a classification diffusion model is estimated; None: not at all.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        training: Training,
+        with_elbo: bool = True,
+        sampler: str = "ddim",
+        steps: int = 50,
+        log_z: LogZOptions | None = None,
+    ) -> None:
+        self.denoiser, self.training, self.with_elbo, self.log_z = denoiser, training, with_elbo, log_z
+        self.sampler, self.steps = sampler, min(steps, denoiser.schedule.T)
+        self.parameters = sum(p.numel() for p in denoiser.parameters())
+
+    def scores(self, x: Tensor, budget: Budget) -> list[Score]:
+        denoiser, level = self.denoiser, scoring_level(self.denoiser)
+        methods = {}
+        if isinstance(denoiser, ClassificationDiffusion):
+            methods["one-pass"] = lambda: single_pass(denoiser, x, level=0, seed=SCORING_SEED)
+            methods["one-pass-level"] = lambda: single_pass(denoiser, x, level=level, seed=SCORING_SEED)
+        if self.with_elbo:
+            methods["elbo"] = lambda: self._elbo(x, level)
+        methods["flow"] = lambda: flow_likelihood(
+            denoiser, x, level=level, options=FlowOptions(), seed=SCORING_SEED
+        ).likelihood
+        scores = []
+        for name, method in methods.items():
+            clock = budget.restarted()
+            likelihood = method()
+            scores.append(Score(name, likelihood, not name.startswith("one-pass"), clock.elapsed))
+        if isinstance(denoiser, ClassificationDiffusion) and self.log_z is not None:
+            one_pass = next(score for score in scores if score.name == "one-pass-level")
+            scores += self._normalised(denoiser, one_pass, self.log_z)
+        return scores
+
+    def _normalised(self, model: ClassificationDiffusion, one_pass: Score, options: LogZOptions) -> list[Score]:
+        """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
+        likelihood, level = one_pass.likelihood, one_pass.likelihood.level
+        chain = ReverseChain.calibrated(model, seed=SCORING_SEED)
+        z, second = log_z_estimates(model, chain, level, options, FlowOptions(), SCORING_SEED)
+        row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
+        per_nat = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
+        verdict = judge(Evidence(per_nat, row, None, None, z, second, level=level))
+        if verdict.headline.value is None:
+            self.note = verdict.why
+            return []
+        self.note = f"log Z {per_nat * z.value:+.3f}, effective sample size {z.ess:.0f}"
+        normalised = replace(likelihood, nats=likelihood.nats - z.value)
+        # What the verdict adds to the samples' own error.
+        shared_se = math.sqrt(max(0.0, verdict.headline.se**2 - row.se**2))
+        return [Score(verdict.headline.name, normalised, True, one_pass.seconds, shared_se)]
+
+    def _elbo(self, x: Tensor, level: int) -> LogLikelihood:
+        levels = self.denoiser.schedule.T - level + 1
+        fine = self.denoiser.schedule.T > CALIBRATED_LEVELS
+        chain = ReverseChain(self.denoiser) if fine else ReverseChain.calibrated(self.denoiser, seed=SCORING_SEED)
+        evaluations = min(levels, ELBO_EVALUATIONS)
+        return elbo(self.denoiser, x, None, level, evaluations, chain, SCORING_SEED).likelihood
+
+    def sample(self, n: int, seed: int) -> Samples:
+        drawn = sample(self.denoiser, n, self.sampler, self.steps, seed=seed)
+        # The step to level 0 always takes one evaluation.
+        evaluations = make_sampler(self.sampler).evaluations * (self.steps - 1) + 1
+        return Samples(drawn, evaluations)

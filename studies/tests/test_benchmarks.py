@@ -1,0 +1,270 @@
+"""The benchmarks run; what they measure is for their pages, not for a test that a busy machine could fail."""
+
+import itertools
+import json
+import runpy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import small_config
+
+from torchcdm import DensityRatio
+from torchcdm.apps.anomaly import SCORES
+from torchcdm.apps.budget import CLOCKS
+from torchcdm.errors import UserError
+from torchcdm.estimators import CDMConditional, CDMDensity
+from torchcdm.training.loop import train
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The names of a benchmark, as a module has them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
+
+
+def not_json(constant):
+    raise ValueError(f"{constant} is no JSON")
+
+
+@pytest.fixture
+def report_of(benchmark, tmp_path):
+    """Runs a benchmark, with other values for some of its names, and gives its rows."""
+
+    def run(name, *words, **values):
+        main, report = benchmark(name)["main"], tmp_path / "report.json"
+        main.__globals__.update(values)
+        main([*words, "--json", str(report)])
+        return json.loads(report.read_text(), parse_constant=not_json)["rows"]
+
+    return run
+
+
+@pytest.fixture
+def rows_of(report_of):
+    """Likewise, the rows by name."""
+    return lambda *words, **values: {row["name"]: row for row in report_of(*words, **values)}
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """The folder of a CDM of plain grey levels that was hardly trained."""
+    folder = tmp_path_factory.mktemp("digits")
+    train(small_config(train__steps="4", data__gaussianize="false"), folder, device="cpu", progress=False)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_step_cost_reports_every_step_beside_the_ddm(rows_of):
+    rows = rows_of("step_cost", "--batch", "2", "--rounds", "1")
+    for step in ("denoising-step", "training-step", "guided-step", "one-pass-likelihood"):
+        assert rows[step] == rows[f"encoder/{step}"] | {"name": step}
+        ddm = "denoising-step" if step == "one-pass-likelihood" else step
+        for network in ("encoder", "paper"):
+            own, baseline = rows[f"{network}/{step}"], rows[f"{network}-ddm/{ddm}"]
+            assert own["ratio_to_ddm"] * baseline["seconds"] == pytest.approx(own["seconds"])
+
+
+@pytest.mark.slow
+def test_training_memory_has_every_training_step_beside_its_ddm(rows_of):
+    rows = rows_of("training_memory", "--network", "encoder", "--batch", "16")
+    names = ("encoder", "encoder-twice", "encoder-pytorch", "encoder-ddm")
+    assert set(rows) == {f"{name}/training-step" for name in names}
+    # PyTorch keeps what the second derivatives by hand do not.
+    assert rows["encoder-pytorch/training-step"]["bytes"] > 1.2 * rows["encoder-twice/training-step"]["bytes"]
+    assert rows["encoder-ddm/training-step"]["ratio_to_ddm"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", ["levels", "classes", "processes"])
+def test_step_scaling_divides_by_the_first_value(rows_of, question):
+    rows = rows_of("step_scaling", "--question", question, "--rounds", "1")
+    for name, row in rows.items():
+        _, value, step = name.split("/")
+        first = next(other for key, other in rows.items() if key.endswith(f"/{step}"))
+        assert row["seconds"] == pytest.approx(row["ratio_to_first"] * first["seconds"])
+        if step.startswith("ddm-"):
+            assert row["ratio_to_ddm"] == 1
+
+
+@pytest.mark.slow
+def test_equal_time_divides_by_the_better_ddm_and_makes_nothing_again(rows_of, tmp_path):
+    words = ["--preset", "digits", "--seconds", "2", "--grid-seconds", "0.5", "--seeds", "0", "--images", "8",
+             "--out", str(tmp_path / "out")]  # fmt: skip
+    rows = rows_of("equal_time", *words)
+    assert set(rows) == {"cdm", "cdm-residual", "ddm", "ddm-residual"}
+    assert min(rows["ddm"]["ratio_to_ddm"], rows["ddm-residual"]["ratio_to_ddm"]) == 1
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
+    assert rows_of("equal_time", *words) == rows
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    with pytest.raises(UserError, match="was made with images = 8, not 9"):
+        rows_of("equal_time", *words[:-3], "9", *words[-2:])
+
+
+@pytest.mark.slow
+def test_import_time_is_relative_to_torch(rows_of):
+    rows = rows_of("import_time", "--rounds", "1")
+    assert rows["import torch"]["ratio_to_ddm"] == 1 and len(rows) == 3
+
+
+@pytest.mark.slow
+def test_time_to_quality_gives_the_default_a_share_of_the_time_and_makes_nothing_again(rows_of, tmp_path):
+    words = ["--preset", "digits", "--seconds", "4", "--fraction", "0.5", "--grid-seconds", "1", "--images", "8",
+             "--flow-images", "4", "--flow-steps", "3", "--out", str(tmp_path / "out")]  # fmt: skip
+    rows = rows_of("time_to_quality", *words)
+    assert rows["default"]["seconds"] == 2 and rows["paper"]["seconds"] == 4
+    assert rows["default"]["steps"] > rows["paper"]["steps"] > 0, "the paper's network takes longer for a step"
+    assert rows["paper"]["seconds_to_target"] > 0, "the target is the least error of the paper's network"
+    assert rows_of("time_to_quality", *words) == rows
+    never = rows_of("time_to_quality", *words, "--target-mse", "0")
+    assert all(row["seconds_to_target"] is None for row in never.values())
+
+
+TINY = {"steps": 3, "batch_size": 16, "width": 16, "depth": 1}
+TINY_RATIO = {"steps": 3, "batch_size": 16, "model": {"backbone": {"width": 16, "depth": 1}}}
+
+
+def finite(rows, *keys):
+    """Whether the values under the keys are numbers in every row."""
+    return all(np.isfinite(row[key]) for row in rows for key in keys)
+
+
+def test_likelihood_throughput_divides_by_the_flow(rows_of, digits_run):
+    rows = rows_of("likelihood_throughput", digits_run, "--images", "4", "--rounds", "1", "--passes", "1")
+    assert set(rows) == {"one-pass", "one-pass-level", "network-pass", "flow"}
+    for row in rows.values():
+        assert row["images_per_second"] == pytest.approx(4 / row["seconds"])
+        assert row["ratio_to_flow"] * row["seconds"] == pytest.approx(rows["flow"]["seconds"])
+
+
+def test_restorations_ranks_by_every_score(benchmark, digits_run, capsys):
+    benchmark("restorations")["main"]([digits_run])
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("score"))
+    table = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines[first + 1 :]}
+    assert set(table) == {*SCORES} - {"ratio"}
+    assert all(abs(correlation) <= 1 and 0 <= best <= 1 for correlation, best, _ in table.values())
+
+
+def test_estimator_times_has_a_row_for_each_table(report_of):
+    rows = report_of("estimator_times", "--shapes", "60x2", "50x3", CDMDensity=partial(CDMDensity, **TINY))
+    assert [(row["rows"], row["columns"]) for row in rows] == [(60, 2), (50, 3)]
+    assert finite(rows, "fit", "score", "sample", "nats")
+
+
+def test_table_density_scores_all_contenders_on_the_same_rows(rows_of):
+    pytest.importorskip("zuko")
+    words = ["--tables", "wine", "--folds", "1", "--budget", "0.1", "--contenders", "cdm", "nsf", "gmm", "kde"]
+    rows = rows_of("table_density", *words, CDMDensity=partial(CDMDensity, **TINY), FLOW_ROWS=5)
+    assert {name: row["rows"] for name, row in rows.items()} == {"cdm": 36, "cdm-flow": 5, "nsf": 36, "gmm": 36,
+                                                                "kde": 36}  # fmt: skip
+    assert finite(rows.values(), "nats", "se")
+    assert finite((rows[name] for name in ("nsf", "gmm", "kde")), "validation")
+
+
+def test_table_density_gives_the_cdm_the_budget_of_the_others(rows_of, monkeypatch):
+    looks = itertools.count()  # each takes a hundredth of a second
+    monkeypatch.setitem(CLOCKS, "processor", lambda: next(looks) / 100)
+    words = ["--tables", "wine", "--folds", "1", "--budget", "0.4", "--contenders", "cdm"]
+    rows = rows_of("table_density", *words, CDMDensity=partial(CDMDensity, **TINY | {"steps": 10**6}), FLOW_ROWS=5)
+    assert rows["cdm"]["seconds"] == pytest.approx(0.4, abs=0.05)
+
+
+def test_the_density_of_the_houses_integrates_to_one(benchmark):
+    houses = benchmark("table_density")["Houses"]()
+    side, steps = 10 / 2000, (np.arange(2000) + 0.5) / 2000
+    latitudes = 32 + 10 * steps
+    assert np.exp(houses.log_prob(latitudes[:, None])).sum() * side == pytest.approx(1, abs=1e-4)
+    # One conditional, of the longitude: east of the coast, by a logarithmic grid.
+    x = houses.rows(1, 0)[:, :2].repeat(4000, 0)
+    start = houses._conditional(x, 1)[0][0]
+    inland = np.exp(np.linspace(-12, 8, 4000))
+    x[:, 1] = start + inland
+    conditional = np.exp(houses.log_prob(x) - houses.log_prob(x[:, :1]))
+    assert (conditional * inland).sum() * 20 / 4000 == pytest.approx(1, abs=1e-3)
+
+
+def test_conditional_density_measures_against_the_exact_posterior(report_of):
+    pytest.importorskip("zuko")
+    words = ["--simulators", "linear-gaussian", "decay", "--pairs", "300", "--budget", "0.1"]
+    rows = report_of("conditional_density", *words, CDMConditional=partial(CDMConditional, **TINY),
+                     OBSERVATIONS=1, DRAWS=20, PAIRS_TESTED=50, FLOW_PAIRS=5, c2st=lambda *_: 0.5)  # fmt: skip
+    names = ["cdm", "cdm-flow", "nsf", "linear"]
+    assert [(row["simulator"], row["name"]) for row in rows] == [(s, n) for s in words[1:3] for n in names]
+    assert finite(rows, "kl", "se")
+    # Linear regression is the exact model of the first, up to what 300 pairs tell.
+    assert rows[3]["kl"] < 0.3 < rows[7]["kl"]
+    assert [row["log_z"] is not None for row in rows] == [False] * 4 + [True] + [False] * 3
+
+
+def test_the_posterior_of_the_two_moons_integrates_to_one_and_draws_what_it_says(benchmark):
+    names = benchmark("conditional_density")
+    simulator = names["TwoMoons"]()
+    x = simulator.pairs(100, 0)[1][:1]
+    points, area = names["grid"](*simulator.box(x[0]), 1000)
+    density = np.exp(simulator.log_posterior(points, x.repeat(len(points), 0)))
+    assert density.sum() * area == pytest.approx(1, abs=0.01)
+    draws = simulator.draws(4000, x[0], 0)
+    mean, spread = area * density @ points, draws.std(0)
+    assert np.abs(draws.mean(0) - mean).max() < 0.08 * spread.max()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_classifier_of_conditional_density_tells_samples_apart(benchmark):
+    c2st, (x, y) = benchmark("conditional_density")["c2st"], np.random.RandomState(0).normal(size=(2, 40, 2))
+    assert c2st(x + 9, y) == 1
+    assert c2st(x, y) < 0.75
+
+
+def test_mutual_information_climbs_the_rungs(report_of):
+    words = ["--rungs", "20", "--residual", "on", "off", "--rows", "200", "--test", "50", "--steps", "3"]
+    rows = report_of("mutual_information", *words)
+    assert [(row["residual"], row["kind"]) for row in rows] == [
+        (residual, kind) for residual in ("on", "off") for kind in ("plain", "rotated", "bent")
+    ]
+    assert finite(rows, "exact", "estimate", "rmse") and all(0 <= row["kept"] <= 1 for row in rows)
+
+
+def test_ratio_peers_scores_every_estimator(report_of):
+    pytest.importorskip("densratio")
+    rows = report_of("ratio_peers", "--dims", "2", "--rows", "100", DensityRatio=partial(DensityRatio, **TINY_RATIO))
+    names = ["constant", "joint", "separate", "gaussians", "logistic", "boosting", "kliep", "rulsif"]
+    assert [row["estimator"] for row in rows] == names
+    assert finite(rows, "rmse", "correlation")
+
+
+def test_covariate_shift_measures_against_exact_weights(report_of):
+    rows = report_of("covariate_shift", "--columns", "2", "--rows", "200", TEST_ROWS=200,
+                     DensityRatio=partial(DensityRatio, **TINY_RATIO))  # fmt: skip
+    names = ["exact", "none", "torchcdm", "torchcdm, 0.999", "gaussians", "logistic"]
+    assert [row["weights"] for row in rows] == names
+    assert rows[0]["relative"] == 0 and rows[1]["effective"] == pytest.approx(1)
+    assert all(row["error"] == pytest.approx((1 + row["relative"]) * rows[0]["error"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_mixture_weights_has_a_row_for_every_contender(report_of):
+    names = ["ratio", "ratio-mixture", "start", "density", "mixture", "exact", "counts"]
+    rows = report_of("mixture_weights", "--dims", "2", "--rows", "400", "--steps", "3", POINTS=5)
+    assert [row["contender"] for row in rows] == names
+    assert finite(rows, "largest", "mean", "log_error")
+    errors = {row["contender"]: row["mean"] for row in rows}
+    assert errors["exact"] < min(errors["ratio"], errors["density"])
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_the_map_of_the_ratio_benchmarks_is_invertible(benchmark, dim):
+    """Its Jacobian's determinant is that of the last step: the couplings keep volumes."""
+    names, x, width = benchmark("ratio_pairs"), np.random.RandomState(0).normal(size=(20, dim)), 1e-6
+    move = names["InvertibleMap"](dim)
+    columns = [(move(x + width * unit) - move(x - width * unit)) / (2 * width) for unit in np.eye(dim)]
+    volumes = np.linalg.det(np.stack(columns, -1))
+    # y + 0.2 sin(2 y), by Newton's steps from its values.
+    y = z = move(x)
+    for _ in range(50):
+        y = y - (y + 0.2 * np.sin(2 * y) - z) / (1 + 0.4 * np.cos(2 * y))
+    assert volumes == pytest.approx((1 + 0.4 * np.cos(2 * y)).prod(1), rel=1e-5)

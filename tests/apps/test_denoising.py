@@ -1,0 +1,207 @@
+"""Unknown noise (identity 9): what is found against what was put in, and against the best that can be found."""
+
+import math
+
+import pytest
+import torch
+from oracles import SCHEDULES, covariance, labelled_mixture, normal, rng
+
+from torchcdm.apps.denoising import denoise_known, denoise_level, denoise_unknown, estimate_noise, nearest_level
+from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.networks.mlp import MLP
+from torchcdm.units import DataTransform
+
+T, DIM, N = 200, 48, 60
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+
+
+def images() -> GaussianMixture:
+    """Five components in 48 dimensions that vary in six directions and hardly in the others, as images do."""
+    root = torch.linalg.qr(normal(DIM, DIM))[0]
+    spread = torch.full((DIM,), 0.02**2).double()
+    spread[:6] = 1.0
+    dense = root @ torch.diag(spread) @ root.T
+    return GaussianMixture(torch.arange(1, 6), normal(5, DIM, seed=3), dense.expand(5, DIM, DIM))
+
+
+DATA = images()
+
+
+def exact(schedule, transform=None, mixture=DATA, joint=False):
+    prior = mixture.class_prior if joint else None
+    return ClassificationDiffusion(MixtureClassifier(mixture, schedule, joint=joint), schedule, transform, None, prior)
+
+
+@every_schedule
+@pytest.mark.parametrize("s", [0.1, 0.7, 3.0])
+def test_finds_the_noise_as_well_as_it_can_be_found(name, s):
+    model = exact(SCHEDULES[name](T))
+    estimate = estimate_noise(model, DATA.sample(N, rng(1)) + s * normal(N, DIM))
+    error = (estimate.ratio / s).log()
+    # Cramér and Rao: no unbiased estimate of log s has less variance, for the component known.
+    bound = 1 / math.sqrt(2 * ((s**2 / (DATA.variances[0] + s**2)) ** 2).sum())
+    assert abs(error.mean()) < 0.3 * bound + 3 * bound / math.sqrt(N)
+    assert error.square().mean().sqrt() < 1.35 * bound
+    assert estimate.evaluations <= 26
+
+
+@every_schedule
+def test_finds_the_best_of_all_levels(name):
+    schedule = SCHEDULES[name](T)
+    model = exact(schedule)
+    noisy = DATA.sample(20, rng(1)) + torch.logspace(-1, 0.7, 20).double()[:, None] * normal(20, DIM)
+    alpha = schedule.alpha
+    every = [model.log_prob_levels(alpha[t] * noisy)[:, t] + DIM * alpha[t].log() for t in range(1, T + 1)]
+    estimate = estimate_noise(model, noisy)
+    assert torch.allclose(estimate.log_prob, torch.stack(every, 1).amax(1), atol=1e-9)
+    # Between the levels, within half a gap of the level that denoises.
+    gap = (schedule.ratio[2 : T + 1] / schedule.ratio[1:T]).log().max()
+    assert ((estimate.ratio / schedule.ratio[estimate.level]).log().abs() <= gap / 2 + 1e-9).all()
+
+
+def test_the_density_of_noisy_data_is_that_of_their_convolution():
+    # log p(y | s) in closed form: y has the covariance of the data plus s² I.
+    schedule = UniformSigmaSchedule(T)
+    noisy = DATA.sample(8, rng(1)) + 0.5 * normal(8, DIM)
+    estimate = estimate_noise(exact(schedule), noisy)
+    r = schedule.ratio[1 : T + 1]
+    broad = [
+        GaussianMixture(
+            DATA.log_weights.exp(),
+            DATA.means,
+            DATA.vectors @ torch.diag_embed(DATA.variances + s**2) @ DATA.vectors.mT,
+        ).log_prob(noisy, 0, schedule)
+        for s in r[::4]
+    ]
+    best = torch.stack(broad, 1).amax(1)
+    assert (estimate.log_prob >= best - 1e-9).all() and (estimate.log_prob - best).max() < 0.5
+
+
+@every_schedule
+def test_denoises_nearly_as_well_as_with_the_noise_known(name):
+    model, clean = exact(SCHEDULES[name](T)), DATA.sample(N, rng(2))
+    for s in (0.1, 0.7, 3.0):
+        noisy = clean + s * normal(N, DIM)
+        blind, _ = denoise_unknown(model, noisy)
+        oracle = denoise_known(model, noisy, s)
+        error, best = ((x - clean).square().mean() for x in (blind, oracle))
+        assert error < 1.05 * best < 1.05 * (noisy - clean).square().mean()
+
+
+@every_schedule
+def test_blind_denoiser_is_the_mean_over_levels(name):
+    mixture, schedule = labelled_mixture(), SCHEDULES[name](40)
+    x, y = 1.5 * normal(9, 2), torch.arange(9) % 2
+    for joint, label in [(False, None), (True, None), (True, y)]:
+        model = exact(schedule, mixture=mixture, joint=joint)
+        log_p = torch.stack([mixture.log_prob(x, t, schedule, label) for t in range(41)], 1)
+        means = torch.stack(
+            [
+                (x + schedule.sigma[t] ** 2 * mixture.score(x, t, schedule, label)) / schedule.alpha[t]
+                for t in range(41)
+            ],
+            1,
+        )
+        truth = (log_p.softmax(1)[..., None] * means).sum(1)
+        with torch.no_grad():
+            assert torch.allclose(model.denoise_blind(x, label), truth, atol=1e-8)
+
+
+@every_schedule
+def test_blind_denoiser_comes_close_to_the_oracle(name):
+    schedule, n = SCHEDULES[name](T), 300
+    model, clean = exact(schedule), DATA.sample(n, rng(3))
+    t = 1 + torch.arange(n) % T
+    x_t = schedule.perturb(clean, t, normal(n, DIM))
+    error = (model.denoise_blind(x_t) - clean).square().mean()
+    assert error < 1.1 * (model.denoise(x_t, t).x0 - clean).square().mean()
+
+
+def test_blind_denoising_needs_its_gradient():
+    with torch.inference_mode(), pytest.raises(UserError, match="no_grad"):
+        exact(UniformSigmaSchedule(T)).denoise_blind(normal(2, DIM))
+
+
+def test_units():
+    transform = DataTransform((DIM,), shift=50.0, scale=20.0)
+    schedule = LogSNRSchedule(T)
+    model, plain = exact(schedule, transform), exact(schedule)
+    clean = DATA.sample(10, rng(1))
+    noisy = clean + 0.4 * normal(10, DIM)
+    in_data, in_model = estimate_noise(model, transform.inverse(noisy)), estimate_noise(plain, noisy)
+    assert torch.allclose(in_data.ratio, in_model.ratio) and torch.allclose(in_data.std, 20 * in_model.ratio)
+    assert torch.allclose(estimate_noise(model, noisy, units="model").ratio, in_model.ratio)
+    restored, _ = denoise_unknown(model, transform.inverse(noisy))
+    assert torch.allclose(restored, transform.inverse(denoise_unknown(plain, noisy)[0]), atol=1e-9)
+    known = denoise_known(model, transform.inverse(noisy), 8.0)
+    assert torch.allclose(known, transform.inverse(denoise_known(plain, noisy, 0.4)), atol=1e-9)
+
+
+def test_columns_of_unequal_scale():
+    scale = torch.linspace(1, 10, DIM).double()
+    model = exact(LogSNRSchedule(T), DataTransform((DIM,), scale=scale))
+    noisy = (DATA.sample(4, rng(1)) + 0.4 * normal(4, DIM)) * scale
+    estimate = estimate_noise(model, noisy)
+    assert torch.allclose(estimate.std, estimate.ratio[:, None] * scale)
+    with pytest.raises(UserError, match="differ in scale"):
+        denoise_known(model, noisy, 1.0)
+
+
+def test_inputs_of_any_precision():
+    """The network's weights are float32."""
+    schedule = LogSNRSchedule(T)
+    model = ClassificationDiffusion(MLP(3, levels=T + 2, width=16), schedule, DataTransform((3,), 5.0, 2.0)).eval()
+    noisy = 5 + 3 * normal(4, 3)
+    for units in ("data", "model"):
+        single, double = (estimate_noise(model, x, units=units) for x in (noisy.float(), noisy))
+        assert torch.allclose(single.ratio, double.ratio, rtol=1e-3)
+        single, double = (denoise_known(model, x, 1.0, units=units) for x in (noisy.float(), noisy))
+        assert torch.allclose(single, double, atol=1e-5) and double.isfinite().all()
+
+
+def test_a_level_is_the_noise_of_that_level():
+    model = exact(LogSNRSchedule(T), DataTransform((DIM,), shift=50.0, scale=20.0))
+    noisy = 50 + 20 * (DATA.sample(3, rng(1)) + 0.4 * normal(3, DIM))
+    std = 20 * float(model.schedule.ratio[70])
+    assert torch.equal(denoise_level(model, noisy, 70), denoise_known(model, noisy, std))
+
+
+def test_a_label_sharpens_the_estimate():
+    # Two classes far apart in spread: wide clean data of one are noisy data of the other.
+    covariances = torch.stack([0.01 * covariance(16), 9 * covariance(16)])
+    mixture = GaussianMixture(torch.tensor([0.5, 0.5]), torch.zeros(2, 16), covariances, torch.tensor([0, 1]))
+    model = exact(LogSNRSchedule(T), mixture=mixture)
+    noisy = mixture.means[0] + 3 * normal(20, 16)
+    given = estimate_noise(model, noisy, torch.zeros(20, dtype=torch.long)).ratio
+    assert given.log().mean() == pytest.approx(math.log(3), abs=0.15)
+    assert (given > estimate_noise(model, noisy, torch.ones(20, dtype=torch.long)).ratio).all()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 5])
+def test_few_levels_and_noise_beyond_both_ends(levels):
+    model = exact(LogSNRSchedule(levels, r_min=0.1, r_max=1.0))
+    clean = DATA.sample(3, rng(1))
+    low, high = estimate_noise(model, clean), estimate_noise(model, clean + 50 * normal(3, DIM))
+    assert (low.level == 1).all() and (high.level == levels).all()
+    r = model.schedule.ratio
+    assert torch.allclose(low.ratio, r[1]) and torch.allclose(high.ratio, r[levels])
+
+
+@every_schedule
+def test_nearest_level(name):
+    schedule = SCHEDULES[name](T)
+    assert nearest_level(schedule, schedule.ratio[1 : T + 1] * 1.0001).tolist() == list(range(1, T + 1))
+    assert nearest_level(schedule, torch.tensor([1e-9, 1e9])).tolist() == [1, T]
+
+
+def test_mistakes_are_named():
+    model = exact(UniformSigmaSchedule(T), DataTransform.identity((DIM,)))
+    with pytest.raises(UserError, match="takes"):
+        estimate_noise(model, normal(2, 3))
+    with pytest.raises(UserError, match="data or model"):
+        denoise_unknown(model, normal(2, DIM), units="pixels")
+    with pytest.raises(UserError, match="positive"):
+        denoise_known(model, normal(2, DIM), 0.0)

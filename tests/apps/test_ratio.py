@@ -1,0 +1,430 @@
+"""Density ratios of two data sets: against exact ones, their sign, weights, checks, files, and mistakes."""
+
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from oracles import labelled_mixture, normal, rng
+from scipy.stats import multivariate_normal
+from sklearn.base import clone
+
+from torchcdm import DensityRatio
+from torchcdm.apps.ratio import best_share
+from torchcdm.apps.ratio_checks import Calibration, effective_sample_size, tempering, weights_of
+from torchcdm.diffusion.exact import MixtureClassifier
+from torchcdm.diffusion.gaussian import ClassGaussians
+from torchcdm.diffusion.schedules import LogSNRSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.units import DataTransform
+
+P = multivariate_normal([1.0, 0.5], [[0.8, 0.3], [0.3, 0.5]], seed=0)
+Q = multivariate_normal([0.0, 0.0], [[1.0, -0.2], [-0.2, 1.5]], seed=1)
+CPU = {"device": "cpu", "steps": 25}
+
+
+def samples(n, seed=0):
+    return P.rvs(n, random_state=seed), Q.rvs(n, random_state=seed + 1)
+
+
+def exact(x):
+    return P.logpdf(x) - Q.logpdf(x)
+
+
+@pytest.fixture(scope="module", params=["joint", "separate"])
+def ratio(request):
+    return DensityRatio(0, request.param, **CPU).fit(*samples(2500))
+
+
+@pytest.fixture(scope="module")
+def joint():
+    return DensityRatio(0, **CPU).fit(*samples(1500))
+
+
+# --- known truth -------------------------------------------------------------------------------------------------
+
+
+def test_log_ratio_of_two_gaussians(ratio):
+    """In nats, numerator over denominator."""
+    x = np.concatenate(samples(2000, seed=7))
+    estimate = ratio.log_ratio(x)
+    assert estimate.dtype == np.float64 and estimate.shape == (4000,)
+    assert math.sqrt(np.mean((estimate - exact(x)) ** 2)) < 0.2
+    assert np.array_equal(ratio.ratio(x), np.exp(estimate))
+    assert ratio.counts == (2500, 2500)
+
+
+def test_the_share_of_the_correction_is_chosen_in_the_units_of_the_model():
+    """All of an exact correction, none of its opposite; data units far from model units."""
+    mixture, schedule = labelled_mixture(), LogSNRSchedule(20, 0.05, 10.0)
+    network = MixtureClassifier(mixture, schedule, joint=True)
+    transform = DataTransform((2,), shift=30.0, scale=5.0)
+    z, y = mixture.sample_labelled(500, rng())
+    for sign, share in ((1, 1.0), (-1, 0.0)):
+        opposite = copy.deepcopy(network)
+        opposite.forward = lambda x, y=None, sign=sign: sign * network(x, y)
+        model = ClassificationDiffusion(opposite, schedule, transform, class_prior=torch.ones(2))
+        assert best_share(model, transform.inverse(z), y) == share
+
+
+def test_swapped_sources_have_the_opposite_sign(joint):
+    p, q = samples(1500)
+    swapped = DensityRatio(0, **CPU).fit(q, p)
+    x = np.concatenate(samples(500, seed=7))
+    assert joint.log_ratio(x[:500]).mean() > 0.5 > -0.5 > joint.log_ratio(x[500:]).mean()
+    assert np.abs(joint.log_ratio(x) + swapped.log_ratio(x)).mean() < 0.15
+
+
+def test_sources_of_different_size_keep_the_ratio_of_densities():
+    """Eight times as many of one source shift no log ratio by log 8."""
+    ratio = DensityRatio(0, **CPU).fit(samples(400)[0], samples(3200)[1])
+    x = np.concatenate(samples(2000, seed=7))
+    assert abs(np.mean(ratio.log_ratio(x) - exact(x))) < 0.25
+
+
+def test_the_ratio_is_that_of_the_columns_as_they_were_given():
+    """The exponential of both sides has the same ratio, and neither heavy tails nor units change it."""
+    ratio = DensityRatio(0, **CPU).fit(*(1000 * np.exp(x) for x in samples(3000)))
+    x = np.concatenate(samples(1000, seed=7))
+    assert math.sqrt(np.mean((ratio.log_ratio(1000 * np.exp(x)) - exact(x)) ** 2)) < 0.5
+
+
+def test_the_same_seed_gives_the_same_ratio():
+    p, q = samples(200)
+    values = [DensityRatio(seed, device="cpu", steps=3).fit(p, q).log_ratio(p) for seed in (1, 1, 2)]
+    assert np.array_equal(values[0], values[1]) and not np.array_equal(values[0], values[2])
+
+
+def test_images():
+    draw = np.random.RandomState(0)
+    dark, bright = draw.randint(0, 9, (40, 8, 8)), draw.randint(8, 17, (40, 8, 8))
+    options = {"steps": 2, "batch_size": 8, "model": {"backbone": {"width": 8, "blocks": 1}}}
+    ratio = DensityRatio(0, device="cpu", **options).fit(bright.astype(np.uint8), dark.astype(np.uint8))
+    both = np.concatenate([bright[:10], dark[:10]]).astype(np.uint8)
+    assert (np.sign(ratio.log_ratio(both)) == np.repeat([1, -1], 10)).all()
+
+
+# --- the Gaussians that it starts from ---------------------------------------------------------------------------
+
+
+def test_class_gaussians_have_the_exact_ratio_at_every_level():
+    schedule = LogSNRSchedule(10, 0.02, 10.0)
+    x, y = torch.from_numpy(np.concatenate(samples(20_000))), torch.arange(2).repeat_interleave(20_000)
+    base = ClassGaussians.fit(x, 1 - y, schedule)
+    query = x[::4000]
+    effects = base.class_effects(query)
+    for t in (0, 4, 11):
+        alpha, sigma = (float(values[t]) for values in (schedule.alpha, schedule.sigma))
+        noisy = [
+            multivariate_normal(alpha * g.mean, alpha**2 * g.cov + sigma**2 * np.eye(2)).logpdf(query.numpy())
+            for g in (Q, P)
+        ]
+        log_p = base.log_prob_levels(query)[:, t, None] + effects[:, :, t]
+        np.testing.assert_allclose(log_p.numpy(), np.stack(noisy, 1), rtol=0.03, atol=0.02)
+    assert float(effects[:, :, -1].abs().max()) < 1e-9
+
+
+def test_a_ratio_that_starts_from_a_mixture_is_saved_and_loaded(tmp_path):
+    draw = np.random.RandomState(0)
+
+    def two_modes(n, weight):
+        return 0.1 * draw.normal(size=(n, 2)) + np.where(draw.uniform(size=n) < weight, 2.0, -2.0)[:, None]
+
+    model = {"components": 2, "backbone": {"width": 8, "depth": 1, "energy_maps": 2}}
+    ratio = DensityRatio(0, device="cpu", steps=2, model=model).fit(two_modes(500, 0.9), two_modes(500, 0.5))
+    query = np.array([[2.0, 2.0], [-2.0, -2.0]])
+    found = ratio.log_ratio(query)
+    np.testing.assert_allclose(found, np.log([0.9 / 0.5, 0.1 / 0.5]), atol=0.35)
+    ratio.save(tmp_path / "ratio")
+    np.testing.assert_allclose(DensityRatio.load(tmp_path / "ratio").log_ratio(query), found)
+
+
+def test_class_gaussians_share_a_covariance_where_only_the_means_differ():
+    """A ratio of 20-dimensional Gaussians with equal covariance is linear; its 210 squares are not worth fitting."""
+    schedule = LogSNRSchedule(10, 0.02, 10.0)
+    y = torch.arange(2).repeat(150)
+    noise = torch.randn(300, 20, generator=rng(0), dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=rng(1), dtype=torch.float64))[0]
+
+    def curvature(x):
+        """Share of the log ratio at +-v that is even in v."""
+        base = ClassGaussians.fit(x, y, schedule)
+        middle = torch.stack([x[y == k].mean(0) for k in range(2)]).mean(0)
+        effects = [base.class_effects(middle + sign * noise[:50])[:, :, 0] for sign in (1, -1)]
+        up, down = (e[:, 1] - e[:, 0] for e in effects)
+        return float((up + down).abs().mean() / (up - down).abs().mean())
+
+    assert curvature(noise @ turn + y[:, None]) < 0.05
+    assert curvature(noise * torch.where(y[:, None] == 1, 2.0, 1.0) + y[:, None]) > 0.5
+
+
+def test_copies_of_a_sample_do_not_choose_the_covariances():
+    """A class repeated to the size of the other: its own copies would always bear out its own covariance."""
+    schedule = LogSNRSchedule(10, 0.02, 10.0)
+    x, held_out = (torch.randn(n, 20, generator=rng(n), dtype=torch.float64) for n in (340, 100))
+    samples = torch.cat([x[:40].repeat(8, 1)[:300], x[40:]])
+    y, held_out_y = torch.tensor([1, 0]).repeat_interleave(300), torch.arange(2).repeat(50)
+    order = torch.randperm(600, generator=rng(0))
+    shared = ClassGaussians.fit(samples[order], y[order], schedule, held_out=(held_out, held_out_y))
+    alone = ClassGaussians.fit(samples[order], y[order], schedule)
+    apart = [float(base.class_effects(held_out)[:, :, 0].diff(dim=1).abs().mean()) for base in (shared, alone)]
+    assert apart[0] < 2 < apart[1]
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def test_importance_weights_reweight_the_denominator_to_the_numerator(ratio):
+    _, q = samples(4000, seed=11)
+    weights = ratio.importance_weights(q)
+    assert weights.mean() == pytest.approx(1) and (weights >= 0).all()
+    assert np.abs(np.average(q, axis=0, weights=weights) - [1.0, 0.5]).max() < 0.12
+    truth = np.exp(exact(q))
+    share = [ratio.effective_sample_size(w) / 4000 for w in (weights, truth)]
+    assert abs(share[0] - share[1]) < 0.1
+
+
+def test_weights_by_hand():
+    np.testing.assert_allclose(weights_of(np.log([1.0, 3.0])), [0.5, 1.5])
+    # Of 101 weights 1, 2, ..., 101 the quantile 0.9 is 91: ten are cut down to it.
+    log_ratio = np.log(np.arange(1.0, 102.0))
+    clipped = np.minimum(np.arange(1.0, 102.0), 91)
+    np.testing.assert_allclose(weights_of(log_ratio, clip=0.9), clipped / clipped.mean(), rtol=1e-12)
+    np.testing.assert_allclose(weights_of(log_ratio + 5000, clip=1), weights_of(log_ratio), rtol=1e-9)
+    for clip in (0, -0.1, 1.01):
+        with pytest.raises(UserError, match=f"clip is {clip}; it is a quantile"):
+            weights_of(log_ratio, clip)
+
+
+def test_effective_sample_size_by_hand():
+    assert effective_sample_size(np.full(7, 0.1)) == pytest.approx(7)
+    assert effective_sample_size([0, 0, 4.0]) == 1
+    assert effective_sample_size([1.0, 3.0]) == pytest.approx(1.6)
+    assert effective_sample_size(np.array([1.0, 3.0]) * 1e300) == pytest.approx(1.6)
+    for bad in ([], [0.0, 0.0], [1.0, -1.0], [1.0, math.inf], [[1.0]], [math.nan]):
+        with pytest.raises(UserError, match="finite, not negative and not all zero"):
+            effective_sample_size(bad)
+
+
+# --- checks that need no truth -----------------------------------------------------------------------------------
+
+
+def shifted(n=20_000):
+    """Exact log ratios of N(1, 1) over N(0, 1), x - 1/2, at samples of both."""
+    draw = np.random.RandomState(0)
+    return draw.normal(1, 1, n) - 0.5, draw.normal(0, 1, n) - 0.5
+
+
+def test_calibration_of_an_exact_ratio():
+    check = Calibration.of(*shifted())
+    assert abs(check.mean_ratio - 1) < 4 * check.mean_ratio_error < 0.1
+    assert abs(check.mean_inverse - 1) < 4 * check.mean_inverse_error < 0.1
+    # E_q[(p/q)²] is e for a shift by one deviation.
+    assert check.effective_sample_size / check.denominator == pytest.approx(1 / math.e, abs=0.03)
+    x = np.linspace(-9, 10, 20_000)
+    half = np.exp(-0.5 * (x - 1) ** 2) / math.sqrt(2 * math.pi) * np.logaddexp(0, 0.5 - x)
+    assert check.log_loss == pytest.approx(half.sum() * (x[1] - x[0]), abs=0.01)
+    assert check.calibration_error < 0.01
+    assert sum(line.mass for line in check.bins) == pytest.approx(1)
+    assert sum(line.count for line in check.bins) == 40_000
+    assert all(line.low <= line.predicted <= line.high for line in check.bins)
+
+
+def test_calibration_notices_a_ratio_that_is_wrong():
+    """Too sure of itself, and with one source more frequent than it should be."""
+    right, (p, q) = Calibration.of(*shifted()), shifted()
+    sure, offset = Calibration.of(3 * p, 3 * q), Calibration.of(p + 1, q + 1)
+    for wrong in (sure, offset):
+        assert wrong.log_loss > right.log_loss + 0.02 and wrong.calibration_error > 0.05
+    assert offset.mean_ratio == pytest.approx(math.e * right.mean_ratio)
+    assert offset.mean_inverse == pytest.approx(right.mean_inverse / math.e)
+
+
+def test_sources_of_different_size_weigh_the_same_in_the_calibration():
+    p, q = shifted()
+    some, all_ = Calibration.of(p[:2000], q), Calibration.of(p, q)
+    assert some.calibration_error < 0.02 and abs(some.log_loss - all_.log_loss) < 0.02
+
+
+def test_calibration_of_a_fitted_ratio(joint):
+    check = joint.calibration(*samples(3000, seed=5))
+    assert check.denominator == 3000 and check.calibration_error < 0.05
+    assert abs(check.mean_ratio - 1) < 0.25
+    assert joint.held_out.denominator == round(0.15 * 1500)
+    assert f"calibration error                 {check.calibration_error:.3f}" in check.table()
+    with pytest.raises(UserError, match="bins is 0"):
+        joint.calibration(*samples(30), bins=0)
+    with pytest.raises(UserError, match="at least two held-out samples"):
+        joint.calibration(samples(3)[0][:1], samples(3)[1])
+
+
+def test_what_lies_outside_both_sources_is_flagged(joint):
+    inside = np.concatenate(samples(1000, seed=5))
+    assert joint.outside_support(inside).mean() < 0.005
+    assert joint.outside_support([[40.0, -40.0], [0.0, 30.0], [1e6, 1e6]]).all()
+    scores = joint.scores(np.concatenate([inside[:3], [[40.0, -40.0]]]))
+    assert scores.outside.tolist() == [False, False, False, True] and len(scores.names) == 4
+    # Outside one source alone the ratio is large, and no extrapolation.
+    apart = DensityRatio(0, **CPU).fit(inside[:1000] + 30, inside[1000:])
+    both = [inside[:1000] + 30, inside[1000:]]
+    assert not apart.outside_support(np.concatenate(both)[::20]).any()
+    assert apart.log_ratio(both[0]).min() > 20 and apart.log_ratio(both[1]).max() < -20
+
+
+def test_a_log_ratio_that_is_too_certain_is_tempered_and_a_right_one_is_left_alone():
+    numerator, denominator = (exact(x) for x in samples(1000, seed=7))
+    assert tempering(numerator, denominator) == (1.0, 0.0)
+    scale, offset = tempering(3 * numerator + 1, 3 * denominator + 1)
+    assert scale == pytest.approx(1 / 3, abs=0.05) and offset == pytest.approx(-scale, abs=0.1)
+    assert tempering(0.5 * numerator, 0.5 * denominator)[0] == 1.0
+    # Where the sources hardly overlap a few samples would decide, and where a density overflows none can.
+    assert tempering(numerator + 20, denominator - 20) == (1.0, 0.0)
+    assert tempering(np.append(numerator, -np.inf), denominator) == (1.0, 0.0)
+
+
+def test_few_samples_of_many_columns_give_weights_that_are_not_extreme():
+    draw = np.random.RandomState(0)
+    numerator, denominator = (draw.standard_t(3, size=(n, 12)) for n in (60, 200))
+    ratio = DensityRatio(0, **CPU).fit(numerator, denominator)
+    fresh = draw.standard_t(3, size=(2000, 12))
+    assert ratio.effective_sample_size(ratio.importance_weights(fresh)) > 200
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_ratio_comes_back(ratio, tmp_path):
+    ratio.save(tmp_path / "ratio")
+    again = DensityRatio.load(tmp_path / "ratio", device="cpu")
+    x = np.concatenate([*samples(50, seed=3), [[50.0, 50.0]]])
+    assert np.array_equal(again.log_ratio(x), ratio.log_ratio(x))
+    assert np.array_equal(again.outside_support(x), ratio.outside_support(x))
+    assert (again.method, again.counts, again.notes) == (ratio.method, ratio.counts, ratio.notes)
+    assert (again.held_out, again.tempered) == (ratio.held_out, ratio.tempered)
+    assert not list((tmp_path / "ratio").rglob("*.pkl")) and not list((tmp_path / "ratio").rglob("*.pt"))
+
+
+def test_damaged_files_are_refused(joint, tmp_path):
+    joint.save(tmp_path / "ratio")
+    content = json.loads((tmp_path / "ratio" / "ratio.json").read_text())
+
+    def with_content(change):
+        folder = shutil.copytree(tmp_path / "ratio", tmp_path / "damaged", dirs_exist_ok=True)
+        (folder / "ratio.json").write_text(json.dumps(content | change))
+        return folder
+
+    with pytest.raises(UserError, match="holds no density ratio"):
+        DensityRatio.load(tmp_path)
+    with pytest.raises(UserError, match="format version 99"):
+        DensityRatio.load(with_content({"format": 99}))
+    for change in ({"warp": {"scale": [1.0]}}, {"counts": 3}, {"held_out": None}, {"limits": ["a"]}, {"method": []}):
+        with pytest.raises(UserError):
+            DensityRatio.load(with_content(change))
+    del content["limits"]
+    with pytest.raises(UserError, match="'limits' is missing"):
+        DensityRatio.load(with_content({}))
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def test_mistakes(joint):
+    p, q = samples(60)
+    with pytest.raises(UserError, match="method is 'join'; did you mean 'joint'"):
+        DensityRatio(method="join")
+    with pytest.raises(UserError, match="unknown override 'stesp'; did you mean 'steps'"):
+        DensityRatio(stesp=3).fit(p, q)
+    with pytest.raises(UserError, match="not fitted; call fit"):
+        DensityRatio().log_ratio(p)
+    with pytest.raises(UserError, match="rows of 3 numbers; 2 are needed"):
+        joint.log_ratio(np.zeros((4, 3)))
+    with pytest.raises(UserError, match="nan"):
+        joint.log_ratio([[1.0, math.nan]])
+    with pytest.raises(UserError, match="few distinct values in the columns c1"):
+        DensityRatio(discrete="error").fit(*(np.stack([x[:, 0], x[:, 1].round()], 1) for x in (p, q)))
+
+
+@pytest.mark.parametrize("method", ["joint", "separate"])
+def test_fewer_rows_than_columns_and_a_column_that_one_source_holds_constant(method):
+    """Their Gaussians are singular; the ratio is still a number."""
+    draw = np.random.RandomState(0)
+    wide = DensityRatio(0, method, device="cpu", steps=2).fit(draw.normal(size=(20, 40)), draw.normal(size=(20, 40)))
+    assert np.isfinite(wide.log_ratio(draw.normal(size=(10, 40)))).all()
+    p, q = samples(100)
+    q[:, 1] = 0.25
+    ratio = DensityRatio(0, method, device="cpu", steps=2).fit(p, q)
+    assert np.isfinite(ratio.log_ratio(p)).all() and ratio.log_ratio(p).mean() > 0 > ratio.log_ratio(q).mean()
+
+
+def test_an_interrupted_fit_leaves_nothing_that_answers(joint, monkeypatch):
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(device="cpu", steps=2).fit(x + 1, x)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchcdm.apps.ratio.best_share", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ratio.fit(100 * x + 1, 100 * x)
+    with pytest.raises(UserError, match="this DensityRatio is not fitted"):
+        ratio.log_ratio(x)
+
+
+def test_a_query_far_beyond_float32_squares_has_a_finite_ratio():
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(device="cpu", steps=2).fit(x + 1, x)
+    query = [[1e30, 0.0], [0.0, 0.0]]
+    assert np.isfinite(ratio.importance_weights(query)).all()
+    assert ratio.outside_support(query).tolist() == [True, False]
+
+
+def test_an_empty_query_and_too_much_validation_are_refused():
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(device="cpu", steps=2).fit(x + 1, x)
+    with pytest.raises(UserError, match="holds no rows; there is nothing to score"):
+        ratio.log_ratio(x[:0])
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        DensityRatio(device="cpu", validation_fraction=0.99).fit(x, x)
+
+
+@pytest.mark.parametrize("seed", [None, -1, "a", np.random.RandomState(0), True])
+def test_other_random_states_are_refused(seed):
+    with pytest.raises(UserError, match="random_state is .*; a whole number of at least 0 is needed"):
+        DensityRatio(random_state=seed)
+
+
+def test_sources_that_hardly_overlap_are_said():
+    x = normal(60, 2).numpy()
+    assert any("hardly overlap" in note for note in DensityRatio(device="cpu", steps=2).fit(x + 20, x).notes)
+
+
+def test_a_clone_has_the_settings_and_is_not_fitted():
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(3, device="cpu", validation_fraction=0.3, steps=2, model={"components": 2}).fit(x + 1, x)
+    again = clone(ratio)
+    with pytest.raises(UserError, match="not fitted"):
+        again.log_ratio(x)
+    again.overrides["model"]["components"] = 1
+    assert ratio.overrides == {"steps": 2, "model": {"components": 2}}, "shared with the clone"
+    assert np.array_equal(clone(ratio).fit(x + 1, x).log_ratio(x), ratio.log_ratio(x))
+
+
+def test_every_setting_is_cloned():
+    other = {"random_state": 1, "method": "separate", "discrete": "error", "validation_fraction": 0.2, "size": (4, 4),
+             "channels": 1, "skip_bad": True, "device": "cpu", "progress": True, "preset": "mlp", "steps": 5}
+    ratio, cloned = vars(DensityRatio(**other)), vars(clone(DensityRatio(**other)))
+    assert ratio == cloned
+    assert all(value != vars(DensityRatio())[name] for name, value in ratio.items() if name != "_models")
+
+
+def test_a_loaded_ratio_can_be_fitted_again_with_its_settings(tmp_path):
+    x = normal(60, 2).numpy()
+    ratio = DensityRatio(3, device="cpu", validation_fraction=0.3, steps=2, discrete="error").fit(x + 1, x)
+    ratio.save(tmp_path)
+    again = DensityRatio.load(tmp_path, device="cpu")
+    assert np.array_equal(again.fit(x + 1, x).log_ratio(x), ratio.log_ratio(x))
+    assert again.overrides == {"steps": 2} and again.discrete == "error"

@@ -1,0 +1,136 @@
+"""Checkpoints of the published code: against its recorded outputs, and against its network written out by names."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from published_checkpoint import (
+    CLASSES,
+    LEVELS,
+    OPTIONS,
+    SIZE,
+    published_output,
+    write_checkpoint,
+)
+
+from torchcdm import losses
+from torchcdm.bridges.official import load_official
+from torchcdm.diffusion.schedules import LinearSchedule
+from torchcdm.errors import UserError
+from torchcdm.losses import CDMLoss
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.networks.unet import CDMUNet
+
+OFFICIAL = Path(__file__).parents[3] / "shared" / "official"
+recorded = pytest.mark.skipif(not OFFICIAL.exists(), reason="the recorded outputs are not beside this project")
+
+# --- a small file in the published format, made here -------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("classes", [None, CLASSES], ids=["unconditional", "conditional"])
+def test_a_converted_file_computes_what_the_published_network_does(tmp_path, classes, prefix):
+    weights = write_checkpoint(tmp_path / "model.pt", classes, prefix)
+    network = CDMUNet(1, SIZE, LEVELS, **OPTIONS, classes=classes).eval()
+    load_official(tmp_path / "model.pt", network)
+    x = torch.randn(4, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    y = None if classes is None else torch.tensor([0, 2, 1, 3])
+    torch.testing.assert_close(network(x, y), published_output(weights, x, y), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"channels": 64}, "channels is 32 in the file, 64 in the configuration"),
+    ({"multipliers": (1, 2, 2)}, r"multipliers is \(1, 2\) in the file"),
+    ({"blocks": 2}, "blocks is 1 in the file, 2 in the configuration"),
+    ({"attention": (8,)}, r"attention is \(4,\) in the file, \(8,\) in the configuration"),
+    ({"classes": CLASSES}, "classes is None in the file, 3 in the configuration"),
+    ({"head_channels": 512}, "head_channels is 64 in the file, 512 in the configuration"),
+    ({"levels": 1002}, "levels is 12 in the file, 1002 in the configuration"),
+    ({"in_channels": 3}, "in_channels is 1 in the file, 3 in the configuration"),
+    ({"classes": 10, "joint": True}, "levels"),
+])  # fmt: skip
+def test_a_configuration_that_is_not_the_files_is_named(tmp_path, change, message):
+    write_checkpoint(tmp_path / "model.pt")
+    arguments = {"in_channels": 1, "image_size": SIZE, "levels": LEVELS} | OPTIONS | change
+    with pytest.raises(UserError, match=f"model.pt: .*{message}") as error:
+        load_official(tmp_path / "model.pt", CDMUNet(**arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path):
+    network = CDMUNet(1, SIZE, LEVELS, **OPTIONS)
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    torch.save({"ema_model_state_dict": {}}, tmp_path / "empty.pt")
+    torch.save({"ema_model_state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    weights = write_checkpoint(tmp_path / "model.pt")
+    del weights["mid.attn_1.q.bias"]
+    torch.save({"ema_model_state_dict": weights}, tmp_path / "partial.pt")
+    reasons = {
+        "absent.pt": "no such file",
+        "text.pt": "cannot read",
+        "other.pt": "ema_model_state_dict",
+        "empty.pt": "missing",
+        "foreign.pt": "'fc.weight' is no weight of the published network",
+        "partial.pt": "attention.query.bias is missing in the file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=f"{name}: .*{reason}") as error:
+            load_official(tmp_path / name, network)
+        assert "\n" not in str(error.value)
+
+
+# --- against outputs that the published code recorded ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(OFFICIAL / "unconditional_linear_golden.npz") as content:
+        return {name: torch.from_numpy(np.asarray(content[name])) for name in content}
+
+
+@pytest.fixture(scope="module")
+def model():
+    network = CDMUNet(3, 32, levels=1002, channels=32, multipliers=(1, 1, 1))
+    assert sum(p.numel() for p in network.parameters()) == 566_154
+    load_official(OFFICIAL / "unconditional_linear.pt", network)
+    return ClassificationDiffusion(network, LinearSchedule(1000)).eval()
+
+
+@recorded
+def test_recorded_outputs_before_and_after_the_sum_over_levels(golden, model):
+    network = model.backbone
+    with torch.no_grad():
+        features = network.features(golden["x0"])
+        torch.testing.assert_close(network.head.linear(features), golden["raw_x0"], rtol=0, atol=1e-5)
+        # Sums of up to 1002 terms reach 900, where float32 resolves 6e-5; another processor adds in another order.
+        torch.testing.assert_close(network(golden["x0"]), golden["logits_x0"], rtol=1e-5, atol=1e-5)
+
+
+@recorded
+def test_recorded_schedule_and_noise_estimates(golden, model):
+    torch.testing.assert_close(model.schedule.alpha.square(), golden["alpha_hat"].double(), rtol=0, atol=1e-6)
+    for t in golden["ts"].tolist():
+        eps = model.denoise(golden[f"xt_{t}"], t).eps
+        torch.testing.assert_close(eps, golden[f"eps_{t}"], rtol=0, atol=1e-5)
+
+
+@recorded
+@pytest.mark.parametrize(("differences", "within"), [(False, 1e-5), (True, 0.01)])
+def test_recorded_losses_and_gradients(differences, within, golden, model, monkeypatch):
+    monkeypatch.setattr(losses, "differences_suffice", lambda x: differences)
+    model.zero_grad()
+    terms = CDMLoss(model, ce_weight=0.001 * 3072)(golden["x0"], t=golden["train_t"], eps=golden["noise"])
+    for name in ("ce", "mse", "loss"):
+        assert terms[name].mean().item() == pytest.approx(golden[f"train_{name}"].item(), abs=1e-5)
+    terms["loss"].mean().backward()
+    network = model.backbone
+    for name, parameter in {
+        "conv_in.weight": network.unet.conv_in.weight,
+        "linear_layer.weight": network.head.linear.weight,
+        "mid.attn_1.q.weight": network.unet.middle[0].attention.query.weight,
+        "norm_out.weight": network.unet.norm_out.weight,
+    }.items():
+        expected = golden[f"grad_{name}"]
+        assert (parameter.grad - expected).norm() < within * expected.norm(), name

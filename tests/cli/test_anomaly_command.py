@@ -1,0 +1,174 @@
+"""``cdm score`` on small runs: what it writes, what it is calibrated on, and its mistakes."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import small_flags
+
+from torchcdm import load
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, make_score
+from torchcdm.cli import main, scoring
+from torchcdm.data import load_data, save_images
+
+
+def train(folder, preset, *words):
+    flags = small_flags(report__methods="[]")
+    if preset == "table":
+        flags = ["--train.steps", "60", "--report.methods", "[]", "--sampling.n", "4", "--sampling.steps", "3"]
+    assert main(["train", preset, "--out", str(folder), "--device", "cpu", "--quiet", *words, *flags]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("score") / "run", "digits")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture
+def queries(tmp_path, digits):
+    """Five test digits as they are, then two with black for white."""
+    x = digits.test.tensors(7)[0].clone()
+    x[5:] = 16 - x[5:]
+    path = tmp_path / "queries.npy"
+    np.save(path, x[:, 0].numpy())
+    return path
+
+
+def score(capsys, *words):
+    capsys.readouterr()
+    assert main(["score", "--device", "cpu", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def refuse(capsys, *words):
+    capsys.readouterr()
+    assert main(["score", "--device", "cpu", *map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("cdm: "), error
+    return error
+
+
+def test_rows_percentiles_and_flags_are_those_of_the_detector(capsys, tmp_path, run, digits, queries):
+    """Calibrated on the validation split of the run's own data where nothing else is given."""
+    words = (run, queries, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
+    out = score(capsys, *words)
+    detector = AnomalyDetector.fit(make_score("levels", load(run)), digits.validation.tensors()[0].float())
+    truth = detector.score(torch.from_numpy(np.load(queries))[:, None].float())
+
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [row["input"] for row in rows] == [f"{queries}[{i}]" for i in range(7)]
+    np.testing.assert_allclose([float(row["score"]) for row in rows], truth, rtol=1e-4)
+    np.testing.assert_allclose([float(row["percentile"]) for row in rows], detector.percentile(truth), atol=1e-3)
+    flags = [bool(int(row["flag"])) for row in rows]
+    assert flags == detector.flags(truth, 0.05).tolist()
+    assert flags[5:] == [True, True]
+
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["reference"] == {"name": "validation split of digits", "fitted": 100, "calibration": 100}
+    assert numbers["threshold"] == pytest.approx(detector.threshold(0.05), rel=1e-4)
+    assert (numbers["count"], numbers["flagged"]) == (7, sum(flags))
+    assert f"flagged {sum(flags)} of 7" in out and "calibrated on 100 held-out samples" in out
+    # The most anomalous input stands first.
+    assert f"{queries}[{int(truth.argmax())}]" in out.splitlines()[1]
+    assert Image.open(tmp_path / "s.png").size[0] > 100
+
+
+def test_images_against_a_reference_in_files(capsys, tmp_path, run, digits):
+    x = digits.test.tensors()[0]
+    save_images(x[:60].float(), tmp_path / "good", digits.transform)
+    save_images(16 - x[60:64].float(), tmp_path / "new", digits.transform)
+    np.save(tmp_path / "more.npy", x[100:160, 0].numpy())
+    reference = ("--reference", tmp_path / "good", tmp_path / "more.npy")
+    out = score(capsys, run, tmp_path / "new", *reference, "--fpr", "0.1", "--json", "-")
+    numbers = json.loads(out)
+    assert numbers["reference"]["fitted"] + numbers["reference"]["calibration"] == 120
+    assert numbers["flagged"] == 4
+    out = score(capsys, run, tmp_path / "new", *reference, "--limit", "50", "--fpr", "0.1", "--json", "-")
+    assert json.loads(out)["reference"]["calibration"] == 25
+
+
+def test_rows_of_a_table_are_named_by_their_lines(capsys, tmp_path):
+    draw = np.random.RandomState(0)
+    good = draw.normal(size=(300, 2)) @ [[1.0, 2.0], [0.0, 0.5]]
+    bad = np.array([[0.0, 0.0], [1.0, -2.0]])  # against the correlation
+    header = dict(delimiter=",", header="volt,ampere", comments="")
+    np.savetxt(tmp_path / "good.csv", good, **header)
+    np.savetxt(tmp_path / "new.csv", bad[:, ::-1], delimiter=",", header="ampere,volt", comments="")
+    run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
+    fresh = draw.normal(size=(200, 2)) @ [[1.0, 2.0], [0.0, 0.5]]
+    np.savetxt(tmp_path / "fresh.csv", fresh, **header)
+    score(capsys, run, tmp_path / "new.csv", "--reference", tmp_path / "fresh.csv", "--csv", tmp_path / "s.csv")
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [row["input"].rpartition(": ")[2] for row in rows] == ["line 2", "line 3"]
+    assert [row["flag"] for row in rows] == ["0", "1"]
+
+
+def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):
+    """A stuck sensor is no part of the model; one that moves is an anomaly all the same."""
+    draw = np.random.RandomState(0)
+    good = np.column_stack([draw.normal(size=(300, 2)), np.full(300, 0.1)])
+    new = np.column_stack([0.1 * draw.normal(size=(4, 2)), [0.1, 0.2, 0.1, -7.0]])
+    for name, rows in {"good": good, "fresh": good[:200], "new": new}.items():
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="volt,ampere,state", comments="")
+    np.savetxt(tmp_path / "without.csv", new[:, :2], delimiter=",", header="volt,ampere", comments="")
+    run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
+    assert load_data(f"table:{tmp_path / 'good.csv'}").constants == {"state": np.float32(0.1)}
+    words = (run, tmp_path / "new.csv", "--reference", tmp_path / "fresh.csv", "--json", tmp_path / "s.json")
+    out = score(capsys, *words)
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["flags"] == [False, True, False, True] and numbers["flagged"] == numbers["deviating"] == 2
+    assert "2 of them whatever their score: they differ in a column constant in training" in out
+    out = score(capsys, run, tmp_path / "without.csv", *words[2:])
+    assert json.loads((tmp_path / "s.json").read_text())["flagged"] == 0 and "whatever" not in out
+
+
+def test_the_ratio_needs_and_takes_a_background(capsys, tmp_path, run, queries):
+    out = score(capsys, run, queries, "--score", "ratio", "--background", run, "--json", "-")
+    assert np.abs(json.loads(out)["scores"]).max() == 0
+    assert "the score 'ratio' needs a background model" in refuse(capsys, run, queries, "--score", "ratio")
+    assert "takes no background model" in refuse(capsys, run, queries, "--background", run)
+
+
+def test_raw_log_p_comes_with_a_warning(capsys, run, queries):
+    assert "raw log p misses inputs that are simpler" in score(capsys, run, queries, "--score", "log_prob")
+    assert "raw log p" not in score(capsys, run, queries)
+
+
+def test_the_help_names_every_score(capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    words = capsys.readouterr().out.split("--score NAME")[-1].split("--background")[0]
+    assert re.findall(r"\w+", words)[1:-1] == list(scoring.SCORES) and set(scoring.SCORES) == set(SCORES)
+
+
+def test_mistakes(capsys, tmp_path, run, queries):
+    assert "unknown anomaly score 'level'; did you mean 'levels'" in refuse(capsys, run, queries, "--score", "level")
+    assert "fpr is 2; a false-positive rate lies between 0 and 1" in refuse(capsys, run, queries, "--fpr", "2")
+    assert "100 held-out normal samples cannot calibrate" in refuse(capsys, run, queries, "--fpr", "0.001")
+    assert "no such file or folder" in refuse(capsys, run, tmp_path / "none.npy")
+    assert "no such file or folder" in refuse(capsys, run, queries, "--reference", tmp_path / "none")
+    assert "--limit is 0" in refuse(capsys, run, queries, "--limit", "0")
+    assert "holds no trained model" in refuse(capsys, tmp_path, queries)
+    np.save(tmp_path / "wide.npy", np.zeros((3, 9, 9)))
+    assert "9 x 9 pixels" in refuse(capsys, run, tmp_path / "wide.npy")
+    np.save(tmp_path / "few.npy", np.zeros((12, 8, 8)))
+    assert "the reference holds 6 samples" in refuse(capsys, run, queries, "--reference", tmp_path / "few.npy")
+
+
+def test_a_run_whose_data_have_no_validation_split_asks_for_a_reference(capsys, tmp_path, run, queries):
+    other = shutil.copytree(run, tmp_path / "run")
+    info = json.loads((other / "config.json").read_text())
+    info["data"]["validation_fraction"] = 0.0
+    (other / "config.json").write_text(json.dumps(info))
+    assert "validation split is empty" in (error := refuse(capsys, other, queries)) and "--reference PATH" in error

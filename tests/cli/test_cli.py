@@ -1,0 +1,456 @@
+"""The command line: every mistake one line and exit code 2, and every command on a small run."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import small_flags
+
+import torchcdm
+from torchcdm.apps.baselines import Baseline
+from torchcdm.cli import main
+from torchcdm.data import load_data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *small_flags()]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A run in whose units noise on the pixels is additive."""
+    folder = tmp_path_factory.mktemp("cli") / "pixels"
+    flags = small_flags(data__gaussianize="false")
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *flags]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "conditional"
+    flags = small_flags(model__labels="joint", train__steps="2")
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *flags]) == 0
+    return folder
+
+
+def succeed(capsys, *words):
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def refuse(capsys, *words):
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("cdm: "), error
+    return error
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["train", "digits"], "required: --out"),
+        (["train", "digts", "--out", "R"], "unknown preset 'digts'; did you mean 'digits'"),
+        (["train", "--out", "R"], "give a preset or --config FILE"),
+        (["train", "digits", "--out", "R", "--train.stesp", "5"], "unknown field 'train.stesp'; did you mean 'steps'"),
+        (["train", "digits", "--out", "R", "--stesp", "5"], "unknown argument '--stesp'; did you mean 'steps'"),
+        (["train", "digits", "--out", "R", "--train.steps"], "--train.steps needs a value"),
+        (["train", "--out", "R", "--train.lr", ".nan", "digits"], "lr is nan; it must be positive"),
+        (["train", "--train.betas", "[2, 3]", "digits", "--out", "R"], "two numbers of at least 0 and below 1"),
+        (["train", "digits", "--out", "R", "--train.grad_clip", "-1"], "grad_clip is -1; it must be positive"),
+        (["train", "digits", "--out", "R", "--train.warmup", "-5"], "warmup is -5; it must not be negative"),
+        (["train", "digits", "--out", "R", "--train.patience", "0"], "patience is 0; it must be at least 1"),
+        (["train", "digits", "--out", "R", "--sampling.n", "-3"], "n is -3"),
+        (["train", "digits", "--out", "R", "--sampling.sampler", "foo"], "unknown sampler 'foo'"),
+        (["train", "digits", "--out", "R", "--report.methods", "[foo]"], "unknown likelihood method 'foo'"),
+        (["train", "digits", "--out", "R", "--report.particles", "127"], "particles is 127; at least 128"),
+        (["train", "digits", "--out", "R", "--report.draws", "0"], "draws is 0; it must be at least 1"),
+        (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
+        (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),
+        (["train", "digits", "--out", "R", "--size", "8by8"], "write height x width"),
+        (["train", "digits", "--out", "R", "--size", "7x7"], "halve"),
+        (["train", "digits", "--out", "R", "--data", "digit"], "did you mean 'digits'"),
+        (["train", "digits", "--out", "R", "--data", "folder:nowhere"], "nowhere"),
+        (["train", "digits", "--out", "R", "--device", "gpu"], "device gpu cannot be used: "),
+        (["train", "encoder", "--out", "R"], "no data: "),
+        (["train", "--config", "nothing.yaml", "--out", "R"], "nothing.yaml: cannot be read"),
+        (["sample", "nowhere", "--out", "S"], "nowhere: holds no trained model"),
+        (["nll", "nowhere"], "nowhere: holds no trained model"),
+        (["info", "nowhere"], "nowhere: holds no trained model"),
+        (["convert", "none.pt", "R", "--preset", "digits"], "the published networks have model.backbone unet"),
+        (["convert", "none.pt", "R", "--preset", "cifar10-conditional"], "--classes is needed"),
+        (["convert", "none.pt", "R", "--preset", "cifar10", "--shape", "32"], "write channels x height x width"),
+    ],
+)
+def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refuse(capsys, *words)
+    assert not (tmp_path / "R" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "RUN", "--n", "0", "--out", "S"], "n is 0; ask for at least one sample"),
+        (["sample", "RUN", "--steps", "21", "--out", "S"], "takes 1 to 20 sampling steps"),
+        (["sample", "RUN", "--sampler", "ddmp", "--out", "S"], "did you mean 'ddpm'"),
+        (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
+        (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
+        (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'"),
+        (["sample", "RUN", "--n", "four", "--out", "S"], "invalid int value: 'four'"),
+        (["nll", "RUN", "--split", "tset"], "unknown split 'tset'; did you mean 'test'"),
+        (["nll", "RUN", "--methods", "single,flwo"], "did you mean 'flow'"),
+        (["nll", "RUN", "--limit", "0"], "--limit is 0"),
+        (["nll", "RUN", "--level", "99"], "level 99 cannot be scored through; choose 1 ..."),
+        (["nll", "RUN", "--level=-1"], "level -1 cannot be scored through"),
+        (["nll", "RUN", "--draws", "0"], "draws is 0; at least one is needed"),
+        (["nll", "RUN", "--particles", "64"], "--particles is 64; at least 128"),
+        (["nll", "RUN", "--moves=-1"], "--moves is -1; it must not be negative"),
+        (["nll", "RUN", "--conditional"], "have no classes"),
+        (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
+        (["evaluate", "RUN", "--draws", "0"], "--draws is 0"),
+        (["denoise", "RUN", "x.npy", "--out", "S"], "to denoise data train with --data.gaussianize false"),
+        (["denoise", "PIXELS", "nothing.png", "--out", "S"], "nothing.png"),
+        (["denoise", "PIXELS", "x.npy", "--level", "21", "--out", "S"], "--level is 21"),
+        (["denoise", "PIXELS", "x.npy", "--noise-std", "-1", "--out", "S"], "-1; it must be positive"),
+        (["denoise", "PIXELS", "x.npy", "--noise-std", "nan", "--out", "S"], "nan; it must be positive"),
+        (["denoise", "PIXELS", "x.npy", "--level", "3", "--noise-std", "1", "--out", "S"], "not allowed with"),
+        (["train", "digits", "--out", "RUN"], "already holds a run; go on with --resume"),
+        (["convert", "x.pt", "RUN", "--preset", "cifar10"], "already holds a run"),
+    ],
+)
+def test_mistakes_with_a_run(capsys, tmp_path, monkeypatch, run, pixels, words, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((2, 8, 8), np.float32))
+    folders = {"RUN": run, "PIXELS": pixels}
+    assert message in refuse(capsys, *(folders.get(word, word) for word in words))
+
+
+def test_mistakes_about_labels(capsys, tmp_path, conditional):
+    for label in ("10", "-1", "ten", "\u00b2"):
+        assert "give balanced, a number 0 ... 9" in refuse(
+            capsys, "sample", conditional, f"--label={label}", "--out", tmp_path
+        )
+
+
+def test_what_cannot_be_written(capsys, tmp_path, run):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "cannot be written" in refuse(capsys, "sample", run, "--n", "1", "--steps", "1", "--out", blocked / "S")
+    assert "cannot be written" in refuse(capsys, "train", "digits", "--out", blocked / "R", *small_flags())
+    assert "cannot be written" in refuse(capsys, "evaluate", run, "--limit", "2", "--json", blocked / "x.json")
+
+
+# --- commands --------------------------------------------------------------------------------------------------
+
+
+def test_a_process_exits_with_two(tmp_path):
+    code = "import sys; from torchcdm.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", "digts", "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "presets", "sample", "nll", "evaluate", "denoise", "info", "convert"])
+def test_help_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"cdm {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("torchcdm 0.")
+
+
+def test_presets_tell_what_they_reach(capsys):
+    lines = {line.split()[0]: line for line in succeed(capsys, "presets").splitlines()}
+    assert {"digits", "fashion-mnist", "fashion-mnist-conditional", "cifar10", "cifar10-uniform", "cifar10-ot",
+            "cifar10-conditional", "celeba64", "two-moons", "table"} <= set(lines)  # fmt: skip
+    assert "(published)" in lines["cifar10"] and "T=1000" in lines["cifar10"] and "500000 steps" in lines["cifar10"]
+    assert "(measured)" in lines["digits"]
+
+
+def test_a_run_ends_in_a_report(run):
+    report = json.loads((run / "report.json").read_text())
+    assert {"preset", "data", "steps", "seconds", "versions", "nll", "baselines"} <= set(report)
+    assert report["preset"] == "digits" and report["steps"] == 12 and report["seconds"] > 0
+    rows = {row["name"]: row["value"] for row in report["nll"]["rows"]}
+    assert 2 < rows["one-pass"] < 4 and 2 < rows["flow"] < 4
+    # Neighbouring levels, and one pass against the flow: where the model is inconsistent.
+    ratios, gaps = report["consistency"], report["gap_to_flow_by_level"]
+    assert len(ratios["down"]) == len(ratios["up"]) == 21 and min(ratios["down"]) > 0
+    assert gaps["levels"][0] == report["nll"]["gap_to_flow"]["level"] and len(gaps["mean"]) == len(gaps["levels"])
+    for name in ("training", "levels", "posteriors", "consistency", "neighbours"):
+        assert Image.open(run / "plots" / f"{name}.png").size[0] > 20
+    assert Image.open(run / "samples" / "final.png").size == (130, 130)  # 2 x 2 digits, 64 wide, and the gap
+
+
+def test_sampling_again_gives_the_same_files(capsys, tmp_path, run):
+    for name in ("a", "b"):
+        succeed(capsys, "sample", run, "--n", "3", "--steps", "4", "--seed", "7", "--format", "all", "--device", "cpu",
+                "--out", tmp_path / name, "--quiet")  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "manifest.csv", "samples.npz", "samples.png"]
+    for name in names:
+        if not name.endswith(".npz"):
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with (tmp_path / "a" / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == names[:3] and {row["seed"] for row in rows} == {"7"}
+    x = np.load(tmp_path / "a" / "samples.npz")["x"]
+    assert x.shape == (3, 1, 8, 8) and x.dtype == np.uint8 and x.max() <= 16
+    assert np.asarray(Image.open(tmp_path / "a" / names[0])).tolist() == np.round(x[0, 0] * 255.0 / 16).tolist()
+
+
+def test_samples_of_a_class(capsys, tmp_path, conditional):
+    succeed(capsys, "sample", conditional, "--n", "12", "--steps", "2", "--label", "balanced", "--guidance", "1",
+            "--out", tmp_path / "all", "--quiet")  # fmt: skip
+    succeed(capsys, "sample", conditional, "--n", "2", "--steps", "2", "--label", "7", "--out", tmp_path / "one",
+            "--format", "array", "--quiet")  # fmt: skip
+    for name, labels in (("all", [str(i % 10) for i in range(12)]), ("one", ["7", "7"])):
+        with (tmp_path / name / "manifest.csv").open() as file:
+            assert [row["label"] for row in csv.DictReader(file)] == labels
+    assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
+
+
+def test_nll_writes_the_contract(capsys, tmp_path, run):
+    words = ["nll", run, "--limit", "5", "--methods", "single,flow", "--flow-steps", "2", "--device", "cpu", "--quiet"]
+    out = succeed(capsys, *words, "--json", tmp_path / "nll.json")
+    content = json.loads((tmp_path / "nll.json").read_text())
+    assert set(content) == {"data", "unit", "rows", "log2_z_per_dim", "gap_to_flow", "believe", "why"}
+    assert content["data"] == {"name": "digits", "split": "test", "count": 5, "dim": 64}
+    assert set(content["gap_to_flow"]) == {"mean", "sd", "level"}
+    assert {"published-convention", "one-pass", "one-pass-level", "flow"} <= {row["name"] for row in content["rows"]}
+    assert "one-pass-level" in out
+    assert json.loads(succeed(capsys, *words, "--json", "-")) == content
+
+
+def test_calibrate_changes_the_values_of_a_run_and_no_sample(capsys, tmp_path, run):
+    copy = shutil.copytree(run, tmp_path / "run")
+    words = ["calibrate", copy, "--samples", "40", "--rounds", "1", "--particles", "16", "--device", "cpu", "--quiet"]
+    found = json.loads(succeed(capsys, *words, "--json", "-"))
+    assert found["unit"] == "bits/dim" and found["after"] < found["before"] and len(found["log_z"]) == 1
+    (old, new), x = (torchcdm.load(folder) for folder in (run, copy)), load_data("digits").test.tensors(4)[0]
+    assert old.readout is None and not torch.equal(new.log_prob(x), old.log_prob(x))
+    z = new.transform(x.float())
+    assert torch.equal(new.denoise(z, 3).eps, old.denoise(z, 3).eps)
+    # A finished run that is resumed keeps it; it can be taken back.
+    succeed(capsys, "train", "digits", "--out", copy, "--resume", "--device", "cpu", "--quiet", *small_flags())
+    torch.testing.assert_close(torchcdm.load(copy).log_prob(x), new.log_prob(x))
+    assert "root mean square" in succeed(capsys, *words)
+    succeed(capsys, "calibrate", copy, "--remove")
+    assert torch.equal(torchcdm.load(copy).log_prob(x), old.log_prob(x))
+
+
+def test_calibrate_refuses(capsys, tmp_path, run, conditional):
+    assert "classes or a context" in refuse(capsys, "calibrate", conditional, "--device", "cpu", "--quiet")
+    assert "--samples is 0" in refuse(capsys, "calibrate", run, "--samples", "0")
+    assert "holds no trained model" in refuse(capsys, "calibrate", tmp_path)
+    assert "no path above it" in refuse(capsys, "calibrate", run, "--level", "0", "--quiet")
+
+
+def nll_of(capsys, run, *words):
+    words = ["nll", run, "--methods", "single", "--device", "cpu", "--quiet", "--json", "-", *words]
+    return {row["name"]: row["value"] for row in json.loads(succeed(capsys, *words))["rows"]}
+
+
+def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table):
+    run, path = table
+    volt, gram = np.loadtxt(path, delimiter=",", skiprows=1).T.tolist()
+    # In another order and among others; one that holds a single value must stay in.
+    lines = [f"{g!r},n{i},{v!r}" for i, (v, g) in enumerate(zip(volt, gram, strict=True))]
+    (tmp_path / "other.csv").write_text("\n".join(["gram,name,volt", *lines]))
+    (tmp_path / "flat.csv").write_text("\n".join(["gram,volt", *(f"{g!r},0.1" for g in gram)]))
+    (tmp_path / "lacking.csv").write_text("\n".join(["gram,ampere", *(f"{g!r},0.1" for g in gram)]))
+    own = nll_of(capsys, run)
+    assert nll_of(capsys, run, "--data", f"table:{tmp_path / 'other.csv'}") == own
+    assert np.isfinite(nll_of(capsys, run, "--data", f"table:{tmp_path / 'flat.csv'}")["one-pass"])
+    for command in ("nll", "evaluate"):
+        error = refuse(capsys, command, run, "--data", f"table:{tmp_path / 'lacking.csv'}")
+        assert "no column 'volt' (found: gram, ampere)" in error
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_an_array_on_the_grid_of_the_model_need_not_reach_its_ends(capsys, tmp_path, run, dtype):
+    x = load_data("digits").test.tensors()[0].clamp(1, 9).numpy()
+    path = tmp_path / "some.npy"
+    np.save(path, x.astype(dtype))
+    source = load_data(f"array:{path}", transform=torchcdm.load(run).transform)
+    values = torch.cat([split.tensors()[0].float() for split in (source.train, source.validation, source.test)])
+    assert values.sum((1, 2, 3)).sort()[0].tolist() == sorted(x.sum((1, 2, 3)).tolist())
+    assert np.isfinite(nll_of(capsys, run, "--data", f"array:{path}", "--limit", "5")["one-pass"])
+
+
+@pytest.mark.parametrize("command", ["nll", "evaluate"])
+def test_other_grey_levels_are_refused(capsys, tmp_path, run, table, command):
+    draw = np.random.RandomState(0)
+    np.save(tmp_path / "bytes.npy", draw.randint(0, 256, (40, 8, 8), dtype=np.uint8))
+    np.save(tmp_path / "signed.npy", draw.randint(-1, 10, (40, 8, 8)))
+    np.save(tmp_path / "floats.npy", draw.rand(40, 8, 8))
+    np.save(tmp_path / "counts.npy", draw.randint(0, 10, (40, 2)))
+    for other, name, message in (
+        (run, "bytes", "grey levels 0 ... 255; the model takes grey levels 0 ... 16; rescale them"),
+        (run, "signed", "grey levels -1 ... 9; the model takes grey levels 0 ... 16; rescale them"),
+        (run, "floats", "continuous values; the model takes grey levels 0 ... 16; give whole numbers"),
+        (table[0], "counts", "grey levels 0 ... 9; the model takes continuous values; give floats"),
+    ):
+        assert message in refuse(capsys, command, other, "--data", f"array:{tmp_path / name}.npy")
+
+
+def test_classes_of_other_data_go_by_name(capsys, tmp_path, conditional):
+    x, y = load_data("digits").test.tensors()
+    chosen = (y == 3) | (y == 7)
+    x, y = x[chosen].numpy(), y[chosen].numpy()
+    for name, labels in (("numbers", y), ("texts", y.astype(str)), ("words", np.where(y == 3, "three", "7"))):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=labels)
+    words = ["--conditional", "--data"]
+    by_number = nll_of(capsys, conditional, *words, f"array:{tmp_path / 'numbers.npz'}")
+    # Classes 0 and 1 there; 3 and 7 for the model.
+    assert nll_of(capsys, conditional, *words, f"array:{tmp_path / 'texts.npz'}") == by_number
+    data = ["--data", f"array:{tmp_path / 'words.npz'}"]
+    for command in (["nll", conditional, "--conditional"], ["evaluate", conditional]):
+        assert "class 'three' is none of the model's (0, 1, 2, 3, " in refuse(capsys, *command, *data)
+    nll_of(capsys, conditional, *data)  # without classes they do not matter
+
+
+def test_evaluate_by_level(capsys, tmp_path, run):
+    out = succeed(capsys, "evaluate", run, "--json", tmp_path / "e.json", "--device", "cpu")
+    content = json.loads((tmp_path / "e.json").read_text())
+    assert content["count"] == 297 and content["levels"] == 22
+    per_level = content["per_level"]
+    assert all(len(values) == 22 for values in per_level.values())
+    # The mean error leaves out the ends: level 0 is a constant, level T+1 is exact.
+    assert abs(per_level["mse"][0] - 1) < 0.1 and per_level["mse"][21] == 0
+    inner = sum(per_level["mse"][1:21]) / 20
+    assert abs(content["mean"]["mse"] - inner) < 0.02 and f"{content['mean']['mse']:.4f}" in out
+
+
+def test_denoising_removes_noise(capsys, tmp_path, pixels):
+    clean = load_data("digits").test.tensors(20)[0].float()
+    noisy = clean + 4 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "noisy.npy", noisy.numpy())
+    for flags in (["--noise-std", "4"], ["--level", "9"], []):
+        out = tmp_path / "-".join(["out", *flags])
+        succeed(capsys, "denoise", pixels, tmp_path / "noisy.npy", *flags, "--out", out, "--device", "cpu")
+        result = torch.from_numpy(np.load(out / "denoised.npy")).float()
+        # Little training: what the Gaussian alone removes.
+        assert (result - clean).square().mean() < 0.6 * (noisy - clean).square().mean()
+        with (out / "noise.csv").open() as file:
+            found = [float(row["noise_std"]) for row in csv.DictReader(file)]
+        assert 3 < np.median(found) < 5.5 and len(list(out.glob("*.png"))) == 20
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A run on two columns that belong together, one in units and one in thousands; and its file."""
+    folder = tmp_path_factory.mktemp("cli")
+    hidden = np.random.RandomState(0).normal(size=(400, 1))
+    rows = (hidden + 0.1 * np.random.RandomState(1).normal(size=(400, 2))) * [1, 1000]
+    np.savetxt(folder / "t.csv", rows, delimiter=",", header="volt,gram", comments="")
+    words = ["--data", f"table:{folder / 't.csv'}", "--data.gaussianize", "false", "--train.steps", "4"]
+    words += ["--sampling.n", "0", "--report.methods", "[single]", "--report.baselines", "false", "--quiet"]
+    assert main(["train", "table", "--out", str(folder / "run"), "--device", "cpu", *words]) == 0
+    return folder / "run", folder / "t.csv"
+
+
+def noisy_rows(path, ratio):
+    """A table's columns, the noise that was put on them, and their deviations."""
+    clean = np.loadtxt(path, delimiter=",", skiprows=1)
+    return clean, clean + ratio * clean.std(0) * np.random.RandomState(2).normal(size=clean.shape), clean.std(0)
+
+
+def test_noise_of_a_table_is_told_in_deviations_of_its_columns(capsys, tmp_path, table):
+    run, path = table
+    clean, noisy, deviation = noisy_rows(path, 0.4)
+    np.savetxt(tmp_path / "n.csv", noisy, delimiter=",", header="volt,gram", comments="")
+    words = ["denoise", run, tmp_path / "n.csv", "--device", "cpu", "--out", tmp_path / "out"]
+    assert "of each column's" in succeed(capsys, *words)
+    with (tmp_path / "out" / "noise.csv").open() as file:
+        found = [float(row["noise_ratio"]) for row in csv.DictReader(file)]
+    # Two numbers a row tell little of its noise; many rows tell it.
+    assert 0.2 < np.median(found) < 0.7
+    denoised = np.loadtxt(tmp_path / "out" / "denoised.csv", delimiter=",", skiprows=1)
+    assert ((denoised - clean) / deviation).std() < 0.9 * 0.4
+    assert "the columns differ in scale; give --level" in refuse(capsys, *words, "--noise-std", "1")
+
+
+def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):
+    beside = [Baseline("something classical", 3.0, 0.1, "bits/dim")]
+    monkeypatch.setattr("torchcdm.apps.report.baselines", lambda *_: beside)
+    flags = small_flags(report__baselines="true", report__methods="[single]", train__steps="2")
+    out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
+    table = out[out.index("density model, same test samples") :]
+    assert "something classical, Gaussianised" in table
+    assert "one forward pass, level 0" in table and "normalised" not in table
+
+
+def test_a_report_estimates_log_z_from_the_particles_asked_for(capsys, tmp_path):
+    flags = small_flags(report__methods="[single, logz]", report__particles="160", train__steps="2")
+    succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["nll"]["log2_z_per_dim"]["estimator"].startswith("smc, 16 x 10 particles")
+
+
+def test_info(capsys, run):
+    out = succeed(capsys, "info", run)
+    assert "uniform-sigma, T = 20" in out and "encoder" in out and "step-12" in out and "0 ... 16" in out
+
+
+def test_resume_of_a_run_needs_no_preset(capsys, tmp_path, run):
+    words = ["train", "--out", tmp_path / "r", "--device", "cpu"]
+    succeed(capsys, *words, "--config", run / "config.yaml", "--steps", "2")
+    out = succeed(capsys, *words, "--resume", "--steps", "3")
+    assert "3 steps in" in out and "one-pass" in out
+
+
+def test_a_field_and_its_value_may_stand_anywhere(tmp_path, run):
+    """The value of a field is no preset, with or without one before it."""
+    fields = ["--train.steps", "2", "--sampling.n", "0", "--report.limit", "4", "--report.methods", "[single]"]
+    words = ["train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "r"), *fields, "--quiet"]
+    assert main(words) == 0
+    assert "steps: 2" in (tmp_path / "r" / "config.yaml").read_text()
+    assert main(["train", "--out", str(tmp_path / "r"), "--resume", "--train.steps", "3", "--quiet"]) == 0
+
+
+def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(capsys, tmp_path):
+    small = ["--model.backbone.width", "8", "--model.backbone.multipliers", "[1]", "--train.steps", "1"]
+    words = ["--sampling.n", "0", "--report.limit", "4", "--train.validation_samples", "4", "--quiet"]
+    words += ["--report.flow_steps", "2", "--report.baselines", "false"]
+    assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
+    model = torchcdm.load(tmp_path / "r")
+    assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
+    assert "no log p to calibrate" in refuse(capsys, "calibrate", tmp_path / "r")
+    # The preset asks for one pass and log Z too, which take a classifier.
+    rows = json.loads((tmp_path / "r" / "report.json").read_text())["nll"]["rows"]
+    assert [row["name"] for row in rows] == ["elbo", "flow"] and all(1 < row["value"] < 9 for row in rows)
+    words = ["nll", str(tmp_path / "r"), "--limit", "2", "--flow-steps", "4", "--quiet", "--json"]
+    assert main([*words, str(tmp_path / "nll.json")]) == 0
+    numbers = json.loads((tmp_path / "nll.json").read_text())
+    assert [row["name"] for row in numbers["rows"]] == ["elbo", "flow"] and numbers["gap_to_flow"] is None
+    assert "single: a ddm has no density in one pass" in refuse(capsys, *words, "-", "--methods", "single,flow")
+
+
+def test_numbers_that_are_none_are_null_in_json(tmp_path, run):
+    path = tmp_path / "nll.json"
+    assert main(["nll", str(run), "--methods", "single", "--limit", "1", "--json", str(path), "--quiet"]) == 0
+    assert "NaN" not in path.read_text() and json.loads(path.read_text())["rows"][0]["se"] is None

@@ -1,0 +1,223 @@
+"""A mixture as base density: the model before training, its change over the levels, and its integral."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import normal, rng
+from pretended_device import pretended_device
+
+from torchcdm.diffusion.exact import GaussianMixture
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals, best_mixture, fit_gaussians, merged
+from torchcdm.diffusion.schedules import LogSNRSchedule
+from torchcdm.errors import UserError
+from torchcdm.estimators.normalizing import importance_normalizer
+from torchcdm.likelihood import probability_flow
+from torchcdm.likelihood.flow import reference_gaussian
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.networks.mlp import MLP
+from torchcdm.training.fit import fit
+from torchcdm.units import DataTransform
+
+SCHEDULE = LogSNRSchedule(40, 0.02, 10.0)
+
+
+def three_clouds(n=3000):
+    means = torch.tensor([[-1.5, 0.0], [1.0, 1.0], [0.5, -1.5]], dtype=torch.float64)
+    mixture = GaussianMixture(torch.tensor([0.5, 0.2, 0.3]), means, torch.full((3,), 0.05, dtype=torch.float64))
+    return mixture, mixture.sample(n, rng(0))
+
+
+def model_of(base):
+    backbone = MLP(2, SCHEDULE.T + 2, width=16, depth=1, energy_maps=2)
+    return ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base).double()
+
+
+def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
+    mixture, x = three_clouds()
+    base = MixtureMarginals.fit(x, SCHEDULE, 3)
+    truth = mixture.log_prob_levels(x, SCHEDULE)
+    with torch.no_grad():
+        assert abs(float((model_of(base).log_prob_levels(x) - truth).mean())) < 0.01
+    at_noise = base.log_prob_levels(x)[:, -1]
+    assert torch.allclose(at_noise, torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1))
+    x_1 = SCHEDULE.alpha[1] * x[:20]
+    flow = probability_flow(model_of(base), x_1).log_prob
+    assert torch.allclose(flow, base.log_prob_levels(x_1)[:, 1], atol=0.05)
+
+
+def test_draws_are_those_of_the_mixture_and_samplers_start_from_one_gaussian():
+    mixture, x = three_clouds()
+    base = MixtureMarginals.fit(x, SCHEDULE, 3)
+    for density in (base, ClassMixtures(base, torch.ones(2, 3))):
+        drawn = density.draw((20_000, 2), rng(1))
+        assert drawn.dtype == torch.float64 and drawn.shape == (20_000, 2)
+        # Draws of one Gaussian with the same moments lie between the clouds: 11 nats less probable.
+        values = mixture.log_prob_levels(drawn, SCHEDULE)[:, 0]
+        assert abs(float(values.mean() - mixture.log_prob_levels(x, SCHEDULE)[:, 0].mean())) < 0.05
+        noise = normal(5, 2)
+        assert torch.equal(density.start(noise), base.common.sample(noise, SCHEDULE.T))
+
+
+def test_draws_come_to_the_device_of_the_density():
+    base = MixtureMarginals.fit(three_clouds(50)[1], LogSNRSchedule(40, 0.02, 10.0), 3)
+    with pretended_device() as device:
+        base.to(device)
+        for density in (base, base.common):
+            assert density.draw((5, 2), rng()).device == device
+
+
+def test_the_change_over_the_levels_is_the_slope_of_the_density():
+    _, x = three_clouds(50)
+    base = MixtureMarginals.fit(x, LogSNRSchedule(4000, 0.02, 10.0), 3)
+    t = torch.linspace(2, 3999, 50).long()
+    levels = base.log_prob_levels(x)
+    rows = torch.arange(50)
+    difference = levels[rows, t + 1] - levels[rows, t - 1]
+    assert torch.allclose(base.log_prob_change(x, t), difference, rtol=1e-3, atol=1e-4)
+
+
+def test_validation_finds_the_number_of_components_and_the_shrinkage():
+    _, x = three_clouds()
+    components, shrinkage = best_mixture(x[:2000], x[2000:], (1, 2, 3, 5, 8))
+    assert components == 3 and shrinkage <= 0.001
+    assert best_mixture(normal(60, 3), normal(2000, 3, seed=1), (1, 8, 12))[0] == 1
+    # The truth is round, and the covariance of 40 samples in 30 dimensions is anything but.
+    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (1,)) == (1, 0.7)
+    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,)) == (2, 0.0)
+    with pytest.raises(UserError, match="vectors"):
+        MixtureMarginals.fit(torch.zeros(10, 1, 4, 4), SCHEDULE, 2)
+
+
+def test_of_many_samples_some_come_first_and_all_count(monkeypatch):
+    _, x = three_clouds()
+    whole = fit_gaussians(x, 3)
+    monkeypatch.setattr("torchcdm.diffusion.mixture.FIRST_ROWS", 300)
+    found, first = fit_gaussians(x, 3), fit_gaussians(x[:: -(-len(x) // 300)], 3)
+
+    def gap(one, other):
+        nearest = torch.cdist(one[1], other[1]).min(1)
+        assert len(nearest.indices.unique()) == 3
+        return nearest.values.max()
+
+    # EM ends by its gain, so that another start ends a little elsewhere: far nearer than the first samples alone.
+    assert gap(found, whole) < 0.1 * gap(first, whole)
+
+
+def test_every_far_mode_gets_a_component():
+    # Scikit-learn's own start leaves out some of these and gives others two components.
+    generator = rng(4)
+    means = 3 * torch.randn(20, 8, generator=generator, dtype=torch.float64)
+    mixture = GaussianMixture(torch.linspace(1, 4, 20), means, torch.full((20,), 0.05, dtype=torch.float64))
+    x = mixture.sample(8000, generator)
+    fitted = MixtureMarginals.fit(x, SCHEDULE, 20).mixture
+    nearest = torch.cdist(means, fitted.means).min(1)
+    assert nearest.values.max() < 0.2 and len(nearest.indices.unique()) == 20
+    assert torch.allclose(fitted.log_weights.exp()[nearest.indices], mixture.log_weights.exp(), atol=0.01)
+
+
+def test_far_modes_of_few_rows_get_a_component_each():
+    # Too few rows for the covariance of a piece; scikit-learn's own start leaves out one of these.
+    generator = rng(0)
+    centres = 6 * torch.rand(30, 24, dtype=torch.float64, generator=generator)
+    modes = torch.arange(30).repeat_interleave(torch.linspace(10, 70, 30).long())
+    x = centres[modes] + 0.2 * torch.randn(len(modes), 24, dtype=torch.float64, generator=generator)
+    fitted = MixtureMarginals.fit(x, SCHEDULE, 30, shrinkage=0.1).mixture
+    nearest = torch.cdist(centres, fitted.means).min(1)
+    assert nearest.values.max() < 0.5 and len(nearest.indices.unique()) == 30
+
+
+def test_merging_keeps_moments_and_takes_the_cheapest_pair():
+    weights, means = np.array([0.4, 0.1, 0.5]), np.array([[0.0, 0.0], [0.2, 0.0], [9.0, 0.0]])
+    covariances = np.stack([np.eye(2), 2 * np.eye(2), np.eye(2)])
+    w, m, c = merged(weights, means, covariances, 2)
+    np.testing.assert_allclose((w, m[0], m[1]), ([0.5, 0.5], [0.04, 0], [9, 0]))
+    np.testing.assert_allclose(c[0], np.diag([1.2 + 0.16 * 0.04, 1.2]))
+    w, m, c = merged(weights, means, covariances, 1)
+    second = sum(a * (k + np.outer(mu, mu)) for a, mu, k in zip(weights, means, covariances, strict=True))
+    np.testing.assert_allclose((w[0], *m[0]), (1, *(weights @ means)))
+    np.testing.assert_allclose(c[0] + np.outer(m[0], m[0]), second)
+
+
+def test_classes_have_their_own_weights_of_common_components_at_every_level():
+    mixture, x = three_clouds(9000)
+    other = GaussianMixture(torch.tensor([0.1, 0.6, 0.3]), mixture.means, torch.full((3,), 0.05, dtype=torch.float64))
+    x, y = torch.cat([x, other.sample(9000, rng(1))]), torch.arange(2).repeat_interleave(9000)
+    base = ClassMixtures.fit(MixtureMarginals.fit(x, SCHEDULE, 3), x, y)
+    query = x[::1800]
+    log_p = base.log_prob_levels(query)[:, None] + base.class_effects(query)
+    truth = torch.stack([exact.log_prob_levels(query, SCHEDULE) for exact in (mixture, other)], 1)
+    assert torch.allclose(log_p[:, 1] - log_p[:, 0], truth[:, 1] - truth[:, 0], atol=0.1)
+    assert torch.allclose(log_p, truth, atol=0.3)
+    assert base.class_effects(query)[..., -1].abs().max() < 1e-9
+    # The flow of such a model starts from the Gaussian of all data.
+    backbone = MLP(2, SCHEDULE.T + 2, width=4, depth=1, energy_maps=1, classes=2, joint=True)
+    model = ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base)
+    assert reference_gaussian(model) is base.common.common
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_shrinkage_moves_covariances_towards_a_round_one(components):
+    # Twice the deviation along one axis; all of the shrinkage is the mean variance along both.
+    x = normal(4000, 2) * torch.tensor([2.0, 1.0])
+    x = x - x.mean(0)
+    variances = x.var(0, correction=0)
+    for share in (0.0, 0.5, 1.0):
+        options = {"shrinkage": share}
+        base = GaussianMarginals.fit(x, SCHEDULE, **options)
+        if components > 1:
+            mixture = MixtureMarginals.fit(x, SCHEDULE, components, **options)
+            assert torch.allclose(mixture.common.variances, base.variances)
+            base = mixture.mixture
+            if share == 1:
+                assert torch.allclose(base.variances, variances.mean().expand(components, 2))
+            continue
+        expected = (1 - share) * variances + share * variances.mean()
+        assert torch.allclose(base.variances.sort().values, expected.sort().values, rtol=0.01)
+
+
+def test_few_samples_of_many_numbers_get_a_density_that_new_samples_have_too():
+    x, new = normal(100, 300), normal(50, 300, seed=1)
+    _, share = best_mixture(x[:80], x[80:], (1,))
+    plain, moved = (GaussianMarginals.fit(x[:80], SCHEDULE, shrinkage=s).log_prob_levels(new)[:, 0].mean()
+                    for s in (0.0, share))  # fmt: skip
+    truth = torch.distributions.Normal(0.0, 1.0).log_prob(new).sum(1).mean()
+    assert plain < truth - 1e4 and moved > truth - 60
+
+
+def test_shrinkage_needs_a_gaussian_and_a_share():
+    for model in ({"shrinkage": 1.5}, {"shrinkage": 0.1, "gaussian": False}):
+        with pytest.raises(UserError, match="model.shrinkage is .*; give a share from 0 to 1"):
+            fit(normal(40, 3), steps=1, progress=False, model=model)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_the_integral_of_one_pass_agrees_with_quadrature(components):
+    _, x = three_clouds()
+    base = MixtureMarginals.fit(x, SCHEDULE, components)
+    model = model_of(base)
+    assert importance_normalizer(model).log_z == pytest.approx(0, abs=0.02)
+    torch.manual_seed(0)
+    for parameter in model.backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    found = importance_normalizer(model, seed=1)
+    axis = torch.linspace(-8, 8, 321, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    assert components == 1 or found.usable
+    with torch.no_grad():
+        mass = model.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
+    assert abs(float(mass.log())) > 0.05  # there is something to find
+    assert found.log_z == pytest.approx(float(mass.log()), abs=4 * found.se + 1e-3)
+    assert found.correction == (found.log_z if found.effective_sample_size >= 200 else 0)
+
+
+def test_the_integral_of_a_model_without_fitted_base():
+    assert importance_normalizer(model_of(None)).log_z == pytest.approx(0, abs=0.02)
+
+
+def test_an_estimate_that_few_draws_carry_is_not_used():
+    _, x = three_clouds()
+    model = model_of(MixtureMarginals.fit(x, SCHEDULE, 3))
+    few = importance_normalizer(model, draws=100)
+    assert not few.usable and few.correction == 0
+    assert np.isfinite(few.log_z)

@@ -1,0 +1,322 @@
+"""log Z that was put in by hand, and what withholds a headline."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import labelled_mixture, normal, rng
+from torch import distributions
+
+from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
+from torchcdm.errors import UserError
+from torchcdm.likelihood import NLLGap, ReverseChain, Row, consistency, elbo, log_normalizer, log_normalizer_above
+from torchcdm.likelihood.normalizer import _Particles
+from torchcdm.likelihood.verdict import Evidence, judge
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.units import DataTransform
+
+SLOPE = torch.tensor([0.4, -0.3], dtype=torch.float64)
+
+
+class Tilted(torch.nn.Module):
+    """An exact classifier made wrong: log p_t gains ``constant`` + slope . x at the levels 0 ... T."""
+
+    def __init__(self, exact, constant=0.0, slope=None):
+        super().__init__()
+        self.exact, self.constant = exact, constant
+        self.slope = torch.zeros(2).double() if slope is None else slope
+
+    def forward(self, x):
+        h = self.exact(x)
+        inner = h[:, :-1] + self.constant + (x.double().flatten(1) @ self.slope)[:, None]
+        return torch.cat([inner, h[:, -1:]], 1)
+
+
+def tilted_model(schedule, constant=0.0, slope=None):
+    mixture = labelled_mixture()
+    base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
+    backbone = Tilted(MixtureClassifier(mixture, schedule, base), constant, slope)
+    return ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,)), base)
+
+
+def log_integral(schedule, slope, level=1):
+    """log of the integral of p_level(x) exp(slope . x): the cumulant of a mixture of Gaussians."""
+    mixture, (alpha, sigma) = labelled_mixture(), (schedule.alpha[level], schedule.sigma[level])
+    dense = mixture.vectors @ torch.diag_embed(mixture.variances) @ mixture.vectors.mT
+    noisy = alpha**2 * dense + sigma**2 * torch.eye(2)
+    terms = alpha * mixture.means @ slope + 0.5 * torch.einsum("i,kij,j->k", slope, noisy, slope)
+    return float((mixture.log_weights + terms).logsumexp(0))
+
+
+METHODS = [("ais", 0), ("smc", 0), ("smc", 2), ("flow", 0)]
+
+
+@pytest.mark.parametrize(("method", "moves"), METHODS)
+@pytest.mark.parametrize("slope", [None, SLOPE])
+def test_finds_log_z(method, moves, slope):
+    schedule = CosineSchedule(25)
+    model = tilted_model(schedule, 1.7, slope)
+    truth = 1.7 + (0.0 if slope is None else log_integral(schedule, slope))
+    found = log_normalizer(model, 640, method=method, moves=moves, islands=32, level=1)
+    error = (found.high - found.low) / 3.92
+    assert abs(found.value - truth) < 4 * error + 0.01
+    assert error < 0.1 and found.low < found.value < found.high
+    assert 20 < found.ess <= 640
+    assert found.mean_log_weight < found.value + 1e-12
+    assert found.x.shape == (640, 2) and found.dim == 2
+
+
+def test_at_any_level():
+    schedule = CosineSchedule(25)
+    found = log_normalizer(tilted_model(schedule, 0.4, SLOPE), 640, level=12, islands=32)
+    assert abs(found.value - 0.4 - log_integral(schedule, SLOPE, 12)) < (found.high - found.low) + 0.01
+
+
+@pytest.mark.parametrize(("slope", "level"), [(None, 1), (SLOPE, 1), (SLOPE, 12)])
+def test_paths_from_either_end_enclose_log_z(slope, level):
+    schedule = CosineSchedule(25)
+    model = tilted_model(schedule, 1.7, slope)
+    truth, x = 1.7, schedule.perturb(labelled_mixture().sample(50_000, rng(2)), level, normal(50_000, 2))
+    if slope is not None:
+        truth += log_integral(schedule, slope, level)
+        x = x[torch.multinomial((x @ slope).softmax(0), 2000, replacement=True, generator=rng(3))]
+    chain = ReverseChain(model)
+    below = log_normalizer(model, 2000, level, "ais", chain=chain)
+    above, error = log_normalizer_above(model, x[:2000], level, chain=chain)
+    assert below.mean_log_weight < truth < above - 3 * error
+    # The same mean from the other end: of paths that lead down, weighted.
+    particles = _Particles(model, chain, None, 1, 8000, 0, 8000)
+    particles.run(level, 0, resample=False)
+    log_w = particles.log_w[0]
+    assert above == pytest.approx(float(log_w.softmax(0) @ log_w), abs=0.1)
+
+
+def test_the_noise_of_a_step_is_found_again():
+    model = tilted_model(CosineSchedule(25))
+    chain, noise, x_t = ReverseChain(model), normal(4, 2), normal(4, 2)
+    x0 = chain.x0(x_t, 9)
+    assert torch.allclose(chain.noise_of(chain.step(x_t, x0, 9, 5, noise)[0], x_t, x0, 9, 5), noise)
+    assert torch.allclose(chain.start_noise_of(chain.start(noise)[0]), noise)
+
+
+def test_resampling_keeps_the_mean_of_the_estimate():
+    # Many small populations that resample often: the mean of Z, not of its logarithm, is right.
+    schedule = CosineSchedule(15)
+    model = tilted_model(schedule, slope=2 * SLOPE)
+    chain = ReverseChain(model)
+    truth = log_integral(schedule, 2 * SLOPE)
+    values = torch.tensor(
+        [log_normalizer(model, 512, chain=chain, islands=64, seed=s, moves=s % 2).value for s in range(12)]
+    )
+    ratio = (values - truth).exp()
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(12)
+    assert float(ratio.std()) < 0.4
+
+
+def test_particles_come_from_the_normalised_density():
+    schedule = CosineSchedule(30)
+    x = log_normalizer(tilted_model(schedule, slope=SLOPE), 4000, moves=1, islands=4).x
+    drawn = schedule.perturb(labelled_mixture().sample(100_000, rng(2)), 1, normal(100_000, 2))
+    weights = (drawn @ SLOPE).softmax(0)
+    mean = weights @ drawn
+    square = weights @ drawn.square()
+    assert torch.allclose(x.mean(0), mean, atol=0.12)
+    assert torch.allclose(x.square().mean(0), square, atol=0.15)
+
+
+def test_images_and_batches():
+    schedule = CosineSchedule(10)
+    mixture = GaussianMixture(torch.ones(2), normal(2, 1, 2, 2), torch.tensor([0.3, 0.5]))
+    base = GaussianMarginals.fit(mixture.sample(1000, rng()), schedule)
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((1, 2, 2)), base
+    )
+    whole = log_normalizer(model, 64, islands=8, moves=1)
+    assert whole.x.shape == (64, 1, 2, 2)
+    assert whole.value == pytest.approx(log_normalizer(model, 64, islands=8, moves=1, batch_size=7).value, abs=1e-9)
+
+
+def test_of_a_class():
+    mixture, schedule = labelled_mixture(), CosineSchedule(20)
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+    )
+    found = log_normalizer(model, 640, y=1, islands=32)
+    assert abs(found.value) < (found.high - found.low) + 0.01
+    one = mixture.sample_labelled(50_000, rng())
+    mean = schedule.alpha[1] * one[0][one[1] == 1].mean(0)
+    assert torch.allclose(found.x.mean(0), mean, atol=0.2)
+
+
+# --- the chain behind it ---------------------------------------------------------------------------------------
+
+
+def test_kernel_divergence_is_that_of_the_gaussians():
+    schedule = UniformSigmaSchedule(20)
+    model = tilted_model(schedule)
+    chain = ReverseChain(model)
+    error, t = normal(6, 2), torch.tensor([2, 5, 9, 13, 17, 20])
+    for row, level in enumerate(t.tolist()):
+        x_t, x_0 = normal(1, 2, seed=row), normal(1, 2, seed=row + 50)
+        a, b, c = schedule.reverse_kernel(level, level - 1, x_t)
+        rotation = chain.reference.rotation.matrix
+        wide = c**2 * torch.eye(2) + b**2 * rotation @ chain.variances[level - 1].diag() @ rotation.T
+        q = distributions.MultivariateNormal(a * x_t[0] + b * x_0[0], c**2 * torch.eye(2).double())
+        r = distributions.MultivariateNormal(a * x_t[0] + b * (x_0[0] - error[row]), wide)
+        truth = distributions.kl_divergence(q, r)
+        assert torch.allclose(chain.kl(error, t)[row], truth, rtol=1e-6)
+
+
+def test_calibration_measures_the_posterior_variance():
+    # Gaussian data: the posterior has the closed form that the uncalibrated chain assumes.
+    schedule = CosineSchedule(20)
+    mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.tensor([0.5]))
+    base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
+    )
+    measured, assumed = ReverseChain.calibrated(model, n=2000).variances, ReverseChain(model).variances
+    assert torch.allclose(measured[:15], assumed[:15], rtol=0.15)
+
+
+def test_elbo_approaches_the_density_of_a_gaussian():
+    # The reverse chain of Gaussian data is exact in the limit of small steps, and a bound before it.
+    gaps = []
+    for T in (10, 40):
+        schedule = CosineSchedule(T)
+        mixture = GaussianMixture(torch.ones(1), normal(1, 2), torch.tensor([0.4]))
+        base = GaussianMarginals.fit(mixture.sample(20_000, rng()), schedule)
+        model = ClassificationDiffusion(
+            MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
+        )
+        x = mixture.sample(2000, rng(1))
+        bound = elbo(model, x)
+        gaps.append(float((mixture.log_prob(x, 0, schedule) - bound.likelihood.nats).mean()))
+        total = bound.prior + bound.diffusion + bound.reconstruction
+        assert torch.allclose(-total, bound.likelihood.nats)
+    assert all(gap > -0.05 for gap in gaps)
+    assert max(map(abs, gaps)) < 0.1
+
+
+def test_elbo_bounds_a_mixture_whatever_the_kernels():
+    mixture, schedule = labelled_mixture(), CosineSchedule(40)
+    model = tilted_model(schedule)
+    x = mixture.sample(400, rng(1))
+    true = mixture.log_prob(x, 0, schedule)
+    narrow = ReverseChain(model, torch.full((40, 2), 1e-3, dtype=torch.float64))
+    excess = {}
+    for name, chain in (("gaussian", None), ("calibrated", ReverseChain.calibrated(model)), ("narrow", narrow)):
+        values = true - elbo(model, x, chain=chain).likelihood.nats
+        excess[name] = float(values.mean())
+        assert excess[name] > -3 * float(values.std()) / 20
+    assert excess["calibrated"] < excess["gaussian"] + 0.02 < excess["narrow"]
+
+
+def test_strata_estimate_the_whole_sum():
+    schedule = CosineSchedule(30)
+    model = tilted_model(schedule)
+    x = labelled_mixture().sample(1000, rng(1))
+    whole = elbo(model, x).diffusion
+    part = elbo(model, x, steps=8, seed=1)
+    difference = part.diffusion - whole
+    assert abs(float(difference.mean())) < 4 * float(difference.std()) / math.sqrt(1000)
+    assert part.likelihood.nfe == 8
+
+
+# --- neighbouring levels ---------------------------------------------------------------------------------------
+
+
+def test_a_perfect_classifier_passes_the_check_of_neighbours():
+    schedule = CosineSchedule(30)
+    model = tilted_model(schedule)
+    x = labelled_mixture().sample(2000, rng(5))
+    right = consistency(model, x)
+    for mean, error in ((right.down, right.down_se), (right.up, right.up_se)):
+        assert mean.shape == (31,)
+        assert bool(((mean - 1).abs() < 5 * error + 1e-3).all())
+    exact = model.backbone.exact
+    lift = torch.zeros(32, dtype=torch.float64)
+    lift[7] = 0.5
+    model.backbone.forward = lambda x: exact(x) + lift
+    wrong = consistency(model, x)
+    down, up = (wrong.down / right.down).log(), (wrong.up / right.up).log()
+    # Pair i is (i, i + 1): level 7 is the higher one of pair 6 and the lower one of pair 7.
+    expected = torch.zeros(31, dtype=torch.float64)
+    expected[6], expected[7] = -0.5, 0.5
+    assert torch.allclose(down, expected, atol=1e-9) and torch.allclose(up, -expected, atol=1e-9)
+    batched = consistency(model, x[:30], batch_size=7)
+    assert torch.allclose(batched.down, consistency(model, x[:30]).down, atol=1e-9)
+
+
+# --- what is said about it -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def log_z():
+    found = log_normalizer(tilted_model(CosineSchedule(10)), 64, islands=8)
+    return replace(found, value=0.0, low=-0.01, high=0.01, ess=500.0, mean_log_weight=-0.05, mean_log_weight_se=0.01)
+
+
+def evidence(estimate, **changes):
+    one_pass = Row("one-pass-level", 2.0, 0.01, 1, 1)
+    gap, per_nat = NLLGap(0.001, 0.05, 1, 0.001), 1 / (2 * math.log(2))
+    return replace(Evidence(per_nat, one_pass, (-0.03, 0.001), gap, estimate, estimate), **changes)
+
+
+def test_a_consistent_model_is_believed(log_z):
+    verdict = judge(evidence(log_z))
+    assert verdict.believe and verdict.headline.value == 2.0
+    # An estimate of few effective samples errs low: it says nothing against one of many.
+    assert judge(evidence(log_z, second=replace(log_z, value=-9.0, low=-9.5, high=-8.5, ess=2.0))).believe
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"log_z": None}, "not estimated"),
+        ({"one_pass": None}, "not asked for"),
+        ({"conditional": True}, "class-conditional"),
+        ({"ess": 12.0}, "effective sample size of log Z is 12.0, below 20"),
+        ({"second_value": 0.5}, "disagree"),
+        ({"second_bound": 0.5}, "disagree"),
+    ],
+)
+def test_no_headline(log_z, changes, reason):
+    known = evidence(log_z, **{k: v for k, v in changes.items() if k in ("log_z", "one_pass", "conditional")})
+    if "ess" in changes:
+        known = replace(known, log_z=replace(log_z, ess=12.0))
+    if "second_value" in changes:
+        known = replace(known, second=replace(log_z, value=0.5, low=0.4, high=0.6))
+    if "second_bound" in changes:
+        known = replace(known, second=replace(log_z, ess=2.0, mean_log_weight=0.5))
+    verdict = judge(known)
+    assert verdict.headline.value is None and not verdict.believe
+    assert reason in verdict.why and verdict.why.startswith("No normalised number can be given")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"gap": NLLGap(0.05, 0.1, 1, 0.001)}, "0.0500 above the flow"),
+        ({"gap": NLLGap(-0.05, 0.1, 1, 0.001)}, "0.0500 below the flow"),
+        ({"over_elbo": (0.05, 0.001)}, "+0.0500 from the ELBO"),
+        ({"gap": None, "over_elbo": None}, "compared with nothing"),
+    ],
+)
+def test_a_headline_that_is_not_believed(log_z, changes, reason):
+    verdict = judge(evidence(log_z, **changes))
+    assert verdict.headline.value == 2.0 and not verdict.believe
+    assert reason in verdict.why
+
+
+def test_refusals():
+    model = tilted_model(CosineSchedule(10))
+    with pytest.raises(UserError, match="unknown estimator 'sms'.*smc"):
+        log_normalizer(model, method="sms")
+    with pytest.raises(UserError, match="level 0 has no normaliser"):
+        log_normalizer(model, level=0)
+    with pytest.raises(UserError, match="16 islands need"):
+        log_normalizer(model, 20)

@@ -1,0 +1,212 @@
+"""The likelihood report: its contract, and what it says of models whose faults are known."""
+
+import json
+import math
+
+import pytest
+import torch
+from lattices import draw, lattice_model
+from oracles import labelled_mixture, normal, rng
+
+from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
+from torchcdm.errors import UserError
+from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain, elbo, probability_flow, report, single_pass
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.units import DataTransform
+
+KEYS = {"data", "unit", "rows", "log2_z_per_dim", "gap_to_flow", "believe", "why"}
+NAMES = ["published-convention", "one-pass", "one-pass-level", "one-pass-normalized", "elbo", "flow"]
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    schedule, mixture = LogSNRSchedule(40, 0.01, 80), labelled_mixture()
+    base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
+    )
+    return model, mixture.sample(60, rng(1))
+
+
+def shifted(model, amount):
+    """The same model with ``amount`` nats added to log p at all levels but the last."""
+    exact = model.backbone
+
+    class Shifted(torch.nn.Module):
+        def forward(self, x):
+            h = exact(x)
+            return torch.cat([h[:, :-1] + amount, h[:, -1:]], 1)
+
+    return ClassificationDiffusion(Shifted(), model.schedule, model.transform, model.base)
+
+
+FULL = {"flow": FlowOptions(39, 2), "log_z": LogZOptions(4096, 0, 128)}
+
+
+def test_an_exact_model_is_believed(vectors):
+    model, x = vectors
+    result = report(model, x, name="mixture", split="test", **FULL)
+    content = json.loads(json.dumps(result.to_json()))
+    assert set(content) == KEYS
+    assert content["data"] == {"name": "mixture", "split": "test", "count": 60, "dim": 2}
+    assert content["unit"] == "nats"
+    assert [row["name"] for row in content["rows"]] == NAMES
+    assert all(set(row) == {"name", "value", "se", "nfe", "level"} for row in content["rows"])
+    assert [row["nfe"] for row in content["rows"]] == [1, 1, 1, 1, 40, 79]
+    assert set(content["log2_z_per_dim"]) == {"value", "low", "high", "estimator", "ess"}
+    assert set(content["gap_to_flow"]) == {"mean", "sd", "level"} and content["gap_to_flow"]["level"] == 1
+    assert abs(content["gap_to_flow"]["mean"]) < 0.02 and content["gap_to_flow"]["sd"] < 0.03
+    assert result.believe, result.why
+    normalized, level = result.row("one-pass-normalized"), result.row("one-pass-level")
+    assert normalized.value == pytest.approx(level.value + 2 * math.log(2) * content["log2_z_per_dim"]["value"])
+    text = result.table()
+    for words in ("To be believed: yes", "err low", "the ELBO", "spread over samples", "KL of its start", *NAMES):
+        assert words in text
+
+
+def test_a_constant_put_into_log_p_is_taken_out_again(vectors):
+    model, x = vectors
+    right, wrong = (report(m, x, ("single", "logz"), **FULL) for m in (model, shifted(model, 3.0)))
+    assert wrong.row("one-pass").value == pytest.approx(right.row("one-pass").value - 3)
+    assert wrong.row("one-pass-normalized").value == pytest.approx(right.row("one-pass-normalized").value)
+    assert not right.believe and "compared with nothing" in right.why
+
+
+def test_one_pass_and_flow_see_the_same_noise(vectors):
+    model, x = vectors
+    result = report(shifted(model, 0.25), x, ("single", "flow"), flow=FlowOptions(39, 2))
+    assert result.gap.mean == pytest.approx(-0.25, abs=0.02)
+    difference = result.row("one-pass-level").value - result.row("flow").value
+    assert difference == pytest.approx(result.gap.mean, abs=1e-9)
+    assert not result.believe and "log Z was not estimated" in result.why
+    assert result.to_json()["log2_z_per_dim"] is None
+    assert [r.value for r in result.rows if r.name == "one-pass-normalized"] == [None]
+
+
+def test_the_spread_is_freed_of_the_probes(monkeypatch):
+    # 18 dimensions: above the limit of the exact trace. The true gap is 0, so all spread is the probes'.
+    schedule = UniformSigmaSchedule(12)
+    mixture = labelled_mixture()
+
+    class Nine(torch.nn.Module):
+        """Nine independent copies of the mixture."""
+
+        def forward(self, x):
+            one = MixtureClassifier(mixture, schedule)
+            return sum(one(x[:, 2 * i : 2 * i + 2]) for i in range(9))
+
+    model = ClassificationDiffusion(Nine(), schedule, DataTransform.identity((18,)))
+    x = mixture.sample(9 * 60, rng(2)).reshape(60, 18)
+    result = report(model, x, ("single", "flow"))
+    z = torch.randn(60, 18, generator=rng(1), dtype=torch.float64)
+    noise = probability_flow(model, z).probe_gap.std() / 2
+    assert float(noise) > 0.02
+    raw = result.gap.se * math.sqrt(60)
+    assert result.gap.sd < raw
+
+
+def test_data_on_a_grid_are_scored_where_the_noise_is_half_a_bin():
+    schedule = UniformSigmaSchedule(20)
+    model, cells, log_probs = lattice_model(schedule)
+    x, _ = draw(cells, log_probs, 6)
+    result = report(model, x, ("single", "elbo", "flow"), flow=FlowOptions(2, 2))
+    level = result.row("one-pass-level").level
+    assert schedule.ratio[level - 1] < 0.5 * model.transform.model_bin <= schedule.ratio[level]
+    assert {result.row(name).level for name in ("one-pass-normalized", "elbo", "flow")} == {level}
+    assert result.gap.level == level
+    assert report(model, x, ("single",), level=3).row("one-pass-level").level == 3
+
+
+def test_code_lengths_of_a_lattice_are_not_beaten():
+    model, cells, log_probs = lattice_model(LogSNRSchedule(20, 0.05, 80))
+    x, true = draw(cells, log_probs, 100)
+    options = {"flow": FlowOptions(19, 2), "log_z": LogZOptions(256, 0, 32)}
+    result = report(model, x, draws=2, limit=80, **options)
+    assert result.count == 80 and result.unit == "bits/dim"
+    assert [row.name for row in result.rows] == [*NAMES[:2], "one-pass-importance", *NAMES[2:]]
+    truth = float(true[:80].mean())
+    z_error = (result.log_z.high - result.log_z.low) / 3.92 / (2 * math.log(2))
+    assert result.row("one-pass-normalized").value > truth - 3 * z_error - 1e-6
+    for name in ("one-pass", "one-pass-level", "elbo", "flow"):
+        # Paired with the true code length; what is left is the noise of one draw.
+        assert result.row(name).value > truth - 0.02, name
+    assert result.row("one-pass").nfe == 2
+
+
+def test_the_same_numbers_from_any_batches(vectors):
+    model, x = vectors
+    options = {"flow": FlowOptions(6, 2), "log_z": LogZOptions(32, 1, 32), "draws": 2}
+    one, two = (report(model, x[:20], batch_size=size, **options) for size in (500, 16))
+    for a, b in zip(one.rows, two.rows, strict=True):
+        assert (a.value is None and b.value is None) or a.value == pytest.approx(b.value, abs=1e-8), a.name
+    assert one.gap.sd == pytest.approx(two.gap.sd, abs=1e-8)
+
+
+def test_the_mode_of_the_model_is_left_alone(vectors):
+    model, x = vectors
+    model.train()
+    report(model, x[:4], ("single", "elbo", "flow"), flow=FlowOptions(2, 2))
+    assert model.training
+    model.eval()
+
+
+def test_given_the_class():
+    schedule, mixture = LogSNRSchedule(40, 0.05, 80), labelled_mixture()
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+    )
+    x, y = mixture.sample_labelled(40, rng(1))
+    result = report(model, x, ("single", "flow", "logz"), y=y)
+    assert result.row("one-pass").value == pytest.approx(float(-mixture.log_prob(x, 0, schedule, y).mean()))
+    assert result.log_z is None and "class-conditional" in result.why
+
+
+def test_given_the_class_the_chain_is_that_of_the_classes():
+    # Two classes far apart: without its class a noisy x says little of where it came from.
+    schedule, means = LogSNRSchedule(20, 0.05, 80), torch.tensor([[-4.0, 0.0], [4.0, 0.0]])
+    mixture = GaussianMixture(torch.ones(2), means, torch.tensor([0.2, 0.2]), torch.arange(2))
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+    )
+    x, y = mixture.sample_labelled(300, rng(1))
+    x, y = x[y.argsort()], y.sort().values
+    # The same noise in both, so their difference is that of the variances alone.
+    loose = elbo(model, x, y, chain=ReverseChain.calibrated(model)).likelihood.mean_and_error()[0]
+    assert report(model, x, ("elbo",), y=y).row("elbo").value < loose - 0.05
+
+
+class AroundContext(torch.nn.Module):
+    """x given its context c is N(c, 0.2 I): h_t(x, c) over the standard normal."""
+
+    classes, joint, context = None, False, 3
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x, c):
+        alpha, sigma = self.schedule.alpha, self.schedule.sigma
+        assert c is not None, "no context was given"
+        given = torch.distributions.Normal(alpha * c[..., None], (0.2 * alpha**2 + sigma**2).sqrt())
+        return (given.log_prob(x[..., None]) - torch.distributions.Normal(0.0, 1.0).log_prob(x)[..., None]).sum(1)
+
+
+def test_given_a_context():
+    schedule = LogSNRSchedule(60, 0.05, 80)
+    model = ClassificationDiffusion(AroundContext(schedule), schedule, DataTransform.identity((3,)))
+    context = 2 * normal(300, 3)
+    x = context + math.sqrt(0.2) * normal(300, 3, seed=1)
+    result = report(model, x, ("single", "elbo"), y=context)
+    truth = -torch.distributions.Normal(context, math.sqrt(0.2)).log_prob(x).sum(1).mean()
+    assert result.row("one-pass").value == pytest.approx(float(truth))
+    assert result.row("elbo").value == pytest.approx(float(truth), abs=0.2)
+
+
+def test_unknown_methods_are_refused(vectors):
+    model, x = vectors
+    with pytest.raises(UserError, match="unknown likelihood method 'flows'.*flow"):
+        report(model, x, ("flows",))
+    with pytest.raises(UserError, match="empty"):
+        single_pass(model, x[:0])

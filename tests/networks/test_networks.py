@@ -1,0 +1,190 @@
+"""What every network owes: two derivatives, independent samples, labels that count, any image that fits."""
+
+import pytest
+import torch
+
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
+from torchcdm.errors import UserError
+from torchcdm.losses import CDMLoss
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.networks.encoder import Encoder
+from torchcdm.networks.heads import make_head
+from torchcdm.networks.mlp import DDMMLP, MLP
+from torchcdm.networks.unet import CDMUNet, DDMUNet
+
+LEVELS = 7
+SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
+
+# name -> (network from keyword arguments, shape of a sample, name of a weight deep inside it).
+# Images are not square, have two channels, and attention acts at the resolution of 2x4.
+NETWORKS = {
+    "encoder": (
+        lambda **kw: Encoder(2, (4, 8), LEVELS, width=8, multipliers=(1, 2), attention=(4,), energy_maps=3, **kw),
+        (2, 4, 8),
+        "stages.1.0.attention.query.weight",
+    ),
+    "encoder-positions": (
+        lambda **kw: Encoder(2, (4, 8), LEVELS, width=8, multipliers=(1, 2), blocks=1, positions=True, **kw),
+        (2, 4, 8),
+        "positions",
+    ),
+    "mlp": (lambda **kw: MLP(3, LEVELS, width=16, depth=2, energy_maps=2, **kw), (3,), "blocks.0.linear1.weight"),
+    "mlp-waves": (
+        lambda **kw: MLP(3, LEVELS, width=16, depth=1, energy_maps=2, waves=5, **kw), (3,), "waves.frequencies"
+    ),
+    "unet": (
+        lambda **kw: CDMUNet(2, (4, 8), LEVELS, **SMALL, **kw),
+        (2, 4, 8),
+        "unet.down_stages.1.0.attention.query.weight",
+    ),
+}
+DENOISERS = {
+    "ddm-mlp": (lambda **kw: DDMMLP(3, width=16, depth=2, **kw), (3,)),
+    "ddm-unet": (lambda **kw: DDMUNet(2, (4, 8), **SMALL, **kw), (2, 4, 8)),
+}
+every_kind = pytest.mark.parametrize(
+    "options", [{}, {"classes": 3}, {"classes": 3, "joint": True}], ids=["plain", "labels", "joint"]
+)
+every_network = pytest.mark.parametrize("name", NETWORKS)
+every_denoiser = pytest.mark.parametrize("name", DENOISERS)
+
+
+def randomised(network):
+    """Float64 and away from the zero start, where the head would hide everything."""
+    generator = torch.Generator().manual_seed(0)
+    for p in network.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    return network.double()
+
+
+def batch(n, shape, seed=1):
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@every_network
+@every_kind
+def test_two_derivatives_in_input_and_weights(name, options):
+    build, shape, weight_name = NETWORKS[name]
+    network = randomised(build(**options))
+    weight = network.get_parameter(weight_name).detach().clone().requires_grad_()
+    y = torch.tensor([1]) if options else None
+
+    def outputs(x, weight):
+        return torch.func.functional_call(network, {weight_name: weight}, (x, y))
+
+    x = batch(1, shape).requires_grad_()
+    second = torch.autograd.functional.hvp(lambda x: outputs(x, weight).square().sum(), x, torch.ones_like(x))[1]
+    assert second.abs().max() > 1e-6
+    # The outputs can be large; the tolerances are relative to them.
+    assert torch.autograd.gradgradcheck(outputs, (x, weight), fast_mode=True, rtol=1e-3, atol=1e-4)
+
+
+@every_network
+@every_kind
+def test_samples_do_not_see_each_other(name, options):
+    build, shape, _ = NETWORKS[name]
+    network = randomised(build(**options)).train()
+    x, y = batch(4, shape), torch.tensor([0, 1, 2, 3])
+    alone = torch.cat([network(x[i : i + 1], y[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(network(x, y), alone, rtol=1e-9, atol=1e-9)
+
+
+@every_network
+def test_labels_count_and_none_is_the_null_label(name):
+    build, shape, _ = NETWORKS[name]
+    network = randomised(build(classes=3))
+    assert (network.classes, network.joint) == (3, False)
+    x = batch(2, shape)
+    outputs = [network(x, torch.full((2,), k)) for k in range(4)]
+    torch.testing.assert_close(network(x), outputs[3], rtol=0, atol=0)
+    for i in range(4):
+        for j in range(i):
+            assert (outputs[i] - outputs[j]).abs().max() > 1e-3
+
+
+@every_network
+def test_a_joint_network_gives_every_class_whatever_the_label(name):
+    build, shape, _ = NETWORKS[name]
+    network = randomised(build(classes=3, joint=True))
+    assert (network.classes, network.joint) == (3, True)
+    h = network(batch(2, shape))
+    assert h.shape == (2, 3, LEVELS)
+    assert (h[:, 0] - h[:, 1]).abs().max() > 1e-3
+    torch.testing.assert_close(network(batch(2, shape), torch.tensor([1, 2])), h, rtol=0, atol=0)
+
+
+@every_denoiser
+def test_denoisers_know_level_label_and_only_their_own_sample(name):
+    build, shape = DENOISERS[name]
+    assert build()(batch(2, shape).float(), torch.tensor([1, 5])).abs().max() == 0
+    network = randomised(build(classes=3))
+    x, t, y = batch(4, shape), torch.tensor([1, 20, 300, 1000]), torch.tensor([0, 1, 2, 3])
+    eps = network(x, t, y)
+    assert eps.shape == x.shape
+    alone = torch.cat([network(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(eps, alone, rtol=1e-9, atol=1e-9)
+    null = network(x, t)
+    torch.testing.assert_close(null[3], eps[3], rtol=1e-9, atol=1e-9)
+    assert (null[:3] - eps[:3]).flatten(1).abs().amax(1).min() > 1e-4
+    assert (network(x, t + 1, y) - eps).flatten(1).abs().amax(1).min() > 1e-6
+
+
+@every_network
+def test_half_precision_gives_full_precision_outputs_and_finite_gradients(name):
+    build, shape, _ = NETWORKS[name]
+    network = build()
+    loss = CDMLoss(ClassificationDiffusion(network, UniformSigmaSchedule(LEVELS - 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(batch(2, shape).float()).dtype == torch.float32
+        loss(batch(8, shape).float())["loss"].mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_parameter_counts_of_the_published_cifar10_models():
+    with torch.device("meta"):
+        networks = CDMUNet(3, 32, levels=1002), DDMUNet(3, 32)
+    # The second is the DDPM of 35.7 M parameters.
+    assert [sum(p.numel() for p in n.parameters()) for n in networks] == [33_405_930, 35_746_307]
+
+
+@pytest.mark.parametrize("name", ["encoder", "mlp"])
+def test_inner_products_put_the_features_into_the_gradient(name):
+    build, shape, _ = NETWORKS[name]
+    network = randomised(build())
+    energy = network.energy if name == "mlp" else network.summaries[1].energy
+    pooled = 16 if name == "mlp" else network.summaries[0].features + 2 * 16
+    # Constant features of 1, and a head that sees one inner product alone: h_0 is a multiple of the sum of x.
+    energy.weight.data.zero_()
+    energy.bias.data.fill_(1)
+    network.head.linear.weight.data.zero_()
+    network.head.linear.weight.data[:, pooled] = 1
+    x = batch(2, shape).requires_grad_()
+    (gradient,) = torch.autograd.grad(network(x)[:, 0].sum(), x)
+    torch.testing.assert_close(gradient, gradient.flatten()[0].expand_as(x))
+    assert gradient.flatten()[0].abs() > 1e-3
+
+
+def test_head_channels_and_direction_of_the_unet():
+    network = CDMUNet(1, 4, LEVELS, channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=24)
+    assert network.features(torch.randn(2, 1, 4, 4)).shape == (2, 24)
+    assert network(torch.randn(2, 1, 4, 4)).abs().max() > 0
+    residual = CDMUNet(1, 4, LEVELS, channels=8, multipliers=(1,), blocks=1, attention=(), direction="noise")
+    assert residual(torch.randn(2, 1, 4, 4)).abs().max() == 0
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: Encoder(1, (30, 28), LEVELS), "30x28 cannot be halved 2 times.*multiples of 4, such as 32x28"),
+    (lambda: CDMUNet(1, 28, LEVELS), "28x28 cannot be halved 3 times.*such as 32x32"),
+    (lambda: Encoder(1, 8, LEVELS)(torch.zeros(1, 1, 8, 4)), r"shape \(1, 8, 4\).*takes images of \(1, 8, 8\)"),
+    (lambda: CDMUNet(3, 8, LEVELS, **SMALL)(torch.zeros(1, 1, 8, 8)), r"takes images of \(3, 8, 8\)"),
+    (lambda: MLP(3, LEVELS)(torch.zeros(2, 4)), "vectors of 3"),
+    (lambda: Encoder(1, 8, LEVELS, joint=True), "number of classes"),
+    (lambda: MLP(2, LEVELS, classes=0), "at least 1"),
+    (lambda: MLP(2, LEVELS, waves=4, wave_frequency=0.0), "wave_frequency 0.0; both must be positive"),
+    (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="dat"), "did you mean 'data'"),
+    (lambda: make_head(4, 2, None, joint=False), "T [+] 2"),
+])  # fmt: skip
+def test_mistakes_are_named(call, message):
+    with pytest.raises(UserError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)

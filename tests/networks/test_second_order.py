@@ -1,0 +1,164 @@
+"""Layers with second derivatives by hand: equal to PyTorch's and to finite differences, float64."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
+from torchcdm.losses import CDMLoss
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import evaluation_mode
+from torchcdm.networks.blocks import MeanOfConvolution
+from torchcdm.networks.encoder import Encoder
+from torchcdm.networks.second_order import Conv2d, GroupNorm, SiLU, second_derivatives
+
+CASES = {
+    "convolution": (lambda: Conv2d(3, 4, 3, padding=1), (2, 3, 5, 4)),
+    "strided": (lambda: Conv2d(2, 3, 3, stride=2), (2, 2, 6, 7)),
+    "pointwise": (lambda: Conv2d(3, 4, 1), (2, 3, 3, 2)),
+    "no bias": (lambda: Conv2d(3, 2, 3, bias=False), (2, 3, 4, 4)),
+    "norm": (lambda: GroupNorm(2, 4, eps=1e-2), (2, 4, 3, 2)),
+    "norm of one group": (lambda: GroupNorm(1, 3), (3, 3, 2, 2)),
+    "silu": (lambda: SiLU(), (2, 3, 4, 2)),
+}
+
+
+@pytest.fixture(params=CASES)
+def layer_and_input(request):
+    make, shape = CASES[request.param]
+    torch.manual_seed(0)
+    layer = make().double()
+    for weight in layer.parameters():
+        nn.init.normal_(weight)
+    return layer, 2 * torch.randn(shape, dtype=torch.float64) + 0.5
+
+
+def as_function(layer):
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x, *weights):
+        with second_derivatives():
+            return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+
+    return call
+
+
+def test_both_derivatives_are_those_of_finite_differences(layer_and_input):
+    layer, x = layer_and_input
+    arguments = (x.requires_grad_(), *layer.parameters())
+    assert torch.autograd.gradcheck(as_function(layer), arguments)
+    assert torch.autograd.gradgradcheck(as_function(layer), arguments)
+
+
+def test_a_loss_of_a_gradient_has_the_same_gradients_as_with_the_layers_of_pytorch(layer_and_input):
+    layer, x = layer_and_input
+    x.requires_grad_()
+
+    def gradients(context):
+        with context:
+            slope = torch.func.grad(lambda z: layer(z).sin().sum())(x)
+            loss = slope.cos().sum() + layer(x).square().sum()
+        return torch.autograd.grad(loss, [x, *layer.parameters()])
+
+    for by_hand, plain in zip(gradients(second_derivatives()), gradients(nullcontext()), strict=True):
+        assert torch.allclose(by_hand, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_a_third_derivative_of_the_norm_is_refused():
+    """Its statistics would count as constants, and the number would be wrong."""
+    layer, x = GroupNorm(2, 4).double(), torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    with second_derivatives():
+        value = layer(x).pow(3).sum()
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        torch.autograd.grad(slope.pow(2).sum(), x, create_graph=True)
+
+
+def small_loss(**options):
+    torch.manual_seed(0)
+    network = Encoder(1, 8, levels=12, width=8, multipliers=(1, 2), energy_maps=4, **options)
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return CDMLoss(ClassificationDiffusion(network, UniformSigmaSchedule(10)).double())
+
+
+def test_the_training_loss_has_the_same_gradients_with_and_without(monkeypatch):
+    loss = small_loss()
+    x, t = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
+    eps = torch.randn_like(x)
+
+    def gradients():
+        loss.zero_grad()
+        loss(x, None, t, eps)["loss"].sum().backward()
+        return [weight.grad.clone() for weight in loss.parameters()]
+
+    by_hand = gradients()
+    calls = []
+    monkeypatch.setattr("torchcdm.networks.second_order._by_hand", lambda: calls.append(1))
+    plain = gradients()
+    assert calls and all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(by_hand, plain, strict=True))
+
+
+def test_outside_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
+    layer, x = layer_and_input
+    for name in ("_Convolution", "_GroupNorm", "_SiLU"):
+        monkeypatch.setattr(f"torchcdm.networks.second_order.{name}", None)
+    layer(x)
+    with second_derivatives(), pytest.raises(AttributeError):
+        layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_layer_gives_what_that_of_pytorch_gives(layer_and_input, dtype):
+    layer, x = layer_and_input
+    layer, x = layer.float(), x.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with second_derivatives():
+            found = layer(x)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_under_autocast_the_gradients_of_a_loss_are_as_near_to_the_true_ones_as_those_of_pytorch(monkeypatch):
+    loss = small_loss().float()
+    x, t = torch.randn(32, 1, 8, 8), torch.arange(32) % 12
+    eps = torch.randn_like(x)
+
+    def gradients(half):
+        loss.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+            terms = loss(x, None, t, eps)
+        terms["loss"].mean().backward()
+        return torch.cat([weight.grad.flatten() for weight in loss.parameters()])
+
+    true, by_hand = gradients(half=False), gradients(half=True)
+    monkeypatch.setattr("torchcdm.networks.second_order._by_hand", lambda: False)
+    plain = gradients(half=True)
+    assert not torch.equal(by_hand, plain)
+    error, error_of_pytorch = (float((found - true).norm() / true.norm()) for found in (by_hand, plain))
+    assert 0 < error < 1.2 * error_of_pytorch < 0.1
+
+
+def test_weights_take_no_gradient_in_evaluation_and_are_as_they_were_afterwards():
+    model = small_loss().model
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    with evaluation_mode(model), evaluation_mode(model):
+        result = model.evaluate(torch.randn(2, 1, 8, 8, dtype=torch.float64), 3, graph="denoiser")
+        assert not any(weight.requires_grad for weight in model.parameters())
+        assert not result.log_prob_levels.requires_grad
+    assert [weight for weight in model.parameters() if not weight.requires_grad] == [first]
+
+
+@pytest.mark.parametrize("size", [(5, 4), (1, 3)])
+def test_the_mean_of_a_convolution_is_the_mean_of_the_convolution(size):
+    torch.manual_seed(0)
+    layer = MeanOfConvolution(3, 4).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    whole = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1).mean((2, 3))
+    assert torch.allclose(layer(x), whole, rtol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.float32

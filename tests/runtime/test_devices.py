@@ -1,0 +1,99 @@
+"""Everything that meets lies on one device: whole commands under a pretended GPU."""
+
+import numpy as np
+import pytest
+import torch
+from pretended_device import MixedDevices, pretended_device
+from small_runs import small_flags
+
+from torchcdm import DensityRatio
+from torchcdm.cli import main
+from torchcdm.data import load_data
+from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
+
+TABLE = np.random.RandomState(0).normal(size=(120, 3))
+SCHEDULE = "{name: log-snr, T: 10, r_min: 0.05, r_max: 20.0}"
+
+
+@pytest.fixture
+def cdm(tmp_path, monkeypatch):
+    """A command on the device, in a folder of its own that holds a table and twelve digits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchcdm.runtime.devices.checked_device", torch.device)
+    np.savetxt("table.csv", TABLE, delimiter=",", header="a,b,c", comments="")
+    np.save("digits.npy", load_data("digits").test.tensors(12)[0][:, 0].numpy())
+
+    def run(words, *more):
+        with pretended_device() as device:
+            assert main([*words.split(), *more, "--device", str(device)]) == 0
+
+    return run
+
+
+def test_a_mix_is_noticed():
+    layer, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    with pretended_device() as device:
+        layer.to(device)
+        y = layer(x.to(device))
+        y.square().sum().backward()
+        assert y.device == layer.weight.grad.device == torch.zeros(1, device=device).device == device
+        assert (y.cpu() + torch.zeros(4, 2)).device == x.device == torch.device("cpu")
+        assert y.new_tensor([1.0]).device == device
+        assert (y + torch.tensor(1.0)).device == device and y[torch.tensor([0])].device == device
+        for mix in (lambda: layer(x), lambda: y + torch.zeros(4, 2), lambda: x[torch.tensor([0], device=device)],
+                    lambda: x * y.sum(), lambda: y.detach().numpy()):  # fmt: skip
+            with pytest.raises(MixedDevices):
+                mix()
+
+
+@pytest.mark.parametrize("labels", ["joint", pytest.param("none", marks=pytest.mark.slow),
+                                    pytest.param("input", marks=pytest.mark.slow)])  # fmt: skip
+def test_images_from_training_to_scores(cdm, labels):
+    flags = small_flags(report__methods="[]", model__labels=labels, train__steps="4", report__limit="4")
+    cdm("train digits --out run --quiet", *flags)
+    cdm("train digits --out run --quiet --resume", *flags)
+    guided = [] if labels == "none" else ["--guidance", "1", "--label", "3"]
+    for sampler in ("ddpm", "heun"):
+        cdm(f"sample run --n 3 --steps 3 --sampler {sampler} --out {sampler} --quiet", *guided)
+    cdm("nll run --limit 2 --flow-steps 2 --methods single,elbo,flow --quiet")
+    cdm("score run digits.npy --reference digits.npy digits.npy --fpr 0.5")
+
+
+def test_denoising(cdm):
+    flags = small_flags(report__methods="[]", data__gaussianize="false", train__steps="2", sampling__n="0")
+    cdm("train digits --out run --quiet", *flags)
+    for strength in ("", "--level 4", "--noise-std 2"):
+        cdm(f"denoise run digits.npy --out clean {strength}")
+
+
+def test_a_plain_diffusion_model(cdm):
+    network = "{name: unet, channels: 8, multipliers: [1, 2], attention: [], dropout: 0.1}"
+    flags = small_flags(report__methods="[]", report__limit="4", train__steps="4", model__backbone=network)
+    cdm("train digits --model ddm --out run --quiet", *flags)
+    cdm("nll run --limit 2 --flow-steps 2 --methods elbo,flow --quiet")
+
+
+@pytest.mark.parametrize("components", ["1", pytest.param("3", marks=pytest.mark.slow)])
+def test_tables(cdm, components):
+    cdm("train table --data table:table.csv --out run --quiet --train.steps 4 --report.methods [] --sampling.steps 3",
+        "--sampling.n", "4", "--model.components", components, "--model.schedule", SCHEDULE)  # fmt: skip
+    cdm("nll run --limit 4 --flow-steps 2 --methods single,elbo,flow,logz --particles 128 --quiet")
+    cdm("score run table.csv --reference table.csv --fpr 0.3")
+    cdm("train table --data table:table.csv --out affine --quiet --train.steps 2 --report.methods [] --sampling.n 0",
+        "--data.gaussianize", "false", "--model.schedule", SCHEDULE)  # fmt: skip
+    cdm("denoise affine table.csv --out clean")
+
+
+def test_estimators_and_ratios(monkeypatch):
+    monkeypatch.setattr("torchcdm.runtime.devices.checked_device", torch.device)
+    with pretended_device() as device:
+        options = {"random_state": 0, "device": str(device), "steps": 6}
+        for likelihood in ("one-pass", "flow"):
+            density = CDMDensity(**options, likelihood=likelihood).fit(TABLE)
+            assert density.score_samples(TABLE[:5]).shape == (5,) and density.sample(3).shape == (3, 3)
+        assert set(CDMOutlierDetector(**options).fit(TABLE).predict(TABLE[:9])) <= {-1, 1}
+        theta, x = TABLE[:, :1], TABLE[:, 1:]
+        assert CDMConditional(**options).fit(theta, x).log_prob(theta[:4], x[:4]).shape == (4,)
+        for method in ("joint", "separate"):
+            ratio = DensityRatio(**options, method=method).fit(TABLE, TABLE + 0.2)
+            assert ratio.log_ratio(TABLE[:5]).shape == (5,)

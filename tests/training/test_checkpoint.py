@@ -1,0 +1,231 @@
+"""Saved models and states: exact, atomic, and refused in one line when damaged."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_runs import small_config
+
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.files import TEMPORARY, write_json
+from torchcdm.training.build import build_model, fit_gaussian, load_source, resolve
+from torchcdm.training.checkpoint import (
+    ModelInfo,
+    TrainingState,
+    load,
+    load_matching,
+    load_state,
+    read_info,
+    save_model,
+    save_state,
+    state_folders,
+)
+from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics, read_metrics
+
+
+def randomised(model):
+    """Away from the zero initialisation of the head."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def source():
+    return load_source(small_config().data)
+
+
+def saved(tmp_path, source, **changes):
+    torch.manual_seed(0)
+    config = small_config(**changes)
+    model_config = resolve(config.model, source.transform)
+    gaussian = fit_gaussian(model_config, source, flip=False) if model_config.gaussian else None
+    model = randomised(build_model(model_config, source.transform, source.classes, gaussian))
+    run = RunFolder(tmp_path / "run")
+    run.make()
+    names, selected = source.class_names, {"value": "last"}
+    save_model(run, model, ModelInfo(model_config, source.transform, config.data, "digits", names, None, {}, selected))
+    return run, model
+
+
+@pytest.mark.parametrize("labels", ["none", "input", "joint"])
+def test_a_loaded_model_gives_the_same_bits(tmp_path, source, labels):
+    run, model = saved(tmp_path, source, model__labels=labels)
+    again = load(run.root)
+    assert isinstance(again, ClassificationDiffusion) and not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    x, y = source.test.tensors(5)
+    y = None if labels == "none" else y
+    assert torch.equal(again.log_prob(x, y=y), model.log_prob(x, y=y))
+    z = source.transform(x.float())
+    assert torch.equal(again.denoise(z, 7, y).eps, model.denoise(z, 7, y).eps)
+    assert read_info(run.root).class_names == source.class_names
+
+
+def test_a_ladder_and_the_absence_of_a_gaussian_survive(tmp_path):
+    source = load_source(small_config(data__gaussianize="false").data)
+    run, model = saved(tmp_path, source, model__schedule="log-snr", model__gaussian="false")
+    assert torch.equal(load(run.root).schedule.sigma, model.schedule.sigma)
+    assert read_info(run.root).model.schedule.r_min == 0.5 / 8.5
+
+
+def damage(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: run.model.unlink(), "holds no trained model (model.safetensors is missing)"),
+        (lambda run: run.model_info.unlink(), "holds no trained model (config.json is missing)"),
+        (lambda run: run.model.write_bytes(run.model.read_bytes()[:5000]), "model.safetensors: damaged or truncated"),
+        (lambda run: run.model.write_bytes(b""), "model.safetensors: damaged or truncated"),
+        (lambda run: run.model_info.write_text("{"), "config.json: damaged, not JSON"),
+        (lambda run: run.model_info.write_text("[]"), "config.json: damaged, not a JSON object"),
+        (lambda run: damage(run.model_info, lambda c: c.update(format=9)), "config.json: format version 9"),
+        (lambda run: damage(run.model_info, lambda c: c.pop("transform")), "config.json: damaged, 'transform'"),
+        (
+            lambda run: damage(run.model_info, lambda c: c["model"]["backbone"].update(wdth=3)),
+            "config.json: unknown field 'model.backbone.wdth'; did you mean 'width'",
+        ),
+        (
+            lambda run: damage(run.model_info, lambda c: c["model"]["backbone"].update(width=16)),
+            "backbone.conv_in.weight is (8, 1, 3, 3), but (16, 1, 3, 3) in the model",
+        ),
+        (lambda run: save_file({"x": torch.zeros(1)}, run.model), "is missing, but"),
+    ],
+)
+def test_damage_is_told_in_one_line(tmp_path, source, break_it, message):
+    run, _ = saved(tmp_path, source)
+    break_it(run)
+    with pytest.raises(UserError) as caught:
+        load(run.root)
+    assert message in str(caught.value) and str(run.root) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(UserError, match="nowhere: holds no trained model"):
+        load(tmp_path / "nowhere")
+
+
+# --- states ----------------------------------------------------------------------------------------------------
+
+
+def state(step, value=1.0):
+    weights = {"w": torch.full((3,), value)}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]).state_dict()
+    return TrainingState(step, weights, {"w": 2 * weights["w"]}, optimizer, {"best": None, "seconds": 1.5})
+
+
+def test_states_keep_the_last_two_and_read_back(tmp_path):
+    run = RunFolder(tmp_path)
+    run.make()
+    for step in (9, 10, 100):
+        save_state(run, state(step, value=step))
+    assert [path.name for path in state_folders(run)] == ["step-10", "step-100"]
+    again = load_state(state_folders(run)[-1])
+    assert again.step == 100 and again.progress["seconds"] == 1.5
+    assert torch.equal(again.model["w"], torch.full((3,), 100.0)) and torch.equal(again.ema["w"], 2 * again.model["w"])
+    assert again.optimizer["param_groups"][0]["lr"] == 1e-3
+    save_state(run, state(100, value=5))
+    assert float(load_state(run.states / "step-100").model["w"][0]) == 5
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_damaged_state_names_the_file_and_the_way_out(tmp_path, name, missing):
+    run = RunFolder(tmp_path)
+    run.make()
+    path = save_state(run, state(5)) / name
+    path.unlink() if missing else path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=f"{name}.*remove .*step-5 to go on from the state before it") as caught:
+        load_state(run.states / "step-5")
+    assert "\n" not in str(caught.value) and str(caught.value).count(name) == 1
+
+
+def test_what_a_crash_left_half_written_is_not_read_and_goes(tmp_path):
+    run = RunFolder(tmp_path)
+    run.make()
+    save_state(run, state(5))
+    half = run.states / f"{TEMPORARY}step-6"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    (run.root / f"{TEMPORARY}model.safetensors").write_bytes(b"half")
+    assert [path.name for path in state_folders(run)] == ["step-5"]
+    run.make()
+    assert not half.exists() and not list(run.root.glob(f"{TEMPORARY}*"))
+    assert load_state(run.states / "step-5").step == 5
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):
+    # A file size limit fails the write itself, as a full disk does, wherever the test runs.
+    script = textwrap.dedent(
+        f"""
+        import resource, sys
+        from pathlib import Path
+        import torch
+        from torchcdm.training.checkpoint import TrainingState, load_state, save_state, state_folders
+        from torchcdm.errors import UserError
+
+
+        run = RunFolder(Path({str(tmp_path)!r}))
+        run.make()
+        def state(step):
+            return TrainingState(step, {{"w": torch.ones(50000)}}, {{"w": torch.ones(3)}}, {{}}, {{}})
+        save_state(run, state(1))
+        write_file(run.model, b"old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+        for save in (lambda: save_state(run, state(2)), lambda: write_file(run.model, bytes(200000))):
+            try:
+                save()
+            except UserError as error:
+                print(error)
+        assert run.model.read_bytes() == b"old"
+        assert [p.name for p in state_folders(run)] == ["step-1"] and load_state(run.states / "step-1").step == 1
+        left = [p.name for p in run.root.rglob(".*")]
+        assert not left, left
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert "step-2: cannot be written (File too large); nothing that was there before is lost" in lines[0]
+    assert "model.safetensors: cannot be written" in lines[1]
+
+
+def test_metrics_are_cut_at_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (2, 4, 6):
+        append_metrics(path, {"step": step, "loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [2, 4, 6]
+    cut_metrics(path, 4)
+    assert path.read_text().count("\n") == 2 and [line["step"] for line in read_metrics(path)] == [2, 4]
+    cut_metrics(tmp_path / "none.jsonl", 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": float("nan")})
+    write_json(tmp_path / "report.json", {"values": [1.0, float("inf")]})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+    assert json.loads((tmp_path / "report.json").read_text()) == {"values": [1.0, None]}
+
+
+def test_matching_weights_are_copied_and_the_others_named():
+    torch.manual_seed(0)
+    old, new = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, out)) for out in (2, 5))
+    copied, left = load_matching(new, old.state_dict())
+    assert copied == 2 and left == ["1.weight", "1.bias"]
+    assert torch.equal(new[0].weight, old[0].weight)

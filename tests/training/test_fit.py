@@ -1,0 +1,150 @@
+"""Training in one call."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import torchcdm
+from torchcdm.data import from_object
+from torchcdm.errors import UserError
+from torchcdm.training.interrupt import Interrupted
+
+TINY = {"device": "cpu", "progress": False}
+
+
+def test_fit_learns_a_density_in_the_units_of_the_data():
+    # Two columns of very different scales, the second skewed: the true entropy is known.
+    generator = torch.Generator().manual_seed(0)
+    n = 4000
+    a = 100 + 30 * torch.randn(n, generator=generator)
+    b = 0.01 * (0.6 * torch.randn(n, generator=generator)).exp()
+    data = torch.stack([a, b], 1)
+    network = {"width": 64, "depth": 2, "dropout": 0}
+    model = torchcdm.fit(data, steps=500, batch_size=128, lr=3e-3, model={"backbone": network}, **TINY)
+    normal, skewed = torch.distributions.Normal(100.0, 30.0), torch.distributions.LogNormal(math.log(0.01), 0.6)
+    true = normal.log_prob(a) + skewed.log_prob(b)
+    gaussian = normal.log_prob(a) + torch.distributions.Normal(b.mean(), b.std()).log_prob(b)
+    assert gaussian.mean() < true.mean() - 0.25
+    assert abs(float(model.log_prob(data).mean() - true.mean())) < 0.08
+    x = torchcdm.sample(model, 1000, steps=50)
+    assert abs(float(x[:, 0].mean()) - 100) < 5 and abs(float(x[:, 0].std()) / 30 - 1) < 0.15
+    assert abs(float(x[:, 1].median()) / 0.01 - 1) < 0.1
+
+
+def test_fit_takes_images_and_keeps_the_run(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    model = torchcdm.fit(
+        (x, np.arange(60) % 3), steps=2, batch_size=8, out=tmp_path / "run",
+        model={"labels": "input", "backbone": {"width": 8, "blocks": 1}}, sampling={"n": 3, "steps": 2}, **TINY,
+    )  # fmt: skip
+    assert isinstance(model, torchcdm.ClassificationDiffusion) and model.shape == (3, 8, 8) and model.classes == 3
+    again = torchcdm.load(tmp_path / "run")
+    values = torch.from_numpy(x[:2]).movedim(3, 1)
+    assert torch.equal(again.log_prob(values), model.log_prob(values))
+
+
+def test_fields_of_the_data_are_overrides_too():
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).exp()
+    settings = {"gaussianize": True, "validation_fraction": 0.5}
+    model = torchcdm.fit(x, data=settings, steps=2, model={"backbone": {"width": 8}}, **TINY)
+    assert model.transform.warp.least.all(), "both columns become their logarithms"
+    z = model.transform(x.double())
+    assert float(z.mean().abs()) < 0.3 and torch.allclose(model.transform.inverse(z), x.double())
+
+
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        ({"limit": 5}, "give fewer samples"),
+        ({"size": [4, 4]}, "resize the images before"),
+        ({"channels": 1}, "convert the images before"),
+        ({"skip_bad": True}, "leave bad samples out before"),
+        ({"label": "kind"}, "name of a data frame's column, as labels"),
+        ({"spec": "digits"}, "the data themselves are the first argument"),
+    ],
+)
+def test_fields_without_effect_on_objects_are_refused(options, mend):
+    (name,) = options
+    with pytest.raises(UserError, match=f"data.{name} has no effect on Python objects; .*{mend}"):
+        torchcdm.fit(torch.randn(60, 2), data=options, **TINY)
+
+
+def test_fields_without_effect_on_sources_and_files_are_refused(tmp_path):
+    source = from_object(torch.randn(60, 2))
+    with pytest.raises(UserError, match="data.seed has no effect on a DataSource; make the DataSource with it"):
+        torchcdm.fit(source, data={"seed": 3}, **TINY)
+    with pytest.raises(UserError, match="data.spec has no effect on data from files"):
+        torchcdm.fit("toy:rings", data={"spec": "digits"}, **TINY)
+    with pytest.raises(UserError, match="labels have no effect on a DataSource, which has its own; make it with them"):
+        torchcdm.fit(source, torch.arange(60) % 2, **TINY)
+    # What is as it would be without is no mistake.
+    small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
+    assert torchcdm.fit(source, data={"seed": 0, "limit": None}, **small).shape == (2,)
+
+
+def test_overrides_are_checked():
+    data = torch.randn(50, 2)
+    with pytest.raises(UserError, match="unknown override 'stesp'; did you mean 'steps'"):
+        torchcdm.fit(data, stesp=3, **TINY)
+    with pytest.raises(UserError, match="unknown preset 'mpl'; did you mean 'mlp'"):
+        torchcdm.fit(data, preset="mpl", **TINY)
+    with pytest.raises(UserError, match="unknown field 'model.backbone.wdth'; did you mean 'width'"):
+        torchcdm.fit(data, model={"backbone": {"wdth": 3}}, **TINY)
+
+
+def test_public_names():
+    assert set(torchcdm.__all__) <= set(dir(torchcdm))
+    for name in torchcdm.__all__:
+        assert getattr(torchcdm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        torchcdm.lode  # noqa: B018
+
+
+def test_what_was_read_off_the_data_is_said(capsys):
+    x = np.random.RandomState(0).choice([0.0, 1.0, 3.0], (60, 2))
+    torchcdm.fit(x, steps=1, model={"backbone": {"width": 8}}, device="cpu")
+    assert "column 'c1' has 3 distinct values: dequantised with cells of 1" in capsys.readouterr().out
+
+
+def test_labels_come_second_as_in_scikit_learn():
+    x, y = np.random.RandomState(0).normal(size=(60, 2)), np.arange(60) % 3
+    model = torchcdm.fit(x, y, steps=1, model={"labels": "input", "backbone": {"width": 8}}, **TINY)
+    assert model.classes == 3
+
+
+def test_files_and_series(tmp_path):
+    x = np.random.RandomState(0).normal(size=(60, 2))
+    np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a,b", comments="")
+    small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
+    assert torchcdm.fit(tmp_path / "t.csv", **small).shape == (2,)
+    pd = pytest.importorskip("pandas")
+    assert torchcdm.fit(pd.Series(np.arange(60.0) ** 2), **small).shape == (1,)
+
+
+@pytest.mark.parametrize("data", [{"a": [1.0, 2.0]}, b"bytes"])
+def test_other_objects_are_refused_in_one_line(data):
+    with pytest.raises(UserError, match="data of type .* are not understood"):
+        torchcdm.fit(data, **TINY)
+
+
+def test_no_samples_are_drawn_for_a_run_that_is_not_kept(monkeypatch):
+    monkeypatch.setattr("torchcdm.training.loop.draw", lambda *args: pytest.fail("drawn for nobody"))
+    torchcdm.fit(torch.randn(60, 2), steps=1, model={"backbone": {"width": 8}}, **TINY)
+
+
+def test_an_interrupted_fit_does_not_promise_a_state(monkeypatch):
+    def stopped(*args, **kwargs):
+        raise Interrupted(2, "stopped after step 3; the state is saved, go on with --resume")
+
+    monkeypatch.setattr("torchcdm.training.fit.train", stopped)
+    with pytest.raises(Interrupted, match="stopped by a signal; nothing of it is kept"):
+        torchcdm.fit(torch.randn(60, 2), **TINY)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, lambda x: x.double()])
+def test_log_prob_takes_numbers_of_any_precision(kind):
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    model = torchcdm.fit(x, steps=1, model={"backbone": {"width": 8}}, **TINY)
+    assert torch.allclose(model.log_prob(kind(x)), model.log_prob(x), atol=1e-5)

@@ -1,0 +1,421 @@
+"""Training: resume, selection, skipped steps, and what is left in the folder."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_runs import small_config
+
+from torchcdm.cli import main
+from torchcdm.data import from_object
+from torchcdm.errors import UserError
+from torchcdm.losses import CDMLoss
+from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.samplers import sample
+from torchcdm.training import loop as training
+from torchcdm.training.build import gaussianized
+from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
+from torchcdm.training.codec import encode
+from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
+from torchcdm.training.interrupt import Interrupted
+from torchcdm.training.loop import train
+from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.units import ColumnTransform
+
+SAME = ("model.safetensors", "state/step-12/model.safetensors", "state/step-12/ema.safetensors",
+        "state/step-12/optimizer.pt", "samples/manifest.csv", "samples/final.png")  # fmt: skip
+
+
+def run_training(folder, resume=False, **changes):
+    return train(small_config(**changes), folder, resume=resume, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_training(folder)
+    return folder
+
+
+def assert_same(run, other):
+    for name in SAME:
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+class StopAfter:
+    """Sends a signal, or raises, in the update of one step."""
+
+    def __init__(self, monkeypatch, step, action):
+        update = training.Trainer._update
+
+        def wrapped(this, *arguments):
+            result = update(this, *arguments)
+            if this.step + 1 == step:
+                action()
+            return result
+
+        monkeypatch.setattr(training.Trainer, "_update", wrapped)
+
+
+def crash():
+    raise RuntimeError("killed")
+
+
+# --- resume ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 11])
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, step, crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_training(tmp_path / "run")
+    result = run_training(tmp_path / "run", resume=True)
+    assert result.step == 12
+    assert_same(tmp_path / "run", whole)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [line["step"] for line in read_metrics(whole / "metrics.jsonl")]
+
+
+def test_a_run_of_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    run_training(tmp_path / "whole", train__optimizer="muon")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 5, crash)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_training(tmp_path / "run", train__optimizer="muon")
+    run_training(tmp_path / "run", resume=True, train__optimizer="muon")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(whole, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 5, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match="after step 5; the state is saved, go on with --resume") as caught:
+            run_training(tmp_path / "run")
+    assert caught.value.number == number and signal.getsignal(number) == before
+    assert state_folders(RunFolder(tmp_path / "run"))[-1].name == "step-5"
+    run_training(tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_resume_starts_anew_where_there_is_nothing(whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    run_training(tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_resume_goes_on_from_the_state_before_a_damaged_one(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 10, crash)
+        with pytest.raises(RuntimeError):
+            run_training(tmp_path / "run")
+    last = state_folders(RunFolder(tmp_path / "run"))[-1]
+    (last / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="optimizer.pt: damaged .*remove"):
+        run_training(tmp_path / "run", resume=True)
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    run_training(tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_more_steps_go_on_and_other_settings_do_not(tmp_path):
+    run_training(tmp_path / "run", train__steps="3")
+    assert run_training(tmp_path / "run", resume=True, train__steps="5").step == 5
+    with pytest.raises(UserError, match="already holds a run; go on with --resume"):
+        run_training(tmp_path / "run", train__steps="5")
+    with pytest.raises(UserError, match="was trained with model.backbone.width = 8, not 16"):
+        run_training(tmp_path / "run", resume=True, model__backbone__width="16")
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    run_training(tmp_path / "run", train__steps="2")
+    assert torch.equal(torch.rand(4), expected)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------
+
+
+def test_folder_holds_what_was_promised(whole):
+    run = RunFolder(whole)
+    config = make_config(file_fields(run.config))
+    assert yaml.safe_load(run.config.read_text()) == encode(config)
+    assert config.train.steps == 12 and config.preset == "digits"
+    lines = read_metrics(run.metrics)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "val_nll" in line] == [4, 8, 12]
+    best = min((line for line in lines if "val_nll" in line), key=lambda line: line["val_nll"])
+    selected = json.loads(run.model_info.read_text())["selected"]
+    assert selected == {"value": "nll", "unit": "bits/dim", "best": best["val_nll"], "step": best["step"]}
+    assert [path.name for path in state_folders(run)] == ["step-9", "step-12"]
+    with (run.samples / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["index"] for row in rows] == ["0", "1", "2", "3"] and {row["seed"] for row in rows} == {"0"}
+    assert all(abs(float(row["log_p"])) < 1000 for row in rows)
+
+
+def test_the_configuration_of_a_run_runs_it_again(whole, tmp_path):
+    train(make_config(file_fields(RunFolder(whole).config)), tmp_path / "run", device="cpu", progress=False)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_training_learns_and_the_best_average_is_kept(tmp_path):
+    run_training(tmp_path, train__steps="200", train__warmup="5", train__lr="6e-3", train__validate_every="50",
+                 train__save_every="50", model__backbone__dropout="0", model__backbone__width="16")  # fmt: skip
+    first, *_, last = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "val_nll" in line]
+    # The Gaussian copula that it starts from reads 2.14 bits/dim.
+    assert last["val_nll"] < first["val_nll"] < 2.13
+    assert last["val_mse"] < first["val_mse"] and last["val_ce"] < first["val_ce"]
+    best = json.loads(RunFolder(tmp_path).model_info.read_text())["selected"]["step"]
+    state, kept = load_state(tmp_path / "state" / f"step-{best}"), dict(load(tmp_path).named_parameters())
+    assert all(torch.equal(kept[key], state.ema[key]) for key in kept)
+    assert not torch.equal(kept["backbone.conv_in.weight"], state.model["backbone.conv_in.weight"])
+    assert state.progress["ema_updates"] == best
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------
+
+
+def test_ddm_baseline(tmp_path):
+    backbone = "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}"
+    run_training(tmp_path / "run", model__kind="ddm", model__backbone=backbone, train__steps="4")
+    assert isinstance(load(tmp_path / "run"), DenoisingDiffusion)
+    assert read_info(tmp_path / "run").selected["value"] == "mse"
+
+
+def test_ddm_with_a_learned_schedule(tmp_path):
+    backbone = "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}"
+    ddm = {"model__kind": "ddm", "model__backbone": backbone, "model__schedule": "{name: learned, T: 20}"}
+    bound = ddm | {"model__gaussian": "false", "loss__weighting": "bound"}
+    run_training(tmp_path / "run", **bound, train__steps="4")
+    model, info = load(tmp_path / "run"), read_info(tmp_path / "run")
+    assert info.selected["value"] == "loss"
+    steps = model.schedule.ratio[1:-1].log().diff()
+    assert steps.max() > 1.001 * steps.min(), "trained"
+    assert main(["nll", str(tmp_path / "run"), "--limit", "4", "--methods", "elbo", "--quiet"]) == 0
+    assert sample(model, 2, "ddim", 2).isfinite().all()
+    for changes in ({"model__gaussian": "true"}, {"model__kind": "cdm"}):
+        with pytest.raises(UserError, match="is for a plain diffusion model: --model.kind ddm, --model.gaussian"):
+            run_training(tmp_path / "other", **(bound | changes))
+
+
+def test_joint_labels_and_bfloat16(tmp_path):
+    run_training(tmp_path / "run", model__labels="joint", train__precision="bf16", train__steps="4",
+                 sampling__guidance="1.0")  # fmt: skip
+    model = load(tmp_path / "run")
+    assert model.joint and model.classes == 10
+    assert next(model.parameters()).dtype == torch.float32
+    prior = model.log_class_prior.exp()
+    assert abs(float(prior.sum()) - 1) < 1e-6 and 0.08 < float(prior.min()) < float(prior.max()) < 0.12
+    with (tmp_path / "run" / "samples" / "manifest.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("weights", [{"loss__ce_weight": "0"}, {"loss__mse_weight": "0"}])
+def test_either_loss_alone(tmp_path, weights):
+    run_training(tmp_path / "run", train__steps="2", loss__time_weight="0", **weights)
+    assert load(tmp_path / "run").schedule.T == 20
+
+
+@pytest.mark.parametrize(("shares", "same"), [("[1, 1]", True), ("[0.5, 1]", False)])
+def test_the_cross_entropy_counts_from_its_share_of_the_training(tmp_path, shares, same):
+    weights = []
+    for weight in ("1", "50"):
+        folder = tmp_path / weight
+        run_training(folder, train__steps="4", loss__ce_weight=weight, loss__logits_from=shares)
+        state = load_state(folder / "state" / "step-4").model
+        weights.append(torch.cat([state[name].flatten() for name in sorted(state) if "backbone" in name]))
+    assert torch.equal(*weights) == same
+
+
+def test_init_takes_the_weights_that_fit(whole, tmp_path):
+    # No step changes anything at this rate: what was taken over is what is saved.
+    run_training(tmp_path / "run", train__init=str(whole), train__steps="1", train__lr="1e-30",
+                 model__schedule="{name: uniform-sigma, T: 10}")  # fmt: skip
+    old, new = dict(load(whole).named_parameters()), dict(load(tmp_path / "run").named_parameters())
+    for key, value in new.items():
+        if "head" not in key:
+            assert torch.allclose(value, old[key], atol=1e-7), key
+    with pytest.raises(UserError, match="nowhere/model.safetensors: cannot be read"):
+        run_training(tmp_path / "other", train__init=str(tmp_path / "nowhere"))
+
+
+def test_data_without_validation_keep_the_last_model(tmp_path):
+    run_training(tmp_path / "run", data__validation_fraction="0", train__steps="5")
+    assert read_info(tmp_path / "run").selected == {"value": "last", "step": 5}
+
+
+def test_vectors_leave_a_table_of_samples(tmp_path):
+    torch.manual_seed(0)
+    source = from_object(torch.randn(200, 3) * torch.tensor([1.0, 10.0, 0.1]) + 5)
+    backbone = "{name: mlp, width: 16, depth: 1}"
+    config = small_config("mlp", model__backbone=backbone, train__patience="null")
+    train(config, tmp_path / "run", source, device="cpu", progress=False)
+    text = (tmp_path / "run" / "samples" / "final.csv").read_text().splitlines()
+    assert text[0] == "c0,c1,c2" and len(text) == 5
+
+
+def test_a_source_is_taken_in_the_units_that_it_comes_in(tmp_path, monkeypatch):
+    source = gaussianized(from_object(torch.randn(200, 3).exp()))
+    monkeypatch.setattr(ColumnTransform, "fit", lambda *_, **__: pytest.fail("its curves are fitted twice"))
+    config = small_config("mlp", model__backbone="{name: mlp, width: 16, depth: 1}", data__gaussianize="true")
+    train(config, tmp_path / "run", source, device="cpu", progress=False)
+    assert load(tmp_path / "run").transform.to_config() == source.transform.to_config()
+
+
+class Decay(torch.nn.Module):
+    """Sum of the squared weights."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def draw_levels(self, n, generator=None):
+        return torch.zeros(n, dtype=torch.long)
+
+    def forward(self, x_0, y, t, eps):
+        squares = sum(p.square().sum() for p in self.model.parameters()).expand(len(x_0))
+        return {"loss": squares, "mse": torch.zeros_like(squares), "t": t}
+
+
+def test_another_loss_trains_and_resumes_under_the_same_checks(tmp_path):
+    def run(**changes):
+        config = small_config(train__validate_every="100", train__ema_decay="0", **changes)
+        return train(config, tmp_path, resume=True, device="cpu", progress=False, loss=Decay)
+
+    run(train__steps="6")
+    losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    with pytest.raises(UserError, match=r"was trained with train.lr = .*, not 0.123"):
+        run(train__steps="8", train__lr="0.123")
+    assert run(train__steps="8").step == 8
+
+
+def test_a_training_ends_with_its_time_and_the_cosine_with_it(tmp_path):
+    ticks = iter(range(1000))  # one second a step
+    config = small_config(train__max_seconds="8", train__steps="500", train__warmup="0", train__log_every="1")
+    result = train(config, tmp_path / "run", device="cpu", progress=False, clock=lambda: float(next(ticks)))
+    assert result.step == 8 and result.seconds == 8
+    rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([config.train.lr * (1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)])
+    # The end is validated, like any end.
+    assert "val_nll" in read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+
+
+# --- when things go wrong --------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch, steps):
+    """Makes the loss of some steps infinite."""
+    forward = CDMLoss.forward
+    calls = iter(range(1, 1000))
+
+    def wrapped(this, *arguments, **options):
+        terms = forward(this, *arguments, **options)
+        return terms | {"loss": terms["loss"] * float("inf")} if next(calls) in steps else terms
+
+    monkeypatch.setattr(CDMLoss, "forward", wrapped)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {3, 5})
+    assert run_training(tmp_path / "run", train__steps="6").skipped == 2
+    state = load_state(state_folders(RunFolder(tmp_path / "run"))[-1])
+    assert state.progress["skipped"] == 2 and state.progress["ema_updates"] == 4
+    assert all(value.isfinite().all() for value in state.model.values())
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 2
+
+
+def test_ten_in_a_row_end_the_run_with_the_last_good_state(tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(5, 15)))
+    with pytest.raises(UserError, match="10 steps in a row up to step 14 .* smaller --train.lr") as caught:
+        run_training(tmp_path / "run", train__steps="30", train__save_every="4", train__validate_every="30")
+    assert "\n" not in str(caught.value)
+    states = state_folders(RunFolder(tmp_path / "run"))
+    good = load_state(states[0])
+    for folder in states:
+        state = load_state(folder)
+        assert all(torch.equal(state.model[key], good.model[key]) for key in good.model if folder != states[-1])
+        assert all(value.isfinite().all() for value in state.model.values())
+
+
+def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(5, 14)))
+    assert run_training(tmp_path / "run", train__steps="15").skipped == 9
+
+
+def test_validations_before_the_logits_count_choose_no_model_and_stop_nothing(tmp_path, monkeypatch):
+    # Every validation is worse than the one before.
+    values = iter(range(100))
+    monkeypatch.setattr(training, "validate", lambda *_: {"nll": float(next(values))})
+    result = run_training(tmp_path / "run", train__steps="20", train__validate_every="2", train__patience="2",
+                          loss__logits_from="[0.3, 0.6]")  # fmt: skip
+    # Thirteen steps are the first after which one has counted in full: validated at 14, and twice worse by 18.
+    assert result.selected["step"] == 14 and result.step == 18
+
+
+def test_patience_stops(tmp_path):
+    result = run_training(tmp_path / "run", train__steps="40", train__validate_every="2", train__patience="3",
+                          train__lr="1e-30", train__ema_decay="0.0", train__log_every="40")  # fmt: skip
+    # The first validation is the best, as nothing is learned; three more and it is over.
+    assert result.step < 12 and result.selected["step"] <= 4
+    assert run_training(tmp_path / "run", resume=True, train__steps="40", train__validate_every="2",
+                        train__patience="3", train__lr="1e-30", train__ema_decay="0.0",
+                        train__log_every="40").step == result.step  # fmt: skip
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match="no data: .*--data"):
+        run_training(tmp_path / "run", data__spec="null")
+    with pytest.raises(UserError, match="device cuda:7 cannot be used: ") as caught:
+        train(small_config(), tmp_path / "run", device="cuda:7", progress=False)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
+        run_training(tmp_path / "run2", train__trackers="[tensorbord]")
+
+
+def test_trackers_that_are_missing_are_told_and_others_are_written(tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UserError, match="tensorboard is not installed; pip install tensorboard"):
+            run_training(tmp_path / "run", train__trackers="[tensorboard]")
+    else:
+        run_training(tmp_path / "run", train__trackers="[tensorboard]", train__steps="2")
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_resume_refuses_data_that_have_changed(tmp_path):
+    fields = {"model.backbone": "mlp", "train.steps": "2", "sampling.n": "0"}
+    layers = preset_fields("mlp"), flag_fields(fields.items())
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    train(make_config(*layers), tmp_path, from_object(x), device="cpu", progress=False)
+    more = make_config(*layers, flag_fields([("train.steps", "3")]))
+    with pytest.raises(UserError, match="its data have changed since; start a new run, with --init"):
+        train(more, tmp_path, from_object(1000 * x + 5), resume=True, device="cpu", progress=False)
+    assert train(more, tmp_path, from_object(x), resume=True, device="cpu", progress=False).step == 3
+
+
+def test_a_compiler_that_fails_is_told_and_left_out(tmp_path, monkeypatch):
+    def compile_in_vain(loss, **options):
+        def refuse(*batch):
+            raise RuntimeError(f"no compiler for {torch.get_autocast_dtype('cpu')}\nand more")
+
+        assert torch.is_autocast_enabled("cpu")
+        return refuse
+
+    monkeypatch.setattr(torch, "compile", compile_in_vain)
+    with pytest.warns(UserWarning, match=r"torch.compile failed \(no compiler for torch.bfloat16\); training goes on"):
+        result = run_training(tmp_path / "run", train__compile="true", train__precision="bf16", train__steps="2")
+    assert result.step == 2

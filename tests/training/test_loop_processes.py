@@ -1,0 +1,50 @@
+"""Two processes are one process with the joint batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from small_runs import small_config
+
+from torchcdm.training.checkpoint import load_state, state_folders
+from torchcdm.training.loop import train
+from torchcdm.training.run_folder import RunFolder, read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes over gloo leave."""
+    path = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               two_processes.__file__, str(path)]  # fmt: skip
+    here = Path(__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return path
+
+
+@pytest.mark.parametrize("kind", two_processes.KINDS)
+def test_gradients_are_those_of_the_joint_batch(folder, tmp_path, kind):
+    _, joint = two_processes.gradients(tmp_path, kind)
+    shares = [torch.load(folder / f"gradients-{kind}-{rank}.pt") for rank in range(2)]
+    largest = max(float(gradient.abs().max()) for gradient in joint.values())
+    assert largest > 1e-3
+    for name, gradient in joint.items():
+        assert torch.equal(shares[0][name], shares[1][name]), name
+        assert (shares[0][name] - gradient).abs().max() < 1e-6 * largest, name
+
+
+def test_training_is_that_of_one_process(folder, tmp_path):
+    train(small_config(train__steps="4", model__backbone__dropout="0"), tmp_path, device="cpu", progress=False)
+    one, two = (load_state(state_folders(RunFolder(path))[-1]) for path in (tmp_path, folder / "run"))
+    for name, value in one.model.items():
+        assert torch.allclose(value, two.model[name], atol=1e-4), name
+    lines = [read_metrics(path / "metrics.jsonl") for path in (tmp_path, folder / "run")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for mine, theirs in zip(*lines, strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-3 and abs(mine["ce"] - theirs["ce"]) < 1e-3

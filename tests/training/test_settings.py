@@ -1,0 +1,205 @@
+"""Configuration: presets, precedence, strictness, and the objects that names become."""
+
+import math
+
+import pytest
+import torch
+import yaml
+
+from torchcdm.errors import UserError
+from torchcdm.training.build import build_backbone, build_model, build_schedule, resolve
+from torchcdm.training.codec import decode, differences, encode, merge
+from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields, preset_names
+from torchcdm.training.loop import learning_rate, share_done
+from torchcdm.training.settings import Config, LearnedConfig, LogSNRConfig, ModelConfig
+from torchcdm.units import DataTransform
+
+
+def preset(name, *flags):
+    return make_config(preset_fields(name), flag_fields(flags))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_survive_yaml(name):
+    config = preset(name)
+    assert decode(Config, yaml.safe_load(yaml.safe_dump(encode(config)))) == config
+    assert config.preset == name and config.description
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"trian": {}}, "unknown field 'trian'; did you mean 'train'"),
+        ({"train": {"stesp": 5}}, "unknown field 'train.stesp'; did you mean 'steps'"),
+        ({"train": {"steps": "many"}}, "train.steps is 'many'; a whole number is needed"),
+        ({"train": {"steps": 2.5}}, "train.steps is 2.5; a whole number is needed"),
+        ({"train": {"steps": True}}, "train.steps is True; a whole number is needed"),
+        ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1"),
+        ({"train": {"lr": "fast"}}, "train.lr is 'fast'; a number is needed"),
+        ({"train": {"lr": -1}}, "train.lr is -1; it must be positive"),
+        ({"train": {"decay": "cosin"}}, "train.decay is 'cosin'; did you mean 'cosine'"),
+        ({"train": 5}, "train is 5; fields with values are needed"),
+        ({"data": {"flip": "yes"}}, "data.flip is 'yes'; true or false is needed"),
+        ({"data": {"size": [32]}}, r"data.size is \[32\]; \[height, width\] is needed"),
+        ({"data": {"size": 32}}, r"data.size is 32; a list such as \[1, 2\] is needed"),
+        ({"model": {"backbone": "encodr"}}, "model.backbone.name is 'encodr'; did you mean 'encoder'"),
+        ({"model": {"backbone": {"depth": 3}}}, "unknown field 'model.backbone.depth'"),
+        ({"model": {"schedule": {"name": "uniform_sigma"}}}, "did you mean 'uniform-sigma'"),
+        ({"model": {"backbone": {"multipliers": [1, "x"]}}}, r"model.backbone.multipliers\[1\] is 'x'"),
+    ],
+)
+def test_mistakes_are_named_by_path_with_the_nearest_name(layer, message):
+    with pytest.raises(UserError, match=message):
+        make_config(layer)
+
+
+def test_the_strongest_layer_wins(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: digits\ntrain: {lr: 5e-4, batch_size: 64}\n")
+    config = make_config(file_fields(file), flag_fields([("train.batch_size", "32")]))
+    defaults, parent = Config(), preset("digits")
+    assert config.train.grad_clip == defaults.train.grad_clip
+    assert config.train.steps == parent.train.steps != defaults.train.steps
+    assert config.train.lr == 5e-4  # YAML reads a text here
+    assert config.train.batch_size == 32
+    assert config.preset == "digits"
+
+
+def test_a_part_of_another_name_starts_from_its_own_defaults():
+    config = preset("digits", ("model.backbone", "mlp"), ("model.backbone.depth", "2"))
+    assert config.model.backbone.name == "mlp" and config.model.backbone.depth == 2
+    assert config.model.backbone.dropout == 0.0  # not the encoder's
+    same = preset("digits", ("model.backbone", "encoder"), ("model.backbone.width", "8"))
+    assert same.model.backbone.width == 8 and same.model.backbone.multipliers == (1, 2)
+
+
+def test_flags_are_yaml_values():
+    flags = [("data.size", "[8, 6]"), ("train.grad_clip", "null"), ("data.flip", "true"), ("train.lr", "1e-4")]
+    config = preset("digits", *flags)
+    assert config.data.size == (8, 6) and config.train.grad_clip is None
+    assert config.data.flip is True and config.train.lr == 1e-4
+
+
+def test_file_mistakes(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [1,\n  b: 2")
+    with pytest.raises(UserError, match=f"{broken}: not valid YAML") as caught:
+        file_fields(broken)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="nothing.yaml: cannot be read"):
+        file_fields(tmp_path / "nothing.yaml")
+    broken.write_text("just text")
+    with pytest.raises(UserError, match="holds fields with values"):
+        file_fields(broken)
+    with pytest.raises(UserError, match="did you mean 'cifar10'"):
+        preset_fields("cifar")
+
+
+def test_merge_and_differences():
+    a = {"x": 1, "part": {"name": "one", "size": 2}, "same": 0}
+    b = merge(a, {"part": {"size": 3}, "y": None})
+    assert b == {"x": 1, "part": {"name": "one", "size": 3}, "same": 0, "y": None}
+    assert a["part"]["size"] == 2
+    assert differences(a, b) == [("part.size", 2, 3)]
+
+
+# --- the paper's runs ------------------------------------------------------------------------------------------
+
+
+def test_the_papers_settings():
+    # Table of the paper's runs: method notes, section 3.
+    schedules = {
+        "cifar10": ("linear", 1000),
+        "cifar10-uniform": ("uniform-sigma", 1000),
+        "cifar10-ot": ("optimal-transport", 999),
+        "cifar10-conditional": ("linear", 1000),
+        "celeba64": ("linear", 1000),
+    }
+    rates = {"cifar10": 2e-4, "cifar10-conditional": 2e-4}
+    for name, (schedule, T) in schedules.items():
+        config = preset(name)
+        model, train, net = config.model, config.train, config.model.backbone
+        celeba = name == "celeba64"
+        assert (model.schedule.name, model.schedule.T, model.gaussian) == (schedule, T, False)
+        assert net.name == "unet" and net.channels == 128 and net.blocks == 2 and net.dropout == 0.1
+        assert net.multipliers == ((1, 2, 2, 2, 4) if celeba else (1, 2, 2, 2)) and net.attention == (16,)
+        assert net.direction == "data"
+        assert math.isclose(config.loss.ce_weight, 0.001 * (3 * 64 * 64 if celeba else 3 * 32 * 32))
+        assert (train.optimizer, train.batch_size, train.ema_decay) == ("adam", 128, 0.9999)
+        assert train.lr == rates.get(name, 1e-4) and train.warmup == 5000
+        assert train.steps == (1_000_000 if name == "cifar10-ot" else 500_000)
+        assert config.data.flip and not config.data.dequantize
+        assert model.labels == ("input" if name == "cifar10-conditional" else "none")
+
+
+def test_learning_rates():
+    paper = preset("cifar10").train
+    assert math.isclose(learning_rate(paper, 0), 2e-4 / 5000)
+    assert math.isclose(learning_rate(paper, 4999), 2e-4)
+    assert math.isclose(learning_rate(paper, 200_000), 2e-5)
+    assert math.isclose(learning_rate(paper, 400_000), 2e-6)
+    assert learning_rate(preset("cifar10-ot").train, 900_000) == 1e-4
+    cosine = preset("digits", ("train.steps", "1000"), ("train.warmup", "0"), ("train.lr", "1")).train
+    assert learning_rate(cosine, 0) == 1 and math.isclose(learning_rate(cosine, 500), 0.5)
+    assert 0 < learning_rate(cosine, 999) < 1e-5
+
+
+def test_share_of_a_training_is_that_of_its_steps_or_time():
+    config = preset("digits", ("train.steps", "1000"), ("train.max_seconds", "60")).train
+    assert [share_done(config, 500, 0), share_done(config, 500, 45), share_done(config, 10, 90)] == [0.5, 0.75, 1.0]
+
+
+# --- names to classes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ladder", [LogSNRConfig, LearnedConfig])
+def test_the_ladder_begins_at_half_a_grey_level(ladder):
+    transform = DataTransform.images((1, 8, 8), levels=17)
+    config = resolve(ModelConfig(schedule=ladder(T=50)), transform)
+    schedule = build_schedule(config.schedule)
+    assert math.isclose(float(schedule.ratio[1].detach()), 1 / 17)
+    given = resolve(ModelConfig(schedule=ladder(T=50, r_min=0.3)), transform)
+    assert given.schedule.r_min == 0.3
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape", "classes", "message"),
+    [
+        ({"backbone": "mlp"}, (1, 8, 8), None, "mlp, but the data are images .*use --model.backbone encoder"),
+        ({"backbone": "encoder"}, (5,), None, "encoder, but the data are vectors .*use --model.backbone mlp"),
+        ({"kind": "ddm"}, (1, 8, 8), None, "cannot be a ddm; use --model.backbone unet"),
+        ({"labels": "joint"}, (1, 8, 8), None, "labels is joint, but the data have no classes"),
+        ({"kind": "ddm", "backbone": "mlp", "labels": "joint"}, (3,), 4, "labels is joint, which needs a cdm"),
+        ({"backbone": {"multipliers": [1, 2, 2, 2, 2]}}, (1, 8, 8), None, "halve"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(flags, shape, classes, message):
+    config = make_config({"model": flags}).model
+    with pytest.raises(UserError, match=message):
+        build_model(config, DataTransform.identity(shape), classes)
+
+
+@pytest.mark.parametrize("kind", ["cdm", "ddm"])
+@pytest.mark.parametrize("labels", ["none", "input"])
+@pytest.mark.parametrize(("backbone", "shape"), [("unet", (2, 8, 8)), ("mlp", (3,)), ("encoder", (1, 8, 4))])
+def test_every_kind_of_model_denoises(kind, labels, backbone, shape):
+    if (kind, backbone) == ("ddm", "encoder"):
+        pytest.skip("an encoder has no output of the input's shape")
+    small = {"unet": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "groups": 4},
+             "mlp": {"width": 8, "depth": 1}, "encoder": {"width": 8, "multipliers": [1, 2], "blocks": 1}}  # fmt: skip
+    fields = {"kind": kind, "labels": labels, "backbone": {"name": backbone} | small[backbone]}
+    model = build_model(make_config({"model": fields}).model, DataTransform.identity(shape), 3)
+    assert model.classes == (None if labels == "none" else 3)
+    y = None if labels == "none" else torch.tensor([0, 2])
+    # Before training the model is its Gaussian base, a standard normal here: E[eps|x] = sigma x / (alpha² + sigma²).
+    x = torch.randn(2, *shape)
+    _, sigma = model.schedule.at(150, x)
+    assert torch.allclose(model.denoise(x, 150, y).eps, sigma * x, atol=1e-5)
+
+
+def test_backbone_configs_name_arguments_that_exist():
+    # A field that its class does not take would be an error here, not in a user's training.
+    for name in ("unet", "encoder"):
+        config = make_config({"model": {"backbone": name}}).model
+        with torch.device("meta"):
+            assert sum(p.numel() for p in build_backbone(config, (3, 32, 32), 202, None).parameters()) > 1e5

@@ -1,0 +1,1 @@
+"""What people do with a model: density ratios, anomaly scores, denoising, reports."""

@@ -1,0 +1,11 @@
+"""Anomaly scores from the whole logit vector: one network pass an input, calibrated on held-out normal data.
+
+Higher is more anomalous everywhere. A score sees log p_t(x) at every level t at once (identity 1). Raw log p, level 0
+alone, is known to rank simple inputs above the normal ones; the other scores look at what it throws away.
+"""
+
+from torchcdm.apps.anomaly.detector import AnomalyDetector
+from torchcdm.apps.anomaly.profile import coarse_level, level_profile
+from torchcdm.apps.anomaly.scores import SCORES, AnomalyScore, make_score
+
+__all__ = ["SCORES", "AnomalyDetector", "AnomalyScore", "coarse_level", "level_profile", "make_score"]

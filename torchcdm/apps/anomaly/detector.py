@@ -1,0 +1,150 @@
+"""Thresholds and percentiles of a score, calibrated on held-out normal data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from torchcdm.apps.anomaly.scores import AnomalyScore, make_score
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.files import write_file
+from torchcdm.training.checkpoint import read_tensors
+
+FORMAT = "3"
+"""Version of a saved detector."""
+
+
+@final
+@dataclass(frozen=True)
+class AnomalyDetector:
+    """A fitted score, and the scores of normal data that neither it nor the model has learned from.
+
+    Attributes:
+        score: The fitted score.
+        calibration: Scores of held-out normal data, sorted, float64 (n,).
+        values: Digest of the weights, constants and readouts that the scores were made with.
+
+    Example:
+        >>> detector = AnomalyDetector.fit(make_score("levels", model), normal)
+        >>> flags = detector.flags(detector.score(x), fpr=0.05)
+    """
+
+    score: AnomalyScore
+    calibration: Tensor
+    values: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Now, not when it is saved: the model may be calibrated in between.
+        object.__setattr__(self, "values", _values(self.score))
+
+    @classmethod
+    def fit(cls, score: AnomalyScore, reference: Tensor, seed: int = 0) -> AnomalyDetector:
+        """One half of the reference, drawn at random, fits the score, the other is what it is compared with.
+
+        Args:
+            score: Not yet fitted.
+            reference: Normal data that the model was not trained on, data units, (N, *shape).
+            seed: Of the draw.
+
+        Raises:
+            UserError: A reference that is too small, or as in :meth:`AnomalyScore.fit`.
+        """
+        if len(reference) < 2:
+            raise UserError(f"the reference holds {len(reference)} samples; it must have two parts, give more")
+        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
+        half = len(reference) // 2
+        score.fit(reference[order[:half]])
+        return cls(score, score(reference[order[half:]]).sort().values)
+
+    def percentile(self, scores: Tensor) -> Tensor:
+        """Share of normal data that would score lower, in percent, float64 (N,): 100 (1 - conformal p-value).
+
+        The p-value is (1 + number of calibration scores at or above) / (n + 1), so that among normal inputs it is
+        below any alpha with a probability of at most alpha, whatever the distribution of the scores.
+        """
+        n = len(self.calibration)
+        below = torch.searchsorted(self.calibration, scores.contiguous(), right=False)
+        return 100 * below / (n + 1)
+
+    def threshold(self, fpr: float) -> float:
+        """The score above which an input is flagged, for a false-positive rate of at most ``fpr``.
+
+        The conformal quantile: the ceil((n+1)(1 - fpr))-th smallest calibration score.
+
+        Raises:
+            UserError: A rate outside (0, 1), or one that the calibration is too small for.
+        """
+        if not 0 < fpr < 1:
+            raise UserError(f"fpr is {fpr:g}; a false-positive rate lies between 0 and 1")
+        n = len(self.calibration)
+        # Rounded first: 0.95 * 20 must not become 20 for its last bit.
+        rank = math.ceil(round((n + 1) * (1 - fpr), 9))
+        if rank > n:
+            needed = math.ceil(round(1 / fpr, 9)) - 1
+            raise UserError(
+                f"{n} held-out normal samples cannot calibrate a false-positive rate of {fpr:g}; "
+                f"it takes {needed}, or a larger rate"
+            )
+        return float(self.calibration[rank - 1])
+
+    def flags(self, scores: Tensor, fpr: float) -> Tensor:
+        """Which scores are above :meth:`threshold`, bool (N,)."""
+        return scores > self.threshold(fpr)
+
+    def save(self, path: str | Path) -> None:
+        """Writes what was learned, without the models, as safetensors.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        meta = {"format": FORMAT, "score": self.score.name, "model": _sizes(self.score), "values": self.values}
+        tensors = {f"fitted.{key}": value.contiguous() for key, value in (self.score.fitted or {}).items()}
+        write_file(Path(path), safetensors_bytes(tensors | {"calibration": self.calibration}, meta))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
+        """A saved detector, with the model it was fitted on.
+
+        Raises:
+            UserError: No such file, a damaged one, one of another format, one of a model of another shape or another
+                number of levels, or of other weights, constants or readout.
+        """
+        tensors = read_tensors(Path(path))
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+        if meta.get("format") != FORMAT or "calibration" not in tensors:
+            raise UserError(f"{path}: is no anomaly detector that this version reads")
+        score = make_score(meta["score"], model, background)
+        if meta["model"] != _sizes(score):
+            raise UserError(f"{path}: was fitted on a model of {meta['model']}; this one takes {_sizes(score)}")
+        prefix = "fitted."
+        score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+        detector = cls(score, tensors["calibration"])
+        if meta["values"] != detector.values:
+            what = "the model has been trained or calibrated since, or is another"
+            raise UserError(f"{path}: {what}; fit the detector again")
+        return detector
+
+
+def _sizes(score: AnomalyScore) -> str:
+    """What a model has to take and give for a detector to be its."""
+    return f"inputs {json.dumps(score.model.shape)} and {score.model.schedule.T + 2} levels"
+
+
+def _values(score: AnomalyScore) -> str:
+    """A digest of the tensors that the models' densities are made of, in single precision."""
+    digest = hashlib.sha256()
+    for model in score.models:
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,187 @@
+"""Figures of a run. Nothing here needs a display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchcdm.data import save_grid
+from torchcdm.runtime.files import writing
+from torchcdm.training.evaluation import PosteriorCurves
+from torchcdm.units import DataTransform
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from torchcdm.likelihood import Consistency, LogProbGaps
+
+
+def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Denoising error, cross-entropy and validation NLL over the steps.
+
+    Args:
+        lines: Those of ``metrics.jsonl``.
+        path: The PNG file.
+    """
+    panels = [("mse", "squared error of eps"), ("ce", "cross-entropy of the level, nats"), ("nll", "one-pass NLL")]
+    panels = [(key, label) for key, label in panels if any(key in line or f"val_{key}" in line for line in lines)]
+
+    def paint(axes: Sequence[Axes]) -> None:
+        for ax, (key, label) in zip(axes, panels, strict=True):
+            for name, style in ((key, "training"), (f"val_{key}", "validation")):
+                points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                if points:
+                    ax.plot(*zip(*points, strict=True), label=style, marker="." if len(points) < 40 else None)
+            ax.set_xlabel("step")
+            ax.set_ylabel(label)
+            ax.legend()
+
+    return save_panels(path, max(len(panels), 1), paint)
+
+
+def level_posteriors(curves: PosteriorCurves, path: Path) -> Path:
+    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
+
+    Args:
+        curves: From :func:`torchcdm.training.evaluation.posterior_curves`.
+        path: The PNG file.
+    """
+
+    def paint(axes: Sequence[Axes]) -> None:
+        (ax,) = axes
+        for t, curve in zip(curves.levels, curves.p, strict=True):
+            (drawn,) = ax.plot(curve.numpy(), label=f"t = {t}")
+            ax.axvline(t, color=drawn.get_color(), linestyle="--", linewidth=0.8)
+        ax.set_yscale("log")
+        ax.set_ylim(1e-5, 1.5)
+        ax.set_xlabel("level t")
+        ax.set_ylabel("p(t | x)")
+        ax.legend()
+
+    return save_panels(path, 1, paint)
+
+
+def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> Path:
+    """Denoising error, cross-entropy and accuracy at each level.
+
+    Args:
+        per_level: From :func:`torchcdm.training.evaluation.evaluate`.
+        path: The PNG file.
+    """
+
+    def paint(axes: Sequence[Axes]) -> None:
+        for ax, (name, values) in zip(axes, per_level.items(), strict=True):
+            inner = list(enumerate(values))[1:-1] if name == "mse" else list(enumerate(values))
+            points = [(t, value) for t, value in inner if value is not None]
+            ax.plot(*zip(*points, strict=True))
+            ax.set_xlabel("level t")
+            ax.set_ylabel(name)
+
+    return save_panels(path, len(per_level), paint)
+
+
+def consistency(ratios: Consistency, gaps: LogProbGaps | None, path: Path) -> Path:
+    """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap between one pass and flow, by level.
+
+    Args:
+        ratios: From :func:`torchcdm.likelihood.consistency`.
+        gaps: From :func:`torchcdm.likelihood.gap_by_level`; None for no such panel.
+        path: The PNG file.
+    """
+
+    def paint(axes: Sequence[Axes]) -> None:
+        left = axes[0]
+        levels = torch.arange(len(ratios.down)) + 0.5
+        # Not a logarithmic axis: ratios of a poor model may be all that float64 holds.
+        left.plot(levels, ratios.down.log10(), label="E[p(t-1) / p(t)] at level t")
+        left.plot(levels, ratios.up.log10(), label="E[p(t+1) / p(t)] at level t")
+        left.axhline(0, color="0.7", linestyle="--")
+        left.set_ylabel("log10 of the mean ratio")
+        left.legend(fontsize=7)
+        for ax in axes:
+            ax.set_xlabel("level t")
+        if gaps is None:
+            return
+        right = axes[1]
+        right.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
+        right.plot(gaps.levels, gaps.mean)
+        right.axhline(0, color="0.7", linestyle="--")
+        right.set_ylabel("log p, one pass less flow, nats")
+
+    return save_panels(path, 1 if gaps is None else 2, paint)
+
+
+def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> Path:
+    """Anomaly scores of inputs beside those of held-out normal data, and the threshold as a dashed line.
+
+    Args:
+        normal: Scores of normal data, (n,).
+        scores: Scores of the inputs, (N,).
+        threshold: The score above which an input is flagged.
+        name: Of the score.
+        path: The PNG file.
+    """
+    together = torch.cat([normal, scores])
+    # Far outliers would squeeze everything else into one bar: they share the last one.
+    high = min(float(together.max()), float(normal.min()) + 3 * (threshold - float(normal.min())))
+    edges = torch.linspace(float(together.min()), high, 50).tolist()
+
+    def paint(axes: Sequence[Axes]) -> None:
+        (ax,) = axes
+        for values, label in ((normal, "held-out normal"), (scores, "inputs")):
+            shares = torch.full((len(values),), 1 / len(values)).tolist()
+            ax.hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
+        ax.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
+        ax.set_xlabel(f"score '{name}'" + (", larger ones in the last bar" if float(together.max()) > high else ""))
+        ax.set_ylabel("share")
+        ax.legend()
+
+    return save_panels(path, 1, paint)
+
+
+def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
+    """Samples beside data, first two columns of vectors in data units."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        for ax, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
+            ax.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5)
+            ax.set_title(title)
+        axes[1].set_xlim(axes[0].get_xlim())
+        axes[1].set_ylim(axes[0].get_ylim())
+
+    return save_panels(path, 2, paint)
+
+
+def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:
+    """Samples in the odd rows, below each the nearest training image: what was learned by heart shows.
+
+    Args:
+        samples: Data units, (N, C, H, W).
+        train: Data units, (M, C, H, W).
+        path: The PNG file.
+        transform: The model's, for the scaling of grey levels.
+    """
+    columns = min(16, len(samples))
+    rows = len(samples) // columns
+    samples = samples[: rows * columns].float().cpu()
+    nearest = train[torch.cdist(samples.flatten(1), train.float().flatten(1)).argmin(1)].float()
+    pairs = torch.stack([samples.unflatten(0, (rows, columns)), nearest.unflatten(0, (rows, columns))], 1)
+    return save_grid(pairs.flatten(0, 2), path, transform, columns)
+
+
+def save_panels(path: Path, panels: int, paint: Callable[[Sequence[Axes]], None]) -> Path:
+    """A row of panels, painted and written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    paint([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    return path

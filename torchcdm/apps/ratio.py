@@ -1,0 +1,427 @@
+"""Density ratios of two data sets: how much more probable a sample is under the one than under the other."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm import __version__
+from torchcdm.apps.ratio_checks import SEPARATE, Calibration, effective_sample_size, tempering, weights_of
+from torchcdm.data import DataSource
+from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
+from torchcdm.data.source import NO_LABEL
+from torchcdm.errors import UserError, nearest
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.files import write_json
+from torchcdm.training.checkpoint import ModelInfo, load, read_info, read_json, save_model
+from torchcdm.training.codec import decode, encode
+from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.evaluation import at_all_levels
+from torchcdm.training.fit import override_fields, trained
+from torchcdm.training.run_folder import RunFolder
+from torchcdm.units import ColumnWarp
+
+FORMAT = 1
+"""Version of ``ratio.json``."""
+
+METHODS = ("joint", "separate")
+
+BATCH = 1024
+
+FARTHEST = 1e6
+"""Model units beyond which a query counts as lying there: squares of more overflow in the network."""
+
+RARE = 1e-3
+"""Share of a data set below which a density counts as rare there."""
+
+LIMIT_ROWS = 20_000
+"""Training samples on which that is measured."""
+
+MODELS = {"joint": ("joint",), "separate": SOURCES}
+"""Folders of the models in a saved ratio."""
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the network's correction that are tried on held-out samples, ..."""
+
+SHARE_ROWS, DRAWS = 2000, 4
+"""... at most so many, and so many noisy copies of each."""
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "joint": {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}},
+    "separate": {"model": {"labels": "none"}},
+}
+"""What each method sets on top of the preset for vectors or images."""
+
+SETTINGS = ("random_state", "method", "discrete", "validation_fraction", "channels", "skip_bad", "preset")
+"""Arguments that a saved ratio keeps as they are."""
+
+TRAINING = {"train": {"select": "loss"}}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scored samples.
+
+    Attributes:
+        names: Of the samples: files, or rows.
+        log_ratio: log p(x) - log q(x), nats, float64 (N,).
+        outside: Whether the ratio is extrapolation, see :meth:`DensityRatio.outside_support`, bool (N,).
+    """
+
+    names: tuple[str, ...]
+    log_ratio: np.ndarray
+    outside: np.ndarray
+
+
+@final
+class DensityRatio:
+    """log p(x) / q(x) of two data sets: the numerator's density p over the denominator's q.
+
+    ``joint`` trains one network whose logits run over (source, level) (identity 10), each source starting from a
+    Gaussian of its own: the log ratio is a difference of two logits at level 0, from one pass. ``separate`` trains
+    a model on each data set and subtracts their log densities. Either way held-out samples tell how much of what the
+    network adds to the fitted Gaussians is kept: between Gaussians it can only add noise.
+
+    Args:
+        random_state: Seed of everything random.
+        method: ``joint`` or ``separate``.
+        discrete: Columns with few distinct values: ``dequantize`` or ``error``, see
+            :func:`torchcdm.data.pairs.pair_up`.
+        validation_fraction: Share of each data set held out for early stopping.
+        size: Images are resized to this (H, W).
+        channels: Images are converted to so many channels.
+        skip_bad: Leave out image files that cannot be read.
+        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
+        progress: Shows a progress bar.
+        preset: ``mlp`` for vectors and ``encoder`` for images when None.
+        **overrides: As for :func:`torchcdm.fit`: fields of the training (``steps=500``) or sections
+            (``model={"gaussian": False}``).
+
+    Attributes:
+        notes: What was read off the data, one sentence each.
+        counts: Samples of denominator and numerator.
+        shares: How much of the network's correction to the base density is kept, 0 ... 1; of each model, that of the
+            denominator first.
+        tempered: Scale and offset of the log ratio by :func:`torchcdm.apps.ratio_checks.tempering`; mostly 1 and 0.
+        held_out: Checks on the share held out for early stopping, a little optimistic for that.
+
+    Example:
+        >>> ratio = DensityRatio(random_state=0).fit(target, source)
+        >>> weights = ratio.importance_weights(source, clip=0.999)
+        >>> ratio.effective_sample_size(weights)
+    """
+
+    notes: tuple[str, ...]
+    counts: tuple[int, int]
+    shares: tuple[float, ...]
+    tempered: tuple[float, float]
+    held_out: Calibration
+
+    def __init__(
+        self,
+        random_state: int = 0,
+        method: Literal["joint", "separate"] = "joint",
+        discrete: Literal["dequantize", "error"] = "dequantize",
+        validation_fraction: float = 0.15,
+        size: tuple[int, int] | None = None,
+        channels: int | None = None,
+        skip_bad: bool = False,
+        device: str | None = None,
+        progress: bool = False,
+        preset: str | None = None,
+        **overrides: Any,
+    ) -> None:
+        if method not in METHODS:
+            raise UserError(f"method is '{method}'; {nearest(str(method), METHODS)}")
+        if isinstance(random_state, bool) or not isinstance(random_state, Integral) or random_state < 0:
+            raise UserError(f"random_state is {random_state!r}; a whole number of at least 0 is needed")
+        self.random_state, self.method, self.discrete = int(random_state), method, discrete
+        self.validation_fraction, self.size, self.channels = validation_fraction, size, channels
+        self.skip_bad = skip_bad
+        self.device, self.progress, self.preset, self.overrides = device, progress, preset, overrides
+        self._models: list[tuple[ClassificationDiffusion, ModelInfo]] = []
+
+    def __sklearn_clone__(self) -> DensityRatio:
+        """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
+        settings = {key: getattr(self, key) for key in (*SETTINGS, "size", "device", "progress")}
+        return DensityRatio(**settings, **deepcopy(self.overrides))
+
+    # --- fitting -------------------------------------------------------------------------------------------------
+
+    def fit(self, numerator: Any, denominator: Any) -> DensityRatio:
+        """Learns the ratio numerator / denominator.
+
+        Args:
+            numerator: Samples of p: array, tensor or list (N, d) or (N, C, H, W), data frame, torch Dataset, the path
+                of a table, an array or a folder of images, or a SPEC as on the command line.
+            denominator: Samples of q, likewise; other numbers of samples are fine.
+
+        Returns:
+            Itself.
+
+        Raises:
+            UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
+        """
+        options = (self.validation_fraction, self.random_state, self.discrete, self.size, self.channels, self.skip_bad)
+        pair = pair_up(numerator, denominator, *options)
+        self._models = []
+        try:
+            self._learn(pair)
+        except BaseException:
+            self._models = []  # what an interruption leaves is not fitted
+            raise
+        return self
+
+    def _learn(self, pair: Pair) -> None:
+        """Everything that :meth:`fit` sets."""
+        source = pair.source
+        self._columns, self._warp = pair.columns, pair.warp
+        sources = [source] if self.method == "joint" else [_only(source, label) for label in range(2)]
+        self._models = [self._train(part) for part in sources]
+        self.shares = tuple(
+            best_share(model, *_held_out(part)) for (model, _), part in zip(self._models, sources, strict=True)
+        )
+        kept = " and ".join(f"{100 * share:.0f} %" for share in self.shares)
+        self.counts = pair.counts
+        self.notes = (*source.notes, f"{kept} of the network's correction to the fitted Gaussians is kept.")
+        self._limits = self._measure_limits(source)
+        numerator, denominator = self._held_out_log_ratios(pair)
+        self.tempered = tempering(numerator, denominator)
+        if self.tempered != (1.0, 0.0):
+            times, plus = self.tempered
+            self.notes += (f"the log ratio is {times:.2f} of the model's {plus:+.2f} nats: held-out samples said so.",)
+        self.held_out = Calibration.of(self._temper(numerator), self._temper(denominator))
+        if self.held_out.log_loss < SEPARATE:
+            self.notes += ("the sources hardly overlap: the sign of a log ratio is to be believed, its size is not.",)
+
+    def _train(self, source: DataSource) -> tuple[ClassificationDiffusion, ModelInfo]:
+        preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
+        layers = (preset_fields(preset), TRAINING, LAYERS[self.method], {"train": {"seed": self.random_state}})
+        config = make_config(*layers, override_fields(self.overrides))
+        with trained(config, source, self.device, self.progress) as folder:
+            return _load(folder, self.device)
+
+    def _measure_limits(self, source: DataSource) -> np.ndarray:
+        """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator."""
+        x, y = source.train.tensors(LIMIT_ROWS)
+        values = self._log_probs(x)
+        limits = np.empty((2, 2))
+        for label in range(2):
+            rare, median = np.quantile(values[:, y.numpy() == label, label], [RARE, 0.5], axis=1)
+            limits[:, label] = rare - (median - rare)
+        return limits
+
+    def _held_out_log_ratios(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        """Of numerator and denominator, as the models have them."""
+        x, y = pair.source.validation.tensors()
+        sides = (self._log_probs(x[y == label][:count])[0] for label, count in enumerate(pair.held_out))
+        denominator, numerator = (side[:, 1] - side[:, 0] for side in sides)
+        return numerator, denominator
+
+    def _temper(self, log_ratio: np.ndarray) -> np.ndarray:
+        scale, offset = self.tempered
+        return scale * log_ratio + offset
+
+    # --- scoring -------------------------------------------------------------------------------------------------
+
+    def scores(self, x: Any) -> Scores:
+        """Names, log ratios and whether they are extrapolation, from one pass.
+
+        Args:
+            x: (N, d) or (N, C, H, W), or anything else that :meth:`fit` takes; a table needs the fitted columns.
+
+        Raises:
+            UserError: Not fitted, or data that do not go with the fitted ones.
+        """
+        self._check_fitted()
+        info = self._models[0][1]
+        layout = (info.transform, self._columns, info.columns, self._warp)
+        values, names, deviating = read_query(x, *layout, self.size, self.channels, self.skip_bad)
+        log_probs = self._log_probs(values)
+        below = log_probs < self._limits[:, None]
+        log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
+        return Scores(tuple(names), log_ratio, below.all(2).any(0) | deviating.numpy())
+
+    def log_ratio(self, x: Any) -> np.ndarray:
+        """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
+        return self.scores(x).log_ratio
+
+    def ratio(self, x: Any) -> np.ndarray:
+        """p(x) / q(x), float64 (N,); infinite where the log ratio is above 709."""
+        with np.errstate(over="ignore"):
+            return np.exp(self.log_ratio(x))
+
+    def importance_weights(self, x: Any, clip: float | None = None) -> np.ndarray:
+        """Weights with mean 1 that make samples of the denominator stand for the numerator, float64 (N,).
+
+        Args:
+            x: Samples of the denominator.
+            clip: Weights above this quantile of them, such as 0.999, are set to it: less variance for a little bias.
+
+        Raises:
+            UserError: ``clip`` is no share.
+        """
+        return weights_of(self.log_ratio(x), clip)
+
+    def outside_support(self, x: Any) -> np.ndarray:
+        """Where neither data set tells anything: bool (N,).
+
+        True where the density of both models, or of both Gaussians, lies further below what is rare in training
+        (one in a thousand) than that lies below the median; or where a column that was constant in both has another
+        value. The log ratio there is extrapolation.
+        """
+        return self.scores(x).outside
+
+    def calibration(self, numerator: Any, denominator: Any, bins: int = 10) -> Calibration:
+        """What can be checked without knowing the ratio, on samples that were not fitted.
+
+        Args:
+            numerator: Held-out samples of p.
+            denominator: Held-out samples of q.
+            bins: Of the reliability table.
+        """
+        return Calibration.of(self.log_ratio(numerator), self.log_ratio(denominator), bins)
+
+    @staticmethod
+    def effective_sample_size(weights: Any) -> float:
+        """As :func:`effective_sample_size`."""
+        return effective_sample_size(weights)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Writes a folder: safetensors and JSON.
+
+        Raises:
+            UserError: Not fitted, or the folder cannot be written.
+        """
+        self._check_fitted()
+        folder = Path(path)
+        for name, (model, info) in zip(MODELS[self.method], self._models, strict=True):
+            save_model(RunFolder(folder / name), model, info)
+        content = {
+            "format": FORMAT,
+            "torchcdm": __version__,
+            **{key: getattr(self, key) for key in SETTINGS},
+            "overrides": self.overrides,
+            "size": self.size,
+            "columns": self._columns,
+            "warp": None if self._warp is None else self._warp.to_config(),
+            "counts": self.counts,
+            "shares": self.shares,
+            "tempered": self.tempered,
+            "limits": self._limits.tolist(),
+            "held_out": encode(self.held_out),
+            "notes": self.notes,
+        }
+        write_json(folder / "ratio.json", content)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
+        """A ratio that :meth:`save` wrote.
+
+        Raises:
+            UserError: No ratio there, or files that are damaged or of another format version.
+        """
+        file = Path(path) / "ratio.json"
+        if not file.is_file():
+            raise UserError(f"{path}: holds no density ratio (ratio.json is missing)")
+        content = read_json(file)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{file}: format version {content.get('format')}, but this torchcdm reads {FORMAT}")
+        try:
+            size = None if content["size"] is None else (content["size"][0], content["size"][1])
+            settings = {key: content[key] for key in SETTINGS}
+            ratio = cls(**settings, size=size, device=device, **content["overrides"])
+            ratio._columns = None if content["columns"] is None else tuple(content["columns"])
+            ratio._warp = None if content["warp"] is None else ColumnWarp(**content["warp"])
+            ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
+            ratio.shares = tuple(content["shares"])
+            ratio.tempered = (float(content["tempered"][0]), float(content["tempered"][1]))
+            ratio._limits = np.asarray(content["limits"], dtype=np.float64)
+            ratio.held_out = decode(Calibration, content["held_out"], "held_out")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: damaged, {error} is missing or wrong") from None
+        ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
+        return ratio
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _check_fitted(self) -> None:
+        if not self._models:
+            raise UserError("this DensityRatio is not fitted; call fit(numerator, denominator), or load one")
+
+    def _log_probs(self, x: Tensor) -> np.ndarray:
+        """log density at level 0 of models and of Gaussians: float64 (2, N, 2), denominator first; model units."""
+        model, info = self._models[0]
+        z = info.transform(x).clamp(-FARTHEST, FARTHEST).to(model.schedule.alpha.device)
+        with torch.no_grad():
+            return torch.cat([self._log_probs_of(part) for part in z.split(BATCH)], 1).cpu().numpy()
+
+    def _log_probs_of(self, z: Tensor) -> Tensor:
+        parts = [_base_and_correction(model, z) for model, _ in self._models]
+        base = torch.cat([base[:, :, 0] for base, _ in parts], 1)
+        correction = torch.cat(
+            [share * network[:, :, 0] for (_, network), share in zip(parts, self.shares, strict=True)], 1
+        )
+        return torch.stack([base + correction, base])
+
+
+@torch.no_grad()
+def best_share(model: ClassificationDiffusion, x: Tensor, y: Tensor) -> float:
+    """The share of the network's correction under which held-out samples best tell their source and noise level.
+
+    Unlike the source alone, which is certain where the ratio is large, that is never too easy to tell.
+
+    Args:
+        model: All sources as frequent.
+        x: Data units, (N, *shape).
+        y: Sources, long (N,); zeros for a model of one.
+    """
+    losses = torch.zeros(len(SHARES), dtype=torch.float64)
+    for batch in at_all_levels(model, x, DRAWS):
+        base, network = _base_and_correction(model, batch.x_t)
+        true = y[batch.rows] * base.shape[2] + batch.t.cpu()
+        for k, share in enumerate(SHARES):
+            logits = (base + share * network).flatten(1).cpu()
+            losses[k] += torch.nn.functional.cross_entropy(logits, true, reduction="sum")
+    return SHARES[int(losses.argmin())]
+
+
+def _base_and_correction(model: ClassificationDiffusion, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log p_t of the fitted Gaussians and what the network adds: each float64 (B, 2 or 1, T+2); model units."""
+    base = model.base.log_prob_levels(z)[:, None]
+    if not model.joint:
+        return base, model.log_prob_levels(z)[:, None] - base
+    effects, learned = model.base.class_effects(z), model.class_log_prob_levels(z)
+    base = base.expand_as(learned) if effects is None else base + effects
+    return base, learned - base
+
+
+def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
+    """Validation samples and their sources; zeros without labels."""
+    x, y = source.validation.tensors(SHARE_ROWS)
+    return x, y.clamp_min(0)
+
+
+def _load(run: Path, device: str | None) -> tuple[ClassificationDiffusion, ModelInfo]:
+    """A model with what its folder says of it."""
+    model = load(run, device or "cpu")
+    if not isinstance(model, ClassificationDiffusion):
+        raise UserError("a ddm has no density; a ratio needs a cdm")
+    return model, read_info(run)
+
+
+def _only(source: DataSource, label: int) -> DataSource:
+    """The samples of one class, without labels, under the transform of both."""
+    parts = [split.select((split.labels == label).nonzero()[:, 0]) for split in (source.train, source.validation)]
+    for part in parts:
+        part.labels = torch.full_like(part.labels, NO_LABEL)
+    return replace(source, train=parts[0], validation=parts[1], class_names=None)

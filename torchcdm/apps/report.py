@@ -1,0 +1,203 @@
+"""What a run reports of itself at the end: likelihoods beside baselines, errors by level, figures."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchcdm import __version__
+from torchcdm.apps import plots
+from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
+from torchcdm.data import DataSource
+from torchcdm.likelihood import (
+    Consistency,
+    FlowOptions,
+    LogProbGaps,
+    LogZOptions,
+    NLLReport,
+    consistency,
+    gap_by_level,
+    methods_of,
+)
+from torchcdm.likelihood import report as likelihood_report
+from torchcdm.likelihood.common import dithered, scoring_level
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.files import write_json
+from torchcdm.samplers import sample
+from torchcdm.training.checkpoint import load
+from torchcdm.training.config_files import file_fields, make_config
+from torchcdm.training.evaluation import evaluate, posterior_curves
+from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.training.samples import balanced_labels
+from torchcdm.training.settings import Config
+from torchcdm.units import GaussianizedTransform
+
+DIAGNOSED = 32
+"""Samples on which a model's levels are held against each other and against the flow: T passes each."""
+
+FIGURE_SAMPLES = 256
+NEIGHBOUR_POOL = 10_000
+
+ROW_NAMES = {
+    "one-pass": "this model, one forward pass, level {}",
+    "one-pass-level": "this model, one forward pass, level {}",
+    "one-pass-normalized": "this model, one forward pass, level {}, normalised",
+    "elbo": "this model, ELBO, level {}",
+    "flow": "this model, probability flow, level {}",
+}
+"""Rows of a likelihood report that stand beside the baselines."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The report of a run.
+
+    Attributes:
+        content: As in ``report.json``.
+        text: For the terminal.
+    """
+
+    content: dict[str, Any]
+    text: str
+
+
+def write_report(
+    run: str | Path, source: DataSource, device: str | torch.device = "cpu", progress: bool = True
+) -> RunReport:
+    """Measures a run on its test split; leaves ``report.json`` and ``plots/``.
+
+    Args:
+        run: The run's folder.
+        source: The data it was trained on.
+        device: Where to.
+        progress: Shows progress bars.
+    """
+    folder = RunFolder(Path(run))
+    config = make_config(file_fields(folder.config))
+    model = load(run, device)
+    split = source.test or source.validation or source.train
+    split_name = "test" if source.test else "validation" if source.validation else "train"
+    evaluation = evaluate(model, split, config.report.limit)
+    nll = _likelihood(model, config, source, split_name, device, progress)
+    beside = _baselines(config, source, split_name) if nll is not None else []
+    ratios, gaps = _diagnostics(model, config, split.tensors(DIAGNOSED)[0]) if nll is not None else (None, None)
+    _figures(folder, model, source, config, evaluation)
+    if ratios is not None:
+        plots.consistency(ratios, gaps, folder.plots / "consistency.png")
+
+    lines = read_metrics(folder.metrics)
+    last = lines[-1] if lines else {"step": 0, "seconds": 0.0}
+    content = {
+        "preset": config.preset,
+        "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
+        "steps": last["step"],
+        "seconds": last["seconds"],
+        "versions": {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                     "python": platform.python_version()},
+        "nll": None if nll is None else nll.to_json(),
+        "baselines": [{"name": b.name, "value": b.value, "se": b.se, "unit": b.unit} for b in beside],
+        "levels": evaluation["mean"],
+        "consistency": None if ratios is None else ratios.to_json(),
+        "gap_to_flow_by_level": None if gaps is None else gaps.to_json(),
+    }  # fmt: skip
+    write_json(folder.report, content)
+    return RunReport(content, _text(nll, beside, evaluation))
+
+
+def _likelihood(
+    model: Denoiser, config: Config, source: DataSource, split: str, device: str | torch.device, progress: bool
+) -> NLLReport | None:
+    """The likelihood report by those of the configuration's methods that the model has; None where it has none."""
+    methods = [method for method in config.report.methods if method in methods_of(model)]
+    if not methods:
+        return None
+    x, _ = source.split(split).tensors(config.report.limit)
+    # The unconditional density, also of models that saw classes: the baselines know none.
+    return likelihood_report(
+        model,
+        x,
+        methods,
+        draws=config.report.draws,
+        seed=0,
+        name=source.name,
+        split=split,
+        flow=FlowOptions(config.report.flow_steps, config.report.flow_probes),
+        log_z=LogZOptions(config.report.particles),
+        progress=progress,
+    )
+
+
+def _diagnostics(
+    model: Denoiser, config: Config, x: torch.Tensor
+) -> tuple[Consistency | None, LogProbGaps | None]:
+    """Where one pass is inconsistent, level by level, and against the flow where the configuration asks for one.
+
+    None for models without logits, and of a single sample.
+    """
+    if not isinstance(model, ClassificationDiffusion) or len(x) < 2:
+        return None, None
+    level, options = scoring_level(model), config.report
+    if "flow" not in options.methods:
+        return consistency(model, x), None
+    steps = FlowOptions(options.flow_steps).steps_from(model, level)
+    return consistency(model, x), gap_by_level(model, x, level=level, steps=steps, probes=options.flow_probes)
+
+
+def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
+    """Baselines on the very dequantised samples that one pass was scored on.
+
+    Where the model sees Gaussianised grey levels, in the plain units too: what is the network's, and what the map's.
+    """
+    if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
+        return []
+    x, _ = source.split(split).tensors(config.report.limit)
+    transform = source.transform
+    noisy = dithered(transform, x, slice(0, len(x)), seed=0)
+    found = baselines(source, noisy)
+    if not transform.gaussianized:
+        return found
+    same = [replace(baseline, name=f"{baseline.name}, Gaussianised") for baseline in found]
+    if not isinstance(transform, GaussianizedTransform):
+        return same
+    return same + baselines(replace(source, transform=transform.affine), noisy)
+
+
+def _figures(
+    folder: RunFolder, model: Denoiser, source: DataSource, config: Config, evaluation: dict[str, Any]
+) -> None:
+    plots.training_curves(read_metrics(folder.metrics), folder.plots / "training.png")
+    plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
+    x, _ = (source.test or source.train).tensors(FIGURE_SAMPLES)
+    if isinstance(model, ClassificationDiffusion):
+        plots.level_posteriors(posterior_curves(model, x), folder.plots / "posteriors.png")
+    images, plane = len(source.shape) == 3, source.shape == (2,)
+    if not images and not plane:
+        return
+    n, steps = 32 if images else 2000, min(config.sampling.steps, model.schedule.T)
+    y = None if model.classes is None else balanced_labels(n, model.classes)
+    drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed)
+    train, _ = source.train.tensors(NEIGHBOUR_POOL)
+    if plane:
+        plots.scatter(drawn, source.train.tensors(n)[0], folder.plots / "samples.png")
+    elif source.shape[0] in (1, 3):
+        plots.neighbours(drawn, train, folder.plots / "neighbours.png", model.transform)
+
+
+def _text(nll: NLLReport | None, beside: list[Baseline], evaluation: dict[str, Any]) -> str:
+    lines = [] if nll is None else [nll.table(), ""]
+    if nll is not None and beside:
+        ours = [row for row in nll.rows if row.name in ROW_NAMES and row.value is not None]
+        rows = [(ROW_NAMES[row.name].format(row.level), row.value, row.se) for row in ours]
+        rows += [(b.name, b.value, b.se) for b in beside]
+        lines.append(f"{'density model, same test samples':52}{nll.unit:>9}{'s.e.':>9}")
+        lines += [f"{name:52}{value:9.3f}{se:9.3f}" for name, value, se in sorted(rows, key=lambda row: row[1])]
+        lines.append("")
+    means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation["mean"].items())
+    lines.append(f"over all levels of {evaluation['count']} samples: {means}")
+    return "\n".join(lines)

@@ -1,0 +1,328 @@
+"""A fitted mixture of Gaussians as the base density: what is left for the network is what no mixture holds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from torchcdm.diffusion.exact import GaussianMixture
+from torchcdm.diffusion.gaussian import BaseDensity, ClassDensities, GaussianMarginals, shrunk
+from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.errors import UserError
+
+FIT_ROWS = 10_000
+"""A mixture is fitted to at most so many samples, unless more are asked for."""
+
+FIRST_ROWS = 20_000
+"""Of more samples EM takes so many first, and all from where that ends: a few iterations instead of a hundred."""
+
+VARIANCE_FLOOR = 1e-5
+"""Least variance of a component along any direction, model units: no component shrinks onto one sample."""
+
+PIECES, PIECE_ROWS = 3, 5
+"""EM starts from so many pieces for each component, merged in pairs; where pieces have not so many rows for each
+number, all are merged as round ones of the same variance."""
+
+TOLERANCE, ROUGH = 1e-5, 1e-3
+"""EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
+
+SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
+"""Shares that are tried of moving covariances towards a round one."""
+
+
+@final
+class MixtureMarginals(BaseDensity):
+    """A mixture of Gaussians at every level; vectors.
+
+    Args:
+        schedule: The noise schedule.
+        mixture: The mixture at level 0, in model units.
+        common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, mixture: GaussianMixture, common: GaussianMarginals) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.mixture, self.common = mixture, common
+
+    @classmethod
+    def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], components: int) -> MixtureMarginals:
+        """Standard normals, to load a saved state into."""
+        means = torch.zeros(components, *shape, dtype=torch.float64)
+        mixture = GaussianMixture(torch.ones(components), means, torch.ones(components, dtype=torch.float64))
+        return cls(schedule, mixture, GaussianMarginals.blank(schedule, shape))
+
+    @classmethod
+    def fit(
+        cls,
+        samples: Tensor,
+        schedule: NoiseSchedule,
+        components: int,
+        floor: float = 0.0,
+        shrinkage: float = 0.0,
+        rows: int = FIT_ROWS,
+    ) -> MixtureMarginals:
+        """By expectation maximisation.
+
+        Args:
+            samples: Training data (N, d), model units, dequantised.
+            schedule: The noise schedule.
+            components: Number of Gaussians.
+            floor: Least variance, model units squared; :data:`VARIANCE_FLOOR` where that is more.
+            shrinkage: Share by which each covariance is moved towards a round one of the variance of all samples.
+            rows: At most so many samples, evenly spaced ones.
+
+        Raises:
+            UserError: Images, or fewer samples than components.
+        """
+        if samples.ndim != 2:
+            raise UserError(f"model.components is {components}; mixtures are for vectors, leave it at 1 for images")
+        mixture = GaussianMixture(*fit_gaussians(samples, components, floor, shrinkage, rows))
+        return cls(schedule, mixture, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
+
+    def log_prob_levels(self, x: Tensor) -> Tensor:
+        return self.mixture.log_prob_levels(x, self.schedule)
+
+    def eps(self, x_t: Tensor, t: Level) -> Tensor:
+        return self.mixture.eps(x_t, t, self.schedule)
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        mixture, schedule = self.mixture, self.schedule
+        share = (mixture.component_log_prob(x_t, t, schedule) + mixture.log_weights).softmax(1)
+        alpha, sigma = (values[t, None, None] for values in (schedule.alpha, schedule.sigma))
+        eps = -sigma * mixture.component_scores(x_t, t, schedule)
+        # Of each component as in GaussianMarginals: the covariance of eps beside its mean.
+        spread = (1 - sigma**2 / (alpha**2 * mixture.variances + sigma**2)).sum(2)
+        energy = (share * (eps.square().sum(2) + spread)).sum(1)
+        return schedule.log_prob_change(x_t, t, (share[..., None] * eps).sum(1), energy)
+
+    def start(self, eps: Tensor) -> Tensor:
+        return self.common.start(eps)
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return self.mixture.sample(shape[0], generator)
+
+
+@final
+class ClassMixtures(ClassDensities):
+    """The same Gaussians for all classes, with weights of each class.
+
+    What tells the classes apart in the weights of modes far from each other, no gradient and no smooth function sees.
+
+    Args:
+        common: The mixture of all data together.
+        weights: Of each class, (classes, components).
+    """
+
+    log_weights: Tensor
+
+    def __init__(self, common: MixtureMarginals, weights: Tensor) -> None:
+        super().__init__(common)
+        self.register_buffer("log_weights", (weights / weights.sum(1, keepdim=True)).double().log())
+
+    @classmethod
+    def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int) -> ClassMixtures:
+        """Standard normals, to load a saved state into."""
+        return cls(MixtureMarginals.blank(schedule, shape, components), torch.ones(classes, components))
+
+    @classmethod
+    def fit(cls, common: MixtureMarginals, samples: Tensor, labels: Tensor) -> ClassMixtures:
+        """The weights of a class are the mean responsibilities of its samples.
+
+        Args:
+            common: Fitted to the samples of all classes.
+            samples: Training data (N, d), model units, dequantised.
+            labels: Classes 0, 1, ..., long (N,).
+        """
+        mixture = common.mixture
+        # Half a sample in all for each class, spread as the components are: no weight is 0.
+        counts = 0.5 * mixture.log_weights.exp().repeat(int(labels.max()) + 1, 1)
+        for part in torch.arange(len(samples)).split(1000):
+            logits = mixture.component_log_prob(samples[part], 0, common.schedule) + mixture.log_weights
+            counts.index_add_(0, labels[part], logits.softmax(1))
+        return cls(common, counts)
+
+    def class_effects(self, x: Tensor) -> Tensor:
+        parts = self.common.mixture.component_log_prob_levels(x, self.schedule)
+        # No weight is near 0, so one exponential, with the largest component taken out, serves all classes.
+        parts = (parts - parts.detach().amax(1, keepdim=True)).exp()
+        weights = torch.cat([self.log_weights, self.common.mixture.log_weights[None]]).exp()
+        *by_class, common = torch.einsum("bkt,yk->ybt", parts, weights).log()
+        return torch.stack([values - common for values in by_class], 1)
+
+
+def best_mixture(
+    train: Tensor,
+    validation: Tensor,
+    counts: Iterable[int],
+    shares: Iterable[float] = SHRINKAGES,
+    rows: int = FIT_ROWS,
+    tolerance: float = ROUGH,
+) -> tuple[int, float]:
+    """The number of components and the shrinkage, by the likelihood of validation data.
+
+    More components need more shrinkage, so the two are chosen together. Fewer components win where they are within one
+    standard error of the best: few validation samples would choose among many settings by luck. Stops after two
+    numbers that are worse.
+
+    Args:
+        train: (N, d), model units.
+        validation: Likewise, without copies of the same sample.
+        counts: Increasing; the first is tried however few the samples.
+        shares: Shrinkages.
+        rows: At most so many samples are fitted.
+        tolerance: EM ends where an iteration gains less, nats a sample; a rough one is unjust to few components on
+            many samples.
+    """
+    variance, watched = _variance(train), validation[:FIT_ROWS].double()
+    found: list[tuple[int, float, Tensor]] = []
+    best, worse = -math.inf, 0
+    for number, count in enumerate(counts):
+        if (number and 2 * count > len(train)) or worse == 2:
+            break
+        weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=tolerance)
+        trials = []
+        for share in shares:
+            parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched[:, None])
+            trials.append((count, share, (parts + weights.log()).logsumexp(1)))
+        found.append(max(trials, key=lambda trial: float(trial[2].mean())))
+        value = float(found[-1][2].mean())
+        best, worse = max(best, value), 0 if value > best else worse + 1
+    highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
+    return next((count, share) for count, share, values in found if _within_error(highest - values))
+
+
+def _within_error(deficit: Tensor) -> bool:
+    """Whether the mean of paired differences is at most its standard error."""
+    return float(deficit.mean()) <= float(deficit.std(correction=0)) / math.sqrt(len(deficit))
+
+
+def _variance(samples: Tensor) -> float:
+    """Mean over the numbers of their variance."""
+    return float(samples.double().var(0, correction=0).mean())
+
+
+def fit_gaussians(
+    samples: Tensor,
+    components: int,
+    floor: float = 0.0,
+    shrinkage: float = 0.0,
+    rows: int = FIT_ROWS,
+    tolerance: float = TOLERANCE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (K,), means (K, d) and full covariances (K, d, d) by expectation maximisation; float64.
+
+    Args:
+        samples: (N, d).
+        components: K.
+        floor: Least variance; :data:`VARIANCE_FLOOR` where that is more.
+        shrinkage: Share by which each covariance is moved towards a round one of the variance of all samples.
+        rows: At most so many samples, evenly spaced ones.
+        tolerance: EM ends where an iteration gains less, nats a sample.
+
+    Raises:
+        UserError: Fewer samples than components.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture as Fitter
+
+    if components > len(samples):
+        raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
+    x = samples[:: math.ceil(len(samples) / rows)].double().cpu().numpy()
+    first = x[:: math.ceil(len(x) / FIRST_ROWS)]
+    floor = max(floor, VARIANCE_FLOOR)
+    options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        trials = [Fitter(components, **options, **start).fit(first) for start in _starts(first, components, floor)]
+        fitted = max(trials, key=lambda trial: trial.lower_bound_)
+        if len(first) < len(x):
+            start = _start(fitted.weights_, fitted.means_, fitted.covariances_)
+            fitted = Fitter(components, **options, **start).fit(x)
+    weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
+    return weights, means, shrunk(covariances, _variance(samples), shrinkage)
+
+
+def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
+    """Where EM starts: many pieces by k-means, merged down to the components.
+
+    As many pieces as modes leave out some modes, which EM does not mend; thrice as many hardly do. Those that share a
+    mode are the cheapest to merge. Where pieces have few rows scikit-learn's own start, the empty one, is tried too.
+    """
+    from sklearn.cluster import AgglomerativeClustering, KMeans
+
+    pieces = PIECES * components
+    if components == 1 or len(x) < PIECE_ROWS * pieces:
+        return [{}]
+    labels = KMeans(pieces, n_init=1, max_iter=30, random_state=0).fit_predict(x)
+    parts = [x[labels == k] for k in range(pieces)]
+    parts = [part for part in parts if len(part)]
+    if len(parts) < components:
+        return [{}]
+    weights = np.array([len(part) / len(x) for part in parts])
+    means = np.stack([part.mean(0) for part in parts])
+    if len(x) >= PIECE_ROWS * pieces * x.shape[1]:
+        covariances = np.stack([np.atleast_2d(np.cov(part.T, bias=True)) for part in parts])
+        weights, means, covariances = merged(weights, means, covariances + floor * np.eye(x.shape[1]), components)
+        return [_start(weights, means, covariances)]
+    groups = AgglomerativeClustering(components, linkage="ward").fit_predict(means)
+    shares = weights * (groups == np.arange(components)[:, None])
+    variance = floor + weights @ [part.var(0).mean() for part in parts]
+    round_ones = np.stack([variance * np.eye(x.shape[1])] * components)
+    return [{}, _start(shares.sum(1), shares @ means / shares.sum(1, keepdims=True), round_ones)]
+
+
+def _start(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> dict[str, Any]:
+    return {"weights_init": weights, "means_init": means, "precisions_init": np.linalg.inv(covariances)}
+
+
+def merged(
+    weights: np.ndarray, means: np.ndarray, covariances: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A mixture of fewer Gaussians: pairs become the Gaussian of their moments, the cheapest pair first.
+
+    The cost bounds the KL divergence from the mixture before to that after (Runnalls 2007).
+
+    Args:
+        weights: (K,).
+        means: (K, d).
+        covariances: (K, d, d).
+        count: At most K.
+    """
+    weights, means, covariances = weights.copy(), means.copy(), covariances.copy()
+
+    def unions(i: int, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        total = weights[i] + weights[others]
+        a, b = weights[i] / total, weights[others] / total
+        apart = means[i] - means[others]
+        spread = a[:, None, None] * covariances[i] + b[:, None, None] * covariances[others]
+        spread += (a * b)[:, None, None] * apart[:, :, None] * apart[:, None]
+        return total, a[:, None] * means[i] + b[:, None] * means[others], spread
+
+    def prices(i: int, others: np.ndarray) -> np.ndarray:
+        total, _, spread = unions(i, others)
+        volume = np.linalg.slogdet(spread)[1]
+        return 0.5 * (total * volume - weights[i] * volumes[i] - weights[others] * volumes[others])
+
+    volumes = np.linalg.slogdet(covariances)[1]
+    left = np.arange(len(weights))
+    costs = np.full((len(weights), len(weights)), np.inf)
+    for i in left[1:]:
+        costs[i, :i] = prices(i, left[:i])
+    while len(left) > count:
+        i, j = np.unravel_index(costs.argmin(), costs.shape)
+        weights[i], means[i], covariances[i] = (part[0] for part in unions(i, np.array([j])))
+        volumes[i] = np.linalg.slogdet(covariances[i])[1]
+        costs[j], costs[:, j] = np.inf, np.inf
+        left = left[left != j]
+        others = left[left != i]
+        if len(others):
+            costs[np.maximum(i, others), np.minimum(i, others)] = prices(i, others)
+    return weights[left], means[left], covariances[left]

@@ -1,0 +1,278 @@
+r"""Noise schedules on the levels 0 (data) ... T+1 (pure noise).
+
+.. math:: x_t = \alpha_t x_0 + \sigma_t \epsilon, \qquad \epsilon \sim N(0, I)
+
+with :math:`\alpha_0 = 1, \sigma_0 = 0` and :math:`\alpha_{T+1} = 0, \sigma_{T+1} = 1`. Sampling starts
+at level T, the last one that still holds signal. Notation: section 1 of ``docs/method.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.errors import UserError
+from torchcdm.units.float64 import Float64Module
+
+Level = int | Tensor
+"""A noise level: one for the whole batch, or a long tensor with one for each sample (B,)."""
+
+
+class NoiseSchedule(Float64Module, ABC):
+    """The pair (alpha_t, sigma_t) at the levels 0 ... T+1.
+
+    A subclass gives :meth:`inner_levels`; the two ends are the same for every schedule.
+
+    Attributes:
+        T: Number of noise levels between data and pure noise.
+        alpha: Signal scale, float64, shape (T+2,).
+        sigma: Noise scale, float64, shape (T+2,).
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        if T < 1:
+            raise UserError(f"schedule: T is {T}; at least one noise level is needed")
+        self.T = T
+        alpha, sigma = self.inner_levels(torch.arange(1, T + 1, dtype=torch.float64))
+        if alpha.shape != (T,) or sigma.shape != (T,):
+            shapes = f"{tuple(alpha.shape)} and {tuple(sigma.shape)}"
+            raise UserError(f"schedule: inner_levels gives alpha and sigma of shapes {shapes}; both must be ({T},)")
+        ratio = sigma / alpha
+        if not (alpha > 0).all() or not (ratio[0] > 0 and ratio.isfinite().all() and (ratio.diff() > 0).all()):
+            raise UserError("schedule: alpha must be positive; sigma / alpha positive, and rising from level to level")
+        self._keep(*_with_ends(alpha, sigma))
+
+    @abstractmethod
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t at the levels ``t`` = 1 ... T, all float64 of shape (T,)."""
+
+    def _keep(self, alpha: Tensor, sigma: Tensor) -> None:
+        self.register_buffer("alpha", alpha, persistent=False)
+        self.register_buffer("sigma", sigma, persistent=False)
+
+    @property
+    def ratio(self) -> Tensor:
+        """Noise-to-signal ratio r_t = sigma_t / alpha_t, shape (T+2,); infinite at level T+1."""
+        return self.sigma / self.alpha
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha_t² / sigma_t²), shape (T+2,); +inf at level 0 and -inf at level T+1."""
+        return 2 * (self.alpha.log() - self.sigma.log())
+
+    def at(self, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t in the dtype of ``x``, shaped to multiply it.
+
+        Args:
+            t: Level, an int or long (B,).
+            x: Any batch (B, ...).
+
+        Raises:
+            UserError: An int outside 0 ... T+1.
+        """
+        if isinstance(t, int) and not 0 <= t <= self.T + 1:
+            raise UserError(f"level {t} does not exist; levels are 0 ... {self.T + 1}")
+        return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
+
+    def perturb(self, x_0: Tensor, t: Level, eps: Tensor) -> Tensor:
+        """The forward process x_t = alpha_t x_0 + sigma_t eps; all (B, ...)."""
+        alpha_t, sigma_t = self.at(t, x_0)
+        return alpha_t * x_0 + sigma_t * eps
+
+    def forward_kernel(self, s: Level, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q(x_t | x_s) = N(a x_s, b² I) for s <= t: returns (a, b), shaped to multiply ``x``.
+
+        a = alpha_t / alpha_s and b² = sigma_t² - a² sigma_s², for any two levels, so that a chain
+        that skips levels uses the kernels of the skipping chain.
+        """
+        a = self.alpha[t] / self.alpha[s]
+        variance = self.sigma[t] ** 2 - (a * self.sigma[s]) ** 2
+        return self._like(a, x), self._like(variance.clamp_min(0).sqrt(), x)
+
+    def reverse_kernel(self, t: Level, s: Level, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_s | x_t, x_0) = N(a x_t + b x_0, c² I) for s < t: returns (a, b, c) to multiply ``x``."""
+        step = self.alpha[t] / self.alpha[s]
+        noise = (self.sigma[t] ** 2 - (step * self.sigma[s]) ** 2).clamp_min(0)
+        share = self.sigma[s] ** 2 / self.sigma[t] ** 2
+        a, b = step * share, self.alpha[s] * noise / self.sigma[t] ** 2
+        return self._like(a, x), self._like(b, x), self._like((noise * share).sqrt(), x)
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor, eps: Tensor, energy: Tensor) -> Tensor:
+        """log p_{t+1}(x_t) - log p_{t-1}(x_t) at a fixed point, by the slope at level t (identity 11): float64 (B,).
+
+        Args:
+            x_t: (B, *shape).
+            t: Levels 2 ... T - 1, long (B,).
+            eps: E[eps | x_t], (B, *shape).
+            energy: E[|eps|² | x_t], (B,).
+        """
+        log_r, log_alpha = self.ratio.log(), self.alpha.log()
+        along = (eps.double() * x_t.double()).flatten(1).sum(1) / self.sigma[t]
+        d = x_t[0].numel()
+        slope_r = (energy.double() - d) * (log_r[t + 1] - log_r[t - 1])
+        return slope_r + (along - d) * (log_alpha[t + 1] - log_alpha[t - 1])
+
+    def time_grid(self, steps: int) -> list[int]:
+        """``steps`` strictly decreasing levels from T to 1, evenly spaced (one step: T alone).
+
+        Raises:
+            UserError: ``steps`` is below 1 or above T.
+        """
+        if not 1 <= steps <= self.T:
+            raise UserError(f"steps is {steps}; this schedule takes 1 to {self.T} sampling steps")
+        if steps == 1:
+            return [self.T]
+        return [self.T - (i * (self.T - 1) + (steps - 1) // 2) // (steps - 1) for i in range(steps)]
+
+    @staticmethod
+    def _like(value: Tensor, x: Tensor) -> Tensor:
+        return value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value.to(x.dtype)
+
+
+@final
+class LinearSchedule(NoiseSchedule):
+    """Variance-preserving schedule with linear betas (Ho et al., 2020, arXiv 2006.11239).
+
+    Args:
+        T: Number of noise levels.
+        beta_min: First beta at T = 1000; scaled by 1000 / T, so that the last level is noise for any T.
+        beta_max: Last beta at T = 1000.
+    """
+
+    def __init__(self, T: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> None:
+        if 1000 * beta_max >= T:
+            raise UserError(f"linear schedule: T is {T}; it needs more than {1000 * beta_max:g}")
+        self.beta_min, self.beta_max = beta_min, beta_max
+        super().__init__(T)
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        betas = torch.linspace(self.beta_min, self.beta_max, len(t), dtype=torch.float64)
+        abar = torch.cumprod(1 - betas * (1000 / len(t)), 0)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+
+@final
+class CosineSchedule(NoiseSchedule):
+    """abar_t = cos² of a quarter turn with a small offset (Nichol and Dhariwal, arXiv 2102.09672)."""
+
+    def __init__(self, T: int = 1000, offset: float = 0.008) -> None:
+        self.offset = offset
+        super().__init__(T)
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # Over T+1 intervals: level T+1, pure noise, is the end of the quarter turn.
+        angle = (t / (len(t) + 1) + self.offset) / (1 + self.offset) * math.pi / 2
+        start = math.cos(self.offset / (1 + self.offset) * math.pi / 2)
+        alpha = torch.cos(angle) / start
+        return alpha, (1 - alpha**2).sqrt()
+
+
+@final
+class UniformSigmaSchedule(NoiseSchedule):
+    """sigma_t = t / (T+1), alpha_t = (1 - sigma_t²)^½: the paper's CDM (unif.)."""
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t / (len(t) + 1)
+        return (1 - sigma**2).sqrt(), sigma
+
+
+@final
+class OptimalTransportSchedule(NoiseSchedule):
+    """sigma_t = t / (T+1), alpha_t = 1 - t / (T+1): the paper's CDM (OT), straight lines to noise."""
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = t / (len(t) + 1)
+        return 1 - sigma, sigma
+
+
+@final
+class LogSNRSchedule(NoiseSchedule):
+    """log r_t evenly spaced from ``r_min`` at level 1 to ``r_max`` at level T; variance preserving.
+
+    Args:
+        T: Number of noise levels.
+        r_min: Noise-to-signal ratio of level 1, model units: a fraction of a grey level for 8-bit data.
+        r_max: Noise-to-signal ratio of level T.
+    """
+
+    def __init__(self, T: int = 200, r_min: float = 0.004, r_max: float = 80.0) -> None:
+        _check_ends("log-snr", r_min, r_max)
+        self.r_min, self.r_max = r_min, r_max
+        super().__init__(T)
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_r = torch.linspace(math.log(self.r_min), math.log(self.r_max), len(t), dtype=torch.float64)
+        return _variance_preserving(log_r)
+
+
+@final
+class LearnedSchedule(NoiseSchedule):
+    """log r_t from ``r_min`` at level 1 to ``r_max`` at level T in steps that are weights; variance preserving.
+
+    That of variational diffusion models (arXiv 2107.00630) on discrete levels and between fixed ends. The steps are
+    even until they are trained, with :class:`torchcdm.losses.DDMLoss`; alpha and sigma carry their gradient.
+
+    Args:
+        T: Number of noise levels, at least 2.
+        r_min: Noise-to-signal ratio of level 1, model units.
+        r_max: Noise-to-signal ratio of level T.
+
+    Attributes:
+        log_steps: Logarithms of the steps of log r, up to a constant, float32 (T-1,).
+    """
+
+    def __init__(self, T: int = 1000, r_min: float = 0.004, r_max: float = 80.0) -> None:
+        _check_ends("learned", r_min, r_max)
+        if T < 2:
+            raise UserError(f"learned schedule: T is {T}; there is a step to learn from 2 levels on")
+        self.r_min, self.r_max = r_min, r_max
+        super().__init__(T)
+        self.log_steps = nn.Parameter(torch.zeros(T - 1))
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Those before training."""
+        return self._spaced(torch.zeros(len(t) - 1))
+
+    @property
+    def alpha(self) -> Tensor:  # type: ignore[override]
+        return self._levels()[0]
+
+    @property
+    def sigma(self) -> Tensor:  # type: ignore[override]
+        return self._levels()[1]
+
+    def _keep(self, alpha: Tensor, sigma: Tensor) -> None:
+        """Nothing: both follow from the weights."""
+
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        return _with_ends(*self._spaced(self.log_steps))
+
+    def _spaced(self, log_steps: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = math.log(self.r_min), math.log(self.r_max)
+        share = nn.functional.pad(log_steps.double().softmax(0).cumsum(0), (1, 0))
+        return _variance_preserving(low + (high - low) * share)
+
+
+def _with_ends(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the levels 0 ... T+1, from those of 1 ... T."""
+    one, zero = alpha.new_ones(1), alpha.new_zeros(1)
+    return torch.cat([one, alpha, zero]), torch.cat([zero, sigma, one])
+
+
+def _variance_preserving(log_r: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of unit norm with the ratio exp(log_r)."""
+    alpha = (1 + (2 * log_r).exp()).rsqrt()
+    return alpha, alpha * log_r.exp()
+
+
+def _check_ends(name: str, r_min: float, r_max: float) -> None:
+    if not 0 < r_min < r_max:
+        raise UserError(f"{name} schedule: needs 0 < r_min < r_max, got {r_min:g} and {r_max:g}")

@@ -1,0 +1,1 @@
+"""Denoisers and density models: what samplers, likelihoods and applications see."""

@@ -1,0 +1,238 @@
+"""Building blocks of the convolutional networks; attention is written out, so that it is twice differentiable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.errors import UserError
+from torchcdm.networks.heads import at_least_float32
+from torchcdm.networks.second_order import Conv2d, GroupNorm, SiLU
+
+ImageSize = int | Sequence[int]
+"""Side of a square image, or (height, width)."""
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """(height, width) of an image size."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return int(height), int(width)
+
+
+def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int]]:
+    """(height, width) at every resolution of a network that halves ``resolutions`` - 1 times.
+
+    Raises:
+        UserError: A side that cannot be halved so often; names the nearest sizes that can.
+    """
+    size = height_and_width(image_size)
+    factor = 2 ** (resolutions - 1)
+    if any(side % factor or side < factor for side in size):
+        near = "x".join(str(math.ceil(max(side, 1) / factor) * factor) for side in size)
+        raise UserError(
+            f"network: images of {size[0]}x{size[1]} cannot be halved {resolutions - 1} times; "
+            f"use sides that are multiples of {factor}, such as {near}, or fewer multipliers"
+        )
+    return [(size[0] // 2**i, size[1] // 2**i) for i in range(resolutions)]
+
+
+def check_images(x: Tensor, channels: int, size: tuple[int, int]) -> None:
+    """Refuses images (B, C, H, W) of another shape than the network's."""
+    if tuple(x.shape[1:]) != (channels, *size):
+        raise UserError(
+            f"inputs have shape {tuple(x.shape[1:])}; this network takes images of {(channels, *size)}"
+        )
+
+
+def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
+    """GroupNorm with ``groups`` groups where they divide the channels, else with at least 4 channels a group."""
+    if groups is None or channels % groups:
+        groups = math.gcd(channels, 32)
+        while groups > 1 and channels // groups < 4:
+            groups //= 2
+    return GroupNorm(groups, channels, eps=1e-6)
+
+
+class LabelEmbedding(nn.Embedding):
+    """A vector (B, width) for each class and for the null label, index ``classes``."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        if classes < 1:
+            raise UserError(f"network: classes is {classes}; give at least 1, or none at all")
+        super().__init__(classes + 1, width)
+
+    def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """Embeds ``y`` (B,); None stands for the null label of every sample of the batch ``x``."""
+        if y is None:
+            y = torch.full((len(x),), self.num_embeddings - 1, device=x.device)
+        return super().forward(y)
+
+
+@final
+class ContextEmbedding(nn.Module):
+    """A vector (B, width) from the numbers (B, context) that a density is conditional on."""
+
+    def __init__(self, context: int, width: int) -> None:
+        if context < 1:
+            raise UserError(f"network: context is {context}; give at least 1, or none at all")
+        super().__init__()
+        self.context = context
+        self.layers = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """Embeds ``y`` (B, context), one row for each sample of the batch ``x``."""
+        if y is None or tuple(y.shape) != (len(x), self.context):
+            found = "none was given" if y is None else f"y has shape {tuple(y.shape)}"
+            raise UserError(f"this density is conditional on {self.context} numbers a sample, and {found}")
+        return self.layers(y.to(self.layers[0].weight.dtype))
+
+
+def time_embedding(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Sines and cosines of the level ``t`` (B,) at geometrically spaced frequencies, (B, width)."""
+    half = width // 2
+    rates = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / max(half - 1, 1))
+    angle = t.float()[:, None] * rates.exp()
+    return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, width % 2)).to(dtype)
+
+
+@final
+class ResidualBlock(nn.Module):
+    """Twice GroupNorm, SiLU and a 3x3 convolution, beside an identity or 1x1 shortcut.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        dropout: Rate before the second convolution.
+        embedding: Width of a conditioning vector that is added between the convolutions; None for none.
+        groups: Groups of the normalisation, see :func:`group_norm`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        embedding: int | None = None,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = SiLU()
+        self.norm1 = group_norm(in_channels, groups)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.project = None if embedding is None else nn.Linear(embedding, out_channels)
+        self.norm2 = group_norm(out_channels, groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
+        h = self.conv1(self.activation(self.norm1(x)))
+        if self.project is not None:
+            h = h + self.project(nn.functional.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(self.activation(self.norm2(h))))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+@final
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head, residual. Fused kernels have no second derivative.
+
+    Args:
+        channels: Channels of the input.
+        groups: Groups of the normalisation, see :func:`group_norm`.
+    """
+
+    def __init__(self, channels: int, groups: int | None = None) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.query = Conv2d(channels, channels, 1)
+        self.key = Conv2d(channels, channels, 1)
+        self.value = Conv2d(channels, channels, 1)
+        self.out = Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2) for layer in (self.query, self.key, self.value))
+        weight = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)
+        return x + self.out((v @ weight.transpose(1, 2)).reshape(x.shape))
+
+
+@final
+class Step(nn.Module):
+    """A residual block, followed by attention where asked for; see both for the arguments."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        attend: bool,
+        dropout: float = 0.0,
+        embedding: int | None = None,
+        groups: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.block = ResidualBlock(in_channels, out_channels, dropout, embedding, groups)
+        self.attention = Attention(out_channels, groups) if attend else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
+        h = self.block(x, embedding)
+        return h if self.attention is None else self.attention(h)
+
+
+@final
+class Downsample(nn.Module):
+    """Halves both sides by a strided 3x3 convolution; pads on the right and below only, as DDPM does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H/2, W/2)."""
+        return self.conv(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+@final
+class Upsample(nn.Module):
+    """Doubles both sides by repetition and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W)."""
+        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+@final
+class MeanOfConvolution(nn.Conv2d):
+    """The mean over all pixels of a 3x3 convolution with zero padding, without the convolution.
+
+    Every pixel meets every weight, but for the borders: the mean is a product of the weights and nine sums of the
+    input, each without the rows and columns that its offset pushes out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels)."""
+        pixels = x.shape[2] * x.shape[3]
+        with torch.autocast(x.device.type, enabled=False):
+            x = at_least_float32(x)
+            rows = x.sum(2, keepdim=True)
+            sums = torch.cat([rows - x[:, :, -1:], rows, rows - x[:, :, :1]], 2)
+            columns = sums.sum(3, keepdim=True)
+            sums = torch.cat([columns - sums[..., -1:], columns, columns - sums[..., :1]], 3)
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return nn.functional.linear(sums.flatten(1) / pixels, weight.flatten(1), bias)

@@ -1,0 +1,191 @@
+"""Networks for vectors, such as rows of a table: the classifier and the time-conditioned baseline."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.errors import UserError
+from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, time_embedding
+from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
+
+
+def check_vectors(x: Tensor, dim: int) -> None:
+    """Refuses anything but vectors (B, dim)."""
+    if tuple(x.shape[1:]) != (dim,):
+        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; this network takes vectors of {dim} numbers")
+
+
+@final
+class VectorBlock(nn.Module):
+    """LayerNorm, then twice SiLU and a linear layer, beside an identity.
+
+    Args:
+        width: Width of input and output.
+        dropout: Rate before the second linear layer.
+        embedding: Width of a conditioning vector that is added between the layers; None for none.
+    """
+
+    def __init__(self, width: int, dropout: float = 0.0, embedding: int | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, width)
+        self.project = None if embedding is None else nn.Linear(embedding, width)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, width) and the vector (B, embedding) to (B, width)."""
+        h = self.linear1(nn.functional.silu(self.norm(x)))
+        if self.project is not None:
+            h = h + self.project(nn.functional.silu(embedding))
+        return x + self.linear2(self.dropout(nn.functional.silu(h)))
+
+
+WAVELENGTHS = 20.0
+"""The longest initial wavelength of :class:`Waves` over the shortest."""
+
+
+@final
+class Waves(nn.Module):
+    """A vector beside sines and cosines of it, along directions that are learned (arXiv 2006.10739).
+
+    The first layer norm of a residual network sees little of a vector but its direction, and what follows is smooth:
+    many narrow modes in few dimensions need inputs that change as fast as their density does.
+
+    Args:
+        dim: Numbers in one sample.
+        count: Directions.
+        largest: Largest initial frequency, radians per unit of the input; the others fall off geometrically.
+    """
+
+    def __init__(self, dim: int, count: int, largest: float) -> None:
+        super().__init__()
+        if count < 1 or not 0 < largest < math.inf:
+            raise UserError(f"network: waves is {count} and wave_frequency {largest}; both must be positive")
+        sizes = largest * (1 / WAVELENGTHS) ** torch.linspace(0, 1, count)
+        self.frequencies = nn.Parameter(nn.functional.normalize(torch.randn(dim, count), dim=0) * sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, dim) to (B, dim + 2 count)."""
+        phases = x @ self.frequencies
+        return torch.cat([x, phases.sin(), phases.cos()], 1)
+
+
+@final
+class MLP(HeadedBackbone):
+    """Residual SiLU blocks; the head sees the last features and inner products of them with the input.
+
+    An inner product <x, s(x)> has s(x) itself in its gradient, so that the denoiser contains the features directly.
+
+    Args:
+        dim: Numbers in one sample.
+        levels: T + 2.
+        width: Width of the hidden layers.
+        depth: Residual blocks.
+        dropout: Rate inside the blocks.
+        energy_maps: Inner products with the input, ``width * dim`` weights each; 0 for none.
+        classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
+        joint: Outputs for all classes from one pass instead of a label as input.
+        knots: Outputs at so many levels, interpolated; one for each level when None.
+        context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
+        waves: Sines and cosines of the input beside it, see :class:`Waves`; 0 for none.
+        wave_frequency: Largest initial frequency of them, radians per unit.
+
+    Raises:
+        UserError: Waves that are not positive, a joint head without classes, or classes and a context at once.
+
+    Example:
+        >>> MLP(2, levels=102)(torch.zeros(5, 2)).shape
+        torch.Size([5, 102])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        levels: int,
+        width: int = 256,
+        depth: int = 4,
+        dropout: float = 0.0,
+        energy_maps: int = 32,
+        classes: int | None = None,
+        joint: bool = False,
+        knots: int | None = None,
+        context: int | None = None,
+        waves: int = 0,
+        wave_frequency: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if context is not None and classes is not None:
+            raise UserError("network: it takes classes or a context, not both; put the class into the context")
+        self.dim, self.energy_maps = dim, energy_maps
+        self.classes, self.joint, self.context = classes, joint, context
+        self.label: LabelEmbedding | ContextEmbedding | None = None
+        if context is not None:
+            self.label = ContextEmbedding(context, width)
+        elif classes is not None and not joint:
+            self.label = LabelEmbedding(classes, width)
+        self.waves = Waves(dim, waves, wave_frequency) if waves else None
+        self.linear_in = nn.Linear(dim + 2 * waves, width)
+        embedding = None if self.label is None else width
+        self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.energy = nn.Linear(width, energy_maps * dim) if energy_maps else None
+        self.head = make_head(width + energy_maps, levels, classes, joint, knots)
+
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees, (B, features)."""
+        check_vectors(x, self.dim)
+        embedding = None if self.label is None else self.label(y, x)
+        h = self.linear_in(x if self.waves is None else self.waves(x))
+        for block in self.blocks:
+            h = block(h, embedding)
+        features = nn.functional.silu(self.norm(h))
+        if self.energy is None:
+            return features
+        maps = self.energy(features).unflatten(1, (self.energy_maps, self.dim))
+        energies = at_least_float32(maps * x[:, None]).sum(2)
+        return torch.cat([at_least_float32(features), energies], 1)
+
+
+@final
+class DDMMLP(nn.Module):
+    """The baseline on vectors: the same blocks, told the level, estimate the noise itself.
+
+    Args:
+        dim: Numbers in one sample.
+        width: Width of the hidden layers.
+        depth: Residual blocks.
+        dropout: Rate inside the blocks.
+        classes: Number of classes, or None.
+    """
+
+    joint = False
+
+    def __init__(
+        self, dim: int, width: int = 256, depth: int = 4, dropout: float = 0.0, classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.dim, self.width, self.classes = dim, width, classes
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = None if classes is None else LabelEmbedding(classes, width)
+        self.linear_in = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(VectorBlock(width, dropout, width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.linear_out = nn.Linear(width, dim)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """eps (B, dim) from noisy vectors ``x`` (B, dim), levels ``t`` (B,) and classes ``y`` (B,)."""
+        check_vectors(x, self.dim)
+        embedding = self.time(time_embedding(t, self.width, x.dtype))
+        if self.label is not None:
+            embedding = embedding + self.label(y, x)
+        h = self.linear_in(x)
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.linear_out(nn.functional.silu(self.norm(h)))

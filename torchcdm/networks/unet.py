@@ -1,0 +1,234 @@
+"""The DDPM U-Net, as a classifier of noise levels (the paper's CDM) and as a denoiser (its DDM baseline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.networks.blocks import (
+    Downsample,
+    ImageSize,
+    LabelEmbedding,
+    MeanOfConvolution,
+    Step,
+    Upsample,
+    check_images,
+    group_norm,
+    halved_sizes,
+    time_embedding,
+)
+from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, make_head
+from torchcdm.networks.second_order import Conv2d, SiLU
+
+
+@final
+class UNet(nn.Module):
+    """The part that classifier and denoiser share: images to features at full resolution.
+
+    Args:
+        in_channels: Channels of the images.
+        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
+        channels: Channels at the first resolution, before its multiplier.
+        multipliers: Channels at each resolution, as multiples of ``channels``.
+        blocks: Residual blocks at each resolution on the way down; one more on the way up.
+        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
+        dropout: Rate inside the residual blocks.
+        embedding: Width of a conditioning vector for all blocks; None for none.
+        groups: Groups of the normalisation where they divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: ImageSize,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        dropout: float,
+        embedding: int | None,
+        groups: int,
+    ) -> None:
+        super().__init__()
+        sizes = halved_sizes(image_size, len(multipliers))
+        self.in_channels, self.size = in_channels, sizes[0]
+        widths = [channels * m for m in multipliers]
+        attend = [max(size) in attention for size in sizes]
+
+        self.conv_in = Conv2d(in_channels, channels, 3, padding=1)
+        self.down_stages, self.downs = nn.ModuleList(), nn.ModuleList()
+        skips, current = [channels], channels
+        for i, width in enumerate(widths):
+            if i:
+                self.downs.append(Downsample(current))
+                skips.append(current)
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(Step(current, width, attend[i], dropout, embedding, groups))
+                skips.append(width)
+                current = width
+            self.down_stages.append(stage)
+
+        self.middle = nn.ModuleList([
+            Step(current, current, True, dropout, embedding, groups),
+            Step(current, current, False, dropout, embedding, groups),
+        ])
+
+        self.up_stages, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            stage = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stage.append(Step(current + skips.pop(), widths[i], attend[i], dropout, embedding, groups))
+                current = widths[i]
+            self.up_stages.append(stage)
+            if i:
+                self.ups.append(Upsample(current))
+        self.norm_out, self.activation = group_norm(current, groups), SiLU()
+        self.features = current
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) and the vector (B, embedding) to (B, features, H, W)."""
+        check_images(x, self.in_channels, self.size)
+        h = self.conv_in(x)
+        skips = [h]
+        for i, stage in enumerate(self.down_stages):
+            if i:
+                h = self.downs[i - 1](h)
+                skips.append(h)
+            for step in stage:
+                h = step(h, embedding)
+                skips.append(h)
+        for step in self.middle:
+            h = step(h, embedding)
+        for i, stage in enumerate(self.up_stages):
+            for step in stage:
+                h = step(torch.cat([h, skips.pop()], 1), embedding)
+            if i < len(self.ups):
+                h = self.ups[i](h)
+        return self.activation(self.norm_out(h))
+
+
+@final
+class CDMUNet(HeadedBackbone):
+    """The paper's network: the U-Net without time, pooled over space, one logit a level.
+
+    With the defaults and 1002 levels it has the 33 405 930 parameters of the published CIFAR-10 model.
+
+    Args:
+        in_channels: Channels of the images.
+        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
+        levels: T + 2.
+        channels: Channels at the first resolution, before its multiplier.
+        multipliers: Channels at each resolution, as multiples of ``channels``.
+        blocks: Residual blocks at each resolution on the way down; one more on the way up.
+        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
+        dropout: Rate inside the residual blocks.
+        classes: Number of classes; the embedded label goes where DDPM has the time, or see ``joint``.
+        joint: Outputs for all classes from one pass instead of a label as input.
+        head_channels: Channels that are pooled for the head; twice the last block's when None, as published.
+        direction: ``data``: the published head, a plain linear layer accumulated from level 0. ``noise``: from the
+            noise end and zero at the start, which a model with Gaussian residual needs.
+        groups: Groups of the normalisation where they divide the channels.
+
+    Raises:
+        UserError: Images that cannot be halved so often, a joint head without classes, or an unknown direction.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: ImageSize,
+        levels: int,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        classes: int | None = None,
+        joint: bool = False,
+        head_channels: int | None = None,
+        direction: str = "data",
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.classes, self.joint = classes, joint
+        conditional = classes is not None and not joint
+        self.label = LabelEmbedding(classes, channels) if conditional else None
+        self.embed = embedding_layers(channels) if conditional else None
+        self.unet = UNet(
+            in_channels, image_size, channels, multipliers, blocks, attention, dropout,
+            4 * channels if conditional else None, groups,
+        )  # fmt: skip
+        pooled = head_channels or 2 * self.unet.features
+        self.conv_out = MeanOfConvolution(self.unet.features, pooled)
+        if joint:
+            self.head = make_head(pooled, levels, classes, joint)
+        elif direction == "data":
+            self.head = CumulativeHead(pooled, levels, direction, zero_init=False, scale=1.0)
+        else:
+            self.head = CumulativeHead(pooled, levels, direction)
+
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the head sees, (B, head_channels)."""
+        embedding = None if self.label is None else self.embed(self.label(y, x))
+        return self.conv_out(self.unet(x, embedding))
+
+
+@final
+class DDMUNet(nn.Module):
+    """The DDPM baseline: the same U-Net, told the level, estimates the noise itself.
+
+    Args:
+        in_channels: Channels of the images.
+        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
+        channels: Channels at the first resolution, before its multiplier.
+        multipliers: Channels at each resolution, as multiples of ``channels``.
+        blocks: Residual blocks at each resolution on the way down; one more on the way up.
+        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
+        dropout: Rate inside the residual blocks.
+        classes: Number of classes; the embedded label is added to the embedded level. None: unconditional.
+        groups: Groups of the normalisation where they divide the channels.
+
+    Raises:
+        UserError: Images that cannot be halved so often.
+    """
+
+    joint = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: ImageSize,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        classes: int | None = None,
+        groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.channels, self.classes = channels, classes
+        self.embed = embedding_layers(channels)
+        self.label = None if classes is None else LabelEmbedding(classes, 4 * channels)
+        self.unet = UNet(
+            in_channels, image_size, channels, multipliers, blocks, attention, dropout, 4 * channels, groups
+        )
+        self.conv_out = Conv2d(self.unet.features, in_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """eps (B, C, H, W) from noisy images ``x``, levels ``t`` (B,) and classes ``y`` (B,) or None."""
+        embedding = self.embed(time_embedding(t, self.channels, x.dtype))
+        if self.label is not None:
+            embedding = embedding + self.label(y, x)
+        return self.conv_out(self.unet(x, embedding))
+
+
+def embedding_layers(channels: int) -> nn.Sequential:
+    """What an embedded label or level (B, channels) passes before the blocks see it, (B, 4 channels)."""
+    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))

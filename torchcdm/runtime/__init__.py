@@ -1,0 +1,1 @@
+"""Where and how things run: devices, processes, batches that memory holds, files."""

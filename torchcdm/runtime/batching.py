@@ -1,0 +1,128 @@
+"""Samples in batches of a size that suits the machine, shared among the processes that share a measurement."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from torchcdm.errors import UserError
+from torchcdm.runtime.processes import alone, share, sharers
+
+CPU_VALUES, CPU_ROWS = 2**15, (16, 4096)
+"""Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long."""
+
+OTHER_VALUES, OTHER_ROWS = 2**18, 64
+"""Values and least samples of a batch on a GPU, which is to be filled; where its memory holds so many."""
+
+Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
+"""A tensor, or several, with an entry for each of some samples."""
+
+
+def rows_at_a_time(dim: int, device: torch.device) -> int:
+    """How many samples of ``dim`` values a network on ``device`` is given at a time."""
+    if device.type != "cpu":
+        return max(OTHER_ROWS, OTHER_VALUES // dim)
+    least, most = CPU_ROWS
+    return min(max(least, CPU_VALUES // dim), most)
+
+
+def map_rows(
+    function: Callable[[slice], Rows], n: int, size: int | None = None, *, dim: int, device: torch.device
+) -> Rows:
+    """``function`` of batches that cover ``n`` samples, joined in their order.
+
+    What it gives for a sample must not depend on the rest of the batch. Under
+    :func:`torchcdm.runtime.processes.sharing` each process does its share; a failure of one is a failure of all.
+
+    Args:
+        function: From the rows of a batch to a tensor or a tuple of them, (B, ...).
+        n: Number of samples.
+        size: Samples at a time. When None :func:`rows_at_a_time`, and half as many, with a warning, whenever memory
+            runs out.
+        dim: Values of a sample.
+        device: Where ``function`` works.
+
+    Returns:
+        Of all samples (n, ...), in every process, on the device on which ``function`` left them.
+
+    Raises:
+        UserError: No samples, or a size below 1.
+        UserError: Of another process too.
+        RuntimeError: Another process failed otherwise.
+    """
+    if n < 1:
+        raise UserError("there is nothing to score: the data are empty")
+    if size is not None and size < 1:
+        raise UserError(f"batch_size is {size}; it must be at least 1")
+    processes, rows = sharers(), share(n)
+    at_first = rows_at_a_time(dim, device) if size is None else size
+    if processes is None or len(rows) == n:
+        return _each(torch.cat, _in_batches(function, rows, at_first, size is None))
+    mine = failure = None
+    try:
+        with alone():
+            mine = _each(torch.cat, _in_batches(function, rows, at_first, size is None))
+    except Exception as error:  # whatever it is, the others wait for this process
+        failure = error
+    # As text: not every exception can be sent.
+    reason = UserError(str(failure)) if isinstance(failure, UserError) else repr(failure)
+    shares = processes.gather((None, reason) if mine is None else (_each(_on_cpu, [mine]), None))
+    if failure is not None:
+        raise failure
+    for rank, (_, reason) in enumerate(shares):
+        if isinstance(reason, UserError):
+            raise reason
+        if reason is not None:
+            raise RuntimeError(f"process {rank} failed: {reason}")
+    return _each(torch.cat, [_each(_beside, (theirs, mine)) for theirs, _ in shares])
+
+
+def _in_batches(function: Callable[[slice], Rows], rows: range, size: int, fewer: bool) -> list[Rows]:
+    """``function`` of one batch after the other, of ``fewer`` samples where memory runs out if that is allowed."""
+    asked = at_most = min(size, len(rows))
+    parts, start = [], rows.start
+    while start < rows.stop:
+        batch = slice(start, min(start + at_most, rows.stop))
+        try:
+            parts.append(function(batch))
+        except RuntimeError as error:
+            at_most = (batch.stop - batch.start) // 2
+            if not fewer or at_most == 0 or not _out_of_memory(error):
+                raise
+        else:
+            start = batch.stop
+            continue
+        # After the handler: until then the error holds the frames, and these what is to be freed.
+        gc.collect()
+        torch.cuda.empty_cache()
+    if at_most < asked:
+        warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
+    return parts
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether fewer samples at a time may mend it."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def _each(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Rows]) -> Rows:
+    """``function`` of the parts, or of the first tensors of all of them, of the second ones, and so on."""
+    if isinstance(parts[0], Tensor):
+        return function(parts)
+    return tuple(function(column) for column in zip(*parts, strict=True))
+
+
+def _on_cpu(one: Sequence[Tensor]) -> Tensor:
+    return one[0].cpu()
+
+
+def _beside(pair: Sequence[Tensor]) -> Tensor:
+    """The first of two, on the device of the second."""
+    return pair[0].to(pair[1].device)

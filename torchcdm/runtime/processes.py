@@ -1,0 +1,191 @@
+"""Processes that share a training step or the samples of a measurement, on accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.errors import UserError, nearest
+from torchcdm.runtime.devices import best_device, chosen_device
+
+
+@final
+class Processes:
+    """One process of one or several that work together, started by ``accelerate launch`` or ``torchrun``.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None. Of several processes each has
+            its own.
+        trackers: Names for accelerate's ``log_with``.
+        folder: Where trackers write.
+
+    Attributes:
+        device: Of this process.
+        rank: Number of this process.
+        world: Number of processes.
+        main: Whether this is the process that writes files.
+
+    Raises:
+        UserError: A device that is not there, a tracker that is not installed, or a training within :func:`sharing`.
+    """
+
+    def __init__(self, device: str | None, trackers: Sequence[str], folder: Path) -> None:
+        if _SHARED_BY.get() is not None:
+            # Only the first process validates, which would wait for the others; and its end is that of their group.
+            raise UserError("a training shares its steps itself; call it outside of sharing()")
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        several = _several()
+        # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
+        on_cpu = (best_device().type if device is None else device) == "cpu"
+        _check_trackers(trackers)
+        # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
+        self._accelerator = Accelerator(
+            cpu=several and on_cpu,
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=str(folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if trackers:
+            self._accelerator.init_trackers("torchcdm")
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+        self.main = self._accelerator.is_main_process
+        if several and self.world == 1:
+            raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
+        if several:
+            self.device = self._accelerator.device
+        else:
+            self.device = chosen_device(device)
+
+    def wrap(self, loss: nn.Module) -> nn.Module:
+        """The module whose gradients are averaged over the processes."""
+        return self._accelerator.prepare_model(loss, device_placement=False)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a scalar, averaged over the processes."""
+        self._accelerator.backward(loss)
+
+    def largest(self, *values: int) -> tuple[int, ...]:
+        """The largest of each value over the processes: what all of them act on."""
+        if self.world == 1:
+            return tuple(map(int, values))
+        gathered = self._accelerator.gather(torch.tensor([values], device=self.device))
+        return tuple(gathered.amax(0).tolist())
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over the processes."""
+        return values if self.world == 1 else self._accelerator.reduce(values, "sum")
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, by rank; tensors in it must be on the CPU."""
+        values = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def track(self, values: dict[str, Any], step: int) -> None:
+        """Hands values to the trackers."""
+        self._accelerator.log(values, step=step)
+
+    def finish(self) -> None:
+        """Closes the trackers."""
+        self._accelerator.end_training()
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that accelerate would leave out with a warning."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType if kind is not LoggerType.ALL]
+    installed = [kind.value for kind in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.trackers: unknown tracker '{name}'; {nearest(name, known)}")
+        if name not in installed:
+            raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks, before there is a group: the launcher tells the others theirs."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _several() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+# --- measurements ------------------------------------------------------------------------------------------------
+
+_SHARED_BY: ContextVar[Processes | None] = ContextVar("shared_by", default=None)
+
+
+@contextmanager
+def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
+    """The processes of a launcher share what :func:`torchcdm.runtime.batching.map_rows` does within.
+
+    All processes must do the same work within, and all have all results. Their group ends with it: once in a program,
+    one within another is part of it. Trainings share their steps themselves, and are refused within. Without a
+    launcher there is no group, and nothing is shared.
+
+    Args:
+        device: As in :class:`Processes`.
+
+    Yields:
+        The device of this process, and whether it is the one that speaks and writes files.
+
+    Raises:
+        UserError: A device that is not there.
+    """
+    processes = _SHARED_BY.get()
+    if processes is not None:
+        yield processes.device, processes.main
+        return
+    if not _several():
+        yield chosen_device(device), True
+        return
+    processes = Processes(device, (), Path())
+    with _shared_by(processes):
+        yield processes.device, processes.main
+    # Not after a failure: the others may be elsewhere, and the launcher ends them.
+    processes.finish()
+
+
+def alone() -> AbstractContextManager[None]:
+    """Meanwhile every process does all rows itself: for work in which samples depend on each other."""
+    return _shared_by(None)
+
+
+@contextmanager
+def _shared_by(processes: Processes | None) -> Iterator[None]:
+    token = _SHARED_BY.set(processes)
+    try:
+        yield
+    finally:
+        _SHARED_BY.reset(token)
+
+
+def sharers() -> Processes | None:
+    """Those that share the work; None where each does all of its own."""
+    return _SHARED_BY.get()
+
+
+def share(n: int) -> range:
+    """Those of ``n`` rows that are this process's: all where nothing is shared, or there are fewer than processes."""
+    processes = sharers()
+    if processes is None or n < processes.world:
+        return range(n)
+    return range(n * processes.rank // processes.world, n * (processes.rank + 1) // processes.world)

@@ -1,0 +1,1 @@
+"""From a configuration and data to a run folder: settings, build, loop, checkpoints."""

@@ -1,0 +1,175 @@
+"""What one training step sees: its samples and its noise, as functions of (seed, step) alone.
+
+Nothing here has a state, so a resumed run needs none: it goes on at step k with what an unbroken run would have
+drawn. Several processes draw what one would draw for the joint batch, and each takes its slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from torchcdm.data import DataSource, LazySplit, Split, flip_horizontally
+from torchcdm.errors import UserError
+from torchcdm.random import stream
+
+
+@final
+class EpochOrder:
+    """The samples of every step: the permutations of the epochs one after the other, cut into batches.
+
+    No sample is left out, and data smaller than a batch work too.
+
+    Args:
+        count: Samples in the split.
+        batch_size: Samples in a step.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    def _draw(self, epoch: int) -> Tensor:
+        return torch.randperm(self.count, generator=stream(self.seed, "order", epoch))
+
+    def indices(self, step: int) -> Tensor:
+        """Indices (batch_size,) of the samples of a step, counted from 0."""
+        position, parts, missing = step * self.batch_size, [], self.batch_size
+        while missing:
+            epoch, offset = divmod(position, self.count)
+            part = self._permutation(epoch)[offset : offset + missing]
+            parts.append(part)
+            position, missing = position + len(part), missing - len(part)
+        return torch.cat(parts)
+
+
+class LevelDraw(Protocol):
+    """How a loss draws its levels."""
+
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Levels, long (n,)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step, on its device.
+
+    Attributes:
+        x_0: Dequantised data, model units, (B, *shape).
+        y: Classes, long (B,), or contexts (B, context), or None.
+        t: Levels, long (B,).
+        eps: Standard normal noise, shape of ``x_0``.
+    """
+
+    x_0: Tensor
+    y: Tensor | None
+    t: Tensor
+    eps: Tensor
+
+
+@final
+class Batches:
+    """The batches of a training, from any step on.
+
+    Args:
+        source: The data; its training split.
+        batch_size: Samples a step, all processes together.
+        seed: Seed of everything.
+        labels: Whether the model sees classes, or contexts.
+        flip: Mirror each image with probability one half.
+        workers: Processes that read lazy splits.
+        rank: This process.
+        world: Number of processes.
+
+    Raises:
+        UserError: The batch does not divide over the processes, or images that cannot be mirrored.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        batch_size: int,
+        seed: int,
+        labels: bool,
+        flip: bool = False,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size % world:
+            raise UserError(f"train.batch_size is {batch_size}; it must be a multiple of the {world} processes")
+        if flip and len(source.shape) != 3:
+            raise UserError("data.flip mirrors images; these data are vectors")
+        self.source, self.split = source, source.split("train")
+        self.batch_size, self.seed = batch_size, seed
+        self.labels, self.flip, self.workers = labels, flip, workers
+        share = batch_size // world
+        self.mine = slice(rank * share, (rank + 1) * share)
+        self.order = EpochOrder(len(self.split), batch_size, seed)
+
+    def __call__(self, first: int, last: int, levels: LevelDraw, device: torch.device) -> Iterator[Batch]:
+        """The batches of the steps ``first`` ... ``last`` - 1.
+
+        Args:
+            first: Step, counted from 0.
+            last: Step.
+            levels: The loss, which draws levels its own way.
+            device: Where to.
+        """
+        for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):
+            yield self._batch(step, x, y, levels, device)
+
+    def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples and labels of this process; read ahead by workers where the split is lazy."""
+        steps = _StepIndices(self.order, self.mine, first, last)
+        if not isinstance(self.split, LazySplit):
+            return (self.split.batch(indices) for indices in steps)
+        # Every "sample" of this loader is a whole batch: the sampler hands over its indices.
+        return iter(DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers))
+
+    def _batch(self, step: int, x: Tensor, y: Tensor, levels: LevelDraw, device: torch.device) -> Batch:
+        shape, transform = (self.batch_size, *self.source.shape), self.source.transform
+        if self.flip:
+            coins = stream(self.seed, "flip", step)
+            torch.rand(self.mine.start, generator=coins)  # those of the processes before this one
+            x = flip_horizontally(x, coins)
+        noise = transform.add_noise(torch.zeros(shape), stream(self.seed, "dequantise", step))[self.mine]
+        x_0 = transform(x + noise)
+        t = levels.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
+        eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
+        if self.labels and y.ndim == 1 and bool((y < 0).any()):
+            raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
+        label = y.to(device) if self.labels else None
+        return Batch(x_0.to(device), label, t.to(device), eps.to(device))
+
+
+@final
+class _StepIndices:
+    """Sampler: the indices of one process's share of each step."""
+
+    def __init__(self, order: EpochOrder, mine: slice, first: int, last: int) -> None:
+        self.order, self.mine, self.steps = order, mine, range(first, last)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.order.indices(step)[self.mine] for step in self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@final
+class _BatchReader(Dataset):
+    """A split whose items are batches."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split.batch(indices)

@@ -1,0 +1,295 @@
+"""From a configuration to objects: the only file that turns names into classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.data import DataSource, load_data
+from torchcdm.diffusion.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
+from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals
+from torchcdm.diffusion.schedules import (
+    CosineSchedule,
+    LearnedSchedule,
+    LinearSchedule,
+    LogSNRSchedule,
+    NoiseSchedule,
+    OptimalTransportSchedule,
+    UniformSigmaSchedule,
+)
+from torchcdm.errors import UserError
+from torchcdm.losses import CDMLoss, DDMLoss
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+from torchcdm.networks.encoder import Encoder
+from torchcdm.networks.mlp import DDMMLP, MLP
+from torchcdm.networks.timm_adapter import TimmBackbone
+from torchcdm.networks.unet import CDMUNet, DDMUNet
+from torchcdm.training.settings import (
+    CosineConfig,
+    DataConfig,
+    EncoderConfig,
+    LearnedConfig,
+    LinearConfig,
+    LogSNRConfig,
+    LossConfig,
+    MLPConfig,
+    ModelConfig,
+    OptimalTransportConfig,
+    ScheduleConfig,
+    TimmConfig,
+    UNetConfig,
+    UniformSigmaConfig,
+)
+from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
+
+FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtures
+"""What logits can be a correction to, fitted to data."""
+
+
+def load_source(
+    config: DataConfig, transform: DataTransform | None = None, columns: Sequence[str] | None = None
+) -> DataSource:
+    """The data that a configuration names.
+
+    Args:
+        config: What, and in which units.
+        transform: Of the model that is to score them, in whose units they come then.
+        columns: Those that the model was trained on.
+
+    Raises:
+        UserError: No data, or what :func:`torchcdm.data.load_data` refuses.
+    """
+    if config.spec is None:
+        raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
+    size = None if config.size is None else (config.size[0], config.size[1])
+    source = load_data(
+        config.spec,
+        size=size,
+        channels=config.channels,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        limit=config.limit,
+        skip_bad=config.skip_bad,
+        label=config.label,
+        dequantize=config.dequantize,
+        transform=transform,
+        columns=columns,
+    )
+    return in_units(source, config) if transform is None else source
+
+
+def in_units(source: DataSource, config: DataConfig) -> DataSource:
+    """Data in the units that a configuration asks for: :func:`gaussianized`, or as they are."""
+    return gaussianized(source, config.flip) if config.gaussianize else source
+
+
+def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
+    """The same data with every dimension brought to a standard normal, or near one, as the training split has it.
+
+    Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each.
+
+    Args:
+        source: Data on a grid, or vectors.
+        flip: Whether training mirrors images.
+
+    Raises:
+        UserError: Images of continuous values.
+    """
+    transform, split = source.transform, source.split("train")
+    if transform.bin is None and len(source.shape) == 1:
+        discrete = transform.values if isinstance(transform, ColumnTransform) else {}
+        return replace(source, transform=ColumnTransform.fit(split.tensors()[0], discrete))
+    if transform.gaussianized:
+        return source
+    parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(1000))
+    return replace(source, transform=GaussianizedTransform.fit(transform, parts, flip))
+
+
+def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
+    """The same with the numbers filled in that are read off the data."""
+    schedule = config.schedule
+    if isinstance(schedule, LogSNRConfig | LearnedConfig) and schedule.r_min is None:
+        r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
+        schedule = replace(schedule, r_min=r_min)
+    return replace(config, schedule=schedule)
+
+
+def plain_model(model: ModelConfig) -> ModelConfig:
+    """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
+    net = model.backbone
+    if isinstance(net, EncoderConfig):
+        net = UNetConfig(
+            channels=net.width, multipliers=net.multipliers, blocks=net.blocks, attention=(), dropout=net.dropout
+        )
+    return replace(model, kind="ddm", backbone=net)
+
+
+def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The noise schedule of a resolved configuration."""
+    match config:
+        case LinearConfig():
+            return LinearSchedule(config.T, config.beta_min, config.beta_max)
+        case CosineConfig():
+            return CosineSchedule(config.T, config.offset)
+        case UniformSigmaConfig():
+            return UniformSigmaSchedule(config.T)
+        case OptimalTransportConfig():
+            return OptimalTransportSchedule(config.T)
+        case LogSNRConfig():
+            return LogSNRSchedule(config.T, config.r_min, config.r_max)
+        case LearnedConfig():
+            return LearnedSchedule(config.T, config.r_min, config.r_max)
+
+
+def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
+    """The network of a configuration for events of this shape.
+
+    Raises:
+        UserError: A network for images on vectors or the other way round, or one that the kind of model lacks.
+    """
+    net, name = config.backbone, config.backbone.name
+    ddm, joint = config.kind == "ddm", config.labels == "joint"
+    vectors = len(shape) == 1
+    if vectors != isinstance(net, MLPConfig):
+        data, fit = ("vectors", "mlp") if vectors else ("images", "encoder")
+        raise UserError(f"model.backbone is {name}, but the data are {data} {shape}; use --model.backbone {fit}")
+    if ddm and isinstance(net, (EncoderConfig, TimmConfig)):
+        raise UserError(f"model.backbone is {name}, which cannot be a ddm; use --model.backbone unet")
+    if ddm and joint:
+        raise UserError("model.labels is joint, which needs a cdm; use --model.labels input for a ddm")
+    options: dict[str, Any] = {key: value for key, value in vars(net).items() if key != "name"}
+    options |= {"classes": classes}
+    if not vectors:
+        options |= {"in_channels": shape[0], "image_size": shape[1:]}
+    if ddm and options.get("context") is not None:
+        raise UserError("model.backbone.context needs a cdm; use --model.kind cdm")
+    if ddm:
+        for key in ("head_channels", "direction", "energy_maps", "knots", "context", "waves", "wave_frequency"):
+            options.pop(key, None)
+        return DDMMLP(shape[0], **options) if vectors else DDMUNet(**options)
+    options |= {"levels": levels, "joint": joint}
+    match net:
+        case EncoderConfig():
+            return Encoder(**options)
+        case UNetConfig():
+            return CDMUNet(**options)
+        case MLPConfig():
+            return MLP(shape[0], **options)
+        case TimmConfig():
+            return TimmBackbone(options.pop("model"), **(options.pop("options") | options))
+
+
+def build_model(
+    config: ModelConfig,
+    transform: DataTransform,
+    classes: int | None = None,
+    gaussian: FittedBase | None = None,
+    class_prior: Tensor | None = None,
+) -> Denoiser:
+    """The model of a resolved configuration.
+
+    Args:
+        config: Kind, network and schedule.
+        transform: Of the data: fixes the event shape. The model gets a copy, which goes where the model goes.
+        classes: Number of classes of the data.
+        gaussian: Fitted marginals; a blank, to load a saved state into, when None and the configuration has some.
+        class_prior: p(y) for joint logits.
+
+    Raises:
+        UserError: Labels asked of data without classes, and what :func:`build_backbone` refuses.
+    """
+    if config.labels != "none" and classes is None:
+        raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
+    classes = None if config.labels == "none" else classes
+    if config.class_gaussians and not (config.gaussian and config.labels == "joint"):
+        raise UserError("model.class_gaussians needs gaussian, and labels joint")
+    if config.components < 1 or (config.components > 1 and not config.gaussian):
+        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian")
+    if isinstance(config.schedule, LearnedConfig) and (config.gaussian or config.kind == "cdm"):
+        raise UserError("a learned schedule is for a plain diffusion model: --model.kind ddm, --model.gaussian false")
+    one_each = config.class_gaussians and config.components == 1
+    if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (one_each or not config.gaussian)):
+        what = "give a share from 0 to 1; above 0 it needs gaussian, and components with class_gaussians"
+        raise UserError(f"model.shrinkage is {config.shrinkage}; {what}")
+    schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
+    backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
+    base: BaseDensity | None = gaussian
+    if base is None and config.gaussian:
+        base = _blank_base(config, schedule, transform.shape, classes)
+    transform = copy.deepcopy(transform)
+    if config.kind == "ddm":
+        return DenoisingDiffusion(backbone, schedule, transform, base)
+    return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
+
+
+def _blank_base(
+    config: ModelConfig, schedule: NoiseSchedule, shape: tuple[int, ...], classes: int | None
+) -> FittedBase:
+    """A base density of the right form, to load a saved state into."""
+    if config.class_gaussians and config.components > 1:
+        return ClassMixtures.blank(schedule, shape, config.components, classes)
+    if config.class_gaussians:
+        return ClassGaussians.blank(schedule, shape, classes)
+    if config.components > 1:
+        return MixtureMarginals.blank(schedule, shape, config.components)
+    return GaussianMarginals.blank(schedule, shape)
+
+
+def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
+    """The loss that trains ``model``.
+
+    Raises:
+        UserError: Weights that make no loss, or a ``weighting`` for another kind of model.
+    """
+    if isinstance(model, ClassificationDiffusion):
+        if config.weighting != "simple":
+            raise UserError(f"loss.weighting is {config.weighting}; it is for --model.kind ddm, leave it out")
+        return CDMLoss(
+            model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight, config.kernel_weight,
+            config.logits_from,
+        )  # fmt: skip
+    return DDMLoss(model, config.label_dropout, config.weighting)
+
+
+GAUSSIAN_NUMBERS = 2**27
+"""Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
+
+HELD_OUT_SAMPLES = 20_000
+"""Validation samples that choose what the Gaussians of classes share."""
+
+
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
+    """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
+
+    Args:
+        config: Resolved; its schedule, the number of Gaussians, and whether each class has one of its own.
+        source: The data.
+        flip: Whether training mirrors images.
+    """
+    transform = source.transform
+    x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // transform.dim))
+    z = transform.encode(x, torch.Generator().manual_seed(0))
+    if flip:
+        z, y = torch.cat([z, z.flip(-1)]), torch.cat([y, y])
+    bin_ = transform.model_bin
+    floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
+    schedule = build_schedule(config.schedule)
+    if config.class_gaussians and bool((y < 0).any()):
+        raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
+    if config.components > 1:
+        common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage, config.mixture_rows)
+        return ClassMixtures.fit(common, z, y) if config.class_gaussians else common
+    if not config.class_gaussians:
+        return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
+    held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
+    if set(held_out_y.tolist()) != set(y.tolist()):
+        return ClassGaussians.fit(z, y, schedule, floor)
+    held_out_z = transform.encode(held_out_x, torch.Generator().manual_seed(1))
+    return ClassGaussians.fit(z, y, schedule, floor, held_out=(held_out_z, held_out_y))

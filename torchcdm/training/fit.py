@@ -1,0 +1,152 @@
+"""Training in one call."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torchcdm.data import DataSource, from_object, load_data, spec_of
+from torchcdm.errors import UserError, nearest
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.training.build import in_units
+from torchcdm.training.checkpoint import load
+from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.interrupt import Interrupted
+from torchcdm.training.loop import train
+from torchcdm.training.settings import Config, DataConfig, TrainConfig
+
+GIVEN = {"spec": "the data themselves are the first argument"}
+OF_OBJECTS = GIVEN | {
+    "size": "resize the images before",
+    "channels": "convert the images before",
+    "limit": "give fewer samples",
+    "skip_bad": "leave bad samples out before",
+    "label": "give the classes, or the name of a data frame's column, as labels",
+}
+OF_SOURCES = OF_OBJECTS | dict.fromkeys(
+    ("validation_fraction", "test_fraction", "seed", "dequantize"), "make the DataSource with it"
+)
+"""Fields of the data without effect on files, Python objects and a :class:`DataSource`, and what to do instead."""
+
+
+def fit(
+    data: Any,
+    /,
+    labels: Any = None,
+    *,
+    preset: str | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Denoiser:
+    """Trains a model on data that are at hand and returns the best one on a validation split.
+
+    Args:
+        data: Tensor or array of images (N, C, H, W) or vectors (N, d), integers for grey levels and floats for
+            continuous values; a data frame; a torch Dataset; a pair (samples, labels); the path of a table, an array
+            or a folder of images, or a SPEC as on the command line.
+        labels: Classes (N,); the model is conditional where ``model={"labels": ...}`` says so. Of a data frame or the
+            path of a table, the name of a column.
+        preset: Name of a preset; ``encoder`` for images and ``mlp`` for vectors when None.
+        out: Folder of the run; when None nothing is kept and no samples are drawn.
+        device: As in :func:`torchcdm.training.loop.train`.
+        progress: Shows a progress bar, and what was read off the data.
+        **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
+            (``model={"backbone": {"width": 48}}``).
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: Data or overrides that are not understood.
+
+    Example:
+        >>> model = fit(torch.randn(1000, 3), steps=500)
+        >>> model.log_prob(torch.zeros(1, 3))
+    """
+    layer = override_fields(overrides)
+    source = _source(data, labels, layer.get("data", {}))
+    if progress:
+        print(*source.notes, sep="\n")
+    preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
+    config = make_config(preset_fields(preset), layer)
+    if out is not None:
+        train(config, Path(out), in_units(source, config.data), device=device, progress=progress)
+        return load(out, device or "cpu")
+    with trained(config, source, device, progress) as folder:
+        return load(folder, device or "cpu")
+
+
+@contextmanager
+def trained(
+    config: Config,
+    source: DataSource,
+    device: str | None,
+    progress: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Path]:
+    """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
+
+    Args:
+        config: What and how.
+        source: The data.
+        device: As in :func:`torchcdm.training.loop.train`.
+        progress: Likewise.
+        clock: Likewise.
+
+    Raises:
+        Interrupted: A signal stopped the training; nothing is left of it.
+    """
+    config = replace(config, sampling=replace(config.sampling, n=0))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
+        try:
+            train(config, folder, in_units(source, config.data), device=device, progress=progress, clock=clock)
+        except Interrupted as error:
+            raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
+        yield folder
+
+
+def _source(data: Any, labels: Any, options: Mapping[str, Any]) -> DataSource:
+    """The data by the fields of the configuration; those without effect are refused."""
+    kind, without_effect = "Python objects", OF_OBJECTS
+    if isinstance(data, DataSource):
+        kind, without_effect = "a DataSource", OF_SOURCES
+    elif isinstance(data, (str, Path)):
+        kind, without_effect = "data from files", GIVEN
+    for name, mend in without_effect.items():
+        default = getattr(DataConfig, name)
+        if options.get(name, default) != default:
+            raise UserError(f"fit: data.{name} has no effect on {kind}; {mend}")
+    fractions = options.get("validation_fraction"), options.get("test_fraction")
+    seed, dequantize = options.get("seed", 0), options.get("dequantize", True)
+    if not isinstance(data, (str, Path)):
+        return from_object(data, labels, *fractions, seed, dequantize)
+    if labels is not None and not isinstance(labels, str):
+        raise UserError("fit: labels of data from files lie in the files; give the name of a table's column, or none")
+    size = options.get("size")
+    return load_data(
+        spec_of(data), None if size is None else tuple(size), options.get("channels"), *fractions, seed,
+        options.get("limit"), options.get("skip_bad", False), labels or options.get("label"), dequantize,
+    )  # fmt: skip
+
+
+def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as the fields of a configuration: those that are no section belong to the training.
+
+    Raises:
+        UserError: A name that is neither, with the nearest.
+    """
+    sections, training = [{f.name for f in fields(kind)} for kind in (Config, TrainConfig)]
+    layer = {name: value for name, value in overrides.items() if name in sections}
+    in_training = {name: value for name, value in overrides.items() if name not in sections}
+    for name in in_training:
+        if name not in training:
+            raise UserError(f"fit: unknown override '{name}'; {nearest(name, sections | training)}")
+    return layer | {"train": {**layer.get("train", {}), **in_training}}

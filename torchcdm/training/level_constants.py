@@ -1,0 +1,127 @@
+r"""Constants of the levels, set on held-out data after a training.
+
+A level classifier is calibrated as a whole where the mean of p(t | x) over noisy copies of all levels is the share of
+the level,
+
+.. math:: \frac{1}{T+2} \sum_s E_{x \sim p_s}[p(t \mid x)] = \frac{1}{T+2} \quad \text{for every } t,
+
+as it is for the true densities. Constants added to the logits that minimise the cross-entropy make it so, and no
+gradient in x, and so no sample, changes. A training whose logits come late leaves them behind, as its rate has fallen
+by then, and the errors of all levels add up in log p_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.batching import map_rows
+from torchcdm.training.evaluation import at_all_levels
+
+FEWEST_COPIES = 20
+"""Noisy copies at each level, of all samples together."""
+
+NEWTON_STEPS = 30
+
+CONVERGED = 1e-9
+"""Newton's method ends where a step gains less, nats."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration did.
+
+    Attributes:
+        before: Cross-entropy of the level on held-out halves, nats.
+        after: The same, each half with the constants of the other.
+        change: What log p_0 has gained at every input, nats; 0 where the constants did not help.
+    """
+
+    before: float
+    after: float
+    change: float
+
+
+@torch.no_grad()
+def calibrate_levels(
+    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, copies: int = 20_000, seed: int = 0
+) -> Calibration:
+    """Sets ``model.level_constants`` to those that minimise the cross-entropy of the level on noisy copies of ``x``.
+
+    Each half of the samples is scored with the constants of the other half first: where that does not lower the
+    cross-entropy, the samples are too few to tell, and the model stays as it is.
+
+    Args:
+        model: In eval mode; its constants are changed.
+        x: Data that the model was not trained on, data units, (N, *shape).
+        y: Classes, long (N,), for models that saw them; None else.
+        copies: Noisy copies, spread over the samples and levels; at least one of each sample, and
+            :data:`FEWEST_COPIES` of each level.
+        seed: Seed of levels and noise.
+
+    Raises:
+        UserError: Fewer than two samples, or a model whose values come from a readout.
+    """
+    if model.readout is not None:
+        raise UserError("calibration: the model was calibrated on paths; constants of its levels have no influence")
+    if len(x) < 2:
+        raise UserError(f"calibration: {len(x)} held-out samples; two halves are needed")
+    needed = max(copies, FEWEST_COPIES * (model.schedule.T + 2))
+    logits, levels, halves = [], [], []
+    for batch in at_all_levels(model, x, -(-needed // len(x)), seed):
+        label = None if y is None else y[batch.rows].to(batch.t.device)
+
+        def part(rows: slice, x_t: Tensor = batch.x_t, y: Tensor | None = label) -> Tensor:
+            return model.log_prob_pair(x_t[rows], None if y is None else y[rows])[1]
+
+        logits.append(map_rows(part, len(batch.t), dim=x.shape[1:].numel(), device=batch.t.device).cpu())
+        levels.append(batch.t.cpu())
+        halves.append(batch.rows % 2)
+    log_p, t, half = torch.cat(logits), torch.cat(levels), torch.cat(halves)
+    before = float(_cross_entropy(log_p, t))
+    after = 0.0
+    for k in (0, 1):
+        scored = half == k
+        others = best_constants(log_p[~scored], t[~scored])
+        after += float(scored.sum() * _cross_entropy(log_p[scored] + others, t[scored])) / len(t)
+    if not after < before:
+        return Calibration(before, after, 0.0)
+    constants = best_constants(log_p, t)
+    model.level_constants += constants.to(model.level_constants)
+    return Calibration(before, after, float(constants[0]))
+
+
+def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
+    """Constants (T+2,), the last 0, that minimise the cross-entropy of ``log_p`` (N, T+2) plus them; t long (N,).
+
+    By Newton's method, as the cross-entropy is convex in them. A level that is nowhere in ``t`` counts as if half a
+    sample of it had come with all probability on that level.
+    """
+    count = log_p.shape[1]
+    share = torch.bincount(t, minlength=count).to(log_p).clamp_min(0.5) / len(t)
+    constants = torch.zeros(count, dtype=log_p.dtype)
+    value = _cross_entropy(log_p, t)
+    for _ in range(NEWTON_STEPS):
+        p = (log_p + constants).softmax(1)
+        gradient = p.mean(0) - share
+        hessian = p.mean(0).diag() - p.T @ p / len(p)
+        # Singular along the constant vector, and nearly so where levels cannot be told apart.
+        step = torch.linalg.solve(hessian + 1e-9 * torch.eye(count, dtype=p.dtype), -gradient)
+        step = step - step[-1]
+        while True:
+            found = _cross_entropy(log_p + constants + step, t)
+            if found <= value or step.abs().max() < CONVERGED:
+                break
+            step = step / 2
+        constants, gained, value = constants + step, value - found, found
+        if gained < CONVERGED:
+            break
+    return constants
+
+
+def _cross_entropy(log_p: Tensor, t: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(log_p, t)

@@ -1,0 +1,132 @@
+"""Optimisers by name, and Muon for the hidden layers of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.networks.heads import Head
+
+LEAST_SIDE = 8
+"""Weights with fewer inputs or outputs, such as those that read or write the pixels, are no hidden layer's."""
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic that drives singular values to about 1 (K. Jordan et al., Muon, 2024)."""
+
+ITERATIONS = 5
+"""Of the quintic: singular values are then within 0.7 ... 1.2."""
+
+
+def build_optimizer(
+    name: str, model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimiser of a training.
+
+    Args:
+        name: ``adamw``, ``adam`` (without weight decay), or ``muon``: :class:`MuonAdamW`.
+        model: Whose parameters are trained.
+        lr: Learning rate.
+        betas: The two decay rates of Adam.
+        weight_decay: Beside the gradient.
+    """
+    betas = tuple(betas)
+    match name:
+        case "adamw":
+            return torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay)
+        case "adam":
+            return torch.optim.Adam(model.parameters(), lr, betas)
+        case "muon":
+            return MuonAdamW(model, lr, betas, weight_decay=weight_decay)
+    raise ValueError(f"unknown optimiser '{name}'")
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the convolutions and linear layers inside a network: neither at its ends nor in its head."""
+    heads = {id(module) for head in model.modules() if isinstance(head, Head) for module in head.modules()}
+    weights = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and id(module) not in heads
+    ]
+    return [weight for weight in weights if min(weight.shape[:2]) >= LEAST_SIDE]
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """A matrix (M, N) with the singular vectors of ``matrix`` and singular values near 1, by Newton-Schulz steps."""
+    a, b, c = COEFFICIENTS
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+@final
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but for the hidden matrices, which move by their orthogonalised momentum (Muon).
+
+    An update has the root mean square of one of AdamW's at the same rate (arXiv 2502.16982), so that both share a
+    learning rate. A convolution is the matrix (outputs, inputs x kernel). torch.optim.Muon, from torch 2.9, takes
+    matrices alone.
+
+    Args:
+        model: Whose parameters are trained.
+        lr: Learning rate of all.
+        betas: The two decay rates of Adam.
+        weight_decay: Of all.
+        momentum: Decay rate of the momentum, which looks ahead (Nesterov).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        betas: tuple[float, ...] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+    ) -> None:
+        hidden = hidden_matrices(model)
+        known = {id(weight) for weight in hidden}
+        others = [weight for weight in model.parameters() if id(weight) not in known]
+        groups = [{"params": weights, "muon": muon} for weights, muon in ((hidden, True), (others, False)) if weights]
+        self.momentum = momentum
+        super().__init__(groups, lr, betas, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of all parameters with a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [
+            (group, weight, weight.grad)
+            for group in self.param_groups
+            if group["muon"]
+            for weight in group["params"]
+            if weight.grad is not None
+        ]
+        for _, weight, _ in moved:
+            weight.grad = None  # AdamW passes it by
+        super().step()
+        for group, weight, gradient in moved:
+            weight.grad = gradient
+            self._move(weight, gradient, group["lr"], group["weight_decay"])
+        return loss
+
+    def _move(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[weight]
+        if not state:
+            # AdamW looks for a count in every state that it loads.
+            state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(gradient)
+        state["step"] += 1
+        average = state["momentum"]
+        average.lerp_(gradient, 1 - self.momentum)
+        direction = gradient.lerp(average, self.momentum).flatten(1)
+        scale = 0.2 * max(direction.shape) ** 0.5
+        weight.mul_(1 - lr * weight_decay)
+        weight.add_(orthogonalized(direction).view_as(weight), alpha=-lr * scale)

@@ -1,0 +1,282 @@
+r"""Values of log p that agree with the probability flow of the same network, fitted after a training.
+
+A network's gradient is trained at every point, its values through the differences of neighbouring levels alone, whose
+errors add up from T to 0. The flow of the gradient (identity 6), a normalised density but for the errors of its steps
+and of its start at T, says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout,
+linear in the network's features, is fitted to these targets by ridge regression at each of these levels and
+interpolated between them: on paths from data, and on paths from images to which the density gave too much, found by
+particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in turn. Gradients, and so samples, ELBO and
+flow, stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchcdm.errors import UserError
+from torchcdm.likelihood import LogNormalizer, ReverseChain, flow_path, log_normalizer
+from torchcdm.likelihood.common import scoring_level
+from torchcdm.likelihood.single_pass import noised
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import evaluation_mode
+from torchcdm.models.readout import LIMIT, Readout
+
+FEWEST_SAMPLES = 16
+
+FLOW_STEPS, FLOW_PROBES = 25, 2
+"""Of the flows. On Fashion-MNIST 20 steps and 40 differ by 6 nats an image, as much as the noise of the probes."""
+
+CHAIN_SAMPLES = 96
+"""For the variances of the chain that particles go down by: each is then right within a seventh."""
+
+ISLANDS = 8
+
+FOLDS = 4
+"""Every fourth sample is scored by a fit on the others, four times, to choose the ridge and to tell what it gains."""
+
+RIDGES = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0, math.inf)
+"""Per sample, for features of deviation one; with the last an offset is all that is fitted."""
+
+PARTICLE_SHARE = 0.1
+"""Of the particles of a round, all together, beside all data."""
+
+DATA_PATHS, PARTICLES, PARTICLE_PATHS = range(3)
+"""What noise is drawn for: the probes of the data's flows; in each round the particles, and the probes of theirs."""
+
+
+@dataclass(frozen=True)
+class PathCalibration:
+    """What a calibration on paths did.
+
+    Attributes:
+        level: Lowest level of the paths.
+        dim: Dimensions of a sample.
+        before: Root mean square of log p at that level less the flow's, by the network without a readout, on data,
+            nats; the noise of the flow's probes is in it.
+        after: The same by a readout of the same ridge, each sample's fitted on other samples and without particles.
+        log_z: Estimates of log Z at that level before each round of particles.
+    """
+
+    level: int
+    dim: int
+    before: float
+    after: float
+    log_z: tuple[LogNormalizer, ...]
+
+
+@final
+class Paths:
+    """Where the flow takes some samples, what the head sees there, and what log p should be; as far as it is finite.
+
+    Attributes:
+        levels: Visited levels, rising to T.
+        features: What the head saw, (levels, n, features).
+        wanted: Targets of log p - base, nats, float64 (levels, n).
+    """
+
+    def __init__(
+        self,
+        model: ClassificationDiffusion,
+        x: Tensor,
+        level: int,
+        seed: int = 0,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        """One path from each sample.
+
+        Args:
+            model: In evaluation mode.
+            x: Samples at ``level``, model units, (n, *shape).
+            level: 1 ... T - 1.
+            seed: Seed of the flow's probes.
+            batch_size: Samples at a time; by their size, and what memory holds, when None.
+            progress: Shows a progress bar.
+        """
+        def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
+            return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
+
+        steps = min(FLOW_STEPS, model.schedule.T - level)
+        path = flow_path(model, x, look, None, level, steps, FLOW_PROBES, seed, batch_size, progress)
+        features, base = path.seen
+        wanted = path.log_prob - base
+        finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
+        self.levels, self.features, self.wanted = path.levels, features[:, finite], wanted[:, finite]
+
+
+@torch.no_grad()
+def calibrate_paths(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    rounds: int = 2,
+    particles: int = 128,
+    level: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> PathCalibration:
+    """Sets ``model.readout``: values of log p that agree with the flow of the same model.
+
+    Costs a flow of :data:`FLOW_STEPS` steps for each sample and each particle, 2 T evaluations of
+    :data:`CHAIN_SAMPLES` for the chain of the particles, and 2 T of the particles in each round.
+
+    Args:
+        model: Without classes or context; its readout is set, in the place of the one that it may have.
+        x: Data that the model was not trained on, data units, (N, *shape).
+        rounds: Of particles, which find what the density gives too much to.
+        particles: In each round.
+        level: Lowest level; that through which data are scored when None. Values below it change by as much as its.
+        seed: Seed of all noise.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        progress: Shows progress bars.
+
+    Raises:
+        UserError: A model with classes or context, or of a network without features and a linear head; too few
+            samples; a level without one above it; values that are not finite.
+    """
+    _check(model, x, rounds, particles)
+    level = scoring_level(model) if level is None else level
+    if not 1 <= level < model.schedule.T:
+        raise UserError(f"calibration: level {level} has no path above it; choose 1 ... {model.schedule.T - 1}")
+    before = model.readout
+    try:
+        with evaluation_mode(model):
+            return _calibrate(model, x, rounds, particles, level, seed, batch_size, progress)
+    except BaseException:
+        model.readout = before
+        raise
+
+
+def _calibrate(
+    model: ClassificationDiffusion,
+    x: Tensor,
+    rounds: int,
+    particles: int,
+    level: int,
+    seed: int,
+    batch_size: int | None,
+    progress: bool,
+) -> PathCalibration:
+    start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
+    data = Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress)
+    if data.wanted.shape[1] < len(x):
+        raise UserError("calibration on paths: log p or what the flow says of it is not finite")
+    fit = _Fit(model, data)
+    found, shown = [], []
+    model.readout = fit.readout(shown)
+    chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size) if rounds else None
+    for k in range(rounds):
+        estimate = log_normalizer(
+            model, particles, level, moves=1, chain=chain, islands=ISLANDS, seed=hash((seed, PARTICLES, k)),
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        found.append(estimate)
+        noise = hash((seed, PARTICLE_PATHS, k))
+        shown.append(Paths(model, estimate.x, level, noise, batch_size, progress))
+        model.readout = fit.readout(shown)
+    return PathCalibration(level, x[0].numel(), fit.before, fit.after, tuple(found))
+
+
+def _check(model: ClassificationDiffusion, x: Tensor, rounds: int, particles: int) -> None:
+    if model.classes is not None or model.context is not None:
+        raise UserError("calibration on paths: the model has classes or a context; it is for models of one density")
+    if not hasattr(model.backbone, "features") or not hasattr(model.backbone, "head"):
+        raise UserError("calibration on paths: the network must have `features` and a linear `head` on them")
+    if len(x) < FEWEST_SAMPLES:
+        raise UserError(f"calibration on paths: {len(x)} held-out samples; at least {FEWEST_SAMPLES} are needed")
+    if rounds < 0:
+        raise UserError(f"calibration on paths: rounds is {rounds}; it must not be negative")
+    if particles < 2 * ISLANDS:
+        raise UserError(f"calibration on paths: particles is {particles}; at least {2 * ISLANDS} are needed")
+
+
+@final
+class _Fit:
+    """Ridge regressions at the levels of paths from data.
+
+    Attributes:
+        ridge: The one with the least error at the lowest level, on samples that were not fitted to.
+        before: That error, root mean square, without a regression.
+        after: And with it.
+    """
+
+    def __init__(self, model: ClassificationDiffusion, data: Paths) -> None:
+        self.data = data
+        head = copy.deepcopy(model.backbone.head).double()
+        eye = torch.eye(data.features.shape[2], dtype=torch.float64, device=data.features.device)
+        at_zero = head(torch.zeros_like(eye[:1]))
+        slope, bias = head(eye) - at_zero, at_zero + model.level_constants.double()
+        features = data.features[0].double()
+        if not torch.allclose(head(features), features @ slope + at_zero, atol=1e-6):
+            raise UserError("calibration on paths: the network's `head` is not linear")
+        # Of h - h_{T+1} with its constants: (T+2, features) and (T+2,).
+        self.slope, self.bias = (slope - slope[:, -1:]).T, (bias - bias[:, -1:])[0]
+        scales = torch.stack([features.std(0) for features in data.features]).double()
+        self.mean = torch.stack([features.mean(0) for features in data.features]).double()
+        self.scale = torch.maximum(scales, 1e-3 * scales.median(1, keepdim=True).values).clamp_min(1e-9)
+
+        z, error = self._of(data, 0)
+        folds = torch.arange(len(z), device=z.device) % FOLDS
+        errors = {}
+        for ridge in RIDGES:
+            left = error.clone()
+            for k in range(FOLDS):
+                scored = folds == k
+                weight, offset = _ridge(z[~scored], error[~scored], torch.ones_like(error[~scored]), ridge)
+                left[scored] -= z[scored] @ weight + offset
+            errors[ridge] = float(left.square().mean().sqrt())
+        self.ridge = min(errors, key=errors.__getitem__)
+        self.before, self.after = float(error.square().mean().sqrt()), errors[self.ridge]
+
+    def readout(self, shown: Sequence[Paths]) -> Readout:
+        """From all paths of the data, and those from particles."""
+        fitted = []
+        for k in range(len(self.mean)):
+            parts = [self._of(paths, k) for paths in (self.data, *shown)]
+            z, error = (torch.cat(column) for column in zip(*parts, strict=True))
+            n = len(parts[0][1])
+            share = [torch.full_like(e, PARTICLE_SHARE * n / max(1, len(e))) for _, e in parts[1:]]
+            counts = torch.cat([error.new_ones(n), *share])
+            fitted.append(_ridge(z, error, counts, self.ridge))
+        weight, offset = (torch.stack(column) for column in zip(*fitted, strict=True))
+        # What was fitted at the lowest level is added to the network's own values below it too; nothing at T+1.
+        between = _between(self.data.levels, len(self.bias)).to(weight)
+        mean, scale, weight, offset = (between @ value for value in (self.mean, self.scale, weight, offset))
+        weight[-1], offset[-1] = 0, 0
+        own = self.bias + (mean * self.slope).sum(1)
+        return Readout(mean, scale, scale * self.slope + weight, own + offset)
+
+    def _of(self, paths: Paths, k: int) -> tuple[Tensor, Tensor]:
+        """Features in deviations, (n, features), and targets less what the network says, (n,), at the k-th level."""
+        z = ((paths.features[k].double() - self.mean[k]) / self.scale[k]).clamp(-LIMIT, LIMIT)
+        slope, bias = self.slope[paths.levels[k]], self.bias[paths.levels[k]]
+        return z, paths.wanted[k] - (z @ (self.scale[k] * slope) + self.mean[k] @ slope + bias)
+
+
+def _between(levels: Sequence[int], count: int) -> Tensor:
+    """Linear interpolation from rising levels to the levels 0 ... count - 1, and the ends beyond, (count, levels)."""
+    points = torch.tensor(levels, dtype=torch.float64)
+    wanted = torch.arange(count, dtype=torch.float64).clamp(points[0], points[-1])
+    above = torch.searchsorted(points, wanted).clamp(1, len(points) - 1)
+    share = ((wanted - points[above - 1]) / (points[above] - points[above - 1]))[:, None]
+    eye = torch.eye(len(points), dtype=torch.float64)
+    return (1 - share) * eye[above - 1] + share * eye[above]
+
+
+def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Weight (features,) and offset of the ridge regression of ``y`` (n,) on ``z`` (n, features)."""
+    share = counts / counts.sum()
+    z_mean, y_mean = share @ z, share @ y
+    if ridge == math.inf:
+        return torch.zeros_like(z_mean), y_mean
+    centred = z - z_mean
+    gram = centred.T @ (counts[:, None] * centred) + ridge * counts.sum() * torch.eye(z.shape[1]).to(z)
+    weight = torch.linalg.solve(gram, centred.T @ (counts * (y - y_mean)))
+    return weight, y_mean - z_mean @ weight

@@ -1,0 +1,138 @@
+"""Samples of a model and what is recorded of them: files, and a manifest with seed, label and log p."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchcdm.data import save_array, save_grid, save_images, save_table
+from torchcdm.likelihood.common import labels_of
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.files import write_file
+from torchcdm.samplers import Sampler, sample
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples with their origin.
+
+    Attributes:
+        x: Data units, (n, *shape), not rounded.
+        y: Classes, long (n,), or None.
+        log_p: log p of each in data units, nats (n,); None for a ddm.
+        seed: Seed; with its row it fixes each sample.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    log_p: Tensor | None
+    seed: int
+
+    @property
+    def is_images(self) -> bool:
+        """Whether the events are (C, H, W)."""
+        return self.x.ndim == 4
+
+
+def draw(
+    model: Denoiser,
+    n: int,
+    sampler: str | Sampler = "ddim",
+    steps: int = 50,
+    y: Tensor | None = None,
+    guidance: float = 0.0,
+    seed: int = 0,
+    progress: bool = False,
+    batch_size: int | None = None,
+) -> Drawn:
+    """Samples and their one-pass log-densities.
+
+    Args:
+        model: What to sample from.
+        n: Number of samples.
+        sampler: Name or object, see :func:`torchcdm.samplers.sample`.
+        steps: Number of steps, 1 ... T.
+        y: Classes, long (n,), or None.
+        guidance: Weight of classifier-free guidance.
+        seed: Seed.
+        progress: Shows a progress bar.
+        batch_size: Samples at a time; as many as memory holds when None.
+    """
+    x = sample(model, n, sampler, steps, y, guidance, seed, batch_size, progress=progress)
+    log_p = None
+    if isinstance(model, ClassificationDiffusion):
+        device = model.schedule.alpha.device
+        with torch.no_grad():
+            log_p = map_rows(
+                lambda rows: model.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size,
+                dim=x.shape[1:].numel(), device=device,
+            )  # fmt: skip
+    return Drawn(x, y, log_p, seed)
+
+
+def balanced_labels(n: int, classes: int) -> Tensor:
+    """Each class equally often, in turn: long (n,)."""
+    return torch.arange(n) % classes
+
+
+def save_sheet(drawn: Drawn, model: Denoiser, stem: Path, columns: Sequence[str] | None = None) -> Path:
+    """All samples in one file: a PNG grid, or a CSV table of vectors.
+
+    Args:
+        drawn: The samples.
+        model: Where they are from.
+        stem: Path without suffix.
+        columns: Names of the columns of vectors.
+
+    Returns:
+        The path.
+    """
+    if drawn.is_images:
+        return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
+    return save_table(_rounded(drawn.x, model), stem.with_suffix(".csv"), columns)
+
+
+def save_each(drawn: Drawn, model: Denoiser, folder: Path) -> list[Path]:
+    """Each image in a file of its own."""
+    return save_images(drawn.x, folder, model.transform)
+
+
+def save_all(drawn: Drawn, model: Denoiser, path: Path) -> Path:
+    """All samples as one .npz array, with their labels."""
+    return save_array(drawn.x, path, model.transform, drawn.y)
+
+
+def save_manifest(
+    drawn: Drawn, path: Path, files: Sequence[Path] | None = None, class_names: Sequence[str] | None = None
+) -> Path:
+    """``manifest.csv``: index, seed, label and log p (nats, data units) of each sample, and its file if it has one.
+
+    Args:
+        drawn: The samples.
+        path: The CSV file.
+        files: One for each sample; none when None.
+        class_names: Names of the classes; their numbers when None.
+    """
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["index", "seed", "label", "log_p", *(["file"] if files else [])])
+    for i in range(len(drawn.x)):
+        label = "" if drawn.y is None else int(drawn.y[i])
+        if class_names and drawn.y is not None:
+            label = class_names[int(label)]
+        log_p = "" if drawn.log_p is None else f"{float(drawn.log_p[i]):.4f}"
+        rows.writerow([i, drawn.seed, label, log_p, *([files[i].name] if files else [])])
+    write_file(path, text.getvalue())
+    return path
+
+
+def _rounded(x: Tensor, model: Denoiser) -> Tensor:
+    return x if model.transform is None else model.transform.quantize(x)
