@@ -175,7 +175,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):
         import torch
         from torchcdm.training.checkpoint import TrainingState, load_state, save_state, state_folders
         from torchcdm.errors import UserError
-
+        from torchcdm.runtime.files import write_file
+        from torchcdm.training.run_folder import RunFolder
 
         run = RunFolder(Path({str(tmp_path)!r}))
         run.make()
