@@ -1,7 +1,7 @@
 """Posteriors of three small simulators, whose exact posterior is known, beside a conditional flow of zuko.
 
-    python benchmarks/conditional_density.py --budget 60 --json conditional.json
-    python benchmarks/conditional_density.py --simulators decay --contenders cdm --pairs 1000
+    python -m studies.benchmarks.conditional_density --budget 60 --json conditional.json
+    python -m studies.benchmarks.conditional_density --simulators decay --contenders cdm --pairs 1000
 
 Every contender sees the same pairs (theta, x). :class:`torchcdm.estimators.CDMConditional` has its default settings
 and stops by its own rules; the flow (zuko's NSF, standardised) stops on the same validation pairs, and its budget is
@@ -27,8 +27,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from flows import score_rows, train_flow
 
+from studies.benchmarks.flows import score_rows, train_flow
 from torchcdm.estimators import CDMConditional
 
 PAIRS_TESTED, FLOW_PAIRS = 1000, 200
@@ -356,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         description="Posteriors of simulators with a known one.",
-        epilog="example: python benchmarks/conditional_density.py --simulators decay --budget 20",
+        epilog="example: python -m studies.benchmarks.conditional_density --simulators decay --budget 20",
     )
     parser.add_argument("--simulators", nargs="+", choices=SIMULATORS, default=list(SIMULATORS))
     names = ["cdm", "nsf", "linear"]

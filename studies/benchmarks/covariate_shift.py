@@ -1,7 +1,7 @@
 """Regression under covariate shift: least squares weighted by estimated ratios beside exact and no weights.
 
-    python benchmarks/covariate_shift.py --json covariate_shift.json
-    python benchmarks/covariate_shift.py --columns 20 --rows 2000
+    python -m studies.benchmarks.covariate_shift --json covariate_shift.json
+    python -m studies.benchmarks.covariate_shift --columns 20 --rows 2000
 
 Labelled rows come from the source, rows without labels from the target, and the error is the mean squared one on fresh
 labelled rows of the target. Source: N(0, I); target: half N(a, I) and half N(b, I), shifts orthogonal and 1.5 long,
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ratio_pairs import Gaussians, InvertibleMap, log_prob, mixture, rmse, sample, write_rows
 
+from studies.benchmarks.ratio_pairs import Gaussians, InvertibleMap, log_prob, mixture, rmse, sample, write_rows
 from torchcdm import DensityRatio
 from torchcdm.apps.ratio_checks import effective_sample_size, weights_of
 

@@ -1,6 +1,6 @@
 """Denoising error after equal time: the default network of a preset against the best plain diffusion model.
 
-    python benchmarks/equal_time.py --seconds 300 --seeds 0 1 2 --out runs/equal --json equal_time.json
+    python -m studies.benchmarks.equal_time --seconds 300 --seeds 0 1 2 --out runs/equal --json equal_time.json
 
 Seconds are of processor time, so that other jobs on the machine take nothing from anybody. All contenders have the
 same data, schedule, batch, optimiser, learning-rate decay and average of the weights; each is kept at its best on the

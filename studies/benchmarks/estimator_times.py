@@ -1,7 +1,7 @@
 """How long CDMDensity takes: rows down, processor seconds of fitting, and of scoring and drawing 1000 rows.
 
-    python benchmarks/estimator_times.py
-    python benchmarks/estimator_times.py --shapes 10000x8 --json times.json
+    python -m studies.benchmarks.estimator_times
+    python -m studies.benchmarks.estimator_times --shapes 10000x8 --json times.json
 
 Columns are correlated and skewed: a random linear map of a few heavy-tailed numbers, and noise. The settings are the
 estimator's defaults, so early stopping decides on the number of steps, and the times of another table differ.

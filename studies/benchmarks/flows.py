@@ -1,6 +1,7 @@
 """How the benchmarks of tables train zuko's flows, with and without a context.
 
-The loop of ``cdm compare`` takes images and tables of one data source, and its rate falls to the end of the budget.
+The loop of ``python -m studies compare`` takes images and tables of one data source, and its rate falls to the end of
+the budget.
 Here a flow stops by itself: on small tables that is long before the budget, which is an upper end.
 """
 
@@ -27,7 +28,7 @@ Rows = Sequence[Tensor]
 
 
 def train_flow(flow: nn.Module, train: Rows, validation: Rows, budget: float, seed: int) -> float:
-    """The recipe of ``cdm compare`` with early stopping; leaves the weights of the best validation likelihood.
+    """The recipe of ``studies compare`` with early stopping; leaves the weights of the best validation likelihood.
 
     Args:
         flow: A ``zuko.lazy.Flow``, newly made.

@@ -1,6 +1,6 @@
 """What ``import torchcdm`` adds to ``import torch``.
 
-    python benchmarks/import_time.py --rounds 11 --json import_time.json
+    python -m studies.benchmarks.import_time --rounds 11 --json import_time.json
 
 Each import runs in a process of its own, in turn; the seconds are processor time of the whole process, medians over
 the rounds after one to warm the disk's cache. ``ratio_to_ddm`` divides by ``import torch``, which a DDM needs too.

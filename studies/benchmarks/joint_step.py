@@ -1,4 +1,4 @@
-"""Times training steps of one joint batch; each process of a group takes its share. Started by ``step_scaling.py``.
+"""Times training steps of one joint batch; each process of a group takes its share. Started by ``step_scaling``.
 
 Processes synchronise as in the trainer: gradients are averaged over all, and a step takes as long as the slowest.
 """
@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import torch
-from step_cost import Step, untrained
-from step_scaling import SIDE, both_models
 from torch import Tensor
 
+from studies.benchmarks.step_cost import Step, untrained
+from studies.benchmarks.step_scaling import SIDE, both_models
 from torchcdm.runtime.files import write_json
 from torchcdm.runtime.processes import Processes
 from torchcdm.training.build import build_loss

@@ -1,6 +1,6 @@
 """Images a second of one-pass likelihood against the probability flow of the same network.
 
-    python benchmarks/likelihood_throughput.py RUN --json throughput.json
+    python -m studies.benchmarks.likelihood_throughput RUN --json throughput.json
 
 Both as ``cdm nll RUN`` runs them by default, dithering and noise included: ``one-pass`` and ``one-pass-level`` with
 one draw, and the flow with 40 Heun steps and 2 probes. They take turns in one process on one batch; the numbers are

@@ -1,7 +1,7 @@
 """Weights of 40 far modes, read off a density ratio and off densities.
 
-    python benchmarks/mixture_weights.py --json mixture_weights.json
-    python benchmarks/mixture_weights.py --dims 128 --contenders ratio-mixture --steps 50
+    python -m studies.benchmarks.mixture_weights --json mixture_weights.json
+    python -m studies.benchmarks.mixture_weights --dims 128 --contenders ratio-mixture --steps 50
 
 40 Gaussians of unit variance with centres uniform in a cube of side 80; their weights are drawn from a Dirichlet
 distribution (1, ..., 1), so that some hold a tenth and some a thousandth. Far modes are the trial of anything learned
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ratio_pairs import SCHEDULE, mixture, write_rows
 
 import torchcdm
+from studies.benchmarks.ratio_pairs import SCHEDULE, mixture, write_rows
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
 from torchcdm.diffusion.exact import GaussianMixture

@@ -1,7 +1,7 @@
 """Mutual information of correlated pairs by their density ratio to independent ones: a ladder with known rungs.
 
-    python benchmarks/mutual_information.py --json mutual_information.json
-    python benchmarks/mutual_information.py --rungs 20 40 --kinds rotated --residual off --steps 2000
+    python -m studies.benchmarks.mutual_information --json mutual_information.json
+    python -m studies.benchmarks.mutual_information --rungs 20 40 --kinds rotated --residual off --steps 2000
 
 A rung (d, nats) has d/2 independent pairs with the correlation rho, rho² = 1 - exp(-4 nats / d); the numerator holds
 the pairs, the denominator N(0, I). The mean of the log ratio over the numerator is then the mutual information. The
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ratio_pairs import Gaussians, InvertibleMap, orthogonal, rmse, write_rows
 
+from studies.benchmarks.ratio_pairs import Gaussians, InvertibleMap, orthogonal, rmse, write_rows
 from torchcdm import DensityRatio
 
 NATS = {20: 5.0, 40: 10.0, 80: 20.0, 160: 40.0, 320: 80.0}

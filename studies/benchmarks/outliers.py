@@ -1,8 +1,8 @@
 """Outliers: every anomaly score of a model beside detectors of PyOD and the log p of a flow.
 
-    python benchmarks/outliers.py corruptions --run runs/fashion --json corruptions.json
-    python benchmarks/outliers.py held-out --train-steps 1200 --json held_out.json
-    python benchmarks/outliers.py tables --json tables.json
+    python -m studies.benchmarks.outliers corruptions --run runs/fashion --json corruptions.json
+    python -m studies.benchmarks.outliers held-out --train-steps 1200 --json held_out.json
+    python -m studies.benchmarks.outliers tables --json tables.json
 
 corruptions
     Test images of Fashion-MNIST against digits and spoiled test images, by the model of ``--run``, or one that is
@@ -16,7 +16,7 @@ The list of outliers and their strengths below was written before any score was 
 Scores of the model are fitted on the validation split, which did not train it. PyOD's detectors get training images
 (at most :data:`PEER_LIMIT`) as vectors, and of tables training and validation rows, standardised. ECOD and IForest
 are where PyOD's documentation tells its users to begin; KNN and LOF compare with neighbours, which suits training data
-that are clean, as they are here. The flow is zuko's MAF as in ``cdm compare``, trained for ``--flow-seconds``.
+that are clean, as they are here. The flow is zuko's MAF as in ``studies compare``, trained for ``--flow-seconds``.
 
 AUROC counts the outliers as positives; FPR@95 is the share of normal samples that is flagged at the threshold that
 flags 95 % of the outliers.

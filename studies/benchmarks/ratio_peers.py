@@ -1,8 +1,8 @@
 """Density ratios of bent mixtures, known exactly: this library beside kernel estimators and classifiers.
 
     pip install "densratio>=0.4"
-    python benchmarks/ratio_peers.py --json ratio_peers.json
-    python benchmarks/ratio_peers.py --dims 8 --estimators joint separate
+    python -m studies.benchmarks.ratio_peers --json ratio_peers.json
+    python -m studies.benchmarks.ratio_peers --dims 8 --estimators joint separate
 
 Numerator and denominator are mixtures of four Gaussians each, whose components differ in place and shape, pushed
 through a fixed non-linear invertible map (:class:`ratio_pairs.InvertibleMap`). All estimators see the same rows,
@@ -23,8 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ratio_pairs import Gaussians, InvertibleMap, log_prob, mixture, orthogonal, rmse, sample, write_rows
 
+from studies.benchmarks.ratio_pairs import (
+    Gaussians,
+    InvertibleMap,
+    log_prob,
+    mixture,
+    orthogonal,
+    rmse,
+    sample,
+    write_rows,
+)
 from torchcdm import DensityRatio
 from torchcdm.diffusion.exact import GaussianMixture
 

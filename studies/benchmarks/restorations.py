@@ -1,7 +1,7 @@
 """Restorations of noisy digits, ranked without the originals by the anomaly scores of a model of digits.
 
     cdm train digits --data.gaussianize false --out runs/digits
-    python benchmarks/restorations.py runs/digits
+    python -m studies.benchmarks.restorations runs/digits
 
 Test digits get white noise of three grey levels; six restorations of each compete. Printed for each score: the rank
 correlation with the true error of the restorations of one image, averaged over images, and how often the least

@@ -1,6 +1,6 @@
 """What a step costs: denoising, training, guidance and one-pass likelihood, each against a plain diffusion model.
 
-    python benchmarks/step_cost.py --threads 1 --json step_cost.json
+    python -m studies.benchmarks.step_cost --threads 1 --json step_cost.json
 
 Two networks, each with its own baseline (DDM: the U-Net that is told the level and estimates the noise):
 

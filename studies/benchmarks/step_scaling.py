@@ -1,6 +1,6 @@
 """How the cost of a step grows: with the levels, the classes, the batch, the resolution and the processes.
 
-    python benchmarks/step_scaling.py --question levels --threads 1 --json step_scaling.json
+    python -m studies.benchmarks.step_scaling --question levels --threads 1 --json step_scaling.json
 
 The default network (preset ``fashion-mnist``), untrained. Rows are named ``question/value/step``; the seconds are
 those of a batch, and ``ratio_to_first`` divides by the same step at the question's first value. All rows of a question
@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_cost import (
+
+from studies.benchmarks.step_cost import (
     Contender,
     Mode,
     denoising_step,
@@ -46,7 +47,6 @@ from step_cost import (
     training_step,
     untrained,
 )
-
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.files import write_json
 from torchcdm.training.build import build_loss, plain_model
@@ -137,7 +137,7 @@ def joint_seconds(count: int) -> dict[str, list[float]]:
     threads = str(torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
-        words = [str(Path(__file__).with_name("joint_step.py")), str(out), "--batch", str(JOINT_BATCH)]
+        words = ["-m", "studies.benchmarks.joint_step", str(out), "--batch", str(JOINT_BATCH)]
         words += ["--steps", str(JOINT_STEPS), "--threads", threads]
         subprocess.run([*start, *words], check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
         return json.loads(out.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Density of tables: the CDM by one pass and by its probability flow, beside flows, kernels and mixtures.
 
-    python benchmarks/table_density.py --budget 60 --json table_density.json
-    python benchmarks/table_density.py --tables wine coast --contenders cdm nsf
+    python -m studies.benchmarks.table_density --budget 60 --json table_density.json
+    python -m studies.benchmarks.table_density --tables wine coast --contenders cdm nsf
 
 Every contender sees the same rows: the test rows are a fold that nobody trains on, the validation rows those that
 :class:`torchcdm.estimators.CDMDensity` holds out, and the rest are for training. All see the columns as the
@@ -31,10 +31,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flows import score_rows, train_flow
 from sklearn.model_selection import KFold
 from torch import Tensor
 
+from studies.benchmarks.flows import score_rows, train_flow
 from torchcdm.apps.baselines import COMPONENTS, Candidate, choose, kernels, mixtures
 from torchcdm.apps.budget import Budget
 from torchcdm.estimators import CDMDensity
@@ -347,7 +347,7 @@ def integrate(density: CDMDensity, x: np.ndarray, points: int = 90_000) -> float
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Test log-likelihood of tables, nats a row.",
-        epilog="example: python benchmarks/table_density.py --tables wine --budget 20",
+        epilog="example: python -m studies.benchmarks.table_density --tables wine --budget 20",
     )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--contenders", nargs="+", choices=["cdm", *PEERS], default=["cdm", *PEERS])

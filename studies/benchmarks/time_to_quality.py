@@ -1,12 +1,12 @@
 """How far the default network gets in a fraction of the time that the paper's network takes.
 
-    python benchmarks/time_to_quality.py --seconds 1800 --fraction 0.2 --out runs/quality --json time_to_quality.json
+    python -m studies.benchmarks.time_to_quality --seconds 1800 --fraction 0.2 --out runs/quality --json quality.json
 
 Both are CDMs on the same data, schedule, batch and average of the weights; each learning rate decays to the end of its
 own time. The paper's network is the U-Net of the preset's width and multipliers, without Gaussian residual, positions
 and time term; its optimiser and learning rate are the best of ``--rates`` and ``--muon-rates`` on the validation split
 after ``--grid-seconds`` with seed 0, as the default network's rate is of ``--default-rates``. Seconds are of processor
-time. The error is that of ``equal_time.py``; the likelihood is that of the probability flow, on the first
+time. The error is that of ``equal_time``; the likelihood is that of the probability flow, on the first
 ``--flow-images`` test images.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_time import at_rate, best, measured, on_plain_grey_levels
 
+from studies.benchmarks.equal_time import at_rate, best, measured, on_plain_grey_levels
 from torchcdm.data import DataSource
 from torchcdm.likelihood import FlowOptions, flow_likelihood
 from torchcdm.runtime.files import write_json

@@ -1,8 +1,8 @@
 """The memory that training takes: what two training steps add to a process that holds the models.
 
-    python benchmarks/training_memory.py --json training_memory.json
+    python -m studies.benchmarks.training_memory --json training_memory.json
 
-The contenders are those of ``step_cost.py``, each in a process of its own: activations, gradients and the optimiser's
+The contenders are those of ``step_cost``, each in a process of its own: activations, gradients and the optimiser's
 state, at their peak. It is the resident size of the process, as Linux counts it; the allocator decides when it gives
 pages back, so that a few per cent mean nothing.
 """
@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from step_cost import BATCHES, Mode, contenders
 
+from studies.benchmarks.step_cost import BATCHES, Mode, contenders
 from torchcdm.runtime.files import write_json
 
 STEP = "training-step"
@@ -47,7 +47,8 @@ def added_by(network: str, name: str, batch: int) -> int:
 
 def in_own_process(network: str, name: str, batch: int) -> int:
     """:func:`added_by` in a process that ends."""
-    words = [sys.executable, __file__, "--network", network, "--batch", str(batch), "--only", name]
+    words = [sys.executable, "-m", "studies.benchmarks.training_memory", "--network", network, "--only", name]
+    words += ["--batch", str(batch)]
     return int(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
 
 

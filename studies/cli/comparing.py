@@ -69,7 +69,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.log_z is not None and options.log_z < 2 * ISLANDS:
         raise UserError(f"--log-z is {options.log_z}; at least {2 * ISLANDS} particles are needed")
     if options.budget is None and not options.list:
-        raise UserError("the following arguments are required: --budget; see cdm compare --help")
+        raise UserError("the following arguments are required: --budget; see python -m studies compare --help")
     data = _data(options)
     source = load_source(data)
     if preset_of(source).data.gaussianize if options.gaussianize is None else options.gaussianize:
@@ -96,7 +96,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 log_z=None if options.log_z is None else LogZOptions(options.log_z),
             )
         except Interrupted as stop:
-            print(f"cdm: {stop}", file=sys.stderr)
+            print(f"python -m studies: {stop}", file=sys.stderr)
             return 128 + stop.number
     if str(options.json) != "-":
         print(comparison.table())

@@ -46,7 +46,7 @@ def run_reproduce(options: argparse.Namespace) -> int:
             options.samples, options.finished, options.seed,
         )  # fmt: skip
     except Interrupted as stop:
-        print(f"cdm: {stop}", file=sys.stderr)
+        print(f"python -m studies: {stop}", file=sys.stderr)
         return 128 + stop.number
     print(path.read_text(encoding="utf-8") if not options.quiet else path)
     return 0

@@ -15,12 +15,13 @@ import torch
 from studies.compare.peer import Diverged, Fitted, Peer, Score, Task
 from studies.compare.peers import chosen_peers, library_of
 from studies.compare.results import Comparison, Protocol, Result, Row, Sampling
-from studies.features import inception_features
-from studies.frechet import SMALLEST_COUNT, Reference
+from studies.quality.features import inception_features
+from studies.quality.frechet import SMALLEST_COUNT, Reference
 from torchcdm.apps.budget import Budget
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZOptions
+from torchcdm.random import derive
 from torchcdm.runtime.files import write_json, writing
 from torchcdm.training.checkpoint import read_json
 from torchcdm.training.codec import decode, differences, encode
@@ -174,7 +175,7 @@ def _sampling(
     clock, parts = budget.restarted(), []
     sizes = [DRAWN] if count is None else [min(CHUNK, count - first) for first in range(0, count, CHUNK)]
     for part, size in enumerate(sizes):
-        parts.append(fitted.sample(size, seed + part))
+        parts.append(fitted.sample(size, derive(seed, "drawn", part)))
     x, nfe = torch.cat([part.x for part in parts]), parts[0].nfe
     speed = len(x) / max(clock.elapsed, 1e-9)
     if reference is None:

@@ -48,8 +48,8 @@ def chosen_peers(names: Sequence[str] | None, source: DataSource) -> list[Peer]:
     if missing:
         needing = ", ".join(peer.name for peer in peers if peer.library in missing)
         raise UserError(
-            f"{', '.join(missing)} not installed, which {needing} come from; pip install 'torchcdm[peers]', or leave "
-            "them out of --peers"
+            f"{', '.join(missing)} not installed, which {needing} come from; pip install 'torchcdm[studies]', or "
+            "leave them out of --peers"
         )
     return peers
 

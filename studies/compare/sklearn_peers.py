@@ -69,7 +69,7 @@ class FittedCandidate(FittedDensity):
         return torch.from_numpy(self.candidate.log_prob(z.flatten(1).numpy()))
 
     def sample(self, n: int, seed: int) -> Samples:
-        z = torch.from_numpy(self.candidate.sample(n, seed)).reshape(n, *self.transform.shape)
+        z = torch.from_numpy(self.candidate.sample(n, seed % 2**32)).reshape(n, *self.transform.shape)
         return Samples(self.transform.inverse(z), None)
 
 

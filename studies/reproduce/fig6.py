@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from studies.features import Extractor
-from studies.frechet import Reference
+from studies.quality.features import Extractor
+from studies.quality.frechet import Reference
 from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.workspace import Workspace

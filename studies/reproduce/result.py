@@ -69,7 +69,7 @@ def write_result(
 ) -> Path:
     """``NAME-SCALE.md`` and ``NAME-SCALE.json`` in ``folder``; the path of the first."""
     stem = f"{name}-{scale}"
-    command = f"cdm reproduce {name} --scale {scale}{options} --out DIR"
+    command = f"python -m studies reproduce {name} --scale {scale}{options} --out DIR"
     versions = {"torchcdm": __version__, "torch": torch.__version__, "python": platform.python_version()}
     content: dict[str, Any] = {
         "name": name,

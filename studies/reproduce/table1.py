@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from studies.frechet import Reference
+from studies.quality.frechet import Reference
 from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Result, Table
 from studies.reproduce.workspace import Workspace

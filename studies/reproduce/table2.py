@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from studies.frechet import COMPARED, Reference
+from studies.quality.frechet import COMPARED, Reference
 from studies.reproduce.models import CELEBA, SETTINGS, Models, Setting
 from studies.reproduce.result import Cell, Figure, Result, Table
 from studies.reproduce.workspace import Workspace

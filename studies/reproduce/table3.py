@@ -149,7 +149,7 @@ def run(work: Workspace) -> Result:
     ]
     notes += [f"{result.title}: {result.note}." for result in comparison.results if result.note]
     if missing:
-        notes.append(f"Not installed: {', '.join(missing)}; pip install 'torchcdm[peers]'.")
+        notes.append(f"Not installed: {', '.join(missing)}; pip install 'torchcdm[studies]'.")
     return Result(tables, (), (*models.setting.scaled_down, *setting.scaled_down), tuple(notes))
 
 

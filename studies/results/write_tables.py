@@ -355,7 +355,7 @@ def cell(value: Any) -> str:
 
 
 def reproduction(name: str) -> str:
-    """The tables of a report of ``cdm reproduce``, below its command."""
+    """The tables of a report of ``python -m studies reproduce``, below its command."""
     report = read(name)
     parts = [f"    {report['command']}\n"]
     for table in report["tables"]:

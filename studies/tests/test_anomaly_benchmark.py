@@ -1,19 +1,12 @@
 """The outlier benchmark: what it spoils is spoiled as said, and its measures are the usual ones."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "outliers.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return runpy.run_path(str(SCRIPT))
+from studies.benchmarks import outliers
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +15,9 @@ def images():
     return torch.nn.functional.interpolate(digits * 12, size=(28, 28), mode="bilinear").round().to(torch.uint8)
 
 
-def test_corruptions_are_of_the_strength_that_is_written(benchmark, images):
-    corrupted, x = benchmark["corrupted"], images.double()
-    results = {name: corrupted(images, name) for name in benchmark["CORRUPTIONS"]}
+def test_corruptions_are_of_the_strength_that_is_written(images):
+    corrupted, x = outliers.corrupted, images.double()
+    results = {name: corrupted(images, name) for name in outliers.CORRUPTIONS}
     assert all(y.dtype == torch.uint8 and y.shape == images.shape for y in results.values())
     assert torch.equal(results["inverted"].int(), 255 - images.int())
     spread = (results["contrast"].double().std((1, 2, 3)) / x.std((1, 2, 3))).mean()
@@ -34,7 +27,7 @@ def test_corruptions_are_of_the_strength_that_is_written(benchmark, images):
     # A blurred point has the variance of the Gaussian, one squared pixel along each axis.
     point = torch.zeros(1, 1, 28, 28)
     point[0, 0, 14, 14] = 1
-    weights, offsets = benchmark["blur"](point, 1.0)[0, 0], torch.arange(28.0) - 14
+    weights, offsets = outliers.blur(point, 1.0)[0, 0], torch.arange(28.0) - 14
     assert weights.sum() == pytest.approx(1, abs=1e-5)
     assert (weights.sum(1) * offsets**2).sum() == pytest.approx(1, abs=0.02)
     directions = [(4, 4), (4, -4), (-4, 4), (-4, -4)]
@@ -46,29 +39,29 @@ def test_corruptions_are_of_the_strength_that_is_written(benchmark, images):
         assert results["shifted"][i].sum() == rolled[:, rows, columns].sum()
 
 
-def test_digits_are_resized_to_the_range_of_bytes(benchmark):
-    x = benchmark["resized_digits"]((28, 28))
+def test_digits_are_resized_to_the_range_of_bytes():
+    x = outliers.resized_digits((28, 28))
     assert x.shape == (1797, 1, 28, 28)
     assert x.dtype == torch.uint8 and x.min() == 0 and x.max() == 255
 
 
-def test_measures_by_counting(benchmark):
+def test_measures_by_counting():
     """Four usual and four odd samples, one odd below two usual: 14 of 16 pairs in order, 2 of 4 for all."""
-    outliers = {"odd": torch.tensor([1.5, 9, 9, 9])}
-    setting = benchmark["Setting"]("s", None, None, torch.tensor([0.0, 1, 2, 3]), outliers)
-    (row,) = benchmark["measure"](setting, [lambda x: {"raw": x.double().numpy()}])
+    odd = {"odd": torch.tensor([1.5, 9, 9, 9])}
+    setting = outliers.Setting("s", None, None, torch.tensor([0.0, 1, 2, 3]), odd)
+    (row,) = outliers.measure(setting, [lambda x: {"raw": x.double().numpy()}])
     assert (row["auroc"], row["fpr95"]) == (14 / 16, 0.5)
     assert (row["normal_count"], row["outlier_count"]) == (4, 4)
 
 
 @pytest.mark.slow
-def test_a_group_reports_every_contender(benchmark, tmp_path):
+def test_a_group_reports_every_contender(tmp_path):
     pytest.importorskip("pyod")
     pytest.importorskip("zuko")
     words = ["--train-steps", "20", "--splits", "1", "--flow-seconds", "1", "--json", str(tmp_path / "rows.json")]
-    benchmark["main"](["tables", *words])
+    outliers.main(["tables", *words])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    names = {*benchmark["OWN_SCORES"], "PyOD ECOD", "PyOD IForest", "PyOD KNN", "PyOD LOF", "flow log p"}
+    names = {*outliers.OWN_SCORES, "PyOD ECOD", "PyOD IForest", "PyOD KNN", "PyOD LOF", "flow log p"}
     assert {row["score"] for row in rows} == names
     assert len(rows) == len(names) * (1 + 3 + 10)
     assert all(0 <= row[value] <= 1 for row in rows for value in ("auroc", "fpr95"))

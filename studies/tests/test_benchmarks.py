@@ -1,10 +1,9 @@
 """The benchmarks run; what they measure is for their pages, not for a test that a busy machine could fail."""
 
+import importlib
 import itertools
 import json
-import runpy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +16,10 @@ from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
 from torchcdm.training.loop import train
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """The names of a benchmark, as a module has them."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
+def benchmark(name):
+    """The module of a benchmark."""
+    return importlib.import_module(f"studies.benchmarks.{name}")
 
 
 def not_json(constant):
@@ -32,13 +27,14 @@ def not_json(constant):
 
 
 @pytest.fixture
-def report_of(benchmark, tmp_path):
+def report_of(monkeypatch, tmp_path):
     """Runs a benchmark, with other values for some of its names, and gives its rows."""
 
     def run(name, *words, **values):
-        main, report = benchmark(name)["main"], tmp_path / "report.json"
-        main.__globals__.update(values)
-        main([*words, "--json", str(report)])
+        module, report = benchmark(name), tmp_path / "report.json"
+        for key, value in values.items():
+            monkeypatch.setattr(module, key, value)
+        module.main([*words, "--json", str(report)])
         return json.loads(report.read_text(), parse_constant=not_json)["rows"]
 
     return run
@@ -141,8 +137,8 @@ def test_likelihood_throughput_divides_by_the_flow(rows_of, digits_run):
         assert row["ratio_to_flow"] * row["seconds"] == pytest.approx(rows["flow"]["seconds"])
 
 
-def test_restorations_ranks_by_every_score(benchmark, digits_run, capsys):
-    benchmark("restorations")["main"]([digits_run])
+def test_restorations_ranks_by_every_score(digits_run, capsys):
+    benchmark("restorations").main([digits_run])
     lines = capsys.readouterr().out.splitlines()
     (first,) = (number for number, line in enumerate(lines) if line.startswith("score"))
     table = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines[first + 1 :]}
@@ -174,8 +170,8 @@ def test_table_density_gives_the_cdm_the_budget_of_the_others(rows_of, monkeypat
     assert rows["cdm"]["seconds"] == pytest.approx(0.4, abs=0.05)
 
 
-def test_the_density_of_the_houses_integrates_to_one(benchmark):
-    houses = benchmark("table_density")["Houses"]()
+def test_the_density_of_the_houses_integrates_to_one():
+    houses = benchmark("table_density").Houses()
     side, steps = 10 / 2000, (np.arange(2000) + 0.5) / 2000
     latitudes = 32 + 10 * steps
     assert np.exp(houses.log_prob(latitudes[:, None])).sum() * side == pytest.approx(1, abs=1e-4)
@@ -201,11 +197,11 @@ def test_conditional_density_measures_against_the_exact_posterior(report_of):
     assert [row["log_z"] is not None for row in rows] == [False] * 4 + [True] + [False] * 3
 
 
-def test_the_posterior_of_the_two_moons_integrates_to_one_and_draws_what_it_says(benchmark):
+def test_the_posterior_of_the_two_moons_integrates_to_one_and_draws_what_it_says():
     names = benchmark("conditional_density")
-    simulator = names["TwoMoons"]()
+    simulator = names.TwoMoons()
     x = simulator.pairs(100, 0)[1][:1]
-    points, area = names["grid"](*simulator.box(x[0]), 1000)
+    points, area = names.grid(*simulator.box(x[0]), 1000)
     density = np.exp(simulator.log_posterior(points, x.repeat(len(points), 0)))
     assert density.sum() * area == pytest.approx(1, abs=0.01)
     draws = simulator.draws(4000, x[0], 0)
@@ -214,8 +210,8 @@ def test_the_posterior_of_the_two_moons_integrates_to_one_and_draws_what_it_says
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_classifier_of_conditional_density_tells_samples_apart(benchmark):
-    c2st, (x, y) = benchmark("conditional_density")["c2st"], np.random.RandomState(0).normal(size=(2, 40, 2))
+def test_the_classifier_of_conditional_density_tells_samples_apart():
+    c2st, (x, y) = benchmark("conditional_density").c2st, np.random.RandomState(0).normal(size=(2, 40, 2))
     assert c2st(x + 9, y) == 1
     assert c2st(x, y) < 0.75
 
@@ -257,10 +253,10 @@ def test_mixture_weights_has_a_row_for_every_contender(report_of):
 
 
 @pytest.mark.parametrize("dim", [2, 5])
-def test_the_map_of_the_ratio_benchmarks_is_invertible(benchmark, dim):
+def test_the_map_of_the_ratio_benchmarks_is_invertible(dim):
     """Its Jacobian's determinant is that of the last step: the couplings keep volumes."""
     names, x, width = benchmark("ratio_pairs"), np.random.RandomState(0).normal(size=(20, dim)), 1e-6
-    move = names["InvertibleMap"](dim)
+    move = names.InvertibleMap(dim)
     columns = [(move(x + width * unit) - move(x - width * unit)) / (2 * width) for unit in np.eye(dim)]
     volumes = np.linalg.det(np.stack(columns, -1))
     # y + 0.2 sin(2 y), by Newton's steps from its values.

@@ -1,4 +1,4 @@
-"""``cdm compare``: what is kept, what is refused, what is printed."""
+"""``python -m studies compare``: what is kept, what is refused, what is printed."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from studies import frechet
 from studies.cli import main
 from studies.compare import comparison as comparing
 from studies.compare import peers as registry
@@ -17,6 +16,7 @@ from studies.compare.flows import FlowModule
 from studies.compare.peers import PEERS
 from studies.compare.results import NAME_WIDTH, Comparison
 from studies.compare.sklearn_peers import ClassicalPeer
+from studies.quality import frechet
 from torchcdm.data import fingerprint, from_object, load_data
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
@@ -243,7 +243,7 @@ def test_a_missing_library_names_the_extra(monkeypatch, capsys):
     assert main(["compare", "digits", "--budget", "1", "--peers", "gaussian,nsf,maf"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "zuko not installed, which nsf, maf come from" in error
-    assert "pip install 'torchcdm[peers]'" in error
+    assert "pip install 'torchcdm[studies]'" in error
 
 
 def test_peers_are_listed_with_what_they_suit(capsys):

@@ -13,7 +13,7 @@ from studies.compare.comparison import compare
 from studies.compare.denoising import FittedDenoiser
 from studies.compare.flows import FittedFlow, FlowModule, calls_of
 from studies.compare.gradient import Recipe, Trainable, seeded
-from studies.compare.peer import Task, Training
+from studies.compare.peer import Fitted, Samples, Task, Training
 from studies.compare.peers import PEERS
 from studies.compare.results import paired
 from studies.compare.torchcfm_peers import FlowMatching, Matching
@@ -420,3 +420,18 @@ def test_processor_time_does_not_pass_while_asleep():
     time.sleep(0.2)
     assert wall.elapsed > 0.19 and processor.elapsed < 0.1
     assert 0 < wall.share < 1 and not wall.spent
+
+
+def test_samples_of_two_seeds_share_no_chunk():
+    seeds = {}
+
+    class Recorded(Fitted):
+        scores = None
+
+        def sample(self, n, seed):
+            seeds.setdefault(current, []).append(seed)
+            return Samples(torch.zeros(n, 1), 1)
+
+    for current in (0, 1):
+        comparison._sampling(Recorded(), Budget(1), current, count=4 * comparison.CHUNK)
+    assert len(seeds[0]) == 4 and len({*seeds[0], *seeds[1]}) == 8

@@ -9,11 +9,15 @@ import pytest
 import torch
 from oracles import covariance, rng
 
-from studies import features, frechet
-from studies.features import Extractor, extractor_for
-from studies.frechet import Moments, Reference, frechet_distance, kernel_distance, precision_and_recall
+from studies.quality import features, frechet
+from studies.quality.features import Extractor, extractor_for
+from studies.quality.frechet import Moments, Reference, kernel_distance, precision_and_recall
 from torchcdm.data import from_object, load_data
 from torchcdm.errors import UserError
+
+
+def frechet_distance(a, b):
+    return Moments.of([a]).distance(Moments.of([b]))
 
 
 def test_distance_of_gaussians_with_commuting_covariances():
@@ -163,7 +167,7 @@ def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch,
 
     fake = types.SimpleNamespace(FeatureExtractorInceptionV3=Network)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
-    monkeypatch.setattr("studies.features.inception_features", lambda source: True)
+    monkeypatch.setattr("studies.quality.features.inception_features", lambda source: True)
     grey = torch.arange(256).repeat(3).reshape(-1, 3, 2, 2)
     data = grey.to(torch.uint8) if scale == 255 else grey / 255
     source = from_object(data, validation_fraction=0.0, test_fraction=0.0)

@@ -169,7 +169,7 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert path.name == "table9-small.md"
     assert "| CDM | 3.142 | – |" in text and "| DDM | 2 | 2.65 |" in text and "| --- | ---: | ---: |" in text
     assert "(figures/f.png)" in text and "- fewer steps" in text and "- a finding" in text
-    assert "cdm reproduce table9 --scale small --out DIR" in text
+    assert "python -m studies reproduce table9 --scale small --out DIR" in text
     content = json.loads((tmp_path / "table9-small.json").read_text())
     assert content["tables"][0]["rows"] == [["CDM", 3.14159, None], ["DDM", 2, 2.65]]
     assert content["scaled_down"] == ["fewer steps"] and content["figures"][0]["file"] == "f.png"
@@ -296,7 +296,7 @@ def test_smoke_runs_and_a_second_run_makes_nothing(tmp_path, monkeypatch, capsys
     assert main(arguments) == 0
     report = (tmp_path / "fig7-smoke.json").read_text()
     content = json.loads(report)
-    assert content["command"] == "cdm reproduce fig7 --scale smoke --steps 6 --out DIR"
+    assert content["command"] == "python -m studies reproduce fig7 --scale smoke --steps 6 --out DIR"
     assert content["scaled_down"][-1].startswith("6 training steps for every model")
     table = content["tables"][0]
     rows = {(row[0], row[2]): dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}

@@ -10,8 +10,8 @@ import torch
 from oracles import rng
 from torch import nn
 
-from studies import frechet
 from studies.cli import main
+from studies.quality import frechet
 from studies.reproduce import fig4, fig9, models, table1
 from studies.reproduce.denoised import denoised, root_mean_square
 from studies.reproduce.tre import TRELoss

@@ -9,10 +9,10 @@ import torch
 from oracles import rng
 from published_data import write_celeba, write_cifar
 
-from studies import frechet
 from studies.cli import main
 from studies.compare import comparison
-from studies.features import Extractor
+from studies.quality import frechet
+from studies.quality.features import Extractor
 from studies.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
 from torchcdm.cli import main as cdm
 from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain
@@ -227,7 +227,7 @@ def test_libraries_that_are_not_installed_are_named(tmp_path, short, scored, mon
     setting = table3.SETTINGS["smoke"]
     monkeypatch.setitem(table3.SETTINGS, "smoke", replace(setting, systems=("realnvp",)))
     content = run("table3", tmp_path)
-    assert any("Not installed: realnvp; pip install 'torchcdm[peers]'" in note for note in content["notes"])
+    assert any("Not installed: realnvp; pip install 'torchcdm[studies]'" in note for note in content["notes"])
     capsys.readouterr()
 
 

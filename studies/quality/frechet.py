@@ -1,4 +1,4 @@
-"""Fréchet distance between images, in the features of :mod:`studies.features`.
+"""Fréchet distance between images, in the features of :mod:`studies.quality.features`.
 
 .. math:: |\\mu_a - \\mu_b|^2 + \\mathrm{Tr}(S_a + S_b - 2 (S_a S_b)^{1/2})
 
@@ -17,7 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from studies.features import BATCH, Extractor, Kept, extractor_for, in_batches, kept
+from studies.quality.features import BATCH, Extractor, Kept, extractor_for, in_batches, kept
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.data.source import evenly_spaced
 from torchcdm.errors import UserError
@@ -76,15 +76,6 @@ class Moments:
         cross = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp_min(0).sqrt().sum()
         traces = self.covariance.trace() + other.covariance.trace()
         return float((self.mean - other.mean).square().sum() + traces - 2 * cross)
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of two sets of features, (N, F) and (M, F).
-
-    Raises:
-        UserError: Fewer than two samples, or features of different length.
-    """
-    return Moments.of([a]).distance(Moments.of([b]))
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
