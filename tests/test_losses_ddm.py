@@ -17,7 +17,7 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.losses import CDMLoss, DDMLoss, bound_weights
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.training.build import build_loss
 from torchcdm.training.settings import LossConfig
 from torchcdm.units import DataTransform

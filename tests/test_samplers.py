@@ -9,6 +9,7 @@ from torch import nn
 
 from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,
@@ -19,7 +20,8 @@ from torchcdm.diffusion.schedules import (
 )
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, Prediction
+from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, make_sampler, sample, sample_noise
 from torchcdm.units import DataTransform
 

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from torchcdm.apps.ratio import DensityRatio
     from torchcdm.errors import UserError
     from torchcdm.models.cdm import ClassificationDiffusion
-    from torchcdm.models.denoiser import DenoisingDiffusion
+    from torchcdm.models.ddm import DenoisingDiffusion
     from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load
     from torchcdm.training.fit import fit
 
 __all__ = [
     "ClassificationDiffusion",
+    "Denoiser",
     "DenoisingDiffusion",
+    "DensityModel",
     "DensityRatio",
     "UserError",
     "__version__",
@@ -42,7 +44,9 @@ _MODULES = ("estimators", "likelihood")
 
 _HOMES = {
     "ClassificationDiffusion": "models.cdm",
-    "DenoisingDiffusion": "models.denoiser",
+    "Denoiser": "models.denoiser",
+    "DenoisingDiffusion": "models.ddm",
+    "DensityModel": "models.density",
     "DensityRatio": "apps.ratio",
     "UserError": "errors",
     "fit": "training.fit",

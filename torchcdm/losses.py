@@ -7,10 +7,12 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import LearnedSchedule, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.cdm import ClassificationDiffusion, Evaluation
-from torchcdm.models.denoiser import DenoisingDiffusion, Prediction
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.density import Evaluation
 
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
@@ -182,7 +184,7 @@ class CDMLoss(nn.Module):
             result, mse = self._squared_error(x_t, t, y, eps)
             log_p, unconditional = result.log_prob_levels, result.unconditional
         else:
-            log_p, unconditional = self.model.log_prob_pair(x_t, y)
+            log_p, unconditional = self.model.conditional_and_marginal(x_t, y)
             mse = x_0.new_zeros(len(x_0))
         # The outcomes of a joint model are (class, level), their normaliser the sum of p_t(x) over the levels;
         # at level T+1 the classes are one outcome, so that its probability carries no class prior.
@@ -217,10 +219,10 @@ class CDMLoss(nn.Module):
     ) -> tuple[Evaluation, Tensor]:
         """The model at ``x_t`` and the mean square of eps_hat - eps, (B,), with its gradient in the weights."""
         if not differences_suffice(x_t):
-            result = self.model.evaluate(x_t, t, y, graph="denoiser")
+            result = self.model.evaluate_twice_differentiable(x_t, t, y)
             return result, (result.eps - eps).square().flatten(1).mean(1)
         random_state = torch.get_rng_state()
-        result = self.model.evaluate(x_t, t, y, graph="densities")
+        result = self.model.evaluate_with_densities(x_t, t, y)
         error = result.eps - eps
         gradient = self._gradient_of_square(x_t, t, y, error, result.log_prob_levels, random_state)
         return result, error.square().flatten(1).mean(1) + gradient
@@ -250,7 +252,7 @@ class CDMLoss(nn.Module):
         moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(random_state)
-            there = self.model.log_prob_pair(moved, y)[0]
+            there = self.model.conditional_and_marginal(moved, y)[0]
         change = (there - log_p).gather(1, t[:, None])[:, 0]
         # sigma / distance, which is finite where sigma is 0.
         scale = way * (sigma / rounding).sqrt() / DISPLACEMENT
@@ -304,7 +306,7 @@ class CDMLoss(nn.Module):
         variance = (spread.double().square() + to_0.double().square() * error.reshape(to_0.shape)).flatten()
         forward = _log_gaussian(x_t - keep * x_s, added.double().square().flatten())
         backward = _log_gaussian(x_s - to_t * x_t - to_0 * estimate.x0, variance)
-        log_p_s = self.model.log_prob_pair(x_s, y)[0].gather(1, lower[:, None])[:, 0]
+        log_p_s = self.model.conditional_and_marginal(x_s, y)[0].gather(1, lower[:, None])[:, 0]
         mismatch = log_p_s + forward - log_p.gather(1, upper[:, None])[:, 0] - backward
         log_r = schedule.ratio.log()
         used = (upper == t) & (log_r[upper] - log_r[lower] < LARGEST_TIME_STEP)

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
-from torchcdm.models.denoiser import Denoiser, Prediction, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import share
 

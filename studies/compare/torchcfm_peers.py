@@ -11,8 +11,9 @@ from studies.compare.denoising import FittedDenoiser
 from studies.compare.gradient import Recipe, Trainable, seeded, train
 from studies.compare.peer import Peer, Task
 from torchcdm.apps.budget import Budget
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, OptimalTransportSchedule
-from torchcdm.models.denoiser import Denoiser, Prediction
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import DataTransform
 
 LEVELS = 999

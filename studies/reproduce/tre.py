@@ -35,7 +35,7 @@ class TRELoss(nn.Module):
     def forward(self, x_0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Terms:
         """As :meth:`torchcdm.losses.CDMLoss.forward`: ``loss``, ``mse`` (0), ``t``."""
         x_t = self.model.schedule.perturb(x_0, t, eps)
-        log_p = self.model.log_prob_pair(x_t, y)[0]
+        log_p = self.model.conditional_and_marginal(x_t, y)[0]
         last = self.model.schedule.T + 1
         here, above, below = (log_p.gather(1, (t + step).clamp(0, last)[:, None])[:, 0] for step in (0, 1, -1))
         up, down = (nn.functional.softplus(other - here) for other in (above, below))

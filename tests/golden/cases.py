@@ -37,7 +37,8 @@ from torchcdm.likelihood import (
 )
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.unet import CDMUNet, DDMUNet

@@ -9,10 +9,11 @@ from torch import nn
 
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import GuidedDenoiser, Prediction
+from torchcdm.models.guidance import GuidedDenoiser
 from torchcdm.units import DataTransform
 
 T = 30
@@ -84,7 +85,7 @@ def flow_log_prob(model, x_1):
 
     def slope(v, t):
         x = (scale[t] * v).requires_grad_()
-        eps = model.evaluate(x, t, graph="denoiser").eps
+        eps = model.evaluate_twice_differentiable(x, t).eps
         rate = (alpha[t] * eps - sigma[t] * (x - sigma[t] * eps) / alpha[t]) / scale[t]
         rows = [torch.autograd.grad(rate[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(2)]
         return rate.detach(), -scale[t] * sum(rows)
@@ -320,7 +321,7 @@ def test_denoising_keeps_no_graph_and_works_without_gradients():
 def test_both_ways_to_the_gradient_agree(joint):
     model = exact_model(LogSNRSchedule(T), fitted=True, joint=joint)
     x, y = normal(5, 2), torch.tensor([0, 1, 1, 0, 2])
-    kept, plain = model.evaluate(x, 7, y, graph="denoiser"), model.evaluate(x, 7, y)
+    kept, plain = model.evaluate_twice_differentiable(x, 7, y), model.evaluate(x, 7, y)
     for name in ("eps", "log_prob_levels", "unconditional"):
         assert torch.allclose(getattr(kept, name), getattr(plain, name), atol=1e-10)
         assert not getattr(plain, name).requires_grad
@@ -356,12 +357,9 @@ def test_conversions_go_round():
     schedule, x, eps = SCHEDULES["ot"](T), normal(4, 2), normal(4, 2, seed=1)
     at = schedule.at(7, x)
     truth = Prediction(x, *at, eps)
-    for again in (
-        Prediction.from_x0(x, *at, truth.x0),
-        Prediction.from_score(x, *at, truth.score),
-        Prediction.from_velocity(x, *at, truth.velocity),
-    ):
-        assert torch.allclose(again.eps, eps, atol=1e-12)
+    again = Prediction.from_velocity(x, *at, truth.velocity)
+    assert torch.allclose(again.eps, eps, atol=1e-12)
+    assert torch.allclose(-at[1] * truth.score, eps, atol=1e-12)
     assert torch.allclose(schedule.perturb(truth.x0, 7, eps), x, atol=1e-12)
 
 

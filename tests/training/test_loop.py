@@ -16,7 +16,7 @@ from torchcdm.cli import main
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.samplers import sample
 from torchcdm.training import loop as training
 from torchcdm.training.build import gaussianized

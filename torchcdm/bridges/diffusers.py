@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.networks.blocks import time_embedding
 from torchcdm.networks.unet import DDMUNet
 from torchcdm.units import DataTransform

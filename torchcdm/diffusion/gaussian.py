@@ -26,6 +26,11 @@ FULL_COVARIANCE_LIMIT = 4096
 class BaseDensity(Float64Module, ABC):
     """A density known in closed form at all levels of a schedule."""
 
+    @property
+    def gaussian(self) -> GaussianMarginals | None:
+        """The one Gaussian of all data in it; None where nothing was fitted."""
+        return None
+
     @abstractmethod
     def log_prob_levels(self, x: Tensor) -> Tensor:
         """log density of ``x`` (B, *shape) at every level: float64 (B, T+2), nats in model units."""
@@ -171,6 +176,10 @@ class GaussianMarginals(BaseDensity):
         self._set_constants()
         self.register_load_state_dict_post_hook(_refresh)
 
+    @property
+    def gaussian(self) -> GaussianMarginals:
+        return self
+
     def _set_constants(self) -> None:
         """What log p at each level owes to mean and variances alone, (T+2,): 784 000 logarithms for T = 1000."""
         variances = self._variances_at(slice(None))
@@ -301,6 +310,10 @@ class ClassDensities(BaseDensity):
     def schedule(self) -> NoiseSchedule:
         """The noise schedule."""
         return self.common.schedule
+
+    @property
+    def gaussian(self) -> GaussianMarginals | None:
+        return self.common.gaussian
 
     def log_prob_levels(self, x: Tensor) -> Tensor:
         return self.common.log_prob_levels(x)

@@ -87,6 +87,10 @@ class MixtureMarginals(BaseDensity):
         mixture = GaussianMixture(*fit_gaussians(samples, components, floor, shrinkage, rows))
         return cls(schedule, mixture, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
 
+    @property
+    def gaussian(self) -> GaussianMarginals:
+        return self.common
+
     def log_prob_levels(self, x: Tensor) -> Tensor:
         return self.mixture.log_prob_levels(x, self.schedule)
 

@@ -17,9 +17,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import reference_gaussian
-from torchcdm.models.denoiser import Denoiser, Prediction, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.batching import map_rows
 
 CALIBRATION_SAMPLES = 256

@@ -19,7 +19,6 @@ from torch import Tensor
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.errors import UserError
 from torchcdm.likelihood.common import PROBES, START, draw_rows, labels_of
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.batching import map_rows
 
@@ -51,11 +50,8 @@ class FlowResult:
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     """The denoiser's own Gaussian marginals, or those of standard normal data."""
-    base = getattr(denoiser, "base", None)
-    while hasattr(base, "common"):
-        base = base.common
-    if isinstance(base, GaussianMarginals):
-        return base
+    if denoiser.gaussian is not None:
+        return denoiser.gaussian
     if denoiser.shape is None:
         raise UserError("the flow needs the event shape: give the model a DataTransform")
     # Isotropic: the cosine form needs no matrix.
@@ -347,11 +343,7 @@ class _Flow:
         """E[eps | x_t] less the reference's, and its divergence in x_t: the one place that takes one."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            if isinstance(self.denoiser, ClassificationDiffusion):
-                eps = self.denoiser.evaluate(x, t, self.y, graph="denoiser", readout=False).eps
-            else:
-                eps = self.denoiser.denoise(x, t, self.y).eps
-            excess = eps - self.reference.eps(x, t)
+            excess = self.denoiser.differentiable_eps(x, t, self.y) - self.reference.eps(x, t)
             vectors = self._probe_vectors(x, t)
             traces = []
             for i, probe in enumerate(vectors):

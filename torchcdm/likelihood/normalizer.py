@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import flow_sample
-from torchcdm.models.cdm import ClassificationDiffusion, Evaluation
-from torchcdm.models.denoiser import Prediction, evaluation_mode, working_dtype
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import evaluation_mode, working_dtype
+from torchcdm.models.density import Evaluation
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import alone
 

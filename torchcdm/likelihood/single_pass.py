@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.common import (
@@ -21,7 +22,7 @@ from torchcdm.likelihood.common import (
     require_transform,
 )
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, Prediction, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.batching import map_rows
 from torchcdm.units import LogLikelihood
 

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, final
+from collections.abc import Callable
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from torchcdm.diffusion.gaussian import BaseDensity, StandardNormal
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, Prediction, working_dtype
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import DensityModel, Evaluation
+from torchcdm.models.guidance import OnePassGuidance
 from torchcdm.models.readout import Readout
 from torchcdm.networks.second_order import second_derivatives
 from torchcdm.units import DataTransform
 
-Graph = Literal["none", "densities", "denoiser"]
-"""What of an evaluation stays differentiable."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All that one forward and one backward pass tell.
-
-    Attributes:
-        eps: E[eps | x_t], (B, *shape).
-        log_prob_levels: log p_t(x_t | y) at every level, or log p_t(x_t) without labels; float64 (B, T+2).
-        unconditional: log p_t(x_t) at every level where the same pass gives it (joint backbones);
-            ``log_prob_levels`` itself elsewhere.
-    """
-
-    eps: Tensor
-    log_prob_levels: Tensor
-    unconditional: Tensor
-
 
 @final
-class ClassificationDiffusion(Denoiser):
+class ClassificationDiffusion(DensityModel):
     """A classifier of noise levels, read as a density at every level (identities 1 to 4).
 
     The backbone's output h corrects a base density that is known in closed form at every level:
@@ -101,18 +85,9 @@ class ClassificationDiffusion(Denoiser):
     # --- densities -------------------------------------------------------------------------------------------
 
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p_t(x_t) at every level from one forward pass (identity 1).
+        return self.conditional_and_marginal(x_t, y)[0]
 
-        Args:
-            x_t: Model units, (B, *shape).
-            y: Classes, long (B,); None for the unconditional density.
-
-        Returns:
-            Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
-        """
-        return self.log_prob_pair(x_t, y)[0]
-
-    def log_prob_pair(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`log_prob_levels` of ``y``, and of no label where the same pass gives it (joint backbones)."""
         base = self.base.log_prob_levels(x_t)
         chosen, unconditional = self._corrections(x_t, y)
@@ -138,36 +113,6 @@ class ClassificationDiffusion(Denoiser):
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
 
-    def log_prob(
-        self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data"
-    ) -> Tensor:
-        """log p_t(x), one forward pass, differentiable; of a model with a readout the gradient is the denoiser's.
-
-        Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
-
-        Args:
-            x: (B, *shape), a tensor or an array of any number type.
-            t: Level of the density; 0 is the data.
-            y: Classes, long (B,); None for the unconditional density.
-            units: ``data``, or ``model`` for inputs that are already transformed.
-
-        Returns:
-            Nats in the units asked for, float64 (B,).
-
-        Raises:
-            UserError: Unknown units, a level outside 0 ... T+1, or a shape that is not the model's.
-        """
-        if units not in ("data", "model"):
-            raise UserError(f"units is '{units}'; choose data or model")
-        if not 0 <= t <= self.schedule.T + 1:
-            raise UserError(f"level {t} does not exist; levels are 0 ... {self.schedule.T + 1}")
-        x = torch.as_tensor(x, device=self.schedule.alpha.device)
-        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
-        z = x if units == "model" or self.transform is None else self.transform(x)
-        log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
-        return log_p if z is x else log_p + self.transform.log_det(x)
-
     def logits(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
         """Logits of the level classifier, float64 (B, T+2): their softmax is p(t | x_t)."""
         return self.log_prob_levels(x_t, y)
@@ -183,20 +128,10 @@ class ClassificationDiffusion(Denoiser):
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
         x_t = x_t.detach()
-        return Prediction(x_t, *self.schedule.at(t, x_t), self.evaluate(x_t, t, y, readout=False).eps)
+        return Prediction(x_t, *self.schedule.at(t, x_t), self._evaluate(x_t, t, y, readout=False).eps)
 
-    def evaluate(
-        self,
-        x_t: Tensor,
-        t: Level,
-        y: Tensor | None = None,
-        guidance: float = 0.0,
-        graph: Graph = "none",
-        readout: bool = True,
-    ) -> Evaluation:
-        """The denoiser and the density at every level, from one forward and one backward pass.
-
-        The only place that differentiates logits with respect to the input.
+    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
+        """The denoiser and the density at every level, from one forward and one backward pass; no graph.
 
         Args:
             x_t: Model units, (B, *shape).
@@ -204,34 +139,64 @@ class ClassificationDiffusion(Denoiser):
             y: Classes, long (B,), or None.
             guidance: Weight w of identity 8, for joint backbones: the gradient is taken of
                 (1 + w) log p_t(x|y) - w log p_t(x).
-            graph: What stays differentiable: nothing, the densities in the weights alone, or the denoiser too, in the
-                weights and in ``x_t``, for divergences and for losses that need it.
-            readout: Whether densities are those of the readout, where the model has one; it takes time.
         """
+        return self._evaluate(x_t, t, y, guidance)
+
+    def evaluate_with_densities(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
+        """:meth:`evaluate`, the densities with a graph in the weights; the denoiser without one."""
+        return self._evaluate(x_t, t, y, keep_densities=True)
+
+    def evaluate_twice_differentiable(
+        self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
+    ) -> Evaluation:
+        """:meth:`evaluate`, all of it with a graph in the weights and in ``x_t``."""
         _refuse_inference_mode()
-        if graph != "denoiser":
-            x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
-        rows = torch.arange(len(x_t), device=x_t.device)
-        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        with torch.enable_grad(), second_derivatives():
+            # torch.func rather than autograd.grad: torch.compile can differentiate through it.
+            gradient, corrections = torch.func.grad(self._target(t, y, guidance, readout=False), has_aux=True)(x_t)
+        return self._evaluation(x_t, t, gradient, corrections)
+
+    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        return self.evaluate_twice_differentiable(x_t, t, y).eps
+
+    def _evaluate(
+        self,
+        x_t: Tensor,
+        t: Level,
+        y: Tensor | None,
+        guidance: float = 0.0,
+        keep_densities: bool = False,
+        readout: bool = True,
+    ) -> Evaluation:
+        _refuse_inference_mode()
+        x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            value, corrections = self._target(t, y, guidance, readout)(x)
+            (gradient,) = torch.autograd.grad(value, x, retain_graph=keep_densities)
+        if not keep_densities:
+            corrections = tuple(correction.detach() for correction in corrections)
+        return self._evaluation(x_t, t, gradient, corrections)
+
+    def _target(
+        self, t: Level, y: Tensor | None, guidance: float, readout: bool = True
+    ) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]:
+        """The scalar whose gradient is the denoiser's, of x_t, and beside it what it is made of."""
 
         def target(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             chosen, unconditional = self._corrections(x, y, readout)
+            rows = torch.arange(len(x), device=x.device)
+            levels = torch.as_tensor(t, device=x.device).expand(len(x))
             value = chosen[rows, levels]
             if guidance:
                 value = (1 + guidance) * value - guidance * unconditional[rows, levels]
             return value.sum(), (chosen, unconditional)
 
-        with torch.enable_grad():
-            if graph == "denoiser":
-                # torch.func rather than autograd.grad: torch.compile can differentiate through it.
-                with second_derivatives():
-                    gradient, corrections = torch.func.grad(target, has_aux=True)(x_t)
-            else:
-                x = x_t.detach().requires_grad_()
-                value, corrections = target(x)
-                (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
-                if graph == "none":
-                    corrections = tuple(correction.detach() for correction in corrections)
+        return target
+
+    def _evaluation(
+        self, x_t: Tensor, t: Level, gradient: Tensor, corrections: tuple[Tensor, Tensor]
+    ) -> Evaluation:
         _, sigma_t = self.schedule.at(t, x_t)
         eps = self.base.eps(x_t, t) - sigma_t * gradient
         base = self.base.log_prob_levels(x_t)
@@ -259,9 +224,6 @@ class ClassificationDiffusion(Denoiser):
             (pull,) = torch.autograd.grad((weights * sigma**2 / alpha * levels).sum(), z)
         share = (weights / alpha).sum(1).reshape(-1, *[1] * (x.ndim - 1))
         return (share * x.double() + pull).to(x.dtype)
-
-    def start(self, noise: Tensor) -> Tensor:
-        return self.base.start(noise)
 
     def guided(self, weight: float) -> Denoiser:
         """Classifier-free guidance (identity 8): one pass a step with joint logits, two without."""
@@ -307,31 +269,3 @@ def _refuse_inference_mode() -> None:
     # The compiler cannot trace the question; the gradient fails under inference mode all the same.
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
-
-
-@final
-class OnePassGuidance(Denoiser):
-    """Guidance as the gradient of one scalar, (1 + w) log p_t(x|y) - w log p_t(x) (identity 8).
-
-    Args:
-        model: A model with joint logits.
-        weight: w; 0 is the plain conditional model.
-    """
-
-    def __init__(self, model: ClassificationDiffusion, weight: float) -> None:
-        super().__init__(model.schedule, model.transform)
-        self.model = model
-        self.weight = weight
-
-    @property
-    def classes(self) -> int | None:
-        return self.model.classes
-
-    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        if y is None:
-            raise UserError("guidance needs labels: give y")
-        eps = self.model.evaluate(x_t, t, y, guidance=self.weight).eps
-        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
-
-    def start(self, noise: Tensor) -> Tensor:
-        return self.model.start(noise)

@@ -25,7 +25,8 @@ from torchcdm.diffusion.schedules import (
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.timm_adapter import TimmBackbone

@@ -162,7 +162,7 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
         device: Where to.
 
     Returns:
-        A :class:`torchcdm.ClassificationDiffusion`; a :class:`torchcdm.models.denoiser.DenoisingDiffusion` for a ddm.
+        A :class:`torchcdm.ClassificationDiffusion`; a :class:`torchcdm.DenoisingDiffusion` for a ddm.
 
     Raises:
         UserError: No run there, or files that are damaged or of another format version.

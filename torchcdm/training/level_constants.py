@@ -76,7 +76,7 @@ def calibrate_levels(
         label = None if y is None else y[batch.rows].to(batch.t.device)
 
         def part(rows: slice, x_t: Tensor = batch.x_t, y: Tensor | None = label) -> Tensor:
-            return model.log_prob_pair(x_t[rows], None if y is None else y[rows])[1]
+            return model.conditional_and_marginal(x_t[rows], None if y is None else y[rows])[1]
 
         logits.append(map_rows(part, len(batch.t), dim=x.shape[1:].numel(), device=batch.t.device).cpu())
         levels.append(batch.t.cpu())

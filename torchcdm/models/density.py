@@ -1,0 +1,123 @@
+"""Models with a density: what "has a density" means."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchcdm.diffusion.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.diffusion.schedules import Level
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser, working_dtype
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that one forward and one backward pass tell.
+
+    Attributes:
+        eps: E[eps | x_t], (B, *shape).
+        log_prob_levels: log p_t(x_t | y) at every level, or log p_t(x_t) without labels; float64 (B, T+2).
+        unconditional: log p_t(x_t) at every level where the same pass gives it (joint backbones);
+            ``log_prob_levels`` itself elsewhere.
+    """
+
+    eps: Tensor
+    log_prob_levels: Tensor
+    unconditional: Tensor
+
+
+class DensityModel(Denoiser):
+    """A denoiser with a log density at every level.
+
+    Attributes:
+        base: The density in closed form that the network corrects.
+    """
+
+    base: BaseDensity
+
+    @property
+    def density(self) -> DensityModel:
+        return self
+
+    @property
+    def gaussian(self) -> GaussianMarginals | None:
+        return self.base.gaussian
+
+    @property
+    def joint(self) -> bool:
+        """Whether one pass gives the densities of all classes (identity 10)."""
+        return False
+
+    @abstractmethod
+    def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
+        """log p_t(x_t) at every level from one forward pass (identity 1).
+
+        Args:
+            x_t: Model units, (B, *shape).
+            y: Classes, long (B,); None for the unconditional density.
+
+        Returns:
+            Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
+        """
+
+    @abstractmethod
+    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
+        """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.
+
+        Args:
+            x_t: Model units, (B, *shape).
+            t: Level, an int or long (B,).
+            y: Classes, long (B,), or None.
+        """
+
+    def log_prob(
+        self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data"
+    ) -> Tensor:
+        """log p_t(x), one forward pass, differentiable.
+
+        Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
+
+        Args:
+            x: (B, *shape), a tensor or an array of any number type.
+            t: Level of the density; 0 is the data.
+            y: Classes, long (B,); None for the unconditional density.
+            units: ``data``, or ``model`` for inputs that are already transformed.
+
+        Returns:
+            Nats in the units asked for, float64 (B,).
+
+        Raises:
+            UserError: Unknown units, a level outside 0 ... T+1, or a shape that is not the model's.
+        """
+        if units not in ("data", "model"):
+            raise UserError(f"units is '{units}'; choose data or model")
+        if not 0 <= t <= self.schedule.T + 1:
+            raise UserError(f"level {t} does not exist; levels are 0 ... {self.schedule.T + 1}")
+        x = torch.as_tensor(x, device=self.schedule.alpha.device)
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+            raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
+        z = x if units == "model" or self.transform is None else self.transform(x)
+        log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
+        return log_p if z is x else log_p + self.transform.log_det(x)
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.base.start(noise)
+
+
+def require_density(model: Denoiser, what: str) -> DensityModel:
+    """``model`` as a density.
+
+    Args:
+        model: Any model.
+        what: What needs the density, for the message: "a ratio".
+
+    Raises:
+        UserError: The model has no density.
+    """
+    if model.density is None:
+        raise UserError(f"{what} needs a density, which a plain diffusion model (ddm) does not have: use a cdm")
+    return model.density
