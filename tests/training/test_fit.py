@@ -130,7 +130,7 @@ def test_other_objects_are_refused_in_one_line(data):
 
 
 def test_no_samples_are_drawn_for_a_run_that_is_not_kept(monkeypatch):
-    monkeypatch.setattr("torchcdm.training.loop.draw", lambda *args: pytest.fail("drawn for nobody"))
+    monkeypatch.setattr("torchcdm.training.finish.draw", lambda *args: pytest.fail("drawn for nobody"))
     torchcdm.fit(torch.randn(60, 2), steps=1, model={"backbone": {"width": 8}}, **TINY)
 
 

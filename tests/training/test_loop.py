@@ -360,7 +360,7 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
 def test_validations_before_the_logits_count_choose_no_model_and_stop_nothing(tmp_path, monkeypatch):
     # Every validation is worse than the one before.
     values = iter(range(100))
-    monkeypatch.setattr(training, "validate", lambda *_: {"nll": float(next(values))})
+    monkeypatch.setattr("torchcdm.training.selection.validate", lambda *_: {"nll": float(next(values))})
     result = run_training(tmp_path / "run", train__steps="20", train__validate_every="2", train__patience="2",
                           loss__logits_from="[0.3, 0.6]")  # fmt: skip
     # Thirteen steps are the first after which one has counted in full: validated at 14, and twice worse by 18.

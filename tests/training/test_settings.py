@@ -10,7 +10,7 @@ from torchcdm.errors import UserError
 from torchcdm.training.build import build_backbone, build_model, build_schedule, resolve
 from torchcdm.training.codec import decode, differences, encode, merge
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields, preset_names
-from torchcdm.training.loop import learning_rate, share_done
+from torchcdm.training.optimizers import learning_rate, share_done
 from torchcdm.training.settings import Config, LearnedConfig, LogSNRConfig, ModelConfig
 from torchcdm.units import DataTransform
 

@@ -1,7 +1,8 @@
-"""Optimisers by name, and Muon for the hidden layers of a network."""
+"""Optimisers by name with their learning rate, and Muon for the hidden layers of a network."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.networks.heads import Head
+from torchcdm.training.settings import TrainConfig
 
 LEAST_SIDE = 8
 """Weights with fewer inputs or outputs, such as those that read or write the pixels, are no hidden layer's."""
@@ -18,6 +20,25 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 ITERATIONS = 5
 """Of the quintic: singular values are then within 0.7 ... 1.2."""
+
+
+def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
+    """Share of the training, 0 ... 1, that is done before a step: of its steps or its time, whichever is more."""
+    spent = 0.0 if config.max_seconds is None else seconds / config.max_seconds
+    return min(1.0, max(step / config.steps, spent))
+
+
+def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
+    """Learning rate of a step, counted from 0, after so many seconds of training."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    match config.decay:
+        case "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * share_done(config, step, seconds)))
+        case "step":
+            factor = config.decay_factor ** (step // config.decay_every)
+        case "constant":
+            factor = 1.0
+    return config.lr * warm * factor
 
 
 def build_optimizer(

@@ -1,0 +1,73 @@
+"""What a training tells while it runs: a bar with the time that is left, and means of the loss terms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.runtime.processes import Processes
+
+
+@final
+class Window:
+    """Means of the loss terms over the steps since the last line of the log.
+
+    Args:
+        T: Number of noise levels. ``mse`` is a mean over the levels 1 ... T, as in validation: that of level 0 is a
+            constant and that of level T+1 is zero.
+        device: Where the terms are.
+    """
+
+    def __init__(self, T: int, device: torch.device) -> None:
+        self.T, self.device = T, device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Terms (B,) of one step, with their levels ``t``."""
+        values = {key: term.double() for key, term in terms.items() if key != "t"}
+        noisy = ((terms["t"] >= 1) & (terms["t"] <= self.T)).double()
+        values |= {"samples": torch.ones_like(noisy), "noisy": noisy, "mse": values["mse"] * noisy}
+        for key, term in values.items():
+            self.sums[key] = self.sums.get(key, torch.zeros((), dtype=torch.float64, device=self.device)) + term.sum()
+
+    def means(self, processes: Processes) -> dict[str, float]:
+        """Means over all processes; starts a new window. Empty where every step was skipped."""
+        sums, self.sums = self._totals(processes), {}
+        if not sums:
+            return {}
+        samples, noisy = sums.pop("samples"), sums.pop("noisy")
+        means = {key: value / samples for key, value in sums.items()} | {"mse": sums["mse"] / max(noisy, 1)}
+        if "correct" in means:
+            means["accuracy"] = means.pop("correct")
+        return means
+
+    def to_json(self, processes: Processes) -> dict[str, float | None]:
+        """The sums over all processes; None for those that are not finite."""
+        return {key: value if math.isfinite(value) else None for key, value in self._totals(processes).items()}
+
+    def restore(self, sums: dict[str, float | None]) -> None:
+        """Goes on from what :meth:`to_json` gave."""
+        self.sums = {
+            key: torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=self.device)
+            for key, value in sums.items()
+        }
+
+    def _totals(self, processes: Processes) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        totals = processes.total(torch.stack([self.sums[name] for name in names]))
+        return dict(zip(names, totals.tolist(), strict=True))
+
+
+def progress_bar(show: bool, share: float) -> Any:
+    """A bar over the share of the training that is done, of its steps or its time; begins at ``share``."""
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=1.0, initial=share, desc="training", disable=not show, mininterval=0.5, smoothing=0.05,
+        dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+    )  # fmt: skip

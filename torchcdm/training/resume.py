@@ -1,0 +1,36 @@
+"""What a training may change when it goes on from a saved state."""
+
+from __future__ import annotations
+
+from torchcdm.errors import UserError
+from torchcdm.training.codec import differences, encode
+from torchcdm.training.config_files import file_fields, make_config
+from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.training.settings import Config
+
+FREE = (
+    "preset", "description", "reaches", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
+    "train.validation_samples", "train.patience", "train.calibration", "train.log_every", "train.save_every",
+    "train.sample_every", "train.trackers", "train.init",
+)  # fmt: skip
+"""Fields that may differ from the run that is resumed; all others would make it another run."""
+
+FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.precision")
+"""Fields that may differ too after steps that were not finite ended the run: what may mend it."""
+
+
+def check_same(config: Config, run: RunFolder) -> None:
+    """Refuses to go on with another training than the one in the folder.
+
+    Raises:
+        UserError: A field differs that is not free, or the folder does not tell what was trained.
+    """
+    lines = read_metrics(run.metrics)
+    free = FREE + (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else ())
+    for path, mine, theirs in differences(encode(config), encode(make_config(file_fields(run.config)))):
+        resolved_later = mine is None and path in ("model.schedule.r_min", "data.spec")
+        if not resolved_later and not any(path == name or path.startswith(f"{name}.") for name in free):
+            raise UserError(
+                f"{run.root}: was trained with {path} = {theirs}, not {mine}; resume with the same, or choose "
+                "another folder"
+            )
