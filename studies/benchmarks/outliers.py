@@ -40,8 +40,7 @@ from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
 from torchcdm.apps.anomaly import SCORES, level_profile, make_score
 from torchcdm.apps.budget import Budget
-from torchcdm.data import DataSource, from_object, load_data, pixels
-from torchcdm.training.settings import DataConfig
+from torchcdm.data import DataOptions, DataSource, from_object, load_data, pixels
 
 # --- the list, fixed ---------------------------------------------------------------------------------------------
 
@@ -263,7 +262,7 @@ def flow_scorer(setting: Setting, seconds: float) -> Scorer:
     """-log p of zuko's masked autoregressive flow."""
     budget = Budget(seconds, "processor")
     with tempfile.TemporaryDirectory() as folder:
-        flow = MAF().fit(Task(setting.source, DataConfig(), torch.device("cpu"), 0, Path(folder)), budget)
+        flow = MAF().fit(Task(setting.source, DataOptions(), torch.device("cpu"), 0, Path(folder)), budget)
 
     def scores(x: Tensor) -> dict[str, np.ndarray]:
         score, *_ = flow.scores(x.float(), budget)

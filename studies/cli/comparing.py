@@ -14,8 +14,7 @@ from torchcdm.cli.arguments import add_command, add_device, add_json, write_numb
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
-    from torchcdm.data import DataSource
-    from torchcdm.training.settings import DataConfig
+    from torchcdm.data import DataOptions, DataSource
 
 
 def add_commands(commands: Any) -> None:
@@ -106,12 +105,11 @@ def run_compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _data(options: argparse.Namespace) -> DataConfig:
-    from torchcdm.data import parse_size
-    from torchcdm.training.settings import DataConfig
+def _data(options: argparse.Namespace) -> DataOptions:
+    from torchcdm.data import DataOptions, parse_size
 
     size = None if options.size is None else parse_size(options.size)
-    return DataConfig(spec=options.data, size=size, channels=options.channels, label=options.label)
+    return DataOptions(spec=options.data, size=size, channels=options.channels, label=options.label)
 
 
 def _list(source: DataSource) -> None:

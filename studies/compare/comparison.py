@@ -18,14 +18,13 @@ from studies.compare.results import Comparison, Protocol, Result, Row, Sampling
 from studies.quality.features import inception_features
 from studies.quality.frechet import SMALLEST_COUNT, Reference
 from torchcdm.apps.budget import Budget
-from torchcdm.data import DataSource, fingerprint
+from torchcdm.data import DataOptions, DataSource, fingerprint
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZOptions
 from torchcdm.random import derive
 from torchcdm.runtime.files import write_json, writing
 from torchcdm.training.checkpoint import read_json
 from torchcdm.training.codec import decode, differences, encode
-from torchcdm.training.settings import DataConfig
 
 DRAWN = 64
 """Samples that measure the speed of sampling, where no more are asked for."""
@@ -46,7 +45,7 @@ def compare(
     seed: int = 0,
     limit: int | None = None,
     device: torch.device | None = None,
-    data: DataConfig | None = None,
+    data: DataOptions | None = None,
     progress: bool = False,
     log_z: LogZOptions | None = None,
     normalised: Sequence[str] | None = None,
@@ -95,7 +94,7 @@ def compare(
     kept = {peer.name: _kept(folder / f"{peer.name}.json") for peer in found}
     missing = None in kept.values()
     reference = Reference(source, device, folder / FEATURES) if missing and frechet is not None else None
-    task = Task(source, data or DataConfig(spec=source.name), device, seed, folder, progress)
+    task = Task(source, data or DataOptions(spec=source.name), device, seed, folder, progress)
     results = []
     for peer in found:
         result = kept[peer.name]

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.apps.budget import Budget
-from torchcdm.data import DataSource
+from torchcdm.data import DataOptions, DataSource
 from torchcdm.likelihood import LogZOptions
 from torchcdm.likelihood.common import dithered
-from torchcdm.training.settings import DataConfig
 from torchcdm.units import DataTransform, LogLikelihood
 
 SCORING_SEED = 0
@@ -46,7 +45,7 @@ class Task:
     """
 
     source: DataSource
-    data: DataConfig
+    data: DataOptions
     device: torch.device
     seed: int
     folder: Path

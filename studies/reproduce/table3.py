@@ -20,11 +20,10 @@ from studies.reproduce.models import Models
 from studies.reproduce.result import Cell, Result, Table
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.budget import Budget
-from torchcdm.data import DataSource
+from torchcdm.data import DataOptions, DataSource
 from torchcdm.likelihood import LogZOptions
 from torchcdm.training.build import load_source
 from torchcdm.training.codec import encode
-from torchcdm.training.settings import DataConfig
 
 SYSTEMS = ("cdm", "cdm-linear", "cdm-uniform", "cdm-ot", "ddm", "realnvp", "glow", "residual-flow", "i-resnet", "nsf",
            "maf", "ffjord", "flow-matching")  # fmt: skip
@@ -153,10 +152,10 @@ def run(work: Workspace) -> Result:
     return Result(tables, (), (*models.setting.scaled_down, *setting.scaled_down), tuple(notes))
 
 
-def _dequantised(models: Models) -> tuple[DataConfig, DataSource]:
+def _dequantised(models: Models) -> tuple[DataOptions, DataSource]:
     """The same data as a comparison sees them: dequantised, with a validation split, in the preset's units."""
     own = models.config("both").data
-    data = DataConfig(spec=own.spec, size=own.size)
+    data = DataOptions(spec=own.spec, size=own.size)
     data = replace(data, gaussianize=preset_of(load_source(data)).data.gaussianize)
     return data, load_source(data)
 

@@ -19,7 +19,7 @@ from studies.compare.results import paired
 from studies.compare.torchcfm_peers import FlowMatching, Matching
 from torchcdm.apps.baselines import baselines
 from torchcdm.apps.budget import CLOCKS, Budget
-from torchcdm.data import from_object
+from torchcdm.data import DataOptions, from_object
 from torchcdm.diffusion.exact import MixtureClassifier, ring_mixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
@@ -27,7 +27,6 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZOptions
 from torchcdm.likelihood.common import DEQUANTISE, draw_rows
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.training.settings import DataConfig
 from torchcdm.units import DataTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,7 +47,7 @@ def peer(name):
 
 
 def task_of(source, folder, seed=0):
-    return Task(source, DataConfig(), torch.device("cpu"), seed, folder)
+    return Task(source, DataOptions(), torch.device("cpu"), seed, folder)
 
 
 MEAN, SPREAD = torch.tensor([3.0, -40.0, 0.1], dtype=torch.float64), torch.tensor([2.0, 30.0, 0.05]).double()

@@ -9,7 +9,7 @@ from oracles import rng
 
 from torchcdm.data import from_object
 from torchcdm.data.columns import discrete_values, frequent_value
-from torchcdm.data.source import Options
+from torchcdm.data.options import DataOptions
 from torchcdm.data.tables import Table, source_from_tables
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.schedules import LogSNRSchedule
@@ -84,7 +84,7 @@ def test_gaussianized_tables_bend_continuous_columns_alone(bend):
 
 def test_without_dequantisation_they_stay_as_they_are():
     columns = dict(zip("abc", table().T, strict=True))
-    source = source_from_tables({"train": Table("t", columns, str)}, "t", Options(dequantize=False))
+    source = source_from_tables({"train": Table("t", columns, str)}, "t", DataOptions(dequantize=False))
     assert any("'a' has 4 distinct values: its density has no upper bound" in note for note in source.notes)
     x, _ = source.train.tensors()
     assert not source.transform.dequantize and source.transform.add_noise(x, rng()) is x

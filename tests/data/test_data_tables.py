@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchcdm.data import from_object, load_data, read_inputs, save_table
+from torchcdm.data import Layout, from_object, load_data, read_inputs, save_table
 from torchcdm.errors import UserError
 
 
@@ -184,13 +184,13 @@ def test_read_inputs_finds_the_columns_by_name(tmp_path, values):
     source = load_data(f"table:{write(tmp_path / 't.csv', ['a', 'b', 'c'], values)}")
     shuffled = np.column_stack([np.full(60, 3), values[:, 2], values[:, 0], values[:, 1]])
     path = write(tmp_path / "new.csv", ["id", "c", "a", "b"], shuffled)
-    x, names, _ = read_inputs(path, source.transform, columns=source.columns)
+    x, names, _ = read_inputs(path, Layout(source.transform, source.columns))
     assert torch.equal(x, torch.from_numpy(values).float())
     assert names[0] == f"{path}: line 2"
     with pytest.raises(UserError, match="vectors of 4; the model takes vectors of 3"):
-        read_inputs(path, source.transform)
+        read_inputs(path, Layout(source.transform))
     with pytest.raises(UserError, match=r"no column 'b' \(found: a\)"):
-        read_inputs(write(tmp_path / "less.csv", ["a"], values[:, :1]), source.transform, columns=source.columns)
+        read_inputs(write(tmp_path / "less.csv", ["a"], values[:, :1]), Layout(source.transform, source.columns))
 
 
 def test_saved_tables_read_back_exactly(tmp_path):

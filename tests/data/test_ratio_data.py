@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchcdm.data import DataOptions, Layout
 from torchcdm.data.pairs import pair_up, read_query
 from torchcdm.errors import UserError
 
@@ -19,7 +20,7 @@ def test_both_sources_are_as_frequent_and_nothing_of_the_held_out_share_is_train
     denominator, numerator = normal(100, 2), normal(40, 2, seed=1)
     denominator[:, 0] += 10 * np.arange(100)
     numerator[:, 0] += 10 * np.arange(40) + 5000
-    pair = pair_up(numerator, denominator, validation_fraction=0.2)
+    pair = pair_up(numerator, denominator, DataOptions(validation_fraction=0.2))
     assert pair.counts == (100, 40) and pair.held_out == (20, 8)
     ids = {}
     for split in ("train", "validation"):
@@ -38,7 +39,7 @@ def test_columns_of_frames_go_by_name_in_any_order():
     shifted = frame[["mass", "height"]] + 1
     pair = pair_up(shifted, frame)
     assert pair.columns == ("height", "mass")
-    layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
+    layout = (Layout(pair.source.transform, pair.source.columns), pair.columns, pair.warp)
     x, names, _ = read_query(frame, *layout)
     assert len(names) == 60
     extra = frame.assign(age=1.0)[["age", "mass", "height"]]
@@ -58,7 +59,7 @@ def test_constant_columns_are_left_out_with_a_note():
     assert any("constant" in note and "c1" in note for note in pair.source.notes)
     named = pd.DataFrame(x[:, ::2], columns=["a", "columns left out"])
     assert sum("left out" in note for note in pair_up(named + 1, named).source.notes) == 1, "the list of all columns"
-    layout = (pair.source.transform, pair.columns, pair.source.columns, pair.warp)
+    layout = (Layout(pair.source.transform, pair.source.columns), pair.columns, pair.warp)
     values, _, differs = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
     assert values.shape == (61, 2) and differs.tolist() == 60 * [False] + [True]
 
@@ -108,7 +109,7 @@ def test_options_are_checked():
     x = normal(60, 2)
     with pytest.raises(UserError, match="discrete is 'dequantise'; did you mean 'dequantize'"):
         pair_up(x, x, discrete="dequantise")
-    with pytest.raises(UserError, match="validation_fraction is 1"):
-        pair_up(x, x, validation_fraction=1)
+    with pytest.raises(UserError, match="validation_fraction is 0"):
+        pair_up(x, x, DataOptions(validation_fraction=0))
     with pytest.raises(UserError, match="every column is constant"):
         pair_up(np.ones((60, 2)), np.ones((60, 2)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchcdm import __version__
 from torchcdm.apps.ratio_checks import SEPARATE, Calibration, effective_sample_size, tempering, weights_of
-from torchcdm.data import DataSource
+from torchcdm.data import DataOptions, DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError, nearest
@@ -153,6 +153,13 @@ class DensityRatio:
         settings = {key: getattr(self, key) for key in (*SETTINGS, "size", "device", "progress")}
         return DensityRatio(**settings, **deepcopy(self.overrides))
 
+    @property
+    def _options(self) -> DataOptions:
+        return DataOptions(
+            size=self.size, channels=self.channels, validation_fraction=self.validation_fraction,
+            seed=self.random_state, skip_bad=self.skip_bad,
+        )  # fmt: skip
+
     # --- fitting -------------------------------------------------------------------------------------------------
 
     def fit(self, numerator: Any, denominator: Any) -> DensityRatio:
@@ -169,8 +176,7 @@ class DensityRatio:
         Raises:
             UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
         """
-        options = (self.validation_fraction, self.random_state, self.discrete, self.size, self.channels, self.skip_bad)
-        pair = pair_up(numerator, denominator, *options)
+        pair = pair_up(numerator, denominator, self._options, self.discrete)
         self._models = []
         try:
             self._learn(pair)
@@ -242,8 +248,7 @@ class DensityRatio:
         """
         self._check_fitted()
         info = self._models[0][1]
-        layout = (info.transform, self._columns, info.columns, self._warp)
-        values, names, deviating = read_query(x, *layout, self.size, self.channels, self.skip_bad)
+        values, names, deviating = read_query(x, info.layout, self._columns, self._warp, self._options)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
         log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from torchcdm.data import pixels
 from torchcdm.data.columns import check_resolution, measure_columns
-from torchcdm.data.source import DataSource, MemorySplit, Options, Split, complete_splits
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import DataSource, MemorySplit, Split, complete_splits
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
@@ -23,18 +24,23 @@ DATA_KEYS = ("x", "images", "data")
 LABEL_KEYS = ("y", "labels")
 
 
-def load(path: str, options: Options) -> DataSource:
+def load(path: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``array:FILE.npz`` or ``array:FILE.npy``, split at random."""
     x, y, notes = read(Path(path))
-    pool, grid, class_names, more = pool_from(x, y, path, options)
-    return source_from_pool(f"array:{path}", pool, grid, options, class_names, notes=[*notes, *more])
+    pool, grid, class_names, more = pool_from(x, y, path, options, layout=layout)
+    return source_from_pool(f"array:{path}", pool, grid, options, class_names, notes=[*notes, *more], layout=layout)
 
 
 def pool_from(
-    x: np.ndarray, y: np.ndarray | None, name: str, options: Options, first: bool = False
+    x: np.ndarray,
+    y: np.ndarray | None,
+    name: str,
+    options: DataOptions,
+    first: bool = False,
+    layout: Layout | None = None,
 ) -> tuple[MemorySplit, Grid | None, tuple[str, ...] | None, list[str]]:
     """All samples of an array, resized and converted, with their grid, class names and notes."""
-    values, grid, notes = interpret(x, name, first, _grid_of(options.transform))
+    values, grid, notes = interpret(x, name, first, _grid_of(None if layout is None else layout.transform))
     if values.ndim == 4:
         values = convert_images(values, grid, options)
     labels, class_names = read_labels(y, len(values), name)
@@ -176,7 +182,7 @@ def _lattice_note(values: Tensor) -> list[str]:
     return []
 
 
-def convert_images(x: Tensor, grid: Grid | None, options: Options) -> Tensor:
+def convert_images(x: Tensor, grid: Grid | None, options: DataOptions) -> Tensor:
     """Images (N, C, H, W) with the channels and the size that the options ask for; on the grid as before."""
     white = float(x.max()) if grid is None else grid[1]
     if options.channels is not None and options.channels != x.shape[1]:
@@ -277,16 +283,17 @@ def source_from_splits(
     name: str,
     splits: tuple[Split, Split, Split],
     grid: Grid | None,
-    options: Options,
+    options: DataOptions,
     class_names: tuple[str, ...] | None = None,
     columns: tuple[str, ...] | None = None,
     notes: Iterable[str] = (),
+    layout: Layout | None = None,
 ) -> DataSource:
-    """The source of splits that are made; its transform is the options', else measured on the first split."""
-    if options.transform is None:
+    """The source of splits that are made; its transform is the layout's, else measured on the first split."""
+    if layout is None:
         transform, more = measure(splits[0], grid, options.dequantize, name, columns)
     else:
-        transform, more = options.transform, []
+        transform, more = layout.transform, []
         check_units(tuple(splits[0][0][0].shape), grid, transform, name)
     return DataSource(name, *splits, transform, class_names, columns, (*notes, *more))
 
@@ -295,11 +302,12 @@ def source_from_pool(
     name: str,
     pool: Split,
     grid: Grid | None,
-    options: Options,
+    options: DataOptions,
     class_names: tuple[str, ...] | None = None,
     columns: tuple[str, ...] | None = None,
     notes: Iterable[str] = (),
+    layout: Layout | None = None,
 ) -> DataSource:
     """The source of samples that do not say what is for testing: split at random with the options' seed."""
     splits, note = complete_splits(name, {"train": pool}, options)
-    return source_from_splits(name, splits, grid, options, class_names, columns, [*notes, note])
+    return source_from_splits(name, splits, grid, options, class_names, columns, [*notes, note], layout)

@@ -10,8 +10,9 @@ import torch
 from torchcdm.data.arrays import source_from_splits
 from torchcdm.data.folders import inspect, read_if_small
 from torchcdm.data.images import ImageReader
+from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.published import candidates
-from torchcdm.data.source import NO_LABEL, DataSource, LazySplit, Options
+from torchcdm.data.source import NO_LABEL, DataSource, LazySplit
 from torchcdm.errors import UserError
 
 CROP = (25, 57, 153, 185)
@@ -23,7 +24,7 @@ IMAGES = ("img_align_celeba", "Img/img_align_celeba")
 PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
 
 
-def celeba(argument: str, options: Options) -> DataSource:
+def celeba(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``celeba:PATH``: the aligned and cropped images; training, validation and test as published.
 
     PATH holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them.
@@ -53,7 +54,7 @@ def celeba(argument: str, options: Options) -> DataSource:
     notes.append("cropped to 128 x 128 pixels around (89, 121), resized to {} x {}.".format(*size))
     notes.append("split as published: {} for training, {} for validation, {} for test.".format(*map(len, splits)))
     train, validation, test = splits
-    return source_from_splits("celeba", (train, validation, test), info.grid, options, notes=notes)
+    return source_from_splits("celeba", (train, validation, test), info.grid, options, notes=notes, layout=layout)
 
 
 def _places(argument: str) -> tuple[Path, Path]:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from torchcdm.data.arrays import source_from_splits
 from torchcdm.data.images import SUFFIXES, ImageInfo, ImageReader, describe
-from torchcdm.data.source import MEMORY_LIMIT, NO_LABEL, DataSource, LazySplit, Options, Split, complete_splits
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import MEMORY_LIMIT, NO_LABEL, DataSource, LazySplit, Split, complete_splits
 from torchcdm.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -64,7 +65,7 @@ def find_images(root: Path) -> tuple[list[ImageFile], int]:
     return sorted(found, key=lambda file: file.path.relative_to(root).parts), others
 
 
-def load(argument: str, options: Options) -> DataSource:
+def load(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``folder:PATH``: all images below PATH.
 
     Sub-folders ``train``, ``validation`` and ``test`` are the splits where ``train`` is there; sub-folders of a
@@ -89,7 +90,7 @@ def load(argument: str, options: Options) -> DataSource:
     name = f"folder:{argument}"
     complete, note = complete_splits(name, splits, options)
     notes += [*found.notes, *found.left_out, note]
-    return source_from_splits(name, complete, found.info.grid, options, class_names, notes=notes)
+    return source_from_splits(name, complete, found.info.grid, options, class_names, notes=notes, layout=layout)
 
 
 def _parts(root: Path) -> tuple[dict[str, list[ImageFile]], list[str]]:
@@ -130,7 +131,7 @@ def _class_names(parts: dict[str, list[ImageFile]]) -> tuple[str, ...] | None:
     return names
 
 
-def inspect(paths: Sequence[Path], options: Options) -> Inspection:
+def inspect(paths: Sequence[Path], options: DataOptions) -> Inspection:
     """Checks that all files give one shape, by their headers; with ``skip_bad`` every file is decoded.
 
     Raises:
@@ -169,7 +170,7 @@ def inspect(paths: Sequence[Path], options: Options) -> Inspection:
     return Inspection(info, good, tuple(notes), left_out)
 
 
-def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo], options: Options) -> None:
+def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo], options: DataOptions) -> None:
     (path, info), (other, found) = first, second
     if info.high != found.high:
         mend = "convert the files to one depth"

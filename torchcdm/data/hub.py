@@ -12,14 +12,15 @@ from torch import Tensor
 from torchcdm.data import images, tables
 from torchcdm.data.arrays import read_labels, source_from_splits
 from torchcdm.data.folders import read_if_small
-from torchcdm.data.source import NO_LABEL, DataSource, LazySplit, Options, Split, complete_splits
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import NO_LABEL, DataSource, LazySplit, Split, complete_splits
 from torchcdm.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 LABEL_NAMES = ("label", "labels")
 
 
-def load(argument: str, options: Options) -> DataSource:
+def load(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``hf:NAME``, ``hf:NAME:CONFIG``, or ``hf:PATH`` of a folder written by ``save_to_disk``.
 
     Images where there is a column of images, with the column of class labels; else a table of numbers.
@@ -52,11 +53,13 @@ def load(argument: str, options: Options) -> DataSource:
             split: tables.Table(f"hf:{argument}", part.to_dict(), "row {} (counted from 0)".format)
             for split, part in chosen.items()
         }
-        return tables.source_from_tables(numbers, f"hf:{argument}", options)
-    return _image_source(f"hf:{argument}", chosen, column, options)
+        return tables.source_from_tables(numbers, f"hf:{argument}", options, layout=layout)
+    return _image_source(f"hf:{argument}", chosen, column, options, layout)
 
 
-def _image_source(name: str, parts: dict[str, Any], column: str, options: Options) -> DataSource:
+def _image_source(
+    name: str, parts: dict[str, Any], column: str, options: DataOptions, layout: Layout | None
+) -> DataSource:
     train = parts["train"]
     first = train[0][column]
     high = images.pillow_high(first)
@@ -77,7 +80,7 @@ def _image_source(name: str, parts: dict[str, Any], column: str, options: Option
     if label is not None:
         notes.append(f"classes from the column '{label}'.")
     grid = None if high is None else (0, high)
-    return source_from_splits(name, complete, grid, options, class_names, notes=[*notes, note])
+    return source_from_splits(name, complete, grid, options, class_names, notes=[*notes, note], layout=layout)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchcdm.data import arrays, images, pixels, tables
 from torchcdm.data.folders import find_images
+from torchcdm.data.options import DataOptions, Layout
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
@@ -34,12 +35,8 @@ class Inputs(NamedTuple):
 
 def read_inputs(
     paths: str | Path | Sequence[str | Path],
-    transform: DataTransform,
-    columns: Sequence[str] | None = None,
-    constants: Mapping[str, float] | None = None,
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    skip_bad: bool = False,
+    layout: Layout,
+    options: DataOptions | None = None,
     noisy: bool = False,
 ) -> Inputs:
     """Samples for a model from files.
@@ -49,23 +46,19 @@ def read_inputs(
 
     Args:
         paths: Image files, folders of images (recursive), .npz and .npy arrays, tables.
-        transform: The model's, which knows shape, grid and range.
-        columns: The columns that the model was trained on; a table is read by them, in whatever order it has them.
-        constants: Values of the columns that were left out there; what a table has of them is compared.
-        size: Images are resized to this (H, W), as in training where training resized.
-        channels: Images are converted to this number of channels, likewise.
-        skip_bad: Leave out image files that cannot be read.
+        layout: That of the model. A table is read by its columns, in whatever order it has them.
+        options: ``size``, ``channels`` and ``skip_bad`` of images.
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
 
     Raises:
         UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
 
     Example:
-        >>> x, names, deviating = read_inputs(["a.png", "folder", "more.npz"], model.transform)
+        >>> x, names, deviating = read_inputs(["a.png", "folder", "more.npz"], Layout(model.transform))
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    target = _Target(transform, tuple(columns or ()), constants or {}, size, channels, skip_bad, noisy)
+    target = _Target(layout, options or DataOptions(), noisy)
     parts = [target.read(path) for path in map(Path, paths)]
     if not any(part.names for part in parts):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
@@ -77,13 +70,13 @@ def read_inputs(
 class _Target:
     """What files are brought to."""
 
-    transform: DataTransform
-    columns: tuple[str, ...]
-    constants: Mapping[str, float]
-    size: tuple[int, int] | None
-    channels: int | None
-    skip_bad: bool
+    layout: Layout
+    options: DataOptions
     noisy: bool
+
+    @property
+    def transform(self) -> DataTransform:
+        return self.layout.transform
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,9 +102,9 @@ class _Target:
         for path in paths:
             try:
                 info = images.describe(path)
-                x = images.ImageReader(info.high, self.size, self.channels)(path)
+                x = images.ImageReader(info.high, self.options.size, self.options.channels)(path)
             except UserError:
-                if self.skip_bad:
+                if self.options.skip_bad:
                     continue
                 raise
             self._check_shape(tuple(x.shape), str(path))
@@ -145,19 +138,19 @@ class _Target:
         return x.ndim == 2 or (x.ndim == 3 and self.shape in (x.shape, np.moveaxis(x, 2, 0).shape))
 
     def _convert(self, image: Tensor, grid: arrays.Grid | None) -> Tensor:
-        if self.channels is not None:
-            image = pixels.to_channels(image, self.channels, 1.0 if grid is None else grid[1])
-        if self.size is not None:
-            image = pixels.resize(image, self.size)
+        if self.options.channels is not None:
+            image = pixels.to_channels(image, self.options.channels, 1.0 if grid is None else grid[1])
+        if self.options.size is not None:
+            image = pixels.resize(image, self.options.size)
         return image if grid is None else image.round()
 
     def _table(self, path: Path) -> Inputs:
         table = tables.read(path)
-        columns = self.columns or tuple(table.columns)
+        columns = self.layout.columns or tuple(table.columns)
         self._check_shape((len(columns),), str(path))
         x = torch.from_numpy(table.matrix(columns).astype(np.float32))
         deviating = torch.zeros(len(x), dtype=torch.bool)
-        for column, value in self.constants.items():
+        for column, value in self.layout.constants.items():
             if column in table.columns:
                 deviating |= torch.from_numpy(table.numbers(column).astype(np.float32)) != value
         return Inputs(self._check_range(x, str(path)), [f"{path}: {table.row(i)}" for i in range(len(x))], deviating)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from torchcdm.data.arrays import Grid, convert_images, source_from_splits
-from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import DataSource, MemorySplit, Split, permutation
 from torchcdm.diffusion import exact as toys
 from torchcdm.errors import UserError
 
@@ -16,7 +17,7 @@ TOY_SIZES = (10_000, 2_000, 2_000)
 """Samples of a toy distribution for training, validation and test."""
 
 
-def digits(argument: str, options: Options) -> DataSource:
+def digits(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """scikit-learn's handwritten digits, 8x8, grey levels 0 ... 16.
 
     All rows are permuted with a fixed seed: 1300 for training, 200 for validation, 297 for test.
@@ -29,10 +30,10 @@ def digits(argument: str, options: Options) -> DataSource:
     # The rows are ordered by writer: taken as they come, the test split is by other hands than the training split.
     pool = pool.select(permutation(len(pool), POOL_SEED))
     names = tuple(str(k) for k in range(10))
-    return fixed_source("digits", pool, 1500, 200, (0, 16), options, names)
+    return fixed_source("digits", pool, 1500, 200, (0, 16), options, names, layout)
 
 
-def toy(argument: str, options: Options) -> DataSource:
+def toy(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """A two-dimensional toy distribution: fresh samples, each split from its own stream of the seed."""
     splits = []
     for number, count in enumerate(TOY_SIZES):
@@ -40,7 +41,7 @@ def toy(argument: str, options: Options) -> DataSource:
         splits.append(MemorySplit(*toys.sample_named(argument, count, generator)))
     train, validation, test = splits
     names = tuple(str(k) for k in range(int(train.labels.max()) + 1))
-    return source_from_splits(f"toy:{argument}", (train, validation, test), None, options, names)
+    return source_from_splits(f"toy:{argument}", (train, validation, test), None, options, names, layout=layout)
 
 
 def fixed_source(
@@ -49,8 +50,9 @@ def fixed_source(
     trainable: int,
     validation: int,
     grid: Grid,
-    options: Options,
+    options: DataOptions,
     class_names: tuple[str, ...],
+    layout: Layout | None = None,
 ) -> DataSource:
     """A source whose test split is fixed: the samples after the first ``trainable``.
 
@@ -62,10 +64,9 @@ def fixed_source(
         grid: Grey levels.
         options: ``seed`` and ``test_fraction`` have no influence: the splits are part of the data set.
         class_names: Names of the classes.
+        layout: That of the model that scores the data.
     """
     if options.validation_fraction is not None:
-        if not 0 <= options.validation_fraction < 1:
-            raise UserError(f"validation_fraction is {options.validation_fraction}; it must be at least 0 and below 1")
         validation = round(options.validation_fraction * trainable)
         if trainable - validation < 2:
             raise UserError(f"{name}: validation takes {validation} of {trainable} samples; make it smaller")
@@ -77,7 +78,7 @@ def fixed_source(
         pool.select(torch.arange(trainable, len(pool))),
     )
     notes = ["fixed splits: {} for training, {} for validation, {} for test.".format(*map(len, splits))]
-    return source_from_splits(name, splits, grid, options, class_names, notes=notes)
+    return source_from_splits(name, splits, grid, options, class_names, notes=notes, layout=layout)
 
 
 def refuse_argument(name: str, argument: str) -> None:

@@ -13,18 +13,12 @@ from torch.utils.data import Dataset
 
 from torchcdm.data import arrays, tables
 from torchcdm.data.images import from_pillow
-from torchcdm.data.source import MEMORY_LIMIT, DataSource, LazySplit, Options
+from torchcdm.data.options import DataOptions, with_fields
+from torchcdm.data.source import MEMORY_LIMIT, DataSource, LazySplit
 from torchcdm.errors import UserError
 
 
-def from_object(
-    data: Any,
-    labels: Any = None,
-    validation_fraction: float | None = None,
-    test_fraction: float | None = None,
-    seed: int = 0,
-    dequantize: bool = True,
-) -> DataSource:
+def from_object(data: Any, labels: Any = None, options: DataOptions | None = None, **fields: Any) -> DataSource:
     """A data source from a Python object, split at random.
 
     Integers are grey levels; floats are continuous.
@@ -34,10 +28,8 @@ def from_object(
             torch Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
             (samples, labels); or a DataSource, which is given back.
         labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column. None for a DataSource.
-        validation_fraction: Share of validation; 0.1 when None.
-        test_fraction: Share of test; 0.1 when None.
-        seed: Seed of the split.
-        dequantize: Whether training and scoring add uniform noise to integer data.
+        options: How the data are split (``validation_fraction``, ``test_fraction``, ``seed``), and ``dequantize``.
+        **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``options``.
 
     Raises:
         UserError: Data that are not understood, with the reason.
@@ -53,7 +45,7 @@ def from_object(
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
     column = labels if isinstance(labels, str) else None
-    options = Options(None, None, validation_fraction, test_fraction, seed, False, column, dequantize)
+    options = with_fields(options or DataOptions(), label=column, **fields)
     y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
     if isinstance(data, Tensor):
         data = data.float() if data.dtype == torch.bfloat16 else data  # a type that numpy has not
@@ -71,7 +63,7 @@ def from_object(
 
 
 def _from_array(
-    x: np.ndarray, y: np.ndarray | None, name: str, options: Options, first: bool = False
+    x: np.ndarray, y: np.ndarray | None, name: str, options: DataOptions, first: bool = False
 ) -> DataSource:
     pool, grid, class_names, notes = arrays.pool_from(x, y, name, options, first)
     return arrays.source_from_pool(name, pool, grid, options, class_names, notes=notes)
@@ -102,7 +94,7 @@ class DatasetReader:
         return value[None] if value.ndim == 2 else value, label
 
 
-def _from_dataset(dataset: Any, y: Any, options: Options) -> DataSource:
+def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> DataSource:
     """One pass over the Dataset: it stays in memory where it is small; else only the labels do."""
     if len(dataset) == 0:
         raise UserError("the Dataset is empty")

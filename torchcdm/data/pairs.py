@@ -15,11 +15,12 @@ from torchcdm.data import arrays, tables
 from torchcdm.data.columns import check_discrete, constants_note, discrete_values, frequency_notes
 from torchcdm.data.inputs import Inputs, read_inputs, without_columns
 from torchcdm.data.objects import from_object
-from torchcdm.data.source import DataSource, MemorySplit, Options, Split, permutation
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import DataSource, MemorySplit, Split, permutation
 from torchcdm.data.specs import load_data, spec_of
 from torchcdm.data.tables import Table
 from torchcdm.errors import UserError
-from torchcdm.units import ColumnWarp, DataTransform, cell_width, spread
+from torchcdm.units import ColumnWarp, cell_width, spread
 
 SOURCES = ("denominator", "numerator")
 """The classes 0 and 1."""
@@ -32,6 +33,12 @@ CONSTANT = 1e-9
 
 LABEL = "(source)"
 """Name of the column of classes; no file's own."""
+
+HELD_OUT = 0.15
+"""Share of each data set that is held out unless another is given."""
+
+WHOLE = {"validation_fraction": 0.0, "test_fraction": 0.0}
+"""Data are split once both are read."""
 
 PAIR = "numerator / denominator"
 
@@ -71,12 +78,8 @@ class _Images:
 def pair_up(
     numerator: Any,
     denominator: Any,
-    validation_fraction: float = 0.15,
-    seed: int = 0,
+    options: DataOptions | None = None,
     discrete: Literal["dequantize", "error"] = "dequantize",
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    skip_bad: bool = False,
 ) -> Pair:
     """Both data sets, split into training and validation and scaled alike.
 
@@ -84,30 +87,28 @@ def pair_up(
         numerator: As :func:`torchcdm.data.from_object` takes them, a SPEC as :func:`torchcdm.data.load_data` takes
             them, or the path of a table, an array or a folder of images. Of a data set with splits, the training one.
         denominator: Likewise, with the same columns or the same shape.
-        validation_fraction: Share of each that is held out.
-        seed: Of the split and of the dequantisation.
+        options: ``validation_fraction`` is the share of each that is held out, :data:`HELD_OUT` when None; ``seed`` is
+            that of the split and of the dequantisation; ``size``, ``channels`` and ``skip_bad`` are for images.
         discrete: Columns with few values: ``dequantize`` adds uniform noise between neighbouring values, ``error``
             names them in an error.
-        size: Images are resized to this (H, W).
-        channels: Images are converted to so many channels.
-        skip_bad: Leave out image files that cannot be read.
 
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
     """
     check_discrete(discrete)
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction is {validation_fraction}; it must be above 0 and below 1")
-    options = Options(size, channels, validation_fraction, 0.0, seed, skip_bad, LABEL)
+    options = options or DataOptions()
+    fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
+    if not fraction:
+        raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
     for side in given:
         if len(side) < MIN_ROWS:
             raise UserError(f"{side.name}: too few samples, {len(side)}; at least {MIN_ROWS} are needed")
     counts = (len(given[0]), len(given[1]))
-    held_out = (_share(validation_fraction, counts[0]), _share(validation_fraction, counts[1]))
+    held_out = (_share(fraction, counts[0]), _share(fraction, counts[1]))
     if min(count - held for count, held in zip(counts, held_out, strict=True)) < 2:
-        raise UserError(f"validation_fraction is {validation_fraction}, which leaves nothing to train on; lower it")
-    parts = _balanced(counts, held_out, seed)
+        raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
+    parts = _balanced(counts, held_out, options.seed)
     first, second = given
     if isinstance(first, Table) and isinstance(second, Table):
         source, warp = _from_tables(first, second, parts, discrete, options)
@@ -120,38 +121,32 @@ def pair_up(
 
 def read_query(
     x: Any,
-    transform: DataTransform,
+    layout: Layout,
     columns: Sequence[str] | None = None,
-    kept: Sequence[str] | None = None,
     warp: ColumnWarp | None = None,
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    skip_bad: bool = False,
+    options: DataOptions | None = None,
 ) -> Inputs:
-    """Samples to be scored, in the data units of ``transform``.
+    """Samples to be scored, in the data units of ``layout.transform``.
 
     Args:
         x: As one data set of :func:`pair_up`; a table may have its columns in any order, and further ones.
-        transform: Of the data that were fitted.
+        layout: Transform of the data that were fitted, and the columns that it is for.
         columns: All columns of those; None for images.
-        kept: The columns that the transform is for.
         warp: Of all columns.
-        size: Images are resized to this (H, W), as they were there.
-        channels: Images are converted to so many channels, likewise.
-        skip_bad: Leave out image files that cannot be read.
+        options: ``size``, ``channels`` and ``skip_bad`` of images.
 
     Raises:
         UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
     """
     if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
-        return read_inputs(x, transform, size=size, channels=channels, skip_bad=skip_bad)
-    query = _read(x, "query", Options(size, channels, skip_bad=skip_bad))
+        return read_inputs(x, layout, options)
+    query = _read(x, "query", options or DataOptions())
     if not len(query):
         raise UserError(f"{query.name}: holds no rows; there is nothing to score")
-    if columns is None or kept is None or warp is None:
+    if columns is None or layout.columns is None or warp is None:
         shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
-        if isinstance(query, Table) or shape != transform.shape:
-            raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {transform.shape}")
+        if isinstance(query, Table) or shape != layout.transform.shape:
+            raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {layout.transform.shape}")
         return without_columns(query.x.float(), [f"sample {i}" for i in range(len(query))])
     if not isinstance(query, Table):
         raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
@@ -160,7 +155,7 @@ def read_query(
             raise UserError(f"{query.name}: rows of {len(query.columns)} numbers; {len(columns)} are needed")
         query = replace(query, columns=dict(zip(columns, query.columns.values(), strict=True)))
     x = warp(torch.from_numpy(query.matrix(columns)))
-    kept_at = [list(columns).index(column) for column in kept]
+    kept_at = [list(columns).index(column) for column in layout.columns]
     # The warp takes the value of a constant column to zero, to rounding.
     differs = x.abs() > CONSTANT * warp.location.abs().clamp_min(1)
     differs[:, kept_at] = False
@@ -170,7 +165,7 @@ def read_query(
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read(data: Any, name: str, options: Options) -> Table | _Images:
+def _read(data: Any, name: str, options: DataOptions) -> Table | _Images:
     """One data set: a table, also where it came as an array of vectors, or images."""
     if isinstance(data, Path) or (isinstance(data, str) and Path(data).exists() and not Path(data).is_dir()):
         return _read_file(Path(data), name, options)
@@ -178,8 +173,7 @@ def _read(data: Any, name: str, options: Options) -> Table | _Images:
         kind, _, argument = data.partition(":")
         if kind in ("table", "array") and argument:
             return _read_file(Path(argument), name, options)
-        spec = spec_of(data)
-        source = load_data(spec, options.size, options.channels, 0.0, 0.0, options.seed, skip_bad=options.skip_bad)
+        source = load_data(options, spec=spec_of(data), **WHOLE)
         return _from_source(source, f"{name} ({data})")
     if tables.is_frame(data):
         return tables.from_frame(data, f"{name} (data frame)")
@@ -187,10 +181,10 @@ def _read(data: Any, name: str, options: Options) -> Table | _Images:
         data = data.detach().cpu().float().numpy() if data.is_floating_point() else data.detach().cpu().numpy()
     if isinstance(data, (list, np.ndarray)):
         return _from_array(arrays.as_array(data, name), name)
-    return _from_source(from_object(data, None, 0.0, 0.0), name)
+    return _from_source(from_object(data, **WHOLE), name)
 
 
-def _read_file(path: Path, name: str, options: Options) -> Table | _Images:
+def _read_file(path: Path, name: str, options: DataOptions) -> Table | _Images:
     if path.suffix.lower() in tables.SUFFIXES:
         table = tables.read(path)
         return Table(f"{name} ({path})", table.columns, table.row, table.notes)
@@ -251,7 +245,7 @@ def _from_tables(
     numerator: Table,
     parts: dict[str, tuple[Tensor, Tensor]],
     discrete: str,
-    options: Options,
+    options: DataOptions,
 ) -> tuple[DataSource, ColumnWarp]:
     columns = _common_columns(denominator, numerator)
     both = [denominator.matrix(columns), numerator.matrix(columns)]
@@ -281,7 +275,7 @@ def _from_tables(
     for split, x in chosen.items():
         label, z = np.repeat(np.array(SOURCES), len(x) // 2), warp(torch.from_numpy(x)).numpy()
         joined[split] = Table(PAIR, dict(zip(columns, z.T, strict=True)) | {LABEL: label}, str)
-    source = tables.source_from_tables(joined, PAIR, replace(options, dequantize=False))
+    source = tables.source_from_tables(joined, PAIR, replace(options, **WHOLE, label=LABEL, dequantize=False))
     if source.constants:
         notes.append(constants_note(source.constants))
     return replace(source, notes=tuple(notes)), warp
@@ -311,7 +305,7 @@ def _common_columns(denominator: Table, numerator: Table) -> list[str]:
 
 
 def _from_images(
-    denominator: _Images, numerator: _Images, parts: dict[str, tuple[Tensor, Tensor]], options: Options
+    denominator: _Images, numerator: _Images, parts: dict[str, tuple[Tensor, Tensor]], options: DataOptions
 ) -> DataSource:
     shapes = [tuple(side.x.shape[1:]) for side in (denominator, numerator)]
     if shapes[0] != shapes[1]:

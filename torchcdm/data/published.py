@@ -13,7 +13,8 @@ import torch
 
 from torchcdm.data.arrays import read_labels
 from torchcdm.data.named import fixed_source
-from torchcdm.data.source import DataSource, MemorySplit, Options
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import DataSource, MemorySplit
 from torchcdm.errors import UserError
 
 DATA_VARIABLE = "TORCHCDM_DATA"
@@ -31,7 +32,7 @@ CIFAR_RECORD = 1 + 3 * 32 * 32
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def fashion_mnist(argument: str, options: Options) -> DataSource:
+def fashion_mnist(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``fashion-mnist`` or ``fashion-mnist:PATH``: 28x28, 55000 / 5000 / 10000.
 
     PATH holds the four idx files, packed or not; without it they are looked for in TORCHCDM_DATA and where Debian
@@ -54,10 +55,10 @@ def fashion_mnist(argument: str, options: Options) -> DataSource:
         read_labels(labels[-1], len(labels[-1]), f"{folder}, {prefix}", FASHION_CLASSES)
     pool = MemorySplit(torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)))
     trainable = len(images[0])
-    return fixed_source("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES)
+    return fixed_source("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES, layout)
 
 
-def cifar10(argument: str, options: Options) -> DataSource:
+def cifar10(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``cifar10`` or ``cifar10:PATH``: 3x32x32, 45000 / 5000 / 10000, from the archive's binary version.
 
     The Python version of the archive consists of pickles, which can run any code when they are opened: not read.
@@ -76,7 +77,7 @@ def cifar10(argument: str, options: Options) -> DataSource:
     records = np.concatenate(batches)
     pool = MemorySplit(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(records[:, 0]))
     trainable = len(records) - len(batches[-1])
-    return fixed_source("cifar10", pool, trainable, trainable // 10, (0, 255), options, CIFAR_CLASSES)
+    return fixed_source("cifar10", pool, trainable, trainable // 10, (0, 255), options, CIFAR_CLASSES, layout)
 
 
 def candidates(argument: str, folder: str, system: Sequence[str] = ()) -> list[Path]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from torchcdm.data.options import DataOptions
 from torchcdm.errors import UserError, nearest
 from torchcdm.units import DataTransform
 
@@ -269,22 +270,6 @@ def permutation(count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).permutation(count))
 
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments of :func:`torchcdm.data.load_data`, handed to the loader of one kind of data."""
-
-    size: tuple[int, int] | None = None
-    channels: int | None = None
-    validation_fraction: float | None = None
-    test_fraction: float | None = None
-    seed: int = 0
-    skip_bad: bool = False
-    label: str | None = None
-    dequantize: bool = True
-    transform: DataTransform | None = None
-    columns: Sequence[str] | None = None
-
-
 def partition(
     name: str, pool: Split, seed: int, validation_fraction: float | None = None, test_fraction: float | None = None
 ) -> tuple[Split, Split, Split]:
@@ -298,12 +283,9 @@ def partition(
         test_fraction: Share of test; likewise.
 
     Raises:
-        UserError: Fractions that are no fractions, or too few samples.
+        UserError: Too few samples for the shares.
     """
     shares = [DEFAULT_FRACTION if share is None else share for share in (validation_fraction, test_fraction)]
-    for option, share in zip(("validation_fraction", "test_fraction"), shares, strict=True):
-        if not 0 <= share < 1:
-            raise UserError(f"{option} is {share}; it must be at least 0 and below 1")
     smallest = SMALLEST_SPLITTABLE if any(shares) else 2
     if len(pool) < smallest:
         raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
@@ -316,7 +298,7 @@ def partition(
 
 
 def complete_splits(
-    name: str, parts: dict[str, Split], options: Options
+    name: str, parts: dict[str, Split], options: DataOptions
 ) -> tuple[tuple[Split, Split, Split], str]:
     """The three splits of data that come with some of them; those that are missing are drawn from ``train``.
 

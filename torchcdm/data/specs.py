@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torchcdm.data import arrays, celeba, folders, hub, named, published, tables
-from torchcdm.data.source import DataSource, Options
+from torchcdm.data.options import DataOptions, Layout, with_fields
+from torchcdm.data.source import DataSource
 from torchcdm.errors import UserError, nearest
-from torchcdm.units import DataTransform
 
-LOADERS: dict[str, Callable[[str, Options], DataSource]] = {
+LOADERS: dict[str, Callable[[str, DataOptions, Layout | None], DataSource]] = {
     "digits": named.digits,
     "fashion-mnist": published.fashion_mnist,
     "cifar10": published.cifar10,
@@ -36,60 +37,33 @@ NEED_ARGUMENT = {
 }
 
 
-def load_data(
-    spec: str,
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    validation_fraction: float | None = None,
-    test_fraction: float | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    skip_bad: bool = False,
-    label: str | None = None,
-    dequantize: bool = True,
-    transform: DataTransform | None = None,
-    columns: Sequence[str] | None = None,
-) -> DataSource:
+def load_data(data: str | DataOptions, layout: Layout | None = None, **fields: Any) -> DataSource:
     """The data set that a SPEC names, to train on or for a trained model to score.
 
     Args:
-        spec: ``digits``, ``fashion-mnist[:PATH]``, ``cifar10[:PATH]``, ``celeba:PATH``, ``folder:PATH``,
-            ``array:FILE.npz`` or ``.npy``, ``table:FILE.csv`` or ``.parquet``, ``hf:NAME``, ``toy:NAME``.
-        size: Images are resized to this (H, W).
-        channels: Images are converted to 1, 3 or 4 channels.
-        validation_fraction: Share of validation. None: the data set's own split, or 0.1; 0: none.
-        test_fraction: Share of test where the data have no test split of their own; 0.1 when None.
-        seed: Seed of random splits and of toy samples. Named data sets have fixed splits.
-        limit: At most this many samples in every split.
-        skip_bad: Leave out images that cannot be read, and say how many; every file is read once to find them.
-        label: Column of a table that holds the class.
-        dequantize: Whether training and scoring add uniform noise to grey levels; False as in the paper.
-        transform: Of the model that scores the data, which must have its shape and grey levels; measured on the
-            training split when None.
-        columns: The columns that the model was trained on; a table is read by them, in whatever order it has them.
+        data: A SPEC (``digits``, ``folder:PATH``, ``table:FILE.csv`` ...), or all options with it.
+        layout: That of the model that scores the data, which must have its shape, columns and grey levels. None to
+            train: the units are measured on the training split.
+        **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``data``.
 
     Raises:
-        UserError: Anything wrong with the SPEC or with the files, named in one line.
+        UserError: Anything wrong with the options or with the files, named in one line.
 
     Example:
         >>> source = load_data("digits")
         >>> source.shape, len(source.train), len(source.validation), len(source.test)
         ((1, 8, 8), 1300, 200, 297)
     """
+    options = with_fields(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
+    spec = options.spec
+    if spec is None:
+        raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
     check_spec(spec)
     kind, _, argument = spec.partition(":")
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise UserError(f"size is {size}; it must be two positive numbers, height and width")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1")
-    size = None if size is None else (int(size[0]), int(size[1]))
-    options = Options(
-        size, channels, validation_fraction, test_fraction, seed, skip_bad, label, dequantize, transform, columns
-    )
-    if label is not None and kind not in ("table", "hf"):
-        raise UserError(f"label '{label}' names a column of a table; {spec} has no columns")
-    source = LOADERS[kind](argument, options).limited(limit)
-    if len(source.shape) == 1 and (size is not None or channels is not None):
+    if options.label is not None and kind not in ("table", "hf"):
+        raise UserError(f"label '{options.label}' names a column of a table; {spec} has no columns")
+    source = LOADERS[kind](argument, options, layout).limited(options.limit)
+    if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
         raise UserError(f"size and channels are for images; {spec} holds vectors of {source.shape[0]} numbers")
     return source
 

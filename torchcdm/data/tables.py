@@ -15,7 +15,8 @@ from torch import Tensor
 
 from torchcdm.data.arrays import read_labels, source_from_splits
 from torchcdm.data.columns import check_resolution, constants_note
-from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Options, Split, complete_splits
+from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Split, complete_splits
 from torchcdm.errors import UserError
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
@@ -81,9 +82,9 @@ class Table:
         return self.columns[name]
 
 
-def load(argument: str, options: Options) -> DataSource:
+def load(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
     """``table:FILE.csv`` or ``table:FILE.parquet``, split at random."""
-    return source_from_tables({"train": read(Path(argument))}, f"table:{argument}", options)
+    return source_from_tables({"train": read(Path(argument))}, f"table:{argument}", options, layout=layout)
 
 
 def read(path: Path) -> Table:
@@ -117,7 +118,9 @@ def from_frame(frame: Any, name: str = "data frame") -> Table:
     return Table(name, columns, lambda i: f"row {frame.index[i]}")
 
 
-def source_from_tables(parts: dict[str, Table], name: str, options: Options, labels: Any = None) -> DataSource:
+def source_from_tables(
+    parts: dict[str, Table], name: str, options: DataOptions, labels: Any = None, layout: Layout | None = None
+) -> DataSource:
     """The columns of numbers; columns that are constant in training are left out, discrete ones dequantised.
 
     For a model that is to score them: its columns, whatever they hold.
@@ -126,21 +129,22 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
         parts: ``train``, and ``validation`` and ``test`` where they are apart; what is missing is drawn at random.
         name: Name of the source.
         options: ``label`` names the column of classes, which is no column of the data; without ``dequantize``
-            discrete columns are left as they are; ``transform`` and ``columns`` are those of the model.
+            discrete columns are left as they are.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
+        layout: That of the model that scores the data.
 
     Raises:
         UserError: An unknown label column, a cell that is no number, nothing but constant columns, a column whose
             variation float32 does not hold.
     """
     table = parts["train"]
-    columns = list(options.columns or (column for column in table.columns if column != options.label))
+    columns = list((layout and layout.columns) or (column for column in table.columns if column != options.label))
     if not columns or not len(table):
         raise UserError(f"{table.name}: no columns of numbers, or no rows")
     if options.label is not None:
         labels = [label for part in parts.values() for label in part.column(options.label)]
     values = {split: part.matrix(columns) for split, part in parts.items()}
-    if options.transform is None:
+    if layout is None:
         check_resolution(values["train"], columns, table.name)
     sizes = [len(part) for part in values.values()]
     y, class_names = _classes(labels, sum(sizes), table.name)
@@ -151,7 +155,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
     }
     splits, note = complete_splits(table.name, pools, options)
     x, _ = splits[0].tensors()
-    varying = (x != x[0]).any(0) if options.transform is None else torch.ones(len(columns), dtype=torch.bool)
+    varying = (x != x[0]).any(0) if layout is None else torch.ones(len(columns), dtype=torch.bool)
     kept = [column for column, varies in zip(columns, varying.tolist(), strict=True) if varies]
     if not kept:
         raise UserError(f"{table.name}: every column is constant; there is nothing to learn")
@@ -161,7 +165,7 @@ def source_from_tables(parts: dict[str, Table], name: str, options: Options, lab
         notes.append(constants_note(constants))
         train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
         splits = (train, validation, test)
-    source = source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note])
+    source = source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note], layout)
     return replace(source, constants=constants)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchcdm.data import DataSource, load_data
+from torchcdm.data import DataOptions, DataSource, Layout, load_data
 from torchcdm.diffusion.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
 from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals
 from torchcdm.diffusion.schedules import (
@@ -33,7 +32,6 @@ from torchcdm.networks.timm_adapter import TimmBackbone
 from torchcdm.networks.unet import CDMUNet, DDMUNet
 from torchcdm.training.settings import (
     CosineConfig,
-    DataConfig,
     EncoderConfig,
     LearnedConfig,
     LinearConfig,
@@ -53,42 +51,23 @@ FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtur
 """What logits can be a correction to, fitted to data."""
 
 
-def load_source(
-    config: DataConfig, transform: DataTransform | None = None, columns: Sequence[str] | None = None
-) -> DataSource:
-    """The data that a configuration names.
+def load_source(options: DataOptions, layout: Layout | None = None) -> DataSource:
+    """The data that options name, in the units that they ask for, or in those of the model that is to score them.
 
     Args:
-        config: What, and in which units.
-        transform: Of the model that is to score them, in whose units they come then.
-        columns: Those that the model was trained on.
+        options: Which data, and in which units.
+        layout: That of the model that is to score them.
 
     Raises:
         UserError: No data, or what :func:`torchcdm.data.load_data` refuses.
     """
-    if config.spec is None:
-        raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
-    size = None if config.size is None else (config.size[0], config.size[1])
-    source = load_data(
-        config.spec,
-        size=size,
-        channels=config.channels,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-        limit=config.limit,
-        skip_bad=config.skip_bad,
-        label=config.label,
-        dequantize=config.dequantize,
-        transform=transform,
-        columns=columns,
-    )
-    return in_units(source, config) if transform is None else source
+    source = load_data(options, layout)
+    return in_units(source, options) if layout is None else source
 
 
-def in_units(source: DataSource, config: DataConfig) -> DataSource:
-    """Data in the units that a configuration asks for: :func:`gaussianized`, or as they are."""
-    return gaussianized(source, config.flip) if config.gaussianize else source
+def in_units(source: DataSource, options: DataOptions) -> DataSource:
+    """Data in the units that options ask for: :func:`gaussianized`, or as they are."""
+    return gaussianized(source, options.flip) if options.gaussianize else source
 
 
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:

@@ -19,7 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from torchcdm import __version__
-from torchcdm.data import DataSource, Inputs, read_inputs, renumbered
+from torchcdm.data import DataOptions, DataSource, Inputs, Layout, read_inputs, renumbered
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
@@ -28,7 +28,7 @@ from torchcdm.runtime.files import TEMPORARY, flush_folder, write_file, write_js
 from torchcdm.training.build import build_model, load_source
 from torchcdm.training.codec import decode, encode
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.settings import DataConfig, ModelConfig
+from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
 
 FORMAT = 3
@@ -61,7 +61,7 @@ class ModelInfo:
 
     model: ModelConfig
     transform: DataTransform
-    data: DataConfig
+    data: DataOptions
     preset: str | None
     class_names: tuple[str, ...] | None
     columns: tuple[str, ...] | None
@@ -73,13 +73,16 @@ class ModelInfo:
         """Number of classes of the data."""
         return None if self.class_names is None else len(self.class_names)
 
+    @property
+    def layout(self) -> Layout:
+        """How the model takes its data."""
+        return Layout(self.transform, self.columns, self.constants)
+
     def read_inputs(
         self, paths: str | Path | Sequence[str | Path], skip_bad: bool = False, noisy: bool = False
     ) -> Inputs:
         """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
-        size = None if self.data.size is None else (self.data.size[0], self.data.size[1])
-        columns, channels = self.columns, self.data.channels
-        return read_inputs(paths, self.transform, columns, self.constants, size, channels, skip_bad, noisy)
+        return read_inputs(paths, self.layout, replace(self.data, skip_bad=skip_bad), noisy)
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
         """Data with splits for the model to score, in its units: what it was trained on, or others of the same kind.
@@ -93,8 +96,8 @@ class ModelInfo:
             UserError: Data that cannot be read, or of another shape, other columns, grey levels or classes than the
                 model's; names both.
         """
-        config = self.data if spec is None else replace(self.data, spec=spec)
-        source = load_source(config, model.transform, self.columns)
+        options = self.data if spec is None else replace(self.data, spec=spec)
+        source = load_source(options, self.layout)
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
         return source
@@ -141,7 +144,7 @@ def read_info(run: str | Path) -> ModelInfo:
         return ModelInfo(
             decode(ModelConfig, content["model"], "model"),
             transform_from_config(content["transform"]),
-            decode(DataConfig, content["data"], "data"),
+            decode(DataOptions, content["data"], "data"),
             content["preset"],
             _names(content["classes"]),
             _names(content["columns"]),

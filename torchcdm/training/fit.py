@@ -10,15 +10,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torchcdm.data import DataSource, from_object, load_data, spec_of
+from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.training.build import in_units
 from torchcdm.training.checkpoint import load
+from torchcdm.training.codec import decode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.interrupt import Interrupted
 from torchcdm.training.loop import train
-from torchcdm.training.settings import Config, DataConfig, TrainConfig
+from torchcdm.training.settings import Config, TrainConfig
 
 GIVEN = {"spec": "the data themselves are the first argument"}
 OF_OBJECTS = GIVEN | {
@@ -71,7 +72,7 @@ def fit(
         >>> model.log_prob(torch.zeros(1, 3))
     """
     layer = override_fields(overrides)
-    source = _source(data, labels, layer.get("data", {}))
+    source = _source(data, labels, decode(DataOptions, layer.get("data", {}), "data"))
     if progress:
         print(*source.notes, sep="\n")
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
@@ -113,28 +114,21 @@ def trained(
         yield folder
 
 
-def _source(data: Any, labels: Any, options: Mapping[str, Any]) -> DataSource:
-    """The data by the fields of the configuration; those without effect are refused."""
+def _source(data: Any, labels: Any, options: DataOptions) -> DataSource:
+    """The data by the options; those without effect are refused."""
     kind, without_effect = "Python objects", OF_OBJECTS
     if isinstance(data, DataSource):
         kind, without_effect = "a DataSource", OF_SOURCES
     elif isinstance(data, (str, Path)):
         kind, without_effect = "data from files", GIVEN
     for name, mend in without_effect.items():
-        default = getattr(DataConfig, name)
-        if options.get(name, default) != default:
+        if getattr(options, name) != getattr(DataOptions(), name):
             raise UserError(f"fit: data.{name} has no effect on {kind}; {mend}")
-    fractions = options.get("validation_fraction"), options.get("test_fraction")
-    seed, dequantize = options.get("seed", 0), options.get("dequantize", True)
     if not isinstance(data, (str, Path)):
-        return from_object(data, labels, *fractions, seed, dequantize)
+        return from_object(data, labels, options)
     if labels is not None and not isinstance(labels, str):
         raise UserError("fit: labels of data from files lie in the files; give the name of a table's column, or none")
-    size = options.get("size")
-    return load_data(
-        spec_of(data), None if size is None else tuple(size), options.get("channels"), *fractions, seed,
-        options.get("limit"), options.get("skip_bad", False), labels or options.get("label"), dequantize,
-    )  # fmt: skip
+    return load_data(options, spec=spec_of(data), label=labels or options.label)
 
 
 def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,54 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torchcdm.data import DataOptions
 from torchcdm.errors import UserError
 
 FEWEST_PARTICLES = 128
 """For log Z: a quarter of them are the draws of the second estimate."""
-
-# --- data ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train on.
-
-    Attributes:
-        spec: As ``--data``: ``digits``, ``folder:PATH``, ``table:FILE.csv`` ...; None where a preset leaves it open.
-        size: Images are resized to (height, width).
-        channels: Images are converted to so many channels.
-        validation_fraction: Share of validation where the data have none of their own.
-        test_fraction: Share of test, likewise.
-        seed: Seed of random splits.
-        limit: At most so many samples in every split.
-        skip_bad: Leave out files that cannot be read.
-        label: Column of a table that holds the class.
-        dequantize: Train and score with uniform noise on grey levels and columns of few values; False as in the paper.
-        gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
-            table towards a normal: a better density where dimensions have distributions of their own, but noise is
-            then no additive noise on the data.
-        flip: Mirror half of the training images, at random.
-        workers: Processes that read samples from files.
-    """
-
-    spec: str | None = None
-    size: tuple[int, ...] | None = None
-    channels: int | None = None
-    validation_fraction: float | None = None
-    test_fraction: float | None = None
-    seed: int = 0
-    limit: int | None = None
-    skip_bad: bool = False
-    label: str | None = None
-    dequantize: bool = True
-    gaussianize: bool = False
-    flip: bool = False
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size is not None and len(self.size) != 2:
-            raise UserError(f"size is {list(self.size)}; [height, width] is needed")
-
 
 # --- networks: the arguments of the classes in torchcdm.networks -----------------------------------------------
 
@@ -377,7 +334,7 @@ class Config:
     preset: str | None = None
     description: str = ""
     reaches: Reaches | None = None
-    data: DataConfig = DataConfig()
+    data: DataOptions = DataOptions()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()

@@ -1,0 +1,83 @@
+"""Which data, and how they are read: one object, handed whole from the settings to the readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from torchcdm.errors import UserError, nearest
+from torchcdm.runtime.validation import validated
+from torchcdm.units import DataTransform
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+@validated
+class DataOptions:
+    """Which data, and how they are read.
+
+    Attributes:
+        spec: ``digits``, ``fashion-mnist[:PATH]``, ``cifar10[:PATH]``, ``celeba:PATH``, ``folder:PATH``,
+            ``array:FILE.npz`` or ``.npy``, ``table:FILE.csv`` or ``.parquet``, ``hf:NAME``, ``toy:NAME``; None where a
+            preset leaves it open.
+        size: Height and width that images are resized to; None leaves them.
+        channels: Number of channels that images are converted to; None leaves them.
+        validation_fraction: Share of validation. None: the data set's own split, or 0.1; 0: none.
+        test_fraction: Share of test where the data have no test split of their own. None: 0.1.
+        seed: Seed of random splits and of toy samples. Named data sets have fixed splits.
+        limit: Most samples in each split.
+        skip_bad: Leave out images and folders that cannot be read, and say how many; every file is read once to find
+            them.
+        label: Column of a table that holds the class.
+        dequantize: Train and score with uniform noise on grey levels and columns of few values; False as in the paper.
+        gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
+            table towards a normal: a better density where dimensions have distributions of their own, but noise is
+            then no additive noise on the data.
+        flip: Mirror half of the training images, at random.
+        workers: Processes that read samples from files during training.
+    """
+
+    spec: str | None = None
+    size: tuple[Count, Count] | None = None
+    channels: Count | None = None
+    validation_fraction: Share | None = None
+    test_fraction: Share | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    limit: Count | None = None
+    skip_bad: bool = False
+    label: str | None = None
+    dequantize: bool = True
+    gaussianize: bool = False
+    flip: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+
+
+def with_fields(options: DataOptions, **fields: Any) -> DataOptions:
+    """The same options with other values for some fields.
+
+    Raises:
+        UserError: An unknown field, or a wrong value.
+    """
+    for name in fields:
+        if name not in DataOptions.__dataclass_fields__:
+            raise UserError(f"unknown option '{name}'; {nearest(name, DataOptions.__dataclass_fields__)}")
+    return replace(options, **fields)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a trained model takes its data: what is read for it comes in this layout.
+
+    Attributes:
+        transform: Data units to model units; knows shape, grid and range.
+        columns: Names of the columns of a table, in the model's order; None elsewhere.
+        constants: Values of the columns of a table that were left out because they were constant in training.
+    """
+
+    transform: DataTransform
+    columns: tuple[str, ...] | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
