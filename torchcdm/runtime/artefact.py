@@ -1,0 +1,253 @@
+"""The one form of all that is saved: a JSON file with a version, a kind and checksums, and tensors beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+from safetensors.torch import load as unpack
+from safetensors.torch import save as pack
+from torch import Tensor
+
+from torchcdm import __version__
+from torchcdm.errors import UserError
+from torchcdm.runtime.files import beside, flush_folder, without_nan, write_file, write_through, writing
+
+FORMAT = 4
+"""Version of everything that is saved; raised when an older reader would misread it."""
+
+LARGEST_JSON = 2**27
+"""Bytes of a JSON file beyond which it is not read."""
+
+MEND = "restore it from a copy, or make it again"
+
+ATTEMPTS = 3
+"""Readings of an artefact, which another process may replace meanwhile."""
+
+Tensors = Mapping[str, Tensor]
+
+
+def write_artefact(
+    path: Path, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Tensors] | None = None
+) -> None:
+    """Writes ``path`` and the files of tensors beside it, so that a crash leaves the old ones or the new ones.
+
+    The tensors are complete on the disk under another name before the JSON has their checksums, and are renamed after
+    it: a reader finds them in between.
+
+    Args:
+        path: The JSON file; its folder is made.
+        kind: What it is, one word. Only an artefact of the same kind is replaced.
+        content: Plain values; null in place of numbers that are not finite.
+        tensors: Name of the file, such as ``model.safetensors``, to its tensors.
+
+    Raises:
+        UserError: It cannot be written, or something else lies there; nothing that was there is lost.
+    """
+    with writing(path):
+        _check_replaced(path, kind)
+        settle(path)
+    packed = {
+        name: pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
+        for name, part in (tensors or {}).items()
+    }
+    files = {name: _digest(data) for name, data in packed.items()}
+    head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
+    # As JSON has them: the checksum is of what a reader sees.
+    sealed = json.loads(json.dumps(without_nan({**head, **content, "files": files}), allow_nan=False))
+    sealed["sha256"] = seal(sealed)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pending = {path.with_name(name): beside(path.with_name(name)) for name in packed}
+        try:
+            for temporary, data in zip(pending.values(), packed.values(), strict=True):
+                write_through(temporary, data)
+            write_file(path, json.dumps(sealed, indent=1) + "\n")
+        except (OSError, UserError):
+            for temporary in pending.values():
+                temporary.unlink(missing_ok=True)
+            raise
+        for final, temporary in pending.items():
+            os.replace(temporary, os.path.realpath(final))
+        flush_folder(path.parent)
+
+
+def read_artefact(
+    path: Path, kind: str | Sequence[str], files: Sequence[str] = (), mend: str = MEND
+) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """What :func:`write_artefact` wrote.
+
+    Args:
+        path: The JSON file.
+        kind: What it must be, or may be.
+        files: Names of the files of tensors to read.
+        mend: The way out, the end of a message about damage.
+
+    Returns:
+        The content, and the tensors of each file.
+
+    Raises:
+        UserError: Missing, not readable, damaged, or of another kind or version.
+    """
+    for _ in range(ATTEMPTS):
+        content = _read_sealed(path, kind, mend)
+        paths = [path.with_name(name) for name in files]
+        found = [_matching(file, content["files"].get(file.name)) for file in paths]
+        if None not in found:
+            return content, [_unpack(data, file, mend) for data, file in zip(found, paths, strict=True)]
+    wrong = paths[found.index(None)]
+    read_bytes(wrong)
+    damaged(wrong, f"it does not match its checksum in {path.name}", mend)
+
+
+def read_json(path: Path, mend: str = MEND) -> dict[str, Any]:
+    """A JSON object of finite numbers.
+
+    Raises:
+        UserError: Missing, not readable, too large, or not one.
+    """
+    try:
+        content = parse_json(read_bytes(path, LARGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        damaged(path, f"not JSON ({error})", mend)
+    return content if isinstance(content, dict) else damaged(path, "not a JSON object", mend)
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON without NaN and infinite numbers, which it does not have and Python would take.
+
+    Raises:
+        ValueError: Not JSON.
+        RecursionError: Nested too deeply.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def read_tensors(path: Path, mend: str = MEND) -> dict[str, Tensor]:
+    """A safetensors file that stands alone, without a checksum.
+
+    Raises:
+        UserError: Missing, not readable, or damaged.
+    """
+    return _unpack(read_bytes(path), path, mend)
+
+
+def read_bytes(path: Path, largest: int | None = None) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: The file.
+        largest: Bytes beyond which it is not read.
+
+    Raises:
+        UserError: Missing, not readable, a folder or a pipe, or too large.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: is no file, give one")
+        if largest is not None and status.st_size > largest:
+            raise UserError(f"{path}: is larger than {largest >> 20} MiB; is it the right file?")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def damaged(path: Path, what: str, mend: str = MEND) -> NoReturn:
+    """Raises the one message about damage.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(f"{path}: damaged, {what}; {mend}") from None
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """Checksum of a JSON object without its field ``sha256``, whatever its layout."""
+    plain = {key: value for key, value in content.items() if key != "sha256"}
+    return _digest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _check_replaced(path: Path, kind: str) -> None:
+    """Refuses to replace what is of another kind, by the beginning of the file: its rest may be damaged."""
+    head = path.read_bytes()[:200] if path.is_file() else b""
+    if head:
+        found = re.match(rb'{\s*"format": \d+,\s*"kind": "([^"]+)"', head)
+        if found is None or found[1] != kind.encode():
+            what = "was written by something else" if found is None else f"holds a {found[1].decode(errors='replace')}"
+            raise UserError(f"{path}: {what}, which a {kind} would replace; choose another place, or remove it")
+
+
+def settle(path: Path) -> None:
+    """Renames the tensors of an artefact that a crash left complete beside their place."""
+    try:
+        files = read_json(path).get("files")
+    except UserError:
+        return
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        final = path.parent / Path(name).name
+        temporary = beside(final)
+        if final != path.parent and temporary.is_file() and _digest(read_bytes(temporary)) == digest:
+            os.replace(temporary, os.path.realpath(final))
+
+
+def _read_sealed(path: Path, kind: str | Sequence[str], mend: str) -> dict[str, Any]:
+    """A JSON file whose checksum holds."""
+    content = read_json(path, mend)
+    version = content.get("format")
+    if version != FORMAT:
+        raise UserError(
+            f"{path}: format version {version!r}, but this torchcdm ({__version__}) reads {FORMAT}; "
+            "use the torchcdm that wrote it"
+        )
+    if content.get("sha256") != seal(content):
+        damaged(path, "its content does not match its checksum", mend)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if content.get("kind") not in kinds:
+        raise UserError(f"{path}: holds a {content.get('kind')}, not a {' or '.join(kinds)}")
+    files = content.get("files")
+    if not isinstance(files, dict):
+        damaged(path, "'files' is missing or wrong", mend)
+    return content
+
+
+def _matching(path: Path, digest: Any) -> bytes | None:
+    """The bytes of this checksum, under their name or, from a write that is under way, beside it."""
+    for candidate in (path, beside(path)):
+        try:
+            data = read_bytes(candidate)
+        except UserError:
+            continue
+        if _digest(data) == digest:
+            return data
+    return None
+
+
+def _unpack(data: bytes, path: Path, mend: str) -> dict[str, Tensor]:
+    try:
+        return unpack(data)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        damaged(path, f"or no safetensors ({str(error).splitlines()[0]})", mend)
+
+
+def _finite(text: str) -> float:
+    if math.isfinite(value := float(text)):
+        return value
+    raise ValueError(f"{text} is no finite number")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
