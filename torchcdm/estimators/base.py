@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +23,7 @@ from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo, load, read_info
 from torchcdm.training.codec import merge
 from torchcdm.training.config_files import make_config, preset_fields
@@ -57,6 +60,8 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
 WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
 
+SAMPLING_STEPS = 50
+
 SHORTEST = 1e-3
 """Seconds of a training for which no time is left: one step."""
 
@@ -81,6 +86,7 @@ def _base_fields(train: Tensor, validation: Tensor, given: Mapping[str, Any]) ->
     return {"components": components, "shrinkage": shrinkage}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TableEstimator(BaseEstimator):
     """The parameters of training, and training itself.
 
@@ -116,71 +122,56 @@ class TableEstimator(BaseEstimator):
         n_features_in_: Columns of the table.
     """
 
-    save_format: ClassVar[int] = 1
-    clock: Callable[[], float] = time.monotonic
-    """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share. No setting: a clone
+    clock: ClassVar[Callable[[], float]] = time.monotonic
+    """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share. No parameter: a clone
     has that of its class."""
 
-    def __init__(
-        self,
-        *,
-        preset: str = "table",
-        steps: int | None = None,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        dropout: float | None = None,
-        components: int | None = None,
-        patience: int | None = None,
-        max_seconds: float | None = None,
-        validation_fraction: float = 0.15,
-        discrete: str = "dequantize",
-        overrides: Mapping[str, Any] | None = None,
-        device: str | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        self.preset = preset
-        self.steps = steps
-        self.batch_size = batch_size
-        self.lr = lr
-        self.width = width
-        self.depth = depth
-        self.dropout = dropout
-        self.components = components
-        self.patience = patience
-        self.max_seconds = max_seconds
-        self.validation_fraction = validation_fraction
-        self.discrete = discrete
-        self.overrides = overrides
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
+    preset: str = "table"
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    width: int | None = None
+    depth: int | None = None
+    dropout: float | None = None
+    components: int | None = None
+    patience: int | None = None
+    max_seconds: float | None = None
+    validation_fraction: float = 0.15
+    discrete: str = "dequantize"
+    overrides: Mapping[str, Any] | None = None
+    device: str | None = None
+    random_state: Any = None
+    verbose: int = 0
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def _measure_columns(self, x: np.ndarray, names: np.ndarray | None, what: str = "") -> Columns:
-        """The columns of a training table; says what is to be known of them."""
-        labels = [str(k) for k in range(x.shape[1])] if names is None else [str(name) for name in names]
+    def _check_parameters(self) -> None:
+        """Refuses parameters that training would notice late, or never."""
+        if not isinstance(self.validation_fraction, Real) or not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction is {self.validation_fraction!r}; it must be above 0 and below 1")
+        if not isinstance(self.overrides, (Mapping, NoneType)):
+            raise UserError(f"overrides is {self.overrides!r}; a dict of settings is needed")
+
+    def _measure_columns(self, x: np.ndarray, names: Sequence[Any] | None, what: str = "") -> Columns:
+        """The columns of a training table; what is to be known of them goes into the notes."""
+        labels = [str(name) for name in (range(x.shape[1]) if names is None else names)]
         columns, notes = Columns.measure(x, labels, self.discrete)
         if columns.constants:
             left_out = ", ".join(columns.names[k] for k in columns.constants)
             note = f"{what}columns left out because they are constant: {left_out}; the density is that of the others"
-            warnings.warn(note, UserWarning, stacklevel=4)
+            warnings.warn(note, UserWarning, stacklevel=3)
             notes.insert(0, note)
-        self.notes_ = [*getattr(self, "notes_", []), *notes]
-        if self.verbose:
-            for note in notes:
-                print(note)
+        self._say(*notes)
         return columns
+
+    def _say(self, *notes: str) -> None:
+        self.notes_ = [*self.notes_, *notes]
+        if self.verbose:
+            print(*notes, sep="\n")
 
     def _split_rows(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of training and of validation, at random."""
-        share = self.validation_fraction
-        if not 0 < share < 1:
-            raise UserError(f"validation_fraction is {share}; it must be above 0 and below 1")
-        held_out = min(max(2, round(share * rows)), rows - 2)
+        held_out = min(max(2, round(self.validation_fraction * rows)), rows - 2)
         order = permutation(rows, seed).numpy()
         return order[held_out:], order[:held_out]
 
@@ -242,22 +233,39 @@ class TableEstimator(BaseEstimator):
 
     def _fields(self, rows: int, columns: int) -> dict[str, Any]:
         """The configuration on top of the preset."""
-        backbone = {"width": self.width, "depth": self.depth, "dropout": self.dropout}
-        train = {
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "lr": self.lr,
-            "patience": self.patience,
-            "max_seconds": self.max_seconds,
-        }
         given = {
-            "model": {"backbone": {key: value for key, value in backbone.items() if value is not None}}
-            | ({} if self.components is None else {"components": self.components}),
-            "train": {key: value for key, value in train.items() if value is not None},
+            "model": {"backbone": self._given("width", "depth", "dropout"), **self._given("components")},
+            "train": self._given("steps", "batch_size", "lr", "patience", "max_seconds"),
         }
         return merge(merge(size_fields(rows, columns), given), self.overrides or {})
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """Those of the parameters that are set."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> np.ndarray:
+        """Draws of the kept columns, float64 (n, kept), before discrete ones are rounded."""
+        steps = min(SAMPLING_STEPS, self.model_.schedule.T)
+        return sample(self.model_, n, "dpm++", steps, y=y, seed=self._seed(random_state)).numpy()
 
     def _seed(self, random_state: Any = None) -> int:
         """A seed from ``random_state``, or from the estimator's own when None."""
         state = check_random_state(self.random_state if random_state is None else random_state)
         return int(state.randint(2**31 - 1))
+
+
+def plain(table: Any) -> Any:
+    """A table for scikit-learn's checks, which would drop the mask of an array and not read a tensor with gradients.
+
+    Raises:
+        UserError: Masked cells.
+    """
+    if np.ma.is_masked(table):
+        raise UserError("the table has masked cells; fill them, or leave their rows out")
+    return table.detach().cpu().numpy() if isinstance(table, Tensor) else table
+
+
+def check_count(n: Any, name: str) -> None:
+    """Refuses a number of draws that is not whole, or below 1."""
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        raise UserError(f"{name} is {n!r}; a whole number of at least 1 is needed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -12,18 +12,19 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
+from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
-from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
+from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, check_count, plain
 from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
-from torchcdm.samplers import sample
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
 
 
 @final
+@dataclass(kw_only=True, eq=False, repr=False)
 class CDMConditional(TableEstimator):
     """p(theta | x) from pairs (theta, x): the posterior, where theta was drawn from the prior and x simulated.
 
@@ -33,15 +34,13 @@ class CDMConditional(TableEstimator):
 
     Args:
         likelihood: ``one-pass``, not exactly normalised, or ``flow``: see :class:`CDMDensity`.
-        preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
+        preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
-        model_: The trained :class:`torchcdm.ClassificationDiffusion`, of the residuals.
-        theta_columns_: Which columns of theta were left out or dequantised.
+        model_: The trained :class:`torchcdm.ClassificationDiffusion`, of the residuals of theta.
+        theta_columns_: Which columns of theta were left out or dequantised, a :class:`Columns`.
         x_columns_: Which columns of x were left out; none is dequantised.
-        notes_: What was read off the tables.
-        validation_indices_: Pairs that early stopping watched.
-        validation_loss_: Their training loss at the step that was kept.
+        notes_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Example:
         >>> posterior = CDMConditional(random_state=0).fit(theta, x)
@@ -49,74 +48,50 @@ class CDMConditional(TableEstimator):
         >>> draws = posterior.sample(1000, x_observed)
     """
 
-    def __init__(
-        self,
-        *,
-        likelihood: str = "one-pass",
-        preset: str = "table",
-        steps: int | None = None,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        dropout: float | None = None,
-        components: int | None = None,
-        patience: int | None = None,
-        max_seconds: float | None = None,
-        validation_fraction: float = 0.15,
-        discrete: str = "dequantize",
-        overrides: Mapping[str, Any] | None = None,
-        device: str | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
-            components=components, patience=patience, max_seconds=max_seconds,
-            validation_fraction=validation_fraction, discrete=discrete, overrides=overrides, device=device,
-            random_state=random_state, verbose=verbose,
-        )  # fmt: skip
-        self.likelihood = likelihood
+    likelihood: str = "one-pass"
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
-        """Trains the model.
+        """Trains the model. A fit that fails leaves the estimator as it was.
 
         Args:
             theta: Parameters (N, p) or (N,): array or data frame; at least ten rows.
             x: What was observed or simulated with them, (N, q) or (N,).
 
-        Returns:
-            Itself.
-
         Raises:
             ValueError: Values that are not finite numbers, tables of different lengths, fewer than ten rows.
-            UserError: What :meth:`Columns.measure` refuses, or settings that are not understood.
+            TypeError: A sparse matrix.
+            UserError: Columns that :meth:`Columns.measure` refuses, or parameters that are not understood.
         """
-        names = [getattr(part, "columns", None) for part in (theta, x)]
-        theta, x = (_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x")))
-        check_consistent_length(theta, x)
-        check_likelihood(self.likelihood)
-        self.notes_, self.n_features_in_ = [], theta.shape[1]
-        seed = self._seed()
-        self.theta_columns_ = self._measure_columns(theta, names[0], "theta: ")
-        self.x_columns_ = self._context_columns(x, names[1])
-        train, held_out = self._split_rows(len(theta), seed)
-        self.validation_indices_ = held_out
-        kept = x[train][:, self.x_columns_.kept]
-        self._x_mean, self._x_deviation = kept.mean(0), kept.std(0)
-        self._x_deviation[self._x_deviation == 0] = 1.0  # varies among the held-out rows alone
-        parts, contexts = [], []
-        for k, rows in enumerate((train, held_out)):
-            noisy = self.theta_columns_.noisy_copies(theta[rows], seed + k)
-            parts.append(noisy)
-            contexts.append(np.tile(self._context(x[rows]), (len(noisy) // len(rows), 1)))
-        regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
-        self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
-        self._intercept = np.atleast_1d(regression.intercept_)
-        residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
-        self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), len(train), seed)
-        self._noise = self.theta_columns_.noise_draws(seed)
+        with all_or_nothing(self):
+            self._check_parameters()
+            names = [getattr(part, "columns", None) for part in (theta, x)]
+            theta, x = (_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x")))
+            check_consistent_length(theta, x)
+            self.notes_, self.n_features_in_ = [], theta.shape[1]
+            seed = self._seed()
+            self.theta_columns_ = self._measure_columns(theta, names[0], "theta: ")
+            self.x_columns_ = self._context_columns(x, names[1])
+            train, held_out = self._split_rows(len(theta), seed)
+            self.validation_indices_ = held_out
+            kept = x[train][:, self.x_columns_.kept]
+            self._x_mean, self._x_deviation = kept.mean(0), kept.std(0)
+            self._x_deviation[self._x_deviation == 0] = 1.0  # varies among the held-out rows alone
+            parts, contexts = [], []
+            for k, rows in enumerate((train, held_out)):
+                noisy = self.theta_columns_.noisy_copies(theta[rows], seed + k)
+                parts.append(noisy)
+                contexts.append(np.tile(self._context(x[rows]), (len(noisy) // len(rows), 1)))
+            regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
+            self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
+            self._intercept = np.atleast_1d(regression.intercept_)
+            residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
+            self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), len(train), seed)
+            self._noise = self.theta_columns_.noise_draws(seed)
         return self
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        check_likelihood(self.likelihood)
 
     def log_prob(self, theta: Any, x: Any) -> np.ndarray:
         """log p(theta | x), nats in the units of theta; of discrete columns as in :meth:`CDMDensity.score_samples`.
@@ -159,15 +134,12 @@ class CDMConditional(TableEstimator):
             float64 (n, p) for one observation, (M, n, p) for several.
         """
         check_is_fitted(self)
-        if n < 1:
-            raise UserError(f"n is {n}; ask for at least one draw")
+        check_count(n, "n")
         one = np.ndim(x) == 1 and len(self.x_columns_.names) > 1 or np.ndim(x) == 0
         x = self._observations(x)
         context = np.repeat(self._context(x), n, axis=0)
-        steps = min(50, self.model_.schedule.T)
-        y = torch.from_numpy(context)
-        residuals = sample(self.model_, len(context), "dpm++", steps, y=y, seed=self._seed(random_state))
-        theta = self.theta_columns_.restore(residuals.numpy() + self._centre(context))
+        residuals = self._draws(len(context), random_state, torch.from_numpy(context))
+        theta = self.theta_columns_.restore(residuals + self._centre(context))
         return theta if one else theta.reshape(len(x), n, -1)
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -244,7 +216,7 @@ _ARRAYS = ("_x_mean", "_x_deviation", "_weights", "_intercept", "_noise", "valid
 
 def _table(values: Any, name: str, smallest: int = 1) -> np.ndarray:
     """A table of finite numbers as float64 (N, columns); a vector is one column."""
-    values = np.asarray(values)
+    values = np.asarray(plain(values))
     values = values.reshape(-1, 1) if values.ndim < 2 else values
     return check_array(values, dtype=np.float64, ensure_min_samples=smallest, input_name=name)
 

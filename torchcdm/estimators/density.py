@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
 from sklearn.base import DensityMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from torchcdm.errors import UserError
-from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator
+from torchcdm.apps.fitted import all_or_nothing
+from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, check_count, plain
 from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.normalizing import Normalizer, importance_normalizer
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
-from torchcdm.samplers import sample
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
 
 
 class TableDensity(TableEstimator):
@@ -30,30 +32,30 @@ class TableDensity(TableEstimator):
 
     columns_: Columns
 
-    def fit(self, X: Any, y: Any = None) -> TableDensity:
-        """Trains the model.
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Trains the model. A fit that fails leaves the estimator as it was.
 
         Args:
-            X: Table (N, columns) of finite numbers: array or data frame; at least ten rows.
+            X: Table (N, columns) of finite numbers, array or data frame; at least ten rows.
             y: Ignored.
-
-        Returns:
-            Itself.
 
         Raises:
             ValueError: Values that are not finite numbers, fewer than ten rows.
-            UserError: What :meth:`Columns.measure` refuses, or settings that are not understood.
+            TypeError: A sparse matrix.
+            UserError: Columns that :meth:`Columns.measure` refuses, or parameters that are not understood.
         """
-        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=SMALLEST_TABLE)
-        self.notes_ = []
-        seed = self._seed()
-        self.columns_ = self._measure_columns(X, getattr(self, "feature_names_in_", None))
-        train, self.validation_indices_ = self._split_rows(len(X), seed)
-        held_out = X[self.validation_indices_]
-        noisy = self.columns_.noisy_copies(X[train], seed)
-        self._train(noisy, self.columns_.noisy_copies(held_out, seed + 1), None, len(train), seed)
-        self._noise = self.columns_.noise_draws(seed)
-        self._after_training(X, held_out, seed)
+        with all_or_nothing(self):
+            self._check_parameters()
+            X = validate_data(self, plain(X), dtype=np.float64, ensure_min_samples=SMALLEST_TABLE)
+            self.notes_ = []
+            seed = self._seed()
+            self.columns_ = self._measure_columns(X, getattr(self, "feature_names_in_", None))
+            train, self.validation_indices_ = self._split_rows(len(X), seed)
+            held_out = X[self.validation_indices_]
+            noisy = self.columns_.noisy_copies(X[train], seed)
+            self._train(noisy, self.columns_.noisy_copies(held_out, seed + 1), None, len(train), seed)
+            self._noise = self.columns_.noise_draws(seed)
+            self._after_training(X, held_out, seed)
         return self
 
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
@@ -62,7 +64,7 @@ class TableDensity(TableEstimator):
     def _checked(self, X: Any) -> np.ndarray:
         """A table to score."""
         check_is_fitted(self)
-        return validate_data(self, X, dtype=np.float64, reset=False)
+        return validate_data(self, plain(X), dtype=np.float64, reset=False)
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
@@ -117,6 +119,7 @@ class TableDensity(TableEstimator):
 
 
 @final
+@dataclass(kw_only=True, eq=False, repr=False)
 class CDMDensity(DensityMixin, TableDensity):
     """Density estimation by a classification diffusion model: ``KernelDensity`` for correlated columns.
 
@@ -124,18 +127,12 @@ class CDMDensity(DensityMixin, TableDensity):
         likelihood: How rows are scored; may be changed after fitting (``set_params``). ``one-pass``: one network pass
             a row, less the estimate of log Z where it is usable. ``flow``: the probability flow of the same network,
             normalised by construction, some hundred passes a row.
-        preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
+        preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
-        model_: The trained :class:`torchcdm.ClassificationDiffusion`.
-        columns_: Which columns were left out or dequantised.
-        notes_: What was read off the table.
-        normalizer_: The estimated integral of the one-pass density, a :class:`Normalizer` with ``log_z``, ``se`` and
-            ``effective_sample_size``.
-        validation_indices_: Rows of the training table that early stopping watched.
-        validation_loss_: Their training loss at the step that was kept.
-        n_features_in_: Columns of the table.
+        normalizer_: The estimated integral of the one-pass density, a :class:`Normalizer`.
         feature_names_in_: Names of the columns of a data frame.
+        model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Example:
         >>> density = CDMDensity(random_state=0).fit(X)
@@ -143,40 +140,7 @@ class CDMDensity(DensityMixin, TableDensity):
         >>> new_rows = density.sample(100, random_state=1)
     """
 
-    def __init__(
-        self,
-        *,
-        likelihood: str = "one-pass",
-        preset: str = "table",
-        steps: int | None = None,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        dropout: float | None = None,
-        components: int | None = None,
-        patience: int | None = None,
-        max_seconds: float | None = None,
-        validation_fraction: float = 0.15,
-        discrete: str = "dequantize",
-        overrides: Mapping[str, Any] | None = None,
-        device: str | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
-            components=components, patience=patience, max_seconds=max_seconds,
-            validation_fraction=validation_fraction, discrete=discrete, overrides=overrides, device=device,
-            random_state=random_state, verbose=verbose,
-        )  # fmt: skip
-        self.likelihood = likelihood
-
-    def fit(self, X: Any, y: Any = None) -> CDMDensity:
-        """Trains the model; arguments and errors as in :meth:`TableDensity.fit`."""
-        check_likelihood(self.likelihood)
-        super().fit(X, y)
-        return self
+    likelihood: str = "one-pass"
 
     def score_samples(self, X: Any) -> np.ndarray:
         """log p of each row, nats in the units of the table.
@@ -197,13 +161,14 @@ class CDMDensity(DensityMixin, TableDensity):
         log_z = self.normalizer_.correction if self.likelihood == "one-pass" else 0.0
         return np.mean(draws, axis=0) + self.columns_.log_cell - log_z
 
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        check_likelihood(self.likelihood)
+
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
         self.normalizer_ = importance_normalizer(self.model_, seed)
         if not self.normalizer_.usable:
-            note = "one pass could not be normalised: log p is off by an unknown constant; use likelihood='flow'"
-            self.notes_.append(note)
-            if self.verbose:
-                print(note)
+            self._say("one pass could not be normalised: log p is off by an unknown constant; use likelihood='flow'")
 
     def _fitted_fields(self) -> dict[str, Any]:
         return super()._fitted_fields() | {"normalizer": asdict(self.normalizer_)}
@@ -232,8 +197,5 @@ class CDMDensity(DensityMixin, TableDensity):
             float64 (n_samples, columns).
         """
         check_is_fitted(self)
-        if n_samples < 1:
-            raise UserError(f"n_samples is {n_samples}; ask for at least one")
-        steps = min(50, self.model_.schedule.T)
-        rows = sample(self.model_, n_samples, "dpm++", steps, seed=self._seed(random_state))
-        return self.columns_.restore(rows.numpy())
+        check_count(n_samples, "n_samples")
+        return self.columns_.restore(self._draws(n_samples, random_state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, final
@@ -30,6 +31,7 @@ DETECTOR = "detector.safetensors"
 
 
 @final
+@dataclass(kw_only=True, eq=False, repr=False)
 class CDMOutlierDetector(OutlierMixin, TableDensity):
     """Outliers by the anomaly scores of a classification diffusion model, one network pass a row.
 
@@ -40,54 +42,21 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         contamination: Share of outliers in the training table, above 0 and at most ½: so many of its rows are
             flagged. ``auto``: the table is taken as normal, and the threshold flags one in twenty of the normal rows
             that training did not see; the lowest of them where there are fewer than 19.
-        preset: This and all others: as in :class:`torchcdm.estimators.base.TableEstimator`.
+        preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
         offset_: Threshold: ``decision_function`` is ``score_samples`` less this.
         detector_: The fitted score with its calibration, a :class:`torchcdm.apps.anomaly.AnomalyDetector`.
-        model_: The trained :class:`torchcdm.ClassificationDiffusion`.
-        columns_: Which columns were left out or dequantised.
-        notes_: What was read off the table.
-        validation_indices_: Rows of the training table that training did not see.
-        validation_loss_: Their training loss at the step that was kept.
-        n_features_in_: Columns of the table.
         feature_names_in_: Names of the columns of a data frame.
+        model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Example:
         >>> detector = CDMOutlierDetector(random_state=0).fit(normal)
         >>> suspects = table[detector.predict(table) == -1]
     """
 
-    def __init__(
-        self,
-        *,
-        anomaly_score: str = "log_prob",
-        contamination: float | str = "auto",
-        preset: str = "table",
-        steps: int | None = None,
-        batch_size: int | None = None,
-        lr: float | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        dropout: float | None = None,
-        components: int | None = None,
-        patience: int | None = None,
-        max_seconds: float | None = None,
-        validation_fraction: float = 0.15,
-        discrete: str = "dequantize",
-        overrides: Mapping[str, Any] | None = None,
-        device: str | None = None,
-        random_state: Any = None,
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(
-            preset=preset, steps=steps, batch_size=batch_size, lr=lr, width=width, depth=depth, dropout=dropout,
-            components=components, patience=patience, max_seconds=max_seconds,
-            validation_fraction=validation_fraction, discrete=discrete, overrides=overrides, device=device,
-            random_state=random_state, verbose=verbose,
-        )  # fmt: skip
-        self.anomaly_score = anomaly_score
-        self.contamination = contamination
+    anomaly_score: str = "log_prob"
+    contamination: float | str = "auto"
 
     def score_samples(self, X: Any) -> np.ndarray:
         """How normal each row is, higher for the more normal: the anomaly score with its sign changed.
@@ -108,14 +77,12 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         """+1 for a normal row, -1 for an outlier, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def fit(self, X: Any, y: Any = None) -> CDMOutlierDetector:
-        """Trains the model and sets the threshold; arguments and errors as in :meth:`TableDensity.fit`."""
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
         auto = isinstance(self.contamination, str) and self.contamination == "auto"
         if not auto and not (isinstance(self.contamination, Real) and 0 < self.contamination <= 0.5):
             raise UserError(f"contamination is {self.contamination!r}; give 'auto', or a share in (0, 0.5]")
         check_name(self.anomaly_score)
-        super().fit(X, y)
-        return self
 
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
         # What learns of the held-out rows must not be calibrated on the same ones.
