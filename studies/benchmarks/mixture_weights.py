@@ -116,7 +116,7 @@ def by_ratio(components: int) -> Callable[[Task], np.ndarray]:
         model = {"components": components}
         if components > 1:
             rows, _, _ = standardised(task)
-            model |= {"shrinkage": shrinkage_of(rows), "mixture_rows": len(rows)}
+            model |= {"shrinkage": shrinkage_of(rows)}
         ratio = DensityRatio(task.seed, device="cpu", progress=True, steps=task.steps, model=model)
         ratio.fit(task.rows, task.of_equal())
         print(*ratio.notes, sep="\n", flush=True)

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from studies.reproduce.bound import BoundLoss
 from studies.reproduce.result import Figure
 from studies.reproduce.tre import TRELoss
 from studies.reproduce.workspace import Workspace
@@ -38,11 +39,9 @@ def variants(T: int) -> dict[str, dict[str, Any]]:
 
     ``both`` is the CDM; ``ce`` and ``mse`` have one of its losses; ``tre`` has the logistic losses of adjacent pairs
     (the earlier ratio estimator); ``ddm`` is the plain diffusion model, ``ddm-bound`` the same trained on its
-    likelihood bound, and ``ddm-learned`` along with its schedule; the others differ in schedule, or are given the
-    class.
+    likelihood bound; the others differ in schedule, or are given the class.
     """
     ddm = {"model": {"kind": "ddm"}}
-    bound = merge(ddm, {"loss": {"weighting": "bound"}})
     labels = {"model": {"labels": "input"}}
     return {
         "both": {},
@@ -54,13 +53,12 @@ def variants(T: int) -> dict[str, dict[str, Any]]:
         "ot": {"model": {"schedule": {"name": "optimal-transport", "T": T - 1}}},
         "conditional": labels,
         "ddm": ddm,
-        "ddm-bound": bound,
-        "ddm-learned": merge(bound, {"model": {"gaussian": False, "schedule": {"name": "learned", "T": T}}}),
+        "ddm-bound": ddm,
         "ddm-conditional": merge(ddm, {"model": merge(ddm["model"], labels["model"])}),
     }
 
 
-LOSSES: dict[str, Callable[[Any], torch.nn.Module]] = {"tre": TRELoss}
+LOSSES: dict[str, Callable[[Any], torch.nn.Module]] = {"tre": TRELoss, "ddm-bound": BoundLoss}
 """Of the models that another loss trains than their kind's own."""
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from studies.reproduce.tre import TRELoss
 from studies.reproduce.truth import exact_source, level_errors, spread_levels
 from torchcdm.data import load_data
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.mixture import fit_gaussians
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -245,6 +247,16 @@ def test_a_mixture_is_measured_once_and_its_numbers_outlive_its_model(tmp_path, 
         assert row["the same over levels"] >= row["largest error of a weight"] > 0
     shutil.rmtree(tmp_path / "runs")
     assert tables("--finished") == found
+
+
+def test_the_mixture_that_a_network_corrects_is_fitted_to_all_samples(work):
+    source = exact_source(known_truth.mixture(2, 2), "two modes", 11_000, 50, 50)  # more than training reads
+    layer = known_truth._layer(2, 16, 8, 1, 2, 12)
+    config = make_config(preset_fields("mlp"), layer, {"model": {"components": 2, "shrinkage": 0.01}})
+    model, _ = work.model("mixture", config, source, partial(known_truth._on_all_samples, source, config))
+    x = source.train.tensors()[0]
+    (_, all_of_them, _), (_, some, _) = (fit_gaussians(x, 2, shrinkage=0.01, rows=rows) for rows in (len(x), 10_000))
+    assert torch.equal(model.base.mixture.means, all_of_them) and not torch.equal(all_of_them, some)
 
 
 def test_the_error_that_training_samples_allow_shrinks_as_their_root():

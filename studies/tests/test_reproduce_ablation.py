@@ -13,11 +13,15 @@ from torch import nn
 from studies.cli import main
 from studies.quality import frechet
 from studies.reproduce import fig4, fig9, models, table1
+from studies.reproduce.bound import BoundLoss, bound_weights
 from studies.reproduce.denoised import denoised, root_mean_square
 from studies.reproduce.tre import TRELoss
 from torchcdm.diffusion.exact import MixtureClassifier, ring_mixture
-from torchcdm.diffusion.schedules import UniformSigmaSchedule
+from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
+from torchcdm.likelihood.chain import ReverseChain
+from torchcdm.losses import DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform
 
 
@@ -60,6 +64,32 @@ def test_the_ratio_estimators_loss_of_a_blind_classifier():
     assert torch.allclose(terms["loss"], expected)
 
 
+def test_bound_weights_are_those_of_the_reverse_chain():
+    schedule, shape = LinearSchedule(30), (5,)
+    model = DenoisingDiffusion(nn.Identity(), schedule, DataTransform.identity(shape))
+    chain = ReverseChain(model, torch.zeros(30, 5, dtype=torch.float64))
+    eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
+    t = torch.arange(2, 31)
+    kl = chain.kl(schedule.ratio[t, None] * eps_error, t)
+    assert torch.allclose(bound_weights(schedule)[1:] * eps_error.square().sum(1), kl)
+
+
+def test_the_bound_loss_is_l_simple_but_for_its_weights():
+    class Network(nn.Module):
+        def forward(self, x, t, y):
+            return 0.3 * x
+
+    schedule = LinearSchedule(30)
+    model = DenoisingDiffusion(Network(), schedule, DataTransform.identity((5,)))
+    x, eps = (torch.randn(30, 5, dtype=torch.float64, generator=rng(seed)) for seed in (0, 1))
+    t = torch.arange(1, 31)
+    bound, simple = BoundLoss(model)(x, None, t, eps), DDMLoss(model)(x, None, t, eps)
+    ratio = bound["loss"] / simple["loss"]
+    weights = bound_weights(schedule)
+    assert torch.allclose(ratio, weights / weights.mean()) and torch.equal(bound["mse"], simple["mse"])
+    assert float(ratio.mean()) == pytest.approx(1)
+
+
 def test_confusion_of_an_exact_classifier_beats_any_shift_of_it():
     mixture, model = exact(T=30)
     found = fig9.confusion(model, mixture.sample(2000, rng()), draws=4)
@@ -93,10 +123,7 @@ def test_variants_differ_in_what_they_are_named_after(scale):
     assert ot.name == "optimal-transport" and ot.T == both.model.schedule.T - 1
     ddm, bound, guided = (config(name) for name in ("ddm", "ddm-bound", "ddm-conditional"))
     assert ddm.model.kind == "ddm" and ddm.model.backbone.name == "unet" and ddm.train == both.train
-    assert bound == replace(ddm, loss=replace(ddm.loss, weighting="bound"))
-    learned = config("ddm-learned")
-    assert learned == replace(bound, model=replace(bound.model, schedule=learned.model.schedule))
-    assert learned.model.schedule.name == "learned" and learned.model.schedule.T == both.model.schedule.T
+    assert bound == ddm and models.LOSSES["ddm-bound"] is BoundLoss
     assert guided.model == replace(ddm.model, labels="input") and guided.loss.label_dropout > 0
     assert config("conditional").model == replace(both.model, labels="input")
 

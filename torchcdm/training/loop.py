@@ -99,7 +99,8 @@ def train(
         progress: Shows a progress bar and messages.
         clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
         loss: Makes the loss of a model, with ``draw_levels`` and ``forward`` as those of
-            :class:`torchcdm.losses.CDMLoss`; that of the configuration when None.
+            :class:`torchcdm.losses.CDMLoss`; that of the configuration when None. It may set
+            what training leaves as it is, such as the base density.
 
     Raises:
         UserError: The folder already holds a run, the configuration differs from that of the run to resume, the data
@@ -157,12 +158,12 @@ class Trainer:
         self.progress = progress and self.main
 
         self.model = self._initial_model().to(self.device)
+        self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
         self.ema = EMA(self.model, options.ema_decay)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(
             options.optimizer, self.model, options.lr, options.betas, options.weight_decay
         )
-        self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
         self.batches = Batches(
             source,
             options.batch_size,
