@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.losses import DDMLoss, Terms
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
 
 
 def bound_weights(schedule: NoiseSchedule) -> Tensor:

@@ -21,7 +21,7 @@ from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.losses import DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.units import DataTransform
 
 
