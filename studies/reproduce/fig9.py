@@ -45,7 +45,8 @@ class Confusion:
 def confusion(model: ClassificationDiffusion, x: Tensor, draws: int = 8, seed: int = 0) -> Confusion:
     """Classifies noisy images, ``draws`` copies of each of ``x`` (N, *shape), data units."""
     batches = at_all_levels(model, x, draws, seed)
-    true, found = zip(*((batch.t.cpu(), model.logits(batch.x_t).argmax(1).cpu()) for batch in batches), strict=True)
+    pairs = ((batch.t.cpu(), model.log_prob_levels(batch.x_t).argmax(1).cpu()) for batch in batches)
+    true, found = zip(*pairs, strict=True)
     return Confusion(torch.cat(true), torch.cat(found), model.schedule.T + 1)
 
 

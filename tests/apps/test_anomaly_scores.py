@@ -286,7 +286,7 @@ def test_a_background_of_another_shape_and_a_model_without_density_are_refused(m
         make_score("ratio", model, other)
     ddm = DenoisingDiffusion(nn.Identity(), SCHEDULE)
     for arguments in ((ddm,), (model, ddm)):
-        with pytest.raises(UserError, match="has no density in one pass"):
+        with pytest.raises(UserError, match="needs a density"):
             make_score("levels" if len(arguments) == 1 else "ratio", *arguments)
 
 

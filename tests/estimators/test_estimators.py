@@ -260,7 +260,7 @@ def test_bad_settings_are_named():
         ({"discrete": "drop"}, "discrete is 'drop'; choose from: dequantize, error"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"overrides": {"loss": {"ce_wight": 1}}}, "unknown field 'loss.ce_wight'; did you mean 'ce_weight'"),
-        ({"overrides": {"model": {"kind": "ddm"}}}, "ddm, which has no density"),
+        ({"overrides": {"model": {"kind": "ddm"}}}, "an estimator needs a density"),
     ):
         with pytest.raises(UserError, match=message):
             CDMDensity(**{**TINY, **options}).fit(frame)

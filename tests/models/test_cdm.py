@@ -134,7 +134,7 @@ def test_identity_9_denoising_an_unknown_level_in_one_backward_pass(name):
     densities = torch.stack([mixture_at_level(MIXTURE, schedule, t).log_prob(x) for t in range(T + 1)], 1)
     means = torch.stack([posterior_mean(x.detach(), t, schedule) for t in range(T + 1)], 1)
     truth = (densities.softmax(1)[..., None] * means).sum(1)
-    log_p = model.logits(x)[:, :-1]
+    log_p = model.log_prob_levels(x)[:, :-1]
     share = log_p.softmax(1).detach() / schedule.alpha[:-1]
     (gradient,) = torch.autograd.grad((share * schedule.sigma[:-1] ** 2 * log_p).sum(), x)
     assert torch.allclose(share.sum(1, keepdim=True) * x + gradient, truth, atol=1e-8)
@@ -185,7 +185,7 @@ def test_posterior_over_levels_is_calibrated(name):
     model, n = exact_model(schedule), 20_000
     t = torch.arange(n) % (T + 2)
     x_t = schedule.perturb(MIXTURE.sample(n, rng(3)), t, normal(n, 2, seed=4))
-    belief = model.logits(x_t).softmax(1)
+    belief = model.log_prob_levels(x_t).softmax(1)
     assert torch.allclose(belief.mean(0), torch.full((T + 2,), 1 / (T + 2)).double(), atol=0.004)
     right = (belief.argmax(1) == t).double().mean()
     assert right == pytest.approx(float(belief.amax(1).mean()), abs=3 * 0.5 / math.sqrt(n))

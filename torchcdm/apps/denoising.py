@@ -18,8 +18,8 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.density import DensityModel
 from torchcdm.units import DataTransform
 
 COARSE = 12
@@ -53,7 +53,7 @@ def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
 
 @torch.no_grad()
 def estimate_noise(
-    model: ClassificationDiffusion, noisy: Tensor, y: Tensor | None = None, units: str = "data"
+    model: DensityModel, noisy: Tensor, y: Tensor | None = None, units: str = "data"
 ) -> NoiseEstimate:
     """The noise standard deviation of each sample by maximum likelihood over the levels 1 ... T.
 
@@ -99,7 +99,7 @@ def estimate_noise(
 
 
 def denoise_unknown(
-    model: ClassificationDiffusion, noisy: Tensor, y: Tensor | None = None, units: str = "data"
+    model: DensityModel, noisy: Tensor, y: Tensor | None = None, units: str = "data"
 ) -> tuple[Tensor, NoiseEstimate]:
     """Estimates the noise, then removes it: E[x_0 | alpha_t y] at the level found, and the estimate.
 
@@ -169,7 +169,7 @@ def common_scale(transform: DataTransform) -> float | None:
 class _Search:
     """What is known of log p(y | r_t): one row a sample, one column a level, -inf where not evaluated."""
 
-    def __init__(self, model: ClassificationDiffusion, z: Tensor, y: Tensor | None) -> None:
+    def __init__(self, model: DensityModel, z: Tensor, y: Tensor | None) -> None:
         self.model, self.z, self.y = model, z, y
         self.evaluations = 0
         self.scores = torch.full(

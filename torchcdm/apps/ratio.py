@@ -18,7 +18,7 @@ from torchcdm.data import DataOptions, DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError, nearest
-from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.files import write_json
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, read_json, save_model
 from torchcdm.training.codec import decode, encode
@@ -146,7 +146,7 @@ class DensityRatio:
         self.validation_fraction, self.size, self.channels = validation_fraction, size, channels
         self.skip_bad = skip_bad
         self.device, self.progress, self.preset, self.overrides = device, progress, preset, overrides
-        self._models: list[tuple[ClassificationDiffusion, ModelInfo]] = []
+        self._models: list[tuple[DensityModel, ModelInfo]] = []
 
     def __sklearn_clone__(self) -> DensityRatio:
         """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
@@ -207,7 +207,7 @@ class DensityRatio:
         if self.held_out.log_loss < SEPARATE:
             self.notes += ("the sources hardly overlap: the sign of a log ratio is to be believed, its size is not.",)
 
-    def _train(self, source: DataSource) -> tuple[ClassificationDiffusion, ModelInfo]:
+    def _train(self, source: DataSource) -> tuple[DensityModel, ModelInfo]:
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
         layers = (preset_fields(preset), TRAINING, LAYERS[self.method], {"train": {"seed": self.random_state}})
         config = make_config(*layers, override_fields(self.overrides))
@@ -380,7 +380,7 @@ class DensityRatio:
 
 
 @torch.no_grad()
-def best_share(model: ClassificationDiffusion, x: Tensor, y: Tensor) -> float:
+def best_share(model: DensityModel, x: Tensor, y: Tensor) -> float:
     """The share of the network's correction under which held-out samples best tell their source and noise level.
 
     Unlike the source alone, which is certain where the ratio is large, that is never too easy to tell.
@@ -400,7 +400,7 @@ def best_share(model: ClassificationDiffusion, x: Tensor, y: Tensor) -> float:
     return SHARES[int(losses.argmin())]
 
 
-def _base_and_correction(model: ClassificationDiffusion, z: Tensor) -> tuple[Tensor, Tensor]:
+def _base_and_correction(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
     """log p_t of the fitted Gaussians and what the network adds: each float64 (B, 2 or 1, T+2); model units."""
     base = model.base.log_prob_levels(z)[:, None]
     if not model.joint:
@@ -416,12 +416,9 @@ def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
     return x, y.clamp_min(0)
 
 
-def _load(run: Path, device: str | None) -> tuple[ClassificationDiffusion, ModelInfo]:
+def _load(run: Path, device: str | None) -> tuple[DensityModel, ModelInfo]:
     """A model with what its folder says of it."""
-    model = load(run, device or "cpu")
-    if not isinstance(model, ClassificationDiffusion):
-        raise UserError("a ddm has no density; a ratio needs a cdm")
-    return model, read_info(run)
+    return require_density(load(run, device or "cpu"), "a ratio"), read_info(run)
 
 
 def _only(source: DataSource, label: int) -> DataSource:

@@ -26,7 +26,6 @@ from torchcdm.likelihood import (
 )
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.common import dithered, scoring_level
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import write_json
 from torchcdm.samplers import sample
@@ -140,13 +139,14 @@ def _diagnostics(
 
     None for models without logits, and of a single sample.
     """
-    if not isinstance(model, ClassificationDiffusion) or len(x) < 2:
+    density = model.density
+    if density is None or len(x) < 2:
         return None, None
     level, options = scoring_level(model), config.report
     if "flow" not in options.methods:
-        return consistency(model, x), None
+        return consistency(density, x), None
     steps = FlowOptions(options.flow_steps).steps_from(model, level)
-    return consistency(model, x), gap_by_level(model, x, level=level, steps=steps, probes=options.flow_probes)
+    return consistency(density, x), gap_by_level(density, x, level=level, steps=steps, probes=options.flow_probes)
 
 
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
@@ -174,8 +174,8 @@ def _figures(
     plots.training_curves(read_metrics(folder.metrics), folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
     x, _ = (source.test or source.train).tensors(FIGURE_SAMPLES)
-    if isinstance(model, ClassificationDiffusion):
-        plots.level_posteriors(posterior_curves(model, x), folder.plots / "posteriors.png")
+    if model.density is not None:
+        plots.level_posteriors(posterior_curves(model.density, x), folder.plots / "posteriors.png")
     images, plane = len(source.shape) == 3, source.shape == (2,)
     if not images and not plane:
         return

@@ -87,7 +87,7 @@ def _rule(options: argparse.Namespace, model: Denoiser) -> Callable[[Tensor], tu
         nearest_level,
         require_additive_noise,
     )
-    from torchcdm.models.cdm import ClassificationDiffusion
+    from torchcdm.models.density import require_density
 
     require_additive_noise(model.transform)
     schedule, scale = model.schedule, common_scale(model.transform)
@@ -101,10 +101,6 @@ def _rule(options: argparse.Namespace, model: Denoiser) -> Callable[[Tensor], tu
         ratio = torch.full((len(x),), options.noise_std / scale, dtype=torch.float64, device=x.device)
         return clean, nearest_level(schedule, ratio), ratio
 
-    def unknown(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean, found = denoise_unknown(model, x)
-        return clean, found.level, found.ratio
-
     if options.level is not None:
         if not 1 <= options.level <= schedule.T:
             raise UserError(f"--level is {options.level}; this model denoises the levels 1 to {schedule.T}")
@@ -115,6 +111,10 @@ def _rule(options: argparse.Namespace, model: Denoiser) -> Callable[[Tensor], tu
                 "--noise-std is one number, but the columns differ in scale; give --level, or neither, to estimate it"
             )
         return known
-    if not isinstance(model, ClassificationDiffusion):
-        raise UserError("a ddm cannot estimate the noise: give --level or --noise-std")
+    density = require_density(model, "estimating the noise (without --level or --noise-std)")
+
+    def unknown(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clean, found = denoise_unknown(density, x)
+        return clean, found.level, found.ratio
+
     return unknown

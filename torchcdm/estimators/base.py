@@ -22,7 +22,7 @@ from torchcdm.data.source import permutation
 from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
-from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.density import require_density
 from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo, load, read_info
 from torchcdm.training.codec import merge
@@ -222,9 +222,7 @@ class TableEstimator(BaseEstimator):
             left = max(config.train.max_seconds - (self.clock() - began), SHORTEST)
             config = replace(config, train=replace(config.train, max_seconds=left))
         with trained(config, source, self.device, bool(self.verbose), self.clock) as run:
-            model, info = load(run, self.device or "cpu"), read_info(run)
-        if not isinstance(model, ClassificationDiffusion):
-            raise UserError("model.kind is ddm, which has no density; leave it out")
+            model, info = require_density(load(run, self.device or "cpu"), "an estimator"), read_info(run)
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()

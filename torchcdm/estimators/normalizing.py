@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.density import DensityModel
 
 DRAWS = 20_000
 BATCH = 1000
@@ -45,7 +45,7 @@ class Normalizer:
 
 
 @torch.no_grad()
-def importance_normalizer(model: ClassificationDiffusion, seed: int = 0, draws: int = DRAWS) -> Normalizer:
+def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> Normalizer:
     """Z = E_q[p(x) / q(x)], q half the base density and half its blurred copy, both known in closed form.
 
     Args:

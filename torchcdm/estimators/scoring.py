@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood import probability_flow
-from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.density import DensityModel
 
 LIKELIHOODS = ("one-pass", "flow")
 BATCH = 1000
@@ -24,7 +24,7 @@ def check_likelihood(likelihood: str) -> None:
 
 
 def log_density(
-    model: ClassificationDiffusion, rows: np.ndarray, likelihood: str, y: np.ndarray | None = None
+    model: DensityModel, rows: np.ndarray, likelihood: str, y: np.ndarray | None = None
 ) -> np.ndarray:
     """log p of each row, nats in data units, float64 (N,).
 
@@ -51,11 +51,11 @@ def log_density(
 
 
 @torch.no_grad()
-def _one_pass(model: ClassificationDiffusion, x: Tensor, y: Tensor | None) -> Tensor:
+def _one_pass(model: DensityModel, x: Tensor, y: Tensor | None) -> Tensor:
     return model.log_prob(x, y=y)
 
 
-def _flow(model: ClassificationDiffusion, x: Tensor, y: Tensor | None) -> Tensor:
+def _flow(model: DensityModel, x: Tensor, y: Tensor | None) -> Tensor:
     transform, alpha = model.transform, model.schedule.alpha[1]
     steps = min(FLOW_STEPS, model.schedule.T - 1)
     log_p = probability_flow(model, alpha * transform(x), y, steps=steps).log_prob.double()

@@ -94,13 +94,8 @@ class ClassificationDiffusion(DensityModel):
         return base + chosen.double(), base + unconditional.double()
 
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
-        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
-
-        Raises:
-            UserError: The backbone does not give all classes in one pass.
-        """
         if not self.joint:
-            raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
+            return super().class_log_prob_levels(x_t)
         return self.base.log_prob_levels(x_t)[:, None] + self._class_corrections(x_t).double()
 
     def log_prior(self, y: Tensor) -> Tensor:
@@ -112,10 +107,6 @@ class ClassificationDiffusion(DensityModel):
         joint = self.class_log_prob_levels(x_t) + self.log_class_prior[:, None]
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
-
-    def logits(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Logits of the level classifier, float64 (B, T+2): their softmax is p(t | x_t)."""
-        return self.log_prob_levels(x_t, y)
 
     # --- denoising -------------------------------------------------------------------------------------------
 

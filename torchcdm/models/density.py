@@ -64,6 +64,14 @@ class DensityModel(Denoiser):
             Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
         """
 
+    def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
+        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
+
+        Raises:
+            UserError: The model does not give all classes in one pass.
+        """
+        raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
+
     @abstractmethod
     def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.

@@ -228,7 +228,7 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     Raises:
         UserError: Weights that make no loss, or a ``weighting`` for another kind of model.
     """
-    if isinstance(model, ClassificationDiffusion):
+    if model.density is not None:
         if config.weighting != "simple":
             raise UserError(f"loss.weighting is {config.weighting}; it is for --model.kind ddm, leave it out")
         return CDMLoss(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torchcdm.data import save_array, save_grid, save_images, save_table
 from torchcdm.likelihood.common import labels_of
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.files import write_file
@@ -67,12 +66,12 @@ def draw(
         batch_size: Samples at a time; as many as memory holds when None.
     """
     x = sample(model, n, sampler, steps, y, guidance, seed, batch_size, progress=progress)
-    log_p = None
-    if isinstance(model, ClassificationDiffusion):
+    log_p, density = None, model.density
+    if density is not None:
         device = model.schedule.alpha.device
         with torch.no_grad():
             log_p = map_rows(
-                lambda rows: model.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size,
+                lambda rows: density.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size,
                 dim=x.shape[1:].numel(), device=device,
             )  # fmt: skip
     return Drawn(x, y, log_p, seed)

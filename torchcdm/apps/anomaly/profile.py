@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import NoiseSchedule
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode, working_dtype
+from torchcdm.models.density import DensityModel
 from torchcdm.runtime.batching import map_rows
 
 COARSE_NOISE = 0.5
@@ -18,7 +18,7 @@ COARSE_NOISE = 0.5
 NOISE_SEED = 0
 
 
-def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int | None = None) -> Tensor:
+def level_profile(model: DensityModel, x: Tensor, batch_size: int | None = None) -> Tensor:
     """log p_t(x) at every level, the input itself unchanged from level to level: one forward pass.
 
     Data on a grid are dequantised by one fixed draw of the noise for all inputs, so that the profile is a function of
@@ -42,14 +42,14 @@ def level_profile(model: ClassificationDiffusion, x: Tensor, batch_size: int | N
     return _evaluate(model, levels, x, batch_size)
 
 
-def log_density(model: ClassificationDiffusion, x: Tensor, batch_size: int | None = None) -> Tensor:
+def log_density(model: DensityModel, x: Tensor, batch_size: int | None = None) -> Tensor:
     """log p_0(x) in data units, float64 (N,) on the CPU; arguments and dequantisation as in :func:`level_profile`."""
     return _evaluate(model, model.log_prob, x, batch_size)
 
 
 @torch.no_grad()
 def _evaluate(
-    model: ClassificationDiffusion, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
+    model: DensityModel, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
 ) -> Tensor:
     """``density`` of dequantised batches in data units, on the model's device and in its precision."""
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)

@@ -13,8 +13,8 @@ from torch.nn.functional import softplus
 from torchcdm.apps.anomaly.increments import DISTANCES, best_kind, deviation, fit_increments, log_distances
 from torchcdm.apps.anomaly.profile import coarse_level, level_profile, log_density
 from torchcdm.errors import UserError, nearest
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import DensityModel, require_density
 
 HIGHEST = torch.finfo(torch.float64).max
 """Score of inputs for which numbers overflow."""
@@ -40,12 +40,12 @@ class AnomalyScore(ABC):
     name: ClassVar[str]
     smallest_reference: ClassVar[int] = 1
 
-    def __init__(self, model: ClassificationDiffusion) -> None:
+    def __init__(self, model: DensityModel) -> None:
         self.model = model
         self.fitted: Fitted | None = None
 
     @property
-    def models(self) -> tuple[ClassificationDiffusion, ...]:
+    def models(self) -> tuple[DensityModel, ...]:
         """All whose densities the score is made of."""
         return (self.model,)
 
@@ -224,14 +224,14 @@ class Ratio(AnomalyScore):
 
     name = "ratio"
 
-    def __init__(self, model: ClassificationDiffusion, background: ClassificationDiffusion) -> None:
+    def __init__(self, model: DensityModel, background: DensityModel) -> None:
         super().__init__(model)
         if model.shape != background.shape:
             raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
         self.background = background
 
     @property
-    def models(self) -> tuple[ClassificationDiffusion, ...]:
+    def models(self) -> tuple[DensityModel, ...]:
         return self.model, self.background
 
     def features(self, x: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def make_score(name: str, model: Denoiser, background: Denoiser | None = None) -
     if (name == Ratio.name) != (background is not None):
         problem = "needs a background model" if background is None else "takes no background model"
         raise UserError(f"the score '{name}' {problem}; '{Ratio.name}' is the one that compares two models")
-    for one in (model, background):
-        if one is not None and not isinstance(one, ClassificationDiffusion):
-            raise UserError("anomaly scores need a cdm: a plain diffusion model has no density in one pass")
-    return SCORES[name](model) if background is None else Ratio(model, background)
+    density = require_density(model, "an anomaly score")
+    if background is None:
+        return SCORES[name](density)
+    return Ratio(density, require_density(background, "the background"))
