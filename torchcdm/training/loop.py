@@ -291,7 +291,7 @@ class Trainer:
             # Terms of the loss that do not count yet make no best model.
             values, keep = self.selection.compare(self.ema.model, step, getattr(self.loss, "settled", True))
             line |= values
-            if keep and self._sound():
+            if keep and _finite(self.ema.model):
                 self._save_model()
         if validated:
             (self.selection.stale,) = self.processes.largest(self.selection.stale)
@@ -316,17 +316,13 @@ class Trainer:
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
-    def _sound(self) -> bool:
-        """Whether the last step was finite, and all weights are."""
-        return not self.bad_in_a_row and all(bool(weights.isfinite().all()) for weights in self.parameters)
-
     def _save_state(self) -> bool:
         """Saves what a resumed run starts from; nothing of a training that is going wrong.
 
         Returns:
             Whether it was saved.
         """
-        if not self._sound():
+        if self.bad_in_a_row or not _finite(self.model):
             return False
         progress = {
             "ema_updates": self.ema.updates,
@@ -424,6 +420,10 @@ class Trainer:
             from tqdm.auto import tqdm
 
             tqdm.write(text)
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(weights.isfinite().all()) for weights in model.parameters())
 
 
 def _compiled(loss: nn.Module, batch: Batch) -> nn.Module:
