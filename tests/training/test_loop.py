@@ -14,12 +14,10 @@ import torch
 import yaml
 from small_runs import small_config
 
-from torchcdm.cli import main
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.samplers import sample
 from torchcdm.training import loop as training
 from torchcdm.training.build import gaussianized
 from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
@@ -213,22 +211,6 @@ def test_ddm_baseline(tmp_path):
     run_training(tmp_path / "run", model__kind="ddm", model__backbone=backbone, train__steps="4")
     assert isinstance(load(tmp_path / "run"), DenoisingDiffusion)
     assert read_info(tmp_path / "run").selected["value"] == "mse"
-
-
-def test_ddm_with_a_learned_schedule(tmp_path):
-    backbone = "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}"
-    ddm = {"model__kind": "ddm", "model__backbone": backbone, "model__schedule": "{name: learned, T: 20}"}
-    bound = ddm | {"model__gaussian": "false", "loss__weighting": "bound"}
-    run_training(tmp_path / "run", **bound, train__steps="4")
-    model, info = load(tmp_path / "run"), read_info(tmp_path / "run")
-    assert info.selected["value"] == "loss"
-    steps = model.schedule.ratio[1:-1].log().diff()
-    assert steps.max() > 1.001 * steps.min(), "trained"
-    assert main(["nll", str(tmp_path / "run"), "--limit", "4", "--methods", "elbo", "--quiet"]) == 0
-    assert sample(model, 2, "ddim", 2).isfinite().all()
-    for changes in ({"model__gaussian": "true"}, {"model__kind": "cdm"}):
-        with pytest.raises(UserError, match="is for a plain diffusion model: --model.kind ddm, --model.gaussian"):
-            run_training(tmp_path / "other", **(bound | changes))
 
 
 def test_joint_labels_and_bfloat16(tmp_path):

@@ -45,9 +45,6 @@ from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 
-DDM_VALUES = {"simple": "mse", "bound": "loss"}
-"""Validation value that names the best plain diffusion model, by the weighting of its loss."""
-
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""
 
@@ -392,7 +389,7 @@ class Trainer:
 
     def _selection(self) -> Selection:
         config, split = self.config, self.source.validation
-        value = config.train.select if config.model.kind == "cdm" else DDM_VALUES[config.loss.weighting]
+        value = config.train.select if config.model.kind == "cdm" else "mse"
         unit = {"nll": "nats" if self.source.transform.bin is None else "bits/dim"}.get(value, "")
         data = None
         if split:
