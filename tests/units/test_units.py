@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracles import normal, rng
 
 from torchcdm.errors import UserError
-from torchcdm.units import DataTransform, GaussianizedTransform, LogLikelihood, transform_from_config
+from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform, LogLikelihood, transform_from_config
 
 
 def transforms():
@@ -191,3 +193,82 @@ def test_gaussianized_needs_a_grid():
         GaussianizedTransform((2,), None, None, None)
     with pytest.raises(UserError, match="dequantize"):
         GaussianizedTransform.fit(DataTransform.images((1, 2, 2), 5, dequantize=False), [])
+
+
+# --- saved transforms that are damaged ---------------------------------------------------------------------------
+
+
+def saved():
+    columns = ColumnTransform.fit(normal(60, 3).exp(), {1: (0.0, 1.0, 2.0)}).to_config()
+    return [transform.to_config() for transform in transforms().values()] + [
+        columns, GaussianizedTransform((2, 3), 1.0, 0.0, 4.0).to_config(),
+    ]  # fmt: skip
+
+
+def leaves(value, path=()):
+    """Paths to everything in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leaves(item, (*path, key))
+
+
+def replaced(value, path, new):
+    """A JSON value with another one at a path; ``...`` leaves it out."""
+    if not path:
+        return new
+    copy = value.copy()
+    if new is ... and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = replaced(value[path[0]], path[1:], new) if len(path) > 1 else new
+    return copy
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400, 1e308, ...]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_damaged_transform_is_refused_or_maps(data):
+    config = json.loads(json.dumps(data.draw(st.sampled_from(saved()))))
+    path = data.draw(st.sampled_from(list(leaves(config))))
+    new = data.draw(JSON)
+    try:
+        transform = transform_from_config(replaced(config, path, new))
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    if transform.dim < 1000:
+        x = normal(2, *transform.shape)
+        assert transform(x).shape == transform.inverse(x).shape == x.shape and transform.log_det(x).shape == (2,)
+        assert not transform(x).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("path", "new", "says"),
+    [
+        (("scale", 0), -1.0, "positive"),
+        (("scale", 0), "wide", "scale is .*; numbers are needed"),
+        (("shift",), [0.0, 1.0], r"shift has the shape \(2,\), the data \(6,\)"),
+        (("shape",), [6.5], "whole numbers"),
+        (("bin",), 0, "bin is 0; it must be positive"),
+        (("dequantize",), "no", "true or false"),
+        (("kind",), "afine", "unknown kind 'afine'; choose from: affine, gaussianized, columns"),
+        (("scales",), 1, "unexpected keyword argument 'scales'"),
+        (("shape",), ..., "missing a required argument: 'shape'"),
+    ],
+)
+def test_what_is_wrong_with_a_transform_is_told(path, new, says):
+    config = transforms()["table"].to_config()
+    with pytest.raises(UserError, match=says):
+        transform_from_config(replaced(config, path, new))
+
+
+def test_an_input_that_is_not_a_number_has_no_density(gaussianized):
+    x = torch.full((1, 1, 2, 2), math.nan)
+    assert gaussianized(x).isnan().all() and gaussianized.log_det(x).isnan().all()

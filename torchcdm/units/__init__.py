@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform
+from torchcdm.units.checks import construct
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
 from torchcdm.units.lattice import cell_width, nearest_value, spread
@@ -33,7 +35,16 @@ __all__ = [
 KINDS = {"affine": DataTransform, "gaussianized": GaussianizedTransform, "columns": ColumnTransform}
 
 
-def transform_from_config(config: dict[str, Any]) -> DataTransform:
-    """The transform that wrote ``config``; histograms of grey levels are blank, to load a saved state into."""
-    config = dict(config)
-    return KINDS[config.pop("kind", "affine")](**config)
+def transform_from_config(config: Any) -> DataTransform:
+    """The transform that wrote ``config``; histograms of grey levels are blank, to load a saved state into.
+
+    Raises:
+        UserError: Anything that no transform writes.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"data transform is {config!r:.60}; named values are needed")
+    name = config.get("kind", "affine")
+    if not isinstance(name, str) or name not in KINDS:
+        raise UserError(f"data transform: unknown kind {name!r:.60}; choose from: {', '.join(KINDS)}")
+    arguments = {key: value for key, value in config.items() if key != "kind"}
+    return construct(KINDS[name], arguments, "data transform")

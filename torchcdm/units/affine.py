@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
+from torchcdm.units.checks import event_shape, flag, numbers, real
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import spread
 
@@ -20,11 +21,14 @@ class DataTransform(Float64Module):
     Args:
         shape: Event shape, (C, H, W) for images, (d,) for tables.
         shift: Data value at model value 0; a number, or a tensor that broadcasts to ``shape``.
-        scale: Data units per model unit; likewise, positive.
+        scale: Data units per model unit, positive; a number, or a tensor that broadcasts to ``shape``.
         bin: Spacing of the grey levels in data units; None for continuous data.
         dequantize: Whether training and scoring add uniform noise over the cell. Ignored without a bin.
         low: Smallest grey level, where rounding clips; None does not clip.
         high: Largest grey level.
+
+    Raises:
+        UserError: A value of the wrong type or shape, one that is not finite, or a scale or bin that is not positive.
 
     Attributes:
         cells: Width of the cell of each number, data units, broadcastable to ``shape``; 0 for continuous data.
@@ -53,15 +57,25 @@ class DataTransform(Float64Module):
         high: float | None = None,
     ) -> None:
         super().__init__()
-        self.shape = tuple(int(size) for size in shape)
-        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64), persistent=False)
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64), persistent=False)
-        if not bool((self.scale > 0).all() and self.scale.isfinite().all()):
-            raise UserError("data transform: every scale must be positive and finite; is a column constant?")
-        self.register_buffer("cells", torch.tensor(bin or 0.0, dtype=torch.float64), persistent=False)
-        self.bin = bin
-        self.dequantize = dequantize and bin is not None
-        self.low, self.high = low, high
+        self.shape = event_shape(shape)
+        for name, value in (("shift", numbers(shift, "shift")), ("scale", numbers(scale, "scale"))):
+            # Sizes from the last one back are those of the event, or 1.
+            sizes = zip(reversed(value.shape), reversed(self.shape), strict=False)
+            if value.ndim > len(self.shape) or any(size not in (1, whole) for size, whole in sizes):
+                raise UserError(f"data transform: {name} has the shape {tuple(value.shape)}, the data {self.shape}")
+            self.register_buffer(name, value, persistent=False)
+        if not bool((self.scale > 0).all()):
+            raise UserError("data transform: every scale must be positive; is a column constant?")
+        self.bin, self.low, self.high = (
+            None if value is None else real(value, name)
+            for name, value in (("bin", bin), ("low", low), ("high", high))
+        )
+        if self.bin is not None and self.bin <= 0:
+            raise UserError(f"data transform: bin is {self.bin:g}; it must be positive")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise UserError(f"data transform: low is {self.low:g} and high {self.high:g}; low must not be above it")
+        self.register_buffer("cells", torch.tensor(self.bin or 0.0, dtype=torch.float64), persistent=False)
+        self.dequantize = flag(dequantize, "dequantize") and bin is not None
 
     @classmethod
     def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True) -> DataTransform:
@@ -110,8 +124,7 @@ class DataTransform(Float64Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Data units to model units, (B, *shape); integers become float32."""
-        dtype = x.dtype if x.is_floating_point() else torch.float32
-        return ((x.double() - self.shift) / self.scale).to(dtype)
+        return ((x.double() - self.shift) / self.scale).to(floating(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         """Model units to data units, (B, *shape)."""
@@ -121,7 +134,7 @@ class DataTransform(Float64Module):
         """Dequantise: x plus uniform noise over its cell, data units; ``x`` itself where there is nothing to do."""
         if not self.dequantize:
             return x
-        x = x if x.is_floating_point() else x.float()
+        x = x.to(floating(x))
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return spread(x, self.cells.to(x), noise)
 
@@ -152,3 +165,8 @@ class DataTransform(Float64Module):
             "low": self.low,
             "high": self.high,
         }
+
+
+def floating(x: Tensor) -> torch.dtype:
+    """The type of number in which ``x`` is transformed: its own, float32 for integers."""
+    return x.dtype if x.is_floating_point() else torch.float32

@@ -9,7 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchcdm.units.affine import DataTransform
+from torchcdm.errors import UserError
+from torchcdm.units.affine import DataTransform, floating
+from torchcdm.units.checks import construct, flag, numbers, rising
 from torchcdm.units.gaussianized import log_normal
 from torchcdm.units.lattice import cell_width, nearest_value
 from torchcdm.units.warp import ColumnWarp
@@ -27,10 +29,13 @@ class ColumnTransform(DataTransform):
     together. Beyond the known values the map goes on as a line of the column's deviation: what is far out stays so.
 
     Args:
-        warp: Of all columns, arguments of :class:`ColumnWarp`; shifts and scales the columns with a histogram.
+        warp: Arguments of the :class:`ColumnWarp` of all columns; shifts and scales the columns with a histogram.
         histograms: By discrete column, its values, rising, data units, and the cumulative probability at the edges of
             their cells and of the gaps between them.
         dequantize: Whether training and scoring add uniform noise over the cells; not where the rows bring it along.
+
+    Raises:
+        UserError: A value of the wrong type, number or order, or one that is not finite.
 
     Attributes:
         columns: The discrete columns.
@@ -45,17 +50,24 @@ class ColumnTransform(DataTransform):
         histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]],
         dequantize: bool = True,
     ) -> None:
-        super().__init__((len(warp["scale"]),))
-        self.warp = ColumnWarp(**warp)
+        warp = construct(ColumnWarp, warp, "data transform: warp")
+        super().__init__(warp.scale.shape)
+        if not isinstance(histograms, Mapping) or {str(k) for k in histograms} - {str(k) for k in range(self.dim)}:
+            raise UserError(f"data transform: histograms is {histograms!r:.60}; by number of the column are needed")
+        self.warp = warp
         self.columns = tuple(int(k) for k in histograms)
-        self.dequantize = dequantize and bool(histograms)
+        self.dequantize = flag(dequantize, "dequantize") and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
-        for k, (values, cumulative) in zip(self.columns, histograms.values(), strict=True):
-            centres = torch.as_tensor(values, dtype=torch.float64)
+        for k, histogram in zip(self.columns, histograms.values(), strict=True):
+            if not isinstance(histogram, list | tuple) or len(histogram) != 2:
+                raise UserError(f"data transform: histogram {k} is {histogram!r:.60}; two lists are needed")
+            centres, cumulative = (rising(numbers(part, f"histogram {k}"), f"histogram {k}") for part in histogram)
+            edges = rising(_edges(centres), f"the cells of histogram {k}")
+            if len(cumulative) != len(edges) or cumulative[0] <= 0 or cumulative[-1] >= 1:
+                raise UserError(f"data transform: histogram {k} needs {len(edges)} probabilities between 0 and 1")
             self.cells[k] = cell_width(centres)
-            self.register_buffer(f"values{k}", centres, persistent=False)
-            self.register_buffer(f"edges{k}", _edges(centres), persistent=False)
-            self.register_buffer(f"cumulative{k}", torch.as_tensor(cumulative, dtype=torch.float64), persistent=False)
+            for name, value in (("values", centres), ("edges", edges), ("cumulative", cumulative)):
+                self.register_buffer(f"{name}{k}", value, persistent=False)
 
     @classmethod
     def fit(
@@ -95,7 +107,7 @@ class ColumnTransform(DataTransform):
         z = self.warp(x)
         for k in self.columns:
             z[:, k] = self._by_histogram(k, x[:, k].double())[0]
-        return z.to(x.dtype if x.is_floating_point() else torch.float32)
+        return z.to(floating(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         x = self.warp.inverse(z)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.units.affine import DataTransform
+from torchcdm.units.affine import DataTransform, floating
+from torchcdm.units.checks import MOST_NUMBERS
 
 PSEUDO_COUNT = 10.0
 """Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible."""
@@ -36,7 +37,7 @@ class GaussianizedTransform(DataTransform):
         high: Largest grey level.
 
     Raises:
-        UserError: Grey levels without end.
+        UserError: Grey levels without end, or what :class:`DataTransform` refuses.
 
     Attributes:
         cumulative: F at the edges of the cells, (*shape, levels + 1), from 0 to 1.
@@ -49,7 +50,10 @@ class GaussianizedTransform(DataTransform):
         super().__init__(shape, bin=bin, low=low, high=high)
         if bin is None or low is None or high is None:
             raise UserError("gaussianized data need grey levels from a lowest to a highest; these are continuous")
-        levels = round((high - low) / bin) + 1
+        steps = (self.high - self.low) / self.bin
+        if steps * self.dim > MOST_NUMBERS:
+            raise UserError(f"gaussianized data: grey levels from {low:g} to {high:g} by {bin:g} are too many")
+        levels = round(steps) + 1
         uniform = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
         self.register_buffer("cumulative", uniform.expand(*self.shape, -1).contiguous())
 
@@ -110,8 +114,7 @@ class GaussianizedTransform(DataTransform):
         return (0.5 * math.log(2 * math.pi * math.e) - entropy).exp()
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype if x.is_floating_point() else torch.float32
-        x = x.double()
+        dtype, x = floating(x), x.double()
         index = self._nearest(x)
         start, mass = self._at(self.cumulative, index), self._at(self.cumulative.diff(dim=-1), index)
         within = ((x - self.low) / self.bin - index + 0.5).clamp(0, 1)
@@ -141,8 +144,8 @@ class GaussianizedTransform(DataTransform):
         }
 
     def _nearest(self, x: Tensor) -> Tensor:
-        """Index of the grey level whose cell holds ``x``, long."""
-        return ((x - self.low) / self.bin).round().clamp(0, self.cumulative.shape[-1] - 2).long()
+        """Index of the grey level whose cell holds ``x``, long; 0 for NaN."""
+        return ((x - self.low) / self.bin).round().nan_to_num().clamp(0, self.cumulative.shape[-1] - 2).long()
 
     @staticmethod
     def _at(table: Tensor, index: Tensor) -> Tensor:

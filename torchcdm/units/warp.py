@@ -15,6 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from torchcdm.errors import UserError
+from torchcdm.units.checks import numbers
 from torchcdm.units.float64 import Float64Module
 
 ROWS = 2000
@@ -45,10 +47,13 @@ class ColumnWarp(Float64Module):
     Args:
         least: Value below which the logarithm goes on as a line, positive; 0 for columns whose logarithm is not taken.
         location: xi, in the column's unit, or in that of its logarithm.
-        scale: eta, positive, likewise.
+        scale: eta, in the same unit, positive.
         skew: epsilon; 0 for columns that are not bent.
         tail: delta; 1 for columns that are not bent.
         bent: Whether the column is bent.
+
+    Raises:
+        UserError: A value of the wrong type, number or sign, or one that is not finite.
     """
 
     least: Tensor
@@ -60,9 +65,14 @@ class ColumnWarp(Float64Module):
 
     def __init__(self, least: Any, location: Any, scale: Any, skew: Any, tail: Any, bent: Any) -> None:
         super().__init__()
+        count = max(numbers(scale, "scale").numel(), 1)
         for name, value in zip(FIELDS, (least, location, scale, skew, tail, bent), strict=True):
-            dtype = torch.bool if name == "bent" else torch.float64
-            self.register_buffer(name, torch.as_tensor(value, dtype=dtype), persistent=False)
+            self.register_buffer(name, numbers(value, name, count), persistent=False)
+        if not bool((self.scale > 0).all() and (self.tail > 0).all() and (self.least >= 0).all()):
+            raise UserError("data transform: scale and tail of a column must be positive, least not negative")
+        if not bool(((self.bent == 0) | (self.bent == 1)).all()):
+            raise UserError("data transform: bent is true or false for each column")
+        self.bent = self.bent.bool()
 
     @classmethod
     def fit(cls, x: Tensor, sources: Tensor | None = None, straight: Collection[int] = ()) -> ColumnWarp:
