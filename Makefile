@@ -1,13 +1,19 @@
 # Two commands set everything up on a fresh machine with Python (3.10 or newer) and make:
 #   make demo    train on the embedded handwritten digits, sample, measure; ends in runs/demo
 #   make test    the test suite
+# Beyond them: make test-slow (kills, compiled training, every case of the fuzz suite), make test-extras (adapters and peers,
+# oldest torch), make lint.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Processes that share the tests, one thread each: small tensors gain nothing from more threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint clean
+# Environments of `make test-extras`: everything optional, and the oldest torch that is allowed.
+EXTRAS := .venv-extras
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-slow test-extras lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
@@ -30,9 +36,26 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+$(EXTRAS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --upgrade pip
+	$(EXTRAS)/bin/python -m pip install --quiet -e '.[all]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' 'torch>=2.6,<2.7' 'numpy<2'
+	touch $@
+
+# Adapters and peers with their packages; the core suite with the oldest torch.
+test-extras: $(EXTRAS)/.installed $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(EXTRAS) $(OLDEST) build *.egg-info

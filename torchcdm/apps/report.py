@@ -16,15 +16,16 @@ from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
 from torchcdm.likelihood import (
     Consistency,
-    LevelGaps,
+    FlowOptions,
+    LogProbGaps,
+    LogZOptions,
     NLLReport,
-    Scoring,
     consistency,
     gap_by_level,
     methods_of,
 )
 from torchcdm.likelihood import report as likelihood_report
-from torchcdm.likelihood.noise import dithered
+from torchcdm.likelihood.common import dithered, scoring_level
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import write_json
 from torchcdm.samplers import sample
@@ -120,19 +121,20 @@ def _likelihood(
     return likelihood_report(
         model,
         x,
-        None,
-        _scoring(config),
         methods,
-        config.report.particles,
+        draws=config.report.draws,
+        seed=0,
         name=source.name,
         split=split,
+        flow=FlowOptions(config.report.flow_steps, config.report.flow_probes),
+        log_z=LogZOptions(config.report.particles),
         progress=progress,
     )
 
 
 def _diagnostics(
     model: Denoiser, config: Config, x: torch.Tensor
-) -> tuple[Consistency | None, LevelGaps | None]:
+) -> tuple[Consistency | None, LogProbGaps | None]:
     """Where one pass is inconsistent, level by level, and against the flow where the configuration asks for one.
 
     None for models without logits, and of a single sample.
@@ -140,13 +142,11 @@ def _diagnostics(
     density = model.density
     if density is None or len(x) < 2:
         return None, None
-    if "flow" not in config.report.methods:
+    level, options = scoring_level(model), config.report
+    if "flow" not in options.methods:
         return consistency(density, x), None
-    return consistency(density, x), gap_by_level(density, x, None, _scoring(config))
-
-
-def _scoring(config: Config) -> Scoring:
-    return Scoring(draws=config.report.draws, steps=config.report.flow_steps, probes=config.report.flow_probes)
+    steps = FlowOptions(options.flow_steps).steps_from(model, level)
+    return consistency(density, x), gap_by_level(density, x, level=level, steps=steps, probes=options.flow_probes)
 
 
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:

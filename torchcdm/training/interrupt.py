@@ -1,4 +1,4 @@
-"""Leaving cleanly on SIGTERM, SIGINT and SIGHUP."""
+"""Leaving cleanly on SIGTERM and SIGINT."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ class Interrupted(KeyboardInterrupt):
 
 @final
 class SignalWatch:
-    """Remembers the first signal that would end the process; a second one has its usual effect.
+    """Remembers the first SIGTERM or SIGINT instead of dying of it; a second one has its usual effect.
 
-    Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread, where Python takes no
-    handlers, nothing is watched.
+    Outside the main thread, where Python takes no handlers, it watches nothing.
 
     Attributes:
         received: The signal, 0 when there was none.
     """
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = 0
@@ -39,8 +38,7 @@ class SignalWatch:
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
-            watched = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._remember) for number in watched}
+            self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         return self
 
     def __exit__(

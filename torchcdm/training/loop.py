@@ -45,6 +45,9 @@ from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 
+DDM_VALUES = {"simple": "mse", "bound": "loss"}
+"""Validation value that names the best plain diffusion model, by the weighting of its loss."""
+
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""
 
@@ -288,7 +291,7 @@ class Trainer:
             # Terms of the loss that do not count yet make no best model.
             values, keep = self.selection.compare(self.ema.model, step, getattr(self.loss, "settled", True))
             line |= values
-            if keep and _finite(self.ema.model):
+            if keep and self._sound():
                 self._save_model()
         if validated:
             (self.selection.stale,) = self.processes.largest(self.selection.stale)
@@ -313,13 +316,17 @@ class Trainer:
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
+    def _sound(self) -> bool:
+        """Whether the last step was finite, and all weights are."""
+        return not self.bad_in_a_row and all(bool(weights.isfinite().all()) for weights in self.parameters)
+
     def _save_state(self) -> bool:
         """Saves what a resumed run starts from; nothing of a training that is going wrong.
 
         Returns:
             Whether it was saved.
         """
-        if self.bad_in_a_row or not _finite(self.model):
+        if not self._sound():
             return False
         progress = {
             "ema_updates": self.ema.updates,
@@ -389,7 +396,7 @@ class Trainer:
 
     def _selection(self) -> Selection:
         config, split = self.config, self.source.validation
-        value = config.train.select if config.model.kind == "cdm" else "mse"
+        value = config.train.select if config.model.kind == "cdm" else DDM_VALUES[config.loss.weighting]
         unit = {"nll": "nats" if self.source.transform.bin is None else "bits/dim"}.get(value, "")
         data = None
         if split:
@@ -417,10 +424,6 @@ class Trainer:
             from tqdm.auto import tqdm
 
             tqdm.write(text)
-
-
-def _finite(model: nn.Module) -> bool:
-    return all(bool(weights.isfinite().all()) for weights in model.parameters())
 
 
 def _compiled(loss: nn.Module, batch: Batch) -> nn.Module:
