@@ -14,8 +14,7 @@ from torchcdm.apps.anomaly.profile import level_profile
 from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowOptions, elbo, log_normalizer, report
-from torchcdm.likelihood.chain import ReverseChain
+from torchcdm.likelihood import ReverseChain, Scoring, elbo, log_normalizer, report
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import sharing
 from torchcdm.samplers import sample
@@ -28,11 +27,13 @@ def measured(run: Path) -> dict:
     model, split = load(run).double(), load_data("digits").split("test")
     x = split.tensors(11)[0]
     chain = ReverseChain.calibrated(model, n=5)
-    normalizers = [log_normalizer(model, 20, 15, name, chain=chain, islands=5) for name in ("smc", "flow")]
+    normalizers = [
+        log_normalizer(model, None, None, Scoring(level=15), 20, name, 0, 5, chain) for name in ("smc", "flow")
+    ]
     return {
         "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],
-        "report": report(model, x, ("single", "flow"), draws=2, flow=FlowOptions(2)).to_json(),
-        "elbo": elbo(model, x, steps=4, chain=chain).likelihood.nats,
+        "report": report(model, x, None, Scoring(draws=2, steps=2), ("single", "flow")).to_json(),
+        "elbo": elbo(model, x, chain=chain, evaluations=4).nats,
         "log Z": [estimate.value for estimate in normalizers],
         "profile": level_profile(model, x),
         "levels": evaluate(model, split, 40)["per_level"],

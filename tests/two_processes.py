@@ -14,12 +14,6 @@ from torchcdm.training.loop import train
 KINDS = {
     "both": {"loss__ce_weight": "3", "model__backbone__dropout": "0"},
     "mse": {"loss__ce_weight": "0", "model__backbone__dropout": "0"},
-    "learned": {
-        "model__kind": "ddm", "model__schedule": "{name: learned, T: 20, r_min: 0.05}", "model__gaussian": "false",
-        "model__backbone": "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}",
-        "model__backbone__dropout": "0",
-        "loss__weighting": "bound",
-    },
 }  # fmt: skip
 """What is trained."""
 

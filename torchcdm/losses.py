@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.diffusion.schedules import LearnedSchedule, NoiseSchedule
+from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
@@ -124,8 +124,6 @@ class CDMLoss(nn.Module):
             raise UserError("loss: kernel_weight needs a schedule with at least 2 noise levels")
         if model.readout is not None:
             raise UserError("loss: the model was calibrated on paths; set its readout to None to train it further")
-        if isinstance(model.schedule, LearnedSchedule):
-            raise UserError("loss: a classifier's levels are fixed; a learned schedule is for --model.kind ddm")
         if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:
             raise UserError("loss: logits_from is two shares of the training, 0 <= start <= end <= 1")
         if logits_from[0] and not mse_weight:
@@ -345,52 +343,18 @@ def _log_gaussian(offset: Tensor, variance: Tensor) -> Tensor:
     return -0.5 * (offset.double().square().flatten(1).sum(1) / variance + offset[0].numel() * variance.log())
 
 
-def bound_weights(schedule: NoiseSchedule) -> Tensor:
-    r"""Weight of the squared error of eps at the levels 1 ... T in the likelihood bound, nats; float64 (T,).
-
-    .. math:: KL(q(x_{t-1}|x_t, x_0) \| r(x_{t-1}|x_t)) = \tfrac12 (r_t^2 / r_{t-1}^2 - 1) |\epsilon - \hat\epsilon|^2
-
-    with the variance of the exact kernel in r, and 1/2 at level 1, where a Gaussian of deviation r_1 decodes.
-    """
-    square = schedule.ratio[1:-1].square()
-    return 0.5 * torch.cat([square.new_ones(1), square[1:] / square[:-1] - 1])
-
-
 @final
 class DDMLoss(nn.Module):
-    """Squared error of the noise at a random level.
-
-    A learned schedule is trained along with the network, as in arXiv 2107.00630: by the gradient of the squared
-    terms of the bound, which makes all levels weigh alike. The bound itself hardly depends on the steps between
-    two ends, and its gradient would not tell.
+    """Squared error of the noise at a random level: L_simple of arXiv 2006.11239.
 
     Args:
         model: The denoising diffusion model to train.
         label_dropout: Share of labels replaced by the null label.
-        weighting: Of the levels: ``simple``, all alike (L_simple of arXiv 2006.11239), or ``bound``, as in the bound
-            on the likelihood (L there), the mean weight 1.
-
-    Raises:
-        UserError: An unknown weighting, or a learned schedule with another than ``bound``, or beside a base density.
     """
 
-    def __init__(
-        self,
-        model: DenoisingDiffusion,
-        label_dropout: float = 0.0,
-        weighting: Literal["simple", "bound"] = "simple",
-    ) -> None:
+    def __init__(self, model: DenoisingDiffusion, label_dropout: float = 0.0) -> None:
         super().__init__()
-        if weighting not in ("simple", "bound"):
-            raise UserError(f"loss: weighting is '{weighting}'; choose simple or bound")
-        if isinstance(model.schedule, LearnedSchedule):
-            if weighting != "bound":
-                raise UserError(f"loss: weighting is {weighting}; a learned schedule needs --loss.weighting bound")
-            if model.base is not None:
-                # Its constants are of the levels as they were, and gradients through it are none of the squares.
-                raise UserError("loss: a learned schedule takes no base density; --model.gaussian false")
-        self.model = model
-        self.label_dropout, self.weighting = label_dropout, weighting
+        self.model, self.label_dropout = model, label_dropout
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 1 ... T, on the generator's device: long (n,)."""
@@ -405,29 +369,8 @@ class DDMLoss(nn.Module):
         eps: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Terms:
-        """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss``, ``mse`` (without weights) and ``t``."""
+        """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss`` and ``mse``, which are the same, and ``t``."""
         x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
         eps_hat = self.model.denoise(x_t, t, y).eps
         mse = (eps - eps_hat).square().flatten(1).mean(1)
-        if self.weighting == "simple":
-            return {"loss": mse, "mse": mse, "t": t}
-        weights = bound_weights(self.model.schedule)
-        share = (weights / weights.mean().detach()).to(x_0.dtype)[t - 1]
-        loss = share * mse
-        if share.requires_grad:
-            _by_squares(loss.detach(), share, x_t)
-        return {"loss": loss, "mse": mse, "t": t}
-
-
-def _by_squares(loss: Tensor, *inputs: Tensor) -> None:
-    """Makes gradients through ``inputs`` (B, ...) those of loss² / 2 over the mean loss, ``loss`` (B,).
-
-    The mean is that of all processes that share the step: they average their gradients.
-    """
-    mean = loss.mean()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
-    scale = loss / mean
-    for x in inputs:
-        x.register_hook(lambda gradient: gradient * scale.reshape(-1, *[1] * (gradient.ndim - 1)))
+        return {"loss": mse, "mse": mse, "t": t}

@@ -22,7 +22,7 @@ import numpy as np
 
 from studies.benchmarks.ratio_pairs import Gaussians, InvertibleMap, log_prob, mixture, rmse, sample, write_rows
 from torchcdm import DensityRatio
-from torchcdm.apps.ratio_checks import effective_sample_size, weights_of
+from torchcdm.apps.ratio import effective_sample_size, importance_weights
 
 SHIFT = 1.5
 """Length of both shifts, in deviations."""
@@ -102,7 +102,7 @@ def compare(columns: int, rows: int, seed: int) -> list[Row]:
     truth = log_prob(target, latent) - log_prob(source, latent)
 
     def row(name: str, log_ratio: np.ndarray, seconds: float = 0.0, clip: float | None = None) -> Row:
-        weights = weights_of(log_ratio, clip)
+        weights = importance_weights(log_ratio, clip)
         error = float(np.mean(np.square(line(x, y, weights)(x_test) - y_test)))
         off = None if name in ("none", "exact") else rmse(log_ratio, truth)
         relative = error / results[0].error - 1 if results else 0.0

@@ -16,15 +16,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchcdm.likelihood import FlowOptions, probability_flow, single_pass
-from torchcdm.likelihood.common import scoring_level
-from torchcdm.likelihood.single_pass import noised
+from torchcdm.likelihood import FlowSolver, Scoring, single_pass
+from torchcdm.likelihood.noise import noised
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
@@ -32,8 +32,8 @@ from torchcdm.training.checkpoint import load, read_info
 
 def contenders(model: ClassificationDiffusion, x: Tensor) -> dict[str, Callable[[], Any]]:
     """What is timed, each over all images of ``x`` (N, *shape), data units."""
-    level, flow = scoring_level(model), FlowOptions()
-    steps = min(flow.steps, model.schedule.T - level)
+    scoring = Scoring(batch_size=len(x))
+    level, solver = scoring.level_of(model), FlowSolver(model, scoring)
     everything = slice(0, len(x))
 
     def one_pass_noisy() -> Tensor:
@@ -41,13 +41,12 @@ def contenders(model: ClassificationDiffusion, x: Tensor) -> dict[str, Callable[
             return model.log_prob(noisy.float(), t=level, units="model")
 
     def by_flow() -> Tensor:
-        z = noised(model, x, everything, level, 0)
-        return probability_flow(model, z, None, level, steps, flow.probes, batch_size=len(x)).log_prob
+        return solver.log_prob(noised(model, x, everything, level, 0)).log_prob
 
     noisy = noised(model, x, everything, level, 0)
     return {
-        "one-pass": lambda: single_pass(model, x, level=0, batch_size=len(x)).nats,
-        "one-pass-level": lambda: single_pass(model, x, level=level, batch_size=len(x)).nats,
+        "one-pass": lambda: single_pass(model, x, None, replace(scoring, level=0)).nats,
+        "one-pass-level": lambda: single_pass(model, x, None, scoring).nats,
         "network-pass": one_pass_noisy,
         "flow": by_flow,
     }

@@ -23,7 +23,7 @@ import torch
 
 from studies.benchmarks.equal_time import at_rate, best, measured, on_plain_grey_levels
 from torchcdm.data import DataSource
-from torchcdm.likelihood import FlowOptions, flow_likelihood
+from torchcdm.likelihood import Scoring, probability_flow
 from torchcdm.runtime.files import write_json
 from torchcdm.training.build import load_source, plain_model
 from torchcdm.training.checkpoint import load
@@ -45,7 +45,7 @@ def flow_nll(folder: Path, source: DataSource, options: argparse.Namespace) -> d
     kept = folder / FLOW
     if not kept.exists():
         x, _ = source.split("test").tensors(options.flow_images)
-        scored = flow_likelihood(load(folder, "cpu"), x, options=FlowOptions(options.flow_steps)).likelihood
+        scored = probability_flow(load(folder, "cpu"), x, None, Scoring(steps=options.flow_steps))
         bits = scored.bits_per_dim()
         write_json(kept, {"flow": float(bits.mean()), "se": float(bits.std() / len(bits) ** 0.5), "images": len(bits)})
     return json.loads(kept.read_text(encoding="utf-8"))

@@ -55,8 +55,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from studies.compare.comparison import compare
     from studies.compare.figure import scoring_cost
     from studies.compare.own import preset_of
-    from torchcdm.likelihood import LogZOptions
-    from torchcdm.likelihood.normalizer import ISLANDS
+    from torchcdm.likelihood.log_z import ISLANDS
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.training.build import gaussianized, load_source
     from torchcdm.training.interrupt import Interrupted
@@ -92,7 +91,7 @@ def run_compare(options: argparse.Namespace) -> int:
                 data,
                 progress=not options.quiet,
                 frechet=options.frechet,
-                log_z=None if options.log_z is None else LogZOptions(options.log_z),
+                log_z=options.log_z,
             )
         except Interrupted as stop:
             print(f"python -m studies: {stop}", file=sys.stderr)

@@ -20,7 +20,6 @@ from studies.quality.frechet import SMALLEST_COUNT, Reference
 from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource, fingerprint
 from torchcdm.errors import UserError
-from torchcdm.likelihood import LogZOptions
 from torchcdm.random import derive
 from torchcdm.runtime.files import write_json, writing
 from torchcdm.training.checkpoint import read_json
@@ -47,7 +46,7 @@ def compare(
     device: torch.device | None = None,
     data: DataOptions | None = None,
     progress: bool = False,
-    log_z: LogZOptions | None = None,
+    log_z: int | None = None,
     normalised: Sequence[str] | None = None,
     frechet: int | None = None,
 ) -> Comparison:
@@ -64,7 +63,8 @@ def compare(
         device: Where to compute; the CPU when None.
         data: What the source was loaded from, which our own runs keep; its name alone when None.
         progress: Shows progress bars.
-        log_z: How log Z of classification diffusion models is estimated, whose one pass then has a normalised row.
+        log_z: Particles of the estimates of log Z of classification diffusion models, whose one pass then has a
+            normalised row; None for no estimate.
         normalised: Names of those whose log Z is estimated; all when None.
         frechet: Samples of each system for its Fréchet distance to the training images; None for none.
 

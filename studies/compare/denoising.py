@@ -10,21 +10,21 @@ from torch import Tensor
 from studies.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
 from torchcdm.apps.budget import Budget
 from torchcdm.likelihood import (
-    FlowOptions,
-    LogZOptions,
     ReverseChain,
     Row,
+    Scoring,
     elbo,
-    flow_likelihood,
     log_z_estimates,
+    probability_flow,
     single_pass,
 )
-from torchcdm.likelihood.common import scoring_level
-from torchcdm.likelihood.verdict import Evidence, judge
+from torchcdm.likelihood.verdict import judge
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.samplers import make_sampler, sample
 from torchcdm.units import LogLikelihood
+
+SCORING = Scoring(seed=SCORING_SEED)
 
 ELBO_EVALUATIONS = 100
 """Of each sample; more levels than that are drawn at random, which leaves the bound unbiased."""
@@ -43,7 +43,7 @@ class FittedDenoiser(Fitted):
         with_elbo: Whether its reverse chain is a system of its own; flow matching has none.
         sampler: Name of the sampler.
         steps: Of the sampler.
-        log_z: How log Z of a classification diffusion model is estimated; None: not at all.
+        log_z: Particles of the estimate of log Z of a classification diffusion model; None for no estimate.
     """
 
     def __init__(
@@ -53,23 +53,21 @@ class FittedDenoiser(Fitted):
         with_elbo: bool = True,
         sampler: str = "ddim",
         steps: int = 50,
-        log_z: LogZOptions | None = None,
+        log_z: int | None = None,
     ) -> None:
         self.denoiser, self.training, self.with_elbo, self.log_z = denoiser, training, with_elbo, log_z
         self.sampler, self.steps = sampler, min(steps, denoiser.schedule.T)
         self.parameters = sum(p.numel() for p in denoiser.parameters())
 
     def scores(self, x: Tensor, budget: Budget) -> list[Score]:
-        denoiser, level = self.denoiser, scoring_level(self.denoiser)
+        denoiser = self.denoiser
         methods = {}
         if isinstance(denoiser, ClassificationDiffusion):
-            methods["one-pass"] = lambda: single_pass(denoiser, x, level=0, seed=SCORING_SEED)
-            methods["one-pass-level"] = lambda: single_pass(denoiser, x, level=level, seed=SCORING_SEED)
+            methods["one-pass"] = lambda: single_pass(denoiser, x, None, replace(SCORING, level=0))
+            methods["one-pass-level"] = lambda: single_pass(denoiser, x, None, SCORING)
         if self.with_elbo:
-            methods["elbo"] = lambda: self._elbo(x, level)
-        methods["flow"] = lambda: flow_likelihood(
-            denoiser, x, level=level, options=FlowOptions(), seed=SCORING_SEED
-        ).likelihood
+            methods["elbo"] = lambda: self._elbo(x)
+        methods["flow"] = lambda: probability_flow(denoiser, x, None, SCORING)
         scores = []
         for name, method in methods.items():
             clock = budget.restarted()
@@ -80,14 +78,14 @@ class FittedDenoiser(Fitted):
             scores += self._normalised(denoiser, one_pass, self.log_z)
         return scores
 
-    def _normalised(self, model: ClassificationDiffusion, one_pass: Score, options: LogZOptions) -> list[Score]:
+    def _normalised(self, model: ClassificationDiffusion, one_pass: Score, particles: int) -> list[Score]:
         """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
         likelihood, level = one_pass.likelihood, one_pass.likelihood.level
-        chain = ReverseChain.calibrated(model, seed=SCORING_SEED)
-        z, second = log_z_estimates(model, chain, level, options, FlowOptions(), SCORING_SEED)
+        chain = ReverseChain.calibrated(model, None, SCORING)
+        z, second = log_z_estimates(model, chain, SCORING, particles)
         row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
         per_nat = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
-        verdict = judge(Evidence(per_nat, row, None, None, z, second, level=level))
+        verdict = judge(per_nat, level, row, z, second)
         if verdict.headline.value is None:
             self.note = verdict.why
             return []
@@ -97,12 +95,11 @@ class FittedDenoiser(Fitted):
         shared_se = math.sqrt(max(0.0, verdict.headline.se**2 - row.se**2))
         return [Score(verdict.headline.name, normalised, True, one_pass.seconds, shared_se)]
 
-    def _elbo(self, x: Tensor, level: int) -> LogLikelihood:
-        levels = self.denoiser.schedule.T - level + 1
+    def _elbo(self, x: Tensor) -> LogLikelihood:
+        levels = self.denoiser.schedule.T - SCORING.level_of(self.denoiser) + 1
         fine = self.denoiser.schedule.T > CALIBRATED_LEVELS
-        chain = ReverseChain(self.denoiser) if fine else ReverseChain.calibrated(self.denoiser, seed=SCORING_SEED)
-        evaluations = min(levels, ELBO_EVALUATIONS)
-        return elbo(self.denoiser, x, None, level, evaluations, chain, SCORING_SEED).likelihood
+        chain = ReverseChain(self.denoiser) if fine else ReverseChain.calibrated(self.denoiser, None, SCORING)
+        return elbo(self.denoiser, x, None, SCORING, chain, min(levels, ELBO_EVALUATIONS))
 
     def sample(self, n: int, seed: int) -> Samples:
         drawn = sample(self.denoiser, n, self.sampler, self.steps, seed=seed)

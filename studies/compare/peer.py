@@ -14,8 +14,7 @@ from torch import Tensor
 
 from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource
-from torchcdm.likelihood import LogZOptions
-from torchcdm.likelihood.common import dithered
+from torchcdm.likelihood.noise import dithered
 from torchcdm.units import DataTransform, LogLikelihood
 
 SCORING_SEED = 0
@@ -41,7 +40,7 @@ class Task:
         seed: Of weights, batches and dequantisation in training.
         folder: Where a system may keep files of its own.
         progress: Shows progress bars.
-        log_z: How log Z of classification diffusion models is estimated; None: not at all.
+        log_z: Particles of the estimates of log Z of classification diffusion models; None for no estimate.
     """
 
     source: DataSource
@@ -50,7 +49,7 @@ class Task:
     seed: int
     folder: Path
     progress: bool = False
-    log_z: LogZOptions | None = None
+    log_z: int | None = None
 
 
 @dataclass(frozen=True)

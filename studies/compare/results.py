@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from torchcdm.likelihood import LogZOptions
 from torchcdm.likelihood.summary import finite
 from torchcdm.training.codec import encode
 
@@ -31,7 +30,7 @@ class Protocol:
         clock: What a second is.
         seed: Of training.
         gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
-        log_z: How log Z of the classification diffusion models was estimated; None: not at all.
+        log_z: Particles of the estimates of log Z of classification diffusion models; None for no estimate.
         frechet: Samples of each system for its Fréchet distance; None: no such column.
         fingerprint: Of the data, see :func:`torchcdm.data.fingerprint`.
     """
@@ -46,7 +45,7 @@ class Protocol:
     clock: str
     seed: int
     gaussianized: bool = False
-    log_z: LogZOptions | None = None
+    log_z: int | None = None
     frechet: int | None = None
     fingerprint: str = field(kw_only=True)
 

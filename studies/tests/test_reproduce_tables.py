@@ -15,7 +15,7 @@ from studies.quality import frechet
 from studies.quality.features import Extractor
 from studies.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
 from torchcdm.cli import main as cdm
-from torchcdm.likelihood import FlowOptions, LogZOptions, ReverseChain
+from torchcdm.likelihood import ReverseChain, Scoring
 from torchcdm.training.codec import merge
 from torchcdm.training.config_files import make_config, preset_fields
 
@@ -181,12 +181,12 @@ def test_class_means_tell_classes_and_their_spread():
 def scored(monkeypatch):
     """Likelihoods and speeds measured with next to no evaluations, and no Gaussian in 3072 dimensions."""
     pytest.importorskip("normflows")
-    monkeypatch.setattr(ReverseChain, "calibrated", classmethod(lambda cls, model, **_: cls(model)))
-    monkeypatch.setattr(FlowOptions, "steps_from", lambda *_: 2)
+    monkeypatch.setattr(ReverseChain, "calibrated", classmethod(lambda cls, model, *_: cls(model)))
+    monkeypatch.setattr("studies.compare.denoising.SCORING", Scoring(steps=2))
     monkeypatch.setattr("studies.compare.denoising.ELBO_EVALUATIONS", 3)
     monkeypatch.setattr("studies.compare.comparison.DRAWN", 2)
     for scale, systems in (("smoke", ("cdm", "realnvp")), ("paper", ("realnvp",))):
-        setting = table3.Setting(4, 0.3, "processor", LogZOptions(32, 0, 32), systems)
+        setting = table3.Setting(4, 0.3, "processor", 32, systems)
         monkeypatch.setitem(table3.SETTINGS, scale, setting)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import torchcdm
 from torchcdm.bridges.diffusers import convert_unet, load_diffusers
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowOptions
+from torchcdm.likelihood import Scoring
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -69,7 +69,7 @@ def test_it_samples_and_has_a_likelihood_as_any_plain_diffusion_model(saved):
     model = load_diffusers(saved[0])
     assert torchcdm.sample(model, 2, sampler="ddim", steps=3).shape == (2, 3, 16, 16)
     x = torch.randint(0, 256, (2, 3, 16, 16), generator=rng(), dtype=torch.uint8)
-    report = torchcdm.likelihood.report(model, x, ["flow"], flow=FlowOptions(2))
+    report = torchcdm.likelihood.report(model, x, None, Scoring(steps=2), ["flow"])
     assert report.unit == "bits/dim" and math.isfinite(report.row("flow").value)
 
 

@@ -87,7 +87,7 @@ def refuse(capsys, *words):
         (["train", "digits", "--out", "R", "--size", "7x7"], "halve"),
         (["train", "digits", "--out", "R", "--data", "digit"], "did you mean 'digits'"),
         (["train", "digits", "--out", "R", "--data", "folder:nowhere"], "nowhere"),
-        (["train", "digits", "--out", "R", "--device", "gpu"], "device gpu cannot be used: "),
+        (["train", "digits", "--out", "R", "--device", "gpu"], "device 'gpu' cannot be used: "),
         (["train", "encoder", "--out", "R"], "no data: "),
         (["train", "--config", "nothing.yaml", "--out", "R"], "nothing.yaml: cannot be read"),
         (["sample", "nowhere", "--out", "S"], "nowhere: holds no trained model"),

@@ -12,7 +12,7 @@ from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals, best_mix
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators.normalizing import importance_normalizer
-from torchcdm.likelihood import probability_flow
+from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.likelihood.flow import reference_gaussian
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.networks.mlp import MLP
@@ -42,7 +42,7 @@ def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
     at_noise = base.log_prob_levels(x)[:, -1]
     assert torch.allclose(at_noise, torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1))
     x_1 = SCHEDULE.alpha[1] * x[:20]
-    flow = probability_flow(model_of(base), x_1).log_prob
+    flow = FlowSolver(model_of(base), Scoring(level=1)).log_prob(x_1).log_prob
     assert torch.allclose(flow, base.log_prob_levels(x_1)[:, 1], atol=0.05)
 
 

@@ -9,7 +9,6 @@ from torch.distributions import Normal
 
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
-    LearnedSchedule,
     LinearSchedule,
     LogSNRSchedule,
     NoiseSchedule,
@@ -61,19 +60,6 @@ def test_log_snr_ladder_is_even_between_its_ends():
     r = LogSNRSchedule(T, r_min=0.01, r_max=50).ratio[1:-1]
     assert r[0] == pytest.approx(0.01) and r[-1] == pytest.approx(50)
     assert torch.allclose(r[1:] / r[:-1], (r[1] / r[0]).expand(T - 1))
-
-
-def test_a_learned_schedule_starts_even_and_is_kept_with_the_weights():
-    schedule = LearnedSchedule(T, r_min=0.01, r_max=50)
-    assert torch.allclose(schedule.ratio[:-1], LogSNRSchedule(T, r_min=0.01, r_max=50).ratio[:-1])
-    with torch.no_grad():
-        schedule.log_steps.copy_(normal(T - 1))
-    r = schedule.ratio[1:-1].detach()
-    assert (r.diff() > 0).all() and r[0] == pytest.approx(0.01) and r[-1] == pytest.approx(50)
-    other = LearnedSchedule(T, r_min=0.01, r_max=50).half().double()
-    assert other.alpha.dtype == torch.float64
-    other.load_state_dict(schedule.state_dict())
-    assert torch.equal(other.sigma, schedule.sigma) and other.sigma.requires_grad
 
 
 @every_schedule
@@ -158,10 +144,6 @@ def test_settings_that_make_no_schedule():
         CosineSchedule(0)
     with pytest.raises(UserError, match="r_min"):
         LogSNRSchedule(10, r_min=3, r_max=2)
-    with pytest.raises(UserError, match="learned schedule: needs 0 < r_min < r_max"):
-        LearnedSchedule(10, r_min=3, r_max=2)
-    with pytest.raises(UserError, match="from 2 levels on"):
-        LearnedSchedule(1)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from torchcdm.diffusion.gaussian import ClassGaussians, GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LinearSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.likelihood import (
+    FlowSolver,
+    Scoring,
     consistency,
     elbo,
-    flow_likelihood,
-    flow_sample,
     gap_by_level,
     log_normalizer,
     log_normalizer_above,
@@ -233,31 +233,32 @@ def of_likelihoods() -> dict[str, Tensor]:
         make, labelled = MODELS[which]
         model = make()
         x, y = inputs(model, 5), torch.arange(5) % 3 if labelled else None
-        bound = elbo(model, x, y, level=2, seed=1)
-        values[f"{which}/elbo"] = bound.likelihood.nats
+        scoring = Scoring(level=2, seed=1)
+        bound = elbo(model, x, y, scoring)
+        values[f"{which}/elbo"] = bound.nats
         values[f"{which}/elbo-terms"] = torch.stack([bound.prior, bound.diffusion, bound.reconstruction])
-        values[f"{which}/elbo-strata"] = elbo(model, x, y, level=2, steps=5, seed=1).likelihood.nats
-        values[f"{which}/flow"] = flow_likelihood(model, x, y, level=2, seed=1).likelihood.nats
-        values[f"{which}/flow-x"] = probability_flow(model, model.transform(x), y, 2, 6, seed=1).log_prob
-        drawn = flow_sample(model, 4, None if y is None else y[:4], level=2, steps=6, seed=1)
-        values[f"{which}/flow-sample"], values[f"{which}/flow-density"] = drawn.x_t, drawn.log_prob
+        values[f"{which}/elbo-strata"] = elbo(model, x, y, scoring, evaluations=5).nats
+        values[f"{which}/flow"] = probability_flow(model, x, y, scoring).nats
+        solver = FlowSolver(model, Scoring(level=2, steps=6, seed=1))
+        values[f"{which}/flow-x"] = solver.log_prob(model.transform(x), y).log_prob
+        drawn, density = solver.sample(4, None if y is None else y[:4])
+        values[f"{which}/flow-sample"], values[f"{which}/flow-density"] = drawn, density
         if isinstance(model, ClassificationDiffusion):
             values[f"{which}/published"] = published_convention(model, x, y).nats
             for level in (0, 3):
-                one = single_pass(model, x, y, level, 3, False, 1)
-                values[f"{which}/single-{level}"] = one.nats
-            values[f"{which}/importance"] = single_pass(model, x, y, 3, 3, True, 1).nats
+                values[f"{which}/single-{level}"] = single_pass(model, x, y, Scoring(level, draws=3, seed=1)).nats
+            values[f"{which}/importance"] = single_pass(model, x, y, Scoring(3, draws=3, seed=1), True).nats
     model = vector_model()
     for method, moves in (("smc", 0), ("smc", 1), ("ais", 1), ("flow", 0)):
-        z = log_normalizer(model, 64, 1, method, moves=moves, islands=4, seed=2)
+        z = log_normalizer(model, None, None, Scoring(seed=2), 64, method, moves, islands=4)
         values[f"log-z/{method}-{moves}"] = torch.tensor([z.value, z.low, z.high, z.ess, z.mean_log_weight])
         values[f"log-z/{method}-{moves}-x"] = z.x[:8]
-    values["log-z/above"] = torch.tensor(log_normalizer_above(model, draws(16, 3, seed=6), seed=2))
-    neighbours = consistency(model, inputs(model, 8), seed=1)
+    values["log-z/above"] = torch.tensor(log_normalizer_above(model, draws(16, 3, seed=6), None, Scoring(seed=2)))
+    neighbours = consistency(model, inputs(model, 8), None, Scoring(seed=1))
     values["consistency"] = torch.stack([neighbours.down, neighbours.up])
-    gaps = gap_by_level(model, inputs(model, 8), level=1, seed=1)
-    values["gap-by-level"] = torch.stack([gaps.mean, gaps.sd])
-    table = report(image_model(), grey(6), limit=6, draws=2, seed=1).to_json()
+    gaps = gap_by_level(model, inputs(model, 8), None, Scoring(level=1, seed=1))
+    values["gap-by-level"] = torch.stack([-gaps.mean, gaps.sd])
+    table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1), limit=6).to_json()
     values["report"] = torch.tensor([row["value"] or 0.0 for row in table["rows"]])
     return values
 

@@ -9,9 +9,8 @@ from torch import nn
 
 import torchcdm
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
-from torchcdm.likelihood import LogZOptions, elbo, log_normalizer, probability_flow, report, single_pass
-from torchcdm.likelihood.common import scoring_level
-from torchcdm.likelihood.single_pass import score_noisy
+from torchcdm.likelihood import FlowSolver, Scoring, elbo, log_normalizer, probability_flow, report, single_pass
+from torchcdm.likelihood.one_pass import score_noisy
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -62,16 +61,16 @@ def test_bounds_do_not_fall_below_the_code_length(images, dequantize):
     x, true = images.draw(40)
     model = images.model(UNIFORM, dequantize)
     for level in (1, 4):
-        mean, error = excess(single_pass(model, x, level=level, draws=2).bits_per_dim(), true)
+        mean, error = excess(single_pass(model, x, None, Scoring(level, draws=2)).bits_per_dim(), true)
         assert -3 * error < mean < 0.4, f"level {level}"
-    mean, error = excess(elbo(model, x).likelihood.bits_per_dim(), true)
+    mean, error = excess(elbo(model, x, None, Scoring(level=1)).bits_per_dim(), true)
     assert mean > -3 * error
 
 
 @IMAGES
 def test_dequantisation_of_the_exact_density_is_the_code_length(images):
     x, true = images.draw(60)
-    bits = single_pass(images.model(UNIFORM), x, level=0).bits_per_dim()
+    bits = single_pass(images.model(UNIFORM), x, None, Scoring(level=0)).bits_per_dim()
     assert torch.allclose(bits, true, atol=1e-9)
 
 
@@ -80,7 +79,7 @@ def test_the_flow_does_not_fall_below_the_code_length():
     model = images.model(LogSNRSchedule(24, 0.07, 40))
     x, true = images.draw(30)
     scored = score_noisy(model, x, None, slice(0, len(x)), 2, 0)
-    flow = probability_flow(model, scored.z, level=2).log_prob + scored.offset
+    flow = FlowSolver(model, Scoring(level=2)).log_prob(scored.z).log_prob + scored.offset
     mean, error = excess(-flow / (images.dim * math.log(2)), true)
     assert -3 * error - 0.01 < mean < 0.2
 
@@ -105,8 +104,8 @@ def test_the_headline_is_not_below_the_code_length_where_one_pass_is(boast):
     exact = images.model(UniformSigmaSchedule(12))
     model = ClassificationDiffusion(Boaster(exact.backbone, boast), exact.schedule, exact.transform)
     x, true = images.draw(200)
-    result = report(model, x, ["single", "logz"], level=1, log_z=LogZOptions(particles=512, draws=64))
-    bits = single_pass(model, x, level=1).bits_per_dim()
+    result = report(model, x, None, Scoring(level=1), ["single", "logz"], particles=512)
+    bits = single_pass(model, x, None, Scoring(level=1)).bits_per_dim()
     mean, error = excess(bits, true)
     assert (mean < -3 * error) == bool(boast), "an unnormalised density must show"
     headline, z = result.row("one-pass-normalized"), result.log_z
@@ -133,17 +132,14 @@ def test_a_trained_model_is_not_below_the_code_length():
                "schedule": {"name": "log-snr", "T": 60, "r_max": 20.0}},
     )  # fmt: skip
     x = x.to(torch.uint8)
-    level = scoring_level(model)
-    z, unit = log_normalizer(model, level=level, moves=1), 1 / (images.dim * math.log(2))
-    bits = single_pass(model, x, level=level).bits_per_dim()
+    z, unit = log_normalizer(model), 1 / (images.dim * math.log(2))
+    bits = single_pass(model, x).bits_per_dim()
     normalised = excess(bits + unit * z.value, true, unit * (z.high - z.low) / 3.92)
-    noisy = score_noisy(model, x, None, slice(0, FLOWS), level, 0)
-    flow = probability_flow(model, noisy.z, level=level).log_prob + noisy.offset
     found = {
         "one pass": excess(bits, true),
         "one pass, normalised": normalised,
-        "ELBO": excess(elbo(model, x, level=level).likelihood.bits_per_dim(), true),
-        "flow": excess(-unit * flow, true[:FLOWS]),
+        "ELBO": excess(elbo(model, x).bits_per_dim(), true),
+        "flow": excess(probability_flow(model, x[:FLOWS]).bits_per_dim(), true[:FLOWS]),
     }
     print(f"\ncode length {float(true.mean()):.4f} bits/dim; log2 Z/d {z.value * unit:.4f}, "
           f"effective sample size {z.ess:.0f}")  # fmt: skip

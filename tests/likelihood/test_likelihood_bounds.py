@@ -10,9 +10,9 @@ from oracles import normal, rng
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import elbo, probability_flow, published_convention, single_pass
+from torchcdm.likelihood import FlowSolver, Scoring, elbo, published_convention, single_pass
 from torchcdm.likelihood.cells import REACH, noisy_cells
-from torchcdm.likelihood.single_pass import score_noisy
+from torchcdm.likelihood.one_pass import score_noisy
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform, GaussianizedTransform
 
@@ -78,7 +78,7 @@ def test_decoder_is_the_posterior_where_two_levels_compete():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(30), dim=1, levels=2)
     x, true = draw(cells, log_probs, 40)
     for level in (12, 15, 20):
-        assert torch.allclose(single_pass(model, x, level=level).bits_per_dim(), true, atol=1e-4)
+        assert torch.allclose(single_pass(model, x, None, Scoring(level)).bits_per_dim(), true, atol=1e-4)
 
 
 @pytest.mark.parametrize("level", [0, 1, 7, 25])
@@ -90,10 +90,10 @@ def test_gaussianized_independent_pixels_cost_their_histogram_at_every_level(lev
     model = ClassificationDiffusion(network, UniformSigmaSchedule(30), transform)
     x = torch.randint(0, 6, (2000, 4), generator=rng()).double()
     histogram = transform.log_mass.expand(2000, -1, -1).gather(2, x.long()[..., None]).sum((1, 2))
-    assert torch.allclose(single_pass(model, x, level=level).nats, histogram, atol=1e-8)
+    assert torch.allclose(single_pass(model, x, None, Scoring(level)).nats, histogram, atol=1e-8)
     if level:
         # The chain is exact too; its bound is an equality in the mean over its noise.
-        mean, error = above(-elbo(model, x, level=level).likelihood.nats, -histogram)
+        mean, error = above(-elbo(model, x, None, Scoring(level)).nats, -histogram)
         assert abs(mean) < 3.5 * error < 0.5
 
 
@@ -101,7 +101,8 @@ def test_dequantised_density_of_the_exact_model_is_the_code_length():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(30))
     x, true = draw(cells, log_probs, 50)
     for importance in (False, True):
-        assert torch.allclose(single_pass(model, x, draws=3, importance=importance).bits_per_dim(), true, atol=1e-9)
+        bits = single_pass(model, x, None, Scoring(0, draws=3), importance).bits_per_dim()
+        assert torch.allclose(bits, true, atol=1e-9)
 
 
 @pytest.mark.parametrize("dequantize", [True, False])
@@ -109,8 +110,8 @@ def test_dequantised_density_of_the_exact_model_is_the_code_length():
 def test_bound_through_a_level_is_a_bound(dequantize, level):
     model, cells, log_probs = lattice_model(CosineSchedule(40), dequantize=dequantize)
     x, true = draw(cells, log_probs, 600)
-    plain = single_pass(model, x, level=level, draws=4)
-    weighted = single_pass(model, x, level=level, draws=4, importance=True)
+    plain = single_pass(model, x, None, Scoring(level, draws=4))
+    weighted = single_pass(model, x, None, Scoring(level, draws=4), importance=True)
     mean, error = above(plain.bits_per_dim(), true)
     assert mean > -3 * error
     assert mean < {1: 0.03, 3: 0.08, 8: 0.45}[level], "far from tight"
@@ -126,18 +127,18 @@ def test_a_wrong_density_still_bounds_when_it_is_normalised():
     model, cells, log_probs = lattice_model(CosineSchedule(40))
     x, true = draw(cells, log_probs.flip(0), 400)
     for level in (0, 1, 5):
-        mean, error = above(single_pass(model, x, level=level).bits_per_dim(), true)
+        mean, error = above(single_pass(model, x, None, Scoring(level)).bits_per_dim(), true)
         assert mean > 0.2 and mean > 3 * error
 
 
 def test_elbo_and_flow_bound_too():
     model, cells, log_probs = lattice_model(LogSNRSchedule(24, 0.05, 80))
     x, true = draw(cells, log_probs, 100)
-    bound = elbo(model, x)
-    mean, error = above(bound.likelihood.bits_per_dim(), true)
+    bound = elbo(model, x, None, Scoring(level=1))
+    mean, error = above(bound.bits_per_dim(), true)
     assert -3 * error < mean < 0.4
     scored = score_noisy(model, x, None, slice(0, 100), 1, 0)
-    flow = probability_flow(model, scored.z).log_prob + scored.offset
+    flow = FlowSolver(model, Scoring(1)).log_prob(scored.z).log_prob + scored.offset
     mean, error = above(-flow / (2 * math.log(2)), true)
     assert -3 * error - 0.01 < mean < 0.1
 
@@ -157,7 +158,7 @@ def test_published_convention_falls_below_the_entropy_and_bounds_do_not():
     perfect = ClassificationDiffusion(MixtureClassifier(peaks, schedule), schedule, model.transform)
     height = math.log2(1000 / math.sqrt(2 * math.pi))
     assert above(published_convention(perfect, x).bits_per_dim(), true)[0] == pytest.approx(-height, abs=0.01)
-    mean, error = above(single_pass(model, x, level=1, draws=2).bits_per_dim(), true)
+    mean, error = above(single_pass(model, x, None, Scoring(1, draws=2)).bits_per_dim(), true)
     assert -3 * error < mean < 0.1
 
 
@@ -165,9 +166,9 @@ def test_published_convention_falls_below_the_entropy_and_bounds_do_not():
 def test_scores_do_not_depend_on_batches(level):
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
     x, _ = draw(cells, log_probs, 23)
-    whole = single_pass(model, x, level=level, draws=2, seed=5).nats
-    assert torch.allclose(single_pass(model, x, level=level, draws=2, seed=5, batch_size=4).nats, whole, atol=1e-10)
-    assert torch.allclose(elbo(model, x, seed=5, batch_size=4).likelihood.nats, elbo(model, x, seed=5).likelihood.nats)
+    for likelihood in (single_pass, elbo) if level else (single_pass,):
+        whole, parts = (likelihood(model, x, None, Scoring(level, 2, 5, batch_size=size)).nats for size in (99, 4))
+        assert torch.allclose(parts, whole, atol=1e-10)
 
 
 def test_draws_of_neighbouring_seeds_are_independent():
@@ -182,14 +183,11 @@ def test_draws_of_neighbouring_seeds_are_independent():
 def test_refusals():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
     x, _ = draw(cells, log_probs, 5)
-    with pytest.raises(UserError, match="draws is 0"):
-        single_pass(model, x, draws=0)
-    with pytest.raises(UserError, match="level 21 cannot carry"):
-        single_pass(model, x, level=21)
-    with pytest.raises(UserError, match="empty"):
-        single_pass(model, x[:0])
+    for level in (-1, 21):
+        with pytest.raises(UserError, match=f"level {level} cannot be scored|level is {level}"):
+            single_pass(model, x, None, Scoring(level))
     with pytest.raises(UserError, match="takes 2 to 20"):
-        elbo(model, x, steps=21)
+        elbo(model, x, None, Scoring(1), evaluations=21)
     model.transform = None
     with pytest.raises(UserError, match="DataTransform"):
         single_pass(model, x)

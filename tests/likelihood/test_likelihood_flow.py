@@ -12,7 +12,7 @@ from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import flow_path, flow_sample, gap_by_level, probability_flow
+from torchcdm.likelihood import FlowSolver, Scoring, gap_by_level
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.units import DataTransform
@@ -23,6 +23,11 @@ def exact_model(mixture, schedule, residual=True):
     return ClassificationDiffusion(
         MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity(mixture.shape), base
     )
+
+
+def solver(model, level=1, steps=10**6, **choices):
+    """All levels unless so many steps are asked for."""
+    return FlowSolver(model, Scoring(level, steps=steps, **choices))
 
 
 def noisy(mixture, schedule, level, n=40, y=None):
@@ -38,7 +43,7 @@ def test_log_density_of_a_mixture(name, residual):
     model = exact_model(mixture, schedule, residual)
     for level in (1, 30):
         z, _ = noisy(mixture, schedule, level)
-        result = probability_flow(model, z, level=level)
+        result = solver(model, level).log_prob(z)
         error = (result.log_prob - mixture.log_prob(z, level, schedule)).abs()
         # Where level T keeps signal the start is not quite Gaussian: the error that the result states.
         assert float(error.mean()) < 0.01 + 2 * result.start_kl_bound
@@ -54,9 +59,9 @@ def test_a_gaussian_needs_no_steps():
     backbone = MixtureClassifier(mixture, schedule, base)
     model = ClassificationDiffusion(backbone, schedule, DataTransform.identity((5,)), base)
     z = schedule.perturb(mixture.sample(20, rng(1)), 1, normal(20, 5))
-    result = probability_flow(model, z, steps=1)
-    assert torch.allclose(result.log_prob, mixture.log_prob(z, 1, schedule), atol=1e-8)
-    assert result.nfe == 3
+    one_step = solver(model, steps=1)
+    assert torch.allclose(one_step.log_prob(z).log_prob, mixture.log_prob(z, 1, schedule), atol=1e-8)
+    assert one_step.nfe == 3
 
 
 def test_second_order_in_the_steps():
@@ -65,7 +70,7 @@ def test_second_order_in_the_steps():
     for T in counts.int().tolist():
         schedule = LogSNRSchedule(T, 0.05, 80)
         z, _ = noisy(mixture, schedule, 1)
-        error = probability_flow(exact_model(mixture, schedule), z).log_prob - mixture.log_prob(z, 1, schedule)
+        error = solver(exact_model(mixture, schedule)).log_prob(z).log_prob - mixture.log_prob(z, 1, schedule)
         errors.append(float(error.abs().mean()))
     slope = torch.linalg.lstsq(torch.stack([counts.log(), torch.ones(3)], 1).double(),
                                torch.tensor(errors).double().log()[:, None]).solution[0]  # fmt: skip
@@ -75,7 +80,7 @@ def test_second_order_in_the_steps():
 def test_halving_the_steps_tells_the_error():
     mixture, schedule = labelled_mixture(), LogSNRSchedule(60, 0.05, 80)
     z, _ = noisy(mixture, schedule, 1)
-    result = probability_flow(exact_model(mixture, schedule), z, halve=True)
+    result = solver(exact_model(mixture, schedule)).log_prob(z, halve=True)
     error = (result.log_prob - mixture.log_prob(z, 1, schedule)).mean()
     assert float(-result.step_gap.mean() / 3) == pytest.approx(float(error), rel=0.5)
 
@@ -84,15 +89,15 @@ def test_probes_are_unbiased_and_tell_their_own_error(monkeypatch):
     mixture, schedule = labelled_mixture(), UniformSigmaSchedule(20)
     model = exact_model(mixture, schedule)
     z, _ = noisy(mixture, schedule, 1, n=400)
-    exact = probability_flow(model, z).log_prob
+    exact = solver(model).log_prob(z).log_prob
     monkeypatch.setattr(flow_module, "EXACT_DIMENSIONS", 0)
-    result = probability_flow(model, z, probes=4)
+    result = solver(model, probes=4).log_prob(z)
     error = result.log_prob - exact
     # In two dimensions the noise is that of one off-diagonal element; it moves no path, only the divergence.
     assert float(error.std()) > 1e-3
     assert abs(float(error.mean())) < 4 * float(error.std()) / 20
     assert float(result.probe_gap.std()) / 2 == pytest.approx(float(error.std()), rel=0.2)
-    batched = probability_flow(model, z[:50], probes=4, batch_size=7)
+    batched = solver(model, probes=4, batch_size=7).log_prob(z[:50])
     assert torch.allclose(batched.log_prob, result.log_prob[:50], atol=1e-9)
 
 
@@ -102,14 +107,14 @@ def test_images_as_vectors():
     flat = GaussianMixture(torch.ones(2), means, spread)
     image = GaussianMixture(torch.ones(2), means.reshape(2, 1, 2, 2), spread)
     z = normal(15, 4, seed=3)
-    values = [probability_flow(exact_model(m, schedule), z.reshape(15, *m.shape)).log_prob for m in (flat, image)]
+    values = [solver(exact_model(m, schedule)).log_prob(z.reshape(15, *m.shape)).log_prob for m in (flat, image)]
     assert torch.allclose(*values, atol=1e-9)
 
 
 def test_given_the_class():
     mixture, schedule = labelled_mixture(), CosineSchedule(100)
     z, y = noisy(mixture, schedule, 1)
-    result = probability_flow(exact_model(mixture, schedule), z, y)
+    result = solver(exact_model(mixture, schedule)).log_prob(z, y)
     assert float((result.log_prob - mixture.log_prob(z, 1, schedule, y)).abs().mean()) < 0.03
 
 
@@ -123,40 +128,41 @@ def test_any_denoiser_has_a_flow():
     ddm = DenoisingDiffusion(Exact(), schedule, DataTransform.identity((2,)))
     z, _ = noisy(mixture, schedule, 1, n=10)
     cdm = exact_model(mixture, schedule, residual=False)
-    assert torch.allclose(probability_flow(ddm, z).log_prob, probability_flow(cdm, z).log_prob, atol=1e-8)
+    assert torch.allclose(solver(ddm).log_prob(z).log_prob, solver(cdm).log_prob(z).log_prob, atol=1e-8)
 
 
 def test_evaluations_are_counted():
     mixture, schedule = labelled_mixture(), CosineSchedule(30)
     model, calls = exact_model(mixture, schedule), []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))
-    result = probability_flow(model, noisy(mixture, schedule, 1, n=3)[0], steps=7)
-    assert result.nfe == len(calls) == 15
+    seven = solver(model, steps=7)
+    seven.log_prob(noisy(mixture, schedule, 1, n=3)[0])
+    assert seven.nfe == len(calls) == 15
 
 
 def test_draws_have_the_density_that_they_come_with():
     mixture, schedule = labelled_mixture(), UniformSigmaSchedule(60)
     model = exact_model(mixture, schedule)
-    drawn = flow_sample(model, 300, seed=3)
-    there_and_back = probability_flow(model, drawn.x_t)
-    assert torch.allclose(there_and_back.log_prob, drawn.log_prob, atol=0.02)
-    ratio = (mixture.log_prob(drawn.x_t, 1, schedule) - drawn.log_prob).exp()
+    drawn, log_prob = solver(model, seed=3).sample(300)
+    there_and_back = solver(model).log_prob(drawn)
+    assert torch.allclose(there_and_back.log_prob, log_prob, atol=0.02)
+    ratio = (mixture.log_prob(drawn, 1, schedule) - log_prob).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(300) + 1e-3
-    assert torch.allclose(flow_sample(model, 9, seed=3, batch_size=2).x_t, drawn.x_t[:9], atol=1e-9)
+    assert torch.allclose(solver(model, seed=3, batch_size=2).sample(9)[0], drawn[:9], atol=1e-9)
 
 
 def test_a_path_has_the_density_of_each_level_that_it_visits():
     mixture, schedule = labelled_mixture(), UniformSigmaSchedule(100)
     model, (z, _) = exact_model(mixture, schedule), noisy(mixture, schedule, 20)
-    path = flow_path(model, z, lambda x, t, y: (x, torch.full((len(x),), t)), level=20, steps=40, batch_size=7)
-    whole = probability_flow(model, z, level=20, steps=40)
-    x, levels = path.seen
-    assert path.levels[0] == 20 and path.levels[-1] == schedule.T and len(path.levels) == 41
-    assert all(row.eq(t).all() for row, t in zip(levels, path.levels, strict=True))
+    forty = solver(model, 20, 40, batch_size=7)
+    log_probs, (x, levels) = forty.path(z, lambda x, t, y: (x, torch.full((len(x),), t)))
+    whole = solver(model, 20, 40).log_prob(z)
+    assert forty.levels[0] == 20 and forty.levels[-1] == schedule.T and len(forty.levels) == 41
+    assert all(row.eq(t).all() for row, t in zip(levels, forty.levels, strict=True))
     torch.testing.assert_close(x[0], z)
     torch.testing.assert_close(x[-1], whole.x_T)
-    torch.testing.assert_close(path.log_prob[0], whole.log_prob)
-    for x_t, t, log_prob in zip(x, path.levels, path.log_prob, strict=True):
+    torch.testing.assert_close(log_probs[0], whole.log_prob)
+    for x_t, t, log_prob in zip(x, forty.levels, log_probs, strict=True):
         assert float((log_prob - mixture.log_prob(x_t, t, schedule)).abs().mean()) < 0.004
 
 
@@ -173,16 +179,14 @@ def test_gap_by_level_shows_where_a_model_is_inconsistent():
     # A constant changes no gradient, so the flow stays and one pass moves: at the levels up to 10.
     model.backbone.forward = lambda x, y=None: backbone(x, y) + lift
     wrong = gap_by_level(model, x)
-    assert torch.allclose(wrong.mean - right.mean, lift[1:41], atol=1e-9)
+    assert torch.allclose(wrong.mean - right.mean, -lift[1:41], atol=1e-9)
 
 
-def test_refusals():
+def test_levels_and_steps():
     mixture, schedule = labelled_mixture(), CosineSchedule(20)
     model = exact_model(mixture, schedule)
-    z, _ = noisy(mixture, schedule, 1, n=2)
-    with pytest.raises(UserError, match="probes is 3"):
-        probability_flow(model, z, probes=3)
-    with pytest.raises(UserError, match="level 20 cannot start"):
-        probability_flow(model, z, level=20)
-    with pytest.raises(UserError, match="takes 1 to 19"):
-        probability_flow(model, z, steps=20)
+    with pytest.raises(UserError, match="level 20 cannot be scored"):
+        solver(model, 20)
+    assert solver(model).levels == list(range(1, 21)), "more steps than levels"
+    with pytest.raises(UserError, match="empty"):
+        solver(model).log_prob(torch.zeros(0, 2))

@@ -12,9 +12,18 @@ from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import NLLGap, ReverseChain, Row, consistency, elbo, log_normalizer, log_normalizer_above
-from torchcdm.likelihood.normalizer import _Particles
-from torchcdm.likelihood.verdict import Evidence, judge
+from torchcdm.likelihood import (
+    NLLGap,
+    ReverseChain,
+    Row,
+    Scoring,
+    consistency,
+    elbo,
+    log_normalizer,
+    log_normalizer_above,
+)
+from torchcdm.likelihood.log_z import _Particles
+from torchcdm.likelihood.verdict import judge
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -60,7 +69,7 @@ def test_finds_log_z(method, moves, slope):
     schedule = CosineSchedule(25)
     model = tilted_model(schedule, 1.7, slope)
     truth = 1.7 + (0.0 if slope is None else log_integral(schedule, slope))
-    found = log_normalizer(model, 640, method=method, moves=moves, islands=32, level=1)
+    found = log_normalizer(model, particles=640, method=method, moves=moves, islands=32)
     error = (found.high - found.low) / 3.92
     assert abs(found.value - truth) < 4 * error + 0.01
     assert error < 0.1 and found.low < found.value < found.high
@@ -71,7 +80,9 @@ def test_finds_log_z(method, moves, slope):
 
 def test_at_any_level():
     schedule = CosineSchedule(25)
-    found = log_normalizer(tilted_model(schedule, 0.4, SLOPE), 640, level=12, islands=32)
+    found = log_normalizer(
+        tilted_model(schedule, 0.4, SLOPE), scoring=Scoring(level=12), particles=640, moves=0, islands=32
+    )
     assert abs(found.value - 0.4 - log_integral(schedule, SLOPE, 12)) < (found.high - found.low) + 0.01
 
 
@@ -84,11 +95,11 @@ def test_paths_from_either_end_enclose_log_z(slope, level):
         truth += log_integral(schedule, slope, level)
         x = x[torch.multinomial((x @ slope).softmax(0), 2000, replacement=True, generator=rng(3))]
     chain = ReverseChain(model)
-    below = log_normalizer(model, 2000, level, "ais", chain=chain)
-    above, error = log_normalizer_above(model, x[:2000], level, chain=chain)
+    below = log_normalizer(model, None, None, Scoring(level), 2000, "ais", 0, chain=chain)
+    above, error = log_normalizer_above(model, x[:2000], None, Scoring(level), chain)
     assert below.mean_log_weight < truth < above - 3 * error
     # The same mean from the other end: of paths that lead down, weighted.
-    particles = _Particles(model, chain, None, 1, 8000, 0, 8000)
+    particles = _Particles(model, chain, None, 1, 8000, Scoring())
     particles.run(level, 0, resample=False)
     log_w = particles.log_w[0]
     assert above == pytest.approx(float(log_w.softmax(0) @ log_w), abs=0.1)
@@ -109,7 +120,10 @@ def test_resampling_keeps_the_mean_of_the_estimate():
     chain = ReverseChain(model)
     truth = log_integral(schedule, 2 * SLOPE)
     values = torch.tensor(
-        [log_normalizer(model, 512, chain=chain, islands=64, seed=s, moves=s % 2).value for s in range(12)]
+        [
+            log_normalizer(model, None, None, Scoring(seed=s), 512, "smc", s % 2, 64, chain).value
+            for s in range(12)
+        ]
     )
     ratio = (values - truth).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(12)
@@ -118,7 +132,7 @@ def test_resampling_keeps_the_mean_of_the_estimate():
 
 def test_particles_come_from_the_normalised_density():
     schedule = CosineSchedule(30)
-    x = log_normalizer(tilted_model(schedule, slope=SLOPE), 4000, moves=1, islands=4).x
+    x = log_normalizer(tilted_model(schedule, slope=SLOPE), particles=4000, islands=4).x
     drawn = schedule.perturb(labelled_mixture().sample(100_000, rng(2)), 1, normal(100_000, 2))
     weights = (drawn @ SLOPE).softmax(0)
     mean = weights @ drawn
@@ -134,9 +148,11 @@ def test_images_and_batches():
     model = ClassificationDiffusion(
         MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((1, 2, 2)), base
     )
-    whole = log_normalizer(model, 64, islands=8, moves=1)
+    whole, parts = (
+        log_normalizer(model, scoring=Scoring(batch_size=size), particles=64, islands=8) for size in (None, 7)
+    )
     assert whole.x.shape == (64, 1, 2, 2)
-    assert whole.value == pytest.approx(log_normalizer(model, 64, islands=8, moves=1, batch_size=7).value, abs=1e-9)
+    assert whole.value == pytest.approx(parts.value, abs=1e-9)
 
 
 def test_of_a_class():
@@ -144,7 +160,7 @@ def test_of_a_class():
     model = ClassificationDiffusion(
         MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
     )
-    found = log_normalizer(model, 640, y=1, islands=32)
+    found = log_normalizer(model, y=1, particles=640, moves=0, islands=32)
     assert abs(found.value) < (found.high - found.low) + 0.01
     one = mixture.sample_labelled(50_000, rng())
     mean = schedule.alpha[1] * one[0][one[1] == 1].mean(0)
@@ -194,9 +210,9 @@ def test_elbo_approaches_the_density_of_a_gaussian():
         )
         x = mixture.sample(2000, rng(1))
         bound = elbo(model, x)
-        gaps.append(float((mixture.log_prob(x, 0, schedule) - bound.likelihood.nats).mean()))
+        gaps.append(float((mixture.log_prob(x, 0, schedule) - bound.nats).mean()))
         total = bound.prior + bound.diffusion + bound.reconstruction
-        assert torch.allclose(-total, bound.likelihood.nats)
+        assert torch.allclose(-total, bound.nats)
     assert all(gap > -0.05 for gap in gaps)
     assert max(map(abs, gaps)) < 0.1
 
@@ -209,7 +225,7 @@ def test_elbo_bounds_a_mixture_whatever_the_kernels():
     narrow = ReverseChain(model, torch.full((40, 2), 1e-3, dtype=torch.float64))
     excess = {}
     for name, chain in (("gaussian", None), ("calibrated", ReverseChain.calibrated(model)), ("narrow", narrow)):
-        values = true - elbo(model, x, chain=chain).likelihood.nats
+        values = true - elbo(model, x, chain=chain).nats
         excess[name] = float(values.mean())
         assert excess[name] > -3 * float(values.std()) / 20
     assert excess["calibrated"] < excess["gaussian"] + 0.02 < excess["narrow"]
@@ -220,10 +236,10 @@ def test_strata_estimate_the_whole_sum():
     model = tilted_model(schedule)
     x = labelled_mixture().sample(1000, rng(1))
     whole = elbo(model, x).diffusion
-    part = elbo(model, x, steps=8, seed=1)
+    part = elbo(model, x, None, Scoring(seed=1), evaluations=8)
     difference = part.diffusion - whole
     assert abs(float(difference.mean())) < 4 * float(difference.std()) / math.sqrt(1000)
-    assert part.likelihood.nfe == 8
+    assert part.nfe == 8
 
 
 # --- neighbouring levels ---------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def test_a_perfect_classifier_passes_the_check_of_neighbours():
     expected = torch.zeros(31, dtype=torch.float64)
     expected[6], expected[7] = -0.5, 0.5
     assert torch.allclose(down, expected, atol=1e-9) and torch.allclose(up, -expected, atol=1e-9)
-    batched = consistency(model, x[:30], batch_size=7)
+    batched = consistency(model, x[:30], None, Scoring(batch_size=7))
     assert torch.allclose(batched.down, consistency(model, x[:30]).down, atol=1e-9)
 
 
@@ -256,21 +272,23 @@ def test_a_perfect_classifier_passes_the_check_of_neighbours():
 
 @pytest.fixture(scope="module")
 def log_z():
-    found = log_normalizer(tilted_model(CosineSchedule(10)), 64, islands=8)
+    found = log_normalizer(tilted_model(CosineSchedule(10)), particles=64, moves=0, islands=8)
     return replace(found, value=0.0, low=-0.01, high=0.01, ess=500.0, mean_log_weight=-0.05, mean_log_weight_se=0.01)
 
 
-def evidence(estimate, **changes):
-    one_pass = Row("one-pass-level", 2.0, 0.01, 1, 1)
-    gap, per_nat = NLLGap(0.001, 0.05, 1, 0.001), 1 / (2 * math.log(2))
-    return replace(Evidence(per_nat, one_pass, (-0.03, 0.001), gap, estimate, estimate), **changes)
+def verdict_on(estimate, **changes):
+    known = {
+        "one_pass": Row("one-pass-level", 2.0, 0.01, 1, 1), "log_z": estimate, "second": estimate,
+        "gap": NLLGap(0.001, 0.05, 1, 0.001), "over_elbo": (-0.03, 0.001),
+    }  # fmt: skip
+    return judge(1 / (2 * math.log(2)), 1, **known | changes)
 
 
 def test_a_consistent_model_is_believed(log_z):
-    verdict = judge(evidence(log_z))
+    verdict = verdict_on(log_z)
     assert verdict.believe and verdict.headline.value == 2.0
     # An estimate of few effective samples errs low: it says nothing against one of many.
-    assert judge(evidence(log_z, second=replace(log_z, value=-9.0, low=-9.5, high=-8.5, ess=2.0))).believe
+    assert verdict_on(log_z, second=replace(log_z, value=-9.0, low=-9.5, high=-8.5, ess=2.0)).believe
 
 
 @pytest.mark.parametrize(
@@ -279,20 +297,13 @@ def test_a_consistent_model_is_believed(log_z):
         ({"log_z": None}, "not estimated"),
         ({"one_pass": None}, "not asked for"),
         ({"conditional": True}, "class-conditional"),
-        ({"ess": 12.0}, "effective sample size of log Z is 12.0, below 20"),
-        ({"second_value": 0.5}, "disagree"),
-        ({"second_bound": 0.5}, "disagree"),
+        ({"log_z": {"ess": 12.0}}, "effective sample size of log Z is 12.0, below 20"),
+        ({"second": {"value": 0.5, "low": 0.4, "high": 0.6}}, "disagree"),
+        ({"second": {"ess": 2.0, "mean_log_weight": 0.5}}, "disagree"),
     ],
 )
 def test_no_headline(log_z, changes, reason):
-    known = evidence(log_z, **{k: v for k, v in changes.items() if k in ("log_z", "one_pass", "conditional")})
-    if "ess" in changes:
-        known = replace(known, log_z=replace(log_z, ess=12.0))
-    if "second_value" in changes:
-        known = replace(known, second=replace(log_z, value=0.5, low=0.4, high=0.6))
-    if "second_bound" in changes:
-        known = replace(known, second=replace(log_z, ess=2.0, mean_log_weight=0.5))
-    verdict = judge(known)
+    verdict = verdict_on(log_z, **{k: replace(log_z, **v) if isinstance(v, dict) else v for k, v in changes.items()})
     assert verdict.headline.value is None and not verdict.believe
     assert reason in verdict.why and verdict.why.startswith("No normalised number can be given")
 
@@ -307,7 +318,7 @@ def test_no_headline(log_z, changes, reason):
     ],
 )
 def test_a_headline_that_is_not_believed(log_z, changes, reason):
-    verdict = judge(evidence(log_z, **changes))
+    verdict = verdict_on(log_z, **changes)
     assert verdict.headline.value == 2.0 and not verdict.believe
     assert reason in verdict.why
 
@@ -316,7 +327,7 @@ def test_refusals():
     model = tilted_model(CosineSchedule(10))
     with pytest.raises(UserError, match="unknown estimator 'sms'.*smc"):
         log_normalizer(model, method="sms")
-    with pytest.raises(UserError, match="level 0 has no normaliser"):
-        log_normalizer(model, level=0)
-    with pytest.raises(UserError, match="16 islands need"):
-        log_normalizer(model, 20)
+    with pytest.raises(UserError, match="level 0 cannot be scored"):
+        log_normalizer(model, scoring=Scoring(level=0))
+    with pytest.raises(UserError, match="particles is 20; .* from 32 to"):
+        log_normalizer(model, particles=20)

@@ -9,10 +9,19 @@ from small_runs import small_flags
 from torchcdm import DensityRatio
 from torchcdm.cli import main
 from torchcdm.data import load_data
+from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
+from torchcdm.runtime.devices import checked_device
 
 TABLE = np.random.RandomState(0).normal(size=(120, 3))
 SCHEDULE = "{name: log-snr, T: 10, r_min: 0.05, r_max: 20.0}"
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "", "gpu", "cuda:x", "cpu\n", "hpu", "mkldnn", 3.5])
+def test_devices_that_are_not_there_are_refused_in_one_line(name, recwarn):
+    with pytest.raises(UserError, match=r"device '.*' cannot be used: .*; leave --device out") as caught:
+        checked_device(name)
+    assert "\n" not in str(caught.value) and not recwarn
 
 
 @pytest.fixture

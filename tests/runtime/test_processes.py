@@ -22,7 +22,7 @@ from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowOptions, LogZOptions, report
+from torchcdm.likelihood import Scoring, report
 from torchcdm.runtime.batching import map_rows, rows_at_a_time
 from torchcdm.runtime.processes import Processes, _shared_by, sharing
 from torchcdm.samplers import sample
@@ -155,7 +155,7 @@ WORK = {
     "profile": lambda model: level_profile(model, X),
     "levels": lambda model: level_sums(model, X, draws=2).mse,
     "report": lambda model: torch.tensor(
-        [row.value for row in report(model, X, flow=FlowOptions(3), log_z=LogZOptions(64, 0, 32)).rows]
+        [row.value for row in report(model, X, None, Scoring(steps=3), particles=64, moves=0).rows]
     ),
 }
 

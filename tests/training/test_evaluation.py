@@ -11,9 +11,9 @@ from studies.reproduce import fig9
 from studies.reproduce.denoised import denoised
 from torchcdm.apps.ratio import best_share
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.likelihood import consistency, single_pass
-from torchcdm.losses import CDMLoss, bound_weights
+from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, noisy_batches, posterior_curves, validate
@@ -121,19 +121,6 @@ def test_validation_is_the_loss_of_training_and_the_density():
     assert values["loss"] == pytest.approx(float(each[(t > 0) & (t <= SCHEDULE.T)].mean()))
     assert values["ce"] == pytest.approx(math.log(12))
     assert values["nll"] == pytest.approx(-float(torch.distributions.Normal(0, 1).log_prob(x).sum(1).mean()))
-
-
-def test_validation_of_a_bound_is_its_sum_over_the_levels():
-    class Nothing(torch.nn.Module):
-        def forward(self, x, t, y=None):
-            return 0 * x
-
-    schedule, x = LinearSchedule(30), images(3200)
-    ddm = DenoisingDiffusion(Nothing(), schedule, DataTransform.images(x.shape[1:], 17))
-    values = validate(ddm, x, None, weighting="bound")
-    # The squared error of no estimate is 1 at every level.
-    assert values["loss"] == pytest.approx(float(bound_weights(schedule).sum()), rel=0.03)
-    assert values["mse"] == pytest.approx(1, rel=0.03) and validate(ddm, x, None)["loss"] == values["mse"]
 
 
 @pytest.mark.parametrize(

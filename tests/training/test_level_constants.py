@@ -70,6 +70,14 @@ def test_constants_of_levels_that_are_nowhere_stay_finite():
     assert constants.isfinite().all() and constants[:3].min() > constants[3:].max()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_probabilities_that_are_not_finite_are_refused(value):
+    log_p, t = torch.zeros(20, 5, dtype=torch.float64), torch.arange(20) % 5
+    log_p[3, 1] = value
+    with pytest.raises(UserError, match="log probabilities of the levels are not finite"):
+        best_constants(log_p, t)
+
+
 def test_samples_too_few_to_tell_leave_the_model_as_it_is():
     model, mixture = off_by(0.0)
     found = calibrate_levels(model, mixture.sample(4, rng(3)), copies=1)

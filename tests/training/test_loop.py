@@ -4,7 +4,9 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,19 +14,19 @@ import torch
 import yaml
 from small_runs import small_config
 
-from torchcdm.cli import main
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.samplers import sample
 from torchcdm.training import loop as training
 from torchcdm.training.build import gaussianized
 from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.training.codec import encode
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
-from torchcdm.training.interrupt import Interrupted
-from torchcdm.training.loop import train
+from torchcdm.training.evaluation import LevelSums
+from torchcdm.training.interrupt import Interrupted, SignalWatch
+from torchcdm.training.loop import NotFinite, train
+from torchcdm.training.progress import Window
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.units import ColumnTransform
 
@@ -47,6 +49,11 @@ def whole(tmp_path_factory):
 def assert_same(run, other):
     for name in SAME:
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def timeless(run):
+    """The lines of the log, without the time."""
+    return [line | {"seconds": None} for line in read_metrics(run / "metrics.jsonl")]
 
 
 class StopAfter:
@@ -80,8 +87,8 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, step):
     result = run_training(tmp_path / "run", resume=True)
     assert result.step == 12
     assert_same(tmp_path / "run", whole)
-    steps = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert steps == [line["step"] for line in read_metrics(whole / "metrics.jsonl")]
+    # The log too, also where a state lies between two of its lines.
+    assert timeless(tmp_path / "run") == timeless(whole)
 
 
 def test_a_run_of_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -94,7 +101,7 @@ def test_a_run_of_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_leave(whole, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -105,6 +112,16 @@ def test_signals_save_and_leave(whole, tmp_path, monkeypatch, number):
     assert state_folders(RunFolder(tmp_path / "run"))[-1].name == "step-5"
     run_training(tmp_path / "run", resume=True)
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with SignalWatch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not watch.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_resume_starts_anew_where_there_is_nothing(whole, tmp_path):
@@ -194,22 +211,6 @@ def test_ddm_baseline(tmp_path):
     run_training(tmp_path / "run", model__kind="ddm", model__backbone=backbone, train__steps="4")
     assert isinstance(load(tmp_path / "run"), DenoisingDiffusion)
     assert read_info(tmp_path / "run").selected["value"] == "mse"
-
-
-def test_ddm_with_a_learned_schedule(tmp_path):
-    backbone = "{name: unet, channels: 8, multipliers: [1], blocks: 1, groups: 4, attention: []}"
-    ddm = {"model__kind": "ddm", "model__backbone": backbone, "model__schedule": "{name: learned, T: 20}"}
-    bound = ddm | {"model__gaussian": "false", "loss__weighting": "bound"}
-    run_training(tmp_path / "run", **bound, train__steps="4")
-    model, info = load(tmp_path / "run"), read_info(tmp_path / "run")
-    assert info.selected["value"] == "loss"
-    steps = model.schedule.ratio[1:-1].log().diff()
-    assert steps.max() > 1.001 * steps.min(), "trained"
-    assert main(["nll", str(tmp_path / "run"), "--limit", "4", "--methods", "elbo", "--quiet"]) == 0
-    assert sample(model, 2, "ddim", 2).isfinite().all()
-    for changes in ({"model__gaussian": "true"}, {"model__kind": "cdm"}):
-        with pytest.raises(UserError, match="is for a plain diffusion model: --model.kind ddm, --model.gaussian"):
-            run_training(tmp_path / "other", **(bound | changes))
 
 
 def test_joint_labels_and_bfloat16(tmp_path):
@@ -339,17 +340,69 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 2
 
 
-def test_ten_in_a_row_end_the_run_with_the_last_good_state(tmp_path, monkeypatch):
-    poisoned(monkeypatch, set(range(5, 15)))
-    with pytest.raises(UserError, match="10 steps in a row up to step 14 .* smaller --train.lr") as caught:
-        run_training(tmp_path / "run", train__steps="30", train__save_every="4", train__validate_every="30")
-    assert "\n" not in str(caught.value)
+def test_ten_in_a_row_end_the_run_and_a_smaller_rate_goes_on_from_the_last_good_state(tmp_path, monkeypatch):
+    steps = {"train__steps": "18", "train__save_every": "1", "train__validate_every": "3"}
+    with monkeypatch.context() as patch:
+        poisoned(patch, set(range(5, 15)))
+        with pytest.raises(NotFinite, match="10 steps in a row up to step 14 .* smaller --train.lr") as caught:
+            run_training(tmp_path / "run", **steps)
     states = state_folders(RunFolder(tmp_path / "run"))
-    good = load_state(states[0])
-    for folder in states:
-        state = load_state(folder)
-        assert all(torch.equal(state.model[key], good.model[key]) for key in good.model if folder != states[-1])
-        assert all(value.isfinite().all() for value in state.model.values())
+    # Not the ten after them.
+    assert [folder.name for folder in states] == ["step-3", "step-4"]
+    assert f"the last good state is kept ({states[-1]})" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="was trained with train.seed = 0, not 1"):
+        run_training(tmp_path / "run", resume=True, **steps, train__seed="1")
+    assert run_training(tmp_path / "run", resume=True, **steps, train__lr="1e-4").step == 18
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["lr"] < 1e-4 and not any("not_finite" in line for line in lines)
+    with pytest.raises(UserError, match=r"was trained with train.lr = 0.0001, not 0.1"):
+        run_training(tmp_path / "run", resume=True, **steps, train__lr="0.1")
+
+
+def test_weights_that_are_not_finite_leave_no_state_and_no_model(tmp_path, monkeypatch):
+    update = training.Trainer._update
+
+    def overflow(this, *arguments):
+        result = update(this, *arguments)
+        torch.nn.init.constant_(this.parameters[0], float("inf"))
+        this.ema.update(this.model)
+        return result
+
+    monkeypatch.setattr(training.Trainer, "_update", overflow)
+    with pytest.raises(NotFinite, match="10 steps in a row up to step 11 had no finite gradient; no state was saved"):
+        run_training(tmp_path / "run", train__save_every="1", train__validate_every="1", data__validation_fraction="0")
+    assert not RunFolder(tmp_path / "run").holds_run()
+
+
+def test_a_run_whose_validations_are_never_finite_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchcdm.training.selection.validate", lambda *_: {"nll": float("nan")})
+    with pytest.raises(NotFinite, match="no validation had a finite nll; lower --train.lr"):
+        run_training(tmp_path / "run")
+
+
+def test_skipped_steps_are_left_out_of_the_log(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {3, 5, 6})
+    run_training(tmp_path / "run", train__steps="6", train__validate_every="6")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # The second line is of step 4 alone, the third of no step.
+    assert lines[1]["loss"] > 0 and "loss" not in lines[2] and [line["skipped"] for line in lines] == [0, 1, 3]
+
+
+def test_the_logged_squared_error_is_of_the_levels_that_validation_counts():
+    window, error = Window(3, torch.device("cpu")), torch.tensor([9.0, 1.0, 0.0, 2.0, 0.0])
+    window.add({"mse": error, "loss": error, "t": torch.arange(5)})
+    processes = SimpleNamespace(total=lambda values: values)
+    zeros = torch.zeros(5)
+    validated = LevelSums(torch.ones(5), error, zeros, zeros).means()["mse"]
+    assert window.means(processes) == {"mse": validated, "loss": error.mean()} and validated == 1
+
+
+@pytest.mark.parametrize("limit", ["null", "500"])
+def test_the_bar_tells_what_is_left_of_steps_or_time(tmp_path, capsys, limit):
+    config = small_config(train__max_seconds=limit, train__steps="6", sampling__n="0")
+    train(config, tmp_path / "run", device="cpu", progress=True)
+    last = capsys.readouterr().err.strip().splitlines()[-1].split("\r")[-1]
+    assert re.search(r"training: 100%\|.*\| \d\d:\d\d<00:00, step 6, mse [\d.]+, ce [\d.]+, best val nll [\d.]+", last)
 
 
 def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
@@ -380,7 +433,7 @@ def test_patience_stops(tmp_path):
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match="no data: .*--data"):
         run_training(tmp_path / "run", data__spec="null")
-    with pytest.raises(UserError, match="device cuda:7 cannot be used: ") as caught:
+    with pytest.raises(UserError, match="device 'cuda:7' cannot be used: ") as caught:
         train(small_config(), tmp_path / "run", device="cuda:7", progress=False)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):

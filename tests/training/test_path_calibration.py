@@ -8,7 +8,7 @@ from torch import nn
 from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import log_normalizer
+from torchcdm.likelihood import FlowSolver, Scoring, log_normalizer
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.readout import LIMIT, Readout
@@ -82,9 +82,9 @@ def test_particles_find_what_no_data_show():
     x = mixture.sample(400, rng(1))
     assert (x.norm(dim=1) < 4).all()
     calibrate_paths(model, x, rounds=0)
-    unseen = log_normalizer(model, 512, moves=1, seed=9).value
+    unseen = log_normalizer(model, scoring=Scoring(seed=9), particles=512).value
     found = calibrate_paths(model, x, rounds=1, particles=256)
-    seen = log_normalizer(model, 512, moves=1, seed=9).value
+    seen = log_normalizer(model, scoring=Scoring(seed=9), particles=512).value
     assert len(found.log_z) == 1 and found.log_z[0].value > 0.5 and unseen > 0.5
     assert abs(seen) < 0.2
 
@@ -106,17 +106,17 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
 
 def test_what_is_not_finite_is_left_out_of_particles_and_refused_of_data(monkeypatch):
     model, mixture = bent_by(3.0)
-    x, follow = mixture.sample(100, rng(1)), path_calibration.flow_path
+    x, follow = mixture.sample(100, rng(1)), FlowSolver.path
     samples = []
 
-    def with_a_hole(model, x_t, *arguments):
-        path = follow(model, x_t, *arguments)
+    def with_a_hole(solver, x_t, *arguments, **choices):
+        log_prob, seen = follow(solver, x_t, *arguments, **choices)
         samples.append(len(x_t))
         if len(x_t) == spoiled:
-            path.log_prob[3, 5] = torch.inf
-        return path
+            log_prob[3, 5] = torch.inf
+        return log_prob, seen
 
-    monkeypatch.setattr(path_calibration, "flow_path", with_a_hole)
+    monkeypatch.setattr(FlowSolver, "path", with_a_hole)
     spoiled = 32
     calibrate_paths(model, x, rounds=1, particles=32)
     assert samples == [100, 32] and model.log_prob_levels(x).isfinite().all()

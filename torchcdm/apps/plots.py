@@ -17,7 +17,7 @@ from torchcdm.units import DataTransform
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from torchcdm.likelihood import Consistency, LogProbGaps
+    from torchcdm.likelihood import Consistency, LevelGaps
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -84,7 +84,7 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
     return save_panels(path, len(per_level), paint)
 
 
-def consistency(ratios: Consistency, gaps: LogProbGaps | None, path: Path) -> Path:
+def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> Path:
     """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap between one pass and flow, by level.
 
     Args:
@@ -110,7 +110,7 @@ def consistency(ratios: Consistency, gaps: LogProbGaps | None, path: Path) -> Pa
         right.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
         right.plot(gaps.levels, gaps.mean)
         right.axhline(0, color="0.7", linestyle="--")
-        right.set_ylabel("log p, one pass less flow, nats")
+        right.set_ylabel("NLL, one pass - flow, nats")
 
     return save_panels(path, 1 if gaps is None else 2, paint)
 

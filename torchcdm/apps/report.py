@@ -16,16 +16,15 @@ from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
 from torchcdm.likelihood import (
     Consistency,
-    FlowOptions,
-    LogProbGaps,
-    LogZOptions,
+    LevelGaps,
     NLLReport,
+    Scoring,
     consistency,
     gap_by_level,
     methods_of,
 )
 from torchcdm.likelihood import report as likelihood_report
-from torchcdm.likelihood.common import dithered, scoring_level
+from torchcdm.likelihood.noise import dithered
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import write_json
 from torchcdm.samplers import sample
@@ -121,20 +120,19 @@ def _likelihood(
     return likelihood_report(
         model,
         x,
+        None,
+        _scoring(config),
         methods,
-        draws=config.report.draws,
-        seed=0,
+        config.report.particles,
         name=source.name,
         split=split,
-        flow=FlowOptions(config.report.flow_steps, config.report.flow_probes),
-        log_z=LogZOptions(config.report.particles),
         progress=progress,
     )
 
 
 def _diagnostics(
     model: Denoiser, config: Config, x: torch.Tensor
-) -> tuple[Consistency | None, LogProbGaps | None]:
+) -> tuple[Consistency | None, LevelGaps | None]:
     """Where one pass is inconsistent, level by level, and against the flow where the configuration asks for one.
 
     None for models without logits, and of a single sample.
@@ -142,11 +140,13 @@ def _diagnostics(
     density = model.density
     if density is None or len(x) < 2:
         return None, None
-    level, options = scoring_level(model), config.report
-    if "flow" not in options.methods:
+    if "flow" not in config.report.methods:
         return consistency(density, x), None
-    steps = FlowOptions(options.flow_steps).steps_from(model, level)
-    return consistency(density, x), gap_by_level(density, x, level=level, steps=steps, probes=options.flow_probes)
+    return consistency(density, x), gap_by_level(density, x, None, _scoring(config))
+
+
+def _scoring(config: Config) -> Scoring:
+    return Scoring(draws=config.report.draws, steps=config.report.flow_steps, probes=config.report.flow_probes)
 
 
 def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:

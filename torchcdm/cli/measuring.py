@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
 
 def run_nll(options: argparse.Namespace) -> int:
     """Likelihood of a split."""
-    from torchcdm.likelihood import FlowOptions, LogZOptions, methods_of, report
+    from torchcdm.likelihood import Scoring, methods_of, report
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.evaluation import labels_for
@@ -60,6 +60,7 @@ def run_nll(options: argparse.Namespace) -> int:
         raise UserError(f"--particles is {options.particles}; at least {FEWEST_PARTICLES} are needed")
     if options.moves < 0:
         raise UserError(f"--moves is {options.moves}; it must not be negative")
+    scoring = Scoring(options.level, options.draws, options.seed, options.flow_steps, options.flow_probes)
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
@@ -73,15 +74,13 @@ def run_nll(options: argparse.Namespace) -> int:
         result = report(
             model,
             x,
-            [method.strip() for method in methods.split(",")],
             y,
-            options.level,
-            draws=options.draws,
-            seed=options.seed,
-            name=source.name,
-            split=options.split,
-            flow=FlowOptions(options.flow_steps, options.flow_probes),
-            log_z=LogZOptions(options.particles, options.moves, options.particles // 4),
+            scoring,
+            [method.strip() for method in methods.split(",")],
+            options.particles,
+            options.moves,
+            source.name,
+            options.split,
             progress=main and not options.quiet,
         )
     if not main:

@@ -47,8 +47,8 @@ def add_commands(commands: Any) -> None:
 
 def run_ratio(options: argparse.Namespace) -> int:
     """Fits, scores, and says how far to trust it."""
-    from torchcdm.apps.ratio import DensityRatio
-    from torchcdm.apps.ratio_checks import check_clip, effective_sample_size, weights_of
+    from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights
+    from torchcdm.apps.ratio.importance import check_clip
     from torchcdm.data import check_spec, parse_size, spec_of
     from torchcdm.runtime.devices import chosen_device
 
@@ -72,7 +72,7 @@ def run_ratio(options: argparse.Namespace) -> int:
         **training,
     ).fit(options.numerator, options.denominator)
     scores = ratio.scores(options.query)
-    weights = weights_of(scores.log_ratio, options.clip)
+    weights = importance_weights(scores.log_ratio, options.clip)
     if options.save is not None:
         ratio.save(options.save)
     if options.csv is not None:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.units.float64 import Float64Module
@@ -48,15 +48,13 @@ class NoiseSchedule(Float64Module, ABC):
         ratio = sigma / alpha
         if not (alpha > 0).all() or not (ratio[0] > 0 and ratio.isfinite().all() and (ratio.diff() > 0).all()):
             raise UserError("schedule: alpha must be positive; sigma / alpha positive, and rising from level to level")
-        self._keep(*_with_ends(alpha, sigma))
+        alpha, sigma = _with_ends(alpha, sigma)
+        self.register_buffer("alpha", alpha, persistent=False)
+        self.register_buffer("sigma", sigma, persistent=False)
 
     @abstractmethod
     def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t at the levels ``t`` = 1 ... T, all float64 of shape (T,)."""
-
-    def _keep(self, alpha: Tensor, sigma: Tensor) -> None:
-        self.register_buffer("alpha", alpha, persistent=False)
-        self.register_buffer("sigma", sigma, persistent=False)
 
     @property
     def ratio(self) -> Tensor:
@@ -211,54 +209,6 @@ class LogSNRSchedule(NoiseSchedule):
     def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_r = torch.linspace(math.log(self.r_min), math.log(self.r_max), len(t), dtype=torch.float64)
         return _variance_preserving(log_r)
-
-
-@final
-class LearnedSchedule(NoiseSchedule):
-    """log r_t from ``r_min`` at level 1 to ``r_max`` at level T in steps that are weights; variance preserving.
-
-    That of variational diffusion models (arXiv 2107.00630) on discrete levels and between fixed ends. The steps are
-    even until they are trained, with :class:`torchcdm.losses.DDMLoss`; alpha and sigma carry their gradient.
-
-    Args:
-        T: Number of noise levels, at least 2.
-        r_min: Noise-to-signal ratio of level 1, model units.
-        r_max: Noise-to-signal ratio of level T.
-
-    Attributes:
-        log_steps: Logarithms of the steps of log r, up to a constant, float32 (T-1,).
-    """
-
-    def __init__(self, T: int = 1000, r_min: float = 0.004, r_max: float = 80.0) -> None:
-        _check_ends("learned", r_min, r_max)
-        if T < 2:
-            raise UserError(f"learned schedule: T is {T}; there is a step to learn from 2 levels on")
-        self.r_min, self.r_max = r_min, r_max
-        super().__init__(T)
-        self.log_steps = nn.Parameter(torch.zeros(T - 1))
-
-    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Those before training."""
-        return self._spaced(torch.zeros(len(t) - 1))
-
-    @property
-    def alpha(self) -> Tensor:  # type: ignore[override]
-        return self._levels()[0]
-
-    @property
-    def sigma(self) -> Tensor:  # type: ignore[override]
-        return self._levels()[1]
-
-    def _keep(self, alpha: Tensor, sigma: Tensor) -> None:
-        """Nothing: both follow from the weights."""
-
-    def _levels(self) -> tuple[Tensor, Tensor]:
-        return _with_ends(*self._spaced(self.log_steps))
-
-    def _spaced(self, log_steps: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = math.log(self.r_min), math.log(self.r_max)
-        share = nn.functional.pad(log_steps.double().softmax(0).cumsum(0), (1, 0))
-        return _variance_preserving(low + (high - low) * share)
 
 
 def _with_ends(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError, nearest
-from torchcdm.likelihood import probability_flow
+from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import DensityModel
 
 LIKELIHOODS = ("one-pass", "flow")
@@ -57,6 +57,6 @@ def _one_pass(model: DensityModel, x: Tensor, y: Tensor | None) -> Tensor:
 
 def _flow(model: DensityModel, x: Tensor, y: Tensor | None) -> Tensor:
     transform, alpha = model.transform, model.schedule.alpha[1]
-    steps = min(FLOW_STEPS, model.schedule.T - 1)
-    log_p = probability_flow(model, alpha * transform(x), y, steps=steps).log_prob.double()
+    solver = FlowSolver(model, Scoring(level=1, steps=FLOW_STEPS))
+    log_p = solver.log_prob(alpha * transform(x), y).log_prob.double()
     return log_p + transform.dim * float(alpha.log()) + transform.log_det(x)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.likelihood.common import labels_of
 from torchcdm.likelihood.flow import reference_gaussian
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.runtime.batching import map_rows
+from torchcdm.likelihood.scoring import Scoring
+from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.runtime.batching import labels_of
 
 CALIBRATION_SAMPLES = 256
 """Model samples from which the variances are measured: each is then right within about a tenth."""
@@ -35,10 +35,11 @@ class ReverseChain:
         denoiser: Any denoiser.
         variances: V_t for the levels 1 ... T in the eigenbasis, (T, d); those of the reference Gaussian's posterior,
             lambda r² / (lambda + r²), when None.
+        scoring: Its batch size is used.
     """
 
-    def __init__(self, denoiser: Denoiser, variances: Tensor | None = None) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, variances: Tensor | None = None, scoring: Scoring = Scoring()) -> None:
+        self.denoiser, self.scoring = denoiser, scoring
         self.schedule = denoiser.schedule
         self.reference = reference_gaussian(denoiser)
         if variances is None:
@@ -51,39 +52,32 @@ class ReverseChain:
         cls,
         denoiser: Denoiser,
         y: Tensor | None = None,
+        scoring: Scoring = Scoring(),
         n: int = CALIBRATION_SAMPLES,
-        seed: int = 0,
-        batch_size: int | None = None,
+        x_0: Tensor | None = None,
     ) -> ReverseChain:
-        """Variances measured at every level on samples of the model itself.
-
-        Costs 2 T network evaluations of ``n`` samples.
+        """Variances measured at every level: T network evaluations of each sample, and T to draw it.
 
         Args:
             denoiser: Any denoiser.
             y: Classes or contexts that the chain is to be used with, of any number: the samples are spread evenly
                 over them. None for none.
-            n: Samples.
-            seed: Seed of all noise.
-            batch_size: Samples at a time; by their size, and what memory holds, when None.
+            scoring: Seed and batch size.
+            n: Samples of the model itself.
+            x_0: Samples to use instead, model units, float64 (n, *shape), with a ``y`` for each.
         """
-        chain, T = cls(denoiser), denoiser.schedule.T
-        if y is not None:
-            y = y[torch.arange(n, device=y.device) * len(y) // n]
-        device, shape = denoiser.schedule.alpha.device, chain.reference.mean.shape
-        generator = torch.Generator().manual_seed(seed)
-        x_0 = chain.sample(n, generator, y, batch_size)
+        chain, generator = cls(denoiser, None, scoring), torch.Generator().manual_seed(scoring.seed)
+        if x_0 is None:
+            y = y if y is None else y[torch.arange(n, device=y.device) * len(y) // n]
+            x_0 = chain.sample(n, generator, y)
         squares = torch.zeros_like(chain.variances)
-        with evaluation_mode(denoiser):
-            for t in range(1, T + 1):
-                eps = torch.randn(n, *shape, generator=generator, dtype=x_0.dtype).to(device)
-                x_t = denoiser.schedule.perturb(x_0, t, eps)
-                squares[t - 1] = chain.rotate(x_0 - chain.means(x_t, t, y, batch_size)).square().sum(0)
-        return cls(denoiser, squares / n)
+        for t in range(1, denoiser.schedule.T + 1):
+            eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+            x_t = denoiser.schedule.perturb(x_0, t, eps)
+            squares[t - 1] = chain.rotate(x_0 - chain.means(x_t, t, y)).square().sum(0)
+        return cls(denoiser, squares / len(x_0), scoring)
 
-    def sample(
-        self, n: int, generator: torch.Generator, y: Tensor | None = None, batch_size: int | None = None
-    ) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
         """Draws of x_0 by the chain itself over all levels, model units, float64 (n, *shape)."""
         device, dim = self.schedule.alpha.device, self.reference.variances.numel()
 
@@ -91,18 +85,16 @@ class ReverseChain:
             return torch.randn(n, dim, generator=generator, dtype=torch.float64).to(device)
 
         x, _ = self.start(normal())
-        with evaluation_mode(self.denoiser):
-            for t in range(self.schedule.T, 1, -1):
-                x, _ = self.step(x, self.means(x, t, y, batch_size), t, t - 1, normal())
-            spread = self.reference.rotation.inverse(normal() * self.variances[0].sqrt())
-            return self.means(x, 1, y, batch_size) + spread
+        for t in range(self.schedule.T, 1, -1):
+            x, _ = self.step(x, self.means(x, t, y), t, t - 1, normal())
+        spread = self.reference.rotation.inverse(normal() * self.variances[0].sqrt())
+        return self.means(x, 1, y) + spread
 
-    def means(self, x_t: Tensor, t: int, y: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """:meth:`x0` of many samples, by batches."""
-        return map_rows(
-            lambda rows: self.x0(x_t[rows], t, labels_of(y, rows, x_t.device)), len(x_t), batch_size,
-            dim=x_t.shape[1:].numel(), device=x_t.device,
-        )  # fmt: skip
+    def means(self, x_t: Tensor, t: int, y: Tensor | None = None) -> Tensor:
+        """:meth:`x0` of many samples, by batches, in evaluation mode."""
+        return self.scoring.by_batches(
+            self.denoiser, x_t, lambda rows: self.x0(x_t[rows], t, labels_of(y, rows, x_t.device))
+        )
 
     def x0(self, x_t: Tensor, t: int | Tensor, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t], float64, shape of ``x_t``."""
@@ -137,12 +129,7 @@ class ReverseChain:
         return x_s, log_q - log_r
 
     def rise(
-        self,
-        x_s: Tensor,
-        level: int,
-        generator: torch.Generator,
-        y: Tensor | None = None,
-        batch_size: int | None = None,
+        self, x_s: Tensor, level: int, generator: torch.Generator, y: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Paths of the noise up from ``x_s``: at each level above, up to T, x_t and what :meth:`step` says of the way
         back.
@@ -150,15 +137,14 @@ class ReverseChain:
         Args:
             x_s: Model units, float64 (B, *shape).
             level: Its level.
-            generator: Of the noise, on the CPU.
+            generator: CPU generator of the noise.
             y: Classes, long (B,), or None.
-            batch_size: Samples at a time; by their size, and what memory holds, when None.
         """
         for t in range(level + 1, self.schedule.T + 1):
             keep, added = self.schedule.forward_kernel(t - 1, t, x_s)
             noise = torch.randn(x_s.shape, generator=generator, dtype=torch.float64).to(x_s.device)
             x_t = keep * x_s + added * noise
-            x0 = self.means(x_t, t, y, batch_size)
+            x0 = self.means(x_t, t, y)
             yield x_t, self.step(x_t, x0, t, t - 1, self.noise_of(x_s, x_t, x0, t, t - 1))[1]
             x_s = x_t
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcdm.likelihood.common import CHAIN, dithered, draw_normal, labels_of, require_transform
-from torchcdm.likelihood.flow import flow_path
-from torchcdm.likelihood.single_pass import noised
-from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import evaluation_mode, working_dtype
-from torchcdm.runtime.batching import map_rows
+from torchcdm.likelihood.flow import FlowSolver
+from torchcdm.likelihood.noise import CHAIN, dithered, draw_normal, noised
+from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.models.denoiser import working_dtype
+from torchcdm.models.density import DensityModel, require_density
+from torchcdm.runtime.batching import labels_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Consistency:
 
     Attributes:
         down: Mean of p_i / p_{i+1} on data noised to level i + 1; 1 for a perfect classifier.
-        up: Mean of p_{i+1} / p_i on data noised to level i; likewise.
+        up: Mean of p_{i+1} / p_i on data noised to level i; 1 for a perfect classifier.
         down_se: Standard error of ``down``; no guide where a few samples dominate the mean.
         up_se: Standard error of ``up``.
     """
@@ -44,14 +44,12 @@ class Consistency:
 
 
 @dataclass(frozen=True)
-class LogProbGaps:
-    """log p by one pass less that by the flow, along the paths of noisy data.
-
-    Above 0 one pass finds the data more likely; :class:`torchcdm.likelihood.NLLGap` has the opposite sign.
+class LevelGaps:
+    """NLL by one pass minus NLL by the flow, along the paths of noisy data; above 0 one pass finds them less likely.
 
     Attributes:
         levels: Visited levels, rising.
-        mean: Mean over samples of log p_t - log p_flow, nats, at each of them.
+        mean: Mean over samples, nats, at each of them.
         sd: Standard deviation over samples; the probes' noise included.
     """
 
@@ -64,9 +62,8 @@ class LogProbGaps:
         return {"levels": self.levels, "mean": self.mean.tolist(), "sd": self.sd.tolist()}
 
 
-@torch.no_grad()
 def consistency(
-    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, seed: int = 0, batch_size: int | None = None
+    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
 ) -> Consistency:
     """Ratios of neighbouring levels on noised data; T + 2 forward passes.
 
@@ -74,17 +71,17 @@ def consistency(
         model: The model; put into evaluation mode meanwhile.
         x: Data units, (N, *shape), N at least 2.
         y: Classes, long (N,), or None.
-        seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        scoring: Seed and batch size.
     """
-    transform, schedule = require_transform(model), model.schedule
+    model, (x, y), transform = require_density(model, "consistency"), as_data(model, x, y), require_transform(model)
+    schedule = model.schedule
     dtype, device = working_dtype(model, torch.float64), schedule.alpha.device
 
     def ratios(rows: slice) -> tuple[Tensor, Tensor]:
-        x_0 = transform(dithered(transform, x, rows, seed).to(device))
+        x_0 = transform(dithered(transform, x, rows, scoring.seed).to(device))
         labels, down, up = labels_of(y, rows, device), [], []
         for t in range(schedule.T + 2):
-            x_t = schedule.perturb(x_0, t, draw_normal(seed, (CHAIN, t), rows, x_0))
+            x_t = schedule.perturb(x_0, t, draw_normal(scoring.seed, (CHAIN, t), rows, x_0))
             log_p = model.log_prob_levels(x_t.to(dtype), labels).double().cpu()
             if t > 0:
                 down.append((log_p[:, t - 1] - log_p[:, t]).exp())
@@ -92,42 +89,29 @@ def consistency(
                 up.append((log_p[:, t + 1] - log_p[:, t]).exp())
         return torch.stack(down, 1), torch.stack(up, 1)
 
-    with evaluation_mode(model):
-        down, up = map_rows(ratios, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    down, up = scoring.by_batches(model, x, ratios)
     root = len(x) ** 0.5
     return Consistency(down.mean(0), up.mean(0), down.std(0) / root, up.std(0) / root)
 
 
 def gap_by_level(
-    model: ClassificationDiffusion,
-    x: Tensor,
-    y: Tensor | None = None,
-    level: int = 1,
-    steps: int | None = None,
-    probes: int = 2,
-    seed: int = 0,
-    batch_size: int | None = None,
-) -> LogProbGaps:
-    """The accumulated gap of log p between one pass and flow at every level that the flow visits.
+    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
+) -> LevelGaps:
+    """The accumulated gap of NLL between one pass and flow at every level that the flow visits.
 
     Args:
         model: The model; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape).
+        x: Data units, (N, *shape), N at least 2.
         y: Classes, long (N,), or None.
-        level: Where the paths begin.
-        steps: Of the flow; all levels when None.
-        probes: Of its divergence.
-        seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        scoring: Level where the paths begin, 1 ... T - 1; steps, probes, seed and batch size.
     """
-    z = map_rows(
-        lambda rows: noised(model, x, rows, level, seed), len(x), batch_size,
-        dim=x.shape[1:].numel(), device=model.schedule.alpha.device,
-    )  # fmt: skip
+    model, (x, y) = require_density(model, "a gap to the flow"), as_data(model, x, y)
+    solver = FlowSolver(model, scoring)
+    z = scoring.by_batches(model, x, lambda rows: noised(model, x, rows, solver.levels[0], scoring.seed))
 
     def one_pass(x_t: Tensor, t: int, labels: Tensor | None) -> tuple[Tensor]:
         return (model.log_prob_levels(x_t, labels)[:, t],)
 
-    path = flow_path(model, z, one_pass, y, level, steps, probes, seed, batch_size)
-    gaps = path.seen[0] - path.log_prob
-    return LogProbGaps(path.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())
+    log_prob, (own,) = solver.path(z, one_pass, y)
+    gaps = log_prob - own
+    return LevelGaps(solver.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -11,48 +11,35 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.common import (
-    CELL,
-    CHAIN,
-    STRATA,
-    dithered,
-    draw_normal,
-    draw_rows,
-    labels_of,
-    require_transform,
-)
-from torchcdm.models.denoiser import Denoiser, evaluation_mode
-from torchcdm.runtime.batching import map_rows
+from torchcdm.likelihood.noise import CHAIN, STRATA, dithered, draw_cells, draw_normal, draw_rows
+from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 
 
 @dataclass(frozen=True)
-class ELBO:
-    """A bound and what it is made of; the terms are nats (N,) and sum to the negative bound in model units.
+class ELBO(LogLikelihood):
+    """A lower bound on log p(data) and what it is made of: terms in nats, (N,), the negative bound in model units.
 
     Attributes:
-        likelihood: The lower bound on log p(data), in data units.
         prior: KL of the last level's marginal from the chain's start.
         diffusion: Sum over the levels of the KL of one step.
         reconstruction: From the first level to the data: the code length of the grey levels, or the density.
     """
 
-    likelihood: LogLikelihood
     prior: Tensor
     diffusion: Tensor
     reconstruction: Tensor
 
 
-@torch.no_grad()
 def elbo(
     denoiser: Denoiser,
     x: Tensor,
     y: Tensor | None = None,
-    level: int = 1,
-    steps: int | None = None,
+    scoring: Scoring = Scoring(),
     chain: ReverseChain | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
+    evaluations: int | None = None,
 ) -> ELBO:
     r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_l), over the levels from l to T.
 
@@ -66,41 +53,35 @@ def elbo(
         denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
         y: Classes, long (N,), or None.
-        level: The level l from which the data are decoded.
-        steps: Network evaluations: an unbiased estimate of the same bound from so many strata of the levels; one for
-            each level when None.
+        scoring: Level l from which the data are decoded, 1 ... T - 1; seed and batch size.
         chain: The kernels; the reference Gaussian's variances when None.
-        seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
+            many strata of the levels. One for each level when None.
 
     Raises:
-        UserError: No transform, or more steps than levels.
+        UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
-    transform, schedule = require_transform(denoiser), denoiser.schedule
-    if not 1 <= level < schedule.T:
-        raise UserError(f"elbo: level {level} cannot end a chain; choose 1 ... {schedule.T - 1}")
+    (x, y), transform, schedule = as_data(denoiser, x, y), require_transform(denoiser), denoiser.schedule
+    level = scoring.level_of(denoiser)
     count = schedule.T - level + 1
-    steps = count if steps is None else steps
-    if not 2 <= steps <= count:
-        raise UserError(f"elbo: steps is {steps}; from level {level} this schedule takes 2 to {count}")
+    evaluations = count if evaluations is None else evaluations
+    if not 2 <= evaluations <= count:
+        raise UserError(f"elbo: evaluations is {evaluations}; from level {level} this schedule takes 2 to {count}")
     chain = chain or ReverseChain(denoiser)
 
     def terms(rows: slice) -> tuple[Tensor, ...]:
-        batch = _Batch(chain, x, y, rows, seed)
+        batch = _Batch(chain, x, y, rows, scoring.seed)
         prior = chain.prior_kl(batch.x_0)
-        parts = prior, batch.diffusion(level, steps - 1), batch.reconstruction(level), batch.change
+        parts = prior, batch.diffusion(level, evaluations - 1), batch.reconstruction(level), batch.change
         return tuple(part.cpu() for part in parts)
 
-    with evaluation_mode(denoiser):
-        prior, diffusion, reconstruction, change = map_rows(
-            terms, len(x), batch_size, dim=x.shape[1:].numel(), device=chain.schedule.alpha.device
-        )
+    prior, diffusion, reconstruction, change = scoring.by_batches(denoiser, x, terms)
     total = prior + diffusion + reconstruction
-    how = f"all {count} levels" if steps == count else f"{steps} of {count} levels drawn for each sample"
-    likelihood = LogLikelihood(
-        change - total, transform.dim, level, f"ELBO of the reverse chain, {how}", transform.log_bin, steps
+    how = f"all {count} levels" if evaluations == count else f"{evaluations} of {count} levels drawn for each sample"
+    name = f"ELBO of the reverse chain, {how}"
+    return ELBO(
+        change - total, transform.dim, level, name, transform.log_bin, evaluations, prior, diffusion, reconstruction
     )
-    return ELBO(likelihood, prior, diffusion, reconstruction)
 
 
 class _Batch:
@@ -118,9 +99,7 @@ class _Batch:
         else:
             # Code lengths need no change of units; a density less the log bin, as everywhere.
             self.change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
-            shape = self.transform.shape
-            cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(shape, generator=g, dtype=torch.float64))
-            self.x_0 = self.transform.place(self.x, cell.to(device))
+            self.x_0 = self.transform.place(self.x, draw_cells(seed, rows, self.transform).to(device))
 
     def diffusion(self, level: int, evaluations: int) -> Tensor:
         """Sum of KLs over the levels above ``level``; one random level for each of so many strata, times its size."""

@@ -12,15 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import final
 
 import torch
 from torch import Tensor
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.errors import UserError
-from torchcdm.likelihood.common import PROBES, START, draw_rows, labels_of
+from torchcdm.likelihood.noise import PROBES, START, draw_rows
+from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
+from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.batching import labels_of, map_rows
+from torchcdm.units import LogLikelihood
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""
@@ -28,14 +32,13 @@ EXACT_DIMENSIONS = 16
 
 @dataclass(frozen=True)
 class FlowResult:
-    """Log-densities by the probability flow, and how far they can be trusted.
+    """Log densities by the probability flow, and how far they can be trusted.
 
     Attributes:
         log_prob: log density of each input at its level, nats in model units, (B,).
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
         step_gap: Difference to half the number of steps on the same probes, (B,); None where not asked for.
         x_T: Where the path ended, at the last level, model units, (B, *shape).
-        nfe: Network evaluations for each sample (a denoiser by gradient counts once).
         start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats, from the inputs; the one error that neither
             more steps nor more probes remove.
     """
@@ -44,8 +47,49 @@ class FlowResult:
     probe_gap: Tensor
     step_gap: Tensor | None
     x_T: Tensor
-    nfe: int
     start_kl_bound: float
+
+
+@dataclass(frozen=True)
+class FlowLikelihood(LogLikelihood):
+    """A likelihood by the flow, and what it came from.
+
+    Attributes:
+        flow: The integration.
+        scored: The noisy inputs, (N, *shape), the model's own density of them, and the offset.
+    """
+
+    flow: FlowResult
+    scored: ScoredNoise
+
+
+def probability_flow(
+    denoiser: Denoiser, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
+) -> FlowLikelihood:
+    """log-likelihood of data through one draw of noise and the flow from there.
+
+    A lower bound on that of data on a grid; for continuous data the density of the data with that noise. Exact up to
+    the flow's steps, probes and start density, and normalised by construction.
+
+    Args:
+        denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
+        x: Data units, (N, *shape).
+        y: Classes, long (N,), or None.
+        scoring: Level 1 ... T - 1, steps, probes, seed and batch size.
+    """
+    (x, y), transform, solver = as_data(denoiser, x, y), require_transform(denoiser), FlowSolver(denoiser, scoring)
+    level = solver.levels[0]
+
+    def score(rows: slice) -> tuple[Tensor, ...]:
+        one = score_noisy(denoiser, x, y, rows, level, scoring.seed)
+        return (one.z, one.offset) if one.log_prob is None else (one.z, one.offset, one.log_prob)
+
+    z, offset, *own = scoring.by_batches(denoiser, x, score)
+    flow = solver.log_prob(z, labels_of(y, slice(None), z.device))
+    return FlowLikelihood(
+        (flow.log_prob + offset).cpu(), transform.dim, level, f"probability flow from level {level}",
+        transform.log_bin, solver.nfe, flow, ScoredNoise(z, own[0] if own else None, offset),
+    )  # fmt: skip
 
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
@@ -59,209 +103,112 @@ def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     return blank.to(denoiser.schedule.alpha.device)
 
 
-def probability_flow(
-    denoiser: Denoiser,
-    x_t: Tensor,
-    y: Tensor | None = None,
-    level: int = 1,
-    steps: int | None = None,
-    probes: int = 2,
-    seed: int = 0,
-    halve: bool = False,
-    batch_size: int | None = None,
-) -> FlowResult:
-    """log density of noisy inputs under the flow from their level to the last (Heun, second order).
-
-    Args:
-        denoiser: Any denoiser; put into evaluation mode meanwhile.
-        x_t: Inputs at ``level``, model units, (N, *shape).
-        y: Classes, long (N,), or None.
-        level: Level of the inputs, 1 ... T - 1.
-        steps: Steps from ``level`` to T; all levels when None.
-        probes: Random probes of the divergence at every evaluation, an even number; unused up to
-            :data:`EXACT_DIMENSIONS` dimensions.
-        seed: Seed of the probes; independent of ``batch_size``.
-        halve: Also integrate with half the steps, for :attr:`FlowResult.step_gap`.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
-
-    Raises:
-        UserError: A level or a number of steps that the schedule does not have, or an odd number of probes.
-    """
-    check_probes(probes)
-    grid = rising_levels(level, denoiser.schedule.T, steps)
-    reference = reference_gaussian(denoiser)
-
-    def integrate(rows: slice) -> tuple[Tensor, ...]:
-        flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
-        fine = flow.log_prob(x_t[rows], grid)
-        return (*fine, *flow.log_prob(x_t[rows], halved(grid))) if halve else fine
-
-    with evaluation_mode(denoiser):
-        log_prob, probe_gap, x_T, *coarse = map_rows(
-            integrate, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device
-        )
-    return FlowResult(
-        log_prob,
-        probe_gap,
-        log_prob - coarse[0] if coarse else None,
-        x_T,
-        2 * len(grid) - 1,
-        start_kl_bound(denoiser, reference, x_t, level),
-    )
-
-
-@dataclass(frozen=True)
-class FlowSamples:
-    """Draws from the flow's own density, which is normalised by construction.
-
-    Attributes:
-        x_t: At the level asked for, model units, float64 (n, *shape).
-        log_prob: The flow's log density there, nats in model units, (n,).
-        probe_gap: As in :class:`FlowResult`.
-        nfe: Network evaluations for each sample.
-    """
-
-    x_t: Tensor
-    log_prob: Tensor
-    probe_gap: Tensor
-    nfe: int
-
-
-def flow_sample(
-    denoiser: Denoiser,
-    n: int,
-    y: Tensor | None = None,
-    level: int = 1,
-    steps: int | None = None,
-    probes: int = 2,
-    seed: int = 0,
-    batch_size: int | None = None,
-) -> FlowSamples:
-    """Draws at ``level`` by the flow backwards from its start density at T, with their log density.
-
-    Arguments as in :func:`probability_flow`; ``n`` is the number of draws, ``y`` their classes (n,).
-    """
-    check_probes(probes)
-    grid = rising_levels(level, denoiser.schedule.T, steps)
-    reference = reference_gaussian(denoiser)
-    dim, device = reference.variances.numel(), denoiser.schedule.alpha.device
-
-    def draw(rows: slice) -> tuple[Tensor, ...]:
-        w = draw_rows(seed, START, rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64))
-        flow = _Flow(denoiser, reference, labels_of(y, rows, device), probes, seed, rows)
-        return flow.sample(w.to(device), grid)
-
-    with evaluation_mode(denoiser):
-        x_t, log_prob, probe_gap = map_rows(draw, n, batch_size, dim=dim, device=device)
-    return FlowSamples(x_t, log_prob, probe_gap, 2 * len(grid) - 1)
-
-
 Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
 """What is wanted of x_t (B, *shape), in the precision of the network, at level t, of classes y: tensors (B, ...)."""
 
 
-@dataclass(frozen=True)
-class FlowPath:
-    """Levels that the flow visits on the way up, and its log density there.
+@final
+class FlowSolver:
+    """The probability flow of a denoiser between one level and the last, by Heun steps, in model units.
+
+    Args:
+        denoiser: Any denoiser; put into evaluation mode meanwhile.
+        scoring: Level 1 ... T - 1, steps, probes, seed and batch size.
 
     Attributes:
-        levels: From that of the inputs to T.
-        seen: What was asked for at each of them, (levels, N, ...).
-        log_prob: The flow's log density, nats in model units, (levels, N).
+        levels: Visited levels, rising to T.
+        nfe: Network evaluations for each sample; a denoiser by gradient counts once.
     """
 
-    levels: list[int]
-    seen: tuple[Tensor, ...]
-    log_prob: Tensor
+    def __init__(self, denoiser: Denoiser, scoring: Scoring = Scoring()) -> None:
+        self.denoiser, self.scoring, self.schedule = denoiser, scoring, denoiser.schedule
+        self.reference, self.dtype = reference_gaussian(denoiser), working_dtype(denoiser, torch.float64)
+        level = scoring.level_of(denoiser)
+        span = self.schedule.T - level
+        steps = min(scoring.steps, span)
+        self.levels = [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
+        self.nfe = 2 * steps + 1
 
+    def log_prob(self, x_t: Tensor, y: Tensor | None = None, halve: bool = False) -> FlowResult:
+        """log density of noisy inputs.
 
-def flow_path(
-    denoiser: Denoiser,
-    x_t: Tensor,
-    look: Look,
-    y: Tensor | None = None,
-    level: int = 1,
-    steps: int | None = None,
-    probes: int = 2,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> FlowPath:
-    """What :func:`probability_flow` integrates, level by level; arguments as there, but for two.
+        Args:
+            x_t: Inputs at the first level, (N, *shape).
+            y: Classes, long (N,), or None.
+            halve: Also integrate with half the steps, for :attr:`FlowResult.step_gap`.
+        """
+        coarse = [*self.levels[:-1:2], self.levels[-1]]
 
-    ``look`` is asked at each level, as whole paths of images are more than memory may hold; ``progress`` shows a
-    progress bar.
-    """
-    from tqdm.auto import tqdm
+        def integrate(rows: slice) -> tuple[Tensor, ...]:
+            flow = _Flow(self, labels_of(y, rows, x_t.device), rows)
+            fine = flow.log_prob(x_t[rows], self.levels)
+            return (*fine, flow.log_prob(x_t[rows], coarse)[0]) if halve else fine
 
-    check_probes(probes)
-    grid = rising_levels(level, denoiser.schedule.T, steps)
-    reference = reference_gaussian(denoiser)
+        log_prob, probe_gap, x_T, *halved = self.scoring.by_batches(self.denoiser, x_t, integrate)
+        return FlowResult(log_prob, probe_gap, log_prob - halved[0] if halve else None, x_T, self._start_kl_bound(x_t))
 
-    def follow(rows: slice) -> tuple[Tensor, ...]:
-        flow = _Flow(denoiser, reference, labels_of(y, rows, x_t.device), probes, seed, rows)
-        log_prob, seen = flow.along(x_t[rows], grid, look)
-        bar.update(len(log_prob))
-        return log_prob, *seen
+    def sample(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draws by the flow backwards from its start density at T, and the flow's log density of them.
 
-    with (
-        evaluation_mode(denoiser),
-        tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar,
-    ):
-        log_prob, *seen = map_rows(follow, len(x_t), batch_size, dim=x_t.shape[1:].numel(), device=x_t.device)
-    return FlowPath(grid, tuple(column.transpose(0, 1) for column in seen), log_prob.T)
+        Args:
+            n: Number of draws.
+            y: Their classes, long (n,), or None.
 
+        Returns:
+            x at the first level, float64 (n, *shape), and nats in model units, (n,): a normalised density.
+        """
+        dim, device = self.reference.variances.numel(), self.schedule.alpha.device
 
-def check_probes(probes: int) -> None:
-    """Refuses a number of probes that has no two halves."""
-    if probes < 2 or probes % 2:
-        raise UserError(f"probes is {probes}; give an even number, so that two halves can be compared")
+        def draw(rows: slice) -> tuple[Tensor, ...]:
+            noise = draw_rows(
+                self.scoring.seed, START, rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64)
+            )
+            return _Flow(self, labels_of(y, rows, device), rows).sample(noise.to(device), self.levels)
 
+        with evaluation_mode(self.denoiser):
+            return map_rows(draw, n, self.scoring.batch_size, dim=dim, device=device)
 
-def rising_levels(level: int, T: int, steps: int | None) -> list[int]:
-    """``steps`` + 1 levels from ``level`` to T, evenly spaced; all of them when None."""
-    if not 1 <= level < T:
-        raise UserError(f"level {level} cannot start a flow; choose 1 ... {T - 1}")
-    span = T - level
-    if steps is None:
-        return list(range(level, T + 1))
-    if not 1 <= steps <= span:
-        raise UserError(f"flow: steps is {steps}; from level {level} this schedule takes 1 to {span}")
-    return [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
+    def path(
+        self, x_t: Tensor, look: Look, y: Tensor | None = None, progress: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What :meth:`log_prob` integrates, level by level.
 
+        Args:
+            x_t: Inputs at the first level, (N, *shape).
+            look: Asked at each level, as whole paths of images are more than memory may hold.
+            y: Classes, long (N,), or None.
+            progress: Shows a progress bar.
 
-def halved(grid: Sequence[int]) -> list[int]:
-    """Every second level, both ends kept."""
-    return [*grid[:-1:2], grid[-1]]
+        Returns:
+            The flow's log density at each level, nats in model units, (levels, N), and what ``look`` said there,
+            (levels, N, ...).
+        """
+        from tqdm.auto import tqdm
 
+        def follow(rows: slice) -> tuple[Tensor, ...]:
+            log_prob, seen = _Flow(self, labels_of(y, rows, x_t.device), rows).along(x_t[rows], self.levels, look)
+            bar.update(len(log_prob))
+            return log_prob, *seen
 
-@torch.no_grad()
-def start_kl_bound(denoiser: Denoiser, reference: GaussianMarginals, x_t: Tensor, level: int) -> float:
-    """Upper bound on KL(p_T || G_T): the mean over data of KL(N(a x, b² I) || G_T), nats."""
-    schedule = denoiser.schedule
-    flat = x_t.double()
-    a, b = (float(value) for value in schedule.forward_kernel(level, schedule.T, flat))
-    mean, variances = reference.moments(schedule.T)
-    offset = reference.rotation(a * flat - mean).square().mean(0)
-    return float(0.5 * ((b**2 + offset) / variances - 1 + (variances / b**2).log()).sum())
+        with tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar:
+            log_prob, *seen = self.scoring.by_batches(self.denoiser, x_t, follow)
+        return log_prob.T, [column.transpose(0, 1) for column in seen]
+
+    def _start_kl_bound(self, x_t: Tensor) -> float:
+        """Upper bound on KL(p_T || G_T): the mean over data of KL(N(a x, b² I) || G_T), nats."""
+        flat = x_t.double()
+        a, b = (float(value) for value in self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat))
+        mean, variances = self.reference.moments(self.schedule.T)
+        offset = self.reference.rotation(a * flat - mean).square().mean(0)
+        return float(0.5 * ((b**2 + offset) / variances - 1 + (variances / b**2).log()).sum())
 
 
 class _Flow:
     """One batch on its way: state w (B, d) and the accumulated divergence of both probe halves (2, B)."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        reference: GaussianMarginals,
-        y: Tensor | None,
-        probes: int,
-        seed: int,
-        rows: slice,
-    ) -> None:
-        self.denoiser, self.reference, self.y = denoiser, reference, y
-        self.schedule = denoiser.schedule
-        self.dtype = working_dtype(denoiser, torch.float64)
-        self.probes, self.seed, self.rows = probes, seed, rows
+    def __init__(self, solver: FlowSolver, y: Tensor | None, rows: slice) -> None:
+        self.denoiser, self.reference, self.schedule = solver.denoiser, solver.reference, solver.schedule
+        self.scoring, self.dtype, self.y, self.rows = solver.scoring, solver.dtype, y, rows
 
     def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
@@ -279,12 +226,11 @@ class _Flow:
         log_prob = [self._log_density(w, from_t, t) for t, from_t in zip(grid, rest, strict=True)]
         return torch.stack(log_prob, 1), [torch.stack(column, 1) for column in zip(*seen, strict=True)]
 
-    def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """x at the first level from w at the last, its log density there, gap of the probe halves."""
+    def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x at the first level from w at the last, and its log density there."""
         (end,) = deque(self._travel(w, grid[::-1]), maxlen=1)
         start, w_start, total = end
-        log_density = self._log_density(w, -total.mean(0), start)
-        return self._x(w_start, start), log_density, total[1] - total[0]
+        return self._x(w_start, start), self._log_density(w, -total.mean(0), start)
 
     def _rise(self, x_t: Tensor, grid: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """:meth:`_travel` from x at the first level of the grid."""
@@ -360,6 +306,7 @@ class _Flow:
         if d <= EXACT_DIMENSIONS:
             units = torch.eye(d, dtype=x.dtype, device=x.device)
             return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
-        shape = (self.probes, *x.shape[1:])
-        signs = draw_rows(self.seed, (PROBES, t), self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+        shape = (self.scoring.probes, *x.shape[1:])
+        seed = self.scoring.seed
+        signs = draw_rows(seed, (PROBES, t), self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
         return list((2.0 * signs - 1).to(x).movedim(1, 0))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torchcdm.likelihood.normalizer import LogNormalizer
+from torchcdm.likelihood.log_z import LogZ
 
 ROWS = (
     "published-convention",
@@ -53,13 +53,13 @@ class Row:
 
 @dataclass(frozen=True)
 class NLLGap:
-    """NLL by one pass less that by the flow on the same noisy inputs, in the report's unit.
+    """NLL by one pass minus NLL by the flow on the same noisy inputs, in the report's unit.
 
-    Above 0 one pass finds the data less likely; :class:`torchcdm.likelihood.LogProbGaps` has the opposite sign.
+    Above 0 one pass finds the data less likely.
 
     Attributes:
-        mean: Over the samples.
-        sd: Spread over the samples, with the variance of the flow's random probes removed.
+        mean: Mean over the samples.
+        sd: Standard deviation over the samples, with the variance of the flow's random probes removed.
         level: The level of the inputs.
         se: Standard error of the mean, probes included.
     """
@@ -75,16 +75,16 @@ class NLLReport:
     """The likelihood of a model on a data set, with what is needed to judge it.
 
     Attributes:
-        name: Of the data.
-        split: Of the data.
+        name: Name of the data.
+        split: Name of their split.
         count: Samples scored.
         dim: Dimensions of a sample.
         unit: ``bits/dim``, or ``nats`` for continuous data.
         rows: The table.
         log_z: Estimate of log Z at the level of the headline; None where not asked for.
-        gap: One pass less flow, of NLL; None where not asked for.
+        gap: NLL by one pass minus NLL by the flow; None where not asked for.
         believe: Whether the headline is to be believed.
-        why: In one sentence.
+        why: The reason, one sentence.
         notes: Further sentences: errors of the estimators, terms of the ELBO.
     """
 
@@ -94,7 +94,7 @@ class NLLReport:
     dim: int
     unit: str
     rows: tuple[Row, ...]
-    log_z: LogNormalizer | None
+    log_z: LogZ | None
     gap: NLLGap | None
     believe: bool
     why: str

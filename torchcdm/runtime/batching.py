@@ -126,3 +126,8 @@ def _on_cpu(one: Sequence[Tensor]) -> Tensor:
 def _beside(pair: Sequence[Tensor]) -> Tensor:
     """The first of two, on the device of the second."""
     return pair[0].to(pair[1].device)
+
+
+def labels_of(y: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:
+    """The classes of a batch, where there are any."""
+    return None if y is None else y[rows].to(device)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from torchcdm.errors import UserError
 
 
-def chosen_device(name: str | None) -> torch.device:
+def chosen_device(name: str | torch.device | None) -> torch.device:
     """The device asked for, checked; the best there is when None."""
     return best_device() if name is None else checked_device(name)
 
 
-def checked_device(name: str) -> torch.device:
+def checked_device(name: str | torch.device) -> torch.device:
     """A device that is there.
 
     Raises:
-        UserError: It is not, or it has no float64, in which schedules and densities are kept.
+        UserError: It is not, it holds no values (``meta``), or it has no float64, in which densities are kept.
     """
     try:
-        torch.zeros(1, device=name, dtype=torch.float64)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        with warnings.catch_warnings(action="ignore"):
+            torch.zeros(1, device=name, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].split(". ")[0]
-        raise UserError(f"device {name} cannot be used: {reason}; leave --device out, or give cpu") from None
+        raise UserError(f"device {str(name)!r} cannot be used: {reason}; leave --device out, or give cpu") from None
     return torch.device(name)
 
 

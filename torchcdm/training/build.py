@@ -14,7 +14,6 @@ from torchcdm.diffusion.gaussian import BaseDensity, ClassGaussians, GaussianMar
 from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
-    LearnedSchedule,
     LinearSchedule,
     LogSNRSchedule,
     NoiseSchedule,
@@ -33,7 +32,6 @@ from torchcdm.networks.unet import CDMUNet, DDMUNet
 from torchcdm.training.settings import (
     CosineConfig,
     EncoderConfig,
-    LearnedConfig,
     LinearConfig,
     LogSNRConfig,
     LossConfig,
@@ -95,7 +93,7 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
     """The same with the numbers filled in that are read off the data."""
     schedule = config.schedule
-    if isinstance(schedule, LogSNRConfig | LearnedConfig) and schedule.r_min is None:
+    if isinstance(schedule, LogSNRConfig) and schedule.r_min is None:
         r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
         schedule = replace(schedule, r_min=r_min)
     return replace(config, schedule=schedule)
@@ -124,8 +122,6 @@ def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
             return OptimalTransportSchedule(config.T)
         case LogSNRConfig():
             return LogSNRSchedule(config.T, config.r_min, config.r_max)
-        case LearnedConfig():
-            return LearnedSchedule(config.T, config.r_min, config.r_max)
 
 
 def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
@@ -192,8 +188,6 @@ def build_model(
         raise UserError("model.class_gaussians needs gaussian, and labels joint")
     if config.components < 1 or (config.components > 1 and not config.gaussian):
         raise UserError(f"model.components is {config.components}; above 1 it needs gaussian")
-    if isinstance(config.schedule, LearnedConfig) and (config.gaussian or config.kind == "cdm"):
-        raise UserError("a learned schedule is for a plain diffusion model: --model.kind ddm, --model.gaussian false")
     one_each = config.class_gaussians and config.components == 1
     if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (one_each or not config.gaussian)):
         what = "give a share from 0 to 1; above 0 it needs gaussian, and components with class_gaussians"
@@ -226,16 +220,14 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     """The loss that trains ``model``.
 
     Raises:
-        UserError: Weights that make no loss, or a ``weighting`` for another kind of model.
+        UserError: Weights that make no loss.
     """
     if model.density is not None:
-        if config.weighting != "simple":
-            raise UserError(f"loss.weighting is {config.weighting}; it is for --model.kind ddm, leave it out")
         return CDMLoss(
             model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight, config.kernel_weight,
             config.logits_from,
         )  # fmt: skip
-    return DDMLoss(model, config.label_dropout, config.weighting)
+    return DDMLoss(model, config.label_dropout)
 
 
 GAUSSIAN_NUMBERS = 2**27
@@ -264,7 +256,7 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     if config.class_gaussians and bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     if config.components > 1:
-        common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage, config.mixture_rows)
+        common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
         return ClassMixtures.fit(common, z, y) if config.class_gaussians else common
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)

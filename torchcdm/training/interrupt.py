@@ -1,4 +1,4 @@
-"""Leaving cleanly on SIGTERM and SIGINT."""
+"""Leaving cleanly on SIGTERM, SIGINT and SIGHUP."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class Interrupted(KeyboardInterrupt):
 
 @final
 class SignalWatch:
-    """Remembers the first SIGTERM or SIGINT instead of dying of it; a second one has its usual effect.
+    """Remembers the first signal that would end the process; a second one has its usual effect.
 
-    Outside the main thread, where Python takes no handlers, it watches nothing.
+    Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread, where Python takes no
+    handlers, nothing is watched.
 
     Attributes:
         received: The signal, 0 when there was none.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.received = 0
@@ -38,7 +39,8 @@ class SignalWatch:
 
     def __enter__(self) -> SignalWatch:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+            watched = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._remember) for number in watched}
         return self
 
     def __exit__(

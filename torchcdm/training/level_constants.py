@@ -64,7 +64,8 @@ def calibrate_levels(
         seed: Seed of levels and noise.
 
     Raises:
-        UserError: Fewer than two samples, or a model whose values come from a readout.
+        UserError: Fewer than two samples, log probabilities that are not finite, or a model whose values come from a
+            readout.
     """
     if model.readout is not None:
         raise UserError("calibration: the model was calibrated on paths; constants of its levels have no influence")
@@ -96,11 +97,22 @@ def calibrate_levels(
 
 
 def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
-    """Constants (T+2,), the last 0, that minimise the cross-entropy of ``log_p`` (N, T+2) plus them; t long (N,).
+    """Constants that minimise the cross-entropy of ``log_p`` plus them, by Newton's method, as it is convex in them.
 
-    By Newton's method, as the cross-entropy is convex in them. A level that is nowhere in ``t`` counts as if half a
-    sample of it had come with all probability on that level.
+    A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on that level.
+
+    Args:
+        log_p: Log probabilities of the levels, (N, T+2).
+        t: True levels, long (N,).
+
+    Returns:
+        The constants, (T+2,), the last of them 0.
+
+    Raises:
+        UserError: Log probabilities that are not finite.
     """
+    if not bool(log_p.isfinite().all()):
+        raise UserError("calibration: the model's log probabilities of the levels are not finite")
     count = log_p.shape[1]
     share = torch.bincount(t, minlength=count).to(log_p).clamp_min(0.5) / len(t)
     constants = torch.zeros(count, dtype=log_p.dtype)
@@ -112,11 +124,10 @@ def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
         # Singular along the constant vector, and nearly so where levels cannot be told apart.
         step = torch.linalg.solve(hessian + 1e-9 * torch.eye(count, dtype=p.dtype), -gradient)
         step = step - step[-1]
-        while True:
-            found = _cross_entropy(log_p + constants + step, t)
-            if found <= value or step.abs().max() < CONVERGED:
-                break
+        found = _cross_entropy(log_p + constants + step, t)
+        while found > value and step.abs().max() >= CONVERGED:
             step = step / 2
+            found = _cross_entropy(log_p + constants + step, t)
         constants, gained, value = constants + step, value - found, found
         if gained < CONVERGED:
             break

@@ -45,9 +45,6 @@ from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 
-DDM_VALUES = {"simple": "mse", "bound": "loss"}
-"""Validation value that names the best plain diffusion model, by the weighting of its loss."""
-
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""
 
@@ -291,7 +288,7 @@ class Trainer:
             # Terms of the loss that do not count yet make no best model.
             values, keep = self.selection.compare(self.ema.model, step, getattr(self.loss, "settled", True))
             line |= values
-            if keep and self._sound():
+            if keep and _finite(self.ema.model):
                 self._save_model()
         if validated:
             (self.selection.stale,) = self.processes.largest(self.selection.stale)
@@ -316,17 +313,13 @@ class Trainer:
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
-    def _sound(self) -> bool:
-        """Whether the last step was finite, and all weights are."""
-        return not self.bad_in_a_row and all(bool(weights.isfinite().all()) for weights in self.parameters)
-
     def _save_state(self) -> bool:
         """Saves what a resumed run starts from; nothing of a training that is going wrong.
 
         Returns:
             Whether it was saved.
         """
-        if not self._sound():
+        if self.bad_in_a_row or not _finite(self.model):
             return False
         progress = {
             "ema_updates": self.ema.updates,
@@ -396,7 +389,7 @@ class Trainer:
 
     def _selection(self) -> Selection:
         config, split = self.config, self.source.validation
-        value = config.train.select if config.model.kind == "cdm" else DDM_VALUES[config.loss.weighting]
+        value = config.train.select if config.model.kind == "cdm" else "mse"
         unit = {"nll": "nats" if self.source.transform.bin is None else "bits/dim"}.get(value, "")
         data = None
         if split:
@@ -424,6 +417,10 @@ class Trainer:
             from tqdm.auto import tqdm
 
             tqdm.write(text)
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(weights.isfinite().all()) for weights in model.parameters())
 
 
 def _compiled(loss: nn.Module, batch: Batch) -> nn.Module:

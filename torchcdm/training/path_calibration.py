@@ -14,16 +14,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.likelihood import LogNormalizer, ReverseChain, flow_path, log_normalizer
-from torchcdm.likelihood.common import scoring_level
-from torchcdm.likelihood.single_pass import noised
+from torchcdm.likelihood import FlowSolver, LogZ, ReverseChain, Scoring, log_normalizer, scoring_level
+from torchcdm.likelihood.noise import noised
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
 from torchcdm.models.readout import LIMIT, Readout
@@ -68,7 +67,7 @@ class PathCalibration:
     dim: int
     before: float
     after: float
-    log_z: tuple[LogNormalizer, ...]
+    log_z: tuple[LogZ, ...]
 
 
 @final
@@ -103,12 +102,11 @@ class Paths:
         def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
             return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
 
-        steps = min(FLOW_STEPS, model.schedule.T - level)
-        path = flow_path(model, x, look, None, level, steps, FLOW_PROBES, seed, batch_size, progress)
-        features, base = path.seen
-        wanted = path.log_prob - base
+        solver = FlowSolver(model, Scoring(level, 1, seed, FLOW_STEPS, FLOW_PROBES, batch_size))
+        log_prob, (features, base) = solver.path(x, look, progress=progress)
+        wanted = log_prob - base
         finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
-        self.levels, self.features, self.wanted = path.levels, features[:, finite], wanted[:, finite]
+        self.levels, self.features, self.wanted = solver.levels, features[:, finite], wanted[:, finite]
 
 
 @torch.no_grad()
@@ -171,11 +169,12 @@ def _calibrate(
     fit = _Fit(model, data)
     found, shown = [], []
     model.readout = fit.readout(shown)
-    chain = ReverseChain.calibrated(model, n=CHAIN_SAMPLES, seed=seed, batch_size=batch_size) if rounds else None
+    scoring = Scoring(level, seed=seed, batch_size=batch_size)
+    chain = ReverseChain.calibrated(model, None, scoring, CHAIN_SAMPLES) if rounds else None
     for k in range(rounds):
         estimate = log_normalizer(
-            model, particles, level, moves=1, chain=chain, islands=ISLANDS, seed=hash((seed, PARTICLES, k)),
-            batch_size=batch_size, progress=progress,
+            model, scoring=replace(scoring, seed=hash((seed, PARTICLES, k))), particles=particles, moves=1,
+            islands=ISLANDS, chain=chain, progress=progress,
         )  # fmt: skip
         found.append(estimate)
         noise = hash((seed, PARTICLE_PATHS, k))

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import save_array, save_grid, save_images, save_table
-from torchcdm.likelihood.common import labels_of
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_file
 from torchcdm.samplers import Sampler, sample
 

@@ -49,7 +49,7 @@ class Selection:
         """
         if self.data is None:
             return {}, True
-        values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight, self.loss.weighting)
+        values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight)
         value, keep = values[self.value], not settled
         if settled and math.isfinite(value) and (self.best is None or value < self.best["best"]):
             self.best, keep = {"value": self.value, "unit": self.unit, "best": value, "step": step}, True

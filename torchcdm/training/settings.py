@@ -121,19 +121,7 @@ class LogSNRConfig:
     r_max: float = 80.0
 
 
-@dataclass(frozen=True)
-class LearnedConfig:
-    """:class:`torchcdm.diffusion.schedules.LearnedSchedule`, of a ddm; ``r_min`` as in :class:`LogSNRConfig`."""
-
-    name: Literal["learned"] = "learned"
-    T: int = 1000
-    r_min: float | None = None
-    r_max: float = 80.0
-
-
-ScheduleConfig = (
-    LinearConfig | CosineConfig | UniformSigmaConfig | OptimalTransportConfig | LogSNRConfig | LearnedConfig
-)
+ScheduleConfig = LinearConfig | CosineConfig | UniformSigmaConfig | OptimalTransportConfig | LogSNRConfig
 
 # --- the rest ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +136,6 @@ class ModelConfig:
             from one pass (identity 10).
         gaussian: Logits are a correction to a fitted Gaussian.
         components: Number of Gaussians in the base density; above 1 for vectors only.
-        mixture_rows: Training samples that the mixture is fitted to, at most.
         shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
         class_gaussians: Each class has a base Gaussian of its own, or weights of its own for the same ``components``;
             for joint labels.
@@ -160,7 +147,6 @@ class ModelConfig:
     labels: Literal["none", "input", "joint"] = "none"
     gaussian: bool = True
     components: int = 1
-    mixture_rows: int = 10_000
     shrinkage: float = 0.0
     class_gaussians: bool = False
     backbone: BackboneConfig = EncoderConfig()
@@ -169,11 +155,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """:class:`torchcdm.losses.CDMLoss`, or :class:`torchcdm.losses.DDMLoss`, which reads ``label_dropout`` and
-    ``weighting`` alone.
+    """:class:`torchcdm.losses.CDMLoss`, or :class:`torchcdm.losses.DDMLoss`, which reads ``label_dropout`` alone.
 
     Attributes:
-        weighting: Of a ddm's levels: ``simple``, or ``bound`` as in the bound on the likelihood.
         logits_from: Shares of the training between which the weights of the cross-entropy, of the time term and of the
             kernel's rise from 0.
     """
@@ -184,7 +168,6 @@ class LossConfig:
     time_weight: float = 0.0
     kernel_weight: float = 0.0
     logits_from: tuple[float, ...] = (0.0, 0.0)
-    weighting: Literal["simple", "bound"] = "simple"
 
 
 @dataclass(frozen=True)

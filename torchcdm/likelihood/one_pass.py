@@ -10,33 +10,21 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.common import (
-    CELL,
-    NOISE,
-    dithered,
-    draw_normal,
-    draw_rows,
-    labels_of,
-    require_transform,
-)
-from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.runtime.batching import map_rows
+from torchcdm.likelihood.noise import dithered, noised
+from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.density import DensityModel, require_density
+from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 
 
-@torch.no_grad()
 def single_pass(
-    model: ClassificationDiffusion,
+    model: DensityModel,
     x: Tensor,
     y: Tensor | None = None,
-    level: int = 0,
-    draws: int = 1,
+    scoring: Scoring = Scoring(),
     importance: bool = False,
-    seed: int = 0,
-    batch_size: int | None = None,
 ) -> LogLikelihood:
     """log-likelihood of data by the classifier's logits, one network evaluation a draw.
 
@@ -48,53 +36,36 @@ def single_pass(
         model: The model; put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
         y: Classes, long (N,), or None.
-        level: Level whose density is used.
-        draws: Noise draws for each sample.
+        scoring: Level 0 ... T, draws, seed and batch size.
         importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
-        seed: Seed of the noise; independent of ``batch_size``.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
 
     Returns:
         Nats in data units, (N,).
     """
-    if draws < 1:
-        raise UserError(f"draws is {draws}; at least one is needed")
-    return combine(model, single_draws(model, x, y, level, draws, seed, batch_size), level, importance)
+    level = scoring.level_of(model, 0, model.schedule.T)
+    return combine(model, single_draws(model, x, y, scoring, level), level, importance)
 
 
-@torch.no_grad()
 def single_draws(
-    model: ClassificationDiffusion,
-    x: Tensor,
-    y: Tensor | None,
-    level: int,
-    draws: int,
-    seed: int,
-    batch_size: int | None = None,
+    model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scoring, level: int
 ) -> Tensor:
     """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
-    transform, device = require_transform(model), model.schedule.alpha.device
+    model, (x, y), transform = require_density(model, "one pass"), as_data(model, x, y), require_transform(model)
+    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
 
     def one(rows: slice, seed: int) -> Tensor:
         if level:
             scored = score_noisy(model, x, y, rows, level, seed)
             return (scored.log_prob + scored.offset).cpu()
         noisy = dithered(transform, x, rows, seed).to(device)
-        z = transform(noisy)
-        dtype, labels = working_dtype(model, torch.float64), labels_of(y, rows, z.device)
-        log_p = model.log_prob_levels(z.to(dtype), labels)[:, 0]
+        log_p = model.log_prob_levels(transform(noisy).to(dtype), labels_of(y, rows, device))[:, 0]
         return log_p.cpu() + transform.log_det(noisy).cpu()
 
-    with evaluation_mode(model):
-        seeds = range(seed, seed + draws)
-        values = [
-            map_rows(partial(one, seed=seed), len(x), batch_size, dim=x.shape[1:].numel(), device=device)
-            for seed in seeds
-        ]
-    return torch.stack(values).double()
+    seeds = range(scoring.seed, scoring.seed + scoring.draws)
+    return torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds]).double()
 
 
-def combine(model: ClassificationDiffusion, values: Tensor, level: int, importance: bool) -> LogLikelihood:
+def combine(model: DensityModel, values: Tensor, level: int, importance: bool) -> LogLikelihood:
     """Draws (K, N) to one likelihood: the mean of their logarithms, or with ``importance`` the log of their mean."""
     transform, draws = require_transform(model), len(values)
     kind = "importance-weighted over" if importance and draws > 1 else "mean of"
@@ -125,12 +96,11 @@ def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level
     transform, schedule = require_transform(model), model.schedule
     z = noised(model, x, rows, level, seed)
     x_t, labels = z.to(working_dtype(model, torch.float64)), labels_of(y, rows, z.device)
-    log_prob = None
-    if isinstance(model, ClassificationDiffusion):
-        result = model.evaluate(x_t, level, labels)
-        eps, log_prob = result.eps, result.log_prob_levels[:, level]
+    if model.density is None:
+        eps, log_prob = model.denoise(x_t, level, labels).eps, None
     else:
-        eps = model.denoise(x_t, level, labels).eps
+        found = model.density.evaluate(x_t, level, labels)
+        eps, log_prob = found.eps, found.log_prob_levels[:, level]
     if transform.bin is None:
         log_alpha = transform.dim * float(schedule.alpha[level].log())
         clean = dithered(transform, x, rows, seed).to(z.device)
@@ -140,36 +110,23 @@ def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level
     return ScoredNoise(z, log_prob, decoded - cells.log_q(z, levels) - transform.dim * transform.log_bin)
 
 
-def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Tensor:
-    """The samples ``rows`` at a level above 0: dequantised where they are discrete, model units, float64 (B, *shape).
-
-    A function of (seed, index) alone, so that several likelihoods can score the very same noisy inputs.
-    """
-    transform, schedule = require_transform(model), model.schedule
-    device = schedule.alpha.device
-    clean = x[rows].to(device).double()
-    eps = draw_normal(seed, NOISE, rows, clean)
-    if transform.bin is None:
-        return schedule.perturb(transform(dithered(transform, x, rows, seed).to(device)), level, eps)
-    cell = draw_rows(seed, CELL, rows, lambda i, g: torch.rand(transform.shape, generator=g, dtype=torch.float64))
-    return noisy_cells(transform, schedule, level).noised(clean, cell.to(device), eps)
-
-
-@torch.no_grad()
 def published_convention(
-    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, batch_size: int | None = None
+    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
 ) -> LogLikelihood:
     """The published number: grey levels scored without dequantisation at level 0. No bound on a code length.
 
-    Arguments as in :func:`single_pass`.
+    Args:
+        model: The model; put into evaluation mode meanwhile.
+        x: Data units, (N, *shape).
+        y: Classes, long (N,), or None.
+        scoring: Its batch size is used.
     """
-    transform, device = require_transform(model), model.schedule.alpha.device
-    dtype = working_dtype(model, torch.float64)
+    model, (x, y), transform = require_density(model, "one pass"), as_data(model, x, y), require_transform(model)
+    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
 
     def log_prob(rows: slice) -> Tensor:
         return model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
 
-    with evaluation_mode(model):
-        values = map_rows(log_prob, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    values = scoring.by_batches(model, x, log_prob)
     name = "level 0, undithered: a density on a lattice, no bound"
     return LogLikelihood(values, transform.dim, 0, name, transform.log_bin, 1)

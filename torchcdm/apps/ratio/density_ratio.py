@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from torchcdm import __version__
-from torchcdm.apps.ratio_checks import SEPARATE, Calibration, effective_sample_size, tempering, weights_of
+from torchcdm.apps.fitted import all_or_nothing
+from torchcdm.apps.ratio.calibration import SEPARATE, Calibration, tempering
+from torchcdm.apps.ratio.correction import base_and_correction, best_share
+from torchcdm.apps.ratio.importance import effective_sample_size, importance_weights
 from torchcdm.data import DataOptions, DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
@@ -23,7 +26,6 @@ from torchcdm.runtime.files import write_json
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, read_json, save_model
 from torchcdm.training.codec import decode, encode
 from torchcdm.training.config_files import make_config, preset_fields
-from torchcdm.training.evaluation import at_all_levels
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnWarp
@@ -47,11 +49,8 @@ LIMIT_ROWS = 20_000
 MODELS = {"joint": ("joint",), "separate": SOURCES}
 """Folders of the models in a saved ratio."""
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the network's correction that are tried on held-out samples, ..."""
-
-SHARE_ROWS, DRAWS = 2000, 4
-"""... at most so many, and so many noisy copies of each."""
+SHARE_ROWS = 2000
+"""Held-out samples that say how much of a network's correction is kept."""
 
 LAYERS: dict[str, dict[str, Any]] = {
     "joint": {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}},
@@ -109,7 +108,7 @@ class DensityRatio:
         counts: Samples of denominator and numerator.
         shares: How much of the network's correction to the base density is kept, 0 ... 1; of each model, that of the
             denominator first.
-        tempered: Scale and offset of the log ratio by :func:`torchcdm.apps.ratio_checks.tempering`; mostly 1 and 0.
+        tempered: Scale and offset of the log ratio, see :func:`torchcdm.apps.ratio.calibration.tempering`.
         held_out: Checks on the share held out for early stopping, a little optimistic for that.
 
     Example:
@@ -163,26 +162,19 @@ class DensityRatio:
     # --- fitting -------------------------------------------------------------------------------------------------
 
     def fit(self, numerator: Any, denominator: Any) -> DensityRatio:
-        """Learns the ratio numerator / denominator.
+        """Learns the ratio numerator / denominator. A fit that fails leaves the ratio as it was.
 
         Args:
             numerator: Samples of p: array, tensor or list (N, d) or (N, C, H, W), data frame, torch Dataset, the path
                 of a table, an array or a folder of images, or a SPEC as on the command line.
-            denominator: Samples of q, likewise; other numbers of samples are fine.
-
-        Returns:
-            Itself.
+            denominator: Samples of q, of the same kinds; their number may differ.
 
         Raises:
             UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
         """
         pair = pair_up(numerator, denominator, self._options, self.discrete)
-        self._models = []
-        try:
+        with all_or_nothing(self):
             self._learn(pair)
-        except BaseException:
-            self._models = []  # what an interruption leaves is not fitted
-            raise
         return self
 
     def _learn(self, pair: Pair) -> None:
@@ -273,7 +265,7 @@ class DensityRatio:
         Raises:
             UserError: ``clip`` is no share.
         """
-        return weights_of(self.log_ratio(x), clip)
+        return importance_weights(self.log_ratio(x), clip)
 
     def outside_support(self, x: Any) -> np.ndarray:
         """Where neither data set tells anything: bool (N,).
@@ -371,43 +363,12 @@ class DensityRatio:
             return torch.cat([self._log_probs_of(part) for part in z.split(BATCH)], 1).cpu().numpy()
 
     def _log_probs_of(self, z: Tensor) -> Tensor:
-        parts = [_base_and_correction(model, z) for model, _ in self._models]
+        parts = [base_and_correction(model, z) for model, _ in self._models]
         base = torch.cat([base[:, :, 0] for base, _ in parts], 1)
         correction = torch.cat(
             [share * network[:, :, 0] for (_, network), share in zip(parts, self.shares, strict=True)], 1
         )
         return torch.stack([base + correction, base])
-
-
-@torch.no_grad()
-def best_share(model: DensityModel, x: Tensor, y: Tensor) -> float:
-    """The share of the network's correction under which held-out samples best tell their source and noise level.
-
-    Unlike the source alone, which is certain where the ratio is large, that is never too easy to tell.
-
-    Args:
-        model: All sources as frequent.
-        x: Data units, (N, *shape).
-        y: Sources, long (N,); zeros for a model of one.
-    """
-    losses = torch.zeros(len(SHARES), dtype=torch.float64)
-    for batch in at_all_levels(model, x, DRAWS):
-        base, network = _base_and_correction(model, batch.x_t)
-        true = y[batch.rows] * base.shape[2] + batch.t.cpu()
-        for k, share in enumerate(SHARES):
-            logits = (base + share * network).flatten(1).cpu()
-            losses[k] += torch.nn.functional.cross_entropy(logits, true, reduction="sum")
-    return SHARES[int(losses.argmin())]
-
-
-def _base_and_correction(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
-    """log p_t of the fitted Gaussians and what the network adds: each float64 (B, 2 or 1, T+2); model units."""
-    base = model.base.log_prob_levels(z)[:, None]
-    if not model.joint:
-        return base, model.log_prob_levels(z)[:, None] - base
-    effects, learned = model.base.class_effects(z), model.class_log_prob_levels(z)
-    base = base.expand_as(learned) if effects is None else base + effects
-    return base, learned - base
 
 
 def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:

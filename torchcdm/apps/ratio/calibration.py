@@ -1,12 +1,14 @@
-"""What log ratios are worth: weights, their effective sample size, and checks that need no known ratio."""
+"""What log ratios are worth, by checks that need no known ratio."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from torchcdm.apps.ratio.importance import checked, effective_sample_size, importance_weights
 from torchcdm.errors import UserError
 
 SCALES = tuple(k / 100 for k in range(5, 101))
@@ -14,40 +16,6 @@ SCALES = tuple(k / 100 for k in range(5, 101))
 
 SEPARATE = 0.1
 """Log loss, nats, below which the sources hardly overlap."""
-
-
-def effective_sample_size(weights: Any) -> float:
-    """(sum w)² / sum w²: so many samples of equal weight estimate a mean as well (Kish, 1965).
-
-    Args:
-        weights: Not negative, (N,).
-
-    Raises:
-        UserError: Negative or infinite weights, none, or only zeros.
-    """
-    w = np.asarray(weights, dtype=np.float64)
-    if w.ndim != 1 or not len(w) or not np.isfinite(w).all() or (w < 0).any() or not w.any():
-        raise UserError("weights must be finite, not negative and not all zero, of shape (N,)")
-    w = w / w.max()
-    return float(w.sum() ** 2 / np.square(w).sum())
-
-
-def check_clip(clip: float | None) -> None:
-    """Refuses a ``clip`` that is no share."""
-    if clip is not None and not 0 < clip <= 1:
-        raise UserError(f"clip is {clip}; it is a quantile of the weights, above 0 and at most 1, such as 0.999")
-
-
-def weights_of(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
-    """exp(log ratio) over its mean, those above the quantile ``clip`` set to it: float64 (N,).
-
-    Raises:
-        UserError: ``clip`` is no share.
-    """
-    check_clip(clip)
-    limit = np.inf if clip is None else np.quantile(log_ratio, clip)
-    weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
-    return weights / weights.mean()
 
 
 def tempering(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
@@ -59,7 +27,7 @@ def tempering(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, fl
 
     Args:
         numerator: Log ratios of held-out samples of the numerator, (N,).
-        denominator: Likewise, (M,).
+        denominator: Log ratios of held-out samples of the denominator, (M,).
     """
     if not (np.isfinite(numerator).all() and np.isfinite(denominator).all()):
         return 1.0, 0.0
@@ -92,8 +60,8 @@ class Bin:
     """One line of the reliability table, numerator and denominator counted as equally frequent.
 
     Attributes:
-        low: Predicted probability of the numerator, from ...
-        high: ... to.
+        low: Lower end of the predicted probability of the numerator.
+        high: Upper end.
         predicted: Mean of the prediction.
         observed: Share of the numerator among the samples.
         count: Samples.
@@ -115,10 +83,10 @@ class Calibration:
     Attributes:
         mean_ratio: Mean of p/q over the denominator; 1 for the true ratio, and noisy where few samples carry it.
         mean_ratio_error: Its standard error.
-        mean_inverse: Mean of q/p over the numerator; likewise.
+        mean_inverse: Mean of q/p over the numerator; 1 for the true ratio.
         mean_inverse_error: Its standard error.
-        effective_sample_size: Of the weights p/q on the denominator's samples.
-        denominator: Number of these samples.
+        effective_sample_size: Effective sample size of the weights p/q on the denominator's samples.
+        denominator: Number of the denominator's samples.
         log_loss: Nats of the classifier sigmoid(log ratio) that tells the sources apart; log 2 = 0.693 is chance.
         calibration_error: Mean distance of predicted and observed share over the bins.
         bins: The reliability table; empty bins are left out.
@@ -136,9 +104,19 @@ class Calibration:
 
     @classmethod
     def of(cls, numerator: np.ndarray, denominator: np.ndarray, bins: int = 10) -> Calibration:
-        """From log ratios at samples of the numerator and of the denominator, each (N,)."""
-        if bins < 1:
-            raise UserError(f"bins is {bins}; at least 1 is needed")
+        """From log ratios at held-out samples.
+
+        Args:
+            numerator: Log ratios at samples of the numerator, finite, (N,).
+            denominator: Log ratios at samples of the denominator, finite, (M,).
+            bins: Number of lines of the reliability table.
+
+        Raises:
+            UserError: Fewer than two samples of one of them, or log ratios that are no finite numbers.
+        """
+        numerator, denominator = checked(numerator, "the numerator's"), checked(denominator, "the denominator's")
+        if isinstance(bins, bool) or not isinstance(bins, Integral) or bins < 1:
+            raise UserError(f"bins is {bins!r}; a whole number of at least 1 is needed")
         if len(numerator) < 2 or len(denominator) < 2:
             raise UserError("calibration needs at least two held-out samples of numerator and denominator")
         log_loss = 0.5 * (np.logaddexp(0, -numerator).mean() + np.logaddexp(0, denominator).mean())
@@ -147,7 +125,7 @@ class Calibration:
         return cls(
             *_mean_exp(denominator),
             *_mean_exp(-numerator),
-            effective_sample_size(weights_of(denominator)),
+            effective_sample_size(importance_weights(denominator)),
             len(denominator),
             float(log_loss),
             float(error),
