@@ -19,7 +19,6 @@ are others.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -29,12 +28,13 @@ from typing import Any
 
 import torch
 
+from studies import cache
 from studies.compare.own import UNLIMITED
 from torchcdm.data import DataSource
 from torchcdm.runtime.files import write_json
 from torchcdm.training.build import load_source, plain_model
 from torchcdm.training.checkpoint import load
-from torchcdm.training.codec import check_settings, encode
+from torchcdm.training.codec import encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.loop import train
@@ -80,25 +80,21 @@ def measured(
         config.train, steps=UNLIMITED, max_seconds=seconds, seed=seed, save_every=UNLIMITED, calibration=0
     )
     config = replace(config, train=limits)
-    settings = json.loads(json.dumps({"config": encode(config), "images": images}))
-    kept = folder / RESULT
-    if kept.exists():
-        numbers = json.loads(kept.read_text(encoding="utf-8"))
-        check_settings(kept, settings, numbers.pop("settings"))
-        return numbers
-    result = train(config, folder, source, resume=True, clock=time.process_time)
-    model = load(folder, "cpu")
-    validation = evaluate(model, source.split("validation"), images)["mean"]["mse"]
-    test = evaluate(model, source.split("test"), images)
-    numbers = {
-        "steps": result.step,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "validation_mse": validation,
-        "mse": test["mean"]["mse"],
-        "mse_per_level": test["per_level"]["mse"],
-    }
-    write_json(kept, {"settings": settings, **numbers})
-    return numbers
+
+    def make() -> dict[str, Any]:
+        result = train(config, folder, source, resume=True, clock=time.process_time)
+        model = load(folder, "cpu")
+        validation = evaluate(model, source.split("validation"), images)["mean"]["mse"]
+        test = evaluate(model, source.split("test"), images)
+        return {
+            "steps": result.step,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "validation_mse": validation,
+            "mse": test["mean"]["mse"],
+            "mse_per_level": test["per_level"]["mse"],
+        }
+
+    return cache.numbers(folder / RESULT, {"config": encode(config), "images": images}, make)
 
 
 def best(cells: Mapping[str, Config], options: argparse.Namespace, source: DataSource) -> str:

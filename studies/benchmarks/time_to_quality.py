@@ -13,7 +13,6 @@ time. The error is that of ``equal_time``; the likelihood is that of the probabi
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from studies import cache
 from studies.benchmarks.equal_time import at_rate, best, measured, on_plain_grey_levels
 from torchcdm.data import DataSource
 from torchcdm.likelihood import Scoring, probability_flow
@@ -42,13 +42,14 @@ def paper(config: Config, optimizer: str, rate: float) -> Config:
 
 def flow_nll(folder: Path, source: DataSource, options: argparse.Namespace) -> dict[str, Any]:
     """Bits/dim by the flow of the kept model, which is not computed again."""
-    kept = folder / FLOW
-    if not kept.exists():
+
+    def make() -> dict[str, Any]:
         x, _ = source.split("test").tensors(options.flow_images)
         scored = probability_flow(load(folder, "cpu"), x, None, Scoring(steps=options.flow_steps))
         bits = scored.bits_per_dim()
-        write_json(kept, {"flow": float(bits.mean()), "se": float(bits.std() / len(bits) ** 0.5), "images": len(bits)})
-    return json.loads(kept.read_text(encoding="utf-8"))
+        return {"flow": float(bits.mean()), "se": float(bits.std() / len(bits) ** 0.5), "images": len(bits)}
+
+    return cache.numbers(folder / FLOW, {"images": options.flow_images, "steps": options.flow_steps}, make)
 
 
 def validations(folder: Path) -> list[tuple[float, float]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from studies import cache
 from studies.compare.peer import Diverged, Fitted, Peer, Score, Task
 from studies.compare.peers import chosen_peers, library_of
 from studies.compare.results import Comparison, Protocol, Result, Row, Sampling
@@ -21,9 +21,6 @@ from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource, fingerprint
 from torchcdm.errors import UserError
 from torchcdm.random import derive
-from torchcdm.runtime.files import write_json, writing
-from torchcdm.training.checkpoint import read_json
-from torchcdm.training.codec import decode, differences, encode
 
 DRAWN = 64
 """Samples that measure the speed of sampling, where no more are asked for."""
@@ -31,8 +28,8 @@ DRAWN = 64
 CHUNK = 250
 """Samples that are drawn together."""
 
-PROTOCOL, FEATURES = "protocol.json", "features"
-"""In the folder: what its results must agree in, and what Fréchet distances are taken in."""
+FEATURES = "features"
+"""In the folder: what Fréchet distances are taken in."""
 
 
 def compare(
@@ -88,45 +85,20 @@ def compare(
     )  # fmt: skip
     if frechet is not None and frechet < SMALLEST_COUNT:
         raise UserError(f"{frechet} samples are too few for a Fréchet distance; {SMALLEST_COUNT} are needed")
-    _enter(folder, protocol)
+    paths, settings = {peer.name: folder / f"{peer.name}.json" for peer in found}, asdict(protocol)
+    missing = None in [cache.read(path, settings) for path in paths.values()]
     if frechet is not None:
         inception_features(source)  # what has no features is refused before anything is trained
-    kept = {peer.name: _kept(folder / f"{peer.name}.json") for peer in found}
-    missing = None in kept.values()
     reference = Reference(source, device, folder / FEATURES) if missing and frechet is not None else None
     task = Task(source, data or DataOptions(spec=source.name), device, seed, folder, progress)
     results = []
     for peer in found:
-        result = kept[peer.name]
-        if result is None:
-            wanted = log_z if normalised is None or peer.name in normalised else None
-            draw = partial(_sampling, seed=seed, count=frechet, reference=reference)
-            result = _measured(peer, replace(task, log_z=wanted), Budget(seconds, clock), x, draw)
-            write_json(folder / f"{peer.name}.json", encode(result))
-        results.append(result)
+        wanted = log_z if normalised is None or peer.name in normalised else None
+        draw = partial(_sampling, seed=seed, count=frechet, reference=reference)
+        measure = partial(_measured, peer, replace(task, log_z=wanted), Budget(seconds, clock), x, draw)
+        values = cache.numbers(paths[peer.name], settings, lambda measure=measure: asdict(measure()))
+        results.append(Result.from_plain(values))
     return Comparison(protocol, tuple(results), _machine(device))
-
-
-def _enter(folder: Path, protocol: Protocol) -> None:
-    """Makes the folder, or checks that it holds results of the same protocol."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PROTOCOL
-    if path.exists():
-        for field, mine, theirs in differences(encode(protocol), read_json(path)):
-            raise UserError(f"{folder}: holds a comparison with {field} = {theirs}, not {mine}; choose another --out")
-    else:
-        write_json(path, encode(protocol))
-
-
-def _kept(path: Path) -> Result | None:
-    """A result that is there already."""
-    if not path.exists():
-        return None
-    try:
-        return decode(Result, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: is no result of a comparison ({error}); delete it to measure again") from None
 
 
 def _measured(

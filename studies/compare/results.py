@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from torchcdm.likelihood.summary import finite
-from torchcdm.training.codec import encode
 
 NOT_NORMALISED = "~"
 """Marks a density that need not integrate to one."""
@@ -134,6 +133,13 @@ class Result:
     sampling: Sampling | None
     note: str = ""
 
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Result:
+        """The result of these plain values, as :func:`dataclasses.asdict` gives them."""
+        rows = tuple(Row(**row | {"values": tuple(row["values"])}) for row in values["rows"])
+        sampling = None if values["sampling"] is None else Sampling(**values["sampling"])
+        return cls(**values | {"rows": rows, "sampling": sampling})
+
 
 @dataclass(frozen=True)
 class Published:
@@ -177,9 +183,9 @@ class Comparison:
         best = next(iter(self.ranked(True)), None)
         systems = []
         for result in self.results:
-            system = encode(replace(result, rows=()))
+            system = asdict(replace(result, rows=()))
             system["rows"] = [
-                {**encode(replace(row, values=())), "over_best": None if best is None else paired(row, best[1])}
+                {**asdict(replace(row, values=())), "over_best": None if best is None else paired(row, best[1])}
                 for row in result.rows
             ]
             for row in system["rows"]:
@@ -187,10 +193,10 @@ class Comparison:
                 row["se"] = finite(row["se"])
             systems.append(system)
         return {
-            "protocol": encode(self.protocol),
+            "protocol": asdict(self.protocol),
             "machine": self.machine,
             "systems": systems,
-            "published": encode(self.published),
+            "published": [asdict(entry) for entry in self.published],
         }
 
     def table(self) -> str:

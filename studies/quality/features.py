@@ -7,32 +7,26 @@ classifier in, it is trained once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from studies.cache import Made, kept
 from torchcdm.data import DataSource, fingerprint, to_bytes
 from torchcdm.data.source import Split
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import write_file, write_json
-from torchcdm.training.checkpoint import load_tensors, read_json, read_tensors
-from torchcdm.training.codec import check_settings
+from torchcdm.training.checkpoint import load_tensors
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity downloads into torch's cache of checkpoints."""
 
 BATCH = 256
-
-Kept = tuple[Mapping[str, Tensor], Mapping[str, Any]]
-"""Tensors, and what is to be known of them (JSON)."""
-
 
 @dataclass(frozen=True)
 class Extractor:
@@ -95,39 +89,6 @@ def in_batches(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     return ((rows, split.batch(rows)[0]) for rows in torch.arange(len(split)).split(BATCH))
 
 
-def kept(stem: Path | None, settings: Mapping[str, Any], make: Callable[[], Kept]) -> Kept:
-    """What ``make`` gives, from ``STEM.safetensors`` and ``STEM.json`` where an earlier call has left them.
-
-    The JSON is written last, with the hash of the tensors: where it does not hold, a stop came between the two files,
-    and they are made again.
-
-    Args:
-        stem: Of the two files; nothing is kept when None.
-        settings: What they depend on (JSON).
-        make: Makes them.
-
-    Raises:
-        UserError: The files are of other settings, or cannot be read or written.
-    """
-    if stem is None:
-        return make()
-    tensor_file, fact_file = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("safetensors", "json"))
-    if tensor_file.exists() and fact_file.exists():
-        content = read_json(fact_file)
-        check_settings(fact_file, settings, content.get("settings", {}))
-        if content.get("sha256") == _hash(tensor_file.read_bytes()):
-            return read_tensors(tensor_file), content["facts"]
-    tensors, facts = make()
-    packed = save(dict(tensors))
-    write_file(tensor_file, packed)
-    write_json(fact_file, {"settings": settings, "facts": facts, "sha256": _hash(packed)})
-    return tensors, facts
-
-
-def _hash(packed: bytes) -> str:
-    return hashlib.sha256(packed).hexdigest()
-
-
 def _inception(source: DataSource, device: str | torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -169,10 +130,10 @@ def _classifier(
 ) -> Extractor:
     data = fingerprint(source)
     settings = {"data": source.name, "fingerprint": data, "seed": seed, "steps": steps}
-    stem = None if folder is None else folder / f"classifier-{data}"
-    weights, facts = kept(stem, settings, partial(_train_classifier, source, seed, device, steps))
+    path = None if folder is None else folder / f"classifier-{data}.json"
+    facts, weights = kept(path, settings, partial(_train_classifier, source, seed, device, steps))
     network = _Classifier(source.shape[0], source.classes or 0)
-    load_tensors(network, weights, stem or Path("classifier"))
+    load_tensors(network, weights, path or Path("classifier"))
     network.to(device).eval().requires_grad_(False)
 
     def features(x: Tensor) -> Tensor:
@@ -181,11 +142,11 @@ def _classifier(
 
     accuracy = f"accuracy {100 * facts['accuracy']:.1f} %"
     name = f"64 features of a classifier trained here on {source.name}, {accuracy}"
-    return Extractor(name, features, _hash(save(dict(weights)))[:16])
+    return Extractor(name, features, hashlib.sha256(save(dict(weights))).hexdigest()[:16])
 
 
-def _train_classifier(source: DataSource, seed: int, device: str | torch.device, steps: int) -> Kept:
-    """Weights and accuracy; trained with Adam on batches of 128, a few seconds to a minute on one core."""
+def _train_classifier(source: DataSource, seed: int, device: str | torch.device, steps: int) -> Made:
+    """Accuracy and weights; trained with Adam on batches of 128, a few seconds to a minute on one core."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -202,4 +163,4 @@ def _train_classifier(source: DataSource, seed: int, device: str | torch.device,
     x, y = (source.test or source.train).tensors(2000)
     predicted = torch.cat([network(source.transform(part).to(device)).argmax(1).cpu() for part in x.split(BATCH)])
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    return weights, {"accuracy": float((predicted == y).double().mean())}
+    return {"accuracy": float((predicted == y).double().mean())}, weights

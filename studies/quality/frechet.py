@@ -17,7 +17,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from studies.quality.features import BATCH, Extractor, Kept, extractor_for, in_batches, kept
+from studies.cache import Made, kept
+from studies.quality.features import BATCH, Extractor, extractor_for, in_batches
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.data.source import evenly_spaced
 from torchcdm.errors import UserError
@@ -145,14 +146,14 @@ class Reference:
         return extractor_for(self.source, device=self.device, folder=self.folder)
 
     @cached_property
-    def _measured(self) -> Kept:
+    def _measured(self) -> Made:
         data, count, extractor = fingerprint(self.source), len(self.source.train), self.extractor
         settings = {"data": self.source.name, "fingerprint": data, "split": "train", "count": count,
                     "compared": COMPARED, "extractor": extractor.name, "key": extractor.key}  # fmt: skip
-        stem = None if self.folder is None else self.folder / f"reference-{data}-train-{count}-{extractor.key}"
-        return kept(stem, settings, self._measure)
+        name = f"reference-{data}-train-{count}-{extractor.key}.json"
+        return kept(None if self.folder is None else self.folder / name, settings, self._measure)
 
-    def _measure(self) -> Kept:
+    def _measure(self) -> Made:
         some: list[Tensor] = []
         chosen = evenly_spaced(len(self.source.train), COMPARED)
 
@@ -164,18 +165,18 @@ class Reference:
 
         moments = Moments.of(parts())
         tensors = {"mean": moments.mean, "covariance": moments.covariance, "features": torch.cat(some)}
-        return tensors, {}
+        return {}, tensors
 
     @cached_property
     def moments(self) -> Moments:
         """Of all training images."""
-        tensors, _ = self._measured
+        _, tensors = self._measured
         return Moments(len(self.source.train), tensors["mean"], tensors["covariance"])
 
     @property
     def real(self) -> Tensor:
         """Features of at most :data:`COMPARED` training images, evenly spaced, (N, F)."""
-        return self._measured[0]["features"]
+        return self._measured[1]["features"]
 
     def distance(self, x: Tensor) -> float:
         """Fréchet distance of images in data units, (N, C, H, W)."""

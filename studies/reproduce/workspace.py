@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,14 +11,13 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 
+from studies import cache
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.devices import chosen_device
-from torchcdm.runtime.files import write_file, write_json
-from torchcdm.training.checkpoint import load, read_json
-from torchcdm.training.codec import check_settings, encode
-from torchcdm.training.config_files import make_config
+from torchcdm.training.checkpoint import load
+from torchcdm.training.codec import encode
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config
@@ -131,12 +129,14 @@ class Workspace:
             )  # fmt: skip
             return {"steps": result.step, "seconds": result.seconds, "selected": result.selected}
 
-        facts = self._kept(folder.root / FINISHED, encode(config), make)
+        path = folder.root / FINISHED
+        facts = cache.numbers(path, encode(config), self._allowed(path, make))
         return load(folder.root, self.device), facts
 
     def numbers(self, name: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Numbers (JSON) that ``make`` gives, from an earlier call where there was one with the same settings."""
-        return self._kept(self.root / "numbers" / f"{name}-{self.scale}.json", dict(settings), make)
+        path = self.root / "numbers" / f"{name}-{self.scale}.json"
+        return cache.numbers(path, settings, self._allowed(path, make))
 
     def samples(
         self, name: str, settings: Mapping[str, Any], chunks: int, make: Callable[[int], Tensor]
@@ -149,18 +149,12 @@ class Workspace:
             chunks: Number of chunks.
             make: Gives the samples (n, *shape) of chunk 0, 1, ...
         """
-        from safetensors.torch import load as parse
-        from safetensors.torch import save
-
         folder = self.root / "samples" / f"{name}-{self.scale}"
-        self._kept(folder / "settings.json", dict(settings), dict)
         parts = []
         for chunk in range(chunks):
-            path = folder / f"{chunk:04d}.safetensors"
-            if not path.exists():
-                self._check_allowed(path)
-                write_file(path, save({"x": make(chunk).contiguous()}))
-            parts.append(parse(path.read_bytes())["x"])
+            path = folder / f"{chunk:04d}.json"
+            kept = cache.kept(path, settings, self._allowed(path, lambda chunk=chunk: ({}, {"x": make(chunk)})))
+            parts.append(kept[1]["x"])
         return torch.cat(parts)
 
     def finished(self, name: str, make: Callable[[], Part]) -> Part | None:
@@ -176,25 +170,12 @@ class Workspace:
         if self.progress:
             print(text, flush=True)
 
-    def _kept(self, path: Path, settings: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        settings = json.loads(json.dumps(settings))
-        if path.exists():
-            kept = read_json(path)
-            check_settings(path, settings, _completed(kept.get("settings", {})))
-            return kept["values"]
-        self._check_allowed(path)
-        values = make()
-        write_json(path, {"settings": settings, "values": values})
-        return values
+    def _allowed(self, path: Path, make: Callable[[], Part]) -> Callable[[], Part]:
+        """The same, which refuses to make a part where only finished ones are asked for."""
 
-    def _check_allowed(self, path: Path) -> None:
-        """Refuses to make a part where only finished ones are asked for."""
-        if self.finished_only:
-            raise Unfinished(f"{path}: is not finished; leave out --finished to make it")
+        def checked() -> Part:
+            if self.finished_only:
+                raise Unfinished(f"{path}: is not finished; leave out --finished to make it")
+            return make()
 
-
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Kept settings, where they hold a configuration with the defaults of fields that it did not know yet."""
-    if settings.keys() >= {"data", "model", "loss", "train"}:
-        return json.loads(json.dumps(encode(make_config(settings))))
-    return {key: _completed(value) if isinstance(value, dict) else value for key, value in settings.items()}
+        return checked

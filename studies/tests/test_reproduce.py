@@ -22,7 +22,6 @@ from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import build_backbone
-from torchcdm.training.codec import encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.units import DataTransform
 
@@ -108,22 +107,6 @@ def test_an_unfinished_model_of_other_settings_is_refused(work, source, loss):
     other = replace(TINY, train=replace(TINY.train, lr=0.5))
     with pytest.raises(UserError, match=r"was trained with train.lr = .*, not 0.5"):
         work.model("a", other, source, loss)
-
-
-def test_parts_stay_good_when_the_configuration_gains_a_field(work, source, monkeypatch):
-    work.model("a", TINY, source)
-    work.numbers("n", {"config": encode(TINY)}, lambda: {"value": 1.0})
-    run, numbers = work.root / "runs" / "a-smoke" / "finished.json", work.root / "numbers" / "n-smoke.json"
-    for path, configuration in ((run, lambda settings: settings), (numbers, lambda settings: settings["config"])):
-        kept = json.loads(path.read_text())
-        del configuration(kept["settings"])["loss"]["time_weight"]
-        path.write_text(json.dumps(kept))
-    monkeypatch.setattr(workspace, "train", lambda *_, **__: pytest.fail("trained again"))
-    work.model("a", TINY, source)
-    assert work.numbers("n", {"config": encode(TINY)}, lambda: pytest.fail("made again")) == {"value": 1.0}
-    other = replace(TINY, loss=replace(TINY.loss, time_weight=1.0))
-    with pytest.raises(UserError, match=r"was made with loss.time_weight = 0.0, not 1.0"):
-        work.model("a", other, source)
 
 
 def test_fewer_steps_shrink_what_is_counted_in_steps(tmp_path):
