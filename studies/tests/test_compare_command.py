@@ -83,7 +83,7 @@ def test_the_table_ranks_only_what_is_normalised(made, capsys):
 def test_plain_units_are_another_protocol(made, capsys):
     _, words = made
     assert main([*words, "--no-gaussianize"]) == 2
-    assert "holds a comparison with gaussianized = True, not False" in capsys.readouterr().err
+    assert "was made with gaussianized = True, not False" in capsys.readouterr().err
 
 
 def test_bent_columns_are_another_protocol_too(source, tmp_path):
