@@ -121,3 +121,8 @@ def test_seeds_of_different_purposes_do_not_collide():
     keys = [(seed, purpose, step) for seed in range(20) for purpose in ("noise", "level") for step in range(200)]
     seeds = {derive(seed, purpose, step) for seed, purpose, step in keys}
     assert len(seeds) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_training_split_without_samples_is_refused():
+    with pytest.raises(UserError, match="test: the training split is empty"):
+        Batches(source(count=0), 4, 0, labels=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import save_grid
-from torchcdm.runtime.files import writing
+from torchcdm.errors import UserError
+from torchcdm.runtime.files import write_file
 from torchcdm.training.evaluation import PosteriorCurves
 from torchcdm.units import DataTransform
 
@@ -19,16 +21,19 @@ if TYPE_CHECKING:
 
     from torchcdm.likelihood import Consistency, LevelGaps
 
+FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
 
-def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Denoising error, cross-entropy and validation NLL over the steps.
+
+def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Denoising error, cross-entropy and validation NLL over the steps; no figure where none of them was logged.
 
     Args:
         lines: Those of ``metrics.jsonl``.
         path: The PNG file.
     """
     panels = [("mse", "squared error of eps"), ("ce", "cross-entropy of the level, nats"), ("nll", "one-pass NLL")]
-    panels = [(key, label) for key, label in panels if any(key in line or f"val_{key}" in line for line in lines)]
+    found = {name for line in lines for name, value in line.items() if value is not None}
+    panels = [(key, label) for key, label in panels if found & {key, f"val_{key}"}]
 
     def paint(axes: Sequence[Axes]) -> None:
         for ax, (key, label) in zip(axes, panels, strict=True):
@@ -40,7 +45,8 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
             ax.set_ylabel(label)
             ax.legend()
 
-    return save_panels(path, max(len(panels), 1), paint)
+    if panels:
+        save_panels(path, len(panels), paint)
 
 
 def level_posteriors(curves: PosteriorCurves, path: Path) -> Path:
@@ -122,7 +128,7 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
         normal: Scores of normal data, (n,).
         scores: Scores of the inputs, (N,).
         threshold: The score above which an input is flagged.
-        name: Of the score.
+        name: Name of the score.
         path: The PNG file.
     """
     together = torch.cat([normal, scores])
@@ -173,15 +179,25 @@ def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransf
     return save_grid(pairs.flatten(0, 2), path, transform, columns)
 
 
+def check_figure(path: Path) -> None:
+    """Refuses a file that no figure can be written to, before the work.
+
+    Raises:
+        UserError: An unknown suffix.
+    """
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: figures are written as {', '.join(FORMATS)}; choose one of these suffixes")
+
+
 def save_panels(path: Path, panels: int, paint: Callable[[Sequence[Axes]], None]) -> Path:
-    """A row of panels, painted and written."""
+    """A row of panels, painted and written in the format of the path's suffix."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * panels, 3.6), layout="constrained")
+    check_figure(path)
+    figure, content = Figure(figsize=(5 * panels, 3.6), layout="constrained"), io.BytesIO()
     FigureCanvasAgg(figure)
     paint([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+    figure.savefig(content, dpi=120, format=path.suffix[1:])
+    write_file(path, content.getvalue())
     return path

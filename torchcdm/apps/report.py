@@ -15,8 +15,6 @@ from torchcdm.apps import plots
 from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
 from torchcdm.likelihood import (
-    Consistency,
-    LevelGaps,
     NLLReport,
     Scoring,
     consistency,
@@ -37,7 +35,7 @@ from torchcdm.training.settings import Config
 from torchcdm.units import GaussianizedTransform
 
 DIAGNOSED = 32
-"""Samples on which a model's levels are held against each other and against the flow: T passes each."""
+"""Samples on which levels are compared with each other and with the flow: T passes each."""
 
 FIGURE_SAMPLES = 256
 NEIGHBOUR_POOL = 10_000
@@ -49,7 +47,7 @@ ROW_NAMES = {
     "elbo": "this model, ELBO, level {}",
     "flow": "this model, probability flow, level {}",
 }
-"""Rows of a likelihood report that stand beside the baselines."""
+"""Rows of a likelihood report in the table of baselines."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def write_report(
     Args:
         run: The run's folder.
         source: The data it was trained on.
-        device: Where to.
+        device: Device of the measurements.
         progress: Shows progress bars.
     """
     folder = RunFolder(Path(run))
@@ -82,15 +80,25 @@ def write_report(
     split = source.test or source.validation or source.train
     split_name = "test" if source.test else "validation" if source.validation else "train"
     evaluation = evaluate(model, split, config.report.limit)
-    nll = _likelihood(model, config, source, split_name, device, progress)
-    beside = _baselines(config, source, split_name) if nll is not None else []
-    ratios, gaps = _diagnostics(model, config, split.tensors(DIAGNOSED)[0]) if nll is not None else (None, None)
-    _figures(folder, model, source, config, evaluation)
-    if ratios is not None:
-        plots.consistency(ratios, gaps, folder.plots / "consistency.png")
-
+    nll, beside, ratios, gaps = None, [], None, None
+    methods = [method for method in config.report.methods if method in methods_of(model)]
+    if methods:
+        x, _ = split.tensors(config.report.limit)
+        scoring = Scoring(draws=config.report.draws, steps=config.report.flow_steps, probes=config.report.flow_probes)
+        # The unconditional density, also of models that saw classes: the baselines know none.
+        nll = likelihood_report(
+            model, x, None, scoring, methods, config.report.particles, name=source.name, split=split_name,
+            progress=progress,
+        )  # fmt: skip
+        beside = _baselines(config, source, x)
+        few, _ = split.tensors(DIAGNOSED)
+        if model.density is not None and len(few) >= 2:
+            ratios = consistency(model.density, few)
+            gaps = gap_by_level(model.density, few, None, scoring) if "flow" in methods else None
+            plots.consistency(ratios, gaps, folder.plots / "consistency.png")
     lines = read_metrics(folder.metrics)
-    last = lines[-1] if lines else {"step": 0, "seconds": 0.0}
+    _figures(folder, model, source, config, evaluation, lines)
+    last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
     content = {
         "preset": config.preset,
         "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
@@ -108,55 +116,13 @@ def write_report(
     return RunReport(content, _text(nll, beside, evaluation))
 
 
-def _likelihood(
-    model: Denoiser, config: Config, source: DataSource, split: str, device: str | torch.device, progress: bool
-) -> NLLReport | None:
-    """The likelihood report by those of the configuration's methods that the model has; None where it has none."""
-    methods = [method for method in config.report.methods if method in methods_of(model)]
-    if not methods:
-        return None
-    x, _ = source.split(split).tensors(config.report.limit)
-    # The unconditional density, also of models that saw classes: the baselines know none.
-    return likelihood_report(
-        model,
-        x,
-        None,
-        _scoring(config),
-        methods,
-        config.report.particles,
-        name=source.name,
-        split=split,
-        progress=progress,
-    )
-
-
-def _diagnostics(
-    model: Denoiser, config: Config, x: torch.Tensor
-) -> tuple[Consistency | None, LevelGaps | None]:
-    """Where one pass is inconsistent, level by level, and against the flow where the configuration asks for one.
-
-    None for models without logits, and of a single sample.
-    """
-    density = model.density
-    if density is None or len(x) < 2:
-        return None, None
-    if "flow" not in config.report.methods:
-        return consistency(density, x), None
-    return consistency(density, x), gap_by_level(density, x, None, _scoring(config))
-
-
-def _scoring(config: Config) -> Scoring:
-    return Scoring(draws=config.report.draws, steps=config.report.flow_steps, probes=config.report.flow_probes)
-
-
-def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]:
-    """Baselines on the very dequantised samples that one pass was scored on.
+def _baselines(config: Config, source: DataSource, x: torch.Tensor) -> list[Baseline]:
+    """Baselines on the very dequantised samples that one pass was scored on; none of data with many dimensions.
 
     Where the model sees Gaussianised grey levels, in the plain units too: what is the network's, and what the map's.
     """
     if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
         return []
-    x, _ = source.split(split).tensors(config.report.limit)
     transform = source.transform
     noisy = dithered(transform, x, slice(0, len(x)), seed=0)
     found = baselines(source, noisy)
@@ -169,9 +135,14 @@ def _baselines(config: Config, source: DataSource, split: str) -> list[Baseline]
 
 
 def _figures(
-    folder: RunFolder, model: Denoiser, source: DataSource, config: Config, evaluation: dict[str, Any]
+    folder: RunFolder,
+    model: Denoiser,
+    source: DataSource,
+    config: Config,
+    evaluation: dict[str, Any],
+    lines: list[dict[str, Any]],
 ) -> None:
-    plots.training_curves(read_metrics(folder.metrics), folder.plots / "training.png")
+    plots.training_curves(lines, folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
     x, _ = (source.test or source.train).tensors(FIGURE_SAMPLES)
     if model.density is not None:

@@ -57,11 +57,14 @@ def add_commands(commands: Any) -> None:
 def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
     from torchcdm.apps.anomaly import AnomalyDetector, make_score
+    from torchcdm.apps.plots import check_figure, score_histogram
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
 
     if options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
+    if options.plot is not None:
+        check_figure(options.plot)
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
@@ -80,8 +83,6 @@ def run_score(options: argparse.Namespace) -> int:
     if options.csv is not None:
         _write_csv(options.csv, names, scores, percentiles, flags)
     if options.plot is not None:
-        from torchcdm.apps.plots import score_histogram
-
         score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
     if str(options.json) != "-":
         print(_summary(options, detector, origin, names, scores, percentiles, flags, int(deviating.sum())))

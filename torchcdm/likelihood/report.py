@@ -96,7 +96,9 @@ def report(
     from tqdm.auto import tqdm
 
     stages = [stage for stage in METHODS if stage in methods]
-    for stage in tqdm(stages, desc="likelihood", unit="stage", disable=not progress):
+    # Without the time that is left: the stages take from a second to minutes.
+    form = "{desc}: stage {n} of {total}, {elapsed}"
+    for stage in tqdm(stages, desc="likelihood", bar_format=form, disable=not progress):
         if stage == "single":
             table.add_single()
         elif stage == "elbo":

@@ -17,14 +17,14 @@ CPU_VALUES, CPU_ROWS = 2**15, (16, 4096)
 """Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long."""
 
 OTHER_VALUES, OTHER_ROWS = 2**18, 64
-"""Values and least samples of a batch on a GPU, which is to be filled; where its memory holds so many."""
+"""Values and least samples of a batch on a GPU, if its memory holds as many."""
 
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
-"""A tensor, or several, with an entry for each of some samples."""
+"""Results with one entry per sample: a tensor, or several."""
 
 
 def rows_at_a_time(dim: int, device: torch.device) -> int:
-    """How many samples of ``dim`` values a network on ``device`` is given at a time."""
+    """Samples of ``dim`` values in a batch for a network on ``device``."""
     if device.type != "cpu":
         return max(OTHER_ROWS, OTHER_VALUES // dim)
     least, most = CPU_ROWS
@@ -34,25 +34,23 @@ def rows_at_a_time(dim: int, device: torch.device) -> int:
 def map_rows(
     function: Callable[[slice], Rows], n: int, size: int | None = None, *, dim: int, device: torch.device
 ) -> Rows:
-    """``function`` of batches that cover ``n`` samples, joined in their order.
+    """Applies ``function`` to ``n`` samples, batch by batch, and joins the results in the samples' order.
 
-    What it gives for a sample must not depend on the rest of the batch. Under
-    :func:`torchcdm.runtime.processes.sharing` each process does its share; a failure of one is a failure of all.
+    A sample's result must not depend on the rest of its batch. Under :func:`torchcdm.runtime.processes.sharing` each
+    process does its share of the samples; a failure of one process is a failure of all.
 
     Args:
-        function: From the rows of a batch to a tensor or a tuple of them, (B, ...).
+        function: Takes the slice of a batch among the samples; gives a tensor or a tuple of them, (B, ...).
         n: Number of samples.
-        size: Samples at a time. When None :func:`rows_at_a_time`, and half as many, with a warning, whenever memory
-            runs out.
+        size: Samples in a batch. None for :func:`rows_at_a_time`, halved with a warning whenever memory runs out.
         dim: Values of a sample.
         device: Where ``function`` works.
 
     Returns:
-        Of all samples (n, ...), in every process, on the device on which ``function`` left them.
+        The results (n, ...), in every process, on the device where ``function`` left them.
 
     Raises:
-        UserError: No samples, or a size below 1.
-        UserError: Of another process too.
+        UserError: No samples, a size below 1, or a UserError of another process.
         RuntimeError: Another process failed otherwise.
     """
     if n < 1:

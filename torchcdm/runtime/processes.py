@@ -27,7 +27,7 @@ class Processes:
         folder: Where trackers write.
 
     Attributes:
-        device: Of this process.
+        device: Device of this process.
         rank: Number of this process.
         world: Number of processes.
         main: Whether this is the process that writes files.

@@ -81,15 +81,15 @@ class Batches:
     Args:
         source: The data; its training split.
         batch_size: Samples a step, all processes together.
-        seed: Seed of everything.
+        seed: Seed of the order and of all noise.
         labels: Whether the model sees classes, or contexts.
         flip: Mirror each image with probability one half.
         workers: Processes that read lazy splits.
-        rank: This process.
+        rank: Number of this process.
         world: Number of processes.
 
     Raises:
-        UserError: The batch does not divide over the processes, or images that cannot be mirrored.
+        UserError: A batch that does not divide over the processes, no samples, or vectors to mirror.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ class Batches:
     ) -> None:
         if batch_size % world:
             raise UserError(f"train.batch_size is {batch_size}; it must be a multiple of the {world} processes")
+        if not len(source.train):
+            raise UserError(f"{source.name}: the training split is empty")
         if flip and len(source.shape) != 3:
             raise UserError("data.flip mirrors images; these data are vectors")
         self.source, self.split = source, source.split("train")
@@ -121,17 +123,17 @@ class Batches:
             first: Step, counted from 0.
             last: Step.
             levels: The loss, which draws levels its own way.
-            device: Where to.
+            device: Device of the batches.
         """
         for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):
             yield self._batch(step, x, y, levels, device)
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
-        steps = _StepIndices(self.order, self.mine, first, last)
+        steps = (self.order.indices(step)[self.mine] for step in range(first, last))
         if not isinstance(self.split, LazySplit):
             return (self.split.batch(indices) for indices in steps)
-        # Every "sample" of this loader is a whole batch: the sampler hands over its indices.
+        # An item of this loader is a whole batch: the sampler hands over its indices.
         return iter(DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers))
 
     def _batch(self, step: int, x: Tensor, y: Tensor, levels: LevelDraw, device: torch.device) -> Batch:
@@ -148,20 +150,6 @@ class Batches:
             raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
         label = y.to(device) if self.labels else None
         return Batch(x_0.to(device), label, t.to(device), eps.to(device))
-
-
-@final
-class _StepIndices:
-    """Sampler: the indices of one process's share of each step."""
-
-    def __init__(self, order: EpochOrder, mine: slice, first: int, last: int) -> None:
-        self.order, self.mine, self.steps = order, mine, range(first, last)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self.order.indices(step)[self.mine] for step in self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
 
 @final

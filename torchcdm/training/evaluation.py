@@ -158,7 +158,7 @@ class PosteriorCurves:
     Attributes:
         levels: The true levels.
         p: For each, the mean over inputs of p(t | x_t) at every t, (T+2,).
-        log_p: Likewise of log p(t | x_t).
+        log_p: For each, the mean of log p(t | x_t) at every t, (T+2,).
     """
 
     levels: list[int]

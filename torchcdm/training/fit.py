@@ -95,11 +95,11 @@ def trained(
     """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
 
     Args:
-        config: What and how.
+        config: What is trained, and how.
         source: The data.
         device: As in :func:`torchcdm.training.loop.train`.
-        progress: Likewise.
-        clock: Likewise.
+        progress: As there.
+        clock: As there.
 
     Raises:
         Interrupted: A signal stopped the training; nothing is left of it.

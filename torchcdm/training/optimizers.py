@@ -16,10 +16,10 @@ LEAST_SIDE = 8
 """Weights with fewer inputs or outputs, such as those that read or write the pixels, are no hidden layer's."""
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that drives singular values to about 1 (K. Jordan et al., Muon, 2024)."""
+"""Coefficients of the quintic that drives singular values to about 1 (K. Jordan et al., Muon, 2024)."""
 
 ITERATIONS = 5
-"""Of the quintic: singular values are then within 0.7 ... 1.2."""
+"""Applications of the quintic: singular values are then within 0.7 ... 1.2."""
 
 
 def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
@@ -96,9 +96,9 @@ class MuonAdamW(torch.optim.AdamW):
 
     Args:
         model: Whose parameters are trained.
-        lr: Learning rate of all.
+        lr: Learning rate of all parameters.
         betas: The two decay rates of Adam.
-        weight_decay: Of all.
+        weight_decay: Weight decay of all parameters, beside the gradient.
         momentum: Decay rate of the momentum, which looks ahead (Nesterov).
     """
 

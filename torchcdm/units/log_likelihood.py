@@ -56,5 +56,5 @@ class LogLikelihood:
 
 
 def standard_error(values: Tensor) -> float:
-    """Of the mean of (N,); nan for one value."""
+    """Standard error of the mean of ``values`` (N,); nan for one value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
