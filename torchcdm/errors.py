@@ -9,8 +9,13 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in what the user gave: one line that names what is wrong and how to mend it.
 
-    The command line prints the line on stderr and leaves with exit code 2.
+    The command line prints the line on stderr and leaves with exit code 2. Line ends and other characters that cannot
+    be printed are escaped: names of files hold them.
     """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -8,9 +8,10 @@ import torch
 from oracles import rng
 
 from torchcdm.data import from_object
+from torchcdm.data.assembly import assemble
 from torchcdm.data.columns import discrete_values, frequent_value
 from torchcdm.data.options import DataOptions
-from torchcdm.data.tables import Table, source_from_tables
+from torchcdm.data.tables import Table, samples_of
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
@@ -84,7 +85,8 @@ def test_gaussianized_tables_bend_continuous_columns_alone(bend):
 
 def test_without_dequantisation_they_stay_as_they_are():
     columns = dict(zip("abc", table().T, strict=True))
-    source = source_from_tables({"train": Table("t", columns, str)}, "t", DataOptions(dequantize=False))
+    options = DataOptions(dequantize=False)
+    source = assemble(samples_of({"train": Table("t", columns, str)}, "t", options), options)
     assert any("'a' has 4 distinct values: its density has no upper bound" in note for note in source.notes)
     x, _ = source.train.tensors()
     assert not source.transform.dequantize and source.transform.add_noise(x, rng()) is x

@@ -117,7 +117,7 @@ def test_other_files_are_counted_and_hidden_ones_passed_over(tmp_path):
 def test_large_folders_are_read_when_asked_and_survive_a_worker(tmp_path, monkeypatch):
     write_folder(tmp_path, 20)
     whole = load_data(f"folder:{tmp_path}")
-    monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
     lazy = load_data(f"folder:{tmp_path}")
     assert isinstance(whole.train, MemorySplit) and isinstance(lazy.train, LazySplit)
     indices = torch.tensor([7, 0, 7])
@@ -268,7 +268,7 @@ def test_corrupt_image_is_named_and_skip_bad_goes_on(tmp_path, content):
 
 
 def test_corrupt_image_of_a_lazy_folder_is_named_when_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
     write_folder(tmp_path, 12, (40, 40, 3))
     path = tmp_path / "003.png"
     path.write_bytes(path.read_bytes()[:2000])

@@ -80,7 +80,7 @@ def test_images_with_their_own_splits(datasets, pictures, tmp_path, monkeypatch)
     assert torch.equal(source.test.tensors()[0], expected[24:])
     assert source.class_names == ("cat", "dog") and source.test.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert source.transform.high == 255
-    monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
     lazy = load_data(f"hf:{tmp_path}")
     assert not isinstance(lazy.train, MemorySplit)
     assert torch.equal(lazy.train.tensors()[0], expected[:20])

@@ -75,7 +75,7 @@ def test_truncated_idx_file_is_named(tmp_path, damage):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     message = one_line(f"fashion-mnist:{tmp_path}")
-    assert message.startswith(f"{path}: truncated")
+    assert message.startswith(f"{path}: cannot be read as an idx file (")
 
 
 def test_wrong_idx_content_is_named(tmp_path):
@@ -83,7 +83,7 @@ def test_wrong_idx_content_is_named(tmp_path):
     path = tmp_path / "train-labels-idx1-ubyte.gz"
     good = path.read_bytes()
     path.write_bytes(gzip.compress(b"<html>not found</html>"))
-    assert f"{path}: not an idx file" in one_line(f"fashion-mnist:{tmp_path}")
+    assert f"{path}: cannot be read as an idx file (not an idx file" in one_line(f"fashion-mnist:{tmp_path}")
     path.write_bytes(gzip.compress(idx(np.zeros(59, np.uint8))))
     assert "train images and labels do not belong together" in one_line(f"fashion-mnist:{tmp_path}")
     labels = np.frombuffer(gzip.decompress(good), np.uint8, offset=8).copy()
@@ -183,7 +183,7 @@ def test_celeba_at_the_size_of_the_crop_is_the_crop(tmp_path):
 def test_large_celeba_is_read_when_asked(tmp_path, monkeypatch):
     write_celeba(tmp_path)
     whole = load_data(f"celeba:{tmp_path}")
-    monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
     lazy = load_data(f"celeba:{tmp_path}")
     assert isinstance(lazy.train, LazySplit)
     assert torch.equal(lazy.train.batch(torch.tensor([5, 0]))[0], whole.train.x[[5, 0]])

@@ -292,7 +292,7 @@ def test_large_dataset_stays_lazy(monkeypatch):
     x = torch.randn(40, 3, 4, 4)
     dataset = torch.utils.data.TensorDataset(x, torch.arange(40) % 4)
     direct = from_object(dataset)
-    monkeypatch.setattr("torchcdm.data.objects.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
     lazy = from_object(dataset)
     assert not isinstance(lazy.train, MemorySplit)
     assert torch.equal(lazy.train.tensors()[0], direct.train.x)

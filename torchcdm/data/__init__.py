@@ -9,11 +9,10 @@ from torchcdm.data.objects import from_object
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.pixels import flip_horizontally
-from torchcdm.data.source import ContextSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
+from torchcdm.data.source import DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
 from torchcdm.data.specs import check_spec, load_data, parse_size, spec_of
 
 __all__ = [
-    "ContextSplit",
     "DataOptions",
     "DataSource",
     "Inputs",

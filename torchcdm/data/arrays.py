@@ -1,8 +1,8 @@
-"""Arrays: which axis is what, which values lie on a grid, and the source that comes of it."""
+"""Arrays: which axis is what, which values lie on a grid, and what the classes are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +11,64 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import pixels
-from torchcdm.data.columns import check_resolution, measure_columns
+from torchcdm.data.assembly import Grid, Samples
+from torchcdm.data.columns import check_resolution
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import DataSource, MemorySplit, Split, complete_splits
+from torchcdm.data.reading import read_arrays
+from torchcdm.data.source import MemorySplit
 from torchcdm.errors import UserError
-from torchcdm.units import DataTransform
-
-Grid = tuple[int, int]
-"""Smallest and largest grey level of integer data; None stands for continuous data."""
 
 DATA_KEYS = ("x", "images", "data")
 LABEL_KEYS = ("y", "labels")
 
+MOST_COLUMNS = 2**17
+"""Columns of vectors, at most: each is looked at alone."""
 
-def load(path: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
+
+def load(path: str, options: DataOptions, layout: Layout | None = None) -> Samples:
     """``array:FILE.npz`` or ``array:FILE.npy``, split at random."""
     x, y, notes = read(Path(path))
-    pool, grid, class_names, more = pool_from(x, y, path, options, layout=layout)
-    return source_from_pool(f"array:{path}", pool, grid, options, class_names, notes=[*notes, *more], layout=layout)
+    return samples_of(x, y, f"array:{path}", options, notes, layout=layout)
 
 
-def pool_from(
+def samples_of(
     x: np.ndarray,
-    y: np.ndarray | None,
+    y: Any,
     name: str,
     options: DataOptions,
+    notes: Sequence[str] = (),
     first: bool = False,
     layout: Layout | None = None,
-) -> tuple[MemorySplit, Grid | None, tuple[str, ...] | None, list[str]]:
-    """All samples of an array, resized and converted, with their grid, class names and notes."""
-    values, grid, notes = interpret(x, name, first, _grid_of(None if layout is None else layout.transform))
+) -> Samples:
+    """All samples of an array, resized and converted.
+
+    Args:
+        x: As :func:`interpret` takes it.
+        y: Labels as :func:`read_labels` takes them.
+        name: The data, for messages.
+        options: Size and channels of images.
+        notes: What was read off the file.
+        first: Channels are known to come first.
+        layout: That of the model that scores the data, whose grey levels they have where they lie between its ends.
+    """
+    values, grid, more = interpret(x, name, first, layout)
     if values.ndim == 4:
         values = convert_images(values, grid, options)
     labels, class_names = read_labels(y, len(values), name)
-    return MemorySplit(values, labels), grid, class_names, notes
+    return Samples(name, {"train": MemorySplit(values, labels)}, grid, class_names, notes=(*notes, *more))
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Data, labels and notes of an .npy or .npz file. Pickled objects are refused.
+    """Data, labels and notes of an .npy or .npz file.
 
     Raises:
         UserError: Missing, unreadable, or without a key that is understood.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, None, []
-        with loaded:
-            arrays = {key: loaded[key] for key in loaded.files}
-    except Exception as error:  # numpy raises many types, zipfile's and pickle's among them
-        raise UserError(f"{path}: cannot be read as a numpy array without pickled objects ({error})") from error
+    arrays, notes = read_arrays(path, (*DATA_KEYS, *LABEL_KEYS)), []
     y = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays), None)
-    key = next((key for key in DATA_KEYS if key in arrays), None)
-    notes = []
+    if y is not None and not arrays:
+        arrays = {key: x for key, x in read_arrays(path).items() if key not in LABEL_KEYS}
+    key = next((key for key in ("", *DATA_KEYS) if key in arrays), None)
     if key is None and len(arrays) == 1:
         key = next(iter(arrays))
         notes.append(f"the only array of the file, '{key}', is taken as the data.")
@@ -76,20 +79,28 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
 
 
 def as_array(data: Any, name: str) -> np.ndarray:
-    """A list or an array as an array; one of objects that are numbers as float64.
+    """A tensor, a list or an array as an array of numbers or texts; objects that are numbers as float64.
 
     Raises:
-        UserError: Rows of unequal length, objects that are no numbers.
+        UserError: Rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense.
     """
+    if isinstance(data, Tensor):
+        if data.layout != torch.strided or data.is_meta or data.is_quantized:
+            raise UserError(f"{name}: a tensor on {data.device} of layout {data.layout}; give a dense one with values")
+        data = data.detach().cpu()
+        half = data.is_floating_point() and data.element_size() <= 2  # bfloat16 is no type of numpy
+        return (data.float() if half else data.resolve_conj().resolve_neg()).numpy()
+    if np.ma.is_masked(data):
+        raise UserError(f"{name}: some values are masked; leave their rows out, or fill them")
     try:
         x = np.asarray(data)
         return x.astype(np.float64) if x.dtype.kind == "O" else x
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: the list is not an array of numbers ({error})") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{name}: not an array of numbers ({error})") from error
 
 
 def interpret(
-    x: np.ndarray, name: str, first: bool = False, known: Grid | None = None
+    x: np.ndarray, name: str, first: bool = False, layout: Layout | None = None
 ) -> tuple[Tensor, Grid | None, list[str]]:
     """Samples as a tensor with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
@@ -97,25 +108,23 @@ def interpret(
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
         name: The data, for messages.
         first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
-        known: The grid of whole numbers that all lie between its ends; that of others is read off them.
+        layout: That of the model that takes the samples. Its grid is theirs where they are whole numbers between its
+            ends; otherwise the grid is read off them.
 
     Raises:
         UserError: Other numbers of axes, values that are not finite numbers, no samples.
     """
-    if x.dtype.kind not in "buif":
-        raise UserError(f"{name}: values of type {x.dtype} are not numbers")
+    check_numbers(x, name)
     if x.ndim not in (1, 2, 3, 4):
         raise UserError(f"{name}: an array of shape {x.shape} is neither vectors (N, d) nor images (N, C, H, W)")
-    if 0 in x.shape:
-        raise UserError(f"{name}: an array of shape {x.shape} holds no values")
-    x, layout = _arrange(x, first)
+    x, axes = _arrange(x, first)
     kind = "vectors" if x.ndim == 2 else "images"
     sizes = f"{x.shape[1]} columns" if x.ndim == 2 else "{} channel(s), {} x {} pixels".format(*x.shape[1:])
-    notes = [f"{len(x)} {kind} of {sizes}, read as {layout}."]
+    notes = [f"{len(x)} {kind} of {sizes}, read as {axes}."]
     if x.dtype.kind != "f":
         low, high = int(x.min()), int(x.max())
         if high - low < 2**16:
-            grid = known if known is not None and known[0] <= low and high <= known[1] else _grid(low, high)
+            grid = _grid(low, high, layout)
             notes.append(f"whole numbers {low} ... {high}: {grid[1] - grid[0] + 1} grey levels.")
             dtype = np.uint8 if x.dtype.kind != "i" and grid[1] < 256 else np.float32
             return torch.from_numpy(np.ascontiguousarray(x, dtype)), grid, notes
@@ -125,8 +134,35 @@ def interpret(
         raise UserError(f"{name}: sample {int(finite.argmin())} holds a value that is not a finite number")
     if x.ndim == 2:
         check_resolution(x, [f"c{k}" for k in range(x.shape[1])], name)
-    values = torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    values = single(x, name)
     return values, None, [*notes, *(_lattice_note(values) if values.ndim > 2 else [])]
+
+
+def check_numbers(x: np.ndarray, name: str) -> None:
+    """Refuses what holds no values, or none that are numbers, and vectors that are too long.
+
+    Raises:
+        UserError: Names shape or type.
+    """
+    if x.dtype.kind not in "buif":
+        raise UserError(f"{name}: values of type {x.dtype} are not numbers")
+    if 0 in x.shape:
+        raise UserError(f"{name}: an array of shape {x.shape} holds no values")
+    if x.ndim == 2 and x.shape[1] > MOST_COLUMNS:
+        raise UserError(f"{name}: vectors of {x.shape[1]} numbers; at most {MOST_COLUMNS} are taken")
+
+
+def single(x: np.ndarray, name: str) -> Tensor:
+    """Finite numbers as float32.
+
+    Raises:
+        UserError: A value beyond float32.
+    """
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: holds values beyond float32 (3e38); divide them by a constant")
+    return torch.from_numpy(values)
 
 
 def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
@@ -153,20 +189,17 @@ def channels_first(shape: Sequence[int]) -> bool:
     return a <= c
 
 
-def _grid(low: int, high: int) -> Grid:
-    """The grid that whole numbers from low to high were stored on: 8 or 16 bits, or exactly those levels."""
+def _grid(low: int, high: int, layout: Layout | None) -> Grid:
+    """The grid that whole numbers were stored on: the model's, 8 or 16 bits, or exactly those levels."""
+    taken = None if layout is None else layout.transform
+    limits = None if taken is None or taken.bin != 1 else (taken.low, taken.high)
+    if limits is not None and None not in limits and limits[0] <= low and high <= limits[1]:
+        return int(limits[0]), int(limits[1])
     if low < 0:
         return low, high
     if high < 64:
         return 0, max(high, 1)
     return (0, 255) if high < 256 else (0, 65535)
-
-
-def _grid_of(transform: DataTransform | None) -> Grid | None:
-    """The whole numbers that a model takes; None where it takes no such, or there is no model."""
-    if transform is None or transform.bin != 1 or transform.low is None or transform.high is None:
-        return None
-    return int(transform.low), int(transform.high)
 
 
 def _lattice_note(values: Tensor) -> list[str]:
@@ -193,7 +226,7 @@ def convert_images(x: Tensor, grid: Grid | None, options: DataOptions) -> Tensor
 
 
 def read_labels(
-    y: np.ndarray | Sequence | None, count: int, name: str, class_names: Sequence[str] | None = None
+    y: Any, count: int, name: str, class_names: Sequence[str] | None = None
 ) -> tuple[Tensor | None, tuple[str, ...] | None]:
     """Labels as long (N,) and the names of the classes.
 
@@ -204,16 +237,19 @@ def read_labels(
         class_names: Names of the classes where they are known.
 
     Raises:
-        UserError: A label out of range, or another number of labels than samples.
+        UserError: A label that is missing or out of range, or another number of labels than samples.
     """
     if y is None:
         return None, None
-    y = np.asarray(y)
+    y = as_array(y, f"{name}, labels") if isinstance(y, Tensor) or np.ma.is_masked(y) else np.asarray(y)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (count,):
         raise UserError(f"{name}: labels have shape {y.shape}; one label for each of the {count} samples is needed")
     if y.dtype.kind in "USO":
+        absent = next((i for i, label in enumerate(y) if is_missing(label)), None)
+        if absent is not None:
+            raise UserError(f"{name}: sample {absent} has no label ({y[absent]})")
         texts = [str(label) for label in y]
         names = sorted(set(texts))
         index = {text: number for number, text in enumerate(names)}
@@ -231,83 +267,6 @@ def read_labels(
     return torch.from_numpy(y.astype(np.int64)), tuple(names)
 
 
-def measure(
-    train: Split, grid: Grid | None, dequantize: bool, name: str, columns: Sequence[str] | None = None
-) -> tuple[DataTransform, list[str]]:
-    """The transform of a training split, and notes: the grid for grey levels, mean and deviation for continuous data.
-
-    Raises:
-        UserError: What does not vary.
-    """
-    shape = train[0][0].shape
-    if grid is None:
-        if len(shape) == 1:
-            return measure_columns(train.tensors()[0], columns or [f"c{k}" for k in range(shape[0])], dequantize, name)
-        x, _ = train.tensors(limit=10_000)
-        if bool((x == x.flatten()[0]).all()):
-            raise UserError(f"{name}: all values are equal; there is nothing to learn")
-        return DataTransform.standardize(x), []
-    low, high = grid
-    if low == 0:
-        return DataTransform.images(shape, high + 1, dequantize), []
-    scale = (high - low + (1 if dequantize else 0)) / 2
-    return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high)), []
-
-
-def check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTransform, name: str) -> None:
-    """Refuses data that a model of ``transform`` would take for others.
-
-    Raises:
-        UserError: Another shape, other grey levels, or grey levels for continuous values; names both.
-    """
-    if shape != transform.shape:
-        raise UserError(f"{name}: has shape {shape}; the model takes {transform.shape}")
-    found = None if grid is None else (*grid, 1)
-    taken = None if transform.bin is None else (transform.low, transform.high, transform.bin)
-    if found == taken:
-        return
-    if taken is None:
-        mend = "give floats in the units of the training data"
-    elif found is None:
-        mend = "give whole numbers"
-    else:
-        mend = "rescale them"
-    raise UserError(f"{name}: {_levels(found)}; the model takes {_levels(taken)}; {mend}")
-
-
-def _levels(grid: tuple[float, float, float] | None) -> str:
-    return "continuous values" if grid is None else "grey levels {:g} ... {:g}".format(*grid)
-
-
-def source_from_splits(
-    name: str,
-    splits: tuple[Split, Split, Split],
-    grid: Grid | None,
-    options: DataOptions,
-    class_names: tuple[str, ...] | None = None,
-    columns: tuple[str, ...] | None = None,
-    notes: Iterable[str] = (),
-    layout: Layout | None = None,
-) -> DataSource:
-    """The source of splits that are made; its transform is the layout's, else measured on the first split."""
-    if layout is None:
-        transform, more = measure(splits[0], grid, options.dequantize, name, columns)
-    else:
-        transform, more = layout.transform, []
-        check_units(tuple(splits[0][0][0].shape), grid, transform, name)
-    return DataSource(name, *splits, transform, class_names, columns, (*notes, *more))
-
-
-def source_from_pool(
-    name: str,
-    pool: Split,
-    grid: Grid | None,
-    options: DataOptions,
-    class_names: tuple[str, ...] | None = None,
-    columns: tuple[str, ...] | None = None,
-    notes: Iterable[str] = (),
-    layout: Layout | None = None,
-) -> DataSource:
-    """The source of samples that do not say what is for testing: split at random with the options' seed."""
-    splits, note = complete_splits(name, {"train": pool}, options)
-    return source_from_splits(name, splits, grid, options, class_names, columns, [*notes, note], layout)
+def is_missing(label: Any) -> bool:
+    """Whether a label is none: nothing, blank, or a missing value of numpy or pandas."""
+    return label is None or str(label).strip() in ("", "nan", "NaN", "NaT", "<NA>")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
-from torchcdm.data.arrays import source_from_splits
-from torchcdm.data.folders import inspect, read_if_small
+from torchcdm.data.assembly import Samples
+from torchcdm.data.folders import inspect
 from torchcdm.data.images import ImageReader
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.published import candidates
-from torchcdm.data.source import NO_LABEL, DataSource, LazySplit
+from torchcdm.data.reading import reading
+from torchcdm.data.source import LazySplit, Split
 from torchcdm.errors import UserError
 
 CROP = (25, 57, 153, 185)
@@ -24,7 +23,7 @@ IMAGES = ("img_align_celeba", "Img/img_align_celeba")
 PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
 
 
-def celeba(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
+def celeba(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
     """``celeba:PATH``: the aligned and cropped images; training, validation and test as published.
 
     PATH holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them.
@@ -44,25 +43,22 @@ def celeba(argument: str, options: DataOptions, layout: Layout | None = None) ->
         raise UserError(f"{everything[0]}: {info}; the aligned and cropped CelebA has 218 x 178 pixels")
     size = options.size or SIZE
     reader = ImageReader(info.high, size, options.channels, CROP)
-    splits = []
-    for part in paths:
+    parts: dict[str, Split] = {}
+    for split, part in zip(("train", "validation", "test"), paths, strict=True):
         kept = [path for path in part if path in found.good] if options.skip_bad else part
-        split = LazySplit(reader, kept, torch.full((len(kept),), NO_LABEL))
-        splits.append(read_if_small(split, len(everything)))
+        parts[split] = LazySplit(reader, kept).in_memory_if_small(len(everything))
     if absent:
         notes.append(f"{len(absent)} listed file(s) are missing, {absent[0]} the first.")
     notes.append("cropped to 128 x 128 pixels around (89, 121), resized to {} x {}.".format(*size))
-    notes.append("split as published: {} for training, {} for validation, {} for test.".format(*map(len, splits)))
-    train, validation, test = splits
-    return source_from_splits("celeba", (train, validation, test), info.grid, options, notes=notes, layout=layout)
+    return Samples("celeba", parts, info.grid, notes=tuple(notes))
 
 
 def _places(argument: str) -> tuple[Path, Path]:
     """The folder of images and the file of the partition."""
     roots = candidates(argument, "celeba")
     for root in roots:
-        images = next((root / name for name in IMAGES if (root / name).is_dir()), None)
-        listing = next((root / name for name in PARTITION if (root / name).is_file()), None)
+        images = next((root / name for name in IMAGES if os.path.isdir(root / name)), None)
+        listing = next((root / name for name in PARTITION if os.path.isfile(root / name)), None)
         if images and listing:
             return images, listing
     places = " or ".join(map(str, roots)) or "celeba: (no path given)"
@@ -74,10 +70,15 @@ def _places(argument: str) -> tuple[Path, Path]:
 
 def _partition(listing: Path, images: Path) -> tuple[list[list[Path]], list[str]]:
     """Paths of the three splits as the partition file lists them, and the names of listed files that are missing."""
-    present = set(os.listdir(images))
+    with reading(listing, "a list of files") as file:
+        lines = file.read().decode(errors="replace").splitlines()
+    try:
+        present = set(os.listdir(images))
+    except OSError as error:
+        raise UserError(f"{images}: cannot be read ({error.strerror})") from None
     paths: list[list[Path]] = [[], [], []]
     absent = []
-    for number, line in enumerate(listing.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue

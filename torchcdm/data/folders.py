@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from torchcdm.data.arrays import source_from_splits
+from torchcdm.data.assembly import Samples
 from torchcdm.data.images import SUFFIXES, ImageInfo, ImageReader, describe
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import MEMORY_LIMIT, NO_LABEL, DataSource, LazySplit, Split, complete_splits
+from torchcdm.data.reading import reason
+from torchcdm.data.source import NO_LABEL, LazySplit
 from torchcdm.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -21,14 +23,6 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "valid", "val"),
     "test": ("test", "testing"),
 }
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file with its place: the folder names between the split's root and the file."""
-
-    path: Path
-    folders: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,86 +42,113 @@ class Inspection:
     left_out: tuple[str, ...]
 
 
-def find_images(root: Path) -> tuple[list[ImageFile], int]:
-    """All image files below ``root`` in the order of their paths, and how many other files there are.
+@dataclass
+class Search:
+    """A search for image files, each of which is found once, by whatever links it can be reached.
 
-    Hidden files and folders are passed over.
+    Attributes:
+        skip_bad: Pass over folders that cannot be listed.
+        seen: Device and number of every file and folder that was found.
+        others: Number of files that are no images.
+        links: Number of further links to files and folders that were found already.
+        unreadable: What cannot be reached or listed.
     """
-    found, others = [], 0
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES:
-                found.append(ImageFile(path, path.parent.relative_to(root).parts))
-            else:
-                others += 1
-    return sorted(found, key=lambda file: file.path.relative_to(root).parts), others
+
+    skip_bad: bool = False
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    others: int = 0
+    links: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def below(self, root: Path) -> list[Path]:
+        """All image files below ``root`` in the order of their paths; hidden files and folders are passed over.
+
+        Raises:
+            UserError: A folder that cannot be listed, or a link that leads nowhere.
+        """
+        files, todo, links = [], [root], []
+        while todo or links:
+            # Links come last: a file has the class of the folder that it lies in.
+            path = todo.pop() if todo else links.pop()
+            try:
+                status = os.stat(path)
+                identity, is_folder = (status.st_dev, status.st_ino), stat.S_ISDIR(status.st_mode)
+                if path.suffix.lower() not in SUFFIXES and not is_folder:
+                    self.others += 1
+                elif identity in self.seen:
+                    self.links += 1
+                elif is_folder:
+                    with os.scandir(path) as entries:
+                        found = [entry for entry in entries if not entry.name.startswith(".")]
+                    found.sort(key=lambda entry: entry.name, reverse=True)
+                    todo += [path / entry.name for entry in found if not entry.is_symlink()]
+                    links = sorted(links + [path / entry.name for entry in found if entry.is_symlink()], reverse=True)
+                    self.seen.add(identity)
+                else:
+                    files.append(path)
+                    self.seen.add(identity)
+            except OSError as error:
+                problem = f"{path}: cannot be read ({reason(error)})"
+                if not self.skip_bad:
+                    raise UserError(f"{problem}; --skip-bad goes on without it") from None
+                self.unreadable.append(problem)
+        return sorted(files, key=lambda path: path.relative_to(root).parts)
+
+    def notes(self) -> list[str]:
+        """What is to be said, one sentence each."""
+        notes = [f"{self.others} file(s) that are no images are passed over."] * bool(self.others)
+        notes += [f"{self.links} further link(s) to the same files and folders are passed over."] * bool(self.links)
+        return notes + [f"{problem}: left out." for problem in self.unreadable]
 
 
-def load(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
+def load(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
     """``folder:PATH``: all images below PATH.
 
     Sub-folders ``train``, ``validation`` and ``test`` are the splits where ``train`` is there; sub-folders of a
     split are classes when every image lies in one and there are at least two.
     """
     root = Path(argument)
-    if not root.is_dir():
-        raise UserError(f"{argument}: no such folder")
-    parts, notes = _parts(root)
-    files = [file for part in parts.values() for file in part]
-    class_names = _class_names(parts)
-    if class_names:
-        notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
-    found = inspect([file.path for file in files], options)
-    reader = ImageReader(found.info.high, options.size, options.channels)
-    splits = {}
-    for split, part in parts.items():
-        kept = [file for file in part if file.path in found.good]
-        labels = [class_names.index(file.folders[0]) if class_names else NO_LABEL for file in kept]
-        lazy = LazySplit(reader, [file.path for file in kept], torch.tensor(labels))
-        splits[split] = read_if_small(lazy, len(found.good))
-    name = f"folder:{argument}"
-    complete, note = complete_splits(name, splits, options)
-    notes += [*found.notes, *found.left_out, note]
-    return source_from_splits(name, complete, found.info.grid, options, class_names, notes=notes, layout=layout)
-
-
-def _parts(root: Path) -> tuple[dict[str, list[ImageFile]], list[str]]:
-    """The image files of each split folder, all of them ``train`` where there are no such folders; and notes."""
     folders = {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
+        split: next((root / name for name in names if os.path.isdir(root / name)), None)
         for split, names in SPLIT_FOLDERS.items()
     }
-    if folders["train"] is None:
-        folders = {"train": root}
-    parts, others = {}, 0
-    for split, folder in folders.items():
-        if folder is not None:
-            parts[split], ignored = find_images(folder)
-            others += ignored
-    if not parts["train"]:
+    folders = folders if folders["train"] else {"train": root}
+    search = Search(options.skip_bad)
+    files = {split: search.below(folder) for split, folder in folders.items() if folder}
+    if not files["train"]:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folders['train']}: no image files in this folder or below it (looked for {suffixes})")
-    return parts, [f"{others} file(s) that are no images are passed over."] if others else []
+    above = {path: path.relative_to(folders[split]).parts[:-1] for split, part in files.items() for path in part}
+    class_names = _class_names(files["train"], above)
+    found = inspect(list(above), options)
+    reader = ImageReader(found.info.high, options.size, options.channels)
+    splits = {}
+    for split, part in files.items():
+        kept = [path for path in part if path in found.good]
+        labels = torch.tensor([class_names.index(above[path][0]) if class_names else NO_LABEL for path in kept])
+        if kept or split == "train":
+            splits[split] = LazySplit(reader, kept, labels).in_memory_if_small(len(found.good))
+    notes = search.notes()
+    if class_names:
+        notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
+    notes += [*found.notes, *found.left_out]
+    return Samples(f"folder:{argument}", splits, found.info.grid, class_names, notes=tuple(notes))
 
 
-def _class_names(parts: dict[str, list[ImageFile]]) -> tuple[str, ...] | None:
-    """Names of the class sub-folders; None where there are none.
+def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Names of the class sub-folders, the first of those above each file; None where there are none.
 
     Raises:
         UserError: Validation or test have a class that training has not.
     """
-    if not all(file.folders for file in parts["train"]):
+    if not all(above[path] for path in train):
         return None
-    names = tuple(sorted({file.folders[0] for file in parts["train"]}))
+    names = tuple(sorted({above[path][0] for path in train}))
     if len(names) < 2:
         return None
-    for part in parts.values():
-        for file in part:
-            if not file.folders or file.folders[0] not in names:
-                listing = ", ".join(names)
-                raise UserError(f"{file.path}: not in one of the class folders of the training images ({listing})")
+    for path, folders in above.items():
+        if not folders or folders[0] not in names:
+            raise UserError(f"{path}: not in one of the class folders of the training images ({', '.join(names)})")
     return names
 
 
@@ -181,11 +202,3 @@ def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo
     else:
         return
     raise UserError(f"images differ: {path} has {info}; {other} has {found}; {mend}")
-
-
-def read_if_small(split: LazySplit, total: int) -> Split:
-    """The split in memory where the whole data set of ``total`` images is small, else as it is."""
-    if not split:
-        return split
-    x, _ = split[0]
-    return split.in_memory() if total * x.nelement() * x.element_size() <= MEMORY_LIMIT else split

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.data import pixels
-from torchcdm.data.arrays import Grid, channels_first
-from torchcdm.errors import UserError
+from torchcdm.data.arrays import channels_first
+from torchcdm.data.assembly import Grid
+from torchcdm.data.reading import array_header, read_array, reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +24,9 @@ SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".jp2", ".npy")
 )
 """Files that count as images; an .npy file holds one image, of any number of channels."""
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
+"""What Pillow may take a file for, whatever its name says: others, PostScript for one, start programs."""
 
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 SWAPPED_ORIENTATIONS = (5, 6, 7, 8)
@@ -34,7 +40,7 @@ class ImageInfo:
     Attributes:
         channels: Grey 1, grey and alpha 2, colour 3, colour and alpha 4; anything in .npy files.
         height: Pixels, as the image is meant to be seen (EXIF orientation applied).
-        width: Likewise.
+        width: Pixels, in the same sense.
         high: Largest value of an unsigned integer file, 255 or 65535; None for floats.
         reduced: Pillow reads the file's 16-bit colours as 8 bits.
     """
@@ -66,19 +72,17 @@ def describe(path: Path) -> ImageInfo:
     """
     from PIL import Image
 
-    if path.suffix.lower() == ".npy":
-        array = _load_array(path)
-        return ImageInfo(*array.shape, {"u1": 255, "u2": 65535}.get(array.dtype.str[1:]))
-    try:
-        with Image.open(path) as image:
+    with _open(path) as file:
+        if path.suffix.lower() == ".npy":
+            shape, _, dtype = array_header(file)
+            return ImageInfo(*_image_shape(shape, dtype), {"u1": 255, "u2": 65535}.get(dtype.str[1:]))
+        with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
             if Image.Image.getexif(image).get(EXIF_ORIENTATION) in SWAPPED_ORIENTATIONS:
                 width, height = height, width
             mode, high = _plain_mode(image), pillow_high(image)
             reduced = mode in ("RGB", "RGBA") and any("16" in str(tile[3]) for tile in image.tile)
-    except Exception as error:  # Pillow's plug-ins raise many types for broken files
-        raise _unreadable(path, error) from error
     return ImageInfo({"LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 1), height, width, high, reduced)
 
 
@@ -90,14 +94,18 @@ def decode(path: Path) -> Tensor:
     """
     from PIL import Image
 
-    if path.suffix.lower() == ".npy":
-        array = _load_array(path)
-        return torch.from_numpy(np.array(array, np.uint8 if array.dtype == np.uint8 else np.float32))
-    try:
-        with Image.open(path) as image:
-            return from_pillow(image)
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    with _open(path) as file:
+        if path.suffix.lower() != ".npy":
+            with Image.open(file, formats=FORMATS) as image:
+                return from_pillow(image)
+        array = read_array(file, os.fstat(file.fileno()).st_size)
+        shape = _image_shape(array.shape, array.dtype)
+        if array.ndim == 3 and shape != array.shape:
+            array = np.moveaxis(array, 2, 0)
+        array = array.reshape(shape).astype(np.uint8 if array.dtype == np.uint8 else np.float32, order="C")
+        if not np.isfinite(array).all():
+            raise ValueError("values that are not finite numbers of float32")
+        return torch.from_numpy(array)
 
 
 def from_pillow(image: Image) -> Tensor:
@@ -110,6 +118,8 @@ def from_pillow(image: Image) -> Tensor:
     if mode in WIDE_MODES and (array.min() < 0 or array.max() > 65535):
         raise ValueError("32-bit integers beyond 0 ... 65535")
     array = array.astype(np.uint8 if array.dtype == np.uint8 else np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("values that are not finite numbers")
     return torch.from_numpy(array)[None] if array.ndim == 2 else torch.from_numpy(array).movedim(-1, 0).contiguous()
 
 
@@ -159,24 +169,16 @@ def _plain_mode(image: Image) -> str:
     return {"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB"}.get(image.mode, "RGB")
 
 
-def _load_array(path: Path) -> np.ndarray:
-    """One image (C, H, W) of an .npy file, mapped and not read."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    if array.ndim == 2:
-        array = array[None]
-    if array.ndim != 3 or array.dtype.str[1:] not in ("u1", "u2", "f2", "f4", "f8"):
-        raise UserError(
-            f"{path}: an array of shape {array.shape}, type {array.dtype} is not one image; "
-            "write (H, W), (H, W, C) or (C, H, W) as uint8, uint16 or floats"
-        )
-    return array if channels_first(array.shape) else np.moveaxis(array, 2, 0)
+def _image_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
+    """(C, H, W) of an array that holds one image."""
+    plain = (1, *shape) if len(shape) == 2 else shape
+    if len(plain) != 3 or dtype.str[1:] not in ("u1", "u2", "f2", "f4", "f8"):
+        mend = "write (H, W), (H, W, C) or (C, H, W) as uint8, uint16 or floats"
+        raise ValueError(f"an array of shape {shape}, type {dtype} is not one image; {mend}")
+    return plain if len(shape) == 2 or channels_first(plain) else (plain[2], *plain[:2])
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if not path.exists():
-        return UserError(f"{path}: no such file")
-    reason = str(error).replace(str(path), path.name) or type(error).__name__
-    return UserError(f"{path}: cannot be read as an image ({reason}); --skip-bad leaves such files out")
+def _open(path: Path) -> AbstractContextManager[BinaryIO]:
+    from PIL import Image
+
+    return reading(path, "an image", "; --skip-bad leaves such files out", (Image.DecompressionBombError,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data import arrays, images, pixels, tables
-from torchcdm.data.folders import find_images
+from torchcdm.data import arrays, images, tables
+from torchcdm.data.folders import Search
 from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.reading import file_status, printable
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
@@ -84,10 +86,8 @@ class _Target:
 
     def read(self, path: Path) -> Inputs:
         """All samples of one file or folder."""
-        if path.is_dir():
-            return self._images([file.path for file in find_images(path)[0]])
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+        if stat.S_ISDIR(file_status(path).st_mode):
+            return self._images(Search(self.options.skip_bad).below(path))
         suffix = path.suffix.lower()
         if suffix in tables.SUFFIXES:
             return self._table(path)
@@ -110,7 +110,7 @@ class _Target:
             self._check_shape(tuple(x.shape), str(path))
             x = self._on_grid(x.float(), info.high, str(path))
             samples.append(self._check_range(x[None], str(path)))
-            names.append(str(path))
+            names.append(printable(path))
         return without_columns(torch.cat(samples), names)
 
     def _on_grid(self, x: Tensor, file_high: int | None, name: str) -> Tensor:
@@ -124,36 +124,29 @@ class _Target:
 
     def _array(self, path: Path) -> Inputs:
         x, _, _ = arrays.read(path)
-        x = x[None] if self._is_one_sample(x) else x
+        if len(self.shape) == 1:
+            one_sample = x.shape == self.shape and self.shape != (1,)
+        else:
+            one_sample = x.ndim == 2 or (x.ndim == 3 and self.shape in (x.shape, (x.shape[2], *x.shape[:2])))
+        x = x[None] if one_sample else x
         values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == self.shape)
         if values.ndim == 4:
-            values = torch.stack([self._convert(image, grid) for image in values])
+            values = arrays.convert_images(values, grid, self.options)
         self._check_shape(tuple(values.shape[1:]), str(path))
-        names = [f"{path}[{i}]" for i in range(len(values))]
+        names = [f"{printable(path)}[{i}]" for i in range(len(values))]
         return without_columns(self._check_range(values.float(), str(path)), names)
-
-    def _is_one_sample(self, x: np.ndarray) -> bool:
-        if len(self.shape) == 1:
-            return x.shape == self.shape and self.shape != (1,)
-        return x.ndim == 2 or (x.ndim == 3 and self.shape in (x.shape, np.moveaxis(x, 2, 0).shape))
-
-    def _convert(self, image: Tensor, grid: arrays.Grid | None) -> Tensor:
-        if self.options.channels is not None:
-            image = pixels.to_channels(image, self.options.channels, 1.0 if grid is None else grid[1])
-        if self.options.size is not None:
-            image = pixels.resize(image, self.options.size)
-        return image if grid is None else image.round()
 
     def _table(self, path: Path) -> Inputs:
         table = tables.read(path)
         columns = self.layout.columns or tuple(table.columns)
         self._check_shape((len(columns),), str(path))
-        x = torch.from_numpy(table.matrix(columns).astype(np.float32))
+        x = arrays.single(table.matrix(columns), str(path))
         deviating = torch.zeros(len(x), dtype=torch.bool)
         for column, value in self.layout.constants.items():
             if column in table.columns:
                 deviating |= torch.from_numpy(table.numbers(column).astype(np.float32)) != value
-        return Inputs(self._check_range(x, str(path)), [f"{path}: {table.row(i)}" for i in range(len(x))], deviating)
+        names = [f"{printable(path)}: {table.row(i)}" for i in range(len(x))]
+        return Inputs(self._check_range(x, str(path)), names, deviating)
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> None:
         if shape != self.shape:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchcdm.data import arrays, tables
+from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.images import from_pillow
 from torchcdm.data.options import DataOptions, with_fields
-from torchcdm.data.source import MEMORY_LIMIT, DataSource, LazySplit
+from torchcdm.data.source import DataSource, LazySplit
 from torchcdm.errors import UserError
 
 
@@ -46,27 +47,21 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
         data, labels = data
     column = labels if isinstance(labels, str) else None
     options = with_fields(options or DataOptions(), label=column, **fields)
-    y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
-    if isinstance(data, Tensor):
-        data = data.float() if data.dtype == torch.bfloat16 else data  # a type that numpy has not
-        return _from_array(data.detach().cpu().numpy(), y, "tensor", options, first=True)
-    if isinstance(data, (np.ndarray, list)):
-        return _from_array(arrays.as_array(data, "array"), y, "array", options)
+    return assemble(_samples(data, labels, options), options)
+
+
+def _samples(data: Any, labels: Any, options: DataOptions) -> Samples:
+    if isinstance(data, (Tensor, np.ndarray, list)):
+        name = "tensor" if isinstance(data, Tensor) else "array"
+        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=isinstance(data, Tensor))
     if tables.is_frame(data):
         table = tables.from_frame(data)
-        return tables.source_from_tables({"train": table}, table.name, options, None if column else y)
+        return tables.samples_of({"train": table}, table.name, options, None if options.label else labels)
     known = isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
     if not known or isinstance(data, (str, bytes, Mapping)) or hasattr(data, "tocsr"):
         kind = type(data).__name__
         raise UserError(f"data of type {kind} are not understood; give a tensor, an array, a data frame or a Dataset")
-    return _from_dataset(data, y, options)
-
-
-def _from_array(
-    x: np.ndarray, y: np.ndarray | None, name: str, options: DataOptions, first: bool = False
-) -> DataSource:
-    pool, grid, class_names, notes = arrays.pool_from(x, y, name, options, first)
-    return arrays.source_from_pool(name, pool, grid, options, class_names, notes=notes)
+    return _from_dataset(data, labels, options)
 
 
 @dataclass(frozen=True)
@@ -84,40 +79,39 @@ class DatasetReader:
         value, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
         if isinstance(value, (tuple, list)) and len(value) == 1:
             value = value[0]
-        if not isinstance(value, (Tensor, np.ndarray)):
-            if not hasattr(value, "getbands"):
-                raise UserError(f"sample {index} of the Dataset is a {type(value).__name__}; give tensors or images")
+        if hasattr(value, "getbands"):
             value = from_pillow(value)
-        if isinstance(value, np.ndarray):
-            last = value.ndim == 3 and not arrays.channels_first(value.shape)
-            value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
+        elif not isinstance(value, (Tensor, np.ndarray)):
+            raise UserError(f"sample {index} of the Dataset is a {type(value).__name__}; give tensors or images")
+        last = isinstance(value, np.ndarray) and value.ndim == 3 and not arrays.channels_first(value.shape)
+        value = arrays.as_array(value, f"sample {index} of the Dataset")
+        arrays.check_numbers(value, f"sample {index} of the Dataset")
+        value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
         return value[None] if value.ndim == 2 else value, label
 
 
-def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> DataSource:
+def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
     """One pass over the Dataset: it stays in memory where it is small; else only the labels do."""
     if len(dataset) == 0:
         raise UserError("the Dataset is empty")
     reader = DatasetReader(dataset)
-    first, _ = reader.sample(0)
-    small = len(dataset) * first.nelement() * first.element_size() <= MEMORY_LIMIT
-    samples, labels = [], []
+    lazy = LazySplit(reader, range(len(dataset)), name="the Dataset, sample ")
+    held, labels = [], []
     for index in range(len(dataset)):
         sample, label = reader.sample(index)
-        if sample.shape != first.shape:
-            shapes = f"{tuple(sample.shape)}; sample 0 has {tuple(first.shape)}"
+        if sample.shape != lazy.like.shape:
+            shapes = f"{tuple(sample.shape)}; sample 0 has {tuple(lazy.like.shape)}"
             raise UserError(f"sample {index} of the Dataset has shape {shapes}; all must agree")
         labels.append(label)
-        if small:
-            samples.append(sample)
-    y = np.asarray(labels) if y is None and labels[0] is not None else y
-    if small:
-        return _from_array(torch.stack(samples).numpy(), y, "Dataset", options, first=True)
-    if first.dtype not in (torch.uint8, torch.float32):
-        raise UserError(f"the Dataset gives {first.dtype}; a large one must give uint8 or float32")
+        if lazy.small(len(dataset)):
+            held.append(sample)
+    y = labels if y is None and labels[0] is not None else y
+    if held:
+        return arrays.samples_of(torch.stack(held).numpy(), y, "Dataset", options, first=True)
+    if lazy.like.dtype not in (torch.uint8, torch.float32):
+        raise UserError(f"the Dataset gives {lazy.like.dtype}; a large one must give uint8 or float32")
     numbers, class_names = arrays.read_labels(y, len(dataset), "Dataset")
-    numbers = torch.full((len(dataset),), -1) if numbers is None else numbers
-    grid = (0, 255) if first.dtype == torch.uint8 else None
-    pool = LazySplit(reader, range(len(dataset)), numbers)
-    notes = [f"{len(dataset)} samples of shape {tuple(first.shape)}, read when they are asked for."]
-    return arrays.source_from_pool("Dataset", pool, grid, options, class_names, notes=notes)
+    grid = (0, 255) if lazy.like.dtype == torch.uint8 else None
+    notes = (f"{len(dataset)} samples of shape {tuple(lazy.like.shape)}, read when they are asked for.",)
+    pool = lazy if numbers is None else lazy.relabelled(numbers)
+    return Samples("Dataset", {"train": pool}, grid, class_names, notes=notes)

@@ -12,6 +12,7 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.validation import validated
 from torchcdm.units import DataTransform
 
+Side = Annotated[int, Field(ge=1, le=2**14)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
@@ -42,7 +43,7 @@ class DataOptions:
     """
 
     spec: str | None = None
-    size: tuple[Count, Count] | None = None
+    size: tuple[Side, Side] | None = None
     channels: Count | None = None
     validation_fraction: Share | None = None
     test_fraction: Share | None = None
@@ -53,7 +54,7 @@ class DataOptions:
     dequantize: bool = True
     gaussianize: bool = False
     flip: bool = False
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 def with_fields(options: DataOptions, **fields: Any) -> DataOptions:

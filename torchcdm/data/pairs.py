@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, tables
-from torchcdm.data.columns import check_discrete, constants_note, discrete_values, frequency_notes
+from torchcdm.data.assembly import Grid, Samples, assemble
+from torchcdm.data.columns import check_discrete, check_resolution, constants_note, discrete_values, frequency_notes
 from torchcdm.data.inputs import Inputs, read_inputs, without_columns
 from torchcdm.data.objects import from_object
 from torchcdm.data.options import DataOptions, Layout
@@ -30,9 +32,6 @@ MIN_ROWS = 20
 
 CONSTANT = 1e-9
 """Relative difference from the value of a constant column that is none."""
-
-LABEL = "(source)"
-"""Name of the column of classes; no file's own."""
 
 HELD_OUT = 0.15
 """Share of each data set that is held out unless another is given."""
@@ -69,7 +68,7 @@ class _Images:
 
     name: str
     x: Tensor
-    grid: arrays.Grid | None
+    grid: Grid | None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -138,7 +137,7 @@ def read_query(
     Raises:
         UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
     """
-    if columns is None and isinstance(x, (str, Path)) and Path(x).exists():
+    if columns is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, layout, options)
     query = _read(x, "query", options or DataOptions())
     if not len(query):
@@ -167,29 +166,23 @@ def read_query(
 
 def _read(data: Any, name: str, options: DataOptions) -> Table | _Images:
     """One data set: a table, also where it came as an array of vectors, or images."""
-    if isinstance(data, Path) or (isinstance(data, str) and Path(data).exists() and not Path(data).is_dir()):
-        return _read_file(Path(data), name, options)
-    if isinstance(data, str):
-        kind, _, argument = data.partition(":")
-        if kind in ("table", "array") and argument:
-            return _read_file(Path(argument), name, options)
-        source = load_data(options, spec=spec_of(data), **WHOLE)
-        return _from_source(source, f"{name} ({data})")
+    if isinstance(data, (str, Path)):
+        spec = spec_of(data) if isinstance(data, str) or os.path.isdir(data) else str(data)
+        kind, _, argument = spec.partition(":")
+        is_file = isinstance(data, Path) or os.path.isfile(data)
+        if not os.path.isdir(data) and (is_file or (kind in ("table", "array") and argument)):
+            return _read_file(Path(data if is_file else argument), name)
+        return _from_source(load_data(options, spec=spec, **WHOLE), f"{name} ({data})")
     if tables.is_frame(data):
         return tables.from_frame(data, f"{name} (data frame)")
-    if isinstance(data, Tensor):
-        data = data.detach().cpu().float().numpy() if data.is_floating_point() else data.detach().cpu().numpy()
-    if isinstance(data, (list, np.ndarray)):
+    if isinstance(data, (Tensor, list, np.ndarray)):
         return _from_array(arrays.as_array(data, name), name)
     return _from_source(from_object(data, **WHOLE), name)
 
 
-def _read_file(path: Path, name: str, options: DataOptions) -> Table | _Images:
+def _read_file(path: Path, name: str) -> Table | _Images:
     if path.suffix.lower() in tables.SUFFIXES:
-        table = tables.read(path)
-        return Table(f"{name} ({path})", table.columns, table.row, table.notes)
-    if path.is_dir():
-        return _read(f"folder:{path}", name, options)
+        return replace(tables.read(path), name=f"{name} ({path})")
     return _from_array(arrays.read(path)[0], f"{name} ({path})")
 
 
@@ -197,8 +190,7 @@ def _from_array(x: np.ndarray, name: str) -> Table | _Images:
     if x.ndim not in (1, 2):
         values, grid, _ = arrays.interpret(x, name)
         return _Images(name, values, grid)
-    if x.dtype.kind not in "buif" or x.shape[-1] == 0:
-        raise UserError(f"{name}: an array of shape {x.shape} and type {x.dtype} holds no numbers")
+    arrays.check_numbers(x, name)
     x = x[:, None] if x.ndim == 1 else x
     return Table(name, {f"c{k}": x[:, k] for k in range(x.shape[1])}, lambda i: f"row {i} (counted from 0)")
 
@@ -271,11 +263,14 @@ def _from_tables(
     order = permutation(len(chosen["train"]), options.seed).numpy()
     sources = np.repeat(np.arange(2), len(order) // 2)
     warp = ColumnWarp.fit(torch.from_numpy(chosen["train"][order]), torch.from_numpy(sources[order]))
-    joined = {}
+    joined: dict[str, Split] = {}
     for split, x in chosen.items():
-        label, z = np.repeat(np.array(SOURCES), len(x) // 2), warp(torch.from_numpy(x)).numpy()
-        joined[split] = Table(PAIR, dict(zip(columns, z.T, strict=True)) | {LABEL: label}, str)
-    source = tables.source_from_tables(joined, PAIR, replace(options, **WHOLE, label=LABEL, dequantize=False))
+        z = warp(torch.from_numpy(x)).numpy()
+        if split == "train":
+            check_resolution(z, columns, PAIR)
+        joined[split] = MemorySplit(arrays.single(z, PAIR), torch.arange(2).repeat_interleave(len(x) // 2))
+    samples = Samples(PAIR, joined, class_names=SOURCES, columns=tuple(columns))
+    source = assemble(samples, replace(options, **WHOLE, dequantize=False))
     if source.constants:
         notes.append(constants_note(source.constants))
     return replace(source, notes=tuple(notes)), warp
@@ -311,17 +306,13 @@ def _from_images(
     if shapes[0] != shapes[1]:
         both = f"{shapes[1]} and {shapes[0]}"
         raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
-    grids = [side.grid for side in (denominator, numerator)]
-    if (grids[0] is None) != (grids[1] is None):
+    grids = [side.grid for side in (denominator, numerator) if side.grid is not None]
+    if len(grids) == 1:
         raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
-    grid = None
-    if grids[0] is not None and grids[1] is not None:
-        grid = (min(grids[0][0], grids[1][0]), max(grids[0][1], grids[1][1]))
-    splits: dict[str, Split] = {}
+    grid = (min(low for low, _ in grids), max(high for _, high in grids)) if grids else None
+    joined: dict[str, Split] = {"test": MemorySplit(denominator.x[:0])}
     for split, (low, high) in parts.items():
         x = torch.cat([denominator.x[low].float(), numerator.x[high].float()])
-        splits[split] = MemorySplit(x, torch.arange(2).repeat_interleave(torch.tensor([len(low), len(high)])))
-    none = MemorySplit(denominator.x[:0])
-    three = (splits["train"], splits["validation"], none)
-    notes = [f"{len(numerator)} images over {len(denominator)} images."]
-    return arrays.source_from_splits(PAIR, three, grid, options, SOURCES, notes=notes)
+        joined[split] = MemorySplit(x, torch.arange(2).repeat_interleave(torch.tensor([len(low), len(high)])))
+    source = assemble(Samples(PAIR, joined, grid, SOURCES), options)
+    return replace(source, notes=(f"{len(numerator)} images over {len(denominator)} images.",))

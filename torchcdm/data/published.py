@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from torchcdm.data.arrays import read_labels
-from torchcdm.data.named import fixed_source
+from torchcdm.data.assembly import Samples
+from torchcdm.data.named import fixed
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import DataSource, MemorySplit
+from torchcdm.data.reading import PACKING, reading
+from torchcdm.data.source import MemorySplit
 from torchcdm.errors import UserError
 
 DATA_VARIABLE = "TORCHCDM_DATA"
@@ -32,7 +34,7 @@ CIFAR_RECORD = 1 + 3 * 32 * 32
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def fashion_mnist(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
+def fashion_mnist(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
     """``fashion-mnist`` or ``fashion-mnist:PATH``: 28x28, 55000 / 5000 / 10000.
 
     PATH holds the four idx files, packed or not; without it they are looked for in TORCHCDM_DATA and where Debian
@@ -55,18 +57,18 @@ def fashion_mnist(argument: str, options: DataOptions, layout: Layout | None = N
         read_labels(labels[-1], len(labels[-1]), f"{folder}, {prefix}", FASHION_CLASSES)
     pool = MemorySplit(torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)))
     trainable = len(images[0])
-    return fixed_source("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES, layout)
+    return fixed("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES)
 
 
-def cifar10(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
+def cifar10(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
     """``cifar10`` or ``cifar10:PATH``: 3x32x32, 45000 / 5000 / 10000, from the archive's binary version.
 
     The Python version of the archive consists of pickles, which can run any code when they are opened: not read.
     """
     folders = candidates(argument, CIFAR_FOLDER)
-    folder = next((f for f in folders if (f / CIFAR_FILES[0]).is_file()), None)
+    folder = next((f for f in folders if os.path.isfile(f / CIFAR_FILES[0])), None)
     if folder is None:
-        pickled = any((f / name).exists() for f in folders for name in ("data_batch_1", "cifar-10-batches-py"))
+        pickled = any(os.path.exists(f / name) for f in folders for name in ("data_batch_1", "cifar-10-batches-py"))
         found = "only the Python version is there, whose pickles are not opened" if pickled else "not found"
         places = " or ".join(map(str, folders)) or f"{DATA_VARIABLE} (not set)"
         raise UserError(
@@ -77,7 +79,7 @@ def cifar10(argument: str, options: DataOptions, layout: Layout | None = None) -
     records = np.concatenate(batches)
     pool = MemorySplit(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(records[:, 0]))
     trainable = len(records) - len(batches[-1])
-    return fixed_source("cifar10", pool, trainable, trainable // 10, (0, 255), options, CIFAR_CLASSES, layout)
+    return fixed("cifar10", pool, trainable, trainable // 10, (0, 255), options, CIFAR_CLASSES)
 
 
 def candidates(argument: str, folder: str, system: Sequence[str] = ()) -> list[Path]:
@@ -93,21 +95,24 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         UserError: Not an idx file of unsigned bytes, or another length than the header says.
     """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: truncated or unreadable ({error}); fetch the file again") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise UserError(f"{path}: not an idx file of unsigned bytes")
-    axes = content[3]
-    shape = tuple(np.frombuffer(content, ">u4", axes, 4).tolist()) if len(content) >= 4 + 4 * axes else ()
-    if not shape or len(content) != 4 + 4 * axes + int(np.prod(shape)):
-        raise UserError(f"{path}: truncated: {len(content)} bytes do not hold the shape {shape} of the header")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    packed = path.suffix == ".gz"
+    with reading(path, "an idx file", "; fetch the file again") as raw:
+        size = os.fstat(raw.fileno()).st_size
+        file = gzip.GzipFile(fileobj=raw) if packed else raw
+        magic = file.read(4)
+        if len(magic) < 4 or magic[:3] != b"\0\0\x08":
+            raise ValueError("not an idx file of unsigned bytes")
+        shape = tuple(np.frombuffer(file.read(4 * magic[3]), ">u4", magic[3]).tolist())
+        count = math.prod(shape)
+        # No more memory than the file can fill.
+        content = file.read(count + 1) if count <= (PACKING if packed else 1) * size else b""
+        if not shape or len(content) != count:
+            raise ValueError(f"truncated: {size} bytes do not hold the shape {shape} of the header")
+    return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 
 def _idx_path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    return next((path for path in (folder / f"{name}.gz", folder / name) if os.path.isfile(path)), None)
 
 
 def _required_idx(folder: Path, name: str) -> Path:
@@ -119,9 +124,8 @@ def _required_idx(folder: Path, name: str) -> Path:
 
 def _read_cifar(path: Path) -> np.ndarray:
     """Records (N, 3073) of a binary batch: label, then 1024 bytes each of red, green and blue."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; the binary version has {', '.join(CIFAR_FILES)}")
-    content = np.fromfile(path, np.uint8)
+    with reading(path, "a batch of CIFAR-10", f"; the binary version has {', '.join(CIFAR_FILES)}") as file:
+        content = np.frombuffer(bytearray(file.read()), np.uint8)
     if len(content) == 0 or len(content) % CIFAR_RECORD:
         raise UserError(f"{path}: truncated: {len(content)} bytes are not whole records of {CIFAR_RECORD}")
     records = content.reshape(-1, CIFAR_RECORD)

@@ -19,18 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchcdm.data.options import DataOptions
 from torchcdm.errors import UserError, nearest
 from torchcdm.units import DataTransform
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes up to which a data set that lies in files is read into memory when it is loaded."""
-
-DEFAULT_FRACTION = 0.1
-"""Share of the samples that validation and test each get where the data do not say it themselves."""
-
-SMALLEST_SPLITTABLE = 10
-"""Below this many samples data are not split at random."""
 
 FINGERPRINT = 100
 """Samples of each split that a fingerprint is of."""
@@ -93,40 +86,22 @@ class MemorySplit(Split):
     Args:
         x: Data units, (N, *shape), uint8 or float32.
         labels: Long (N,); none when None.
+        context: Float32 (N, q), the numbers that each sample is conditional on: they take the place of its class.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, labels: Tensor | None = None, context: Tensor | None = None) -> None:
         super().__init__(torch.full((len(x),), NO_LABEL) if labels is None else labels.long())
-        self.x = x
-
-    def values(self, indices: Tensor) -> Tensor:
-        return self.x[indices]
-
-    def select(self, indices: Tensor) -> MemorySplit:
-        return MemorySplit(self.x[indices], self.labels[indices])
-
-
-@final
-class ContextSplit(Split):
-    """Samples held in memory, each with the numbers that it is conditional on: they take the place of its class.
-
-    Args:
-        x: Data units, (N, *shape), float32.
-        context: (N, q), float32.
-    """
-
-    def __init__(self, x: Tensor, context: Tensor) -> None:
-        super().__init__(torch.full((len(x),), NO_LABEL))
         self.x, self.context = x, context
 
     def values(self, indices: Tensor) -> Tensor:
         return self.x[indices]
 
-    def select(self, indices: Tensor) -> ContextSplit:
-        return ContextSplit(self.x[indices], self.context[indices])
+    def select(self, indices: Tensor) -> MemorySplit:
+        context = None if self.context is None else self.context[indices]
+        return MemorySplit(self.x[indices], self.labels[indices], context)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[indices], self.context[indices]
+        return self.x[indices], (self.labels if self.context is None else self.context)[indices]
 
 
 @final
@@ -136,23 +111,45 @@ class LazySplit(Split):
     Args:
         read: Gives the sample of one item, data units, the event shape.
         items: What ``read`` takes, one for each sample: paths, or row numbers.
-        labels: Long (N,).
+        labels: Long (N,); none when None.
+        name: What the items are of, for messages.
+        like: A sample; all others must have its shape and type. The first one when None.
     """
 
-    def __init__(self, read: Callable[[Any], Tensor], items: Sequence[Any], labels: Tensor) -> None:
-        super().__init__(labels.long())
-        self.read, self.items = read, items
+    def __init__(
+        self,
+        read: Callable[[Any], Tensor],
+        items: Sequence[Any],
+        labels: Tensor | None = None,
+        name: str = "",
+        like: Tensor | None = None,
+    ) -> None:
+        super().__init__(torch.full((len(items),), NO_LABEL) if labels is None else labels.long())
+        self.read, self.items, self.name = read, items, name
+        self.like = read(items[0]) if like is None and len(items) else like
 
     def values(self, indices: Tensor) -> Tensor:
-        samples = [self.read(self.items[i]) for i in indices.tolist()]
+        samples = [self._sample(self.items[i]) for i in indices.tolist()]
         return torch.stack(samples) if samples else torch.empty(0)
 
-    def select(self, indices: Tensor) -> LazySplit:
-        return LazySplit(self.read, [self.items[i] for i in indices.tolist()], self.labels[indices])
+    def _sample(self, item: Any) -> Tensor:
+        x, like = self.read(item), self.like
+        if (x.shape, x.dtype) != (like.shape, like.dtype):
+            shapes = f"{tuple(x.shape)}, {x.dtype}; others have {tuple(like.shape)}, {like.dtype}"
+            raise UserError(f"{self.name}{item}: has shape {shapes}; give --size HxW or --channels to convert")
+        return x
 
-    def in_memory(self) -> MemorySplit:
-        """The same samples, all read now."""
-        return MemorySplit(*self.tensors())
+    def select(self, indices: Tensor) -> LazySplit:
+        items = [self.items[i] for i in indices.tolist()]
+        return LazySplit(self.read, items, self.labels[indices], self.name, self.like)
+
+    def small(self, total: int) -> bool:
+        """Whether a data set of ``total`` such samples fits into memory, :data:`MEMORY_LIMIT`."""
+        return len(self) > 0 and total * self.like.nelement() * self.like.element_size() <= MEMORY_LIMIT
+
+    def in_memory_if_small(self, total: int) -> Split:
+        """The samples in memory where ``total`` of them are small, else read when they are asked for."""
+        return MemorySplit(*self.tensors()) if self.small(total) else self
 
 
 @dataclass(frozen=True)
@@ -268,56 +265,3 @@ def evenly_spaced(count: int, limit: int | None) -> Tensor:
 def permutation(count: int, seed: int) -> Tensor:
     """A permutation that stays the same between versions: numpy freezes the stream of RandomState."""
     return torch.from_numpy(np.random.RandomState(seed).permutation(count))
-
-
-def partition(
-    name: str, pool: Split, seed: int, validation_fraction: float | None = None, test_fraction: float | None = None
-) -> tuple[Split, Split, Split]:
-    """Training, validation and test split of ``pool`` at random, the same for the same seed.
-
-    Args:
-        name: The data, for messages.
-        pool: All samples.
-        seed: Seed of the permutation.
-        validation_fraction: Share of validation; 0.1 when None. A positive share gets at least one sample.
-        test_fraction: Share of test; likewise.
-
-    Raises:
-        UserError: Too few samples for the shares.
-    """
-    shares = [DEFAULT_FRACTION if share is None else share for share in (validation_fraction, test_fraction)]
-    smallest = SMALLEST_SPLITTABLE if any(shares) else 2
-    if len(pool) < smallest:
-        raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
-    held_out = [max(1, round(share * len(pool))) if share else 0 for share in shares]
-    if len(pool) - sum(held_out) < 2:
-        raise UserError(f"{name}: validation and test take {sum(held_out)} of {len(pool)} samples; make them smaller")
-    order = permutation(len(pool), seed)
-    validation, test, train = order.split([*held_out, len(pool) - sum(held_out)])
-    return pool.select(train), pool.select(validation), pool.select(test)
-
-
-def complete_splits(
-    name: str, parts: dict[str, Split], options: DataOptions
-) -> tuple[tuple[Split, Split, Split], str]:
-    """The three splits of data that come with some of them; those that are missing are drawn from ``train``.
-
-    Args:
-        name: The data, for messages.
-        parts: ``train``, and ``validation`` and ``test`` where the data have them.
-        options: Seed and fractions of what is drawn.
-
-    Returns:
-        Training, validation and test, and one sentence on where they come from.
-    """
-    missing = [split for split in ("validation", "test") if not parts.get(split)]
-    counts = "{} for training, {} for validation, {} for test"
-    if not missing:
-        splits = (parts["train"], parts["validation"], parts["test"])
-        return splits, f"split by the data themselves: {counts.format(*map(len, splits))}."
-    validation_fraction = options.validation_fraction if "validation" in missing else 0.0
-    test_fraction = options.test_fraction if "test" in missing else 0.0
-    train, validation, test = partition(name, parts["train"], options.seed, validation_fraction, test_fraction)
-    splits = (train, parts.get("validation") or validation, parts.get("test") or test)
-    how = "split at random" if len(missing) == 2 else f"{missing[0]} drawn at random from training"
-    return splits, f"{how}: {counts.format(*map(len, splits))} (seed {options.seed})."

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torchcdm.data import arrays, celeba, folders, hub, named, published, tables
+from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.options import DataOptions, Layout, with_fields
+from torchcdm.data.reading import file_status
 from torchcdm.data.source import DataSource
 from torchcdm.errors import UserError, nearest
 
-LOADERS: dict[str, Callable[[str, DataOptions, Layout | None], DataSource]] = {
+LOADERS: dict[str, Callable[[str, DataOptions, Layout | None], Samples]] = {
     "digits": named.digits,
     "fashion-mnist": published.fashion_mnist,
     "cifar10": published.cifar10,
@@ -62,7 +66,7 @@ def load_data(data: str | DataOptions, layout: Layout | None = None, **fields: A
     kind, _, argument = spec.partition(":")
     if options.label is not None and kind not in ("table", "hf"):
         raise UserError(f"label '{options.label}' names a column of a table; {spec} has no columns")
-    source = LOADERS[kind](argument, options, layout).limited(options.limit)
+    source = assemble(LOADERS[kind](argument, options, layout), options, layout).limited(options.limit)
     if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
         raise UserError(f"size and channels are for images; {spec} holds vectors of {source.shape[0]} numbers")
     return source
@@ -75,8 +79,10 @@ def check_spec(spec: str) -> None:
         raise UserError(f"'{spec}' does not say which; write {NEED_ARGUMENT[kind]}")
     if kind not in LOADERS:
         raise UserError(_unknown(spec))
-    if kind in ("folder", "array", "table") and not Path(argument).exists():
-        raise UserError(f"{argument}: no such file or folder")
+    if kind in ("folder", "array", "table"):
+        path = Path(argument)
+        if (kind == "folder") != stat.S_ISDIR(file_status(path).st_mode):
+            raise UserError(f"{path}: a {'file' if kind == 'folder' else 'folder'}; write {spec_of(path)}")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -94,8 +100,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def spec_of(path: str | Path) -> str:
     """The SPEC of a table, an array or a folder; a SPEC as it is."""
     text, path = str(path), Path(path)
-    prefix = "folder" if path.is_dir() else PREFIXES.get(path.suffix.lower())
-    return f"{prefix}:{text}" if text and prefix and path.exists() else text
+    prefix = "folder" if os.path.isdir(path) else PREFIXES.get(path.suffix.lower())
+    return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
 
 
 def _unknown(spec: str) -> str:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from torchcdm.data.arrays import read_labels, source_from_splits
-from torchcdm.data.columns import check_resolution, constants_note
+from torchcdm.data.arrays import is_missing, read_labels, single
+from torchcdm.data.assembly import Samples
+from torchcdm.data.columns import check_resolution
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import NO_LABEL, DataSource, MemorySplit, Split, complete_splits
+from torchcdm.data.reading import reading
+from torchcdm.data.source import MemorySplit, Split
 from torchcdm.errors import UserError
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 """Of table files."""
+
+SHOWN = 3
+"""Columns that a message names."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +54,32 @@ class Table:
         Raises:
             UserError: A cell that is empty, text, not finite or a date; names column and row.
         """
-        raw = self.column(column)
-        dated = isinstance(raw, np.ndarray) and raw.dtype.kind in "mM"
-        try:
-            values = None if dated else np.asarray(raw, dtype=np.float64)
-        except (TypeError, ValueError):
-            values = None
-        if values is None or not np.isfinite(values).all():
-            index, cell = next((i, cell) for i, cell in enumerate(raw) if dated or not _is_number(cell))
-            shown = "is empty" if cell is None or str(cell).strip() == "" else f"holds '{cell}', not a finite number"
-            raise UserError(
-                f"{self.name}: column '{column}', {self.row(index)} {shown}; mend the cell, or leave the column out"
-            )
-        return values
+        return self.matrix([column])[:, 0]
 
     def matrix(self, columns: Sequence[str]) -> np.ndarray:
         """The columns side by side, float64 (N, d).
 
         Raises:
-            UserError: A column is missing, or a cell is no number.
+            UserError: A column is missing, or a cell is empty, text, not finite or a date; names columns and rows.
         """
-        return np.stack([self.numbers(column) for column in columns], 1)
+        found, problems = [], []
+        for column in columns:
+            raw = self.column(column)
+            values = _floats(raw)
+            if values is None:
+                index = next((i for i, cell in enumerate(raw) if _floats([cell]) is None), 0)
+                cell = raw[index]
+                empty = cell is None or str(cell).strip() == ""
+                shown = "is empty" if empty else f"holds '{str(cell):.60}', not a finite number"
+                problems.append(f"column '{column}', {self.row(index)} {shown}")
+            else:
+                found.append(values)
+        if problems:
+            mend = "mend the cell, or leave the column out"
+            if len(problems) > 1:
+                mend = f"mend the cells, or leave the columns out ({len(problems)} columns in all)"
+            raise UserError(f"{self.name}: {', '.join(problems[:SHOWN])}; {mend}")
+        return np.stack(found, 1)
 
     def column(self, name: str) -> Sequence[Any] | np.ndarray:
         """One column as it was read.
@@ -82,9 +92,9 @@ class Table:
         return self.columns[name]
 
 
-def load(argument: str, options: DataOptions, layout: Layout | None = None) -> DataSource:
+def load(argument: str, options: DataOptions, layout: Layout | None = None) -> Samples:
     """``table:FILE.csv`` or ``table:FILE.parquet``, split at random."""
-    return source_from_tables({"train": read(Path(argument))}, f"table:{argument}", options, layout=layout)
+    return samples_of({"train": read(Path(argument))}, f"table:{argument}", options, layout=layout)
 
 
 def read(path: Path) -> Table:
@@ -93,8 +103,6 @@ def read(path: Path) -> Table:
     Raises:
         UserError: Missing, unreadable, or of another kind.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _read_parquet(path)
@@ -118,24 +126,20 @@ def from_frame(frame: Any, name: str = "data frame") -> Table:
     return Table(name, columns, lambda i: f"row {frame.index[i]}")
 
 
-def source_from_tables(
+def samples_of(
     parts: dict[str, Table], name: str, options: DataOptions, labels: Any = None, layout: Layout | None = None
-) -> DataSource:
-    """The columns of numbers; columns that are constant in training are left out, discrete ones dequantised.
-
-    For a model that is to score them: its columns, whatever they hold.
+) -> Samples:
+    """The columns of numbers; for a model that is to score them its columns.
 
     Args:
-        parts: ``train``, and ``validation`` and ``test`` where they are apart; what is missing is drawn at random.
+        parts: ``train``, and ``validation`` and ``test`` where they are apart.
         name: Name of the source.
-        options: ``label`` names the column of classes, which is no column of the data; without ``dequantize``
-            discrete columns are left as they are.
+        options: ``label`` names the column of classes, which is no column of the data.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
         layout: That of the model that scores the data.
 
     Raises:
-        UserError: An unknown label column, a cell that is no number, nothing but constant columns, a column whose
-            variation float32 does not hold.
+        UserError: An unknown label column, a cell that is no number, a column whose variation float32 does not hold.
     """
     table = parts["train"]
     columns = list((layout and layout.columns) or (column for column in table.columns if column != options.label))
@@ -146,27 +150,15 @@ def source_from_tables(
     values = {split: part.matrix(columns) for split, part in parts.items()}
     if layout is None:
         check_resolution(values["train"], columns, table.name)
-    sizes = [len(part) for part in values.values()]
+    sizes = [len(part) for part in parts.values()]
     y, class_names = _classes(labels, sum(sizes), table.name)
-    y = torch.full((sum(sizes),), NO_LABEL) if y is None else y
+    of_parts = [None] * len(parts) if y is None else y.split(sizes)
     pools: dict[str, Split] = {
-        split: MemorySplit(torch.from_numpy(x.astype(np.float32)), part)
-        for (split, x), part in zip(values.items(), y.split(sizes), strict=True)
+        split: MemorySplit(single(x, table.name), part)
+        for (split, x), part in zip(values.items(), of_parts, strict=True)
     }
-    splits, note = complete_splits(table.name, pools, options)
-    x, _ = splits[0].tensors()
-    varying = (x != x[0]).any(0) if layout is None else torch.ones(len(columns), dtype=torch.bool)
-    kept = [column for column, varies in zip(columns, varying.tolist(), strict=True) if varies]
-    if not kept:
-        raise UserError(f"{table.name}: every column is constant; there is nothing to learn")
-    notes = [*table.notes, f"{sum(sizes)} rows, {len(kept)} columns: {', '.join(kept)}."]
-    constants = {column: float(x[0, k]) for k, column in enumerate(columns) if column not in kept}
-    if constants:
-        notes.append(constants_note(constants))
-        train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
-        splits = (train, validation, test)
-    source = source_from_splits(name, splits, None, options, class_names, tuple(kept), [*notes, note], layout)
-    return replace(source, constants=constants)
+    notes = (*table.notes, f"{sum(sizes)} rows, {len(columns)} columns: {', '.join(columns)}.")
+    return Samples(name, pools, None, class_names, tuple(columns), notes)
 
 
 def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[str, ...] | None]:
@@ -177,6 +169,9 @@ def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[s
     """
     if labels is None:
         return None, None
+    absent = next((i for i, label in enumerate(labels) if is_missing(label)), None)
+    if absent is not None:
+        raise UserError(f"{name}: row {absent} (counted from 0) has no label ({labels[absent]})")
     try:
         # Text files give every cell as text.
         values = np.array([int(label) if isinstance(label, str) else label for label in labels])
@@ -193,29 +188,31 @@ def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[s
     return read_labels(numbers, count, name, names)
 
 
-def _is_number(cell: Any) -> bool:
+def _floats(cells: Any) -> np.ndarray | None:
+    """The cells as finite float64 (N,); None where they are texts, dates, lists or complex."""
+    if getattr(getattr(cells, "dtype", None), "kind", "") in ("m", "M", "c"):
+        return None
     try:
-        return bool(np.isfinite(np.asarray([cell], dtype=np.float64)[0]))
-    except (TypeError, ValueError):
-        return False
+        values = np.asarray(cells, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return values if values.ndim == 1 and np.isfinite(values).all() else None
 
 
 def _read_csv(path: Path) -> Table:
     """Comma, semicolon or tab separated; the first line names the columns unless it is all numbers."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            separator = max(",;\t", key=first.count)
-            file.seek(0)
-            reader = csv.reader(file, delimiter=separator)
-            lines = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
+    with reading(path, "a table in UTF-8", also=(csv.Error,)) as binary:
+        text = io.TextIOWrapper(binary, "utf-8-sig", newline="")
+        first = text.readline()
+        separator = max(",;\t", key=first.count)
+        text.seek(0)
+        rows = csv.reader(text, delimiter=separator)
+        lines = [(rows.line_num, row) for row in rows if row]
     if not lines:
         raise UserError(f"{path}: the file is empty")
     header = [cell.strip() for cell in lines[0][1]]
     notes: tuple[str, ...] = ()
-    if all(map(_is_number, header)):
+    if _floats(header) is not None:
         header = [f"c{k}" for k in range(len(header))]
         notes = (f"no line of column names: columns are called c0 ... c{len(header) - 1}.",)
     else:
@@ -243,20 +240,18 @@ def _counts(cells: Sequence[str]) -> bool:
 
 def _read_parquet(path: Path) -> Table:
     try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{path}: Parquet needs pyarrow; pip install 'torchcdm[tables]'") from error
-    try:
-        table = parquet.read_table(path)
-        _refuse_duplicates(table.column_names, str(path))
+    with reading(path, "Parquet", also=(pyarrow.ArrowException,)) as file:
+        table = parquet.read_table(file)
         written = (table.schema.pandas_metadata or {}).get("index_columns", ())
         index = [name for name in written if isinstance(name, str)]  # others are ranges, which are no columns
-        columns = {name: table[name].to_numpy() for name in table.column_names if name not in index}
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow raises its own family of errors, which is not imported here
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as Parquet ({reason})") from error
+        double = len(set(table.column_names)) < len(table.column_names)
+        kept = [] if double else [name for name in table.column_names if name not in index]
+        columns = {name: table[name].to_numpy() for name in kept}
+    _refuse_duplicates(table.column_names, str(path))
     notes = (f"the index of the data frame is left out: {', '.join(index)}.",) if index else ()
     return Table(str(path), columns, lambda i: f"row {i} (counted from 0)", notes)
 

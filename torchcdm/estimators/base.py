@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from torchcdm.data import ContextSplit, DataSource, MemorySplit, Split
+from torchcdm.data import DataSource, MemorySplit, Split
 from torchcdm.data.source import permutation
 from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
@@ -207,7 +207,7 @@ class TableEstimator(BaseEstimator):
         if contexts is not None:
             watched = np.tile(contexts[1], (repeats, 1))
             splits = [
-                ContextSplit(part, torch.from_numpy(context).float())
+                MemorySplit(part, context=torch.from_numpy(context).float())
                 for part, context in zip(parts, (contexts[0], watched), strict=True)
             ]
         empty = MemorySplit(parts[0][:0])
