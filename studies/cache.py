@@ -50,10 +50,9 @@ def read(path: Path, settings: Mapping[str, Any]) -> Made | None:
     if not path.exists():
         return None
     mend = "delete it to make it again"
-    content, _ = read_artefact(path, KIND, mend=mend)
+    content, parts = read_artefact(path, KIND, None, mend)
     for field, own, other in differences(json.loads(json.dumps(settings)), content["settings"]):
         raise UserError(f"{path}: was made with {field} = {other}, not {own}; remove it, or choose another --out")
-    parts = read_artefact(path, KIND, tuple(content["files"]), mend)[1]
     return content["values"], parts[0] if parts else {}
 
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from oracles import ZeroBackbone, labelled_mixture, normal, rng
-from safetensors.torch import save_file
 from scipy.stats import betabinom
 
 from torchcdm import ClassificationDiffusion, UserError
@@ -137,8 +136,8 @@ def test_a_saved_detector_gives_the_same_scores_and_thresholds(tmp_path, model, 
     broad = model_of(GaussianMixture(torch.ones(1), torch.zeros(1, 2), 4 * torch.eye(2)[None]))
     background = broad if name == "ratio" else None
     detector = AnomalyDetector.fit(make_score(name, model, background), mixture.sample(100, rng(1)))
-    detector.save(tmp_path / "detector.safetensors")
-    again = AnomalyDetector.load(tmp_path / "detector.safetensors", model, background)
+    detector.save(tmp_path / "saved")
+    again = AnomalyDetector.load(tmp_path / "saved", model, background)
     x = 2 * normal(20, 2)
     assert again.score.name == name
     assert torch.equal(again.score(x), detector.score(x))
@@ -147,15 +146,14 @@ def test_a_saved_detector_gives_the_same_scores_and_thresholds(tmp_path, model, 
     if background is not None:
         background.level_constants[3] += 0.1
         with pytest.raises(UserError, match="trained or calibrated since"):
-            AnomalyDetector.load(tmp_path / "detector.safetensors", model, background)
+            AnomalyDetector.load(tmp_path / "saved", model, background)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
-    path = tmp_path / "detector.safetensors"
+    path = tmp_path / "saved"
     with pytest.raises(UserError, match="cannot be read"):
         AnomalyDetector.load(path, model)
     AnomalyDetector.fit(make_score("levels", model), mixture.sample(100, rng(1))).save(path)
-    content = path.read_bytes()
     other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform.identity((3,)))
     with pytest.raises(UserError, match=r"was fitted on a model of inputs \[2\] .* this one takes inputs \[3\]"):
         AnomalyDetector.load(path, other)
@@ -177,12 +175,9 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
     changed = copy.deepcopy(model)
     detector = AnomalyDetector.fit(make_score("levels", changed), mixture.sample(100, rng(1)))
     changed.level_constants[3] += 0.1
-    detector.save(tmp_path / "late.safetensors")
+    detector.save(tmp_path / "late")
     with pytest.raises(UserError, match="trained or calibrated since"):
-        AnomalyDetector.load(tmp_path / "late.safetensors", changed)
-    path.write_bytes(content[: len(content) // 2])
+        AnomalyDetector.load(tmp_path / "late", changed)
+    (path / "detector.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="damaged"):
-        AnomalyDetector.load(path, model)
-    save_file({"weights": torch.zeros(3)}, path)
-    with pytest.raises(UserError, match="is no anomaly detector"):
         AnomalyDetector.load(path, model)

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from damage import resealed
 from oracles import labelled_mixture, normal, rng
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
@@ -314,7 +315,8 @@ def test_damaged_files_are_refused(joint, tmp_path):
 
     def with_content(change):
         folder = shutil.copytree(tmp_path / "ratio", tmp_path / "damaged", dirs_exist_ok=True)
-        (folder / "ratio.json").write_text(json.dumps(content | change))
+        (folder / "ratio.json").write_text(json.dumps(content))
+        resealed(folder / "ratio.json", lambda content: content.update(change))
         return folder
 
     with pytest.raises(UserError, match="holds no density ratio"):

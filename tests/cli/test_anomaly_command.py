@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from damage import resealed
 from PIL import Image
 from small_runs import small_flags
 
@@ -168,7 +169,5 @@ def test_mistakes(capsys, tmp_path, run, queries):
 
 def test_a_run_whose_data_have_no_validation_split_asks_for_a_reference(capsys, tmp_path, run, queries):
     other = shutil.copytree(run, tmp_path / "run")
-    info = json.loads((other / "config.json").read_text())
-    info["data"]["validation_fraction"] = 0.0
-    (other / "config.json").write_text(json.dumps(info))
+    resealed(other / "config.json", lambda info: info["data"].update(validation_fraction=0.0))
     assert "validation split is empty" in (error := refuse(capsys, other, queries)) and "--reference PATH" in error

@@ -248,7 +248,7 @@ def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
     wrong = CDMDensity if kind is CDMOutlierDetector else CDMOutlierDetector
     with pytest.raises(UserError, match=f"holds a {kind.__name__}; load it with that class"):
         wrong.load(tmp_path / "saved")
-    (tmp_path / "saved" / "estimator.json").write_text("{")
+    (tmp_path / "saved" / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged, not JSON"):
         kind.load(tmp_path / "saved")
 

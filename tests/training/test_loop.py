@@ -20,7 +20,7 @@ from torchcdm.losses import CDMLoss
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.training import loop as training
 from torchcdm.training.build import gaussianized
-from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
+from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.codec import encode
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.training.evaluation import LevelSums
@@ -28,10 +28,11 @@ from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.loop import NotFinite, train
 from torchcdm.training.progress import Window
 from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.training.states import load_state, state_folders
 from torchcdm.units import ColumnTransform
 
 SAME = ("model.safetensors", "state/step-12/model.safetensors", "state/step-12/ema.safetensors",
-        "state/step-12/optimizer.pt", "samples/manifest.csv", "samples/final.png")  # fmt: skip
+        "state/step-12/optimizer.safetensors", "samples/manifest.csv", "samples/final.png")  # fmt: skip
 
 
 def run_training(folder, resume=False, **changes):
@@ -136,8 +137,8 @@ def test_resume_goes_on_from_the_state_before_a_damaged_one(whole, tmp_path, mon
         with pytest.raises(RuntimeError):
             run_training(tmp_path / "run")
     last = state_folders(RunFolder(tmp_path / "run"))[-1]
-    (last / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="optimizer.pt: damaged .*remove"):
+    (last / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="optimizer.safetensors: damaged, .*remove"):
         run_training(tmp_path / "run", resume=True)
     for path in last.iterdir():
         path.unlink()
@@ -200,7 +201,7 @@ def test_training_learns_and_the_best_average_is_kept(tmp_path):
     state, kept = load_state(tmp_path / "state" / f"step-{best}"), dict(load(tmp_path).named_parameters())
     assert all(torch.equal(kept[key], state.ema[key]) for key in kept)
     assert not torch.equal(kept["backbone.conv_in.weight"], state.model["backbone.conv_in.weight"])
-    assert state.progress["ema_updates"] == best
+    assert state.progress.ema_updates == best
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ def test_init_takes_the_weights_that_fit(whole, tmp_path):
     for key, value in new.items():
         if "head" not in key:
             assert torch.allclose(value, old[key], atol=1e-7), key
-    with pytest.raises(UserError, match="nowhere/model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="nowhere: holds no trained model"):
         run_training(tmp_path / "other", train__init=str(tmp_path / "nowhere"))
 
 
@@ -335,7 +336,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     poisoned(monkeypatch, {3, 5})
     assert run_training(tmp_path / "run", train__steps="6").skipped == 2
     state = load_state(state_folders(RunFolder(tmp_path / "run"))[-1])
-    assert state.progress["skipped"] == 2 and state.progress["ema_updates"] == 4
+    assert state.progress.skipped == 2 and state.progress.ema_updates == 4
     assert all(value.isfinite().all() for value in state.model.values())
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 2
 

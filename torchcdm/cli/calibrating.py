@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def add_commands(commands: Any) -> None:
 def run_calibrate(options: argparse.Namespace) -> int:
     """Fits a readout and keeps it with the model, or takes it back."""
     from torchcdm.models.cdm import ClassificationDiffusion
-    from torchcdm.runtime.processes import sharing
+    from torchcdm.runtime.processes import is_first, sharing
     from torchcdm.training.checkpoint import load, read_info, save_model
     from torchcdm.training.path_calibration import calibrate_paths
 
@@ -51,7 +52,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     check_writable(options.json)
     info = read_info(options.model)
     found = None
-    with sharing(options.device) as (device, main):
+    run = RunFolder(Path(options.model))
+    with run.locked() if is_first() else nullcontext(), sharing(options.device) as (device, main):
         model = load(options.model, device)
         if not isinstance(model, ClassificationDiffusion):
             raise UserError(f"{options.model}: a ddm has no log p to calibrate")
@@ -67,8 +69,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
                 options.seed,
                 progress=main and not options.quiet,
             )
-    if main:
-        save_model(RunFolder(Path(options.model)), model, info)
+        if main:
+            save_model(run, model, info)
     if main and found is not None:
         _tell(options, found, info.transform.bin is None)
     return 0

@@ -55,8 +55,12 @@ def run_convert(options: argparse.Namespace) -> int:
     load_official(options.checkpoint, model.backbone)
     names = None if options.classes is None else tuple(map(str, range(options.classes)))
     selected = {"value": "converted", "source": options.checkpoint.name}
-    run.make()
-    save_model(run, model, ModelInfo(model_config, transform, config.data, config.preset, names, None, {}, selected))
+    info = ModelInfo(
+        preset=config.preset, model=model_config, transform=transform, data=config.data, class_names=names,
+        selected=selected,
+    )  # fmt: skip
+    with run.locked():
+        save_model(run, model, info)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")
     return 0
 

@@ -21,7 +21,8 @@ def run_info(options: argparse.Namespace) -> int:
     """Architecture, data and training of a run."""
     from pathlib import Path
 
-    from torchcdm.training.checkpoint import load, read_info, state_folders
+    from torchcdm.training.checkpoint import load, read_info
+    from torchcdm.training.states import state_folders
 
 
     info = read_info(options.model)

@@ -226,7 +226,7 @@ class TableEstimator(BaseEstimator):
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()
-        self._info: ModelInfo = replace(info, transform=transform)
+        self._info: ModelInfo = info.model_copy(update={"transform": transform})
         self.validation_loss_ = float(info.selected.get("best", np.nan))
 
     def _fields(self, rows: int, columns: int) -> dict[str, Any]:

@@ -27,7 +27,6 @@ LOWEST = float(np.finfo(np.float32).min)
 ROUNDING = 1e-9
 """Share by which the score of one row may differ between batches: the row at the threshold counts as normal in all."""
 
-DETECTOR = "detector.safetensors"
 
 
 @final
@@ -114,13 +113,13 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as :meth:`TableDensity.save` does, and what its score learned."""
         super().save(folder)
-        self.detector_.save(Path(folder) / DETECTOR)
+        self.detector_.save(folder)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> CDMOutlierDetector:
         """A saved estimator; errors as in :meth:`TableDensity.load`."""
         self = super().load(folder, device)
-        self.detector_ = AnomalyDetector.load(Path(folder) / DETECTOR, self.model_)
+        self.detector_ = AnomalyDetector.load(folder, self.model_)
         return self
 
     def _fitted_fields(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Estimators on disk: the model as of any run, and ``estimator.json`` beside it. No pickles."""
+"""Estimators on disk: a run whose ``config.json`` holds parameters and what was fitted beside the model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ import torch
 from torch import nn
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import write_json
-from torchcdm.training.checkpoint import ModelInfo, load, read_info, read_json, save_model
+from torchcdm.runtime.artefact import damaged
+from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.run_folder import RunFolder
-
-FORMAT = 1
-FILE = "estimator.json"
 
 
 def write_estimator(
     folder: str | Path, kind: str, model: nn.Module, info: ModelInfo, params: dict[str, Any], fitted: dict[str, Any]
 ) -> None:
-    """Writes ``model.safetensors``, ``config.json`` and ``estimator.json``.
+    """Writes ``model.safetensors`` and ``config.json``.
 
     Args:
-        folder: Made where it is not there.
+        folder: Made where it is not there; an estimator that it holds is replaced.
         kind: Name of the estimator's class.
         model: The trained model.
         info: What ``config.json`` says of it.
@@ -34,14 +31,14 @@ def write_estimator(
         fitted: What else it learned, plain Python values.
 
     Raises:
-        UserError: A file cannot be written.
+        UserError: A file cannot be written, or the folder holds a run or files of another origin.
     """
-    run = RunFolder(Path(folder))
-    run.make()
-    save_model(run, model, info)
     params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
     plain = {key: value if _is_plain(value) else None for key, value in params.items()}
-    write_json(run.root / FILE, {"format": FORMAT, "estimator": kind, "params": plain, "fitted": fitted})
+    info = info.model_copy(update={"estimator": {"kind": kind, "params": plain, "fitted": fitted}})
+    run = RunFolder(Path(folder))
+    with run.locked():
+        save_model(run, model, info)
 
 
 def read_estimator(
@@ -52,15 +49,13 @@ def read_estimator(
     Raises:
         UserError: No estimator there, one of another kind or format, or files that are damaged.
     """
-    path = Path(folder) / FILE
-    content = read_json(path)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path}: format {content.get('format')}, but this torchcdm reads {FORMAT}")
-    if content.get("estimator") != kind:
-        raise UserError(f"{path}: holds a {content.get('estimator')}; load it with that class, not {kind}")
+    info = read_info(folder)
+    content = info.estimator or {}
+    if content.get("kind") != kind:
+        raise UserError(f"{folder}: holds a {content.get('kind', 'run')}; load it with that class, not {kind}")
     with restoring(folder):
         params, fitted = content["params"], content["fitted"]
-    return load(folder, device).double(), read_info(folder), params, fitted
+    return load(folder, device).double(), info, params, fitted
 
 
 @contextmanager
@@ -71,7 +66,7 @@ def restoring(folder: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{Path(folder) / FILE}: damaged, {error} is missing or wrong") from None
+        damaged(RunFolder(Path(folder)).model_info, f"estimator: {error} is missing or wrong")
 
 
 def _is_plain(value: Any) -> bool:

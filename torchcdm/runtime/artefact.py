@@ -10,8 +10,9 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
@@ -26,6 +27,9 @@ FORMAT = 4
 
 LARGEST_JSON = 2**27
 """Bytes of a JSON file beyond which it is not read."""
+
+SEAL = ("format", "kind", "torchcdm", "files", "sha256")
+"""Fields that every artefact has beside its own."""
 
 MEND = "restore it from a copy, or make it again"
 
@@ -81,14 +85,14 @@ def write_artefact(
 
 
 def read_artefact(
-    path: Path, kind: str | Sequence[str], files: Sequence[str] = (), mend: str = MEND
+    path: Path, kind: str | Sequence[str], files: Sequence[str] | None = (), mend: str = MEND
 ) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
     """What :func:`write_artefact` wrote.
 
     Args:
         path: The JSON file.
         kind: What it must be, or may be.
-        files: Names of the files of tensors to read.
+        files: Names of the files of tensors to read; all when None.
         mend: The way out, the end of a message about damage.
 
     Returns:
@@ -99,9 +103,10 @@ def read_artefact(
     """
     for _ in range(ATTEMPTS):
         content = _read_sealed(path, kind, mend)
-        paths = [path.with_name(name) for name in files]
+        paths = [path.with_name(name) for name in (content["files"] if files is None else files)]
         found = [_matching(file, content["files"].get(file.name)) for file in paths]
         if None not in found:
+            content = {key: value for key, value in content.items() if key not in SEAL}
             return content, [_unpack(data, file, mend) for data, file in zip(found, paths, strict=True)]
     wrong = paths[found.index(None)]
     read_bytes(wrong)
@@ -178,6 +183,29 @@ def seal(content: Mapping[str, Any]) -> str:
     return _digest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
+class Saved(BaseModel):
+    """Content of an artefact: its fields are checked when it is read."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Saved)
+
+
+def checked_content(kind: type[S], content: Mapping[str, Any], path: Path, mend: str = MEND) -> S:
+    """The fields of an artefact.
+
+    Raises:
+        UserError: One is missing, unknown, of a wrong type or out of its range.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = first.get("ctx", {}).get("error") or f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        damaged(path, " ".join(str(what).split()), mend)
+
+
 # --- parts -------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +247,7 @@ def _read_sealed(path: Path, kind: str | Sequence[str], mend: str) -> dict[str, 
     if content.get("kind") not in kinds:
         raise UserError(f"{path}: holds a {content.get('kind')}, not a {' or '.join(kinds)}")
     files = content.get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or any(not name or Path(name).name != name for name in files):
         damaged(path, "'files' is missing or wrong", mend)
     return content
 

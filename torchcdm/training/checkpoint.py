@@ -1,72 +1,93 @@
-"""Saved models and training states: safetensors, JSON, and tensors that load with ``weights_only=True``."""
+"""A trained model on disk: its weights, and what ``config.json`` says of them."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import re
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as safetensors_bytes
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer, Strict
 from torch import Tensor, nn
 
-from torchcdm import __version__
 from torchcdm.data import DataOptions, DataSource, Inputs, Layout, read_inputs, renumbered
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.readout import Readout
-from torchcdm.runtime.files import TEMPORARY, flush_folder, write_file, write_json, write_through, writing
-from torchcdm.training.build import build_model, load_source
+from torchcdm.runtime.artefact import MEND, Saved, checked_content, damaged, read_artefact, write_artefact
+from torchcdm.training.build import build_backbone, build_model, load_source
 from torchcdm.training.codec import decode, encode
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
 
-FORMAT = 3
-"""Version of the files; raised when an older reader would misread them."""
+KINDS = ("run", "estimator")
+"""Kinds of artefacts that hold a model."""
 
-KEPT_STATES = 2
+LARGEST_EVENT = 2**28
+"""Numbers in an event, times its grey levels where each has a histogram, beyond which a file must be damaged."""
 
 READOUT = "readout.weight"
 """Among the weights of a model whose paths were calibrated."""
 
 
+def _part(kind: type, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Any:
+    """A field that is an object here and plain values in a file."""
+    made = BeforeValidator(lambda value: value if isinstance(value, kind) else read(value))
+    return Annotated[InstanceOf[kind], made, PlainSerializer(write)]
+
+
+def _transform(config: Any) -> DataTransform:
+    """The transform of a configuration, tried on an event."""
+    try:
+        size = math.prod(config.get("shape", ()))
+        if config.get("kind") == "gaussianized":
+            size *= (config["high"] - config["low"]) / config["bin"] + 2
+        if size > LARGEST_EVENT:
+            raise ValueError("an event is too large")
+        transform = transform_from_config(config)
+        z = transform(torch.zeros(1, *transform.shape, dtype=torch.float64))
+        if z.shape[1:] != transform.shape or not bool(z.isfinite().all()):
+            raise ValueError("shapes or numbers do not fit")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    return transform
+
+
 # --- models ------------------------------------------------------------------------------------------------------
 
+Names = Annotated[tuple[str, ...], Strict(False)]
 
-@dataclass(frozen=True)
-class ModelInfo:
+
+class ModelInfo(Saved):
     """What ``config.json`` says of the weights beside it.
 
     Attributes:
+        preset: Name of the preset, if any.
         model: Kind, network and schedule, resolved.
         transform: Data units to model units.
         data: What it was trained on, to find the same splits again.
-        preset: Name of the preset, if any.
         class_names: Names of the classes of the data; None without labels.
         columns: Names of the columns of a table.
         constants: Values of its columns that are left out because they are constant in training.
         selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
             best, or ``{"value": "last", "step"}``.
+        estimator: What an estimator adds to its model, plain values; None in a run.
     """
 
-    model: ModelConfig
-    transform: DataTransform
-    data: DataOptions
     preset: str | None
-    class_names: tuple[str, ...] | None
-    columns: tuple[str, ...] | None
-    constants: Mapping[str, float]
-    selected: dict[str, Any]
+    model: _part(ModelConfig, partial(decode, ModelConfig, path="model"), encode)
+    transform: _part(DataTransform, _transform, lambda transform: transform.to_config())
+    data: _part(DataOptions, partial(decode, DataOptions, path="data"), encode)
+    class_names: Names | None = None
+    columns: Names | None = None
+    constants: Mapping[str, float] = {}
+    selected: dict[str, str | int | float]
+    estimator: dict[str, Any] | None = None
 
     @property
     def classes(self) -> int | None:
@@ -102,30 +123,16 @@ class ModelInfo:
             return renumbered(source, self.class_names)
         return source
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        return {
-            "format": FORMAT,
-            "torchcdm": __version__,
-            "preset": self.preset,
-            "model": encode(self.model),
-            "transform": self.transform.to_config(),
-            "classes": encode(self.class_names),
-            "columns": encode(self.columns),
-            "constants": dict(self.constants),
-            "selected": self.selected,
-            "data": encode(self.data),
-        }
-
 
 def save_model(run: RunFolder, model: nn.Module, info: ModelInfo) -> None:
     """Writes ``model.safetensors`` and ``config.json``.
 
     Raises:
-        UserError: They cannot be written; the old ones are still there.
+        UserError: They cannot be written, or a run is to replace an estimator or the other way round; the old files
+            are still there.
     """
-    write_file(run.model, _tensor_bytes(model.state_dict()))
-    write_json(run.model_info, info.to_json())
+    kind = KINDS[info.estimator is not None]
+    write_artefact(run.model_info, kind, info.model_dump(), {run.model.name: model.state_dict()})
 
 
 def read_info(run: str | Path) -> ModelInfo:
@@ -134,35 +141,26 @@ def read_info(run: str | Path) -> ModelInfo:
     Raises:
         UserError: No run there, or a file that is damaged or of another format version.
     """
-    folder = RunFolder(Path(run))
-    if not folder.model_info.is_file() or not folder.model.is_file():
-        missing = folder.model.name if folder.model_info.is_file() else folder.model_info.name
-        raise UserError(f"{run}: holds no trained model ({missing} is missing)")
-    content = read_json(folder.model_info)
-    _check_format(content, folder.model_info)
-    try:
-        return ModelInfo(
-            decode(ModelConfig, content["model"], "model"),
-            transform_from_config(content["transform"]),
-            decode(DataOptions, content["data"], "data"),
-            content["preset"],
-            _names(content["classes"]),
-            _names(content["columns"]),
-            {str(name): float(value) for name, value in content["constants"].items()},
-            content["selected"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder.model_info}: damaged, {error} is missing or wrong") from None
-    except UserError as error:
-        raise UserError(f"{folder.model_info}: {error}") from None
+    path = _held(run).model_info
+    return checked_content(ModelInfo, read_artefact(path, KINDS)[0], path)
+
+
+def read_weights(run: str | Path) -> dict[str, Tensor]:
+    """The tensors of the model of a run.
+
+    Raises:
+        UserError: No run there, or files that are damaged.
+    """
+    folder = _held(run)
+    return read_artefact(folder.model_info, KINDS, [folder.model.name])[1][0]
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """The model of a run, in eval mode.
 
     Args:
-        run: The run's folder.
-        device: Where to.
+        run: Folder of the run, or of a saved estimator.
+        device: Where the model goes.
 
     Returns:
         A :class:`torchcdm.ClassificationDiffusion`; a :class:`torchcdm.DenoisingDiffusion` for a ddm.
@@ -170,10 +168,12 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     Raises:
         UserError: No run there, or files that are damaged or of another format version.
     """
-    info = read_info(run)
+    folder = _held(run)
+    content, (tensors,) = read_artefact(folder.model_info, KINDS, [folder.model.name])
+    info = checked_content(ModelInfo, content, folder.model_info)
+    _check_backbone(info, tensors, folder.model)
     model = build_model(info.model, info.transform, info.classes)
-    path = RunFolder(Path(run)).model
-    load_model_tensors(model, read_tensors(path), path)
+    load_model_tensors(model, tensors, folder.model)
     return model.eval().requires_grad_(False).to(device)
 
 
@@ -187,13 +187,15 @@ def load_model_tensors(model: Denoiser, tensors: Mapping[str, Tensor], path: Pat
     load_tensors(model, tensors, path)
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fills ``module``; the file must hold exactly its weights."""
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mend: str = MEND) -> None:
+    """Fills ``module``; the file must hold exactly its weights, finite where they are no integers."""
     own = module.state_dict()
-    for key in [*own, *tensors]:
-        shapes = [tuple(state[key].shape) if key in state else "missing" for state in (tensors, own)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{path}: {key} is {shapes[0]}, but {shapes[1]} in the model that the run describes")
+    _check_shapes(own, tensors, path)
+    for key, value in tensors.items():
+        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+            damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}", mend)
+        if not value.to(own[key].dtype).isfinite().all():
+            damaged(path, f"{key} is not finite", mend)
     module.load_state_dict(tensors)
 
 
@@ -211,150 +213,30 @@ def load_matching(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[int
     return len(fitting), [key for key in own if key not in fitting]
 
 
-# --- training states ---------------------------------------------------------------------------------------------
+def _held(run: str | Path) -> RunFolder:
+    """The folder of a trained model."""
+    folder = RunFolder(Path(run))
+    for path in (folder.model_info, folder.model):
+        if not path.exists():
+            raise UserError(f"{run}: holds no trained model ({path.name} is missing)")
+    return folder
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """What a resumed run starts from.
-
-    Attributes:
-        step: Steps done.
-        model: Raw weights.
-        ema: Averaged weights.
-        optimizer: State of the optimiser.
-        progress: Counters and the best validation value so far; JSON.
-    """
-
-    step: int
-    model: Mapping[str, Tensor]
-    ema: Mapping[str, Tensor]
-    optimizer: dict[str, Any]
-    progress: dict[str, Any]
+def _check_backbone(info: ModelInfo, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses a network of other sizes than those of the file, before it takes memory."""
+    with torch.device("meta"):
+        classes = None if info.model.labels == "none" else info.classes
+        net = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
+    held = {key.removeprefix(_NET): value for key, value in tensors.items() if key.startswith(_NET)}
+    _check_shapes(net.state_dict(), held, path, _NET)
 
 
-def save_state(run: RunFolder, state: TrainingState) -> Path:
-    """Writes ``state/step-N``: beside, flushed, then renamed. The last two are kept.
-
-    Raises:
-        UserError: It cannot be written, on a full disk for one; older states are still there.
-    """
-    final = run.states / f"step-{state.step}"
-    temporary = run.states / f"{TEMPORARY}step-{state.step}"
-    with writing(final):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            buffer = io.BytesIO()
-            torch.save(state.optimizer, buffer)
-            write_through(temporary / "model.safetensors", _tensor_bytes(state.model))
-            write_through(temporary / "ema.safetensors", _tensor_bytes(state.ema))
-            write_through(temporary / "optimizer.pt", buffer.getvalue())
-            progress = {"format": FORMAT, "step": state.step} | state.progress
-            write_through(temporary / "progress.json", json.dumps(progress))
-            flush_folder(temporary)
-            _remove(final)
-            os.replace(temporary, final)
-            flush_folder(run.states)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    for old in state_folders(run)[:-KEPT_STATES]:
-        _remove(old)
-    return final
+_NET = "backbone."
 
 
-def _remove(folder: Path) -> None:
-    """Removes a state; renamed first, because a crash half way would leave one without all its files."""
-    if folder.exists():
-        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def state_folders(run: RunFolder) -> list[Path]:
-    """The saved states, oldest first."""
-    found = {}
-    for path in run.states.glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match:
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
-
-
-def load_state(folder: Path) -> TrainingState:
-    """One saved state.
-
-    Raises:
-        UserError: A file is missing, damaged, or of another format version; names it and the way out.
-    """
-    way_out = f"remove {folder} to go on from the state before it"
-    path = folder / "optimizer.pt"
-    try:
-        progress = read_json(folder / "progress.json")
-        _check_format(progress, folder / "progress.json")
-        model, ema = read_tensors(folder / "model.safetensors"), read_tensors(folder / "ema.safetensors")
-        try:
-            optimizer = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch reports a damaged file by many exceptions, over many lines
-            raise UserError(f"{path}: damaged or not readable ({type(error).__name__})") from error
-    except UserError as error:
-        raise UserError(f"{error}; {way_out}") from None
-    return TrainingState(int(progress["step"]), model, ema, optimizer, progress)
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        UserError: Missing, truncated, or of another format version.
-    """
-    content = _read(path)
-    try:
-        return parse_safetensors(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged or truncated ({str(error).splitlines()[0]})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: Missing, or not one.
-    """
-    text = _read(path)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged, not a JSON object")
-    return content
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-
-
-def _check_format(content: Mapping[str, Any], path: Path) -> None:
-    version = content.get("format")
-    if version != FORMAT:
-        raise UserError(
-            f"{path}: format version {version}, but this torchcdm ({__version__}) reads {FORMAT}; "
-            "use the torchcdm that wrote it"
-        )
-
-
-def _names(names: list[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(names)
+def _check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path, prefix: str = "") -> None:
+    for key in [*own, *held]:
+        shapes = [tuple(state[key].shape) if key in state else "missing" for state in (held, own)]
+        if shapes[0] != shapes[1]:
+            what = f"{prefix}{key} is {shapes[0]}, but {shapes[1]} in the model that the run describes"
+            raise UserError(f"{path}: {what}; {MEND}")

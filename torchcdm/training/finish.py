@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.training.checkpoint import load_model_tensors, read_tensors
+from torchcdm.training.checkpoint import load_model_tensors, read_weights
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.run_folder import RunFolder
@@ -39,7 +39,7 @@ def finish(
     copies = config.train.calibration if config.model.kind == "cdm" else 0
     enough = source.validation is not None and len(source.validation) >= 2
     if (copies and enough) or config.sampling.n:
-        load_model_tensors(model, read_tensors(run.model), run.model)
+        load_model_tensors(model, read_weights(run.root), run.model)
     # Values that were calibrated on paths, of a finished run that is resumed, have no such constants.
     if copies and enough and model.readout is None:
         x, labels = source.validation.tensors()

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -19,19 +20,15 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
 from torchcdm.runtime.files import write_file
-from torchcdm.runtime.processes import Processes
+from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, build_model, fit_gaussian, load_source, resolve
 from torchcdm.training.checkpoint import (
     ModelInfo,
-    TrainingState,
     load_matching,
-    load_state,
     load_tensors,
-    read_tensors,
+    read_weights,
     save_model,
-    save_state,
-    state_folders,
 )
 from torchcdm.training.codec import encode
 from torchcdm.training.ema import EMA
@@ -44,6 +41,17 @@ from torchcdm.training.resume import check_same
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
+from torchcdm.training.states import (
+    Best,
+    Progress,
+    TrainingState,
+    load_optimizer,
+    load_state,
+    optimizer_tensors,
+    save_state,
+    state_folders,
+    way_out,
+)
 
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""
@@ -100,26 +108,29 @@ def train(
             what training leaves as it is, such as the base density.
 
     Raises:
-        UserError: The folder already holds a run, the configuration differs from that of the run to resume, the data
-            do not suit the model, or a file cannot be written.
+        UserError: The folder already holds a run or another training writes to it, the configuration differs from that
+            of the run to resume, the data do not suit the model, or a file cannot be written.
         NotFinite: Ten steps in a row were not finite.
         Interrupted: A signal came; the state is saved.
     """
     run = RunFolder(Path(out))
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
-    states = state_folders(run) if resume else []
-    if states:
-        check_same(config, run)
     source = load_source(config.data) if source is None else source
     if config.data.spec is None:
         config = replace(config, data=replace(config.data, spec=source.name))
     config = replace(config, model=resolve(config.model, source.transform))
     # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
     # reading one opens a context on its GPU.
-    with torch.random.fork_rng(devices=[]), SignalWatch() as watch:
-        trainer = Trainer(config, run, source, device, progress, watch, clock, loss)
-        return trainer.run_to_end(states[-1] if states else None)
+    lock = run.locked() if is_first() else nullcontext()
+    with lock, torch.random.fork_rng(devices=[]), SignalWatch() as watch:
+        states = state_folders(run) if resume else []
+        if resume and not states and run.model.exists() and not run.config.exists():
+            raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
+        state = load_state(states[-1]) if states else None
+        if state is not None:
+            check_same(config, state.progress.config, run)
+        return Trainer(config, run, source, device, progress, watch, clock, loss).run_to_end(state)
 
 
 @final
@@ -176,17 +187,11 @@ class Trainer:
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.window = Window(self.model.schedule.T, self.device)
 
-    def run_to_end(self, state: Path | None) -> TrainResult:
-        """The steps that are left after those of a saved state, then the end.
-
-        Args:
-            state: Folder of the state; None to begin.
-        """
-        if self.main:
-            self.run.make()
+    def run_to_end(self, state: TrainingState | None) -> TrainResult:
+        """The steps that are left after those of a saved state, or all, then the end."""
         self.processes.wait()
         if state is not None:
-            self._restore(load_state(state), state)
+            self._restore(state)
         if self.main:
             write_file(self.run.config, yaml.safe_dump(encode(self.config), sort_keys=False))
             cut_metrics(self.run.metrics, self.step)
@@ -321,34 +326,38 @@ class Trainer:
         """
         if self.bad_in_a_row or not _finite(self.model):
             return False
-        progress = {
-            "ema_updates": self.ema.updates,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-            "best": self.selection.best,
-            "stale": self.selection.stale,
-            "window": self.window.to_json(self.processes),
-            "data": self.fingerprint,
-        }
+        best = self.selection.best
+        progress = Progress(
+            step=self.step,
+            ema_updates=self.ema.updates,
+            seconds=self.seconds,
+            skipped=self.skipped,
+            best=None if best is None else Best(**best),
+            stale=self.selection.stale,
+            window=self.window.to_json(self.processes),
+            data=self.fingerprint,
+            config=encode(self.config),
+        )
         weights, average = self.model.state_dict(), self.ema.model.state_dict()
         if self.main:
-            save_state(self.run, TrainingState(self.step, weights, average, self.optimizer.state_dict(), progress))
+            save_state(self.run, TrainingState(weights, average, optimizer_tensors(self.optimizer), progress))
         return True
 
-    def _restore(self, state: TrainingState, folder: Path) -> None:
+    def _restore(self, state: TrainingState) -> None:
+        progress, folder = state.progress, self.run.states / f"step-{state.progress.step}"
         for module, tensors in ((self.model, state.model), (self.ema.model, state.ema)):
-            load_tensors(module, tensors, folder)
-        self.optimizer.load_state_dict(state.optimizer)
-        progress = state.progress
-        if progress["data"] != self.fingerprint:
+            load_tensors(module, tensors, folder, way_out(folder))
+        load_optimizer(self.optimizer, state.optimizer, folder)
+        if progress.data != self.fingerprint:
             raise UserError(
                 f"{self.run.root}: its data have changed since; start a new run, with --init for its weights"
             )
-        self.step, self.ema.updates = state.step, progress["ema_updates"]
-        self.seconds, self.skipped = progress["seconds"], progress["skipped"]
-        self.selection.best, self.selection.stale = progress["best"], progress["stale"]
+        self.step, self.ema.updates = progress.step, progress.ema_updates
+        self.seconds, self.skipped = progress.seconds, progress.skipped
+        self.selection.best = None if progress.best is None else progress.best.model_dump()
+        self.selection.stale = progress.stale
         # The sums are those of all processes: the first goes on from them, the others from zero.
-        self.window.restore(progress["window"] if self.main else dict.fromkeys(progress["window"], 0.0))
+        self.window.restore(progress.window if self.main else dict.fromkeys(progress.window, 0.0))
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:
@@ -357,14 +366,14 @@ class Trainer:
 
     def _save_model(self) -> None:
         info = ModelInfo(
-            self.config.model,
-            self.source.transform,
-            self.config.data,
-            self.config.preset,
-            self.source.class_names,
-            self.source.columns,
-            self.source.constants,
-            self.selection.selected(self.step),
+            preset=self.config.preset,
+            model=self.config.model,
+            transform=self.source.transform,
+            data=self.config.data,
+            class_names=self.source.class_names,
+            columns=self.source.columns,
+            constants=self.source.constants,
+            selected=self.selection.selected(self.step),
         )
         save_model(self.run, self.ema.model, info)
 
@@ -380,11 +389,11 @@ class Trainer:
             prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
         model = build_model(config.model, source.transform, source.classes, gaussian, prior)
         if self.options.init is not None:
-            path = RunFolder(Path(self.options.init)).model
-            copied, left = load_matching(model, read_tensors(path))
+            copied, left = load_matching(model, read_weights(self.options.init))
             if not copied:
-                raise UserError(f"{path}: none of its weights fits this network")
-            self.say(f"{copied} weights from {path}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
+                raise UserError(f"{self.options.init}: none of its weights fits this network")
+            drawn = f"; newly drawn: {', '.join(left)}" if left else ""
+            self.say(f"{copied} weights from {self.options.init}{drawn}")
         return model
 
     def _selection(self) -> Selection:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torchcdm.errors import UserError
 from torchcdm.training.codec import differences, encode
-from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.training.settings import Config
 
@@ -19,17 +21,21 @@ FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.prec
 """Fields that may differ too after steps that were not finite ended the run: what may mend it."""
 
 
-def check_same(config: Config, run: RunFolder) -> None:
+def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
     """Refuses to go on with another training than the one in the folder.
 
+    Args:
+        config: Resolved configuration of what is to go on.
+        kept: That of the saved state, as plain values.
+        run: The folder.
+
     Raises:
-        UserError: A field differs that is not free, or the folder does not tell what was trained.
+        UserError: A field differs that is not free.
     """
     lines = read_metrics(run.metrics)
     free = FREE + (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else ())
-    for path, mine, theirs in differences(encode(config), encode(make_config(file_fields(run.config)))):
-        resolved_later = mine is None and path in ("model.schedule.r_min", "data.spec")
-        if not resolved_later and not any(path == name or path.startswith(f"{name}.") for name in free):
+    for path, mine, theirs in differences(encode(config), kept):
+        if not any(path == name or path.startswith(f"{name}.") for name in free):
             raise UserError(
                 f"{run.root}: was trained with {path} = {theirs}, not {mine}; resume with the same, or choose "
                 "another folder"

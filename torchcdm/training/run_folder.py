@@ -1,14 +1,17 @@
-"""The files of a run: where they are, and the step log."""
+"""The files of a run: where they are, whose they are, and the step log."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchcdm.errors import UserError
+from torchcdm.runtime.artefact import parse_json, settle
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 
 
@@ -62,21 +65,62 @@ class RunFolder:
         """Numbers at the end."""
         return self.root / "report.json"
 
+    @property
+    def lock(self) -> Path:
+        """What the process that writes here holds; once there, it stays, and says that the folder is a run's."""
+        return self.root / ".lock"
+
     def holds_run(self) -> bool:
         """Whether there is a model or a state that a new run would overwrite."""
         return self.model.exists() or any(self.states.glob("step-*"))
 
     def make(self) -> None:
-        """Creates the folder and removes what a crash left half written.
+        """Creates the folder and clears what a crash left half written.
 
         Raises:
-            UserError: It cannot be made or written to.
+            UserError: It cannot be made or written to, or holds files of another origin under the names of a run's.
         """
         with writing(self.root):
+            self._check_ours()
             self.root.mkdir(parents=True, exist_ok=True)
+            settle(self.model_info)
             for folder in (self.root, self.states):
                 for path in folder.glob(f"{TEMPORARY}*"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _check_ours(self) -> None:
+        """Refuses a folder with files of another origin under the names of a run's."""
+        if self.lock.exists() or self.holds_run():
+            return
+        for path in (self.config, self.model_info, self.states, self.metrics, self.samples, self.plots, self.report):
+            if path.exists():
+                what = f"holds {path.name}, which no run wrote"
+                raise UserError(f"{self.root}: {what}; choose another folder, or remove it")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """:meth:`make`, and no other process writes here meanwhile. The end of a process, any end, frees the lock.
+
+        Raises:
+            UserError: As :meth:`make`, or another process holds the lock.
+        """
+        from filelock import FileLock, Timeout
+
+        with writing(self.root):
+            self._check_ours()
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.lock, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                what = "another process is writing to it, such as a training"
+                raise UserError(f"{self.root}: {what}; wait for its end, or choose another folder") from None
+        try:
+            self.make()
+            yield
+        finally:
+            lock.release()
+            self.lock.touch()  # some versions of filelock remove it
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
@@ -86,13 +130,19 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; one that a crash cut short is left out."""
+    """The lines of ``metrics.jsonl``; those that a crash cut short or that hold something else are left out."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = parse_json(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(values, dict) and type(values.get("step")) is int and all(map(_is_number, values.values())):
+            lines.append(values)
     return lines
 
 
@@ -101,3 +151,7 @@ def cut_metrics(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))

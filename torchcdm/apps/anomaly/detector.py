@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import AnomalyScore, make_score
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.files import write_file
-from torchcdm.training.checkpoint import read_tensors
+from torchcdm.runtime.artefact import Saved, checked_content, damaged, read_artefact, write_artefact
 
-FORMAT = "3"
-"""Version of a saved detector."""
+FILE, TENSORS = "detector.json", "detector.safetensors"
 
 
 @final
@@ -101,39 +97,48 @@ class AnomalyDetector:
         """Which scores are above :meth:`threshold`, bool (N,)."""
         return scores > self.threshold(fpr)
 
-    def save(self, path: str | Path) -> None:
-        """Writes what was learned, without the models, as safetensors.
+    def save(self, folder: str | Path) -> None:
+        """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: They cannot be written.
         """
-        meta = {"format": FORMAT, "score": self.score.name, "model": _sizes(self.score), "values": self.values}
-        tensors = {f"fitted.{key}": value.contiguous() for key, value in (self.score.fitted or {}).items()}
-        write_file(Path(path), safetensors_bytes(tensors | {"calibration": self.calibration}, meta))
+        content = {"score": self.score.name, "model": _sizes(self.score), "values": self.values}
+        tensors = {f"fitted.{key}": value for key, value in (self.score.fitted or {}).items()}
+        tensors["calibration"] = self.calibration
+        write_artefact(Path(folder) / FILE, "detector", content, {TENSORS: tensors})
 
     @classmethod
-    def load(cls, path: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
+    def load(cls, folder: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
         Raises:
-            UserError: No such file, a damaged one, one of another format, one of a model of another shape or another
-                number of levels, or of other weights, constants or readout.
+            UserError: No detector there, damaged files, or one of a model of another shape or number of levels, or of
+                other weights, constants or readout.
         """
-        tensors = read_tensors(Path(path))
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-        if meta.get("format") != FORMAT or "calibration" not in tensors:
-            raise UserError(f"{path}: is no anomaly detector that this version reads")
-        score = make_score(meta["score"], model, background)
-        if meta["model"] != _sizes(score):
-            raise UserError(f"{path}: was fitted on a model of {meta['model']}; this one takes {_sizes(score)}")
-        prefix = "fitted."
+        path = Path(folder) / FILE
+        content, (tensors,) = read_artefact(path, "detector", [TENSORS])
+        content = checked_content(_Content, content, path)
+        score = make_score(content.score, model, background)
+        if content.model != _sizes(score):
+            raise UserError(f"{path}: was fitted on a model of {content.model}; this one takes {_sizes(score)}")
+        calibration, prefix = tensors.get("calibration"), "fitted."
+        if calibration is None or calibration.dtype != torch.float64 or calibration.ndim != 1 or not len(calibration):
+            damaged(path.with_name(TENSORS), "'calibration' is missing or wrong")
         score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        detector = cls(score, tensors["calibration"])
-        if meta["values"] != detector.values:
+        detector = cls(score, calibration)
+        if content.values != detector.values:
             what = "the model has been trained or calibrated since, or is another"
             raise UserError(f"{path}: {what}; fit the detector again")
         return detector
+
+
+class _Content(Saved):
+    """Fields of ``detector.json``."""
+
+    score: str
+    model: str
+    values: str
 
 
 def _sizes(score: AnomalyScore) -> str:

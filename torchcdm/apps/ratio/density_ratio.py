@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm import __version__
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.apps.ratio.calibration import SEPARATE, Calibration, tempering
 from torchcdm.apps.ratio.correction import base_and_correction, best_share
@@ -22,16 +21,13 @@ from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.runtime.files import write_json
-from torchcdm.training.checkpoint import ModelInfo, load, read_info, read_json, save_model
+from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
+from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.codec import decode, encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnWarp
-
-FORMAT = 1
-"""Version of ``ratio.json``."""
 
 METHODS = ("joint", "separate")
 
@@ -302,10 +298,10 @@ class DensityRatio:
         self._check_fitted()
         folder = Path(path)
         for name, (model, info) in zip(MODELS[self.method], self._models, strict=True):
-            save_model(RunFolder(folder / name), model, info)
+            run = RunFolder(folder / name)
+            with run.locked():
+                save_model(run, model, info)
         content = {
-            "format": FORMAT,
-            "torchcdm": __version__,
             **{key: getattr(self, key) for key in SETTINGS},
             "overrides": self.overrides,
             "size": self.size,
@@ -318,7 +314,7 @@ class DensityRatio:
             "held_out": encode(self.held_out),
             "notes": self.notes,
         }
-        write_json(folder / "ratio.json", content)
+        write_artefact(folder / "ratio.json", "ratio", content)
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
@@ -330,9 +326,7 @@ class DensityRatio:
         file = Path(path) / "ratio.json"
         if not file.is_file():
             raise UserError(f"{path}: holds no density ratio (ratio.json is missing)")
-        content = read_json(file)
-        if content.get("format") != FORMAT:
-            raise UserError(f"{file}: format version {content.get('format')}, but this torchcdm reads {FORMAT}")
+        content = read_artefact(file, "ratio")[0]
         try:
             size = None if content["size"] is None else (content["size"][0], content["size"][1])
             settings = {key: content[key] for key in SETTINGS}
@@ -345,7 +339,7 @@ class DensityRatio:
             ratio._limits = np.asarray(content["limits"], dtype=np.float64)
             ratio.held_out = decode(Calibration, content["held_out"], "held_out")
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: damaged, {error} is missing or wrong") from None
+            damaged(file, f"{error} is missing or wrong")
         ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
         return ratio
 
