@@ -19,7 +19,7 @@ from torch import Tensor
 
 import torchcdm
 from torchcdm.apps.anomaly import SCORES, make_score
-from torchcdm.apps.denoising import denoise_known
+from torchcdm.apps.denoising import denoise
 from torchcdm.data import load_data
 
 NOISE = 3.0
@@ -36,7 +36,7 @@ def restorations(model: torchcdm.ClassificationDiffusion, noisy: Tensor) -> dict
     """By name, rounded to grey levels like the originals."""
     binomial = torch.tensor([1.0, 2, 1, 2, 4, 2, 1, 2, 1]) / 16
     found = {
-        "denoiser": denoise_known(model, noisy, NOISE),
+        "denoiser": denoise(model, noisy, std=NOISE)[0],
         "none": noisy,
         "binomial filter": neighbourhoods(noisy) @ binomial,
         "mean filter": neighbourhoods(noisy).mean(-1),

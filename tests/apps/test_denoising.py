@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import SCHEDULES, covariance, labelled_mixture, normal, rng
 
-from torchcdm.apps.denoising import denoise_known, denoise_level, denoise_unknown, estimate_noise, nearest_level
+from torchcdm.apps.denoising import denoise, estimate_noise, nearest_level
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
@@ -85,8 +85,8 @@ def test_denoises_nearly_as_well_as_with_the_noise_known(name):
     model, clean = exact(SCHEDULES[name](T)), DATA.sample(N, rng(2))
     for s in (0.1, 0.7, 3.0):
         noisy = clean + s * normal(N, DIM)
-        blind, _ = denoise_unknown(model, noisy)
-        oracle = denoise_known(model, noisy, s)
+        blind, _ = denoise(model, noisy)
+        oracle, _ = denoise(model, noisy, std=s)
         error, best = ((x - clean).square().mean() for x in (blind, oracle))
         assert error < 1.05 * best < 1.05 * (noisy - clean).square().mean()
 
@@ -134,10 +134,10 @@ def test_units():
     in_data, in_model = estimate_noise(model, transform.inverse(noisy)), estimate_noise(plain, noisy)
     assert torch.allclose(in_data.ratio, in_model.ratio) and torch.allclose(in_data.std, 20 * in_model.ratio)
     assert torch.allclose(estimate_noise(model, noisy, units="model").ratio, in_model.ratio)
-    restored, _ = denoise_unknown(model, transform.inverse(noisy))
-    assert torch.allclose(restored, transform.inverse(denoise_unknown(plain, noisy)[0]), atol=1e-9)
-    known = denoise_known(model, transform.inverse(noisy), 8.0)
-    assert torch.allclose(known, transform.inverse(denoise_known(plain, noisy, 0.4)), atol=1e-9)
+    restored, _ = denoise(model, transform.inverse(noisy))
+    assert torch.allclose(restored, transform.inverse(denoise(plain, noisy)[0]), atol=1e-9)
+    known, _ = denoise(model, transform.inverse(noisy), std=8.0)
+    assert torch.allclose(known, transform.inverse(denoise(plain, noisy, std=0.4)[0]), atol=1e-9)
 
 
 def test_columns_of_unequal_scale():
@@ -147,7 +147,7 @@ def test_columns_of_unequal_scale():
     estimate = estimate_noise(model, noisy)
     assert torch.allclose(estimate.std, estimate.ratio[:, None] * scale)
     with pytest.raises(UserError, match="differ in scale"):
-        denoise_known(model, noisy, 1.0)
+        denoise(model, noisy, std=1.0)
 
 
 def test_inputs_of_any_precision():
@@ -158,7 +158,7 @@ def test_inputs_of_any_precision():
     for units in ("data", "model"):
         single, double = (estimate_noise(model, x, units=units) for x in (noisy.float(), noisy))
         assert torch.allclose(single.ratio, double.ratio, rtol=1e-3)
-        single, double = (denoise_known(model, x, 1.0, units=units) for x in (noisy.float(), noisy))
+        single, double = (denoise(model, x, std=1.0, units=units)[0] for x in (noisy.float(), noisy))
         assert torch.allclose(single, double, atol=1e-5) and double.isfinite().all()
 
 
@@ -166,7 +166,7 @@ def test_a_level_is_the_noise_of_that_level():
     model = exact(LogSNRSchedule(T), DataTransform((DIM,), shift=50.0, scale=20.0))
     noisy = 50 + 20 * (DATA.sample(3, rng(1)) + 0.4 * normal(3, DIM))
     std = 20 * float(model.schedule.ratio[70])
-    assert torch.equal(denoise_level(model, noisy, 70), denoise_known(model, noisy, std))
+    assert torch.equal(denoise(model, noisy, 70)[0], denoise(model, noisy, std=std)[0])
 
 
 def test_a_label_sharpens_the_estimate():
@@ -197,11 +197,39 @@ def test_nearest_level(name):
     assert nearest_level(schedule, torch.tensor([1e-9, 1e9])).tolist() == [1, T]
 
 
-def test_mistakes_are_named():
+def spoiled(value):
+    x = normal(2, DIM)
+    x[1, 3] = value
+    return x
+
+
+MISTAKES = {
+    "takes": {"noisy": normal(2, 3)},
+    "data or model": {"units": "pixels"},
+    "finite": {"noisy": spoiled(math.nan)},
+    "finite|real": {"noisy": spoiled(math.inf)},
+    "standard deviation is 0": {"std": 0.0},
+    "standard deviation is -1": {"std": -1.0},
+    "standard deviation is nan": {"std": math.nan},
+    "standard deviation is inf": {"std": math.inf},
+    "level is 0": {"level": 0},
+    "level is 201": {"level": T + 1},
+    "one of them": {"level": 3, "std": 0.5},
+    "sample": {"noisy": normal(2, DIM)[:0]},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named(message):
     model = exact(UniformSigmaSchedule(T), DataTransform.identity((DIM,)))
-    with pytest.raises(UserError, match="takes"):
-        estimate_noise(model, normal(2, 3))
-    with pytest.raises(UserError, match="data or model"):
-        denoise_unknown(model, normal(2, DIM), units="pixels")
-    with pytest.raises(UserError, match="positive"):
-        denoise_known(model, normal(2, DIM), 0.0)
+    with pytest.raises(UserError, match=message):
+        denoise(model, **{"noisy": normal(2, DIM)} | MISTAKES[message])
+
+
+def test_values_that_a_network_cannot_hold_are_refused():
+    model = ClassificationDiffusion(MLP(3, levels=T + 2, width=16), LogSNRSchedule(T), DataTransform((3,))).eval()
+    for choice in ({}, {"level": 3}, {"std": 1.0}):
+        with pytest.raises(UserError, match="not finite"):
+            denoise(model, torch.full((2, 3), 1e38), **choice)
+        with pytest.raises(UserError, match="finite"):
+            denoise(model, torch.full((2, 3), 1e39, dtype=torch.float64), **choice)

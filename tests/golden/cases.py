@@ -17,7 +17,7 @@ from small_runs import small_config
 from torch import Tensor, nn
 
 from torchcdm.apps.anomaly import make_score
-from torchcdm.apps.denoising import denoise_unknown, estimate_noise
+from torchcdm.apps.denoising import denoise, estimate_noise
 from torchcdm.apps.ratio import DensityRatio
 from torchcdm.diffusion.gaussian import ClassGaussians, GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
@@ -269,7 +269,7 @@ def of_tools() -> dict[str, Tensor]:
     x_t = model.schedule.perturb(model.transform(grey(4)), 4, draws(4, 1, 8, 8, seed=5))
     noise = estimate_noise(model, x_t, units="model")
     values["noise"] = torch.stack([noise.ratio, noise.level.double(), noise.log_prob])
-    values["denoised"] = torch.as_tensor(denoise_unknown(model, x_t, units="model")[0])
+    values["denoised"] = torch.as_tensor(denoise(model, x_t, units="model")[0])
     sums = level_sums(model, grey(20), draws=2, seed=1)
     values["evaluation"] = torch.stack([sums.mse, sums.ce, sums.correct])
     for name in ("log_prob", "typicality", "coarse"):

@@ -11,15 +11,15 @@ some x_t is another case: :meth:`ClassificationDiffusion.denoise_blind`.)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
-from torchcdm.models.density import DensityModel
+from torchcdm.models.density import DensityModel, require_density
 from torchcdm.units import DataTransform
 
 COARSE = 12
@@ -27,22 +27,22 @@ COARSE = 12
 
 
 @dataclass(frozen=True)
-class NoiseEstimate:
-    """The noise found in each sample.
+class Noise:
+    """The noise of each sample, found or given.
 
     Attributes:
         ratio: Standard deviation s of the noise in model units, between the levels too, float64 (B,).
         std: The same in data units, (B,); (B, *scale) where columns have scales of their own.
         level: The level nearest in log r, which denoises, long (B,).
-        log_prob: log p(y | s) at the best level, nats in model units, float64 (B,).
-        evaluations: Forward passes of the network for each sample.
+        log_prob: log p(y | s) at the best level, nats in model units, float64 (B,); None where the noise was given.
+        evaluations: Forward passes of the network for each sample to find the noise.
     """
 
     ratio: Tensor
     std: Tensor
     level: Tensor
-    log_prob: Tensor
-    evaluations: int
+    log_prob: Tensor | None = None
+    evaluations: int = 0
 
 
 def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
 @torch.no_grad()
 def estimate_noise(
     model: DensityModel, noisy: Tensor, y: Tensor | None = None, units: str = "data"
-) -> NoiseEstimate:
+) -> Noise:
     """The noise standard deviation of each sample by maximum likelihood over the levels 1 ... T.
 
     A coarse search evenly spaced in log r, then halved steps around the best level, then a parabola through the
@@ -88,76 +88,66 @@ def estimate_noise(
             break
 
     ratio = _vertex(log_r, search.scores, search.best).exp()
-    scale = torch.ones((), dtype=torch.float64) if model.transform is None else model.transform.scale
-    return NoiseEstimate(
-        ratio=ratio,
-        std=ratio.reshape(-1, *[1] * scale.ndim) * scale.to(ratio.device),
-        level=nearest_level(model.schedule, ratio),
-        log_prob=search.scores.gather(1, search.best[:, None])[:, 0],
-        evaluations=search.evaluations,
-    )
+    best = search.scores.gather(1, search.best[:, None])[:, 0]
+    if not bool(best.isfinite().all()):
+        raise UserError("log p of the data is not finite: their values are far beyond those of the training data")
+    return replace(_noise(model, ratio), log_prob=best, evaluations=search.evaluations)
 
 
-def denoise_unknown(
-    model: DensityModel, noisy: Tensor, y: Tensor | None = None, units: str = "data"
-) -> tuple[Tensor, NoiseEstimate]:
-    """Estimates the noise, then removes it: E[x_0 | alpha_t y] at the level found, and the estimate.
-
-    Arguments and errors as :func:`estimate_noise`; the denoised data come in the same units, not rounded.
-    """
-    estimate = estimate_noise(model, noisy, y, units)
-    return denoise_level(model, noisy, estimate.level, y, units), estimate
-
-
-def denoise_known(
-    model: Denoiser, noisy: Tensor, std: float, y: Tensor | None = None, units: str = "data"
-) -> Tensor:
-    """Removes white noise of a known standard deviation ``std``, at the level nearest to it.
+def denoise(
+    model: Denoiser,
+    noisy: Tensor,
+    level: int | None = None,
+    std: float | None = None,
+    y: Tensor | None = None,
+    units: str = "data",
+) -> tuple[Tensor, Noise]:
+    """Removes white noise: E[x_0 | alpha_t y] at the level of the noise.
 
     Args:
-        model: A trained model.
+        model: A trained model; one with a density where the noise is to be estimated.
         noisy: Clean data plus noise, (B, *shape).
-        std: Standard deviation of the noise in ``units``.
-        y: Classes, long (B,), or None.
-        units: ``data`` or ``model``.
-
-    Raises:
-        UserError: ``std`` is not positive, or in data units of a model whose columns differ in scale.
-    """
-    if not 0 < std < math.inf:
-        raise UserError(f"the noise's standard deviation is {std:g}; it must be positive")
-    if units == "data" and model.transform is not None:
-        require_additive_noise(model.transform)
-        scale = common_scale(model.transform)
-        if scale is None:
-            raise UserError("one noise deviation in data units, but the columns differ in scale; give model units")
-        std = std / scale
-    ratio = torch.full((len(noisy),), std, dtype=torch.float64, device=model.schedule.alpha.device)
-    return denoise_level(model, noisy, nearest_level(model.schedule, ratio), y, units)
-
-
-def denoise_level(
-    model: Denoiser, noisy: Tensor, level: Level, y: Tensor | None = None, units: str = "data"
-) -> Tensor:
-    """Removes the noise r_t of a known level t: E[x_0 | alpha_t y].
-
-    Args:
-        model: A trained model.
-        noisy: Clean data plus noise, (B, *shape).
-        level: t, an int or long (B,).
+        level: Level 1 ... T whose noise the data have.
+        std: Standard deviation of the noise in ``units``; the nearest level denoises. Neither given: the noise of
+            each sample is estimated.
         y: Classes, long (B,), or None.
         units: ``data`` or ``model``.
 
     Returns:
-        In the same units and in the precision of the network, not rounded, (B, *shape).
+        Clean data in the same units and in the precision of the network, not rounded, (B, *shape), and the noise.
 
     Raises:
-        UserError: Unknown units, a shape that is not the model's, or data units of a model of Gaussianised data.
+        UserError: A level or deviation out of range, or both; a deviation in data units of columns that differ in
+            scale; data that do not fit the model, or data units of a model of Gaussianised data.
     """
     z = _to_model(model, noisy, units)
-    alpha_t, _ = model.schedule.at(level, z)
-    clean = model.denoise(alpha_t * z, level, y).x0
-    return model.transform.inverse(clean) if units == "data" and model.transform is not None else clean
+    if level is not None and std is not None:
+        raise UserError("a level and a standard deviation of the noise are given; give one of them")
+    if level is not None:
+        if not 1 <= level <= model.schedule.T:
+            raise UserError(f"level is {level}; this model denoises the levels 1 to {model.schedule.T}")
+        noise = _noise(model, model.schedule.ratio[torch.full((len(z),), level, device=z.device)])
+    elif std is not None:
+        if not 0 < std < math.inf:
+            raise UserError(f"the noise's standard deviation is {std:g}; it must be positive and finite")
+        scale = common_scale(model.transform) if units == "data" and model.transform is not None else 1.0
+        if scale is None:
+            raise UserError("one noise deviation in data units, but the columns differ in scale; give a level instead")
+        noise = _noise(model, torch.full((len(z),), std / scale, dtype=torch.float64, device=z.device))
+    else:
+        noise = estimate_noise(require_density(model, "estimating the noise"), noisy, y, units)
+    alpha_t, _ = model.schedule.at(noise.level, z)
+    clean = model.denoise(alpha_t * z, noise.level, y).x0
+    if not bool(clean.isfinite().all()):
+        raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
+    return model.transform.inverse(clean) if units == "data" and model.transform is not None else clean, noise
+
+
+def _noise(model: Denoiser, ratio: Tensor) -> Noise:
+    """Noise of the ratios r = ``ratio`` (B,)."""
+    scale = torch.ones((), dtype=torch.float64) if model.transform is None else model.transform.scale
+    std = ratio.reshape(-1, *[1] * scale.ndim) * scale.to(ratio.device)
+    return Noise(ratio, std, nearest_level(model.schedule, ratio))
 
 
 def common_scale(transform: DataTransform) -> float | None:
@@ -207,8 +197,11 @@ def _to_model(model: Denoiser, x: Tensor, units: str) -> Tensor:
     """Model units, in the precision of the network."""
     if units not in ("data", "model"):
         raise UserError(f"units is '{units}'; choose data or model")
+    x = torch.as_tensor(x, device=model.schedule.alpha.device)
     if model.shape is not None and tuple(x.shape[1:]) != model.shape:
         raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {model.shape}")
+    if not len(x) or x.is_complex() or not bool(x.isfinite().all()):
+        raise UserError("inputs must be at least one sample of finite real numbers")
     if units == "data" and model.transform is not None:
         require_additive_noise(model.transform)
         x = model.transform(x)

@@ -5,18 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchcdm.cli.arguments import add_command, add_device
-from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from torchcdm.models.denoiser import Denoiser
 
 BATCH = 256
 
@@ -45,18 +38,22 @@ def run_denoise(options: argparse.Namespace) -> int:
     """Clean files, and a table of the noise that was found."""
     import torch
 
-    from torchcdm.apps.denoising import common_scale
+    from torchcdm.apps.denoising import common_scale, denoise, require_additive_noise
     from torchcdm.data import save_array, save_images, save_table
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.training.checkpoint import load, read_info
 
-
     info = read_info(options.model)
     model = load(options.model, chosen_device(options.device))
+    # Before the files are read: no file would do.
+    require_additive_noise(model.transform)
     x, names, _ = info.read_inputs(options.paths, options.skip_bad, noisy=True)
-    denoise = _rule(options, model)
-    parts = [denoise(part.to(model.schedule.alpha.device)) for part in x.split(BATCH)]
-    clean, levels, ratios = (torch.cat([part[i] for part in parts]).cpu() for i in range(3))
+    parts = [
+        denoise(model, part.to(model.schedule.alpha.device), options.level, options.noise_std)
+        for part in x.split(BATCH)
+    ]
+    clean = torch.cat([part for part, _ in parts]).cpu()
+    levels, ratios = (torch.cat([getattr(noise, key) for _, noise in parts]).cpu() for key in ("level", "ratio"))
     scale = common_scale(model.transform)
     noise = ratios if scale is None else scale * ratios
     if x.ndim == 4:
@@ -73,48 +70,3 @@ def run_denoise(options: argparse.Namespace) -> int:
     found = "{:.3g} of each column's" if scale is None else "of standard deviation {:.3g}"
     print(f"{len(x)} samples in {options.out}; noise {found.format(float(noise.median()))} (median)")
     return 0
-
-
-def _rule(options: argparse.Namespace, model: Denoiser) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """From noisy samples to clean ones, data units, their levels (B,), and the noise in model units, float64 (B,)."""
-    import torch
-
-    from torchcdm.apps.denoising import (
-        common_scale,
-        denoise_known,
-        denoise_level,
-        denoise_unknown,
-        nearest_level,
-        require_additive_noise,
-    )
-    from torchcdm.models.density import require_density
-
-    require_additive_noise(model.transform)
-    schedule, scale = model.schedule, common_scale(model.transform)
-
-    def at_level(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        level = torch.full((len(x),), options.level, device=x.device)
-        return denoise_level(model, x, level), level, schedule.ratio[level]
-
-    def known(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean = denoise_known(model, x, options.noise_std)
-        ratio = torch.full((len(x),), options.noise_std / scale, dtype=torch.float64, device=x.device)
-        return clean, nearest_level(schedule, ratio), ratio
-
-    if options.level is not None:
-        if not 1 <= options.level <= schedule.T:
-            raise UserError(f"--level is {options.level}; this model denoises the levels 1 to {schedule.T}")
-        return at_level
-    if options.noise_std is not None:
-        if scale is None:
-            raise UserError(
-                "--noise-std is one number, but the columns differ in scale; give --level, or neither, to estimate it"
-            )
-        return known
-    density = require_density(model, "estimating the noise (without --level or --noise-std)")
-
-    def unknown(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean, found = denoise_unknown(density, x)
-        return clean, found.level, found.ratio
-
-    return unknown

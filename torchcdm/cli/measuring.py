@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, write_numbers
 from torchcdm.errors import UserError
-from torchcdm.training.settings import FEWEST_PARTICLES
 
 if TYPE_CHECKING:
     from torchcdm.data import DataSource
@@ -56,16 +55,14 @@ def run_nll(options: argparse.Namespace) -> int:
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.evaluation import labels_for
 
-    if options.particles < FEWEST_PARTICLES:
-        raise UserError(f"--particles is {options.particles}; at least {FEWEST_PARTICLES} are needed")
-    if options.moves < 0:
-        raise UserError(f"--moves is {options.moves}; it must not be negative")
     scoring = Scoring(options.level, options.draws, options.seed, options.flow_steps, options.flow_probes)
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # log Z takes longer than all others.
-        methods = options.methods or ",".join(method for method in methods_of(model) if method != "logz")
+        methods = [method for method in methods_of(model) if method != "logz"]
+        if options.methods is not None:
+            methods = [method for method in map(str.strip, options.methods.split(",")) if method]
         source = _source(options, info, model, labelled=options.conditional)
         x, labels = source.split(options.split).tensors(options.limit)
         y = labels_for(model, labels) if options.conditional else None
@@ -76,7 +73,7 @@ def run_nll(options: argparse.Namespace) -> int:
             x,
             y,
             scoring,
-            [method.strip() for method in methods.split(",")],
+            methods,
             options.particles,
             options.moves,
             source.name,

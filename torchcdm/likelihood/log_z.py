@@ -24,8 +24,8 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import CALIBRATION_SAMPLES, ReverseChain
 from torchcdm.likelihood.flow import FlowSolver
 from torchcdm.likelihood.noise import dithered
-from torchcdm.likelihood.scoring import Scoring, as_data, require_count, require_transform
-from torchcdm.models.denoiser import working_dtype
+from torchcdm.likelihood.scoring import Scoring, as_data, as_labels, require_count, require_transform
+from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.batching import labels_of
 from torchcdm.runtime.processes import alone
@@ -149,7 +149,7 @@ def log_normalizer(
     level = scoring.level_of(model, 1, schedule.T)
     require_population(model, particles, moves, islands)
     size = particles // islands
-    labels = None if y is None else torch.full((islands * size,), y, device=schedule.alpha.device)
+    labels = _labels(model, y, islands * size)
     if method == "flow":
         solver = FlowSolver(model, replace(scoring, probes=max(FLOW_PROBES, scoring.probes)))
         drawn, log_q = solver.sample(islands * size, labels)
@@ -218,7 +218,7 @@ def log_normalizer_above(
     model, generator = require_density(model, "log Z"), torch.Generator().manual_seed(scoring.seed)
     level = scoring.level_of(model, 1, model.schedule.T)
     x_s = x_t.to(model.schedule.alpha.device).double()
-    labels = None if y is None else torch.full((len(x_s),), y, device=x_s.device)
+    labels = _labels(model, y, len(x_s))
     chain = _measured_chain(model, None, labels, scoring) if chain is None else chain
     log_w, _ = _evaluate(model, x_s, level, labels, scoring)
     for x_above, log_ratio in chain.rise(x_s, level, generator, labels):
@@ -227,11 +227,17 @@ def log_normalizer_above(
     return float(log_w.mean()), float(log_w.std()) / len(x_s) ** 0.5
 
 
-def require_population(model: DensityModel, particles: int, moves: int, islands: int = ISLANDS) -> None:
+def require_population(model: Denoiser, particles: int, moves: int, islands: int = ISLANDS) -> None:
     """Refuses numbers of particles, moves and islands that cannot be or do not fit into memory."""
     require_count("islands", islands, 2)
     require_count("moves", moves, 0)
     require_count("particles", particles, 2 * islands, LARGEST_POPULATION // math.prod(model.shape or (1,)))
+
+
+def _labels(model: DensityModel, y: int | None, n: int) -> Tensor | None:
+    """The same class for ``n`` samples."""
+    labels = as_labels(model, None if y is None else [y], 1)
+    return None if labels is None else labels.to(model.schedule.alpha.device).expand(n)
 
 
 def _measured_chain(

@@ -91,8 +91,7 @@ def report(
     x, y = as_data(model, x, y)
     x, y = x[:limit], None if y is None else y[:limit]
     table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
-    if "logz" in methods and y is None:
-        require_population(model, particles, moves)
+    require_population(model, particles, moves)
     from tqdm.auto import tqdm
 
     stages = [stage for stage in METHODS if stage in methods]

@@ -68,7 +68,7 @@ class Scoring:
         """
         level, last = scoring_level(model) if self.level is None else self.level, last or model.schedule.T - 1
         if not first <= level <= last:
-            raise UserError(f"level {level} cannot be scored here; choose {first} ... {last}")
+            raise UserError(f"level {level} cannot be scored through; choose {first} ... {last}")
         return int(level)
 
     def by_batches(self, model: Denoiser, x: Tensor, function: Callable[[slice], Rows]) -> Rows:
@@ -109,7 +109,25 @@ def as_data(model: Denoiser, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tenso
         raise UserError("there is nothing to score: the data are empty")
     if x.is_complex() or not bool(x.isfinite().all()):
         raise UserError("the data hold values that are NaN, infinite or complex; leave these samples out")
-    return x, None if y is None else torch.as_tensor(y)
+    return x, as_labels(model, y, len(x))
+
+
+def as_labels(model: Denoiser, y: Any, n: int) -> Tensor | None:
+    """Classes, long (n,), or contexts (n, context), of ``n`` samples.
+
+    Raises:
+        UserError: The model takes none, or others.
+    """
+    if y is None:
+        return None
+    if not model.conditional:
+        raise UserError("y is given, but the model was trained without classes")
+    y, shape = torch.as_tensor(y), (n,) if model.context is None else (n, model.context)
+    if tuple(y.shape) != shape:
+        raise UserError(f"y has shape {tuple(y.shape)}; it must be {shape}")
+    if model.context is None and (y.is_floating_point() or y.min() < 0 or y.max() >= model.classes):
+        raise UserError(f"y holds values that are no classes; the model has 0 ... {model.classes - 1}")
+    return y
 
 
 def scoring_level(model: Denoiser) -> int:
