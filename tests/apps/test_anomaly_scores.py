@@ -267,11 +267,11 @@ def test_dropout_is_off_while_scoring_and_the_mode_is_left_as_it_was(mixture):
         (lambda m: make_score("levels", m).fit(torch.zeros(20, 3)), r"shape \(3,\); the model takes \(2,\)"),
         (lambda m: make_score("log_prob", m).fit(torch.full((5, 2), np.nan)), "sample 0 holds values that are not"),
         (lambda m: make_score("log_prob", m)(torch.zeros(5, 2)), "is not fitted; call fit"),
-        (lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(0, 2)), "nothing to score"),
-        (lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(5, 2, 1)), "the inputs: samples of"),
+        (lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(0, 2)), "the input holds 0 samples"),
+        (lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(5, 2, 1)), "the input: samples of"),
         (
             lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.tensor([[0.0, 1.0], [0.0, np.inf]])),
-            "the inputs: sample 1 holds values that are not finite",
+            "the input: sample 1 holds values that are not finite",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from types import NoneType
 from typing import Any, ClassVar
 
@@ -252,18 +252,25 @@ class TableEstimator(BaseEstimator):
         return int(state.randint(2**31 - 1))
 
 
-def plain(table: Any) -> Any:
-    """A table for scikit-learn's checks, which would drop the mask of an array and not read a tensor with gradients.
+def checked(check: Callable[..., np.ndarray], table: Any, **options: Any) -> np.ndarray:
+    """A table as float64 (N, columns) by a check of scikit-learn, which would drop the mask of an array.
+
+    Args:
+        check: ``check_array``, or ``validate_data`` of an estimator.
+        table: Array, data frame, list or tensor.
+        **options: Further arguments of the check.
 
     Raises:
-        UserError: Masked cells.
+        ValueError: Cells that are no finite numbers, another shape.
+        TypeError: A sparse matrix.
     """
     if np.ma.is_masked(table):
         raise UserError("the table has masked cells; fill them, or leave their rows out")
-    return table.detach().cpu().numpy() if isinstance(table, Tensor) else table
-
-
-def check_count(n: Any, name: str) -> None:
-    """Refuses a number of draws that is not whole, or below 1."""
-    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
-        raise UserError(f"{name} is {n!r}; a whole number of at least 1 is needed")
+    if isinstance(table, Tensor):
+        if table.is_meta or table.layout != torch.strided:
+            raise UserError("the table is a sparse tensor, or one without data; give a dense one")
+        table = table.detach().cpu().numpy()
+    try:
+        return check(table, dtype=np.float64, **options)
+    except OverflowError:
+        raise UserError("the table has numbers beyond float64 (1.8e308)") from None

@@ -14,10 +14,11 @@ from sklearn.utils.validation import check_is_fitted
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
-from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, check_count, plain
+from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
 from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
+from torchcdm.likelihood.scoring import require_count
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
@@ -134,7 +135,7 @@ class CDMConditional(TableEstimator):
             float64 (n, p) for one observation, (M, n, p) for several.
         """
         check_is_fitted(self)
-        check_count(n, "n")
+        require_count("n", n)
         one = np.ndim(x) == 1 and len(self.x_columns_.names) > 1 or np.ndim(x) == 0
         x = self._observations(x)
         context = np.repeat(self._context(x), n, axis=0)
@@ -198,8 +199,7 @@ class CDMConditional(TableEstimator):
         """x as a table: a vector is one observation, unless x has one column."""
         single = len(self.x_columns_.names) == 1
         if np.ndim(x) < 2:
-            x = np.asarray(x, dtype=np.float64)
-            x = x.reshape(-1, 1) if single else np.atleast_2d(x)
+            x = np.reshape(x, (-1, 1) if single else (1, -1))
         return _matching(x, "x", self.x_columns_)
 
     def _context(self, x: np.ndarray) -> np.ndarray:
@@ -216,9 +216,8 @@ _ARRAYS = ("_x_mean", "_x_deviation", "_weights", "_intercept", "_noise", "valid
 
 def _table(values: Any, name: str, smallest: int = 1) -> np.ndarray:
     """A table of finite numbers as float64 (N, columns); a vector is one column."""
-    values = np.asarray(plain(values))
-    values = values.reshape(-1, 1) if values.ndim < 2 else values
-    return check_array(values, dtype=np.float64, ensure_min_samples=smallest, input_name=name)
+    values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
+    return checked(check_array, values, ensure_min_samples=smallest, input_name=name)
 
 
 def _matching(values: Any, name: str, columns: Columns) -> np.ndarray:

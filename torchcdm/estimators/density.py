@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -12,11 +13,13 @@ from sklearn.base import DensityMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from torchcdm.apps.fitted import all_or_nothing
-from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, check_count, plain
+from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
 from torchcdm.estimators.columns import Columns, warn_of_deviating
-from torchcdm.estimators.normalizing import Normalizer, importance_normalizer
+from torchcdm.estimators.normalizing import importance_normalizer
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
+from torchcdm.likelihood import LogZ
+from torchcdm.likelihood.scoring import require_count
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +49,7 @@ class TableDensity(TableEstimator):
         """
         with all_or_nothing(self):
             self._check_parameters()
-            X = validate_data(self, plain(X), dtype=np.float64, ensure_min_samples=SMALLEST_TABLE)
+            X = checked(partial(validate_data, self), X, ensure_min_samples=SMALLEST_TABLE)
             self.notes_ = []
             seed = self._seed()
             self.columns_ = self._measure_columns(X, getattr(self, "feature_names_in_", None))
@@ -64,7 +67,7 @@ class TableDensity(TableEstimator):
     def _checked(self, X: Any) -> np.ndarray:
         """A table to score."""
         check_is_fitted(self)
-        return validate_data(self, plain(X), dtype=np.float64, reset=False)
+        return checked(partial(validate_data, self), X, reset=False)
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
@@ -130,7 +133,7 @@ class CDMDensity(DensityMixin, TableDensity):
         preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
-        normalizer_: The estimated integral of the one-pass density, a :class:`Normalizer`.
+        normalizer_: The estimated integral of the one-pass density, a :class:`torchcdm.likelihood.LogZ`.
         feature_names_in_: Names of the columns of a data frame.
         model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
@@ -158,7 +161,7 @@ class CDMDensity(DensityMixin, TableDensity):
         warn_of_deviating(self.columns_, X)
         noisy = (self.columns_.noisy(X, noise) for noise in self._noise)
         draws = [log_density(self.model_, rows, self.likelihood) for rows in noisy]
-        log_z = self.normalizer_.correction if self.likelihood == "one-pass" else 0.0
+        log_z = self.normalizer_.value if self.likelihood == "one-pass" and self.normalizer_.usable else 0.0
         return np.mean(draws, axis=0) + self.columns_.log_cell - log_z
 
     def _check_parameters(self) -> None:
@@ -175,7 +178,7 @@ class CDMDensity(DensityMixin, TableDensity):
 
     def _restore(self, fitted: Mapping[str, Any]) -> None:
         super()._restore(fitted)
-        self.normalizer_ = Normalizer(**fitted["normalizer"])
+        self.normalizer_ = LogZ(**fitted["normalizer"])
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.
@@ -197,5 +200,5 @@ class CDMDensity(DensityMixin, TableDensity):
             float64 (n_samples, columns).
         """
         check_is_fitted(self)
-        check_count(n_samples, "n_samples")
+        require_count("n_samples", n_samples)
         return self.columns_.restore(self._draws(n_samples, random_state))

@@ -3,61 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
+from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 
-DRAWS = 20_000
-BATCH = 1000
+DRAWS, BATCH = 20_000, 1000
+
+ESTIMATES = 200
+"""Independent estimates of Z from all draws, from whose spread the error comes."""
+
 WIDE = 0.3
-"""Every second draw comes from the base density blurred by so much noise, beside the data's scale: the model may have
-mass where the base has little, and a draw from there alone would never see it."""
-
-SMALLEST_SAMPLE = 200
-"""Below this effective sample size an estimate isn't used."""
-
-
-@dataclass(frozen=True)
-class Normalizer:
-    """log Z of a density that integrates to Z.
-
-    Attributes:
-        log_z: The estimate, nats.
-        se: Its standard error.
-        effective_sample_size: Of the weights; the estimate errs low where it is small.
-    """
-
-    log_z: float
-    se: float
-    effective_sample_size: float
-
-    @property
-    def usable(self) -> bool:
-        """Whether enough draws carry the weight."""
-        return self.effective_sample_size >= SMALLEST_SAMPLE
-
-    @property
-    def correction(self) -> float:
-        """What to subtract from log p, nats: log Z, or nothing where the estimate isn't usable."""
-        return self.log_z if self.usable else 0.0
+"""Half of the draws come from the base density blurred by so much noise, beside the data's scale: the model may have
+mass where the base has little, and draws from there alone would never see it."""
 
 
 @torch.no_grad()
-def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> Normalizer:
+def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> LogZ:
     """Z = E_q[p(x) / q(x)], q half the base density and half its blurred copy, both known in closed form.
 
     Args:
         model: Unconditional, of vectors.
         seed: Seed of the draws.
-        draws: Their number.
+        draws: Their number, rounded up to whole pairs of batches: as many come from one half of q as from the other.
     """
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
     log_alpha = float(schedule.alpha[wide].log())
-    dim, parts = model.transform.dim, []
-    clean = model.base.draw((draws, dim), generator)
+    pairs, dim, parts = math.ceil(draws / (2 * BATCH)), model.transform.dim, []
+    clean = model.base.draw((2 * BATCH * pairs, dim), generator)
     for k, z in enumerate(clean.split(BATCH)):
         if k % 2:
             noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
@@ -67,7 +42,5 @@ def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS
         proposal = torch.logaddexp(base, blurred) - math.log(2)
         parts.append(model.log_prob(z, units="model") - proposal)
     log_w = torch.cat(parts).cpu()
-    weights = (log_w - log_w.max()).exp()
-    relative = float(weights.std() / weights.mean()) / math.sqrt(len(weights))
-    size = float(weights.sum() ** 2 / weights.square().sum())
-    return Normalizer(float(log_w.logsumexp(0)) - math.log(len(log_w)), relative, size)
+    estimates = log_w.view(2 * pairs, ESTIMATES, -1).logsumexp((0, 2)) - math.log(len(log_w) / ESTIMATES)
+    return LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim, len(log_w))

@@ -11,10 +11,12 @@ from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import DensityModel
 
 LIKELIHOODS = ("one-pass", "flow")
-BATCH = 1000
 
 FLOW_STEPS = 50
 """Steps of the probability flow, Heun: two evaluations each, of the network and of its divergence."""
+
+FARTHEST = 1e100
+"""Model units beyond which a row has a density of zero: its square overflows."""
 
 
 def check_likelihood(likelihood: str) -> None:
@@ -41,22 +43,19 @@ def log_density(
         UserError: Another likelihood.
     """
     check_likelihood(likelihood)
-    device = model.schedule.alpha.device
-    x, context = (None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in (rows, y))
-    parts = []
-    for start in range(0, len(rows), BATCH):
-        batch, label = (None if part is None else part[start : start + BATCH].to(device) for part in (x, context))
-        parts.append((_one_pass if likelihood == "one-pass" else _flow)(model, batch, label).cpu())
-    return torch.cat(parts).numpy()
-
-
-@torch.no_grad()
-def _one_pass(model: DensityModel, x: Tensor, y: Tensor | None) -> Tensor:
-    return model.log_prob(x, y=y)
-
-
-def _flow(model: DensityModel, x: Tensor, y: Tensor | None) -> Tensor:
     transform, alpha = model.transform, model.schedule.alpha[1]
-    solver = FlowSolver(model, Scoring(level=1, steps=FLOW_STEPS))
-    log_p = solver.log_prob(alpha * transform(x), y).log_prob.double()
-    return log_p + transform.dim * float(alpha.log()) + transform.log_det(x)
+    x, context = (None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in (rows, y))
+    scoring = Scoring(level=1, steps=FLOW_STEPS)
+    solver = FlowSolver(model, scoring) if likelihood == "flow" else None
+
+    def one(batch: slice) -> Tensor:
+        z, label = x[batch].to(alpha.device), None if context is None else context[batch].to(alpha.device)
+        if solver is None:
+            log_p = model.log_prob(z, y=label)
+        else:
+            log_p = solver.log_prob(alpha * transform(z), label).log_prob.double()
+            log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
+        far = transform(z).abs().amax(1) > FARTHEST
+        return log_p.masked_fill(far & log_p.isnan(), -torch.inf).cpu()
+
+    return scoring.by_batches(model, x, one).numpy()

@@ -126,6 +126,7 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
     Raises:
         UserError: The model has no density.
     """
-    if model.density is None:
+    density = getattr(model, "density", None)
+    if density is None:
         raise UserError(f"{what} needs a density, which a plain diffusion model (ddm) does not have: use a cdm")
-    return model.density
+    return density

@@ -12,8 +12,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from torchcdm.apps.anomaly.profile import as_numbers, as_samples
 from torchcdm.apps.anomaly.scores import AnomalyScore, make_score
 from torchcdm.errors import UserError
+from torchcdm.likelihood.scoring import require_count
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import Saved, checked_content, damaged, read_artefact, write_artefact
 
@@ -55,8 +57,10 @@ class AnomalyDetector:
         Raises:
             UserError: A reference that is too small, or as in :meth:`AnomalyScore.fit`.
         """
-        if len(reference) < 2:
-            raise UserError(f"the reference holds {len(reference)} samples; it must have two parts, give more")
+        if not isinstance(score, AnomalyScore):
+            raise UserError(f"score is {score!r}; give one that make_score made")
+        require_count("seed", seed, 0, 2**63 - 1)
+        reference = as_samples(score.model, reference, "the reference", 2)
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
         half = len(reference) // 2
         score.fit(reference[order[:half]])
@@ -68,9 +72,8 @@ class AnomalyDetector:
         The p-value is (1 + number of calibration scores at or above) / (n + 1), so that among normal inputs it is
         below any alpha with a probability of at most alpha, whatever the distribution of the scores.
         """
-        n = len(self.calibration)
-        below = torch.searchsorted(self.calibration, scores.contiguous(), right=False)
-        return 100 * below / (n + 1)
+        scores = as_numbers(scores, "the scores").double().contiguous()
+        return 100 * torch.searchsorted(self.calibration, scores) / (len(self.calibration) + 1)
 
     def threshold(self, fpr: float) -> float:
         """The score above which an input is flagged, for a false-positive rate of at most ``fpr``.
@@ -94,8 +97,8 @@ class AnomalyDetector:
         return float(self.calibration[rank - 1])
 
     def flags(self, scores: Tensor, fpr: float) -> Tensor:
-        """Which scores are above :meth:`threshold`, bool (N,)."""
-        return scores > self.threshold(fpr)
+        """Which scores are not at or below :meth:`threshold`, bool (N,)."""
+        return ~(as_numbers(scores, "the scores") <= self.threshold(fpr))
 
     def save(self, folder: str | Path) -> None:
         """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``.

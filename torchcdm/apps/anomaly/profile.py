@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.errors import UserError
 from torchcdm.models.denoiser import evaluation_mode, working_dtype
-from torchcdm.models.density import DensityModel
+from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.batching import map_rows
 
 COARSE_NOISE = 0.5
@@ -26,13 +30,17 @@ def level_profile(model: DensityModel, x: Tensor, batch_size: int | None = None)
 
     Args:
         model: The model; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape).
+        x: Data units, tensor or array (N, *shape).
         batch_size: Inputs at a time; by their size, and what memory holds, when None.
 
     Returns:
         Nats, float64 (N, T+2) on the CPU; in data units where the model has a transform: what the map to model units
         stretches differs between inputs where it is not affine.
+
+    Raises:
+        UserError: What :func:`as_samples` refuses, or a model without density.
     """
+    model = require_density(model, "a profile of log p")
 
     def levels(x: Tensor) -> Tensor:
         if model.transform is None:
@@ -52,6 +60,7 @@ def _evaluate(
     model: DensityModel, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
 ) -> Tensor:
     """``density`` of dequantised batches in data units, on the model's device and in its precision."""
+    x = as_samples(model, x)
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     noise = torch.zeros(x.shape[1:], dtype=torch.float64)
     if model.transform is not None:
@@ -62,6 +71,41 @@ def _evaluate(
 
     with evaluation_mode(model):
         return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+
+
+def as_samples(model: DensityModel, x: Any, what: str = "the input", smallest: int = 1) -> Tensor:
+    """Samples as a tensor.
+
+    Args:
+        model: The model that is to score them.
+        x: Tensor, array or list (N, *shape) of finite numbers.
+        what: What they are, for messages.
+        smallest: Fewest samples.
+
+    Raises:
+        UserError: No dense array of finite numbers, fewer samples, or another shape than the model's.
+    """
+    x = as_numbers(x, what)
+    if x.ndim == 0 or len(x) < smallest:
+        raise UserError(f"{what} holds {len(x) if x.ndim else 0} samples; it takes at least {smallest}")
+    if model.shape is not None and tuple(x.shape[1:]) != model.shape:
+        raise UserError(f"{what}: samples of shape {tuple(x.shape[1:])}; the model takes {model.shape}")
+    bad = ~x.isfinite().flatten(1).all(1)
+    if bad.any():
+        raise UserError(f"{what}: sample {int(bad.int().argmax())} holds values that are not finite")
+    return x
+
+
+def as_numbers(x: Any, what: str) -> Tensor:
+    """A tensor, an array or a list of real numbers as a dense tensor."""
+    if not isinstance(x, Tensor):
+        array = as_array(x, what)
+        if array.dtype.kind not in "buif" or np.ma.is_masked(x):
+            raise UserError(f"{what}: no array of numbers (type {array.dtype}), or one with masked values")
+        x = torch.from_numpy(np.array(array, dtype=None if array.dtype.kind in "bf" else np.float64))
+    if x.is_meta or x.layout != torch.strided or x.is_complex():
+        raise UserError(f"{what}: a complex or sparse tensor, or one without data; give a dense one of real numbers")
+    return x
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:

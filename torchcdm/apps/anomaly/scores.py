@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from torchcdm.apps.anomaly.increments import DISTANCES, best_kind, deviation, fit_increments, log_distances
-from torchcdm.apps.anomaly.profile import coarse_level, level_profile, log_density
+from torchcdm.apps.anomaly.profile import as_samples, coarse_level, level_profile, log_density
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
@@ -58,12 +58,7 @@ class AnomalyScore(ABC):
         Raises:
             UserError: An empty or too small reference, another shape than the model's, values that are not finite.
         """
-        if len(reference) < self.smallest_reference:
-            raise UserError(
-                f"the reference holds {len(reference)} samples; the score '{self.name}' needs at least "
-                f"{self.smallest_reference} normal ones that the model was not trained on"
-            )
-        self._check(reference, "the reference")
+        reference = as_samples(self.model, reference, "the reference", self.smallest_reference)
         # As they are read from a file: rounding depends on the layout in memory.
         self.fitted = {name: value.contiguous() for name, value in self.learn(self.features(reference)).items()}
         return self
@@ -79,9 +74,7 @@ class AnomalyScore(ABC):
         """
         if self.fitted is None:
             raise UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
-        if len(x) == 0:
-            raise UserError("there is nothing to score: the inputs are empty")
-        self._check(x, "the inputs")
+        x = as_samples(self.model, x)
         scores = self.apply(self.features(x), self.fitted)
         # Far outside the data a density overflows; what it is then, inf or nan, must not pass for normal.
         return scores.nan_to_num(nan=HIGHEST, posinf=HIGHEST)
@@ -97,14 +90,6 @@ class AnomalyScore(ABC):
     @abstractmethod
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
         """From features of inputs, (N, features), to scores (N,)."""
-
-    def _check(self, x: Tensor, what: str) -> None:
-        shape = self.model.shape
-        if shape is not None and tuple(x.shape[1:]) != shape:
-            raise UserError(f"{what}: samples of shape {tuple(x.shape[1:])}; the model takes {shape}")
-        bad = ~x.isfinite().flatten(1).all(1)
-        if bad.any():
-            raise UserError(f"{what}: sample {int(bad.int().argmax())} holds values that are not finite")
 
 
 @final

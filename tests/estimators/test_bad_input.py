@@ -1,0 +1,102 @@
+"""Whatever the estimators are given ends in ValueError or TypeError, and leaves what was fitted as it was."""
+
+import numpy as np
+import pytest
+import torch
+from bad_tables import ALWAYS, GOOD, NUMBERS, OTHERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
+
+from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
+
+TINY = {
+    "steps": 2, "width": 4, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
+    "overrides": {"model": {"backbone": {"energy_maps": 2}, "schedule": {"T": 6}}, "train": {"validate_every": 2}},
+}  # fmt: skip
+X = np.c_[GOOD, GOOD[:, :2] ** 2]
+TABLES = st.sampled_from(sorted(ALWAYS))
+few = settings(max_examples=80, derandomize=True, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return {
+        "density": CDMDensity(**TINY).fit(GOOD),
+        "outliers": CDMOutlierDetector(**TINY).fit(GOOD),
+        "conditional": CDMConditional(**TINY).fit(GOOD, X),
+    }
+
+
+CALLS = {
+    "score_samples": lambda f, bad: f["density"].score_samples(bad),
+    "score": lambda f, bad: f["density"].score(bad),
+    "predict": lambda f, bad: f["outliers"].predict(bad),
+    "decision_function": lambda f, bad: f["outliers"].decision_function(bad),
+    "log_prob of theta": lambda f, bad: f["conditional"].log_prob(bad, X),
+    "log_prob given x": lambda f, bad: f["conditional"].log_prob(GOOD, bad),
+    "conditional score": lambda f, bad: f["conditional"].score(bad, bad),
+    "sample given x": lambda f, bad: f["conditional"].sample(2, bad),
+}
+
+
+@given(st.sampled_from(sorted(CALLS)), st.sampled_from(sorted(ALWAYS | OTHERS)))
+@settings(max_examples=200, derandomize=True, deadline=None)
+def test_bad_tables_are_not_scored(fitted, call, name):
+    bad = (ALWAYS | OTHERS)[name]
+    with pytest.raises((ValueError, TypeError)):
+        CALLS[call](fitted, bad)
+
+
+@given(st.sampled_from(["density", "outliers", "theta", "x"]), TABLES)
+@few
+def test_a_fit_that_fails_leaves_what_was_fitted(fitted, which, name):
+    estimator = fitted[which if which in fitted else "conditional"]
+    before = dict(vars(estimator))
+    pair = {"theta": (ALWAYS[name], GOOD), "x": (GOOD, ALWAYS[name])}.get(which, (ALWAYS[name],))
+    with pytest.raises((ValueError, TypeError)):
+        estimator.fit(*pair)
+    assert vars(estimator) == before
+
+
+def test_a_refused_setting_leaves_what_was_fitted(fitted):
+    density = CDMDensity(**TINY).fit(GOOD)
+    expected = density.score_samples(GOOD)
+    with pytest.raises(ValueError, match="lr"):
+        density.set_params(lr="fast").fit(GOOD[:20])
+    assert np.array_equal(density.score_samples(GOOD), expected) and len(density.validation_indices_) == 6
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bad_numbers_of_draws_and_seeds_are_refused(fitted, name):
+    bad = NUMBERS[name]
+    for call in (
+        lambda: fitted["density"].sample(bad),
+        lambda: fitted["conditional"].sample(bad, X[:2]),
+        lambda: fitted["density"].sample(2, bad),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            call()
+
+
+def test_nothing_answers_before_a_fit():
+    for call in (
+        lambda: CDMDensity().score_samples(GOOD),
+        lambda: CDMDensity().sample(1),
+        lambda: CDMOutlierDetector().predict(GOOD),
+        lambda: CDMConditional().log_prob(GOOD, GOOD),
+        lambda: CDMConditional().sample(1, GOOD[0]),
+    ):
+        with pytest.raises(NotFittedError):
+            call()
+
+
+def test_a_row_whose_square_overflows_has_no_density_and_not_nan(fitted):
+    far = np.r_[GOOD[:1], GOOD[1:2] * 1e200]
+    values = fitted["density"].score_samples(far)
+    assert np.isfinite(values[0]) and values[1] == -np.inf
+
+
+def test_tensors_are_read(fitted):
+    expected = fitted["density"].score_samples(GOOD)
+    assert np.array_equal(fitted["density"].score_samples(torch.from_numpy(GOOD).requires_grad_()), expected)
