@@ -122,8 +122,8 @@ class CDMLoss(nn.Module):
                 raise UserError(f"loss: {name} must not be negative, and needs an mse_weight above 0")
         if kernel_weight and model.schedule.T < 2:
             raise UserError("loss: kernel_weight needs a schedule with at least 2 noise levels")
-        if model.readout is not None:
-            raise UserError("loss: the model was calibrated on paths; set its readout to None to train it further")
+        if model.uncalibrated is not model:
+            raise UserError("loss: the model was calibrated on paths; train `.model`, the model without calibration")
         if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:
             raise UserError("loss: logits_from is two shares of the training, 0 <= start <= end <= 1")
         if logits_from[0] and not mse_weight:
@@ -371,6 +371,6 @@ class DDMLoss(nn.Module):
     ) -> Terms:
         """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss`` and ``mse``, which are the same, and ``t``."""
         x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
-        eps_hat = self.model.denoise(x_t, t, y).eps
+        eps_hat = self.model.eps(x_t, t, y)
         mse = (eps - eps_hat).square().flatten(1).mean(1)
         return {"loss": mse, "mse": mse, "t": t}

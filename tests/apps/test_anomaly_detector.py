@@ -12,7 +12,7 @@ from torchcdm import ClassificationDiffusion, UserError
 from torchcdm.apps.anomaly import AnomalyDetector, make_score
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
-from torchcdm.models.readout import Readout
+from torchcdm.models.calibrated import Calibrated, Readout
 from torchcdm.units import DataTransform
 
 SCHEDULE = UniformSigmaSchedule(20)
@@ -22,6 +22,11 @@ NAMES = ["log_prob", "typicality", "coarse", "complexity", "levels"]
 def model_of(mixture):
     transform = DataTransform.identity(mixture.shape)
     return ClassificationDiffusion(MixtureClassifier(mixture, SCHEDULE), SCHEDULE, transform)
+
+
+def calibrated(model):
+    model.backbone.features, model.backbone.head = model.backbone.forward, torch.nn.Identity()
+    return Calibrated(model, Readout.blank(22, 1))
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +172,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
     since.level_constants[3] += 0.1
     with pytest.raises(UserError, match="trained or calibrated since.* fit the detector again"):
         AnomalyDetector.load(path, since)
-    since = copy.deepcopy(model)
-    since.readout = Readout.blank(22, 1)
+    since = calibrated(copy.deepcopy(model))
     with pytest.raises(UserError, match="trained or calibrated since.* fit the detector again"):
         AnomalyDetector.load(path, since)
     AnomalyDetector.load(path, copy.deepcopy(model).double())

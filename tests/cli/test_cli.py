@@ -260,7 +260,8 @@ def test_calibrate_changes_the_values_of_a_run_and_no_sample(capsys, tmp_path, r
     found = json.loads(succeed(capsys, *words, "--json", "-"))
     assert found["unit"] == "bits/dim" and found["after"] < found["before"] and len(found["log_z"]) == 1
     (old, new), x = (torchcdm.load(folder) for folder in (run, copy)), load_data("digits").test.tensors(4)[0]
-    assert old.readout is None and not torch.equal(new.log_prob(x), old.log_prob(x))
+    assert old.uncalibrated is old and new.uncalibrated is not new
+    assert not torch.equal(new.log_prob(x), old.log_prob(x))
     z = new.transform(x.float())
     assert torch.equal(new.denoise(z, 3).eps, old.denoise(z, 3).eps)
     # A finished run that is resumed keeps it; it can be taken back.
@@ -448,7 +449,7 @@ def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(capsys, tmp_path):
     assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
     model = torchcdm.load(tmp_path / "r")
     assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
-    assert "no log p to calibrate" in refuse(capsys, "calibrate", tmp_path / "r")
+    assert "calibration needs a density" in refuse(capsys, "calibrate", tmp_path / "r")
     # The preset asks for one pass and log Z too, which take a classifier.
     rows = json.loads((tmp_path / "r" / "report.json").read_text())["nll"]["rows"]
     assert [row["name"] for row in rows] == ["elbo", "flow"] and all(1 < row["value"] < 9 for row in rows)

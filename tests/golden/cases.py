@@ -277,7 +277,7 @@ def of_tools() -> dict[str, Tensor]:
         values[f"anomaly/{name}"] = score(grey(5, seed=12))
     found = calibrate_levels(model, grey(40, seed=13), copies=400, seed=1)
     values["constants"] = torch.cat([model.level_constants, torch.tensor([found.before, found.after, found.change])])
-    calibrate_paths(model, grey(24, seed=14), rounds=1, particles=32, seed=1)
+    model = calibrate_paths(model, grey(24, seed=14), rounds=1, particles=32, seed=1).model
     values["calibrated"] = model.log_prob_levels(model.transform(grey(4)))
     return values
 

@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
 
 def run_calibrate(options: argparse.Namespace) -> int:
     """Fits a readout and keeps it with the model, or takes it back."""
-    from torchcdm.models.cdm import ClassificationDiffusion
+    from torchcdm.models.density import require_density
     from torchcdm.runtime.processes import is_first, sharing
     from torchcdm.training.checkpoint import load, read_info, save_model
     from torchcdm.training.path_calibration import calibrate_paths
@@ -54,12 +54,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     found = None
     run = RunFolder(Path(options.model))
     with run.locked() if is_first() else nullcontext(), sharing(options.device) as (device, main):
-        model = load(options.model, device)
-        if not isinstance(model, ClassificationDiffusion):
-            raise UserError(f"{options.model}: a ddm has no log p to calibrate")
-        if options.remove:
-            model.readout = None
-        else:
+        model = require_density(load(options.model, device), f"{options.model}: calibration").uncalibrated
+        if not options.remove:
             found = calibrate_paths(
                 model,
                 info.read_source(model).validation.tensors(options.samples)[0],
@@ -69,6 +65,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
                 options.seed,
                 progress=main and not options.quiet,
             )
+            model = found.model
         if main:
             save_model(run, model, info)
     if main and found is not None:

@@ -39,7 +39,7 @@ def run_info(options: argparse.Namespace) -> int:
         "classes": info.classes,
         "grey levels": None if info.transform.bin is None else f"{info.transform.low:g} ... {info.transform.high:g}",
         "preset": info.preset,
-        "calibrated": "on paths" if getattr(model, "readout", None) is not None else None,
+        "calibrated": None if model.uncalibrated is model else "on paths",
         "selected": info.selected,
         "last step": lines[-1]["step"] if lines else None,
         "states": [path.name for path in state_folders(run)],

@@ -22,6 +22,13 @@ Level = int | Tensor
 """A noise level: one for the whole batch, or a long tensor with one for each sample (B,)."""
 
 
+def readable(values: Tensor) -> bool:
+    """Whether a call may look at ``values``: they are numbers, neither compiled nor under ``torch.func``."""
+    if torch.compiler.is_compiling() or values.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(values)
+
+
 class NoiseSchedule(Float64Module, ABC):
     """The pair (alpha_t, sigma_t) at the levels 0 ... T+1.
 
@@ -74,11 +81,33 @@ class NoiseSchedule(Float64Module, ABC):
             x: Any batch (B, ...).
 
         Raises:
-            UserError: An int outside 0 ... T+1.
+            UserError: A level outside 0 ... T+1; on a GPU the models' calls look, as to look waits for it.
         """
-        if isinstance(t, int) and not 0 <= t <= self.T + 1:
-            raise UserError(f"level {t} does not exist; levels are 0 ... {self.T + 1}")
+        self.check_levels(t, x, wait=False)
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
+
+    def check_levels(self, t: Level, x: Tensor, wait: bool = True) -> None:
+        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...).
+
+        Args:
+            t: Levels.
+            x: The batch.
+            wait: Levels on a GPU are looked at too, for which the call waits.
+
+        Raises:
+            UserError: Another type, shape or range.
+        """
+        if isinstance(t, int):
+            wrong = [] if 0 <= t <= self.T + 1 else [t]
+        elif not isinstance(t, Tensor):
+            raise UserError(f"the level is {t!r}; give an int, or a long tensor with one for each sample")
+        elif t.dtype not in (torch.int64, torch.int32) or t.shape not in ((), x.shape[:1]):
+            raise UserError(f"levels are {t.dtype} {tuple(t.shape)}; give an int, or a long tensor ({len(x)},)")
+        else:
+            looked = readable(t) and (wait or t.device.type == "cpu")
+            wrong = t[(t < 0) | (t > self.T + 1)].tolist() if looked else []
+        if wrong:
+            raise UserError(f"level {wrong[0]} does not exist; levels are 0 ... {self.T + 1}")
 
     def perturb(self, x_0: Tensor, t: Level, eps: Tensor) -> Tensor:
         """The forward process x_t = alpha_t x_0 + sigma_t eps; all (B, ...)."""

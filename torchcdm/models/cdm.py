@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import final
 
 import torch
@@ -13,9 +13,15 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.density import DensityModel, Evaluation
+from torchcdm.models.density import (
+    DensityModel,
+    Evaluation,
+    evaluate_corrections,
+    evaluation,
+    refuse_inference_mode,
+    target,
+)
 from torchcdm.models.guidance import OnePassGuidance
-from torchcdm.models.readout import Readout
 from torchcdm.networks.second_order import second_derivatives
 from torchcdm.units import DataTransform
 
@@ -28,9 +34,7 @@ class ClassificationDiffusion(DensityModel):
     ``log p_t(x) = base_t(x) + h_t(x) - h_{T+1}(x)``. With the standard normal as base this is identity 1; with
     fitted Gaussian marginals the network learns only what is not Gaussian. The classifier's logits are the
     same numbers: ``p(t | x) = softmax_t(log p_t(x))`` under the uniform prior over levels of training. Constants of
-    the levels, 0 unless :mod:`torchcdm.training.level_constants` has set them, are added to h. A readout, where
-    :mod:`torchcdm.training.path_calibration` has set one, gives the values of log p in the place of h, whose
-    gradient stays the denoiser.
+    the levels, 0 unless :mod:`torchcdm.training.level_constants` has set them, are added to h.
 
     A *joint* backbone gives (B, classes, T+2): log p_t(x|y) for all classes at once (identity 10).
 
@@ -64,7 +68,6 @@ class ClassificationDiffusion(DensityModel):
         self.backbone = backbone
         self.base = StandardNormal(schedule) if gaussian is None else gaussian
         self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
-        self.readout: Readout | None = None
         if self.joint:
             prior = torch.ones(self.classes or 1) if class_prior is None else class_prior
             self.register_buffer("log_class_prior", (prior / prior.sum()).log())
@@ -85,10 +88,13 @@ class ClassificationDiffusion(DensityModel):
     # --- densities -------------------------------------------------------------------------------------------
 
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.conditional_and_marginal(x_t, y)[0]
+        return self.conditional_and_marginal(x_t, self.checked(x_t, y=y))[0]
 
     def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`log_prob_levels` of ``y``, and of no label where the same pass gives it (joint backbones)."""
+        """:meth:`log_prob_levels` of ``y``, and of no label where the same pass gives it (joint backbones).
+
+        For losses: ``y`` may hold the null label ``classes``, and is not checked.
+        """
         base = self.base.log_prob_levels(x_t)
         chosen, unconditional = self._corrections(x_t, y)
         return base + chosen.double(), base + unconditional.double()
@@ -96,6 +102,7 @@ class ClassificationDiffusion(DensityModel):
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
         if not self.joint:
             return super().class_log_prob_levels(x_t)
+        self.checked(x_t)
         return self.base.log_prob_levels(x_t)[:, None] + self._class_corrections(x_t).double()
 
     def log_prior(self, y: Tensor) -> Tensor:
@@ -104,6 +111,7 @@ class ClassificationDiffusion(DensityModel):
 
     def class_posterior(self, x_t: Tensor, t: Level) -> Tensor:
         """p(y | x_t, t), (B, classes): the classifier that the joint logits contain (identity 10)."""
+        self.checked(x_t, t)
         joint = self.class_log_prob_levels(x_t) + self.log_class_prior[:, None]
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
@@ -118,81 +126,33 @@ class ClassificationDiffusion(DensityModel):
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
-        x_t = x_t.detach()
-        return Prediction(x_t, *self.schedule.at(t, x_t), self._evaluate(x_t, t, y, readout=False).eps)
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
     def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
-        """The denoiser and the density at every level, from one forward and one backward pass; no graph.
-
-        Args:
-            x_t: Model units, (B, *shape).
-            t: Level, an int or long (B,).
-            y: Classes, long (B,), or None.
-            guidance: Weight w of identity 8, for joint backbones: the gradient is taken of
-                (1 + w) log p_t(x|y) - w log p_t(x).
-        """
-        return self._evaluate(x_t, t, y, guidance)
+        """As of any density; ``guidance`` is the weight w of identity 8, for joint backbones."""
+        return evaluate_corrections(self, partial(self._corrections, y=self.checked(x_t, t, y)), x_t, t, guidance)
 
     def evaluate_with_densities(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
-        """:meth:`evaluate`, the densities with a graph in the weights; the denoiser without one."""
-        return self._evaluate(x_t, t, y, keep_densities=True)
+        """:meth:`evaluate` for losses, unchecked: the densities with a graph in the weights, the denoiser without."""
+        return evaluate_corrections(self, partial(self._corrections, y=y), x_t, t, keep_densities=True)
 
     def evaluate_twice_differentiable(
         self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
     ) -> Evaluation:
-        """:meth:`evaluate`, all of it with a graph in the weights and in ``x_t``."""
-        _refuse_inference_mode()
+        """:meth:`evaluate` for losses, unchecked: all of it with a graph in the weights and in ``x_t``."""
+        refuse_inference_mode()
+
+        def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            parts = self._corrections(x, y)
+            return target(parts, t, guidance), parts
+
         with torch.enable_grad(), second_derivatives():
             # torch.func rather than autograd.grad: torch.compile can differentiate through it.
-            gradient, corrections = torch.func.grad(self._target(t, y, guidance, readout=False), has_aux=True)(x_t)
-        return self._evaluation(x_t, t, gradient, corrections)
+            gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
+        return evaluation(self, x_t, t, gradient, parts)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self.evaluate_twice_differentiable(x_t, t, y).eps
-
-    def _evaluate(
-        self,
-        x_t: Tensor,
-        t: Level,
-        y: Tensor | None,
-        guidance: float = 0.0,
-        keep_densities: bool = False,
-        readout: bool = True,
-    ) -> Evaluation:
-        _refuse_inference_mode()
-        x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            value, corrections = self._target(t, y, guidance, readout)(x)
-            (gradient,) = torch.autograd.grad(value, x, retain_graph=keep_densities)
-        if not keep_densities:
-            corrections = tuple(correction.detach() for correction in corrections)
-        return self._evaluation(x_t, t, gradient, corrections)
-
-    def _target(
-        self, t: Level, y: Tensor | None, guidance: float, readout: bool = True
-    ) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]:
-        """The scalar whose gradient is the denoiser's, of x_t, and beside it what it is made of."""
-
-        def target(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            chosen, unconditional = self._corrections(x, y, readout)
-            rows = torch.arange(len(x), device=x.device)
-            levels = torch.as_tensor(t, device=x.device).expand(len(x))
-            value = chosen[rows, levels]
-            if guidance:
-                value = (1 + guidance) * value - guidance * unconditional[rows, levels]
-            return value.sum(), (chosen, unconditional)
-
-        return target
-
-    def _evaluation(
-        self, x_t: Tensor, t: Level, gradient: Tensor, corrections: tuple[Tensor, Tensor]
-    ) -> Evaluation:
-        _, sigma_t = self.schedule.at(t, x_t)
-        eps = self.base.eps(x_t, t) - sigma_t * gradient
-        base = self.base.log_prob_levels(x_t)
-        chosen, unconditional = (base + correction.double() for correction in corrections)
-        return Evaluation(eps, chosen, unconditional)
+        return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
 
     def denoise_blind(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x] of an ``x`` known to be some x_t, the level not: identity 9, one pass each way.
@@ -206,11 +166,12 @@ class ClassificationDiffusion(DensityModel):
         Returns:
             Shape of ``x``, without a graph.
         """
-        _refuse_inference_mode()
+        refuse_inference_mode()
+        y = self.checked(x, y=y)
         alpha, sigma = self.schedule.alpha[:-1], self.schedule.sigma[:-1]
         with torch.enable_grad():
             z = x.detach().double().requires_grad_()
-            levels = self.log_prob_levels(z.to(x.dtype), y)[:, :-1]
+            levels = self.conditional_and_marginal(z.to(x.dtype), y)[0][:, :-1]
             weights = levels.detach().softmax(1)
             (pull,) = torch.autograd.grad((weights * sigma**2 / alpha * levels).sum(), z)
         share = (weights / alpha).sum(1).reshape(-1, *[1] * (x.ndim - 1))
@@ -222,30 +183,27 @@ class ClassificationDiffusion(DensityModel):
 
     # --- the network's part ----------------------------------------------------------------------------------
 
-    def _network(self, x_t: Tensor, y: Tensor | None, readout: bool = True) -> Tensor:
-        """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""
-        if y is not None and not self.conditional:
-            raise UserError("y is given, but the backbone takes no classes")
-        inputs = (x_t, y) if self.conditional else (x_t,)
-        features = self.backbone.features(*inputs) if readout and self.readout is not None else None
-        h = self.backbone(*inputs) if features is None else self.backbone.head(features)
+    def correction(self, h: Tensor) -> Tensor:
+        """h - h_{T+1} with the constants of the levels, at least float32, from the network's ``h`` (..., T+2)."""
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
         if h.dtype in (torch.float16, torch.bfloat16):
             h = h.float()
-        h = h - h[..., -1:] + self.level_constants.to(h.dtype)
-        # The value of the readout, the gradient of h.
-        return h if features is None else h + (self.readout(features.detach()).to(h.dtype) - h).detach()
+        return h - h[..., -1:] + self.level_constants.to(h.dtype)
+
+    def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
+        """:meth:`correction` at x_t, (B, [classes,] T+2)."""
+        return self.correction(self.backbone(x_t, y) if self.conditional else self.backbone(x_t))
 
     def _class_corrections(self, x_t: Tensor) -> Tensor:
         """log p_t(x|y) - base_t(x), (B, classes, T+2), of a joint backbone; all classes agree at level T+1."""
         by_class, effects = self._network(x_t, None), self.base.class_effects(x_t)
         return by_class if effects is None else by_class + effects
 
-    def _corrections(self, x_t: Tensor, y: Tensor | None, readout: bool = True) -> tuple[Tensor, Tensor]:
+    def _corrections(self, x_t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """log p_t(x|y) - base_t(x), and that of no label where the same pass gives it; each (B, T+2)."""
         if not self.joint:
-            correction = self._network(x_t, y, readout)
+            correction = self._network(x_t, y)
             return correction, correction
         by_class = self._class_corrections(x_t)
         unconditional = (by_class + self.log_class_prior[:, None].to(by_class.dtype)).logsumexp(1)
@@ -254,9 +212,3 @@ class ClassificationDiffusion(DensityModel):
         # Label `classes` is the null label, as in every conditional backbone.
         candidates = torch.cat([by_class, unconditional[:, None]], 1)
         return candidates[torch.arange(len(y), device=y.device), y], unconditional
-
-
-def _refuse_inference_mode() -> None:
-    # The compiler cannot trace the question; the gradient fails under inference mode all the same.
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")

@@ -45,12 +45,13 @@ class DenoisingDiffusion(Denoiser):
         return None if self.base is None else self.base.gaussian
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        alpha_t, sigma_t = self.schedule.at(t, x_t)
+        return Prediction(x_t, *self.schedule.at(t, x_t), self.eps(x_t, t, self.checked(x_t, t, y)))
+
+    def eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        """E[eps | x_t] for losses, unchecked; ``y`` may hold the null label ``classes``."""
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         eps = self.backbone(x_t, levels, y).to(x_t.dtype)
-        if self.base is not None:
-            eps = eps + self.base.eps(x_t, t)
-        return Prediction(x_t, alpha_t, sigma_t, eps)
+        return eps if self.base is None else eps + self.base.eps(x_t, t)
 
     def start(self, noise: Tensor) -> Tensor:
         return noise if self.base is None else self.base.start(noise)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.inputs import as_labels
 from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
@@ -58,9 +60,30 @@ class Denoiser(nn.Module, ABC):
         return None
 
     @property
+    def uncalibrated(self) -> Denoiser:
+        """The model without calibrated values of log p; itself, but for a calibrated one."""
+        return self
+
+    @property
     def gaussian(self) -> GaussianMarginals | None:
         """The Gaussian fitted to the data, at every level; None where there is none."""
         return None
+
+    def checked(self, x_t: Tensor, t: Level | None = None, y: Tensor | None = None) -> Tensor | None:
+        """The labels of ``x_t``, once levels and labels are checked, on a GPU too: for public calls.
+
+        Raises:
+            UserError: Levels or labels of another type, shape or range.
+        """
+        if self.shape is not None and tuple(x_t.shape[1:]) != self.shape:
+            raise UserError(f"inputs have shape {tuple(x_t.shape[1:])}; the model takes {self.shape}")
+        if t is not None:
+            self.schedule.check_levels(t, x_t)
+        return as_labels(y, self, len(x_t))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and constants by name, as they are saved."""
+        return self.state_dict()
 
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torchcdm.diffusion.gaussian import BaseDensity, GaussianMarginals
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.inputs import as_numbers, check_count
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Evaluation:
     eps: Tensor
     log_prob_levels: Tensor
     unconditional: Tensor
+
+
+Corrections = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""What is added to the base density at every level, of x_t: with its label, and without; each (B, T+2)."""
 
 
 class DensityModel(Denoiser):
@@ -99,13 +105,13 @@ class DensityModel(Denoiser):
             Nats in the units asked for, float64 (B,).
 
         Raises:
-            UserError: Unknown units, a level outside 0 ... T+1, or a shape that is not the model's.
+            UserError: Unknown units, a level outside 0 ... T+1, a shape that is not the model's, inputs that are not
+                finite, or labels that the model does not have.
         """
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
-        if not 0 <= t <= self.schedule.T + 1:
-            raise UserError(f"level {t} does not exist; levels are 0 ... {self.schedule.T + 1}")
-        x = torch.as_tensor(x, device=self.schedule.alpha.device)
+        check_count("the level t", t, 0, self.schedule.T + 1)
+        x = as_numbers(x, self.schedule.alpha.device)
         if self.shape is not None and tuple(x.shape[1:]) != self.shape:
             raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
         z = x if units == "model" or self.transform is None else self.transform(x)
@@ -114,6 +120,60 @@ class DensityModel(Denoiser):
 
     def start(self, noise: Tensor) -> Tensor:
         return self.base.start(noise)
+
+
+def evaluate_corrections(
+    model: DensityModel,
+    corrections: Corrections,
+    x_t: Tensor,
+    t: Level,
+    guidance: float = 0.0,
+    keep_densities: bool = False,
+) -> Evaluation:
+    """:meth:`DensityModel.evaluate` of corrections to a base density.
+
+    Args:
+        model: Gives the base density and the schedule.
+        corrections: Differentiated once.
+        x_t: Model units, (B, *shape).
+        t: Level, an int or long (B,).
+        guidance: Weight w of identity 8: the gradient is taken of (1 + w) log p_t(x|y) - w log p_t(x).
+        keep_densities: The densities keep their graph in the weights.
+    """
+    refuse_inference_mode()
+    x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        parts = corrections(x)
+        (gradient,) = torch.autograd.grad(target(parts, t, guidance), x, retain_graph=keep_densities)
+    return evaluation(model, x_t, t, gradient, parts if keep_densities else tuple(part.detach() for part in parts))
+
+
+def target(parts: tuple[Tensor, Tensor], t: Level, guidance: float) -> Tensor:
+    """The scalar whose gradient in x_t is that of log p_t less the base's, guided or not."""
+    rows = torch.arange(len(parts[0]), device=parts[0].device)
+    levels = torch.as_tensor(t, device=parts[0].device).expand(len(rows))
+    value = parts[0][rows, levels]
+    if guidance:
+        value = (1 + guidance) * value - guidance * parts[1][rows, levels]
+    return value.sum()
+
+
+def evaluation(
+    model: DensityModel, x_t: Tensor, t: Level, gradient: Tensor, parts: tuple[Tensor, Tensor]
+) -> Evaluation:
+    """From corrections to the base density and the gradient of :func:`target` (identity 3)."""
+    _, sigma_t = model.schedule.at(t, x_t)
+    base = model.base.log_prob_levels(x_t)
+    chosen, unconditional = (base + part.double() for part in parts)
+    return Evaluation(model.base.eps(x_t, t) - sigma_t * gradient, chosen, unconditional)
+
+
+def refuse_inference_mode() -> None:
+    """Refuses ``torch.inference_mode()``, which forbids the gradient that a density denoises by."""
+    # The compiler cannot trace the question; the gradient fails under inference mode all the same.
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
 
 
 def require_density(model: Denoiser, what: str) -> DensityModel:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, Inputs, Layout, read_inputs, renumbered
 from torchcdm.errors import UserError
-from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.readout import Readout
 from torchcdm.runtime.artefact import MEND, Saved, checked_content, damaged, read_artefact, write_artefact
 from torchcdm.training.build import build_backbone, build_model, load_source
 from torchcdm.training.codec import decode, encode
@@ -30,9 +29,6 @@ KINDS = ("run", "estimator")
 
 LARGEST_EVENT = 2**28
 """Numbers in an event, times its grey levels where each has a histogram, beyond which a file must be damaged."""
-
-READOUT = "readout.weight"
-"""Among the weights of a model whose paths were calibrated."""
 
 
 def _part(kind: type, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Any:
@@ -124,7 +120,7 @@ class ModelInfo(Saved):
         return source
 
 
-def save_model(run: RunFolder, model: nn.Module, info: ModelInfo) -> None:
+def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
     """Writes ``model.safetensors`` and ``config.json``.
 
     Raises:
@@ -132,7 +128,7 @@ def save_model(run: RunFolder, model: nn.Module, info: ModelInfo) -> None:
             are still there.
     """
     kind = KINDS[info.estimator is not None]
-    write_artefact(run.model_info, kind, info.model_dump(), {run.model.name: model.state_dict()})
+    write_artefact(run.model_info, kind, info.model_dump(), {run.model.name: model.tensors()})
 
 
 def read_info(run: str | Path) -> ModelInfo:
@@ -173,18 +169,24 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     info = checked_content(ModelInfo, content, folder.model_info)
     _check_backbone(info, tensors, folder.model)
     model = build_model(info.model, info.transform, info.classes)
-    load_model_tensors(model, tensors, folder.model)
+    model = load_model_tensors(model, tensors, folder.model)
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_model_tensors(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """:func:`load_tensors` of a model, with a readout where the file has one and without one where not."""
-    if isinstance(model, ClassificationDiffusion):
-        weight = tensors.get(READOUT)
-        model.readout = None
-        if weight is not None and weight.ndim == 2:
-            model.readout = Readout.blank(*weight.shape).to(model.schedule.alpha.device)
-    load_tensors(model, tensors, path)
+def load_model_tensors(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Denoiser:
+    """:func:`load_tensors` of a model.
+
+    Returns:
+        The model; within a :class:`torchcdm.models.calibrated.Calibrated` where the file holds a readout.
+    """
+    readout = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
+    load_tensors(model, {key: value for key, value in tensors.items() if not key.startswith(PREFIX)}, path)
+    if not readout:
+        return model
+    features = readout["weight"].shape[-1] if readout.get("weight", torch.empty(())).ndim else 1
+    calibrated = Calibrated(model, Readout.blank(model.schedule.T + 2, features).to(model.schedule.alpha.device))
+    load_tensors(calibrated.readout, readout, path)
+    return calibrated
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mend: str = MEND) -> None:

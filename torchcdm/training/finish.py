@@ -39,9 +39,9 @@ def finish(
     copies = config.train.calibration if config.model.kind == "cdm" else 0
     enough = source.validation is not None and len(source.validation) >= 2
     if (copies and enough) or config.sampling.n:
-        load_model_tensors(model, read_weights(run.root), run.model)
+        kept = load_model_tensors(model, read_weights(run.root), run.model)
     # Values that were calibrated on paths, of a finished run that is resumed, have no such constants.
-    if copies and enough and model.readout is None:
+    if copies and enough and kept is model:
         x, labels = source.validation.tensors()
         found = calibrate_levels(model, x, labels_for(model, labels), copies, config.train.seed)
         if found.change:

@@ -64,11 +64,8 @@ def calibrate_levels(
         seed: Seed of levels and noise.
 
     Raises:
-        UserError: Fewer than two samples, log probabilities that are not finite, or a model whose values come from a
-            readout.
+        UserError: Fewer than two samples, or log probabilities that are not finite.
     """
-    if model.readout is not None:
-        raise UserError("calibration: the model was calibrated on paths; constants of its levels have no influence")
     if len(x) < 2:
         raise UserError(f"calibration: {len(x)} held-out samples; two halves are needed")
     needed = max(copies, FEWEST_COPIES * (model.schedule.T + 2))

@@ -23,9 +23,9 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, LogZ, ReverseChain, Scoring, log_normalizer, scoring_level
 from torchcdm.likelihood.noise import noised
+from torchcdm.models.calibrated import LIMIT, Calibrated, Readout, require_features
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
-from torchcdm.models.readout import LIMIT, Readout
 
 FEWEST_SAMPLES = 16
 
@@ -52,9 +52,10 @@ DATA_PATHS, PARTICLES, PARTICLE_PATHS = range(3)
 
 @dataclass(frozen=True)
 class PathCalibration:
-    """What a calibration on paths did.
+    """What a calibration on paths found.
 
     Attributes:
+        model: The calibrated model.
         level: Lowest level of the paths.
         dim: Dimensions of a sample.
         before: Root mean square of log p at that level less the flow's, by the network without a readout, on data,
@@ -63,6 +64,7 @@ class PathCalibration:
         log_z: Estimates of log Z at that level before each round of particles.
     """
 
+    model: Calibrated
     level: int
     dim: int
     before: float
@@ -120,13 +122,13 @@ def calibrate_paths(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> PathCalibration:
-    """Sets ``model.readout``: values of log p that agree with the flow of the same model.
+    """Values of log p that agree with the flow of the same model.
 
     Costs a flow of :data:`FLOW_STEPS` steps for each sample and each particle, 2 T evaluations of
     :data:`CHAIN_SAMPLES` for the chain of the particles, and 2 T of the particles in each round.
 
     Args:
-        model: Without classes or context; its readout is set, in the place of the one that it may have.
+        model: Without classes or context, and with ``features`` and a linear ``head``; left as it is.
         x: Data that the model was not trained on, data units, (N, *shape).
         rounds: Of particles, which find what the density gives too much to.
         particles: In each round.
@@ -143,51 +145,31 @@ def calibrate_paths(
     level = scoring_level(model) if level is None else level
     if not 1 <= level < model.schedule.T:
         raise UserError(f"calibration: level {level} has no path above it; choose 1 ... {model.schedule.T - 1}")
-    before = model.readout
-    try:
-        with evaluation_mode(model):
-            return _calibrate(model, x, rounds, particles, level, seed, batch_size, progress)
-    except BaseException:
-        model.readout = before
-        raise
-
-
-def _calibrate(
-    model: ClassificationDiffusion,
-    x: Tensor,
-    rounds: int,
-    particles: int,
-    level: int,
-    seed: int,
-    batch_size: int | None,
-    progress: bool,
-) -> PathCalibration:
-    start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
-    data = Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress)
-    if data.wanted.shape[1] < len(x):
-        raise UserError("calibration on paths: log p or what the flow says of it is not finite")
-    fit = _Fit(model, data)
-    found, shown = [], []
-    model.readout = fit.readout(shown)
-    scoring = Scoring(level, seed=seed, batch_size=batch_size)
-    chain = ReverseChain.calibrated(model, None, scoring, CHAIN_SAMPLES) if rounds else None
-    for k in range(rounds):
-        estimate = log_normalizer(
-            model, scoring=replace(scoring, seed=hash((seed, PARTICLES, k))), particles=particles, moves=1,
-            islands=ISLANDS, chain=chain, progress=progress,
-        )  # fmt: skip
-        found.append(estimate)
-        noise = hash((seed, PARTICLE_PATHS, k))
-        shown.append(Paths(model, estimate.x, level, noise, batch_size, progress))
-        model.readout = fit.readout(shown)
-    return PathCalibration(level, x[0].numel(), fit.before, fit.after, tuple(found))
+    with evaluation_mode(model):
+        start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
+        data = Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress)
+        if data.wanted.shape[1] < len(x):
+            raise UserError("calibration on paths: log p or what the flow says of it is not finite")
+        fit = _Fit(model, data)
+        found, shown = [], []
+        calibrated = Calibrated(model, fit.readout(shown))
+        scoring = Scoring(level, seed=seed, batch_size=batch_size)
+        chain = ReverseChain.calibrated(model, None, scoring, CHAIN_SAMPLES) if rounds else None
+        for k in range(rounds):
+            estimate = log_normalizer(
+                calibrated, scoring=replace(scoring, seed=hash((seed, PARTICLES, k))), particles=particles, moves=1,
+                islands=ISLANDS, chain=chain, progress=progress,
+            )  # fmt: skip
+            found.append(estimate)
+            noise = hash((seed, PARTICLE_PATHS, k))
+            shown.append(Paths(model, estimate.x, level, noise, batch_size, progress))
+            calibrated = Calibrated(model, fit.readout(shown))
+    calibrated.train(model.training)
+    return PathCalibration(calibrated, level, x[0].numel(), fit.before, fit.after, tuple(found))
 
 
 def _check(model: ClassificationDiffusion, x: Tensor, rounds: int, particles: int) -> None:
-    if model.classes is not None or model.context is not None:
-        raise UserError("calibration on paths: the model has classes or a context; it is for models of one density")
-    if not hasattr(model.backbone, "features") or not hasattr(model.backbone, "head"):
-        raise UserError("calibration on paths: the network must have `features` and a linear `head` on them")
+    require_features(model)
     if len(x) < FEWEST_SAMPLES:
         raise UserError(f"calibration on paths: {len(x)} held-out samples; at least {FEWEST_SAMPLES} are needed")
     if rounds < 0:

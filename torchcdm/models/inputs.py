@@ -1,0 +1,115 @@
+"""What public calls of models and samplers take: inputs, labels and levels, checked before they reach a network."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.diffusion.schedules import readable
+from torchcdm.errors import UserError
+
+if TYPE_CHECKING:
+    from torchcdm.models.denoiser import Denoiser
+
+
+def as_numbers(x: Any, device: torch.device) -> Tensor:
+    """Inputs (B, *shape) as a tensor of a float type, float32 at least; its gradient is kept.
+
+    Raises:
+        UserError: Not an array of real numbers, masked, without rows or a row's numbers, or not finite.
+    """
+    values = _as_tensor(x, "inputs", device)
+    if values.is_complex() or values.dtype == torch.bool:
+        raise UserError(f"inputs are {_name(values)}; give real numbers")
+    if values.ndim < 2 or not values.numel():
+        raise UserError(f"inputs have shape {tuple(values.shape)}; give at least one sample, (B, *shape)")
+    if not values.is_floating_point():
+        values = values.double()
+    elif values.dtype.itemsize < 4:
+        values = values.float()
+    if readable(values) and not values.isfinite().all():
+        raise UserError("inputs are not finite; remove NaN and infinite values")
+    return values
+
+
+def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False) -> Tensor | None:
+    """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context).
+
+    Args:
+        y: What a caller gave; None for no labels.
+        model: Says what it takes.
+        n: Number of samples.
+        one_for_all: A single label, or context, stands for all samples.
+
+    Raises:
+        UserError: Labels of a model without, another shape or type, or classes out of range.
+    """
+    if y is None:
+        return None
+    if not model.conditional:
+        raise UserError("labels y are given, but the model was trained without classes; leave y out")
+    labels = _as_tensor(y, "y", model.schedule.alpha.device)
+    of_classes = model.context is None
+    shape = (n,) if of_classes else (n, model.context)
+    if one_for_all and labels.ndim == len(shape) - 1:
+        labels = labels.expand(n, *[-1] * labels.ndim)
+    if tuple(labels.shape) != shape:
+        raise UserError(f"y has shape {tuple(labels.shape)}; this model takes {shape}, one for each sample")
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not of_classes:
+        if labels.is_complex() or (readable(labels) and not labels.isfinite().all()):
+            raise UserError("y is not finite or not real; contexts are real numbers")
+        return labels
+    if not whole:
+        raise UserError(f"y holds {_name(labels)}; classes are integers")
+    wrong = labels[(labels < 0) | (labels >= model.classes)] if readable(labels) else ()
+    if len(wrong):
+        raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
+    return labels.long()
+
+
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuses what is no finite real number from ``low`` to ``high``."""
+    try:
+        fits = low <= float(value) <= high and math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise UserError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+
+
+def check_count(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
+    """``value`` as an int.
+
+    Raises:
+        UserError: No integer from ``low`` to ``high``.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = low - 1
+    if count < low or (high is not None and count > high):
+        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"{name} is {value!r}; it must be an integer {bound}")
+    return count
+
+
+def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
+    if isinstance(values, np.ma.MaskedArray):
+        raise UserError(f"{name}: a masked array; fill or drop the masked values first")
+    try:
+        found = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{name}: not an array of numbers ({str(error).splitlines()[0]})") from None
+    if found.layout != torch.strided:
+        raise UserError(f"{name}: a sparse tensor; make it dense first")
+    return found
+
+
+def _name(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
