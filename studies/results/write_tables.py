@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/*.md from the result files beside this script.
+"""Writes the tables of README.md and docs/ from the result files beside this script.
 
     python studies/results/write_tables.py            # writes them
     python studies/results/write_tables.py --check    # exit code 1 where a page and its results differ
@@ -474,7 +474,7 @@ def rewritten(text: str) -> str:
 
 def pages() -> list[Path]:
     """The pages that have tables."""
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in found if BLOCK.search(path.read_text(encoding="utf-8"))]
 
 
