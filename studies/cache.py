@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.artefact import read_artefact, write_artefact
-from torchcdm.training.codec import differences
+from torchcdm.training.config_files import differences
 
 KIND = "result"
 

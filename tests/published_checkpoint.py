@@ -5,7 +5,8 @@ import torch.nn.functional as F
 
 WIDTHS, SIZE, LEVELS, CLASSES = (32, 64), 8, 12, 3
 
-OPTIONS = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.1}
+OPTIONS = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.1,
+           "direction": "data"}  # fmt: skip
 
 
 def published_shapes(classes):

@@ -169,7 +169,7 @@ def test_probabilities_of_all_joint_outcomes_add_up_to_one():
 
 def test_levels_told_apart_are_counted_as_correct():
     # Data that are all 0, beside noise of deviation 0.5 and 1: the first is certain, the others overlap.
-    schedule, mixture = OptimalTransportSchedule(1), labelled_mixture()
+    schedule, mixture = OptimalTransportSchedule(2), labelled_mixture()
     mixture.means.zero_()
     mixture.variances.fill_(1e-12)
     terms = CDMLoss(exact(mixture, schedule), mse_weight=0)(

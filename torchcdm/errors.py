@@ -27,9 +27,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         >>> nearest("x", ["ddim", "ddpm"])
         'choose from: ddim, ddpm'
     """
-    choices = sorted(choices)
+    choices = sorted(map(str, choices))
     listing = ", ".join(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = difflib.get_close_matches(str(name)[:80], choices, n=1)
     if close:
         return f"did you mean '{close[0]}'? (choices: {listing})"
     return f"choose from: {listing}"

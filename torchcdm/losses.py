@@ -13,6 +13,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.models.density import Evaluation
+from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
 
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
@@ -104,19 +105,20 @@ class CDMLoss(nn.Module):
 
     logits_share: Tensor
 
+    @checked
     def __init__(
         self,
         model: ClassificationDiffusion,
-        ce_weight: float = 1.0,
-        mse_weight: float = 1.0,
-        label_dropout: float = 0.0,
-        time_weight: float = 0.0,
-        kernel_weight: float = 0.0,
-        logits_from: tuple[float, ...] = (0.0, 0.0),
+        ce_weight: NotNegative = 3.0,
+        mse_weight: NotNegative = 1.0,
+        label_dropout: Share = 0.1,
+        time_weight: NotNegative = 0.0,
+        kernel_weight: NotNegative = 0.0,
+        logits_from: SharePair = (0.0, 0.0),
     ) -> None:
         super().__init__()
-        if ce_weight < 0 or mse_weight < 0 or ce_weight + mse_weight == 0:
-            raise UserError("loss: ce_weight and mse_weight must not be negative, nor both 0")
+        if ce_weight + mse_weight == 0:
+            raise UserError("loss: ce_weight and mse_weight must not both be 0")
         for name, weight in (("time_weight", time_weight), ("kernel_weight", kernel_weight)):
             if weight < 0 or (weight and not mse_weight):
                 raise UserError(f"loss: {name} must not be negative, and needs an mse_weight above 0")
@@ -352,7 +354,8 @@ class DDMLoss(nn.Module):
         label_dropout: Share of labels replaced by the null label.
     """
 
-    def __init__(self, model: DenoisingDiffusion, label_dropout: float = 0.0) -> None:
+    @checked
+    def __init__(self, model: DenoisingDiffusion, label_dropout: Share = 0.1) -> None:
         super().__init__()
         self.model, self.label_dropout = model, label_dropout
 

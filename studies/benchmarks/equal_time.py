@@ -32,9 +32,9 @@ from studies import cache
 from studies.compare.own import UNLIMITED
 from torchcdm.data import DataSource
 from torchcdm.runtime.files import write_json
+from torchcdm.runtime.validation import encode
 from torchcdm.training.build import load_source, plain_model
 from torchcdm.training.checkpoint import load
-from torchcdm.training.codec import encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.loop import train

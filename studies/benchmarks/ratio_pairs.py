@@ -14,7 +14,7 @@ import torch
 from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 
-SCHEDULE = UniformSigmaSchedule(1)
+SCHEDULE = UniformSigmaSchedule(2)
 """Level 0 of every schedule is the data."""
 
 

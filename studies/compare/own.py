@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 from studies.compare.denoising import FittedDenoiser
 from studies.compare.peer import Diverged, Peer, Task, Training
@@ -13,7 +13,7 @@ from torchcdm.training.build import plain_model
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.loop import NotFinite, train
-from torchcdm.training.settings import Config, LinearConfig, OptimalTransportConfig, ScheduleConfig, UniformSigmaConfig
+from torchcdm.training.settings import SCHEDULE_SETTINGS, Config
 
 PRESETS = {"digits": "digits", "fashion-mnist": "fashion-mnist"}
 """Of data that have a preset of their own for this size of machine."""
@@ -40,7 +40,7 @@ class ClassificationPeer(Peer):
         schedule: In the place of the preset's.
     """
 
-    def __init__(self, name: str, title: str, schedule: ScheduleConfig | None = None) -> None:
+    def __init__(self, name: str, title: str, schedule: Any = None) -> None:
         self.name, self.title, self.schedule = name, title, schedule
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
@@ -108,9 +108,9 @@ def _setting(config: Config) -> str:
 
 OWN: tuple[Peer, ...] = (
     ClassificationPeer("cdm", "CDM"),
-    ClassificationPeer("cdm-linear", "CDM, linear schedule", LinearConfig(T=1000)),
-    ClassificationPeer("cdm-uniform", "CDM, uniform sigma", UniformSigmaConfig(T=1000)),
-    ClassificationPeer("cdm-ot", "CDM, optimal transport", OptimalTransportConfig(T=999)),
+    ClassificationPeer("cdm-linear", "CDM, linear schedule", SCHEDULE_SETTINGS["linear"](T=1000)),
+    ClassificationPeer("cdm-uniform", "CDM, uniform sigma", SCHEDULE_SETTINGS["uniform-sigma"](T=1000)),
+    ClassificationPeer("cdm-ot", "CDM, optimal transport", SCHEDULE_SETTINGS["optimal-transport"](T=999)),
     DiffusionPeer(),
 )
 """The default, the three published schedules with the same network, and the plain model."""

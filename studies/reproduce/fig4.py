@@ -12,7 +12,7 @@ from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import save_panels
-from torchcdm.training.codec import encode
+from torchcdm.runtime.validation import encode
 from torchcdm.training.evaluation import level_sums
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from torchcdm.apps.plots import save_panels
 from torchcdm.data import load_data
 from torchcdm.diffusion.exact import BoxMixture, ExactMixture, GaussianMixture
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.training.codec import encode
+from torchcdm.runtime.validation import encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.settings import Config
 

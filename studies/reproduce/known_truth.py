@@ -33,8 +33,8 @@ from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.mixture import best_mixture, fit_gaussians
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.validation import encode
 from torchcdm.training.build import build_loss
-from torchcdm.training.codec import encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.settings import Config
 
@@ -281,7 +281,7 @@ def known_modes_error(exact: GaussianMixture, count: int, x: Tensor, truth: Tens
     means = sums / sizes[:, None]
     covariances = squares / sizes[:, None, None] - means[:, :, None] * means[:, None]
     fitted = GaussianMixture(sizes, exact.means + means, covariances)
-    schedule = UniformSigmaSchedule(1)  # level 0 of every schedule is the data
+    schedule = UniformSigmaSchedule(2)  # level 0 of every schedule is the data
     log_p = torch.cat([fitted.log_prob(part, 0, schedule) for part in x.split(CHUNK)])
     return float((log_p - truth).abs().mean())
 

@@ -16,10 +16,10 @@ from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import neighbours
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.validation import encode
 from torchcdm.samplers import sample
 from torchcdm.training.build import load_source
-from torchcdm.training.codec import encode, merge
-from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.samples import balanced_labels
 from torchcdm.training.settings import Config
 

@@ -10,7 +10,7 @@ from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Result, Table
 from studies.reproduce.workspace import Workspace
 from torchcdm.likelihood import published_convention
-from torchcdm.training.codec import encode
+from torchcdm.runtime.validation import encode
 from torchcdm.training.evaluation import evaluate
 
 __all__ = ["SETTINGS", "run"]

@@ -21,8 +21,8 @@ from studies.reproduce.result import Cell, Result, Table
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource
+from torchcdm.runtime.validation import encode
 from torchcdm.training.build import load_source
-from torchcdm.training.codec import encode
 
 SYSTEMS = ("cdm", "cdm-linear", "cdm-uniform", "cdm-ot", "ddm", "realnvp", "glow", "residual-flow", "i-resnet", "nsf",
            "maf", "ffjord", "flow-matching")  # fmt: skip

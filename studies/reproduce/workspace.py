@@ -16,8 +16,8 @@ from torchcdm.data import DataSource
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.devices import chosen_device
+from torchcdm.runtime.validation import encode
 from torchcdm.training.checkpoint import load
-from torchcdm.training.codec import encode
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config

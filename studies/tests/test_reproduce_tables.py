@@ -16,8 +16,7 @@ from studies.quality.features import Extractor
 from studies.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
 from torchcdm.cli import main as cdm
 from torchcdm.likelihood import ReverseChain, Scoring
-from torchcdm.training.codec import merge
-from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.config_files import make_config, merge, preset_fields
 
 
 def pixels(source, **_):

@@ -92,7 +92,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def model():
-    network = CDMUNet(3, 32, levels=1002, channels=32, multipliers=(1, 1, 1))
+    network = CDMUNet(3, 32, levels=1002, channels=32, multipliers=(1, 1, 1), direction="data")
     assert sum(p.numel() for p in network.parameters()) == 566_154
     load_official(OFFICIAL / "unconditional_linear.pt", network)
     return ClassificationDiffusion(network, LinearSchedule(1000)).eval()

@@ -140,8 +140,14 @@ def test_constants_stay_float64_in_a_half_precision_model(name):
 def test_settings_that_make_no_schedule():
     with pytest.raises(UserError, match="needs more than 20"):
         LinearSchedule(20)
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="CosineSchedule: T is 0; it must be at least 2"):
         CosineSchedule(0)
+    with pytest.raises(UserError, match="T is 100000000000; it must be at most 100000"):
+        UniformSigmaSchedule(10**11)
+    with pytest.raises(UserError, match="offset is -1; it must be at least 0"):
+        CosineSchedule(50, -1)
+    with pytest.raises(UserError, match="r_max is inf; a finite number is needed"):
+        LogSNRSchedule(10, 0.1, float("inf"))
     with pytest.raises(UserError, match="r_min"):
         LogSNRSchedule(10, r_min=3, r_max=2)
 

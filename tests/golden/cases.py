@@ -118,7 +118,8 @@ def joint_model() -> ClassificationDiffusion:
 
 
 def paper_model() -> ClassificationDiffusion:
-    net = CDMUNet(3, 8, levels=42, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), classes=3, groups=4)
+    net = CDMUNet(3, 8, levels=42, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), classes=3, groups=4,
+                  direction="data")  # fmt: skip
     transform = DataTransform((3, 8, 8), 127.5, 127.5, 1.0, False, 0.0, 255.0)
     return with_weights(ClassificationDiffusion(net, LinearSchedule(40), transform))
 
@@ -176,7 +177,9 @@ def of_model(name: str) -> dict[str, Tensor]:
 
 
 def loss_of(model: Denoiser, **options: object) -> nn.Module:
-    return (CDMLoss if isinstance(model, ClassificationDiffusion) else DDMLoss)(model, **options)
+    if not isinstance(model, ClassificationDiffusion):
+        return DDMLoss(model, **{"label_dropout": 0.0} | options)
+    return CDMLoss(model, **{"ce_weight": 1.0, "label_dropout": 0.0} | options)
 
 
 STEPS: dict[str, tuple[str, str, dict[str, object]]] = {

@@ -29,9 +29,6 @@ NETWORKS = {
         "positions",
     ),
     "mlp": (lambda **kw: MLP(3, LEVELS, width=16, depth=2, energy_maps=2, **kw), (3,), "blocks.0.linear1.weight"),
-    "mlp-waves": (
-        lambda **kw: MLP(3, LEVELS, width=16, depth=1, energy_maps=2, waves=5, **kw), (3,), "waves.frequencies"
-    ),
     "unet": (
         lambda **kw: CDMUNet(2, (4, 8), LEVELS, **SMALL, **kw),
         (2, 4, 8),
@@ -142,7 +139,7 @@ def test_half_precision_gives_full_precision_outputs_and_finite_gradients(name):
 
 def test_parameter_counts_of_the_published_cifar10_models():
     with torch.device("meta"):
-        networks = CDMUNet(3, 32, levels=1002), DDMUNet(3, 32)
+        networks = CDMUNet(3, 32, levels=1002, direction="data"), DDMUNet(3, 32)
     # The second is the DDPM of 35.7 M parameters.
     assert [sum(p.numel() for p in n.parameters()) for n in networks] == [33_405_930, 35_746_307]
 
@@ -165,10 +162,11 @@ def test_inner_products_put_the_features_into_the_gradient(name):
 
 
 def test_head_channels_and_direction_of_the_unet():
-    network = CDMUNet(1, 4, LEVELS, channels=8, multipliers=(1,), blocks=1, attention=(), head_channels=24)
+    small = {"channels": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
+    network = CDMUNet(1, 4, LEVELS, **small, head_channels=24, direction="data")
     assert network.features(torch.randn(2, 1, 4, 4)).shape == (2, 24)
     assert network(torch.randn(2, 1, 4, 4)).abs().max() > 0
-    residual = CDMUNet(1, 4, LEVELS, channels=8, multipliers=(1,), blocks=1, attention=(), direction="noise")
+    residual = CDMUNet(1, 4, LEVELS, **small)
     assert residual(torch.randn(2, 1, 4, 4)).abs().max() == 0
 
 
@@ -180,7 +178,10 @@ def test_head_channels_and_direction_of_the_unet():
     (lambda: MLP(3, LEVELS)(torch.zeros(2, 4)), "vectors of 3"),
     (lambda: Encoder(1, 8, LEVELS, joint=True), "number of classes"),
     (lambda: MLP(2, LEVELS, classes=0), "at least 1"),
-    (lambda: MLP(2, LEVELS, waves=4, wave_frequency=0.0), "wave_frequency 0.0; both must be positive"),
+    (lambda: MLP(2, LEVELS, width=-3), "MLP: width is -3; it must be at least 1"),
+    (lambda: MLP(2, LEVELS, dropout=float("nan")), "dropout is nan; a finite number is needed"),
+    (lambda: Encoder(1, 8, LEVELS, energy_maps=-2), "energy_maps is -2; it must be at least 0"),
+    (lambda: Encoder(1, 8, LEVELS, multipliers=[1, "x"]), r"multipliers\[1\] is 'x'; a whole number is needed"),
     (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="dat"), "did you mean 'data'"),
     (lambda: make_head(4, 2, None, joint=False), "T [+] 2"),
 ])  # fmt: skip

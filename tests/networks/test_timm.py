@@ -62,7 +62,7 @@ def test_kinks_and_batch_norm_that_never_see_the_image_do_not_matter(name, size,
     # ReLU acts on tables of positions, batch_norm on weights: the gradient with respect to the image is continuous.
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    network = TimmBackbone(name, 3, size, levels=7, **options).network.double().eval()
+    network = TimmBackbone(3, size, 7, name, options).network.double().eval()
     assert jump(network, size) < 1e-4
 
 
@@ -74,7 +74,7 @@ def test_networks_whose_gradient_jumps_are_refused(name, size, options, message)
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     with pytest.raises(UserError, match=message):
-        TimmBackbone(name, 3, size, levels=7, **options)
+        TimmBackbone(3, size, 7, name, options)
     options = options | {"img_size": size} if "hiera" in name else options
     assert jump(timm.create_model(name, num_classes=0, **options).double().eval(), size) > 1e-2
 
@@ -82,19 +82,19 @@ def test_networks_whose_gradient_jumps_are_refused(name, size, options, message)
 def test_a_missing_timm_is_told_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install 'torchcdm\\[vision\\]'"):
-        TimmBackbone("vit_tiny_patch16_224", 1, 8, levels=7)
+        TimmBackbone(1, 8, levels=7)
 
 
 def test_labels_need_joint():
     with pytest.raises(UserError, match="set joint to true"):
-        TimmBackbone("vit_tiny_patch16_224", 1, 8, levels=7, classes=3)
+        TimmBackbone(1, 8, levels=7, classes=3)
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_transformer_has_two_derivatives_and_keeps_samples_apart(joint):
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    network = TimmBackbone("vit_tiny_patch16_224", 2, (8, 4), 7, 3 if joint else None, joint, **SMALL_VIT).double()
+    network = TimmBackbone(2, (8, 4), 7, options=SMALL_VIT, classes=3 if joint else None, joint=joint).double()
     nn.init.normal_(network.head.linear.weight)
     x = torch.randn(2, 2, 8, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(network, (x,), fast_mode=True, rtol=1e-3, atol=1e-4)
@@ -103,7 +103,7 @@ def test_a_transformer_has_two_derivatives_and_keeps_samples_apart(joint):
 
 def test_a_convolutional_network_fits():
     pytest.importorskip("timm")
-    network = TimmBackbone("convnext_atto", 1, 32, 7, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))
+    network = TimmBackbone(1, 32, 7, "convnext_atto", {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)})
     nn.init.normal_(network.head.linear.weight)
     x = torch.randn(2, 1, 32, 32, requires_grad=True)
     (gradient,) = torch.autograd.grad(network(x)[:, 0].sum(), x, create_graph=True)
@@ -121,5 +121,5 @@ def test_a_convolutional_network_fits():
 def test_what_does_not_fit_is_refused_with_the_reason(name, options, message):
     pytest.importorskip("timm")
     with pytest.raises(UserError, match=message) as error:
-        TimmBackbone(name, 1, 8, levels=7, **options)
+        TimmBackbone(1, 8, 7, name, options)
     assert "\n" not in str(error.value)

@@ -18,10 +18,10 @@ from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
 from torchcdm.training.build import gaussianized
 from torchcdm.training.checkpoint import load, read_info
-from torchcdm.training.codec import encode
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.training.evaluation import LevelSums
 from torchcdm.training.interrupt import Interrupted, SignalWatch

@@ -143,7 +143,7 @@ def gaussians(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]
         floor: The smallest variance.
         seed: Of what is random; nothing here.
     """
-    fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(1), floor, "full")
+    fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(2), floor, "full")
 
     def sample(n: int, seed: int) -> np.ndarray:
         return fitted.draw((n, train.shape[1]), torch.Generator().manual_seed(seed)).numpy()

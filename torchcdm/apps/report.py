@@ -84,7 +84,7 @@ def write_report(
     methods = [method for method in config.report.methods if method in methods_of(model)]
     if methods:
         x, _ = split.tensors(config.report.limit)
-        scoring = Scoring(draws=config.report.draws, steps=config.report.flow_steps, probes=config.report.flow_probes)
+        scoring = Scoring(draws=config.report.draws, steps=config.report.flow_steps)
         # The unconditional density, also of models that saw classes: the baselines know none.
         nll = likelihood_report(
             model, x, None, scoring, methods, config.report.particles, name=source.name, split=split_name,

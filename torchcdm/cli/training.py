@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device
@@ -95,15 +94,15 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_presets(options: argparse.Namespace) -> int:
     """One line a preset."""
-    from torchcdm.training.config_files import make_config, preset_fields, preset_names
+    from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
 
     for name in preset_names():
-        config = make_config(preset_fields(name))
+        config, about = make_config(preset_fields(name)), preset_about(name)
         model = config.model
-        reaches = "" if config.reaches is None else f"; {config.reaches.text} ({config.reaches.source})"
+        reaches = f"; {about['reaches']} ({about['source']})" if "reaches" in about else ""
         print(
-            f"{name:26} {config.data.spec or 'your data'}: {config.description}; {model.kind} {model.backbone.name}, "
-            f"{model.schedule.name} T={model.schedule.T}, {config.train.steps} steps{reaches}"
+            f"{name:26} {config.data.spec or 'your data'}: {about['description']}; {model.kind} "
+            f"{model.backbone.name}, {model.schedule.name} T={model.schedule.T}, {config.train.steps} steps{reaches}"
         )
     return 0
 
@@ -113,6 +112,7 @@ def _configuration(options: argparse.Namespace) -> Config:
     from pathlib import Path
 
     from torchcdm.data import parse_size
+    from torchcdm.runtime.validation import replace
     from torchcdm.training.build import plain_model
     from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 

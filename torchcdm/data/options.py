@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from annotated_types import Le
 
 from torchcdm.errors import UserError, nearest
-from torchcdm.runtime.validation import validated
+from torchcdm.runtime.validation import Count, CountOrZero, Rate, Seed, Width, WidthPair, validated
 from torchcdm.units import DataTransform
-
-Side = Annotated[int, Field(ge=1, le=2**14)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 @validated
@@ -43,18 +39,18 @@ class DataOptions:
     """
 
     spec: str | None = None
-    size: tuple[Side, Side] | None = None
-    channels: Count | None = None
-    validation_fraction: Share | None = None
-    test_fraction: Share | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    size: WidthPair | None = None
+    channels: Width | None = None
+    validation_fraction: Rate | None = None
+    test_fraction: Rate | None = None
+    seed: Seed = 0
     limit: Count | None = None
     skip_bad: bool = False
     label: str | None = None
     dequantize: bool = True
     gaussianize: bool = False
     flip: bool = False
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    workers: Annotated[CountOrZero, Le(1024)] = 0
 
 
 def with_fields(options: DataOptions, **fields: Any) -> DataOptions:

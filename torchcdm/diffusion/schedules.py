@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.validation import Levels, NotNegative, Positive, checked
 from torchcdm.units.float64 import Float64Module
 
 Level = int | Tensor
@@ -34,8 +35,10 @@ class NoiseSchedule(Float64Module, ABC):
 
     A subclass gives :meth:`inner_levels`; the two ends are the same for every schedule.
 
-    Attributes:
+    Args:
         T: Number of noise levels between data and pure noise.
+
+    Attributes:
         alpha: Signal scale, float64, shape (T+2,).
         sigma: Noise scale, float64, shape (T+2,).
     """
@@ -43,10 +46,9 @@ class NoiseSchedule(Float64Module, ABC):
     alpha: Tensor
     sigma: Tensor
 
-    def __init__(self, T: int) -> None:
+    @checked
+    def __init__(self, T: Levels = 200) -> None:
         super().__init__()
-        if T < 1:
-            raise UserError(f"schedule: T is {T}; at least one noise level is needed")
         self.T = T
         alpha, sigma = self.inner_levels(torch.arange(1, T + 1, dtype=torch.float64))
         if alpha.shape != (T,) or sigma.shape != (T,):
@@ -169,12 +171,13 @@ class LinearSchedule(NoiseSchedule):
     """Variance-preserving schedule with linear betas (Ho et al., 2020, arXiv 2006.11239).
 
     Args:
-        T: Number of noise levels.
+        T: Number of noise levels between data and pure noise.
         beta_min: First beta at T = 1000; scaled by 1000 / T, so that the last level is noise for any T.
         beta_max: Last beta at T = 1000.
     """
 
-    def __init__(self, T: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> None:
+    @checked
+    def __init__(self, T: Levels = 1000, beta_min: Positive = 1e-4, beta_max: Positive = 0.02) -> None:
         if 1000 * beta_max >= T:
             raise UserError(f"linear schedule: T is {T}; it needs more than {1000 * beta_max:g}")
         self.beta_min, self.beta_max = beta_min, beta_max
@@ -188,9 +191,15 @@ class LinearSchedule(NoiseSchedule):
 
 @final
 class CosineSchedule(NoiseSchedule):
-    """abar_t = cos² of a quarter turn with a small offset (Nichol and Dhariwal, arXiv 2102.09672)."""
+    """abar_t = cos² of a quarter turn with a small offset (Nichol and Dhariwal, arXiv 2102.09672).
 
-    def __init__(self, T: int = 1000, offset: float = 0.008) -> None:
+    Args:
+        T: Number of noise levels between data and pure noise.
+        offset: Part of a quarter turn at which level 0 lies.
+    """
+
+    @checked
+    def __init__(self, T: Levels = 1000, offset: NotNegative = 0.008) -> None:
         self.offset = offset
         super().__init__(T)
 
@@ -225,12 +234,15 @@ class LogSNRSchedule(NoiseSchedule):
     """log r_t evenly spaced from ``r_min`` at level 1 to ``r_max`` at level T; variance preserving.
 
     Args:
-        T: Number of noise levels.
-        r_min: Noise-to-signal ratio of level 1, model units: a fraction of a grey level for 8-bit data.
+        T: Number of noise levels between data and pure noise.
+        r_min: Noise-to-signal ratio of level 1, model units. When None, half a grey level, or a hundredth of the
+            scale of continuous data, in a training; else 0.004, half a level of 256.
         r_max: Noise-to-signal ratio of level T.
     """
 
-    def __init__(self, T: int = 200, r_min: float = 0.004, r_max: float = 80.0) -> None:
+    @checked
+    def __init__(self, T: Levels = 200, r_min: Positive | None = None, r_max: Positive = 80.0) -> None:
+        r_min = 0.004 if r_min is None else r_min
         _check_ends("log-snr", r_min, r_max)
         self.r_min, self.r_max = r_min, r_max
         super().__init__(T)

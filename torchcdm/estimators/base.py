@@ -25,8 +25,7 @@ from torchcdm.estimators.columns import Columns
 from torchcdm.models.density import require_density
 from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo, load, read_info
-from torchcdm.training.codec import merge
-from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.units import ColumnTransform, DataTransform
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -19,6 +18,7 @@ from torchcdm.networks.blocks import (
 )
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.networks.second_order import Conv2d, SiLU
+from torchcdm.runtime.validation import Count, Knots, Rate, Sides, Width, WidthOrZero, Widths, checked
 
 
 @final
@@ -80,20 +80,21 @@ class Encoder(HeadedBackbone):
         torch.Size([5, 102])
     """
 
+    @checked
     def __init__(
         self,
-        in_channels: int,
+        in_channels: Width,
         image_size: ImageSize,
         levels: int,
-        width: int = 32,
-        multipliers: Sequence[int] = (1, 2, 2),
-        blocks: int = 2,
-        dropout: float = 0.0,
-        attention: Sequence[int] = (),
-        energy_maps: int = 32,
-        classes: int | None = None,
+        width: Width = 32,
+        multipliers: Widths = (1, 2, 2),
+        blocks: Width = 2,
+        dropout: Rate = 0.0,
+        attention: Sides = (),
+        energy_maps: WidthOrZero = 32,
+        classes: Count | None = None,
         joint: bool = False,
-        knots: int | None = None,
+        knots: Knots | None = None,
         positions: bool = False,
     ) -> None:
         super().__init__()

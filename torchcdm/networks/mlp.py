@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torchcdm.errors import UserError
 from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, time_embedding
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
+from torchcdm.runtime.validation import Count, Knots, Rate, Width, WidthOrZero, checked
 
 
 def check_vectors(x: Tensor, dim: int) -> None:
@@ -45,36 +45,6 @@ class VectorBlock(nn.Module):
         return x + self.linear2(self.dropout(nn.functional.silu(h)))
 
 
-WAVELENGTHS = 20.0
-"""The longest initial wavelength of :class:`Waves` over the shortest."""
-
-
-@final
-class Waves(nn.Module):
-    """A vector beside sines and cosines of it, along directions that are learned (arXiv 2006.10739).
-
-    The first layer norm of a residual network sees little of a vector but its direction, and what follows is smooth:
-    many narrow modes in few dimensions need inputs that change as fast as their density does.
-
-    Args:
-        dim: Numbers in one sample.
-        count: Directions.
-        largest: Largest initial frequency, radians per unit of the input; the others fall off geometrically.
-    """
-
-    def __init__(self, dim: int, count: int, largest: float) -> None:
-        super().__init__()
-        if count < 1 or not 0 < largest < math.inf:
-            raise UserError(f"network: waves is {count} and wave_frequency {largest}; both must be positive")
-        sizes = largest * (1 / WAVELENGTHS) ** torch.linspace(0, 1, count)
-        self.frequencies = nn.Parameter(nn.functional.normalize(torch.randn(dim, count), dim=0) * sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, dim) to (B, dim + 2 count)."""
-        phases = x @ self.frequencies
-        return torch.cat([x, phases.sin(), phases.cos()], 1)
-
-
 @final
 class MLP(HeadedBackbone):
     """Residual SiLU blocks; the head sees the last features and inner products of them with the input.
@@ -92,31 +62,28 @@ class MLP(HeadedBackbone):
         joint: Outputs for all classes from one pass instead of a label as input.
         knots: Outputs at so many levels, interpolated; one for each level when None.
         context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
-        waves: Sines and cosines of the input beside it, see :class:`Waves`; 0 for none.
-        wave_frequency: Largest initial frequency of them, radians per unit.
 
     Raises:
-        UserError: Waves that are not positive, a joint head without classes, or classes and a context at once.
+        UserError: A joint head without classes, or classes and a context at once.
 
     Example:
         >>> MLP(2, levels=102)(torch.zeros(5, 2)).shape
         torch.Size([5, 102])
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Count,
         levels: int,
-        width: int = 256,
-        depth: int = 4,
-        dropout: float = 0.0,
-        energy_maps: int = 32,
-        classes: int | None = None,
+        width: Width = 256,
+        depth: Width = 4,
+        dropout: Rate = 0.0,
+        energy_maps: WidthOrZero = 32,
+        classes: Count | None = None,
         joint: bool = False,
-        knots: int | None = None,
-        context: int | None = None,
-        waves: int = 0,
-        wave_frequency: float = 4.0,
+        knots: Knots | None = None,
+        context: Width | None = None,
     ) -> None:
         super().__init__()
         if context is not None and classes is not None:
@@ -128,8 +95,7 @@ class MLP(HeadedBackbone):
             self.label = ContextEmbedding(context, width)
         elif classes is not None and not joint:
             self.label = LabelEmbedding(classes, width)
-        self.waves = Waves(dim, waves, wave_frequency) if waves else None
-        self.linear_in = nn.Linear(dim + 2 * waves, width)
+        self.linear_in = nn.Linear(dim, width)
         embedding = None if self.label is None else width
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -140,7 +106,7 @@ class MLP(HeadedBackbone):
         """What the head sees, (B, features)."""
         check_vectors(x, self.dim)
         embedding = None if self.label is None else self.label(y, x)
-        h = self.linear_in(x if self.waves is None else self.waves(x))
+        h = self.linear_in(x)
         for block in self.blocks:
             h = block(h, embedding)
         features = nn.functional.silu(self.norm(h))
@@ -165,8 +131,9 @@ class DDMMLP(nn.Module):
 
     joint = False
 
+    @checked
     def __init__(
-        self, dim: int, width: int = 256, depth: int = 4, dropout: float = 0.0, classes: int | None = None
+        self, dim: Count, width: Width = 256, depth: Width = 4, dropout: Rate = 0.0, classes: Count | None = None
     ) -> None:
         super().__init__()
         self.dim, self.width, self.classes = dim, width, classes

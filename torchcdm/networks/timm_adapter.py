@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.networks.blocks import ImageSize, check_images, height_and_width
 from torchcdm.networks.heads import HeadedBackbone, make_head
+from torchcdm.runtime.validation import Count, Width, checked, shown
 
 _UNFIT = {
     "mixes the samples of a batch": ("nativebatchnorm", "cudnnbatchnorm", "miopenbatchnorm", "syncbatchnorm"),
@@ -22,6 +24,20 @@ _UNFIT = {
     ),
 }  # fmt: skip
 """Why a classification diffusion model cannot be made of an operation: reason -> how its name may begin."""
+
+
+OPTIONS = (
+    "act_layer", "alpha", "always_partition", "aspect_ratio", "attn_drop_rate", "attn_gain", "attn_layer",
+    "bottle_ratio", "ch_div", "channels", "class_token", "conv_bias", "conv_mlp", "depth", "depths", "dims",
+    "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "extra_conv", "fc_norm",
+    "final_norm", "fix_init", "gamma_in_act", "global_pool", "group_size", "img_size", "init_values",
+    "kernel_sizes", "ls_init_value", "mlp_ratio", "norm_eps", "norm_layer", "no_embed_class", "num_features",
+    "num_heads", "output_stride", "patch_drop_rate", "patch_size", "pos_drop_rate", "pos_embed", "pre_norm",
+    "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "rel_pos_dim", "rel_pos_type",
+    "same_padding", "shared_rel_pos", "skipinit", "stages", "std_conv_eps", "stem_chs", "stem_type",
+    "strict_img_size", "use_grn", "weight_init", "width_factor", "window_size", "zero_init_fc",
+)  # fmt: skip
+"""Plain arguments of timm's architectures. None names a file or a hub: a run's configuration may be a stranger's."""
 
 
 def unfit_operations(output: Tensor) -> dict[str, str]:
@@ -52,40 +68,39 @@ class TimmBackbone(HeadedBackbone):
     attention, which has no second derivative, is switched off in the layers of this network alone.
 
     Args:
-        name: Model name of timm, such as ``vit_tiny_patch16_224`` or ``convnext_atto``.
         in_channels: Channels of the images.
         image_size: Side, or (height, width).
         levels: T + 2.
+        model: Model name of timm, such as ``vit_tiny_patch16_224`` or ``convnext_atto``.
+        options: Arguments of the architecture, of :data:`OPTIONS`: ``patch_size: 4``, ``act_layer: silu`` ...
         classes: Number of classes; needs ``joint``, for these networks take no label.
         joint: Outputs for all classes from one pass.
-        knots: Outputs at so many levels, interpolated; one for each level when None.
-        **options: Passed to ``timm.create_model``: ``patch_size=4``, ``act_layer="silu"``, ``drop_rate=0.1`` ...
 
     Raises:
-        UserError: timm is not installed, the name is unknown, or the model cannot be differentiated twice.
+        UserError: timm is not installed, the name or an option is unknown, or the model has no second derivative.
     """
 
+    @checked
     def __init__(
         self,
-        name: str,
-        in_channels: int,
+        in_channels: Width,
         image_size: ImageSize,
-        levels: int,
-        classes: int | None = None,
+        levels: Count,
+        model: str = "vit_tiny_patch16_224",
+        options: dict[str, Any] | None = None,
+        classes: Count | None = None,
         joint: bool = False,
-        knots: int | None = None,
-        **options: Any,
     ) -> None:
         super().__init__()
         if classes is not None and not joint:
-            raise UserError(f"network: timm's {name} takes no labels; set joint to true, or leave classes out")
+            raise UserError(f"network: timm's {model} takes no labels; set joint to true, or leave classes out")
         self.in_channels, self.size = in_channels, height_and_width(image_size)
         self.classes, self.joint = classes, joint
-        self.network = _create(name, in_channels, self.size, options)
+        self.network = _create(model, in_channels, self.size, options or {})
         for layer in self.network.modules():
             if getattr(layer, "fused_attn", False):
                 layer.fused_attn = False
-        self.head = make_head(self._probe(name), levels, classes, joint, knots)
+        self.head = make_head(self._probe(model), levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Of the timm model; ``y`` is not used."""
@@ -122,13 +137,25 @@ class TimmBackbone(HeadedBackbone):
         return features.shape[1]
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether an option is a number, a truth, a name that is no path, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return re.fullmatch(r"\w*", value) is not None if isinstance(value, str) else isinstance(value, (bool, int, float))
+
+
 def _create(name: str, in_channels: int, size: tuple[int, int], options: dict[str, Any]) -> nn.Module:
     """The timm model without its classifier."""
+    for key, value in options.items():
+        if key not in OPTIONS:
+            raise UserError(f"network: '{key}' is no option that timm's models take here; {nearest(key, OPTIONS)}")
+        if not _is_plain(value):
+            raise UserError(f"network: timm's {key} is {shown(value)}; numbers and plain names alone are taken")
     try:
         import timm
     except ImportError:
         raise UserError("network: timm is not installed; pip install 'torchcdm[vision]'") from None
-    if not timm.is_model(name):
+    if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them"
         raise UserError(f"network: timm has no model '{name}'; {hint}")
@@ -138,6 +165,6 @@ def _create(name: str, in_channels: int, size: tuple[int, int], options: dict[st
         options = {"img_size": size, **options}
     try:
         return timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"network: timm cannot build {name} with these options ({reason})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torchcdm.networks.blocks import (
 )
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, make_head
 from torchcdm.networks.second_order import Conv2d, SiLU
+from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
 
 @final
@@ -137,21 +138,22 @@ class CDMUNet(HeadedBackbone):
         UserError: Images that cannot be halved so often, a joint head without classes, or an unknown direction.
     """
 
+    @checked
     def __init__(
         self,
-        in_channels: int,
+        in_channels: Width,
         image_size: ImageSize,
         levels: int,
-        channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
-        dropout: float = 0.1,
-        classes: int | None = None,
+        channels: Width = 128,
+        multipliers: Widths = (1, 2, 2, 2),
+        blocks: Width = 2,
+        attention: Sides = (16,),
+        dropout: Rate = 0.1,
+        classes: Count | None = None,
         joint: bool = False,
-        head_channels: int | None = None,
-        direction: str = "data",
-        groups: int = 32,
+        head_channels: Width | None = None,
+        direction: Literal["data", "noise"] = "noise",
+        groups: Width = 32,
     ) -> None:
         super().__init__()
         self.classes, self.joint = classes, joint
@@ -198,17 +200,18 @@ class DDMUNet(nn.Module):
 
     joint = False
 
+    @checked
     def __init__(
         self,
-        in_channels: int,
+        in_channels: Width,
         image_size: ImageSize,
-        channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
-        dropout: float = 0.1,
-        classes: int | None = None,
-        groups: int = 32,
+        channels: Width = 128,
+        multipliers: Widths = (1, 2, 2, 2),
+        blocks: Width = 2,
+        attention: Sides = (16,),
+        dropout: Rate = 0.1,
+        classes: Count | None = None,
+        groups: Width = 32,
     ) -> None:
         super().__init__()
         self.channels, self.classes = channels, classes

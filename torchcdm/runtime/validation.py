@@ -1,26 +1,99 @@
-"""Dataclasses whose fields are checked against their annotations by pydantic."""
+"""Values checked by their annotations: the arguments of constructors, and the settings that are derived from them."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+import inspect
+import re
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
-from pydantic import ConfigDict, ValidationError
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs, PydanticCustomError, to_jsonable_python
 from typing_extensions import dataclass_transform
 
 from torchcdm.errors import UserError, nearest
+
+# --- ranges ------------------------------------------------------------------------------------------------------
+
+
+def _whole(value: Any) -> Any:
+    """NumPy's whole numbers, and 1e4, as an int."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _real(value: Any) -> Any:
+    """NumPy's numbers as a float; ints stay, and with them what a float cannot hold."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, (bool, Integral)) else value
+
+
+Int = Annotated[int, Strict(), BeforeValidator(_whole)]
+Float = Annotated[float, Strict(), BeforeValidator(_real)]
+Count = Annotated[Int, Ge(1), Le(10**9)]
+"""Something that there is one of at least."""
+CountOrZero = Annotated[Int, Ge(0), Le(10**9)]
+Width = Annotated[Int, Ge(1), Le(2**14)]
+"""Width of a layer, or number of layers."""
+WidthOrZero = Annotated[Int, Ge(0), Le(2**14)]
+Widths = Annotated[tuple[Width, ...], Len(1, 32)]
+Sides = tuple[Width, ...]
+"""Sides of images, in pixels; none where there are no such images."""
+Knots = Annotated[Int, Ge(2), Le(100_000)]
+Levels = Annotated[Int, Ge(2), Le(100_000)]
+"""Number of noise levels T."""
+Positive = Annotated[Float, Gt(0)]
+NotNegative = Annotated[Float, Ge(0)]
+Rate = Annotated[Float, Ge(0), Lt(1)]
+"""Share that must leave something: of dropout, of decay."""
+Share = Annotated[Float, Ge(0), Le(1)]
+Seed = Annotated[Int, Ge(0), Lt(2**63)]
+WidthPair = Annotated[tuple[Width, ...], Len(2, 2)]
+RatePair = Annotated[tuple[Rate, ...], Len(2, 2)]
+SharePair = Annotated[tuple[Share, ...], Len(2, 2)]
+
+CHECKS = ConfigDict(allow_inf_nan=False, extra="forbid")
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+encode = to_jsonable_python
+"""Settings and dataclasses as dicts, tuples as lists: what YAML and JSON can hold."""
 
 T = TypeVar("T")
 
 
 @dataclass_transform(frozen_default=True)
 def validated(kind: type[T]) -> type[T]:
-    """Makes ``kind`` a frozen dataclass that raises :class:`UserError`, in one line, on a field that is wrong.
+    """Makes ``kind`` a frozen dataclass whose names, types and ranges are checked; a wrong one is a UserError.
 
-    As a part of a larger pydantic type it is validated by pydantic alone, which knows the path to the field.
+    As a part of a larger one it is checked by pydantic alone, which knows the path to the field.
     """
-    checked: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(kind)
+
+    def known(cls: type, value: Any) -> Any:
+        given = value.kwargs or {} if isinstance(value, ArgsKwargs) else value
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in cls.__dataclass_fields__:
+                facts = {"key": str(key), "hint": nearest(key, cls.__dataclass_fields__)}
+                raise PydanticCustomError("unknown_field", "unknown field", facts)
+        return value
+
+    kind._known_names = model_validator(mode="before")(classmethod(known))
+    checked: Any = dataclass(frozen=True, config=CHECKS)(kind)
     init = checked.__init__
 
     @functools.wraps(init)
@@ -28,26 +101,175 @@ def validated(kind: type[T]) -> type[T]:
         try:
             init(self, *args, **fields)
         except ValidationError as error:
-            raise UserError(message(error, checked.__dataclass_fields__)) from None
+            names = dict(zip(checked.__dataclass_fields__, args, strict=False))
+            raise UserError(mistake(error, names | fields)[1]) from None
 
     checked.__init__ = initialise
     return checked
 
 
-def message(error: ValidationError, names: Any = ()) -> str:
-    """What pydantic found, in one line.
+def read_as(kind: type[T], value: Any, path: str = "") -> T:
+    """Plain Python values as an instance of ``kind``.
 
     Args:
-        error: One or more problems.
-        names: The fields that there are, for the nearest one to a name that is unknown.
+        kind: Settings or another dataclass.
+        value: What :func:`encode` gives.
+        path: Where the value stands, for messages: ``train``.
+
+    Raises:
+        UserError: A name that does not exist (with the nearest that does), a wrong type or range; one line.
     """
-    return "; ".join(_words(problem, names) for problem in error.errors(include_url=False))
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(mistake(error, value, path)[1]) from None
 
 
-def _words(problem: Any, names: Any) -> str:
-    path, value = ".".join(map(str, problem["loc"])), problem["input"]
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown field '{path}'; {nearest(path, names)}"
-    if problem["type"] == "missing":
-        return f"{path} is missing"
-    return f"{path} is {value!r:.60}; {problem['msg'].replace('Input should', 'it must')}"
+def named(*kinds: type) -> Any:
+    """Annotation of a part that is one of several kinds, by its field ``name``; a text alone is the name."""
+    by_name = BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    return Annotated[Union[kinds], Field(discriminator="name"), by_name]  # noqa: UP007
+
+
+def settings_of(kind: type, name: str | None, left_out: Collection[str], module: str) -> type:
+    """Settings with the defaults, ranges and descriptions of a constructor's arguments.
+
+    Args:
+        kind: The class.
+        name: Value of the field ``name``, which tells the parts of :func:`named` apart; None for none.
+        left_out: Arguments that do not come from settings; those without a default are left out too.
+        module: Of the derived class.
+    """
+    hints, texts = get_type_hints(kind.__init__, include_extras=True), argument_texts(kind)
+    content: dict[str, Any] = {"__module__": module, "__doc__": f":class:`{kind.__module__}.{kind.__qualname__}`"}
+    content |= {"__annotations__": {}} if name is None else {"__annotations__": {"name": Literal[name]}, "name": name}
+    for key, parameter in inspect.signature(kind).parameters.items():
+        if parameter.default is not parameter.empty and key not in left_out:
+            content["__annotations__"][key] = hints[key]
+            content[key] = Field(default=parameter.default, description=texts.get(key))
+    return validated(type(f"{kind.__name__}Config", (), content))
+
+
+def argument_texts(kind: type) -> dict[str, str]:
+    """Descriptions of arguments or attributes in the docstrings of a class and its bases, by name."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        entries = re.findall(r"^ {4}(\w+): ((?:.+\n?)(?: {6,}.+\n?)*)", inspect.getdoc(base) or "", re.MULTILINE)
+        texts |= {name: " ".join(text.split()) for name, text in entries}
+    return texts
+
+
+def arguments_for(kind: type, settings: Any) -> dict[str, Any]:
+    """Those of the settings that the constructor of ``kind`` takes."""
+    parameters = inspect.signature(kind).parameters
+    return {key: getattr(settings, key) for key in settings.__dataclass_fields__ if key in parameters}
+
+
+def checked(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose numbers, texts and lists are checked by their annotations; a wrong one is a UserError."""
+    signature = inspect.signature(init)
+
+    @functools.cache
+    def arguments() -> type[BaseModel]:
+        hints = get_type_hints(init, include_extras=True)
+        fields = {key: (hint, None) for key, hint in hints.items() if key != "return" and _is_plain(hint)}
+        return create_model("Arguments", __config__=CHECKS, **fields)
+
+    @functools.wraps(init)
+    def checking(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        known = arguments().model_fields
+        given = {key: value for key, value in bound.arguments.items() if key in known}
+        try:
+            valid = arguments().model_validate(given)
+        except ValidationError as error:
+            raise UserError(f"{type(self).__name__}: {mistake(error, given)[1]}") from None
+        bound.arguments.update({key: getattr(valid, key) for key in given})
+        init(*bound.args, **bound.kwargs)
+
+    return checking
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether an annotation holds numbers, texts, truths and lists alone."""
+    if hint in (int, float, bool, str, None, type(None), Ellipsis) or not (isinstance(hint, type) or get_args(hint)):
+        return True
+    parts = get_args(hint)
+    return bool(parts) and all(_is_plain(part) for part in parts)
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+_NEEDED = {
+    "int_type": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "bool_type": "true or false is needed",
+    "bool_parsing": "true or false is needed",
+    "string_type": "a text is needed",
+    "tuple_type": "a list such as [1, 2] is needed",
+    "model_type": "fields with values are needed",
+    "dict_type": "fields with values are needed",
+    "dataclass_type": "fields with values are needed",
+    "model_attributes_type": "fields with values are needed",
+    "greater_than": "it must be above {gt:g}",
+    "greater_than_equal": "it must be at least {ge:g}",
+    "less_than": "it must be below {lt:g}",
+    "less_than_equal": "it must be at most {le:g}",
+    "too_short": "at least {min_length} values are needed",
+    "too_long": "at most {max_length} values are possible",
+}
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+_SHOWN.maxlevel, _SHOWN.maxdict = 2, 3
+
+
+def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, str]:
+    """The first mistake in ``value``: its dotted path, and a line that says what is wrong there."""
+    first = error.errors(include_url=False)[0]
+    kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
+    for part in first["loc"]:
+        below = value[part] if isinstance(value, (list, tuple)) and isinstance(part, int) else None
+        if isinstance(value, Mapping):
+            # A part of several kinds adds the name of its kind to the place.
+            if part not in value and kind != "missing":
+                continue
+            below = value.get(part)
+        value, path = below, f"{path}[{part}]" if isinstance(part, int) else join(path, part)
+    here = path or "configuration"
+    match kind:
+        case "unknown_field":
+            path = join(path, facts["key"])
+            return path, f"unknown field '{path}'; {facts['hint']}"
+        case "union_tag_invalid":
+            path = join(path, "name")
+            return path, f"{path} is {shown(facts['tag'])}; {_nearest_of(facts['tag'], facts['expected_tags'])}"
+        case "union_tag_not_found":
+            return path, f"{here} is {shown(found)}; its name is needed"
+        case "missing":
+            return path, f"{here} is missing"
+        case "value_error":
+            return path, f"{here}: {facts['error']}"
+        case "literal_error":
+            needed = _nearest_of(str(found), facts["expected"])
+        case _:
+            needed = _NEEDED[kind].format(**facts) if kind in _NEEDED else first["msg"]
+    return path, f"{here} is {shown(found)}; {needed}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, at most about a line of it."""
+    if isinstance(value, int) and abs(value) > 10**80:
+        return "a number of many digits"
+    return _SHOWN.repr(value)
+
+
+def join(path: str, key: Any) -> str:
+    """A dotted path and one more part."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def _nearest_of(name: str, expected: str) -> str:
+    return nearest(name, re.findall(r"'([^']*)'", expected))

@@ -12,37 +12,14 @@ from torch import Tensor, nn
 from torchcdm.data import DataOptions, DataSource, Layout, load_data
 from torchcdm.diffusion.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
 from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals
-from torchcdm.diffusion.schedules import (
-    CosineSchedule,
-    LinearSchedule,
-    LogSNRSchedule,
-    NoiseSchedule,
-    OptimalTransportSchedule,
-    UniformSigmaSchedule,
-)
+from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.networks.encoder import Encoder
-from torchcdm.networks.mlp import DDMMLP, MLP
-from torchcdm.networks.timm_adapter import TimmBackbone
-from torchcdm.networks.unet import CDMUNet, DDMUNet
-from torchcdm.training.settings import (
-    CosineConfig,
-    EncoderConfig,
-    LinearConfig,
-    LogSNRConfig,
-    LossConfig,
-    MLPConfig,
-    ModelConfig,
-    OptimalTransportConfig,
-    ScheduleConfig,
-    TimmConfig,
-    UNetConfig,
-    UniformSigmaConfig,
-)
+from torchcdm.runtime.validation import arguments_for
+from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
 FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtures
@@ -93,7 +70,7 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
     """The same with the numbers filled in that are read off the data."""
     schedule = config.schedule
-    if isinstance(schedule, LogSNRConfig) and schedule.r_min is None:
+    if schedule.name == "log-snr" and schedule.r_min is None:
         r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
         schedule = replace(schedule, r_min=r_min)
     return replace(config, schedule=schedule)
@@ -102,26 +79,17 @@ def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
 def plain_model(model: ModelConfig) -> ModelConfig:
     """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
     net = model.backbone
-    if isinstance(net, EncoderConfig):
-        net = UNetConfig(
+    if net.name == "encoder":
+        net = BACKBONES["unet"](
             channels=net.width, multipliers=net.multipliers, blocks=net.blocks, attention=(), dropout=net.dropout
         )
     return replace(model, kind="ddm", backbone=net)
 
 
-def build_schedule(config: ScheduleConfig) -> NoiseSchedule:
+def build_schedule(config: Any) -> NoiseSchedule:
     """The noise schedule of a resolved configuration."""
-    match config:
-        case LinearConfig():
-            return LinearSchedule(config.T, config.beta_min, config.beta_max)
-        case CosineConfig():
-            return CosineSchedule(config.T, config.offset)
-        case UniformSigmaConfig():
-            return UniformSigmaSchedule(config.T)
-        case OptimalTransportConfig():
-            return OptimalTransportSchedule(config.T)
-        case LogSNRConfig():
-            return LogSNRSchedule(config.T, config.r_min, config.r_max)
+    kind = SCHEDULES[config.name]
+    return kind(**arguments_for(kind, config))
 
 
 def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
@@ -130,36 +98,23 @@ def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, cla
     Raises:
         UserError: A network for images on vectors or the other way round, or one that the kind of model lacks.
     """
-    net, name = config.backbone, config.backbone.name
-    ddm, joint = config.kind == "ddm", config.labels == "joint"
+    name, joint = config.backbone.name, config.labels == "joint"
     vectors = len(shape) == 1
-    if vectors != isinstance(net, MLPConfig):
+    if vectors != (name == "mlp"):
         data, fit = ("vectors", "mlp") if vectors else ("images", "encoder")
         raise UserError(f"model.backbone is {name}, but the data are {data} {shape}; use --model.backbone {fit}")
-    if ddm and isinstance(net, (EncoderConfig, TimmConfig)):
+    data = {"dim": shape[0]} if vectors else {"in_channels": shape[0], "image_size": shape[1:]}
+    classifier, denoiser = NETWORKS[name]
+    if config.kind == "cdm":
+        given = arguments_for(classifier, config.backbone)
+        return classifier(**data, levels=levels, classes=classes, joint=joint, **given)
+    if denoiser is None:
         raise UserError(f"model.backbone is {name}, which cannot be a ddm; use --model.backbone unet")
-    if ddm and joint:
+    if joint:
         raise UserError("model.labels is joint, which needs a cdm; use --model.labels input for a ddm")
-    options: dict[str, Any] = {key: value for key, value in vars(net).items() if key != "name"}
-    options |= {"classes": classes}
-    if not vectors:
-        options |= {"in_channels": shape[0], "image_size": shape[1:]}
-    if ddm and options.get("context") is not None:
+    if getattr(config.backbone, "context", None) is not None:
         raise UserError("model.backbone.context needs a cdm; use --model.kind cdm")
-    if ddm:
-        for key in ("head_channels", "direction", "energy_maps", "knots", "context", "waves", "wave_frequency"):
-            options.pop(key, None)
-        return DDMMLP(shape[0], **options) if vectors else DDMUNet(**options)
-    options |= {"levels": levels, "joint": joint}
-    match net:
-        case EncoderConfig():
-            return Encoder(**options)
-        case UNetConfig():
-            return CDMUNet(**options)
-        case MLPConfig():
-            return MLP(shape[0], **options)
-        case TimmConfig():
-            return TimmBackbone(options.pop("model"), **(options.pop("options") | options))
+    return denoiser(**data, classes=classes, **arguments_for(denoiser, config.backbone))
 
 
 def build_model(
@@ -184,14 +139,6 @@ def build_model(
     if config.labels != "none" and classes is None:
         raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
     classes = None if config.labels == "none" else classes
-    if config.class_gaussians and not (config.gaussian and config.labels == "joint"):
-        raise UserError("model.class_gaussians needs gaussian, and labels joint")
-    if config.components < 1 or (config.components > 1 and not config.gaussian):
-        raise UserError(f"model.components is {config.components}; above 1 it needs gaussian")
-    one_each = config.class_gaussians and config.components == 1
-    if not 0 <= config.shrinkage <= 1 or (config.shrinkage and (one_each or not config.gaussian)):
-        what = "give a share from 0 to 1; above 0 it needs gaussian, and components with class_gaussians"
-        raise UserError(f"model.shrinkage is {config.shrinkage}; {what}")
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     base: BaseDensity | None = gaussian
@@ -222,12 +169,8 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     Raises:
         UserError: Weights that make no loss.
     """
-    if model.density is not None:
-        return CDMLoss(
-            model, config.ce_weight, config.mse_weight, config.label_dropout, config.time_weight, config.kernel_weight,
-            config.logits_from,
-        )  # fmt: skip
-    return DDMLoss(model, config.label_dropout)
+    kind = DDMLoss if model.density is None else CDMLoss
+    return kind(model, **arguments_for(kind, config))
 
 
 GAUSSIAN_NUMBERS = 2**27

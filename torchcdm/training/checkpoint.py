@@ -18,8 +18,8 @@ from torchcdm.errors import UserError
 from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, Saved, checked_content, damaged, read_artefact, write_artefact
+from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training.build import build_backbone, build_model, load_source
-from torchcdm.training.codec import decode, encode
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
@@ -76,9 +76,9 @@ class ModelInfo(Saved):
     """
 
     preset: str | None
-    model: _part(ModelConfig, partial(decode, ModelConfig, path="model"), encode)
+    model: _part(ModelConfig, partial(read_as, ModelConfig, path="model"), encode)
     transform: _part(DataTransform, _transform, lambda transform: transform.to_config())
-    data: _part(DataOptions, partial(decode, DataOptions, path="data"), encode)
+    data: _part(DataOptions, partial(read_as, DataOptions, path="data"), encode)
     class_names: Names | None = None
     columns: Names | None = None
     constants: Mapping[str, float] = {}

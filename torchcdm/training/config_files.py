@@ -1,19 +1,33 @@
-"""Where a configuration comes from, weakest first: its defaults, a preset, a YAML file, flags."""
+"""Where settings come from, weakest first: their defaults, a preset, a YAML file, flags."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from torchcdm.errors import UserError, nearest
-from torchcdm.training.codec import decode, encode, merge
+from torchcdm.runtime.validation import encode, join, mistake
 from torchcdm.training.settings import Config
 
 _PRESETS = files("torchcdm.training") / "presets"
+
+
+class FileFields(dict[str, Any]):
+    """What a YAML file sets.
+
+    Attributes:
+        path: The file.
+        lines: Line of each field, by its dotted path.
+    """
+
+    path: str | Path
+    lines: dict[str, int]
 
 
 def preset_names() -> list[str]:
@@ -27,57 +41,198 @@ def preset_fields(name: str) -> dict[str, Any]:
     Raises:
         UserError: There is none of that name.
     """
+    return _preset(name)[0]
+
+
+def preset_about(name: str) -> dict[str, str]:
+    """What a preset is for (``description``), what it should reach, and whether that is ``measured`` or ``published``
+    (``source``)."""
+    return _preset(name)[1]
+
+
+def _preset(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     if name not in preset_names():
         raise UserError(f"unknown preset '{name}'; {nearest(name, preset_names())}")
-    fields = yaml.safe_load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    parent = fields.pop("extends", None)
-    return merge(preset_fields(parent) if parent else {}, fields | {"preset": name})
+    fields, _ = _parse((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+    parent, about = fields.pop("extends", None), fields.pop("about")
+    return merge(preset_fields(parent) if parent else {}, fields | {"preset": name}), about
 
 
-def file_fields(path: str | Path) -> dict[str, Any]:
+def file_fields(path: str | Path) -> FileFields:
     """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on.
 
     Raises:
-        UserError: Missing, or not YAML.
+        UserError: Missing, or not YAML of fields with values; names the line.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        fields, lines = _parse(Path(path).read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        place = "" if mark is None else f", line {mark.line + 1}"
+        raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
     parent = fields.pop("extends", None)
-    return merge(preset_fields(parent), fields) if parent else fields
+    if parent is not None and parent not in preset_names():
+        hint = nearest(parent, preset_names())
+        raise UserError(f"{path}, line {lines['extends']}: extends is no name of a preset; {hint}")
+    found = FileFields(merge(preset_fields(parent), fields) if parent else fields)
+    found.path, found.lines = path, lines
+    return found
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Flags ``section.field`` with the text of a YAML value, as nested fields."""
+    """Flags ``section.field`` with a text, as nested fields: a YAML value, or the text itself where one is asked for.
+
+    Raises:
+        UserError: A text that is no YAML value.
+    """
     fields: dict[str, Any] = {}
     for path, text in flags:
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--{path}: '{text}' is not a YAML value") from None
         *parents, leaf = path.split(".")
         here = fields
         for parent in parents:
-            below = here.get(parent, {})
-            below = {"name": below} if isinstance(below, str) else below
-            here[parent] = below
-            here = below
+            below = here.get(parent)
+            here[parent] = {"name": below} if isinstance(below, str) else below if isinstance(below, dict) else {}
+            here = here[parent]
+        try:
+            value = text if _takes_text(path) else _parse(text)[0]
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise UserError(f"--{path}: '{text}' is not a YAML value") from None
         here[leaf] = merge({leaf: here.get(leaf)}, {leaf: value})[leaf]
     return fields
+
+
+def _takes_text(path: str) -> bool:
+    """Whether a field holds a text or one of several words, and nothing else but None; unknown fields do."""
+    kinds: list[Any] = [Config]
+    for part in path.split("."):
+        known = [getattr(kind, "__pydantic_fields__", {}) for kind in kinds]
+        kinds = [leaf for fields in known if part in fields for leaf in _leaves(fields[part].annotation)]
+        if any(get_origin(kind) is dict for kind in kinds):
+            return False
+    return all(kind in (str, type(None)) or get_origin(kind) is Literal for kind in kinds)
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The alternatives of an annotation."""
+    parts = () if get_origin(annotation) in (Literal, tuple, dict) else get_args(annotation)
+    return (leaf for part in parts for leaf in _leaves(part)) if parts else iter([annotation])
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
     """The configuration of these fields, laid on the defaults and on each other, the last strongest.
 
     Raises:
-        UserError: An unknown field or a wrong value, by its dotted path and with the nearest name.
+        UserError: An unknown field or a wrong value, by its dotted path and with the nearest name; names the line of
+            the file that sets it.
     """
     fields: dict[str, Any] = encode(Config())
     for layer in layers:
         fields = merge(fields, layer)
-    return decode(Config, fields)
+    try:
+        return TypeAdapter(Config).validate_python(fields)
+    except ValidationError as error:
+        path, text = mistake(error, fields)
+    for layer in reversed(layers):
+        if isinstance(layer, FileFields) and path in layer.lines:
+            raise UserError(f"{layer.path}, line {layer.lines[path]}: {text}")
+        if _sets(layer, path):
+            break
+    raise UserError(text)
+
+
+def _sets(fields: Any, path: str) -> bool:
+    for part in path.split("."):
+        if not isinstance(fields, Mapping) or part not in fields:
+            return False
+        fields = fields[part]
+    return True
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, key by key; a part whose ``name`` changes starts anew.
+
+    A text in the place of a named part is its name: ``schedule: cosine`` is ``schedule: {name: cosine}``.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping):
+            if isinstance(value, str) and "name" in old:
+                value = {"name": value}
+            if isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name"):
+                value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted paths at which two nested dicts differ, with both values; None where one lacks the key."""
+    found = []
+    for key in [*one, *(key for key in other if key not in one)]:
+        here, a, b = join(path, key), one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, here)
+        elif a != b:
+            found.append((here, a, b))
+    return found
+
+
+# --- YAML --------------------------------------------------------------------------------------------------------
+
+
+def to_yaml(config: Config) -> str:
+    """The text that :func:`file_fields` reads."""
+    return yaml.dump(encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str) -> tuple[Any, dict[str, int]]:
+    """The value of a YAML text, and the line of each field in it by its dotted path."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines = dict(_lines(node, ""))
+        return None if node is None else loader.construct_document(node), lines
+    finally:
+        loader.dispose()
+
+
+def _lines(node: Any, path: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _lines(item, f"{path}[{i}]")
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str" or key.value in seen:
+                what = f"'{key.value}' is there twice" if key.value in seen else "the name of a field is no text"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+            seen.add(key.value)
+            yield join(path, key.value), key.start_mark.line + 1
+            yield from _lines(value, join(path, key.value))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone: no tags and no aliases. Times are texts, and 1e-4 is a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem="tags and aliases are not read", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would read as a number."""
+
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))

@@ -13,9 +13,9 @@ from typing import Any
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.validation import read_as
 from torchcdm.training.build import in_units
 from torchcdm.training.checkpoint import load
-from torchcdm.training.codec import decode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.interrupt import Interrupted
 from torchcdm.training.loop import train
@@ -72,7 +72,7 @@ def fit(
         >>> model.log_prob(torch.zeros(1, 3))
     """
     layer = override_fields(overrides)
-    source = _source(data, labels, decode(DataOptions, layer.get("data", {}), "data"))
+    source = _source(data, labels, read_as(DataOptions, layer.get("data", {}), "data"))
     if progress:
         print(*source.notes, sep="\n")
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from torchcdm.data import DataSource, fingerprint
@@ -21,6 +20,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
 from torchcdm.runtime.files import write_file
 from torchcdm.runtime.processes import Processes, is_first
+from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, build_model, fit_gaussian, load_source, resolve
 from torchcdm.training.checkpoint import (
@@ -30,7 +30,7 @@ from torchcdm.training.checkpoint import (
     read_weights,
     save_model,
 )
-from torchcdm.training.codec import encode
+from torchcdm.training.config_files import to_yaml
 from torchcdm.training.ema import EMA
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.finish import finish, save_samples
@@ -193,7 +193,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         if self.main:
-            write_file(self.run.config, yaml.safe_dump(encode(self.config), sort_keys=False))
+            write_file(self.run.config, to_yaml(self.config))
             cut_metrics(self.run.metrics, self.step)
         if not self._over():
             self._loop()

@@ -47,18 +47,16 @@ def build_optimizer(
     """The optimiser of a training.
 
     Args:
-        name: ``adamw``, ``adam`` (without weight decay), or ``muon``: :class:`MuonAdamW`.
+        name: ``adamw`` or ``muon``: :class:`MuonAdamW`.
         model: Whose parameters are trained.
         lr: Learning rate.
         betas: The two decay rates of Adam.
-        weight_decay: Beside the gradient.
+        weight_decay: Decay of the weights beside the gradient; AdamW with 0 is Adam.
     """
     betas = tuple(betas)
     match name:
         case "adamw":
             return torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay)
-        case "adam":
-            return torch.optim.Adam(model.parameters(), lr, betas)
         case "muon":
             return MuonAdamW(model, lr, betas, weight_decay=weight_decay)
     raise ValueError(f"unknown optimiser '{name}'")

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchcdm.errors import UserError
-from torchcdm.training.codec import differences, encode
+from torchcdm.runtime.validation import encode
+from torchcdm.training.config_files import differences
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.training.settings import Config
 
 FREE = (
-    "preset", "description", "reaches", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
+    "preset", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
     "train.validation_samples", "train.patience", "train.calibration", "train.log_every", "train.save_every",
     "train.sample_every", "train.trackers", "train.init",
 )  # fmt: skip

@@ -22,8 +22,8 @@ from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
+from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
-from torchcdm.training.codec import decode, encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
@@ -337,7 +337,7 @@ class DensityRatio:
             ratio.shares = tuple(content["shares"])
             ratio.tempered = (float(content["tempered"][0]), float(content["tempered"][1]))
             ratio._limits = np.asarray(content["limits"], dtype=np.float64)
-            ratio.held_out = decode(Calibration, content["held_out"], "held_out")
+            ratio.held_out = read_as(Calibration, content["held_out"], "held_out")
         except (KeyError, TypeError, ValueError) as error:
             damaged(file, f"{error} is missing or wrong")
         ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
