@@ -137,7 +137,7 @@ def test_options_that_do_not_fit_the_data():
         load_data("digits", label="kind")
     with pytest.raises(UserError, match="size and channels are for images; toy:rings holds vectors of 2"):
         load_data("toy:rings", size=(8, 8))
-    with pytest.raises(UserError, match="size.0 is 0; it must be greater than or equal to 1"):
+    with pytest.raises(UserError, match=r"size\[0\] is 0; it must be at least 1"):
         load_data("digits", size=(0, 8))
     with pytest.raises(UserError, match="limit is 0"):
         load_data("digits", limit=0)
