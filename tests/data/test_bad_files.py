@@ -20,6 +20,7 @@ from published_data import idx, write_celeba, write_cifar, write_fashion
 from torchcdm.data import DataOptions, Layout, from_object, load_data, read_inputs
 from torchcdm.data.pairs import pair_up
 from torchcdm.errors import UserError
+from torchcdm.training.batches import Batches
 from torchcdm.units import DataTransform
 
 MODEL = Layout(DataTransform.images((1, 6, 5)))
@@ -160,7 +161,8 @@ def npy(shape, descr="'<f8'", body=b"", fortran=False):
     "content",
     [
         npy((0, 10**12)), npy((10**12,)), npy((10**12,), "'<U0'"), npy((-1, 5)), npy((2**40, 2**40)),
-        npy((20, 2), "'|O'"), npy((20,), "[('a', '<f8'), ('b', '<f8')]", bytes(320)), npy((20, 2), "'<c16'", bytes(640)), npy((10**6, 10)),
+        npy((20, 2), "'|O'"), npy((20,), "[('a', '<f8'), ('b', '<f8')]", bytes(320)),
+        npy((20, 2), "'<c16'", bytes(640)), npy((10**6, 10)),
     ],
     ids=["empty", "large", "no bytes a value", "negative", "overflow", "objects", "records", "complex", "short"],
 )  # fmt: skip
@@ -328,7 +330,8 @@ def test_unreadable_parts_are_named_or_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", ["larger", "gone", "cut", "deeper"])
 def test_files_that_change_after_they_were_listed(tmp_path, monkeypatch, change):
     monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
-    split = load_data(f"folder:{folder(tmp_path)}").train
+    source = load_data(f"folder:{folder(tmp_path)}")
+    split = source.train
     path = split.items[3]
     if change == "gone":
         path.unlink()
@@ -340,6 +343,15 @@ def test_files_that_change_after_they_were_listed(tmp_path, monkeypatch, change)
     with pytest.raises(UserError, match=str(path)) as caught:
         split.tensors()
     assert str(caught.value).isprintable()
+    # A worker's error is the same line.
+    batches = Batches(source, 9, 0, labels=False, workers=1)
+    with pytest.raises(UserError, match=f"^{path}: "):
+        list(batches(0, 1, Levels(), torch.device("cpu")))
+
+
+class Levels:
+    def draw_levels(self, n, generator):
+        return torch.zeros(n, dtype=torch.long)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------

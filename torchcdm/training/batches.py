@@ -132,9 +132,13 @@ class Batches:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
         steps = (self.order.indices(step)[self.mine] for step in range(first, last))
         if not isinstance(self.split, LazySplit):
-            return (self.split.batch(indices) for indices in steps)
+            yield from (self.split.batch(indices) for indices in steps)
+            return
         # An item of this loader is a whole batch: the sampler hands over its indices.
-        return iter(DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers))
+        for batch in DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def _batch(self, step: int, x: Tensor, y: Tensor, levels: LevelDraw, device: torch.device) -> Batch:
         shape, transform = (self.batch_size, *self.source.shape), self.source.transform
@@ -154,10 +158,13 @@ class Batches:
 
 @final
 class _BatchReader(Dataset):
-    """A split whose items are batches."""
+    """A split whose items are batches, or errors: one that is raised leaves a worker with its traceback as text."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split.batch(indices)
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            return self.split.batch(indices)
+        except UserError as error:
+            return error
