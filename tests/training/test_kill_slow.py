@@ -64,3 +64,30 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path):
     for name in ("model.safetensors", "samples/manifest.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes()
     assert not list((folder / "state").glob(f"{TEMPORARY}*"))
+
+
+@pytest.mark.slow
+def test_one_killed_process_of_two_ends_both_within_a_minute_and_they_go_on(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(
+        f"import os, pathlib\npathlib.Path(r'{tmp_path}', 'pid-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+        + COMMAND
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for name in ("whole", "killed", "killed"):
+        folder = tmp_path / name
+        words = ["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", "--resume"]
+        before = newest(folder)
+        process = subprocess.Popen([*launcher, *words, *small_flags(train__steps="40", train__save_every="1")],
+                                   env=environment, stderr=subprocess.DEVNULL)  # fmt: skip
+        if name == "killed" and not before:
+            deadline = time.monotonic() + 120
+            while newest(folder) < 5 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+            assert process.wait(timeout=60) != 0 and 5 <= newest(folder) < 40
+        else:
+            assert process.wait(timeout=240) == 0 and newest(folder) == 40
+    a, b = (load_state(state_folders(RunFolder(tmp_path / name))[-1]) for name in ("whole", "killed"))
+    assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
