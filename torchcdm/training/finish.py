@@ -49,7 +49,7 @@ def finish(
         change = f"log p_0 {found.change:+.3f} nats" if found.change else "left as they were"
         entropies = f"cross-entropy of held-out halves {found.before:.4f} -> {found.after:.4f}"
         say(f"constants of the levels: {entropies}, {change}")
-    return save_samples(model, run, config, source, "final") if config.sampling.n else run.samples
+    return save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:

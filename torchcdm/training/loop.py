@@ -271,10 +271,12 @@ class Trainer:
         if self.bad_in_a_row == MAX_BAD_STEPS:
             if self.main:
                 append_metrics(self.run.metrics, self._counters() | {"not_finite": True})
+            # A state right before the first of these steps may hold weights that are finite, and yet the cause.
+            last = self._last_state()
             raise NotFinite(
-                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
-                f"{self._last_state()}: go on with --resume and a smaller --train.lr, a smaller --train.grad_clip, or "
-                "--train.precision fp32"
+                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; {last}: go "
+                "on with --resume and a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
+                + ("; where that fails too, remove the state" if f"step-{self.step - MAX_BAD_STEPS})" in last else "")
             )
 
     def _after_step(self, bar: Any) -> None:
