@@ -1,0 +1,101 @@
+"""Ratios and anomaly scores answer bad input by ValueError or TypeError, and keep what was fitted."""
+
+import pytest
+import torch
+from bad_tables import ALWAYS, GOOD, NUMBERS, OTHERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import ZeroBackbone
+
+from torchcdm import ClassificationDiffusion, DensityRatio
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, level_profile, make_score
+from torchcdm.apps.ratio import Calibration, effective_sample_size, importance_weights
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
+from torchcdm.units import DataTransform
+
+TENSOR = torch.from_numpy(GOOD)
+MODEL = ClassificationDiffusion(ZeroBackbone(22), UniformSigmaSchedule(20), DataTransform.identity((3,)))
+many = settings(max_examples=200, derandomize=True, deadline=None)
+
+
+def score(name):
+    return make_score(name, MODEL, MODEL if name == "ratio" else None)
+
+
+@pytest.fixture(scope="module")
+def ratio():
+    return DensityRatio(0, device="cpu", steps=2).fit(GOOD + 1, GOOD)
+
+
+RATIO_CALLS = {
+    "log_ratio": lambda ratio, bad: ratio.log_ratio(bad),
+    "importance_weights": lambda ratio, bad: ratio.importance_weights(bad),
+    "outside_support": lambda ratio, bad: ratio.outside_support(bad),
+    "numerator": lambda ratio, bad: ratio.calibration(bad, GOOD),
+    "denominator": lambda ratio, bad: ratio.calibration(GOOD, bad),
+    "effective_sample_size": lambda ratio, bad: ratio.effective_sample_size(bad),
+    "weights": lambda ratio, bad: importance_weights(bad),
+    "log ratios": lambda ratio, bad: Calibration.of(GOOD[:, 0], bad),
+}
+
+
+@given(st.sampled_from(sorted(RATIO_CALLS)), st.sampled_from(sorted(ALWAYS | OTHERS)))
+@many
+def test_a_ratio_refuses(ratio, call, name):
+    with pytest.raises((ValueError, TypeError)):
+        RATIO_CALLS[call](ratio, (ALWAYS | OTHERS)[name])
+
+
+@given(st.sampled_from(sorted(ALWAYS)), st.booleans())
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_a_fit_that_fails_leaves_the_ratio(ratio, name, first):
+    before = dict(vars(ratio))
+    with pytest.raises((ValueError, TypeError)):
+        ratio.fit(*((ALWAYS[name], GOOD) if first else (GOOD, ALWAYS[name])))
+    assert vars(ratio) == before
+
+
+@pytest.mark.parametrize("bad", NUMBERS.values(), ids=NUMBERS)
+def test_bad_numbers_are_refused(ratio, bad):
+    detector = AnomalyDetector.fit(score("log_prob"), TENSOR)
+    for call in (
+        lambda: DensityRatio(random_state=bad),
+        lambda: DensityRatio(validation_fraction=bad).fit(GOOD, GOOD + 1),
+        lambda: ratio.importance_weights(GOOD, clip=bad),
+        lambda: ratio.calibration(GOOD, GOOD, bins=bad),
+        lambda: detector.threshold(bad),
+        lambda: detector.flags(torch.zeros(3), bad),
+        lambda: AnomalyDetector.fit(score("log_prob"), TENSOR, seed=bad),
+        lambda: effective_sample_size(bad),
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            call()
+
+
+SCORE_CALLS = {
+    "score": lambda name, bad: score(name).fit(TENSOR)(bad),
+    "fit": lambda name, bad: score(name).fit(bad),
+    "detector": lambda name, bad: AnomalyDetector.fit(score(name), bad),
+    "profile": lambda name, bad: level_profile(MODEL, bad),
+    "no score": lambda name, bad: AnomalyDetector.fit(bad, TENSOR),
+    "no name": lambda name, bad: make_score(bad, MODEL),
+    "no model": lambda name, bad: make_score("levels", bad),
+}
+
+
+@given(st.sampled_from(sorted(SCORE_CALLS)), st.sampled_from(sorted(SCORES)), st.sampled_from(sorted(ALWAYS | OTHERS)))
+@many
+def test_an_anomaly_score_refuses(call, kind, name):
+    with pytest.raises((ValueError, TypeError)):
+        SCORE_CALLS[call](kind, (ALWAYS | OTHERS)[name])
+
+
+def test_a_score_that_is_nan_is_no_normal_one():
+    detector = AnomalyDetector.fit(score("log_prob"), TENSOR)
+    assert detector.flags([0.0, float("nan")], 0.1)[1]
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_arrays_and_lists_are_scored_as_tensors(kind):
+    fitted = score(kind).fit(GOOD)
+    assert torch.equal(fitted(GOOD), fitted(TENSOR)) and torch.equal(fitted(GOOD.tolist()), fitted(TENSOR))
