@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 
 import torchcdm
+from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
 from torchcdm.apps.anomaly import SCORES, level_profile, make_score
-from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, pixels
 
 # --- the list, fixed ---------------------------------------------------------------------------------------------

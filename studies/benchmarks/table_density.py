@@ -35,8 +35,9 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 
 from studies.benchmarks.flows import score_rows, train_flow
-from torchcdm.apps.baselines import COMPONENTS, Candidate, choose, kernels, mixtures
-from torchcdm.apps.budget import Budget
+from studies.budget import Budget
+from studies.compare.sklearn_peers import choose
+from torchcdm.apps.baselines import COMPONENTS, Candidate, kernels, mixtures
 from torchcdm.estimators import CDMDensity
 from torchcdm.runtime.files import write_json
 from torchcdm.units import ColumnTransform

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from studies import cache
+from studies.budget import Budget
 from studies.compare.peer import Diverged, Fitted, Peer, Score, Task
 from studies.compare.peers import chosen_peers, library_of
 from studies.compare.results import Comparison, Protocol, Result, Row, Sampling
 from studies.quality.features import inception_features
 from studies.quality.frechet import SMALLEST_COUNT, Reference
-from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource, fingerprint
 from torchcdm.errors import UserError
 from torchcdm.random import derive
@@ -54,7 +54,7 @@ def compare(
         seconds: Training time of each system.
         folder: Where results and runs are kept. A system whose result lies there is not made again.
         peers: Names; all that suit the data when None.
-        clock: What a second is, see :data:`torchcdm.apps.budget.CLOCKS`.
+        clock: What a second is, see :data:`studies.budget.CLOCKS`.
         seed: Of training; the noise of scoring is the same for all seeds.
         limit: Score at most so many test samples, evenly spaced.
         device: Where to compute; the CPU when None.

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from studies.budget import Budget
 from studies.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
-from torchcdm.apps.budget import Budget
 from torchcdm.likelihood import (
     ReverseChain,
     Row,

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from studies.budget import Budget
 from studies.compare.gradient import Recipe, Trainable, seeded, train
 from studies.compare.peer import SCORING_SEED, FittedDensity, Peer, Samples, Task, Training, dequantised
-from torchcdm.apps.budget import Budget
 
 BATCH = 500
 STANDARDISED_ON = 10_000

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from studies.budget import Budget
 from studies.compare.peer import Diverged, Task, Training, dequantised
-from torchcdm.apps.budget import Budget
 from torchcdm.random import derive, stream
 from torchcdm.training.batches import EpochOrder
 from torchcdm.training.ema import EMA

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, final
 
+from studies.budget import Budget
 from studies.compare.denoising import FittedDenoiser
 from studies.compare.peer import Diverged, Peer, Task, Training
-from torchcdm.apps.budget import Budget
 from torchcdm.data import DataSource
 from torchcdm.training.build import plain_model
 from torchcdm.training.checkpoint import load

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torchcdm.apps.budget import Budget
+from studies.budget import Budget
 from torchcdm.data import DataOptions, DataSource
 from torchcdm.likelihood.noise import dithered
 from torchcdm.units import DataTransform, LogLikelihood

@@ -2,27 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import numpy as np
 import torch
+from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
+from studies.budget import Budget
 from studies.compare.peer import FittedDensity, Peer, Samples, Task, Training
 from torchcdm.apps.baselines import (
     LARGEST_DIM,
     Candidate,
-    choose,
     gaussians,
     kernels,
     mixtures,
     smallest_variance,
     training_arrays,
 )
-from torchcdm.apps.budget import Budget
+from torchcdm.diffusion.gaussian import GaussianMarginals
 
 Candidates = Callable[[np.ndarray, float, int], Iterator[Candidate]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What validation chose among candidates.
+
+    Attributes:
+        candidate: The best.
+        validation: Its mean log density of the validation samples, nats.
+        number: Its place among the candidates, from 1.
+        count: Candidates that were fitted.
+    """
+
+    candidate: Candidate
+    validation: float
+    number: int
+    count: int
+
+
+def choose(candidates: Iterable[Candidate], validation: np.ndarray, budget: Budget) -> Choice:
+    """The candidate of the best validation likelihood.
+
+    Args:
+        candidates: At least one, small ones first: fitted in turn until the budget is spent; a fit that has begun is
+            finished.
+        validation: Model units, (N, d).
+        budget: Runs already.
+    """
+    best, value, number, count = None, -np.inf, 0, 0
+    for candidate in candidates:
+        count += 1
+        mean = float(candidate.log_prob(validation).mean())
+        if best is None or mean > value:
+            best, value, number = candidate, mean, count
+        if budget.spent:
+            break
+    return Choice(best, value, number, count)
+
+
+def parameters(model: Any, dim: int) -> int:
+    """Numbers that a fitted model of ``dim`` columns has learned."""
+    if isinstance(model, KernelDensity):
+        return np.asarray(model.tree_.data).size
+    full = isinstance(model, GaussianMarginals) or model.covariance_type == "full"
+    each = dim + (dim * (dim + 1) // 2 if full else dim)
+    return each if isinstance(model, GaussianMarginals) else model.n_components * (1 + each) - 1
+
+
+def draw(model: Any, n: int, dim: int, seed: int) -> np.ndarray:
+    """Draws (n, dim) from a fitted model."""
+    if isinstance(model, GaussianMarginals):
+        return model.draw((n, dim), torch.Generator().manual_seed(seed)).numpy()
+    if isinstance(model, KernelDensity):
+        return model.sample(n, random_state=seed)
+    return model.set_params(random_state=seed).sample(n)[0]
 
 
 @final
@@ -58,7 +115,7 @@ class FittedCandidate(FittedDensity):
     """The candidate that validation chose."""
 
     def __init__(self, task: Task, training: Training, candidate: Candidate) -> None:
-        super().__init__(task, training, candidate.parameters)
+        super().__init__(task, training, parameters(candidate.model, task.source.transform.dim))
         self.candidate = candidate
 
     @property
@@ -69,8 +126,8 @@ class FittedCandidate(FittedDensity):
         return torch.from_numpy(self.candidate.log_prob(z.flatten(1).numpy()))
 
     def sample(self, n: int, seed: int) -> Samples:
-        z = torch.from_numpy(self.candidate.sample(n, seed % 2**32)).reshape(n, *self.transform.shape)
-        return Samples(self.transform.inverse(z), None)
+        z = torch.from_numpy(draw(self.candidate.model, n, self.transform.dim, seed % 2**32))
+        return Samples(self.transform.inverse(z.reshape(n, *self.transform.shape)), None)
 
 
 CLASSICAL = (

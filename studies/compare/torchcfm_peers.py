@@ -7,10 +7,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from studies.budget import Budget
 from studies.compare.denoising import FittedDenoiser
 from studies.compare.gradient import Recipe, Trainable, seeded, train
 from studies.compare.peer import Peer, Task
-from torchcdm.apps.budget import Budget
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, OptimalTransportSchedule
 from torchcdm.models.denoiser import Denoiser

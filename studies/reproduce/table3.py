@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from studies.budget import Budget
 from studies.compare.comparison import compare
 from studies.compare.denoising import FittedDenoiser
 from studies.compare.own import preset_of
@@ -19,7 +20,6 @@ from studies.compare.results import Comparison
 from studies.reproduce.models import Models
 from studies.reproduce.result import Cell, Result, Table
 from studies.reproduce.workspace import Workspace
-from torchcdm.apps.budget import Budget
 from torchcdm.data import DataOptions, DataSource
 from torchcdm.runtime.validation import encode
 from torchcdm.training.build import load_source
@@ -90,7 +90,7 @@ class Setting:
     Attributes:
         test: Test images that are scored.
         budget: Seconds of training for each system under one protocol.
-        clock: What a second is, see :data:`torchcdm.apps.budget.CLOCKS`.
+        clock: What a second is, see :data:`studies.budget.CLOCKS`.
         log_z: Particles of the estimate of log Z.
         systems: Of :mod:`studies.compare`.
         normalised: Those of them whose log Z is estimated.

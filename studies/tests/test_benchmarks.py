@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from small_runs import small_config
 
+from studies.budget import CLOCKS
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
-from torchcdm.apps.budget import CLOCKS
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
 from torchcdm.training.loop import train

@@ -8,6 +8,7 @@ import torch
 from oracles import covariance, normal, rng
 from torch import nn
 
+from studies.budget import CLOCKS, Budget
 from studies.compare import comparison, gradient
 from studies.compare.comparison import compare
 from studies.compare.denoising import FittedDenoiser
@@ -18,7 +19,6 @@ from studies.compare.peers import PEERS
 from studies.compare.results import paired
 from studies.compare.torchcfm_peers import FlowMatching, Matching
 from torchcdm.apps.baselines import baselines
-from torchcdm.apps.budget import CLOCKS, Budget
 from torchcdm.data import DataOptions, from_object
 from torchcdm.diffusion.exact import MixtureClassifier, ring_mixture
 from torchcdm.diffusion.gaussian import GaussianMarginals

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.apps.budget import Budget
 from torchcdm.data import DataSource
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
@@ -31,32 +31,13 @@ class Candidate:
 
     Attributes:
         name: What it is, with its setting.
+        model: What was fitted.
         log_prob: log density (N,) of samples (N, d).
-        sample: Draws (n, d) from how many and a seed.
-        parameters: Numbers that were learned.
     """
 
     name: str
+    model: Any
     log_prob: Callable[[np.ndarray], np.ndarray]
-    sample: Callable[[int, int], np.ndarray]
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What validation chose among candidates.
-
-    Attributes:
-        candidate: The best.
-        validation: Its mean log density of the validation samples, nats.
-        number: Its place among the candidates, from 1.
-        count: Candidates that were fitted.
-    """
-
-    candidate: Candidate
-    validation: float
-    number: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +70,8 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
     points = transform(test.double()).flatten(1).numpy()
     found = []
     for candidates in (gaussians, kernels, mixtures):
-        best = choose(candidates(train, smallest_variance(transform), seed), validation).candidate
+        fitted = candidates(train, smallest_variance(transform), seed)
+        best = max(fitted, key=lambda candidate: candidate.log_prob(validation).mean())
         nats = torch.from_numpy(best.log_prob(points)) + transform.log_det(test.double())
         result = LogLikelihood(nats, transform.dim, 0, "dequantised", transform.log_bin, 0)
         found.append(Baseline(best.name, *result.mean_and_error(), result.unit))
@@ -110,26 +92,6 @@ def _prepare(x: Tensor, transform: DataTransform, seed: int) -> np.ndarray:
     return transform.encode(x.double(), generator).flatten(1).numpy()
 
 
-def choose(candidates: Iterable[Candidate], validation: np.ndarray, budget: Budget | None = None) -> Choice:
-    """The candidate of the best validation likelihood.
-
-    Args:
-        candidates: At least one, small ones first: fitted in turn until the budget is spent; a fit that has begun is
-            finished.
-        validation: Model units, (N, d).
-        budget: Runs already; None for all candidates.
-    """
-    best, value, number, count = None, -np.inf, 0, 0
-    for candidate in candidates:
-        count += 1
-        mean = float(candidate.log_prob(validation).mean())
-        if best is None or mean > value:
-            best, value, number = candidate, mean, count
-        if budget is not None and budget.spent:
-            break
-    return Choice(best, value, number, count)
-
-
 def smallest_variance(transform: DataTransform) -> float:
     """That of a grey level's cell, model units."""
     return 1e-6 if transform.model_bin is None else float(transform.model_bin.min()) ** 2 / 12
@@ -141,19 +103,11 @@ def gaussians(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]
     Args:
         train: Model units, (N, d).
         floor: The smallest variance.
-        seed: Of what is random; nothing here.
+        seed: Seed of what is random; nothing is here.
     """
-    fitted = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(2), floor, "full")
-
-    def sample(n: int, seed: int) -> np.ndarray:
-        return fitted.draw((n, train.shape[1]), torch.Generator().manual_seed(seed)).numpy()
-
-    dim = train.shape[1]
+    model = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(2), floor, "full")
     yield Candidate(
-        "Gaussian, full covariance",
-        lambda x: fitted.log_prob_levels(torch.from_numpy(x))[:, 0].numpy(),
-        sample,
-        dim + dim * (dim + 1) // 2,
+        "Gaussian, full covariance", model, lambda x: model.log_prob_levels(torch.from_numpy(x))[:, 0].numpy()
     )
 
 
@@ -163,29 +117,23 @@ def kernels(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]:
 
     for bandwidth in BANDWIDTHS:
         model = KernelDensity(bandwidth=float(bandwidth)).fit(train)
-        yield Candidate(
-            f"kernel density, bandwidth {bandwidth:.3f}",
-            model.score_samples,
-            lambda n, seed, model=model: model.sample(n, random_state=seed),
-            train.size,
-        )
+        yield Candidate(f"kernel density, bandwidth {bandwidth:.3f}", model, model.score_samples)
 
 
 def mixtures(
     train: np.ndarray, floor: float, seed: int, components: Mapping[str, Sequence[int]] = COMPONENTS
 ) -> Iterator[Candidate]:
-    """Gaussian mixtures of several sizes, by expectation maximisation. Arguments as in :func:`gaussians`.
+    """Gaussian mixtures of several sizes, by expectation maximisation.
 
     Args:
         train: Model units, (N, d).
         floor: Added to all variances.
-        seed: Of where the components begin.
+        seed: Seed of where the components begin.
         components: How many for each form of covariance; those that have fewer than two samples each are left out.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    dim = train.shape[1]
     for form, counts in components.items():
         for count in counts:
             if count >= len(train) // 2:
@@ -194,10 +142,4 @@ def mixtures(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(train)
-            spread = dim * (dim + 1) // 2 if form == "full" else dim
-            yield Candidate(
-                f"Gaussian mixture, {count} {form}",
-                model.score_samples,
-                lambda n, seed, model=model: model.set_params(random_state=seed).sample(n)[0],
-                count * (1 + dim + spread) - 1,
-            )
+            yield Candidate(f"Gaussian mixture, {count} {form}", model, model.score_samples)
