@@ -12,7 +12,7 @@ from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, Uniform
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, published_convention, single_pass
 from torchcdm.likelihood.cells import REACH, noisy_cells
-from torchcdm.likelihood.one_pass import score_noisy
+from torchcdm.likelihood.one_pass import score_noisy, single_draws
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform, GaussianizedTransform
 
@@ -118,7 +118,7 @@ def test_bound_through_a_level_is_a_bound(dequantize, level):
     # Averaging inside the logarithm tightens each sample's bound, and keeps it one.
     assert bool((weighted.bits_per_dim() <= plain.bits_per_dim() + 1e-12).all())
     mean, error = above(weighted.bits_per_dim(), true)
-    assert mean > -3 * error
+    assert mean > -3 * error - 1e-12
     assert plain.nfe == 4 and plain.level == level and len(plain.nats) == 600
 
 
@@ -136,7 +136,7 @@ def test_elbo_and_flow_bound_too():
     x, true = draw(cells, log_probs, 100)
     bound = elbo(model, x, None, Scoring(level=1))
     mean, error = above(bound.bits_per_dim(), true)
-    assert -3 * error < mean < 0.4
+    assert -3 * error < mean < 0.4 + 2 * error
     scored = score_noisy(model, x, None, slice(0, 100), 1, 0)
     flow = FlowSolver(model, Scoring(1)).log_prob(scored.z).log_prob + scored.offset
     mean, error = above(-flow / (2 * math.log(2)), true)
@@ -178,6 +178,13 @@ def test_draws_of_neighbouring_seeds_are_independent():
                 for seed in (0, 1))  # fmt: skip
     correlation = torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]
     assert abs(float(correlation)) < 4 / math.sqrt(1000)
+
+
+def test_draws_of_neighbouring_seeds_are_other_draws():
+    model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
+    x, _ = draw(cells, log_probs, 5)
+    one, two = (single_draws(model, x, None, Scoring(6, draws=4, seed=seed), 6) for seed in (0, 1))
+    assert not torch.isin(one, two).any()
 
 
 def test_refusals():

@@ -21,6 +21,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.flow import reference_gaussian
 from torchcdm.likelihood.scoring import Scoring
 from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.random import stream
 from torchcdm.runtime.batching import labels_of
 
 CALIBRATION_SAMPLES = 256
@@ -66,7 +67,7 @@ class ReverseChain:
             n: Samples of the model itself.
             x_0: Samples to use instead, model units, float64 (n, *shape), with a ``y`` for each.
         """
-        chain, generator = cls(denoiser, None, scoring), torch.Generator().manual_seed(scoring.seed)
+        chain, generator = cls(denoiser, None, scoring), stream(scoring.seed, "chain")
         if x_0 is None:
             y = y if y is None else y[torch.arange(n, device=y.device) * len(y) // n]
             x_0 = chain.sample(n, generator, y)
@@ -159,15 +160,11 @@ class ReverseChain:
 
     def kl(self, error: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat, levels t (B,)."""
-        # q(x_s | x_t, x_0) for one level at a time would be many small products: gather the three scalars instead.
-        alpha, sigma = self.schedule.alpha, self.schedule.sigma
-        a = alpha[t] / alpha[t - 1]
-        added = sigma[t] ** 2 - (a * sigma[t - 1]) ** 2
-        b = (alpha[t - 1] * added / sigma[t] ** 2)[:, None]
-        c2 = (added * sigma[t - 1] ** 2 / sigma[t] ** 2)[:, None]
-        variance = self._kernel_variances(b, c2, t)
-        moved = (c2 + (b * self.rotate(error)).square()) / variance
-        return 0.5 * (moved - 1 + (variance / c2).log()).sum(1)
+        z = self.rotate(error)
+        _, b, c = self.schedule.reverse_kernel(t, t - 1, z)
+        variance = self._kernel_variances(b, c**2, t)
+        moved = (c**2 + (b * z).square()) / variance
+        return 0.5 * (moved - 1 + (variance / c**2).log()).sum(1)
 
     def log_decoder(self, x_0: Tensor, x0: Tensor, t: int) -> Tensor:
         """log N(x_0; x0_hat, V_t), nats (B,): the last step of the chain for continuous data."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.likelihood.flow import FlowSolver
-from torchcdm.likelihood.noise import CHAIN, dithered, draw_normal, noised
+from torchcdm.likelihood.noise import dithered, draw_normal, noised
 from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
@@ -81,7 +81,7 @@ def consistency(
         x_0 = transform(dithered(transform, x, rows, scoring.seed).to(device))
         labels, down, up = labels_of(y, rows, device), [], []
         for t in range(schedule.T + 2):
-            x_t = schedule.perturb(x_0, t, draw_normal(scoring.seed, (CHAIN, t), rows, x_0))
+            x_t = schedule.perturb(x_0, t, draw_normal(scoring.seed, ("levels", t), rows, x_0))
             log_p = model.log_prob_levels(x_t.to(dtype), labels).double().cpu()
             if t > 0:
                 down.append((log_p[:, t - 1] - log_p[:, t]).exp())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.noise import CHAIN, STRATA, dithered, draw_cells, draw_normal, draw_rows
+from torchcdm.likelihood.noise import dithered, draw_cells, draw_normal, draw_rows
 from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of
@@ -108,7 +108,7 @@ class _Batch:
         for stratum, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             t = draw_rows(
                 self.seed,
-                (STRATA, stratum),
+                ("strata", stratum),
                 self.rows,
                 lambda i, g: torch.randint(low, high, (), generator=g),  # noqa: B023
             ).to(self.x.device)
@@ -118,7 +118,7 @@ class _Batch:
 
     def reconstruction(self, level: int) -> Tensor:
         """From ``level`` to the data."""
-        eps = draw_normal(self.seed, (CHAIN, 0), self.rows, self.x_0)
+        eps = draw_normal(self.seed, ("chain", 0), self.rows, self.x_0)
         x_t = self.schedule.perturb(self.x_0, level, eps)
         x0 = self.chain.x0(x_t, level, self.y)
         if self.transform.bin is None:
@@ -129,5 +129,5 @@ class _Batch:
         return cells.log_q(x_t, self.x) - normal - cells.log_decoder(x_t, self.x, x0)
 
     def _error(self, t: Tensor, stratum: int) -> Tensor:
-        x_t = self.schedule.perturb(self.x_0, t, draw_normal(self.seed, (CHAIN, 1 + stratum), self.rows, self.x_0))
+        x_t = self.schedule.perturb(self.x_0, t, draw_normal(self.seed, ("chain", 1 + stratum), self.rows, self.x_0))
         return self.x_0 - self.chain.x0(x_t, t, self.y)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.errors import UserError
-from torchcdm.likelihood.noise import PROBES, START, draw_rows
+from torchcdm.likelihood.noise import draw_rows
 from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
 from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
@@ -161,7 +161,7 @@ class FlowSolver:
 
         def draw(rows: slice) -> tuple[Tensor, ...]:
             noise = draw_rows(
-                self.scoring.seed, START, rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64)
+                self.scoring.seed, ("start",), rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64)
             )
             return _Flow(self, labels_of(y, rows, device), rows).sample(noise.to(device), self.levels)
 
@@ -308,5 +308,5 @@ class _Flow:
             return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
         shape = (self.scoring.probes, *x.shape[1:])
         seed = self.scoring.seed
-        signs = draw_rows(seed, (PROBES, t), self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+        signs = draw_rows(seed, ("probes", t), self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
         return list((2.0 * signs - 1).to(x).movedim(1, 0))

@@ -27,6 +27,7 @@ from torchcdm.likelihood.noise import dithered
 from torchcdm.likelihood.scoring import Scoring, as_data, as_labels, require_count, require_transform
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.random import stream
 from torchcdm.runtime.batching import labels_of
 from torchcdm.runtime.processes import alone
 
@@ -62,8 +63,8 @@ class LogZ:
         dim: Dimensions of a sample.
         mean_log_weight: Mean of the logarithm of independent unbiased estimates of Z: below log Z in expectation.
         mean_log_weight_se: Its standard error.
-        x: Draws at the level, model units, (n, *shape): of the model's normalised density (``smc``), of the proposal
-            otherwise; None where there are none.
+        x: Draws of the model's normalised density at the level, model units, (n, *shape), equally weighted: resampled
+            by their weights within each island, so that few effective ones repeat. None where there are none.
     """
 
     value: float
@@ -154,6 +155,8 @@ def log_normalizer(
         solver = FlowSolver(model, replace(scoring, probes=max(FLOW_PROBES, scoring.probes)))
         drawn, log_q = solver.sample(islands * size, labels)
         estimates = _evaluate(model, drawn, level, labels, scoring)[0] - log_q
+        offset = torch.rand(1, generator=stream(scoring.seed, "resampling"), dtype=torch.float64)
+        drawn = drawn[_systematic(estimates.softmax(0)[None], offset.to(drawn.device))[0]]
         name = f"importance sampling from the probability flow, {islands * size} draws"
     else:
         if chain is None:
@@ -163,7 +166,9 @@ def log_normalizer(
         with alone():
             population = _Particles(model, chain, labels, islands, size, scoring)
             population.run(level, moves, resample=method == "smc", progress=progress)
-        estimates, drawn = population.log_estimates(), population.x
+        estimates = population.log_estimates()
+        population.resample(below=math.inf)
+        drawn = population.x
         name = f"{method}, {islands} x {size} particles, {schedule.T - level + 1} levels, {moves} moves"
     return LogZ.of_weights(estimates, name, level, drawn[0].numel(), islands * size, drawn)
 
@@ -215,7 +220,7 @@ def log_normalizer_above(
     Returns:
         Mean log weight, nats, and its standard error.
     """
-    model, generator = require_density(model, "log Z"), torch.Generator().manual_seed(scoring.seed)
+    model, generator = require_density(model, "log Z"), stream(scoring.seed, "rise")
     level = scoring.level_of(model, 1, model.schedule.T)
     x_s = x_t.to(model.schedule.alpha.device).double()
     labels = _labels(model, y, len(x_s))
@@ -265,6 +270,13 @@ def _evaluate(
     return scoring.by_batches(model, x, part)
 
 
+def _systematic(weights: Tensor, offset: Tensor) -> Tensor:
+    """Indices of n draws from each row of ``weights`` (k, n), at evenly spaced points from ``offset`` (k,) on."""
+    n = weights.shape[1]
+    points = (torch.arange(n, device=weights.device) + offset[:, None]) / n
+    return torch.searchsorted(weights.cumsum(1).contiguous(), points).clamp_max(n - 1)
+
+
 class _Particles:
     """Islands of weighted particles on their way down the levels; those of one island are neighbours."""
 
@@ -281,7 +293,7 @@ class _Particles:
         self.islands, self.size, self.scoring = islands, size, scoring
         self.dim = chain.reference.variances.numel()
         self.device = chain.schedule.alpha.device
-        self.generator = torch.Generator().manual_seed(scoring.seed)
+        self.generator = stream(scoring.seed, "particles")
         self.x, log_start = chain.start(self._normal())
         self.t = chain.schedule.T
         self._look()
@@ -296,7 +308,7 @@ class _Particles:
         for t in tqdm(range(self.t - 1, level - 1, -1), desc="log Z", unit="level", disable=not progress, leave=False):
             self._step(t)
             if resample:
-                self._resample()
+                self.resample()
             for _ in range(moves):
                 self._move()
 
@@ -320,13 +332,12 @@ class _Particles:
         self._look()
         self.log_w = self.log_w + (self.log_p - before + log_ratio).reshape(self.islands, self.size)
 
-    def _resample(self) -> None:
-        """Systematic resampling of the islands whose effective sample size fell below half."""
+    def resample(self, below: float = 0.5) -> None:
+        """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size."""
         weights = self.log_w.softmax(1)
-        poor = 1 / weights.square().sum(1) < self.size / 2
+        poor = 1 / weights.square().sum(1) < below * self.size
         offset = torch.rand(self.islands, generator=self.generator, dtype=torch.float64).to(self.device)
-        points = (torch.arange(self.size, device=self.device) + offset[:, None]) / self.size
-        chosen = torch.searchsorted(weights.cumsum(1).contiguous(), points).clamp_max(self.size - 1)
+        chosen = _systematic(weights, offset)
         chosen = torch.where(poor[:, None], chosen, torch.arange(self.size, device=self.device))
         index = (chosen + self.size * torch.arange(self.islands, device=self.device)[:, None]).flatten()
         self.x, self.x0, self.eps, self.log_p = self.x[index], self.x0[index], self.eps[index], self.log_p[index]

@@ -15,6 +15,7 @@ from torchcdm.likelihood.noise import dithered, noised
 from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.random import derive
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 
@@ -61,7 +62,8 @@ def single_draws(
         log_p = model.log_prob_levels(transform(noisy).to(dtype), labels_of(y, rows, device))[:, 0]
         return log_p.cpu() + transform.log_det(noisy).cpu()
 
-    seeds = range(scoring.seed, scoring.seed + scoring.draws)
+    # The first draw is the flow's too: both score the same noisy inputs.
+    seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
     return torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds]).double()
 
 

@@ -55,8 +55,8 @@ class Scoring:
     def __post_init__(self) -> None:
         least = {"draws": 1, "steps": 1, "probes": 2} | ({} if self.level is None else {"level": 0})
         for name, low in (least | ({} if self.batch_size is None else {"batch_size": 1})).items():
-            require_count(name, getattr(self, name), low)
-        require_count("seed", self.seed, -(2**63), 2**63 - 1)
+            object.__setattr__(self, name, require_count(name, getattr(self, name), low))
+        object.__setattr__(self, "seed", require_count("seed", self.seed, -(2**63), 2**63 - 1))
         if self.probes % 2:
             raise UserError(f"probes is {self.probes}; give an even number, so that two halves can be compared")
 
@@ -69,7 +69,7 @@ class Scoring:
         level, last = scoring_level(model) if self.level is None else self.level, last or model.schedule.T - 1
         if not first <= level <= last:
             raise UserError(f"level {level} cannot be scored through; choose {first} ... {last}")
-        return int(level)
+        return level
 
     def by_batches(self, model: Denoiser, x: Tensor, function: Callable[[slice], Rows]) -> Rows:
         """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients."""
@@ -79,10 +79,11 @@ class Scoring:
             )
 
 
-def require_count(name: str, value: Any, least: int = 1, most: int = LARGEST_COUNT) -> None:
-    """Refuses what is no whole number from ``least`` to ``most``."""
+def require_count(name: str, value: Any, least: int = 1, most: int = LARGEST_COUNT) -> int:
+    """``value`` as an int; refuses what is no whole number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
         raise UserError(f"{name} is {value}; give a whole number from {least} to {most}")
+    return int(value)
 
 
 def require_transform(model: Denoiser) -> DataTransform:
