@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import without_nan, write_json, writing
+from torchcdm.runtime.files import check_output, without_nan, write_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,31 +46,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples, evenly spaced")
 
 
-def check_writable(path: Path | None) -> None:
-    """Refuses, before the long work, a file that cannot be written after it; its folder is made.
-
-    Raises:
-        UserError: The folder cannot be made or written, or a folder lies in place of the file.
-    """
-    if path is None or str(path) == "-":
-        return
-
-
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError("a folder lies there" if path.is_dir() else f"{path.parent} cannot be written")
+def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:
+    """:func:`torchcdm.runtime.files.check_output`, where a file and not the terminal is asked for."""
+    if path is not None and str(path) != "-":
+        check_output(path, inputs)
 
 
 def write_numbers(path: Path | None, value: Any) -> None:
     """Numbers as JSON where ``--json`` says."""
     if path is None:
         return
-
-
     if str(path) == "-":
         json.dump(without_nan(value), sys.stdout, indent=1)
         print()
         return
-    check_writable(path)
     write_json(path, value)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.cli.arguments import add_command, add_device
-from torchcdm.runtime.files import write_file
+from torchcdm.runtime.files import check_output_folder, write_file
 
 BATCH = 256
 
@@ -44,6 +44,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     from torchcdm.training.checkpoint import load, read_info
 
     info = read_info(options.model)
+    check_output_folder(options.out, options.paths)
     model = load(options.model, chosen_device(options.device))
     # Before the files are read: no file would do.
     require_additive_noise(model.transform)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
 from torchcdm.runtime.files import write_file
-from torchcdm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,10 +54,11 @@ def run_ratio(options: argparse.Namespace) -> int:
 
     check_clip(options.clip)
     check_spec(spec_of(options.query))
-    check_writable(options.csv)
-    check_writable(options.json)
+    inputs = (options.numerator, options.denominator, options.query)
+    check_writable(options.csv, inputs)
+    check_writable(options.json, inputs)
     if options.save is not None:
-        RunFolder(options.save).make()
+        check_writable(options.save / "ratio.json")
     training = {} if options.steps is None else {"steps": options.steps}
     ratio = DensityRatio(
         options.seed,

@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
 
@@ -65,6 +65,8 @@ def run_score(options: argparse.Namespace) -> int:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
     if options.plot is not None:
         check_figure(options.plot)
+    for path in (options.csv, options.plot, options.json):
+        check_writable(path, [*options.paths, *(options.reference or ())])
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)

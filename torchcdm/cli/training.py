@@ -109,10 +109,10 @@ def run_presets(options: argparse.Namespace) -> int:
 
 def _configuration(options: argparse.Namespace) -> Config:
     """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
+    from dataclasses import replace
     from pathlib import Path
 
     from torchcdm.data import parse_size
-    from torchcdm.runtime.validation import replace
     from torchcdm.training.build import plain_model
     from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 

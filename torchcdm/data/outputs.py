@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
 PNG_CHANNELS = (1, 2, 3, 4)
@@ -62,14 +64,14 @@ def save_images(
     names = [f"{i:06d}" for i in range(len(x))] if names is None else names
     deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
     if x.shape[1] not in PNG_CHANNELS:
-        values, suffix, write = _stored(x, transform), ".npy", _write_npy
+        values, suffix, packed = _stored(x, transform), ".npy", _npy
     elif deep:
-        values, suffix, write = _stored(x, transform), ".png", _write_png
+        values, suffix, packed = _stored(x, transform), ".png", _png
     else:
-        values, suffix, write = to_bytes(x, transform).numpy(), ".png", _write_png
+        values, suffix, packed = to_bytes(x, transform).numpy(), ".png", _png
     paths = [folder / f"{name}{suffix}" for name in names]
     for path, image in zip(paths, values, strict=True):
-        _write(path, lambda path, image=image, write=write: write(path, image))
+        write_file(path, packed(image), flush=False)
     return paths
 
 
@@ -105,7 +107,7 @@ def save_grid(
         top, left = k // columns * (height + GRID_GAP), k % columns * (width + GRID_GAP)
         sheet[:, top : top + height, left : left + width] = image
     path = Path(path)
-    _write(path, lambda path: _write_png(path, sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()))
+    write_file(path, _png(sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()))
     return path
 
 
@@ -128,12 +130,13 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
         raise UserError(f"{path}: arrays are written as .npy or .npz")
     values = _stored(x, transform)
     if path.suffix == ".npz":
-        arrays = {"x": values} if y is None else {"x": values, "y": y.cpu().numpy()}
-        _write(path, lambda path: np.savez(path, **arrays))
+        content = io.BytesIO()
+        np.savez(content, x=values, **({} if y is None else {"y": y.cpu().numpy()}))
+        write_file(path, content.getvalue())
     elif y is not None:
         raise UserError(f"{path}: labels need an .npz file")
     else:
-        _write(path, lambda path: np.save(path, values))
+        write_file(path, _npy(values))
     return path
 
 
@@ -145,17 +148,12 @@ def save_table(x: Tensor, path: str | Path, columns: Sequence[str] | None = None
         path: The file.
         columns: Names of the columns; c0, c1, ... when None.
     """
-    names = columns or [f"c{k}" for k in range(x.shape[1])]
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            writer.writerows(x.cpu().numpy())
-
-    path = Path(path)
-    _write(path, write)
-    return path
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns or [f"c{k}" for k in range(x.shape[1])])
+    writer.writerows(x.cpu().numpy())
+    write_file(Path(path), text.getvalue())
+    return Path(path)
 
 
 def _range(
@@ -178,23 +176,20 @@ def _stored(x: Tensor, transform: DataTransform | None) -> np.ndarray:
     return values.astype(next(t for t in types if np.iinfo(t).min <= low and high <= np.iinfo(t).max))
 
 
-def _write_png(path: Path, image: np.ndarray) -> None:
+def _png(image: np.ndarray) -> bytes:
     """One image (C, H, W), uint8 of 1 to 4 channels, or uint16 grey."""
     from PIL import Image
 
-    Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, 2))).save(path)
+    content = io.BytesIO()
+    pixels = image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, 2))
+    Image.fromarray(pixels).save(content, format="png")
+    return content.getvalue()
 
 
-def _write_npy(path: Path, image: np.ndarray) -> None:
-    np.save(path, image)
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+def _npy(values: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
 
 
 def _refuse_vectors(x: Tensor) -> None:

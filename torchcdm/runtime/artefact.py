@@ -21,6 +21,7 @@ from torch import Tensor
 from torchcdm import __version__
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import beside, flush_folder, without_nan, write_file, write_through, writing
+from torchcdm.runtime.validation import mistake
 
 FORMAT = 4
 """Version of everything that is saved; raised when an older reader would misread it."""
@@ -201,9 +202,7 @@ def checked_content(kind: type[S], content: Mapping[str, Any], path: Path, mend:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = first.get("ctx", {}).get("error") or f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        damaged(path, " ".join(str(what).split()), mend)
+        damaged(path, mistake(error, content)[1], mend)
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

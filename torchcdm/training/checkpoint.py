@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,31 +26,11 @@ from torchcdm.units import DataTransform, transform_from_config
 KINDS = ("run", "estimator")
 """Kinds of artefacts that hold a model."""
 
-LARGEST_EVENT = 2**28
-"""Numbers in an event, times its grey levels where each has a histogram, beyond which a file must be damaged."""
-
 
 def _part(kind: type, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Any:
     """A field that is an object here and plain values in a file."""
     made = BeforeValidator(lambda value: value if isinstance(value, kind) else read(value))
     return Annotated[InstanceOf[kind], made, PlainSerializer(write)]
-
-
-def _transform(config: Any) -> DataTransform:
-    """The transform of a configuration, tried on an event."""
-    try:
-        size = math.prod(config.get("shape", ()))
-        if config.get("kind") == "gaussianized":
-            size *= (config["high"] - config["low"]) / config["bin"] + 2
-        if size > LARGEST_EVENT:
-            raise ValueError("an event is too large")
-        transform = transform_from_config(config)
-        z = transform(torch.zeros(1, *transform.shape, dtype=torch.float64))
-        if z.shape[1:] != transform.shape or not bool(z.isfinite().all()):
-            raise ValueError("shapes or numbers do not fit")
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(str(error)) from None
-    return transform
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -77,7 +56,7 @@ class ModelInfo(Saved):
 
     preset: str | None
     model: _part(ModelConfig, partial(read_as, ModelConfig, path="model"), encode)
-    transform: _part(DataTransform, _transform, lambda transform: transform.to_config())
+    transform: _part(DataTransform, transform_from_config, lambda transform: transform.to_config())
     data: _part(DataOptions, partial(read_as, DataOptions, path="data"), encode)
     class_names: Names | None = None
     columns: Names | None = None

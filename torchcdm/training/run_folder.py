@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class RunFolder:
     @property
     def lock(self) -> Path:
         """What the process that writes here holds; once there, it stays, and says that the folder is a run's."""
-        return self.root / ".lock"
+        return self.root / ".torchcdm-lock"
 
     def holds_run(self) -> bool:
         """Whether there is a model or a state that a new run would overwrite."""
@@ -120,7 +120,8 @@ class RunFolder:
             yield
         finally:
             lock.release()
-            self.lock.touch()  # some versions of filelock remove it
+            with suppress(OSError):
+                self.lock.touch()  # some versions of filelock remove it
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""Commands never replace what they read, nor what no run wrote; a run's folder has one writer at a time."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from small_runs import small_flags
+
+from torchcdm.cli import main
+
+
+def train(folder, *words):
+    return main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *words, *small_flags()])
+
+
+def refused(capsys, *words):
+    assert main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("cdm: ")
+    return error
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs") / "run"
+    assert train(folder) == 0
+    return folder
+
+
+def test_inputs_are_not_replaced(capsys, tmp_path, run):
+    array = tmp_path / "x.npy"
+    np.save(array, np.zeros((3, 1, 8, 8), np.uint8))
+    right = array.read_bytes()
+    for flag in ("--csv", "--json"):
+        assert "is one of the inputs" in refused(capsys, "score", run, array, flag, array)
+    assert "holds inputs" in refused(capsys, "denoise", run, array, "--level", 3, "--out", tmp_path)
+    for words in (("ratio", array, array, array, "--csv", array),):
+        assert "is one of the inputs" in refused(capsys, *words)
+    assert array.read_bytes() == right and list(tmp_path.iterdir()) == [array]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json", "samples", "report.json", "metrics.jsonl"])
+def test_a_folder_with_files_of_another_origin_is_left_alone(capsys, tmp_path, name):
+    mine = tmp_path / name
+    mine.mkdir() if name == "samples" else mine.write_text("mine")
+    error = refused(capsys, "train", "digits", "--out", tmp_path, "--device", "cpu", *small_flags())
+    assert f"holds {name}, which no run wrote" in error
+    assert list(tmp_path.iterdir()) == [mine] and (name == "samples" or mine.read_text() == "mine")
+
+
+def test_a_second_training_is_refused_and_a_killed_one_does_not_block(capsys, tmp_path, run):
+    with FileLock(run / ".torchcdm-lock"):
+        error = refused(capsys, "train", "digits", "--out", run, "--resume", *small_flags())
+        assert "another process is writing to it" in error
+        assert main(["info", str(run)]) == 0, "readers take no lock"
+        assert "another process" in refused(capsys, "calibrate", run)
+    script = (
+        "import os, signal; from pathlib import Path; from torchcdm.training.run_folder import RunFolder\n"
+        f"with RunFolder(Path({str(tmp_path / 'new')!r})).locked(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert train(tmp_path / "new") == 0
+
+
+def test_numbers_to_a_device(run):
+    words = ["info", str(run), "--json", "/dev/stdout"]
+    script = f"import sys; from torchcdm.cli import main; sys.exit(main({words}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout[done.stdout.index("\n{") :])["last step"] == 12
+    assert main(["info", str(run), "--json", "/dev/null"]) == 0
+
+
+def test_resume_needs_a_training(capsys, tmp_path, run):
+    """A model without a training, such as a converted one, is not trained over."""
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    right = (tmp_path / "model.safetensors").read_bytes()
+    error = refused(capsys, "train", "digits", "--out", tmp_path, "--resume", "--device", "cpu", *small_flags())
+    assert "holds a model, but no training to go on with" in error
+    assert (tmp_path / "model.safetensors").read_bytes() == right
