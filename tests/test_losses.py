@@ -235,12 +235,12 @@ def test_gradient_is_the_weighted_sum_of_its_terms():
 def test_logits_are_trained_once_their_share_of_the_training_has_come():
     x, eps, t = normal(20, 4), normal(20, 4, seed=1), torch.arange(20) % (T + 2)
     model = ClassificationDiffusion(Embedded(T + 2), CosineSchedule(T))
-    loss = CDMLoss(model, 2.0, 1.0, time_weight=0.5, kernel_weight=0.3, logits_from=(0.5, 0.9))
+    loss = CDMLoss(model, 2.0, 1.0, time_weight=0.5, logits_from=(0.5, 0.9))
     for done, share in ((0.0, 0.0), (0.5, 0.0), (0.7, 0.5), (0.9, 1.0), (1.0, 1.0)):
         loss.advance(done)
         terms = loss(x, None, t, eps)
-        assert ("time" in terms, "kernel" in terms) == (share > 0, share > 0)  # not computed where they do not count
-        logits = (2 * terms["ce"] + 0.5 * terms.get("time", 0.0) + 0.3 * terms.get("kernel", 0.0)) / 4
+        assert ("time" in terms) == (share > 0)  # not computed where they do not count
+        logits = (2 * terms["ce"] + 0.5 * terms.get("time", 0.0)) / 4
         assert torch.allclose(terms["loss"], terms["mse"] + share * logits), done
     assert "logits_share" not in loss.state_dict()
 

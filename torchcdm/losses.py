@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import Evaluation
+from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
 
 LARGEST_TIME_STEP = 0.75
@@ -21,9 +23,6 @@ LARGEST_TIME_STEP = 0.75
 DISPLACEMENT = 7.0
 """Of the finite difference in the squared error's gradient, in units of sqrt(machine epsilon * sigma): between the
 rounding of x + displacement and the curvature, which are 0.01 of a trained network's gradient there."""
-
-LEVELS_AVERAGED = 0.02
-"""Few samples of a batch fall on one level: errors of it are means about it, with this share of T as deviation."""
 
 Terms = dict[str, Tensor]
 """Loss terms by name, each (B,); ``loss`` is the one to average and minimise."""
@@ -58,25 +57,80 @@ def drop_labels(
     return y.masked_fill(dropped, null)
 
 
-def _noised(
-    loss: CDMLoss | DDMLoss,
-    x_0: Tensor,
-    y: Tensor | None,
-    t: Tensor | None,
-    eps: Tensor | None,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x_t, levels, noise and labels of one step: what is None is drawn, some labels are dropped."""
-    if t is None:
-        t = loss.draw_levels(len(x_0), generator).to(x_0.device)
-    if eps is None:
-        eps = _noise_like(x_0, generator)
-    y = drop_labels(y, loss.model.classes, loss.label_dropout, generator)
-    return loss.model.schedule.perturb(x_0, t, eps), t, eps, y
+class Loss(nn.Module, ABC):
+    """What the training loop asks of a loss.
+
+    Args:
+        model: The model to train.
+        label_dropout: Share of labels replaced by the null label.
+    """
+
+    def __init__(self, model: Denoiser, label_dropout: float = 0.0) -> None:
+        super().__init__()
+        if model.uncalibrated is not model:
+            raise UserError("loss: the model was calibrated on paths; train `.model`, the model without calibration")
+        self.model, self.label_dropout = model, label_dropout
+
+    def advance(self, share: float) -> None:
+        """Sets what depends on how much of the training, 0 ... 1, is done."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether all terms count in full; before, a validation says nothing of them."""
+        return True
+
+    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Levels of a batch, here of 0 ... T+1, on the generator's device: long (n,)."""
+        return all_levels(self.model.schedule, n, generator)
+
+    @abstractmethod
+    def forward(
+        self,
+        x_0: Tensor,
+        y: Tensor | None = None,
+        t: Tensor | None = None,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Terms:
+        """The terms on one noisy copy of each sample.
+
+        Args:
+            x_0: Dequantised data, model units, (B, *shape).
+            y: Classes, long (B,), or None.
+            t: Levels, long (B,); stratified over the batch when None.
+            eps: Noise, shape of ``x_0``; drawn when None.
+            generator: Source of the draws, on the device of ``x_0``.
+
+        Returns:
+            ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``, at least.
+        """
+
+    def noised(
+        self,
+        x_0: Tensor,
+        y: Tensor | None,
+        t: Tensor | None,
+        eps: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x_t, levels, noise and labels of one step: what is None is drawn, some labels are dropped.
+
+        Raises:
+            UserError: Labels, levels or noise of another shape, labels or levels that do not exist.
+        """
+        y = as_labels(y, self.model, len(x_0), training=True)
+        if t is None:
+            t = self.draw_levels(len(x_0), generator).to(x_0.device)
+        if eps is None:
+            eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        if eps.shape != x_0.shape:
+            raise UserError(f"loss: eps has shape {tuple(eps.shape)}, and x_0 {tuple(x_0.shape)}")
+        y = drop_labels(y, self.model.classes, self.label_dropout, generator)
+        return self.model.schedule.perturb(x_0, t, eps), t, eps, y
 
 
 @final
-class CDMLoss(nn.Module):
+class CDMLoss(Loss):
     """Cross-entropy of the level plus squared error of the noise (Algorithm 1 of arXiv 2402.10095).
 
     ``loss = mse_weight * mean_d (eps - eps_hat)² + ce_weight / d * CE``: ``ce_weight`` is in nats of cross-entropy
@@ -92,8 +146,6 @@ class CDMLoss(nn.Module):
         label_dropout: Share of labels replaced by the null label.
         time_weight: Weight of the error in the change of log p over neighbouring levels (identity 11), which ties the
             logits to the denoiser; 0 leaves it out.
-        kernel_weight: Weight of the mismatch of neighbouring levels under the forward kernel, which makes one pass and
-            the flow agree; 0 leaves it out. It takes a second forward pass a step, from where the logits count.
         logits_from: Shares of the training (start, end) between which all weights but ``mse_weight`` rise from 0:
             the squared error alone first, as the cross-entropy costs it at high learning rates and needs few steps
             once the denoiser is there. (0, 0): both from the first step.
@@ -103,6 +155,7 @@ class CDMLoss(nn.Module):
         logits_count: Whether it is above 0; the ties of neighbouring levels are left out, and not computed, before.
     """
 
+    model: ClassificationDiffusion
     logits_share: Tensor
 
     @checked
@@ -113,34 +166,25 @@ class CDMLoss(nn.Module):
         mse_weight: NotNegative = 1.0,
         label_dropout: Share = 0.1,
         time_weight: NotNegative = 0.0,
-        kernel_weight: NotNegative = 0.0,
         logits_from: SharePair = (0.0, 0.0),
     ) -> None:
-        super().__init__()
+        super().__init__(model, label_dropout)
         if ce_weight + mse_weight == 0:
             raise UserError("loss: ce_weight and mse_weight must not both be 0")
-        for name, weight in (("time_weight", time_weight), ("kernel_weight", kernel_weight)):
-            if weight < 0 or (weight and not mse_weight):
-                raise UserError(f"loss: {name} must not be negative, and needs an mse_weight above 0")
-        if kernel_weight and model.schedule.T < 2:
-            raise UserError("loss: kernel_weight needs a schedule with at least 2 noise levels")
-        if model.uncalibrated is not model:
-            raise UserError("loss: the model was calibrated on paths; train `.model`, the model without calibration")
+        if time_weight and not mse_weight:
+            raise UserError("loss: time_weight needs an mse_weight above 0")
         if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:
             raise UserError("loss: logits_from is two shares of the training, 0 <= start <= end <= 1")
         if logits_from[0] and not mse_weight:
             raise UserError("loss: logits_from starts without the cross-entropy, and needs an mse_weight above 0")
-        self.model = model
         self.ce_weight, self.mse_weight = ce_weight, mse_weight
-        self.time_weight, self.kernel_weight = time_weight, kernel_weight
-        self.label_dropout, self.logits_from = label_dropout, logits_from
+        self.time_weight, self.logits_from = time_weight, logits_from
         # A tensor, not a number: torch.compile would compile anew for every value.
         self.register_buffer("logits_share", torch.ones(()), persistent=False)
         # A bool beside it: to ask the tensor would wait for the GPU, and breaks the compiler's graph.
         self.logits_count = True
 
     def advance(self, share: float) -> None:
-        """Sets the weights for a step at which so much of the training, 0 ... 1, is done."""
         start, end = self.logits_from
         risen = float(share >= end) if start == end else (share - start) / (end - start)
         self.logits_share.fill_(min(max(risen, 0.0), 1.0))
@@ -148,12 +192,7 @@ class CDMLoss(nn.Module):
 
     @property
     def settled(self) -> bool:
-        """Whether the logits count in full; before, a validation says nothing of them."""
         return bool(self.logits_share == 1)
-
-    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Levels of a batch, 0 ... T+1, on the generator's device: long (n,)."""
-        return all_levels(self.model.schedule, n, generator)
 
     def forward(
         self,
@@ -163,25 +202,18 @@ class CDMLoss(nn.Module):
         eps: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Terms:
-        """One noisy copy of each sample.
-
-        Args:
-            x_0: Dequantised data, model units, (B, *shape).
-            y: Classes, long (B,), or None.
-            t: Levels, long (B,); stratified over the batch when None.
-            eps: Noise, shape of ``x_0``; drawn when None.
-            generator: Source of the draws, on the device of ``x_0``.
+        """As :meth:`Loss.forward`.
 
         Returns:
             ``loss``, ``ce`` (nats), ``mse`` (mean over d; constant at level 0, 0 at level T+1), ``t``,
-            ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``; ``time`` and
-            ``kernel`` where they have a weight.
+            ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``; ``time``
+            where it has a weight.
         """
         schedule = self.model.schedule
-        x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
+        x_t, t, eps, y = self.noised(x_0, y, t, eps, generator)
 
         if self.mse_weight:
-            result, mse = self._squared_error(x_t, t, y, eps)
+            result, mse = squared_error(x_t).evaluate(self.model, x_t, t, y, eps)
             log_p, unconditional = result.log_prob_levels, result.unconditional
         else:
             log_p, unconditional = self.model.conditional_and_marginal(x_t, y)
@@ -196,10 +228,6 @@ class CDMLoss(nn.Module):
         if self.time_weight and self.logits_count:
             time = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(x_0.dtype)
             logits = logits + self.time_weight / d * time
-        if self.kernel_weight and self.logits_count:
-            estimate = Prediction(x_t, *schedule.at(t.clamp(1, schedule.T), x_t), result.eps.detach())
-            kernel = self._kernel_error(x_0, y, t, estimate, mse.detach(), log_p, generator).to(x_0.dtype)
-            logits = logits + self.kernel_weight / d * kernel
         loss = self.mse_weight * mse + self.logits_share.to(x_0.dtype) * logits
         terms = {
             "loss": loss,
@@ -210,54 +238,7 @@ class CDMLoss(nn.Module):
         }
         if self.time_weight and self.logits_count:
             terms["time"] = time
-        if self.kernel_weight and self.logits_count:
-            terms["kernel"] = kernel
         return terms | {"ce_joint": ce.to(x_0.dtype)} if self.model.joint else terms
-
-    def _squared_error(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-    ) -> tuple[Evaluation, Tensor]:
-        """The model at ``x_t`` and the mean square of eps_hat - eps, (B,), with its gradient in the weights."""
-        if not differences_suffice(x_t):
-            result = self.model.evaluate_twice_differentiable(x_t, t, y)
-            return result, (result.eps - eps).square().flatten(1).mean(1)
-        random_state = torch.get_rng_state()
-        result = self.model.evaluate_with_densities(x_t, t, y)
-        error = result.eps - eps
-        gradient = self._gradient_of_square(x_t, t, y, error, result.log_prob_levels, random_state)
-        return result, error.square().flatten(1).mean(1) + gradient
-
-    def _gradient_of_square(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None, error: Tensor, log_p: Tensor, random_state: Tensor
-    ) -> Tensor:
-        """Zeros (B,) whose gradient in the weights is that of the squared error, by first derivatives alone.
-
-        With eps_hat = -sigma grad log p_t the gradient of the mean square of the error e is that of
-        -2 sigma / d times the derivative of log p_t along e, held fixed: a difference of two values of log p_t.
-
-        Args:
-            x_t: Noisy input, (B, *shape).
-            t: Levels, (B,).
-            y: Classes, (B,), or None.
-            error: eps_hat - eps without a graph, (B, *shape).
-            log_p: At ``x_t``, with its graph, (B, T+2).
-            random_state: Of torch before that pass: the second one has the same dropout.
-        """
-        sigma, rounding = self.model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
-        # Every other sample goes the other way: what is left of the curvature is of second order.
-        way = torch.ones_like(sigma)
-        way[1::2] = -1
-        distance = way * DISPLACEMENT * (rounding * sigma).sqrt()
-        size = error.double().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
-        moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(random_state)
-            there = self.model.conditional_and_marginal(moved, y)[0]
-        change = (there - log_p).gather(1, t[:, None])[:, 0]
-        # sigma / distance, which is finite where sigma is 0.
-        scale = way * (sigma / rounding).sqrt() / DISPLACEMENT
-        slope = -2 / error[0].numel() * size * scale * change
-        return (slope - slope.detach()).to(x_t.dtype)
 
     def _time_error(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, mse: Tensor, log_p: Tensor) -> Tensor:
         """Squared error of d log p / d log r at a fixed point, over 2 d (identity 11): float64 (B,).
@@ -280,37 +261,65 @@ class CDMLoss(nn.Module):
         error = ((above - below - base_change) - target) / step
         return (error.square() / (2 * d)).where(used, torch.zeros_like(error))
 
-    def _kernel_error(
-        self,
-        x_0: Tensor,
-        y: Tensor | None,
-        t: Tensor,
-        estimate: Prediction,
-        mse: Tensor,
-        log_p: Tensor,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Half the squared mismatch of the levels s = t - 1 and t under the forward kernel, nats² (B,), float64.
 
-        log p_s(x_s) + log q(x_t | x_s) - log p_t(x_t) - log p(x_s | x_t) is 0 by Bayes (identity 12), here at an x_s
-        between x_t and x_0. p(x_s | x_t) is a Gaussian about the denoiser's mean, whose variance has the denoiser's
-        error in it: to first order the mismatch does not depend on how well that is known.
-        """
-        schedule, x_t = self.model.schedule, estimate.x_t
-        upper = t.clamp(2, schedule.T)
-        lower = upper - 1
-        to_t, to_0, spread = schedule.reverse_kernel(upper, lower, x_t)
-        x_s = to_t * x_t + to_0 * x_0 + spread * _noise_like(x_0, generator)
-        keep, added = schedule.forward_kernel(lower, upper, x_t)
-        error = schedule.ratio[upper].square() * _mean_by_level(mse, t, schedule.T)[upper]
-        variance = (spread.double().square() + to_0.double().square() * error.reshape(to_0.shape)).flatten()
-        forward = _log_gaussian(x_t - keep * x_s, added.double().square().flatten())
-        backward = _log_gaussian(x_s - to_t * x_t - to_0 * estimate.x0, variance)
-        log_p_s = self.model.conditional_and_marginal(x_s, y)[0].gather(1, lower[:, None])[:, 0]
-        mismatch = log_p_s + forward - log_p.gather(1, upper[:, None])[:, 0] - backward
-        log_r = schedule.ratio.log()
-        used = (upper == t) & (log_r[upper] - log_r[lower] < LARGEST_TIME_STEP)
-        return (mismatch.square() / 2).where(used, torch.zeros_like(mismatch))
+class SquaredError(ABC):
+    """The mean square of eps_hat - eps, and a way to its gradient in the weights.
+
+    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one.
+    """
+
+    @abstractmethod
+    def evaluate(
+        self, model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+    ) -> tuple[Evaluation, Tensor]:
+        """The model at ``x_t``, (B, *shape), and the squared error, (B,), which carries the gradient."""
+
+
+@final
+class SecondDerivatives(SquaredError):
+    """The gradient is differentiated again, by hand where :mod:`torchcdm.networks.second_order` can."""
+
+    def evaluate(
+        self, model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+    ) -> tuple[Evaluation, Tensor]:
+        result = model.evaluate_twice_differentiable(x_t, t, y)
+        return result, (result.eps - eps).square().flatten(1).mean(1)
+
+
+@final
+class DifferenceOfDensities(SquaredError):
+    """First derivatives alone.
+
+    The gradient of the mean square of the error e is that of -2 sigma / d times the derivative of log p_t along e,
+    held fixed: of a difference of two values of log p_t.
+    """
+
+    def evaluate(
+        self, model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+    ) -> tuple[Evaluation, Tensor]:
+        random_state = torch.get_rng_state()
+        result = model.evaluate_with_densities(x_t, t, y)
+        error = result.eps - eps
+        sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
+        # Every other sample goes the other way: what is left of the curvature is of second order.
+        way = torch.ones_like(sigma)
+        way[1::2] = -1
+        distance = way * DISPLACEMENT * (rounding * sigma).sqrt()
+        size = error.double().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
+        moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
+        with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
+            torch.set_rng_state(random_state)
+            there = model.conditional_and_marginal(moved, y)[0]
+        change = (there - result.log_prob_levels).gather(1, t[:, None])[:, 0]
+        # sigma / distance, which is finite where sigma is 0.
+        scale = way * (sigma / rounding).sqrt() / DISPLACEMENT
+        slope = -2 / error[0].numel() * size * scale * change
+        return result, error.square().flatten(1).mean(1) + (slope - slope.detach()).to(x_t.dtype)
+
+
+def squared_error(x: Tensor) -> SquaredError:
+    """The cheaper way where it is exact enough: :func:`differences_suffice`."""
+    return DifferenceOfDensities() if differences_suffice(x) else SecondDerivatives()
 
 
 def differences_suffice(x: Tensor) -> bool:
@@ -327,26 +336,8 @@ def differences_suffice(x: Tensor) -> bool:
     )
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-
-
-def _mean_by_level(mse: Tensor, t: Tensor, T: int) -> Tensor:
-    """Mean of ``mse`` (B,) about each level 0 ... T+1, from the samples at the levels 1 ... T: float64 (T+2,)."""
-    values = torch.stack([torch.ones_like(mse), mse]).double() * ((t >= 1) & (t <= T))
-    levels = torch.arange(T + 2, dtype=torch.float64, device=t.device)
-    near = (-0.5 * ((levels - t[:, None]) / (LEVELS_AVERAGED * T)).square()).exp()
-    count, total = values @ near.clamp_min(1e-9)
-    return total / count
-
-
-def _log_gaussian(offset: Tensor, variance: Tensor) -> Tensor:
-    """log N(offset; 0, variance I) but for the powers of 2 pi, (B,), from (B, ...) and (B,)."""
-    return -0.5 * (offset.double().square().flatten(1).sum(1) / variance + offset[0].numel() * variance.log())
-
-
 @final
-class DDMLoss(nn.Module):
+class DDMLoss(Loss):
     """Squared error of the noise at a random level: L_simple of arXiv 2006.11239.
 
     Args:
@@ -354,10 +345,11 @@ class DDMLoss(nn.Module):
         label_dropout: Share of labels replaced by the null label.
     """
 
+    model: DenoisingDiffusion
+
     @checked
     def __init__(self, model: DenoisingDiffusion, label_dropout: Share = 0.1) -> None:
-        super().__init__()
-        self.model, self.label_dropout = model, label_dropout
+        super().__init__(model, label_dropout)
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 1 ... T, on the generator's device: long (n,)."""
@@ -373,7 +365,7 @@ class DDMLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Terms:
         """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss`` and ``mse``, which are the same, and ``t``."""
-        x_t, t, eps, y = _noised(self, x_0, y, t, eps, generator)
+        x_t, t, eps, y = self.noised(x_0, y, t, eps, generator)
         eps_hat = self.model.eps(x_t, t, y)
         mse = (eps - eps_hat).square().flatten(1).mean(1)
         return {"loss": mse, "mse": mse, "t": t}

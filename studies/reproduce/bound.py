@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcdm.diffusion.schedules import NoiseSchedule
-from torchcdm.losses import DDMLoss, Terms
+from torchcdm.losses import DDMLoss, Loss, Terms
 from torchcdm.models.ddm import DenoisingDiffusion
 
 
@@ -24,7 +24,7 @@ def bound_weights(schedule: NoiseSchedule) -> Tensor:
 
 
 @final
-class BoundLoss(nn.Module):
+class BoundLoss(Loss):
     """Squared error of the noise, each level by its weight in the bound; the mean weight is 1.
 
     Args:
@@ -32,7 +32,7 @@ class BoundLoss(nn.Module):
     """
 
     def __init__(self, model: DenoisingDiffusion) -> None:
-        super().__init__()
+        super().__init__(model)
         self.simple = DDMLoss(model)
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:

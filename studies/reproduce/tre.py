@@ -7,12 +7,12 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.losses import Terms, all_levels
+from torchcdm.losses import Loss, Terms
 from torchcdm.models.cdm import ClassificationDiffusion
 
 
 @final
-class TRELoss(nn.Module):
+class TRELoss(Loss):
     r"""The mean over a sample's two pairs of the logistic loss of log p_t - log p_{t+1}.
 
     .. math:: \tfrac12 [\mathrm{softplus}(f_{t+1} - f_t) + \mathrm{softplus}(f_{t-1} - f_t)], \qquad f = \log p(x_t)
@@ -24,16 +24,10 @@ class TRELoss(nn.Module):
         model: The model to train.
     """
 
-    def __init__(self, model: ClassificationDiffusion) -> None:
-        super().__init__()
-        self.model = model
-
-    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """As :meth:`torchcdm.losses.CDMLoss.draw_levels`."""
-        return all_levels(self.model.schedule, n, generator)
+    model: ClassificationDiffusion
 
     def forward(self, x_0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Terms:
-        """As :meth:`torchcdm.losses.CDMLoss.forward`: ``loss``, ``mse`` (0), ``t``."""
+        """As :meth:`torchcdm.losses.Loss.forward`: ``loss``, ``mse`` (0), ``t``."""
         x_t = self.model.schedule.perturb(x_0, t, eps)
         log_p = self.model.conditional_and_marginal(x_t, y)[0]
         last = self.model.schedule.T + 1

@@ -16,7 +16,7 @@ from small_runs import small_config
 
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
-from torchcdm.losses import CDMLoss
+from torchcdm.losses import CDMLoss, Loss
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
@@ -278,12 +278,8 @@ def test_a_source_is_taken_in_the_units_that_it_comes_in(tmp_path, monkeypatch):
     assert load(tmp_path / "run").transform.to_config() == source.transform.to_config()
 
 
-class Decay(torch.nn.Module):
+class Decay(Loss):
     """Sum of the squared weights."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
     def draw_levels(self, n, generator=None):
         return torch.zeros(n, dtype=torch.long)

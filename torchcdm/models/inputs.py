@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,7 @@ def as_numbers(x: Any, device: torch.device) -> Tensor:
     return values
 
 
-def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False) -> Tensor | None:
+def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, training: bool = False) -> Tensor | None:
     """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context).
 
     Args:
@@ -45,12 +44,13 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False) -> Ten
         model: Says what it takes.
         n: Number of samples.
         one_for_all: A single label, or context, stands for all samples.
+        training: The null label ``classes`` is one too, and labels on a GPU are not looked at: it would wait.
 
     Raises:
         UserError: Labels of a model without, another shape or type, or classes out of range.
     """
-    if y is None:
-        return None
+    if y is None or torch.compiler.is_compiling():
+        return y
     if not model.conditional:
         raise UserError("labels y are given, but the model was trained without classes; leave y out")
     labels = _as_tensor(y, "y", model.schedule.alpha.device)
@@ -60,27 +60,18 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False) -> Ten
         labels = labels.expand(n, *[-1] * labels.ndim)
     if tuple(labels.shape) != shape:
         raise UserError(f"y has shape {tuple(labels.shape)}; this model takes {shape}, one for each sample")
+    look = readable(labels) and not (training and labels.device.type != "cpu")
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not of_classes:
-        if labels.is_complex() or (readable(labels) and not labels.isfinite().all()):
+        if labels.is_complex() or (look and not labels.isfinite().all()):
             raise UserError("y is not finite or not real; contexts are real numbers")
         return labels
     if not whole:
         raise UserError(f"y holds {_name(labels)}; classes are integers")
-    wrong = labels[(labels < 0) | (labels >= model.classes)] if readable(labels) else ()
+    wrong = labels[(labels < 0) | (labels >= model.classes + training)] if look else ()
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
     return labels.long()
-
-
-def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    """Refuses what is no finite real number from ``low`` to ``high``."""
-    try:
-        fits = low <= float(value) <= high and math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        raise UserError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
 
 
 def check_count(name: str, value: Any, low: int = 1, high: int | None = None) -> int:

@@ -103,8 +103,7 @@ def train(
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
         clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
-        loss: Makes the loss of a model, with ``draw_levels`` and ``forward`` as those of
-            :class:`torchcdm.losses.CDMLoss`; that of the configuration when None. It may set
+        loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None. It may set
             what training leaves as it is, such as the base density.
 
     Raises:
@@ -242,8 +241,7 @@ class Trainer:
         torch.manual_seed(derive(options.seed, "network", self.step, self.processes.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.step, self.seconds)
-        if hasattr(self.loss, "advance"):
-            self.loss.advance(share_done(options, self.step, self.seconds))
+        self.loss.advance(share_done(options, self.step, self.seconds))
         with self._precision():
             terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
         value = terms["loss"].mean()
@@ -293,7 +291,7 @@ class Trainer:
             bar.set_postfix_str(f"step {step}{told}", refresh=False)
         if validated and self.main:
             # Terms of the loss that do not count yet make no best model.
-            values, keep = self.selection.compare(self.ema.model, step, getattr(self.loss, "settled", True))
+            values, keep = self.selection.compare(self.ema.model, step, self.loss.settled)
             line |= values
             if keep and _finite(self.ema.model):
                 self._save_model()

@@ -63,7 +63,7 @@ BACKBONES = {name: settings_of(kind, name, FROM_DATA, __name__) for name, (kind,
 SCHEDULE_SETTINGS = {name: settings_of(kind, name, (), __name__) for name, kind in SCHEDULES.items()}
 
 
-LossConfig = settings_of(CDMLoss, None, ("kernel_weight",), __name__)
+LossConfig = settings_of(CDMLoss, None, (), __name__)
 
 
 @validated
