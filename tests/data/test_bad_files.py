@@ -317,6 +317,7 @@ def test_unreadable_parts_are_named_or_said(tmp_path, monkeypatch):
     assert f"{tmp_path / 'dog'}: cannot be read (Permission denied); --skip-bad" in refusal(f"folder:{tmp_path}")
     with pytest.raises(UserError, match="dog: cannot be read"):
         read_inputs(tmp_path, MODEL)
+    assert "dog: cannot be read" in read_inputs(tmp_path, MODEL, DataOptions(skip_bad=True)).notes[0]
     source = load_data(f"folder:{tmp_path}", skip_bad=True)
     assert source.class_names == ("cat", "eel") and any("dog: cannot be read" in note for note in source.notes)
     monkeypatch.undo()
@@ -422,7 +423,7 @@ def test_objects_that_hold_something_else(data, message, recwarn):
 
 
 def test_options_are_checked():
-    for fields in ({"sizes": 3}, {"size": (0, 3)}, {"seed": -1}, {"test_fraction": float("nan")}, {"limit": "x"}):
+    for fields in ({"sizes": 3}, {"size": (0, 3)}, {"seed": 2**32}, {"test_fraction": float("nan")}, {"limit": "x"}):
         with pytest.raises(UserError, match=next(iter(fields))):
             load_data("digits", **fields)
     assert DataOptions(size=[4, 3]).size == (4, 3)

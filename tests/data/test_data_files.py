@@ -50,7 +50,7 @@ def test_images_survive_saving_and_reading(tmp_path, channels):
     x = bytes_like(4, channels, 6, 5)
     paths = save_images(x + 0.4, tmp_path / "new" / "folder", transform)
     assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png", "000003.png"]
-    y, names, _ = read_inputs(paths, Layout(transform))
+    y, names, *_ = read_inputs(paths, Layout(transform))
     assert torch.equal(y, x) and names == list(map(str, paths))
 
 
@@ -129,7 +129,7 @@ def test_wrong_size_and_channels_name_file_and_both_shapes(tmp_path):
         read_inputs(tmp_path / "big.png", Layout(COLOUR))
     message = str(caught.value)
     assert "big.png: images of 28 x 30 pixels, 1 channel(s); the model takes images of 6 x 5 pixels, 3" in message
-    x, _, _ = read_inputs(tmp_path / "big.png", Layout(COLOUR), DataOptions(size=(6, 5), channels=3))
+    x, *_ = read_inputs(tmp_path / "big.png", Layout(COLOUR), DataOptions(size=(6, 5), channels=3))
     assert x.shape == (1, 3, 6, 5)
 
 
@@ -137,7 +137,7 @@ def test_arrays_in_either_layout_and_single_samples(tmp_path):
     x = bytes_like(4, 3, 6, 5)
     for k, array in enumerate([x, x.movedim(1, 3), x[0], x[0].movedim(0, 2)]):
         np.save(tmp_path / f"{k}.npy", array.numpy().astype(np.uint8))
-        y, names, _ = read_inputs(tmp_path / f"{k}.npy", Layout(COLOUR))
+        y, names, *_ = read_inputs(tmp_path / f"{k}.npy", Layout(COLOUR))
         assert torch.equal(y, x[:1] if k >= 2 else x)
         assert names[-1] == f"{tmp_path / f'{k}.npy'}[{len(y) - 1}]"
     np.save(tmp_path / "grey.npy", np.full((6, 5), 9, np.uint8))
@@ -157,7 +157,7 @@ def test_several_paths_join_in_order(tmp_path):
     save_images(x[:2], tmp_path / "a", GREY)
     save_images(x[2:4], tmp_path / "b" / "deeper", GREY)
     array = save_array(x[4:], tmp_path / "c.npy", GREY)
-    y, names, _ = read_inputs([tmp_path / "a", tmp_path / "b", array], Layout(GREY))
+    y, names, *_ = read_inputs([tmp_path / "a", tmp_path / "b", array], Layout(GREY))
     assert torch.equal(y, x) and len(names) == 6
 
 
@@ -167,7 +167,8 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
     paths[0].write_bytes(paths[0].read_bytes()[:60])
     with pytest.raises(UserError, match="000000.png: cannot be read as an image"):
         read_inputs(tmp_path, Layout(GREY))
-    y, names, _ = read_inputs(tmp_path, Layout(GREY), DataOptions(skip_bad=True))
+    y, names, _, notes = read_inputs(tmp_path, Layout(GREY), DataOptions(skip_bad=True))
+    assert notes == (f"1 file(s) that cannot be read are left out, {paths[0]} the first.",)
     assert torch.equal(y, x[1:]) and names == [str(paths[1])]
 
 

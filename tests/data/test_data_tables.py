@@ -184,7 +184,7 @@ def test_read_inputs_finds_the_columns_by_name(tmp_path, values):
     source = load_data(f"table:{write(tmp_path / 't.csv', ['a', 'b', 'c'], values)}")
     shuffled = np.column_stack([np.full(60, 3), values[:, 2], values[:, 0], values[:, 1]])
     path = write(tmp_path / "new.csv", ["id", "c", "a", "b"], shuffled)
-    x, names, _ = read_inputs(path, Layout(source.transform, source.columns))
+    x, names, *_ = read_inputs(path, Layout(source.transform, source.columns))
     assert torch.equal(x, torch.from_numpy(values).float())
     assert names[0] == f"{path}: line 2"
     with pytest.raises(UserError, match="vectors of 4; the model takes vectors of 3"):

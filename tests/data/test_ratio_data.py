@@ -40,7 +40,7 @@ def test_columns_of_frames_go_by_name_in_any_order():
     pair = pair_up(shifted, frame)
     assert pair.columns == ("height", "mass")
     layout = (Layout(pair.source.transform, pair.source.columns), pair.columns, pair.warp)
-    x, names, _ = read_query(frame, *layout)
+    x, names, *_ = read_query(frame, *layout)
     assert len(names) == 60
     extra = frame.assign(age=1.0)[["age", "mass", "height"]]
     assert torch.equal(read_query(extra, *layout)[0], x)
@@ -60,7 +60,7 @@ def test_constant_columns_are_left_out_with_a_note():
     named = pd.DataFrame(x[:, ::2], columns=["a", "columns left out"])
     assert sum("left out" in note for note in pair_up(named + 1, named).source.notes) == 1, "the list of all columns"
     layout = (Layout(pair.source.transform, pair.source.columns), pair.columns, pair.warp)
-    values, _, differs = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
+    values, _, differs, _ = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
     assert values.shape == (61, 2) and differs.tolist() == 60 * [False] + [True]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     model = load(options.model, chosen_device(options.device))
     # Before the files are read: no file would do.
     require_additive_noise(model.transform)
-    x, names, _ = info.read_inputs(options.paths, options.skip_bad, noisy=True)
+    x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
     parts = [
         denoise(model, part.to(model.schedule.alpha.device), options.level, options.noise_std)
         for part in x.split(BATCH)
@@ -69,5 +70,6 @@ def run_denoise(options: argparse.Namespace) -> int:
         rows.writerow([name, file, level, f"{value:.4g}"])
     write_file(options.out / "noise.csv", text.getvalue())
     found = "{:.3g} of each column's" if scale is None else "of standard deviation {:.3g}"
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     print(f"{len(x)} samples in {options.out}; noise {found.format(float(noise.median()))} (median)")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +74,14 @@ def run_score(options: argparse.Namespace) -> int:
         background = None if options.background is None else load(options.background, device)
         score = make_score(options.score, model, background)
         # Before the passes over the reference: a wrong path shall not take a minute to be found.
-        x, names, deviating = info.read_inputs(options.paths, options.skip_bad)
+        x, names, deviating, notes = info.read_inputs(options.paths, options.skip_bad)
         reference, origin = _reference(options, info, model)
         detector = AnomalyDetector.fit(score, reference)
         threshold = detector.threshold(options.fpr)
         scores = detector.score(x)
     if not main:
         return 0
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     percentiles, flags = detector.percentile(scores), detector.flags(scores, options.fpr) | deviating
 
     if options.csv is not None:

@@ -182,13 +182,17 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> Inspection:
         good.add(path)
     if first is None:
         raise UserError(f"{paths[0]}: neither this nor any other of the {len(paths)} image files can be read")
-    left_out = (f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.",) if bad else ()
     if squeezed:
         notes.append("resizing changes the aspect ratio of some images.")
     info = first[1]
     (height, width), channels = options.size or info.size, options.channels or info.channels
     notes.insert(0, f"{len(good)} images of {channels} channel(s), {height} x {width} pixels.")
-    return Inspection(info, good, tuple(notes), left_out)
+    return Inspection(info, good, tuple(notes), left_out(bad))
+
+
+def left_out(bad: Sequence[Path]) -> tuple[str, ...]:
+    """The note on files that cannot be read; none where there are none."""
+    return (f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.",) if bad else ()
 
 
 def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo], options: DataOptions) -> None:

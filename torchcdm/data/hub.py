@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +66,9 @@ def load(argument: str, options: DataOptions, layout: Layout | None = None) -> S
 
 
 def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) -> Samples:
-    first = HubReader(rows["train"], column, images.ImageReader(None), f"{name}, train").image(0)
-    high = images.pillow_high(first)
+    high = HubReader(rows["train"], column, images.ImageReader(None), f"{name}, train").high(0)
     reader = images.ImageReader(high, options.size, options.channels)
-    like = reader.prepare(images.from_pillow(first))
+    like = HubReader(rows["train"], column, reader, f"{name}, train")(0)
     label, names = _label_column(rows["train"].features, options.label, name)
     sizes = [len(part) for part in rows.values()]
     # All splits together: a class must have one number, also where a split has none of it.
@@ -102,16 +102,15 @@ class HubReader:
     name: str
 
     def __call__(self, index: int) -> Tensor:
-        image = self.image(index)
-        try:
-            return self.reader.prepare(images.from_pillow(image))
-        except DAMAGE as error:
-            raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
+        return self.reader.prepare(self._get(index, images.from_pillow))
 
-    def image(self, index: int) -> Any:
-        """The Pillow image of a row."""
+    def high(self, index: int) -> int | None:
+        """Largest value that the pixels of a row can have; None for floats."""
+        return self._get(index, images.pillow_high)
+
+    def _get(self, index: int, read: Callable[[Any], Any]) -> Any:
         try:
-            return self.rows[index][self.column]
+            return read(self.rows[index][self.column])
         except (*DAMAGE, *_errors()) as error:
             raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, images, tables
-from torchcdm.data.folders import Search
+from torchcdm.data.folders import Search, left_out
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.reading import file_status, printable
 from torchcdm.errors import UserError
@@ -28,11 +28,13 @@ class Inputs(NamedTuple):
         names: The path of each, or the path and the row.
         deviating: Whether it holds another value in a column that was constant in training, where a model knows
             nothing: bool (N,).
+        notes: What was left out, one sentence each.
     """
 
     x: Tensor
     names: list[str]
     deviating: Tensor
+    notes: tuple[str, ...] = ()
 
 
 def read_inputs(
@@ -56,7 +58,7 @@ def read_inputs(
         UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
 
     Example:
-        >>> x, names, deviating = read_inputs(["a.png", "folder", "more.npz"], Layout(model.transform))
+        >>> x, names, deviating, notes = read_inputs(["a.png", "folder", "more.npz"], Layout(model.transform))
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
@@ -64,8 +66,8 @@ def read_inputs(
     parts = [target.read(path) for path in map(Path, paths)]
     if not any(part.names for part in parts):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
-    x, names, deviating = zip(*parts, strict=True)
-    return Inputs(torch.cat(x), [name for some in names for name in some], torch.cat(deviating))
+    x, names, deviating, notes = zip(*parts, strict=True)
+    return Inputs(torch.cat(x), sum(names, []), torch.cat(deviating), sum(notes, ()))
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class _Target:
     def read(self, path: Path) -> Inputs:
         """All samples of one file or folder."""
         if stat.S_ISDIR(file_status(path).st_mode):
-            return self._images(Search(self.options.skip_bad).below(path))
+            search = Search(self.options.skip_bad)
+            found = self._images(search.below(path))
+            return found._replace(notes=(*search.notes(), *found.notes))
         suffix = path.suffix.lower()
         if suffix in tables.SUFFIXES:
             return self._table(path)
@@ -98,20 +102,21 @@ class _Target:
         raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
 
     def _images(self, paths: list[Path]) -> Inputs:
-        samples, names = [torch.empty(0, *self.shape)], []
+        samples, names, bad = [torch.empty(0, *self.shape)], [], []
         for path in paths:
             try:
                 info = images.describe(path)
                 x = images.ImageReader(info.high, self.options.size, self.options.channels)(path)
             except UserError:
-                if self.options.skip_bad:
-                    continue
-                raise
+                if not self.options.skip_bad:
+                    raise
+                bad.append(path)
+                continue
             self._check_shape(tuple(x.shape), str(path))
             x = self._on_grid(x.float(), info.high, str(path))
             samples.append(self._check_range(x[None], str(path)))
             names.append(printable(path))
-        return without_columns(torch.cat(samples), names)
+        return without_columns(torch.cat(samples), names)._replace(notes=left_out(bad))
 
     def _on_grid(self, x: Tensor, file_high: int | None, name: str) -> Tensor:
         """File values to the model's grey levels; float files, and .npy images, hold data units already."""

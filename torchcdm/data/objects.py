@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchcdm.data import arrays, tables
 from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.images import from_pillow
-from torchcdm.data.options import DataOptions, with_fields
+from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, LazySplit
 from torchcdm.errors import UserError
 
@@ -46,7 +46,7 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
     column = labels if isinstance(labels, str) else None
-    options = with_fields(options or DataOptions(), label=column, **fields)
+    options = replace(options or DataOptions(), label=column, **fields)
     return assemble(_samples(data, labels, options), options)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from annotated_types import Le
+from annotated_types import Le, Lt
 
-from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.validation import Count, CountOrZero, Rate, Seed, Width, WidthPair, validated
 from torchcdm.units import DataTransform
 
@@ -43,7 +42,7 @@ class DataOptions:
     channels: Width | None = None
     validation_fraction: Rate | None = None
     test_fraction: Rate | None = None
-    seed: Seed = 0
+    seed: Annotated[Seed, Lt(2**32)] = 0
     limit: Count | None = None
     skip_bad: bool = False
     label: str | None = None
@@ -51,18 +50,6 @@ class DataOptions:
     gaussianize: bool = False
     flip: bool = False
     workers: Annotated[CountOrZero, Le(1024)] = 0
-
-
-def with_fields(options: DataOptions, **fields: Any) -> DataOptions:
-    """The same options with other values for some fields.
-
-    Raises:
-        UserError: An unknown field, or a wrong value.
-    """
-    for name in fields:
-        if name not in DataOptions.__dataclass_fields__:
-            raise UserError(f"unknown option '{name}'; {nearest(name, DataOptions.__dataclass_fields__)}")
-    return replace(options, **fields)
 
 
 @dataclass(frozen=True)

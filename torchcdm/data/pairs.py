@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -62,16 +62,12 @@ class Pair:
     warp: ColumnWarp | None
 
 
-@dataclass(frozen=True)
-class _Images:
+class _Images(NamedTuple):
     """Images (N, C, H, W) in data units, and their grid."""
 
     name: str
     x: Tensor
     grid: Grid | None
-
-    def __len__(self) -> int:
-        return len(self.x)
 
 
 def pair_up(
@@ -100,15 +96,16 @@ def pair_up(
     if not fraction:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
-    for side in given:
-        if len(side) < MIN_ROWS:
-            raise UserError(f"{side.name}: too few samples, {len(side)}; at least {MIN_ROWS} are needed")
-    counts = (len(given[0]), len(given[1]))
-    held_out = (_share(fraction, counts[0]), _share(fraction, counts[1]))
+    first, second = given
+    counts = (_count(first), _count(second))
+    for side, count in zip(given, counts, strict=True):
+        if count < MIN_ROWS:
+            raise UserError(f"{side.name}: too few samples, {count}; at least {MIN_ROWS} are needed")
+    held_out = (max(2, round(fraction * counts[0])), max(2, round(fraction * counts[1])))
     if min(count - held for count, held in zip(counts, held_out, strict=True)) < 2:
         raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
-    parts = _balanced(counts, held_out, options.seed)
-    first, second = given
+    cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
+    parts = {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
     if isinstance(first, Table) and isinstance(second, Table):
         source, warp = _from_tables(first, second, parts, discrete, options)
         return Pair(source, counts, held_out, tuple(first.columns), warp)
@@ -140,13 +137,13 @@ def read_query(
     if columns is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, layout, options)
     query = _read(x, "query", options or DataOptions())
-    if not len(query):
+    if not _count(query):
         raise UserError(f"{query.name}: holds no rows; there is nothing to score")
     if columns is None or layout.columns is None or warp is None:
         shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
         if isinstance(query, Table) or shape != layout.transform.shape:
             raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {layout.transform.shape}")
-        return without_columns(query.x.float(), [f"sample {i}" for i in range(len(query))])
+        return without_columns(query.x.float(), [f"sample {i}" for i in range(len(query.x))])
     if not isinstance(query, Table):
         raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
     if _numbered(query):
@@ -171,19 +168,17 @@ def _read(data: Any, name: str, options: DataOptions) -> Table | _Images:
         kind, _, argument = spec.partition(":")
         is_file = isinstance(data, Path) or os.path.isfile(data)
         if not os.path.isdir(data) and (is_file or (kind in ("table", "array") and argument)):
-            return _read_file(Path(data if is_file else argument), name)
+            path = Path(data if is_file else argument)
+            name = f"{name} ({path})"
+            if path.suffix.lower() in tables.SUFFIXES:
+                return replace(tables.read(path), name=name)
+            return _from_array(arrays.read(path)[0], name)
         return _from_source(load_data(options, spec=spec, **WHOLE), f"{name} ({data})")
     if tables.is_frame(data):
         return tables.from_frame(data, f"{name} (data frame)")
     if isinstance(data, (Tensor, list, np.ndarray)):
         return _from_array(arrays.as_array(data, name), name)
     return _from_source(from_object(data, **WHOLE), name)
-
-
-def _read_file(path: Path, name: str) -> Table | _Images:
-    if path.suffix.lower() in tables.SUFFIXES:
-        return replace(tables.read(path), name=f"{name} ({path})")
-    return _from_array(arrays.read(path)[0], f"{name} ({path})")
 
 
 def _from_array(x: np.ndarray, name: str) -> Table | _Images:
@@ -208,19 +203,8 @@ def _numbered(table: Table) -> bool:
     return list(table.columns) == [f"c{k}" for k in range(len(table.columns))]
 
 
-# --- splitting ---------------------------------------------------------------------------------------------------
-
-
-def _share(fraction: float, count: int) -> int:
-    return max(2, round(fraction * count))
-
-
-def _balanced(
-    counts: tuple[int, int], held_out: tuple[int, int], seed: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Indices of denominator and numerator for each split; the smaller data set is repeated in both."""
-    cut = [permutation(count, seed).split([n, count - n]) for count, n in zip(counts, held_out, strict=True)]
-    return {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
+def _count(side: Table | _Images) -> int:
+    return len(side) if isinstance(side, Table) else len(side.x)
 
 
 def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,18 +266,14 @@ def _common_columns(denominator: Table, numerator: Table) -> list[str]:
     Raises:
         UserError: They differ.
     """
-    sets = [list(table.columns) for table in (denominator, numerator)]
-    if _numbered(denominator) and _numbered(numerator) and len(sets[0]) != len(sets[1]):
-        counts = f"{len(sets[1])} and {len(sets[0])}"
-        raise UserError(f"numerator and denominator have {counts} columns; give both the same")
-    for (mine, mine_name), (other, other_name) in (
-        ((sets[0], denominator.name), (sets[1], numerator.name)),
-        ((sets[1], numerator.name), (sets[0], denominator.name)),
-    ):
-        missing = [column for column in mine if column not in other]
+    counts = len(numerator.columns), len(denominator.columns)
+    if _numbered(denominator) and _numbered(numerator) and counts[0] != counts[1]:
+        raise UserError("numerator and denominator have {} and {} columns; give both the same".format(*counts))
+    for mine, other in ((denominator, numerator), (numerator, denominator)):
+        missing = [column for column in mine.columns if column not in other.columns]
         if missing:
-            raise UserError(f"{other_name}: no column '{missing[0]}', which {mine_name} has; give both the same")
-    return sets[0]
+            raise UserError(f"{other.name}: no column '{missing[0]}', which {mine.name} has; give both the same")
+    return list(denominator.columns)
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -315,4 +295,4 @@ def _from_images(
         x = torch.cat([denominator.x[low].float(), numerator.x[high].float()])
         joined[split] = MemorySplit(x, torch.arange(2).repeat_interleave(torch.tensor([len(low), len(high)])))
     source = assemble(Samples(PAIR, joined, grid, SOURCES), options)
-    return replace(source, notes=(f"{len(numerator)} images over {len(denominator)} images.",))
+    return replace(source, notes=(f"{len(numerator.x)} images over {len(denominator.x)} images.",))

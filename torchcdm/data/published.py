@@ -41,7 +41,7 @@ def fashion_mnist(argument: str, options: DataOptions, _: Layout | None = None) 
     puts them.
     """
     folders = candidates(argument, "fashion-mnist", (FASHION_SYSTEM_FOLDER,))
-    folder = next((f for f in folders if _idx_path(f, "train-images-idx3-ubyte")), None)
+    folder = next((f for f in folders if os.path.exists(_idx_path(f, "train-images-idx3-ubyte"))), None)
     if folder is None:
         raise UserError(
             f"Fashion-MNIST not found in {' or '.join(map(str, folders))}: install Debian's dataset-fashion-mnist, or "
@@ -49,8 +49,8 @@ def fashion_mnist(argument: str, options: DataOptions, _: Layout | None = None) 
         )
     images, labels = [], []
     for prefix in FASHION_FILES.values():
-        images.append(read_idx(_required_idx(folder, f"{prefix}-images-idx3-ubyte")))
-        labels.append(read_idx(_required_idx(folder, f"{prefix}-labels-idx1-ubyte")))
+        images.append(read_idx(_idx_path(folder, f"{prefix}-images-idx3-ubyte")))
+        labels.append(read_idx(_idx_path(folder, f"{prefix}-labels-idx1-ubyte")))
         if images[-1].ndim != 3 or labels[-1].shape != images[-1].shape[:1]:
             shapes = f"{images[-1].shape} and {labels[-1].shape}"
             raise UserError(f"{folder}: the {prefix} images and labels do not belong together ({shapes})")
@@ -111,15 +111,10 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 
-def _idx_path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / f"{name}.gz", folder / name) if os.path.isfile(path)), None)
-
-
-def _required_idx(folder: Path, name: str) -> Path:
-    path = _idx_path(folder, name)
-    if path is None:
-        raise UserError(f"{folder / name}.gz: no such file; Fashion-MNIST has four idx files")
-    return path
+def _idx_path(folder: Path, name: str) -> Path:
+    """The packed file, or else the plain one where it is there."""
+    packed, plain = folder / f"{name}.gz", folder / name
+    return plain if os.path.exists(plain) and not os.path.exists(packed) else packed
 
 
 def _read_cifar(path: Path) -> np.ndarray:

@@ -6,12 +6,13 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torchcdm.data import arrays, celeba, folders, hub, named, published, tables
 from torchcdm.data.assembly import Samples, assemble
-from torchcdm.data.options import DataOptions, Layout, with_fields
+from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.reading import file_status
 from torchcdm.data.source import DataSource
 from torchcdm.errors import UserError, nearest
@@ -58,7 +59,7 @@ def load_data(data: str | DataOptions, layout: Layout | None = None, **fields: A
         >>> source.shape, len(source.train), len(source.validation), len(source.test)
         ((1, 8, 8), 1300, 200, 297)
     """
-    options = with_fields(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
+    options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
     spec = options.spec
     if spec is None:
         raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")

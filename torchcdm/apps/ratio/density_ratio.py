@@ -236,7 +236,7 @@ class DensityRatio:
         """
         self._check_fitted()
         info = self._models[0][1]
-        values, names, deviating = read_query(x, info.layout, self._columns, self._warp, self._options)
+        values, names, deviating, _ = read_query(x, info.layout, self._columns, self._warp, self._options)
         log_probs = self._log_probs(values)
         below = log_probs < self._limits[:, None]
         log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
