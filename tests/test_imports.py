@@ -33,3 +33,8 @@ for name in {MODULES!r}:
 def test_import_is_light(statement):
     result = run(f"import sys\n{statement}\nprint([m for m in {HEAVY!r} if m in sys.modules])")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_command_line_starts_without_torch():
+    result = run("import sys, torchcdm.cli\nprint([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr

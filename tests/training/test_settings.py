@@ -47,6 +47,7 @@ def test_presets_survive_yaml(tmp_path, name):
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1"),
         ({"train": {"lr": "fast"}}, "train.lr is 'fast'; a number is needed"),
         ({"train": {"lr": -1}}, "train.lr is -1; it must be above 0"),
+        ({"train": {"lr": 1e39}}, "train.lr is 1e\\+39; it must be at most 1000"),
         ({"train": {"decay": "cosin"}}, "train.decay is 'cosin'; did you mean 'cosine'"),
         ({"train": 5}, "train is 5; fields with values are needed"),
         ({"data": {"flip": "maybe"}}, "data.flip is 'maybe'; true or false is needed"),

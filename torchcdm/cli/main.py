@@ -29,8 +29,8 @@ examples:
   cdm sample runs/digits --n 64 --out samples
   cdm nll runs/digits
 
-exit codes: 0 done; 2 a mistake in what was given, with one line on stderr; 130 and 143 stopped by
-SIGINT and SIGTERM, in training with the state saved.
+exit codes: 0 done; 2 a mistake in what was given, with one line on stderr; 129, 130 and 143
+stopped by SIGHUP, SIGINT and SIGTERM, in training with the state saved.
 """
 
 
@@ -56,11 +56,11 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
         groups: Modules whose ``add_commands`` adds commands.
         arguments: The words after the program's name; those of the process when None.
     """
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in groups:
-        group.add_commands(commands)
     name = parser.prog
     try:
+        commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+        for group in groups:
+            group.add_commands(commands)
         # The parser would take the values of flags that it does not know for arguments without a name.
         words, fields = _without_fields(sys.argv[1:] if arguments is None else arguments)
         options, rest = parser.parse_known_args(words)

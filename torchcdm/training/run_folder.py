@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.artefact import parse_json, settle
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 
 
@@ -83,6 +82,8 @@ class RunFolder:
         with writing(self.root):
             self._check_ours()
             self.root.mkdir(parents=True, exist_ok=True)
+            from torchcdm.runtime.artefact import settle  # loads torch
+
             settle(self.model_info)
             for folder in (self.root, self.states):
                 for path in folder.glob(f"{TEMPORARY}*"):
@@ -132,6 +133,8 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; those that a crash cut short or that hold something else are left out."""
+    from torchcdm.runtime.artefact import parse_json
+
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

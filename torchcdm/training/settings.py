@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from torchcdm.data import DataOptions
@@ -145,7 +145,7 @@ class TrainConfig:
     batch_size: Count = 128
     seed: Seed = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: Positive = 1e-3
+    lr: Annotated[Positive, Le(1e3)] = 1e-3
     betas: RatePair = (0.9, 0.99)
     weight_decay: NotNegative = 0.01
     warmup: CountOrZero = 100

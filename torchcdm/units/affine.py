@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Len
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.units.checks import event_shape, flag, numbers, real
+from torchcdm.runtime.validation import Count, Float, Positive, checked
+from torchcdm.units.checks import MOST_NUMBERS, numbers
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import spread
+
+Shape = Annotated[tuple[Count, ...], Len(1, 16)]
+"""Sizes of a sample's dimensions."""
 
 
 class DataTransform(Float64Module):
@@ -46,36 +51,34 @@ class DataTransform(Float64Module):
     scale: Tensor
     cells: Tensor
 
+    @checked
     def __init__(
         self,
-        shape: Sequence[int],
+        shape: Shape,
         shift: float | Tensor = 0.0,
         scale: float | Tensor = 1.0,
-        bin: float | None = None,
+        bin: Positive | None = None,
         dequantize: bool = True,
-        low: float | None = None,
-        high: float | None = None,
+        low: Float | None = None,
+        high: Float | None = None,
     ) -> None:
         super().__init__()
-        self.shape = event_shape(shape)
+        self.shape = shape
+        if self.dim > MOST_NUMBERS:
+            raise UserError(f"data transform: shape {shape} has too many numbers")
         for name, value in (("shift", numbers(shift, "shift")), ("scale", numbers(scale, "scale"))):
             # Sizes from the last one back are those of the event, or 1.
-            sizes = zip(reversed(value.shape), reversed(self.shape), strict=False)
-            if value.ndim > len(self.shape) or any(size not in (1, whole) for size, whole in sizes):
-                raise UserError(f"data transform: {name} has the shape {tuple(value.shape)}, the data {self.shape}")
+            sizes = zip(reversed(value.shape), reversed(shape), strict=False)
+            if value.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+                raise UserError(f"data transform: {name} has the shape {tuple(value.shape)}, the data {shape}")
             self.register_buffer(name, value, persistent=False)
         if not bool((self.scale > 0).all()):
             raise UserError("data transform: every scale must be positive; is a column constant?")
-        self.bin, self.low, self.high = (
-            None if value is None else real(value, name)
-            for name, value in (("bin", bin), ("low", low), ("high", high))
-        )
-        if self.bin is not None and self.bin <= 0:
-            raise UserError(f"data transform: bin is {self.bin:g}; it must be positive")
-        if self.low is not None and self.high is not None and self.low > self.high:
-            raise UserError(f"data transform: low is {self.low:g} and high {self.high:g}; low must not be above it")
-        self.register_buffer("cells", torch.tensor(self.bin or 0.0, dtype=torch.float64), persistent=False)
-        self.dequantize = flag(dequantize, "dequantize") and bin is not None
+        if low is not None and high is not None and low > high:
+            raise UserError(f"data transform: low is {low:g} and high {high:g}; low must not be above it")
+        self.register_buffer("cells", torch.tensor(bin or 0.0, dtype=torch.float64), persistent=False)
+        self.bin, self.low, self.high = bin, low, high
+        self.dequantize = dequantize and bin is not None
 
     @classmethod
     def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True) -> DataTransform:

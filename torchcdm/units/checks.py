@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -34,24 +32,6 @@ def construct(kind: Callable[..., T], config: Any, what: str) -> T:
     return kind(**config)
 
 
-def event_shape(shape: Iterable[Any]) -> tuple[int, ...]:
-    """The sizes of a sample's dimensions."""
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        sizes = ()
-    if not sizes or min(sizes) < 1 or math.prod(sizes) > MOST_NUMBERS:
-        raise UserError(f"data transform: shape is {shape!r:.60}; whole numbers of at least 1 are needed")
-    return sizes
-
-
-def real(value: Any, what: str) -> float:
-    """A finite number."""
-    if isinstance(value, bool | str | Tensor) or (found := numbers(value, what)).ndim:
-        raise UserError(f"data transform: {what} is {value!r:.60}; a number is needed")
-    return found.item()
-
-
 def numbers(value: Any, what: str, count: int | None = None) -> Tensor:
     """Finite numbers as float64, of any shape or of the shape (count,)."""
     try:
@@ -63,13 +43,6 @@ def numbers(value: Any, what: str, count: int | None = None) -> Tensor:
     if count is not None and found.shape != (count,):
         raise UserError(f"data transform: {what} has the shape {tuple(found.shape)}; one number a column, {count}")
     return found
-
-
-def flag(value: Any, what: str) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise UserError(f"data transform: {what} is {value!r:.60}; true or false is needed")
-    return value
 
 
 def rising(values: Tensor, what: str) -> Tensor:

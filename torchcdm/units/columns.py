@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.validation import Float, checked
 from torchcdm.units.affine import DataTransform, floating
-from torchcdm.units.checks import construct, flag, numbers, rising
+from torchcdm.units.checks import construct, numbers, rising
 from torchcdm.units.gaussianized import log_normal
 from torchcdm.units.lattice import cell_width, nearest_value
 from torchcdm.units.warp import ColumnWarp
@@ -44,23 +45,22 @@ class ColumnTransform(DataTransform):
 
     gaussianized = True
 
+    @checked
     def __init__(
         self,
         warp: Mapping[str, Any],
-        histograms: Mapping[Any, tuple[Sequence[float], Sequence[float]]],
+        histograms: Mapping[str | int, tuple[Sequence[Float], Sequence[Float]]],
         dequantize: bool = True,
     ) -> None:
         warp = construct(ColumnWarp, warp, "data transform: warp")
         super().__init__(warp.scale.shape)
-        if not isinstance(histograms, Mapping) or {str(k) for k in histograms} - {str(k) for k in range(self.dim)}:
-            raise UserError(f"data transform: histograms is {histograms!r:.60}; by number of the column are needed")
+        if {str(k) for k in histograms} - {str(k) for k in range(self.dim)}:
+            raise UserError(f"data transform: histograms of {list(histograms)!r:.60}; numbers of columns are needed")
         self.warp = warp
         self.columns = tuple(int(k) for k in histograms)
-        self.dequantize = flag(dequantize, "dequantize") and bool(histograms)
+        self.dequantize = dequantize and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
         for k, histogram in zip(self.columns, histograms.values(), strict=True):
-            if not isinstance(histogram, list | tuple) or len(histogram) != 2:
-                raise UserError(f"data transform: histogram {k} is {histogram!r:.60}; two lists are needed")
             centres, cumulative = (rising(numbers(part, f"histogram {k}"), f"histogram {k}") for part in histogram)
             edges = rising(_edges(centres), f"the cells of histogram {k}")
             if len(cumulative) != len(edges) or cumulative[0] <= 0 or cumulative[-1] >= 1:
