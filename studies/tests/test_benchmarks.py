@@ -4,11 +4,13 @@ import importlib
 import itertools
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from small_runs import small_config
 
+from studies import benchmarks
 from studies.budget import CLOCKS
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
@@ -52,6 +54,14 @@ def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     train(small_config(train__steps="4", data__gaussianize="false"), folder, device="cpu", progress=False)
     return str(folder)
+
+
+def test_every_benchmark_says_how_it_is_run():
+    helpers = {"flows", "joint_step", "ratio_pairs"}
+    for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py"):
+        if path.stem not in helpers:
+            module = benchmark(path.stem)
+            assert f"python -m {module.__name__}" in module.__doc__ and module.main
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """The tables of the pages are those of the result files."""
 
+import re
 import runpy
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "results" / "write_tables.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "studies" / "results" / "write_tables.py"
 
 
 def test_every_page_shows_the_numbers_of_its_result_files():
@@ -18,3 +20,24 @@ def test_a_number_that_was_changed_by_hand_is_noticed():
     script = runpy.run_path(str(SCRIPT))
     text = "<!-- table: demo -->\n| someone typed | 1.00 |\n<!-- end -->\n"
     assert script["rewritten"](text) != text
+
+
+def test_links_lead_somewhere():
+    """Files that pages name, and the headings in them."""
+    others = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "studies/JOURNAL.md"))
+    for page in (*others, *(ROOT / "docs").rglob("*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in slugs, f"{page.name}: {link}"
+
+
+def test_pages_are_short():
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert len(page.read_text(encoding="utf-8").splitlines()) <= 150, page.name
