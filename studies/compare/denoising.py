@@ -19,8 +19,8 @@ from torchcdm.likelihood import (
     single_pass,
 )
 from torchcdm.likelihood.verdict import judge
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import DensityModel
 from torchcdm.samplers import make_sampler, sample
 from torchcdm.units import LogLikelihood
 
@@ -60,11 +60,11 @@ class FittedDenoiser(Fitted):
         self.parameters = sum(p.numel() for p in denoiser.parameters())
 
     def scores(self, x: Tensor, budget: Budget) -> list[Score]:
-        denoiser = self.denoiser
+        denoiser, density = self.denoiser, self.denoiser.density
         methods = {}
-        if isinstance(denoiser, ClassificationDiffusion):
-            methods["one-pass"] = lambda: single_pass(denoiser, x, None, replace(SCORING, level=0))
-            methods["one-pass-level"] = lambda: single_pass(denoiser, x, None, SCORING)
+        if density is not None:
+            methods["one-pass"] = lambda: single_pass(density, x, None, replace(SCORING, level=0))
+            methods["one-pass-level"] = lambda: single_pass(density, x, None, SCORING)
         if self.with_elbo:
             methods["elbo"] = lambda: self._elbo(x)
         methods["flow"] = lambda: probability_flow(denoiser, x, None, SCORING)
@@ -73,12 +73,12 @@ class FittedDenoiser(Fitted):
             clock = budget.restarted()
             likelihood = method()
             scores.append(Score(name, likelihood, not name.startswith("one-pass"), clock.elapsed))
-        if isinstance(denoiser, ClassificationDiffusion) and self.log_z is not None:
+        if density is not None and self.log_z is not None:
             one_pass = next(score for score in scores if score.name == "one-pass-level")
-            scores += self._normalised(denoiser, one_pass, self.log_z)
+            scores += self._normalised(density, one_pass, self.log_z)
         return scores
 
-    def _normalised(self, model: ClassificationDiffusion, one_pass: Score, particles: int) -> list[Score]:
+    def _normalised(self, model: DensityModel, one_pass: Score, particles: int) -> list[Score]:
         """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
         likelihood, level = one_pass.likelihood, one_pass.likelihood.level
         chain = ReverseChain.calibrated(model, None, SCORING)
