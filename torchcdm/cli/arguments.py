@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_output, without_nan, write_json
+from torchcdm.runtime.files import check_output, without_nan, write_file, write_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +52,13 @@ def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None
     """:func:`torchcdm.runtime.files.check_output`, where a file and not the terminal is asked for."""
     if path is not None and str(path) != "-":
         check_output(path, inputs)
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_file(path, text.getvalue())
 
 
 def write_numbers(path: Path | None, value: Any) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
-from torchcdm.runtime.files import write_file
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers, write_rows
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from torchcdm.apps.ratio import DensityRatio, Scores
 
 
@@ -51,7 +46,6 @@ def run_ratio(options: argparse.Namespace) -> int:
     from torchcdm.data import check_spec, parse_size, spec_of
     from torchcdm.runtime.devices import chosen_device
 
-
     check_clip(options.clip)
     check_spec(spec_of(options.query))
     inputs = (options.numerator, options.denominator, options.query)
@@ -76,22 +70,17 @@ def run_ratio(options: argparse.Namespace) -> int:
     if options.save is not None:
         ratio.save(options.save)
     if options.csv is not None:
-        write_file(options.csv, _csv(scores, weights))
+        rows = zip(scores.names, scores.log_ratio, weights, scores.outside, strict=True)
+        write_rows(
+            options.csv,
+            ("row", "input", "log_ratio", "weight", "outside"),
+            ((k, name, f"{log:.6g}", f"{weight:.6g}", int(out)) for k, (name, log, weight, out) in enumerate(rows)),
+        )
     values = _numbers(ratio, scores, effective_sample_size(weights))
     if str(options.json) != "-":
         print(_text(ratio, values["query"]))
     write_numbers(options.json, values)
     return 0
-
-
-def _csv(scores: Scores, weights: np.ndarray) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["row", "input", "log_ratio", "weight", "outside"])
-    columns = (scores.names, scores.log_ratio.tolist(), weights.tolist(), scores.outside.tolist())
-    for row, (name, log_ratio, weight, outside) in enumerate(zip(*columns, strict=True)):
-        rows.writerow([row, name, f"{log_ratio:.6g}", f"{weight:.6g}", int(outside)])
-    return text.getvalue()
 
 
 def _numbers(ratio: DensityRatio, scores: Scores, effective: float) -> dict[str, Any]:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers, write_rows
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchcdm.apps.anomaly import AnomalyDetector
     from torchcdm.models.denoiser import Denoiser
     from torchcdm.training.checkpoint import ModelInfo
 
@@ -58,12 +54,14 @@ def add_commands(commands: Any) -> None:
 def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
     from torchcdm.apps.anomaly import AnomalyDetector, make_score
+    from torchcdm.apps.anomaly.detector import check_fpr
     from torchcdm.apps.plots import check_figure, score_histogram
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
 
     if options.limit < 1:
         raise UserError(f"--limit is {options.limit}; at least 1 is needed")
+    check_fpr(options.fpr)
     if options.plot is not None:
         check_figure(options.plot)
     for path in (options.csv, options.plot, options.json):
@@ -82,29 +80,32 @@ def run_score(options: argparse.Namespace) -> int:
     if not main:
         return 0
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
-    percentiles, flags = detector.percentile(scores), detector.flags(scores, options.fpr) | deviating
-
-    if options.csv is not None:
-        _write_csv(options.csv, names, scores, percentiles, flags)
     if options.plot is not None:
         score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
+    flags = (detector.flags(scores, options.fpr) | deviating).tolist()
+    scores, percentiles = scores.tolist(), detector.percentile(scores).tolist()
+    if options.csv is not None:
+        rows = zip(names, scores, percentiles, flags, strict=True)
+        write_rows(
+            options.csv,
+            ("input", "score", "percentile", "flag"),
+            ((name, f"{score:.6g}", f"{percentile:.3f}", int(flag)) for name, score, percentile, flag in rows),
+        )
+    numbers = {
+        "score": options.score,
+        "fpr": options.fpr,
+        "threshold": threshold,
+        "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
+        "count": len(scores),
+        "flagged": sum(flags),
+        "deviating": int(deviating.sum()),
+        "scores": scores,
+        "percentiles": percentiles,
+        "flags": flags,
+    }
     if str(options.json) != "-":
-        print(_summary(options, detector, origin, names, scores, percentiles, flags, int(deviating.sum())))
-    write_numbers(
-        options.json,
-        {
-            "score": options.score,
-            "fpr": options.fpr,
-            "threshold": threshold,
-            "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
-            "count": len(scores),
-            "flagged": int(flags.sum()),
-            "deviating": int(deviating.sum()),
-            "scores": scores.tolist(),
-            "percentiles": percentiles.tolist(),
-            "flags": flags.tolist(),
-        },
-    )
+        print(_summary(numbers, names))
+    write_numbers(options.json, numbers)
     return 0
 
 
@@ -123,44 +124,26 @@ def _reference(options: argparse.Namespace, info: ModelInfo, model: Denoiser) ->
     return split.tensors(options.limit)[0].float(), f"validation split of {source.name}"
 
 
-def _write_csv(path: Path, names: list[str], scores: Tensor, percentiles: Tensor, flags: Tensor) -> None:
-
-
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["input", "score", "percentile", "flag"])
-    for name, score, percentile, flag in zip(names, scores, percentiles, flags, strict=True):
-        rows.writerow([name, f"{float(score):.6g}", f"{float(percentile):.3f}", int(flag)])
-    write_file(path, text.getvalue())
-
-
-def _summary(
-    options: argparse.Namespace,
-    detector: AnomalyDetector,
-    origin: str,
-    names: list[str],
-    scores: Tensor,
-    percentiles: Tensor,
-    flags: Tensor,
-    deviating: int,
-) -> str:
-    order = scores.argsort(descending=True)[:SHOWN].tolist()
+def _summary(numbers: dict[str, Any], names: list[str]) -> str:
+    """The most anomalous inputs, and what the flags mean."""
+    scores, count = numbers["scores"], numbers["count"]
     lines = [f"{'score':>12}{'percentile':>12}  input"]
-    lines += [
-        f"{float(scores[i]):12.5g}{float(percentiles[i]):12.2f}{'*' if flags[i] else ' '} {names[i]}" for i in order
-    ]
-    if len(scores) > SHOWN:
-        lines.append(f"{'...':>12}{'':14}and {len(scores) - SHOWN} less anomalous ones")
+    for i in sorted(range(count), key=lambda i: -scores[i])[:SHOWN]:
+        mark = "*" if numbers["flags"][i] else " "
+        lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {names[i]}")
+    if count > SHOWN:
+        lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
     lines.append(
-        f"flagged {int(flags.sum())} of {len(scores)} (*); among normal inputs it would be "
-        f"{options.fpr * len(scores):.3g} or fewer on average"
+        f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be "
+        f"{numbers['fpr'] * count:.3g} or fewer on average"
     )
     lines.append(
-        f"score '{options.score}', threshold {detector.threshold(options.fpr):.5g}, calibrated on "
-        f"{len(detector.calibration)} held-out samples: {origin}"
+        f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, calibrated on "
+        f"{numbers['reference']['calibration']} held-out samples: {numbers['reference']['name']}"
     )
-    if deviating:
-        lines.append(f"{deviating} of them whatever their score: they differ in a column constant in training")
-    if options.score == "log_prob":
+    if numbers["deviating"]:
+        what = "of them whatever their score: they differ in a column constant in training"
+        lines.append(f"{numbers['deviating']} {what}")
+    if numbers["score"] == "log_prob":
         lines.append("raw log p misses inputs that are simpler than the normal ones; compare with --score levels")
     return "\n".join(lines)

@@ -71,7 +71,8 @@ def run_train(options: argparse.Namespace) -> int:
 
     config = _configuration(options)
     check_sampler(config.sampling.sampler)
-    check_methods(config.report.methods)
+    if config.report.methods:
+        check_methods(config.report.methods)
     options.quiet = options.quiet or not is_first()
     device = chosen_device(options.device)
     source = load_source(config.data)

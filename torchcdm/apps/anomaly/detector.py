@@ -83,8 +83,7 @@ class AnomalyDetector:
         Raises:
             UserError: A rate outside (0, 1), or one that the calibration is too small for.
         """
-        if not 0 < fpr < 1:
-            raise UserError(f"fpr is {fpr:g}; a false-positive rate lies between 0 and 1")
+        check_fpr(fpr)
         n = len(self.calibration)
         # Rounded first: 0.95 * 20 must not become 20 for its last bit.
         rank = math.ceil(round((n + 1) * (1 - fpr), 9))
@@ -142,6 +141,12 @@ class _Content(Saved):
     score: str
     model: str
     values: str
+
+
+def check_fpr(fpr: float) -> None:
+    """Refuses a false-positive rate outside (0, 1)."""
+    if not 0 < fpr < 1:
+        raise UserError(f"fpr is {fpr:g}; a false-positive rate lies between 0 and 1")
 
 
 def _sizes(score: AnomalyScore) -> str:
