@@ -154,7 +154,7 @@ def test_uninformative_classes_cost_their_logarithm_except_in_pure_noise():
 
 def test_probabilities_of_all_joint_outcomes_add_up_to_one():
     schedule, mixture = UniformSigmaSchedule(T), labelled_mixture()
-    loss, x = CDMLoss(exact(mixture, schedule, joint=True), mse_weight=0), normal(1, 2)
+    loss, x = CDMLoss(exact(mixture, schedule, joint=True), mse_weight=0, label_dropout=0.0), normal(1, 2)
     total = 0.0
     for t in range(T + 2):
         # The same x_t at every level, by the noise that leads there.

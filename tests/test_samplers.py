@@ -493,19 +493,19 @@ def test_samples_carry_no_graph():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0}, "at least one sample"),
+        ({"n": 0}, "at least 1"),
         ({"steps": 101}, "1 to 100"),
-        ({"steps": 0}, "1 to 100"),
+        ({"steps": 0}, "at least 1"),
         ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
         ({"sampler": "euler"}, "choose from"),
         ({"levels": [100, 50, 50, 0]}, "decreasing"),
-        ({"levels": [101, 50]}, "decreasing"),
+        ({"levels": [101, 50]}, "from 0 to 100"),
         ({"levels": [100]}, "at least two"),
         ({"levels": [50, 0]}, "start"),
         ({"shape": None}, "shape"),
         ({"y": 2}, "classes 0 to 1"),
         ({"y": -1}, "classes 0 to 1"),
-        ({"y": torch.tensor([0, 1])}, "each of the 3"),
+        ({"y": torch.tensor([0, 1])}, "one for each sample"),
         ({"guidance": 1.0}, "labels"),
         ({"batch_size": 0}, "batch_size"),
         ({"units": "pixels"}, "data or model"),
@@ -529,7 +529,7 @@ def test_labels_and_guidance_need_a_conditional_model():
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5])
 def test_eta_is_a_share(eta):
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="from 0 to 1"):
         DDIM(eta)
 
 

@@ -123,8 +123,10 @@ class Loss(nn.Module, ABC):
             t = self.draw_levels(len(x_0), generator).to(x_0.device)
         if eps is None:
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-        if eps.shape != x_0.shape:
-            raise UserError(f"loss: eps has shape {tuple(eps.shape)}, and x_0 {tuple(x_0.shape)}")
+        if not isinstance(eps, Tensor) or eps.shape != x_0.shape or eps.dtype != x_0.dtype:
+            raise UserError("loss: eps must be a tensor of the shape and type of x_0")
+        if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
+            raise UserError("loss: levels t must be a long tensor with one for each sample")
         y = drop_labels(y, self.model.classes, self.label_dropout, generator)
         return self.model.schedule.perturb(x_0, t, eps), t, eps, y
 

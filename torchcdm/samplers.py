@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, final
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_real
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import share
 
@@ -121,8 +123,7 @@ class DDIM(Sampler):
     """
 
     def __init__(self, eta: float = 0.0) -> None:
-        if not 0 <= eta <= 1:
-            raise UserError(f"ddim: eta is {eta:g}; it must lie between 0 and 1")
+        check_real("ddim: eta", eta, 0, 1)
         self.eta = eta
 
     @property
@@ -301,18 +302,18 @@ def sample(
         UserError: A request that makes no sense: zero samples, more steps than T, an unknown sampler, guidance or
             labels on an unconditional model, a label out of range, no known shape.
     """
-    if n < 1:
-        raise UserError(f"n is {n}; ask for at least one sample")
+    n = check_count("n", n)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     if units not in ("data", "model"):
         raise UserError(f"units is '{units}'; choose data or model")
-    if seed < 0:
-        raise UserError(f"seed is {seed}; it must not be negative")
+    start = None if start is None else as_numbers(start, torch.device("cpu"))
     rule = make_sampler(sampler)
     path = _path(denoiser, steps, levels)
     if start is None and path[0] != denoiser.schedule.T:
         raise UserError(f"levels start at {path[0]}; below T = {denoiser.schedule.T} x is no pure noise: give start")
     shape = _event_shape(denoiser, shape, start, n)
-    labels = _labels(denoiser, y, n)
+    labels = as_labels(y, denoiser, n, one_for_all=True)
     if guidance:
         if labels is None:
             raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
@@ -325,9 +326,9 @@ def sample(
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if rule.stochastic else 1, dtype)
         first = next(draws).to(device)
         x = denoiser.start(first) if start is None else start[rows].to(device, dtype)
-        label = None if labels is None else labels[rows].to(device)
+        label = None if labels is None else labels[rows]
         previous = None
-        for t, s in zip(path, path[1:], strict=False):
+        for t, s in pairwise(path):
             noise = next(draws).to(device) if rule.stochastic else None
             x, previous = rule.step(denoiser, x, t, s, label, noise, previous)
             if callback is not None:
@@ -378,11 +379,11 @@ def sample_noise(
 
 def _path(denoiser: Denoiser, steps: int, levels: Sequence[int] | None) -> list[int]:
     """The levels to visit and the one to stop at."""
+    T = denoiser.schedule.T
     if levels is None:
-        return [*denoiser.schedule.time_grid(steps), 0]
-    path, T = [int(level) for level in levels], denoiser.schedule.T
-    decreasing = all(t > s for t, s in zip(path, path[1:], strict=False))
-    if len(path) < 2 or not decreasing or path[0] > T or path[-1] < 0:
+        return [*denoiser.schedule.time_grid(check_count("steps", steps)), 0]
+    path = [check_count("a level", level, 0, T) for level in levels]
+    if len(path) < 2 or not all(t > s for t, s in pairwise(path)):
         raise UserError(f"levels must be at least two, strictly decreasing, between {T} and 0; got {path}")
     return path
 
@@ -390,36 +391,17 @@ def _path(denoiser: Denoiser, steps: int, levels: Sequence[int] | None) -> list[
 def _event_shape(
     denoiser: Denoiser, shape: Sequence[int] | None, start: Tensor | None, n: int
 ) -> tuple[int, ...]:
+    given = shape
     if start is not None:
         if len(start) != n:
             raise UserError(f"start holds {len(start)} samples and n is {n}; they must agree")
-        return tuple(start.shape[1:])
-    shape = denoiser.shape if shape is None else shape
-    if shape is None:
+        given = start.shape[1:]
+    given = denoiser.shape if given is None else tuple(check_count("a side of shape", side) for side in given)
+    if not given:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
-    return tuple(shape)
-
-
-def _labels(denoiser: Denoiser, y: Tensor | int | None, n: int) -> Tensor | None:
-    """Labels as long (n,), checked."""
-    if y is None:
-        return None
-    if denoiser.context is not None:
-        contexts = torch.as_tensor(y)
-        contexts = contexts.expand(n, -1) if contexts.ndim == 1 else contexts
-        if tuple(contexts.shape) != (n, denoiser.context):
-            raise UserError(f"y has shape {tuple(contexts.shape)}; this model takes ({n}, {denoiser.context})")
-        return contexts
-    if denoiser.classes is None:
-        raise UserError("labels were given, but this model was trained without classes; leave y out")
-    labels = torch.as_tensor(y).long()
-    labels = labels.expand(n) if labels.ndim == 0 else labels
-    if labels.shape != (n,):
-        raise UserError(f"y has shape {tuple(labels.shape)}; give one label, or one for each of the {n} samples")
-    wrong = labels[(labels < 0) | (labels >= denoiser.classes)]
-    if len(wrong):
-        raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {denoiser.classes - 1}")
-    return labels
+    if denoiser.shape not in (None, given):
+        raise UserError(f"the shape is {given}; this model's samples are {denoiser.shape}")
+    return given
 
 
 def _progress_bar(total: int, show: bool):  # noqa: ANN202 (tqdm is imported here alone)

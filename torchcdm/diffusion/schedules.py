@@ -99,7 +99,7 @@ class NoiseSchedule(Float64Module, ABC):
         Raises:
             UserError: Another type, shape or range.
         """
-        if isinstance(t, int):
+        if isinstance(t, int) and not isinstance(t, bool):
             wrong = [] if 0 <= t <= self.T + 1 else [t]
         elif not isinstance(t, Tensor):
             raise UserError(f"the level is {t!r}; give an int, or a long tensor with one for each sample")

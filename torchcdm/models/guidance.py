@@ -11,9 +11,14 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.inputs import check_real
 
 if TYPE_CHECKING:
     from torchcdm.models.cdm import ClassificationDiffusion
+
+
+LARGEST_WEIGHT = 1000.0
+"""Weights beyond it leave nothing of a sample."""
 
 
 class Guidance(Denoiser):
@@ -28,6 +33,7 @@ class Guidance(Denoiser):
         super().__init__(model.schedule, model.transform)
         if model.classes is None:
             raise UserError("guidance needs a class-conditional model; this one was trained without labels")
+        check_real("guidance", weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
         self.model = model
         self.weight = weight
 

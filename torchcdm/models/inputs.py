@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +73,12 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
     return labels.long()
+
+
+def check_real(name: str, value: Any, low: float, high: float) -> None:
+    """Refuses what is no number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise UserError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
 
 
 def check_count(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
