@@ -77,33 +77,28 @@ def assemble(samples: Samples, options: DataOptions, layout: Layout | None = Non
 
 
 def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:
-    """The three splits, those that are missing drawn from ``train``, and one sentence on where they come from."""
-    parts = samples.parts
-    missing = [split for split in ("validation", "test") if split not in parts]
-    counts = "{} for training, {} for validation, {} for test"
-    if not missing:
-        splits = (parts["train"], parts["validation"], parts["test"])
-        return splits, f"split by the data themselves: {counts.format(*map(len, splits))}."
-    shares = [
-        0.0 if split in parts else DEFAULT_FRACTION if share is None else share
-        for split, share in (("validation", options.validation_fraction), ("test", options.test_fraction))
-    ]
-    train, validation, test = _partition(samples.name, parts["train"], options.seed, shares)
-    splits = (train, parts.get("validation", validation), parts.get("test", test))
-    how = "split at random" if len(missing) == 2 else f"{missing[0]} drawn at random from training"
-    return splits, f"{how}: {counts.format(*map(len, splits))} (seed {options.seed})."
+    """The three splits, those that are missing drawn from ``train``, and one sentence on where they come from.
 
-
-def _partition(name: str, pool: Split, seed: int, shares: list[float]) -> tuple[Split, Split, Split]:
-    """Training, validation and test split at random; a positive share gets at least one sample."""
-    smallest = SMALLEST_SPLITTABLE if any(shares) else 2
-    if len(pool) < smallest:
-        raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
-    held_out = [max(1, round(share * len(pool))) if share else 0 for share in shares]
-    if len(pool) - sum(held_out) < 2:
-        raise UserError(f"{name}: validation and test take {sum(held_out)} of {len(pool)} samples; make them smaller")
-    validation, test, train = permutation(len(pool), seed).split([*held_out, len(pool) - sum(held_out)])
-    return pool.select(train), pool.select(validation), pool.select(test)
+    A positive share gets at least one sample.
+    """
+    name, parts, pool = samples.name, samples.parts, samples.parts["train"]
+    missing, how = [split for split in ("validation", "test") if split not in parts], "split by the data themselves"
+    if missing:
+        shares = {"validation": options.validation_fraction, "test": options.test_fraction}
+        shares = {split: DEFAULT_FRACTION if shares[split] is None else shares[split] for split in missing}
+        smallest = SMALLEST_SPLITTABLE if any(shares.values()) else 2
+        if len(pool) < smallest:
+            raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
+        held_out = [max(1, round(share * len(pool))) if share else 0 for share in shares.values()]
+        rest = len(pool) - sum(held_out)
+        if rest < 2:
+            raise UserError(f"{name}: validation and test take {sum(held_out)} of {len(pool)}; make them smaller")
+        order = permutation(len(pool), options.seed).split([*held_out, rest])
+        parts = parts | {split: pool.select(part) for split, part in zip((*missing, "train"), order, strict=True)}
+        how = "split at random" if len(missing) == 2 else f"{missing[0]} drawn at random from training"
+    splits = (parts["train"], parts["validation"], parts["test"])
+    counts = "{} for training, {} for validation, {} for test".format(*map(len, splits))
+    return splits, f"{how}: {counts} (seed {options.seed})." if missing else f"{how}: {counts}."
 
 
 def _measure(

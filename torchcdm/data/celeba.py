@@ -77,13 +77,16 @@ def _partition(listing: Path, images: Path) -> tuple[list[list[Path]], list[str]
     except OSError as error:
         raise UserError(f"{images}: cannot be read ({error.strerror})") from None
     paths: list[list[Path]] = [[], [], []]
-    absent = []
+    absent, seen = [], set()
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise UserError(f"{listing}: line {number} is not 'FILE.jpg 0|1|2': {line[:60]}")
+        if words[0] in seen:
+            raise UserError(f"{listing}: line {number} lists {words[0]} a second time")
+        seen.add(words[0])
         if words[0] in present:
             paths[int(words[1])].append(images / words[0])
         else:

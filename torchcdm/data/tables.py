@@ -165,7 +165,7 @@ def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[s
     """Labels as long (N,), and the classes: the values of the column, numbers in their order, else texts.
 
     Raises:
-        UserError: Another number of labels than rows, fractions, or nearly as many classes as rows.
+        UserError: A missing label, another number of labels than rows, fractions, or nearly as many classes as rows.
     """
     if labels is None:
         return None, None
@@ -177,9 +177,9 @@ def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[s
         values = np.array([int(label) if isinstance(label, str) else label for label in labels])
     except ValueError:
         values = np.asarray(labels)
-    if values.dtype.kind not in "bui" and not (values.dtype.kind == "f" and np.array_equal(values, values.round())):
-        if values.dtype.kind == "f":
-            raise UserError(f"{name}: labels must be whole numbers or texts; the label column holds fractions")
+    if values.dtype.kind == "f" and not np.array_equal(values, values.round()):
+        raise UserError(f"{name}: labels must be whole numbers or texts; the label column holds fractions")
+    if values.dtype.kind not in "buif":
         values = np.array([str(label) for label in labels])
     classes, numbers = np.unique(values, return_inverse=True)
     if len(classes) > max(2, count // 2):
