@@ -180,7 +180,7 @@ def test_a_label_sharpens_the_estimate():
     assert (given > estimate_noise(model, noisy, torch.ones(20, dtype=torch.long)).ratio).all()
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3, 5])
+@pytest.mark.parametrize("levels", [2, 3, 5])
 def test_few_levels_and_noise_beyond_both_ends(levels):
     model = exact(LogSNRSchedule(levels, r_min=0.1, r_max=1.0))
     clean = DATA.sample(3, rng(1))
@@ -206,8 +206,8 @@ def spoiled(value):
 MISTAKES = {
     "takes": {"noisy": normal(2, 3)},
     "data or model": {"units": "pixels"},
-    "finite": {"noisy": spoiled(math.nan)},
-    "finite|real": {"noisy": spoiled(math.inf)},
+    "are not finite": {"noisy": spoiled(math.nan)},
+    "not finite": {"noisy": spoiled(math.inf)},
     "standard deviation is 0": {"std": 0.0},
     "standard deviation is -1": {"std": -1.0},
     "standard deviation is nan": {"std": math.nan},

@@ -20,6 +20,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.inputs import as_numbers, check_count
 from torchcdm.units import DataTransform
 
 COARSE = 12
@@ -124,8 +125,7 @@ def denoise(
     if level is not None and std is not None:
         raise UserError("a level and a standard deviation of the noise are given; give one of them")
     if level is not None:
-        if not 1 <= level <= model.schedule.T:
-            raise UserError(f"level is {level}; this model denoises the levels 1 to {model.schedule.T}")
+        level = check_count("level", level, 1, model.schedule.T)
         noise = _noise(model, model.schedule.ratio[torch.full((len(z),), level, device=z.device)])
     elif std is not None:
         if not 0 < std < math.inf:
@@ -197,11 +197,8 @@ def _to_model(model: Denoiser, x: Tensor, units: str) -> Tensor:
     """Model units, in the precision of the network."""
     if units not in ("data", "model"):
         raise UserError(f"units is '{units}'; choose data or model")
-    x = torch.as_tensor(x, device=model.schedule.alpha.device)
-    if model.shape is not None and tuple(x.shape[1:]) != model.shape:
-        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {model.shape}")
-    if not len(x) or x.is_complex() or not bool(x.isfinite().all()):
-        raise UserError("inputs must be at least one sample of finite real numbers")
+    x = as_numbers(x, model.schedule.alpha.device)
+    model.checked(x)
     if units == "data" and model.transform is not None:
         require_additive_noise(model.transform)
         x = model.transform(x)

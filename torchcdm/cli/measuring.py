@@ -20,17 +20,17 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("model", metavar="RUN")
     add_data(parser)
     parser.add_argument("--methods", help="of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
-    parser.add_argument("--draws", type=int, default=1, metavar="K", help="noise draws of the one-pass rows (1)")
+    parser.add_argument("--draws", type=int, metavar="K", help="noise draws of the one-pass rows (1)")
     parser.add_argument("--level", type=int, metavar="T", help="level of the bounds and the flow; chosen by default")
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
-    parser.add_argument("--flow-steps", type=int, default=40, metavar="N", help="Heun steps of the flow (40)")
-    parser.add_argument("--flow-probes", type=int, default=2, metavar="P", help="probes of its divergence, even (2)")
-    parser.add_argument("--particles", type=int, default=1024, metavar="N", help="for log Z (1024); a quarter as many "
+    parser.add_argument("--flow-steps", type=int, metavar="N", help="Heun steps of the flow (40)")
+    parser.add_argument("--flow-probes", type=int, metavar="P", help="probes of its divergence, even (2)")
+    parser.add_argument("--particles", type=int, metavar="N", help="for log Z (1024); a quarter as many "
                         "draws of the flow for its second estimate")  # fmt: skip
-    parser.add_argument("--moves", type=int, default=1, metavar="M", help="Langevin steps of the particles at each "
+    parser.add_argument("--moves", type=int, metavar="M", help="Langevin steps of the particles at each "
                         "level (1): more cost as many evaluations, and find density that the sampler does not "
                         "propose")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
     add_device(parser)
@@ -55,7 +55,9 @@ def run_nll(options: argparse.Namespace) -> int:
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.evaluation import labels_for
 
-    scoring = Scoring(options.level, options.draws, options.seed, options.flow_steps, options.flow_probes)
+    chosen = {"level": options.level, "draws": options.draws, "seed": options.seed, "steps": options.flow_steps,
+              "probes": options.flow_probes}  # fmt: skip
+    scoring, log_z = Scoring(**_given(chosen)), _given({"particles": options.particles, "moves": options.moves})
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
@@ -74,11 +76,10 @@ def run_nll(options: argparse.Namespace) -> int:
             y,
             scoring,
             methods,
-            options.particles,
-            options.moves,
-            source.name,
-            options.split,
+            name=source.name,
+            split=options.split,
             progress=main and not options.quiet,
+            **log_z,
         )
     if not main:
         return 0
@@ -108,6 +109,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
             print(f"{name:10} {value:.4f}")
     write_numbers(options.json, {"data": {"name": source.name, "split": options.split}} | values)
     return 0
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not None: the defaults of the others are where they are used."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _source(options: argparse.Namespace, info: ModelInfo, model: Denoiser, labelled: bool) -> DataSource:

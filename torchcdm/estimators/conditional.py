@@ -18,7 +18,7 @@ from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
 from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
-from torchcdm.likelihood.scoring import require_count
+from torchcdm.models.inputs import check_count
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
@@ -135,7 +135,7 @@ class CDMConditional(TableEstimator):
             float64 (n, p) for one observation, (M, n, p) for several.
         """
         check_is_fitted(self)
-        require_count("n", n)
+        check_count("n", n, 1, 10**6)
         one = np.ndim(x) == 1 and len(self.x_columns_.names) > 1 or np.ndim(x) == 0
         x = self._observations(x)
         context = np.repeat(self._context(x), n, axis=0)

@@ -19,7 +19,7 @@ from torchcdm.estimators.normalizing import importance_normalizer
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
 from torchcdm.likelihood import LogZ
-from torchcdm.likelihood.scoring import require_count
+from torchcdm.models.inputs import check_count
 
 if TYPE_CHECKING:
     import torch
@@ -200,5 +200,5 @@ class CDMDensity(DensityMixin, TableDensity):
             float64 (n_samples, columns).
         """
         check_is_fitted(self)
-        require_count("n_samples", n_samples)
+        check_count("n_samples", n_samples, 1, 10**6)
         return self.columns_.restore(self._draws(n_samples, random_state))

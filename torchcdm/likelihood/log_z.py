@@ -24,9 +24,10 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import CALIBRATION_SAMPLES, ReverseChain
 from torchcdm.likelihood.flow import FlowSolver
 from torchcdm.likelihood.noise import dithered
-from torchcdm.likelihood.scoring import Scoring, as_data, as_labels, require_count, require_transform
+from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.inputs import as_labels, check_count
 from torchcdm.random import stream
 from torchcdm.runtime.batching import labels_of
 from torchcdm.runtime.processes import alone
@@ -150,7 +151,7 @@ def log_normalizer(
     level = scoring.level_of(model, 1, schedule.T)
     require_population(model, particles, moves, islands)
     size = particles // islands
-    labels = _labels(model, y, islands * size)
+    labels = as_labels(y, model, islands * size, one_for_all=True)
     if method == "flow":
         solver = FlowSolver(model, replace(scoring, probes=max(FLOW_PROBES, scoring.probes)))
         drawn, log_q = solver.sample(islands * size, labels)
@@ -160,7 +161,7 @@ def log_normalizer(
         name = f"importance sampling from the probability flow, {islands * size} draws"
     else:
         if chain is None:
-            chain = _measured_chain(model, x, labels, scoring)
+            chain = _measured_chain(model, x, y, scoring)
         # Particles depend on each other: were there differences in rounding between processes, resampling would turn
         # them into other particles.
         with alone():
@@ -223,8 +224,8 @@ def log_normalizer_above(
     model, generator = require_density(model, "log Z"), stream(scoring.seed, "rise")
     level = scoring.level_of(model, 1, model.schedule.T)
     x_s = x_t.to(model.schedule.alpha.device).double()
-    labels = _labels(model, y, len(x_s))
-    chain = _measured_chain(model, None, labels, scoring) if chain is None else chain
+    labels = as_labels(y, model, len(x_s), one_for_all=True)
+    chain = _measured_chain(model, None, y, scoring) if chain is None else chain
     log_w, _ = _evaluate(model, x_s, level, labels, scoring)
     for x_above, log_ratio in chain.rise(x_s, level, generator, labels):
         log_w, x_s = log_w + log_ratio, x_above
@@ -234,27 +235,19 @@ def log_normalizer_above(
 
 def require_population(model: Denoiser, particles: int, moves: int, islands: int = ISLANDS) -> None:
     """Refuses numbers of particles, moves and islands that cannot be or do not fit into memory."""
-    require_count("islands", islands, 2)
-    require_count("moves", moves, 0)
-    require_count("particles", particles, 2 * islands, LARGEST_POPULATION // math.prod(model.shape or (1,)))
+    check_count("islands", islands, 2)
+    check_count("moves", moves, 0, LARGEST_COUNT)
+    check_count("particles", particles, 2 * islands, LARGEST_POPULATION // math.prod(model.shape or (1,)))
 
 
-def _labels(model: DensityModel, y: int | None, n: int) -> Tensor | None:
-    """The same class for ``n`` samples."""
-    labels = as_labels(model, None if y is None else [y], 1)
-    return None if labels is None else labels.to(model.schedule.alpha.device).expand(n)
-
-
-def _measured_chain(
-    model: DensityModel, x: Tensor | None, labels: Tensor | None, scoring: Scoring
-) -> ReverseChain:
+def _measured_chain(model: DensityModel, x: Tensor | None, y: int | None, scoring: Scoring) -> ReverseChain:
     """Variances measured on data, or on samples of the model."""
     if x is None:
-        return ReverseChain.calibrated(model, labels, scoring)
-    (x, _), transform = as_data(model, x, None), require_transform(model)
-    rows = slice(0, min(len(x), CALIBRATION_SAMPLES))
-    x_0 = transform(dithered(transform, x, rows, scoring.seed).to(model.schedule.alpha.device))
-    return ReverseChain.calibrated(model, None if labels is None else labels[:1].expand(len(x_0)), scoring, x_0=x_0)
+        return ReverseChain.calibrated(model, as_labels(y, model, 1, one_for_all=True), scoring)
+    x = as_data(model, x, None)[0][:CALIBRATION_SAMPLES]
+    x_0 = dithered(require_transform(model), x, slice(0, len(x)), scoring.seed).to(model.schedule.alpha.device)
+    labels = as_labels(y, model, len(x), one_for_all=True)
+    return ReverseChain.calibrated(model, labels, scoring, x_0=model.transform(x_0))
 
 
 def _evaluate(

@@ -15,10 +15,11 @@ from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import LogZ, log_z_estimates, require_population
 from torchcdm.likelihood.one_pass import combine, published_convention, single_draws
-from torchcdm.likelihood.scoring import Scoring, as_data, require_count, require_transform
+from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.likelihood.summary import ROWS, NLLGap, NLLReport, Row
 from torchcdm.likelihood.verdict import judge
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.inputs import check_count
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood, standard_error
 
@@ -87,7 +88,7 @@ def report(
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     if limit is not None:
-        require_count("limit", limit)
+        check_count("limit", limit)
     x, y = as_data(model, x, y)
     x, y = x[:limit], None if y is None else y[:limit]
     table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))

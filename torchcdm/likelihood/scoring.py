@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
+from torchcdm.models.inputs import as_labels, as_numbers, check_count
 from torchcdm.runtime.batching import Rows, map_rows
 from torchcdm.units import DataTransform, GaussianizedTransform
 
@@ -53,10 +53,11 @@ class Scoring:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"draws": 1, "steps": 1, "probes": 2} | ({} if self.level is None else {"level": 0})
-        for name, low in (least | ({} if self.batch_size is None else {"batch_size": 1})).items():
-            object.__setattr__(self, name, require_count(name, getattr(self, name), low))
-        object.__setattr__(self, "seed", require_count("seed", self.seed, -(2**63), 2**63 - 1))
+        for name, low in {"level": 0, "draws": 1, "steps": 1, "probes": 2, "batch_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("level", "batch_size"):
+                object.__setattr__(self, name, check_count(name, value, low, LARGEST_COUNT))
+        object.__setattr__(self, "seed", check_count("seed", self.seed, -(2**63), 2**63 - 1))
         if self.probes % 2:
             raise UserError(f"probes is {self.probes}; give an even number, so that two halves can be compared")
 
@@ -79,13 +80,6 @@ class Scoring:
             )
 
 
-def require_count(name: str, value: Any, least: int = 1, most: int = LARGEST_COUNT) -> int:
-    """``value`` as an int; refuses what is no whole number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
-        raise UserError(f"{name} is {value}; give a whole number from {least} to {most}")
-    return int(value)
-
-
 def require_transform(model: Denoiser) -> DataTransform:
     """The model's data transform.
 
@@ -97,38 +91,17 @@ def require_transform(model: Denoiser) -> DataTransform:
     return model.transform
 
 
-def as_data(model: Denoiser, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Samples and classes as tensors that the model can score.
+def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
+    """Samples (N, *shape), where they were, and labels as tensors that the model can score.
 
     Raises:
-        UserError: No transform; samples that are empty, of another shape, not finite or no real numbers.
+        UserError: No transform; samples that are empty, of another shape, not finite or no real numbers; other labels.
     """
-    transform, x = require_transform(model), torch.as_tensor(x)
-    if x.ndim == 0 or tuple(x.shape[1:]) != transform.shape:
-        raise UserError(f"data have shape {tuple(x.shape)}; the model takes samples of shape {transform.shape}")
-    if len(x) == 0:
-        raise UserError("there is nothing to score: the data are empty")
-    if x.is_complex() or not bool(x.isfinite().all()):
-        raise UserError("the data hold values that are NaN, infinite or complex; leave these samples out")
-    return x, as_labels(model, y, len(x))
-
-
-def as_labels(model: Denoiser, y: Any, n: int) -> Tensor | None:
-    """Classes, long (n,), or contexts (n, context), of ``n`` samples.
-
-    Raises:
-        UserError: The model takes none, or others.
-    """
-    if y is None:
-        return None
-    if not model.conditional:
-        raise UserError("y is given, but the model was trained without classes")
-    y, shape = torch.as_tensor(y), (n,) if model.context is None else (n, model.context)
-    if tuple(y.shape) != shape:
-        raise UserError(f"y has shape {tuple(y.shape)}; it must be {shape}")
-    if model.context is None and (y.is_floating_point() or y.min() < 0 or y.max() >= model.classes):
-        raise UserError(f"y holds values that are no classes; the model has 0 ... {model.classes - 1}")
-    return y
+    transform = require_transform(model)
+    x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+    if tuple(x.shape[1:]) != transform.shape:
+        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {transform.shape}")
+    return x, as_labels(y, model, len(x))
 
 
 def scoring_level(model: Denoiser) -> int:

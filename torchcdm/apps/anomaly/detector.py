@@ -15,8 +15,8 @@ from torch import Tensor
 from torchcdm.apps.anomaly.profile import as_numbers, as_samples
 from torchcdm.apps.anomaly.scores import AnomalyScore, make_score
 from torchcdm.errors import UserError
-from torchcdm.likelihood.scoring import require_count
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.inputs import check_count
 from torchcdm.runtime.artefact import Saved, checked_content, damaged, read_artefact, write_artefact
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
@@ -59,7 +59,7 @@ class AnomalyDetector:
         """
         if not isinstance(score, AnomalyScore):
             raise UserError(f"score is {score!r}; give one that make_score made")
-        require_count("seed", seed, 0, 2**63 - 1)
+        check_count("seed", seed, 0, 2**63 - 1)
         reference = as_samples(score.model, reference, "the reference", 2)
         order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
         half = len(reference) // 2
