@@ -22,6 +22,7 @@ from torchcdm.errors import UserError
 from torchcdm.estimators import CDMDensity, CDMOutlierDetector
 from torchcdm.estimators import base as estimators_base
 from torchcdm.estimators.columns import Columns
+from torchcdm.runtime.artefact import write_artefact
 
 TINY = {
     "steps": 3, "width": 8, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
@@ -248,6 +249,14 @@ def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
     wrong = CDMDensity if kind is CDMOutlierDetector else CDMOutlierDetector
     with pytest.raises(UserError, match=f"holds a {kind.__name__}; load it with that class"):
         wrong.load(tmp_path / "saved")
+    write_artefact(tmp_path / "run" / "config.json", "run", {}, {"model.safetensors": {}})
+    with pytest.raises(UserError, match="holds a run, which estimator files would replace"):
+        fitted.save(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("mine")
+    with pytest.raises(UserError, match="holds config.json, which no run wrote"):
+        fitted.save(tmp_path / "mine")
+    fitted.save(tmp_path / "saved")  # in place of itself
     (tmp_path / "saved" / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged, not JSON"):
         kind.load(tmp_path / "saved")

@@ -215,7 +215,7 @@ def _check_replaced(path: Path, kind: str) -> None:
         found = re.match(rb'{\s*"format": \d+,\s*"kind": "([^"]+)"', head)
         if found is None or found[1] != kind.encode():
             what = "was written by something else" if found is None else f"holds a {found[1].decode(errors='replace')}"
-            raise UserError(f"{path}: {what}, which a {kind} would replace; choose another place, or remove it")
+            raise UserError(f"{path}: {what}, which {kind} files would replace; choose another place, or remove it")
 
 
 def settle(path: Path) -> None:
