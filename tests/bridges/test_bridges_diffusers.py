@@ -10,7 +10,7 @@ from oracles import rng
 from safetensors.torch import load_file, save_file
 
 import torchcdm
-from torchcdm.bridges.diffusers import convert_unet, load_diffusers
+from torchcdm.bridges.diffusers import UNetOptions, convert_unet, load_diffusers
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring
 
@@ -95,7 +95,7 @@ def test_files_with_the_old_names_of_attention(saved, tmp_path):
         ({"down_block_types": ["DownBlock2D"] * 4}, "not those of a DDPM"),
         ({"out_channels": 6}, "as many channels out as in"),
         ({"block_out_channels": [8, 16, 16, 32]}, "the weights are not those of the configuration"),
-        ({"sample_size": None}, "the configuration has no sample_size"),
+        ({"sample_size": None}, "sample_size is missing"),
     ],
 )
 def test_other_architectures_are_refused(saved, change, message):
@@ -104,6 +104,22 @@ def test_other_architectures_are_refused(saved, change, message):
     with pytest.raises(UserError, match=message) as caught:
         convert_unet(config, load_file(folder / "diffusion_pytorch_model.safetensors"))
     assert "\n" not in str(caught.value)
+
+
+ODD = (None, True, -1, 0, 1e30, float("nan"), "x", [], [[]], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("name", [*UNetOptions.__dataclass_fields__, "beta_start", "beta_end", "freq_shift"])
+def test_options_of_another_type_are_one_line(saved, tmp_path, name):
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / ("scheduler_config.json" if "beta" in name else "config.json")
+    content = json.loads(file.read_text())
+    for value in ODD:
+        file.write_text(json.dumps(content | {name: value}))
+        try:
+            load_diffusers(tmp_path)  # a dropout of 0, a default in place of None
+        except UserError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
 
 
 def test_missing_and_foreign_files_are_named(saved, tmp_path):

@@ -67,8 +67,15 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path):
     weights = write_checkpoint(tmp_path / "model.pt")
     del weights["mid.attn_1.q.bias"]
     torch.save({"ema_model_state_dict": weights}, tmp_path / "partial.pt")
+    good = write_checkpoint(tmp_path / "model.pt")
+    torch.save({"ema_model_state_dict": {3: torch.zeros(2)}}, tmp_path / "numbers.pt")
+    torch.save({"ema_model_state_dict": good | {"conv_in.weight": torch.zeros(())}}, tmp_path / "scalar.pt")
+    torch.save({"ema_model_state_dict": {"up.\u00b2.upsample.conv.weight": torch.zeros(2)}}, tmp_path / "digit.pt")
     reasons = {
         "absent.pt": "no such file",
+        "numbers.pt": "no weights",
+        "scalar.pt": r"conv_in.weight has shape \(\)",
+        "digit.pt": "is no weight of the published network",
         "text.pt": "cannot read",
         "other.pt": "ema_model_state_dict",
         "empty.pt": "missing",

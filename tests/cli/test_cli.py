@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,18 +73,28 @@ def refuse(capsys, *words):
         (["train", "digits", "--out", "R", "--train.stesp", "5"], "unknown field 'train.stesp'; did you mean 'steps'"),
         (["train", "digits", "--out", "R", "--stesp", "5"], "unknown argument '--stesp'; did you mean 'steps'"),
         (["train", "digits", "--out", "R", "--train.steps"], "--train.steps needs a value"),
-        (["train", "--out", "R", "--train.lr", ".nan", "digits"], "lr is nan; it must be positive"),
-        (["train", "--train.betas", "[2, 3]", "digits", "--out", "R"], "two numbers of at least 0 and below 1"),
-        (["train", "digits", "--out", "R", "--train.grad_clip", "-1"], "grad_clip is -1; it must be positive"),
-        (["train", "digits", "--out", "R", "--train.warmup", "-5"], "warmup is -5; it must not be negative"),
+        (["train", "--out", "R", "--train.lr", ".nan", "digits"], "train.lr is nan; a finite number is needed"),
+        (["train", "--train.betas", "[2, 3]", "digits", "--out", "R"], "train.betas[0] is 2; it must be below 1"),
+        (["train", "digits", "--out", "R", "--train.grad_clip", "-1"], "grad_clip is -1; it must be above 0"),
+        (["train", "digits", "--out", "R", "--train.warmup", "-5"], "warmup is -5; it must be at least 0"),
         (["train", "digits", "--out", "R", "--train.patience", "0"], "patience is 0; it must be at least 1"),
         (["train", "digits", "--out", "R", "--sampling.n", "-3"], "n is -3"),
         (["train", "digits", "--out", "R", "--sampling.sampler", "foo"], "unknown sampler 'foo'"),
         (["train", "digits", "--out", "R", "--report.methods", "[foo]"], "unknown likelihood method 'foo'"),
-        (["train", "digits", "--out", "R", "--report.particles", "127"], "particles is 127; at least 128"),
+        (["train", "digits", "--out", "R", "--report.particles", "127"], "particles is 127; it must be at least 128"),
         (["train", "digits", "--out", "R", "--report.draws", "0"], "draws is 0; it must be at least 1"),
         (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
         (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),
+        (["train", "encoder", "--out", "R", "--data", "folder:My photos #1"], "My photos #1"),
+        (["train", "encoder", "--out", "R", "--data", "folder:a: b"], "a: b"),
+        (["train", "encoder", "--out", "R", "--data", "null"], "null"),
+        (["train", "digits", "--out", "R", "--label", "1"], "label '1' names a column"),
+        (["train", "digits", "--out", "R", "--init", "no #1"], "no #1"),
+        (["train", "digits", "--out", "R", "--seed", "-1"], "train.seed is -1; it must be at least 0"),
+        (["train", "digits", "--out", "R", "--model.schedule.T", "100000000000"], "it must be at most 100000"),
+        (["train", "digits", "--out", "R", "--model.backbone.width", "-3"], "model.backbone.width is -3; it must be"),
+        (["train", "digits", "--out", "R", "--model.backbone.dropout", ".nan"], "dropout is nan; a finite number"),
+        (["train", "digits", "--out", "R", "--train.steps.x", "3"], "train.steps is {'x': '3'}; a whole number"),
         (["train", "digits", "--out", "R", "--size", "8by8"], "write height x width"),
         (["train", "digits", "--out", "R", "--size", "7x7"], "halve"),
         (["train", "digits", "--out", "R", "--data", "digit"], "did you mean 'digits'"),
@@ -96,6 +108,7 @@ def refuse(capsys, *words):
         (["convert", "none.pt", "R", "--preset", "digits"], "the published networks have model.backbone unet"),
         (["convert", "none.pt", "R", "--preset", "cifar10-conditional"], "--classes is needed"),
         (["convert", "none.pt", "R", "--preset", "cifar10", "--shape", "32"], "write channels x height x width"),
+        (["convert", "none.pt", "R", "--preset", "cifar10", "--shape", "3x\u00b2x32"], "write channels x height"),
     ],
 )
 def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
@@ -175,6 +188,21 @@ def test_a_process_exits_with_two(tmp_path):
         [sys.executable, "-c", code, "train", "digts", "--out", str(tmp_path)], capture_output=True, text=True
     )
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_is_full_and_a_rank_that_is_not_the_first():
+    def run(*words, **options):
+        command = [sys.executable, "-m", "torchcdm", *words]
+        return subprocess.run(command, stderr=subprocess.PIPE, text=True, **options)
+
+    with open("/dev/full", "w") as full:
+        result = run("presets", stdout=full)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "No space left" in result.stderr
+    result = run("info", "nowhere", env=os.environ | {"RANK": "1"})
+    assert (result.returncode, result.stderr) == (2, "")
+    result = run("calibrate", "--help", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and "--rounds" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "presets", "sample", "nll", "evaluate", "denoise", "info", "convert"])

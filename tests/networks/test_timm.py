@@ -1,13 +1,22 @@
 """timm classifiers: which are refused and why, smoothness of those that are not, and a missing timm."""
 
+import json
+import socket
 import sys
 
 import pytest
 import torch
+from small_runs import small_config
 from torch import nn
 
 from torchcdm.errors import UserError
 from torchcdm.networks.timm_adapter import TimmBackbone, unfit_operations
+from torchcdm.runtime.validation import read_as
+from torchcdm.training.build import build_model
+from torchcdm.training.checkpoint import load
+from torchcdm.training.loop import train
+from torchcdm.training.settings import ModelConfig
+from torchcdm.units import DataTransform
 
 SMALL_VIT = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -83,6 +92,47 @@ def test_a_missing_timm_is_told_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install 'torchcdm\\[vision\\]'"):
         TimmBackbone(1, 8, levels=7)
+
+
+@pytest.mark.parametrize("options", [
+    {"checkpoint_path": "evil.pt"}, {"pretrained": True}, {"pretrained_cfg": {"url": "http://x"}}, {"cache_dir": "x"},
+    {"pretrained_cfg_overlay": {"file": "evil.pt"}}, {"in_chans": 1}, {"act_layer": "../evil"}, {"depth": {"a": 1}},
+])  # fmt: skip
+def test_options_that_name_files_or_hubs_are_refused_before_timm_is_called(monkeypatch, options):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="no option that timm's models take here|numbers and plain names"):
+        TimmBackbone(1, 8, 7, options=options)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/model", "hf_hub:someone/model", "local-dir:/tmp/model", "../model"])
+def test_no_model_comes_from_a_hub_or_a_folder(monkeypatch, name):
+    pytest.importorskip("timm")
+
+    def connect(*_, **__):
+        raise AssertionError("the network is cut")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    with pytest.raises(UserError, match="timm has no model"):
+        TimmBackbone(1, 8, 7, name)
+    assert TimmBackbone(1, 8, 7, options=SMALL_VIT).features(torch.zeros(1, 1, 8, 8)).shape == (1, 24)
+
+
+def test_a_strangers_run_calls_nothing(tmp_path, monkeypatch):
+    run, evil = tmp_path / "run", tmp_path / "evil.pt"
+    train(small_config(train__steps="2"), run, progress=False, device="cpu")
+    path = run / "config.json"
+    content = json.loads(path.read_text())
+    options = {"checkpoint_path": str(evil)}
+    content["model"]["backbone"] = {"name": "timm", "model": "vit_tiny_patch16_224", "options": options}
+    content["sha256"] = "0"
+    path.write_text(json.dumps(content))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="config.json"):
+        load(run)
+    info = read_as(ModelConfig, content["model"])
+    with pytest.raises(UserError, match="'checkpoint_path' is no option"):
+        build_model(info, DataTransform.identity((1, 8, 8)))
 
 
 def test_labels_need_joint():

@@ -22,6 +22,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.networks.blocks import time_embedding
 from torchcdm.networks.unet import DDMUNet
+from torchcdm.runtime.validation import Rate, Width, WidthPair, Widths, read_as, shown, validated
 from torchcdm.units import DataTransform
 
 WEIGHTS, NETWORK, SCHEDULER = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"
@@ -62,6 +63,33 @@ LEAVES = {"time_emb_proj": "project", "conv_shortcut": "shortcut", "group_norm":
 """Parts of blocks whose names differ; ``proj_attn`` is that of old files."""
 
 
+@validated
+class UNetOptions:
+    """Options of a ``UNet2DModel`` that become arguments of :class:`DDMUNet`; those with a default may be left out.
+
+    Attributes:
+        sample_size: Side, or (height, width).
+        in_channels: Channels of the images.
+        out_channels: Channels of the estimate.
+        block_out_channels: Channels at each resolution.
+        down_block_types: Names of the blocks on the way down.
+        up_block_types: Names of the blocks on the way up.
+        layers_per_block: Residual blocks at each resolution.
+        dropout: Rate inside the residual blocks.
+        norm_num_groups: Groups of the normalisation.
+    """
+
+    sample_size: Width | WidthPair
+    in_channels: Width
+    out_channels: Width
+    block_out_channels: Widths
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    layers_per_block: Width
+    dropout: Rate = 0.0
+    norm_num_groups: Width = 32
+
+
 def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
     """A DDPM of diffusers as a denoiser on 8-bit images, in eval mode on the CPU.
 
@@ -84,13 +112,13 @@ def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
     scheduler = _read_json(timing) if timing.exists() else {}
     try:
         _check(scheduler, FIXED_SCHEDULER)
+        schedule = LinearSchedule(1000, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
     except UserError as error:
         raise UserError(f"{timing}: {error}") from None
     try:
         backbone = convert_unet(config, state)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    schedule = LinearSchedule(1000, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
     transform = DataTransform.images((backbone.unet.in_channels, *backbone.unet.size), dequantize=False)
     return DenoisingDiffusion(backbone, schedule, transform).eval()
 
@@ -106,21 +134,19 @@ def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DDMU
         UserError: An option that :class:`DDMUNet` does not have, or weights that are not those of the configuration.
     """
     _check(config, FIXED)
-    for key in ("sample_size", "in_channels", "out_channels", "block_out_channels", "down_block_types",
-                "up_block_types", "layers_per_block"):  # fmt: skip
-        if config.get(key) is None:
-            raise UserError(f"the configuration has no {key}")
-    size, widths, down = config["sample_size"], config["block_out_channels"], config["down_block_types"]
+    names = UNetOptions.__dataclass_fields__
+    options = read_as(UNetOptions, {key: config[key] for key in names if config.get(key) is not None})
+    size, widths, down = options.sample_size, options.block_out_channels, options.down_block_types
     height, width = (size, size) if isinstance(size, int) else size
     channels = widths[0]
-    if config["in_channels"] != config["out_channels"] or any(other % channels for other in widths):
+    if options.in_channels != options.out_channels or any(other % channels for other in widths):
         raise UserError("a network of as many channels out as in, whose widths are multiples of the first, is needed")
-    if any(kind not in DOWN for kind in down) or [DOWN[kind] for kind in reversed(down)] != config["up_block_types"]:
-        raise UserError(f"blocks {', '.join(down)} with {', '.join(config['up_block_types'])} are not those of a DDPM")
+    if len(down) != len(widths) or tuple(DOWN.get(kind) for kind in reversed(down)) != options.up_block_types:
+        raise UserError(f"blocks {', '.join(down)} with {', '.join(options.up_block_types)} are not those of a DDPM")
     network = DDMUNet(
-        config["in_channels"], (height, width), channels, [other // channels for other in widths],
-        config["layers_per_block"], [max(height, width) >> i for i, kind in enumerate(down) if "Attn" in kind],
-        config.get("dropout", 0.0), groups=config.get("norm_num_groups", 32),
+        options.in_channels, (height, width), channels, [other // channels for other in widths],
+        options.layers_per_block, [max(height, width) >> i for i, kind in enumerate(down) if "Attn" in kind],
+        options.dropout, groups=options.norm_num_groups,
     )  # fmt: skip
     converted = {_rename(key): _as_convolution(key, value) for key, value in state.items()}
     try:
@@ -185,7 +211,7 @@ def _check(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]]) -> N
     """Refuses options that have no counterpart here."""
     for key, (needed, default) in fixed.items():
         if config.get(key, default) != needed:
-            raise UserError(f"{key} is {config.get(key, default)!r}; only {needed!r} has a counterpart here")
+            raise UserError(f"{key} is {shown(config.get(key, default))}; only {needed!r} has a counterpart here")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -193,7 +219,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path}: no configuration of diffusers")

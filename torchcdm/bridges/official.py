@@ -28,7 +28,7 @@ def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: A name that the published network does not have.
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    stages = 1 + max((int(m[1]) for m in (re.match(r"up\.(\d+)\.", key) for key in state) if m), default=0)
+    stages = 1 + max((int(m[1]) for m in (re.match(r"up\.(\d{1,3})\.", key) for key in state) if m), default=0)
     return {_rename(key, stages): value for key, value in state.items()}
 
 
@@ -54,7 +54,9 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
             "give a checkpoint saved by the published CDM code"
         ) from error
     averaged = content.get(EMA_KEY) if isinstance(content, Mapping) else None
-    if not isinstance(averaged, Mapping) or not all(isinstance(value, Tensor) for value in averaged.values()):
+    if not isinstance(averaged, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in averaged.items()
+    ):
         raise UserError(f"{path}: no weights '{EMA_KEY}' in it; give a checkpoint saved by the published CDM code")
     try:
         state = convert_state_dict(averaged)
@@ -99,26 +101,29 @@ def _rename(key: str, stages: int) -> str:
             return ".".join(["unet.middle", str(int(name[-1]) - 1), "block", *leaf])
         case "mid", ["attn_1", *leaf]:
             return ".".join(["unet.middle.0.attention", *leaf])
-        case ("down" | "up"), [i, ("block" | "attn") as kind, j, *leaf] if i.isdigit():
+        case ("down" | "up"), [i, ("block" | "attn") as kind, j, *leaf] if i.isdecimal():
             stage = i if head == "down" else stages - 1 - int(i)
             return ".".join([f"unet.{head}_stages.{stage}.{j}", {"attn": "attention"}.get(kind, kind), *leaf])
         case "down", [i, "downsample", "conv", leaf]:
             return f"unet.downs.{i}.conv.{leaf}"
-        case "up", [i, "upsample", "conv", leaf] if i.isdigit():
+        case "up", [i, "upsample", "conv", leaf] if i.isdecimal():
             return f"unet.ups.{stages - 1 - int(i)}.conv.{leaf}"
     raise UserError(f"'{key}' is no weight of the published network")
 
 
 def _architecture(state: Mapping[str, Tensor], size: int) -> dict[str, object]:
     """The options of :class:`CDMUNet` that show in its weights; ``size`` is the longer side of the images."""
-    for key in ("unet.conv_in.weight", "conv_out.weight", "head.linear.weight"):
+    for key, ndim in (("unet.conv_in.weight", 4), ("conv_out.weight", 4), ("head.linear.weight", 2)):
         if key not in state:
             raise UserError(f"the weight {key} is missing; only unconditional and label-conditional CDMs convert")
+        if state[key].ndim != ndim or 0 in state[key].shape:
+            raise UserError(f"the weight {key} has shape {tuple(state[key].shape)}; {ndim} positive sizes are needed")
+    state = {key: value for key, value in state.items() if value.ndim}
     channels, in_channels = state["unet.conv_in.weight"].shape[:2]
-    firsts = [re.fullmatch(r"unet\.down_stages\.(\d+)\.0\.block\.conv2\.weight", key) for key in state]
+    firsts = [re.fullmatch(r"unet\.down_stages\.(\d{1,3})\.0\.block\.conv2\.weight", key) for key in state]
     widths = {int(m[1]): len(state[m[0]]) for m in firsts if m}
     steps = [re.fullmatch(r"unet\.down_stages\.0\.(\d+)\.block\.conv2\.weight", key) for key in state]
-    attended = [re.match(r"unet\.down_stages\.(\d+)\.0\.attention\.", key) for key in state]
+    attended = [re.match(r"unet\.down_stages\.(\d{1,2})\.0\.attention\.", key) for key in state]
     return {
         "in_channels": in_channels,
         "channels": channels,

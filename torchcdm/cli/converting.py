@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,6 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.lower().split("x")
-    if len(sizes) != 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text.lower()):
         raise UserError(f"--shape {text}: write channels x height x width, such as 3x32x32")
-    return tuple(map(int, sizes))
+    return tuple(map(int, text.lower().split("x")))

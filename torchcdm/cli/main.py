@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -57,27 +59,43 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
         arguments: The words after the program's name; those of the process when None.
     """
     name = parser.prog
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
         commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
         for group in groups:
             group.add_commands(commands)
-        # The parser would take the values of flags that it does not know for arguments without a name.
-        words, fields = _without_fields(sys.argv[1:] if arguments is None else arguments)
-        options, rest = parser.parse_known_args(words)
-        options.rest = rest = fields + rest
-        if rest and not getattr(options, "takes_fields", False):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return options.run(options) or 0
+        return _run(parser, sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output, such as head, has seen enough.
-        sys.stderr.close()
-        return 0
+
+
+def _run(parser: Parser, words: Sequence[str]) -> int:
+    """One command; what it prints has left when it returns."""
+    try:
+        # The parser would take the values of flags that it does not know for arguments without a name.
+        words, fields = _without_fields(words)
+        options, rest = parser.parse_known_args(words)
+        options.rest = rest = fields + rest
+        if rest and not getattr(options, "takes_fields", False):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        # A reader such as head may have seen enough; files of our own are written elsewhere, with their names.
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What is left to print goes nowhere: Python would try again, and fail, at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:
+            return 0
+        raise UserError(f"the output cannot be written ({error.strerror})") from None
 
 
 def _without_fields(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device
@@ -116,7 +117,6 @@ def _configuration(options: argparse.Namespace) -> Config:
     from torchcdm.data import parse_size
     from torchcdm.training.build import plain_model
     from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
-
 
     layers = []
     if options.preset is not None:
