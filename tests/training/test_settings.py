@@ -1,7 +1,12 @@
 """Configuration: presets, precedence, strictness, and the objects that names become."""
 
+import inspect
 import math
+import runpy
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 
@@ -19,7 +24,7 @@ from torchcdm.training.config_files import (
     to_yaml,
 )
 from torchcdm.training.optimizers import learning_rate, share_done
-from torchcdm.training.settings import SCHEDULE_SETTINGS, Config, ModelConfig
+from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, Config, ModelConfig
 from torchcdm.units import DataTransform
 
 
@@ -213,3 +218,125 @@ def test_backbone_configs_name_arguments_that_exist():
         config = make_config({"model": {"backbone": name}}).model
         with torch.device("meta"):
             assert sum(p.numel() for p in build_backbone(config, (3, 32, 32), 202, None).parameters()) > 1e5
+
+
+def test_files_name_the_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text, message in {
+        "extends: digits\ntrain:\n  lr: 1e-3\n  steps: many\n": "line 4: train.steps is 'many'; a whole number",
+        "train:\n  stesp: 3\n": "line 2: unknown field 'train.stesp'; did you mean 'steps'",
+        "train: {steps: 3}\ntrain: {steps: 4}\n": "line 2: not valid YAML \\('train' is there twice",
+        "train: {1: 3}\n": "line 1: not valid YAML \\(the name of a field is no text",
+        "a: &x [*x]\n": "line 1: not valid YAML \\(tags and aliases are not read",
+        "a: !!python/object/apply:os.system [ls]\n": "tags and aliases are not read",
+        "extends: [digits]\n": "line 1: extends is no name of a preset",
+        "\nextends: mine\n": "line 2: extends is no name of a preset",
+        "[" * 3000: "not valid YAML",
+        "train: {steps: 0b_}\n": "not valid YAML",
+        "model:\n  class_gaussians: true\n": "line 1: model: class_gaussians needs gaussian, and labels joint",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"mine.yaml.*{message}") as caught:
+            make_config(file_fields(file))
+        assert "\n" not in str(caught.value)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="mine.yaml: not valid YAML"):
+        file_fields(file)
+    # What a flag sets instead is not the file's mistake.
+    file.write_text("train: {steps: many}\n")
+    with pytest.raises(UserError, match="^train.steps is 'few'"):
+        make_config(file_fields(file), flag_fields([("train.steps", "few")]))
+
+
+def test_texts_of_flags_are_literal():
+    for path in ("data.spec", "data.label", "train.init"):
+        for text in ("folder:My photos #1", "1", "null", "2020", "no", "a: b", "[1", "~", "", "1e4"):
+            config = make_config(flag_fields([(path, text)]))
+            section, field = path.split(".")
+            assert getattr(getattr(config, section), field) == text
+    config = make_config(flag_fields([("data.label", "1e4"), ("data.spec", "2020-01-01"), ("train.lr", "1e-4")]))
+    assert config.train.lr == 1e-4
+
+
+def test_texts_survive_yaml(tmp_path):
+    for text in ("1e4", "2020-01-01", "null", "a: b #c", "\u00e9\n\U0001f600", "", "0x1"):
+        config = make_config({"data": {"label": text}})
+        (tmp_path / "c.yaml").write_text(to_yaml(config), encoding="utf-8")
+        assert make_config(file_fields(tmp_path / "c.yaml")) == config
+
+
+def test_constructors_and_settings_have_one_default():
+    for name, (kind, _) in NETWORKS.items():
+        settings = BACKBONES[name]()
+        for key, parameter in inspect.signature(kind).parameters.items():
+            if key in BACKBONES[name].__dataclass_fields__:
+                assert getattr(settings, key) == parameter.default
+
+
+def test_the_reference_page_is_up_to_date():
+    write_settings = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "write_settings.py"))
+    assert write_settings["PAGE"].read_text(encoding="utf-8") == write_settings["page"]()
+
+
+# --- whatever comes in -----------------------------------------------------------------------------------------
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=3), st.dates(),
+    st.just(10**400), st.just("encoder"), st.just("log-snr"),
+)  # fmt: skip
+PATHS = [
+    f"{section}.{name}" for section in ("data", "model", "loss", "train", "sampling", "report")
+    for name in type(getattr(Config(), section)).__dataclass_fields__
+] + [f"model.backbone.{name}" for kind in BACKBONES.values() for name in kind.__dataclass_fields__]  # fmt: skip
+NAMES = st.one_of(st.sampled_from(sorted({part for path in PATHS for part in path.split(".")})), LEAVES)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=8
+)
+fuzzed = hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def ends_well(*layers):
+    try:
+        config = make_config(*layers)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+    else:
+        assert isinstance(config, Config)
+
+
+@fuzzed
+@hypothesis.given(st.sampled_from(PATHS), VALUES)
+def test_any_value_of_any_field_is_taken_or_refused_in_a_line(path, value):
+    layer = value
+    for part in reversed(path.split(".")):
+        layer = {part: layer}
+    ends_well(layer)
+
+
+@fuzzed
+@hypothesis.given(st.dictionaries(NAMES, VALUES, max_size=3))
+def test_any_nested_fields_are_taken_or_refused_in_a_line(fields):
+    ends_well(fields)
+
+
+@fuzzed
+@hypothesis.given(st.lists(st.tuples(st.sampled_from([*PATHS, "a.b.c", "train"]), st.text()), max_size=3))
+def test_any_text_of_a_flag_is_taken_or_refused_in_a_line(flags):
+    try:
+        fields = flag_fields(flags)
+    except UserError:
+        return
+    ends_well(fields)
+
+
+@fuzzed
+@hypothesis.given(st.text(alphabet=st.sampled_from("abtrain:stepodl[]{}&*!#-\n '\"|>%@,?01.e\t"), max_size=60))
+def test_any_file_is_taken_or_refused_in_a_line(tmp_path_factory, text):
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(text)
+    try:
+        fields = file_fields(file)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    ends_well(fields)

@@ -111,7 +111,6 @@ def run_presets(options: argparse.Namespace) -> int:
 
 def _configuration(options: argparse.Namespace) -> Config:
     """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
-    from dataclasses import replace
     from pathlib import Path
 
     from torchcdm.data import parse_size

@@ -153,7 +153,7 @@ class TrainConfig:
     warmup: CountOrZero = 100
     decay: Literal["cosine", "constant", "step"] = "cosine"
     decay_every: Count = 200_000
-    decay_factor: Annotated[Positive, Share] = 0.1
+    decay_factor: Annotated[Positive, Le(1)] = 0.1
     grad_clip: Positive | None = 1.0
     ema_decay: Rate = 0.999
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -1,0 +1,76 @@
+"""Writes docs/reference/settings.md from the settings' types, ranges and descriptions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from torchcdm.runtime.validation import argument_texts
+from torchcdm.training.settings import BACKBONES, SCHEDULE_SETTINGS, Config
+
+PAGE = Path(__file__).parent / "reference" / "settings.md"
+
+HEAD = """\
+# Settings
+
+What a preset, a YAML file (`cdm train --config FILE.yaml`) and flags (`--section.field VALUE`) may set. A file may
+begin with `extends: PRESET`. `RUN/config.yaml` holds the settings of a run. `docs/write_settings.py` writes this page.
+"""
+
+WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "anything"}
+
+
+def type_text(annotation: Any) -> str:
+    """An annotation in words, such as ``whole number or null``."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{part}`" for part in parts)
+    if origin is tuple:
+        return f"list, each {type_text(parts[0])}"
+    if origin is dict:
+        return "fields"
+    if hasattr(annotation, "__metadata__"):
+        return " ".join(filter(None, [type_text(parts[0]), range_text(annotation.__metadata__)]))
+    return WORDS[annotation] if annotation in WORDS else " or ".join(map(type_text, parts))
+
+
+def range_text(metadata: Any) -> str:
+    """Bounds in words, such as ``≥ 1``."""
+    signs = {"ge": "≥", "gt": ">", "lt": "<", "le": "≤"}
+    bounds = [(sign, getattr(mark, key)) for mark in metadata for key, sign in signs.items() if hasattr(mark, key)]
+    return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound < 10**9)
+
+
+def table(kind: Any, path: str) -> Iterator[str]:
+    """The fields of a section, a row each."""
+    what = re.sub(r"^:class:`(.*)`$", r"Arguments of `\1`.", kind.__doc__.strip().splitlines()[0])
+    yield f"\n## {path}\n\n{what}\n\n| field | value | default | meaning |\n|---|---|---|---|\n".replace("``", "`")
+    texts = argument_texts(kind)
+    for name, field in kind.__pydantic_fields__.items():
+        if hasattr(field.default, "__pydantic_fields__"):
+            continue
+        kinds = " ".join(filter(None, [type_text(field.annotation), range_text(field.metadata)]))
+        default = "null" if field.default is None else str(field.default).lower()
+        meaning = field.description or texts.get(name) or "Which of the kinds it is."
+        meaning = re.sub(r":\w+:`", "`", meaning).replace("``", "`").replace("None", "null")
+        default = list(field.default) if isinstance(field.default, tuple) else default
+        yield f"| `{name}` | {kinds} | `{default}` | {meaning} |\n"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD, *table(Config, "the top")]
+    for section in ("data", "model", "loss", "train", "sampling", "report"):
+        parts += table(type(getattr(Config(), section)), section)
+        if section == "model":
+            for name, kind in BACKBONES.items():
+                parts += table(kind, f"model.backbone: {name}")
+            for name, kind in SCHEDULE_SETTINGS.items():
+                parts += table(kind, f"model.schedule: {name}")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
