@@ -34,8 +34,8 @@ def test_from_data_to_noise_and_monotone(name, levels):
     assert (alpha[0], sigma[0], alpha[-1], sigma[-1]) == (1, 0, 0, 1)
     assert (alpha.diff() < 0).all()
     assert (sigma.diff() > 0).all()
-    assert (schedule.log_snr.diff() < 0).all()
-    assert schedule.log_snr[0] == math.inf and schedule.log_snr[-1] == -math.inf
+    assert (schedule.ratio.diff() > 0).all()
+    assert schedule.ratio[0] == 0 and schedule.ratio[-1] == math.inf
 
 
 @every_schedule

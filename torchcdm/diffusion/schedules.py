@@ -70,11 +70,6 @@ class NoiseSchedule(Float64Module, ABC):
         """Noise-to-signal ratio r_t = sigma_t / alpha_t, shape (T+2,); infinite at level T+1."""
         return self.sigma / self.alpha
 
-    @property
-    def log_snr(self) -> Tensor:
-        """log(alpha_t² / sigma_t²), shape (T+2,); +inf at level 0 and -inf at level T+1."""
-        return 2 * (self.alpha.log() - self.sigma.log())
-
     def at(self, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in the dtype of ``x``, shaped to multiply it.
 
