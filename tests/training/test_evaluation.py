@@ -64,7 +64,7 @@ def test_copies_have_noise_of_their_own_and_are_spread_over_their_cells():
     first, second, _ = eps.chunk(3)
     assert float(eps.std()) == pytest.approx(1, abs=0.03) and abs(float((first * second).mean())) < 0.1
     inner = (t > 0) & (t <= SCHEDULE.T)
-    alpha, sigma = SCHEDULE.at(t[inner], eps)
+    alpha, sigma = SCHEDULE.at(t[inner], eps[inner])
     x_0 = (joined(batches, "x_t")[inner] - sigma * eps[inner]) / alpha
     off = model.transform.inverse(x_0) - x[rows[inner]]
     assert float(off.abs().max()) <= 0.5 + 1e-6 and float(off.std()) == pytest.approx(12**-0.5, rel=0.05)

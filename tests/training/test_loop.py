@@ -430,7 +430,7 @@ def test_patience_stops(tmp_path):
 
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match="no data: .*--data"):
-        run_training(tmp_path / "run", data__spec="null")
+        train(small_config("encoder"), tmp_path / "run", device="cpu", progress=False)
     with pytest.raises(UserError, match="device 'cuda:7' cannot be used: ") as caught:
         train(small_config(), tmp_path / "run", device="cuda:7", progress=False)
     assert "\n" not in str(caught.value)

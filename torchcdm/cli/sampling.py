@@ -43,9 +43,10 @@ def add_commands(commands: Any) -> None:
 
 def run_sample(options: argparse.Namespace) -> int:
     """Samples to files, with a manifest."""
+    from torchcdm.data import save_array, save_images
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
-    from torchcdm.training.samples import draw, save_all, save_each, save_manifest, save_sheet
+    from torchcdm.training.samples import draw, save_manifest, save_sheet
 
 
     info = read_info(options.model)
@@ -64,11 +65,11 @@ def run_sample(options: argparse.Namespace) -> int:
     if options.format in ("grid", "all"):
         save_sheet(drawn, model, out / "samples", info.columns)
     if options.format in ("images", "all") and drawn.is_images:
-        files = save_each(drawn, model, out)
+        files = save_images(drawn.x, out, model.transform)
     if options.format == "images" and not drawn.is_images:
         raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
     if options.format in ("array", "all"):
-        save_all(drawn, model, out / "samples.npz")
+        save_array(drawn.x, out / "samples.npz", model.transform, drawn.y)
     save_manifest(drawn, out / "manifest.csv", files, info.class_names)
     print(f"{options.n} samples in {out}")
     return 0

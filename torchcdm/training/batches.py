@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchcdm.data import DataSource, LazySplit, Split, flip_horizontally
 from torchcdm.errors import UserError
+from torchcdm.losses import Loss
 from torchcdm.random import stream
 
 
@@ -48,13 +49,6 @@ class EpochOrder:
             parts.append(part)
             position, missing = position + len(part), missing - len(part)
         return torch.cat(parts)
-
-
-class LevelDraw(Protocol):
-    """How a loss draws its levels."""
-
-    def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Levels, long (n,)."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +110,17 @@ class Batches:
         self.mine = slice(rank * share, (rank + 1) * share)
         self.order = EpochOrder(len(self.split), batch_size, seed)
 
-    def __call__(self, first: int, last: int, levels: LevelDraw, device: torch.device) -> Iterator[Batch]:
+    def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
         """The batches of the steps ``first`` ... ``last`` - 1.
 
         Args:
             first: Step, counted from 0.
             last: Step.
-            levels: The loss, which draws levels its own way.
+            loss: Draws the levels.
             device: Device of the batches.
         """
         for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):
-            yield self._batch(step, x, y, levels, device)
+            yield self._batch(step, x, y, loss, device)
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
@@ -140,7 +134,7 @@ class Batches:
                 raise batch
             yield batch
 
-    def _batch(self, step: int, x: Tensor, y: Tensor, levels: LevelDraw, device: torch.device) -> Batch:
+    def _batch(self, step: int, x: Tensor, y: Tensor, loss: Loss, device: torch.device) -> Batch:
         shape, transform = (self.batch_size, *self.source.shape), self.source.transform
         if self.flip:
             coins = stream(self.seed, "flip", step)
@@ -148,7 +142,7 @@ class Batches:
             x = flip_horizontally(x, coins)
         noise = transform.add_noise(torch.zeros(shape), stream(self.seed, "dequantise", step))[self.mine]
         x_0 = transform(x + noise)
-        t = levels.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
+        t = loss.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
         eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
         if self.labels and y.ndim == 1 and bool((y < 0).any()):
             raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.errors import UserError
+from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
 from torchcdm.runtime.files import write_file
@@ -90,7 +91,7 @@ def train(
     device: str | None = None,
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
-    loss: Callable[[Denoiser], nn.Module] | None = None,
+    loss: Callable[[Denoiser], Loss] | None = None,
 ) -> TrainResult:
     """Trains a model and leaves a run folder.
 
@@ -156,7 +157,7 @@ class Trainer:
         progress: bool,
         watch: SignalWatch,
         clock: Callable[[], float],
-        loss: Callable[[Denoiser], nn.Module] | None,
+        loss: Callable[[Denoiser], Loss] | None,
     ) -> None:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = options = config.train

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchcdm.data import save_array, save_grid, save_images, save_table
+from torchcdm.data import save_grid, save_table
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_file
@@ -96,16 +96,6 @@ def save_sheet(drawn: Drawn, model: Denoiser, stem: Path, columns: Sequence[str]
     if drawn.is_images:
         return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
     return save_table(_rounded(drawn.x, model), stem.with_suffix(".csv"), columns)
-
-
-def save_each(drawn: Drawn, model: Denoiser, folder: Path) -> list[Path]:
-    """Each image in a file of its own."""
-    return save_images(drawn.x, folder, model.transform)
-
-
-def save_all(drawn: Drawn, model: Denoiser, path: Path) -> Path:
-    """All samples as one .npz array, with their labels."""
-    return save_array(drawn.x, path, model.transform, drawn.y)
 
 
 def save_manifest(
