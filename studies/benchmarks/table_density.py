@@ -301,9 +301,8 @@ def compare(name: str, contenders: Sequence[str], budget: float, seed: int, fold
         columns, held_out = density.columns_, density.validation_indices_
         if "cdm" in contenders:
             watched = float(density.score_samples(x[held_out]).mean())
-            normalizer = density.normalizer_
-            size = normalizer.effective_sample_size
-            setting = f"log Z {normalizer.log_z:.3f} +- {normalizer.se:.3f}, effective sample size {size:.0f}"
+            z = density.normalizer_
+            setting = f"log Z {z.value:.3f} +- {z.se:.3f}, effective sample size {z.ess:.0f}"
             record("cdm", density.score_samples(x_test), took, watched, setting)
             integral = integrate(density, x) if x.shape[1] <= 3 else None
             density.set_params(likelihood="flow")

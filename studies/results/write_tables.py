@@ -302,7 +302,7 @@ def table_density() -> str:
 
 def usable(setting: str) -> bool:
     """Whether the estimate of log Z that a row of ``table_density`` tells of was used."""
-    return int(setting.rsplit(" ", 1)[1]) >= 200
+    return int(setting.rsplit(" ", 1)[1]) >= 20
 
 
 def conditional_density() -> str:
