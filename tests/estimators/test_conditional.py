@@ -193,7 +193,7 @@ def test_a_row_that_differs_in_a_constant_column_is_said():
     "damage",
     [
         lambda content: content.pop("params"),
-        lambda content: content["fitted"].pop("arrays"),
+        lambda content: content["fitted"].pop("_weights"),
         lambda content: content["params"].update(colour=1),
         lambda content: content.update(fitted=None),
     ],

@@ -6,15 +6,17 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from numbers import Real
+from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchcdm.data import DataSource, MemorySplit, Split
@@ -22,12 +24,16 @@ from torchcdm.data.source import permutation
 from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.models.density import require_density
 from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo, load, read_info
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.units import ColumnTransform, DataTransform
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
@@ -124,6 +130,15 @@ class TableEstimator(BaseEstimator):
     clock: ClassVar[Callable[[], float]] = time.monotonic
     """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share. No parameter: a clone
     has that of its class."""
+
+    _saved: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "notes_": list,
+        "validation_loss_": float,
+        "validation_indices_": np.array,
+        "n_features_in_": int,
+        "_noise": np.array,
+    }
+    """What was fitted beside the model, and what makes it of plain values."""
 
     preset: str = "table"
     steps: int | None = None
@@ -240,6 +255,37 @@ class TableEstimator(BaseEstimator):
         """Those of the parameters that are set."""
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
+
+        A ``random_state`` that is a generator is not kept.
+
+        Raises:
+            NotFittedError: Nothing was fitted.
+            UserError: A file cannot be written.
+        """
+        check_is_fitted(self)
+        fitted = {name: _plain(getattr(self, name, None)) for name in self._saved}
+        write_estimator(folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """A saved estimator.
+
+        Raises:
+            UserError: No estimator of this class there, or damaged files.
+        """
+        model, info, params, fitted = read_estimator(folder, cls.__name__, device)
+        with restoring(folder):
+            self = cls(**params)
+            self.model_, self._info = model, info
+            for name, restore in cls._saved.items():
+                if fitted[name] is not None:
+                    setattr(self, name, restore(fitted[name]))
+        return self
+
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> np.ndarray:
         """Draws of the kept columns, float64 (n, kept), before discrete ones are rounded."""
         steps = min(SAMPLING_STEPS, self.model_.schedule.T)
@@ -249,6 +295,15 @@ class TableEstimator(BaseEstimator):
         """A seed from ``random_state``, or from the estimator's own when None."""
         state = check_random_state(self.random_state if random_state is None else random_state)
         return int(state.randint(2**31 - 1))
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python values of something fitted."""
+    if isinstance(value, Columns):
+        return value.to_json()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return asdict(value) if is_dataclass(value) else value
 
 
 def checked(check: Callable[..., np.ndarray], table: Any, **options: Any) -> np.ndarray:

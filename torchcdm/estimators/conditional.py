@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
 from torchcdm.estimators.columns import Columns, warn_of_deviating
-from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
 from torchcdm.models.inputs import check_count
 
@@ -48,6 +46,12 @@ class CDMConditional(TableEstimator):
         >>> log_p = posterior.log_prob(theta, x)
         >>> draws = posterior.sample(1000, x_observed)
     """
+
+    _saved: ClassVar = (
+        TableEstimator._saved
+        | dict.fromkeys(("theta_columns_", "x_columns_"), Columns.from_json)
+        | dict.fromkeys(("_x_mean", "_x_deviation", "_weights", "_intercept"), np.array)
+    )
 
     likelihood: str = "one-pass"
 
@@ -143,45 +147,6 @@ class CDMConditional(TableEstimator):
         theta = self.theta_columns_.restore(residuals + self._centre(context))
         return theta if one else theta.reshape(len(x), n, -1)
 
-    # --- files -------------------------------------------------------------------------------------------------
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the estimator as safetensors and JSON. A ``random_state`` that is a generator is not kept.
-
-        Raises:
-            NotFittedError: Nothing was fitted.
-            UserError: A file cannot be written.
-        """
-        check_is_fitted(self)
-        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
-        fitted = {
-            "theta_columns": self.theta_columns_.to_json(),
-            "x_columns": self.x_columns_.to_json(),
-            "notes": self.notes_,
-            "validation_loss": self.validation_loss_,
-            "arrays": arrays,
-        }
-        write_estimator(folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted)
-
-    @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> CDMConditional:
-        """A saved estimator.
-
-        Raises:
-            UserError: No estimator of this class there, or damaged files.
-        """
-        model, info, params, fitted = read_estimator(folder, cls.__name__, device)
-        with restoring(folder):
-            self = cls(**params)
-            self.model_, self._info = model, info
-            self.theta_columns_ = Columns.from_json(fitted["theta_columns"])
-            self.x_columns_ = Columns.from_json(fitted["x_columns"])
-            self.n_features_in_ = len(self.theta_columns_.names)
-            self.notes_, self.validation_loss_ = fitted["notes"], fitted["validation_loss"]
-            for name in _ARRAYS:
-                setattr(self, name, np.array(fitted["arrays"][name]))
-        return self
-
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _context_columns(self, x: np.ndarray, names: Any) -> Columns:
@@ -209,9 +174,6 @@ class CDMConditional(TableEstimator):
     def _centre(self, context: np.ndarray) -> np.ndarray:
         """The regression of theta, (N, kept)."""
         return context @ self._weights.T + self._intercept
-
-
-_ARRAYS = ("_x_mean", "_x_deviation", "_weights", "_intercept", "_noise", "validation_indices_")
 
 
 def _table(values: Any, name: str, smallest: int = 1) -> np.ndarray:

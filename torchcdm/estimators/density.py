@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 from sklearn.base import DensityMixin
@@ -16,13 +14,11 @@ from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
 from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.normalizing import importance_normalizer
-from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.estimators.scoring import check_likelihood, log_density
 from torchcdm.likelihood import LogZ
 from torchcdm.models.inputs import check_count
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Self
 
 
@@ -34,6 +30,10 @@ class TableDensity(TableEstimator):
     """
 
     columns_: Columns
+    _saved: ClassVar = TableEstimator._saved | {
+        "columns_": Columns.from_json,
+        "feature_names_in_": partial(np.array, dtype=object),
+    }
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Trains the model. A fit that fails leaves the estimator as it was.
@@ -69,58 +69,6 @@ class TableDensity(TableEstimator):
         check_is_fitted(self)
         return checked(partial(validate_data, self), X, reset=False)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
-
-        A ``random_state`` that is a generator is not kept.
-
-        Raises:
-            NotFittedError: Nothing was fitted.
-            UserError: A file cannot be written.
-        """
-        check_is_fitted(self)
-        write_estimator(
-            folder, type(self).__name__, self.model_, self._info, self.get_params(), self._fitted_fields()
-        )
-
-    @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TableDensity:
-        """A saved estimator.
-
-        Raises:
-            UserError: No estimator of this class there, or damaged files.
-        """
-        model, info, params, fitted = read_estimator(folder, cls.__name__, device)
-        with restoring(folder):
-            self = cls(**params)
-            self.model_, self._info = model, info
-            self._restore(fitted)
-        return self
-
-    def _fitted_fields(self) -> dict[str, Any]:
-        """What was learned beside the model, plain Python values."""
-        names = getattr(self, "feature_names_in_", None)
-        return {
-            "columns": self.columns_.to_json(),
-            "noise": self._noise.tolist(),
-            "notes": self.notes_,
-            "validation_loss": self.validation_loss_,
-            "validation_indices": self.validation_indices_.tolist(),
-            "n_features_in": self.n_features_in_,
-            "feature_names_in": None if names is None else names.tolist(),
-        }
-
-    def _restore(self, fitted: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`_fitted_fields`."""
-        self.columns_ = Columns.from_json(fitted["columns"])
-        self._noise = np.array(fitted["noise"])
-        self.notes_, self.validation_loss_ = fitted["notes"], fitted["validation_loss"]
-        self.validation_indices_ = np.array(fitted["validation_indices"])
-        self.n_features_in_ = fitted["n_features_in"]
-        if fitted["feature_names_in"] is not None:
-            self.feature_names_in_ = np.array(fitted["feature_names_in"], dtype=object)
-
-
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
 class CDMDensity(DensityMixin, TableDensity):
@@ -142,6 +90,8 @@ class CDMDensity(DensityMixin, TableDensity):
         >>> log_p = density.score_samples(X)
         >>> new_rows = density.sample(100, random_state=1)
     """
+
+    _saved: ClassVar = TableDensity._saved | {"normalizer_": lambda fields: LogZ(**fields)}
 
     likelihood: str = "one-pass"
 
@@ -172,13 +122,6 @@ class CDMDensity(DensityMixin, TableDensity):
         self.normalizer_ = importance_normalizer(self.model_, seed)
         if not self.normalizer_.usable:
             self._say("one pass could not be normalised: log p is off by an unknown constant; use likelihood='flow'")
-
-    def _fitted_fields(self) -> dict[str, Any]:
-        return super()._fitted_fields() | {"normalizer": asdict(self.normalizer_)}
-
-    def _restore(self, fitted: Mapping[str, Any]) -> None:
-        super()._restore(fitted)
-        self.normalizer_ = LogZ(**fitted["normalizer"])
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -53,6 +52,8 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         >>> detector = CDMOutlierDetector(random_state=0).fit(normal)
         >>> suspects = table[detector.predict(table) == -1]
     """
+
+    _saved: ClassVar = TableDensity._saved | {"offset_": float}
 
     anomaly_score: str = "log_prob"
     contamination: float | str = "auto"
@@ -121,10 +122,3 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         self = super().load(folder, device)
         self.detector_ = AnomalyDetector.load(folder, self.model_)
         return self
-
-    def _fitted_fields(self) -> dict[str, Any]:
-        return super()._fitted_fields() | {"offset": self.offset_}
-
-    def _restore(self, fitted: Mapping[str, Any]) -> None:
-        super()._restore(fitted)
-        self.offset_ = fitted["offset"]

@@ -67,6 +67,9 @@ globals().update({kind.__name__: kind for kind in (*BACKBONES.values(), *SCHEDUL
 
 LossConfig = settings_of(CDMLoss, None, (), __name__)
 
+# Pickle looks a class up by its name in its module.
+globals().update({kind.__name__: kind for kind in (*BACKBONES.values(), *SCHEDULE_SETTINGS.values(), LossConfig)})
+
 
 @validated
 class ModelConfig:
