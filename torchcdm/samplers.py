@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_real
+from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import share
 
@@ -367,9 +367,7 @@ def sample_noise(
 
     Row k depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch.
     """
-    # PyTorch's CPU generator reads 32 bits of a seed. An odd multiplier keeps the seeds of one run distinct.
-    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    generators = [torch.Generator().manual_seed((base + i * 0x9E3779B1) % 2**32) for i in samples]
+    generators = [stream(seed, "sample", i) for i in samples]
     # A block of draws at once: for small events a call for each draw would take longer than the network.
     block = min(draws, max(1, 2**12 // math.prod(shape)))
     for first in range(0, draws, block):

@@ -14,6 +14,7 @@ from torchcdm.apps.anomaly.profile import NOISE_SEED, log_density
 from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
+from torchcdm.random import stream
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 SCHEDULE = UniformSigmaSchedule(20)
@@ -62,7 +63,7 @@ def test_the_profile_is_in_data_units_where_the_map_to_model_units_is_not_affine
     model = ClassificationDiffusion(ZeroBackbone(SCHEDULE.T + 2), SCHEDULE, transform, gaussian)
     profile = level_profile(model, grey)
     torch.testing.assert_close(profile[:, 0], log_density(model, grey))
-    noisy = transform.add_noise(torch.zeros(1, 2, 2, dtype=torch.float64), rng(NOISE_SEED))
+    noisy = transform.add_noise(torch.zeros(1, 2, 2, dtype=torch.float64), stream(NOISE_SEED, "dequantise"))
     stretch = transform.log_det(grey.double() + noisy)
     assert stretch.std() > 0.1
     inside = model.log_prob_levels(transform(grey.double() + noisy))

@@ -14,9 +14,9 @@ from torchcdm.data import (
     parse_size,
     renumbered,
 )
-from torchcdm.data.source import permutation
 from torchcdm.diffusion import exact as toy
 from torchcdm.errors import UserError
+from torchcdm.random import permutation
 from torchcdm.units import DataTransform
 
 

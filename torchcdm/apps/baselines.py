@@ -14,6 +14,7 @@ from torch import Tensor
 from torchcdm.data import DataSource
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
+from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
 LARGEST_DIM = 256
@@ -88,8 +89,7 @@ def training_arrays(source: DataSource, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _prepare(x: Tensor, transform: DataTransform, seed: int) -> np.ndarray:
-    generator = torch.Generator().manual_seed(seed)
-    return transform.encode(x.double(), generator).flatten(1).numpy()
+    return transform.encode(x.double(), stream(seed, "dequantise")).flatten(1).numpy()
 
 
 def smallest_variance(transform: DataTransform) -> float:

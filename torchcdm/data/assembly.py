@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torchcdm.data.columns import constants_note, measure_columns
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import DataSource, MemorySplit, Split, permutation
+from torchcdm.data.source import DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
+from torchcdm.random import permutation
 from torchcdm.units import DataTransform
 
 Grid = tuple[int, int]

@@ -7,9 +7,10 @@ import torch
 from torchcdm.data.arrays import convert_images
 from torchcdm.data.assembly import Grid, Samples
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import MemorySplit, Split, permutation
+from torchcdm.data.source import MemorySplit, Split
 from torchcdm.diffusion import exact as toys
 from torchcdm.errors import UserError
+from torchcdm.random import permutation, stream
 
 POOL_SEED = 0
 """Seed of the permutation that parts training from validation. Fixed, so that published numbers compare."""
@@ -37,9 +38,8 @@ def digits(argument: str, options: DataOptions, _: Layout | None = None) -> Samp
 def toy(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
     """A two-dimensional toy distribution: fresh samples, each split from its own stream of the seed."""
     parts: dict[str, Split] = {}
-    for number, (split, count) in enumerate(TOY_SIZES.items()):
-        generator = torch.Generator().manual_seed(3 * options.seed + number)
-        parts[split] = MemorySplit(*toys.sample_named(argument, count, generator))
+    for split, count in TOY_SIZES.items():
+        parts[split] = MemorySplit(*toys.sample_named(argument, count, stream(options.seed, split)))
     names = tuple(str(k) for k in range(int(parts["train"].labels.max()) + 1))
     return Samples(f"toy:{argument}", parts, class_names=names)
 

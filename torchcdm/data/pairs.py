@@ -18,10 +18,11 @@ from torchcdm.data.columns import check_discrete, check_resolution, constants_no
 from torchcdm.data.inputs import Inputs, read_inputs, without_columns
 from torchcdm.data.objects import from_object
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.source import DataSource, MemorySplit, Split, permutation
+from torchcdm.data.source import DataSource, MemorySplit, Split
 from torchcdm.data.specs import load_data, spec_of
 from torchcdm.data.tables import Table
 from torchcdm.errors import UserError
+from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnWarp, cell_width, spread
 
 SOURCES = ("denominator", "numerator")
@@ -241,8 +242,8 @@ def _from_tables(
             notes.append(f"column '{column}' has {text}.")
         elif (x != x[0]).any():
             notes += frequency_notes(x, column)
-    noise, width = np.random.RandomState(options.seed), np.array([widths.get(column, 0.0) for column in columns])
-    both = [spread(x, width, noise.rand(*x.shape)) for x in both]
+    noise, width = stream(options.seed, "dequantise"), np.array([widths.get(column, 0.0) for column in columns])
+    both = [spread(x, width, torch.rand(x.shape, generator=noise, dtype=torch.float64).numpy()) for x in both]
     chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
     order = permutation(len(chosen["train"]), options.seed).numpy()
     sources = np.repeat(np.arange(2), len(order) // 2)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -260,8 +259,3 @@ def evenly_spaced(count: int, limit: int | None) -> Tensor:
     if limit is None or limit >= count:
         return torch.arange(count)
     return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
-
-
-def permutation(count: int, seed: int) -> Tensor:
-    """A permutation that stays the same between versions: numpy freezes the stream of RandomState."""
-    return torch.from_numpy(np.random.RandomState(seed).permutation(count))

@@ -20,12 +20,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchcdm.data import DataSource, MemorySplit, Split
-from torchcdm.data.source import permutation
 from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
 from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.models.density import require_density
+from torchcdm.random import permutation
 from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo, load, read_info
 from torchcdm.training.config_files import make_config, merge, preset_fields

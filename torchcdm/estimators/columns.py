@@ -13,6 +13,7 @@ import torch
 
 from torchcdm.data.columns import check_discrete, discrete_values, frequent_value
 from torchcdm.errors import UserError
+from torchcdm.random import stream
 from torchcdm.units import cell_width, nearest_value, spread
 
 COPIES, COPIED_ROWS = 20, 200_000
@@ -119,7 +120,8 @@ class Columns:
         discrete; fewer of a large table."""
         copies = max(1, min(COPIES, COPIED_ROWS // len(x))) if self.values else 1
         repeated = np.tile(x, (copies, 1))
-        return self.noisy(repeated, np.random.RandomState(seed).uniform(size=(len(repeated), len(self.kept))))
+        size, generator = (len(repeated), len(self.kept)), stream(seed, "dequantise")
+        return self.noisy(repeated, torch.rand(size, generator=generator, dtype=torch.float64).numpy())
 
     def noise_draws(self, seed: int) -> np.ndarray:
         """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""

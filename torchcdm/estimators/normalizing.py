@@ -8,6 +8,7 @@ import torch
 
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
+from torchcdm.random import stream
 
 DRAWS, BATCH = 20_000, 1000
 
@@ -28,7 +29,7 @@ def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS
         seed: Seed of the draws.
         draws: Their number, rounded up to whole pairs of batches: as many come from one half of q as from the other.
     """
-    schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
+    schedule, generator = model.schedule, stream(seed, "normaliser")
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
     log_alpha = float(schedule.alpha[wide].log())
     pairs, dim, parts = math.ceil(draws / (2 * BATCH)), model.transform.dim, []

@@ -87,7 +87,7 @@ class LogZ:
         values = log_weights.cpu()
         shift = values.max()
         weights = (values - shift).exp()
-        generator = torch.Generator().manual_seed(0)
+        generator = stream(0, "bootstrap")
         picks = torch.randint(len(weights), (BOOTSTRAP, len(weights)), generator=generator)
         resampled = weights[picks].mean(1).log() + shift
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -18,6 +18,7 @@ from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.random import stream
 from torchcdm.runtime.validation import arguments_for
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
@@ -190,7 +191,7 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     """
     transform = source.transform
     x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // transform.dim))
-    z = transform.encode(x, torch.Generator().manual_seed(0))
+    z = transform.encode(x, stream(0, "base density"))
     if flip:
         z, y = torch.cat([z, z.flip(-1)]), torch.cat([y, y])
     bin_ = transform.model_bin
@@ -206,5 +207,5 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
     if set(held_out_y.tolist()) != set(y.tolist()):
         return ClassGaussians.fit(z, y, schedule, floor)
-    held_out_z = transform.encode(held_out_x, torch.Generator().manual_seed(1))
+    held_out_z = transform.encode(held_out_x, stream(0, "base density held out"))
     return ClassGaussians.fit(z, y, schedule, floor, held_out=(held_out_z, held_out_y))

@@ -16,6 +16,7 @@ from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.losses import stratified_levels
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel
+from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 
 BATCH = 256
@@ -91,7 +92,7 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterat
     for first in range(0, len(levels), BATCH):
         part = levels[first : first + BATCH]
         rows = torch.arange(first, first + len(part)) % len(x)
-        generator = torch.Generator().manual_seed(hash((seed, first)))
+        generator = stream(seed, "copies", first)
         # Of a whole batch, also where the last one is not: how many rows follow has no influence.
         eps = torch.randn(BATCH, *x.shape[1:], generator=generator, dtype=dtype)[: len(part)].to(device)
         x_0 = x[rows].to("cpu", dtype)
@@ -106,8 +107,7 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterat
 
 def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0) -> Iterator[NoisyBatch]:
     """:func:`noisy_batches` with ``draws`` copies of each sample, the levels 0 ... T+1 stratified over all of them."""
-    generator = torch.Generator().manual_seed(seed)
-    t = stratified_levels(len(x) * draws, model.schedule.T + 2, torch.device("cpu"), generator)
+    t = stratified_levels(len(x) * draws, model.schedule.T + 2, torch.device("cpu"), stream(seed, "levels"))
     return noisy_batches(model, x, t, seed)
 
 

@@ -26,6 +26,7 @@ from torchcdm.likelihood.noise import noised
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout, require_features
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
+from torchcdm.random import derive
 
 FEWEST_SAMPLES = 16
 
@@ -45,9 +46,6 @@ RIDGES = (0.002, 0.006, 0.02, 0.06, 0.2, 0.6, 2.0, 6.0, 20.0, math.inf)
 
 PARTICLE_SHARE = 0.1
 """Of the particles of a round, all together, beside all data."""
-
-DATA_PATHS, PARTICLES, PARTICLE_PATHS = range(3)
-"""What noise is drawn for: the probes of the data's flows; in each round the particles, and the probes of theirs."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def calibrate_paths(
         raise UserError(f"calibration: level {level} has no path above it; choose 1 ... {model.schedule.T - 1}")
     with evaluation_mode(model):
         start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
-        data = Paths(model, start, level, hash((seed, DATA_PATHS)), batch_size, progress)
+        data = Paths(model, start, level, derive(seed, "data-paths"), batch_size, progress)
         if data.wanted.shape[1] < len(x):
             raise UserError("calibration on paths: log p or what the flow says of it is not finite")
         fit = _Fit(model, data)
@@ -157,11 +155,11 @@ def calibrate_paths(
         chain = ReverseChain.calibrated(model, None, scoring, CHAIN_SAMPLES) if rounds else None
         for k in range(rounds):
             estimate = log_normalizer(
-                calibrated, scoring=replace(scoring, seed=hash((seed, PARTICLES, k))), particles=particles, moves=1,
+                calibrated, scoring=replace(scoring, seed=derive(seed, "particles", k)), particles=particles, moves=1,
                 islands=ISLANDS, chain=chain, progress=progress,
             )  # fmt: skip
             found.append(estimate)
-            noise = hash((seed, PARTICLE_PATHS, k))
+            noise = derive(seed, "particle-paths", k)
             shown.append(Paths(model, estimate.x, level, noise, batch_size, progress))
             calibrated = Calibrated(model, fit.readout(shown))
     calibrated.train(model.training)

@@ -17,6 +17,7 @@ from torchcdm.apps.anomaly.scores import AnomalyScore, make_score
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
+from torchcdm.random import stream
 from torchcdm.runtime.artefact import Saved, checked_content, damaged, read_artefact, write_artefact
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
@@ -61,7 +62,7 @@ class AnomalyDetector:
             raise UserError(f"score is {score!r}; give one that make_score made")
         check_count("seed", seed, 0, 2**63 - 1)
         reference = as_samples(score.model, reference, "the reference", 2)
-        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(reference), generator=stream(seed, "halves"))
         half = len(reference) // 2
         score.fit(reference[order[:half]])
         return cls(score, score(reference[order[half:]]).sort().values)

@@ -14,6 +14,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import evaluation_mode, working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 
 COARSE_NOISE = 0.5
@@ -64,7 +65,7 @@ def _evaluate(
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     noise = torch.zeros(x.shape[1:], dtype=torch.float64)
     if model.transform is not None:
-        noise = model.transform.add_noise(noise, torch.Generator().manual_seed(NOISE_SEED))
+        noise = model.transform.add_noise(noise, stream(NOISE_SEED, "dequantise"))
 
     def one(rows: slice) -> Tensor:
         return density((x[rows].cpu().double() + noise).to(device, dtype)).cpu()
