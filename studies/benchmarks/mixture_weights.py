@@ -32,7 +32,7 @@ from studies.benchmarks.ratio_pairs import SCHEDULE, mixture, write_rows
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
 from torchcdm.diffusion.exact import GaussianMixture
-from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals, best_mixture
+from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture
 
 MODES, SIDE = 40, 80.0
 
@@ -144,7 +144,7 @@ def by_start(task: Task) -> np.ndarray:
     sources, shrinkage = torch.arange(2).repeat_interleave(len(task.rows)), shrinkage_of(rows)
     print(f"shrinkage {shrinkage}", flush=True)
     common = MixtureMarginals.fit(rows, SCHEDULE, STARTED, shrinkage=shrinkage, rows=len(rows))
-    start = ClassMixtures.fit(common, rows, sources)
+    start = common.with_classes(rows, sources)
     log_p = start.class_effects((task.points.flatten(0, 1) - mean) / scale)[..., 0]
     return modes_of(task, (log_p[:, 1] - log_p[:, 0]).numpy())
 

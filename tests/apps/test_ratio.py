@@ -16,8 +16,8 @@ from sklearn.base import clone
 from torchcdm import DensityRatio
 from torchcdm.apps.ratio import Calibration, best_share, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.calibration import tempering
+from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.exact import MixtureClassifier
-from torchcdm.diffusion.gaussian import ClassGaussians
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -115,7 +115,7 @@ def test_images():
 def test_class_gaussians_have_the_exact_ratio_at_every_level():
     schedule = LogSNRSchedule(10, 0.02, 10.0)
     x, y = torch.from_numpy(np.concatenate(samples(20_000))), torch.arange(2).repeat_interleave(20_000)
-    base = ClassGaussians.fit(x, 1 - y, schedule)
+    base = fit_class_gaussians(x, 1 - y, schedule)
     query = x[::4000]
     effects = base.class_effects(query)
     for t in (0, 4, 11):
@@ -153,7 +153,7 @@ def test_class_gaussians_share_a_covariance_where_only_the_means_differ():
 
     def curvature(x):
         """Share of the log ratio at +-v that is even in v."""
-        base = ClassGaussians.fit(x, y, schedule)
+        base = fit_class_gaussians(x, y, schedule)
         middle = torch.stack([x[y == k].mean(0) for k in range(2)]).mean(0)
         effects = [base.class_effects(middle + sign * noise[:50])[:, :, 0] for sign in (1, -1)]
         up, down = (e[:, 1] - e[:, 0] for e in effects)
@@ -170,8 +170,8 @@ def test_copies_of_a_sample_do_not_choose_the_covariances():
     samples = torch.cat([x[:40].repeat(8, 1)[:300], x[40:]])
     y, held_out_y = torch.tensor([1, 0]).repeat_interleave(300), torch.arange(2).repeat(50)
     order = torch.randperm(600, generator=rng(0))
-    shared = ClassGaussians.fit(samples[order], y[order], schedule, held_out=(held_out, held_out_y))
-    alone = ClassGaussians.fit(samples[order], y[order], schedule)
+    shared = fit_class_gaussians(samples[order], y[order], schedule, held_out=(held_out, held_out_y))
+    alone = fit_class_gaussians(samples[order], y[order], schedule)
     apart = [float(base.class_effects(held_out)[:, :, 0].diff(dim=1).abs().mean()) for base in (shared, alone)]
     assert apart[0] < 2 < apart[1]
 

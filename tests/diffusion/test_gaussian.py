@@ -7,11 +7,11 @@ import torch
 from oracles import SCHEDULES, covariance, normal, rng
 from torch.distributions import MultivariateNormal
 
+from torchcdm.diffusion.base import StandardNormal
 from torchcdm.diffusion.gaussian import (
     CosineRotation,
     GaussianMarginals,
     MatrixRotation,
-    StandardNormal,
     cosine_matrix,
 )
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule

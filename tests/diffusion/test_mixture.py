@@ -8,7 +8,7 @@ from pretended_device import pretended_device
 
 from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals, best_mixture, fit_gaussians, merged
+from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians, merged
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators.normalizing import importance_normalizer
@@ -49,7 +49,7 @@ def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
 def test_draws_are_those_of_the_mixture_and_samplers_start_from_one_gaussian():
     mixture, x = three_clouds()
     base = MixtureMarginals.fit(x, SCHEDULE, 3)
-    for density in (base, ClassMixtures(base, torch.ones(2, 3))):
+    for density in (base, base.with_classes(x[:100], torch.arange(100) % 2)):
         drawn = density.draw((20_000, 2), rng(1))
         assert drawn.dtype == torch.float64 and drawn.shape == (20_000, 2)
         # Draws of one Gaussian with the same moments lie between the clouds: 11 nats less probable.
@@ -143,7 +143,7 @@ def test_classes_have_their_own_weights_of_common_components_at_every_level():
     mixture, x = three_clouds(9000)
     other = GaussianMixture(torch.tensor([0.1, 0.6, 0.3]), mixture.means, torch.full((3,), 0.05, dtype=torch.float64))
     x, y = torch.cat([x, other.sample(9000, rng(1))]), torch.arange(2).repeat_interleave(9000)
-    base = ClassMixtures.fit(MixtureMarginals.fit(x, SCHEDULE, 3), x, y)
+    base = MixtureMarginals.fit(x, SCHEDULE, 3).with_classes(x, y)
     query = x[::1800]
     log_p = base.log_prob_levels(query)[:, None] + base.class_effects(query)
     truth = torch.stack([exact.log_prob_levels(query, SCHEDULE) for exact in (mixture, other)], 1)
@@ -153,7 +153,7 @@ def test_classes_have_their_own_weights_of_common_components_at_every_level():
     # The flow of such a model starts from the Gaussian of all data.
     backbone = MLP(2, SCHEDULE.T + 2, width=4, depth=1, energy_maps=1, classes=2, joint=True)
     model = ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base)
-    assert reference_gaussian(model) is base.common.common
+    assert reference_gaussian(model) is base.common
 
 
 @pytest.mark.parametrize("components", [1, 3])

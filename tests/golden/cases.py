@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchcdm.apps.anomaly import make_score
 from torchcdm.apps.denoising import denoise, estimate_noise
 from torchcdm.apps.ratio import DensityRatio
-from torchcdm.diffusion.gaussian import ClassGaussians, GaussianMarginals
+from torchcdm.diffusion.class_gaussians import fit_class_gaussians
+from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LinearSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.likelihood import (
@@ -111,7 +112,7 @@ def image_model(gaussianize: bool = False, gaussian: bool = True) -> Classificat
 def joint_model() -> ClassificationDiffusion:
     schedule, x, y = UniformSigmaSchedule(12), grey(90), torch.arange(90) % 3
     transform = DataTransform((1, 8, 8), **GREY)
-    base = ClassGaussians.fit(transform.encode(x + y[:, None, None, None], torch.Generator()), y, schedule, 1e-3)
+    base = fit_class_gaussians(transform.encode(x + y[:, None, None, None], torch.Generator()), y, schedule, 1e-3)
     net = Encoder(1, 8, levels=14, width=8, multipliers=(1, 2), blocks=1, energy_maps=4, classes=3, joint=True)
     prior = torch.tensor([2.0, 1.0, 1.0])
     return with_weights(ClassificationDiffusion(net, schedule, transform, base, prior))

@@ -18,7 +18,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.diffusion.gaussian import BaseDensity, StandardNormal
+from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError, nearest
 from torchcdm.units.float64 import Float64Module

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.exact import GaussianMixture
-from torchcdm.diffusion.gaussian import BaseDensity, ClassDensities, GaussianMarginals, shrunk
+from torchcdm.diffusion.gaussian import GaussianMarginals, shrunk
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 
@@ -45,19 +46,35 @@ class MixtureMarginals(BaseDensity):
         schedule: The noise schedule.
         mixture: The mixture at level 0, in model units.
         common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
+        class_weights: Weights of the same Gaussians in each class, (classes, components); None where the classes have
+            none of their own. What tells classes apart in the weights of modes far from each other, no gradient and
+            no smooth function sees.
     """
 
-    def __init__(self, schedule: NoiseSchedule, mixture: GaussianMixture, common: GaussianMarginals) -> None:
-        super().__init__()
-        self.schedule = schedule
+    class_log_weights: Tensor | None
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        mixture: GaussianMixture,
+        common: GaussianMarginals,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__(schedule)
         self.mixture, self.common = mixture, common
+        log_weights = None
+        if class_weights is not None:
+            log_weights = (class_weights / class_weights.sum(1, keepdim=True)).double().log()
+        self.register_buffer("class_log_weights", log_weights)
 
     @classmethod
-    def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], components: int) -> MixtureMarginals:
+    def blank(
+        cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int = 0
+    ) -> MixtureMarginals:
         """Standard normals, to load a saved state into."""
-        means = torch.zeros(components, *shape, dtype=torch.float64)
-        mixture = GaussianMixture(torch.ones(components), means, torch.ones(components, dtype=torch.float64))
-        return cls(schedule, mixture, GaussianMarginals.blank(schedule, shape))
+        mixture = GaussianMixture(torch.ones(components), torch.zeros(components, *shape), torch.ones(components))
+        weights = torch.ones(classes, components) if classes else None
+        return cls(schedule, mixture, GaussianMarginals.blank(schedule, shape), weights)
 
     @classmethod
     def fit(
@@ -113,51 +130,27 @@ class MixtureMarginals(BaseDensity):
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return self.mixture.sample(shape[0], generator)
 
-
-@final
-class ClassMixtures(ClassDensities):
-    """The same Gaussians for all classes, with weights of each class.
-
-    What tells the classes apart in the weights of modes far from each other, no gradient and no smooth function sees.
-
-    Args:
-        common: The mixture of all data together.
-        weights: Of each class, (classes, components).
-    """
-
-    log_weights: Tensor
-
-    def __init__(self, common: MixtureMarginals, weights: Tensor) -> None:
-        super().__init__(common)
-        self.register_buffer("log_weights", (weights / weights.sum(1, keepdim=True)).double().log())
-
-    @classmethod
-    def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int) -> ClassMixtures:
-        """Standard normals, to load a saved state into."""
-        return cls(MixtureMarginals.blank(schedule, shape, components), torch.ones(classes, components))
-
-    @classmethod
-    def fit(cls, common: MixtureMarginals, samples: Tensor, labels: Tensor) -> ClassMixtures:
-        """The weights of a class are the mean responsibilities of its samples.
+    def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
+        """The same, with weights for each class: the mean responsibilities of its samples.
 
         Args:
-            common: Fitted to the samples of all classes.
             samples: Training data (N, d), model units, dequantised.
             labels: Classes 0, 1, ..., long (N,).
         """
-        mixture = common.mixture
         # Half a sample in all for each class, spread as the components are: no weight is 0.
-        counts = 0.5 * mixture.log_weights.exp().repeat(int(labels.max()) + 1, 1)
+        counts = 0.5 * self.mixture.log_weights.exp().repeat(int(labels.max()) + 1, 1)
         for part in torch.arange(len(samples)).split(1000):
-            logits = mixture.component_log_prob(samples[part], 0, common.schedule) + mixture.log_weights
+            logits = self.mixture.component_log_prob(samples[part], 0, self.schedule) + self.mixture.log_weights
             counts.index_add_(0, labels[part], logits.softmax(1))
-        return cls(common, counts)
+        return MixtureMarginals(self.schedule, self.mixture, self.common, counts)
 
-    def class_effects(self, x: Tensor) -> Tensor:
-        parts = self.common.mixture.component_log_prob_levels(x, self.schedule)
+    def class_effects(self, x: Tensor) -> Tensor | None:
+        if self.class_log_weights is None:
+            return None
+        parts = self.mixture.component_log_prob_levels(x, self.schedule)
         # No weight is near 0, so one exponential, with the largest component taken out, serves all classes.
         parts = (parts - parts.detach().amax(1, keepdim=True)).exp()
-        weights = torch.cat([self.log_weights, self.common.mixture.log_weights[None]]).exp()
+        weights = torch.cat([self.class_log_weights, self.mixture.log_weights[None]]).exp()
         *by_class, common = torch.einsum("bkt,yk->ybt", parts, weights).log()
         return torch.stack([values - common for values in by_class], 1)
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.diffusion.gaussian import BaseDensity, StandardNormal
+from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError

@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.diffusion.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.diffusion.base import BaseDensity
+from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.models.denoiser import Denoiser

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.gaussian import BaseDensity, GaussianMarginals
+from torchcdm.diffusion.base import BaseDensity
+from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, Layout, load_data
-from torchcdm.diffusion.gaussian import BaseDensity, ClassGaussians, GaussianMarginals
-from torchcdm.diffusion.mixture import ClassMixtures, MixtureMarginals
+from torchcdm.diffusion.base import BaseDensity
+from torchcdm.diffusion.class_gaussians import fit_class_gaussians
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
@@ -23,7 +25,7 @@ from torchcdm.runtime.validation import arguments_for
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
-FittedBase = GaussianMarginals | ClassGaussians | MixtureMarginals | ClassMixtures
+FittedBase = GaussianMarginals | MixtureMarginals
 """What logits can be a correction to, fitted to data."""
 
 
@@ -155,13 +157,10 @@ def _blank_base(
     config: ModelConfig, schedule: NoiseSchedule, shape: tuple[int, ...], classes: int | None
 ) -> FittedBase:
     """A base density of the right form, to load a saved state into."""
-    if config.class_gaussians and config.components > 1:
-        return ClassMixtures.blank(schedule, shape, config.components, classes)
-    if config.class_gaussians:
-        return ClassGaussians.blank(schedule, shape, classes)
+    own = classes or 0 if config.class_gaussians else 0
     if config.components > 1:
-        return MixtureMarginals.blank(schedule, shape, config.components)
-    return GaussianMarginals.blank(schedule, shape)
+        return MixtureMarginals.blank(schedule, shape, config.components, own)
+    return GaussianMarginals.blank(schedule, shape, classes=own)
 
 
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
@@ -201,11 +200,11 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
     if config.components > 1:
         common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
-        return ClassMixtures.fit(common, z, y) if config.class_gaussians else common
+        return common.with_classes(z, y) if config.class_gaussians else common
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
     held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
     if set(held_out_y.tolist()) != set(y.tolist()):
-        return ClassGaussians.fit(z, y, schedule, floor)
+        return fit_class_gaussians(z, y, schedule, floor)
     held_out_z = transform.encode(held_out_x, stream(0, "base density held out"))
-    return ClassGaussians.fit(z, y, schedule, floor, held_out=(held_out_z, held_out_y))
+    return fit_class_gaussians(z, y, schedule, floor, held_out=(held_out_z, held_out_y))
