@@ -78,7 +78,8 @@ class NoiseSchedule(Float64Module, ABC):
             x: Any batch (B, ...).
 
         Raises:
-            UserError: A level outside 0 ... T+1; on a GPU the models' calls look, as to look waits for it.
+            UserError: A level outside 0 ... T+1. A tensor of levels on a GPU is not looked at, as that would wait for
+                it; :meth:`check_levels` looks, which the models' public calls ask.
         """
         self.check_levels(t, x, wait=False)
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)

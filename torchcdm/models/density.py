@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.schedules import Level
+from torchcdm.diffusion.schedules import Level, readable
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
-from torchcdm.models.inputs import as_numbers, check_count
+from torchcdm.models.inputs import LARGEST, as_numbers, check_count
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class DensityModel(Denoiser):
         if self.shape is not None and tuple(x.shape[1:]) != self.shape:
             raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
         z = x if units == "model" or self.transform is None else self.transform(x)
+        if readable(z) and not (z.abs() <= LARGEST).all():
+            raise UserError(f"inputs go beyond {LARGEST:g} in model units: they are too far from the data")
         log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
         return log_p if z is x else log_p + self.transform.log_det(x)
 

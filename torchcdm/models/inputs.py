@@ -16,6 +16,9 @@ from torchcdm.errors import UserError
 if TYPE_CHECKING:
     from torchcdm.models.denoiser import Denoiser
 
+LARGEST = 1e15
+"""Size of a context, or of a number in model units, beyond which sums of squares overflow in float32."""
+
 
 def as_numbers(x: Any, device: torch.device) -> Tensor:
     """Inputs (B, *shape) as a tensor of a float type, float32 at least; its gradient is kept.
@@ -64,8 +67,8 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
     look = readable(labels) and not (training and labels.device.type != "cpu")
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not of_classes:
-        if labels.is_complex() or (look and not labels.isfinite().all()):
-            raise UserError("y is not finite or not real; contexts are real numbers")
+        if labels.is_complex() or (look and not (labels.double().abs() <= LARGEST).all()):
+            raise UserError(f"y is not finite, not real or beyond {LARGEST:g}; contexts are real numbers")
         return labels
     if not whole:
         raise UserError(f"y holds {_name(labels)}; classes are integers")
