@@ -400,7 +400,7 @@ def test_share_of_dropped_labels():
 
 @pytest.mark.parametrize(("n", "count"), [(42, 14), (128, 1002), (100, 7)])
 def test_levels_are_uniform_and_spread_over_the_batch(n, count):
-    draws = torch.stack([stratified_levels(n, count, torch.device("cpu"), rng(seed)) for seed in range(400)])
+    draws = torch.stack([stratified_levels(n, count, rng(seed)) for seed in range(400)])
     assert draws.min() >= 0 and draws.max() < count
     if n % count == 0:
         assert (torch.stack([row.bincount(minlength=count) for row in draws]) == n // count).all()
@@ -417,7 +417,7 @@ def test_every_level_gets_its_share():
     counts = torch.zeros(1002)
     generator = rng()
     for _ in range(4000):
-        counts += stratified_levels(128, 1002, torch.device("cpu"), generator).bincount(minlength=1002)
+        counts += stratified_levels(128, 1002, generator).bincount(minlength=1002)
     expected = 4000 * 128 / 1002
     assert (counts - expected).abs().max() < 5 * math.sqrt(expected)
 

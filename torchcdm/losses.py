@@ -8,7 +8,6 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
@@ -28,23 +27,16 @@ Terms = dict[str, Tensor]
 """Loss terms by name, each (B,); ``loss`` is the one to average and minimise."""
 
 
-def stratified_levels(
-    n: int, count: int, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """``n`` levels, each uniform on 0 ... ``count`` - 1, spread evenly over the batch: long (n,).
+def stratified_levels(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``n`` levels, each uniform on 0 ... ``count`` - 1, spread evenly over the batch: long (n,), on its device.
 
     One draw from each n-th part of the range, in random order: the same expectation as independent draws, with
     less variance between batches.
     """
+    device = torch.device("cpu") if generator is None else generator.device
     order = torch.randperm(n, generator=generator, device=device)
     offset = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
     return ((order + offset) * (count / n)).long().clamp_max(count - 1)
-
-
-def all_levels(schedule: NoiseSchedule, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """:func:`stratified_levels` of 0 ... T+1, on the generator's device: long (n,)."""
-    device = torch.device("cpu") if generator is None else generator.device
-    return stratified_levels(n, schedule.T + 2, device, generator)
 
 
 def drop_labels(
@@ -81,9 +73,8 @@ class Loss(nn.Module, ABC):
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, here of 0 ... T+1, on the generator's device: long (n,)."""
-        return all_levels(self.model.schedule, n, generator)
+        return stratified_levels(n, self.model.schedule.T + 2, generator)
 
-    @abstractmethod
     def forward(
         self,
         x_0: Tensor,
@@ -96,24 +87,10 @@ class Loss(nn.Module, ABC):
 
         Args:
             x_0: Dequantised data, model units, (B, *shape).
-            y: Classes, long (B,), or None.
+            y: Classes, long (B,), or None; a share of them is dropped.
             t: Levels, long (B,); stratified over the batch when None.
             eps: Noise, shape of ``x_0``; drawn when None.
             generator: Source of the draws, on the device of ``x_0``.
-
-        Returns:
-            ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``, at least.
-        """
-
-    def noised(
-        self,
-        x_0: Tensor,
-        y: Tensor | None,
-        t: Tensor | None,
-        eps: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x_t, levels, noise and labels of one step: what is None is drawn, some labels are dropped.
 
         Raises:
             UserError: Labels, levels or noise of another shape, labels or levels that do not exist.
@@ -128,7 +105,15 @@ class Loss(nn.Module, ABC):
         if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
             raise UserError("loss: levels t must be a long tensor with one for each sample")
         y = drop_labels(y, self.model.classes, self.label_dropout, generator)
-        return self.model.schedule.perturb(x_0, t, eps), t, eps, y
+        return self.terms(self.model.schedule.perturb(x_0, t, eps), t, y, eps)
+
+    @abstractmethod
+    def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
+        """The terms on x_t, (B, *shape), at levels ``t``, with the noise ``eps`` in it; ``y`` may be the null label.
+
+        Returns:
+            ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``, at least.
+        """
 
 
 @final
@@ -175,7 +160,7 @@ class CDMLoss(Loss):
             raise UserError("loss: ce_weight and mse_weight must not both be 0")
         if time_weight and not mse_weight:
             raise UserError("loss: time_weight needs an mse_weight above 0")
-        if len(logits_from) != 2 or not 0 <= logits_from[0] <= logits_from[1] <= 1:
+        if logits_from[0] > logits_from[1]:
             raise UserError("loss: logits_from is two shares of the training, 0 <= start <= end <= 1")
         if logits_from[0] and not mse_weight:
             raise UserError("loss: logits_from starts without the cross-entropy, and needs an mse_weight above 0")
@@ -196,51 +181,40 @@ class CDMLoss(Loss):
     def settled(self) -> bool:
         return bool(self.logits_share == 1)
 
-    def forward(
-        self,
-        x_0: Tensor,
-        y: Tensor | None = None,
-        t: Tensor | None = None,
-        eps: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Terms:
-        """As :meth:`Loss.forward`.
+    def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
+        """As :meth:`Loss.terms`.
 
         Returns:
             ``loss``, ``ce`` (nats), ``mse`` (mean over d; constant at level 0, 0 at level T+1), ``t``,
             ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``; ``time``
             where it has a weight.
         """
-        schedule = self.model.schedule
-        x_t, t, eps, y = self.noised(x_0, y, t, eps, generator)
-
+        schedule, dtype = self.model.schedule, x_t.dtype
         if self.mse_weight:
-            result, mse = squared_error(x_t).evaluate(self.model, x_t, t, y, eps)
+            result, mse = squared_error(self.model, x_t, t, y, eps)
             log_p, unconditional = result.log_prob_levels, result.unconditional
         else:
             log_p, unconditional = self.model.conditional_and_marginal(x_t, y)
-            mse = x_0.new_zeros(len(x_0))
+            mse = x_t.new_zeros(len(x_t))
         # The outcomes of a joint model are (class, level), their normaliser the sum of p_t(x) over the levels;
         # at level T+1 the classes are one outcome, so that its probability carries no class prior.
         ce = unconditional.logsumexp(1) - log_p.gather(1, t[:, None])[:, 0]
         if self.model.joint and y is not None:
             ce = ce - self.model.log_prior(y).masked_fill(t == schedule.T + 1, 0)
-        d = x_0[0].numel()
-        logits = self.ce_weight / d * ce.to(x_0.dtype)
-        if self.time_weight and self.logits_count:
-            time = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(x_0.dtype)
-            logits = logits + self.time_weight / d * time
-        loss = self.mse_weight * mse + self.logits_share.to(x_0.dtype) * logits
+        d = x_t[0].numel()
+        logits = self.ce_weight / d * ce.to(dtype)
         terms = {
-            "loss": loss,
-            "ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(x_0.dtype),
+            "ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype),
             "mse": mse,
             "t": t,
-            "correct": (unconditional.argmax(1) == t).to(x_0.dtype),
+            "correct": (unconditional.argmax(1) == t).to(dtype),
         }
+        if self.model.joint:
+            terms["ce_joint"] = ce.to(dtype)
         if self.time_weight and self.logits_count:
-            terms["time"] = time
-        return terms | {"ce_joint": ce.to(x_0.dtype)} if self.model.joint else terms
+            terms["time"] = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(dtype)
+            logits = logits + self.time_weight / d * terms["time"]
+        return {"loss": self.mse_weight * mse + self.logits_share.to(dtype) * logits} | terms
 
     def _time_error(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, mse: Tensor, log_p: Tensor) -> Tensor:
         """Squared error of d log p / d log r at a fixed point, over 2 d (identity 11): float64 (B,).
@@ -264,64 +238,46 @@ class CDMLoss(Loss):
         return (error.square() / (2 * d)).where(used, torch.zeros_like(error))
 
 
-class SquaredError(ABC):
-    """The mean square of eps_hat - eps, and a way to its gradient in the weights.
+def squared_error(
+    model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+) -> tuple[Evaluation, Tensor]:
+    """The model at ``x_t``, (B, *shape), and the mean square of eps_hat - eps, (B,), which carries the gradient.
 
-    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one.
+    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one: differentiated again,
+    or by the cheaper :func:`difference_of_densities` where it is exact enough.
     """
-
-    @abstractmethod
-    def evaluate(
-        self, model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-    ) -> tuple[Evaluation, Tensor]:
-        """The model at ``x_t``, (B, *shape), and the squared error, (B,), which carries the gradient."""
+    if differences_suffice(x_t):
+        return difference_of_densities(model, x_t, t, y, eps)
+    result = model.evaluate_twice_differentiable(x_t, t, y)
+    return result, (result.eps - eps).square().flatten(1).mean(1)
 
 
-@final
-class SecondDerivatives(SquaredError):
-    """The gradient is differentiated again, by hand where :mod:`torchcdm.networks.second_order` can."""
-
-    def evaluate(
-        self, model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-    ) -> tuple[Evaluation, Tensor]:
-        result = model.evaluate_twice_differentiable(x_t, t, y)
-        return result, (result.eps - eps).square().flatten(1).mean(1)
-
-
-@final
-class DifferenceOfDensities(SquaredError):
-    """First derivatives alone.
+def difference_of_densities(
+    model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+) -> tuple[Evaluation, Tensor]:
+    """:func:`squared_error` by first derivatives alone.
 
     The gradient of the mean square of the error e is that of -2 sigma / d times the derivative of log p_t along e,
     held fixed: of a difference of two values of log p_t.
     """
-
-    def evaluate(
-        self, model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-    ) -> tuple[Evaluation, Tensor]:
-        random_state = torch.get_rng_state()
-        result = model.evaluate_with_densities(x_t, t, y)
-        error = result.eps - eps
-        sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
-        # Every other sample goes the other way: what is left of the curvature is of second order.
-        way = torch.ones_like(sigma)
-        way[1::2] = -1
-        distance = way * DISPLACEMENT * (rounding * sigma).sqrt()
-        size = error.double().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
-        moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
-        with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
-            torch.set_rng_state(random_state)
-            there = model.conditional_and_marginal(moved, y)[0]
-        change = (there - result.log_prob_levels).gather(1, t[:, None])[:, 0]
-        # sigma / distance, which is finite where sigma is 0.
-        scale = way * (sigma / rounding).sqrt() / DISPLACEMENT
-        slope = -2 / error[0].numel() * size * scale * change
-        return result, error.square().flatten(1).mean(1) + (slope - slope.detach()).to(x_t.dtype)
-
-
-def squared_error(x: Tensor) -> SquaredError:
-    """The cheaper way where it is exact enough: :func:`differences_suffice`."""
-    return DifferenceOfDensities() if differences_suffice(x) else SecondDerivatives()
+    random_state = torch.get_rng_state()
+    result = model.evaluate_with_densities(x_t, t, y)
+    error = result.eps - eps
+    sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
+    # Every other sample goes the other way: what is left of the curvature is of second order.
+    way = torch.ones_like(sigma)
+    way[1::2] = -1
+    distance = way * DISPLACEMENT * (rounding * sigma).sqrt()
+    size = error.double().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
+    moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
+    with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
+        torch.set_rng_state(random_state)
+        there = model.conditional_and_marginal(moved, y)[0]
+    change = (there - result.log_prob_levels).gather(1, t[:, None])[:, 0]
+    # sigma / distance, which is finite where sigma is 0.
+    scale = way * (sigma / rounding).sqrt() / DISPLACEMENT
+    slope = -2 / error[0].numel() * size * scale * change
+    return result, error.square().flatten(1).mean(1) + (slope - slope.detach()).to(x_t.dtype)
 
 
 def differences_suffice(x: Tensor) -> bool:
@@ -342,9 +298,7 @@ def differences_suffice(x: Tensor) -> bool:
 class DDMLoss(Loss):
     """Squared error of the noise at a random level: L_simple of arXiv 2006.11239.
 
-    Args:
-        model: The denoising diffusion model to train.
-        label_dropout: Share of labels replaced by the null label.
+    Arguments as in :class:`Loss`.
     """
 
     model: DenoisingDiffusion
@@ -355,19 +309,9 @@ class DDMLoss(Loss):
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 1 ... T, on the generator's device: long (n,)."""
-        device = torch.device("cpu") if generator is None else generator.device
-        return 1 + stratified_levels(n, self.model.schedule.T, device, generator)
+        return 1 + stratified_levels(n, self.model.schedule.T, generator)
 
-    def forward(
-        self,
-        x_0: Tensor,
-        y: Tensor | None = None,
-        t: Tensor | None = None,
-        eps: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Terms:
-        """As :meth:`CDMLoss.forward`, levels 1 ... T; returns ``loss`` and ``mse``, which are the same, and ``t``."""
-        x_t, t, eps, y = self.noised(x_0, y, t, eps, generator)
-        eps_hat = self.model.eps(x_t, t, y)
-        mse = (eps - eps_hat).square().flatten(1).mean(1)
+    def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
+        """As :meth:`Loss.terms`: ``loss`` and ``mse``, which are the same, and ``t``."""
+        mse = (eps - self.model.eps(x_t, t, y)).square().flatten(1).mean(1)
         return {"loss": mse, "mse": mse, "t": t}

@@ -39,9 +39,9 @@ class BoundLoss(Loss):
         """Levels of a batch, 1 ... T, long (n,)."""
         return self.simple.draw_levels(n, generator)
 
-    def forward(self, x_0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Terms:
-        """As :meth:`torchcdm.losses.DDMLoss.forward`: ``loss``, ``mse`` (without weights), ``t``."""
-        terms = self.simple(x_0, y, t, eps)
+    def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
+        """As :meth:`torchcdm.losses.DDMLoss.terms`: ``loss``, ``mse`` (without weights), ``t``."""
+        terms = self.simple.terms(x_t, t, y, eps)
         weights = bound_weights(self.simple.model.schedule)
-        share = (weights / weights.mean()).to(x_0.dtype)
+        share = (weights / weights.mean()).to(x_t.dtype)
         return terms | {"loss": share[t - 1] * terms["mse"]}

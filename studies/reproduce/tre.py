@@ -26,12 +26,11 @@ class TRELoss(Loss):
 
     model: ClassificationDiffusion
 
-    def forward(self, x_0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Terms:
-        """As :meth:`torchcdm.losses.Loss.forward`: ``loss``, ``mse`` (0), ``t``."""
-        x_t = self.model.schedule.perturb(x_0, t, eps)
+    def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
+        """As :meth:`torchcdm.losses.Loss.terms`: ``loss``, ``mse`` (0), ``t``."""
         log_p = self.model.conditional_and_marginal(x_t, y)[0]
         last = self.model.schedule.T + 1
         here, above, below = (log_p.gather(1, (t + step).clamp(0, last)[:, None])[:, 0] for step in (0, 1, -1))
         up, down = (nn.functional.softplus(other - here) for other in (above, below))
-        loss = 0.5 * (up.masked_fill(t == last, 0) + down.masked_fill(t == 0, 0)).to(x_0.dtype)
+        loss = 0.5 * (up.masked_fill(t == last, 0) + down.masked_fill(t == 0, 0)).to(x_t.dtype)
         return {"loss": loss, "mse": torch.zeros_like(loss), "t": t}

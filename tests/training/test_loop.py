@@ -284,8 +284,8 @@ class Decay(Loss):
     def draw_levels(self, n, generator=None):
         return torch.zeros(n, dtype=torch.long)
 
-    def forward(self, x_0, y, t, eps):
-        squares = sum(p.square().sum() for p in self.model.parameters()).expand(len(x_0))
+    def terms(self, x_t, t, y, eps):
+        squares = sum(p.square().sum() for p in self.model.parameters()).expand(len(x_t))
         return {"loss": squares, "mse": torch.zeros_like(squares), "t": t}
 
 

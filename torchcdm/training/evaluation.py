@@ -107,7 +107,7 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterat
 
 def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0) -> Iterator[NoisyBatch]:
     """:func:`noisy_batches` with ``draws`` copies of each sample, the levels 0 ... T+1 stratified over all of them."""
-    t = stratified_levels(len(x) * draws, model.schedule.T + 2, torch.device("cpu"), stream(seed, "levels"))
+    t = stratified_levels(len(x) * draws, model.schedule.T + 2, stream(seed, "levels"))
     return noisy_batches(model, x, t, seed)
 
 
