@@ -105,6 +105,13 @@ def refuse(capsys, *words):
         (["sample", "nowhere", "--out", "S"], "nowhere: holds no trained model"),
         (["nll", "nowhere"], "nowhere: holds no trained model"),
         (["info", "nowhere"], "nowhere: holds no trained model"),
+        (["info", 300 * "x"], "xxx: holds no trained model"),
+        (["info", "a\0b"], "holds no trained model"),
+        (["train", "digits", "--out", "R", "--init", 300 * "x"], "xxx: holds no trained model"),
+        (["train", "--resume", "--out", 300 * "x"], "give a preset or --config FILE"),
+        (["train", "digits", "--out", 300 * "x"], "xxx: cannot be written (File name too long)"),
+        (["info", "nowhere", "--jsno", "x"], "unknown argument '--jsno'; did you mean 'json'"),
+        (["info", "nowhere", "more"], "unrecognized arguments: more; see cdm info --help"),
         (["convert", "none.pt", "R", "--preset", "digits"], "the published networks have model.backbone unet"),
         (["convert", "none.pt", "R", "--preset", "cifar10-conditional"], "--classes is needed"),
         (["convert", "none.pt", "R", "--preset", "cifar10", "--shape", "32"], "write channels x height x width"),
@@ -117,16 +124,30 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
     assert not (tmp_path / "R" / "model.safetensors").exists()
 
 
+def test_long_values_are_cut_in_messages(capsys):
+    for words in (["train", 5000 * "x", "--out", "R"], ["train", "digits", "--out", "R", "--data", 5000 * "x"]):
+        error = refuse(capsys, *words)
+        assert len(error) < 600 and ("choose from" in error or "did you mean" in error or "digits" in error)
+
+
+def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "pipe.yaml: is no file" in refuse(capsys, "train", "--config", tmp_path / "pipe.yaml", "--out", "R")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample", "RUN", "--n", "0", "--out", "S"], "n is 0; ask for at least one sample"),
+        (["sample", "RUN", "--n", "0", "--out", "S"], "n is 0; it must be an integer of at least 1"),
         (["sample", "RUN", "--steps", "21", "--out", "S"], "takes 1 to 20 sampling steps"),
         (["sample", "RUN", "--sampler", "ddmp", "--out", "S"], "did you mean 'ddpm'"),
         (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
         (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
         (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'"),
-        (["sample", "RUN", "--n", "four", "--out", "S"], "invalid int value: 'four'"),
+        (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number up to 1000000000"),
+        (["sample", "RUN", "--n", 20 * "9", "--label", "balanced", "--out", "S"], "--n: '99999999999999999999' is no"),
+        (["sample", "RUN", "--steps", 20 * "9", "--out", "S"], "--steps: '99999999999999999999' is no"),
+        (["nll", "RUN", "--limit", 5000 * "9"], "--limit: '999"),
         (["nll", "RUN", "--split", "tset"], "unknown split 'tset'; did you mean 'test'"),
         (["nll", "RUN", "--methods", "single,flwo"], "did you mean 'flow'"),
         (["nll", "RUN", "--limit", "0"], "--limit is 0"),
@@ -429,7 +450,7 @@ def test_noise_of_a_table_is_told_in_deviations_of_its_columns(capsys, tmp_path,
     assert 0.2 < np.median(found) < 0.7
     denoised = np.loadtxt(tmp_path / "out" / "denoised.csv", delimiter=",", skiprows=1)
     assert ((denoised - clean) / deviation).std() < 0.9 * 0.4
-    assert "the columns differ in scale; give --level" in refuse(capsys, *words, "--noise-std", "1")
+    assert "the columns differ in scale; give a level instead" in refuse(capsys, *words, "--noise-std", "1")
 
 
 def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):

@@ -45,7 +45,6 @@ def saved(tmp_path, source, **changes):
     gaussian = fit_gaussian(model_config, source, flip=False) if model_config.gaussian else None
     model = randomised(build_model(model_config, source.transform, source.classes, gaussian))
     run = RunFolder(tmp_path / "run")
-    run.make()
     info = ModelInfo(
         preset="digits", model=model_config, transform=source.transform, data=config.data,
         class_names=source.class_names, selected={"value": "last"},
@@ -125,7 +124,6 @@ def state(step, value=1.0):
 
 def test_states_keep_the_last_two_and_read_back(tmp_path):
     run = RunFolder(tmp_path)
-    run.make()
     for step in (9, 10, 100):
         save_state(run, state(step, value=step))
     assert [path.name for path in state_folders(run)] == ["step-10", "step-100"]
@@ -141,7 +139,6 @@ def test_states_keep_the_last_two_and_read_back(tmp_path):
 @pytest.mark.parametrize("missing", [True, False])
 def test_a_damaged_state_names_the_file_and_the_way_out(tmp_path, name, missing):
     run = RunFolder(tmp_path)
-    run.make()
     path = save_state(run, state(5)) / name
     path.unlink() if missing else path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=f"{name}.*remove .*step-5 to go on from the state before it") as caught:
@@ -151,14 +148,14 @@ def test_a_damaged_state_names_the_file_and_the_way_out(tmp_path, name, missing)
 
 def test_what_a_crash_left_half_written_is_not_read_and_goes(tmp_path):
     run = RunFolder(tmp_path)
-    run.make()
     save_state(run, state(5))
     half = run.states / f"{TEMPORARY}step-6"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     (run.root / f"{TEMPORARY}model.safetensors").write_bytes(b"half")
     assert [path.name for path in state_folders(run)] == ["step-5"]
-    run.make()
+    with run.locked():
+        pass
     assert not half.exists() and not list(run.root.glob(f"{TEMPORARY}*"))
     assert load_state(run.states / "step-5").progress.step == 5
 
@@ -175,8 +172,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):
         from torchcdm.runtime.files import write_file
         from torchcdm.training.run_folder import RunFolder
 
-        run = RunFolder(Path({str(tmp_path)!r}))
-        run.make()
+        run = RunFolder({str(tmp_path)!r})
         def state(step):
             progress = Progress(
                 step=step, ema_updates=0, seconds=0, skipped=0, best=None, stale=0, window={{}}, data="", config={{}}

@@ -74,7 +74,7 @@ def write_report(
         device: Device of the measurements.
         progress: Shows progress bars.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(run)
     config = make_config(file_fields(folder.config))
     model = load(run, device)
     split = source.test or source.validation or source.train

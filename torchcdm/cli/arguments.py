@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import check_output, without_nan, write_file, write_json
+
+LARGEST_COUNT = 10**9
+"""Most of anything that a flag asks for."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +31,16 @@ class Parser(argparse.ArgumentParser):
 
 def add_command(commands: Any, name: str, summary: str, example: str) -> Parser:
     """A subcommand whose help ends with an example."""
-    return commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+    parser.set_defaults(command=parser)
+    return parser
+
+
+def count(text: str) -> int:
+    """A whole number of what there is no more than 10**9 of; argparse names the flag in its message."""
+    if re.fullmatch(r"-?\d{1,10}", text) and abs(int(text)) <= LARGEST_COUNT:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is no whole number up to {LARGEST_COUNT}")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +58,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SPEC", help="other data than the run was trained on, of the same columns, "
                         "shape and grey levels")  # fmt: skip
     parser.add_argument("--split", default="test", help="train, validation or test")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples, evenly spaced")
+    parser.add_argument("--limit", type=count, metavar="N", help="at most N samples, evenly spaced")
 
 
 def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
@@ -52,7 +51,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
     check_writable(options.json)
     info = read_info(options.model)
     found = None
-    run = RunFolder(Path(options.model))
+    run = RunFolder(options.model)
     with run.locked() if is_first() else nullcontext(), sharing(options.device) as (device, main):
         model = require_density(load(options.model, device), f"{options.model}: calibration").uncalibrated
         if not options.remove:

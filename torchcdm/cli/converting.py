@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command
+from torchcdm.cli.arguments import add_command, count
 from torchcdm.errors import UserError
 from torchcdm.training.run_folder import RunFolder
 
@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
     what.add_argument("--config", metavar="FILE", help="YAML file with the model and the data of the training")
     what.add_argument("--preset", metavar="PRESET", help="cifar10, cifar10-uniform, celeba64 ...")
     parser.add_argument("--shape", metavar="CxHxW", help="of the images; data.channels and data.size, or 3x32x32")
-    parser.add_argument("--classes", type=int, metavar="N", help="number of classes, for a conditional checkpoint")
+    parser.add_argument("--classes", type=count, metavar="N", help="number of classes, for a conditional checkpoint")
     parser.set_defaults(run=run_convert)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from torchcdm.cli import (
     training,
 )
 from torchcdm.cli.arguments import Parser
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 
 EPILOG = """\
 examples:
@@ -36,9 +35,11 @@ stopped by SIGHUP, SIGINT and SIGTERM, in training with the state saved.
 """
 
 
-DOTTED = re.compile(r"--\w+(\.\w+)+(=|$)")
+FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
 """The flag of a field of the configuration, which every command but ``train`` refuses."""
 
+LONGEST = 500
+"""Characters of a message; of a longer one the middle is left out."""
 
 GROUPS = (training, sampling, measuring, calibrating, scoring, ratios, denoising, reading, converting)
 
@@ -68,7 +69,9 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
         return _run(parser, sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            text = " ".join(str(error).split())
+            text = text if len(text) <= LONGEST else f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
+            print(f"{name}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -81,9 +84,14 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         # The parser would take the values of flags that it does not know for arguments without a name.
         words, fields = _without_fields(words)
         options, rest = parser.parse_known_args(words)
-        options.rest = rest = fields + rest
-        if rest and not getattr(options, "takes_fields", False):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        takes_fields = getattr(options, "takes_fields", False)
+        rest += [] if takes_fields else [f"--{field}" for field, _ in fields]
+        if rest and rest[0].startswith("--"):
+            flags = re.findall(r"^ +--([a-z-]+)", options.command.format_help(), re.MULTILINE)
+            raise UserError(f"unknown argument '{rest[0]}'; {nearest(rest[0][2:].partition('=')[0], flags)}")
+        if rest:
+            options.command.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.fields = fields
         code = options.run(options) or 0
         sys.stdout.flush()
         return code
@@ -98,12 +106,16 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         raise UserError(f"the output cannot be written ({error.strerror})") from None
 
 
-def _without_fields(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words without ``--section.field VALUE`` and ``--section.field=VALUE``, and those, for the configuration."""
+def _without_fields(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words without ``--section.field VALUE`` and ``--section.field=VALUE``, and those as pairs."""
     left, fields, rest = [], [], iter(words)
     for word in rest:
-        if not DOTTED.match(word):
+        if not FIELD.match(word):
             left.append(word)
-        else:
-            fields += [word] if "=" in word else [word, *itertools.islice(rest, 1)]
+            continue
+        field, equals, value = word[2:].partition("=")
+        value = value if equals else next(rest, None)
+        if value is None:
+            raise UserError(f"--{field} needs a value")
+        fields.append((field, value))
     return left, fields

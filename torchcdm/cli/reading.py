@@ -19,15 +19,13 @@ def add_commands(commands: Any) -> None:
 
 def run_info(options: argparse.Namespace) -> int:
     """Architecture, data and training of a run."""
-    from pathlib import Path
-
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.states import state_folders
 
 
     info = read_info(options.model)
     model = load(options.model)
-    run = RunFolder(Path(options.model))
+    run = RunFolder(options.model)
     config = info.model
     lines = read_metrics(run.metrics)
     values = {

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device
+from torchcdm.cli.arguments import add_command, add_device, count
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import writing
 
@@ -28,9 +28,9 @@ def add_commands(commands: Any) -> None:
         "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --format array --out samples",
     )  # fmt: skip
     parser.add_argument("model", metavar="RUN")
-    parser.add_argument("--n", type=int, default=64, help="number of samples (64)")
+    parser.add_argument("--n", type=count, default=64, help="number of samples (64)")
     parser.add_argument("--sampler", default="ddim", help="ddpm, ddim, dpm2, dpm++ or heun (ddim)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps, up to T (50)")
+    parser.add_argument("--steps", type=count, metavar="N", help="sampling steps, up to T (50)")
     parser.add_argument("--label", metavar="K|balanced", help="class by number or name, or all in turn")
     parser.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
     parser.add_argument("--seed", type=int, default=0)
@@ -47,7 +47,6 @@ def run_sample(options: argparse.Namespace) -> int:
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.samples import draw, save_manifest, save_sheet
-
 
     info = read_info(options.model)
     out = options.out

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
 from torchcdm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -111,8 +112,6 @@ def run_presets(options: argparse.Namespace) -> int:
 
 def _configuration(options: argparse.Namespace) -> Config:
     """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
-    from pathlib import Path
-
     from torchcdm.data import parse_size
     from torchcdm.training.build import plain_model
     from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
@@ -123,31 +122,12 @@ def _configuration(options: argparse.Namespace) -> Config:
     if options.config is not None:
         layers.append(file_fields(options.config))
     if not layers:
-        saved = RunFolder(Path(options.out)).config
-        if not (options.resume and saved.exists()):
+        saved = RunFolder(options.out).config
+        if not (options.resume and os.path.exists(saved)):
             raise UserError("give a preset or --config FILE; cdm presets lists the presets")
         layers.append(file_fields(saved))
     flags = [(path, getattr(options, name)) for name, path in SHORT.items() if getattr(options, name) is not None]
     flags = [(path, str(list(parse_size(text))) if path == "data.size" else text) for path, text in flags]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
-    config = make_config(*layers, flag_fields(flags + _fields(options.rest)))
+    config = make_config(*layers, flag_fields(flags + options.fields))
     return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
-
-
-def _fields(rest: list[str]) -> list[tuple[str, str]]:
-    """``--section.field VALUE`` and ``--section.field=VALUE`` from what the parser left."""
-    fields, words = [], iter(rest)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in name:
-            raise UserError(f"unknown argument '{word}'; {nearest(name, _flag_names())}")
-        if not equals:
-            value = next(words, None)
-            if value is None:
-                raise UserError(f"--{name} needs a value")
-        fields.append((name, value))
-    return fields
-
-
-def _flag_names() -> list[str]:
-    return [*SHORT, "config", "out", "skip-bad", "compile", "resume", "quiet", "device"]

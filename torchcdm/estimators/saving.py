@@ -36,7 +36,7 @@ def write_estimator(
     params = {key: value.item() if isinstance(value, np.generic) else value for key, value in params.items()}
     plain = {key: value if _is_plain(value) else None for key, value in params.items()}
     info = info.model_copy(update={"estimator": {"kind": kind, "params": plain, "fitted": fitted}})
-    run = RunFolder(Path(folder))
+    run = RunFolder(folder)
     with run.locked():
         save_model(run, model, info)
 
@@ -66,7 +66,7 @@ def restoring(folder: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        damaged(RunFolder(Path(folder)).model_info, f"estimator: {error} is missing or wrong")
+        damaged(RunFolder(folder).model_info, f"estimator: {error} is missing or wrong")
 
 
 def _is_plain(value: Any) -> bool:

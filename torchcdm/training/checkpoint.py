@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -196,9 +197,9 @@ def load_matching(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[int
 
 def _held(run: str | Path) -> RunFolder:
     """The folder of a trained model."""
-    folder = RunFolder(Path(run))
+    folder = RunFolder(run)
     for path in (folder.model_info, folder.model):
-        if not path.exists():
+        if not os.path.exists(path):  # false, too, where the system refuses the name
             raise UserError(f"{run}: holds no trained model ({path.name} is missing)")
     return folder
 

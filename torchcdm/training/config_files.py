@@ -12,10 +12,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from torchcdm.errors import UserError, nearest
+from torchcdm.runtime.artefact import read_bytes
 from torchcdm.runtime.validation import encode, join, mistake
 from torchcdm.training.settings import Config
 
 _PRESETS = files("torchcdm.training") / "presets"
+
+LARGEST = 2**20
+"""Bytes of a YAML file beyond which it is not read."""
 
 
 class FileFields(dict[str, Any]):
@@ -62,12 +66,11 @@ def file_fields(path: str | Path) -> FileFields:
     """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on.
 
     Raises:
-        UserError: Missing, or not YAML of fields with values; names the line.
+        UserError: No file that can be read, or not YAML of fields with values; names the line.
     """
+    content = read_bytes(Path(path), LARGEST)
     try:
-        fields, lines = _parse(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        fields, lines = _parse(content.decode("utf-8-sig"))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = "" if mark is None else f", line {mark.line + 1}"

@@ -113,7 +113,7 @@ def train(
         NotFinite: Ten steps in a row were not finite.
         Interrupted: A signal came; the state is saved.
     """
-    run = RunFolder(Path(out))
+    run = RunFolder(out)
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
     source = load_source(config.data) if source is None else source

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +14,40 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths inside a run.
 
+    Args:
+        root: The folder.
+
     Attributes:
         root: The folder.
+        config: The resolved configuration.
+        model: EMA weights at the best validation value.
+        model_info: What the weights are of.
+        states: What a resumed run starts from.
+        metrics: One JSON object a logging step.
+        samples: Grids of samples and their manifest.
+        plots: Figures.
+        report: Numbers at the end.
+        lock: What the process that writes here holds; once there, it stays, and says that the folder is a run's.
     """
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def model(self) -> Path:
-        """EMA weights at the best validation value."""
-        return self.root / "model.safetensors"
-
-    @property
-    def model_info(self) -> Path:
-        """What the weights are of."""
-        return self.root / "config.json"
-
-    @property
-    def states(self) -> Path:
-        """What a resumed run starts from."""
-        return self.root / "state"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a logging step."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Grids of samples and their manifest."""
-        return self.root / "samples"
-
-    @property
-    def plots(self) -> Path:
-        """Figures."""
-        return self.root / "plots"
-
-    @property
-    def report(self) -> Path:
-        """Numbers at the end."""
-        return self.root / "report.json"
-
-    @property
-    def lock(self) -> Path:
-        """What the process that writes here holds; once there, it stays, and says that the folder is a run's."""
-        return self.root / ".torchcdm-lock"
+    def __init__(self, root: str | Path) -> None:
+        self.root = root = Path(root)
+        self.config = root / "config.yaml"
+        self.model = root / "model.safetensors"
+        self.model_info = root / "config.json"
+        self.states = root / "state"
+        self.metrics = root / "metrics.jsonl"
+        self.samples = root / "samples"
+        self.plots = root / "plots"
+        self.report = root / "report.json"
+        self.lock = root / ".torchcdm-lock"
 
     def holds_run(self) -> bool:
         """Whether there is a model or a state that a new run would overwrite."""
-        return self.model.exists() or any(self.states.glob("step-*"))
-
-    def make(self) -> None:
-        """Creates the folder and clears what a crash left half written.
-
-        Raises:
-            UserError: It cannot be made or written to, or holds files of another origin under the names of a run's.
-        """
-        with writing(self.root):
-            self._check_ours()
-            self.root.mkdir(parents=True, exist_ok=True)
-            from torchcdm.runtime.artefact import settle  # loads torch
-
-            settle(self.model_info)
-            for folder in (self.root, self.states):
-                for path in folder.glob(f"{TEMPORARY}*"):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return os.path.exists(self.model) or (os.path.isdir(self.states) and any(self.states.glob("step-*")))
 
     def _check_ours(self) -> None:
         """Refuses a folder with files of another origin under the names of a run's."""
@@ -100,12 +60,17 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """:meth:`make`, and no other process writes here meanwhile. The end of a process, any end, frees the lock.
+        """Makes the folder, and clears what a crash left half written; no other process writes here meanwhile.
+
+        The end of a process, any end, frees the lock.
 
         Raises:
-            UserError: As :meth:`make`, or another process holds the lock.
+            UserError: It cannot be made or written to, holds files of another origin under the names of a run's, or
+                another process holds the lock.
         """
         from filelock import FileLock, Timeout
+
+        from torchcdm.runtime.artefact import settle  # loads torch
 
         with writing(self.root):
             self._check_ours()
@@ -117,7 +82,10 @@ class RunFolder:
                 what = "another process is writing to it, such as a training"
                 raise UserError(f"{self.root}: {what}; wait for its end, or choose another folder") from None
         try:
-            self.make()
+            with writing(self.root):
+                settle(self.model_info)
+                for path in (*self.root.glob(f"{TEMPORARY}*"), *self.states.glob(f"{TEMPORARY}*")):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield
         finally:
             lock.release()
