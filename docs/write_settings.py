@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from torchcdm.runtime.validation import argument_texts
-from torchcdm.training.settings import BACKBONES, SCHEDULE_SETTINGS, Config
+from torchcdm.losses import CDMLoss
+from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, SCHEDULES, Config
 
 PAGE = Path(__file__).parent / "reference" / "settings.md"
 
@@ -43,17 +44,26 @@ def range_text(metadata: Any) -> str:
     return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound < 10**9)
 
 
-def table(kind: Any, path: str) -> Iterator[str]:
-    """The fields of a section, a row each."""
+def argument_texts(kind: type) -> dict[str, str]:
+    """Descriptions of arguments or attributes in the docstrings of a class and its bases, by name."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        entries = re.findall(r"^ {4}(\w+): ((?:.+\n?)(?: {6,}.+\n?)*)", inspect.getdoc(base) or "", re.MULTILINE)
+        texts |= {name: " ".join(text.split()) for name, text in entries}
+    return texts
+
+
+def table(kind: Any, path: str, described: type | None = None) -> Iterator[str]:
+    """The fields of a section, a row each, with the descriptions in the docstring of ``described``."""
     what = re.sub(r"^:class:`(.*)`$", r"Arguments of `\1`.", kind.__doc__.strip().splitlines()[0])
     yield f"\n## {path}\n\n{what}\n\n| field | value | default | meaning |\n|---|---|---|---|\n".replace("``", "`")
-    texts = argument_texts(kind)
+    texts = argument_texts(described or kind)
     for name, field in kind.__pydantic_fields__.items():
         if hasattr(field.default, "__pydantic_fields__"):
             continue
         kinds = " ".join(filter(None, [type_text(field.annotation), range_text(field.metadata)]))
         default = "null" if field.default is None else str(field.default).lower()
-        meaning = field.description or texts.get(name) or "Which of the kinds it is."
+        meaning = texts.get(name) or "Which of the kinds it is."
         meaning = re.sub(r":\w+:`", "`", meaning).replace("``", "`").replace("None", "null")
         default = list(field.default) if isinstance(field.default, tuple) else default
         yield f"| `{name}` | {kinds} | `{default}` | {meaning} |\n"
@@ -63,12 +73,12 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD, *table(Config, "the top")]
     for section in ("data", "model", "loss", "train", "sampling", "report"):
-        parts += table(type(getattr(Config(), section)), section)
+        parts += table(type(getattr(Config(), section)), section, CDMLoss if section == "loss" else None)
         if section == "model":
             for name, kind in BACKBONES.items():
-                parts += table(kind, f"model.backbone: {name}")
+                parts += table(kind, f"model.backbone: {name}", NETWORKS[name][0])
             for name, kind in SCHEDULE_SETTINGS.items():
-                parts += table(kind, f"model.schedule: {name}")
+                parts += table(kind, f"model.schedule: {name}", SCHEDULES[name])
     return "".join(parts)
 
 

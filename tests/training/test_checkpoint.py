@@ -13,7 +13,7 @@ from small_runs import small_config
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.files import TEMPORARY, write_json
-from torchcdm.training.build import build_model, fit_gaussian, load_source, resolve
+from torchcdm.training.build import load_source, new_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, load, load_matching, read_info, save_model
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics, read_metrics
 from torchcdm.training.states import (
@@ -42,8 +42,7 @@ def saved(tmp_path, source, **changes):
     torch.manual_seed(0)
     config = small_config(**changes)
     model_config = resolve(config.model, source.transform)
-    gaussian = fit_gaussian(model_config, source, flip=False) if model_config.gaussian else None
-    model = randomised(build_model(model_config, source.transform, source.classes, gaussian))
+    model = randomised(new_model(model_config, source, flip=False))
     run = RunFolder(tmp_path / "run")
     info = ModelInfo(
         preset="digits", model=model_config, transform=source.transform, data=config.data,
@@ -221,9 +220,10 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == {"values": [1.0, None]}
 
 
-def test_matching_weights_are_copied_and_the_others_named():
-    torch.manual_seed(0)
-    old, new = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, out)) for out in (2, 5))
-    copied, left = load_matching(new, old.state_dict())
-    assert copied == 2 and left == ["1.weight", "1.bias"]
-    assert torch.equal(new[0].weight, old[0].weight)
+def test_matching_weights_are_copied_and_the_others_named(tmp_path, source):
+    run, old = saved(tmp_path, source)
+    _, new = saved(tmp_path / "other", source, model__schedule__T="30")
+    left = load_matching(new, run.root)
+    held, own = old.state_dict(), new.state_dict()
+    assert left and all(held[key].shape != own[key].shape for key in left)
+    assert all(torch.equal(held[key], own[key]) for key, _ in new.named_parameters() if key not in left)

@@ -67,15 +67,15 @@ def test_fields_of_the_data_are_overrides_too():
 )
 def test_fields_without_effect_on_objects_are_refused(options, mend):
     (name,) = options
-    with pytest.raises(UserError, match=f"data.{name} has no effect on Python objects; .*{mend}"):
+    with pytest.raises(UserError, match=f"data.{name} has no effect here; .*{mend}"):
         torchcdm.fit(torch.randn(60, 2), data=options, **TINY)
 
 
 def test_fields_without_effect_on_sources_and_files_are_refused(tmp_path):
     source = from_object(torch.randn(60, 2))
-    with pytest.raises(UserError, match="data.seed has no effect on a DataSource; make the DataSource with it"):
+    with pytest.raises(UserError, match="data.seed has no effect here; make the DataSource with it"):
         torchcdm.fit(source, data={"seed": 3}, **TINY)
-    with pytest.raises(UserError, match="data.spec has no effect on data from files"):
+    with pytest.raises(UserError, match="data.spec has no effect here"):
         torchcdm.fit("toy:rings", data={"spec": "digits"}, **TINY)
     with pytest.raises(UserError, match="labels have no effect on a DataSource, which has its own; make it with them"):
         torchcdm.fit(source, torch.arange(60) % 2, **TINY)

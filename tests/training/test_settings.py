@@ -85,6 +85,10 @@ def test_a_part_of_another_name_starts_from_its_own_defaults():
     config = preset("digits", ("model.backbone", "mlp"), ("model.backbone.depth", "2"))
     assert config.model.backbone.name == "mlp" and config.model.backbone.depth == 2
     assert config.model.backbone.dropout == 0.0  # not the encoder's
+    for order in (1, -1):
+        flags = [("model.schedule", "cosine"), ("model.schedule.T", "50")][::order]
+        schedule = preset("digits", *flags).model.schedule
+        assert schedule.name == "cosine" and schedule.T == (50 if order == 1 else SCHEDULE_SETTINGS["cosine"]().T)
     same = preset("digits", ("model.backbone", "encoder"), ("model.backbone.width", "8"))
     assert same.model.backbone.width == 8 and same.model.backbone.multipliers == (1, 2)
 
@@ -229,8 +233,8 @@ def test_files_name_the_line(tmp_path):
         "train: {1: 3}\n": "line 1: not valid YAML \\(the name of a field is no text",
         "a: &x [*x]\n": "line 1: not valid YAML \\(tags and aliases are not read",
         "a: !!python/object/apply:os.system [ls]\n": "tags and aliases are not read",
-        "extends: [digits]\n": "line 1: extends is no name of a preset",
-        "\nextends: mine\n": "line 2: extends is no name of a preset",
+        "extends: [digits]\n": "line 1: unknown preset",
+        "\nextends: mine\n": "line 2: unknown preset",
         "[" * 3000: "not valid YAML",
         "train: {steps: 0b_}\n": "not valid YAML",
         "model:\n  class_gaussians: true\n": "line 1: model: class_gaussians needs gaussian, and labels joint",

@@ -10,17 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from torchcdm import __version__
-from torchcdm.cli import (
-    calibrating,
-    converting,
-    denoising,
-    measuring,
-    ratios,
-    reading,
-    sampling,
-    scoring,
-    training,
-)
+from torchcdm.cli import calibrating, converting, denoising, measuring, ratios, reading, sampling, scoring, training
 from torchcdm.cli.arguments import Parser
 from torchcdm.errors import UserError, nearest
 
@@ -33,7 +23,6 @@ examples:
 exit codes: 0 done; 2 a mistake in what was given, with one line on stderr; 129, 130 and 143
 stopped by SIGHUP, SIGINT and SIGTERM, in training with the state saved.
 """
-
 
 FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
 """The flag of a field of the configuration, which every command but ``train`` refuses."""

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from torchcdm.training.settings import Config
 
 SHORT = {
-    "data": "data.spec",
-    "size": "data.size",
-    "channels": "data.channels",
-    "label": "data.label",
-    "model": "model.kind",
-    "steps": "train.steps",
-    "seed": "train.seed",
-    "precision": "train.precision",
-    "init": "train.init",
+    "data": ("data.spec", "SPEC", "digits, folder:PATH, array:FILE, table:FILE, toy:NAME ..."),
+    "size": ("data.size", "HxW", "resize images"),
+    "channels": ("data.channels", "N", "convert images to 1, 3 or 4 channels"),
+    "label": ("data.label", "COLUMN", "column of a table that holds the class"),
+    "model": ("model.kind", "cdm|ddm", "ddm: the plain denoising baseline; for an encoder the U-Net of its width"),
+    "steps": ("train.steps", "N", "optimiser steps"),
+    "seed": ("train.seed", "S", "seed of everything random"),
+    "precision": ("train.precision", "fp32|bf16", None),
+    "init": ("train.init", "RUN", "start from the weights of another run, where they fit"),
 }
-"""Flags that stand for a field."""
+"""Flags that stand for a field: the field, and what the help says of them."""
 
 
 def add_commands(commands: Any) -> None:
@@ -37,18 +37,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="see cdm presets")
     parser.add_argument("--config", metavar="FILE", help="YAML file instead of, or on top of, a preset")
     parser.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
-    parser.add_argument("--data", metavar="SPEC", help="digits, folder:PATH, array:FILE, table:FILE, toy:NAME ...")
-    parser.add_argument("--size", metavar="HxW", help="resize images")
-    parser.add_argument("--channels", metavar="N", help="convert images to 1, 3 or 4 channels")
-    parser.add_argument("--label", metavar="COLUMN", help="column of a table that holds the class")
+    for name, (_, metavar, text) in SHORT.items():
+        parser.add_argument(f"--{name}", metavar=metavar, help=text)
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--model", metavar="cdm|ddm", help="ddm: the plain denoising diffusion baseline; for an "
-                        "encoder the U-Net of its width")  # fmt: skip
-    parser.add_argument("--steps", metavar="N", help="optimiser steps")
-    parser.add_argument("--seed", metavar="S", help="seed of everything random")
-    parser.add_argument("--precision", metavar="fp32|bf16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--init", metavar="RUN", help="start from the weights of another run, where they fit")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in RUN, if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     parser.add_argument("--section.field", dest="_", metavar="VALUE", help="any field of the configuration, such as "
@@ -75,22 +67,22 @@ def run_train(options: argparse.Namespace) -> int:
     check_sampler(config.sampling.sampler)
     if config.report.methods:
         check_methods(config.report.methods)
-    options.quiet = options.quiet or not is_first()
+    tell = is_first() and not options.quiet
     device = chosen_device(options.device)
     source = load_source(config.data)
-    if not options.quiet:
+    if tell:
         for note in source.notes:
             print(f"{source.name}: {note}")
     try:
-        result = train(config, options.out, source, options.resume, options.device, progress=not options.quiet)
+        result = train(config, options.out, source, options.resume, options.device, progress=tell)
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number
-    if not options.quiet:
+    if tell:
         print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
-    if result.main:
-        text = write_report(options.out, source, device, progress=not options.quiet).text
-        if not options.quiet:
+    if is_first():
+        text = write_report(options.out, source, device, progress=tell).text
+        if tell:
             print(text)
     return 0
 
@@ -116,9 +108,7 @@ def _configuration(options: argparse.Namespace) -> Config:
     from torchcdm.training.build import plain_model
     from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 
-    layers = []
-    if options.preset is not None:
-        layers.append(preset_fields(options.preset))
+    layers = [] if options.preset is None else [preset_fields(options.preset)]
     if options.config is not None:
         layers.append(file_fields(options.config))
     if not layers:
@@ -126,8 +116,10 @@ def _configuration(options: argparse.Namespace) -> Config:
         if not (options.resume and os.path.exists(saved)):
             raise UserError("give a preset or --config FILE; cdm presets lists the presets")
         layers.append(file_fields(saved))
-    flags = [(path, getattr(options, name)) for name, path in SHORT.items() if getattr(options, name) is not None]
-    flags = [(path, str(list(parse_size(text))) if path == "data.size" else text) for path, text in flags]
+    if options.size is not None:
+        options.size = str(list(parse_size(options.size)))
+    given = [(path, getattr(options, name)) for name, (path, *_) in SHORT.items()]
+    flags = [(path, text) for path, text in given if text is not None]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
     config = make_config(*layers, flag_fields(flags + options.fields))
     return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config

@@ -132,7 +132,7 @@ def named(*kinds: type) -> Any:
 
 
 def settings_of(kind: type, name: str | None, left_out: Collection[str], module: str) -> type:
-    """Settings with the defaults, ranges and descriptions of a constructor's arguments.
+    """Settings with the defaults and ranges of a constructor's arguments.
 
     Args:
         kind: The class.
@@ -140,23 +140,15 @@ def settings_of(kind: type, name: str | None, left_out: Collection[str], module:
         left_out: Arguments that do not come from settings; those without a default are left out too.
         module: Of the derived class.
     """
-    hints, texts = get_type_hints(kind.__init__, include_extras=True), argument_texts(kind)
-    content: dict[str, Any] = {"__module__": module, "__doc__": f":class:`{kind.__module__}.{kind.__qualname__}`"}
-    content |= {"__annotations__": {}} if name is None else {"__annotations__": {"name": Literal[name]}, "name": name}
+    hints = get_type_hints(kind.__init__, include_extras=True)
+    defaults = {} if name is None else {"name": name}
+    types: dict[str, Any] = {key: Literal[name] for key in defaults}
     for key, parameter in inspect.signature(kind).parameters.items():
         if parameter.default is not parameter.empty and key not in left_out:
-            content["__annotations__"][key] = hints[key]
-            content[key] = Field(default=parameter.default, description=texts.get(key))
+            types[key], defaults[key] = hints[key], parameter.default
+    text = f":class:`{kind.__module__}.{kind.__qualname__}`"
+    content = defaults | {"__annotations__": types, "__module__": module, "__doc__": text}
     return validated(type(f"{kind.__name__}Config", (), content))
-
-
-def argument_texts(kind: type) -> dict[str, str]:
-    """Descriptions of arguments or attributes in the docstrings of a class and its bases, by name."""
-    texts: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        entries = re.findall(r"^ {4}(\w+): ((?:.+\n?)(?: {6,}.+\n?)*)", inspect.getdoc(base) or "", re.MULTILINE)
-        texts |= {name: " ".join(text.split()) for name, text in entries}
-    return texts
 
 
 def arguments_for(kind: type, settings: Any) -> dict[str, Any]:
@@ -209,21 +201,18 @@ _NEEDED = {
     "bool_parsing": "true or false is needed",
     "string_type": "a text is needed",
     "tuple_type": "a list such as [1, 2] is needed",
-    "model_type": "fields with values are needed",
-    "dict_type": "fields with values are needed",
-    "dataclass_type": "fields with values are needed",
-    "model_attributes_type": "fields with values are needed",
+    "union_tag_not_found": "its name is needed",
     "greater_than": "it must be above {gt:g}",
     "greater_than_equal": "it must be at least {ge:g}",
     "less_than": "it must be below {lt:g}",
     "less_than_equal": "it must be at most {le:g}",
     "too_short": "at least {min_length} values are needed",
     "too_long": "at most {max_length} values are possible",
+    **dict.fromkeys(("model_type", "dict_type", "dataclass_type"), "fields with values are needed"),
 }
 
 _SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 80
-_SHOWN.maxlevel, _SHOWN.maxdict = 2, 3
+_SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 3
 
 
 def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, str]:
@@ -246,8 +235,6 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
         case "union_tag_invalid":
             path = join(path, "name")
             return path, f"{path} is {shown(facts['tag'])}; {_nearest_of(facts['tag'], facts['expected_tags'])}"
-        case "union_tag_not_found":
-            return path, f"{here} is {shown(found)}; its name is needed"
         case "missing":
             return path, f"{here} is missing"
         case "value_error":

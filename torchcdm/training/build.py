@@ -163,6 +163,18 @@ def _blank_base(
     return GaussianMarginals.blank(schedule, shape, classes=own)
 
 
+def new_model(config: ModelConfig, source: DataSource, flip: bool) -> Denoiser:
+    """The model before its training: its base density is fitted to the data, its weights are torch's next draws.
+
+    Arguments as in :func:`fit_gaussian`.
+    """
+    gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
+    prior = None
+    if config.labels == "joint" and source.classes is not None:
+        prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
+    return build_model(config, source.transform, source.classes, gaussian, prior)
+
+
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
     """The loss that trains ``model``.
 

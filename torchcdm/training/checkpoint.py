@@ -117,18 +117,20 @@ def read_info(run: str | Path) -> ModelInfo:
     Raises:
         UserError: No run there, or a file that is damaged or of another format version.
     """
-    path = _held(run).model_info
-    return checked_content(ModelInfo, read_artefact(path, KINDS)[0], path)
+    return _read(run, ())[1]
 
 
-def read_weights(run: str | Path) -> dict[str, Tensor]:
-    """The tensors of the model of a run.
+def load_weights(model: Denoiser, run: str | Path) -> Denoiser:
+    """Fills a model with the weights of a run.
+
+    Returns:
+        The model; within a :class:`torchcdm.models.calibrated.Calibrated` where the run was calibrated on paths.
 
     Raises:
-        UserError: No run there, or files that are damaged.
+        UserError: No run there, files that are damaged, or weights of another model.
     """
-    folder = _held(run)
-    return read_artefact(folder.model_info, KINDS, [folder.model.name])[1][0]
+    folder, _, (tensors,) = _read(run)
+    return _fill(model, tensors, folder.model)
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
@@ -144,21 +146,13 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     Raises:
         UserError: No run there, or files that are damaged or of another format version.
     """
-    folder = _held(run)
-    content, (tensors,) = read_artefact(folder.model_info, KINDS, [folder.model.name])
-    info = checked_content(ModelInfo, content, folder.model_info)
+    folder, info, (tensors,) = _read(run)
     _check_backbone(info, tensors, folder.model)
-    model = build_model(info.model, info.transform, info.classes)
-    model = load_model_tensors(model, tensors, folder.model)
+    model = _fill(build_model(info.model, info.transform, info.classes), tensors, folder.model)
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_model_tensors(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Denoiser:
-    """:func:`load_tensors` of a model.
-
-    Returns:
-        The model; within a :class:`torchcdm.models.calibrated.Calibrated` where the file holds a readout.
-    """
+def _fill(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Denoiser:
     readout = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
     load_tensors(model, {key: value for key, value in tensors.items() if not key.startswith(PREFIX)}, path)
     if not readout:
@@ -181,27 +175,35 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, m
     module.load_state_dict(tensors)
 
 
-def load_matching(module: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[int, list[str]]:
-    """Copies the network's weights that exist in both with the same shape.
+def load_matching(model: Denoiser, run: str | Path) -> list[str]:
+    """Copies the weights of a run that the model has, too, with the same shape.
 
     Returns:
-        How many were copied, and the names of the network's weights that were not.
+        Names of the model's weights that were not copied.
+
+    Raises:
+        UserError: No run there, files that are damaged, or no weight that fits.
     """
-    own = dict(module.named_parameters())
+    own, (tensors,) = dict(model.named_parameters()), _read(run)[2]
     fitting = {key: value for key, value in tensors.items() if key in own and own[key].shape == value.shape}
+    if not fitting:
+        raise UserError(f"{run}: none of its weights fits this network")
     with torch.no_grad():
         for key, value in fitting.items():
             own[key].copy_(value)
-    return len(fitting), [key for key in own if key not in fitting]
+    return [key for key in own if key not in fitting]
 
 
-def _held(run: str | Path) -> RunFolder:
-    """The folder of a trained model."""
+def _read(
+    run: str | Path, files: Sequence[str] = ("model.safetensors",)
+) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
+    """The folder of a trained model, what is said of it, and its tensors."""
     folder = RunFolder(run)
     for path in (folder.model_info, folder.model):
         if not os.path.exists(path):  # false, too, where the system refuses the name
             raise UserError(f"{run}: holds no trained model ({path.name} is missing)")
-    return folder
+    content, tensors = read_artefact(folder.model_info, KINDS, files)
+    return folder, checked_content(ModelInfo, content, folder.model_info), tensors
 
 
 def _check_backbone(info: ModelInfo, tensors: Mapping[str, Tensor], path: Path) -> None:

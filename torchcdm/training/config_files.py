@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.artefact import read_bytes
-from torchcdm.runtime.validation import encode, join, mistake
+from torchcdm.runtime.validation import encode, join, mistake, shown
 from torchcdm.training.settings import Config
 
 _PRESETS = files("torchcdm.training") / "presets"
@@ -49,17 +49,22 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def preset_about(name: str) -> dict[str, str]:
-    """What a preset is for (``description``), what it should reach, and whether that is ``measured`` or ``published``
-    (``source``)."""
+    """Its ``description``, what it ``reaches``, and the ``source`` of that: ``measured`` or ``published``."""
     return _preset(name)[1]
 
 
 def _preset(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     if name not in preset_names():
-        raise UserError(f"unknown preset '{name}'; {nearest(name, preset_names())}")
+        raise UserError(f"unknown preset {shown(name)}; {nearest(name, preset_names())}")
     fields, _ = _parse((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    parent, about = fields.pop("extends", None), fields.pop("about")
-    return merge(preset_fields(parent) if parent else {}, fields | {"preset": name}), about
+    about = fields.pop("about")
+    return _extended(fields | {"preset": name}), about
+
+
+def _extended(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields laid on those of the preset that their key ``extends`` names."""
+    parent = fields.pop("extends", None)
+    return fields if parent is None else merge(preset_fields(parent), fields)
 
 
 def file_fields(path: str | Path) -> FileFields:
@@ -77,11 +82,10 @@ def file_fields(path: str | Path) -> FileFields:
         raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
-    parent = fields.pop("extends", None)
-    if parent is not None and parent not in preset_names():
-        hint = nearest(parent, preset_names())
-        raise UserError(f"{path}, line {lines['extends']}: extends is no name of a preset; {hint}")
-    found = FileFields(merge(preset_fields(parent), fields) if parent else fields)
+    try:
+        found = FileFields(_extended(fields))
+    except UserError as error:
+        raise UserError(f"{path}, line {lines['extends']}: {error}") from None
     found.path, found.lines = path, lines
     return found
 
@@ -94,17 +98,13 @@ def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for path, text in flags:
-        *parents, leaf = path.split(".")
-        here = fields
-        for parent in parents:
-            below = here.get(parent)
-            here[parent] = {"name": below} if isinstance(below, str) else below if isinstance(below, dict) else {}
-            here = here[parent]
         try:
             value = text if _takes_text(path) else _parse(text)[0]
         except (ValueError, RecursionError, yaml.YAMLError):
             raise UserError(f"--{path}: '{text}' is not a YAML value") from None
-        here[leaf] = merge({leaf: here.get(leaf)}, {leaf: value})[leaf]
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        fields = merge(fields, value)
     return fields
 
 
@@ -163,6 +163,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping):
+            old = {"name": old}
         if isinstance(old, Mapping):
             if isinstance(value, str) and "name" in old:
                 value = {"name": value}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.training.checkpoint import load_model_tensors, read_weights
+from torchcdm.training.checkpoint import load_weights
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.run_folder import RunFolder
@@ -23,7 +23,7 @@ def finish(
     save: Callable[[], None],
     say: Callable[[str], None],
 ) -> Path:
-    """Calibrates the kept model and draws samples of it, where the configuration asks for them.
+    """Calibrates the kept model of a run and draws samples of it, where its configuration asks for them.
 
     Args:
         model: In eval mode; gets the weights of the kept one.
@@ -39,7 +39,7 @@ def finish(
     copies = config.train.calibration if config.model.kind == "cdm" else 0
     enough = source.validation is not None and len(source.validation) >= 2
     if (copies and enough) or config.sampling.n:
-        kept = load_model_tensors(model, read_weights(run.root), run.model)
+        kept = load_weights(model, run.root)
     # Values that were calibrated on paths, of a finished run that is resumed, have no such constants.
     if copies and enough and kept is model:
         x, labels = source.validation.tensors()
@@ -53,11 +53,7 @@ def finish(
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:
-    """A sheet of samples called ``name``, and the manifest.
-
-    Returns:
-        The sheet.
-    """
+    """Draws samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
     sampling = config.sampling
     y = None if model.classes is None else balanced_labels(sampling.n, model.classes)
     steps, guidance = min(sampling.steps, model.schedule.T), 0.0 if y is None else sampling.guidance

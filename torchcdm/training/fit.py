@@ -21,18 +21,18 @@ from torchcdm.training.interrupt import Interrupted
 from torchcdm.training.loop import train
 from torchcdm.training.settings import Config, TrainConfig
 
-GIVEN = {"spec": "the data themselves are the first argument"}
-OF_OBJECTS = GIVEN | {
+WITHOUT_EFFECT = {
+    "spec": "the data themselves are the first argument",
     "size": "resize the images before",
     "channels": "convert the images before",
     "limit": "give fewer samples",
     "skip_bad": "leave bad samples out before",
     "label": "give the classes, or the name of a data frame's column, as labels",
 }
-OF_SOURCES = OF_OBJECTS | dict.fromkeys(
-    ("validation_fraction", "test_fraction", "seed", "dequantize"), "make the DataSource with it"
-)
-"""Fields of the data without effect on files, Python objects and a :class:`DataSource`, and what to do instead."""
+"""Fields of the data without effect on Python objects, and what to do instead."""
+
+IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize")
+"""Fields that a :class:`DataSource` was made with."""
 
 
 def fit(
@@ -78,7 +78,7 @@ def fit(
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
     config = make_config(preset_fields(preset), layer)
     if out is not None:
-        train(config, Path(out), in_units(source, config.data), device=device, progress=progress)
+        train(config, out, in_units(source, config.data), device=device, progress=progress)
         return load(out, device or "cpu")
     with trained(config, source, device, progress) as folder:
         return load(folder, device or "cpu")
@@ -94,12 +94,7 @@ def trained(
 ) -> Iterator[Path]:
     """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
 
-    Args:
-        config: What is trained, and how.
-        source: The data.
-        device: As in :func:`torchcdm.training.loop.train`.
-        progress: As there.
-        clock: As there.
+    Arguments as in :func:`torchcdm.training.loop.train`.
 
     Raises:
         Interrupted: A signal stopped the training; nothing is left of it.
@@ -116,15 +111,14 @@ def trained(
 
 def _source(data: Any, labels: Any, options: DataOptions) -> DataSource:
     """The data by the options; those without effect are refused."""
-    kind, without_effect = "Python objects", OF_OBJECTS
+    from_files = isinstance(data, (str, Path))
+    without_effect = {"spec": WITHOUT_EFFECT["spec"]} if from_files else WITHOUT_EFFECT
     if isinstance(data, DataSource):
-        kind, without_effect = "a DataSource", OF_SOURCES
-    elif isinstance(data, (str, Path)):
-        kind, without_effect = "data from files", GIVEN
+        without_effect = without_effect | dict.fromkeys(IN_SOURCES, "make the DataSource with it")
     for name, mend in without_effect.items():
         if getattr(options, name) != getattr(DataOptions(), name):
-            raise UserError(f"fit: data.{name} has no effect on {kind}; {mend}")
-    if not isinstance(data, (str, Path)):
+            raise UserError(f"fit: data.{name} has no effect here; {mend}")
+    if not from_files:
         return from_object(data, labels, options)
     if labels is not None and not isinstance(labels, str):
         raise UserError("fit: labels of data from files lie in the files; give the name of a table's column, or none")
@@ -137,10 +131,9 @@ def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: A name that is neither, with the nearest.
     """
-    sections, training = [{f.name for f in fields(kind)} for kind in (Config, TrainConfig)]
+    sections, training = [{field.name for field in fields(kind)} for kind in (Config, TrainConfig)]
     layer = {name: value for name, value in overrides.items() if name in sections}
-    in_training = {name: value for name, value in overrides.items() if name not in sections}
-    for name in in_training:
-        if name not in training:
-            raise UserError(f"fit: unknown override '{name}'; {nearest(name, sections | training)}")
-    return layer | {"train": {**layer.get("train", {}), **in_training}}
+    train_fields = {name: value for name, value in overrides.items() if name not in sections}
+    if unknown := sorted(train_fields.keys() - training):
+        raise UserError(f"fit: unknown override '{unknown[0]}'; {nearest(unknown[0], sections | training)}")
+    return layer | {"train": {**layer.get("train", {}), **train_fields}}

@@ -23,17 +23,10 @@ from torchcdm.runtime.files import write_file
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, build_model, fit_gaussian, load_source, resolve
-from torchcdm.training.checkpoint import (
-    ModelInfo,
-    load_matching,
-    load_tensors,
-    read_weights,
-    save_model,
-)
+from torchcdm.training.build import build_loss, load_source, new_model, resolve
+from torchcdm.training.checkpoint import ModelInfo, load_matching, load_tensors, save_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.ema import EMA
-from torchcdm.training.evaluation import labels_for
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.optimizers import build_optimizer, learning_rate, share_done
@@ -43,7 +36,6 @@ from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 from torchcdm.training.states import (
-    Best,
     Progress,
     TrainingState,
     load_optimizer,
@@ -69,18 +61,14 @@ class TrainResult:
     Attributes:
         step: Steps done.
         seconds: Wall-clock of the training, over all resumes.
-        skipped: Steps without a finite gradient.
         selected: Validation value, its best, and the step of the saved model.
         samples: The last sheet of samples.
-        main: Whether this process is the one that writes files.
     """
 
     step: int
     seconds: float
-    skipped: int
     selected: dict[str, Any]
     samples: Path
-    main: bool
 
 
 def train(
@@ -137,15 +125,7 @@ def train(
 class Trainer:
     """One training: model, optimiser and counters, and what happens at each step.
 
-    Args:
-        config: Resolved configuration.
-        run: Where the training is kept.
-        source: The data.
-        device: As in :func:`train`.
-        progress: As in :func:`train`.
-        watch: Tells of signals.
-        clock: As in :func:`train`.
-        loss: As in :func:`train`.
+    Arguments as in :func:`train`; the configuration is resolved, and ``watch`` tells of signals.
     """
 
     def __init__(
@@ -165,7 +145,12 @@ class Trainer:
         self.device, self.main = self.processes.device, self.processes.main
         self.progress = progress and self.main
 
-        self.model = self._initial_model().to(self.device)
+        torch.manual_seed(derive(options.seed, "weights"))
+        model = new_model(config.model, source, config.data.flip)
+        if options.init is not None:
+            left = load_matching(model, options.init)
+            self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
+        self.model = model.to(self.device)
         self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
         self.ema = EMA(self.model, options.ema_decay)
         self.parameters = list(self.model.parameters())
@@ -173,16 +158,10 @@ class Trainer:
             options.optimizer, self.model, options.lr, options.betas, options.weight_decay
         )
         self.batches = Batches(
-            source,
-            options.batch_size,
-            options.seed,
-            labels=self.model.conditional,
-            flip=config.data.flip,
-            workers=config.data.workers,
-            rank=self.processes.rank,
-            world=self.processes.world,
-        )
-        self.selection = self._selection()
+            source, options.batch_size, options.seed, labels=self.model.conditional, flip=config.data.flip,
+            workers=config.data.workers, rank=self.processes.rank, world=self.processes.world,
+        )  # fmt: skip
+        self.selection = Selection(config, source, self.model)
         self.fingerprint = fingerprint(source)
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.window = Window(self.model.schedule.T, self.device)
@@ -204,9 +183,7 @@ class Trainer:
             samples = finish(self.ema.model, self.run, self.config, self.source, self._save_model, self.say)
         self.processes.wait()
         self.processes.finish()
-        return TrainResult(
-            self.step, self.seconds, self.skipped, self.selection.selected(self.step), samples, self.main
-        )
+        return TrainResult(self.step, self.seconds, self.selection.selected(self.step), samples)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -287,7 +264,7 @@ class Trainer:
             line |= self.window.means(self.processes) | {"lr": self.optimizer.param_groups[0]["lr"]}
             best = self.selection.best
             values = {key: line[key] for key in ("mse", "ce") if key in line}
-            values |= {} if best is None else {f"best val {best['value']}": best["best"]}
+            values |= {} if best is None else {f"best val {best.value}": best.best}
             told = "".join(f", {key} {value:.3f}" for key, value in values.items())
             bar.set_postfix_str(f"step {step}{told}", refresh=False)
         if validated and self.main:
@@ -320,27 +297,16 @@ class Trainer:
     # --- what is kept --------------------------------------------------------------------------------------------
 
     def _save_state(self) -> bool:
-        """Saves what a resumed run starts from; nothing of a training that is going wrong.
-
-        Returns:
-            Whether it was saved.
-        """
+        """Saves what a resumed run starts from, and says whether it did: nothing of a training that is going wrong."""
         if self.bad_in_a_row or not _finite(self.model):
             return False
-        best = self.selection.best
         progress = Progress(
-            step=self.step,
-            ema_updates=self.ema.updates,
-            seconds=self.seconds,
-            skipped=self.skipped,
-            best=None if best is None else Best(**best),
-            stale=self.selection.stale,
-            window=self.window.to_json(self.processes),
-            data=self.fingerprint,
-            config=encode(self.config),
-        )
-        weights, average = self.model.state_dict(), self.ema.model.state_dict()
+            step=self.step, ema_updates=self.ema.updates, seconds=self.seconds, skipped=self.skipped,
+            best=self.selection.best, stale=self.selection.stale, window=self.window.to_json(self.processes),
+            data=self.fingerprint, config=encode(self.config),
+        )  # fmt: skip
         if self.main:
+            weights, average = self.model.state_dict(), self.ema.model.state_dict()
             save_state(self.run, TrainingState(weights, average, optimizer_tensors(self.optimizer), progress))
         return True
 
@@ -350,13 +316,10 @@ class Trainer:
             load_tensors(module, tensors, folder, way_out(folder))
         load_optimizer(self.optimizer, state.optimizer, folder)
         if progress.data != self.fingerprint:
-            raise UserError(
-                f"{self.run.root}: its data have changed since; start a new run, with --init for its weights"
-            )
+            raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
         self.step, self.ema.updates = progress.step, progress.ema_updates
         self.seconds, self.skipped = progress.seconds, progress.skipped
-        self.selection.best = None if progress.best is None else progress.best.model_dump()
-        self.selection.stale = progress.stale
+        self.selection.best, self.selection.stale = progress.best, progress.stale
         # The sums are those of all processes: the first goes on from them, the others from zero.
         self.window.restore(progress.window if self.main else dict.fromkeys(progress.window, 0.0))
         self.say(f"going on from step {self.step} of {self.options.steps}")
@@ -366,46 +329,15 @@ class Trainer:
         return f"the last good state is kept ({states[-1]})" if states else "no state was saved"
 
     def _save_model(self) -> None:
+        config, source = self.config, self.source
         info = ModelInfo(
-            preset=self.config.preset,
-            model=self.config.model,
-            transform=self.source.transform,
-            data=self.config.data,
-            class_names=self.source.class_names,
-            columns=self.source.columns,
-            constants=self.source.constants,
+            preset=config.preset, model=config.model, transform=source.transform, data=config.data,
+            class_names=source.class_names, columns=source.columns, constants=source.constants,
             selected=self.selection.selected(self.step),
-        )
+        )  # fmt: skip
         save_model(self.run, self.ema.model, info)
 
     # --- parts ---------------------------------------------------------------------------------------------------
-
-    def _initial_model(self) -> Denoiser:
-        """The model before the first step: fitted Gaussian, weights from the seed or from another run."""
-        config, source = self.config, self.source
-        torch.manual_seed(derive(self.options.seed, "weights"))
-        gaussian = fit_gaussian(config.model, source, config.data.flip) if config.model.gaussian else None
-        prior = None
-        if config.model.labels == "joint" and source.classes is not None:
-            prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
-        model = build_model(config.model, source.transform, source.classes, gaussian, prior)
-        if self.options.init is not None:
-            copied, left = load_matching(model, read_weights(self.options.init))
-            if not copied:
-                raise UserError(f"{self.options.init}: none of its weights fits this network")
-            drawn = f"; newly drawn: {', '.join(left)}" if left else ""
-            self.say(f"{copied} weights from {self.options.init}{drawn}")
-        return model
-
-    def _selection(self) -> Selection:
-        config, split = self.config, self.source.validation
-        value = config.train.select if config.model.kind == "cdm" else "mse"
-        unit = {"nll": "nats" if self.source.transform.bin is None else "bits/dim"}.get(value, "")
-        data = None
-        if split:
-            x, labels = split.tensors(config.train.validation_samples)
-            data = x, labels_for(self.model, labels)
-        return Selection(value, unit, data, config.loss, config.train.patience)
 
     def _wrap(self, loss: nn.Module) -> nn.Module:
         """The loss, compiled where asked and possible, and wrapped for several processes."""

@@ -113,7 +113,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             values = parse_json(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(values, dict) and type(values.get("step")) is int and all(map(_is_number, values.values())):
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            continue
+        if all(value is None or isinstance(value, (int, float)) for value in values.values()):
             lines.append(values)
     return lines
 
@@ -123,7 +125,3 @@ def cut_metrics(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float))

@@ -7,9 +7,11 @@ from typing import Any, final
 
 from torch import Tensor
 
+from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.training.evaluation import validate
-from torchcdm.training.settings import LossConfig
+from torchcdm.training.evaluation import labels_for, validate
+from torchcdm.training.settings import Config
+from torchcdm.training.states import Best
 
 
 @final
@@ -17,22 +19,25 @@ class Selection:
     """Compares validation values of a training.
 
     Args:
-        value: Name of the validation value that the best model has the least of.
-        unit: Unit of that value.
-        data: Validation samples in data units and their labels; None without a validation split.
-        loss: Weights of the terms in the validation value ``loss``.
-        patience: Validations without a new best that end the training; None for any number.
+        config: The run's.
+        source: The run's data; the last weights are kept where there is no validation split.
+        model: What is trained.
 
     Attributes:
-        best: ``{"value", "unit", "best", "step"}`` of the best model so far; None before there is one.
+        value: Name of the validation value that the best model has the least of.
+        best: The best model so far; None before there is one.
         stale: Validations since then.
     """
 
-    def __init__(
-        self, value: str, unit: str, data: tuple[Tensor, Tensor | None] | None, loss: LossConfig, patience: int | None
-    ) -> None:
-        self.value, self.unit, self.data, self.loss, self.patience = value, unit, data, loss, patience
-        self.best: dict[str, Any] | None = None
+    def __init__(self, config: Config, source: DataSource, model: Denoiser) -> None:
+        self.value = config.train.select if config.model.kind == "cdm" else "mse"
+        self.unit = {"nll": "nats" if source.transform.bin is None else "bits/dim"}.get(self.value, "")
+        self.loss, self.patience = config.loss, config.train.patience
+        self.data: tuple[Tensor, Tensor | None] | None = None
+        if source.validation:
+            x, labels = source.validation.tensors(config.train.validation_samples)
+            self.data = x, labels_for(model, labels)
+        self.best: Best | None = None
         self.stale = 0
 
     def compare(self, model: Denoiser, step: int, settled: bool) -> tuple[dict[str, float], bool]:
@@ -51,8 +56,8 @@ class Selection:
             return {}, True
         values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight)
         value, keep = values[self.value], not settled
-        if settled and math.isfinite(value) and (self.best is None or value < self.best["best"]):
-            self.best, keep = {"value": self.value, "unit": self.unit, "best": value, "step": step}, True
+        if settled and math.isfinite(value) and (self.best is None or value < self.best.best):
+            self.best, keep = Best(value=self.value, unit=self.unit, best=value, step=step), True
             self.stale = 0
         elif settled:
             self.stale += 1
@@ -60,7 +65,7 @@ class Selection:
 
     def selected(self, step: int) -> dict[str, Any]:
         """What ``config.json`` says of the kept weights, after ``step`` steps."""
-        return {"value": "last", "step": step} if self.best is None else self.best
+        return {"value": "last", "step": step} if self.best is None else self.best.model_dump()
 
     @property
     def out_of_patience(self) -> bool:

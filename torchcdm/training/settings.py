@@ -61,10 +61,6 @@ FROM_DATA = ("classes", "joint")
 
 BACKBONES = {name: settings_of(kind, name, FROM_DATA, __name__) for name, (kind, _) in NETWORKS.items()}
 SCHEDULE_SETTINGS = {name: settings_of(kind, name, (), __name__) for name, kind in SCHEDULES.items()}
-# Pickles look for a class by its name.
-globals().update({kind.__name__: kind for kind in (*BACKBONES.values(), *SCHEDULE_SETTINGS.values())})
-
-
 LossConfig = settings_of(CDMLoss, None, (), __name__)
 
 # Pickle looks a class up by its name in its module.

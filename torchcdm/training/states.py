@@ -91,18 +91,14 @@ def save_state(run: RunFolder, state: TrainingState) -> Path:
     temporary = run.states / f"{TEMPORARY}{final.name}"
     tensors = dict(zip(PARTS, (state.model, state.ema, state.optimizer), strict=True))
     with writing(final):
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             write_artefact(temporary / "progress.json", "state", state.progress.model_dump(), tensors)
             _remove(final)
             os.replace(temporary, final)
             flush_folder(run.states)
-        except OSError:
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        except UserError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(str(error).replace(TEMPORARY, "")) from error
     for old in state_folders(run)[:-KEPT]:
         _remove(old)
     return final
@@ -119,12 +115,8 @@ def _remove(folder: Path) -> None:
 
 def state_folders(run: RunFolder) -> list[Path]:
     """The saved states, oldest first."""
-    found = {}
-    for path in run.states.glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match:
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
+    found = [path for path in run.states.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_state(folder: Path) -> TrainingState:
