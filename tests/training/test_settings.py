@@ -88,7 +88,9 @@ def test_a_part_of_another_name_starts_from_its_own_defaults():
     for order in (1, -1):
         flags = [("model.schedule", "cosine"), ("model.schedule.T", "50")][::order]
         schedule = preset("digits", *flags).model.schedule
-        assert schedule.name == "cosine" and schedule.T == (50 if order == 1 else SCHEDULE_SETTINGS["cosine"]().T)
+        assert schedule.name == "cosine"
+        levels = 50 if order == 1 else SCHEDULE_SETTINGS["cosine"]().T
+        assert levels == schedule.T
     same = preset("digits", ("model.backbone", "encoder"), ("model.backbone.width", "8"))
     assert same.model.backbone.width == 8 and same.model.backbone.multipliers == (1, 2)
 
