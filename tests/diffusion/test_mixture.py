@@ -187,7 +187,7 @@ def test_few_samples_of_many_numbers_get_a_density_that_new_samples_have_too():
 
 def test_shrinkage_needs_a_gaussian_and_a_share():
     for model in ({"shrinkage": 1.5}, {"shrinkage": 0.1, "gaussian": False}):
-        with pytest.raises(UserError, match="model.shrinkage is .*; give a share from 0 to 1"):
+        with pytest.raises(UserError, match="shrinkage is .*; (it must be at most 1|above 0 it needs gaussian)"):
             fit(normal(40, 3), steps=1, progress=False, model=model)
 
 
@@ -196,7 +196,7 @@ def test_the_integral_of_one_pass_agrees_with_quadrature(components):
     _, x = three_clouds()
     base = MixtureMarginals.fit(x, SCHEDULE, components)
     model = model_of(base)
-    assert importance_normalizer(model).log_z == pytest.approx(0, abs=0.02)
+    assert importance_normalizer(model).value == pytest.approx(0, abs=0.02)
     torch.manual_seed(0)
     for parameter in model.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -207,17 +207,15 @@ def test_the_integral_of_one_pass_agrees_with_quadrature(components):
     with torch.no_grad():
         mass = model.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
     assert abs(float(mass.log())) > 0.05  # there is something to find
-    assert found.log_z == pytest.approx(float(mass.log()), abs=4 * found.se + 1e-3)
-    assert found.correction == (found.log_z if found.effective_sample_size >= 200 else 0)
+    assert found.value == pytest.approx(float(mass.log()), abs=4 * found.se + 1e-3)
 
 
 def test_the_integral_of_a_model_without_fitted_base():
-    assert importance_normalizer(model_of(None)).log_z == pytest.approx(0, abs=0.02)
+    assert importance_normalizer(model_of(None)).value == pytest.approx(0, abs=0.02)
 
 
 def test_an_estimate_that_few_draws_carry_is_not_used():
     _, x = three_clouds()
     model = model_of(MixtureMarginals.fit(x, SCHEDULE, 3))
     few = importance_normalizer(model, draws=100)
-    assert not few.usable and few.correction == 0
-    assert np.isfinite(few.log_z)
+    assert not few.usable and np.isfinite(few.value)
