@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.units.float64 import Float64Module
+from torchcdm.units.normal import log_normal
 
 if TYPE_CHECKING:
     from torchcdm.diffusion.gaussian import GaussianMarginals
@@ -73,9 +73,7 @@ class StandardNormal(BaseDensity):
     """N(x; 0, I) at every level: the base of identity 1, of a model without Gaussian residual."""
 
     def log_prob_levels(self, x: Tensor) -> Tensor:
-        flat = x.flatten(1).double()
-        value = -0.5 * flat.square().sum(1) - 0.5 * flat.shape[1] * math.log(2 * math.pi)
-        return value[:, None].expand(-1, self.schedule.T + 2)
+        return log_normal(x.flatten(1).double()).sum(1)[:, None].expand(-1, self.schedule.T + 2)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         _, sigma_t = self.schedule.at(t, x_t)

@@ -22,6 +22,7 @@ from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError, nearest
 from torchcdm.units.float64 import Float64Module
+from torchcdm.units.normal import log_normal
 
 
 class ExactMixture(Float64Module, ABC):
@@ -177,7 +178,7 @@ class GaussianMixture(ExactMixture):
 
     def component_log_prob(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
         z, variances = self._standardise(x, t, schedule)
-        return -0.5 * (z.square() / variances + (2 * math.pi * variances).log()).sum(2)
+        return log_normal(z, variances).sum(2)
 
     def component_scores(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
         z, variances = self._standardise(x, t, schedule)
@@ -227,13 +228,13 @@ class BoxMixture(ExactMixture):
         lower, upper, sigma_t = self._edges(x, t, schedule)
         # Between edges that nearly meet, as near level T+1, the normal density is constant.
         between = _log_normal_between(lower, upper) - (upper - lower).clamp_min(_NARROW).log()
-        constant = _log_normal((lower + upper) / 2)
+        constant = log_normal((lower + upper) / 2)
         return (between.where(upper - lower > _NARROW, constant) - sigma_t.log()).sum(2)
 
     def component_scores(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
         lower, upper, sigma_t = self._edges(x, t, schedule)
         between = _log_normal_between(lower, upper)
-        ratio = (_log_normal(upper) - between).exp() - (_log_normal(lower) - between).exp()
+        ratio = (log_normal(upper) - between).exp() - (log_normal(lower) - between).exp()
         return ratio.where(upper - lower > _NARROW, -(lower + upper) / 2) / sigma_t
 
     def draw(self, components: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -251,10 +252,6 @@ class BoxMixture(ExactMixture):
 
 _NARROW = 1e-4
 """Width of a :class:`BoxMixture` component in noise deviations from which its edges are told apart."""
-
-
-def _log_normal(z: Tensor) -> Tensor:
-    return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
 
 
 def _log_normal_between(lower: Tensor, upper: Tensor) -> Tensor:

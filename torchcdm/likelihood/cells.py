@@ -18,6 +18,7 @@ from torch import Tensor
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform, GaussianizedTransform
+from torchcdm.units.normal import log_normal
 
 NEWTON_STEPS = 12
 """Enough for a decoder's tilt to converge to rounding error from the flat one, unless one cell has nearly all mass."""
@@ -149,7 +150,7 @@ class PointCells(_EquallySpaced):
     def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         centres = self.centres(candidates)
         distance = z[..., None] - self.alpha * centres
-        return -0.5 * (distance / self.sigma).square() - self.sigma.log() - 0.5 * math.log(2 * math.pi), centres
+        return log_normal(distance, self.sigma**2), centres
 
 
 @final
@@ -188,11 +189,10 @@ class NormalCells(NoisyCells):
         return self.transform.cell_width.flatten()
 
     def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
-        log_normal = -0.5 * (z.square() / self.v + (2 * math.pi * self.v).log())
         dimension, index = self._dimensions(z), self._indices(x)
         log_mass, _ = self._posterior(z.flatten(), dimension, index, 1)
         prior = self.transform.log_mass.flatten(0, -2)[dimension, index]
-        return log_normal + (log_mass[:, 0] - prior).reshape(z.shape)
+        return log_normal(z, self.v) + (log_mass[:, 0] - prior).reshape(z.shape)
 
     def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         index = self._indices(x)
@@ -300,6 +300,6 @@ def log_masses(edges: Tensor) -> Tensor:
 def truncated_normal_means(edges: Tensor, log_mass: Tensor) -> Tensor:
     """Means of a standard normal cut to the cells between neighbouring edges, whose :func:`log_masses` are given."""
     lower, upper = edges[..., :-1], edges[..., 1:]
-    low, high = ((-0.5 * end.square() - log_mass).exp() / math.sqrt(2 * math.pi) for end in (lower, upper))
+    low, high = ((log_normal(end) - log_mass).exp() for end in (lower, upper))
     # Anything finite for cells without width at infinity: nothing is in them.
     return (low - high).nan_to_num().clamp(lower, upper).nan_to_num(posinf=0.0, neginf=0.0)

@@ -10,7 +10,6 @@ valid; a good one makes them tight.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import final
 
@@ -23,6 +22,7 @@ from torchcdm.likelihood.scoring import Scoring
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.random import stream
 from torchcdm.runtime.batching import labels_of
+from torchcdm.units.normal import log_normal
 
 CALIBRATION_SAMPLES = 256
 """Model samples from which the variances are measured: each is then right within about a tenth."""
@@ -168,15 +168,13 @@ class ReverseChain:
 
     def log_decoder(self, x_0: Tensor, x0: Tensor, t: int) -> Tensor:
         """log N(x_0; x0_hat, V_t), nats (B,): the last step of the chain for continuous data."""
-        variance = self.variances[t - 1]
-        square = (self.rotate(x_0 - x0).square() / variance).sum(1)
-        return -0.5 * (square + (2 * math.pi * variance).log().sum())
+        return log_normal(self.rotate(x_0 - x0), self.variances[t - 1]).sum(1)
 
     def start(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x_T from the reference Gaussian by standard normal ``noise`` (B, d), and its log density (B,)."""
         mean, variances = self.reference.moments(self.schedule.T)
         x_T = mean + self.reference.rotation.inverse(noise * variances.sqrt())
-        return x_T, -0.5 * (noise.square() + (2 * math.pi * variances).log()).sum(1)
+        return x_T, (log_normal(noise) - 0.5 * variances.log()).sum(1)
 
     def start_noise_of(self, x_T: Tensor) -> Tensor:
         """The noise (B, d) with which :meth:`start` gives ``x_T``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
+from torchcdm.units.normal import log_normal
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Batch:
             return -self.chain.log_decoder(self.x_0, x0, level)
         cells = noisy_cells(self.transform, self.schedule, level)
         flat = eps.flatten(1)
-        normal = -0.5 * flat.square().sum(1) - flat.shape[1] * (cells.sigma.log() + 0.5 * math.log(2 * math.pi))
+        normal = (log_normal(flat) - cells.sigma.log()).sum(1)
         return cells.log_q(x_t, self.x) - normal - cells.log_decoder(x_t, self.x, x0)
 
     def _error(self, t: Tensor, stratum: int) -> Tensor:

@@ -7,7 +7,6 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.units import LogLikelihood
+from torchcdm.units.normal import log_normal
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""
@@ -258,9 +258,8 @@ class _Flow:
     def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
         """log p_t from where the path is at T and its divergence from t to T."""
         d = w_T.shape[1]
-        log_normal = -0.5 * w_T.square().sum(1) - 0.5 * d * math.log(2 * math.pi)
         # log p_u = log p_w - sum log scale, and log p_x = log p_u - d log alpha.
-        return log_normal + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
+        return log_normal(w_T).sum(1) + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
 
     def _scale(self, t: int) -> Tensor:
         return (self.reference.variances + self.schedule.ratio[t] ** 2).sqrt()

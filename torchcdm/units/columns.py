@@ -13,8 +13,8 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.validation import Float, checked
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.checks import construct, numbers, rising
-from torchcdm.units.gaussianized import log_normal
 from torchcdm.units.lattice import cell_width, nearest_value
+from torchcdm.units.normal import log_normal
 from torchcdm.units.warp import ColumnWarp
 
 OUTSIDE = 1e-4

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.checks import MOST_NUMBERS
+from torchcdm.units.normal import log_normal
 
 PSEUDO_COUNT = 10.0
 """Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible."""
@@ -152,8 +153,3 @@ class GaussianizedTransform(DataTransform):
         """The entries (B, *shape) of ``table`` (*shape, n) at ``index`` (B, *shape)."""
         flat = table.flatten(0, -2)
         return flat[torch.arange(len(flat), device=flat.device), index.flatten(1)].reshape(index.shape)
-
-
-def log_normal(z: Tensor) -> Tensor:
-    """log density of a standard normal at each number."""
-    return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
