@@ -42,6 +42,19 @@ def test_inputs_are_not_replaced(capsys, tmp_path, run):
     assert array.read_bytes() == right and list(tmp_path.iterdir()) == [array]
 
 
+@pytest.mark.parametrize("name", ["config.json", "config.yaml", "model.safetensors", "metrics.jsonl"])
+def test_files_of_a_run_are_not_replaced(capsys, tmp_path, run, name):
+    right = (run / name).read_bytes()
+    for words in (["info", run], ["evaluate", run, "--limit", "2"], ["calibrate", run]):
+        refused(capsys, *words, "--json", run / name)
+    (tmp_path / "link").symlink_to(run / name)
+    refused(capsys, "info", run, "--json", tmp_path / "link")
+    assert (run / name).read_bytes() == right
+    assert main(["info", str(run), "--json", str(run / "mine.json")]) == 0 == main(
+        ["info", str(run), "--json", str(run / "mine.json")]
+    )
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "config.json", "samples", "report.json", "metrics.jsonl"])
 def test_a_folder_with_files_of_another_origin_is_left_alone(capsys, tmp_path, name):
     mine = tmp_path / name
@@ -55,6 +68,9 @@ def test_a_second_training_is_refused_and_a_killed_one_does_not_block(capsys, tm
     with FileLock(run / ".torchcdm-lock"):
         error = refused(capsys, "train", "digits", "--out", run, "--resume", *small_flags())
         assert "another process is writing to it" in error
+        missing = ["--data", f"folder:{tmp_path}"]
+        error = refused(capsys, "train", "digits", "--out", run, "--resume", *missing, *small_flags())
+        assert "another process is writing to it" in error, "before the data are read"
         assert main(["info", str(run)]) == 0, "readers take no lock"
         assert "another process" in refused(capsys, "calibrate", run)
     script = (

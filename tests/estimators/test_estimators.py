@@ -250,7 +250,7 @@ def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
     with pytest.raises(UserError, match=f"holds a {kind.__name__}; load it with that class"):
         wrong.load(tmp_path / "saved")
     write_artefact(tmp_path / "run" / "config.json", "run", {}, {"model.safetensors": {}})
-    with pytest.raises(UserError, match="holds a run, which estimator files would replace"):
+    with pytest.raises(UserError, match="holds a run, which this would replace"):
         fitted.save(tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("mine")

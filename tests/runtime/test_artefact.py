@@ -140,7 +140,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
 
 def test_only_its_own_kind_is_replaced(tmp_path):
     path = written(tmp_path)
-    assert "holds a thing, which other files would replace" in refused(lambda: write_artefact(path, "other", {}))
+    assert "holds a thing, which this would replace" in refused(lambda: write_artefact(path, "other", {}))
     write_json(tmp_path / "mine.json", {"kind": "thing"})
     (tmp_path / "empty.json").touch()
     (tmp_path / "text.json").write_text("mine")

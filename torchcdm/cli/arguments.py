@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import check_output, without_nan, write_file, write_json
+from torchcdm.training.run_folder import RunFolder
 
 LARGEST_COUNT = 10**9
 """Most of anything that a flag asks for."""
@@ -62,9 +63,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:
-    """:func:`torchcdm.runtime.files.check_output`, where a file and not the terminal is asked for."""
+    """:func:`torchcdm.runtime.files.check_output` of a file, which is none that a run keeps; - is the terminal."""
     if path is not None and str(path) != "-":
         check_output(path, inputs)
+        if RunFolder(path.resolve().parent).writes(path.resolve()):
+            raise UserError(f"{path}: belongs to the run; choose another name")
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

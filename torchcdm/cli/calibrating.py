@@ -7,7 +7,7 @@ import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
 from torchcdm.errors import UserError
 from torchcdm.training.run_folder import RunFolder
 
@@ -48,7 +48,6 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
     if options.samples < 1:
         raise UserError(f"--samples is {options.samples}; at least 1 is needed")
-    check_writable(options.json)
     info = read_info(options.model)
     found = None
     run = RunFolder(options.model)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torchcdm import __version__
 from torchcdm.cli import calibrating, converting, denoising, measuring, ratios, reading, sampling, scoring, training
-from torchcdm.cli.arguments import Parser
+from torchcdm.cli.arguments import Parser, check_writable
 from torchcdm.errors import UserError, nearest
 
 EPILOG = """\
@@ -81,6 +81,7 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         if rest:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
         options.fields = fields
+        check_writable(getattr(options, "json", None))
         code = options.run(options) or 0
         sys.stdout.flush()
         return code

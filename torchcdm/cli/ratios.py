@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers, write_rows
+from torchcdm.runtime.files import check_output
 
 if TYPE_CHECKING:
     from torchcdm.apps.ratio import DensityRatio, Scores
@@ -52,7 +53,7 @@ def run_ratio(options: argparse.Namespace) -> int:
     check_writable(options.csv, inputs)
     check_writable(options.json, inputs)
     if options.save is not None:
-        check_writable(options.save / "ratio.json")
+        check_output(options.save / "ratio.json", kind="ratio")
     training = {} if options.steps is None else {"steps": options.steps}
     ratio = DensityRatio(
         options.seed,

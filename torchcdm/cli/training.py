@@ -59,7 +59,6 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.runtime.processes import is_first
     from torchcdm.samplers import check_sampler
-    from torchcdm.training.build import load_source
     from torchcdm.training.interrupt import Interrupted
     from torchcdm.training.loop import train
 
@@ -69,19 +68,15 @@ def run_train(options: argparse.Namespace) -> int:
         check_methods(config.report.methods)
     tell = is_first() and not options.quiet
     device = chosen_device(options.device)
-    source = load_source(config.data)
-    if tell:
-        for note in source.notes:
-            print(f"{source.name}: {note}")
     try:
-        result = train(config, options.out, source, options.resume, options.device, progress=tell)
+        result = train(config, options.out, resume=options.resume, device=options.device, progress=tell)
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number
     if tell:
         print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
     if is_first():
-        text = write_report(options.out, source, device, progress=tell).text
+        text = write_report(options.out, result.source, device, progress=tell).text
         if tell:
             print(text)
     return 0

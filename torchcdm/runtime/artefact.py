@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,15 @@ from torch import Tensor
 
 from torchcdm import __version__
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import beside, flush_folder, without_nan, write_file, write_through, writing
+from torchcdm.runtime.files import (
+    beside,
+    check_replaced,
+    flush_folder,
+    without_nan,
+    write_file,
+    write_through,
+    writing,
+)
 from torchcdm.runtime.validation import mistake
 
 FORMAT = 4
@@ -57,8 +64,8 @@ def write_artefact(
     Raises:
         UserError: It cannot be written, or something else lies there; nothing that was there is lost.
     """
+    check_replaced(path, kind)
     with writing(path):
-        _check_replaced(path, kind)
         settle(path)
     packed = {
         name: pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
@@ -206,16 +213,6 @@ def checked_content(kind: type[S], content: Mapping[str, Any], path: Path, mend:
 
 
 # --- parts -------------------------------------------------------------------------------------------------------
-
-
-def _check_replaced(path: Path, kind: str) -> None:
-    """Refuses to replace what is of another kind, by the beginning of the file: its rest may be damaged."""
-    head = path.read_bytes()[:200] if path.is_file() else b""
-    if head:
-        found = re.match(rb'{\s*"format": \d+,\s*"kind": "([^"]+)"', head)
-        if found is None or found[1] != kind.encode():
-            what = "was written by something else" if found is None else f"holds a {found[1].decode(errors='replace')}"
-            raise UserError(f"{path}: {what}, which {kind} files would replace; choose another place, or remove it")
 
 
 def settle(path: Path) -> None:

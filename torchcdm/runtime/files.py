@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -112,15 +113,17 @@ def write_json(path: Path, value: Any) -> None:
 # --- before the work ---------------------------------------------------------------------------------------------
 
 
-def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> None:
+def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None = None) -> None:
     """Refuses, before the long work, a file that cannot be written after it; its folder is made.
 
     Args:
         path: The file.
         inputs: What the work reads, which it must not replace: paths, or data as on the command line.
+        kind: As in :func:`check_replaced`.
 
     Raises:
-        UserError: The folder cannot be made or written, a folder lies in place of the file, or it is an input.
+        UserError: The folder cannot be made or written, a folder or an artefact lies in place of the file, or it is an
+            input.
     """
     with writing(path):
         status = _status(path)
@@ -135,6 +138,26 @@ def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> None:
                 raise PermissionError(errno.EACCES, f"{part} is read-only")
     if status is not None and any(os.path.samestat(status, given) for _, given in _given(inputs)):
         raise UserError(f"{path}: is one of the inputs; choose another file")
+    check_replaced(path, kind)
+
+
+def check_replaced(path: Path, kind: str | None = None) -> None:
+    """Refuses to replace an artefact, by the beginning of the file: its rest may be damaged.
+
+    Args:
+        path: The file.
+        kind: Kind of artefact that may be replaced, and then nothing else may; None for other files.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    with writing(path):
+        head = path.read_bytes()[:200] if path.is_file() else b""
+    found = re.match(rb'{\s*"format": \d+,\s*"kind": "([^"]+)"', head)
+    held = None if found is None else found[1].decode(errors="replace")
+    if head and held != kind:
+        what = "was written by something else" if held is None else f"holds a {held}"
+        raise UserError(f"{path}: {what}, which this would replace; choose another place, or remove it")
 
 
 def check_output_folder(folder: Path, inputs: Iterable[str | Path]) -> None:

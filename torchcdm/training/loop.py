@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -63,12 +63,14 @@ class TrainResult:
         seconds: Wall-clock of the training, over all resumes.
         selected: Validation value, its best, and the step of the saved model.
         samples: The last sheet of samples.
+        source: The data.
     """
 
     step: int
     seconds: float
     selected: dict[str, Any]
     samples: Path
+    source: DataSource
 
 
 def train(
@@ -87,7 +89,7 @@ def train(
         config: What is trained, and how.
         out: Folder of the run.
         source: The data, in the units that the configuration asks for
-            (:func:`torchcdm.training.build.in_units`); loaded from it when None.
+            (:func:`torchcdm.training.build.in_units`); loaded from it, once the folder is locked, when None.
         resume: Go on from the last saved state; a folder without one starts anew.
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
@@ -104,14 +106,20 @@ def train(
     run = RunFolder(out)
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
-    source = load_source(config.data) if source is None else source
-    if config.data.spec is None:
-        config = replace(config, data=replace(config.data, spec=source.name))
-    config = replace(config, model=resolve(config.model, source.transform))
-    # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
-    # reading one opens a context on its GPU.
-    lock = run.locked() if is_first() else nullcontext()
-    with lock, torch.random.fork_rng(devices=[]), SignalWatch() as watch:
+    with ExitStack() as held:
+        if is_first():
+            held.enter_context(run.locked())
+        if source is None:
+            source = load_source(config.data)
+            if progress and is_first():
+                print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
+        if config.data.spec is None:
+            config = replace(config, data=replace(config.data, spec=source.name))
+        config = replace(config, model=resolve(config.model, source.transform))
+        # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
+        # reading one opens a context on its GPU.
+        held.enter_context(torch.random.fork_rng(devices=[]))
+        watch = held.enter_context(SignalWatch())
         states = state_folders(run) if resume else []
         if resume and not states and run.model.exists() and not run.config.exists():
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
@@ -183,7 +191,7 @@ class Trainer:
             samples = finish(self.ema.model, self.run, self.config, self.source, self._save_model, self.say)
         self.processes.wait()
         self.processes.finish()
-        return TrainResult(self.step, self.seconds, self.selection.selected(self.step), samples)
+        return TrainResult(self.step, self.seconds, self.selection.selected(self.step), samples, self.source)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 

@@ -49,11 +49,19 @@ class RunFolder:
         """Whether there is a model or a state that a new run would overwrite."""
         return os.path.exists(self.model) or (os.path.isdir(self.states) and any(self.states.glob("step-*")))
 
+    def writes(self, path: Path) -> bool:
+        """Whether this is a run, and ``path`` a file or folder that it keeps for itself."""
+        return self.lock.exists() and path in (*self._kept, self.model, self.lock)
+
+    @property
+    def _kept(self) -> tuple[Path, ...]:
+        return self.config, self.model_info, self.states, self.metrics, self.samples, self.plots, self.report
+
     def _check_ours(self) -> None:
         """Refuses a folder with files of another origin under the names of a run's."""
         if self.lock.exists() or self.holds_run():
             return
-        for path in (self.config, self.model_info, self.states, self.metrics, self.samples, self.plots, self.report):
+        for path in self._kept:
             if path.exists():
                 what = f"holds {path.name}, which no run wrote"
                 raise UserError(f"{self.root}: {what}; choose another folder, or remove it")
