@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchcdm.data import pixels
 from torchcdm.data.arrays import channels_first
 from torchcdm.data.assembly import Grid
-from torchcdm.data.reading import array_header, read_array, reading
+from torchcdm.data.reading import read_array, reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,8 +73,9 @@ def describe(path: Path) -> ImageInfo:
 
     with _open(path) as file:
         if path.suffix.lower() == ".npy":
-            shape, _, dtype = array_header(file)
-            return ImageInfo(*_image_shape(shape, dtype), {"u1": 255, "u2": 65535}.get(dtype.str[1:]))
+            array = np.lib.format.open_memmap(path, "r")
+            high = {"u1": 255, "u2": 65535}.get(array.dtype.str[1:])
+            return ImageInfo(*_image_shape(array.shape, array.dtype), high)
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
@@ -98,7 +98,7 @@ def decode(path: Path) -> Tensor:
         if path.suffix.lower() != ".npy":
             with Image.open(file, formats=FORMATS) as image:
                 return from_pillow(image)
-        array = read_array(file, os.fstat(file.fileno()).st_size)
+        array = read_array(file)
         shape = _image_shape(array.shape, array.dtype)
         if array.ndim == 3 and shape != array.shape:
             array = np.moveaxis(array, 2, 0)

@@ -15,7 +15,7 @@ from torchcdm.data.arrays import read_labels
 from torchcdm.data.assembly import Samples
 from torchcdm.data.named import fixed
 from torchcdm.data.options import DataOptions, Layout
-from torchcdm.data.reading import PACKING, reading
+from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit
 from torchcdm.errors import UserError
 
@@ -95,18 +95,15 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         UserError: Not an idx file of unsigned bytes, or another length than the header says.
     """
-    packed = path.suffix == ".gz"
     with reading(path, "an idx file", "; fetch the file again") as raw:
         size = os.fstat(raw.fileno()).st_size
-        file = gzip.GzipFile(fileobj=raw) if packed else raw
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         magic = file.read(4)
         if len(magic) < 4 or magic[:3] != b"\0\0\x08":
             raise ValueError("not an idx file of unsigned bytes")
         shape = tuple(np.frombuffer(file.read(4 * magic[3]), ">u4", magic[3]).tolist())
-        count = math.prod(shape)
-        # No more memory than the file can fill.
-        content = file.read(count + 1) if count <= (PACKING if packed else 1) * size else b""
-        if not shape or len(content) != count:
+        content = file.read()
+        if not shape or len(content) != math.prod(shape):
             raise ValueError(f"truncated: {size} bytes do not hold the shape {shape} of the header")
     return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
