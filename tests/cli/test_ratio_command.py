@@ -63,7 +63,7 @@ def test_the_table_and_the_numbers_are_those_of_the_python_call(capsys, tmp_path
     assert numbers["query"]["effective_sample_size"] == pytest.approx(ratio.effective_sample_size(weights), rel=1e-4)
     assert numbers["query"]["log_ratio"]["max"] == pytest.approx(truth.log_ratio.max(), rel=1e-4)
     assert numbers["held_out"]["log_loss"] == pytest.approx(ratio.held_out.log_loss, rel=1e-4)
-    assert "150 rows over 200 rows, 2 columns: height, mass." in out and "log loss of the sources" in out
+    assert "150 rows over 200 rows." in out and "2 columns: height, mass." in out and "log loss of the sources" in out
     assert "1 samples lie outside both data sets" in out
 
     again = DensityRatio.load(tmp_path / "ratio", device="cpu")
@@ -82,10 +82,10 @@ def test_arrays_and_the_other_method(capsys, tmp_path, files):
 def test_mistakes(capsys, tmp_path, files):
     numerator, denominator, query = files
     other = write_table(tmp_path / "other.csv", np.random.RandomState(0).normal(size=(50, 2)), "height,age")
-    assert "new.csv): no column 'age', which denominator (" in refuse(capsys, numerator, other, query)
+    assert "new.csv: no column 'age', which table:" in refuse(capsys, numerator, other, query)
     assert "no column 'mass'" in refuse(capsys, numerator, denominator, other)
     few = write_table(tmp_path / "few.csv", np.random.RandomState(0).normal(size=(12, 2)))
-    assert "few.csv): too few samples, 12; at least 20" in refuse(capsys, few, denominator, query)
+    assert "few.csv: too few samples, 12; at least 20" in refuse(capsys, few, denominator, query)
     holes = tmp_path / "holes.csv"
     holes.write_text(numerator.read_text() + "1.0,\n")
     assert "holes.csv" in (error := refuse(capsys, holes, denominator, query)) and "line 152" in error

@@ -62,12 +62,12 @@ def test_label_column_of_texts_and_of_numbers(tmp_path, values):
 
 def test_label_columns_that_are_none(tmp_path, values):
     path = write(tmp_path / "t.csv", ["a", "b", "id"], np.column_stack([values[:, :2], np.arange(60)]))
-    with pytest.raises(UserError, match="60 classes in 60 rows; is the label column an identifier"):
+    with pytest.raises(UserError, match="60 classes in 60 rows; is the label an identifier"):
         load_data(f"table:{path}", label="id")
     with pytest.raises(UserError, match="60 classes in 60 rows"):
         load_data(f"table:{path}", label="b")
     pd = pytest.importorskip("pandas")
-    with pytest.raises(UserError, match="the label column holds fractions"):
+    with pytest.raises(UserError, match="labels must be whole numbers"):
         from_object(pd.DataFrame(values, columns=["a", "b", "c"]), labels="b")
 
 

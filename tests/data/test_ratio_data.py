@@ -90,10 +90,10 @@ def test_images_go_by_shape_and_by_kind():
 @pytest.mark.parametrize(
     ("numerator", "message"),
     [
-        (normal(60, 3), "numerator and denominator have 3 and 2 columns"),
-        (pd.DataFrame(normal(60, 2), columns=["a", "b"]), "no column 'c0', which denominator has"),
+        (normal(60, 3), "denominator: no column 'c2', which numerator has"),
+        (pd.DataFrame(normal(60, 2), columns=["a", "b"]), "numerator: no column 'c0', which denominator has"),
         (normal(19, 2), "numerator: too few samples, 19; at least 20"),
-        (np.where(np.arange(120).reshape(60, 2) == 51, np.nan, 1.0), "numerator: .*row 25.*nan"),
+        (np.where(np.arange(120).reshape(60, 2) == 51, np.nan, 1.0), "numerator: sample 25 holds a value that is not"),
         (np.array([["a", "b"]] * 60), "are not numbers|holds no values"),
         (np.zeros((60, 0)), "are not numbers|holds no values"),
         ("no-such-file.csv", "no-such-file.csv"),

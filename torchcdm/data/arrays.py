@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchcdm.data import pixels
 from torchcdm.data.assembly import Grid, Samples
-from torchcdm.data.columns import check_resolution
+from torchcdm.data.columns import single
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.reading import read_arrays
 from torchcdm.data.source import MemorySplit
@@ -54,7 +54,7 @@ def samples_of(
     values, grid, more = interpret(x, name, first, layout)
     if values.ndim == 4:
         values = convert_images(values, grid, options)
-    labels, class_names = read_labels(y, len(values), name)
+    (labels,), class_names = read_labels(y, [len(values)], name)
     return Samples(name, {"train": MemorySplit(values, labels)}, grid, class_names, notes=(*notes, *more))
 
 
@@ -102,7 +102,9 @@ def as_array(data: Any, name: str) -> np.ndarray:
 def interpret(
     x: np.ndarray, name: str, first: bool = False, layout: Layout | None = None
 ) -> tuple[Tensor, Grid | None, list[str]]:
-    """Samples as a tensor with event shape (C, H, W) or (d,), their grid, and how they were understood.
+    """Samples with event shape (C, H, W) or (d,), their grid, and how they were understood.
+
+    On a grid they are uint8 or float32; else images are float32, and vectors float64 until their columns are measured.
 
     Args:
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
@@ -133,9 +135,9 @@ def interpret(
     if not finite.all():
         raise UserError(f"{name}: sample {int(finite.argmin())} holds a value that is not a finite number")
     if x.ndim == 2:
-        check_resolution(x, [f"c{k}" for k in range(x.shape[1])], name)
+        return torch.from_numpy(x.astype(np.float64)), None, notes
     values = single(x, name)
-    return values, None, [*notes, *(_lattice_note(values) if values.ndim > 2 else [])]
+    return values, None, notes + _lattice_note(values)
 
 
 def check_numbers(x: np.ndarray, name: str) -> None:
@@ -150,19 +152,6 @@ def check_numbers(x: np.ndarray, name: str) -> None:
         raise UserError(f"{name}: an array of shape {x.shape} holds no values")
     if x.ndim == 2 and x.shape[1] > MOST_COLUMNS:
         raise UserError(f"{name}: vectors of {x.shape[1]} numbers; at most {MOST_COLUMNS} are taken")
-
-
-def single(x: np.ndarray, name: str) -> Tensor:
-    """Finite numbers as float32.
-
-    Raises:
-        UserError: A value beyond float32.
-    """
-    with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(x, np.float32)
-    if not np.isfinite(values).all():
-        raise UserError(f"{name}: holds values beyond float32 (3e38); divide them by a constant")
-    return torch.from_numpy(values)
 
 
 def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
@@ -226,47 +215,59 @@ def convert_images(x: Tensor, grid: Grid | None, options: DataOptions) -> Tensor
 
 
 def read_labels(
-    y: Any, count: int, name: str, class_names: Sequence[str] | None = None
-) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels as long (N,) and the names of the classes.
+    y: Any, sizes: Sequence[int], name: str, class_names: Sequence[str] | None = None, by_value: bool = False
+) -> tuple[list[Tensor | None], tuple[str, ...] | None]:
+    """Labels as long tensors, one for each part of the data, and the names of the classes.
 
     Args:
-        y: Whole numbers 0 ... classes - 1, or texts, which are numbered in alphabetical order.
-        count: Number of samples.
+        y: Labels of all samples, one part after the other: whole numbers 0 ... classes - 1, or texts. None: no labels.
+        sizes: Number of samples in each part.
         name: The data, for messages.
         class_names: Names of the classes where they are known.
+        by_value: Numbers may be any whole ones, and those that occur are the classes in rising order, as texts are.
 
     Raises:
-        UserError: A label that is missing or out of range, or another number of labels than samples.
+        UserError: A label that is missing or out of range, another number of labels than samples, or nearly as many
+            classes as samples.
     """
+    count = sum(sizes)
     if y is None:
-        return None, None
+        return [None] * len(sizes), None
     y = as_array(y, f"{name}, labels") if isinstance(y, Tensor) or np.ma.is_masked(y) else np.asarray(y)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (count,):
         raise UserError(f"{name}: labels have shape {y.shape}; one label for each of the {count} samples is needed")
+    absent = next((i for i, label in enumerate(y.tolist()) if _is_missing(label)), None)
+    if absent is not None:
+        raise UserError(f"{name}: row {absent} (counted from 0) has no label ({y[absent]})")
     if y.dtype.kind in "USO":
-        absent = next((i for i, label in enumerate(y) if is_missing(label)), None)
-        if absent is not None:
-            raise UserError(f"{name}: sample {absent} has no label ({y[absent]})")
-        texts = [str(label) for label in y]
-        names = sorted(set(texts))
-        index = {text: number for number, text in enumerate(names)}
-        return torch.tensor([index[text] for text in texts]), tuple(names)
-    if y.dtype.kind == "b":
-        y = y.astype(np.int64)
-    if y.dtype.kind not in "uif" or not np.array_equal(y, np.round(y)):
+        y, by_value = _numbers_or_texts(y), True
+    if y.dtype.kind not in "buifU" or (y.dtype.kind == "f" and not np.array_equal(y, y.round())):
         raise UserError(f"{name}: labels must be whole numbers 0, 1, ... or texts")
-    limit = count if class_names is None else len(class_names)
+    if by_value and class_names is None:
+        values, y = np.unique(y, return_inverse=True)
+        if len(values) > max(2, count // 2):
+            raise UserError(f"{name}: {len(values)} classes in {count} rows; is the label an identifier?")
+        class_names = [f"{value:g}" if values.dtype.kind == "f" else str(value) for value in values]
+    y, limit = y.astype(np.int64), count if class_names is None else len(class_names)
     wrong = np.flatnonzero((y < 0) | (y >= limit))
     if len(wrong):
-        label = f"{y[wrong[0]]:g} of sample {wrong[0]}"
+        label = f"{y[wrong[0]]} of sample {wrong[0]}"
         raise UserError(f"{name}: label {label} is out of range; classes are numbered 0 ... {limit - 1}")
     names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else class_names
-    return torch.from_numpy(y.astype(np.int64)), tuple(names)
+    return list(torch.from_numpy(y).split(list(sizes))), tuple(names)
 
 
-def is_missing(label: Any) -> bool:
+def _is_missing(label: Any) -> bool:
     """Whether a label is none: nothing, blank, or a missing value of numpy or pandas."""
     return label is None or str(label).strip() in ("", "nan", "NaN", "NaT", "<NA>")
+
+
+def _numbers_or_texts(y: np.ndarray) -> np.ndarray:
+    """Whole numbers where all labels are such, as text or not: a text file gives every cell as text."""
+    try:
+        numbers = np.array([int(label) if isinstance(label, str) else label for label in y])
+    except ValueError:
+        numbers = y
+    return numbers if numbers.dtype.kind in "buif" else np.array([str(label) for label in y])

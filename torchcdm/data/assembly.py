@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchcdm.data.columns import constants_note, measure_columns
+import torch
+
+from torchcdm.data.columns import check_resolution, constants_note, measure_columns, single
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.source import DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
@@ -32,6 +35,7 @@ class Samples:
         class_names: Names of the classes 0, 1, ...; None without labels.
         columns: Names of the columns of a table; None elsewhere.
         notes: What was read off the data, one sentence each.
+        row: What to call sample i of ``train``.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Samples:
     class_names: tuple[str, ...] | None = None
     columns: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    row: Callable[[int], str] = "sample {}".format
 
 
 def assemble(samples: Samples, options: DataOptions, layout: Layout | None = None) -> DataSource:
@@ -58,6 +63,12 @@ def assemble(samples: Samples, options: DataOptions, layout: Layout | None = Non
         raise UserError(f"{name}: no training samples that can be read")
     splits, note = _complete_splits(samples, options)
     notes, constants = [*samples.notes, note], {}
+    like = splits[0][0][0]
+    if like.dtype == torch.float64:
+        if layout is None:
+            x = splits[0].tensors()[0].numpy()
+            check_resolution(x, columns or [f"c{k}" for k in range(len(like))], name)
+        splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
     if columns is not None and layout is None:
         x, _ = splits[0].tensors()
         varying = (x != x[0]).any(0)
@@ -67,13 +78,12 @@ def assemble(samples: Samples, options: DataOptions, layout: Layout | None = Non
             raise UserError(f"{name}: every column is constant; there is nothing to learn")
         if constants:
             notes.append(constants_note(constants))
-            train, validation, test = (MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
-            splits = (train, validation, test)
+            splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
     if layout is None:
         transform, more = _measure(splits[0], samples.grid, options.dequantize, name, columns)
     else:
         transform, more = layout.transform, []
-        _check_units(tuple(splits[0][0][0].shape), samples.grid, transform, name)
+        _check_units(tuple(like.shape), samples.grid, transform, name)
     return DataSource(name, *splits, transform, samples.class_names, columns, (*notes, *more), constants)
 
 

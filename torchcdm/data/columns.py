@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError, nearest
@@ -104,18 +105,28 @@ def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:
 
 
 def check_resolution(x: np.ndarray, names: Sequence[str], data: str) -> None:
-    """Refuses rows (N, d) of float64 with a column whose values, or whose differences, float32 does not hold.
+    """Refuses training rows (N, d), float64, with a column whose values, or whose differences, float32 does not hold.
 
     Raises:
         UserError: Names the first such column.
     """
-    with np.errstate(over="ignore"):
-        single = x.astype(np.float32)
-    for k, name in enumerate(names):
-        if not np.isfinite(single[:, k]).all():
-            raise UserError(f"{data}: column '{name}' holds values beyond float32 (3e38); divide it by a constant")
-        if (single[:, k] - x[:, k]).std() > ROUNDING * x[:, k].std():
+    for column, name in zip(x.T, names, strict=True):
+        lost = single(column, f"{data}: column '{name}'").numpy() - column
+        if lost.std() > ROUNDING * column.std():
             raise UserError(f"{data}: column '{name}' varies less than float32 resolves; subtract an offset")
+
+
+def single(x: np.ndarray, name: str) -> Tensor:
+    """Finite numbers as float32.
+
+    Raises:
+        UserError: A value beyond float32.
+    """
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: holds values beyond float32 (3e38); divide them by a constant")
+    return torch.from_numpy(values)
 
 
 def frequent_value(x: np.ndarray) -> tuple[float, float] | None:

@@ -73,8 +73,7 @@ def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) 
     sizes = [len(part) for part in rows.values()]
     # All splits together: a class must have one number, also where a split has none of it.
     labels = None if label is None else [value for part in rows.values() for value in part[label][:]]
-    y, class_names = read_labels(labels, sum(sizes), name, names)
-    of_parts = [None] * len(rows) if y is None else y.split(sizes)
+    of_parts, class_names = read_labels(labels, sizes, name, names)
     parts: dict[str, Split] = {}
     for (split, part), of_part in zip(rows.items(), of_parts, strict=True):
         read = HubReader(part, column, reader, f"{name}, {split}")

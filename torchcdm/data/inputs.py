@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, images, tables
+from torchcdm.data.columns import single
 from torchcdm.data.folders import Search, left_out
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.reading import file_status, printable
@@ -139,13 +140,14 @@ class _Target:
             values = arrays.convert_images(values, grid, self.options)
         self._check_shape(tuple(values.shape[1:]), str(path))
         names = [f"{printable(path)}[{i}]" for i in range(len(values))]
-        return without_columns(self._check_range(values.float(), str(path)), names)
+        values = single(values.numpy(), str(path))
+        return without_columns(self._check_range(values, str(path)), names)
 
     def _table(self, path: Path) -> Inputs:
         table = tables.read(path)
         columns = self.layout.columns or tuple(table.columns)
         self._check_shape((len(columns),), str(path))
-        x = arrays.single(table.matrix(columns), str(path))
+        x = single(table.matrix(columns), str(path))
         deviating = torch.zeros(len(x), dtype=torch.bool)
         for column, value in self.layout.constants.items():
             if column in table.columns:

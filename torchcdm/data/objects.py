@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchcdm.data import arrays, tables
 from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.images import from_pillow
-from torchcdm.data.options import DataOptions
+from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.source import DataSource, LazySplit
 from torchcdm.errors import UserError
 
@@ -43,20 +43,32 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
         if labels is not None:
             raise UserError("labels have no effect on a DataSource, which has its own; make it with them")
         return data
+    options = replace(options or DataOptions(), **fields)
+    return assemble(samples_of(data, labels, options), options)
+
+
+def samples_of(
+    data: Any, labels: Any, options: DataOptions, name: str | None = None, layout: Layout | None = None
+) -> Samples:
+    """All samples of an object; arguments as for :func:`from_object`, but no DataSource.
+
+    Args:
+        data: The object.
+        labels: Classes, or the name of a column.
+        options: Size and channels of images.
+        name: The data, for messages.
+        layout: That of the model that scores the data.
+    """
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
-    column = labels if isinstance(labels, str) else None
-    options = replace(options or DataOptions(), label=column, **fields)
-    return assemble(_samples(data, labels, options), options)
-
-
-def _samples(data: Any, labels: Any, options: DataOptions) -> Samples:
     if isinstance(data, (Tensor, np.ndarray, list)):
-        name = "tensor" if isinstance(data, Tensor) else "array"
-        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=isinstance(data, Tensor))
+        first = isinstance(data, Tensor)
+        name = name or ("tensor" if first else "array")
+        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=first, layout=layout)
     if tables.is_frame(data):
-        table = tables.from_frame(data)
-        return tables.samples_of({"train": table}, table.name, options, None if options.label else labels)
+        table, column = tables.from_frame(data, name or "data frame"), labels if isinstance(labels, str) else None
+        labels, options = None if column else labels, replace(options, label=column)
+        return tables.samples_of({"train": table}, table.name, options, labels, layout)
     known = isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
     if not known or isinstance(data, (str, bytes, Mapping)) or hasattr(data, "tocsr"):
         kind = type(data).__name__
@@ -110,7 +122,7 @@ def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
         return arrays.samples_of(torch.stack(held).numpy(), y, "Dataset", options, first=True)
     if lazy.like.dtype not in (torch.uint8, torch.float32):
         raise UserError(f"the Dataset gives {lazy.like.dtype}; a large one must give uint8 or float32")
-    numbers, class_names = arrays.read_labels(y, len(dataset), "Dataset")
+    (numbers,), class_names = arrays.read_labels(y, [len(dataset)], "Dataset")
     grid = (0, 255) if lazy.like.dtype == torch.uint8 else None
     notes = (f"{len(dataset)} samples of shape {tuple(lazy.like.shape)}, read when they are asked for.",)
     pool = lazy if numbers is None else lazy.relabelled(numbers)

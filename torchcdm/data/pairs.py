@@ -6,21 +6,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data import arrays, tables
-from torchcdm.data.assembly import Grid, Samples, assemble
-from torchcdm.data.columns import check_discrete, check_resolution, constants_note, discrete_values, frequency_notes
+from torchcdm.data.assembly import Samples, assemble
+from torchcdm.data.columns import check_discrete, constants_note, discrete_values, frequency_notes
 from torchcdm.data.inputs import Inputs, read_inputs, without_columns
-from torchcdm.data.objects import from_object
+from torchcdm.data.objects import samples_of
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.source import DataSource, MemorySplit, Split
-from torchcdm.data.specs import load_data, spec_of
-from torchcdm.data.tables import Table
+from torchcdm.data.specs import read_samples, spec_of
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnWarp, cell_width, spread
@@ -63,14 +61,6 @@ class Pair:
     warp: ColumnWarp | None
 
 
-class _Images(NamedTuple):
-    """Images (N, C, H, W) in data units, and their grid."""
-
-    name: str
-    x: Tensor
-    grid: Grid | None
-
-
 def pair_up(
     numerator: Any,
     denominator: Any,
@@ -97,8 +87,7 @@ def pair_up(
     if not fraction:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
-    first, second = given
-    counts = (_count(first), _count(second))
+    counts = (len(given[0].parts["train"]), len(given[1].parts["train"]))
     for side, count in zip(given, counts, strict=True):
         if count < MIN_ROWS:
             raise UserError(f"{side.name}: too few samples, {count}; at least {MIN_ROWS} are needed")
@@ -107,13 +96,17 @@ def pair_up(
         raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
     cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
     parts = {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
-    if isinstance(first, Table) and isinstance(second, Table):
-        source, warp = _from_tables(first, second, parts, discrete, options)
-        return Pair(source, counts, held_out, tuple(first.columns), warp)
-    if isinstance(first, _Images) and isinstance(second, _Images):
-        return Pair(_from_images(first, second, parts, options), counts, held_out, None, None)
-    words = ["rows of numbers" if isinstance(side, Table) else "images" for side in given]
-    raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
+    shapes = [_shape(side) for side in given]
+    words = ["rows of numbers" if len(shape) == 1 else "images" for shape in shapes]
+    if words[0] != words[1]:
+        raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
+    if len(shapes[0]) == 1:
+        source, columns, warp = _from_tables(*given, parts, discrete, options)
+        return Pair(source, counts, held_out, columns, warp)
+    if shapes[0] != shapes[1]:
+        both = f"{shapes[1]} and {shapes[0]}"
+        raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
+    return Pair(_from_images(*given, parts, options), counts, held_out, None, None)
 
 
 def read_query(
@@ -137,75 +130,42 @@ def read_query(
     """
     if columns is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, layout, options)
-    query = _read(x, "query", options or DataOptions())
-    if not _count(query):
-        raise UserError(f"{query.name}: holds no rows; there is nothing to score")
+    needed = None if columns is None else Layout(layout.transform, tuple(columns))
+    query = _read(x, "query", options or DataOptions(), needed)
+    values, shape = query.parts["train"].tensors()[0], _shape(query)
+    names = [query.row(i) for i in range(len(values))]
     if columns is None or layout.columns is None or warp is None:
-        shape = (len(query.columns),) if isinstance(query, Table) else tuple(query.x.shape[1:])
-        if isinstance(query, Table) or shape != layout.transform.shape:
+        if shape != layout.transform.shape:
             raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {layout.transform.shape}")
-        return without_columns(query.x.float(), [f"sample {i}" for i in range(len(query.x))])
-    if not isinstance(query, Table):
+        return without_columns(values.float(), names)
+    if len(shape) > 1:
         raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
-    if _numbered(query):
-        if len(query.columns) != len(columns):
-            raise UserError(f"{query.name}: rows of {len(query.columns)} numbers; {len(columns)} are needed")
-        query = replace(query, columns=dict(zip(columns, query.columns.values(), strict=True)))
-    x = warp(torch.from_numpy(query.matrix(columns)))
+    if shape != (len(columns),):
+        raise UserError(f"{query.name}: rows of {shape[0]} numbers; {len(columns)} are needed")
+    z = warp(values.double())
     kept_at = [list(columns).index(column) for column in layout.columns]
     # The warp takes the value of a constant column to zero, to rounding.
-    differs = x.abs() > CONSTANT * warp.location.abs().clamp_min(1)
+    differs = z.abs() > CONSTANT * warp.location.abs().clamp_min(1)
     differs[:, kept_at] = False
-    return Inputs(x[:, kept_at].float(), [query.row(i) for i in range(len(query))], differs.any(1))
+    return Inputs(z[:, kept_at].float(), names, differs.any(1))
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def _read(data: Any, name: str, options: DataOptions) -> Table | _Images:
-    """One data set: a table, also where it came as an array of vectors, or images."""
+def _read(data: Any, name: str, options: DataOptions, layout: Layout | None = None) -> Samples:
+    """One data set: that of a file or SPEC, of a source, or of an object; all of it, or its training split."""
     if isinstance(data, (str, Path)):
-        spec = spec_of(data) if isinstance(data, str) or os.path.isdir(data) else str(data)
-        kind, _, argument = spec.partition(":")
-        is_file = isinstance(data, Path) or os.path.isfile(data)
-        if not os.path.isdir(data) and (is_file or (kind in ("table", "array") and argument)):
-            path = Path(data if is_file else argument)
-            name = f"{name} ({path})"
-            if path.suffix.lower() in tables.SUFFIXES:
-                return replace(tables.read(path), name=name)
-            return _from_array(arrays.read(path)[0], name)
-        return _from_source(load_data(options, spec=spec, **WHOLE), f"{name} ({data})")
-    if tables.is_frame(data):
-        return tables.from_frame(data, f"{name} (data frame)")
-    if isinstance(data, (Tensor, list, np.ndarray)):
-        return _from_array(arrays.as_array(data, name), name)
-    return _from_source(from_object(data, **WHOLE), name)
+        return read_samples(replace(options, spec=spec_of(data), **WHOLE), layout)
+    if isinstance(data, DataSource):
+        grid = None if data.transform.bin is None else (int(data.transform.low or 0), int(data.transform.high or 0))
+        return Samples(name, {"train": data.train}, grid, columns=data.columns)
+    return samples_of(data, None, options, name, layout)
 
 
-def _from_array(x: np.ndarray, name: str) -> Table | _Images:
-    if x.ndim not in (1, 2):
-        values, grid, _ = arrays.interpret(x, name)
-        return _Images(name, values, grid)
-    arrays.check_numbers(x, name)
-    x = x[:, None] if x.ndim == 1 else x
-    return Table(name, {f"c{k}": x[:, k] for k in range(x.shape[1])}, lambda i: f"row {i} (counted from 0)")
+def _shape(samples: Samples) -> tuple[int, ...]:
+    return tuple(samples.parts["train"][0][0].shape)
 
 
-def _from_source(source: DataSource, name: str) -> Table | _Images:
-    x, _ = source.train.tensors()
-    if x.ndim == 2:
-        return _from_array(x.numpy(), name)
-    low, high = source.transform.low, source.transform.high
-    return _Images(name, x, None if low is None or high is None else (int(low), int(high)))
-
-
-def _numbered(table: Table) -> bool:
-    """Whether the columns have no names of their own."""
-    return list(table.columns) == [f"c{k}" for k in range(len(table.columns))]
-
-
-def _count(side: Table | _Images) -> int:
-    return len(side) if isinstance(side, Table) else len(side.x)
+def _columns(samples: Samples) -> tuple[str, ...]:
+    return samples.columns or tuple(f"c{k}" for k in range(_shape(samples)[0]))
 
 
 def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,86 +174,63 @@ def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[torch.arange(count) % len(a)], b[torch.arange(count) % len(b)]
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
-
-
 def _from_tables(
-    denominator: Table,
-    numerator: Table,
+    denominator: Samples,
+    numerator: Samples,
     parts: dict[str, tuple[Tensor, Tensor]],
     discrete: str,
     options: DataOptions,
-) -> tuple[DataSource, ColumnWarp]:
-    columns = _common_columns(denominator, numerator)
-    both = [denominator.matrix(columns), numerator.matrix(columns)]
-    together = [np.concatenate([x[:, k] for x in both]) for k in range(len(columns))]
-    found = [discrete_values(x, column) for x, column in zip(together, columns, strict=True)]
-    widths = {column: cell_width(values) for column, values in zip(columns, found, strict=True) if values is not None}
+) -> tuple[DataSource, tuple[str, ...], ColumnWarp]:
+    columns, theirs = _columns(denominator), _columns(numerator)
+    for one, other in ((denominator, numerator), (numerator, denominator)):
+        missing = [column for column in _columns(one) if column not in _columns(other)]
+        if missing:
+            raise UserError(f"{other.name}: no column '{missing[0]}', which {one.name} has; give both the same")
+    both = [side.parts["train"].tensors()[0].double().numpy() for side in (denominator, numerator)]
+    both[1] = both[1][:, [theirs.index(column) for column in columns]]
+    notes = [f"{len(both[1])} rows over {len(both[0])} rows."]
+    notes += dict.fromkeys((*numerator.notes, *denominator.notes))
+    widths = {}
+    for column, x in zip(columns, np.concatenate(both).T, strict=True):
+        values = discrete_values(x, column)
+        if values is not None:
+            widths[column] = cell_width(values)
+            text = f"few distinct values: dequantised by uniform noise of width {widths[column]:g}"
+            notes.append(f"column '{column}' has {text}.")
+        elif (x != x[0]).any():
+            notes += frequency_notes(x, column)
     if widths and discrete == "error":
         raise UserError(
             f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
-    notes = [f"{len(numerator)} rows over {len(denominator)} rows, {len(columns)} columns: {', '.join(columns)}."]
-    notes += dict.fromkeys((*numerator.notes, *denominator.notes))
-    for column, x in zip(columns, together, strict=True):
-        if column in widths:
-            text = f"few distinct values: dequantised by uniform noise of width {widths[column]:g}"
-            notes.append(f"column '{column}' has {text}.")
-        elif (x != x[0]).any():
-            notes += frequency_notes(x, column)
     noise, width = stream(options.seed, "dequantise"), np.array([widths.get(column, 0.0) for column in columns])
     both = [spread(x, width, torch.rand(x.shape, generator=noise, dtype=torch.float64).numpy()) for x in both]
     chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
     order = permutation(len(chosen["train"]), options.seed).numpy()
     sources = np.repeat(np.arange(2), len(order) // 2)
     warp = ColumnWarp.fit(torch.from_numpy(chosen["train"][order]), torch.from_numpy(sources[order]))
-    joined: dict[str, Split] = {}
-    for split, x in chosen.items():
-        z = warp(torch.from_numpy(x)).numpy()
-        if split == "train":
-            check_resolution(z, columns, PAIR)
-        joined[split] = MemorySplit(arrays.single(z, PAIR), torch.arange(2).repeat_interleave(len(x) // 2))
-    samples = Samples(PAIR, joined, class_names=SOURCES, columns=tuple(columns))
+    joined: dict[str, Split] = {
+        split: MemorySplit(warp(torch.from_numpy(x)), torch.arange(2).repeat_interleave(len(x) // 2))
+        for split, x in chosen.items()
+    }
+    samples = Samples(PAIR, joined, class_names=SOURCES, columns=columns)
     source = assemble(samples, replace(options, **WHOLE, dequantize=False))
     if source.constants:
         notes.append(constants_note(source.constants))
-    return replace(source, notes=tuple(notes)), warp
-
-
-def _common_columns(denominator: Table, numerator: Table) -> list[str]:
-    """The columns, in the order of the denominator.
-
-    Raises:
-        UserError: They differ.
-    """
-    counts = len(numerator.columns), len(denominator.columns)
-    if _numbered(denominator) and _numbered(numerator) and counts[0] != counts[1]:
-        raise UserError("numerator and denominator have {} and {} columns; give both the same".format(*counts))
-    for mine, other in ((denominator, numerator), (numerator, denominator)):
-        missing = [column for column in mine.columns if column not in other.columns]
-        if missing:
-            raise UserError(f"{other.name}: no column '{missing[0]}', which {mine.name} has; give both the same")
-    return list(denominator.columns)
-
-
-# --- images ------------------------------------------------------------------------------------------------------
+    return replace(source, notes=tuple(notes)), columns, warp
 
 
 def _from_images(
-    denominator: _Images, numerator: _Images, parts: dict[str, tuple[Tensor, Tensor]], options: DataOptions
+    denominator: Samples, numerator: Samples, parts: dict[str, tuple[Tensor, Tensor]], options: DataOptions
 ) -> DataSource:
-    shapes = [tuple(side.x.shape[1:]) for side in (denominator, numerator)]
-    if shapes[0] != shapes[1]:
-        both = f"{shapes[1]} and {shapes[0]}"
-        raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
     grids = [side.grid for side in (denominator, numerator) if side.grid is not None]
     if len(grids) == 1:
         raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
     grid = (min(low for low, _ in grids), max(high for _, high in grids)) if grids else None
-    joined: dict[str, Split] = {"test": MemorySplit(denominator.x[:0])}
+    below, above = (side.parts["train"].tensors()[0].float() for side in (denominator, numerator))
+    joined: dict[str, Split] = {"test": MemorySplit(below[:0])}
     for split, (low, high) in parts.items():
-        x = torch.cat([denominator.x[low].float(), numerator.x[high].float()])
-        joined[split] = MemorySplit(x, torch.arange(2).repeat_interleave(torch.tensor([len(low), len(high)])))
+        joined[split] = MemorySplit(torch.cat([below[low], above[high]]), torch.arange(2).repeat_interleave(len(low)))
     source = assemble(Samples(PAIR, joined, grid, SOURCES), options)
-    return replace(source, notes=(f"{len(numerator.x)} images over {len(denominator.x)} images.",))
+    return replace(source, notes=(f"{len(above)} images over {len(below)} images.",))

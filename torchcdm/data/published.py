@@ -54,7 +54,7 @@ def fashion_mnist(argument: str, options: DataOptions, _: Layout | None = None) 
         if images[-1].ndim != 3 or labels[-1].shape != images[-1].shape[:1]:
             shapes = f"{images[-1].shape} and {labels[-1].shape}"
             raise UserError(f"{folder}: the {prefix} images and labels do not belong together ({shapes})")
-        read_labels(labels[-1], len(labels[-1]), f"{folder}, {prefix}", FASHION_CLASSES)
+        read_labels(labels[-1], [len(labels[-1])], f"{folder}, {prefix}", FASHION_CLASSES)
     pool = MemorySplit(torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)))
     trainable = len(images[0])
     return fixed("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES)

@@ -60,6 +60,14 @@ def load_data(data: str | DataOptions, layout: Layout | None = None, **fields: A
         ((1, 8, 8), 1300, 200, 297)
     """
     options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
+    source = assemble(read_samples(options, layout), options, layout).limited(options.limit)
+    if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
+        raise UserError(f"size and channels are for images; {source.name} holds vectors of {source.shape[0]} numbers")
+    return source
+
+
+def read_samples(options: DataOptions, layout: Layout | None = None) -> Samples:
+    """The samples that a SPEC names, before units are measured; arguments and errors as for :func:`load_data`."""
     spec = options.spec
     if spec is None:
         raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
@@ -67,10 +75,7 @@ def load_data(data: str | DataOptions, layout: Layout | None = None, **fields: A
     kind, _, argument = spec.partition(":")
     if options.label is not None and kind not in ("table", "hf"):
         raise UserError(f"label '{options.label}' names a column of a table; {spec} has no columns")
-    source = assemble(LOADERS[kind](argument, options, layout), options, layout).limited(options.limit)
-    if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
-        raise UserError(f"size and channels are for images; {spec} holds vectors of {source.shape[0]} numbers")
-    return source
+    return LOADERS[kind](argument, options, layout)
 
 
 def check_spec(spec: str) -> None:

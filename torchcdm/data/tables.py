@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
-from torchcdm.data.arrays import is_missing, read_labels, single
+from torchcdm.data.arrays import read_labels
 from torchcdm.data.assembly import Samples
-from torchcdm.data.columns import check_resolution
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit, Split
@@ -147,45 +146,14 @@ def samples_of(
         raise UserError(f"{table.name}: no columns of numbers, or no rows")
     if options.label is not None:
         labels = [label for part in parts.values() for label in part.column(options.label)]
-    values = {split: part.matrix(columns) for split, part in parts.items()}
-    if layout is None:
-        check_resolution(values["train"], columns, table.name)
     sizes = [len(part) for part in parts.values()]
-    y, class_names = _classes(labels, sum(sizes), table.name)
-    of_parts = [None] * len(parts) if y is None else y.split(sizes)
+    of_parts, class_names = read_labels(labels, sizes, table.name, by_value=True)
     pools: dict[str, Split] = {
-        split: MemorySplit(single(x, table.name), part)
-        for (split, x), part in zip(values.items(), of_parts, strict=True)
+        split: MemorySplit(torch.from_numpy(part.matrix(columns)), y)
+        for (split, part), y in zip(parts.items(), of_parts, strict=True)
     }
     notes = (*table.notes, f"{sum(sizes)} rows, {len(columns)} columns: {', '.join(columns)}.")
-    return Samples(name, pools, None, class_names, tuple(columns), notes)
-
-
-def _classes(labels: Any, count: int, name: str) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels as long (N,), and the classes: the values of the column, numbers in their order, else texts.
-
-    Raises:
-        UserError: A missing label, another number of labels than rows, fractions, or nearly as many classes as rows.
-    """
-    if labels is None:
-        return None, None
-    absent = next((i for i, label in enumerate(labels) if is_missing(label)), None)
-    if absent is not None:
-        raise UserError(f"{name}: row {absent} (counted from 0) has no label ({labels[absent]})")
-    try:
-        # Text files give every cell as text.
-        values = np.array([int(label) if isinstance(label, str) else label for label in labels])
-    except ValueError:
-        values = np.asarray(labels)
-    if values.dtype.kind == "f" and not np.array_equal(values, values.round()):
-        raise UserError(f"{name}: labels must be whole numbers or texts; the label column holds fractions")
-    if values.dtype.kind not in "buif":
-        values = np.array([str(label) for label in labels])
-    classes, numbers = np.unique(values, return_inverse=True)
-    if len(classes) > max(2, count // 2):
-        raise UserError(f"{name}: {len(classes)} classes in {count} rows; is the label column an identifier?")
-    names = [f"{value:g}" if values.dtype.kind == "f" else str(value) for value in classes]
-    return read_labels(numbers, count, name, names)
+    return Samples(name, pools, None, class_names, tuple(columns), notes, table.row)
 
 
 def _floats(cells: Any) -> np.ndarray | None:
