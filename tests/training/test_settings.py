@@ -252,6 +252,9 @@ def test_files_name_the_line(tmp_path):
     file.write_text("train: {steps: many}\n")
     with pytest.raises(UserError, match="^train.steps is 'few'"):
         make_config(file_fields(file), flag_fields([("train.steps", "few")]))
+    file.write_text("train: {betas: [2, 3]}\n")
+    with pytest.raises(UserError, match=r"^train.betas\[0\] is 5"):
+        make_config(file_fields(file), flag_fields([("train.betas", "[5, 6]")]))
 
 
 def test_texts_of_flags_are_literal():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, Layout, load_data
-from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
@@ -30,14 +29,10 @@ FittedBase = GaussianMarginals | MixtureMarginals
 
 
 def load_source(options: DataOptions, layout: Layout | None = None) -> DataSource:
-    """The data that options name, in the units that they ask for, or in those of the model that is to score them.
-
-    Args:
-        options: Which data, and in which units.
-        layout: That of the model that is to score them.
+    """The data that options name, in the units that they ask for, or in ``layout``, that of the model to score them.
 
     Raises:
-        UserError: No data, or what :func:`torchcdm.data.load_data` refuses.
+        UserError: What :func:`torchcdm.data.load_data` refuses.
     """
     source = load_data(options, layout)
     return in_units(source, options) if layout is None else source
@@ -51,11 +46,8 @@ def in_units(source: DataSource, options: DataOptions) -> DataSource:
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     """The same data with every dimension brought to a standard normal, or near one, as the training split has it.
 
-    Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each.
-
-    Args:
-        source: Data on a grid, or vectors.
-        flip: Whether training mirrors images.
+    Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each. ``flip`` says that
+    training mirrors images.
 
     Raises:
         UserError: Images of continuous values.
@@ -144,30 +136,20 @@ def build_model(
     classes = None if config.labels == "none" else classes
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
-    base: BaseDensity | None = gaussian
-    if base is None and config.gaussian:
-        base = _blank_base(config, schedule, transform.shape, classes)
+    if gaussian is None and config.gaussian:
+        own = classes or 0 if config.class_gaussians else 0
+        if config.components > 1:
+            gaussian = MixtureMarginals.blank(schedule, transform.shape, config.components, own)
+        else:
+            gaussian = GaussianMarginals.blank(schedule, transform.shape, classes=own)
     transform = copy.deepcopy(transform)
     if config.kind == "ddm":
-        return DenoisingDiffusion(backbone, schedule, transform, base)
-    return ClassificationDiffusion(backbone, schedule, transform, base, class_prior)
-
-
-def _blank_base(
-    config: ModelConfig, schedule: NoiseSchedule, shape: tuple[int, ...], classes: int | None
-) -> FittedBase:
-    """A base density of the right form, to load a saved state into."""
-    own = classes or 0 if config.class_gaussians else 0
-    if config.components > 1:
-        return MixtureMarginals.blank(schedule, shape, config.components, own)
-    return GaussianMarginals.blank(schedule, shape, classes=own)
+        return DenoisingDiffusion(backbone, schedule, transform, gaussian)
+    return ClassificationDiffusion(backbone, schedule, transform, gaussian, class_prior)
 
 
 def new_model(config: ModelConfig, source: DataSource, flip: bool) -> Denoiser:
-    """The model before its training: its base density is fitted to the data, its weights are torch's next draws.
-
-    Arguments as in :func:`fit_gaussian`.
-    """
+    """The model before its training: its weights are torch's next draws. Arguments as in :func:`fit_gaussian`."""
     gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
     prior = None
     if config.labels == "joint" and source.classes is not None:
@@ -193,12 +175,10 @@ HELD_OUT_SAMPLES = 20_000
 
 
 def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
-    """Gaussian marginals of the training split, dequantised, and mirrored where training mirrors.
+    """Base density of a resolved configuration, fitted to the training split, dequantised, and mirrored for ``flip``.
 
-    Args:
-        config: Resolved; its schedule, the number of Gaussians, and whether each class has one of its own.
-        source: The data.
-        flip: Whether training mirrors images.
+    Raises:
+        UserError: Gaussians of classes for samples without one.
     """
     transform = source.transform
     x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // transform.dim))
@@ -216,7 +196,7 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
     held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
-    if set(held_out_y.tolist()) != set(y.tolist()):
-        return fit_class_gaussians(z, y, schedule, floor)
-    held_out_z = transform.encode(held_out_x, stream(0, "base density held out"))
-    return fit_class_gaussians(z, y, schedule, floor, held_out=(held_out_z, held_out_y))
+    held_out = None
+    if set(held_out_y.tolist()) == set(y.tolist()):
+        held_out = transform.encode(held_out_x, stream(0, "base density held out")), held_out_y
+    return fit_class_gaussians(z, y, schedule, floor, held_out=held_out)

@@ -142,17 +142,9 @@ def make_config(*layers: Mapping[str, Any]) -> Config:
     for layer in reversed(layers):
         if isinstance(layer, FileFields) and path in layer.lines:
             raise UserError(f"{layer.path}, line {layer.lines[path]}: {text}")
-        if _sets(layer, path):
+        if path.partition("[")[0] in dict(_paths(layer)):
             break
     raise UserError(text)
-
-
-def _sets(fields: Any, path: str) -> bool:
-    for part in path.split("."):
-        if not isinstance(fields, Mapping) or part not in fields:
-            return False
-        fields = fields[part]
-    return True
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,16 +166,19 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[tuple[str, Any, Any]]:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted paths at which two nested dicts differ, with both values; None where one lacks the key."""
-    found = []
-    for key in [*one, *(key for key in other if key not in one)]:
-        here, a, b = join(path, key), one.get(key), other.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, here)
-        elif a != b:
-            found.append((here, a, b))
-    return found
+    ours, theirs = dict(_paths(one)), dict(_paths(other))
+    pairs = [(path, ours.get(path), theirs.get(path)) for path in ours | theirs]
+    return [(path, a, b) for path, a, b in pairs if a != b and not (isinstance(a, Mapping) and isinstance(b, Mapping))]
+
+
+def _paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """All that nested fields hold, by dotted path, from the outside in."""
+    for key, value in fields.items():
+        yield join(path, key), value
+        if isinstance(value, Mapping):
+            yield from _paths(value, join(path, key))
 
 
 # --- YAML --------------------------------------------------------------------------------------------------------
@@ -197,12 +192,9 @@ def to_yaml(config: Config) -> str:
 def _parse(text: str) -> tuple[Any, dict[str, int]]:
     """The value of a YAML text, and the line of each field in it by its dotted path."""
     loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        lines = dict(_lines(node, ""))
-        return None if node is None else loader.construct_document(node), lines
-    finally:
-        loader.dispose()
+    node = loader.get_single_node()
+    lines = dict(_lines(node, ""))
+    return None if node is None else loader.construct_document(node), lines
 
 
 def _lines(node: Any, path: str) -> Iterator[tuple[str, int]]:

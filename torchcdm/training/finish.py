@@ -36,12 +36,11 @@ def finish(
     Returns:
         The sheet of samples; the folder for samples where none were asked for.
     """
-    copies = config.train.calibration if config.model.kind == "cdm" else 0
-    enough = source.validation is not None and len(source.validation) >= 2
-    if (copies and enough) or config.sampling.n:
+    copies = config.train.calibration if config.model.kind == "cdm" and len(source.validation) >= 2 else 0
+    if copies or config.sampling.n:
         kept = load_weights(model, run.root)
     # Values that were calibrated on paths, of a finished run that is resumed, have no such constants.
-    if copies and enough and kept is model:
+    if copies and kept is model:
         x, labels = source.validation.tensors()
         found = calibrate_levels(model, x, labels_for(model, labels), copies, config.train.seed)
         if found.change:

@@ -77,11 +77,11 @@ def fit(
         print(*source.notes, sep="\n")
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
     config = make_config(preset_fields(preset), layer)
-    if out is not None:
-        train(config, out, in_units(source, config.data), device=device, progress=progress)
-        return load(out, device or "cpu")
-    with trained(config, source, device, progress) as folder:
-        return load(folder, device or "cpu")
+    if out is None:
+        with trained(config, source, device, progress) as folder:
+            return load(folder, device or "cpu")
+    train(config, out, in_units(source, config.data), device=device, progress=progress)
+    return load(out, device or "cpu")
 
 
 @contextmanager

@@ -23,12 +23,7 @@ FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.prec
 
 
 def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
-    """Refuses to go on with another training than the one in the folder.
-
-    Args:
-        config: Resolved configuration of what is to go on.
-        kept: That of the saved state, as plain values.
-        run: The folder.
+    """Refuses to go on with another resolved configuration than the ``kept`` one of a saved state.
 
     Raises:
         UserError: A field differs that is not free.
@@ -37,7 +32,5 @@ def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
     free = FREE + (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else ())
     for path, mine, theirs in differences(encode(config), kept):
         if not any(path == name or path.startswith(f"{name}.") for name in free):
-            raise UserError(
-                f"{run.root}: was trained with {path} = {theirs}, not {mine}; resume with the same, or choose "
-                "another folder"
-            )
+            differ = f"was trained with {path} = {theirs}, not {mine}"
+            raise UserError(f"{run.root}: {differ}; resume with the same, or choose another folder")

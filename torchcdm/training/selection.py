@@ -41,16 +41,10 @@ class Selection:
         self.stale = 0
 
     def compare(self, model: Denoiser, step: int, settled: bool) -> tuple[dict[str, float], bool]:
-        """Validates a model.
+        """Validation values of a model in eval mode after ``step`` steps, and whether it is to be kept.
 
-        Args:
-            model: In eval mode.
-            step: Steps that it has been trained.
-            settled: Whether all terms of the loss count in full. Before, the model is kept for want of a better one,
-                but it is no best model and no reason to stop.
-
-        Returns:
-            The validation values, and whether the model is to be kept.
+        Unless ``settled``, which says that all terms of the loss count in full, a model is kept for want of a better
+        one, but is no best model and no reason to stop.
         """
         if self.data is None:
             return {}, True
