@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, write_numbers
+from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, count, write_numbers
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", metavar="RUN")
     add_data(parser)
-    parser.add_argument("--draws", type=int, default=4, help="noisy copies of each sample (4)")
+    parser.add_argument("--draws", type=count, default=4, help="noisy copies of each sample (4)")
     add_json(parser)
     add_device(parser)
     parser.set_defaults(run=run_evaluate)
