@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.likelihood import FlowSolver, Scoring, single_pass
-from torchcdm.likelihood.noise import noised
+from torchcdm.likelihood.noise import Batch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
@@ -34,16 +34,16 @@ def contenders(model: ClassificationDiffusion, x: Tensor) -> dict[str, Callable[
     """What is timed, each over all images of ``x`` (N, *shape), data units."""
     scoring = Scoring(batch_size=len(x))
     level, solver = scoring.level_of(model), FlowSolver(model, scoring)
-    everything = slice(0, len(x))
+    batch = Batch(model, x, None, slice(0, len(x)), 0)
 
     def one_pass_noisy() -> Tensor:
         with torch.no_grad():
             return model.log_prob(noisy.float(), t=level, units="model")
 
     def by_flow() -> Tensor:
-        return solver.log_prob(noised(model, x, everything, level, 0)).log_prob
+        return solver.log_prob(batch.noised(level)).log_prob
 
-    noisy = noised(model, x, everything, level, 0)
+    noisy = batch.noised(level)
     return {
         "one-pass": lambda: single_pass(model, x, None, replace(scoring, level=0)).nats,
         "one-pass-level": lambda: single_pass(model, x, None, scoring).nats,

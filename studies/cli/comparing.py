@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, tell
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def run_compare(options: argparse.Namespace) -> int:
         except Interrupted as stop:
             print(f"python -m studies: {stop}", file=sys.stderr)
             return 128 + stop.number
-    if str(options.json) != "-":
-        print(comparison.table())
-    write_numbers(options.json, comparison.to_json())
+    tell(options.json, comparison.table(), comparison.to_json())
     if options.plot is not None:
         scoring_cost(comparison, options.plot)
     return 0

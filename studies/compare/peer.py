@@ -219,4 +219,4 @@ class FittedDensity(Fitted):
 
 def dequantised(transform: DataTransform, x: Tensor, seed: int = SCORING_SEED) -> Tensor:
     """Samples with the dequantisation that one pass of our own models is scored on; model units, float64."""
-    return transform(dithered(transform, x, slice(0, len(x)), seed))
+    return transform(dithered(transform, x, seed))

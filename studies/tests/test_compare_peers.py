@@ -196,7 +196,7 @@ def test_classical_peers_are_the_reports_baselines(tmp_path):
     source, _ = independent_pixels(400)
     results = compare(source, 60, tmp_path, ["gaussian", "kde", "gmm"]).results
     x, transform = source.test.tensors()[0], source.transform
-    noisy = dithered(transform, x, slice(0, len(x)), 0)
+    noisy = dithered(transform, x, 0)
     for result, baseline in zip(results, baselines(source, noisy), strict=True):
         row, tighter = result.rows
         # Jensen: averaged inside the logarithm the bound is tighter, and its first draw is the other row's.
@@ -223,7 +223,7 @@ class StandardFlow(FlowModule):
 def test_a_flow_is_scored_in_data_units(flat, tmp_path):
     source, _ = independent_pixels(400)
     x = source.test.tensors()[0]
-    noisy = dithered(source.transform, x, slice(0, len(x)), 0)
+    noisy = dithered(source.transform, x, 0)
     train = source.transform.add_noise(source.train.tensors()[0].double(), rng(1))
     over = 0 if flat else (0, 1, 2, 3)
     truth = torch.distributions.Normal(train.mean(over), train.std(over, correction=0))

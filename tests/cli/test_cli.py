@@ -81,7 +81,7 @@ def refuse(capsys, *words):
         (["train", "digits", "--out", "R", "--sampling.n", "-3"], "n is -3"),
         (["train", "digits", "--out", "R", "--sampling.sampler", "foo"], "unknown sampler 'foo'"),
         (["train", "digits", "--out", "R", "--report.methods", "[foo]"], "unknown likelihood method 'foo'"),
-        (["train", "digits", "--out", "R", "--report.particles", "127"], "particles is 127; it must be at least 128"),
+        (["train", "digits", "--out", "R", "--report.particles", "31"], "particles is 31; it must be at least 32"),
         (["train", "digits", "--out", "R", "--report.draws", "0"], "draws is 0; it must be at least 1"),
         (["train", "digits", "--out", "R", "--steps", "many"], "train.steps is 'many'"),
         (["train", "digits", "--out", "R", "--model", "dmm"], "model.kind is 'dmm'; did you mean"),

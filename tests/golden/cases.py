@@ -30,7 +30,6 @@ from torchcdm.likelihood import (
     elbo,
     gap_by_level,
     log_normalizer,
-    log_normalizer_above,
     probability_flow,
     published_convention,
     report,
@@ -257,12 +256,11 @@ def of_likelihoods() -> dict[str, Tensor]:
         z = log_normalizer(model, None, None, Scoring(seed=2), 64, method, moves, islands=4)
         values[f"log-z/{method}-{moves}"] = torch.tensor([z.value, z.low, z.high, z.ess, z.mean_log_weight])
         values[f"log-z/{method}-{moves}-x"] = z.x[:8]
-    values["log-z/above"] = torch.tensor(log_normalizer_above(model, draws(16, 3, seed=6), None, Scoring(seed=2)))
     neighbours = consistency(model, inputs(model, 8), None, Scoring(seed=1))
     values["consistency"] = torch.stack([neighbours.down, neighbours.up])
     gaps = gap_by_level(model, inputs(model, 8), None, Scoring(level=1, seed=1))
     values["gap-by-level"] = torch.stack([-gaps.mean, gaps.sd])
-    table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1), limit=6).to_json()
+    table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1)).to_json()
     values["report"] = torch.tensor([row["value"] or 0.0 for row in table["rows"]])
     return values
 
@@ -275,7 +273,7 @@ def of_tools() -> dict[str, Tensor]:
     values["noise"] = torch.stack([noise.ratio, noise.level.double(), noise.log_prob])
     values["denoised"] = torch.as_tensor(denoise(model, x_t, units="model")[0])
     sums = level_sums(model, grey(20), draws=2, seed=1)
-    values["evaluation"] = torch.stack([sums.mse, sums.ce, sums.correct])
+    values["evaluation"] = torch.stack([sums.mse, sums.ce, sums.accuracy])
     for name in ("log_prob", "typicality", "coarse"):
         score = make_score(name, model).fit(grey(30, seed=11))
         values[f"anomaly/{name}"] = score(grey(5, seed=12))

@@ -12,6 +12,7 @@ from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, Uniform
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, published_convention, single_pass
 from torchcdm.likelihood.cells import REACH, noisy_cells
+from torchcdm.likelihood.noise import Batch
 from torchcdm.likelihood.one_pass import score_noisy, single_draws
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform, GaussianizedTransform
@@ -65,7 +66,8 @@ def test_encoder_is_the_density_of_its_own_draws(kind, level):
     z = torch.linspace(-3, 3, 200_001, dtype=torch.float64)[:, None]
     density = cells.log_q(z, torch.full_like(z, 5.0)).exp()
     assert float(torch.trapezoid(density, z[:, 0])) == pytest.approx(1, abs=1e-6)
-    drawn = cells.noised(torch.full((20_000, 1), 5.0), torch.rand(20_000, 1, generator=rng()), normal(20_000, 1))
+    x_0 = transform.place(torch.full((20_000, 1), 5.0), torch.rand(20_000, 1, generator=rng()))
+    drawn = CosineSchedule(30).perturb(x_0, level, normal(20_000, 1))
     mean, square = (float(torch.trapezoid(density * z[:, 0] ** k, z[:, 0])) for k in (1, 2))
     deviation = math.sqrt(square - mean**2)
     assert abs(float(drawn.mean()) - mean) < 4 * deviation / math.sqrt(20_000)
@@ -137,7 +139,7 @@ def test_elbo_and_flow_bound_too():
     bound = elbo(model, x, None, Scoring(level=1))
     mean, error = above(bound.bits_per_dim(), true)
     assert -3 * error < mean < 0.4 + 2 * error
-    scored = score_noisy(model, x, None, slice(0, 100), 1, 0)
+    scored = score_noisy(model, Batch(model, x, None, slice(0, 100), 0), 1)
     flow = FlowSolver(model, Scoring(1)).log_prob(scored.z).log_prob + scored.offset
     mean, error = above(-flow / (2 * math.log(2)), true)
     assert -3 * error - 0.01 < mean < 0.1
@@ -174,8 +176,8 @@ def test_scores_do_not_depend_on_batches(level):
 def test_draws_of_neighbouring_seeds_are_independent():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
     x, _ = draw(cells, log_probs, 500)
-    one, two = (score_noisy(model, x, None, slice(0, 500), 6, seed).z - model.schedule.alpha[6] * model.transform(x)
-                for seed in (0, 1))  # fmt: skip
+    signal = model.schedule.alpha[6] * model.transform(x)
+    one, two = (Batch(model, x, None, slice(0, 500), seed).noised(6) - signal for seed in (0, 1))
     correlation = torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]
     assert abs(float(correlation)) < 4 / math.sqrt(1000)
 
@@ -183,7 +185,7 @@ def test_draws_of_neighbouring_seeds_are_independent():
 def test_draws_of_neighbouring_seeds_are_other_draws():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
     x, _ = draw(cells, log_probs, 5)
-    one, two = (single_draws(model, x, None, Scoring(6, draws=4, seed=seed), 6) for seed in (0, 1))
+    one, two = (single_draws(model, x, None, Scoring(6, draws=4, seed=seed)) for seed in (0, 1))
     assert not torch.isin(one, two).any()
 
 

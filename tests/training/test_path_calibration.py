@@ -188,8 +188,8 @@ def without_features():
         (without_features, 100, {}, "a linear `head`"),
         (bent_head, 100, {}, "is not linear"),
         (lambda: bent_by(0)[0], 15, {}, "at least 16 are needed"),
-        (lambda: bent_by(0)[0], 100, {"rounds": -1}, "must not be negative"),
-        (lambda: bent_by(0)[0], 100, {"particles": 8}, "at least 16 are needed"),
+        (lambda: bent_by(0)[0], 100, {"rounds": -1}, "rounds is -1.*at least 0"),
+        (lambda: bent_by(0)[0], 100, {"particles": 8}, "particles is 8.*at least 16"),
         (lambda: bent_by(0)[0], 100, {"level": T}, f"choose 1 ... {T - 1}"),
     ],
 )

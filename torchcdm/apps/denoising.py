@@ -71,28 +71,32 @@ def estimate_noise(
     Raises:
         UserError: Unknown units, a shape that is not the model's, or data units of a model of Gaussianised data.
     """
-    z = _to_model(model, noisy, units)
-    search = _Search(model, z, y)
-    log_r = model.schedule.ratio.log()
-    T = model.schedule.T
+    z, schedule = _to_model(model, noisy, units), model.schedule
+    T, log_r, d = schedule.T, schedule.ratio.log(), z[0].numel()
+    # What is known of log p(y | r_t): one row a sample, one column a level.
+    scores = torch.full((len(z), T + 2), -torch.inf, dtype=torch.float64, device=z.device)
+
+    def look(levels: Tensor) -> int:
+        """One forward pass for each column of ``levels``, long (B, k)."""
+        for t in levels.unbind(1):
+            alpha_t, _ = schedule.at(t, z)
+            log_p = model.log_prob_levels(alpha_t * z, y).gather(1, t[:, None])
+            scores.scatter_(1, t[:, None], log_p + d * schedule.alpha[t, None].log())
+        return levels.shape[1]
 
     even = torch.linspace(float(log_r[1]), float(log_r[T]), min(COARSE, T), dtype=torch.float64)
-    coarse = nearest_level(model.schedule, even.to(log_r.device).exp()).unique()
-    search.evaluate(coarse.expand(len(z), -1))
-    gaps = torch.diff(torch.cat([coarse.new_tensor([1]), coarse, coarse.new_tensor([T])]))
-    step = int(gaps.max())
-    while True:
-        step = max(1, (step + 1) // 2)
-        before = search.best
-        search.evaluate(torch.stack([before - step, before + step], 1).clamp(1, T))
-        if step == 1 and bool((search.best == before).all()):
-            break
-
-    ratio = _vertex(log_r, search.scores, search.best).exp()
-    best = search.scores.gather(1, search.best[:, None])[:, 0]
-    if not bool(best.isfinite().all()):
+    coarse = nearest_level(schedule, even.to(log_r.device).exp()).unique()
+    evaluations = look(coarse.expand(len(z), -1))
+    step = int(torch.diff(torch.cat([coarse.new_tensor([1]), coarse, coarse.new_tensor([T])])).max())
+    before = None
+    while step > 1 or before is None or not torch.equal(before, scores.argmax(1)):
+        step, before = max(1, (step + 1) // 2), scores.argmax(1)
+        evaluations += look(torch.stack([before - step, before + step], 1).clamp(1, T))
+    highest, best = scores.max(1)
+    if not bool(highest.isfinite().all()):
         raise UserError("log p of the data is not finite: their values are far beyond those of the training data")
-    return replace(_noise(model, ratio), log_prob=best, evaluations=search.evaluations)
+    found = _noise(model, _vertex(log_r, scores, best).exp())
+    return replace(found, log_prob=highest, evaluations=evaluations)
 
 
 def denoise(
@@ -122,15 +126,16 @@ def denoise(
             scale; data that do not fit the model, or data units of a model of Gaussianised data.
     """
     z = _to_model(model, noisy, units)
+    transform = model.transform if units == "data" else None
     if level is not None and std is not None:
         raise UserError("a level and a standard deviation of the noise are given; give one of them")
     if level is not None:
-        level = check_count("level", level, 1, model.schedule.T)
-        noise = _noise(model, model.schedule.ratio[torch.full((len(z),), level, device=z.device)])
+        ratio = model.schedule.ratio[check_count("level", level, 1, model.schedule.T)]
+        noise = _noise(model, ratio.expand(len(z)))
     elif std is not None:
         if not 0 < std < math.inf:
             raise UserError(f"the noise's standard deviation is {std:g}; it must be positive and finite")
-        scale = common_scale(model.transform) if units == "data" and model.transform is not None else 1.0
+        scale = 1.0 if transform is None else common_scale(transform)
         if scale is None:
             raise UserError("one noise deviation in data units, but the columns differ in scale; give a level instead")
         noise = _noise(model, torch.full((len(z),), std / scale, dtype=torch.float64, device=z.device))
@@ -140,14 +145,7 @@ def denoise(
     clean = model.denoise(alpha_t * z, noise.level, y).x0
     if not bool(clean.isfinite().all()):
         raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
-    return model.transform.inverse(clean) if units == "data" and model.transform is not None else clean, noise
-
-
-def _noise(model: Denoiser, ratio: Tensor) -> Noise:
-    """Noise of the ratios r = ``ratio`` (B,)."""
-    scale = torch.ones((), dtype=torch.float64) if model.transform is None else model.transform.scale
-    std = ratio.reshape(-1, *[1] * scale.ndim) * scale.to(ratio.device)
-    return Noise(ratio, std, nearest_level(model.schedule, ratio))
+    return clean if transform is None else transform.inverse(clean), noise
 
 
 def common_scale(transform: DataTransform) -> float | None:
@@ -156,28 +154,25 @@ def common_scale(transform: DataTransform) -> float | None:
     return float(scales[0]) if len(scales) == 1 else None
 
 
-class _Search:
-    """What is known of log p(y | r_t): one row a sample, one column a level, -inf where not evaluated."""
+def require_additive_noise(transform: DataTransform) -> None:
+    """Refuses models for which noise on the data is no noise in model units.
 
-    def __init__(self, model: DensityModel, z: Tensor, y: Tensor | None) -> None:
-        self.model, self.z, self.y = model, z, y
-        self.evaluations = 0
-        self.scores = torch.full(
-            (len(z), model.schedule.T + 2), -torch.inf, dtype=torch.float64, device=z.device
+    Raises:
+        UserError: The transform is not affine.
+    """
+    if transform.gaussianized:
+        raise UserError(
+            "this model sees Gaussianised data, where noise on grey levels or columns is not additive; "
+            "to denoise data train with --data.gaussianize false (and, for columns of few values, "
+            "--data.dequantize false)"
         )
 
-    @property
-    def best(self) -> Tensor:
-        return self.scores.argmax(1)
 
-    def evaluate(self, levels: Tensor) -> None:
-        """One forward pass for each column of ``levels``, long (B, k)."""
-        schedule, d = self.model.schedule, self.z[0].numel()
-        self.evaluations += levels.shape[1]
-        for t in levels.unbind(1):
-            alpha_t, _ = schedule.at(t, self.z)
-            log_p = self.model.log_prob_levels(alpha_t * self.z, self.y).gather(1, t[:, None])
-            self.scores.scatter_(1, t[:, None], log_p + d * schedule.alpha[t, None].log())
+def _noise(model: Denoiser, ratio: Tensor) -> Noise:
+    """Noise of the ratios r = ``ratio`` (B,)."""
+    scale = torch.ones((), dtype=torch.float64) if model.transform is None else model.transform.scale
+    std = ratio.reshape(-1, *[1] * scale.ndim) * scale.to(ratio.device)
+    return Noise(ratio, std, nearest_level(model.schedule, ratio))
 
 
 def _vertex(log_r: Tensor, scores: Tensor, best: Tensor) -> Tensor:
@@ -203,17 +198,3 @@ def _to_model(model: Denoiser, x: Tensor, units: str) -> Tensor:
         require_additive_noise(model.transform)
         x = model.transform(x)
     return x.to(working_dtype(model, x.dtype))
-
-
-def require_additive_noise(transform: DataTransform) -> None:
-    """Refuses models for which noise on the data is no noise in model units.
-
-    Raises:
-        UserError: The transform is not affine.
-    """
-    if transform.gaussianized:
-        raise UserError(
-            "this model sees Gaussianised data, where noise on grey levels or columns is not additive; "
-            "to denoise data train with --data.gaussianize false (and, for columns of few values, "
-            "--data.dequantize false)"
-        )

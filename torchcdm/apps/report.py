@@ -124,7 +124,7 @@ def _baselines(config: Config, source: DataSource, x: torch.Tensor) -> list[Base
     if not config.report.baselines or source.transform.dim > LARGEST_DIM or not source.validation:
         return []
     transform = source.transform
-    noisy = dithered(transform, x, slice(0, len(x)), seed=0)
+    noisy = dithered(transform, x, seed=0)
     found = baselines(source, noisy)
     if not transform.gaussianized:
         return found

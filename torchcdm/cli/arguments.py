@@ -77,12 +77,12 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     write_file(path, text.getvalue())
 
 
-def write_numbers(path: Path | None, value: Any) -> None:
-    """Numbers as JSON where ``--json`` says."""
-    if path is None:
-        return
+def tell(path: Path | None, text: str, numbers: Any) -> None:
+    """Text on the terminal, and numbers as JSON where ``--json`` says: on the terminal alone if that is ``-``."""
     if str(path) == "-":
-        json.dump(without_nan(value), sys.stdout, indent=1)
+        json.dump(without_nan(numbers), sys.stdout, indent=1)
         print()
         return
-    write_json(path, value)
+    print(text)
+    if path is not None:
+        write_json(path, numbers)

@@ -7,12 +7,13 @@ import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, write_numbers
+from torchcdm.cli.arguments import add_command, add_device, add_json, tell
 from torchcdm.errors import UserError
 from torchcdm.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchcdm.training.path_calibration import PathCalibration
+    from torchcdm.units import DataTransform
 
 
 def add_commands(commands: Any) -> None:
@@ -45,47 +46,35 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from torchcdm.training.checkpoint import load, read_info, save_model
     from torchcdm.training.path_calibration import calibrate_paths
 
-
     if options.samples < 1:
         raise UserError(f"--samples is {options.samples}; at least 1 is needed")
     info = read_info(options.model)
-    found = None
-    run = RunFolder(options.model)
+    found, run = None, RunFolder(options.model)
     with run.locked() if is_first() else nullcontext(), sharing(options.device) as (device, main):
         model = require_density(load(options.model, device), f"{options.model}: calibration").uncalibrated
         if not options.remove:
+            x, _ = info.read_source(model).validation.tensors(options.samples)
             found = calibrate_paths(
-                model,
-                info.read_source(model).validation.tensors(options.samples)[0],
-                options.rounds,
-                options.particles,
-                options.level,
-                options.seed,
+                model, x, options.rounds, options.particles, options.level, options.seed,
                 progress=main and not options.quiet,
-            )
+            )  # fmt: skip
             model = found.model
         if main:
             save_model(run, model, info)
     if main and found is not None:
-        _tell(options, found, info.transform.bin is None)
+        _tell(options, found, model.transform)
     return 0
 
 
-def _tell(options: argparse.Namespace, found: PathCalibration, continuous: bool) -> None:
+def _tell(options: argparse.Namespace, found: PathCalibration, transform: DataTransform) -> None:
     """What was found, in nats for continuous data and in bits/dim else."""
-    unit, size = ("nats", 1.0) if continuous else ("bits/dim", found.dim * math.log(2))
-    values = {
-        "unit": unit,
-        "level": found.level,
-        "before": found.before / size,
-        "after": found.after / size,
-        "log_z": [{"value": z.value / size, "low": z.low / size, "high": z.high / size} for z in found.log_z],
-    }
-    if str(options.json) != "-":
-        print(
-            f"log p_{found.level} less the flow's, root mean square on samples not fitted to: "
-            f"{values['before']:.4g} -> {values['after']:.4g} {unit}"
-        )
-        for k, z in enumerate(values["log_z"], 1):
-            print(f"log Z before round {k}: {z['value']:.4g} [{z['low']:.4g}, {z['high']:.4g}] {unit}")
-    write_numbers(options.json, values)
+    unit, size = ("nats", 1.0) if transform.bin is None else ("bits/dim", transform.dim * math.log(2))
+    log_z = [{key: getattr(z, key) / size for key in ("value", "low", "high")} for z in found.log_z]
+    values = {"unit": unit, "level": found.level, "before": found.before / size, "after": found.after / size}
+    lines = [
+        f"log p_{found.level} less the flow's, root mean square on samples not fitted to: "
+        f"{values['before']:.4g} -> {values['after']:.4g} {unit}"
+    ]
+    for k, z in enumerate(log_z, 1):
+        lines.append(f"log Z before round {k}: {z['value']:.4g} [{z['low']:.4g}, {z['high']:.4g}] {unit}")
+    tell(options.json, "\n".join(lines), values | {"log_z": log_z})

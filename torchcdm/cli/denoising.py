@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, add_device
-from torchcdm.runtime.files import check_output_folder, write_file
+from torchcdm.cli.arguments import add_command, add_device, write_rows
+from torchcdm.runtime.files import check_output_folder
 
 BATCH = 256
 
@@ -50,25 +48,20 @@ def run_denoise(options: argparse.Namespace) -> int:
     # Before the files are read: no file would do.
     require_additive_noise(model.transform)
     x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
-    parts = [
-        denoise(model, part.to(model.schedule.alpha.device), options.level, options.noise_std)
-        for part in x.split(BATCH)
-    ]
-    clean = torch.cat([part for part, _ in parts]).cpu()
-    levels, ratios = (torch.cat([getattr(noise, key) for _, noise in parts]).cpu() for key in ("level", "ratio"))
+    parts = [denoise(model, part, options.level, options.noise_std) for part in x.split(BATCH)]
+    clean, levels, noise = (
+        torch.cat(column).cpu() for column in zip(*((part, n.level, n.ratio) for part, n in parts), strict=True)
+    )
     scale = common_scale(model.transform)
-    noise = ratios if scale is None else scale * ratios
+    noise = noise if scale is None else scale * noise
     if x.ndim == 4:
         files = [path.name for path in save_images(clean, options.out, info.transform)]
     else:
         files = [save_table(clean, options.out / "denoised.csv", info.columns).name] * len(x)
     save_array(clean, options.out / "denoised.npy", info.transform)
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["input", "file", "level", "noise_ratio" if scale is None else "noise_std"])
-    for name, file, level, value in zip(names, files, levels.tolist(), noise.tolist(), strict=True):
-        rows.writerow([name, file, level, f"{value:.4g}"])
-    write_file(options.out / "noise.csv", text.getvalue())
+    header = ["input", "file", "level", "noise_ratio" if scale is None else "noise_std"]
+    values = (f"{value:.4g}" for value in noise.tolist())
+    write_rows(options.out / "noise.csv", header, zip(names, files, levels.tolist(), values, strict=True))
     found = "{:.3g} of each column's" if scale is None else "of standard deviation {:.3g}"
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     print(f"{len(x)} samples in {options.out}; noise {found.format(float(noise.median()))} (median)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, count, write_numbers
+from torchcdm.cli.arguments import add_command, add_data, add_device, add_json, count, tell
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,11 +25,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
     parser.add_argument("--flow-steps", type=int, metavar="N", help="Heun steps of the flow (40)")
     parser.add_argument("--flow-probes", type=int, metavar="P", help="probes of its divergence, even (2)")
-    parser.add_argument("--particles", type=int, metavar="N", help="for log Z (1024); a quarter as many "
-                        "draws of the flow for its second estimate")  # fmt: skip
-    parser.add_argument("--moves", type=int, metavar="M", help="Langevin steps of the particles at each "
-                        "level (1): more cost as many evaluations, and find density that the sampler does not "
-                        "propose")  # fmt: skip
+    parser.add_argument("--particles", type=int, metavar="N", help="for log Z (1024); its second estimate takes a "
+                        "quarter as many draws of the flow")  # fmt: skip
+    parser.add_argument("--moves", type=int, metavar="M", help="Langevin steps of the particles at each level (1), an "
+                        "evaluation each: they find density that the sampler does not propose")  # fmt: skip
     parser.add_argument("--seed", type=int)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_json(parser)
@@ -55,10 +54,11 @@ def run_nll(options: argparse.Namespace) -> int:
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.evaluation import labels_for
 
-    chosen = {"level": options.level, "draws": options.draws, "seed": options.seed, "steps": options.flow_steps,
-              "probes": options.flow_probes}  # fmt: skip
-    scoring, log_z = Scoring(**_given(chosen)), _given({"particles": options.particles, "moves": options.moves})
-    info = read_info(options.model)
+    scoring = Scoring(**_given(
+        level=options.level, draws=options.draws, seed=options.seed, steps=options.flow_steps,
+        probes=options.flow_probes,
+    ))  # fmt: skip
+    log_z, info = _given(particles=options.particles, moves=options.moves), read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # log Z takes longer than all others.
@@ -70,22 +70,10 @@ def run_nll(options: argparse.Namespace) -> int:
         y = labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
             raise UserError("--conditional: the model or the data have no classes")
-        result = report(
-            model,
-            x,
-            y,
-            scoring,
-            methods,
-            name=source.name,
-            split=options.split,
-            progress=main and not options.quiet,
-            **log_z,
-        )
-    if not main:
-        return 0
-    if str(options.json) != "-":
-        print(result.table())
-    write_numbers(options.json, result.to_json())
+        bar = main and not options.quiet
+        result = report(model, x, y, scoring, methods, name=source.name, split=options.split, progress=bar, **log_z)
+    if main:
+        tell(options.json, result.table(), result.to_json())
     return 0
 
 
@@ -102,16 +90,13 @@ def run_evaluate(options: argparse.Namespace) -> int:
         model = load(options.model, device)
         source = _source(options, info, model, labelled=True)
         values = evaluate(model, source.split(options.split), options.limit, options.draws)
-    if not main:
-        return 0
-    if str(options.json) != "-":
-        for name, value in values["mean"].items():
-            print(f"{name:10} {value:.4f}")
-    write_numbers(options.json, {"data": {"name": source.name, "split": options.split}} | values)
+    if main:
+        text = "\n".join(f"{name:10} {value:.4f}" for name, value in values["mean"].items())
+        tell(options.json, text, {"data": {"name": source.name, "split": options.split}} | values)
     return 0
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
+def _given(**values: Any) -> dict[str, Any]:
     """Those that are not None: the defaults of the others are where they are used."""
     return {name: value for name, value in values.items() if value is not None}
 

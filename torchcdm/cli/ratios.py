@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers, write_rows
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, tell, write_rows
 from torchcdm.runtime.files import check_output
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ def run_ratio(options: argparse.Namespace) -> int:
             ((k, name, f"{log:.6g}", f"{weight:.6g}", int(out)) for k, (name, log, weight, out) in enumerate(rows)),
         )
     values = _numbers(ratio, scores, effective_sample_size(weights))
-    if str(options.json) != "-":
-        print(_text(ratio, values["query"]))
-    write_numbers(options.json, values)
+    tell(options.json, _text(ratio, values["query"]), values)
     return 0
 
 

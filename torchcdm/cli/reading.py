@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, add_json, write_numbers
+from torchcdm.cli.arguments import add_command, add_json, tell
 from torchcdm.training.run_folder import RunFolder, read_metrics
 
 
@@ -42,7 +42,5 @@ def run_info(options: argparse.Namespace) -> int:
         "last step": lines[-1]["step"] if lines else None,
         "states": [path.name for path in state_folders(run)],
     }
-    for name, value in values.items():
-        print(f"{name:12} {value}")
-    write_numbers(options.json, values)
+    tell(options.json, "\n".join(f"{name:12} {value}" for name, value in values.items()), values)
     return 0

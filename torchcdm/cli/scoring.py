@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, write_numbers, write_rows
+from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, tell, write_rows
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,9 +103,7 @@ def run_score(options: argparse.Namespace) -> int:
         "percentiles": percentiles,
         "flags": flags,
     }
-    if str(options.json) != "-":
-        print(_summary(numbers, names))
-    write_numbers(options.json, numbers)
+    tell(options.json, _summary(numbers, names), numbers)
     return 0
 
 

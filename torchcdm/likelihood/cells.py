@@ -48,9 +48,7 @@ def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -
         raise UserError("code lengths through a noisy level need data on a grid; these are continuous")
     if not 1 <= level <= schedule.T:
         raise UserError(f"level {level} cannot carry a code length; choose 1 ... {schedule.T}")
-    if isinstance(transform, GaussianizedTransform):
-        return NormalCells(transform, schedule, level)
-    return (UniformCells if transform.dequantize else PointCells)(transform, schedule, level)
+    return (NormalCells if isinstance(transform, GaussianizedTransform) else EqualCells)(transform, schedule, level)
 
 
 class NoisyCells(ABC):
@@ -68,16 +66,6 @@ class NoisyCells(ABC):
     def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         """log P(k|z) for each dimension, (B, *shape), all float64."""
 
-    def noised(self, x: Tensor, cell: Tensor, eps: Tensor) -> Tensor:
-        """A draw of z from q(z|k), model units, float64, (B, *shape).
-
-        Args:
-            x: Grey levels, data units.
-            cell: Uniform on [0, 1].
-            eps: Standard normal.
-        """
-        return self.alpha * self.transform.place(x, cell) + self.sigma * eps
-
     def log_q(self, z: Tensor, x: Tensor) -> Tensor:
         """log q(z|k), nats in model units, (B,)."""
         return self.log_q_each(z.double(), x.double()).flatten(1).sum(1)
@@ -88,8 +76,8 @@ class NoisyCells(ABC):
         Among the grey levels k' near z, P(k'|z) is proportional to q(z|k') exp(tilt * k'), times the histogram where
         there is one, with the tilt for which the mean of the data given z is ``x0``: the flat decoder where the
         denoiser agrees with it, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
-        far below a cell networks don't know the mean well enough for more (measured: following it further costs 0.01
-        to 3 bits/dim). On equally spaced levels those further than :data:`REACH` deviations count as impossible.
+        far below a cell networks don't know the mean well enough for more. On equally spaced levels those further
+        than :data:`REACH` deviations count as impossible.
 
         Args:
             z: Noisy input, model units, (B, *shape).
@@ -99,10 +87,12 @@ class NoisyCells(ABC):
         return self.log_decoder_each(z.double(), x.double(), x0.double()).flatten(1).sum(1)
 
 
-class _EquallySpaced(NoisyCells):
-    """Cells of the same width in every dimension's own unit.
+@final
+class EqualCells(NoisyCells):
+    """Cells of the same width in every dimension's own unit, x uniform over them, or in their middles.
 
-    Candidates are neighbouring grey levels in data units on a last axis: (B, *shape, n).
+    In the middles for models that were trained without dequantisation. Candidates are neighbouring grey levels in data
+    units on a last axis: (B, *shape, n).
     """
 
     @property
@@ -110,12 +100,8 @@ class _EquallySpaced(NoisyCells):
         """Width of a cell, what the tilt is measured in: model units."""
         return self.transform.model_bin.min()
 
-    @abstractmethod
-    def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """log q(z|k) and E[x_0 | z, k], model units, for each dimension and candidate, (B, *shape, n)."""
-
     def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
-        return self.posterior(z, x[..., None])[0][..., 0]
+        return self._posterior(z, x[..., None])[0][..., 0]
 
     def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         reach = math.ceil(REACH * float(self.sigma / self.alpha / self.unit)) + 1
@@ -126,41 +112,24 @@ class _EquallySpaced(NoisyCells):
 
     def _decoded(self, z: Tensor, x: Tensor, x0: Tensor, offsets: Tensor) -> Tensor:
         """:meth:`log_decoder_each` among the levels that are ``offsets`` away from the nearest one."""
-        candidates = self.transform.quantize(self.transform.inverse(z / self.alpha))[..., None] + offsets
-        log_q, means = self.posterior(z, candidates)
-        flat = log_q.masked_fill(self._outside(candidates), -math.inf)
-        log_p = tilted(flat, means, x0, self.unit)
-        other = (x[..., None] - candidates).abs() > self.transform.bin / 4
-        return log_p.masked_fill(other, -math.inf).amax(-1)
+        transform = self.transform
+        candidates = transform.quantize(transform.inverse(z / self.alpha))[..., None] + offsets
+        log_q, means = self._posterior(z, candidates)
+        low = -math.inf if transform.low is None else transform.low - transform.bin / 4
+        high = math.inf if transform.high is None else transform.high + transform.bin / 4
+        flat = log_q.masked_fill((candidates < low) | (candidates > high), -math.inf)
+        other = (x[..., None] - candidates).abs() > transform.bin / 4
+        return tilted(flat, means, x0, self.unit).masked_fill(other, -math.inf).amax(-1)
 
-    def centres(self, candidates: Tensor) -> Tensor:
-        """Middles of the cells, model units."""
-        return torch.movedim(self.transform(torch.movedim(candidates, -1, 0)), 0, -1)
-
-    def _outside(self, candidates: Tensor) -> Tensor:
-        low = -math.inf if self.transform.low is None else self.transform.low
-        high = math.inf if self.transform.high is None else self.transform.high
-        return (candidates < low - self.transform.bin / 4) | (candidates > high + self.transform.bin / 4)
-
-
-@final
-class PointCells(_EquallySpaced):
-    """Grey levels without a cell: models that were trained without dequantisation."""
-
-    def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        centres = self.centres(candidates)
-        distance = z[..., None] - self.alpha * centres
-        return log_normal(distance, self.sigma**2), centres
-
-
-@final
-class UniformCells(_EquallySpaced):
-    """x uniform over the cell: z is a box convolved with a Gaussian."""
-
-    def posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    def _posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(z|k) and E[x_0 | z, k], model units, for each dimension and candidate, (B, *shape, n)."""
+        middles = torch.movedim(self.transform(torch.movedim(candidates, -1, 0)), 0, -1)
+        if not self.transform.dequantize:
+            return log_normal(z[..., None] - self.alpha * middles, self.sigma**2), middles
+        # z is a box convolved with a Gaussian.
         width = self.transform.model_bin.expand(self.transform.shape)[..., None]
         centre, r = (z / self.alpha)[..., None], self.sigma / self.alpha
-        lower = self.centres(candidates) - 0.5 * width - centre
+        lower = middles - 0.5 * width - centre
         edges = torch.cat([lower, lower[..., -1:] + width], -1) / r
         log_mass = log_masses(edges)
         return log_mass - (self.alpha * width).log(), centre + r * truncated_normal_means(edges, log_mass)

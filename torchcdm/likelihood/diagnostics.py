@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from torchcdm.likelihood.flow import FlowSolver
-from torchcdm.likelihood.noise import dithered, draw_normal, noised
-from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.likelihood.noise import Batch
+from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.runtime.batching import labels_of
 
 
 @dataclass(frozen=True)
@@ -65,27 +64,22 @@ class LevelGaps:
 def consistency(
     model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
 ) -> Consistency:
-    """Ratios of neighbouring levels on noised data; T + 2 forward passes.
+    """Ratios of neighbouring levels on noised data, N at least 2; T + 2 forward passes.
 
-    Args:
-        model: The model; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape), N at least 2.
-        y: Classes, long (N,), or None.
-        scoring: Seed and batch size.
+    Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
     """
-    model, (x, y), transform = require_density(model, "consistency"), as_data(model, x, y), require_transform(model)
-    schedule = model.schedule
-    dtype, device = working_dtype(model, torch.float64), schedule.alpha.device
+    model, (x, y) = require_density(model, "consistency"), as_data(model, x, y)
+    dtype = working_dtype(model, torch.float64)
 
     def ratios(rows: slice) -> tuple[Tensor, Tensor]:
-        x_0 = transform(dithered(transform, x, rows, scoring.seed).to(device))
-        labels, down, up = labels_of(y, rows, device), [], []
-        for t in range(schedule.T + 2):
-            x_t = schedule.perturb(x_0, t, draw_normal(scoring.seed, ("levels", t), rows, x_0))
-            log_p = model.log_prob_levels(x_t.to(dtype), labels).double().cpu()
+        batch, down, up = Batch(model, x, y, rows, scoring.seed), [], []
+        x_0 = model.transform(batch.dithered())
+        for t in range(model.schedule.T + 2):
+            x_t = model.schedule.perturb(x_0, t, batch.normal("levels", t))
+            log_p = model.log_prob_levels(x_t.to(dtype), batch.y).double().cpu()
             if t > 0:
                 down.append((log_p[:, t - 1] - log_p[:, t]).exp())
-            if t <= schedule.T:
+            if t <= model.schedule.T:
                 up.append((log_p[:, t + 1] - log_p[:, t]).exp())
         return torch.stack(down, 1), torch.stack(up, 1)
 
@@ -97,21 +91,15 @@ def consistency(
 def gap_by_level(
     model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
 ) -> LevelGaps:
-    """The accumulated gap of NLL between one pass and flow at every level that the flow visits.
+    """The accumulated gap of NLL between one pass and flow at every level that the flow visits; N at least 2.
 
-    Args:
-        model: The model; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape), N at least 2.
-        y: Classes, long (N,), or None.
-        scoring: Level where the paths begin, 1 ... T - 1; steps, probes, seed and batch size.
+    Arguments as in :func:`torchcdm.likelihood.probability_flow`, whose paths begin at the level of ``scoring``.
     """
     model, (x, y) = require_density(model, "a gap to the flow"), as_data(model, x, y)
     solver = FlowSolver(model, scoring)
-    z = scoring.by_batches(model, x, lambda rows: noised(model, x, rows, solver.levels[0], scoring.seed))
-
-    def one_pass(x_t: Tensor, t: int, labels: Tensor | None) -> tuple[Tensor]:
-        return (model.log_prob_levels(x_t, labels)[:, t],)
-
-    log_prob, (own,) = solver.path(z, one_pass, y)
+    z = scoring.by_batches(
+        model, x, lambda rows: Batch(model, x, y, rows, scoring.seed).noised(solver.levels[0])
+    )
+    log_prob, (own,) = solver.path(z, lambda x_t, t, labels: (model.log_prob_levels(x_t, labels)[:, t],), y)
     gaps = log_prob - own
     return LevelGaps(solver.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

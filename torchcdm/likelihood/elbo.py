@@ -10,10 +10,9 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.chain import ReverseChain
-from torchcdm.likelihood.noise import dithered, draw_cells, draw_normal, draw_rows
-from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.likelihood.noise import Batch, draw_rows
+from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 from torchcdm.units.normal import log_normal
 
@@ -61,18 +60,18 @@ def elbo(
     Raises:
         UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
-    (x, y), transform, schedule = as_data(denoiser, x, y), require_transform(denoiser), denoiser.schedule
-    level = scoring.level_of(denoiser)
-    count = schedule.T - level + 1
+    (x, y), transform, level = as_data(denoiser, x, y), denoiser.transform, scoring.level_of(denoiser)
+    count = denoiser.schedule.T - level + 1
     evaluations = count if evaluations is None else evaluations
     if not 2 <= evaluations <= count:
         raise UserError(f"elbo: evaluations is {evaluations}; from level {level} this schedule takes 2 to {count}")
     chain = chain or ReverseChain(denoiser)
 
     def terms(rows: slice) -> tuple[Tensor, ...]:
-        batch = _Batch(chain, x, y, rows, scoring.seed)
-        prior = chain.prior_kl(batch.x_0)
-        parts = prior, batch.diffusion(level, evaluations - 1), batch.reconstruction(level), batch.change
+        batch = Batch(denoiser, x, y, rows, scoring.seed)
+        x_0, change = batch.clean()
+        diffusion = _diffusion(chain, batch, x_0, level, evaluations - 1)
+        parts = chain.prior_kl(x_0), diffusion, _reconstruction(chain, batch, x_0, level), change
         return tuple(part.cpu() for part in parts)
 
     prior, diffusion, reconstruction, change = scoring.by_batches(denoiser, x, terms)
@@ -84,50 +83,26 @@ def elbo(
     )
 
 
-class _Batch:
-    """The samples ``rows``: x_0 as the chain sees it, and what makes its log-likelihood one of the data, (B,)."""
+def _diffusion(chain: ReverseChain, batch: Batch, x_0: Tensor, level: int, strata: int) -> Tensor:
+    """Sum of KLs over the levels above ``level``, (B,): one random level for each stratum, times its size."""
+    total = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+    edges = torch.linspace(level + 1, chain.schedule.T + 1, strata + 1).round().long().tolist()
+    for k, ends in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        t = draw_rows(
+            batch.seed, ("strata", k), batch.rows, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
+        ).to(x_0.device)
+        x_t = chain.schedule.perturb(x_0, t, batch.normal("chain", 1 + k))
+        total = total + (ends[1] - ends[0]) * chain.kl(x_0 - chain.x0(x_t, t, batch.y), t)
+    return total
 
-    def __init__(self, chain: ReverseChain, x: Tensor, y: Tensor | None, rows: slice, seed: int) -> None:
-        self.chain, self.schedule = chain, chain.schedule
-        self.transform = require_transform(chain.denoiser)
-        device = self.schedule.alpha.device
-        self.x, self.y = x[rows].to(device), labels_of(y, rows, device)
-        self.rows, self.seed = rows, seed
-        if self.transform.bin is None:
-            noisy = dithered(self.transform, x, rows, seed).to(device)
-            self.x_0, self.change = self.transform(noisy), self.transform.log_det(noisy)
-        else:
-            # Code lengths need no change of units; a density less the log bin, as everywhere.
-            self.change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
-            self.x_0 = self.transform.place(self.x, draw_cells(seed, rows, self.transform).to(device))
 
-    def diffusion(self, level: int, evaluations: int) -> Tensor:
-        """Sum of KLs over the levels above ``level``; one random level for each of so many strata, times its size."""
-        total = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
-        edges = torch.linspace(level + 1, self.schedule.T + 1, evaluations + 1).round().long()
-        for stratum, (low, high) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-            t = draw_rows(
-                self.seed,
-                ("strata", stratum),
-                self.rows,
-                lambda i, g: torch.randint(low, high, (), generator=g),  # noqa: B023
-            ).to(self.x.device)
-            error = self._error(t, stratum)
-            total = total + (high - low) * self.chain.kl(error, t)
-        return total
-
-    def reconstruction(self, level: int) -> Tensor:
-        """From ``level`` to the data."""
-        eps = draw_normal(self.seed, ("chain", 0), self.rows, self.x_0)
-        x_t = self.schedule.perturb(self.x_0, level, eps)
-        x0 = self.chain.x0(x_t, level, self.y)
-        if self.transform.bin is None:
-            return -self.chain.log_decoder(self.x_0, x0, level)
-        cells = noisy_cells(self.transform, self.schedule, level)
-        flat = eps.flatten(1)
-        normal = (log_normal(flat) - cells.sigma.log()).sum(1)
-        return cells.log_q(x_t, self.x) - normal - cells.log_decoder(x_t, self.x, x0)
-
-    def _error(self, t: Tensor, stratum: int) -> Tensor:
-        x_t = self.schedule.perturb(self.x_0, t, draw_normal(self.seed, ("chain", 1 + stratum), self.rows, self.x_0))
-        return self.x_0 - self.chain.x0(x_t, t, self.y)
+def _reconstruction(chain: ReverseChain, batch: Batch, x_0: Tensor, level: int) -> Tensor:
+    """From ``level`` to the data, (B,)."""
+    eps = batch.normal("chain", 0)
+    x_t = chain.schedule.perturb(x_0, level, eps)
+    mean = chain.x0(x_t, level, batch.y)
+    if batch.transform.bin is None:
+        return -chain.log_decoder(x_0, mean, level)
+    cells = noisy_cells(batch.transform, chain.schedule, level)
+    normal = (log_normal(eps.flatten(1)) - cells.sigma.log()).sum(1)
+    return cells.log_q(x_t, batch.x) - normal - cells.log_decoder(x_t, batch.x, mean)

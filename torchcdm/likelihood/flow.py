@@ -7,7 +7,6 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.errors import UserError
-from torchcdm.likelihood.noise import draw_rows
+from torchcdm.likelihood.noise import Batch, draw_rows
 from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
-from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.units import LogLikelihood
@@ -37,7 +36,6 @@ class FlowResult:
     Attributes:
         log_prob: log density of each input at its level, nats in model units, (B,).
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
-        step_gap: Difference to half the number of steps on the same probes, (B,); None where not asked for.
         x_T: Where the path ended, at the last level, model units, (B, *shape).
         start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats, from the inputs; the one error that neither
             more steps nor more probes remove.
@@ -45,7 +43,6 @@ class FlowResult:
 
     log_prob: Tensor
     probe_gap: Tensor
-    step_gap: Tensor | None
     x_T: Tensor
     start_kl_bound: float
 
@@ -77,18 +74,15 @@ def probability_flow(
         y: Classes, long (N,), or None.
         scoring: Level 1 ... T - 1, steps, probes, seed and batch size.
     """
-    (x, y), transform, solver = as_data(denoiser, x, y), require_transform(denoiser), FlowSolver(denoiser, scoring)
+    (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]
-
-    def score(rows: slice) -> tuple[Tensor, ...]:
-        one = score_noisy(denoiser, x, y, rows, level, scoring.seed)
-        return (one.z, one.offset) if one.log_prob is None else (one.z, one.offset, one.log_prob)
-
-    z, offset, *own = scoring.by_batches(denoiser, x, score)
-    flow = solver.log_prob(z, labels_of(y, slice(None), z.device))
+    scored = ScoredNoise(*scoring.by_batches(
+        denoiser, x, lambda rows: score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
+    ))  # fmt: skip
+    flow = solver.log_prob(scored.z, labels_of(y, slice(None), scored.z.device))
     return FlowLikelihood(
-        (flow.log_prob + offset).cpu(), transform.dim, level, f"probability flow from level {level}",
-        transform.log_bin, solver.nfe, flow, ScoredNoise(z, own[0] if own else None, offset),
+        (flow.log_prob + scored.offset).cpu(), transform.dim, level, f"probability flow from level {level}",
+        transform.log_bin, solver.nfe, flow, scored,
     )  # fmt: skip
 
 
@@ -101,6 +95,13 @@ def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     # Isotropic: the cosine form needs no matrix.
     blank = GaussianMarginals.blank(denoiser.schedule, denoiser.shape, "cosine")
     return blank.to(denoiser.schedule.alpha.device)
+
+
+def start_kl(reference: GaussianMarginals, mean: Tensor, deviation: Tensor) -> Tensor:
+    """KL(N(mean, deviation² I) || reference at level T), nats (B,), from ``mean`` (B, *shape)."""
+    start, variances = reference.moments(reference.schedule.T)
+    square = reference.rotation(mean - start).square()
+    return 0.5 * ((deviation**2 + square) / variances - 1 + (variances / deviation**2).log()).sum(1)
 
 
 Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
@@ -129,23 +130,17 @@ class FlowSolver:
         self.levels = [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
         self.nfe = 2 * steps + 1
 
-    def log_prob(self, x_t: Tensor, y: Tensor | None = None, halve: bool = False) -> FlowResult:
+    def log_prob(self, x_t: Tensor, y: Tensor | None = None) -> FlowResult:
         """log density of noisy inputs.
 
         Args:
-            x_t: Inputs at the first level, (N, *shape).
+            x_t: Inputs at the first level, model units, (N, *shape).
             y: Classes, long (N,), or None.
-            halve: Also integrate with half the steps, for :attr:`FlowResult.step_gap`.
         """
-        coarse = [*self.levels[:-1:2], self.levels[-1]]
-
-        def integrate(rows: slice) -> tuple[Tensor, ...]:
-            flow = _Flow(self, labels_of(y, rows, x_t.device), rows)
-            fine = flow.log_prob(x_t[rows], self.levels)
-            return (*fine, flow.log_prob(x_t[rows], coarse)[0]) if halve else fine
-
-        log_prob, probe_gap, x_T, *halved = self.scoring.by_batches(self.denoiser, x_t, integrate)
-        return FlowResult(log_prob, probe_gap, log_prob - halved[0] if halve else None, x_T, self._start_kl_bound(x_t))
+        log_prob, probe_gap, x_T = self._rise(x_t, y)
+        flat = x_t.double()
+        a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
+        return FlowResult(log_prob[:, 0], probe_gap, x_T, float(start_kl(self.reference, a * flat, b).mean()))
 
     def sample(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws by the flow backwards from its start density at T, and the flow's log density of them.
@@ -159,11 +154,11 @@ class FlowSolver:
         """
         dim, device = self.reference.variances.numel(), self.schedule.alpha.device
 
-        def draw(rows: slice) -> tuple[Tensor, ...]:
+        def draw(rows: slice) -> tuple[Tensor, Tensor]:
             noise = draw_rows(
                 self.scoring.seed, ("start",), rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64)
             )
-            return _Flow(self, labels_of(y, rows, device), rows).sample(noise.to(device), self.levels)
+            return _Flow(self, labels_of(y, rows, device), rows).fall(noise.to(device))
 
         with evaluation_mode(self.denoiser):
             return map_rows(draw, n, self.scoring.batch_size, dim=dim, device=device)
@@ -174,33 +169,31 @@ class FlowSolver:
         """What :meth:`log_prob` integrates, level by level.
 
         Args:
-            x_t: Inputs at the first level, (N, *shape).
+            x_t: As in :meth:`log_prob`.
             look: Asked at each level, as whole paths of images are more than memory may hold.
-            y: Classes, long (N,), or None.
+            y: As in :meth:`log_prob`.
             progress: Shows a progress bar.
 
         Returns:
             The flow's log density at each level, nats in model units, (levels, N), and what ``look`` said there,
             (levels, N, ...).
         """
+        log_prob, _, _, *seen = self._rise(x_t, y, look, progress)
+        return log_prob.T, [column.transpose(0, 1) for column in seen]
+
+    def _rise(
+        self, x_t: Tensor, y: Tensor | None, look: Look | None = None, progress: bool = False
+    ) -> tuple[Tensor, ...]:
+        """:meth:`_Flow.rise` of all inputs."""
         from tqdm.auto import tqdm
 
         def follow(rows: slice) -> tuple[Tensor, ...]:
-            log_prob, seen = _Flow(self, labels_of(y, rows, x_t.device), rows).along(x_t[rows], self.levels, look)
-            bar.update(len(log_prob))
-            return log_prob, *seen
+            found = _Flow(self, labels_of(y, rows, x_t.device), rows).rise(x_t[rows], look)
+            bar.update(len(found[0]))
+            return found
 
         with tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar:
-            log_prob, *seen = self.scoring.by_batches(self.denoiser, x_t, follow)
-        return log_prob.T, [column.transpose(0, 1) for column in seen]
-
-    def _start_kl_bound(self, x_t: Tensor) -> float:
-        """Upper bound on KL(p_T || G_T): the mean over data of KL(N(a x, b² I) || G_T), nats."""
-        flat = x_t.double()
-        a, b = (float(value) for value in self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat))
-        mean, variances = self.reference.moments(self.schedule.T)
-        offset = self.reference.rotation(a * flat - mean).square().mean(0)
-        return float(0.5 * ((b**2 + offset) / variances - 1 + (variances / b**2).log()).sum())
+            return self.scoring.by_batches(self.denoiser, x_t, follow)
 
 
 class _Flow:
@@ -208,35 +201,25 @@ class _Flow:
 
     def __init__(self, solver: FlowSolver, y: Tensor | None, rows: slice) -> None:
         self.denoiser, self.reference, self.schedule = solver.denoiser, solver.reference, solver.schedule
-        self.scoring, self.dtype, self.y, self.rows = solver.scoring, solver.dtype, y, rows
+        self.scoring, self.levels, self.dtype, self.y, self.rows = solver.scoring, solver.levels, solver.dtype, y, rows
 
-    def log_prob(self, x_t: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """log density of x at the first level of the rising ``grid``, gap of the probe halves, x at its last."""
-        (end,) = deque(self._rise(x_t, grid), maxlen=1)
-        _, w, total = end
-        return self._log_density(w, total.mean(0), grid[0]), total[0] - total[1], self._x(w, grid[-1])
-
-    def along(self, x_t: Tensor, grid: Sequence[int], look: Look) -> tuple[Tensor, list[Tensor]]:
-        """log density at each level of the grid, (B, levels), and what ``look`` says there, (B, levels, ...)."""
-        seen, totals = [], []
-        for t, w, total in self._rise(x_t, grid):
-            seen.append(look(self._x(w, t).to(self.dtype), t, self.y))
+    def rise(self, x_t: Tensor, look: Look | None = None) -> tuple[Tensor, ...]:
+        """log density by level, (B, levels), gap of the probe halves, x_T, what ``look`` says, (B, levels, ...)."""
+        start, totals, seen = self.levels[0], [], []
+        u = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
+        for t, w, total in self._travel(u / self._scale(start), self.levels):
             totals.append(total)
-        rest = (totals[-1] - torch.stack(totals)).mean(1)
-        log_prob = [self._log_density(w, from_t, t) for t, from_t in zip(grid, rest, strict=True)]
-        return torch.stack(log_prob, 1), [torch.stack(column, 1) for column in zip(*seen, strict=True)]
+            if look is not None:
+                seen.append(look(self._x(w, t).to(self.dtype), t, self.y))
+        rest = (total - torch.stack(totals)).mean(1)
+        log_prob = [self._log_density(w, from_t, t) for t, from_t in zip(self.levels, rest, strict=True)]
+        columns = (torch.stack(column, 1) for column in zip(*seen, strict=True))
+        return torch.stack(log_prob, 1), total[0] - total[1], self._x(w, t), *columns
 
-    def sample(self, w: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def fall(self, w_T: Tensor) -> tuple[Tensor, Tensor]:
         """x at the first level from w at the last, and its log density there."""
-        (end,) = deque(self._travel(w, grid[::-1]), maxlen=1)
-        start, w_start, total = end
-        return self._x(w_start, start), self._log_density(w, -total.mean(0), start)
-
-    def _rise(self, x_t: Tensor, grid: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """:meth:`_travel` from x at the first level of the grid."""
-        start = grid[0]
-        w = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
-        return self._travel(w / self._scale(start), grid)
+        *_, (t, w, total) = self._travel(w_T, self.levels[::-1])
+        return self._x(w, t), self._log_density(w_T, -total.mean(0), t)
 
     def _travel(self, w: Tensor, levels: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Each level, w there (B, d), and the divergence integrated up to it by either half of the probes, (2, B)."""
@@ -269,25 +252,15 @@ class _Flow:
         return self.schedule.alpha[t] * u
 
     def _slope(self, w: Tensor, t: int) -> Tensor:
-        """dw/d(angle), (B, d): dr = (1 + r²) d(angle)."""
+        """dw/d(angle), (B, d)."""
         x_t = self._x(w, t).to(self.dtype)
         excess = self.denoiser.denoise(x_t, t, self.y).eps - self.reference.eps(x_t, t)
         return self._in_angle(excess, t)
 
     def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """The same, with its divergence by either half of the probes, (2, B)."""
-        excess, divergence = self._excess(self._x(w, t).to(self.dtype), t)
-        # The trace of a map does not depend on the basis: alpha * div_x of the excess.
-        speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
-        return self._in_angle(excess, t), speed * divergence.double()
-
-    def _in_angle(self, excess: Tensor, t: int) -> Tensor:
-        return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
-
-    def _excess(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """E[eps | x_t] less the reference's, and its divergence in x_t: the one place that takes one."""
+        """The same, with its divergence by either half of the probes, (2, B): the one place that takes one."""
         with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+            x = self._x(w, t).to(self.dtype).detach().requires_grad_()
             excess = self.denoiser.differentiable_eps(x, t, self.y) - self.reference.eps(x, t)
             vectors = self._probe_vectors(x, t)
             traces = []
@@ -295,9 +268,16 @@ class _Flow:
                 (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(vectors))
                 traces.append((product * probe).flatten(1).sum(1))
         if x[0].numel() <= EXACT_DIMENSIONS:
-            return excess.detach(), torch.stack(traces).sum(0).expand(2, -1)
-        halves = torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
-        return excess.detach(), halves
+            halves = torch.stack(traces).sum(0).expand(2, -1)
+        else:
+            halves = torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
+        # The trace of a map does not depend on the basis: alpha * div_x of the excess.
+        speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
+        return self._in_angle(excess.detach(), t), speed * halves.double()
+
+    def _in_angle(self, excess: Tensor, t: int) -> Tensor:
+        """dw/d(angle) of E[eps | x_t] less the reference's: dr = (1 + r²) d(angle)."""
+        return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
 
     def _probe_vectors(self, x: Tensor, t: int) -> list[Tensor]:
         """Unit vectors (exact trace) or fresh random signs, drawn anew for each sample and level."""

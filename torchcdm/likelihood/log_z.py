@@ -24,7 +24,7 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.chain import CALIBRATION_SAMPLES, ReverseChain
 from torchcdm.likelihood.flow import FlowSolver
 from torchcdm.likelihood.noise import dithered
-from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data, require_transform
+from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels, check_count
@@ -37,6 +37,9 @@ ESTIMATORS = ("smc", "ais", "flow")
 
 ISLANDS = 16
 """Independent populations, from whose spread the confidence interval comes."""
+
+FEWEST_PARTICLES = 2 * ISLANDS
+"""Two in each population."""
 
 SMALLEST_ESS = 20
 """Effective sample size below which an estimate normalises nothing: at 20, Z has a standard error of 22 %."""
@@ -85,15 +88,14 @@ class LogZ:
     ) -> LogZ:
         """From the logarithms of K independent unbiased estimates of Z, (K,), that took so many ``draws``."""
         values = log_weights.cpu()
-        shift = values.max()
+        shift, n = values.max(), len(values)
         weights = (values - shift).exp()
-        generator = stream(0, "bootstrap")
-        picks = torch.randint(len(weights), (BOOTSTRAP, len(weights)), generator=generator)
+        picks = torch.randint(n, (BOOTSTRAP, n), generator=stream(0, "bootstrap"))
         resampled = weights[picks].mean(1).log() + shift
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        relative_variance = float(weights.var() / weights.mean() ** 2) / len(weights)
+        relative_variance = float(weights.var() / weights.mean() ** 2) / n
         ess = min(1 / max(relative_variance, 1e-300), float(draws))
-        value, error = float(weights.mean().log() + shift), float(values.std() / len(values) ** 0.5)
+        value, error = float(weights.mean().log() + shift), float(values.std() / n**0.5)
         return cls(value, low, high, estimator, ess, level, dim, float(values.mean()), error, x)
 
     @property
@@ -106,10 +108,24 @@ class LogZ:
         """Standard error, nats: the interval is 1.96 of them to either side."""
         return (self.high - self.low) / 3.92
 
+    def contradicts(self, other: LogZ) -> bool:
+        """Whether the intervals are apart, or ``other``'s mean log weight, a lower bound, lies above this interval.
+
+        An estimate of few effective samples errs low without limit: only that bound of ``other`` then says something.
+        """
+        if other.mean_log_weight > self.high + 3 * other.mean_log_weight_se:
+            return True
+        return other.usable and (other.low > self.high or other.high < self.low)
+
     def to_json(self) -> dict[str, Any]:
         """In bits per dimension, under the keys of the NLL contract."""
         bits = {key: getattr(self, key) / (self.dim * math.log(2)) for key in ("value", "low", "high")}
         return bits | {"estimator": self.estimator, "ess": self.ess}
+
+    def reliability(self) -> str:
+        """Interval in bits per dimension, effective sample size and estimator, for a reader."""
+        bits = self.to_json()
+        return f"95% [{bits['low']:+.4f}, {bits['high']:+.4f}], ess {self.ess:.1f}, {self.estimator}"
 
 
 @torch.no_grad()
@@ -128,7 +144,7 @@ def log_normalizer(
     """log of the integral of exp(log p_t), over all inputs.
 
     Args:
-        model: The model; put into evaluation mode meanwhile.
+        model: Put into evaluation mode meanwhile.
         x: Data on which the variances of the proposals are measured, data units, (N, *shape); samples of the model
             itself when None.
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
@@ -136,8 +152,7 @@ def log_normalizer(
         particles: Draws, in all islands together.
         method: One of :data:`ESTIMATORS`.
         moves: Langevin steps with accept-reject after each level (``smc``, ``ais``), an evaluation each. Without any
-            the particles see only what the reverse chain proposes: on digits, with a network that was not trained for
-            consistency, log2 Z / d was 0.12 without moves and 0.25 with two, the first outside its own interval.
+            the particles see only what the reverse chain proposes.
         islands: Independent populations.
         chain: The proposals; measured as ``x`` says when None.
         progress: Shows a progress bar over the levels (``smc``, ``ais``).
@@ -184,53 +199,10 @@ def log_z_estimates(
 ) -> tuple[LogZ, LogZ]:
     """log Z by sequential Monte Carlo, and a second estimate, from a quarter as many draws of the flow.
 
-    Args:
-        model: The model.
-        chain: The proposals of the first.
-        scoring: As in :func:`log_normalizer`.
-        particles: Draws of the first.
-        moves: Langevin steps of the first.
-        progress: Shows a progress bar.
+    ``particles``, ``moves`` and the rest as in :func:`log_normalizer`, for the first.
     """
-    first = log_normalizer(
-        model, scoring=scoring, particles=particles, moves=moves, chain=chain, progress=progress
-    )
-    return first, log_normalizer(model, scoring=scoring, particles=max(2 * ISLANDS, particles // 4), method="flow")
-
-
-@torch.no_grad()
-def log_normalizer_above(
-    model: DensityModel,
-    x_t: Tensor,
-    y: int | None = None,
-    scoring: Scoring = Scoring(),
-    chain: ReverseChain | None = None,
-) -> tuple[float, float]:
-    """log Z from above, where there are exact samples: the weights of annealing on paths that lead up from them.
-
-    From the model's own samples the mean log weight is at most log Z in expectation, from exact samples of its
-    normalised density at least: together they enclose it (Grosse et al., 2015, arXiv 1511.02543).
-
-    Args:
-        model: The model; put into evaluation mode meanwhile.
-        x_t: Exact samples of exp(log p_t) / Z at the level of ``scoring``, model units, (N, *shape).
-        y: A class, for the normaliser of log p(x|y); None for the unconditional density.
-        scoring: Level 1 ... T, seed and batch size.
-        chain: The proposals; measured on the model's own samples when None.
-
-    Returns:
-        Mean log weight, nats, and its standard error.
-    """
-    model, generator = require_density(model, "log Z"), stream(scoring.seed, "rise")
-    level = scoring.level_of(model, 1, model.schedule.T)
-    x_s = x_t.to(model.schedule.alpha.device).double()
-    labels = as_labels(y, model, len(x_s), one_for_all=True)
-    chain = _measured_chain(model, None, y, scoring) if chain is None else chain
-    log_w, _ = _evaluate(model, x_s, level, labels, scoring)
-    for x_above, log_ratio in chain.rise(x_s, level, generator, labels):
-        log_w, x_s = log_w + log_ratio, x_above
-    log_w = log_w - chain.start(chain.start_noise_of(x_s))[1]
-    return float(log_w.mean()), float(log_w.std()) / len(x_s) ** 0.5
+    first = log_normalizer(model, None, None, scoring, particles, "smc", moves, chain=chain, progress=progress)
+    return first, log_normalizer(model, None, None, scoring, max(FEWEST_PARTICLES, particles // 4), "flow")
 
 
 def require_population(model: Denoiser, particles: int, moves: int, islands: int = ISLANDS) -> None:
@@ -245,14 +217,12 @@ def _measured_chain(model: DensityModel, x: Tensor | None, y: int | None, scorin
     if x is None:
         return ReverseChain.calibrated(model, as_labels(y, model, 1, one_for_all=True), scoring)
     x = as_data(model, x, None)[0][:CALIBRATION_SAMPLES]
-    x_0 = dithered(require_transform(model), x, slice(0, len(x)), scoring.seed).to(model.schedule.alpha.device)
+    x_0 = dithered(model.transform, x, scoring.seed).to(model.schedule.alpha.device)
     labels = as_labels(y, model, len(x), one_for_all=True)
     return ReverseChain.calibrated(model, labels, scoring, x_0=model.transform(x_0))
 
 
-def _evaluate(
-    model: DensityModel, x: Tensor, t: int, y: Tensor | None, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
+def _evaluate(model: DensityModel, x: Tensor, t: int, y: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """log p_t of noisy inputs, (n,), and E[eps | x_t]."""
     dtype = working_dtype(model, torch.float64)
 
@@ -274,17 +244,10 @@ class _Particles:
     """Islands of weighted particles on their way down the levels; those of one island are neighbours."""
 
     def __init__(
-        self,
-        model: DensityModel,
-        chain: ReverseChain,
-        y: Tensor | None,
-        islands: int,
-        size: int,
-        scoring: Scoring,
+        self, model: DensityModel, chain: ReverseChain, y: Tensor | None, islands: int, size: int, scoring: Scoring
     ) -> None:
-        self.model, self.chain, self.y = model, chain, y
-        self.islands, self.size, self.scoring = islands, size, scoring
-        self.dim = chain.reference.variances.numel()
+        self.model, self.chain, self.y, self.scoring = model, chain, y, scoring
+        self.islands, self.size = islands, size
         self.device = chain.schedule.alpha.device
         self.generator = stream(scoring.seed, "particles")
         self.x, log_start = chain.start(self._normal())
@@ -298,8 +261,9 @@ class _Particles:
         """Down to ``level``."""
         from tqdm.auto import tqdm
 
-        for t in tqdm(range(self.t - 1, level - 1, -1), desc="log Z", unit="level", disable=not progress, leave=False):
-            self._step(t)
+        levels = range(self.t - 1, level - 1, -1)
+        for _ in tqdm(levels, desc="log Z", unit="level", disable=not progress, leave=False):
+            self._step()
             if resample:
                 self.resample()
             for _ in range(moves):
@@ -310,18 +274,18 @@ class _Particles:
         return self.log_z + self.log_w.logsumexp(1) - math.log(self.size)
 
     def _normal(self) -> Tensor:
-        shape = (self.islands * self.size, self.dim)
+        shape = self.islands * self.size, self.chain.reference.variances.numel()
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device)
 
     def _look(self) -> None:
-        """log p and the denoiser's mean where the particles are."""
+        """log p and the noise where the particles are."""
         self.log_p, eps = _evaluate(self.model, self.x, self.t, self.y, self.scoring)
         self.eps = eps.double()
-        self.x0 = Prediction(self.x, *self.chain.schedule.at(self.t, self.x), self.eps).x0
 
-    def _step(self, s: int) -> None:
-        self.x, log_ratio = self.chain.step(self.x, self.x0, self.t, s, self._normal())
-        before, self.t = self.log_p, s
+    def _step(self) -> None:
+        x0 = Prediction(self.x, *self.chain.schedule.at(self.t, self.x), self.eps).x0
+        self.x, log_ratio = self.chain.step(self.x, x0, self.t, self._normal())
+        before, self.t = self.log_p, self.t - 1
         self._look()
         self.log_w = self.log_w + (self.log_p - before + log_ratio).reshape(self.islands, self.size)
 
@@ -330,10 +294,9 @@ class _Particles:
         weights = self.log_w.softmax(1)
         poor = 1 / weights.square().sum(1) < below * self.size
         offset = torch.rand(self.islands, generator=self.generator, dtype=torch.float64).to(self.device)
-        chosen = _systematic(weights, offset)
-        chosen = torch.where(poor[:, None], chosen, torch.arange(self.size, device=self.device))
+        chosen = torch.where(poor[:, None], _systematic(weights, offset), torch.arange(self.size, device=self.device))
         index = (chosen + self.size * torch.arange(self.islands, device=self.device)[:, None]).flatten()
-        self.x, self.x0, self.eps, self.log_p = self.x[index], self.x0[index], self.eps[index], self.log_p[index]
+        self.x, self.eps, self.log_p = self.x[index], self.eps[index], self.log_p[index]
         gained = self.log_w.logsumexp(1) - math.log(self.size)
         self.log_z = self.log_z + torch.where(poor, gained, 0)
         self.log_w = torch.where(poor[:, None], 0, self.log_w)
@@ -343,24 +306,18 @@ class _Particles:
         rotation, sigma = self.chain.reference.rotation, self.chain.schedule.sigma[self.t]
         # E[eps²] = 1 - V alpha² / sigma²: the variance of a Gaussian with as much information in each direction.
         information = 1 - self.chain.variances[self.t - 1] / self.chain.schedule.ratio[self.t] ** 2
-        scale = sigma**2 / information.clamp(0.05, 1)
-        noise = self._normal()
-        here = self.x, self.x0, self.eps, self.log_p
-        drift = -0.5 * self.step_size * scale * self.chain.rotate(self.eps) / sigma
-        self.x = self.x + rotation.inverse(drift + (self.step_size * scale).sqrt() * noise)
+        step = self.step_size * (sigma**2 / information.clamp(0.05, 1))
+        noise, x, eps, log_p = self._normal(), self.x, self.eps, self.log_p
+        moved = -0.5 * step * rotation(eps) / sigma + step.sqrt() * noise
+        self.x = x + rotation.inverse(moved)
         self._look()
-        back = -0.5 * self.step_size * scale * self.chain.rotate(self.eps) / sigma
-        returned = -(drift + (self.step_size * scale).sqrt() * noise) - back
-        log_backward = -0.5 * (returned.square() / (self.step_size * scale)).sum(1)
-        log_forward = -0.5 * noise.square().sum(1)
-        log_accept = self.log_p - here[3] + log_backward - log_forward
+        returned = moved - 0.5 * step * rotation(self.eps) / sigma
+        log_backward, log_forward = -0.5 * (returned.square() / step).sum(1), -0.5 * noise.square().sum(1)
+        log_accept = self.log_p - log_p + log_backward - log_forward
         uniform = torch.rand(len(noise), generator=self.generator, dtype=torch.float64).to(self.device)
         accepted = uniform.log() < log_accept
-        picked = accepted.reshape(-1, *[1] * (self.x.ndim - 1))
-        self.x, self.x0, self.eps = (
-            torch.where(picked, new, old) for new, old in zip((self.x, self.x0, self.eps), here, strict=False)
-        )
-        self.log_p = torch.where(accepted, self.log_p, here[3])
+        for new, old in ((self.x, x), (self.eps, eps), (self.log_p, log_p)):
+            new[~accepted] = old[~accepted]
         # Towards the acceptance that moves fastest in many dimensions, for the next move: a share over all islands, so
         # that what ties them together, and the bias that comes of it, vanish with the number of particles.
         rate = float(accepted.double().mean())

@@ -1,4 +1,4 @@
-"""Noise for likelihoods that depends on the seed and the sample alone, and the noisy inputs that they score."""
+"""Batches of samples, and noise of them that depends on the seed and on a sample's index alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.scoring import require_transform
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import stream
+from torchcdm.runtime.batching import labels_of
 from torchcdm.units import DataTransform
 
 Purpose = tuple[str | int, ...]
@@ -25,35 +24,70 @@ def draw_rows(seed: int, purpose: Purpose, rows: slice, draw: Callable[[int, tor
     return torch.stack([draw(i, stream(seed, *purpose, i)) for i in range(rows.start, rows.stop)])
 
 
-def draw_normal(seed: int, purpose: Purpose, rows: slice, like: Tensor) -> Tensor:
-    """Standard normal noise by :func:`draw_rows`, of the shape, dtype and device of ``like`` (B, ...)."""
-    shape, dtype = like.shape[1:], like.dtype
-    return draw_rows(seed, purpose, rows, lambda i, g: torch.randn(shape, generator=g, dtype=dtype)).to(like.device)
+def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> Tensor:
+    """Samples with noise over their cells where they are discrete, data units, float64 (B, *shape).
 
-
-def draw_cells(seed: int, rows: slice, transform: DataTransform) -> Tensor:
-    """Places within the cells of grey levels, uniform on [0, 1], float64 (B, *shape) on the CPU."""
-    shape = transform.shape
-    return draw_rows(seed, ("cell",), rows, lambda i, g: torch.rand(shape, generator=g, dtype=torch.float64))
-
-
-def dithered(transform: DataTransform, x: Tensor, rows: slice, seed: int) -> Tensor:
-    """The samples ``rows`` with noise over their cells where they are discrete, data units, float64 (B, *shape)."""
+    Args:
+        transform: Says which are discrete.
+        x: Data units, (B, *shape).
+        seed: Seed of the noise.
+        first: Index of the first sample.
+    """
     if not transform.dequantize:
-        return x[rows].double()
-    noisy = draw_rows(seed, ("dequantise",), rows, lambda i, g: transform.add_noise(x[i].cpu().double(), g))
+        return x.double()
+    rows = slice(first, first + len(x))
+    noisy = draw_rows(
+        seed, ("dequantise",), rows, lambda i, g: transform.add_noise(x[i - first].cpu().double(), g)
+    )
     return noisy.to(x.device)
 
 
-def noised(model: Denoiser, x: Tensor, rows: slice, level: int, seed: int) -> Tensor:
-    """The samples ``rows`` at a level above 0: dequantised where they are discrete, model units, float64 (B, *shape).
+class Batch:
+    """Some samples of a data set on their way into a network.
 
-    Several likelihoods of one seed score the very same noisy inputs.
+    Args:
+        model: With a transform.
+        x: All samples, data units, (N, *shape).
+        y: Their labels, or None.
+        rows: Which of them.
+        seed: Seed of the noise.
+
+    Attributes:
+        x: Data units, float64 (B, *shape), on the model's device as all that follows.
+        y: Labels, or None.
     """
-    transform, schedule = require_transform(model), model.schedule
-    device = schedule.alpha.device
-    clean = x[rows].to(device).double()
-    eps = draw_normal(seed, ("noise",), rows, clean)
-    if transform.bin is None:
-        return schedule.perturb(transform(dithered(transform, x, rows, seed).to(device)), level, eps)
-    return noisy_cells(transform, schedule, level).noised(clean, draw_cells(seed, rows, transform).to(device), eps)
+
+    def __init__(self, model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, seed: int) -> None:
+        self.transform, self.schedule, self.rows, self.seed = model.transform, model.schedule, rows, seed
+        device = model.schedule.alpha.device
+        self.x, self.y = x[rows].to(device).double(), labels_of(y, rows, device)
+
+    def normal(self, *purpose: str | int) -> Tensor:
+        """Standard normal noise, float64 (B, *shape)."""
+        return self._drawn(torch.randn, purpose)
+
+    def dithered(self) -> Tensor:
+        """:func:`dithered` samples."""
+        return dithered(self.transform, self.x, self.seed, self.rows.start)
+
+    def clean(self) -> tuple[Tensor, Tensor]:
+        """x_0 as a noisy level sees it, and what makes its log density one in data units.
+
+        Returns:
+            Draws from the cells of data on a grid, dithered values else: model units, float64 (B, *shape). And nats to
+            add, (B,): code lengths need no change of units, but as densities they are given less the log bin.
+        """
+        if self.transform.bin is None:
+            noisy = self.dithered()
+            return self.transform(noisy), self.transform.log_det(noisy)
+        change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
+        return self.transform.place(self.x, self._drawn(torch.rand, ("cell",))), change.to(self.x.device)
+
+    def noised(self, level: int) -> Tensor:
+        """x_t at a level above 0, model units, float64 (B, *shape): the same for all likelihoods of one seed."""
+        return self.schedule.perturb(self.clean()[0], level, self.normal("noise"))
+
+    def _drawn(self, kind: Callable[..., Tensor], purpose: Purpose) -> Tensor:
+        shape = self.x.shape[1:]
+        drawn = draw_rows(self.seed, purpose, self.rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
+        return drawn.to(self.x.device)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.noise import dithered, noised
-from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
+from torchcdm.likelihood.noise import Batch
+from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
@@ -21,11 +21,7 @@ from torchcdm.units import LogLikelihood
 
 
 def single_pass(
-    model: DensityModel,
-    x: Tensor,
-    y: Tensor | None = None,
-    scoring: Scoring = Scoring(),
-    importance: bool = False,
+    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(), importance: bool = False
 ) -> LogLikelihood:
     """log-likelihood of data by the classifier's logits, one network evaluation a draw.
 
@@ -34,82 +30,72 @@ def single_pass(
     see :func:`torchcdm.likelihood.log_normalizer`.
 
     Args:
-        model: The model; put into evaluation mode meanwhile.
+        model: Put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
         y: Classes, long (N,), or None.
         scoring: Level 0 ... T, draws, seed and batch size.
         importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
-
-    Returns:
-        Nats in data units, (N,).
     """
-    level = scoring.level_of(model, 0, model.schedule.T)
-    return combine(model, single_draws(model, x, y, scoring, level), level, importance)
+    return combine(model, single_draws(model, x, y, scoring), scoring.level_of(model, 0, model.schedule.T), importance)
 
 
-def single_draws(
-    model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scoring, level: int
-) -> Tensor:
+def single_draws(model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scoring) -> Tensor:
     """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
-    model, (x, y), transform = require_density(model, "one pass"), as_data(model, x, y), require_transform(model)
-    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
+    model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
+    level = scoring.level_of(model, 0, model.schedule.T)
 
     def one(rows: slice, seed: int) -> Tensor:
-        if level:
-            scored = score_noisy(model, x, y, rows, level, seed)
-            return (scored.log_prob + scored.offset).cpu()
-        noisy = dithered(transform, x, rows, seed).to(device)
-        log_p = model.log_prob_levels(transform(noisy).to(dtype), labels_of(y, rows, device))[:, 0]
-        return log_p.cpu() + transform.log_det(noisy).cpu()
+        batch = Batch(model, x, y, rows, seed)
+        if level == 0:
+            return model.log_prob(batch.dithered(), y=batch.y).cpu()
+        scored = score_noisy(model, batch, level)
+        return (scored.log_prob + scored.offset).cpu()
 
     # The first draw is the flow's too: both score the same noisy inputs.
     seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
-    return torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds]).double()
+    return torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds])
 
 
 def combine(model: DensityModel, values: Tensor, level: int, importance: bool) -> LogLikelihood:
     """Draws (K, N) to one likelihood: the mean of their logarithms, or with ``importance`` the log of their mean."""
-    transform, draws = require_transform(model), len(values)
+    transform, draws = model.transform, len(values)
     kind = "importance-weighted over" if importance and draws > 1 else "mean of"
     nats = values.logsumexp(0) - math.log(draws) if importance else values.mean(0)
     convention = f"level {level}, {'dequantised, ' if transform.dequantize else ''}{kind} {draws} draw(s)"
     return LogLikelihood(nats, transform.dim, level, convention, transform.log_bin, draws)
 
 
-@dataclass(frozen=True)
-class ScoredNoise:
+class ScoredNoise(NamedTuple):
     """Noisy inputs of a batch, and what any density at their level needs to become a likelihood of the data.
 
     Attributes:
         z: x_t, model units, float64 (B, *shape).
-        log_prob: The classifier's log p_t(z), (B,); None for a denoiser without density.
-        offset: ``log p_t(z) + offset`` is the log-likelihood in data units: log P(k|z) - log q(z|k) on a grid (and
-            the log bin, so that it is a density), the change of units for continuous data; (B,).
+        log_prob: The classifier's log p_t(z), (B,); nan for a denoiser without density.
+        offset: ``log p_t(z) + offset`` is the log-likelihood in data units, (B,): on a grid log P(k|z) - log q(z|k)
+            less the log bin, so that it is a density; for continuous data the change of units.
     """
 
     z: Tensor
-    log_prob: Tensor | None
+    log_prob: Tensor
     offset: Tensor
 
 
 @torch.no_grad()
-def score_noisy(model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, level: int, seed: int) -> ScoredNoise:
-    """The samples ``rows`` at a level above 0, scored by one network evaluation."""
-    transform, schedule = require_transform(model), model.schedule
-    z = noised(model, x, rows, level, seed)
-    x_t, labels = z.to(working_dtype(model, torch.float64)), labels_of(y, rows, z.device)
+def score_noisy(model: Denoiser, batch: Batch, level: int) -> ScoredNoise:
+    """The samples at a level above 0, scored by one network evaluation."""
+    transform, schedule, (x_0, change) = batch.transform, batch.schedule, batch.clean()
+    z = schedule.perturb(x_0, level, batch.normal("noise"))
+    x_t = z.to(working_dtype(model, torch.float64))
     if model.density is None:
-        eps, log_prob = model.denoise(x_t, level, labels).eps, None
+        eps, log_prob = model.denoise(x_t, level, batch.y).eps, torch.full_like(change, math.nan)
     else:
-        found = model.density.evaluate(x_t, level, labels)
+        found = model.density.evaluate(x_t, level, batch.y)
         eps, log_prob = found.eps, found.log_prob_levels[:, level]
     if transform.bin is None:
-        log_alpha = transform.dim * float(schedule.alpha[level].log())
-        clean = dithered(transform, x, rows, seed).to(z.device)
-        return ScoredNoise(z, log_prob, log_alpha + transform.log_det(clean))
-    cells, levels = noisy_cells(transform, schedule, level), x[rows].to(z.device)
-    decoded = cells.log_decoder(z, levels, Prediction(z, *schedule.at(level, z), eps).x0)
-    return ScoredNoise(z, log_prob, decoded - cells.log_q(z, levels) - transform.dim * transform.log_bin)
+        return ScoredNoise(z, log_prob, transform.dim * float(schedule.alpha[level].log()) + change)
+    cells = noisy_cells(transform, schedule, level)
+    decoded = cells.log_decoder(z, batch.x, Prediction(z, *schedule.at(level, z), eps).x0)
+    return ScoredNoise(z, log_prob, decoded - cells.log_q(z, batch.x) + change)
 
 
 def published_convention(
@@ -117,18 +103,14 @@ def published_convention(
 ) -> LogLikelihood:
     """The published number: grey levels scored without dequantisation at level 0. No bound on a code length.
 
-    Args:
-        model: The model; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), or None.
-        scoring: Its batch size is used.
+    Arguments as in :func:`single_pass`; of ``scoring`` the batch size is used.
     """
-    model, (x, y), transform = require_density(model, "one pass"), as_data(model, x, y), require_transform(model)
+    model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
 
     def log_prob(rows: slice) -> Tensor:
         return model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
 
-    values = scoring.by_batches(model, x, log_prob)
     name = "level 0, undithered: a density on a lattice, no bound"
-    return LogLikelihood(values, transform.dim, 0, name, transform.log_bin, 1)
+    values = scoring.by_batches(model, x, log_prob)
+    return LogLikelihood(values, model.transform.dim, 0, name, model.transform.log_bin, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor
@@ -15,11 +15,10 @@ from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import LogZ, log_z_estimates, require_population
 from torchcdm.likelihood.one_pass import combine, published_convention, single_draws
-from torchcdm.likelihood.scoring import Scoring, as_data, require_transform
-from torchcdm.likelihood.summary import ROWS, NLLGap, NLLReport, Row
-from torchcdm.likelihood.verdict import judge
+from torchcdm.likelihood.scoring import Scoring, as_data
+from torchcdm.likelihood.summary import REMARKS, NLLGap, NLLReport, Row
+from torchcdm.likelihood.verdict import Verdict, judge
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import check_count
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood, standard_error
 
@@ -60,14 +59,13 @@ def report(
     moves: int = 1,
     name: str = "",
     split: str = "",
-    limit: int | None = None,
     progress: bool = False,
 ) -> NLLReport:
     """Scores data by every method asked for, on the same samples and the same noisy inputs.
 
     Args:
         model: The model, with a transform; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape); every sample is scored, in order.
+        x: Data units, (N, *shape).
         y: Classes, long (N,), for the conditional density, whose log Z is not estimated; None for the unconditional.
         scoring: Level of the headline, of log Z, and of all that is compared with them; the rest for all methods.
             Several draws add the importance-weighted bound.
@@ -76,7 +74,6 @@ def report(
         moves: Langevin steps of the particles at each level.
         name: Name of the data.
         split: Name of their split.
-        limit: Score only the first so many samples.
         progress: Shows a progress bar.
 
     Raises:
@@ -87,10 +84,7 @@ def report(
     lacking = [method for method in methods if method not in methods_of(model)]
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
-    if limit is not None:
-        check_count("limit", limit)
     x, y = as_data(model, x, y)
-    x, y = x[:limit], None if y is None else y[:limit]
     table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
     require_population(model, particles, moves)
     from tqdm.auto import tqdm
@@ -110,24 +104,18 @@ def report(
     return table.finish(name, split)
 
 
-@dataclass
 class _Table:
     """A report in the making."""
 
-    model: Denoiser
-    x: Tensor
-    y: Tensor | None
-    scoring: Scoring
-    likelihoods: dict[str, LogLikelihood] = field(default_factory=dict)
-    gap: NLLGap | None = None
-    log_z: LogZ | None = None
-    second: LogZ | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        transform = require_transform(self.model)
+    def __init__(self, model: Denoiser, x: Tensor, y: Tensor | None, scoring: Scoring) -> None:
+        self.model, self.x, self.y, self.scoring = model, x, y, scoring
+        self.likelihoods: dict[str, LogLikelihood] = {}
+        self.gap: NLLGap | None = None
+        self.log_z: LogZ | None = None
+        self.second: LogZ | None = None
+        self.notes: list[str] = []
         # From nats of a sample to the unit of the report.
-        self.per_nat = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
+        self.per_nat = 1.0 if model.transform.bin is None else 1 / (model.transform.dim * math.log(2))
 
     @cached_property
     def chain(self) -> ReverseChain:
@@ -136,35 +124,13 @@ class _Table:
 
     def add_single(self) -> None:
         """published-convention, one-pass, one-pass-level."""
-        arguments = self.model, self.x, self.y, self.scoring
-        self.likelihoods["published-convention"] = published_convention(*arguments)
+        arguments = self.model, self.x, self.y
+        self.likelihoods["published-convention"] = published_convention(*arguments, self.scoring)
         for name, level in (("one-pass", 0), ("one-pass-level", self.scoring.level)):
-            values = single_draws(*arguments, level)
+            values = single_draws(*arguments, replace(self.scoring, level=level))
             self.likelihoods[name] = combine(self.model, values, level, importance=False)
             if level == 0 and self.scoring.draws > 1:
                 self.likelihoods["one-pass-importance"] = combine(self.model, values, level, importance=True)
-
-    def add_flow(self) -> None:
-        """flow, and how far one pass reads above it on the first draw of the noisy inputs."""
-        self.likelihoods["flow"] = found = probability_flow(self.model, self.x, self.y, self.scoring)
-        flow, z = found.flow, found.scored.z
-        # The mean of two independent halves has a quarter of the variance of their difference.
-        probe_variance = (self.per_nat * flow.probe_gap.cpu()).square().mean() / 4
-        if found.scored.log_prob is not None:
-            gap = self.per_nat * (flow.log_prob - found.scored.log_prob).cpu()
-            spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
-            self.gap = NLLGap(float(gap.mean()), float(spread), self.scoring.level, standard_error(gap))
-        # By halving the steps on the first samples: of second order, so half the steps have four times the error.
-        first, solver = slice(0, HALVED_SAMPLES), FlowSolver(self.model, self.scoring)
-        steps, step_error = len(solver.levels) - 1, "unknown"
-        if steps > 1:
-            step_gap = solver.log_prob(z[first], labels_of(self.y, first, z.device), halve=True).step_gap
-            step_error = f"{abs(float(self.per_nat * step_gap.mean())) / 3:.4f}"
-        probe_error, kl = float((probe_variance / len(z)).sqrt()), self.per_nat * flow.start_kl_bound
-        self.notes.append(
-            f"flow: error of its mean {step_error} from the steps ({steps}) and {probe_error:.4f} from the probes; "
-            f"KL of its start density at most {kl:.1g}"
-        )
 
     def add_elbo(self) -> None:
         """elbo, over all levels above the scored one."""
@@ -173,44 +139,62 @@ class _Table:
         said = (f"{name} {float(self.per_nat * term.mean()):+.4f}" for name, term in terms.items())
         self.notes.append(f"elbo: {', '.join(said)}")
 
+    def add_flow(self) -> None:
+        """flow, and how far one pass reads above it on the first draw of the noisy inputs."""
+        self.likelihoods["flow"] = found = probability_flow(self.model, self.x, self.y, self.scoring)
+        flow, z = found.flow, found.scored.z
+        # The mean of two independent halves has a quarter of the variance of their difference.
+        probe_variance = (self.per_nat * flow.probe_gap.cpu()).square().mean() / 4
+        if self.model.density is not None:
+            gap = self.per_nat * (flow.log_prob - found.scored.log_prob).cpu()
+            spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
+            self.gap = NLLGap(float(gap.mean()), float(spread), self.scoring.level, standard_error(gap))
+        # By halving the steps on the first samples: of second order, so half the steps have four times the error.
+        first, steps, step_error = slice(0, HALVED_SAMPLES), found.nfe // 2, "unknown"
+        if steps > 1:
+            coarse = FlowSolver(self.model, replace(self.scoring, steps=(steps + 1) // 2))
+            halved = coarse.log_prob(z[first], labels_of(self.y, first, z.device)).log_prob
+            step_error = f"{abs(float(self.per_nat * (flow.log_prob[first] - halved).mean())) / 3:.4f}"
+        probe_error, kl = float((probe_variance / len(z)).sqrt()), self.per_nat * flow.start_kl_bound
+        self.notes.append(
+            f"flow: error of its mean {step_error} from the steps ({steps}) and {probe_error:.4f} from the probes; "
+            f"KL of its start density at most {kl:.1g}"
+        )
+
     def add_log_z(self, particles: int, moves: int, progress: bool) -> None:
         """log Z by sequential Monte Carlo, and a second opinion from the flow."""
-        self.log_z, self.second = log_z_estimates(
+        self.log_z, self.second = z, second = log_z_estimates(
             self.model, self.chain, self.scoring, particles, moves, progress
         )
-        second = self.second.to_json()
-        bound = self.second.mean_log_weight / (self.second.dim * math.log(2))
+        bound = second.mean_log_weight / (z.dim * math.log(2))
         self.notes.append(
-            f"log2 Z / d, second estimator: {second['value']:+.4f}, 95% [{second['low']:+.4f}, "
-            f"{second['high']:+.4f}], ess {second['ess']:.1f}, {second['estimator']}; its mean log weight, a lower "
-            f"bound, {bound:+.4f}"
+            f"log2 Z / d, second estimator: {second.to_json()['value']:+.4f}, {second.reliability()}; its mean log "
+            f"weight, a lower bound, {bound:+.4f}"
         )
 
     def _over_elbo(self) -> tuple[float, float] | None:
         """NLL by one-pass-level minus NLL by the ELBO on the same samples: mean and standard error."""
-        pair = [self.likelihoods.get(name) for name in ("one-pass-level", "elbo")]
-        if None in pair:
+        if not {"one-pass-level", "elbo"} <= self.likelihoods.keys():
             return None
-        difference = pair[0].values() - pair[1].values()
+        difference = self.likelihoods["one-pass-level"].values() - self.likelihoods["elbo"].values()
         return float(difference.mean()), standard_error(difference)
 
     def finish(self, name: str, split: str) -> NLLReport:
         """The report."""
-        transform, rows = require_transform(self.model), {}
-        for key, likelihood in self.likelihoods.items():
-            value, error = likelihood.mean_and_error()
-            rows[key] = Row(key, value, error, likelihood.nfe, likelihood.level)
-        believe, why, notes = True, BY_CONSTRUCTION, ()
-        if "single" in methods_of(self.model):
+        rows = {
+            key: Row(key, *likelihood.mean_and_error(), likelihood.nfe, likelihood.level)
+            for key, likelihood in self.likelihoods.items()
+        }
+        verdict = Verdict(None, True, BY_CONSTRUCTION)
+        if self.model.density is not None:
             verdict = judge(
                 self.per_nat, self.scoring.level, rows.get("one-pass-level"), self.log_z, self.second, self.gap,
                 self._over_elbo(), self.y is not None,
             )  # fmt: skip
             rows["one-pass-normalized"] = verdict.headline
-            believe, why, notes = verdict.believe, verdict.why, verdict.notes
-        ordered = tuple(rows[key] for key in ROWS if key in rows)
-        unit = "nats" if transform.bin is None else "bits/dim"
+        transform = self.model.transform
         return NLLReport(
-            name, split, len(self.x), transform.dim, unit, ordered, self.log_z, self.gap, believe, why,
-            (*self.notes, *notes),
+            name, split, len(self.x), transform.dim, "nats" if transform.bin is None else "bits/dim",
+            tuple(rows[key] for key in REMARKS if key in rows), self.log_z, self.gap, verdict.believe, verdict.why,
+            (*self.notes, *verdict.notes),
         )  # fmt: skip

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchcdm.likelihood.log_z import LogZ
-
-ROWS = (
-    "published-convention",
-    "one-pass",
-    "one-pass-importance",
-    "one-pass-level",
-    "one-pass-normalized",
-    "elbo",
-    "flow",
-)
-"""The order of the table; ``one-pass-importance`` is there when there are several draws."""
 
 REMARKS = {
     "published-convention": "undithered at level 0: for comparison with published numbers, no bound",
@@ -28,11 +17,11 @@ REMARKS = {
     "elbo": "reverse chain of the same network down to that level, discretised decoder; a bound",
     "flow": "probability flow of the same network through the same noisy inputs; a bound up to its own error",
 }
+"""The rows, in the order of the table; ``one-pass-importance`` is there when there are several draws."""
 
-CONTINUOUS_REMARKS = {
+CONTINUOUS_REMARKS = REMARKS | {
     "published-convention": "density at level 0",
     "one-pass": "density at level 0",
-    "one-pass-importance": "the same draws, averaged inside the logarithm",
     "one-pass-level": "density of the data with the level's noise",
     "one-pass-normalized": "one-pass-level + log Z: the headline",
     "elbo": "reverse chain of the same network; a bound for the density of the data",
@@ -40,8 +29,7 @@ CONTINUOUS_REMARKS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One number of the table; ``value`` None where it cannot be given."""
 
     name: str
@@ -106,16 +94,12 @@ class NLLReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values under the keys of the NLL contract; None for what was not asked for or cannot be given."""
-        gap = self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level}
         return {
             "data": {"name": self.name, "split": self.split, "count": self.count, "dim": self.dim},
             "unit": self.unit,
-            "rows": [
-                {"name": row.name, "value": row.value, "se": finite(row.se), "nfe": row.nfe, "level": row.level}
-                for row in self.rows
-            ],
+            "rows": [row._asdict() | {"se": finite(row.se)} for row in self.rows],
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
-            "gap_to_flow": gap,
+            "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
             "believe": self.believe,
             "why": self.why,
         }
@@ -128,8 +112,12 @@ class NLLReport:
         lines.append(f"{'row':22}{'value':>10}{'s.e.':>9}{'NFE':>7}{'level':>7}")
         for row in self.rows:
             if row.name == "one-pass-normalized" and self.log_z is not None:
-                lines.append(self._log_z_line())
-            lines.append(self._row_line(row))
+                value = self.log_z.to_json()["value"]
+                lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
+            remark = (CONTINUOUS_REMARKS if self.unit == "nats" else REMARKS)[row.name]
+            value = "-" if row.value is None else f"{row.value:.4f}"
+            error = "-" if finite(row.se) is None else f"{row.se:.4f}"
+            lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
         lines.append("")
         if self.gap is not None:
             lines.append(
@@ -140,17 +128,6 @@ class NLLReport:
         if self.log_z is not None:
             lines.append("Estimates of log Z err low, so a number normalised by one errs optimistic.")
         return "\n".join(lines)
-
-    def _row_line(self, row: Row) -> str:
-        remark = (CONTINUOUS_REMARKS if self.unit == "nats" else REMARKS)[row.name]
-        value = "-" if row.value is None else f"{row.value:.4f}"
-        error = "-" if finite(row.se) is None else f"{row.se:.4f}"
-        return f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}"
-
-    def _log_z_line(self) -> str:
-        z = self.log_z.to_json()
-        interval = f"95% [{z['low']:+.4f}, {z['high']:+.4f}]"
-        return f"{'log2 Z / d':22}{z['value']:>+10.4f}{'':23}  {interval}, ess {z['ess']:.0f}, {z['estimator']}"
 
 
 def finite(value: float | None) -> float | None:

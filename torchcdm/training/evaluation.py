@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,42 +23,7 @@ BATCH = 256
 """Noisy copies at a time. Their noise is drawn by batch, so that this is part of every seed."""
 
 
-@dataclass(frozen=True)
-class LevelSums:
-    """Sums over samples at each level, each (T+2,), float64.
-
-    Attributes:
-        count: Samples.
-        mse: Squared error of eps, mean over d.
-        ce: Cross-entropy of the level, nats; 0 for a ddm.
-        correct: Samples whose most probable level is the true one; 0 for a ddm.
-    """
-
-    count: Tensor
-    mse: Tensor
-    ce: Tensor
-    correct: Tensor
-
-    def means(self) -> dict[str, float]:
-        """``mse`` without the levels 0 and T+1, where it is constant and zero; ``ce`` and ``accuracy`` with them."""
-        inner, total = slice(1, -1), self.count.sum()
-        return {
-            "mse": float(self.mse[inner].sum() / self.count[inner].sum()),
-            "ce": float(self.ce.sum() / total),
-            "accuracy": float(self.correct.sum() / total),
-        }
-
-    def per_level(self) -> dict[str, list[float | None]]:
-        """The same at each level 0 ... T+1; None where no sample fell on a level."""
-        columns = {"mse": self.mse, "ce": self.ce, "accuracy": self.correct}
-        return {
-            name: [float(s / n) if n else None for s, n in zip(sums, self.count, strict=True)]
-            for name, sums in columns.items()
-        }
-
-
-@dataclass(frozen=True)
-class NoisyBatch:
+class NoisyBatch(NamedTuple):
     """Noisy copies of some samples, on the model's device.
 
     Attributes:
@@ -66,15 +31,27 @@ class NoisyBatch:
         x_t: Model units, (B, *shape).
         t: Levels, long (B,).
         eps: The noise in ``x_t``, (B, *shape).
+        y: Labels, or None.
     """
 
     rows: Tensor
     x_t: Tensor
     t: Tensor
     eps: Tensor
+    y: Tensor | None
+
+    def by_parts(self, function: Callable[[NoisyBatch], Tensor]) -> Tensor:
+        """``function`` of parts of the batch, (B, ...), on the CPU: all processes share the network, not the noise."""
+
+        def one(rows: slice) -> Tensor:
+            return function(NoisyBatch(*(None if value is None else value[rows] for value in self)))
+
+        return map_rows(one, len(self.t), dim=self.x_t.shape[1:].numel(), device=self.t.device).cpu()
 
 
-def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterator[NoisyBatch]:
+def noisy_batches(
+    model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Tensor | None = None
+) -> Iterator[NoisyBatch]:
     """Noisy copies of samples, batch by batch.
 
     Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples;
@@ -86,6 +63,7 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterat
         t: One copy of each sample at this level; or the levels of k copies of each, long (k N,), in which copy j of
             sample i is entry j N + i.
         seed: Seed of noise and dequantisation.
+        y: Labels of the samples, (N, ...), or None.
     """
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     levels = torch.full((len(x),), t) if isinstance(t, int) else t
@@ -101,14 +79,49 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0) -> Iterat
         else:
             # Noise comes from the CPU, the constants of the transform are where the model is.
             x_0 = model.transform(model.transform.add_noise(x_0, generator).to(device))
-        part = part.to(device)
-        yield NoisyBatch(rows, model.schedule.perturb(x_0, part, eps), part, eps)
+        part, label = part.to(device), None if y is None else y[rows].to(device)
+        yield NoisyBatch(rows, model.schedule.perturb(x_0, part, eps), part, eps, label)
 
 
-def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0) -> Iterator[NoisyBatch]:
+def at_all_levels(
+    model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0, y: Tensor | None = None
+) -> Iterator[NoisyBatch]:
     """:func:`noisy_batches` with ``draws`` copies of each sample, the levels 0 ... T+1 stratified over all of them."""
     t = stratified_levels(len(x) * draws, model.schedule.T + 2, stream(seed, "levels"))
-    return noisy_batches(model, x, t, seed)
+    return noisy_batches(model, x, t, seed, y)
+
+
+@dataclass(frozen=True)
+class LevelSums:
+    """Sums over samples at each level, each (T+2,), float64; without a classifier of the first two alone.
+
+    Attributes:
+        count: Samples.
+        mse: Squared error of eps, mean over d.
+        ce: Cross-entropy of the level, nats.
+        accuracy: Samples whose most probable level is the true one.
+    """
+
+    count: Tensor
+    mse: Tensor
+    ce: Tensor | None = None
+    accuracy: Tensor | None = None
+
+    def means(self) -> dict[str, float]:
+        """``mse`` without the levels 0 and T+1, where it is constant and zero; ``ce`` and ``accuracy`` with them."""
+        inner, total = slice(1, -1), self.count.sum()
+        means = {name: float(sums.sum() / total) for name, sums in self._columns().items()}
+        return means | {"mse": float(self.mse[inner].sum() / self.count[inner].sum())}
+
+    def per_level(self) -> dict[str, list[float | None]]:
+        """The same at each level 0 ... T+1; None where no sample fell on a level."""
+        return {
+            name: [float(s / n) if n else None for s, n in zip(sums, self.count, strict=True)]
+            for name, sums in self._columns().items()
+        }
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {name: sums for name, sums in vars(self).items() if name != "count" and sums is not None}
 
 
 @torch.no_grad()
@@ -121,38 +134,26 @@ def level_sums(model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int =
         y: Classes, long (N,), for models that saw them; None else.
         draws: Noisy copies of each sample; the levels are stratified over all of them.
         seed: Seed of levels, noise and dequantisation.
-
-    Returns:
-        Sums by level.
     """
-    sums = torch.zeros(4, model.schedule.T + 2, dtype=torch.float64)
-    for batch in at_all_levels(model, x, draws, seed):
-        label = None if y is None else y[batch.rows].to(batch.t.device)
-        # All processes draw the noise of the whole batch, and share the network.
-        values = map_rows(
-            partial(_errors, model, batch, label), len(batch.t), dim=x.shape[1:].numel(), device=batch.t.device
-        )
-        sums.index_add_(1, batch.t.cpu(), values.T)
+    sums = torch.zeros(2 if model.density is None else 4, model.schedule.T + 2, dtype=torch.float64)
+    for batch in at_all_levels(model, x, draws, seed, y):
+        sums.index_add_(1, batch.t.cpu(), batch.by_parts(partial(_errors, model)).T)
     return LevelSums(*sums)
 
 
-def _errors(model: Denoiser, batch: NoisyBatch, y: Tensor | None, rows: slice) -> Tensor:
-    """One, squared error, cross-entropy and hit of each copy, (B, 4) float64 on the CPU."""
-    x_t, t, y = batch.x_t[rows], batch.t[rows], None if y is None else y[rows]
-    ce = correct = torch.zeros(len(t), device=t.device)
-    if model.density is not None:
-        result = model.density.evaluate(x_t, t, y)
-        eps_hat, log_p = result.eps, result.unconditional
-        ce = torch.nn.functional.cross_entropy(log_p, t, reduction="none")
-        correct = (log_p.argmax(1) == t).float()
+def _errors(model: Denoiser, batch: NoisyBatch) -> Tensor:
+    """What each copy adds to :class:`LevelSums`, float64 (B, 2 or 4)."""
+    if model.density is None:
+        eps, rest = model.denoise(batch.x_t, batch.t, batch.y).eps, []
     else:
-        eps_hat = model.denoise(x_t, t, y).eps
-    mse = (batch.eps[rows] - eps_hat).square().flatten(1).mean(1)
-    return torch.stack([torch.ones_like(mse), mse, ce, correct], 1).double().cpu()
+        result = model.density.evaluate(batch.x_t, batch.t, batch.y)
+        eps, log_p = result.eps, result.unconditional
+        rest = [torch.nn.functional.cross_entropy(log_p, batch.t, reduction="none"), log_p.argmax(1) == batch.t]
+    mse = (batch.eps - eps).square().flatten(1).mean(1)
+    return torch.stack([value.double() for value in (torch.ones_like(mse), mse, *rest)], 1)
 
 
-@dataclass(frozen=True)
-class PosteriorCurves:
+class PosteriorCurves(NamedTuple):
     """p(t | x_t) for inputs noised to some true levels.
 
     Attributes:
@@ -168,13 +169,7 @@ class PosteriorCurves:
 
 @torch.no_grad()
 def posterior_curves(model: DensityModel, x: Tensor, seed: int = 0) -> PosteriorCurves:
-    """What the level classifier says of inputs at six true levels.
-
-    Args:
-        model: In eval mode.
-        x: Data units, (N, *shape).
-        seed: Seed of the noise, the same at every level.
-    """
+    """What the level classifier of a model in eval mode says of ``x`` (N, *shape), data units, at six true levels."""
     true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
     batches = (noisy_batches(model, x, t, seed) for t in true)
     log_p = [torch.cat([model.log_prob_levels(b.x_t).log_softmax(1).cpu() for b in each]) for each in batches]
@@ -182,35 +177,18 @@ def posterior_curves(model: DensityModel, x: Tensor, seed: int = 0) -> Posterior
 
 
 def validate(
-    model: Denoiser,
-    x: Tensor,
-    y: Tensor | None,
-    ce_weight: float = 0.0,
-    mse_weight: float = 1.0,
-    draws: int = 1,
+    model: Denoiser, x: Tensor, y: Tensor | None, ce_weight: float = 0.0, mse_weight: float = 1.0
 ) -> dict[str, float]:
-    """Training terms and one-pass NLL with fixed noise.
-
-    Args:
-        model: In eval mode.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), or None.
-        ce_weight: As in the loss.
-        mse_weight: As in the loss.
-        draws: Noisy copies of each sample.
+    """Training terms, weighted as in the loss, and one-pass NLL with fixed noise. Data as in :func:`level_sums`.
 
     Returns:
-        ``mse``, and for a cdm ``ce``, ``accuracy``, ``loss`` and ``nll``, in bits/dim for data on a grid and nats
+        ``mse`` and ``loss``, and for a cdm ``ce``, ``accuracy`` and ``nll``, in bits/dim for data on a grid and nats
         for continuous data. ``loss`` has the cross-entropy of the level, also for joint models, and no time term.
     """
-    sums = level_sums(model, x, y, draws)
-    values: dict[str, float] = sums.means()
+    values = level_sums(model, x, y).means()
     if model.density is None:
-        return {"mse": values["mse"], "loss": values["mse"]}
-    dim = x[0].numel()
-    # Joint models are chosen no better by the cross-entropy of class and level: on six pairs of bent mixtures the log
-    # ratio's error was the same four times, and 4 and 13 % larger twice.
-    values["loss"] = mse_weight * values["mse"] + ce_weight / dim * values["ce"]
+        return values | {"loss": values["mse"]}
+    values["loss"] = mse_weight * values["mse"] + ce_weight / x[0].numel() * values["ce"]
     values["nll"] = single_pass(model.density, x, y, Scoring(level=0)).mean_and_error()[0]
     return values
 
@@ -222,8 +200,8 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
         model: In eval mode.
         split: The data.
         limit: At most so many samples.
-        draws: Noisy copies of each sample.
-        seed: Seed of the noise.
+        draws: As in :func:`level_sums`.
+        seed: As in :func:`level_sums`.
 
     Returns:
         ``count``, ``draws``, ``levels`` (T+2), ``mean`` with ``mse`` (levels 0 and T+1 left out), ``ce`` and
@@ -231,16 +209,8 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
     """
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)
-    mean, per_level = sums.means(), sums.per_level()
-    if model.density is None:
-        mean, per_level = {"mse": mean["mse"]}, {"mse": per_level["mse"]}
-    return {
-        "count": len(x),
-        "draws": draws,
-        "levels": model.schedule.T + 2,
-        "mean": mean,
-        "per_level": per_level,
-    }
+    numbers = {"count": len(x), "draws": draws, "levels": model.schedule.T + 2}
+    return numbers | {"mean": sums.means(), "per_level": sums.per_level()}
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:

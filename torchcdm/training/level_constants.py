@@ -6,20 +6,19 @@ the level,
 .. math:: \frac{1}{T+2} \sum_s E_{x \sim p_s}[p(t \mid x)] = \frac{1}{T+2} \quad \text{for every } t,
 
 as it is for the true densities. Constants added to the logits that minimise the cross-entropy make it so, and no
-gradient in x, and so no sample, changes. A training whose logits come late leaves them behind, as its rate has fallen
-by then, and the errors of all levels add up in log p_0.
+gradient in x, and so no sample, changes. The errors of all levels add up in log p_0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.runtime.batching import map_rows
 from torchcdm.training.evaluation import at_all_levels
 
 FEWEST_COPIES = 20
@@ -31,8 +30,7 @@ CONVERGED = 1e-9
 """Newton's method ends where a step gains less, nats."""
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """What a calibration did.
 
     Attributes:
@@ -69,23 +67,17 @@ def calibrate_levels(
     if len(x) < 2:
         raise UserError(f"calibration: {len(x)} held-out samples; two halves are needed")
     needed = max(copies, FEWEST_COPIES * (model.schedule.T + 2))
-    logits, levels, halves = [], [], []
-    for batch in at_all_levels(model, x, -(-needed // len(x)), seed):
-        label = None if y is None else y[batch.rows].to(batch.t.device)
-
-        def part(rows: slice, x_t: Tensor = batch.x_t, y: Tensor | None = label) -> Tensor:
-            return model.conditional_and_marginal(x_t[rows], None if y is None else y[rows])[1]
-
-        logits.append(map_rows(part, len(batch.t), dim=x.shape[1:].numel(), device=batch.t.device).cpu())
-        levels.append(batch.t.cpu())
-        halves.append(batch.rows % 2)
-    log_p, t, half = torch.cat(logits), torch.cat(levels), torch.cat(halves)
-    before = float(_cross_entropy(log_p, t))
-    after = 0.0
+    batches = at_all_levels(model, x, -(-needed // len(x)), seed, y)
+    parts = [
+        (batch.by_parts(lambda one: model.conditional_and_marginal(one.x_t, one.y)[1]), batch.t.cpu(), batch.rows % 2)
+        for batch in batches
+    ]
+    log_p, t, half = (torch.cat(column) for column in zip(*parts, strict=True))
+    before, after = float(cross_entropy(log_p, t)), 0.0
     for k in (0, 1):
         scored = half == k
         others = best_constants(log_p[~scored], t[~scored])
-        after += float(scored.sum() * _cross_entropy(log_p[scored] + others, t[scored])) / len(t)
+        after += float(scored.sum() * cross_entropy(log_p[scored] + others, t[scored])) / len(t)
     if not after < before:
         return Calibration(before, after, 0.0)
     constants = best_constants(log_p, t)
@@ -113,7 +105,7 @@ def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
     count = log_p.shape[1]
     share = torch.bincount(t, minlength=count).to(log_p).clamp_min(0.5) / len(t)
     constants = torch.zeros(count, dtype=log_p.dtype)
-    value = _cross_entropy(log_p, t)
+    value = cross_entropy(log_p, t)
     for _ in range(NEWTON_STEPS):
         p = (log_p + constants).softmax(1)
         gradient = p.mean(0) - share
@@ -121,15 +113,11 @@ def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
         # Singular along the constant vector, and nearly so where levels cannot be told apart.
         step = torch.linalg.solve(hessian + 1e-9 * torch.eye(count, dtype=p.dtype), -gradient)
         step = step - step[-1]
-        found = _cross_entropy(log_p + constants + step, t)
+        found = cross_entropy(log_p + constants + step, t)
         while found > value and step.abs().max() >= CONVERGED:
             step = step / 2
-            found = _cross_entropy(log_p + constants + step, t)
+            found = cross_entropy(log_p + constants + step, t)
         constants, gained, value = constants + step, value - found, found
         if gained < CONVERGED:
             break
     return constants
-
-
-def _cross_entropy(log_p: Tensor, t: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(log_p, t)

@@ -14,24 +14,26 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import final
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowSolver, LogZ, ReverseChain, Scoring, log_normalizer, scoring_level
-from torchcdm.likelihood.noise import noised
+from torchcdm.likelihood import FlowSolver, LogZ, ReverseChain, Scoring, log_normalizer
+from torchcdm.likelihood.noise import Batch
+from torchcdm.likelihood.scoring import as_data
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout, require_features
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
+from torchcdm.models.inputs import check_count
 from torchcdm.random import derive
 
 FEWEST_SAMPLES = 16
 
 FLOW_STEPS, FLOW_PROBES = 25, 2
-"""Of the flows. On Fashion-MNIST 20 steps and 40 differ by 6 nats an image, as much as the noise of the probes."""
+"""Of the flows: with more steps the error is below the noise of the probes."""
 
 CHAIN_SAMPLES = 96
 """For the variances of the chain that particles go down by: each is then right within a seventh."""
@@ -48,14 +50,12 @@ PARTICLE_SHARE = 0.1
 """Of the particles of a round, all together, beside all data."""
 
 
-@dataclass(frozen=True)
-class PathCalibration:
+class PathCalibration(NamedTuple):
     """What a calibration on paths found.
 
     Attributes:
         model: The calibrated model.
         level: Lowest level of the paths.
-        dim: Dimensions of a sample.
         before: Root mean square of log p at that level less the flow's, by the network without a readout, on data,
             nats; the noise of the flow's probes is in it.
         after: The same by a readout of the same ridge, each sample's fitted on other samples and without particles.
@@ -64,49 +64,36 @@ class PathCalibration:
 
     model: Calibrated
     level: int
-    dim: int
     before: float
     after: float
     log_z: tuple[LogZ, ...]
 
 
-@final
-class Paths:
-    """Where the flow takes some samples, what the head sees there, and what log p should be; as far as it is finite.
+class _Paths(NamedTuple):
+    """Where the flow takes some samples, as far as all is finite.
 
     Attributes:
         levels: Visited levels, rising to T.
-        features: What the head saw, (levels, n, features).
+        features: What the head sees, (levels, n, features).
         wanted: Targets of log p - base, nats, float64 (levels, n).
     """
 
-    def __init__(
-        self,
-        model: ClassificationDiffusion,
-        x: Tensor,
-        level: int,
-        seed: int = 0,
-        batch_size: int | None = None,
-        progress: bool = False,
-    ) -> None:
-        """One path from each sample.
+    levels: list[int]
+    features: Tensor
+    wanted: Tensor
 
-        Args:
-            model: In evaluation mode.
-            x: Samples at ``level``, model units, (n, *shape).
-            level: 1 ... T - 1.
-            seed: Seed of the flow's probes.
-            batch_size: Samples at a time; by their size, and what memory holds, when None.
-            progress: Shows a progress bar.
-        """
-        def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
-            return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
 
-        solver = FlowSolver(model, Scoring(level, 1, seed, FLOW_STEPS, FLOW_PROBES, batch_size))
-        log_prob, (features, base) = solver.path(x, look, progress=progress)
-        wanted = log_prob - base
-        finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
-        self.levels, self.features, self.wanted = solver.levels, features[:, finite], wanted[:, finite]
+def _paths(model: ClassificationDiffusion, x: Tensor, scoring: Scoring, progress: bool) -> _Paths:
+    """One path from each sample ``x`` (n, *shape) at the level of ``scoring``, model units."""
+
+    def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
+
+    solver = FlowSolver(model, replace(scoring, steps=FLOW_STEPS, probes=FLOW_PROBES))
+    log_prob, (features, base) = solver.path(x, look, progress=progress)
+    wanted = log_prob - base
+    finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
+    return _Paths(solver.levels, features[:, finite], wanted[:, finite])
 
 
 @torch.no_grad()
@@ -139,44 +126,39 @@ def calibrate_paths(
         UserError: A model with classes or context, or of a network without features and a linear head; too few
             samples; a level without one above it; values that are not finite.
     """
-    _check(model, x, rounds, particles)
-    level = scoring_level(model) if level is None else level
-    if not 1 <= level < model.schedule.T:
-        raise UserError(f"calibration: level {level} has no path above it; choose 1 ... {model.schedule.T - 1}")
+    require_features(model)
+    for name, value, least in (("rounds", rounds, 0), ("particles", particles, 2 * ISLANDS)):
+        check_count(f"calibration on paths: {name}", value, least)
+    if len(x) < FEWEST_SAMPLES:
+        raise UserError(f"calibration on paths: {len(x)} held-out samples; at least {FEWEST_SAMPLES} are needed")
+    x, _ = as_data(model, x, None)
+    scoring = Scoring(level, seed=seed, batch_size=batch_size)
+    scoring = replace(scoring, level=scoring.level_of(model))
+
+    def drawn(*purpose: str | int) -> Scoring:
+        return replace(scoring, seed=derive(seed, *purpose))
+
     with evaluation_mode(model):
-        start = noised(model, x.to(model.schedule.alpha.device), slice(0, len(x)), level, seed)
-        data = Paths(model, start, level, derive(seed, "data-paths"), batch_size, progress)
+        start = Batch(model, x, None, slice(0, len(x)), seed).noised(scoring.level)
+        data = _paths(model, start, drawn("data-paths"), progress)
         if data.wanted.shape[1] < len(x):
             raise UserError("calibration on paths: log p or what the flow says of it is not finite")
         fit = _Fit(model, data)
         found, shown = [], []
         calibrated = Calibrated(model, fit.readout(shown))
-        scoring = Scoring(level, seed=seed, batch_size=batch_size)
         chain = ReverseChain.calibrated(model, None, scoring, CHAIN_SAMPLES) if rounds else None
         for k in range(rounds):
             estimate = log_normalizer(
-                calibrated, scoring=replace(scoring, seed=derive(seed, "particles", k)), particles=particles, moves=1,
-                islands=ISLANDS, chain=chain, progress=progress,
+                calibrated, scoring=drawn("particles", k), particles=particles, islands=ISLANDS, chain=chain,
+                progress=progress,
             )  # fmt: skip
             found.append(estimate)
-            noise = derive(seed, "particle-paths", k)
-            shown.append(Paths(model, estimate.x, level, noise, batch_size, progress))
+            shown.append(_paths(model, estimate.x, drawn("particle-paths", k), progress))
             calibrated = Calibrated(model, fit.readout(shown))
     calibrated.train(model.training)
-    return PathCalibration(calibrated, level, x[0].numel(), fit.before, fit.after, tuple(found))
+    return PathCalibration(calibrated, scoring.level, fit.before, fit.after, tuple(found))
 
 
-def _check(model: ClassificationDiffusion, x: Tensor, rounds: int, particles: int) -> None:
-    require_features(model)
-    if len(x) < FEWEST_SAMPLES:
-        raise UserError(f"calibration on paths: {len(x)} held-out samples; at least {FEWEST_SAMPLES} are needed")
-    if rounds < 0:
-        raise UserError(f"calibration on paths: rounds is {rounds}; it must not be negative")
-    if particles < 2 * ISLANDS:
-        raise UserError(f"calibration on paths: particles is {particles}; at least {2 * ISLANDS} are needed")
-
-
-@final
 class _Fit:
     """Ridge regressions at the levels of paths from data.
 
@@ -186,7 +168,7 @@ class _Fit:
         after: And with it.
     """
 
-    def __init__(self, model: ClassificationDiffusion, data: Paths) -> None:
+    def __init__(self, model: ClassificationDiffusion, data: _Paths) -> None:
         self.data = data
         head = copy.deepcopy(model.backbone.head).double()
         eye = torch.eye(data.features.shape[2], dtype=torch.float64, device=data.features.device)
@@ -197,8 +179,7 @@ class _Fit:
             raise UserError("calibration on paths: the network's `head` is not linear")
         # Of h - h_{T+1} with its constants: (T+2, features) and (T+2,).
         self.slope, self.bias = (slope - slope[:, -1:]).T, (bias - bias[:, -1:])[0]
-        scales = torch.stack([features.std(0) for features in data.features]).double()
-        self.mean = torch.stack([features.mean(0) for features in data.features]).double()
+        scales, self.mean = data.features.std(1).double(), data.features.mean(1).double()
         self.scale = torch.maximum(scales, 1e-3 * scales.median(1, keepdim=True).values).clamp_min(1e-9)
 
         z, error = self._of(data, 0)
@@ -214,7 +195,7 @@ class _Fit:
         self.ridge = min(errors, key=errors.__getitem__)
         self.before, self.after = float(error.square().mean().sqrt()), errors[self.ridge]
 
-    def readout(self, shown: Sequence[Paths]) -> Readout:
+    def readout(self, shown: Sequence[_Paths]) -> Readout:
         """From all paths of the data, and those from particles."""
         fitted = []
         for k in range(len(self.mean)):
@@ -232,7 +213,7 @@ class _Fit:
         own = self.bias + (mean * self.slope).sum(1)
         return Readout(mean, scale, scale * self.slope + weight, own + offset)
 
-    def _of(self, paths: Paths, k: int) -> tuple[Tensor, Tensor]:
+    def _of(self, paths: _Paths, k: int) -> tuple[Tensor, Tensor]:
         """Features in deviations, (n, features), and targets less what the network says, (n,), at the k-th level."""
         z = ((paths.features[k].double() - self.mean[k]) / self.scale[k]).clamp(-LIMIT, LIMIT)
         slope, bias = self.slope[paths.levels[k]], self.bias[paths.levels[k]]

@@ -16,6 +16,7 @@ from torchcdm.diffusion.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
+from torchcdm.likelihood.log_z import FEWEST_PARTICLES
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
@@ -36,9 +37,6 @@ from torchcdm.runtime.validation import (
     settings_of,
     validated,
 )
-
-FEWEST_PARTICLES = 128
-"""For log Z: a quarter of them are the draws of the second estimate."""
 
 NETWORKS: dict[str, tuple[type, type | None]] = {
     "encoder": (Encoder, None),
