@@ -100,7 +100,7 @@ class FlowPeer(Peer):
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedFlow:
         x, _ = task.source.split("train").tensors(STANDARDISED_ON)
-        with seeded(task.seed, "peer"):
+        with seeded(task.seed):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # libraries that call what torch has deprecated
                 module = self.build(dequantised(task.source.transform, x, task.seed))

@@ -187,9 +187,9 @@ class _Loop:
 
 
 @contextmanager
-def seeded(seed: int, *keys: int | str) -> Iterator[None]:
+def seeded(seed: int, purpose: str = "peer") -> Iterator[None]:
     """torch's and numpy's own generators, which libraries draw from, seeded meanwhile and as before afterwards."""
-    value, before = derive(seed, *keys), np.random.get_state()
+    value, before = derive(seed, purpose), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(value)
         np.random.seed(value % 2**32)

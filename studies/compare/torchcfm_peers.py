@@ -108,7 +108,7 @@ class FlowMatchingPeer(Peer):
     recipe: ClassVar[Recipe] = Recipe(lr=1e-3, batch_size=128, ema_decay=0.995)
 
     def fit(self, task: Task, budget: Budget, rate: float = 1.0) -> FittedDenoiser:
-        with seeded(task.seed, "peer"):
+        with seeded(task.seed):
             velocity, architecture = self._network(task.source.shape)
             module, training = train(
                 Matching(velocity), task, self.recipe, budget, rate, self.title, architecture
