@@ -8,8 +8,7 @@ gap between one pass and the probability flow, accumulated from the noise end.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 
 
-@dataclass(frozen=True)
-class Consistency:
+class Consistency(NamedTuple):
     """One number for each pair of neighbouring levels, entry i for the pair (i, i + 1); all float64 (T+1,).
 
     Attributes:
@@ -39,11 +37,10 @@ class Consistency:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists."""
-        return {name: value.tolist() for name, value in asdict(self).items()}
+        return {name: value.tolist() for name, value in self._asdict().items()}
 
 
-@dataclass(frozen=True)
-class LevelGaps:
+class LevelGaps(NamedTuple):
     """NLL by one pass minus NLL by the flow, along the paths of noisy data; above 0 one pass finds them less likely.
 
     Attributes:

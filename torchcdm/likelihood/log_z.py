@@ -175,10 +175,9 @@ def log_normalizer(
         drawn = drawn[_systematic(estimates.softmax(0)[None], offset.to(drawn.device))[0]]
         name = f"importance sampling from the probability flow, {islands * size} draws"
     else:
-        if chain is None:
-            chain = _measured_chain(model, x, y, scoring)
         # Particles depend on each other: were there differences in rounding between processes, resampling would turn
         # them into other particles.
+        chain = chain or _measured_chain(model, x, y, scoring)
         with alone():
             population = _Particles(model, chain, labels, islands, size, scoring)
             population.run(level, moves, resample=method == "smc", progress=progress)
@@ -190,16 +189,11 @@ def log_normalizer(
 
 
 def log_z_estimates(
-    model: DensityModel,
-    chain: ReverseChain,
-    scoring: Scoring = Scoring(),
-    particles: int = 1024,
-    moves: int = 1,
-    progress: bool = False,
+    model: DensityModel, chain: ReverseChain, scoring: Scoring, particles: int, moves: int = 1, progress: bool = False
 ) -> tuple[LogZ, LogZ]:
     """log Z by sequential Monte Carlo, and a second estimate, from a quarter as many draws of the flow.
 
-    ``particles``, ``moves`` and the rest as in :func:`log_normalizer`, for the first.
+    Arguments as in :func:`log_normalizer`, for the first.
     """
     first = log_normalizer(model, None, None, scoring, particles, "smc", moves, chain=chain, progress=progress)
     return first, log_normalizer(model, None, None, scoring, max(FEWEST_PARTICLES, particles // 4), "flow")

@@ -1,12 +1,10 @@
 r"""Values of log p that agree with the probability flow of the same network, fitted after a training.
 
-A network's gradient is trained at every point, its values through the differences of neighbouring levels alone, whose
-errors add up from T to 0. The flow of the gradient (identity 6), a normalised density but for the errors of its steps
-and of its start at T, says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout,
-linear in the network's features, is fitted to these targets by ridge regression at each of these levels and
-interpolated between them: on paths from data, and on paths from images to which the density gave too much, found by
-particles of :func:`torchcdm.likelihood.log_normalizer` and shown to it in turn. Gradients, and so samples, ELBO and
-flow, stay as they are.
+The flow of the network's gradient (identity 6), a normalised density but for the errors of its steps and of its start
+at T, says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout, linear in the
+network's features, is fitted to these targets by ridge regression at each of these levels and interpolated between
+them: on paths from data, and on paths from images to which the density gave too much, found by particles of
+:func:`torchcdm.likelihood.log_normalizer` and shown to it in turn. Gradients, and so samples, ELBO and flow, stay.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -222,12 +221,8 @@ class _Fit:
 
 def _between(levels: Sequence[int], count: int) -> Tensor:
     """Linear interpolation from rising levels to the levels 0 ... count - 1, and the ends beyond, (count, levels)."""
-    points = torch.tensor(levels, dtype=torch.float64)
-    wanted = torch.arange(count, dtype=torch.float64).clamp(points[0], points[-1])
-    above = torch.searchsorted(points, wanted).clamp(1, len(points) - 1)
-    share = ((wanted - points[above - 1]) / (points[above] - points[above - 1]))[:, None]
-    eye = torch.eye(len(points), dtype=torch.float64)
-    return (1 - share) * eye[above - 1] + share * eye[above]
+    shares = [np.interp(np.arange(count), levels, unit) for unit in np.eye(len(levels))]
+    return torch.from_numpy(np.stack(shares, 1))
 
 
 def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
