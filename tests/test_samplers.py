@@ -22,7 +22,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, make_sampler, sample, sample_noise
+from torchcdm.samplers import DDIM, DDPM, SAMPLERS, Heun, Step, make_sampler, sample, sample_noise
 from torchcdm.units import DataTransform
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
@@ -96,7 +96,7 @@ def run(denoiser, sampler, path, x, noises=None):
     rule, previous, visited = make_sampler(sampler), None, []
     with torch.no_grad():
         for k, (t, s) in enumerate(zip(path, path[1:], strict=False)):
-            x, previous = rule.step(denoiser, x, t, s, None, None if noises is None else noises[k], previous)
+            x, previous = rule.step(Step(denoiser, x, t, s, None, None if noises is None else noises[k], previous))
             visited.append(x)
     return visited
 
@@ -174,9 +174,9 @@ def test_ddim_interpolates_between_the_flow_and_the_ancestral_chain(eta):
         + (1 - abar_s - deviation**2).sqrt() * eps
         + deviation * noise
     )
-    assert torch.allclose(DDIM(eta).step(denoiser, x, t, s, None, noise)[0], truth, atol=1e-12)
+    assert torch.allclose(DDIM(eta).step(Step(denoiser, x, t, s, None, noise))[0], truth, atol=1e-12)
     if eta == 1:
-        assert torch.allclose(DDPM().step(denoiser, x, t, s, None, noise)[0], truth, atol=1e-12)
+        assert torch.allclose(DDPM().step(Step(denoiser, x, t, s, None, noise))[0], truth, atol=1e-12)
 
 
 def test_a_ddim_step_on_the_straight_path_is_an_euler_step_of_flow_matching():
@@ -188,7 +188,7 @@ def test_a_ddim_step_on_the_straight_path_is_an_euler_step_of_flow_matching():
         gain = (time - (1 - time) * variance) / ((1 - time) ** 2 * variance + time**2)
         velocity = gain * (x - (1 - time) * mean) - mean
         euler = x + (s - t) / 100 * velocity
-        assert torch.allclose(DDIM().step(denoiser, x, t, s)[0], euler, atol=1e-12)
+        assert torch.allclose(DDIM().step(Step(denoiser, x, t, s))[0], euler, atol=1e-12)
 
 
 # --- the ancestral chain -------------------------------------------------------------------------------------------
@@ -353,10 +353,10 @@ def test_a_step_depends_on_its_arguments_alone(name):
     rule, denoiser = make_sampler(name), GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
     x, noise = normal(4, 2), normal(4, 2, seed=1)
     before = dict(vars(rule))
-    _, history = rule.step(denoiser, x, 40, 30, None, noise)
-    first, _ = rule.step(denoiser, x, 30, 20, None, noise, history)
-    rule.step(denoiser, 2 * x, 12, 3, None, noise)
-    again, _ = rule.step(denoiser, x, 30, 20, None, noise, history)
+    _, history = rule.step(Step(denoiser, x, 40, 30, None, noise))
+    first, _ = rule.step(Step(denoiser, x, 30, 20, None, noise, history))
+    rule.step(Step(denoiser, 2 * x, 12, 3, None, noise))
+    again, _ = rule.step(Step(denoiser, x, 30, 20, None, noise, history))
     assert torch.equal(first, again) and vars(rule) == before
 
 
@@ -536,5 +536,5 @@ def test_eta_is_a_share(eta):
 def test_stochastic_step_without_noise_is_a_mistake():
     denoiser = GaussianDenoiser(CosineSchedule(10), [0.7], [0.25])
     with pytest.raises(UserError, match="noise"):
-        DDPM().step(denoiser, normal(2, 1), 10, 5)
-    assert Heun().step(denoiser, normal(2, 1), 10, 5)[0].isfinite().all()
+        DDPM().step(Step(denoiser, normal(2, 1), 10, 5))
+    assert Heun().step(Step(denoiser, normal(2, 1), 10, 5))[0].isfinite().all()

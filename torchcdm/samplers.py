@@ -28,18 +28,31 @@ from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import share
 
+Visited = tuple[int, Prediction]
+"""A level that the sampler has been to, and what the denoiser said there."""
+
 
 @dataclass(frozen=True)
-class Visited:
-    """A level that the sampler has been to, and what the denoiser said there.
+class Step:
+    """One step, from level t to level s.
 
     Attributes:
-        t: The level.
-        prediction: The denoiser's output at that level.
+        denoiser: Any denoiser.
+        x_t: Model units, (B, *shape).
+        t: The level of ``x_t``, 1 ... T.
+        s: The level to reach, 0 ... t - 1.
+        y: Classes, long (B,), or None.
+        noise: Standard normal, shape of ``x_t``; for stochastic samplers alone.
+        previous: What the step before returned, for multistep rules; None at the first step.
     """
 
+    denoiser: Denoiser
+    x_t: Tensor
     t: int
-    prediction: Prediction
+    s: int
+    y: Tensor | None = None
+    noise: Tensor | None = None
+    previous: Visited | None = None
 
 
 class Sampler(ABC):
@@ -51,36 +64,22 @@ class Sampler(ABC):
     """
 
     evaluations: ClassVar[int] = 1
+    stochastic: bool = False
 
-    @property
-    def stochastic(self) -> bool:
-        return False
+    def step(self, step: Step) -> tuple[Tensor, Visited]:
+        """x_s, (B, *shape), which is E[x_0 | x_t] at level 0, and what the next step may use.
+
+        Raises:
+            UserError: No noise for a sampler that adds some.
+        """
+        now = step.denoiser.denoise(step.x_t, step.t, step.y)
+        if step.s and self.stochastic and step.noise is None:
+            raise UserError("this sampler adds noise at every step; give the step its noise")
+        return self.rule(step, now) if step.s else now.x0, (step.t, now)
 
     @abstractmethod
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: int,
-        s: int,
-        y: Tensor | None = None,
-        noise: Tensor | None = None,
-        previous: Visited | None = None,
-    ) -> tuple[Tensor, Visited]:
-        """x_s from x_t.
-
-        Args:
-            denoiser: Any denoiser.
-            x_t: Model units, (B, *shape).
-            t: The level of ``x_t``, 1 ... T.
-            s: The level to go to, 0 ... t - 1.
-            y: Classes, long (B,), or None.
-            noise: Standard normal, shape of ``x_t``; read by stochastic samplers alone.
-            previous: What the step before returned, for multistep rules; None at the first step.
-
-        Returns:
-            x_s, and what the next step may use.
-        """
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        """x_s at a level s > 0, (B, *shape), from what the denoiser said at level t."""
 
 
 @final
@@ -90,26 +89,11 @@ class DDPM(Sampler):
     The kernel is that of the chain that visits only the levels asked for, alpha_{t|s} = alpha_t / alpha_s.
     """
 
-    @property
-    def stochastic(self) -> bool:
-        return True
+    stochastic = True
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: int,
-        s: int,
-        y: Tensor | None = None,
-        noise: Tensor | None = None,
-        previous: Visited | None = None,
-    ) -> tuple[Tensor, Visited]:
-        now = denoiser.denoise(x_t, t, y)
-        a, b, deviation = denoiser.schedule.reverse_kernel(t, s, x_t)
-        x_s = a * x_t + b * now.x0
-        if s > 0:
-            x_s = x_s + deviation * _given(noise, "ddpm")
-        return x_s, Visited(t, now)
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        a, b, deviation = step.denoiser.schedule.reverse_kernel(step.t, step.s, step.x_t)
+        return a * step.x_t + b * now.x0 + deviation * step.noise
 
 
 @final
@@ -124,29 +108,15 @@ class DDIM(Sampler):
 
     def __init__(self, eta: float = 0.0) -> None:
         check_real("ddim: eta", eta, 0, 1)
-        self.eta = eta
+        self.eta, self.stochastic = eta, eta > 0
 
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: int,
-        s: int,
-        y: Tensor | None = None,
-        noise: Tensor | None = None,
-        previous: Visited | None = None,
-    ) -> tuple[Tensor, Visited]:
-        now = denoiser.denoise(x_t, t, y)
-        alpha_s, sigma_s = denoiser.schedule.at(s, x_t)
-        if not self.stochastic or s == 0:
-            return now.carried_to(alpha_s, sigma_s), Visited(t, now)
-        c = self.eta * denoiser.schedule.reverse_kernel(t, s, x_t)[2]
-        x_s = now.carried_to(alpha_s, (sigma_s**2 - c**2).sqrt()) + c * _given(noise, "ddim with eta")
-        return x_s, Visited(t, now)
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        schedule = step.denoiser.schedule
+        alpha_s, sigma_s = schedule.at(step.s, step.x_t)
+        if not self.stochastic:
+            return now.carried_to(alpha_s, sigma_s)
+        c = self.eta * schedule.reverse_kernel(step.t, step.s, step.x_t)[2]
+        return now.carried_to(alpha_s, (sigma_s**2 - c**2).sqrt()) + c * step.noise
 
 
 @final
@@ -158,24 +128,14 @@ class DPMSolver2(Sampler):
     q the level before. The first step is DDIM. The solver of the CDM paper.
     """
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: int,
-        s: int,
-        y: Tensor | None = None,
-        noise: Tensor | None = None,
-        previous: Visited | None = None,
-    ) -> tuple[Tensor, Visited]:
-        now = denoiser.denoise(x_t, t, y)
-        r, (alpha_s, sigma_s) = denoiser.schedule.ratio, denoiser.schedule.at(s, x_t)
-        x_s = now.carried_to(alpha_s, sigma_s)
-        if previous is not None and s > 0:
-            curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
-            slope = (now.eps - previous.prediction.eps) / (r[previous.t] / r[t]).log()
-            x_s = x_s - alpha_s * curvature * slope
-        return x_s, Visited(t, now)
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
+        x_s, t, s = now.carried_to(alpha_s, sigma_s), step.t, step.s
+        if step.previous is None:
+            return x_s
+        q, before = step.previous
+        curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
+        return x_s - alpha_s * curvature * ((now.eps - before.eps) / (r[q] / r[t]).log())
 
 
 @final
@@ -186,24 +146,13 @@ class DPMSolverPP2M(Sampler):
     level and the one before. The first step is DDIM.
     """
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: int,
-        s: int,
-        y: Tensor | None = None,
-        noise: Tensor | None = None,
-        previous: Visited | None = None,
-    ) -> tuple[Tensor, Visited]:
-        now = denoiser.denoise(x_t, t, y)
-        r, (alpha_s, sigma_s) = denoiser.schedule.ratio, denoiser.schedule.at(s, x_t)
-        ahead = now.x0
-        if previous is not None and s > 0:
-            share = (r[t] / r[s]).log() / (r[previous.t] / r[t]).log() / 2
-            ahead = ahead + share * (now.x0 - previous.prediction.x0)
-        x_s = sigma_s / now.sigma_t * x_t + alpha_s * (1 - r[s] / r[t]) * ahead
-        return x_s, Visited(t, now)
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
+        ahead, t, s = now.x0, step.t, step.s
+        if step.previous is not None:
+            q, before = step.previous
+            ahead = ahead + (r[t] / r[s]).log() / (r[q] / r[t]).log() / 2 * (now.x0 - before.x0)
+        return sigma_s / now.sigma_t * step.x_t + alpha_s * (1 - r[s] / r[t]) * ahead
 
 
 @final
@@ -217,26 +166,14 @@ class Heun(Sampler):
 
     evaluations: ClassVar[int] = 2
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        x_t: Tensor,
-        t: int,
-        s: int,
-        y: Tensor | None = None,
-        noise: Tensor | None = None,
-        previous: Visited | None = None,
-    ) -> tuple[Tensor, Visited]:
-        now = denoiser.denoise(x_t, t, y)
-        alpha_s, sigma_s = denoiser.schedule.at(s, x_t)
-        x_s = now.carried_to(alpha_s, sigma_s)
-        if s > 0:
-            there = denoiser.denoise(x_s, s, y)
-            angle = denoiser.schedule.ratio.atan()
-            slope = (_angular_velocity(now) + _angular_velocity(there)) / 2
-            v_s = x_t / torch.hypot(now.alpha_t, now.sigma_t) - (angle[t] - angle[s]) * slope
-            x_s = torch.hypot(alpha_s, sigma_s) * v_s
-        return x_s, Visited(t, now)
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        schedule = step.denoiser.schedule
+        alpha_s, sigma_s = schedule.at(step.s, step.x_t)
+        there = step.denoiser.denoise(now.carried_to(alpha_s, sigma_s), step.s, step.y)
+        angle = schedule.ratio.atan()
+        slope = (_angular_velocity(now) + _angular_velocity(there)) / 2
+        v_s = step.x_t / torch.hypot(now.alpha_t, now.sigma_t) - (angle[step.t] - angle[step.s]) * slope
+        return torch.hypot(alpha_s, sigma_s) * v_s
 
 
 def _angular_velocity(at: Prediction) -> Tensor:
@@ -245,12 +182,8 @@ def _angular_velocity(at: Prediction) -> Tensor:
 
 
 SAMPLERS: dict[str, type[Sampler]] = {
-    "ddpm": DDPM,
-    "ddim": DDIM,
-    "dpm2": DPMSolver2,
-    "dpm++": DPMSolverPP2M,
-    "heun": Heun,
-}
+    "ddpm": DDPM, "ddim": DDIM, "dpm2": DPMSolver2, "dpm++": DPMSolverPP2M, "heun": Heun
+}  # fmt: skip
 
 Callback = Callable[[int, Tensor, Prediction], None]
 """Called after each step of each batch with the level reached, x at that level, and the step's first prediction."""
@@ -299,9 +232,11 @@ def sample(
         (n, *shape) on the CPU.
 
     Raises:
-        UserError: A request that makes no sense: zero samples, more steps than T, an unknown sampler, guidance or
-            labels on an unconditional model, a label out of range, no known shape.
+        UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no
+            known shape.
     """
+    from tqdm.auto import tqdm
+
     n = check_count("n", n)
     seed = check_count("seed", seed, 0, 2**63 - 1)
     batch_size = None if batch_size is None else check_count("batch_size", batch_size)
@@ -320,7 +255,8 @@ def sample(
         denoiser = denoiser.guided(guidance)
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
-    bar = _progress_bar(len(share(n)) * (len(path) - 1), progress)
+    total = len(share(n)) * (len(path) - 1)
+    bar = tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not progress)
 
     def draw(rows: slice) -> Tensor:
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if rule.stochastic else 1, dtype)
@@ -330,9 +266,9 @@ def sample(
         previous = None
         for t, s in pairwise(path):
             noise = next(draws).to(device) if rule.stochastic else None
-            x, previous = rule.step(denoiser, x, t, s, label, noise, previous)
+            x, previous = rule.step(Step(denoiser, x, t, s, label, noise, previous))
             if callback is not None:
-                callback(s, x, previous.prediction)
+                callback(s, x, previous[1])
             bar.update(len(x))
         if units == "data" and denoiser.transform is not None:
             x = denoiser.transform.inverse(x)
@@ -343,25 +279,20 @@ def sample(
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of a name in :data:`SAMPLERS`; a sampler itself passes through."""
+    """The sampler of a name in :data:`SAMPLERS`; a sampler itself passes through.
+
+    Raises:
+        UserError: Another name.
+    """
     if isinstance(sampler, Sampler):
         return sampler
-    check_sampler(sampler)
+    if sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}'; {nearest(sampler, SAMPLERS)}")
     return SAMPLERS[sampler]()
 
 
-def check_sampler(name: str) -> None:
-    """Refuses a name that is none of :data:`SAMPLERS`."""
-    if name not in SAMPLERS:
-        raise UserError(f"unknown sampler '{name}'; {nearest(name, SAMPLERS)}")
-
-
 def sample_noise(
-    seed: int,
-    samples: Sequence[int],
-    shape: Sequence[int],
-    draws: int,
-    dtype: torch.dtype = torch.float32,
+    seed: int, samples: Sequence[int], shape: Sequence[int], draws: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
     """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample.
 
@@ -386,29 +317,13 @@ def _path(denoiser: Denoiser, steps: int, levels: Sequence[int] | None) -> list[
     return path
 
 
-def _event_shape(
-    denoiser: Denoiser, shape: Sequence[int] | None, start: Tensor | None, n: int
-) -> tuple[int, ...]:
-    given = shape
-    if start is not None:
-        if len(start) != n:
-            raise UserError(f"start holds {len(start)} samples and n is {n}; they must agree")
-        given = start.shape[1:]
+def _event_shape(denoiser: Denoiser, shape: Sequence[int] | None, start: Tensor | None, n: int) -> tuple[int, ...]:
+    if start is not None and len(start) != n:
+        raise UserError(f"start holds {len(start)} samples and n is {n}; they must agree")
+    given = shape if start is None else start.shape[1:]
     given = denoiser.shape if given is None else tuple(check_count("a side of shape", side) for side in given)
     if not given:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
     if denoiser.shape not in (None, given):
         raise UserError(f"the shape is {given}; this model's samples are {denoiser.shape}")
     return given
-
-
-def _progress_bar(total: int, show: bool):  # noqa: ANN202 (tqdm is imported here alone)
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not show)
-
-
-def _given(noise: Tensor | None, name: str) -> Tensor:
-    if noise is None:
-        raise UserError(f"{name} adds noise at every step; give the step its noise")
-    return noise

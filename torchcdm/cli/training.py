@@ -58,12 +58,12 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.likelihood import check_methods
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.runtime.processes import is_first
-    from torchcdm.samplers import check_sampler
+    from torchcdm.samplers import make_sampler
     from torchcdm.training.interrupt import Interrupted
     from torchcdm.training.loop import train
 
     config = _configuration(options)
-    check_sampler(config.sampling.sampler)
+    make_sampler(config.sampling.sampler)
     if config.report.methods:
         check_methods(config.report.methods)
     tell = is_first() and not options.quiet
