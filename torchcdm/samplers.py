@@ -249,6 +249,7 @@ def sample(
         raise UserError(f"levels start at {path[0]}; below T = {denoiser.schedule.T} x is no pure noise: give start")
     shape = _event_shape(denoiser, shape, start, n)
     labels = as_labels(y, denoiser, n, one_for_all=True)
+    check_real("guidance", guidance, -math.inf, math.inf)
     if guidance:
         if labels is None:
             raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")

@@ -145,6 +145,7 @@ def test_numbers_that_float32_cannot_square_are_refused():
         ({"guidance": math.nan}, "guidance is nan"),
         ({"guidance": math.inf}, "guidance is inf"),
         ({"guidance": 1e30}, "guidance is 1e"),
+        ({"guidance": torch.zeros(3)}, "guidance is tensor"),
         ({"seed": 2**63}, "seed is"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"steps": 2.5}, "steps is 2.5"),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import NoReturn, final
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from torchcdm.diffusion.gaussian import BaseDensity
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.density import DensityModel, Evaluation, evaluate_corrections
+from torchcdm.models.density import DensityModel
 from torchcdm.units.float64 import Float64Module
 
 PREFIX = "readout."
@@ -84,18 +82,9 @@ class Calibrated(DensityModel):
     """
 
     def __init__(self, model: ClassificationDiffusion, readout: Readout) -> None:
-        super().__init__(model.schedule, model.transform)
+        super().__init__(model.schedule, model.transform, base=model.base)
         require_features(model)
-        self.model = model
-        self.readout = readout
-
-    @property
-    def base(self) -> BaseDensity:  # type: ignore[override]
-        return self.model.base
-
-    @property
-    def classes(self) -> None:
-        return None
+        self.model, self.readout = model, readout
 
     @property
     def uncalibrated(self) -> ClassificationDiffusion:
@@ -111,17 +100,13 @@ class Calibrated(DensityModel):
         return self.model.differentiable_eps(x_t, t, y)
 
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        self.checked(x_t, y=y)
-        values = self.base.log_prob_levels(x_t) + self._corrections(x_t)[0].double()
-        return _WithoutGradient.apply(values.detach(), x_t)
+        values = super().log_prob_levels(x_t, y)
+        if values.requires_grad:
+            values.register_hook(_refuse_gradient)
+        return values
 
-    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
-        """As of any density: the calibrated values, and the denoiser of ``model``."""
-        self.checked(x_t, t, y)
-        return evaluate_corrections(self, self._corrections, x_t, t)
-
-    def _corrections(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """log p_t(x) - base_t(x), twice: the values of the readout, with the gradient of the network."""
+    def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Those of any density: the values of the readout, with the gradient of the network."""
         features = self.model.backbone.features(x_t)
         h = self.model.correction(self.model.backbone.head(features))
         values = h + (self.readout(features.detach()).to(h.dtype) - h).detach()
@@ -136,20 +121,8 @@ def require_features(model: ClassificationDiffusion) -> None:
         raise UserError("calibration on paths: the network must have `features` and a linear `head` on them")
 
 
-class _WithoutGradient(Function):
-    """``values`` as a function of ``x`` whose derivative is refused."""
-
-    @staticmethod
-    def forward(values: Tensor, x: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing to keep."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        raise UserError(
-            "the calibrated values of log p are not the potential of the denoiser and have no gradient: "
-            "differentiate `.model`, the model without calibration"
-        )
+def _refuse_gradient(gradient: Tensor) -> NoReturn:
+    raise UserError(
+        "the calibrated values of log p are not the potential of the denoiser and have no gradient: "
+        "differentiate `.model`, the model without calibration"
+    )

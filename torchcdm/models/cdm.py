@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import final
 
 import torch
@@ -12,16 +11,7 @@ from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.density import (
-    DensityModel,
-    Evaluation,
-    evaluate_corrections,
-    evaluation,
-    refuse_inference_mode,
-    target,
-)
-from torchcdm.models.guidance import OnePassGuidance
+from torchcdm.models.density import DensityModel, Evaluation, refuse_inference_mode, target
 from torchcdm.networks.second_order import second_derivatives
 from torchcdm.units import DataTransform
 
@@ -64,31 +54,17 @@ class ClassificationDiffusion(DensityModel):
         gaussian: BaseDensity | None = None,
         class_prior: Tensor | None = None,
     ) -> None:
-        super().__init__(schedule, transform)
-        self.backbone = backbone
-        self.base = StandardNormal(schedule) if gaussian is None else gaussian
+        super().__init__(schedule, transform, backbone, StandardNormal(schedule) if gaussian is None else gaussian)
         self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
         if self.joint:
             prior = torch.ones(self.classes or 1) if class_prior is None else class_prior
             self.register_buffer("log_class_prior", (prior / prior.sum()).log())
 
     @property
-    def classes(self) -> int | None:
-        return getattr(self.backbone, "classes", None)
-
-    @property
-    def context(self) -> int | None:
-        return getattr(self.backbone, "context", None)
-
-    @property
     def joint(self) -> bool:
-        """Whether one pass gives the densities of all classes (identity 10)."""
         return getattr(self.backbone, "joint", False)
 
     # --- densities -------------------------------------------------------------------------------------------
-
-    def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.conditional_and_marginal(x_t, self.checked(x_t, y=y))[0]
 
     def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`log_prob_levels` of ``y``, and of no label where the same pass gives it (joint backbones).
@@ -96,12 +72,17 @@ class ClassificationDiffusion(DensityModel):
         For losses: ``y`` may hold the null label ``classes``, and is not checked.
         """
         base = self.base.log_prob_levels(x_t)
-        chosen, unconditional = self._corrections(x_t, y)
+        chosen, unconditional = self.corrections(x_t, y)
         return base + chosen.double(), base + unconditional.double()
 
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
+        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
+
+        Raises:
+            UserError: The model does not give all classes in one pass.
+        """
         if not self.joint:
-            return super().class_log_prob_levels(x_t)
+            raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
         self.checked(x_t)
         return self.base.log_prob_levels(x_t)[:, None] + self._class_corrections(x_t).double()
 
@@ -128,13 +109,9 @@ class ClassificationDiffusion(DensityModel):
         """
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
-    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
-        """As of any density; ``guidance`` is the weight w of identity 8, for joint backbones."""
-        return evaluate_corrections(self, partial(self._corrections, y=self.checked(x_t, t, y)), x_t, t, guidance)
-
     def evaluate_with_densities(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
         """:meth:`evaluate` for losses, unchecked: the densities with a graph in the weights, the denoiser without."""
-        return evaluate_corrections(self, partial(self._corrections, y=y), x_t, t, keep_densities=True)
+        return self._evaluate(x_t, t, y, keep_densities=True)
 
     def evaluate_twice_differentiable(
         self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
@@ -143,13 +120,13 @@ class ClassificationDiffusion(DensityModel):
         refuse_inference_mode()
 
         def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            parts = self._corrections(x, y)
+            parts = self.corrections(x, y)
             return target(parts, t, guidance), parts
 
         with torch.enable_grad(), second_derivatives():
             # torch.func rather than autograd.grad: torch.compile can differentiate through it.
             gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
-        return evaluation(self, x_t, t, gradient, parts)
+        return self._evaluation(x_t, t, gradient, parts)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
@@ -177,9 +154,11 @@ class ClassificationDiffusion(DensityModel):
         share = (weights / alpha).sum(1).reshape(-1, *[1] * (x.ndim - 1))
         return (share * x.double() + pull).to(x.dtype)
 
-    def guided(self, weight: float) -> Denoiser:
-        """Classifier-free guidance (identity 8): one pass a step with joint logits, two without."""
-        return OnePassGuidance(self, weight) if self.joint else super().guided(weight)
+    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float, graph: bool) -> Tensor:
+        """As of any denoiser; with joint logits the gradient of one scalar, (1 + w) log p_t(x|y) - w log p_t(x)."""
+        if not self.joint:
+            return super().guided_eps(x_t, t, y, weight, graph)
+        return (self.evaluate_twice_differentiable if graph else self.evaluate)(x_t, t, y, weight).eps
 
     # --- the network's part ----------------------------------------------------------------------------------
 
@@ -200,8 +179,7 @@ class ClassificationDiffusion(DensityModel):
         by_class, effects = self._network(x_t, None), self.base.class_effects(x_t)
         return by_class if effects is None else by_class + effects
 
-    def _corrections(self, x_t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log p_t(x|y) - base_t(x), and that of no label where the same pass gives it; each (B, T+2)."""
+    def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.joint:
             correction = self._network(x_t, y)
             return correction, correction

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.models.denoiser import Denoiser
@@ -33,17 +32,7 @@ class DenoisingDiffusion(Denoiser):
         transform: DataTransform | None = None,
         base: BaseDensity | None = None,
     ) -> None:
-        super().__init__(schedule, transform)
-        self.backbone = backbone
-        self.base = base
-
-    @property
-    def classes(self) -> int | None:
-        return getattr(self.backbone, "classes", None)
-
-    @property
-    def gaussian(self) -> GaussianMarginals | None:
-        return None if self.base is None else self.base.gaussian
+        super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         return Prediction(x_t, *self.schedule.at(t, x_t), self.eps(x_t, t, self.checked(x_t, t, y)))
@@ -53,6 +42,3 @@ class DenoisingDiffusion(Denoiser):
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         eps = self.backbone(x_t, levels, y).to(x_t.dtype)
         return eps if self.base is None else eps + self.base.eps(x_t, t)
-
-    def start(self, noise: Tensor) -> Tensor:
-        return noise if self.base is None else self.base.start(noise)

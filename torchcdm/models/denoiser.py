@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
@@ -27,12 +28,19 @@ class Denoiser(nn.Module, ABC):
     Args:
         schedule: The noise schedule.
         transform: Data units to model units; None where the caller works in model units.
+        backbone: The network, where there is one.
+        base: A density in closed form that the network corrects; None for none.
     """
 
-    def __init__(self, schedule: NoiseSchedule, transform: DataTransform | None = None) -> None:
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        transform: DataTransform | None = None,
+        backbone: nn.Module | None = None,
+        base: BaseDensity | None = None,
+    ) -> None:
         super().__init__()
-        self.schedule = schedule
-        self.transform = transform
+        self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -40,14 +48,14 @@ class Denoiser(nn.Module, ABC):
         return None if self.transform is None else self.transform.shape
 
     @property
-    @abstractmethod
     def classes(self) -> int | None:
-        """Number of classes; None for an unconditional model."""
+        """Number of classes, as the backbone has it; None for an unconditional model."""
+        return getattr(self.backbone, "classes", None)
 
     @property
     def context(self) -> int | None:
         """Length of the vector that takes the place of a class, ``y`` (B, context); None where there is none."""
-        return None
+        return getattr(self.backbone, "context", None)
 
     @property
     def conditional(self) -> bool:
@@ -67,7 +75,7 @@ class Denoiser(nn.Module, ABC):
     @property
     def gaussian(self) -> GaussianMarginals | None:
         """The Gaussian fitted to the data, at every level; None where there is none."""
-        return None
+        return None if self.base is None else self.base.gaussian
 
     def checked(self, x_t: Tensor, t: Level | None = None, y: Tensor | None = None) -> Tensor | None:
         """The labels of ``x_t``, once levels and labels are checked, on a GPU too: for public calls.
@@ -107,13 +115,20 @@ class Denoiser(nn.Module, ABC):
 
         Where level T keeps some signal the data's own mean and covariance there are better than N(0, I).
         """
-        return noise
+        return noise if self.base is None else self.base.start(noise)
 
     def guided(self, weight: float) -> Denoiser:
-        """This denoiser under classifier-free guidance (identity 8); two evaluations a step."""
+        """This denoiser under classifier-free guidance (identity 8)."""
         from torchcdm.models.guidance import GuidedDenoiser
 
         return GuidedDenoiser(self, weight)
+
+    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float, graph: bool) -> Tensor:
+        """(1 + w) E[eps | x_t, y] - w E[eps | x_t], (B, *shape), by two evaluations; ``graph`` keeps theirs."""
+        conditional, plain = (
+            self.differentiable_eps(x_t, t, label) if graph else self.denoise(x_t, t, label).eps for label in (y, None)
+        )
+        return (1 + weight) * conditional - weight * plain
 
 
 @contextmanager

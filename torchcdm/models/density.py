@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, readable
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
@@ -33,15 +31,11 @@ class Evaluation:
     unconditional: Tensor
 
 
-Corrections = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""What is added to the base density at every level, of x_t: with its label, and without; each (B, T+2)."""
-
-
 class DensityModel(Denoiser):
-    """A denoiser with a log density at every level.
+    """A denoiser with a log density at every level: a base density in closed form, and corrections to it.
 
     Attributes:
-        base: The density in closed form that the network corrects.
+        base: The density in closed form.
     """
 
     base: BaseDensity
@@ -51,15 +45,20 @@ class DensityModel(Denoiser):
         return self
 
     @property
-    def gaussian(self) -> GaussianMarginals | None:
-        return self.base.gaussian
-
-    @property
     def joint(self) -> bool:
         """Whether one pass gives the densities of all classes (identity 10)."""
         return False
 
     @abstractmethod
+    def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """log p_t(x_t | y) less the base density at every level, and that of no label where the same pass gives it.
+
+        Unchecked; ``y`` may hold the null label ``classes``.
+
+        Returns:
+            Each (B, T+2), the first one twice where the pass gives no other.
+        """
+
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
         """log p_t(x_t) at every level from one forward pass (identity 1).
 
@@ -70,28 +69,24 @@ class DensityModel(Denoiser):
         Returns:
             Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
         """
+        y = self.checked(x_t, y=y)
+        return self.base.log_prob_levels(x_t) + self.corrections(x_t, y)[0].double()
 
-    def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
-        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
-
-        Raises:
-            UserError: The model does not give all classes in one pass.
-        """
-        raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
-
-    @abstractmethod
-    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
+    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.
 
         Args:
             x_t: Model units, (B, *shape).
             t: Level, an int or long (B,).
             y: Classes, long (B,), or None.
-        """
+            guidance: Weight w of identity 8 for joint models: of the denoiser of (1 + w) log p_t(x|y) - w log p_t(x).
 
-    def log_prob(
-        self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data"
-    ) -> Tensor:
+        Raises:
+            UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
+        """
+        return self._evaluate(x_t, t, self.checked(x_t, t, y), guidance)
+
+    def log_prob(self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.
 
         Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
@@ -113,43 +108,31 @@ class DensityModel(Denoiser):
             raise UserError(f"units is '{units}'; choose data or model")
         check_count("the level t", t, 0, self.schedule.T + 1)
         x = as_numbers(x, self.schedule.alpha.device)
-        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"inputs have shape {tuple(x.shape[1:])}; the model takes {self.shape}")
+        self.checked(x)
         z = x if units == "model" or self.transform is None else self.transform(x)
         if readable(z) and not (z.abs() <= LARGEST).all():
             raise UserError(f"inputs go beyond {LARGEST:g} in model units: they are too far from the data")
         log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
         return log_p if z is x else log_p + self.transform.log_det(x)
 
-    def start(self, noise: Tensor) -> Tensor:
-        return self.base.start(noise)
+    def _evaluate(
+        self, x_t: Tensor, t: Level, y: Tensor | None, guidance: float = 0.0, keep_densities: bool = False
+    ) -> Evaluation:
+        """:meth:`evaluate`, unchecked; ``keep_densities``: with their graph in the weights."""
+        refuse_inference_mode()
+        x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            parts = self.corrections(x, y)
+            (gradient,) = torch.autograd.grad(target(parts, t, guidance), x, retain_graph=keep_densities)
+        return self._evaluation(x_t, t, gradient, parts if keep_densities else tuple(part.detach() for part in parts))
 
-
-def evaluate_corrections(
-    model: DensityModel,
-    corrections: Corrections,
-    x_t: Tensor,
-    t: Level,
-    guidance: float = 0.0,
-    keep_densities: bool = False,
-) -> Evaluation:
-    """:meth:`DensityModel.evaluate` of corrections to a base density.
-
-    Args:
-        model: Gives the base density and the schedule.
-        corrections: Differentiated once.
-        x_t: Model units, (B, *shape).
-        t: Level, an int or long (B,).
-        guidance: Weight w of identity 8: the gradient is taken of (1 + w) log p_t(x|y) - w log p_t(x).
-        keep_densities: The densities keep their graph in the weights.
-    """
-    refuse_inference_mode()
-    x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
-    with torch.enable_grad():
-        x = x_t.detach().requires_grad_()
-        parts = corrections(x)
-        (gradient,) = torch.autograd.grad(target(parts, t, guidance), x, retain_graph=keep_densities)
-    return evaluation(model, x_t, t, gradient, parts if keep_densities else tuple(part.detach() for part in parts))
+    def _evaluation(self, x_t: Tensor, t: Level, gradient: Tensor, parts: tuple[Tensor, Tensor]) -> Evaluation:
+        """From corrections to the base density and the gradient of :func:`target` (identity 3)."""
+        _, sigma_t = self.schedule.at(t, x_t)
+        base = self.base.log_prob_levels(x_t)
+        chosen, unconditional = (base + part.double() for part in parts)
+        return Evaluation(self.base.eps(x_t, t) - sigma_t * gradient, chosen, unconditional)
 
 
 def target(parts: tuple[Tensor, Tensor], t: Level, guidance: float) -> Tensor:
@@ -162,16 +145,6 @@ def target(parts: tuple[Tensor, Tensor], t: Level, guidance: float) -> Tensor:
     return value.sum()
 
 
-def evaluation(
-    model: DensityModel, x_t: Tensor, t: Level, gradient: Tensor, parts: tuple[Tensor, Tensor]
-) -> Evaluation:
-    """From corrections to the base density and the gradient of :func:`target` (identity 3)."""
-    _, sigma_t = model.schedule.at(t, x_t)
-    base = model.base.log_prob_levels(x_t)
-    chosen, unconditional = (base + part.double() for part in parts)
-    return Evaluation(model.base.eps(x_t, t) - sigma_t * gradient, chosen, unconditional)
-
-
 def refuse_inference_mode() -> None:
     """Refuses ``torch.inference_mode()``, which forbids the gradient that a density denoises by."""
     # The compiler cannot trace the question; the gradient fails under inference mode all the same.
@@ -180,11 +153,7 @@ def refuse_inference_mode() -> None:
 
 
 def require_density(model: Denoiser, what: str) -> DensityModel:
-    """``model`` as a density.
-
-    Args:
-        model: Any model.
-        what: What needs the density, for the message: "a ratio".
+    """``model`` as a density; ``what`` needs it, for the message: "a ratio".
 
     Raises:
         UserError: The model has no density.

@@ -28,7 +28,7 @@ def as_numbers(x: Any, device: torch.device) -> Tensor:
     """
     values = _as_tensor(x, "inputs", device)
     if values.is_complex() or values.dtype == torch.bool:
-        raise UserError(f"inputs are {_name(values)}; give real numbers")
+        raise UserError(f"inputs are {values.dtype}; give real numbers")
     if values.ndim < 2 or not values.numel():
         raise UserError(f"inputs have shape {tuple(values.shape)}; give at least one sample, (B, *shape)")
     if not values.is_floating_point():
@@ -71,7 +71,7 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
             raise UserError(f"y is not finite, not real or beyond {LARGEST:g}; contexts are real numbers")
         return labels
     if not whole:
-        raise UserError(f"y holds {_name(labels)}; classes are integers")
+        raise UserError(f"y holds {labels.dtype}; classes are integers")
     wrong = labels[(labels < 0) | (labels >= model.classes + training)] if look else ()
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
@@ -110,7 +110,3 @@ def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     if found.layout != torch.strided:
         raise UserError(f"{name}: a sparse tensor; make it dense first")
     return found
-
-
-def _name(values: Tensor) -> str:
-    return str(values.dtype).removeprefix("torch.")
