@@ -217,5 +217,7 @@ def test_the_integral_of_a_model_without_fitted_base():
 def test_an_estimate_that_few_draws_carry_is_not_used():
     _, x = three_clouds()
     model = model_of(MixtureMarginals.fit(x, SCHEDULE, 3))
+    for parameter in model.backbone.head.parameters():
+        torch.nn.init.normal_(parameter, std=30.0)
     few = importance_normalizer(model, draws=100)
     assert not few.usable and np.isfinite(few.value)
