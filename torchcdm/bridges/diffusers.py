@@ -6,15 +6,12 @@ i in diffusers is our level t = i + 1. Nothing here imports diffusers.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import LinearSchedule
@@ -22,10 +19,12 @@ from torchcdm.errors import UserError
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.networks.blocks import time_embedding
 from torchcdm.networks.unet import DDMUNet
+from torchcdm.runtime.artefact import read_json, read_tensors
 from torchcdm.runtime.validation import Rate, Width, WidthPair, Widths, read_as, shown, validated
 from torchcdm.units import DataTransform
 
 WEIGHTS, NETWORK, SCHEDULER = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"
+MEND = "give a folder that diffusers saved"
 
 DOWN = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
 """Blocks on the way down, and theirs on the way up."""
@@ -104,12 +103,8 @@ def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
     folder = Path(folder)
     pipeline = (folder / "unet").is_dir()
     network, timing = (folder / "unet", folder / "scheduler" / SCHEDULER) if pipeline else (folder, folder / SCHEDULER)
-    config = _read_json(network / NETWORK)
-    try:
-        state = load_file(network / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{network / WEIGHTS}: cannot be read ({' '.join(str(error).split())})") from None
-    scheduler = _read_json(timing) if timing.exists() else {}
+    config, state = read_json(network / NETWORK, MEND), read_tensors(network / WEIGHTS, MEND)
+    scheduler = read_json(timing, MEND) if timing.exists() else {}
     try:
         _check(scheduler, FIXED_SCHEDULER)
         schedule = LinearSchedule(1000, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
@@ -124,11 +119,7 @@ def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
 
 
 def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DDMUNet:
-    """The network of a ``UNet2DModel`` with its weights.
-
-    Args:
-        config: Its configuration.
-        state: Its weights.
+    """The network of a ``UNet2DModel`` from its configuration and its weights.
 
     Raises:
         UserError: An option that :class:`DDMUNet` does not have, or weights that are not those of the configuration.
@@ -212,15 +203,3 @@ def _check(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]]) -> N
     for key, (needed, default) in fixed.items():
         if config.get(key, default) != needed:
             raise UserError(f"{key} is {shown(config.get(key, default))}; only {needed!r} has a counterpart here")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: no configuration of diffusers")
-    return content

@@ -18,28 +18,11 @@ _LEAVES = {"temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k"
            "proj_out": "out"}  # fmt: skip
 
 
-def convert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published names, with or without ``module.`` in front, as those of :class:`CDMUNet`.
-
-    Args:
-        state: Weights by their published names; conditional ones included.
-
-    Raises:
-        UserError: A name that the published network does not have.
-    """
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    stages = 1 + max((int(m[1]) for m in (re.match(r"up\.(\d{1,3})\.", key) for key in state) if m), default=0)
-    return {_rename(key, stages): value for key, value in state.items()}
-
-
 def load_official(path: str | Path, backbone: CDMUNet) -> None:
     """Copies the averaged (EMA) weights of a published checkpoint into ``backbone``.
 
-    The file stores no configuration: ``backbone`` must have been built with that of the training.
-
-    Args:
-        path: The ``.pt`` file.
-        backbone: Network to fill.
+    The file, a ``.pt``, stores no configuration: ``backbone`` must have been built with that of the training. Names
+    may begin with ``module.``; conditional weights are included.
 
     Raises:
         UserError: Not such a file, or one of another architecture; names the options that differ.
@@ -58,15 +41,18 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in averaged.items()
     ):
         raise UserError(f"{path}: no weights '{EMA_KEY}' in it; give a checkpoint saved by the published CDM code")
+    averaged = {key.removeprefix("module."): value for key, value in averaged.items()}
+    ups = (re.match(r"up\.(\d{1,3})\.", key) for key in averaged)
+    stages = 1 + max((int(m[1]) for m in ups if m), default=0)
     try:
-        state = convert_state_dict(averaged)
-        check_fit(state, backbone)
+        state = {_rename(key, stages): value for key, value in averaged.items()}
+        _check_fit(state, backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     backbone.load_state_dict(state)
 
 
-def check_fit(state: Mapping[str, Tensor], backbone: CDMUNet) -> None:
+def _check_fit(state: Mapping[str, Tensor], backbone: CDMUNet) -> None:
     """Refuses converted weights that are not those of ``backbone``, naming the options that differ."""
     target = backbone.state_dict()
     size = max(backbone.unet.size)

@@ -111,14 +111,7 @@ class Batches:
         self.order = EpochOrder(len(self.split), batch_size, seed)
 
     def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
-        """The batches of the steps ``first`` ... ``last`` - 1.
-
-        Args:
-            first: Step, counted from 0.
-            last: Step.
-            loss: Draws the levels.
-            device: Device of the batches.
-        """
+        """The batches of the steps ``first`` ... ``last`` - 1, on ``device``; ``loss`` draws the levels."""
         for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):
             yield self._batch(step, x, y, loss, device)
 

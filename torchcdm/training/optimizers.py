@@ -44,22 +44,15 @@ def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float
 def build_optimizer(
     name: str, model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of a training.
+    """The optimiser called ``muon``, :class:`MuonAdamW`, or ``adamw``, which is Adam with a weight decay of 0.
 
-    Args:
-        name: ``adamw`` or ``muon``: :class:`MuonAdamW`.
-        model: Whose parameters are trained.
-        lr: Learning rate.
-        betas: The two decay rates of Adam.
-        weight_decay: Decay of the weights beside the gradient; AdamW with 0 is Adam.
+    Further arguments as in :class:`MuonAdamW`.
     """
-    betas = tuple(betas)
-    match name:
-        case "adamw":
-            return torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay)
-        case "muon":
-            return MuonAdamW(model, lr, betas, weight_decay=weight_decay)
-    raise ValueError(f"unknown optimiser '{name}'")
+    if name == "muon":
+        return MuonAdamW(model, lr, tuple(betas), weight_decay)
+    if name != "adamw":
+        raise ValueError(f"unknown optimiser '{name}'")
+    return torch.optim.AdamW(model.parameters(), lr, tuple(betas), weight_decay=weight_decay)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -51,19 +51,7 @@ def draw(
     progress: bool = False,
     batch_size: int | None = None,
 ) -> Drawn:
-    """Samples and their one-pass log-densities.
-
-    Args:
-        model: What to sample from.
-        n: Number of samples.
-        sampler: Name or object, see :func:`torchcdm.samplers.sample`.
-        steps: Number of steps, 1 ... T.
-        y: Classes, long (n,), or None.
-        guidance: Weight of classifier-free guidance.
-        seed: Seed.
-        progress: Shows a progress bar.
-        batch_size: Samples at a time; as many as memory holds when None.
-    """
+    """Samples and their one-pass log-densities; arguments as in :func:`torchcdm.samplers.sample`."""
     x = sample(model, n, sampler, steps, y, guidance, seed, batch_size, progress=progress)
     log_p, density = None, model.density
     if density is not None:
@@ -82,20 +70,15 @@ def balanced_labels(n: int, classes: int) -> Tensor:
 
 
 def save_sheet(drawn: Drawn, model: Denoiser, stem: Path, columns: Sequence[str] | None = None) -> Path:
-    """All samples in one file: a PNG grid, or a CSV table of vectors.
-
-    Args:
-        drawn: The samples.
-        model: Where they are from.
-        stem: Path without suffix.
-        columns: Names of the columns of vectors.
+    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table with names of ``columns``.
 
     Returns:
         The path.
     """
     if drawn.is_images:
         return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
-    return save_table(_rounded(drawn.x, model), stem.with_suffix(".csv"), columns)
+    x = drawn.x if model.transform is None else model.transform.quantize(drawn.x)
+    return save_table(x, stem.with_suffix(".csv"), columns)
 
 
 def save_manifest(
@@ -103,11 +86,7 @@ def save_manifest(
 ) -> Path:
     """``manifest.csv``: index, seed, label and log p (nats, data units) of each sample, and its file if it has one.
 
-    Args:
-        drawn: The samples.
-        path: The CSV file.
-        files: One for each sample; none when None.
-        class_names: Names of the classes; their numbers when None.
+    Labels are ``class_names`` where they are given, and numbers elsewhere.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -120,7 +99,3 @@ def save_manifest(
         rows.writerow([i, drawn.seed, label, log_p, *([files[i].name] if files else [])])
     write_file(path, text.getvalue())
     return path
-
-
-def _rounded(x: Tensor, model: Denoiser) -> Tensor:
-    return x if model.transform is None else model.transform.quantize(x)
