@@ -60,7 +60,7 @@ def test_bad_numbers_are_refused(ratio, bad):
     detector = AnomalyDetector.fit(score("log_prob"), TENSOR)
     for call in (
         lambda: DensityRatio(random_state=bad),
-        lambda: DensityRatio(validation_fraction=bad).fit(GOOD, GOOD + 1),
+        lambda: DensityRatio(data={"validation_fraction": bad}).fit(GOOD, GOOD + 1),
         lambda: ratio.importance_weights(GOOD, clip=bad),
         lambda: ratio.calibration(GOOD, GOOD, bins=bad),
         lambda: detector.threshold(bad),

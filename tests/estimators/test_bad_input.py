@@ -100,3 +100,24 @@ def test_a_row_whose_square_overflows_has_no_density_and_not_nan(fitted):
 def test_tensors_are_read(fitted):
     expected = fitted["density"].score_samples(GOOD)
     assert np.array_equal(fitted["density"].score_samples(torch.from_numpy(GOOD).requires_grad_()), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: 10**9} for name in ("width", "depth", "components", "batch_size")),
+        {"overrides": {"model": {"backbone": {"energy_maps": 10**9}}}},
+    ],
+)
+def test_absurd_sizes_are_refused_before_they_take_memory(options):
+    with pytest.raises(ValueError, match="1000000000"):
+        CDMDensity(**TINY | options).fit(GOOD)
+
+
+@pytest.mark.parametrize("scale", [1e300, 1e160, 1e-160])
+@pytest.mark.parametrize("fit", [CDMDensity(**TINY).fit, CDMOutlierDetector(**TINY).fit,
+                                 lambda x: CDMConditional(**TINY).fit(x, GOOD),
+                                 lambda x: CDMConditional(**TINY).fit(GOOD, x)])  # fmt: skip
+def test_columns_whose_squares_leave_float64_are_refused(fit, scale):
+    with pytest.raises(ValueError, match="column '0' has values too large or too small for float64"):
+        fit(scale * (GOOD - GOOD.mean(0)))

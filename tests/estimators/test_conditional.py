@@ -118,7 +118,7 @@ def test_what_is_constant_in_x_is_left_out():
     alone = CDMConditional(**TINY).fit(theta, x)
     assert model.notes_ == ["x: columns left out because they are constant: site"]
     assert np.array_equal(model.log_prob(theta, x.assign(site=4.0)), alone.log_prob(theta, x))
-    with pytest.raises(UserError, match="x: every column is constant; theta cannot depend on it, use CDMDensity"):
+    with pytest.raises(UserError, match="x: every column is constant; there is nothing to learn"):
         CDMConditional(**TINY).fit(theta, np.ones((80, 2)))
 
 

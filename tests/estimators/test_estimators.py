@@ -23,6 +23,7 @@ from torchcdm.estimators import CDMDensity, CDMOutlierDetector
 from torchcdm.estimators import base as estimators_base
 from torchcdm.estimators.columns import Columns
 from torchcdm.runtime.artefact import write_artefact
+from torchcdm.runtime.validation import encode, read_as
 
 TINY = {
     "steps": 3, "width": 8, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
@@ -183,7 +184,7 @@ def test_noise_and_rounding_are_inverse():
     columns, _ = Columns.measure(np.c_[x, np.full(200, 3.0)], ["a", "b", "c"], "dequantize")
     noise = np.random.RandomState(1).uniform(size=(200, 2))
     assert np.array_equal(columns.restore(columns.noisy(np.c_[x, np.full(200, 3.0)], noise))[:, :2], x)
-    assert Columns.from_json(json.loads(json.dumps(columns.to_json()))) == columns
+    assert read_as(Columns, json.loads(json.dumps(encode(columns)))) == columns
 
 
 @pytest.mark.parametrize("kind", [CDMDensity, CDMOutlierDetector])
@@ -275,7 +276,7 @@ def test_bad_settings_are_named():
             CDMDensity(**{**TINY, **options}).fit(frame)
     with pytest.raises(UserError, match="contamination is 0.7"):
         CDMOutlierDetector(**TINY, contamination=0.7).fit(frame)
-    with pytest.raises(UserError, match="unknown anomaly score 'level'; did you mean 'levels'"):
+    with pytest.raises(UserError, match="anomaly_score is 'level'; did you mean 'levels'"):
         CDMOutlierDetector(**TINY, anomaly_score="level").fit(frame)
     with pytest.raises(UserError, match="n_samples is 0"):
         CDMDensity(**TINY).fit(frame).sample(0)

@@ -1,9 +1,20 @@
-"""What a failed fit leaves behind: what was there before."""
+"""What a fit leaves in its object: what was there before where the fit fails, and plain values for a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic_core import from_json, to_json
+
+from torchcdm.runtime.artefact import damaged
+from torchcdm.units import ColumnWarp
+
+Readers = Mapping[str, Callable[[Any], Any]]
+"""Names of the attributes that a fit sets, and what makes each of plain values."""
 
 
 @contextmanager
@@ -16,3 +27,37 @@ def all_or_nothing(learner: object) -> Iterator[None]:
         vars(learner).clear()
         vars(learner).update(before)
         raise
+
+
+def plain_fields(learner: object, names: Iterable[str]) -> dict[str, Any]:
+    """Attributes of ``learner`` as values that JSON holds; null for what it has no form for, such as generators."""
+    fields = {name: getattr(learner, name, None) for name in names}
+    return from_json(to_json(fields, inf_nan_mode="strings", fallback=_plain))
+
+
+def restore(learner: object, readers: Readers, content: Mapping[str, Any], optional: Iterable[str] = ()) -> None:
+    """Sets the attributes of ``learner`` from :func:`plain_fields`; the ``optional`` ones that are null stay unset.
+
+    Raises:
+        KeyError: One is missing or null.
+    """
+    for name, read in readers.items():
+        if content[name] is not None:
+            setattr(learner, name, read(content[name]))
+        elif name not in optional:
+            raise KeyError(name)
+
+
+@contextmanager
+def restoring(file: Path) -> Iterator[None]:
+    """Says of what is missing or wrong in a ``file`` that was read that the file is damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        damaged(file, f"missing or wrong: {error}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return value.to_config() if isinstance(value, ColumnWarp) else None

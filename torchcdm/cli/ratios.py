@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +55,15 @@ def run_ratio(options: argparse.Namespace) -> int:
     check_writable(options.json, inputs)
     if options.save is not None:
         check_output(options.save / "ratio.json", kind="ratio")
-    training = {} if options.steps is None else {"steps": options.steps}
+    size = None if options.size is None else parse_size(options.size)
     ratio = DensityRatio(
         options.seed,
         options.method,
         options.discrete,
-        size=None if options.size is None else parse_size(options.size),
-        channels=options.channels,
-        skip_bad=options.skip_bad,
         device=str(chosen_device(options.device)),
         progress=not options.quiet,
-        **training,
+        data={"size": size, "channels": options.channels, "skip_bad": options.skip_bad},
+        **({} if options.steps is None else {"steps": options.steps}),
     ).fit(options.numerator, options.denominator)
     scores = ratio.scores(options.query)
     weights = importance_weights(scores.log_ratio, options.clip)
@@ -96,7 +95,7 @@ def _numbers(ratio: DensityRatio, scores: Scores, effective: float) -> dict[str,
             "log_ratio": log_ratio,
             "effective_sample_size": effective,
         },
-        "held_out": ratio.held_out.to_json(),
+        "held_out": asdict(ratio.held_out),
         "notes": list(ratio.notes),
     }
 

@@ -6,30 +6,33 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
-from numbers import Real
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from annotated_types import Gt, Le, Lt
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
 from torchcdm.data import DataSource, MemorySplit, Split
+from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
-from torchcdm.estimators.saving import read_estimator, restoring, write_estimator
 from torchcdm.models.density import require_density
 from torchcdm.random import permutation
+from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
 from torchcdm.samplers import sample
-from torchcdm.training.checkpoint import ModelInfo, load, read_info
+from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained
+from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform
 
 if TYPE_CHECKING:
@@ -65,6 +68,9 @@ def size_fields(rows: int, columns: int) -> dict[str, Any]:
 WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
 
+LARGEST_BATCH = 2**17
+"""Rows in a step, at most: all of them are in memory at once."""
+
 SAMPLING_STEPS = 50
 
 SHORTEST = 1e-3
@@ -77,10 +83,7 @@ COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
 def _base_fields(train: Tensor, validation: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the base density is: the number of components and the shrinkage that are best on the validation rows.
 
-    Args:
-        train: Standardised rows (N, d).
-        validation: Likewise, each row once.
-        given: Fields of the model that are set, and not chosen here.
+    Of standardised rows (N, d), those of validation once each; what is ``given`` of the model is not chosen here.
     """
     if not given.get("gaussian", True):
         return {}
@@ -131,50 +134,47 @@ class TableEstimator(BaseEstimator):
     """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share. No parameter: a clone
     has that of its class."""
 
-    _saved: ClassVar[dict[str, Callable[[Any], Any]]] = {
+    _saved: ClassVar[Readers] = {
+        "columns_": partial(read_as, Columns),
         "notes_": list,
         "validation_loss_": float,
         "validation_indices_": np.array,
         "n_features_in_": int,
         "_noise": np.array,
     }
-    """What was fitted beside the model, and what makes it of plain values."""
+    """What was fitted beside the model."""
 
     preset: str = "table"
-    steps: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    width: int | None = None
-    depth: int | None = None
-    dropout: float | None = None
-    components: int | None = None
-    patience: int | None = None
-    max_seconds: float | None = None
-    validation_fraction: float = 0.15
-    discrete: str = "dequantize"
+    steps: Count | None = None
+    batch_size: Annotated[Count, Le(LARGEST_BATCH)] | None = None
+    lr: Positive | None = None
+    width: Width | None = None
+    depth: Width | None = None
+    dropout: Rate | None = None
+    components: Count | None = None
+    patience: Count | None = None
+    max_seconds: Positive | None = None
+    validation_fraction: Annotated[Float, Gt(0), Lt(1)] = 0.15
+    discrete: Literal["dequantize", "error"] = "dequantize"
     overrides: Mapping[str, Any] | None = None
-    device: str | None = None
+    device: Any = None
     random_state: Any = None
-    verbose: int = 0
+    verbose: Any = 0
 
     # --- training ------------------------------------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
         """Refuses parameters that training would notice late, or never."""
-        if not isinstance(self.validation_fraction, Real) or not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction is {self.validation_fraction!r}; it must be above 0 and below 1")
-        if not isinstance(self.overrides, (Mapping, NoneType)):
-            raise UserError(f"overrides is {self.overrides!r}; a dict of settings is needed")
+        read_as(type(self), self.get_params(deep=False))
 
-    def _measure_columns(self, x: np.ndarray, names: Sequence[Any] | None, what: str = "") -> Columns:
+    def _measure_columns(
+        self, x: np.ndarray, names: Sequence[Any] | None, what: str = "", has_density: bool = True
+    ) -> Columns:
         """The columns of a training table; what is to be known of them goes into the notes."""
         labels = [str(name) for name in (range(x.shape[1]) if names is None else names)]
-        columns, notes = Columns.measure(x, labels, self.discrete)
+        columns, notes = Columns.measure(x, labels, self.discrete if has_density else None, what)
         if columns.constants:
-            left_out = ", ".join(columns.names[k] for k in columns.constants)
-            note = f"{what}columns left out because they are constant: {left_out}; the density is that of the others"
-            warnings.warn(note, UserWarning, stacklevel=3)
-            notes.insert(0, note)
+            warnings.warn(notes[0], UserWarning, stacklevel=3)
         self._say(*notes)
         return columns
 
@@ -197,14 +197,9 @@ class TableEstimator(BaseEstimator):
         rows: int,
         seed: int,
     ) -> None:
-        """Fits the model.
+        """Fits the model to rows (N, d), float64, and their contexts (N, q) where the density is conditional.
 
-        Args:
-            train: Rows (N, d), float64; with their noisy copies where there are some.
-            validation: Likewise.
-            contexts: Of the two, (N, q), where the density is conditional.
-            rows: Rows of training without copies.
-            seed: Of everything random.
+        ``rows`` counts those of training without their noisy copies.
         """
         began = self.clock()
         # Residuals of a regression lie on no values.
@@ -264,11 +259,14 @@ class TableEstimator(BaseEstimator):
 
         Raises:
             NotFittedError: Nothing was fitted.
-            UserError: A file cannot be written.
+            UserError: A file cannot be written, or the folder holds a run or files of another origin.
         """
         check_is_fitted(self)
-        fitted = {name: _plain(getattr(self, name, None)) for name in self._saved}
-        write_estimator(folder, type(self).__name__, self.model_, self._info, self.get_params(), fitted)
+        params, fitted = plain_fields(self, self.get_params()), plain_fields(self, self._saved)
+        content = {"kind": type(self).__name__, "params": params, "fitted": fitted}
+        run = RunFolder(folder)
+        with run.locked():
+            save_model(run, self.model_, self._info.model_copy(update={"estimator": content}))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
@@ -277,14 +275,18 @@ class TableEstimator(BaseEstimator):
         Raises:
             UserError: No estimator of this class there, or damaged files.
         """
-        model, info, params, fitted = read_estimator(folder, cls.__name__, device)
-        with restoring(folder):
-            self = cls(**params)
-            self.model_, self._info = model, info
-            for name, restore in cls._saved.items():
-                if fitted[name] is not None:
-                    setattr(self, name, restore(fitted[name]))
+        info = read_info(folder)
+        content = info.estimator or {}
+        if content.get("kind") != cls.__name__:
+            held = content.get("kind", "run")
+            raise UserError(f"{folder}: holds a {held}; load it with that class, not {cls.__name__}")
+        with restoring(RunFolder(folder).model_info):
+            self = cls(**content["params"])
+            restore(self, self._saved, content["fitted"], ["feature_names_in_"])
+        self.model_, self._info = load(folder, device).double(), info
         return self
+
+    # --- parts -----------------------------------------------------------------------------------------------------
 
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> np.ndarray:
         """Draws of the kept columns, float64 (n, kept), before discrete ones are rounded."""
@@ -295,15 +297,6 @@ class TableEstimator(BaseEstimator):
         """A seed from ``random_state``, or from the estimator's own when None."""
         state = check_random_state(self.random_state if random_state is None else random_state)
         return int(state.randint(2**31 - 1))
-
-
-def _plain(value: Any) -> Any:
-    """Plain Python values of something fitted."""
-    if isinstance(value, Columns):
-        return value.to_json()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return asdict(value) if is_dataclass(value) else value
 
 
 def checked(check: Callable[..., np.ndarray], table: Any, **options: Any) -> np.ndarray:
@@ -318,12 +311,8 @@ def checked(check: Callable[..., np.ndarray], table: Any, **options: Any) -> np.
         ValueError: Cells that are no finite numbers, another shape.
         TypeError: A sparse matrix.
     """
-    if np.ma.is_masked(table):
-        raise UserError("the table has masked cells; fill them, or leave their rows out")
-    if isinstance(table, Tensor):
-        if table.is_meta or table.layout != torch.strided:
-            raise UserError("the table is a sparse tensor, or one without data; give a dense one")
-        table = table.detach().cpu().numpy()
+    if isinstance(table, Tensor) or np.ma.is_masked(table):
+        table = as_array(table, "the table")
     try:
         return check(table, dtype=np.float64, **options)
     except OverflowError:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from torchcdm.data.columns import check_discrete, discrete_values, frequent_value
+from torchcdm.data.columns import discrete_values, frequent_value
 from torchcdm.errors import UserError
 from torchcdm.random import stream
 from torchcdm.units import cell_width, nearest_value, spread
 
 COPIES, COPIED_ROWS = 20, 200_000
 """A table with discrete columns is trained on so many noisy copies, or so many rows in all, whichever is less."""
+
+LARGEST = 1e150
+"""Deviation of a column, at most, and one over it, at least: beyond, squares leave float64."""
 
 DRAWS = 8
 """Draws of the dequantisation noise that a score is averaged over."""
@@ -42,24 +43,32 @@ class Columns:
     values: Mapping[int, tuple[float, ...]]
 
     @classmethod
-    def measure(cls, x: np.ndarray, names: Sequence[str], discrete: str) -> tuple[Columns, list[str]]:
-        """The columns of a training table, and what is to be said of them.
+    def measure(
+        cls, x: np.ndarray, names: Sequence[str], discrete: str | None, what: str = ""
+    ) -> tuple[Columns, list[str]]:
+        """The columns of a training table, and what is to be said of them: first those that are left out.
 
         Args:
             x: float64 (N, columns), finite.
-            names: Of the columns.
-            discrete: ``dequantize`` or ``error``.
+            names: Names of the columns.
+            discrete: ``dequantize`` or ``error``; None for columns whose density is not asked for.
+            what: Name of the table, for messages.
 
         Raises:
-            UserError: Nothing but constant columns; a discrete column under ``error``, or one whose values nearly
-                coincide.
+            UserError: Nothing but constant columns; one whose squares float64 does not hold; a discrete column under
+                ``error``, or one whose values nearly coincide.
         """
-        check_discrete(discrete)
         constants, values, notes = {}, {}, []
         for k, name in enumerate(names):
             column = x[:, k]
             if (column == column[0]).all():
                 constants[k] = float(column[0])
+                continue
+            with np.errstate(over="ignore", invalid="ignore"):
+                deviation = column.std()
+            if not 1 / LARGEST < deviation < LARGEST:
+                raise UserError(f"column '{name}' has values too large or too small for float64; scale it")
+            if discrete is None:
                 continue
             found, frequent = discrete_values(column, name), frequent_value(column)
             if found is not None:
@@ -69,15 +78,17 @@ class Columns:
             elif frequent is not None:
                 kind = f"holds {frequent[0]:g} in {100 * frequent[1]:.0f} % of the rows"
                 notes.append(f"column '{name}' {kind}: its density has no upper bound there")
-            else:
-                continue
-            if discrete == "error":
+            if discrete == "error" and (found or frequent):
                 raise UserError(
                     f"column '{name}' {kind}, so that its density has no upper bound; leave it out, or where it has "
                     "few values give discrete='dequantize'"
                 )
         if len(constants) == len(names):
-            raise UserError("every column is constant; there is nothing to learn")
+            raise UserError(f"{what}every column is constant; there is nothing to learn")
+        if constants:
+            left_out = ", ".join(names[k] for k in constants)
+            then = "" if discrete is None else "; the density is that of the others"
+            notes.insert(0, f"{what}columns left out because they are constant: {left_out}{then}")
         return cls(tuple(names), constants, values), notes
 
     @property
@@ -140,23 +151,3 @@ class Columns:
         for k, values in self.values.items():
             x[:, k] = nearest_value(torch.from_numpy(x[:, k]), torch.tensor(values, dtype=torch.float64)).numpy()
         return x
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain Python values, exact."""
-        return {"names": list(self.names), "constants": list(self.constants.items()),
-                "values": [[k, list(values)] for k, values in self.values.items()]}  # fmt: skip
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Columns:
-        """The inverse of :meth:`to_json`."""
-        constants = {int(k): float(value) for k, value in content["constants"]}
-        values = {int(k): tuple(found) for k, found in content["values"]}
-        return cls(tuple(content["names"]), constants, values)
-
-
-def warn_of_deviating(columns: Columns, x: np.ndarray) -> None:
-    """Warns of rows (N, columns) that a density tells nothing of, see :meth:`Columns.deviating`."""
-    differ = int(columns.deviating(x).sum())
-    if differ:
-        what = "rows differ in a column that was constant in training, where this density knows nothing"
-        warnings.warn(f"{differ} {what}", UserWarning, stacklevel=3)

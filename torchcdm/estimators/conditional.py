@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -14,9 +15,10 @@ from sklearn.utils.validation import check_is_fitted
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
-from torchcdm.estimators.columns import Columns, warn_of_deviating
-from torchcdm.estimators.scoring import check_likelihood, log_density
+from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.scoring import DensityEstimator
 from torchcdm.models.inputs import check_count
+from torchcdm.runtime.validation import read_as
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
@@ -24,7 +26,7 @@ RIDGE = np.geomspace(1e-4, 1e4, 9)
 
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
-class CDMConditional(TableEstimator):
+class CDMConditional(DensityEstimator):
     """p(theta | x) from pairs (theta, x): the posterior, where theta was drawn from the prior and x simulated.
 
     theta = W x + b + a residual; the regression takes the linear part, and a classification diffusion model with x as
@@ -37,7 +39,7 @@ class CDMConditional(TableEstimator):
 
     Attributes:
         model_: The trained :class:`torchcdm.ClassificationDiffusion`, of the residuals of theta.
-        theta_columns_: Which columns of theta were left out or dequantised, a :class:`Columns`.
+        columns_: Which columns of theta were left out or dequantised, a :class:`Columns`.
         x_columns_: Which columns of x were left out; none is dequantised.
         notes_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
@@ -49,11 +51,9 @@ class CDMConditional(TableEstimator):
 
     _saved: ClassVar = (
         TableEstimator._saved
-        | dict.fromkeys(("theta_columns_", "x_columns_"), Columns.from_json)
+        | {"x_columns_": partial(read_as, Columns)}
         | dict.fromkeys(("_x_mean", "_x_deviation", "_weights", "_intercept"), np.array)
     )
-
-    likelihood: str = "one-pass"
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
         """Trains the model. A fit that fails leaves the estimator as it was.
@@ -74,8 +74,8 @@ class CDMConditional(TableEstimator):
             check_consistent_length(theta, x)
             self.notes_, self.n_features_in_ = [], theta.shape[1]
             seed = self._seed()
-            self.theta_columns_ = self._measure_columns(theta, names[0], "theta: ")
-            self.x_columns_ = self._context_columns(x, names[1])
+            self.columns_ = self._measure_columns(theta, names[0], "theta: ")
+            self.x_columns_ = self._measure_columns(x, names[1], "x: ", has_density=False)
             train, held_out = self._split_rows(len(theta), seed)
             self.validation_indices_ = held_out
             kept = x[train][:, self.x_columns_.kept]
@@ -83,7 +83,7 @@ class CDMConditional(TableEstimator):
             self._x_deviation[self._x_deviation == 0] = 1.0  # varies among the held-out rows alone
             parts, contexts = [], []
             for k, rows in enumerate((train, held_out)):
-                noisy = self.theta_columns_.noisy_copies(theta[rows], seed + k)
+                noisy = self.columns_.noisy_copies(theta[rows], seed + k)
                 parts.append(noisy)
                 contexts.append(np.tile(self._context(x[rows]), (len(noisy) // len(rows), 1)))
             regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
@@ -91,12 +91,8 @@ class CDMConditional(TableEstimator):
             self._intercept = np.atleast_1d(regression.intercept_)
             residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
             self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), len(train), seed)
-            self._noise = self.theta_columns_.noise_draws(seed)
+            self._noise = self.columns_.noise_draws(seed)
         return self
-
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        check_likelihood(self.likelihood)
 
     def log_prob(self, theta: Any, x: Any) -> np.ndarray:
         """log p(theta | x), nats in the units of theta; of discrete columns as in :meth:`CDMDensity.score_samples`.
@@ -109,19 +105,11 @@ class CDMConditional(TableEstimator):
             float64 (N,).
         """
         check_is_fitted(self)
-        columns = self.theta_columns_
-        theta = _matching(theta, "theta", columns)
-        x = self._observations(x)
+        theta, x = _matching(theta, "theta", self.columns_), self._observations(x)
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
         context = np.broadcast_to(self._context(x), (len(theta), len(self.x_columns_.kept)))
-        centre = self._centre(context)
-        warn_of_deviating(columns, theta)
-        draws = [
-            log_density(self.model_, columns.noisy(theta, noise) - centre, self.likelihood, context)
-            for noise in self._noise
-        ]
-        return np.mean(draws, axis=0) + columns.log_cell
+        return self._log_density(theta, self._centre(context), context)
 
     def score(self, theta: Any, x: Any) -> float:
         """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
@@ -144,21 +132,10 @@ class CDMConditional(TableEstimator):
         x = self._observations(x)
         context = np.repeat(self._context(x), n, axis=0)
         residuals = self._draws(len(context), random_state, torch.from_numpy(context))
-        theta = self.theta_columns_.restore(residuals + self._centre(context))
+        theta = self.columns_.restore(residuals + self._centre(context))
         return theta if one else theta.reshape(len(x), n, -1)
 
     # --- parts ---------------------------------------------------------------------------------------------------
-
-    def _context_columns(self, x: np.ndarray, names: Any) -> Columns:
-        """Columns of x: constant ones tell nothing; none is dequantised, since x has no density here."""
-        labels = [str(name) for name in (range(x.shape[1]) if names is None else names)]
-        constants = {k: float(x[0, k]) for k in range(x.shape[1]) if (x[:, k] == x[0, k]).all()}
-        if len(constants) == len(labels):
-            raise UserError("x: every column is constant; theta cannot depend on it, use CDMDensity")
-        if constants:
-            left_out = ", ".join(labels[k] for k in constants)
-            self.notes_.append(f"x: columns left out because they are constant: {left_out}")
-        return Columns(tuple(labels), constants, {})
 
     def _observations(self, x: Any) -> np.ndarray:
         """x as a table: a vector is one observation, unless x has one column."""

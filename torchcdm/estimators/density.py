@@ -12,9 +12,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
-from torchcdm.estimators.columns import Columns, warn_of_deviating
 from torchcdm.estimators.normalizing import importance_normalizer
-from torchcdm.estimators.scoring import check_likelihood, log_density
+from torchcdm.estimators.scoring import DensityEstimator
 from torchcdm.likelihood import LogZ
 from torchcdm.models.inputs import check_count
 
@@ -29,11 +28,7 @@ class TableDensity(TableEstimator):
         feature_names_in_: Names of the columns of a data frame.
     """
 
-    columns_: Columns
-    _saved: ClassVar = TableEstimator._saved | {
-        "columns_": Columns.from_json,
-        "feature_names_in_": partial(np.array, dtype=object),
-    }
+    _saved: ClassVar = TableEstimator._saved | {"feature_names_in_": partial(np.array, dtype=object)}
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Trains the model. A fit that fails leaves the estimator as it was.
@@ -69,9 +64,10 @@ class TableDensity(TableEstimator):
         check_is_fitted(self)
         return checked(partial(validate_data, self), X, reset=False)
 
+
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
-class CDMDensity(DensityMixin, TableDensity):
+class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
     """Density estimation by a classification diffusion model: ``KernelDensity`` for correlated columns.
 
     Args:
@@ -93,8 +89,6 @@ class CDMDensity(DensityMixin, TableDensity):
 
     _saved: ClassVar = TableDensity._saved | {"normalizer_": lambda fields: LogZ(**fields)}
 
-    likelihood: str = "one-pass"
-
     def score_samples(self, X: Any) -> np.ndarray:
         """log p of each row, nats in the units of the table.
 
@@ -107,16 +101,8 @@ class CDMDensity(DensityMixin, TableDensity):
         Returns:
             float64 (N,).
         """
-        X = self._checked(X)
-        warn_of_deviating(self.columns_, X)
-        noisy = (self.columns_.noisy(X, noise) for noise in self._noise)
-        draws = [log_density(self.model_, rows, self.likelihood) for rows in noisy]
-        log_z = self.normalizer_.value if self.likelihood == "one-pass" and self.normalizer_.usable else 0.0
-        return np.mean(draws, axis=0) + self.columns_.log_cell - log_z
-
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        check_likelihood(self.likelihood)
+        log_p = self._log_density(self._checked(X))
+        return log_p - self.normalizer_.value if self.likelihood == "one-pass" and self.normalizer_.usable else log_p
 
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
         self.normalizer_ = importance_normalizer(self.model_, seed)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
+from torchcdm.runtime.batching import map_rows
 
-DRAWS, BATCH = 20_000, 1000
+DRAWS = 20_000
 
 ESTIMATES = 200
 """Independent estimates of Z from all draws, from whose spread the error comes."""
@@ -27,21 +29,20 @@ def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS
     Args:
         model: Unconditional, of vectors.
         seed: Seed of the draws.
-        draws: Their number, rounded up to whole pairs of batches: as many come from one half of q as from the other.
+        draws: Number of draws, rounded up so that each estimate has as many from either half of q.
     """
-    schedule, generator = model.schedule, stream(seed, "normaliser")
+    schedule, generator, dim = model.schedule, stream(seed, "normaliser"), model.transform.dim
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
     log_alpha = float(schedule.alpha[wide].log())
-    pairs, dim, parts = math.ceil(draws / (2 * BATCH)), model.transform.dim, []
-    clean = model.base.draw((2 * BATCH * pairs, dim), generator)
-    for k, z in enumerate(clean.split(BATCH)):
-        if k % 2:
-            noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-            z = z + schedule.ratio[wide] * noise
-        base = model.base.log_prob_levels(z)[:, 0]
-        blurred = model.base.log_prob_levels(schedule.alpha[wide] * z)[:, wide] + dim * log_alpha
-        proposal = torch.logaddexp(base, blurred) - math.log(2)
-        parts.append(model.log_prob(z, units="model") - proposal)
-    log_w = torch.cat(parts).cpu()
-    estimates = log_w.view(2 * pairs, ESTIMATES, -1).logsumexp((0, 2)) - math.log(len(log_w) / ESTIMATES)
-    return LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim, len(log_w))
+    half = ESTIMATES * math.ceil(draws / (2 * ESTIMATES))
+    x = model.base.draw((2 * half, dim), generator)
+    x[half:] += schedule.ratio[wide] * torch.randn(half, dim, generator=generator, dtype=x.dtype).to(x.device)
+
+    def log_weights(rows: slice) -> Tensor:
+        base = model.base.log_prob_levels(x[rows])[:, 0]
+        blurred = model.base.log_prob_levels(schedule.alpha[wide] * x[rows])[:, wide] + dim * log_alpha
+        return (model.log_prob(x[rows], units="model") - torch.logaddexp(base, blurred) + math.log(2)).cpu()
+
+    log_w = map_rows(log_weights, len(x), dim=dim, device=x.device)
+    estimates = log_w.view(2, -1, ESTIMATES).logsumexp((0, 1)) - math.log(len(x) / ESTIMATES)
+    return LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim, len(x))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
+from annotated_types import Gt, Le
 from sklearn.base import OutlierMixin
 from torch import Tensor
 
 from torchcdm.apps.anomaly import AnomalyDetector, make_score
-from torchcdm.apps.anomaly.scores import check_name
-from torchcdm.errors import UserError
 from torchcdm.estimators.density import TableDensity
+from torchcdm.runtime.validation import Float
 
 FALSE_ALARMS = 0.05
 """Share of held-out normal rows that ``contamination="auto"`` flags."""
@@ -25,7 +24,6 @@ LOWEST = float(np.finfo(np.float32).min)
 
 ROUNDING = 1e-9
 """Share by which the score of one row may differ between batches: the row at the threshold counts as normal in all."""
-
 
 
 @final
@@ -55,8 +53,8 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
 
     _saved: ClassVar = TableDensity._saved | {"offset_": float}
 
-    anomaly_score: str = "log_prob"
-    contamination: float | str = "auto"
+    anomaly_score: Literal["log_prob", "typicality", "coarse", "complexity", "levels"] = "log_prob"
+    contamination: Annotated[Float, Gt(0), Le(0.5)] | Literal["auto"] = "auto"
 
     def score_samples(self, X: Any) -> np.ndarray:
         """How normal each row is, higher for the more normal: the anomaly score with its sign changed.
@@ -76,13 +74,6 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     def predict(self, X: Any) -> np.ndarray:
         """+1 for a normal row, -1 for an outlier, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
-
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        auto = isinstance(self.contamination, str) and self.contamination == "auto"
-        if not auto and not (isinstance(self.contamination, Real) and 0 < self.contamination <= 0.5):
-            raise UserError(f"contamination is {self.contamination!r}; give 'auto', or a share in (0, 0.5]")
-        check_name(self.anomaly_score)
 
     def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
         # What learns of the held-out rows must not be calibrated on the same ones.

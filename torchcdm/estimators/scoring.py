@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.errors import UserError, nearest
+from torchcdm.estimators.base import TableEstimator
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import DensityModel
+from torchcdm.runtime.batching import labels_of
+from torchcdm.runtime.validation import read_as
 
-LIKELIHOODS = ("one-pass", "flow")
+Likelihood = Literal["one-pass", "flow"]
 
 FLOW_STEPS = 50
 """Steps of the probability flow, Heun: two evaluations each, of the network and of its divergence."""
@@ -19,14 +25,30 @@ FARTHEST = 1e100
 """Model units beyond which a row has a density of zero: its square overflows."""
 
 
-def check_likelihood(likelihood: str) -> None:
-    """Refuses a name that is none of :data:`LIKELIHOODS`."""
-    if likelihood not in LIKELIHOODS:
-        raise UserError(f"likelihood is '{likelihood}'; {nearest(str(likelihood), LIKELIHOODS)}")
+@dataclass(kw_only=True, eq=False, repr=False)
+class DensityEstimator(TableEstimator):
+    """An estimator that gives the log-density of rows; parameters as in :class:`CDMDensity`."""
+
+    likelihood: Likelihood = "one-pass"
+
+    def _log_density(
+        self, rows: np.ndarray, centre: float | np.ndarray = 0.0, context: np.ndarray | None = None
+    ) -> np.ndarray:
+        """log p of rows (N, columns) less a ``centre`` (N, kept): of discrete columns the mean over the noise."""
+        read_as(Likelihood, self.likelihood, "likelihood")
+        columns = self.columns_
+        if differ := int(columns.deviating(rows).sum()):
+            what = "rows differ in a column that was constant in training, where this density knows nothing"
+            warnings.warn(f"{differ} {what}", UserWarning, stacklevel=3)
+        draws = [
+            log_density(self.model_, columns.noisy(rows, noise) - centre, self.likelihood, context)
+            for noise in self._noise
+        ]
+        return np.mean(draws, axis=0) + columns.log_cell
 
 
 def log_density(
-    model: DensityModel, rows: np.ndarray, likelihood: str, y: np.ndarray | None = None
+    model: DensityModel, rows: np.ndarray, likelihood: str, context: np.ndarray | None = None
 ) -> np.ndarray:
     """log p of each row, nats in data units, float64 (N,).
 
@@ -37,19 +59,15 @@ def log_density(
         model: In float64, with a transform.
         rows: Data units, float64 (N, d).
         likelihood: ``one-pass`` or ``flow``.
-        y: Contexts of a conditional model, (N, q).
-
-    Raises:
-        UserError: Another likelihood.
+        context: Contexts of a conditional model, (N, q).
     """
-    check_likelihood(likelihood)
     transform, alpha = model.transform, model.schedule.alpha[1]
-    x, context = (None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in (rows, y))
+    x, y = (None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in (rows, context))
     scoring = Scoring(level=1, steps=FLOW_STEPS)
     solver = FlowSolver(model, scoring) if likelihood == "flow" else None
 
     def one(batch: slice) -> Tensor:
-        z, label = x[batch].to(alpha.device), None if context is None else context[batch].to(alpha.device)
+        z, label = x[batch].to(alpha.device), labels_of(y, batch, alpha.device)
         if solver is None:
             log_p = model.log_prob(z, y=label)
         else:

@@ -221,8 +221,10 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
     kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
     for part in first["loc"]:
         below = value[part] if isinstance(value, (list, tuple)) and isinstance(part, int) else None
+        # A part of several kinds adds the name of its kind to the place.
+        if isinstance(value, (int, float, str)):
+            continue
         if isinstance(value, Mapping):
-            # A part of several kinds adds the name of its kind to the place.
             if part not in value and kind != "missing":
                 continue
             below = value.get(part)

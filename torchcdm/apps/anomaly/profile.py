@@ -68,7 +68,7 @@ def _evaluate(
         noise = model.transform.add_noise(noise, stream(NOISE_SEED, "dequantise"))
 
     def one(rows: slice) -> Tensor:
-        return density((x[rows].cpu().double() + noise).to(device, dtype)).cpu()
+        return density((x[rows].double() + noise).to(device, dtype)).cpu()
 
     with evaluation_mode(model):
         return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
@@ -98,15 +98,12 @@ def as_samples(model: DensityModel, x: Any, what: str = "the input", smallest: i
 
 
 def as_numbers(x: Any, what: str) -> Tensor:
-    """A tensor, an array or a list of real numbers as a dense tensor."""
-    if not isinstance(x, Tensor):
-        array = as_array(x, what)
-        if array.dtype.kind not in "buif" or np.ma.is_masked(x):
-            raise UserError(f"{what}: no array of numbers (type {array.dtype}), or one with masked values")
-        x = torch.from_numpy(np.array(array, dtype=None if array.dtype.kind in "bf" else np.float64))
-    if x.is_meta or x.layout != torch.strided or x.is_complex():
-        raise UserError(f"{what}: a complex or sparse tensor, or one without data; give a dense one of real numbers")
-    return x
+    """A tensor, an array or a list of real numbers as a dense tensor on the CPU."""
+    array = as_array(x, what)
+    if array.dtype.kind not in "buif":
+        raise UserError(f"{what}: values of type {array.dtype} are not real numbers")
+    kept = array.dtype.kind in "bf" or array.dtype.itemsize == 1
+    return torch.from_numpy(np.require(array, None if kept else np.float64, "CW"))
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:

@@ -83,9 +83,9 @@ class AnomalyScore(ABC):
         """What the score sees of each input, float64 (N, features)."""
         return level_profile(self.model, x)
 
-    @abstractmethod
     def learn(self, features: Tensor) -> Fitted:
-        """From features of the reference, (N, features)."""
+        """From features of the reference, (N, features); nothing unless a subclass says more."""
+        return {}
 
     @abstractmethod
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
@@ -97,9 +97,6 @@ class LogProb(AnomalyScore):
     """-log p_0(x) in data units, raw. It misses inputs that are simpler than the normal ones, flat or blurred."""
 
     name = "log_prob"
-
-    def learn(self, features: Tensor) -> Fitted:
-        return {}
 
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
         return -features[:, 0]
@@ -127,9 +124,6 @@ class Coarse(AnomalyScore):
 
     name = "coarse"
 
-    def learn(self, features: Tensor) -> Fitted:
-        return {}
-
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
         return -features[:, coarse_level(self.model.schedule)]
 
@@ -142,9 +136,6 @@ class Complexity(AnomalyScore):
     """
 
     name = "complexity"
-
-    def learn(self, features: Tensor) -> Fitted:
-        return {}
 
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
         return features[:, coarse_level(self.model.schedule)] - features[:, 0]
@@ -222,9 +213,6 @@ class Ratio(AnomalyScore):
     def features(self, x: Tensor) -> Tensor:
         """log p_0 of both in data units, (N, 2)."""
         return torch.stack([log_density(self.model, x), log_density(self.background, x)], 1)
-
-    def learn(self, features: Tensor) -> Fitted:
-        return {}
 
     def apply(self, features: Tensor, fitted: Fitted) -> Tensor:
         return features[:, 1] - features[:, 0]

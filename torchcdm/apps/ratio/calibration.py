@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
 
 from torchcdm.apps.ratio.importance import checked, effective_sample_size, importance_weights
 from torchcdm.errors import UserError
@@ -45,14 +46,9 @@ def tempering(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, fl
 
 
 def _offset(numerator: np.ndarray, denominator: np.ndarray) -> float:
-    """The b at which sigmoid(log ratio + b) is one half in the mean over both sources; by bisection."""
-    high = 1.0 + max(float(np.abs(numerator).max()), float(np.abs(denominator).max()))
-    low = -high
-    for _ in range(60):
-        b = 0.5 * (low + high)
-        mean = 0.5 * sum(float(np.exp(-np.logaddexp(0, -(values + b))).mean()) for values in (numerator, denominator))
-        low, high = (b, high) if mean < 0.5 else (low, b)
-    return 0.5 * (low + high)
+    """The b at which sigmoid(log ratio + b) is one half in the mean over both sources."""
+    most = 1.0 + max(float(np.abs(numerator).max()), float(np.abs(denominator).max()))
+    return float(brentq(lambda b: expit(numerator + b).mean() + expit(denominator + b).mean() - 1, -most, most))
 
 
 @dataclass(frozen=True)
@@ -132,10 +128,6 @@ class Calibration:
             tuple(table),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain Python values."""
-        return asdict(self)
-
     def table(self) -> str:
         """All of it in lines to read."""
         share = 100 * self.effective_sample_size / self.denominator
@@ -162,16 +154,14 @@ def _mean_exp(values: np.ndarray) -> tuple[float, float]:
 
 
 def _reliability(numerator: np.ndarray, denominator: np.ndarray, bins: int) -> list[Bin]:
-    values = np.concatenate([numerator, denominator])
-    is_numerator = np.repeat([1.0, 0.0], [len(numerator), len(denominator)])
-    mass = np.repeat([0.5 / len(numerator), 0.5 / len(denominator)], [len(numerator), len(denominator)])
-    predicted = np.exp(-np.logaddexp(0, -values))
+    counts = [len(numerator), len(denominator)]
+    is_numerator, weights = np.repeat([1.0, 0.0], counts), np.repeat(0.5 / np.array(counts), counts)
+    predicted = expit(np.concatenate([numerator, denominator]))
     index = np.minimum((predicted * bins).astype(int), bins - 1)
-    lines = []
-    for k in range(bins):
-        inside = index == k
-        weight = mass[inside]
-        if len(weight):
-            shares = [float(np.average(v[inside], weights=weight)) for v in (predicted, is_numerator)]
-            lines.append(Bin(k / bins, (k + 1) / bins, *shares, int(inside.sum()), float(weight.sum())))
-    return lines
+    parts = (None, weights, weights * predicted, weights * is_numerator)
+    rows = zip(*(np.bincount(index, part, bins).tolist() for part in parts), strict=True)
+    return [
+        Bin(k / bins, (k + 1) / bins, up / mass, hits / mass, count, mass)
+        for k, (count, mass, up, hits) in enumerate(rows)
+        if count
+    ]

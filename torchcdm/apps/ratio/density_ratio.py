@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from numbers import Integral
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.apps.fitted import all_or_nothing
+from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
 from torchcdm.apps.ratio.calibration import SEPARATE, Calibration, tempering
 from torchcdm.apps.ratio.correction import base_and_correction, best_share
 from torchcdm.apps.ratio.importance import effective_sample_size, importance_weights
 from torchcdm.data import DataOptions, DataSource
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
-from torchcdm.runtime.validation import encode, read_as
+from torchcdm.runtime.artefact import read_artefact, write_artefact
+from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.validation import Seed, checked, read_as
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnWarp
 
-METHODS = ("joint", "separate")
-
-BATCH = 1024
+FILE = "ratio.json"
 
 FARTHEST = 1e6
 """Model units beyond which a query counts as lying there: squares of more overflow in the network."""
@@ -54,8 +53,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 """What each method sets on top of the preset for vectors or images."""
 
-SETTINGS = ("random_state", "method", "discrete", "validation_fraction", "channels", "skip_bad", "preset")
-"""Arguments that a saved ratio keeps as they are."""
+SETTINGS = ("random_state", "method", "discrete", "preset", "overrides")
+"""Arguments that a saved ratio keeps."""
 
 TRAINING = {"train": {"select": "loss"}}
 
@@ -89,15 +88,15 @@ class DensityRatio:
         method: ``joint`` or ``separate``.
         discrete: Columns with few distinct values: ``dequantize`` or ``error``, see
             :func:`torchcdm.data.pairs.pair_up`.
-        validation_fraction: Share of each data set held out for early stopping.
-        size: Images are resized to this (H, W).
-        channels: Images are converted to so many channels.
-        skip_bad: Leave out image files that cannot be read.
+        preset: ``mlp`` for vectors and ``encoder`` for images when None.
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar.
-        preset: ``mlp`` for vectors and ``encoder`` for images when None.
         **overrides: As for :func:`torchcdm.fit`: fields of the training (``steps=500``) or sections
-            (``model={"gaussian": False}``).
+            (``model={"gaussian": False}``). Of ``data`` count ``size`` and ``channels`` that images are converted to,
+            ``skip_bad``, and ``validation_fraction``, the share of each data set held out for early stopping.
+
+    Raises:
+        UserError: An argument of the wrong type, or out of its range.
 
     Attributes:
         notes: What was read off the data, one sentence each.
@@ -118,42 +117,42 @@ class DensityRatio:
     shares: tuple[float, ...]
     tempered: tuple[float, float]
     held_out: Calibration
+    _limits: np.ndarray
+    _columns: tuple[str, ...] | None = None
+    _warp: ColumnWarp | None = None
 
+    _saved: ClassVar[Readers] = {
+        **dict.fromkeys(("notes", "counts", "shares", "tempered", "_columns"), tuple),
+        "held_out": partial(read_as, Calibration),
+        "_limits": partial(np.array, dtype=np.float64),
+        "_warp": lambda arguments: ColumnWarp(**arguments),
+    }
+
+    @checked
     def __init__(
         self,
-        random_state: int = 0,
+        random_state: Seed = 0,
         method: Literal["joint", "separate"] = "joint",
         discrete: Literal["dequantize", "error"] = "dequantize",
-        validation_fraction: float = 0.15,
-        size: tuple[int, int] | None = None,
-        channels: int | None = None,
-        skip_bad: bool = False,
+        preset: str | None = None,
         device: str | None = None,
         progress: bool = False,
-        preset: str | None = None,
         **overrides: Any,
     ) -> None:
-        if method not in METHODS:
-            raise UserError(f"method is '{method}'; {nearest(str(method), METHODS)}")
-        if isinstance(random_state, bool) or not isinstance(random_state, Integral) or random_state < 0:
-            raise UserError(f"random_state is {random_state!r}; a whole number of at least 0 is needed")
-        self.random_state, self.method, self.discrete = int(random_state), method, discrete
-        self.validation_fraction, self.size, self.channels = validation_fraction, size, channels
-        self.skip_bad = skip_bad
-        self.device, self.progress, self.preset, self.overrides = device, progress, preset, overrides
+        self.random_state, self.method, self.discrete, self.preset = random_state, method, discrete, preset
+        self.device, self.progress, self.overrides = device, progress, overrides
         self._models: list[tuple[DensityModel, ModelInfo]] = []
 
     def __sklearn_clone__(self) -> DensityRatio:
         """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
-        settings = {key: getattr(self, key) for key in (*SETTINGS, "size", "device", "progress")}
-        return DensityRatio(**settings, **deepcopy(self.overrides))
+        settings = {key: getattr(self, key) for key in (*SETTINGS, "device", "progress")}
+        overrides = deepcopy(settings.pop("overrides"))
+        return DensityRatio(**settings, **overrides)
 
     @property
     def _options(self) -> DataOptions:
-        return DataOptions(
-            size=self.size, channels=self.channels, validation_fraction=self.validation_fraction,
-            seed=self.random_state, skip_bad=self.skip_bad,
-        )  # fmt: skip
+        options = read_as(DataOptions, override_fields(self.overrides).get("data", {}), "data")
+        return replace(options, seed=self.random_state)
 
     # --- fitting -------------------------------------------------------------------------------------------------
 
@@ -208,14 +207,14 @@ class DensityRatio:
         values = self._log_probs(x)
         limits = np.empty((2, 2))
         for label in range(2):
-            rare, median = np.quantile(values[:, y.numpy() == label, label], [RARE, 0.5], axis=1)
+            rare, median = np.quantile(values[y.numpy() == label, :, label], [RARE, 0.5], axis=0)
             limits[:, label] = rare - (median - rare)
         return limits
 
     def _held_out_log_ratios(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """Of numerator and denominator, as the models have them."""
         x, y = pair.source.validation.tensors()
-        sides = (self._log_probs(x[y == label][:count])[0] for label, count in enumerate(pair.held_out))
+        sides = (self._log_probs(x[y == label][:count])[:, 0] for label, count in enumerate(pair.held_out))
         denominator, numerator = (side[:, 1] - side[:, 0] for side in sides)
         return numerator, denominator
 
@@ -238,9 +237,9 @@ class DensityRatio:
         info = self._models[0][1]
         values, names, deviating, _ = read_query(x, info.layout, self._columns, self._warp, self._options)
         log_probs = self._log_probs(values)
-        below = log_probs < self._limits[:, None]
-        log_ratio = self._temper(log_probs[0, :, 1] - log_probs[0, :, 0])
-        return Scores(tuple(names), log_ratio, below.all(2).any(0) | deviating.numpy())
+        below = log_probs < self._limits
+        log_ratio = self._temper(log_probs[:, 0, 1] - log_probs[:, 0, 0])
+        return Scores(tuple(names), log_ratio, below.all(2).any(1) | deviating.numpy())
 
     def log_ratio(self, x: Any) -> np.ndarray:
         """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
@@ -282,10 +281,7 @@ class DensityRatio:
         """
         return Calibration.of(self.log_ratio(numerator), self.log_ratio(denominator), bins)
 
-    @staticmethod
-    def effective_sample_size(weights: Any) -> float:
-        """As :func:`effective_sample_size`."""
-        return effective_sample_size(weights)
+    effective_sample_size = staticmethod(effective_sample_size)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -301,20 +297,7 @@ class DensityRatio:
             run = RunFolder(folder / name)
             with run.locked():
                 save_model(run, model, info)
-        content = {
-            **{key: getattr(self, key) for key in SETTINGS},
-            "overrides": self.overrides,
-            "size": self.size,
-            "columns": self._columns,
-            "warp": None if self._warp is None else self._warp.to_config(),
-            "counts": self.counts,
-            "shares": self.shares,
-            "tempered": self.tempered,
-            "limits": self._limits.tolist(),
-            "held_out": encode(self.held_out),
-            "notes": self.notes,
-        }
-        write_artefact(folder / "ratio.json", "ratio", content)
+        write_artefact(folder / FILE, "ratio", plain_fields(self, (*SETTINGS, *self._saved)))
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
@@ -323,23 +306,15 @@ class DensityRatio:
         Raises:
             UserError: No ratio there, or files that are damaged or of another format version.
         """
-        file = Path(path) / "ratio.json"
+        file = Path(path) / FILE
         if not file.is_file():
-            raise UserError(f"{path}: holds no density ratio (ratio.json is missing)")
+            raise UserError(f"{path}: holds no density ratio ({FILE} is missing)")
         content = read_artefact(file, "ratio")[0]
-        try:
-            size = None if content["size"] is None else (content["size"][0], content["size"][1])
+        with restoring(file):
             settings = {key: content[key] for key in SETTINGS}
-            ratio = cls(**settings, size=size, device=device, **content["overrides"])
-            ratio._columns = None if content["columns"] is None else tuple(content["columns"])
-            ratio._warp = None if content["warp"] is None else ColumnWarp(**content["warp"])
-            ratio.counts, ratio.notes = tuple(content["counts"]), tuple(content["notes"])
-            ratio.shares = tuple(content["shares"])
-            ratio.tempered = (float(content["tempered"][0]), float(content["tempered"][1]))
-            ratio._limits = np.asarray(content["limits"], dtype=np.float64)
-            ratio.held_out = read_as(Calibration, content["held_out"], "held_out")
-        except (KeyError, TypeError, ValueError) as error:
-            damaged(file, f"{error} is missing or wrong")
+            overrides = settings.pop("overrides")
+            ratio = cls(**settings, device=device, **overrides)
+            restore(ratio, cls._saved, content, ("_columns", "_warp"))
         ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
         return ratio
 
@@ -350,19 +325,20 @@ class DensityRatio:
             raise UserError("this DensityRatio is not fitted; call fit(numerator, denominator), or load one")
 
     def _log_probs(self, x: Tensor) -> np.ndarray:
-        """log density at level 0 of models and of Gaussians: float64 (2, N, 2), denominator first; model units."""
+        """log density of models and of Gaussians at level 0, float64 (N, 2, 2), denominator first; model units."""
         model, info = self._models[0]
-        z = info.transform(x).clamp(-FARTHEST, FARTHEST).to(model.schedule.alpha.device)
-        with torch.no_grad():
-            return torch.cat([self._log_probs_of(part) for part in z.split(BATCH)], 1).cpu().numpy()
+        device = model.schedule.alpha.device
+        z = info.transform(x).clamp(-FARTHEST, FARTHEST)
 
-    def _log_probs_of(self, z: Tensor) -> Tensor:
-        parts = [base_and_correction(model, z) for model, _ in self._models]
-        base = torch.cat([base[:, :, 0] for base, _ in parts], 1)
-        correction = torch.cat(
-            [share * network[:, :, 0] for (_, network), share in zip(parts, self.shares, strict=True)], 1
-        )
-        return torch.stack([base + correction, base])
+        def one(rows: slice) -> Tensor:
+            parts = [base_and_correction(model, z[rows].to(device)) for model, _ in self._models]
+            base = torch.cat([base[:, :, 0] for base, _ in parts], 1)
+            corrections = zip(self.shares, parts, strict=True)
+            correction = torch.cat([share * network[:, :, 0] for share, (_, network) in corrections], 1)
+            return torch.stack([base + correction, base], 1).cpu()
+
+        with torch.no_grad():
+            return map_rows(one, len(z), dim=z.shape[1:].numel(), device=device).numpy()
 
 
 def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
