@@ -81,15 +81,10 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
 
 def training_arrays(source: DataSource, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation samples, at most :data:`LARGEST_COUNT` each: dequantised, model units, (N, d)."""
-    train, validation = (
-        _prepare(split.tensors(LARGEST_COUNT)[0], source.transform, seed + i)
-        for i, split in enumerate((source.train, source.validation))
-    )
+    parts = (split.tensors(LARGEST_COUNT)[0].double() for split in (source.train, source.validation))
+    encoded = (source.transform.encode(x, stream(seed + i, "dequantise")) for i, x in enumerate(parts))
+    train, validation = (z.flatten(1).numpy() for z in encoded)
     return train, validation
-
-
-def _prepare(x: Tensor, transform: DataTransform, seed: int) -> np.ndarray:
-    return transform.encode(x.double(), stream(seed, "dequantise")).flatten(1).numpy()
 
 
 def smallest_variance(transform: DataTransform) -> float:

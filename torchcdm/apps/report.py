@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def write_report(
         "versions": {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__,
                      "python": platform.python_version()},
         "nll": None if nll is None else nll.to_json(),
-        "baselines": [{"name": b.name, "value": b.value, "se": b.se, "unit": b.unit} for b in beside],
+        "baselines": [asdict(baseline) for baseline in beside],
         "levels": evaluation["mean"],
         "consistency": None if ratios is None else ratios.to_json(),
         "gap_to_flow_by_level": None if gaps is None else gaps.to_json(),

@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
-from torchcdm.data import DataSource, MemorySplit, Split
+from torchcdm.data import DataSource, MemorySplit
 from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
 from torchcdm.errors import UserError
@@ -212,13 +212,10 @@ class TableEstimator(BaseEstimator):
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
         repeats = math.ceil(WATCHED_ROWS / len(validation))
         parts[1] = parts[1].repeat(repeats, 1)
-        splits: list[Split] = [MemorySplit(part) for part in parts]
+        given: list[Tensor | None] = [None, None]
         if contexts is not None:
-            watched = np.tile(contexts[1], (repeats, 1))
-            splits = [
-                MemorySplit(part, context=torch.from_numpy(context).float())
-                for part, context in zip(parts, (contexts[0], watched), strict=True)
-            ]
+            given = [torch.from_numpy(part).float() for part in (contexts[0], np.tile(contexts[1], (repeats, 1)))]
+        splits = [MemorySplit(part, context=context) for part, context in zip(parts, given, strict=True)]
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
         layer = merge({"train": {"select": "loss"}}, self._fields(rows, train.shape[1]))
