@@ -289,6 +289,9 @@ def test_samples_of_a_class(capsys, tmp_path, conditional):
         with (tmp_path / name / "manifest.csv").open() as file:
             assert [row["label"] for row in csv.DictReader(file)] == labels
     assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
+    for label in ("10", 5000 * "9", "\u00b2"):
+        error = refuse(capsys, "sample", conditional, "--label", label, "--out", tmp_path / "no")
+        assert "0, 1, 2, 3, 4" in error
 
 
 def test_nll_writes_the_contract(capsys, tmp_path, run):

@@ -76,7 +76,7 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         takes_fields = getattr(options, "takes_fields", False)
         rest += [] if takes_fields else [f"--{field}" for field, _ in fields]
         if rest and rest[0].startswith("--"):
-            flags = re.findall(r"^ +--([a-z-]+)", options.command.format_help(), re.MULTILINE)
+            flags = re.findall(r"^ +--([a-z-]+)(?![\w.-])", options.command.format_help(), re.MULTILINE)
             raise UserError(f"unknown argument '{rest[0]}'; {nearest(rest[0][2:].partition('=')[0], flags)}")
         if rest:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchcdm.cli.arguments import add_command, add_device, count
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.files import writing
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tens
         raise UserError(f"--label {label}: this model was trained without classes")
     if label == "balanced":
         return balanced_labels(n, model.classes)
-    names = info.class_names or ()
-    if label in names:
-        return torch.full((max(n, 0),), names.index(label))
-    if not label.isdecimal() or int(label) >= model.classes:
-        known = f"a number 0 ... {model.classes - 1}, or one of {', '.join(names)}"
-        raise UserError(f"--label {label}: give balanced, {known}")
-    return torch.full((max(n, 0),), int(label))
+    known = {str(k): k for k in range(model.classes)} | {name: k for k, name in enumerate(info.class_names or ())}
+    if label not in known:
+        raise UserError(f"--label {label}: {nearest(label, ['balanced', *known])}")
+    return torch.full((max(n, 0),), known[label])
