@@ -51,7 +51,7 @@ class RunFolder:
 
     def writes(self, path: Path) -> bool:
         """Whether this is a run, and ``path`` a file or folder that it keeps for itself."""
-        return self.lock.exists() and path in (*self._kept, self.model, self.lock)
+        return os.path.exists(self.lock) and path in (*self._kept, self.model, self.lock)
 
     @property
     def _kept(self) -> tuple[Path, ...]:
@@ -59,7 +59,7 @@ class RunFolder:
 
     def _check_ours(self) -> None:
         """Refuses a folder with files of another origin under the names of a run's."""
-        if self.lock.exists() or self.holds_run():
+        if os.path.exists(self.lock) or self.holds_run():
             return
         for path in self._kept:
             if path.exists():
@@ -109,11 +109,11 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; those that a crash cut short or that hold something else are left out."""
-    from torchcdm.runtime.artefact import parse_json
+    from torchcdm.runtime.artefact import parse_json, read_bytes
 
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = read_bytes(path).decode(errors="replace")
+    except UserError:
         return []
     lines = []
     for line in text.splitlines():
