@@ -186,10 +186,9 @@ def test_mistakes_with_a_run(capsys, tmp_path, monkeypatch, run, pixels, words, 
 
 
 def test_mistakes_about_labels(capsys, tmp_path, conditional):
-    for label in ("10", "-1", "ten", "\u00b2"):
-        assert "give balanced, a number 0 ... 9" in refuse(
-            capsys, "sample", conditional, f"--label={label}", "--out", tmp_path
-        )
+    for label in ("10", "-1", "ten", "\u00b2", 5000 * "9"):
+        error = refuse(capsys, "sample", conditional, f"--label={label}", "--out", tmp_path)
+        assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, balanced" in error
 
 
 def test_what_cannot_be_written(capsys, tmp_path, run):
@@ -289,9 +288,6 @@ def test_samples_of_a_class(capsys, tmp_path, conditional):
         with (tmp_path / name / "manifest.csv").open() as file:
             assert [row["label"] for row in csv.DictReader(file)] == labels
     assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
-    for label in ("10", 5000 * "9", "\u00b2"):
-        error = refuse(capsys, "sample", conditional, "--label", label, "--out", tmp_path / "no")
-        assert "0, 1, 2, 3, 4" in error
 
 
 def test_nll_writes_the_contract(capsys, tmp_path, run):
