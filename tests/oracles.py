@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributions, nn
 
-from torchcdm.diffusion.exact import GaussianMixture
+from torchcdm.diffusion.base import BaseDensity, StandardNormal
+from torchcdm.diffusion.exact import ExactMixture, GaussianMixture
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,
@@ -57,6 +58,41 @@ def mixture_at_level(
         distributions.Categorical(logits=mixture.log_weights),
         distributions.MultivariateNormal(alpha * mixture.means, alpha**2 * dense + noise),
     )
+
+
+class MixtureClassifier(nn.Module):
+    """The Bayes classifier of noise levels of a mixture, in the form of a backbone: h_t = log p_t(x) - base_t(x).
+
+    Args:
+        mixture: The data.
+        schedule: The noise schedule.
+        base: The base density of the model that this is the backbone of; the standard normal when None.
+        joint: Gives all classes in one pass, (B, classes, T+2), instead of those asked for.
+    """
+
+    def __init__(
+        self,
+        mixture: ExactMixture,
+        schedule: NoiseSchedule,
+        base: BaseDensity | None = None,
+        joint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mixture, self.schedule = mixture, schedule
+        self.base = StandardNormal(schedule) if base is None else base
+        self.joint = joint
+        self.classes = mixture.classes
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """h, float64 (B, T+2) or (B, classes, T+2); label ``classes`` is the null label."""
+        base = self.base.log_prob_levels(x)
+        if self.joint:
+            return self.mixture.class_log_prob_levels(x, self.schedule) - base[:, None]
+        log_p = self.mixture.log_prob_levels(x, self.schedule)
+        if y is not None:
+            by_class = self.mixture.class_log_prob_levels(x, self.schedule)
+            log_p = torch.cat([by_class, log_p[:, None]], 1)[torch.arange(len(x), device=x.device), y]
+        return log_p - base
 
 
 class ZeroBackbone(nn.Module):

@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 import torch
-from oracles import SCHEDULES, ZeroBackbone, labelled_mixture, normal, rng
+from oracles import SCHEDULES, MixtureClassifier, ZeroBackbone, labelled_mixture, normal, rng
 from torch import nn
 
 from torchcdm import losses
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import (
     CosineSchedule,

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, ZeroBackbone, covariance, labelled_mixture, normal
+from oracles import SCHEDULES, MixtureClassifier, ZeroBackbone, covariance, labelled_mixture, normal
 from torch import nn
 
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import (

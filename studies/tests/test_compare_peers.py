@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import covariance, normal, rng
+from oracles import MixtureClassifier, covariance, normal, rng
 from torch import nn
 
 from studies.budget import CLOCKS, Budget
@@ -20,7 +20,7 @@ from studies.compare.results import paired
 from studies.compare.torchcfm_peers import FlowMatching, Matching
 from torchcdm.apps.baselines import baselines
 from torchcdm.data import DataOptions, from_object
-from torchcdm.diffusion.exact import MixtureClassifier, ring_mixture
+from torchcdm.diffusion.exact import ring_mixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError

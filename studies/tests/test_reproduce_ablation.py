@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracles import rng
+from oracles import MixtureClassifier, rng
 from torch import nn
 
 from studies.cli import main
@@ -16,7 +16,7 @@ from studies.reproduce import fig4, fig9, models, table1
 from studies.reproduce.bound import BoundLoss, bound_weights
 from studies.reproduce.denoised import denoised, root_mean_square
 from studies.reproduce.tre import TRELoss
-from torchcdm.diffusion.exact import MixtureClassifier, ring_mixture
+from torchcdm.diffusion.exact import ring_mixture
 from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
 from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.losses import DDMLoss

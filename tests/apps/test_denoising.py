@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, covariance, labelled_mixture, normal, rng
+from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, normal, rng
 
 from torchcdm.apps.denoising import denoise, estimate_noise, nearest_level
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from damage import resealed
-from oracles import labelled_mixture, normal, rng
+from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
 
@@ -17,7 +17,6 @@ from torchcdm import DensityRatio
 from torchcdm.apps.ratio import Calibration, best_share, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.calibration import tempering
 from torchcdm.diffusion.class_gaussians import fit_class_gaussians
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

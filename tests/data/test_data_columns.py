@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import rng
+from oracles import MixtureClassifier, rng
 
 from torchcdm.data import from_object
 from torchcdm.data.assembly import assemble
 from torchcdm.data.columns import discrete_values, frequent_value
 from torchcdm.data.options import DataOptions
 from torchcdm.data.tables import Table, samples_of
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, elbo, probability_flow, single_pass

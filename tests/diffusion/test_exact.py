@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, covariance, labelled_mixture, mixture_at_level, normal, rng
+from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, mixture_at_level, normal, rng
 
 from torchcdm.diffusion.exact import (
     TOYS,
     BoxMixture,
     GaussianMixture,
-    MixtureClassifier,
     named,
     ring_mixture,
     sample_named,

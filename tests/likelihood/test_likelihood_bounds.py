@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from lattices import draw, lattice_model
-from oracles import normal, rng
+from oracles import MixtureClassifier, normal, rng
 
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, published_convention, single_pass

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, covariance, labelled_mixture, normal, rng
+from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, normal, rng
 from torch import nn
 
 import torchcdm.likelihood.flow as flow_module
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import labelled_mixture, normal, rng
+from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from torch import distributions
 
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

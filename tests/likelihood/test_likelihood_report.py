@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from lattices import draw, lattice_model
-from oracles import labelled_mixture, normal, rng
+from oracles import MixtureClassifier, labelled_mixture, normal, rng
 
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from lattices import draw, lattice_model
-from oracles import labelled_mixture, normal
+from oracles import MixtureClassifier, labelled_mixture, normal
 
 import torchcdm
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, gap_by_level, published_convention, scoring_level

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, ZeroBackbone, labelled_mixture, mixture_at_level, normal, rng
+from oracles import SCHEDULES, MixtureClassifier, ZeroBackbone, labelled_mixture, mixture_at_level, normal, rng
 from torch import nn
 
-from torchcdm.diffusion.exact import GaussianMixture, MixtureClassifier
+from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule

@@ -7,9 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import labelled_mixture, normal
+from oracles import MixtureClassifier, labelled_mixture, normal
 
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss

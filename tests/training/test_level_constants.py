@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from oracles import labelled_mixture, rng
+from oracles import MixtureClassifier, labelled_mixture, rng
 from torch import nn
 
 import torchcdm
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from oracles import labelled_mixture, rng
+from oracles import MixtureClassifier, labelled_mixture, rng
 from torch import nn
 
-from torchcdm.diffusion.exact import MixtureClassifier
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, log_normalizer

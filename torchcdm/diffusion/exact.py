@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError, nearest
 from torchcdm.units.float64 import Float64Module
@@ -203,6 +202,10 @@ class GaussianMixture(ExactMixture):
         return self._rotate(flat[:, None] - alpha_t * self.means), alpha_t**2 * self.variances + sigma_t**2
 
 
+_NARROW = 1e-4
+"""Width of a component, in noise deviations, from which its edges are told apart."""
+
+
 @final
 class BoxMixture(ExactMixture):
     """Sum over k of w_k times the uniform density between two corners: sharp edges, as dequantised pixels have.
@@ -250,10 +253,6 @@ class BoxMixture(ExactMixture):
         return (flat - alpha_t * self.high) / sigma_t, (flat - alpha_t * self.low) / sigma_t, sigma_t
 
 
-_NARROW = 1e-4
-"""Width of a :class:`BoxMixture` component in noise deviations from which its edges are told apart."""
-
-
 def _log_normal_between(lower: Tensor, upper: Tensor) -> Tensor:
     """log(Phi(upper) - Phi(lower)), the interval first mirrored to the left half, where nothing cancels."""
     mirror = lower + upper > 0
@@ -261,42 +260,6 @@ def _log_normal_between(lower: Tensor, upper: Tensor) -> Tensor:
     small, large = torch.special.log_ndtr(left), torch.special.log_ndtr(right)
     # The bound keeps the derivative finite between edges that meet.
     return large + torch.log1p(-(small - large).clamp_max(-1e-6).exp())
-
-
-@final
-class MixtureClassifier(nn.Module):
-    """The Bayes classifier of noise levels of a mixture, in the form of a backbone: h_t = log p_t(x) - base_t(x).
-
-    Args:
-        mixture: The data.
-        schedule: The noise schedule.
-        base: The base density of the model that this is the backbone of; the standard normal when None.
-        joint: Gives all classes in one pass, (B, classes, T+2), instead of those asked for.
-    """
-
-    def __init__(
-        self,
-        mixture: ExactMixture,
-        schedule: NoiseSchedule,
-        base: BaseDensity | None = None,
-        joint: bool = False,
-    ) -> None:
-        super().__init__()
-        self.mixture, self.schedule = mixture, schedule
-        self.base = StandardNormal(schedule) if base is None else base
-        self.joint = joint
-        self.classes = mixture.classes
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h, float64 (B, T+2) or (B, classes, T+2); label ``classes`` is the null label."""
-        base = self.base.log_prob_levels(x)
-        if self.joint:
-            return self.mixture.class_log_prob_levels(x, self.schedule) - base[:, None]
-        log_p = self.mixture.log_prob_levels(x, self.schedule)
-        if y is not None:
-            by_class = self.mixture.class_log_prob_levels(x, self.schedule)
-            log_p = torch.cat([by_class, log_p[:, None]], 1)[torch.arange(len(x), device=x.device), y]
-        return log_p - base
 
 
 # --- named toys ----------------------------------------------------------------------------------------------
