@@ -47,7 +47,8 @@ class FlowMatching(Denoiser):
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         alpha_t, sigma_t = self.schedule.at(t, x_t)
         time = alpha_t.flatten().expand(len(x_t))
-        return Prediction.from_velocity(x_t, alpha_t, sigma_t, -self.velocity(time, x_t))
+        eps = (x_t - alpha_t * self.velocity(time, x_t)) / (alpha_t + sigma_t)
+        return Prediction(x_t, alpha_t, sigma_t, eps)
 
 
 @final

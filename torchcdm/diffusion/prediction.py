@@ -41,10 +41,3 @@ class Prediction:
     def carried_to(self, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
         """x_s = alpha_s x_0 + sigma_s eps: the same data and noise at another level (identity 7)."""
         return alpha_s * self.x0 + sigma_s * self.eps
-
-    @classmethod
-    def from_velocity(
-        cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, velocity: Tensor
-    ) -> Prediction:
-        """From E[eps - x_0 | x_t]."""
-        return cls(x_t, alpha_t, sigma_t, (x_t + alpha_t * velocity) / (alpha_t + sigma_t))

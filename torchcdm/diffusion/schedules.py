@@ -57,9 +57,9 @@ class NoiseSchedule(Float64Module, ABC):
         ratio = sigma / alpha
         if not (alpha > 0).all() or not (ratio[0] > 0 and ratio.isfinite().all() and (ratio.diff() > 0).all()):
             raise UserError("schedule: alpha must be positive; sigma / alpha positive, and rising from level to level")
-        alpha, sigma = _with_ends(alpha, sigma)
-        self.register_buffer("alpha", alpha, persistent=False)
-        self.register_buffer("sigma", sigma, persistent=False)
+        one, zero = alpha.new_ones(1), alpha.new_zeros(1)
+        self.register_buffer("alpha", torch.cat([one, alpha, zero]), persistent=False)
+        self.register_buffer("sigma", torch.cat([zero, sigma, one]), persistent=False)
 
     @abstractmethod
     def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,27 +239,12 @@ class LogSNRSchedule(NoiseSchedule):
     @checked
     def __init__(self, T: Levels = 200, r_min: Positive | None = None, r_max: Positive = 80.0) -> None:
         r_min = 0.004 if r_min is None else r_min
-        _check_ends("log-snr", r_min, r_max)
+        if r_min >= r_max:
+            raise UserError(f"log-snr schedule: needs 0 < r_min < r_max, got {r_min:g} and {r_max:g}")
         self.r_min, self.r_max = r_min, r_max
         super().__init__(T)
 
     def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_r = torch.linspace(math.log(self.r_min), math.log(self.r_max), len(t), dtype=torch.float64)
-        return _variance_preserving(log_r)
-
-
-def _with_ends(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the levels 0 ... T+1, from those of 1 ... T."""
-    one, zero = alpha.new_ones(1), alpha.new_zeros(1)
-    return torch.cat([one, alpha, zero]), torch.cat([zero, sigma, one])
-
-
-def _variance_preserving(log_r: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma of unit norm with the ratio exp(log_r)."""
-    alpha = (1 + (2 * log_r).exp()).rsqrt()
-    return alpha, alpha * log_r.exp()
-
-
-def _check_ends(name: str, r_min: float, r_max: float) -> None:
-    if not 0 < r_min < r_max:
-        raise UserError(f"{name} schedule: needs 0 < r_min < r_max, got {r_min:g} and {r_max:g}")
+        alpha = (1 + (2 * log_r).exp()).rsqrt()
+        return alpha, alpha * log_r.exp()

@@ -50,6 +50,24 @@ def check_images(x: Tensor, channels: int, size: tuple[int, int]) -> None:
         )
 
 
+class ImageNetwork(nn.Module):
+    """A network for images (B, in_channels, height, width), whose resolutions each halve the one before.
+
+    Args:
+        in_channels: Channels of the images.
+        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
+        channels: Channels at the first resolution, before its multiplier.
+        multipliers: Channels at each resolution, as multiples of ``channels``; in an encoder of ``width``.
+        blocks: Residual blocks at each resolution; in a U-Net on the way down, and one more on the way up.
+        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
+        dropout: Rate inside the residual blocks.
+        groups: Groups of the normalisation where they divide the channels.
+
+    Raises:
+        UserError: Images that cannot be halved so often.
+    """
+
+
 def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
     """GroupNorm with ``groups`` groups where they divide the channels, else with at least 4 channels a group."""
     if groups is None or channels % groups:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchcdm.networks.blocks import (
     Downsample,
+    ImageNetwork,
     ImageSize,
     LabelEmbedding,
     Step,
@@ -54,26 +55,15 @@ class Summary(nn.Module):
 
 
 @final
-class Encoder(HeadedBackbone):
+class Encoder(ImageNetwork, HeadedBackbone):
     """Residual blocks at falling resolutions, each summarised for the head; about half the cost of a U-Net.
 
-    Args:
-        in_channels: Channels of the images.
-        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
-        levels: T + 2.
-        width: Channels at the first resolution, before its multiplier.
-        multipliers: Channels at each resolution, as multiples of ``width``.
-        blocks: Residual blocks at each resolution.
-        dropout: Rate inside the residual blocks.
-        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
-        energy_maps: Inner products with the image at each resolution; 0 for none.
-        classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
-        joint: Outputs for all classes from one pass instead of a label as input.
-        knots: Outputs at so many levels, interpolated; one for each level when None.
-        positions: Adds a learned map after the first convolution, for images in which the place of a pixel matters.
+    Other arguments as in :class:`ImageNetwork` and :class:`HeadedBackbone`.
 
-    Raises:
-        UserError: Images that cannot be halved so often, or a joint head without classes.
+    Args:
+        width: Channels at the first resolution, before its multiplier.
+        energy_maps: Inner products with the image at each resolution; 0 for none.
+        positions: Adds a learned map after the first convolution, for images in which the place of a pixel matters.
 
     Example:
         >>> Encoder(1, 8, levels=102, multipliers=(1, 2))(torch.zeros(5, 1, 8, 8)).shape

@@ -62,6 +62,15 @@ class Head(nn.Module, ABC):
 class HeadedBackbone(nn.Module, ABC):
     """A network whose logits are a head on its features.
 
+    Args:
+        levels: T + 2.
+        classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
+        joint: Outputs for all classes from one pass instead of a label as input.
+        knots: Outputs at so many levels, interpolated; one for each level when None.
+
+    Raises:
+        UserError: A joint head without classes.
+
     Attributes:
         head: Linear in the features.
     """

@@ -50,17 +50,14 @@ class MLP(HeadedBackbone):
     """Residual SiLU blocks; the head sees the last features and inner products of them with the input.
 
     An inner product <x, s(x)> has s(x) itself in its gradient, so that the denoiser contains the features directly.
+    Other arguments as in :class:`HeadedBackbone`.
 
     Args:
         dim: Numbers in one sample.
-        levels: T + 2.
         width: Width of the hidden layers.
         depth: Residual blocks.
         dropout: Rate inside the blocks.
         energy_maps: Inner products with the input, ``width * dim`` weights each; 0 for none.
-        classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
-        joint: Outputs for all classes from one pass instead of a label as input.
-        knots: Outputs at so many levels, interpolated; one for each level when None.
         context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
 
     Raises:

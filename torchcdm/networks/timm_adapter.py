@@ -66,15 +66,12 @@ class TimmBackbone(HeadedBackbone):
 
     Vision transformers, ConvNeXt and others with smooth activations and LayerNorm or GroupNorm work; fused
     attention, which has no second derivative, is switched off in the layers of this network alone.
+    Other arguments as in :class:`HeadedBackbone`; images of any size that the architecture takes.
 
     Args:
-        in_channels: Channels of the images.
-        image_size: Side, or (height, width).
-        levels: T + 2.
         model: Model name of timm, such as ``vit_tiny_patch16_224`` or ``convnext_atto``.
         options: Arguments of the architecture, of :data:`OPTIONS`: ``patch_size: 4``, ``act_layer: silu`` ...
         classes: Number of classes; needs ``joint``, for these networks take no label.
-        joint: Outputs for all classes from one pass.
 
     Raises:
         UserError: timm is not installed, the name or an option is unknown, or the model has no second derivative.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchcdm.networks.blocks import (
     Downsample,
+    ImageNetwork,
     ImageSize,
     LabelEmbedding,
     MeanOfConvolution,
@@ -26,19 +27,13 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, check
 
 
 @final
-class UNet(nn.Module):
+class UNet(ImageNetwork):
     """The part that classifier and denoiser share: images to features at full resolution.
 
+    Other arguments as in :class:`ImageNetwork`.
+
     Args:
-        in_channels: Channels of the images.
-        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
-        channels: Channels at the first resolution, before its multiplier.
-        multipliers: Channels at each resolution, as multiples of ``channels``.
-        blocks: Residual blocks at each resolution on the way down; one more on the way up.
-        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
-        dropout: Rate inside the residual blocks.
         embedding: Width of a conditioning vector for all blocks; None for none.
-        groups: Groups of the normalisation where they divide the channels.
     """
 
     def __init__(
@@ -113,29 +108,16 @@ class UNet(nn.Module):
 
 
 @final
-class CDMUNet(HeadedBackbone):
+class CDMUNet(ImageNetwork, HeadedBackbone):
     """The paper's network: the U-Net without time, pooled over space, one logit a level.
 
-    With the defaults and 1002 levels it has the 33 405 930 parameters of the published CIFAR-10 model.
+    With the defaults and 1002 levels it has the 33 405 930 parameters of the published CIFAR-10 model. An embedded
+    label goes where DDPM has the time. Other arguments as in :class:`ImageNetwork` and :class:`HeadedBackbone`.
 
     Args:
-        in_channels: Channels of the images.
-        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
-        levels: T + 2.
-        channels: Channels at the first resolution, before its multiplier.
-        multipliers: Channels at each resolution, as multiples of ``channels``.
-        blocks: Residual blocks at each resolution on the way down; one more on the way up.
-        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
-        dropout: Rate inside the residual blocks.
-        classes: Number of classes; the embedded label goes where DDPM has the time, or see ``joint``.
-        joint: Outputs for all classes from one pass instead of a label as input.
         head_channels: Channels that are pooled for the head; twice the last block's when None, as published.
         direction: ``data``: the published head, a plain linear layer accumulated from level 0. ``noise``: from the
             noise end and zero at the start, which a model with Gaussian residual needs.
-        groups: Groups of the normalisation where they divide the channels.
-
-    Raises:
-        UserError: Images that cannot be halved so often, a joint head without classes, or an unknown direction.
     """
 
     @checked
@@ -180,22 +162,13 @@ class CDMUNet(HeadedBackbone):
 
 
 @final
-class DDMUNet(nn.Module):
+class DDMUNet(ImageNetwork):
     """The DDPM baseline: the same U-Net, told the level, estimates the noise itself.
 
-    Args:
-        in_channels: Channels of the images.
-        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
-        channels: Channels at the first resolution, before its multiplier.
-        multipliers: Channels at each resolution, as multiples of ``channels``.
-        blocks: Residual blocks at each resolution on the way down; one more on the way up.
-        attention: Resolutions (the longer side) whose blocks are followed by self-attention.
-        dropout: Rate inside the residual blocks.
-        classes: Number of classes; the embedded label is added to the embedded level. None: unconditional.
-        groups: Groups of the normalisation where they divide the channels.
+    Other arguments as in :class:`ImageNetwork`.
 
-    Raises:
-        UserError: Images that cannot be halved so often.
+    Args:
+        classes: Number of classes; the embedded label is added to the embedded level. None: unconditional.
     """
 
     joint = False
