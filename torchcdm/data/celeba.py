@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from torchcdm.data.assembly import Samples
 from torchcdm.data.folders import inspect
-from torchcdm.data.images import ImageReader
+from torchcdm.data.images import ImageReader, describe
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.published import candidates
 from torchcdm.data.reading import reading
@@ -36,17 +37,20 @@ def celeba(argument: str, options: DataOptions, _: Layout | None = None) -> Samp
     everything = [path for part in paths for path in part]
     if not paths[0]:
         raise UserError(f"{listing}: no image of the training partition (0) is in {images}")
-    # One header stands for all: the archive has one size, and the headers of 200 000 files take minutes.
-    found = inspect(everything if options.skip_bad else everything[:1], options)
-    info, notes = found.info, list(found.left_out)
+    if options.skip_bad:
+        info, good, notes = inspect(everything, replace(options, size=None))
+        paths = [[path for path in part if path in good] for part in paths]
+    else:
+        # One header stands for all: the archive has one size, and the headers of 200 000 files take minutes.
+        info, notes = describe(everything[0]), []
     if info.size != FILE_SIZE:
         raise UserError(f"{everything[0]}: {info}; the aligned and cropped CelebA has 218 x 178 pixels")
     size = options.size or SIZE
     reader = ImageReader(info.high, size, options.channels, CROP)
-    parts: dict[str, Split] = {}
-    for split, part in zip(("train", "validation", "test"), paths, strict=True):
-        kept = [path for path in part if path in found.good] if options.skip_bad else part
-        parts[split] = LazySplit(reader, kept).in_memory_if_small(len(everything))
+    parts: dict[str, Split] = {
+        split: LazySplit(reader, part).in_memory_if_small(len(everything))
+        for split, part in zip(("train", "validation", "test"), paths, strict=True)
+    }
     if absent:
         notes.append(f"{len(absent)} listed file(s) are missing, {absent[0]} the first.")
     notes.append("cropped to 128 x 128 pixels around (89, 121), resized to {} x {}.".format(*size))

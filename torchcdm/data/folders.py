@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,47 +24,21 @@ SPLIT_FOLDERS = {
 }
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a look at image files found.
+def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]], list[str]]:
+    """The image files below each folder, in the order of their paths, and what is to be said of the others.
 
-    Attributes:
-        info: What the first good file holds; the others give the same shape.
-        good: The files that can be read.
-        notes: On shape, depth and aspect ratio.
-        left_out: The note on the files that cannot be read; empty where there are none.
-    """
+    Each file is found once, by whatever links it can be reached; hidden files and folders are passed over.
 
-    info: ImageInfo
-    good: set[Path]
-    notes: tuple[str, ...]
-    left_out: tuple[str, ...]
-
-
-@dataclass
-class Search:
-    """A search for image files, each of which is found once, by whatever links it can be reached.
-
-    Attributes:
+    Args:
+        roots: Folders.
         skip_bad: Pass over folders that cannot be listed.
-        seen: Device and number of every file and folder that was found.
-        others: Number of files that are no images.
-        links: Number of further links to files and folders that were found already.
-        unreadable: What cannot be reached or listed.
+
+    Raises:
+        UserError: A folder that cannot be listed, or a link that leads nowhere.
     """
-
-    skip_bad: bool = False
-    seen: set[tuple[int, int]] = field(default_factory=set)
-    others: int = 0
-    links: int = 0
-    unreadable: list[str] = field(default_factory=list)
-
-    def below(self, root: Path) -> list[Path]:
-        """All image files below ``root`` in the order of their paths; hidden files and folders are passed over.
-
-        Raises:
-            UserError: A folder that cannot be listed, or a link that leads nowhere.
-        """
+    seen: set[tuple[int, int]] = set()  # device and number
+    found, notes, others, twice = [], [], 0, 0
+    for root in roots:
         files, todo, links = [], [root], []
         while todo or links:
             # Links come last: a file has the class of the folder that it lies in.
@@ -74,31 +47,30 @@ class Search:
                 status = os.stat(path)
                 identity, is_folder = (status.st_dev, status.st_ino), stat.S_ISDIR(status.st_mode)
                 if path.suffix.lower() not in SUFFIXES and not is_folder:
-                    self.others += 1
-                elif identity in self.seen:
-                    self.links += 1
+                    others += 1
+                elif identity in seen:
+                    twice += 1
                 elif is_folder:
-                    with os.scandir(path) as entries:
-                        found = [entry for entry in entries if not entry.name.startswith(".")]
-                    found.sort(key=lambda entry: entry.name, reverse=True)
-                    todo += [path / entry.name for entry in found if not entry.is_symlink()]
-                    links = sorted(links + [path / entry.name for entry in found if entry.is_symlink()], reverse=True)
-                    self.seen.add(identity)
+                    with os.scandir(path) as listed:
+                        entries = sorted((e for e in listed if not e.name.startswith(".")), key=lambda e: e.name)
+                    todo += [path / entry.name for entry in reversed(entries) if not entry.is_symlink()]
+                    links += [path / entry.name for entry in entries if entry.is_symlink()]
+                    links.sort(reverse=True)
+                    seen.add(identity)
                 else:
                     files.append(path)
-                    self.seen.add(identity)
+                    seen.add(identity)
             except OSError as error:
                 problem = f"{path}: cannot be read ({reason(error)})"
-                if not self.skip_bad:
+                if not skip_bad:
                     raise UserError(f"{problem}; --skip-bad goes on without it") from None
-                self.unreadable.append(problem)
-        return sorted(files, key=lambda path: path.relative_to(root).parts)
-
-    def notes(self) -> list[str]:
-        """What is to be said, one sentence each."""
-        notes = [f"{self.others} file(s) that are no images are passed over."] * bool(self.others)
-        notes += [f"{self.links} further link(s) to the same files and folders are passed over."] * bool(self.links)
-        return notes + [f"{problem}: left out." for problem in self.unreadable]
+                notes.append(f"{problem}: left out.")
+        found.append(sorted(files, key=lambda path: path.relative_to(root).parts))
+    if twice:
+        notes.insert(0, f"{twice} further link(s) to the same files and folders are passed over.")
+    if others:
+        notes.insert(0, f"{others} file(s) that are no images are passed over.")
+    return found, notes
 
 
 def load(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
@@ -113,26 +85,25 @@ def load(argument: str, options: DataOptions, _: Layout | None = None) -> Sample
         for split, names in SPLIT_FOLDERS.items()
     }
     folders = folders if folders["train"] else {"train": root}
-    search = Search(options.skip_bad)
-    files = {split: search.below(folder) for split, folder in folders.items() if folder}
+    folders = {split: folder for split, folder in folders.items() if folder}
+    found, notes = find_images(list(folders.values()), options.skip_bad)
+    files = dict(zip(folders, found, strict=True))
     if not files["train"]:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folders['train']}: no image files in this folder or below it (looked for {suffixes})")
     above = {path: path.relative_to(folders[split]).parts[:-1] for split, part in files.items() for path in part}
     class_names = _class_names(files["train"], above)
-    found = inspect(list(above), options)
-    reader = ImageReader(found.info.high, options.size, options.channels)
+    info, good, more = inspect(list(above), options)
+    reader = ImageReader(info.high, options.size, options.channels)
     splits = {}
     for split, part in files.items():
-        kept = [path for path in part if path in found.good]
+        kept = [path for path in part if path in good]
         labels = torch.tensor([class_names.index(above[path][0]) if class_names else NO_LABEL for path in kept])
         if kept or split == "train":
-            splits[split] = LazySplit(reader, kept, labels).in_memory_if_small(len(found.good))
-    notes = search.notes()
+            splits[split] = LazySplit(reader, kept, labels).in_memory_if_small(len(good))
     if class_names:
         notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
-    notes += [*found.notes, *found.left_out]
-    return Samples(f"folder:{argument}", splits, found.info.grid, class_names, notes=tuple(notes))
+    return Samples(f"folder:{argument}", splits, info.grid, class_names, notes=(*notes, *more))
 
 
 def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> tuple[str, ...] | None:
@@ -152,17 +123,17 @@ def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> t
     return names
 
 
-def inspect(paths: Sequence[Path], options: DataOptions) -> Inspection:
+def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, set[Path], list[str]]:
     """Checks that all files give one shape, by their headers; with ``skip_bad`` every file is decoded.
+
+    Returns:
+        What the first good file holds, the files that can be read, and notes.
 
     Raises:
         UserError: A file that cannot be read, or two files that differ.
     """
-    first: tuple[Path, ImageInfo] | None = None
-    good: set[Path] = set()
+    good: dict[Path, ImageInfo] = {}
     bad: list[Path] = []
-    notes: list[str] = []
-    squeezed = False
     for path in tqdm(paths, "checking images", disable=len(paths) < 5000, leave=False):
         try:
             info = describe(path)
@@ -173,21 +144,19 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> Inspection:
                 raise
             bad.append(path)
             continue
-        first = first or (path, info)
-        _refuse_mixture(first, (path, info), options)
-        if info.reduced and not any("16-bit" in note for note in notes):
-            notes.append(f"{path.name} has 16-bit colours, which Pillow reads as 8 bits.")
-        if options.size is not None:
-            squeezed |= abs(info.height * options.size[1] / (info.width * options.size[0]) - 1) > 0.02
-        good.add(path)
-    if first is None:
+        good[path] = info
+        _refuse_mixture(next(iter(good.items())), (path, info), options)
+    if not good:
         raise UserError(f"{paths[0]}: neither this nor any other of the {len(paths)} image files can be read")
-    if squeezed:
-        notes.append("resizing changes the aspect ratio of some images.")
-    info = first[1]
+    info = next(iter(good.values()))
     (height, width), channels = options.size or info.size, options.channels or info.channels
-    notes.insert(0, f"{len(good)} images of {channels} channel(s), {height} x {width} pixels.")
-    return Inspection(info, good, tuple(notes), left_out(bad))
+    notes = [f"{len(good)} images of {channels} channel(s), {height} x {width} pixels."]
+    reduced = next((path for path in good if good[path].reduced), None)
+    if reduced is not None:
+        notes.append(f"{reduced.name} has 16-bit colours, which Pillow reads as 8 bits.")
+    if any(abs(info.height * width / (info.width * height) - 1) > 0.02 for info in good.values()):
+        notes.append("resizing changes the aspect ratio of some images.")
+    return info, set(good), [*notes, *left_out(bad)]
 
 
 def left_out(bad: Sequence[Path]) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def _plain_mode(image: Image) -> str:
 def _image_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
     """(C, H, W) of an array that holds one image."""
     plain = (1, *shape) if len(shape) == 2 else shape
-    if len(plain) != 3 or dtype.str[1:] not in ("u1", "u2", "f2", "f4", "f8"):
+    if len(plain) != 3 or 0 in shape or dtype.str[1:] not in ("u1", "u2", "f2", "f4", "f8"):
         mend = "write (H, W), (H, W, C) or (C, H, W) as uint8, uint16 or floats"
         raise ValueError(f"an array of shape {shape}, type {dtype} is not one image; {mend}")
     return plain if len(shape) == 2 or channels_first(plain) else (plain[2], *plain[:2])

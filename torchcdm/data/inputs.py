@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from torchcdm.data import arrays, images, tables
 from torchcdm.data.columns import single
-from torchcdm.data.folders import Search, left_out
+from torchcdm.data.folders import find_images, left_out
 from torchcdm.data.options import DataOptions, Layout
 from torchcdm.data.reading import file_status, printable
 from torchcdm.errors import UserError
@@ -63,111 +62,104 @@ def read_inputs(
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    target = _Target(layout, options or DataOptions(), noisy)
-    parts = [target.read(path) for path in map(Path, paths)]
+    parts = [_read(path, layout, options or DataOptions()) for path in map(Path, paths)]
     if not any(part.names for part in parts):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
     x, names, deviating, notes = zip(*parts, strict=True)
-    return Inputs(torch.cat(x), sum(names, []), torch.cat(deviating), sum(notes, ()))
+    found = Inputs(torch.cat(x), sum(names, []), torch.cat(deviating), sum(notes, ()))
+    if not noisy:
+        _check_range(found, layout.transform)
+    return found
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What files are brought to."""
+def _read(path: Path, layout: Layout, options: DataOptions) -> Inputs:
+    """All samples of one file or folder."""
+    if stat.S_ISDIR(file_status(path).st_mode):
+        (files,), notes = find_images([path], options.skip_bad)
+        found = _read_images(files, layout.transform, options)
+        return found._replace(notes=(*notes, *found.notes))
+    suffix = path.suffix.lower()
+    if suffix in tables.SUFFIXES:
+        return _read_table(path, layout)
+    if suffix in (".npz", ".npy"):
+        return _read_array(path, layout.transform.shape, options)
+    if suffix in images.SUFFIXES:
+        return _read_images([path], layout.transform, options)
+    raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
 
-    layout: Layout
-    options: DataOptions
-    noisy: bool
 
-    @property
-    def transform(self) -> DataTransform:
-        return self.layout.transform
+def _read_images(paths: list[Path], transform: DataTransform, options: DataOptions) -> Inputs:
+    samples, names, bad = [torch.empty(0, *transform.shape)], [], []
+    for path in paths:
+        try:
+            info = images.describe(path)
+            x = images.ImageReader(info.high, options.size, options.channels)(path)
+        except UserError:
+            if not options.skip_bad:
+                raise
+            bad.append(path)
+            continue
+        _check_shape(tuple(x.shape), transform.shape, path)
+        if path.suffix.lower() != ".npy":
+            x = _on_grid(x.float(), info.high, transform, path)
+        samples.append(x[None])
+        names.append(printable(path))
+    return without_columns(torch.cat(samples), names)._replace(notes=left_out(bad))
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.transform.shape
 
-    def read(self, path: Path) -> Inputs:
-        """All samples of one file or folder."""
-        if stat.S_ISDIR(file_status(path).st_mode):
-            search = Search(self.options.skip_bad)
-            found = self._images(search.below(path))
-            return found._replace(notes=(*search.notes(), *found.notes))
-        suffix = path.suffix.lower()
-        if suffix in tables.SUFFIXES:
-            return self._table(path)
-        if suffix in (".npz", ".npy"):
-            return self._array(path)
-        if suffix in images.SUFFIXES:
-            return self._images([path])
-        raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
-
-    def _images(self, paths: list[Path]) -> Inputs:
-        samples, names, bad = [torch.empty(0, *self.shape)], [], []
-        for path in paths:
-            try:
-                info = images.describe(path)
-                x = images.ImageReader(info.high, self.options.size, self.options.channels)(path)
-            except UserError:
-                if not self.options.skip_bad:
-                    raise
-                bad.append(path)
-                continue
-            self._check_shape(tuple(x.shape), str(path))
-            x = self._on_grid(x.float(), info.high, str(path))
-            samples.append(self._check_range(x[None], str(path)))
-            names.append(printable(path))
-        return without_columns(torch.cat(samples), names)._replace(notes=left_out(bad))
-
-    def _on_grid(self, x: Tensor, file_high: int | None, name: str) -> Tensor:
-        """File values to the model's grey levels; float files, and .npy images, hold data units already."""
-        low, high = self.transform.low, self.transform.high
-        if file_high is None or (low, high) == (0, file_high) or name.lower().endswith(".npy"):
-            return x
-        if low is None or high is None:
-            raise UserError(f"{name}: grey levels 0 ... {file_high}; the model's data are continuous: give an array")
-        return self.transform.quantize(low + x * ((high - low) / file_high))
-
-    def _array(self, path: Path) -> Inputs:
-        x, _, _ = arrays.read(path)
-        if len(self.shape) == 1:
-            one_sample = x.shape == self.shape and self.shape != (1,)
-        else:
-            one_sample = x.ndim == 2 or (x.ndim == 3 and self.shape in (x.shape, (x.shape[2], *x.shape[:2])))
-        x = x[None] if one_sample else x
-        values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == self.shape)
-        if values.ndim == 4:
-            values = arrays.convert_images(values, grid, self.options)
-        self._check_shape(tuple(values.shape[1:]), str(path))
-        names = [f"{printable(path)}[{i}]" for i in range(len(values))]
-        values = single(values.numpy(), str(path))
-        return without_columns(self._check_range(values, str(path)), names)
-
-    def _table(self, path: Path) -> Inputs:
-        table = tables.read(path)
-        columns = self.layout.columns or tuple(table.columns)
-        self._check_shape((len(columns),), str(path))
-        x = single(table.matrix(columns), str(path))
-        deviating = torch.zeros(len(x), dtype=torch.bool)
-        for column, value in self.layout.constants.items():
-            if column in table.columns:
-                deviating |= torch.from_numpy(table.numbers(column).astype(np.float32)) != value
-        names = [f"{printable(path)}: {table.row(i)}" for i in range(len(x))]
-        return Inputs(self._check_range(x, str(path)), names, deviating)
-
-    def _check_shape(self, shape: tuple[int, ...], name: str) -> None:
-        if shape != self.shape:
-            raise UserError(f"{name}: {_words(shape)}; the model takes {_words(self.shape)}")
-
-    def _check_range(self, x: Tensor, name: str) -> Tensor:
-        """Values beyond the grey levels mean another scaling than the model's; half a level is dequantisation."""
-        low, high, bin = self.transform.low, self.transform.high, self.transform.bin
-        if len(x) and not self.noisy and bin is not None and low is not None and high is not None:
-            smallest, largest = float(x.min()), float(x.max())
-            if smallest < low - bin / 2 or largest > high + bin / 2:
-                found, levels = f"{smallest:g} to {largest:g}", f"{low:g} ... {high:g}"
-                raise UserError(f"{name}: values from {found}; the model's grey levels are {levels}")
+def _on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:
+    """File values to the model's grey levels; files of floats hold data units already."""
+    low, high = transform.low, transform.high
+    if file_high is None or (low, high) == (0, file_high):
         return x
+    if low is None or high is None:
+        raise UserError(f"{path}: grey levels 0 ... {file_high}; the model's data are continuous: give an array")
+    return transform.quantize(low + x * ((high - low) / file_high))
+
+
+def _read_array(path: Path, shape: tuple[int, ...], options: DataOptions) -> Inputs:
+    x, _, _ = arrays.read(path)
+    if len(shape) == 1:
+        one_sample = x.shape == shape and shape != (1,)
+    else:
+        one_sample = x.ndim == 2 or (x.ndim == 3 and shape in (x.shape, (x.shape[2], *x.shape[:2])))
+    x = x[None] if one_sample else x
+    values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == shape)
+    if values.ndim == 4:
+        values = arrays.convert_images(values, grid, options)
+    _check_shape(tuple(values.shape[1:]), shape, path)
+    names = [f"{printable(path)}[{i}]" for i in range(len(values))]
+    return without_columns(single(values.numpy(), str(path)), names)
+
+
+def _read_table(path: Path, layout: Layout) -> Inputs:
+    table = tables.read(path)
+    columns = layout.columns or tuple(table.columns)
+    _check_shape((len(columns),), layout.transform.shape, path)
+    x = single(table.matrix(columns), str(path))
+    deviating = torch.zeros(len(x), dtype=torch.bool)
+    for column, value in layout.constants.items():
+        if column in table.columns:
+            deviating |= torch.from_numpy(table.matrix([column])[:, 0].astype(np.float32)) != value
+    return Inputs(x, [f"{printable(path)}: {table.row(i)}" for i in range(len(x))], deviating)
+
+
+def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path) -> None:
+    if found != needed:
+        raise UserError(f"{path}: {_words(found)}; the model takes {_words(needed)}")
+
+
+def _check_range(found: Inputs, transform: DataTransform) -> None:
+    """Values beyond the grey levels mean another scaling than the model's; half a level is dequantisation."""
+    low, high, bin = transform.low, transform.high, transform.bin
+    if bin is None or low is None or high is None:
+        return
+    x = found.x.flatten(1)
+    beyond = ((x < low - bin / 2) | (x > high + bin / 2)).any(1)
+    if beyond.any():
+        first = int(beyond.int().argmax())
+        values, levels = f"{x[first].min():g} to {x[first].max():g}", f"{low:g} ... {high:g}"
+        raise UserError(f"{found.names[first]}: values from {values}; the model's grey levels are {levels}")
 
 
 def without_columns(x: Tensor, names: list[str]) -> Inputs:

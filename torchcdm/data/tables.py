@@ -47,14 +47,6 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
-    def numbers(self, column: str) -> np.ndarray:
-        """One column as float64.
-
-        Raises:
-            UserError: A cell that is empty, text, not finite or a date; names column and row.
-        """
-        return self.matrix([column])[:, 0]
-
     def matrix(self, columns: Sequence[str]) -> np.ndarray:
         """The columns side by side, float64 (N, d).
 
