@@ -42,14 +42,7 @@ def samples_of(
 ) -> Samples:
     """All samples of an array, resized and converted.
 
-    Args:
-        x: As :func:`interpret` takes it.
-        y: Labels as :func:`read_labels` takes them.
-        name: The data, for messages.
-        options: Size and channels of images.
-        notes: What was read off the file.
-        first: Channels are known to come first.
-        layout: That of the model that scores the data, whose grey levels they have where they lie between its ends.
+    ``y`` as in :func:`read_labels`, ``notes`` what was read off the file, the rest as in :func:`interpret`.
     """
     values, grid, more = interpret(x, name, first, layout)
     if values.ndim == 4:

@@ -53,15 +53,15 @@ def fixed(
     options: DataOptions,
     class_names: tuple[str, ...],
 ) -> Samples:
-    """Samples whose test split is fixed: those after the first ``trainable``.
+    """Samples whose splits are part of the data set, whatever seed and test fraction the options give.
 
     Args:
         name: SPEC.
-        pool: Training samples, then test samples.
-        trainable: Number of samples that training and validation share.
+        pool: Samples of training and validation, ``trainable`` in number, then those of test.
+        trainable: See above.
         validation: Number of samples of validation, unless the options give a fraction of ``trainable``.
         grid: Grey levels.
-        options: ``seed`` and ``test_fraction`` have no influence: the splits are part of the data set.
+        options: Size, channels and validation fraction.
         class_names: Names of the classes.
     """
     if options.validation_fraction is not None:

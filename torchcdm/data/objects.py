@@ -50,14 +50,9 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
 def samples_of(
     data: Any, labels: Any, options: DataOptions, name: str | None = None, layout: Layout | None = None
 ) -> Samples:
-    """All samples of an object; arguments as for :func:`from_object`, but no DataSource.
+    """All samples of an object that is no DataSource; ``data`` and ``labels`` as for :func:`from_object`.
 
-    Args:
-        data: The object.
-        labels: Classes, or the name of a column.
-        options: Size and channels of images.
-        name: The data, for messages.
-        layout: That of the model that scores the data.
+    ``name`` is for messages; ``layout`` is that of the model that scores the data.
     """
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data

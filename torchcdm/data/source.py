@@ -1,7 +1,6 @@
 """What every kind of data becomes: three splits, in data units, and the transform measured on the first.
 
-Nothing here augments: training and evaluation read the same samples, and the trainer flips its own batches
-(:func:`torchcdm.data.flip_horizontally`). So a likelihood can never be taken on augmented data.
+Nothing here augments, so a likelihood can never be taken on augmented data: the trainer flips its own batches.
 """
 
 from __future__ import annotations
@@ -183,6 +182,11 @@ class DataSource:
         return self.transform.shape
 
     @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Training, validation and test."""
+        return self.train, self.validation, self.test
+
+    @property
     def classes(self) -> int | None:
         """Number of classes; None without labels."""
         return None if self.class_names is None else len(self.class_names)
@@ -193,7 +197,7 @@ class DataSource:
         Raises:
             UserError: No such split, or it is empty.
         """
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        splits = dict(zip(("train", "validation", "test"), self.splits, strict=True))
         if name not in splits:
             raise UserError(f"unknown split '{name}'; {nearest(name, splits)}")
         if not splits[name]:
@@ -201,11 +205,13 @@ class DataSource:
             raise UserError(f"{self.name}: the {name} split is empty; choose from: {full}")
         return splits[name]
 
+    def mapped(self, change: Callable[[Split], Split]) -> DataSource:
+        """The same source with changed splits; the transform stays."""
+        return replace(self, **{name: change(getattr(self, name)) for name in ("train", "validation", "test")})
+
     def limited(self, limit: int | None) -> DataSource:
-        """The same source with at most ``limit`` samples in every split; the transform stays."""
-        splits = (self.train, self.validation, self.test)
-        train, validation, test = (split.limited(limit) for split in splits)
-        return replace(self, train=train, validation=validation, test=test)
+        """The same source with at most ``limit`` samples in every split."""
+        return self.mapped(lambda split: split.limited(limit))
 
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
@@ -221,8 +227,8 @@ def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
     Raises:
         UserError: A class that is none of the model's, with both.
     """
-    own, splits = source.class_names, (source.train, source.validation, source.test)
-    present = torch.cat([split.labels for split in splits]).unique()
+    own = source.class_names
+    present = torch.cat([split.labels for split in source.splits]).unique()
     strange = [own[k] for k in present.tolist() if k != NO_LABEL and own[k] not in names]
     if strange:
         if len(own) <= len(names) and (_count(own, names) or _count(names, own)):
@@ -231,8 +237,8 @@ def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
         raise UserError(f"{source.name}: {what} ({', '.join(names)}); rename or leave out its samples")
     # Without a label, -1, is the last entry.
     numbers = torch.tensor([names.index(name) if name in names else NO_LABEL for name in own] + [NO_LABEL])
-    train, validation, test = (split.relabelled(numbers[split.labels]) for split in splits)
-    return replace(source, train=train, validation=validation, test=test, class_names=tuple(names))
+    source = source.mapped(lambda split: split.relabelled(numbers[split.labels]))
+    return replace(source, class_names=tuple(names))
 
 
 def _count(numbers: Sequence[str], names: Sequence[str]) -> bool:
@@ -242,12 +248,9 @@ def _count(numbers: Sequence[str], names: Sequence[str]) -> bool:
 
 
 def fingerprint(source: DataSource) -> str:
-    """A hash that tells data apart: units, counts, and some samples of every split.
-
-    Samples are those that the splits hold, evenly spaced, :data:`FINGERPRINT` of each.
-    """
+    """A hash that tells data apart: units, counts, and :data:`FINGERPRINT` evenly spaced samples of every split."""
     digest = hashlib.sha256(json.dumps(source.transform.to_config()).encode())
-    for split in (source.train, source.validation, source.test):
+    for split in source.splits:
         x, y = split.tensors(FINGERPRINT)
         digest.update(f"{len(split)} {tuple(x.shape)}".encode())
         digest.update(x.double().contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())

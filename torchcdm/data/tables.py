@@ -58,7 +58,7 @@ class Table:
             raw = self.column(column)
             values = _floats(raw)
             if values is None:
-                index = next((i for i, cell in enumerate(raw) if _floats([cell]) is None), 0)
+                index = next((i for i, cell in enumerate(raw) if _floats(np.array([cell], object)) is None), 0)
                 cell = raw[index]
                 empty = cell is None or str(cell).strip() == ""
                 shown = "is empty" if empty else f"holds '{str(cell):.60}', not a finite number"
@@ -66,10 +66,8 @@ class Table:
             else:
                 found.append(values)
         if problems:
-            mend = "mend the cell, or leave the column out"
-            if len(problems) > 1:
-                mend = f"mend the cells, or leave the columns out ({len(problems)} columns in all)"
-            raise UserError(f"{self.name}: {', '.join(problems[:SHOWN])}; {mend}")
+            rest = f" ({len(problems)} columns in all)" if len(problems) > 1 else ""
+            raise UserError(f"{self.name}: {', '.join(problems[:SHOWN])}{rest}; mend the cells, or leave columns out")
         return np.stack(found, 1)
 
     def column(self, name: str) -> Sequence[Any] | np.ndarray:

@@ -127,11 +127,10 @@ def read_json(path: Path, mend: str = MEND) -> dict[str, Any]:
     Raises:
         UserError: Missing, not readable, too large, or not one.
     """
+    data = read_bytes(path, LARGEST_JSON)
     try:
-        content = parse_json(read_bytes(path, LARGEST_JSON))
+        content = parse_json(data)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         damaged(path, f"not JSON ({error})", mend)
     return content if isinstance(content, dict) else damaged(path, "not a JSON object", mend)
 
@@ -156,11 +155,7 @@ def read_tensors(path: Path, mend: str = MEND) -> dict[str, Tensor]:
 
 
 def read_bytes(path: Path, largest: int | None = None) -> bytes:
-    """The content of a regular file.
-
-    Args:
-        path: The file.
-        largest: Bytes beyond which it is not read.
+    """The content of a regular file of at most ``largest`` bytes.
 
     Raises:
         UserError: Missing, not readable, a folder or a pipe, or too large.

@@ -58,18 +58,18 @@ def map_rows(
     if size is not None and size < 1:
         raise UserError(f"batch_size is {size}; it must be at least 1")
     processes, rows = sharers(), share(n)
-    at_first = rows_at_a_time(dim, device) if size is None else size
+    at_most = rows_at_a_time(dim, device)
     if processes is None or len(rows) == n:
-        return _each(torch.cat, _in_batches(function, rows, at_first, size is None))
+        return _in_batches(function, rows, size, at_most)
     mine = failure = None
     try:
         with alone():
-            mine = _each(torch.cat, _in_batches(function, rows, at_first, size is None))
+            mine = _in_batches(function, rows, size, at_most)
     except Exception as error:  # whatever it is, the others wait for this process
         failure = error
     # As text: not every exception can be sent.
     reason = UserError(str(failure)) if isinstance(failure, UserError) else repr(failure)
-    shares = processes.gather((None, reason) if mine is None else (_each(_on_cpu, [mine]), None))
+    shares = processes.gather((None, reason) if mine is None else (_each(lambda one: one[0].cpu(), [mine]), None))
     if failure is not None:
         raise failure
     for rank, (_, reason) in enumerate(shares):
@@ -77,12 +77,12 @@ def map_rows(
             raise reason
         if reason is not None:
             raise RuntimeError(f"process {rank} failed: {reason}")
-    return _each(torch.cat, [_each(_beside, (theirs, mine)) for theirs, _ in shares])
+    return _each(torch.cat, [_each(lambda pair: pair[0].to(pair[1].device), (theirs, mine)) for theirs, _ in shares])
 
 
-def _in_batches(function: Callable[[slice], Rows], rows: range, size: int, fewer: bool) -> list[Rows]:
-    """``function`` of one batch after the other, of ``fewer`` samples where memory runs out if that is allowed."""
-    asked = at_most = min(size, len(rows))
+def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None, at_first: int) -> Rows:
+    """``function`` of ``size`` rows at a time; None: of ``at_first``, and of fewer where memory runs out."""
+    asked = at_most = min(at_first if size is None else size, len(rows))
     parts, start = [], rows.start
     while start < rows.stop:
         batch = slice(start, min(start + at_most, rows.stop))
@@ -90,7 +90,7 @@ def _in_batches(function: Callable[[slice], Rows], rows: range, size: int, fewer
             parts.append(function(batch))
         except RuntimeError as error:
             at_most = (batch.stop - batch.start) // 2
-            if not fewer or at_most == 0 or not _out_of_memory(error):
+            if size is not None or at_most == 0 or not _out_of_memory(error):
                 raise
         else:
             start = batch.stop
@@ -100,7 +100,7 @@ def _in_batches(function: Callable[[slice], Rows], rows: range, size: int, fewer
         torch.cuda.empty_cache()
     if at_most < asked:
         warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
-    return parts
+    return _each(torch.cat, parts)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -115,15 +115,6 @@ def _each(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Rows])
     if isinstance(parts[0], Tensor):
         return function(parts)
     return tuple(function(column) for column in zip(*parts, strict=True))
-
-
-def _on_cpu(one: Sequence[Tensor]) -> Tensor:
-    return one[0].cpu()
-
-
-def _beside(pair: Sequence[Tensor]) -> Tensor:
-    """The first of two, on the device of the second."""
-    return pair[0].to(pair[1].device)
 
 
 def labels_of(y: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:

@@ -10,16 +10,13 @@ from torchcdm.errors import UserError
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
-    """The device asked for, checked; the best there is when None."""
-    return best_device() if name is None else checked_device(name)
-
-
-def checked_device(name: str | torch.device) -> torch.device:
-    """A device that is there.
+    """The device asked for; the best there is when None.
 
     Raises:
-        UserError: It is not, it holds no values (``meta``), or it has no float64, in which densities are kept.
+        UserError: It is not there, holds no values (``meta``), or has no float64, in which densities are kept.
     """
+    if name is None:
+        return best_device()
     try:
         with warnings.catch_warnings(action="ignore"):
             torch.zeros(1, device=name, dtype=torch.float64).item()

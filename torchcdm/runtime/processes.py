@@ -61,10 +61,7 @@ class Processes:
         self.main = self._accelerator.is_main_process
         if several and self.world == 1:
             raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
-        if several:
-            self.device = self._accelerator.device
-        else:
-            self.device = chosen_device(device)
+        self.device = self._accelerator.device if several else chosen_device(device)
 
     def wrap(self, loss: nn.Module) -> nn.Module:
         """The module whose gradients are averaged over the processes."""
@@ -139,10 +136,7 @@ def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
 
     All processes must do the same work within, and all have all results. Their group ends with it: once in a program,
     one within another is part of it. Trainings share their steps themselves, and are refused within. Without a
-    launcher there is no group, and nothing is shared.
-
-    Args:
-        device: As in :class:`Processes`.
+    launcher nothing is shared. ``device`` is as in :class:`Processes`.
 
     Yields:
         The device of this process, and whether it is the one that speaks and writes files.
