@@ -21,6 +21,7 @@ LIMIT = 6.0
 """Deviations within which a feature counts: data hardly ever exceed them, images unlike all data do by far."""
 
 VALUES_HELD = 2**22
+"""Numbers (B, levels, features) that a readout works on at once."""
 
 
 @final

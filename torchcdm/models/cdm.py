@@ -102,10 +102,8 @@ class ClassificationDiffusion(DensityModel):
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         """The MMSE denoiser as the gradient of a logit difference (identity 3).
 
-        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``.
-
-        Raises:
-            UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
+        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``, and raises UserError under
+        ``torch.inference_mode()``, which forbids the gradient.
         """
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
@@ -132,16 +130,10 @@ class ClassificationDiffusion(DensityModel):
         return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
 
     def denoise_blind(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """E[x_0 | x] of an ``x`` known to be some x_t, the level not: identity 9, one pass each way.
+        """E[x_0 | x], (B, *shape), of an ``x`` known to be some x_t, the level not (identity 9); no graph.
 
-        The denoisers of levels 0 ... T, weighted by p(t | x): the gradient of one scalar.
-
-        Args:
-            x: Model units, (B, *shape).
-            y: Classes, long (B,), or None.
-
-        Returns:
-            Shape of ``x``, without a graph.
+        The denoisers of levels 0 ... T, weighted by p(t | x): the gradient of one scalar, one pass each way. Arguments
+        as in :meth:`denoise`.
         """
         refuse_inference_mode()
         y = self.checked(x, y=y)

@@ -60,11 +60,7 @@ class DensityModel(Denoiser):
         """
 
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p_t(x_t) at every level from one forward pass (identity 1).
-
-        Args:
-            x_t: Model units, (B, *shape).
-            y: Classes, long (B,); None for the unconditional density.
+        """log p_t(x_t) at every level from one forward pass (identity 1); arguments as in :meth:`denoise`.
 
         Returns:
             Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
@@ -75,11 +71,8 @@ class DensityModel(Denoiser):
     def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.
 
-        Args:
-            x_t: Model units, (B, *shape).
-            t: Level, an int or long (B,).
-            y: Classes, long (B,), or None.
-            guidance: Weight w of identity 8 for joint models: of the denoiser of (1 + w) log p_t(x|y) - w log p_t(x).
+        Arguments as in :meth:`denoise`; for joint models ``guidance`` is the weight w of identity 8: the denoiser is
+        that of (1 + w) log p_t(x|y) - w log p_t(x).
 
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
