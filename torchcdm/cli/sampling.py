@@ -57,7 +57,10 @@ def run_sample(options: argparse.Namespace) -> int:
         y = _labels(options.label, options.n, model, info)
         steps = min(50, model.schedule.T) if options.steps is None else options.steps
         bar = main and not options.quiet
-        drawn = draw(model, options.n, options.sampler, steps, y, options.guidance, options.seed, bar)
+        drawn = draw(
+            model, options.n, y, options.seed,
+            sampler=options.sampler, steps=steps, guidance=options.guidance, progress=bar,
+        )  # fmt: skip
     if not main:
         return 0
     files = None

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torchcdm.data import save_grid, save_table
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_file
-from torchcdm.samplers import Sampler, sample
+from torchcdm.samplers import sample
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,15 @@ class Drawn:
         return self.x.ndim == 4
 
 
-def draw(
-    model: Denoiser,
-    n: int,
-    sampler: str | Sampler = "ddim",
-    steps: int = 50,
-    y: Tensor | None = None,
-    guidance: float = 0.0,
-    seed: int = 0,
-    progress: bool = False,
-    batch_size: int | None = None,
-) -> Drawn:
-    """Samples and their one-pass log-densities; arguments as in :func:`torchcdm.samplers.sample`."""
-    x = sample(model, n, sampler, steps, y, guidance, seed, batch_size, progress=progress)
+def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> Drawn:
+    """Samples and their one-pass log-densities; arguments and ``options`` as in :func:`torchcdm.samplers.sample`."""
+    x = sample(model, n, y=y, seed=seed, **options)
     log_p, density = None, model.density
     if density is not None:
         device = model.schedule.alpha.device
         with torch.no_grad():
             log_p = map_rows(
-                lambda rows: density.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n, batch_size,
+                lambda rows: density.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n,
                 dim=x.shape[1:].numel(), device=device,
             )  # fmt: skip
     return Drawn(x, y, log_p, seed)
