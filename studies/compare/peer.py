@@ -204,17 +204,15 @@ class FittedDensity(Fitted):
             nats.append(self.log_prob(z) + self.transform.log_det(self.transform.inverse(z)))
             seconds.append(clock.elapsed)
             nfe += self.nfe
-        dequantisation = ", dequantised, one draw" if self.transform.dequantize else ""
-        scores = [self._score("density", nats[0], f"level 0{dequantisation}", nfe // len(draws), seconds[0])]
+        scores = [self._score("density", nats[0], nfe // len(draws), seconds[0])]
         if len(draws) > 1:
             mean = torch.stack(nats).logsumexp(0) - math.log(len(draws))
-            convention = f"level 0, dequantised, mean density of {len(draws)} draws"
-            scores.append(self._score("importance", mean, convention, nfe, sum(seconds)))
+            scores.append(self._score("importance", mean, nfe, sum(seconds)))
         return scores
 
-    def _score(self, name: str, nats: Tensor, convention: str, nfe: int, seconds: float) -> Score:
+    def _score(self, name: str, nats: Tensor, nfe: int, seconds: float) -> Score:
         transform = self.transform
-        return Score(name, LogLikelihood(nats, transform.dim, 0, convention, transform.log_bin, nfe), True, seconds)
+        return Score(name, LogLikelihood(nats, transform.dim, 0, transform.log_bin, nfe), True, seconds)
 
 
 def dequantised(transform: DataTransform, x: Tensor, seed: int = SCORING_SEED) -> Tensor:

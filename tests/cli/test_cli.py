@@ -324,7 +324,7 @@ def test_calibrate_refuses(capsys, tmp_path, run, conditional):
     assert "classes or a context" in refuse(capsys, "calibrate", conditional, "--device", "cpu", "--quiet")
     assert "--samples is 0" in refuse(capsys, "calibrate", run, "--samples", "0")
     assert "holds no trained model" in refuse(capsys, "calibrate", tmp_path)
-    assert "no path above it" in refuse(capsys, "calibrate", run, "--level", "0", "--quiet")
+    assert "level 0 cannot be scored through" in refuse(capsys, "calibrate", run, "--level", "0", "--quiet")
 
 
 def nll_of(capsys, run, *words):

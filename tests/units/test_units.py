@@ -110,7 +110,7 @@ def test_the_uniform_distribution_on_256_levels_costs_eight_bits_in_any_unit(sca
     # Density of the uniform distribution over 256 cells, in units where a grey level is `scale`.
     dim = 12
     nats = torch.full((5,), -dim * math.log(256 * scale))
-    value = LogLikelihood(nats, dim, 0, "exact", math.log(scale), 1)
+    value = LogLikelihood(nats, dim, 0, math.log(scale), 1)
     assert value.unit == "bits/dim"
     assert torch.allclose(value.bits_per_dim(), torch.full((5,), 8.0).double())
     mean, error = value.mean_and_error()
@@ -118,7 +118,7 @@ def test_the_uniform_distribution_on_256_levels_costs_eight_bits_in_any_unit(sca
 
 
 def test_likelihood_of_continuous_data_stays_in_nats():
-    value = LogLikelihood(torch.tensor([-1.0, -3.0]), 2, 0, "one pass", None, 1)
+    value = LogLikelihood(torch.tensor([-1.0, -3.0]), 2, 0, None, 1)
     assert value.unit == "nats"
     assert value.mean_and_error() == pytest.approx((2, 1))
     with pytest.raises(UserError, match="grid"):

@@ -74,7 +74,7 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
         fitted = candidates(train, smallest_variance(transform), seed)
         best = max(fitted, key=lambda candidate: candidate.log_prob(validation).mean())
         nats = torch.from_numpy(best.log_prob(points)) + transform.log_det(test.double())
-        result = LogLikelihood(nats, transform.dim, 0, "dequantised", transform.log_bin, 0)
+        result = LogLikelihood(nats, transform.dim, 0, transform.log_bin, 0)
         found.append(Baseline(best.name, *result.mean_and_error(), result.unit))
     return found
 

@@ -185,16 +185,11 @@ class NormalCells(NoisyCells):
         return log_mass, middle + self.deviation * truncated_normal_means(edges, log_mass)
 
     def _window(self, z: Tensor, index: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The cells that can have mass, and that of the data: the first of them and their number, (P,).
+        """The cells that can have mass, and that of the data: the first of them and their number, (P,).
 
-        In deviations u of x given z, with m_k the mean of cell k and :math:`\Phi_k` its mass, Jensen's inequality
-        bounds what a tilt :math:`\theta \ge 0` gives to the cells beyond R, and what it gives to all of them:
-
-        .. math:: \sum_{k > R} \Phi_k e^{\theta m_k} \le \int_R^\infty \varphi(u) e^{\theta u} du
-            \le e^{\theta R - R^2/2}, \qquad \sum_k \Phi_k e^{\theta m_k} \ge 1
-
-        so that :math:`R = \theta + \sqrt{\theta^2 + \text{REACH}^2}` with the largest tilt is enough on the side of
-        the denoiser's mean, and REACH on the other one.
+        In deviations of x given z a tilt of theta >= 0 gives the cells beyond R at most exp(theta R - R²/2), by
+        Jensen's inequality, and all of them at least 1. So R = theta + sqrt(theta² + REACH²) with the largest tilt is
+        enough on the side of the denoiser's mean, and REACH on the other one.
         """
         middle = (self.mean_weight * z).flatten(1)
         theta = LARGEST_TILT * self.deviation / self.unit

@@ -76,11 +76,7 @@ def elbo(
 
     prior, diffusion, reconstruction, change = scoring.by_batches(denoiser, x, terms)
     total = prior + diffusion + reconstruction
-    how = f"all {count} levels" if evaluations == count else f"{evaluations} of {count} levels drawn for each sample"
-    name = f"ELBO of the reverse chain, {how}"
-    return ELBO(
-        change - total, transform.dim, level, name, transform.log_bin, evaluations, prior, diffusion, reconstruction
-    )
+    return ELBO(change - total, transform.dim, level, transform.log_bin, evaluations, prior, diffusion, reconstruction)
 
 
 def _diffusion(chain: ReverseChain, batch: Batch, x_0: Tensor, level: int, strata: int) -> Tensor:

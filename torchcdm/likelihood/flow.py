@@ -68,22 +68,18 @@ def probability_flow(
     A lower bound on that of data on a grid; for continuous data the density of the data with that noise. Exact up to
     the flow's steps, probes and start density, and normalised by construction.
 
-    Args:
-        denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), or None.
-        scoring: Level 1 ... T - 1, steps, probes, seed and batch size.
+    Data as in :func:`torchcdm.likelihood.single_pass`, of any denoiser with a transform. Of ``scoring`` level 1 ...
+    T - 1, steps, probes, seed and batch size are used.
     """
     (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]
-    scored = ScoredNoise(*scoring.by_batches(
+    columns = scoring.by_batches(
         denoiser, x, lambda rows: score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
-    ))  # fmt: skip
+    )
+    scored = ScoredNoise(*columns)
     flow = solver.log_prob(scored.z, labels_of(y, slice(None), scored.z.device))
-    return FlowLikelihood(
-        (flow.log_prob + scored.offset).cpu(), transform.dim, level, f"probability flow from level {level}",
-        transform.log_bin, solver.nfe, flow, scored,
-    )  # fmt: skip
+    nats = (flow.log_prob + scored.offset).cpu()
+    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, scored)
 
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:

@@ -58,11 +58,9 @@ def single_draws(model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scor
 
 def combine(model: DensityModel, values: Tensor, level: int, importance: bool) -> LogLikelihood:
     """Draws (K, N) to one likelihood: the mean of their logarithms, or with ``importance`` the log of their mean."""
-    transform, draws = model.transform, len(values)
-    kind = "importance-weighted over" if importance and draws > 1 else "mean of"
+    draws = len(values)
     nats = values.logsumexp(0) - math.log(draws) if importance else values.mean(0)
-    convention = f"level {level}, {'dequantised, ' if transform.dequantize else ''}{kind} {draws} draw(s)"
-    return LogLikelihood(nats, transform.dim, level, convention, transform.log_bin, draws)
+    return LogLikelihood(nats, model.transform.dim, level, model.transform.log_bin, draws)
 
 
 class ScoredNoise(NamedTuple):
@@ -111,6 +109,5 @@ def published_convention(
     def log_prob(rows: slice) -> Tensor:
         return model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
 
-    name = "level 0, undithered: a density on a lattice, no bound"
     values = scoring.by_batches(model, x, log_prob)
-    return LogLikelihood(values, model.transform.dim, 0, name, model.transform.log_bin, 1)
+    return LogLikelihood(values, model.transform.dim, 0, model.transform.log_bin, 1)

@@ -161,10 +161,8 @@ def calibrate_paths(
 class _Fit:
     """Ridge regressions at the levels of paths from data.
 
-    Attributes:
-        ridge: The one with the least error at the lowest level, on samples that were not fitted to.
-        before: That error, root mean square, without a regression.
-        after: And with it.
+    ``ridge`` has the least error at the lowest level on samples that were not fitted to: ``after``, root mean square;
+    ``before`` without a regression.
     """
 
     def __init__(self, model: ClassificationDiffusion, data: _Paths) -> None:

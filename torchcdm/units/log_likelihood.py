@@ -18,7 +18,6 @@ class LogLikelihood:
         nats: log-likelihood of each sample, in data units (densities) or absolute (code lengths), shape (B,).
         dim: Dimensions d of one sample.
         level: Noise level at which the density was taken.
-        convention: One phrase: how the number was obtained.
         log_bin: log of the grey-level spacing in data units; None for continuous data.
         nfe: Network evaluations for each sample.
     """
@@ -26,7 +25,6 @@ class LogLikelihood:
     nats: Tensor
     dim: int
     level: int
-    convention: str
     log_bin: float | None
     nfe: int
 
