@@ -84,7 +84,7 @@ def test_networks_whose_gradient_jumps_are_refused(name, size, options, message)
     torch.manual_seed(0)
     with pytest.raises(UserError, match=message):
         TimmBackbone(3, size, 7, name, options)
-    options = options | {"img_size": size} if "hiera" in name else options
+    options = options | {"img_size": (size, size)} if "hiera" in name else options
     assert jump(timm.create_model(name, num_classes=0, **options).double().eval(), size) > 1e-2
 
 

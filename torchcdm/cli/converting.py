@@ -39,7 +39,7 @@ def run_convert(options: argparse.Namespace) -> int:
     run = RunFolder(options.out)
     if run.holds_run():
         raise UserError(f"{options.out}: already holds a run; choose another folder")
-    config = make_config(preset_fields(options.preset) if options.preset else file_fields(options.config))
+    config = make_config(preset_fields(options.preset) if options.preset is not None else file_fields(options.config))
     if config.model.backbone.name != "unet" or config.model.backbone.direction != "data" or config.model.gaussian:
         raise UserError(
             "the published networks have model.backbone unet with direction data, and model.gaussian false; "
