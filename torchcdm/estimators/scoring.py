@@ -13,6 +13,7 @@ from torch import Tensor
 from torchcdm.estimators.base import TableEstimator
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import DensityModel
+from torchcdm.models.inputs import LARGEST
 from torchcdm.runtime.batching import labels_of
 from torchcdm.runtime.validation import read_as
 
@@ -20,9 +21,6 @@ Likelihood = Literal["one-pass", "flow"]
 
 FLOW_STEPS = 50
 """Steps of the probability flow, Heun: two evaluations each, of the network and of its divergence."""
-
-FARTHEST = 1e100
-"""Model units beyond which a row has a density of zero: its square overflows."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -68,12 +66,14 @@ def log_density(
 
     def one(batch: slice) -> Tensor:
         z, label = x[batch].to(alpha.device), labels_of(y, batch, alpha.device)
+        # Where a model refuses rows, as their squares overflow, the density is zero.
+        far = ~(transform(z).abs().amax(1, keepdim=True) <= LARGEST)
+        z = torch.where(far, transform.inverse(torch.zeros_like(z)), z)
         if solver is None:
             log_p = model.log_prob(z, y=label)
         else:
             log_p = solver.log_prob(alpha * transform(z), label).log_prob.double()
             log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
-        far = transform(z).abs().amax(1) > FARTHEST
-        return log_p.masked_fill(far & log_p.isnan(), -torch.inf).cpu()
+        return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
 
     return scoring.by_batches(model, x, one).numpy()
