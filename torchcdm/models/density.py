@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.schedules import Level, readable
+from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.inputs import LARGEST, as_numbers, check_count
@@ -91,7 +92,7 @@ class DensityModel(Denoiser):
             units: ``data``, or ``model`` for inputs that are already transformed.
 
         Returns:
-            Nats in the units asked for, float64 (B,).
+            Nats in the units asked for, float64 (B,); -inf where an input is so far away that its square overflows.
 
         Raises:
             UserError: Unknown units, a level outside 0 ... T+1, a shape that is not the model's, inputs that are not
@@ -103,9 +104,9 @@ class DensityModel(Denoiser):
         x = as_numbers(x, self.schedule.alpha.device)
         self.checked(x)
         z = x if units == "model" or self.transform is None else self.transform(x)
-        if readable(z) and not (z.abs() <= LARGEST).all():
-            raise UserError(f"inputs go beyond {LARGEST:g} in model units: they are too far from the data")
         log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
+        far = (z.abs() > LARGEST).flatten(1).any(1)
+        log_p = log_p.masked_fill(far & log_p.isnan(), -math.inf)
         return log_p if z is x else log_p + self.transform.log_det(x)
 
     def _evaluate(
