@@ -243,11 +243,17 @@ def squared_error(
 ) -> tuple[Evaluation, Tensor]:
     """The model at ``x_t``, (B, *shape), and the mean square of eps_hat - eps, (B,), which carries the gradient.
 
-    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one: differentiated again,
-    or by the cheaper :func:`difference_of_densities` where it is exact enough.
+    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one. Two strategies take it:
+    :func:`difference_of_densities` where :func:`differences_suffice`, :func:`double_backward` everywhere else.
     """
-    if differences_suffice(x_t):
-        return difference_of_densities(model, x_t, t, y, eps)
+    strategy = difference_of_densities if differences_suffice(x_t) else double_backward
+    return strategy(model, x_t, t, y, eps)
+
+
+def double_backward(
+    model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+) -> tuple[Evaluation, Tensor]:
+    """:func:`squared_error` by differentiating twice, on any device, in any precision and under the compiler."""
     result = model.evaluate_twice_differentiable(x_t, t, y)
     return result, (result.eps - eps).square().flatten(1).mean(1)
 
