@@ -23,6 +23,7 @@ from torch import Tensor
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.guidance import GuidedDenoiser
 from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_real
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
@@ -253,7 +254,7 @@ def sample(
     if guidance:
         if labels is None:
             raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
-        denoiser = denoiser.guided(guidance)
+        denoiser = GuidedDenoiser(denoiser, guidance)
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
     total = len(share(n)) * (len(path) - 1)

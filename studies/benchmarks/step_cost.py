@@ -43,6 +43,7 @@ from torchcdm.models import cdm
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
+from torchcdm.models.guidance import GuidedDenoiser
 from torchcdm.training.build import build_loss, build_model, build_schedule, plain_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.optimizers import build_optimizer
@@ -105,7 +106,7 @@ def denoising_step(model: Denoiser, x: Tensor, y: Tensor | None = None) -> Step:
 
 def guided_step(model: Denoiser, x: Tensor, y: Tensor) -> Step:
     """A denoising step under classifier-free guidance."""
-    return denoising_step(model.guided(GUIDANCE), x, y)
+    return denoising_step(GuidedDenoiser(model, GUIDANCE), x, y)
 
 
 def training_step(loss: CDMLoss | DDMLoss, x: Tensor, mode: Mode, y: Tensor | None = None) -> Step:

@@ -39,6 +39,7 @@ from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.guidance import GuidedDenoiser
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.unet import CDMUNet, DDMUNet
@@ -170,9 +171,9 @@ def of_model(name: str) -> dict[str, Tensor]:
         values["blind"] = model.denoise_blind(x_t)
         if model.joint:
             values["posterior"] = model.class_posterior(x_t, 5)
-            values["guided"] = model.guided(1.5).denoise(x_t, 5, label).eps
+            values["guided"] = GuidedDenoiser(model, 1.5).denoise(x_t, 5, label).eps
     elif labelled:
-        values["guided"] = model.guided(1.5).denoise(x_t, 5, label).eps
+        values["guided"] = GuidedDenoiser(model, 1.5).denoise(x_t, 5, label).eps
     return values
 
 

@@ -13,6 +13,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.guidance import GuidedDenoiser
 from torchcdm.units import DataTransform
 
 T = 30
@@ -278,12 +279,12 @@ def test_guidance_in_one_pass_equals_guidance_in_two(name, weight):
     x, y, passes = normal(9, 2), torch.arange(9) % 2, []
     for model in (one, two):
         model.backbone.register_forward_hook(lambda *_: passes.append(1))
-        model.guided(weight).denoise(x, 3, y)
+        GuidedDenoiser(model, weight).denoise(x, 3, y)
     assert len(passes) == 1 + 2
     for t in (1, 10, T):
         marginal = lambda x, t=t: mixture_at_level(MIXTURE, schedule, t).log_prob(x)  # noqa: E731
-        eps = one.guided(weight).denoise(x, t, y).eps
-        assert torch.allclose(eps, two.guided(weight).denoise(x, t, y).eps, atol=1e-9)
+        eps = GuidedDenoiser(one, weight).denoise(x, t, y).eps
+        assert torch.allclose(eps, GuidedDenoiser(two, weight).denoise(x, t, y).eps, atol=1e-9)
         # Identity 8 from the densities themselves.
         z = x.clone().requires_grad_()
         given = MIXTURE.log_prob(z, t, schedule, y)
@@ -294,10 +295,10 @@ def test_guidance_in_one_pass_equals_guidance_in_two(name, weight):
 def test_guidance_without_labels_is_a_mistake():
     for joint in (False, True):
         with pytest.raises(UserError, match="give y"):
-            exact_model(UniformSigmaSchedule(T), joint=joint).guided(1.0).denoise(normal(2, 2), 3)
+            GuidedDenoiser(exact_model(UniformSigmaSchedule(T), joint=joint), 1.0).denoise(normal(2, 2), 3)
     unconditional = ClassificationDiffusion(ZeroBackbone(T + 2), UniformSigmaSchedule(T))
     with pytest.raises(UserError, match="without labels"):
-        unconditional.guided(1.0)
+        GuidedDenoiser(unconditional, 1.0)
 
 
 # --- gradients and precision ---------------------------------------------------------------------------------

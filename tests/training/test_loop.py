@@ -103,8 +103,10 @@ def test_a_run_of_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_save_and_leave(whole, tmp_path, monkeypatch, number):
-    before = signal.getsignal(number)
+def test_signals_save_and_leave(whole, tmp_path, monkeypatch, request, number):
+    # A shell that starts the tests in the background has them ignore some.
+    inherited = signal.signal(number, before := lambda *_: pytest.fail("not watched"))
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     with monkeypatch.context() as patch:
         StopAfter(patch, 5, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Interrupted, match="after step 5; the state is saved, go on with --resume") as caught:

@@ -117,12 +117,6 @@ class Denoiser(nn.Module, ABC):
         """
         return noise if self.base is None else self.base.start(noise)
 
-    def guided(self, weight: float) -> Denoiser:
-        """This denoiser under classifier-free guidance (identity 8)."""
-        from torchcdm.models.guidance import GuidedDenoiser
-
-        return GuidedDenoiser(self, weight)
-
     def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float, graph: bool) -> Tensor:
         """(1 + w) E[eps | x_t, y] - w E[eps | x_t], (B, *shape), by two evaluations; ``graph`` keeps theirs."""
         conditional, plain = (
