@@ -1,5 +1,6 @@
 """Checkpoints of the published code: against its recorded outputs, and against its network written out by names."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,10 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path):
     torch.save({"ema_model_state_dict": {3: torch.zeros(2)}}, tmp_path / "numbers.pt")
     torch.save({"ema_model_state_dict": good | {"conv_in.weight": torch.zeros(())}}, tmp_path / "scalar.pt")
     torch.save({"ema_model_state_dict": {"up.\u00b2.upsample.conv.weight": torch.zeros(2)}}, tmp_path / "digit.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
     reasons = {
         "absent.pt": "no such file",
+        "pipe.pt": "a pipe, a device or a socket",
         "numbers.pt": "no weights",
         "scalar.pt": r"conv_in.weight has shape \(\)",
         "digit.pt": "is no weight of the published network",

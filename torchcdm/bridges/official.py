@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
 
@@ -16,6 +17,9 @@ EMA_KEY = "ema_model_state_dict"
 
 _LEAVES = {"temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value",
            "proj_out": "out"}  # fmt: skip
+
+
+MEND = "; give a checkpoint saved by the published CDM code"
 
 
 def load_official(path: str | Path, backbone: CDMUNet) -> None:
@@ -27,20 +31,16 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
     Raises:
         UserError: Not such a file, or one of another architecture; names the options that differ.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch reports a foreign file by many exceptions, over many lines.
-        raise UserError(
-            f"{path}: torch cannot read it as weights ({type(error).__name__}); "
-            "give a checkpoint saved by the published CDM code"
-        ) from error
+    with reading(Path(path), "weights", MEND) as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch reports a foreign file by many exceptions, over many lines.
+            raise UserError(f"{path}: torch cannot read it as weights ({type(error).__name__}){MEND}") from error
     averaged = content.get(EMA_KEY) if isinstance(content, Mapping) else None
     if not isinstance(averaged, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in averaged.items()
     ):
-        raise UserError(f"{path}: no weights '{EMA_KEY}' in it; give a checkpoint saved by the published CDM code")
+        raise UserError(f"{path}: no weights '{EMA_KEY}' in it{MEND}")
     averaged = {key.removeprefix("module."): value for key, value in averaged.items()}
     ups = (re.match(r"up\.(\d{1,3})\.", key) for key in averaged)
     stages = 1 + max((int(m[1]) for m in ups if m), default=0)
