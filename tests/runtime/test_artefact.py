@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from damage import resealed
 
 from torchcdm.errors import UserError
 from torchcdm.runtime import artefact
-from torchcdm.runtime.artefact import read_artefact, read_json, read_tensors, write_artefact
+from torchcdm.runtime.artefact import read_artefact, read_bytes, read_json, read_tensors, write_artefact
 from torchcdm.runtime.files import TEMPORARY, write_json
 
 TENSORS = {"a.safetensors": {"x": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}}
@@ -153,3 +154,8 @@ def test_only_its_own_kind_is_replaced(tmp_path):
     for name in ("a.json", "empty.json"):  # damaged, or nothing to lose
         write_artefact(tmp_path / name, "thing", {"new": 1})
     assert read_artefact(path, "thing")[0]["new"] == 1 and (tmp_path / "text.json").read_text() == "mine"
+
+
+def test_a_path_that_cannot_be_is_one_line():
+    with pytest.raises(UserError, match="cannot be read"):
+        read_bytes(Path("a\0b"))

@@ -162,13 +162,13 @@ def read_bytes(path: Path, largest: int | None = None) -> bytes:
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: is no file, give one")
-        if largest is not None and status.st_size > largest:
-            raise UserError(f"{path}: is larger than {largest >> 20} MiB; is it the right file?")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if stat.S_ISREG(status.st_mode) and (largest is None or status.st_size <= largest):
+            return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: is no file, give one")
+    raise UserError(f"{path}: is larger than {largest >> 20} MiB; is it the right file?")
 
 
 def damaged(path: Path, what: str, mend: str = MEND) -> NoReturn:

@@ -43,6 +43,10 @@ def in_units(source: DataSource, options: DataOptions) -> DataSource:
     return gaussianized(source, options.flip) if options.gaussianize else source
 
 
+HISTOGRAM_NUMBERS = 2**25
+"""Numbers of images that are counted at a time: a quarter of a gibibyte in float64."""
+
+
 def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     """The same data with every dimension brought to a standard normal, or near one, as the training split has it.
 
@@ -58,7 +62,8 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
         return replace(source, transform=ColumnTransform.fit(split.tensors()[0], discrete))
     if transform.gaussianized:
         return source
-    parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(1000))
+    size = max(1, min(1000, HISTOGRAM_NUMBERS // transform.dim))
+    parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(size))
     return replace(source, transform=GaussianizedTransform.fit(transform, parts, flip))
 
 
