@@ -220,7 +220,9 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
     first = error.errors(include_url=False)[0]
     kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
     for part in first["loc"]:
-        below = value[part] if isinstance(value, (list, tuple)) and isinstance(part, int) else None
+        below = None
+        if isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):  # a pair may lack one
+            below = value[part]
         # A part of several kinds adds the name of its kind to the place.
         if isinstance(value, (int, float, str)):
             continue
