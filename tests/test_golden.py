@@ -34,6 +34,6 @@ def test_the_numbers_are_those_of_the_commit_that_wrote_them(name: str) -> None:
         torch.set_num_threads(threads)
     kept = {key: value for key, value in load_file(VALUES).items() if key.startswith(f"{name}/")}
     assert {f"{name}/{key}" for key in values} == kept.keys()
-    tolerance = {"rtol": 2e-3, "atol": 2e-2 if optimised else 2e-4}
+    tolerance = {"rtol": 2e-3, "atol": 4e-3 if optimised else 2e-4}
     found = {f"{name}/{key}": value.detach() for key, value in values.items()}
     torch.testing.assert_close(found, kept, **({"rtol": 0, "atol": 0} if EXACT else tolerance), equal_nan=True)
