@@ -1,0 +1,151 @@
+"""The loop around a sampler: from noise at level T to samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from torchcdm.diffusion.prediction import Prediction
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.guidance import GuidedDenoiser
+from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_real
+from torchcdm.random import stream
+from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import share
+from torchcdm.samplers.rules import Sampler, Step, make_sampler
+
+Callback = Callable[[int, Tensor, Prediction], None]
+"""Called after each step of each batch with the level reached, x at that level, and the step's first prediction."""
+
+
+def sample(
+    denoiser: Denoiser,
+    n: int,
+    sampler: str | Sampler = "ddim",
+    steps: int = 50,
+    y: Tensor | int | None = None,
+    guidance: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    levels: Sequence[int] | None = None,
+    shape: Sequence[int] | None = None,
+    units: str = "data",
+    start: Tensor | None = None,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Draws samples: exactly ``steps`` levels visited, level T first, level 0 reached last.
+
+    The noise of sample i depends on ``seed`` and i alone, so batch size and device leave the samples the same.
+
+    Args:
+        denoiser: Any denoiser; put in eval mode while sampling.
+        n: Number of samples.
+        sampler: A name in :data:`SAMPLERS`, or a sampler with settings of its own.
+        steps: Number of steps, 1 ... T, evenly spaced over the levels.
+        y: Class of each sample, long (n,), or one class for all; None for the unconditional density. A model with a
+            context takes the contexts (n, context), or one for all.
+        guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w.
+        seed: Seed, not negative.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        levels: Strictly decreasing levels to visit instead of ``steps``, the last where sampling stops.
+        shape: Event shape; the denoiser's own when None.
+        units: ``data`` (not rounded to grey levels), or ``model``.
+        start: x at the first level, model units (n, *shape). When None, a draw from the model's base density at
+            level T: its fitted Gaussian's, or standard normal noise.
+        progress: Shows a progress bar.
+        callback: Called after each step; of several processes, in each with its own samples. A batch
+            that memory did not hold begins anew with half as many.
+
+    Returns:
+        (n, *shape) on the CPU.
+
+    Raises:
+        UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no
+            known shape.
+    """
+    from tqdm.auto import tqdm
+
+    n = check_count("n", n)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+    if units not in ("data", "model"):
+        raise UserError(f"units is '{units}'; choose data or model")
+    start = None if start is None else as_numbers(start, torch.device("cpu"))
+    rule = make_sampler(sampler)
+    path = _path(denoiser, steps, levels)
+    if start is None and path[0] != denoiser.schedule.T:
+        raise UserError(f"levels start at {path[0]}; below T = {denoiser.schedule.T} x is no pure noise: give start")
+    shape = _event_shape(denoiser, shape, start, n)
+    labels = as_labels(y, denoiser, n, one_for_all=True)
+    check_real("guidance", guidance, -math.inf, math.inf)
+    if guidance:
+        if labels is None:
+            raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
+        denoiser = GuidedDenoiser(denoiser, guidance)
+    device = denoiser.schedule.alpha.device
+    dtype = working_dtype(denoiser, torch.get_default_dtype())
+    total = len(share(n)) * (len(path) - 1)
+    bar = tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not progress)
+
+    def draw(rows: slice) -> Tensor:
+        draws = sample_noise(seed, range(n)[rows], shape, len(path) if rule.stochastic else 1, dtype)
+        first = next(draws).to(device)
+        x = denoiser.start(first) if start is None else start[rows].to(device, dtype)
+        label = None if labels is None else labels[rows]
+        previous = None
+        for t, s in pairwise(path):
+            noise = next(draws).to(device) if rule.stochastic else None
+            x, previous = rule.step(Step(denoiser, x, t, s, label, noise, previous))
+            if callback is not None:
+                callback(s, x, previous[1])
+            bar.update(len(x))
+        if units == "data" and denoiser.transform is not None:
+            x = denoiser.transform.inverse(x)
+        return x.cpu()
+
+    with evaluation_mode(denoiser), torch.no_grad(), bar:
+        return map_rows(draw, n, batch_size, dim=math.prod(shape), device=device)
+
+
+def sample_noise(
+    seed: int, samples: Sequence[int], shape: Sequence[int], draws: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample.
+
+    Row k depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch.
+    """
+    generators = [stream(seed, "sample", i) for i in samples]
+    # A block of draws at once: for small events a call for each draw would take longer than the network.
+    block = min(draws, max(1, 2**12 // math.prod(shape)))
+    for first in range(0, draws, block):
+        rows = [torch.randn(block, *shape, generator=generator, dtype=dtype) for generator in generators]
+        yield from torch.stack(rows, 1)[: draws - first]
+
+
+def _path(denoiser: Denoiser, steps: int, levels: Sequence[int] | None) -> list[int]:
+    """The levels to visit and the one to stop at."""
+    T = denoiser.schedule.T
+    if levels is None:
+        return [*denoiser.schedule.time_grid(check_count("steps", steps)), 0]
+    path = [check_count("a level", level, 0, T) for level in levels]
+    if len(path) < 2 or not all(t > s for t, s in pairwise(path)):
+        raise UserError(f"levels must be at least two, strictly decreasing, between {T} and 0; got {path}")
+    return path
+
+
+def _event_shape(denoiser: Denoiser, shape: Sequence[int] | None, start: Tensor | None, n: int) -> tuple[int, ...]:
+    if start is not None and len(start) != n:
+        raise UserError(f"start holds {len(start)} samples and n is {n}; they must agree")
+    given = shape if start is None else start.shape[1:]
+    given = denoiser.shape if given is None else tuple(check_count("a side of shape", side) for side in given)
+    if not given:
+        raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
+    if denoiser.shape not in (None, given):
+        raise UserError(f"the shape is {given}; this model's samples are {denoiser.shape}")
+    return given
