@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, tell
+from torchcdm.cli.arguments import add_command, tell
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +21,11 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
+        run_compare,
         "compare",
         "train other density models and ours for the same time on the same data, and score them alike",
         "python -m studies compare digits --budget 150 --peers cdm,nsf,realnvp --out compared --json compared.json",
+        "json device",
     )
     parser.add_argument("data", metavar="DATA", help="digits, folder:PATH, array:FILE, table:FILE, toy:NAME ...")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="training time of each system; needed")
@@ -45,9 +47,6 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--frechet", metavar="N", type=int, help="Fréchet distance of N samples of each system to the "
                         "training images; 2000 at least")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_json(parser)
-    add_device(parser)
-    parser.set_defaults(run=run_compare)
 
 
 def run_compare(options: argparse.Namespace) -> int:

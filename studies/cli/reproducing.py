@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, add_device
+from torchcdm.cli.arguments import add_command
 
 
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "reproduce", "a table or figure of the paper, or a check against known truth",
-        "python -m studies reproduce fig7 --scale smoke --out reproduced",
+        commands, run_reproduce, "reproduce", "a table or figure of the paper, or a check against known truth",
+        "python -m studies reproduce fig7 --scale smoke --out reproduced", "device",
     )  # fmt: skip
     parser.add_argument("name", metavar="NAME", nargs="?", help="left out: lists the names")
     parser.add_argument("--scale", default="smoke", help="smoke (seconds), small (two cores), paper; smoke by default")
@@ -24,8 +24,6 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of trainings and samples; 0 by default")
     parser.add_argument("--finished", action="store_true", help="report what is finished so far, and make nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_device(parser)
-    parser.set_defaults(run=run_reproduce)
 
 
 def run_reproduce(options: argparse.Namespace) -> int:

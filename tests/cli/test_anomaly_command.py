@@ -162,7 +162,7 @@ def test_mistakes(capsys, tmp_path, run, queries):
     assert "100 held-out normal samples cannot calibrate" in refuse(capsys, run, queries, "--fpr", "0.001")
     assert "no such file or folder" in refuse(capsys, run, tmp_path / "none.npy")
     assert "no such file or folder" in refuse(capsys, run, queries, "--reference", tmp_path / "none")
-    assert "--limit is 0" in refuse(capsys, run, queries, "--limit", "0")
+    assert "argument --limit: '0' is no" in refuse(capsys, run, queries, "--limit", "0")
     assert "holds no trained model" in refuse(capsys, tmp_path, queries)
     np.save(tmp_path / "wide.npy", np.zeros((3, 9, 9)))
     assert "9 x 9 pixels" in refuse(capsys, run, tmp_path / "wide.npy")

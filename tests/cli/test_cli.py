@@ -138,23 +138,23 @@ def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample", "RUN", "--n", "0", "--out", "S"], "n is 0; it must be an integer of at least 1"),
+        (["sample", "RUN", "--n", "0", "--out", "S"], "argument --n: '0' is no whole number"),
         (["sample", "RUN", "--steps", "21", "--out", "S"], "takes 1 to 20 sampling steps"),
         (["sample", "RUN", "--sampler", "ddmp", "--out", "S"], "did you mean 'ddpm'"),
         (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
         (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
         (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'"),
-        (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number up to 1000000000"),
+        (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number from 1 to 1000000000"),
         (["sample", "RUN", "--n", 20 * "9", "--label", "balanced", "--out", "S"], "--n: '99999999999999999999' is no"),
         (["sample", "RUN", "--steps", 20 * "9", "--out", "S"], "--steps: '99999999999999999999' is no"),
         (["nll", "RUN", "--limit", 5000 * "9"], "--limit: '999"),
         (["nll", "RUN", "--split", "tset"], "unknown split 'tset'; did you mean 'test'"),
         (["nll", "RUN", "--methods", "single,flwo"], "did you mean 'flow'"),
-        (["nll", "RUN", "--limit", "0"], "--limit is 0"),
+        (["nll", "RUN", "--limit", "0"], "argument --limit: '0' is no"),
         (["nll", "RUN", "--level", "99"], "level 99 cannot be scored through; choose 1 ..."),
         (["nll", "RUN", "--level=-1"], "level is -1; it must be an integer from 0"),
         (["nll", "RUN", "--level", "0"], "level 0 cannot be scored through"),
-        (["nll", "RUN", "--limit=-2"], "--limit is -2"),
+        (["nll", "RUN", "--limit=-2"], "argument --limit: '-2' is no"),
         (["nll", "RUN", "--draws", "0"], "draws is 0; it must be an integer from 1 to"),
         (["nll", "RUN", "--draws", "1000000000"], "draws is 1000000000"),
         (["nll", "RUN", "--flow-steps", "0"], "steps is 0"),
@@ -167,7 +167,7 @@ def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_pa
         (["nll", "RUN", "--seed", "1" + 30 * "0"], "seed is 1000"),
         (["nll", "RUN", "--conditional"], "have no classes"),
         (["nll", "RUN", "--data", "toy:two-moons"], "toy:two-moons: has shape (2,); the model takes (1, 8, 8)"),
-        (["evaluate", "RUN", "--draws", "0"], "--draws is 0"),
+        (["evaluate", "RUN", "--draws", "0"], "argument --draws: '0' is no"),
         (["denoise", "RUN", "x.npy", "--out", "S"], "to denoise data train with --data.gaussianize false"),
         (["denoise", "PIXELS", "nothing.png", "--out", "S"], "nothing.png"),
         (["denoise", "PIXELS", "x.npy", "--level", "21", "--out", "S"], "level is 21"),
@@ -322,7 +322,7 @@ def test_calibrate_changes_the_values_of_a_run_and_no_sample(capsys, tmp_path, r
 
 def test_calibrate_refuses(capsys, tmp_path, run, conditional):
     assert "classes or a context" in refuse(capsys, "calibrate", conditional, "--device", "cpu", "--quiet")
-    assert "--samples is 0" in refuse(capsys, "calibrate", run, "--samples", "0")
+    assert "argument --samples: '0' is no" in refuse(capsys, "calibrate", run, "--samples", "0")
     assert "holds no trained model" in refuse(capsys, "calibrate", tmp_path)
     assert "level 0 cannot be scored through" in refuse(capsys, "calibrate", run, "--level", "0", "--quiet")
 

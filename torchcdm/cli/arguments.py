@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,36 +30,44 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def add_command(commands: Any, name: str, summary: str, example: str) -> Parser:
-    """A subcommand whose help ends with an example."""
+def add_command(
+    commands: Any,
+    run: Callable[[argparse.Namespace], int],
+    name: str,
+    summary: str,
+    example: str,
+    shared: str = "",
+) -> Parser:
+    """A subcommand that calls ``run`` and takes the arguments ``shared``, words of :data:`SHARED`, with an example."""
     parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
-    parser.set_defaults(command=parser)
+    parser.set_defaults(command=parser, run=run)
+    for word in shared.split():
+        flag, options = SHARED[word]
+        parser.add_argument(flag, **options)
     return parser
 
 
 def count(text: str) -> int:
-    """A whole number of what there is no more than 10**9 of; argparse names the flag in its message."""
-    if re.fullmatch(r"-?\d{1,10}", text) and abs(int(text)) <= LARGEST_COUNT:
+    """A whole number of what there is one of at least; argparse names the flag in its message."""
+    if re.fullmatch(r"[0-9]{1,10}", text) and 1 <= int(text) <= LARGEST_COUNT:
         return int(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is no whole number up to {LARGEST_COUNT}")
+    raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 to {LARGEST_COUNT}")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1; the best there is by default")
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to FILE, - for stdout")
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """``--data`` and ``--split`` of a command that measures a run."""
-    parser.add_argument("--data", metavar="SPEC", help="other data than the run was trained on, of the same columns, "
-                        "shape and grey levels")  # fmt: skip
-    parser.add_argument("--split", default="test", help="train, validation or test")
-    parser.add_argument("--limit", type=count, metavar="N", help="at most N samples, evenly spaced")
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": ("model", {"metavar": "RUN"}),
+    "paths": ("paths", {"metavar": "PATH", "nargs": "+", "help": "images, folders, .npy, .npz, tables; data units"}),
+    "data": ("--data", {"metavar": "SPEC", "help": "other data than the run was trained on, of the same columns, "
+                        "shape and grey levels"}),
+    "split": ("--split", {"default": "test", "help": "train, validation or test"}),
+    "limit": ("--limit", {"type": count, "metavar": "N", "help": "at most N samples, evenly spaced"}),
+    "skip-bad": ("--skip-bad", {"action": "store_true", "help": "leave out images that cannot be read"}),
+    "seed": ("--seed", {"type": int, "default": 0}),
+    "quiet": ("--quiet", {"action": "store_true", "help": "no progress bar"}),
+    "json": ("--json", {"metavar": "FILE", "type": Path, "help": "write the numbers to FILE, - for stdout"}),
+    "device": ("--device", {"help": "cpu, cuda, cuda:1; the best there is by default"}),
+}  # fmt: skip
+"""Arguments that several commands share: how argparse knows them."""
 
 
 def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:

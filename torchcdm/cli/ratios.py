@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, tell, write_rows
+from torchcdm.cli.arguments import add_command, check_writable, tell, write_rows
 from torchcdm.runtime.files import check_output
 
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "ratio", "density ratio of two data sets: numerator over denominator, at the query",
+        commands, run_ratio, "ratio", "density ratio of two data sets: numerator over denominator, at the query",
         "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
+        "skip-bad seed quiet json device",
     )  # fmt: skip
     kinds = "a table, an array, a folder of images, or a SPEC"
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
@@ -28,17 +29,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--discrete", default="dequantize", help="columns of few values: dequantize or error (dequantize)"
     )
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--size", metavar="HxW", help="images are resized to this")
     parser.add_argument("--channels", type=int, metavar="N", help="images are converted to so many channels")
     parser.add_argument("--steps", type=int, metavar="N", help="most training steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="log ratio, weight and flag of every sample")
     parser.add_argument("--save", metavar="DIR", type=Path, help="keep the ratio, for torchcdm.DensityRatio.load")
-    add_json(parser)
-    add_device(parser)
-    parser.set_defaults(run=run_ratio)
 
 
 def run_ratio(options: argparse.Namespace) -> int:

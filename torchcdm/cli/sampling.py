@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, count
+from torchcdm.cli.arguments import add_command, count
 from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.files import writing
 
@@ -23,22 +23,18 @@ FORMATS = ("grid", "images", "array", "all")
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "sample", "draw samples",
+        commands, run_sample, "sample", "draw samples",
         "cdm sample runs/digits --n 64 --out samples\n"
         "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --format array --out samples",
+        "model seed quiet device",
     )  # fmt: skip
-    parser.add_argument("model", metavar="RUN")
     parser.add_argument("--n", type=count, default=64, help="number of samples (64)")
     parser.add_argument("--sampler", default="ddim", help="ddpm, ddim, dpm2, dpm++ or heun (ddim)")
     parser.add_argument("--steps", type=count, metavar="N", help="sampling steps, up to T (50)")
     parser.add_argument("--label", metavar="K|balanced", help="class by number or name, or all in turn")
     parser.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", default="grid", choices=FORMATS, help="what to write (grid)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_device(parser)
-    parser.set_defaults(run=run_sample)
 
 
 def run_sample(options: argparse.Namespace) -> int:
@@ -92,4 +88,4 @@ def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tens
     known = {str(k): k for k in range(model.classes)} | {name: k for k, name in enumerate(info.class_names or ())}
     if label not in known:
         raise UserError(f"--label {label}: {nearest(label, ['balanced', *known])}")
-    return torch.full((max(n, 0),), known[label])
+    return torch.full((n,), known[label])

@@ -1,4 +1,4 @@
-"""``cdm score``."""
+"""``cdm score`` and ``cdm denoise``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device, add_json, check_writable, tell, write_rows
+from torchcdm.cli.arguments import add_command, check_writable, count, tell, write_rows
 from torchcdm.errors import UserError
+from torchcdm.runtime.files import check_output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +21,18 @@ SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
 """Those of :data:`torchcdm.apps.anomaly.SCORES`, which takes torch to import: help is to come at once."""
 
 REFERENCE_LIMIT = 5000
+BATCH = 256
 SHOWN = 10
 """Rows that are printed: the most anomalous ones."""
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the command."""
+    """Adds the commands."""
     parser = add_command(
-        commands, "score", "how anomalous images, arrays or rows of tables are",
+        commands, run_score, "score", "how anomalous images, arrays or rows of tables are",
         "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
+        "model paths skip-bad json device",
     )  # fmt: skip
-    parser.add_argument("model", metavar="RUN")
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="images, folders, .npy, .npz, tables; data units")
     parser.add_argument("--score", default=SCORES[0], metavar="NAME", help=f"of {', '.join(SCORES)} ({SCORES[0]})")
     parser.add_argument("--background", metavar="RUN", help="model of broader data, for the score 'ratio'")
     parser.add_argument("--fpr", type=float, default=0.05, metavar="P", help="share of normal inputs to flag (0.05)")
@@ -40,15 +41,23 @@ def add_commands(commands: Any) -> None:
         help="normal data that RUN was not trained on; its validation split by default",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, default=REFERENCE_LIMIT, metavar="N",
+        "--limit", type=count, default=REFERENCE_LIMIT, metavar="N",
         help=f"at most N reference samples, evenly spaced ({REFERENCE_LIMIT})",
     )  # fmt: skip
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="score, percentile and flag of every input")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="histogram of the scores, a PNG")
-    add_json(parser)
-    add_device(parser)
-    parser.set_defaults(run=run_score)
+
+    parser = add_command(
+        commands, run_denoise, "denoise", "remove white noise from images, arrays or tables",
+        "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean", "model paths skip-bad device",
+    )  # fmt: skip
+    strength = parser.add_mutually_exclusive_group()
+    strength.add_argument("--level", type=int, metavar="T", help="noise of this level")
+    strength.add_argument("--noise-std", type=float, metavar="S", help="noise of this deviation, data units; for data "
+                          "whose values share a scale, as images do")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for the clean data, and noise.csv: "
+                        "level and noise_std of each input; for tables noise_ratio, the noise of every column over "
+                        "the column's own deviation in training")  # fmt: skip
 
 
 def run_score(options: argparse.Namespace) -> int:
@@ -59,8 +68,6 @@ def run_score(options: argparse.Namespace) -> int:
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
 
-    if options.limit < 1:
-        raise UserError(f"--limit is {options.limit}; at least 1 is needed")
     check_fpr(options.fpr)
     if options.plot is not None:
         check_figure(options.plot)
@@ -145,3 +152,38 @@ def _summary(numbers: dict[str, Any], names: list[str]) -> str:
     if numbers["score"] == "log_prob":
         lines.append("raw log p misses inputs that are simpler than the normal ones; compare with --score levels")
     return "\n".join(lines)
+
+
+def run_denoise(options: argparse.Namespace) -> int:
+    """Clean files, and a table of the noise that was found."""
+    import torch
+
+    from torchcdm.apps.denoising import common_scale, denoise, require_additive_noise
+    from torchcdm.data import save_array, save_images, save_table
+    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.training.checkpoint import load, read_info
+
+    info = read_info(options.model)
+    check_output_folder(options.out, options.paths)
+    model = load(options.model, chosen_device(options.device))
+    # Before the files are read: no file would do.
+    require_additive_noise(model.transform)
+    x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
+    parts = [denoise(model, part, options.level, options.noise_std) for part in x.split(BATCH)]
+    clean, levels, noise = (
+        torch.cat(column).cpu() for column in zip(*((part, n.level, n.ratio) for part, n in parts), strict=True)
+    )
+    scale = common_scale(model.transform)
+    noise = noise if scale is None else scale * noise
+    if x.ndim == 4:
+        files = [path.name for path in save_images(clean, options.out, info.transform)]
+    else:
+        files = [save_table(clean, options.out / "denoised.csv", info.columns).name] * len(x)
+    save_array(clean, options.out / "denoised.npy", info.transform)
+    header = ["input", "file", "level", "noise_ratio" if scale is None else "noise_std"]
+    values = (f"{value:.4g}" for value in noise.tolist())
+    write_rows(options.out / "noise.csv", header, zip(names, files, levels.tolist(), values, strict=True))
+    found = "{:.3g} of each column's" if scale is None else "of standard deviation {:.3g}"
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    print(f"{len(x)} samples in {options.out}; noise {found.format(float(noise.median()))} (median)")
+    return 0

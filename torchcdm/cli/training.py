@@ -1,16 +1,18 @@
-"""``cdm train`` and ``cdm presets``."""
+"""``cdm train``, ``cdm presets``, ``cdm info`` and ``cdm convert``."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, add_device
+from torchcdm.cli.arguments import add_command, count, tell
 from torchcdm.errors import UserError
-from torchcdm.training.run_folder import RunFolder
+from torchcdm.training.run_folder import RunFolder, read_metrics
 
 if TYPE_CHECKING:
     from torchcdm.training.settings import Config
@@ -30,26 +32,37 @@ SHORT = {
 
 
 def add_commands(commands: Any) -> None:
-    """Adds both commands."""
+    """Adds the commands."""
     parser = add_command(
-        commands, "train", "train a model from a preset or a YAML file", "cdm train digits --out runs/digits"
-    )
+        commands, run_train, "train", "train a model from a preset or a YAML file",
+        "cdm train digits --out runs/digits", "skip-bad device",
+    )  # fmt: skip
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="see cdm presets")
     parser.add_argument("--config", metavar="FILE", help="YAML file instead of, or on top of, a preset")
     parser.add_argument("--out", metavar="RUN", required=True, help="folder of the run")
     for name, (_, metavar, text) in SHORT.items():
         parser.add_argument(f"--{name}", metavar=metavar, help=text)
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in RUN, if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     parser.add_argument("--section.field", dest="_", metavar="VALUE", help="any field of the configuration, such as "
                         "--train.lr 1e-3 or --model.backbone.width 48; RUN/config.yaml lists them")  # fmt: skip
-    add_device(parser)
-    parser.set_defaults(run=run_train, takes_fields=True)
+    parser.set_defaults(takes_fields=True)
+    add_command(commands, run_presets, "presets", "list the presets", "cdm presets")
 
-    parser = add_command(commands, "presets", "list the presets", "cdm presets")
-    parser.set_defaults(run=run_presets)
+    add_command(commands, run_info, "info", "what a run holds", "cdm info runs/digits", "model json")
+
+    parser = add_command(
+        commands, run_convert, "convert", "a checkpoint of the published CDM code as a run",
+        "cdm convert cifar10.pt runs/published --preset cifar10",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", metavar="OFFICIAL.pt", type=Path)
+    parser.add_argument("out", metavar="RUN", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="YAML file with the model and the data of the training")
+    what.add_argument("--preset", metavar="PRESET", help="cifar10, cifar10-uniform, celeba64 ...")
+    parser.add_argument("--shape", metavar="CxHxW", help="of the images; data.channels and data.size, or 3x32x32")
+    parser.add_argument("--classes", type=count, metavar="N", help="number of classes, for a conditional checkpoint")
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -118,3 +131,76 @@ def _configuration(options: argparse.Namespace) -> Config:
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
     config = make_config(*layers, flag_fields(flags + options.fields))
     return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """Architecture, data and training of a run."""
+    from torchcdm.training.checkpoint import load, read_info
+    from torchcdm.training.states import state_folders
+
+
+    info = read_info(options.model)
+    model = load(options.model)
+    run = RunFolder(options.model)
+    config = info.model
+    lines = read_metrics(run.metrics)
+    values = {
+        "model": f"{config.kind}, labels {config.labels}",
+        "network": config.backbone.name,
+        "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": f"{info.data.spec}, shape {list(info.transform.shape)}",
+        "classes": info.classes,
+        "grey levels": None if info.transform.bin is None else f"{info.transform.low:g} ... {info.transform.high:g}",
+        "preset": info.preset,
+        "calibrated": None if model.uncalibrated is model else "on paths",
+        "selected": info.selected,
+        "last step": lines[-1]["step"] if lines else None,
+        "states": [path.name for path in state_folders(run)],
+    }
+    tell(options.json, "\n".join(f"{name:12} {value}" for name, value in values.items()), values)
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """A run folder that every other command reads."""
+    from torchcdm.bridges.official import load_official
+    from torchcdm.training.build import build_model, resolve
+    from torchcdm.training.checkpoint import ModelInfo, save_model
+    from torchcdm.training.config_files import file_fields, make_config, preset_fields
+    from torchcdm.units import DataTransform
+
+    run = RunFolder(options.out)
+    if run.holds_run():
+        raise UserError(f"{options.out}: already holds a run; choose another folder")
+    config = make_config(preset_fields(options.preset) if options.preset is not None else file_fields(options.config))
+    if config.model.backbone.name != "unet" or config.model.backbone.direction != "data" or config.model.gaussian:
+        raise UserError(
+            "the published networks have model.backbone unet with direction data, and model.gaussian false; "
+            "such as preset cifar10"
+        )
+    # The published code maps 0 ... 255 to [-1, 1] and adds no noise to grey levels.
+    size = "x".join(map(str, config.data.size or (32, 32)))
+    shape = _shape(options.shape or f"{config.data.channels or 3}x{size}")
+    transform = DataTransform.images(shape, dequantize=False)
+    model_config = resolve(config.model, transform)
+    if (model_config.labels != "none") != (options.classes is not None):
+        raise UserError("--classes is needed for a conditional model (model.labels input), and for that alone")
+    model = build_model(model_config, transform, options.classes)
+    load_official(options.checkpoint, model.backbone)
+    names = None if options.classes is None else tuple(map(str, range(options.classes)))
+    selected = {"value": "converted", "source": options.checkpoint.name}
+    info = ModelInfo(
+        preset=config.preset, model=model_config, transform=transform, data=config.data, class_names=names,
+        selected=selected,
+    )  # fmt: skip
+    with run.locked():
+        save_model(run, model, info)
+    print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")
+    return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text.lower()):
+        raise UserError(f"--shape {text}: write channels x height x width, such as 3x32x32")
+    return tuple(map(int, text.lower().split("x")))
