@@ -144,7 +144,7 @@ def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_pa
         (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
         (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
         (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'"),
-        (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number from 1 to 1000000000"),
+        (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number from 1"),
         (["sample", "RUN", "--n", 20 * "9", "--label", "balanced", "--out", "S"], "--n: '99999999999999999999' is no"),
         (["sample", "RUN", "--steps", 20 * "9", "--out", "S"], "--steps: '99999999999999999999' is no"),
         (["nll", "RUN", "--limit", 5000 * "9"], "--limit: '999"),
