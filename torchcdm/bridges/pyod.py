@@ -1,0 +1,50 @@
+"""The outlier detector for PyOD (github.com/yzhao062/pyod): its pipelines, combinations and thresholds run on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+from pyod.models.base import BaseDetector
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted
+
+if TYPE_CHECKING:
+    from torchcdm.estimators import CDMOutlierDetector
+
+
+@final
+class PyodDetector(BaseDetector):
+    """An outlier detector with PyOD's conventions: higher scores and label 1 are outliers.
+
+    Args:
+        detector: Settings of the model and the score; it is cloned, not fitted. Its own ``contamination`` is not used.
+        contamination: Share of outliers in the training table, or a thresholder of PyThresh.
+
+    Attributes:
+        detector_: The fitted :class:`torchcdm.estimators.CDMOutlierDetector`.
+        decision_scores_: Scores of the training rows, float64 (N,).
+        threshold_: Score above which a row is an outlier.
+        labels_: 1 for the training rows that are, (N,).
+
+    Example:
+        >>> detector = PyodDetector(CDMOutlierDetector(random_state=0), contamination=0.05).fit(X)
+        >>> suspects = X[detector.labels_ == 1]
+    """
+
+    def __init__(self, detector: CDMOutlierDetector, contamination: float = 0.1) -> None:
+        super().__init__(contamination)
+        self.detector = detector
+
+    def fit(self, X: Any, y: Any = None) -> PyodDetector:
+        """Trains the model on a table (N, columns); ``y`` is ignored. Errors are those of ``CDMOutlierDetector``."""
+        self._set_n_classes(y)
+        self.detector_ = clone(self.detector).fit(X)
+        self.decision_scores_ = self.decision_function(X)
+        self._process_decision_scores()
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """How anomalous each row of a table (N, columns) is, float64 (N,)."""
+        check_is_fitted(self, "detector_")
+        return -self.detector_.score_samples(X)

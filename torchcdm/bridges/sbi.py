@@ -1,0 +1,104 @@
+"""Conditional densities and density ratios for sbi (github.com/sbi-dev/sbi), whose posteriors and diagnostics run.
+
+``DirectPosterior(SbiDensity(posterior), prior)`` is what ``run_sbc``, ``run_tarp`` and the rest of sbi take.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
+from sbi.neural_nets.ratio_estimators import RatioEstimator
+from torch import Tensor, nn
+
+from torchcdm.random import permutation
+
+if TYPE_CHECKING:
+    from torchcdm.apps.ratio import DensityRatio
+    from torchcdm.estimators import CDMConditional
+
+
+@final
+class SbiDensity(ConditionalDensityEstimator):
+    """p(theta | x) of a fitted estimator, as what sbi calls a neural posterior. It is trained already.
+
+    Args:
+        estimator: Fitted on pairs of theta, drawn from the prior, and x.
+
+    Example:
+        >>> estimator = CDMConditional(random_state=0).fit(theta, x)
+        >>> posterior = DirectPosterior(SbiDensity(estimator), prior)
+        >>> ranks, _ = run_sbc(thetas, xs, posterior)
+    """
+
+    def __init__(self, estimator: CDMConditional) -> None:
+        shapes = ((len(columns.names),) for columns in (estimator.columns_, estimator.x_columns_))
+        super().__init__(estimator.model_, *map(torch.Size, shapes))
+        self.estimator = estimator
+
+    def log_prob(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
+        """log p(theta | x), nats; without a gradient.
+
+        Args:
+            input: theta, (samples, batch, p) or (batch, p).
+            condition: x, (batch, q) or (samples, batch, q); batches are broadcast.
+
+        Returns:
+            (samples, batch).
+        """
+        self._check_input_shape(input)
+        self._check_condition_shape(condition)
+        theta, x, _ = self._broadcast_and_align(input, condition)
+        log_p = self.estimator.log_prob(*(_rows(part) for part in (theta, x)))
+        return torch.from_numpy(log_p).to(input).reshape(theta.shape[:2])
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **_: Any) -> Tensor:
+        """Draws of theta (*sample_shape, batch, p) given x (batch, q); torch's seed decides which."""
+        self._check_condition_shape(condition)
+        seed = int(torch.randint(2**31 - 1, ()))
+        draws = self.estimator.sample(torch.Size(sample_shape).numel(), _rows(condition), random_state=seed)
+        return torch.from_numpy(draws).to(condition).transpose(0, 1).reshape(*sample_shape, -1, *self.input_shape)
+
+    def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
+        """-log p(theta | x), (batch,), to validate by; the estimator trains itself."""
+        return -self.log_prob(input, condition)[0]
+
+
+@final
+class SbiRatio(RatioEstimator):
+    """log p(theta, x) / (p(theta) p(x)) of a fitted ratio, up to a constant: what ``RatioBasedPotential`` takes.
+
+    It has no gradient in theta: sbi's slice samplers and importance sampling work, HMC and NUTS do not.
+
+    Args:
+        ratio: Fitted on what :func:`pairs_and_strangers` gives.
+        parameters: Number of parameters theta; the rest of the columns is x.
+
+    Example:
+        >>> ratio = DensityRatio().fit(*pairs_and_strangers(theta, x))
+        >>> potential, transform = ratio_estimator_based_potential(SbiRatio(ratio, 2), prior, x_observed)
+    """
+
+    def __init__(self, ratio: DensityRatio, parameters: int) -> None:
+        models = nn.ModuleList(model for model, _ in ratio._models)
+        columns = models[0].transform.dim
+        super().__init__(models, (parameters,), (columns - parameters,))
+        self.ratio = ratio
+
+    def unnormalized_log_ratio(self, theta: Tensor, x: Tensor) -> Tensor:
+        """The log ratio, nats, (...), of theta (..., p) and x (..., q)."""
+        rows = self.combine_theta_and_x(theta, x)
+        return torch.from_numpy(self.ratio.log_ratio(_rows(rows))).to(theta).reshape(rows.shape[:-1])
+
+
+def pairs_and_strangers(theta: Any, x: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (theta, x) that belong together, and rows whose x is that of another theta: numerator and denominator."""
+    theta, x = (np.asarray(part, np.float64).reshape(len(part), -1) for part in (theta, x))
+    others = x[permutation(len(x), seed).numpy()]
+    return np.concatenate([theta, x], 1), np.concatenate([theta, others], 1)
+
+
+def _rows(values: Tensor) -> np.ndarray:
+    return values.detach().reshape(-1, values.shape[-1]).double().cpu().numpy()
