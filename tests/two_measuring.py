@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from torchcdm import load
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.apps.anomaly.profile import level_profile
 from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
-from torchcdm.likelihood import ReverseChain, Scoring, elbo, log_normalizer, report
+from torchcdm.likelihood import Scoring, elbo, log_normalizer, report
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import sharing
 from torchcdm.samplers import sample
@@ -26,14 +27,14 @@ def measured(run: Path) -> dict:
     """Samples, likelihoods, a profile, and errors by level, in float64."""
     model, split = load(run).double(), load_data("digits").split("test")
     x = split.tensors(11)[0]
-    chain = ReverseChain.calibrated(model, n=5)
+    kernels = Kernels.of_denoiser(model, n=5)
     normalizers = [
-        log_normalizer(model, None, None, Scoring(level=15), 20, name, 0, 5, chain) for name in ("smc", "flow")
+        log_normalizer(model, None, Scoring(level=15), 20, name, 0, 5, kernels) for name in ("smc", "flow")
     ]
     return {
         "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],
         "report": report(model, x, None, Scoring(draws=2, steps=2), ("single", "flow")).to_json(),
-        "elbo": elbo(model, x, chain=chain, evaluations=4).nats,
+        "elbo": elbo(model, x, kernels=kernels, evaluations=4).nats,
         "log Z": [estimate.value for estimate in normalizers],
         "profile": level_profile(model, x),
         "levels": evaluate(model, split, 40)["per_level"],

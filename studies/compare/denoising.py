@@ -9,8 +9,8 @@ from torch import Tensor
 
 from studies.budget import Budget
 from studies.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.likelihood import (
-    ReverseChain,
     Row,
     Scoring,
     elbo,
@@ -81,8 +81,7 @@ class FittedDenoiser(Fitted):
     def _normalised(self, model: DensityModel, one_pass: Score, particles: int) -> list[Score]:
         """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
         likelihood, level = one_pass.likelihood, one_pass.likelihood.level
-        chain = ReverseChain.calibrated(model, None, SCORING)
-        z, second = log_z_estimates(model, chain, SCORING, particles)
+        z, second = log_z_estimates(model, Kernels.of_denoiser(model, seed=SCORING.seed), SCORING, particles)
         row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
         per_nat = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
         verdict = judge(per_nat, level, row, z, second)
@@ -98,8 +97,8 @@ class FittedDenoiser(Fitted):
     def _elbo(self, x: Tensor) -> LogLikelihood:
         levels = self.denoiser.schedule.T - SCORING.level_of(self.denoiser) + 1
         fine = self.denoiser.schedule.T > CALIBRATED_LEVELS
-        chain = ReverseChain(self.denoiser) if fine else ReverseChain.calibrated(self.denoiser, None, SCORING)
-        return elbo(self.denoiser, x, None, SCORING, chain, min(levels, ELBO_EVALUATIONS))
+        kernels = None if fine else Kernels.of_denoiser(self.denoiser, seed=SCORING.seed)
+        return elbo(self.denoiser, x, None, SCORING, kernels, min(levels, ELBO_EVALUATIONS))
 
     def sample(self, n: int, seed: int) -> Samples:
         drawn = sample(self.denoiser, n, self.sampler, self.steps, seed=seed)

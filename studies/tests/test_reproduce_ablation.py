@@ -16,9 +16,10 @@ from studies.reproduce import fig4, fig9, models, table1
 from studies.reproduce.bound import BoundLoss, bound_weights
 from studies.reproduce.denoised import denoised, root_mean_square
 from studies.reproduce.tre import TRELoss
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.exact import ring_mixture
 from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
-from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.losses import DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.ddm import DenoisingDiffusion
@@ -67,7 +68,7 @@ def test_the_ratio_estimators_loss_of_a_blind_classifier():
 def test_bound_weights_are_those_of_the_reverse_chain():
     schedule, shape = LinearSchedule(30), (5,)
     model = DenoisingDiffusion(nn.Identity(), schedule, DataTransform.identity(shape))
-    chain = ReverseChain(model, torch.zeros(30, 5, dtype=torch.float64))
+    chain = Kernels(reference_gaussian(model), torch.zeros(30, 5, dtype=torch.float64))
     eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
     t = torch.arange(2, 31)
     kl = chain.kl(schedule.ratio[t, None] * eps_error, t)

@@ -14,8 +14,10 @@ from studies.compare import comparison
 from studies.quality import frechet
 from studies.quality.features import Extractor
 from studies.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.target import reference_gaussian
 from torchcdm.cli import main as cdm
-from torchcdm.likelihood import ReverseChain, Scoring
+from torchcdm.likelihood import Scoring
 from torchcdm.training.config_files import make_config, merge, preset_fields
 
 
@@ -180,7 +182,7 @@ def test_class_means_tell_classes_and_their_spread():
 def scored(monkeypatch):
     """Likelihoods and speeds measured with next to no evaluations, and no Gaussian in 3072 dimensions."""
     pytest.importorskip("normflows")
-    monkeypatch.setattr(ReverseChain, "calibrated", classmethod(lambda cls, model, *_: cls(model)))
+    monkeypatch.setattr(Kernels, "of_denoiser", classmethod(lambda cls, model, **_: cls(reference_gaussian(model))))
     monkeypatch.setattr("studies.compare.denoising.SCORING", Scoring(steps=2))
     monkeypatch.setattr("studies.compare.denoising.ELBO_EVALUATIONS", 3)
     monkeypatch.setattr("studies.compare.comparison.DRAWN", 2)

@@ -6,6 +6,7 @@ import torch
 from oracles import normal, rng
 from pretended_device import pretended_device
 
+from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians, merged
@@ -13,7 +14,6 @@ from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators.normalizing import importance_normalizer
 from torchcdm.likelihood import FlowSolver, Scoring
-from torchcdm.likelihood.flow import reference_gaussian
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.networks.mlp import MLP
 from torchcdm.training.fit import fit

@@ -8,20 +8,21 @@ import torch
 from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from torch import distributions
 
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.particles import smc
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import (
     NLLGap,
-    ReverseChain,
     Row,
     Scoring,
     consistency,
     elbo,
     log_normalizer,
 )
-from torchcdm.likelihood.log_z import _Particles
 from torchcdm.likelihood.verdict import judge
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
@@ -50,24 +51,18 @@ def tilted_model(schedule, constant=0.0, slope=None):
     return ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,)), base)
 
 
-def log_z_above(model, x_s, level, chain):
+def log_z_above(model, x_s, level):
     """Mean log weight, and its standard error, of annealing on paths that lead up from exact samples ``x_s`` of the
     normalised density at a level: at least log Z in expectation (Grosse et al., 2015, arXiv 1511.02543)."""
-    schedule, rotation, generator = model.schedule, chain.reference.rotation, rng(4)
-    log_w = model.log_prob(x_s, level, units="model")
-    for t in range(level + 1, schedule.T + 1):
-        keep, added = schedule.forward_kernel(t - 1, t, x_s)
-        x_t = keep * x_s + added * torch.randn(x_s.shape, generator=generator, dtype=torch.float64)
-        x0 = chain.means(x_t, t)
-        a, b, c = schedule.reverse_kernel(t, t - 1, x_t)
-        noise = rotation(x_s - a * x_t - b * x0) / (c**2 + b**2 * chain.variances[t - 1]).sqrt()
-        back, log_ratio = chain.step(x_t, x0, t, noise)
-        assert torch.allclose(back, x_s)
-        log_w, x_s = log_w + log_ratio, x_t
-    mean, variances = chain.reference.moments(schedule.T)
-    x_T, log_start = chain.start(rotation(x_s - mean) / variances.sqrt())
-    assert torch.allclose(x_T, x_s)
-    log_w = log_w - log_start
+    target, generator = ModelTarget(model), rng(4)
+    kernels, at_s = Kernels(target.reference), target.evaluate(x_s, level)
+    log_w = torch.zeros(len(x_s), dtype=torch.float64)
+    for s in range(level, model.schedule.T):
+        x_t = kernels.up(x_s, s, s + 1, torch.randn(x_s.shape, generator=generator, dtype=torch.float64))
+        at_t = target.evaluate(x_t, s + 1)
+        log_w += kernels.work(x_s, x_t, at_s, at_t, s, s + 1)
+        x_s, at_s = x_t, at_t
+    log_w += at_s.log_gamma - target.log_start(x_s)
     return float(log_w.mean()), float(log_w.std()) / len(x_s) ** 0.5
 
 
@@ -80,7 +75,7 @@ def log_integral(schedule, slope, level=1):
     return float((mixture.log_weights + terms).logsumexp(0))
 
 
-METHODS = [("ais", 0), ("smc", 0), ("smc", 2), ("flow", 0)]
+METHODS = [("smc", 0), ("smc", 2), ("flow", 0)]
 
 
 @pytest.mark.parametrize(("method", "moves"), METHODS)
@@ -114,14 +109,12 @@ def test_paths_from_either_end_enclose_log_z(slope, level):
     if slope is not None:
         truth += log_integral(schedule, slope, level)
         x = x[torch.multinomial((x @ slope).softmax(0), 2000, replacement=True, generator=rng(3))]
-    chain = ReverseChain(model)
-    below = log_normalizer(model, None, None, Scoring(level), 2000, "ais", 0, chain=chain)
-    above, error = log_z_above(model, x[:2000], level, chain)
-    assert below.mean_log_weight - 3 * below.mean_log_weight_se < truth < above - 3 * error
+    target = ModelTarget(model)
+    down = smc(target, Kernels(target.reference), level, 1, 8000, rng(5), moves=0, below=0)
+    log_w = down.log_weights[0]
+    above, error = log_z_above(model, x[:2000], level)
+    assert float(log_w.mean()) - 3 * float(log_w.std()) / 8000**0.5 < truth < above - 3 * error
     # The same mean from the other end: of paths that lead down, weighted.
-    particles = _Particles(model, chain, None, 1, 8000, Scoring())
-    particles.run(level, 0, resample=False)
-    log_w = particles.log_w[0]
     assert above == pytest.approx(float(log_w.softmax(0) @ log_w), abs=0.1)
 
 
@@ -129,11 +122,11 @@ def test_resampling_keeps_the_mean_of_the_estimate():
     # Many small populations that resample often: the mean of Z, not of its logarithm, is right.
     schedule = CosineSchedule(15)
     model = tilted_model(schedule, slope=2 * SLOPE)
-    chain = ReverseChain(model)
+    kernels = Kernels.of_denoiser(model)
     truth = log_integral(schedule, 2 * SLOPE)
     values = torch.tensor(
         [
-            log_normalizer(model, None, None, Scoring(seed=s), 512, "smc", s % 2, 64, chain).value
+            log_normalizer(model, None, Scoring(seed=s), 512, "smc", s % 2, 64, kernels).value
             for s in range(12)
         ]
     )
@@ -153,24 +146,25 @@ def test_particles_come_from_the_normalised_density():
     assert torch.allclose(x.square().mean(0), square, atol=0.15)
 
 
-@pytest.mark.parametrize("method", ["ais", "flow"])
-def test_draws_of_weighted_methods_are_resampled(method):
+def test_draws_of_the_flow_are_resampled():
     # Half of the weight lies where few of the proposals fall: 1.7 deviations off, by a steep tilt.
     schedule, slope = CosineSchedule(12), 3 * SLOPE
-    found = log_normalizer(tilted_model(schedule, slope=slope), particles=4000, method=method, moves=0, islands=4)
+    found = log_normalizer(tilted_model(schedule, slope=slope), particles=4000, method="flow", islands=4)
     drawn = schedule.perturb(labelled_mixture().sample(200_000, rng(2)), 1, normal(200_000, 2))
     wanted, proposed = (drawn @ slope).softmax(0) @ drawn, drawn.mean(0)
     assert float((wanted - proposed).norm()) > 0.8
     assert float((found.x.mean(0) - wanted).norm()) < 0.25
 
 
-def test_particles_do_not_share_the_noise_of_their_chain(monkeypatch):
-    starts, start = [], ReverseChain.start
-    monkeypatch.setattr(ReverseChain, "start", lambda chain, noise: starts.append(noise) or start(chain, noise))
+def test_particles_do_not_share_the_noise_of_their_kernels(monkeypatch):
+    starts, base = [], GaussianMarginals.sample
+    monkeypatch.setattr(GaussianMarginals, "sample", lambda self, eps, t: starts.append(eps) or base(self, eps, t))
+    drawn, start = [], ModelTarget.start
+    monkeypatch.setattr(ModelTarget, "start", lambda self, *args: drawn.append(start(self, *args)) or drawn[-1])
     log_normalizer(tilted_model(CosineSchedule(5)), particles=256, moves=0)
-    of_chain, of_particles = starts
-    assert of_chain.shape == of_particles.shape
-    assert abs(float((of_chain * of_particles).mean())) < 4 / math.sqrt(512)
+    (of_kernels,), ((of_particles, _),) = starts[-1:], drawn
+    assert of_kernels.shape == of_particles.shape
+    assert abs(float((of_kernels * of_particles).mean())) < 4 / math.sqrt(512)
 
 
 def test_images_and_batches():
@@ -205,17 +199,17 @@ def test_of_a_class():
 def test_kernel_divergence_is_that_of_the_gaussians():
     schedule = UniformSigmaSchedule(20)
     model = tilted_model(schedule)
-    chain = ReverseChain(model)
+    kernels = Kernels(model.base)
     error, t = normal(6, 2), torch.tensor([2, 5, 9, 13, 17, 20])
     for row, level in enumerate(t.tolist()):
         x_t, x_0 = normal(1, 2, seed=row), normal(1, 2, seed=row + 50)
         a, b, c = schedule.reverse_kernel(level, level - 1, x_t)
-        rotation = chain.reference.rotation.matrix
-        wide = c**2 * torch.eye(2) + b**2 * rotation @ chain.variances[level - 1].diag() @ rotation.T
+        rotation = kernels.reference.rotation.matrix
+        wide = c**2 * torch.eye(2) + b**2 * rotation @ kernels.variances[level - 1].diag() @ rotation.T
         q = distributions.MultivariateNormal(a * x_t[0] + b * x_0[0], c**2 * torch.eye(2).double())
         r = distributions.MultivariateNormal(a * x_t[0] + b * (x_0[0] - error[row]), wide)
         truth = distributions.kl_divergence(q, r)
-        assert torch.allclose(chain.kl(error, t)[row], truth, rtol=1e-6)
+        assert torch.allclose(kernels.kl(error, t)[row], truth, rtol=1e-6)
 
 
 def test_calibration_measures_the_posterior_variance():
@@ -226,7 +220,7 @@ def test_calibration_measures_the_posterior_variance():
     model = ClassificationDiffusion(
         MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
     )
-    measured, assumed = ReverseChain.calibrated(model, n=2000).variances, ReverseChain(model).variances
+    measured, assumed = Kernels.of_denoiser(model, n=2000).variances, Kernels(base).variances
     assert torch.allclose(measured[:15], assumed[:15], rtol=0.15)
 
 
@@ -254,13 +248,13 @@ def test_elbo_bounds_a_mixture_whatever_the_kernels():
     model = tilted_model(schedule)
     x = mixture.sample(400, rng(1))
     true = mixture.log_prob(x, 0, schedule)
-    narrow = ReverseChain(model, torch.full((40, 2), 1e-3, dtype=torch.float64))
+    narrow = Kernels(model.base, torch.full((40, 2), 1e-3, dtype=torch.float64))
     excess = {}
-    for name, chain in (("gaussian", None), ("calibrated", ReverseChain.calibrated(model)), ("narrow", narrow)):
-        values = true - elbo(model, x, chain=chain).nats
+    for name, kernels in (("gaussian", None), ("measured", Kernels.of_denoiser(model)), ("narrow", narrow)):
+        values = true - elbo(model, x, kernels=kernels).nats
         excess[name] = float(values.mean())
         assert excess[name] > -3 * float(values.std()) / 20
-    assert excess["calibrated"] < excess["gaussian"] + 0.02 < excess["narrow"]
+    assert excess["measured"] < excess["gaussian"] + 0.02 < excess["narrow"]
 
 
 def test_strata_estimate_the_whole_sum():

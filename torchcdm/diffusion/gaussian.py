@@ -217,6 +217,12 @@ class GaussianMarginals(BaseDensity):
         """Mean (*shape) and eigenvalues (d,) of the marginal at level ``t``."""
         return self.schedule.alpha[t] * self.mean, self._variances_at(t).reshape(-1)
 
+    def start_kl(self, mean: Tensor, deviation: Tensor) -> Tensor:
+        """KL(N(mean, deviation² I) || this Gaussian at level T), nats (B,), from ``mean`` (B, *shape)."""
+        start, variances = self.moments(self.schedule.T)
+        square = self.rotation(mean - start).square()
+        return 0.5 * ((deviation**2 + square) / variances - 1 + (variances / deviation**2).log()).sum(1)
+
     def sample(self, eps: Tensor, t: int) -> Tensor:
         """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
         mean, variances = self.moments(t)

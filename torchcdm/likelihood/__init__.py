@@ -3,7 +3,6 @@
 Every likelihood takes ``(model, x, y=None, scoring=Scoring())``, so that their numbers compare.
 """
 
-from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.diagnostics import Consistency, LevelGaps, consistency, gap_by_level
 from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowLikelihood, FlowResult, FlowSolver, probability_flow
@@ -24,7 +23,6 @@ __all__ = [
     "LogZ",
     "NLLGap",
     "NLLReport",
-    "ReverseChain",
     "Row",
     "Scoring",
     "check_methods",

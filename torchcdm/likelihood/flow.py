@@ -15,8 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.errors import UserError
+from torchcdm.annealing.target import reference_gaussian
 from torchcdm.likelihood.noise import Batch, draw_rows
 from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
 from torchcdm.likelihood.scoring import Scoring, as_data
@@ -82,24 +81,6 @@ def probability_flow(
     return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, scored)
 
 
-def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
-    """The denoiser's own Gaussian marginals, or those of standard normal data."""
-    if denoiser.gaussian is not None:
-        return denoiser.gaussian
-    if denoiser.shape is None:
-        raise UserError("the flow needs the event shape: give the model a DataTransform")
-    # Isotropic: the cosine form needs no matrix.
-    blank = GaussianMarginals.blank(denoiser.schedule, denoiser.shape, "cosine")
-    return blank.to(denoiser.schedule.alpha.device)
-
-
-def start_kl(reference: GaussianMarginals, mean: Tensor, deviation: Tensor) -> Tensor:
-    """KL(N(mean, deviation² I) || reference at level T), nats (B,), from ``mean`` (B, *shape)."""
-    start, variances = reference.moments(reference.schedule.T)
-    square = reference.rotation(mean - start).square()
-    return 0.5 * ((deviation**2 + square) / variances - 1 + (variances / deviation**2).log()).sum(1)
-
-
 Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
 """What is wanted of x_t (B, *shape), in the precision of the network, at level t, of classes y: tensors (B, ...)."""
 
@@ -136,7 +117,7 @@ class FlowSolver:
         log_prob, probe_gap, x_T = self._rise(x_t, y)
         flat = x_t.double()
         a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
-        return FlowResult(log_prob[:, 0], probe_gap, x_T, float(start_kl(self.reference, a * flat, b).mean()))
+        return FlowResult(log_prob[:, 0], probe_gap, x_T, float(self.reference.start_kl(a * flat, b).mean()))
 
     def sample(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws by the flow backwards from its start density at T, and the flow's log density of them.

@@ -1,14 +1,4 @@
-r"""Estimates of log Z, the logarithm of what exp(log p_t) integrates to (section 6 of ``docs/method.md``).
-
-Annealed importance sampling along the reverse chain: with x_T drawn from the start density and
-:math:`x_{t-1} \sim r(\cdot|x_t)`,
-
-.. math:: \log w = \log \hat p_T(x_T) - \log p_{start}(x_T) + \sum_t [\log \hat p_{t-1}(x_{t-1}) + \log q(x_t|x_{t-1})
-    - \log \hat p_t(x_t) - \log r(x_{t-1}|x_t)], \qquad E[w] = Z
-
-for any :math:`\hat p`, as :math:`\hat p_{t-1}(x_{t-1}) q(x_t|x_{t-1})` integrates to Z over both. Resampling between
-the steps (sequential Monte Carlo) keeps the mean. What the estimates have in common: the log of a mean errs low.
-"""
+"""Estimates of log Z, the logarithm of what exp(log p_t) integrates to (section 5 of ``docs/method.md``)."""
 
 from __future__ import annotations
 
@@ -19,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.prediction import Prediction
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.moves import States
+from torchcdm.annealing.particles import resampled, smc
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError, nearest
-from torchcdm.likelihood.chain import CALIBRATION_SAMPLES, ReverseChain
 from torchcdm.likelihood.flow import FlowSolver
-from torchcdm.likelihood.noise import dithered
-from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
-from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels, check_count
 from torchcdm.random import stream
-from torchcdm.runtime.batching import labels_of
-from torchcdm.runtime.processes import alone
 
-ESTIMATORS = ("smc", "ais", "flow")
-"""Sequential Monte Carlo; the same without resampling; importance sampling from the probability flow."""
+ESTIMATORS = ("smc", "flow")
+"""Sequential Monte Carlo; importance sampling from the probability flow."""
 
 ISLANDS = 16
 """Independent populations, from whose spread the confidence interval comes."""
@@ -131,72 +120,64 @@ class LogZ:
 @torch.no_grad()
 def log_normalizer(
     model: DensityModel,
-    x: Tensor | None = None,
     y: int | None = None,
     scoring: Scoring = Scoring(),
     particles: int = 1024,
     method: str = "smc",
     moves: int = 1,
     islands: int = ISLANDS,
-    chain: ReverseChain | None = None,
+    kernels: Kernels | None = None,
     progress: bool = False,
 ) -> LogZ:
     """log of the integral of exp(log p_t), over all inputs.
 
     Args:
         model: Put into evaluation mode meanwhile.
-        x: Data on which the variances of the proposals are measured, data units, (N, *shape); samples of the model
-            itself when None.
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
         scoring: Level 1 ... T, seed and batch size; steps and probes of the flow.
         particles: Draws, in all islands together.
         method: One of :data:`ESTIMATORS`.
-        moves: Langevin steps with accept-reject after each level (``smc``, ``ais``), an evaluation each. Without any
-            the particles see only what the reverse chain proposes.
+        moves: Langevin steps with accept-reject after each level (``smc``), an evaluation each. Without any the
+            particles see only what the reverse kernel proposes.
         islands: Independent populations.
-        chain: The proposals; measured as ``x`` says when None.
-        progress: Shows a progress bar over the levels (``smc``, ``ais``).
+        kernels: The proposals; measured on samples of the model when None.
+        progress: Shows a progress bar over the levels (``smc``).
 
     Raises:
-        UserError: An unknown method, data or a level that do not fit the model, or too few draws, islands or moves.
+        UserError: An unknown method, a level that does not fit the model, or too few draws, islands or moves.
     """
     if method not in ESTIMATORS:
         raise UserError(f"unknown estimator '{method}'; {nearest(method, ESTIMATORS)}")
     model, schedule = require_density(model, "log Z"), model.schedule
     level = scoring.level_of(model, 1, schedule.T)
     require_population(model, particles, moves, islands)
-    size = particles // islands
-    labels = as_labels(y, model, islands * size, one_for_all=True)
+    size, target = particles // islands, ModelTarget(model, y, scoring.batch_size)
     if method == "flow":
         solver = FlowSolver(model, replace(scoring, probes=max(FLOW_PROBES, scoring.probes)))
-        drawn, log_q = solver.sample(islands * size, labels)
-        estimates = _evaluate(model, drawn, level, labels, scoring)[0] - log_q
-        offset = torch.rand(1, generator=stream(scoring.seed, "resampling"), dtype=torch.float64)
-        drawn = drawn[_systematic(estimates.softmax(0)[None], offset.to(drawn.device))[0]]
-        name = f"importance sampling from the probability flow, {islands * size} draws"
+        x, log_q = solver.sample(islands * size, as_labels(y, model, islands * size, one_for_all=True))
+        states, generator = States.of(target, x, level), stream(scoring.seed, "resampling")
+        estimates = states.at.log_gamma - log_q
+        log_w, name = estimates[None], f"importance sampling from the probability flow, {islands * size} draws"
     else:
-        # Particles depend on each other: were there differences in rounding between processes, resampling would turn
-        # them into other particles.
-        chain = chain or _measured_chain(model, x, y, scoring)
-        with alone():
-            population = _Particles(model, chain, labels, islands, size, scoring)
-            population.run(level, moves, resample=method == "smc", progress=progress)
-        estimates = population.log_estimates()
-        population.resample(below=math.inf)
-        drawn = population.x
-        name = f"{method}, {islands} x {size} particles, {schedule.T - level + 1} levels, {moves} moves"
-    return LogZ.of_weights(estimates, name, level, drawn[0].numel(), islands * size, drawn)
+        kernels = kernels or Kernels.of_denoiser(model, target.y, scoring.seed, batch_size=scoring.batch_size)
+        generator = stream(scoring.seed, "particles")
+        states, log_w, estimates = smc(
+            target, kernels, level, islands, size, generator, moves, progress=progress
+        )
+        name = f"smc, {islands} x {size} particles, {schedule.T - level + 1} levels, {moves} moves"
+    x = resampled(states, log_w, log_w[:, 0], math.inf, generator)[0].x
+    return LogZ.of_weights(estimates, name, level, x[0].numel(), islands * size, x)
 
 
 def log_z_estimates(
-    model: DensityModel, chain: ReverseChain, scoring: Scoring, particles: int, moves: int = 1, progress: bool = False
+    model: DensityModel, kernels: Kernels, scoring: Scoring, particles: int, moves: int = 1, progress: bool = False
 ) -> tuple[LogZ, LogZ]:
     """log Z by sequential Monte Carlo, and a second estimate, from a quarter as many draws of the flow.
 
     Arguments as in :func:`log_normalizer`, for the first.
     """
-    first = log_normalizer(model, None, None, scoring, particles, "smc", moves, chain=chain, progress=progress)
-    return first, log_normalizer(model, None, None, scoring, max(FEWEST_PARTICLES, particles // 4), "flow")
+    first = log_normalizer(model, None, scoring, particles, "smc", moves, kernels=kernels, progress=progress)
+    return first, log_normalizer(model, None, scoring, max(FEWEST_PARTICLES, particles // 4), "flow")
 
 
 def require_population(model: Denoiser, particles: int, moves: int, islands: int = ISLANDS) -> None:
@@ -204,115 +185,3 @@ def require_population(model: Denoiser, particles: int, moves: int, islands: int
     check_count("islands", islands, 2)
     check_count("moves", moves, 0, LARGEST_COUNT)
     check_count("particles", particles, 2 * islands, LARGEST_POPULATION // math.prod(model.shape or (1,)))
-
-
-def _measured_chain(model: DensityModel, x: Tensor | None, y: int | None, scoring: Scoring) -> ReverseChain:
-    """Variances measured on data, or on samples of the model."""
-    if x is None:
-        return ReverseChain.calibrated(model, as_labels(y, model, 1, one_for_all=True), scoring)
-    x = as_data(model, x, None)[0][:CALIBRATION_SAMPLES]
-    x_0 = dithered(model.transform, x, scoring.seed).to(model.schedule.alpha.device)
-    labels = as_labels(y, model, len(x), one_for_all=True)
-    return ReverseChain.calibrated(model, labels, scoring, x_0=model.transform(x_0))
-
-
-def _evaluate(model: DensityModel, x: Tensor, t: int, y: Tensor | None, scoring: Scoring) -> tuple[Tensor, Tensor]:
-    """log p_t of noisy inputs, (n,), and E[eps | x_t]."""
-    dtype = working_dtype(model, torch.float64)
-
-    def part(rows: slice) -> tuple[Tensor, Tensor]:
-        found = model.evaluate(x[rows].to(dtype), t, labels_of(y, rows, x.device))
-        return found.log_prob_levels[:, t], found.eps
-
-    return scoring.by_batches(model, x, part)
-
-
-def _systematic(weights: Tensor, offset: Tensor) -> Tensor:
-    """Indices of n draws from each row of ``weights`` (k, n), at evenly spaced points from ``offset`` (k,) on."""
-    n = weights.shape[1]
-    points = (torch.arange(n, device=weights.device) + offset[:, None]) / n
-    return torch.searchsorted(weights.cumsum(1).contiguous(), points).clamp_max(n - 1)
-
-
-class _Particles:
-    """Islands of weighted particles on their way down the levels; those of one island are neighbours."""
-
-    def __init__(
-        self, model: DensityModel, chain: ReverseChain, y: Tensor | None, islands: int, size: int, scoring: Scoring
-    ) -> None:
-        self.model, self.chain, self.y, self.scoring = model, chain, y, scoring
-        self.islands, self.size = islands, size
-        self.device = chain.schedule.alpha.device
-        self.generator = stream(scoring.seed, "particles")
-        self.x, log_start = chain.start(self._normal())
-        self.t = chain.schedule.T
-        self._look()
-        self.log_w = (self.log_p - log_start).reshape(islands, size)
-        self.log_z = torch.zeros(islands, dtype=torch.float64, device=self.device)
-        self.step_size = 0.5
-
-    def run(self, level: int, moves: int, resample: bool, progress: bool = False) -> None:
-        """Down to ``level``."""
-        from tqdm.auto import tqdm
-
-        levels = range(self.t - 1, level - 1, -1)
-        for _ in tqdm(levels, desc="log Z", unit="level", disable=not progress, leave=False):
-            self._step()
-            if resample:
-                self.resample()
-            for _ in range(moves):
-                self._move()
-
-    def log_estimates(self) -> Tensor:
-        """Logarithms of estimates of Z, one for each island, (islands,)."""
-        return self.log_z + self.log_w.logsumexp(1) - math.log(self.size)
-
-    def _normal(self) -> Tensor:
-        shape = self.islands * self.size, self.chain.reference.variances.numel()
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device)
-
-    def _look(self) -> None:
-        """log p and the noise where the particles are."""
-        self.log_p, eps = _evaluate(self.model, self.x, self.t, self.y, self.scoring)
-        self.eps = eps.double()
-
-    def _step(self) -> None:
-        x0 = Prediction(self.x, *self.chain.schedule.at(self.t, self.x), self.eps).x0
-        self.x, log_ratio = self.chain.step(self.x, x0, self.t, self._normal())
-        before, self.t = self.log_p, self.t - 1
-        self._look()
-        self.log_w = self.log_w + (self.log_p - before + log_ratio).reshape(self.islands, self.size)
-
-    def resample(self, below: float = 0.5) -> None:
-        """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size."""
-        weights = self.log_w.softmax(1)
-        poor = 1 / weights.square().sum(1) < below * self.size
-        offset = torch.rand(self.islands, generator=self.generator, dtype=torch.float64).to(self.device)
-        chosen = torch.where(poor[:, None], _systematic(weights, offset), torch.arange(self.size, device=self.device))
-        index = (chosen + self.size * torch.arange(self.islands, device=self.device)[:, None]).flatten()
-        self.x, self.eps, self.log_p = self.x[index], self.eps[index], self.log_p[index]
-        gained = self.log_w.logsumexp(1) - math.log(self.size)
-        self.log_z = self.log_z + torch.where(poor, gained, 0)
-        self.log_w = torch.where(poor[:, None], 0, self.log_w)
-
-    def _move(self) -> None:
-        """A Langevin step with accept-reject, which leaves exp(log p_t) invariant, scaled by direction."""
-        rotation, sigma = self.chain.reference.rotation, self.chain.schedule.sigma[self.t]
-        # E[eps²] = 1 - V alpha² / sigma²: the variance of a Gaussian with as much information in each direction.
-        information = 1 - self.chain.variances[self.t - 1] / self.chain.schedule.ratio[self.t] ** 2
-        step = self.step_size * (sigma**2 / information.clamp(0.05, 1))
-        noise, x, eps, log_p = self._normal(), self.x, self.eps, self.log_p
-        moved = -0.5 * step * rotation(eps) / sigma + step.sqrt() * noise
-        self.x = x + rotation.inverse(moved)
-        self._look()
-        returned = moved - 0.5 * step * rotation(self.eps) / sigma
-        log_backward, log_forward = -0.5 * (returned.square() / step).sum(1), -0.5 * noise.square().sum(1)
-        log_accept = self.log_p - log_p + log_backward - log_forward
-        uniform = torch.rand(len(noise), generator=self.generator, dtype=torch.float64).to(self.device)
-        accepted = uniform.log() < log_accept
-        for new, old in ((self.x, x), (self.eps, eps), (self.log_p, log_p)):
-            new[~accepted] = old[~accepted]
-        # Towards the acceptance that moves fastest in many dimensions, for the next move: a share over all islands, so
-        # that what ties them together, and the bias that comes of it, vanish with the number of particles.
-        rate = float(accepted.double().mean())
-        self.step_size = float(min(max(self.step_size * math.exp(rate - 0.57), 1e-3), 2.0))

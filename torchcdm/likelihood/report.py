@@ -9,8 +9,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.errors import UserError, nearest
-from torchcdm.likelihood.chain import ReverseChain
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import LogZ, log_z_estimates, require_population
@@ -118,9 +118,9 @@ class _Table:
         self.per_nat = 1.0 if model.transform.bin is None else 1 / (model.transform.dim * math.log(2))
 
     @cached_property
-    def chain(self) -> ReverseChain:
-        """Kernels with variances that the model's own samples have."""
-        return ReverseChain.calibrated(self.model, self.y, self.scoring)
+    def kernels(self) -> Kernels:
+        """With the variances that the model's own samples have."""
+        return Kernels.of_denoiser(self.model, self.y, self.scoring.seed, batch_size=self.scoring.batch_size)
 
     def add_single(self) -> None:
         """published-convention, one-pass, one-pass-level."""
@@ -134,7 +134,7 @@ class _Table:
 
     def add_elbo(self) -> None:
         """elbo, over all levels above the scored one."""
-        self.likelihoods["elbo"] = bound = elbo(self.model, self.x, self.y, self.scoring, self.chain)
+        self.likelihoods["elbo"] = bound = elbo(self.model, self.x, self.y, self.scoring, self.kernels)
         terms = {"prior": bound.prior, "diffusion": bound.diffusion, "reconstruction": bound.reconstruction}
         said = (f"{name} {float(self.per_nat * term.mean()):+.4f}" for name, term in terms.items())
         self.notes.append(f"elbo: {', '.join(said)}")
@@ -164,7 +164,7 @@ class _Table:
     def add_log_z(self, particles: int, moves: int, progress: bool) -> None:
         """log Z by sequential Monte Carlo, and a second opinion from the flow."""
         self.log_z, self.second = z, second = log_z_estimates(
-            self.model, self.chain, self.scoring, particles, moves, progress
+            self.model, self.kernels, self.scoring, particles, moves, progress
         )
         bound = second.mean_log_weight / (z.dim * math.log(2))
         self.notes.append(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import as_numbers, check_count
-from torchcdm.runtime.batching import Rows, map_rows
+from torchcdm.runtime.batching import Rows
 from torchcdm.units import GaussianizedTransform
 
 SCORING_NOISE = 0.5
@@ -71,9 +72,7 @@ class Scoring:
 
     def by_batches(self, model: Denoiser, x: Tensor, function: Callable[[slice], Rows]) -> Rows:
         """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients."""
-        dim, device = x.shape[1:].numel(), model.schedule.alpha.device
-        with evaluation_mode(model), torch.no_grad():
-            return map_rows(function, len(x), self.batch_size, dim=dim, device=device)
+        return in_batches(model, x, function, self.batch_size)
 
 
 def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:

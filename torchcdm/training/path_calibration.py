@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowSolver, LogZ, ReverseChain, Scoring, log_normalizer
+from torchcdm.likelihood import FlowSolver, LogZ, Scoring, log_normalizer
 from torchcdm.likelihood.noise import Batch
 from torchcdm.likelihood.scoring import as_data
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout, require_features
@@ -145,10 +146,10 @@ def calibrate_paths(
         fit = _Fit(model, data)
         found, shown = [], []
         calibrated = Calibrated(model, fit.readout(shown))
-        chain = ReverseChain.calibrated(model, None, scoring, CHAIN_SAMPLES) if rounds else None
+        kernels = Kernels.of_denoiser(model, None, seed, CHAIN_SAMPLES, batch_size) if rounds else None
         for k in range(rounds):
             estimate = log_normalizer(
-                calibrated, scoring=drawn("particles", k), particles=particles, islands=ISLANDS, chain=chain,
+                calibrated, scoring=drawn("particles", k), particles=particles, islands=ISLANDS, kernels=kernels,
                 progress=progress,
             )  # fmt: skip
             found.append(estimate)

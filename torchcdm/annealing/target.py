@@ -1,0 +1,190 @@
+r"""What the engine anneals: unnormalised densities gamma_t, with their gradients, at the levels of a schedule.
+
+A CDM is one (:class:`ModelTarget`), an exact mixture is one (:class:`MixtureTarget`), and so is a function of several:
+a subclass of :class:`Target` gives ``evaluate``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.diffusion.exact import ExactMixture
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.density import DensityModel
+from torchcdm.models.inputs import as_labels
+from torchcdm.runtime.batching import Rows, map_rows
+from torchcdm.units.normal import log_normal
+
+
+class Evaluated(NamedTuple):
+    """What a target says of x_t, all float64.
+
+    Attributes:
+        log_gamma: log gamma_t(x_t), nats in model units, (B,); -inf where the target has no mass.
+        eps: -sigma_t times its gradient, (B, *shape). A drift to propose along: accept-reject and weights mend what
+            it lacks.
+        levels: log gamma at every level, (B, T+2), where the same pass tells; None elsewhere.
+    """
+
+    log_gamma: Tensor
+    eps: Tensor
+    levels: Tensor | None = None
+
+
+class Target(ABC):
+    """A path of unnormalised densities gamma_T ... gamma_1, from noise to what is wanted.
+
+    Args:
+        schedule: The noise schedule.
+        shape: Event shape.
+        reference: A Gaussian with about the spread of the data at every level, in whose eigenbasis proposals are
+            scaled; that of standard normal data when None.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, shape: Sequence[int], reference: GaussianMarginals | None = None
+    ) -> None:
+        self.schedule, self.shape = schedule, tuple(shape)
+        self.reference = _standard(schedule, self.shape) if reference is None else reference
+
+    @abstractmethod
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        """The target at ``x_t``, from one pass of a network, in evaluation mode.
+
+        Args:
+            x_t: Model units, float64 (B, *shape).
+            t: Levels 1 ... T, an int, or long (B,): replicas of all levels are one batch.
+        """
+
+    def start_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean (*shape) and variances (d,), in the reference's eigenbasis, of a Gaussian close to gamma_T.
+
+        The reference's own at level T. Override it where gamma_T is another: a tempered target starts from
+        N(0, I / beta), a product of n without a prior from N(0, I / n).
+        """
+        return self.reference.moments(self.schedule.T)
+
+    @final
+    def start(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``n`` draws x_T of the Gaussian of :meth:`start_moments`, float64 (n, *shape), and its log density (n,)."""
+        mean, variances = self.start_moments()
+        noise = torch.randn(n, len(variances), generator=generator, dtype=torch.float64).to(variances.device)
+        x_T = mean + self.reference.rotation.inverse(noise * variances.sqrt())
+        return x_T, (log_normal(noise) - 0.5 * variances.log()).sum(1)
+
+    @final
+    def log_start(self, x_T: Tensor) -> Tensor:
+        """Log density of :meth:`start`, nats (B,)."""
+        mean, variances = self.start_moments()
+        return log_normal(self.reference.rotation(x_T - mean), variances).sum(1)
+
+
+@final
+class ModelTarget(Target):
+    """The density of a model at every level, of one class or of all.
+
+    Args:
+        model: The model; its network runs in its own precision, float32 or better.
+        y: A class, or a context (context,), that is given; None for the unconditional density.
+        batch_size: Inputs at a time; by their size, and what memory holds, when None.
+
+    Raises:
+        UserError: A model of unknown shape, or in half precision, which leaves nothing of differences of log p; a
+            class that it does not have.
+    """
+
+    def __init__(self, model: DensityModel, y: Tensor | int | None = None, batch_size: int | None = None) -> None:
+        reference = reference_gaussian(model)
+        super().__init__(model.schedule, tuple(reference.mean.shape), reference)
+        self.model, self.batch_size = model, batch_size
+        self.y = as_labels(y, model, 1, one_for_all=True)
+        if working_dtype(model, torch.float64).itemsize < 4:
+            raise UserError("log p in half precision decides nothing: annealing needs float32, model.float()")
+
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        dtype = working_dtype(self.model, torch.float64)
+        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+
+        def part(rows: slice) -> tuple[Tensor, ...]:
+            x, at = x_t[rows], levels[rows]
+            y = None if self.y is None else self.y.expand(len(x), *self.y.shape[1:])
+            found = self.model.evaluate(x.to(dtype), at, y)
+            log_p = found.log_prob_levels
+            return log_p.gather(1, at[:, None])[:, 0], found.eps.double(), log_p
+
+        return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
+
+
+@final
+class MixtureTarget(Target):
+    """An exact mixture at every level: the oracle, normalised.
+
+    Args:
+        mixture: The mixture.
+        schedule: The noise schedule.
+        y: A class; None for the whole mixture.
+    """
+
+    def __init__(self, mixture: ExactMixture, schedule: NoiseSchedule, y: int | None = None) -> None:
+        super().__init__(schedule, mixture.shape)
+        self.mixture, self.y = mixture, y
+
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        y = None if self.y is None else torch.full((len(x_t),), self.y, device=x_t.device)
+        if y is None:
+            levels = self.mixture.log_prob_levels(x_t, self.schedule)
+        else:
+            levels = self.mixture.class_log_prob_levels(x_t, self.schedule)[:, self.y]
+        at = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        return Evaluated(levels.gather(1, at[:, None])[:, 0], self.mixture.eps(x_t, t, self.schedule, y), levels)
+
+
+def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
+    """The denoiser's own Gaussian marginals, or those of standard normal data.
+
+    Raises:
+        UserError: The event shape is not known.
+    """
+    if denoiser.gaussian is not None:
+        return denoiser.gaussian
+    if denoiser.shape is None:
+        raise UserError("the event shape is not known: give the model a DataTransform")
+    return _standard(denoiser.schedule, denoiser.shape)
+
+
+def _standard(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMarginals:
+    """Of standard normal data: isotropic, so that the cosine form needs no matrix."""
+    return GaussianMarginals.blank(schedule, shape, "cosine").to(schedule.alpha.device)
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No TF32 and no autocast meanwhile: differences of log p are a few nats of thousands."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def in_batches(
+    model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None
+) -> Rows:
+    """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients."""
+    device = model.schedule.alpha.device
+    with evaluation_mode(model), torch.no_grad(), exact_arithmetic(device):
+        return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
