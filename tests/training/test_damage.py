@@ -14,6 +14,7 @@ from small_runs import small_config, small_flags
 from torchcdm.cli import main
 from torchcdm.errors import UserError
 from torchcdm.runtime.artefact import seal
+from torchcdm.runtime.validation import encode
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder, read_metrics
@@ -63,8 +64,8 @@ def put(content, path, value):
 
 @pytest.mark.parametrize("name", MODEL)
 def test_a_flipped_bit_in_a_run_is_refused(run, name):
-    whole = read_info(run).model_dump()
-    flip(run / name, 40, lambda: load(run), lambda: read_info(run).model_dump() == whole)
+    whole = encode(read_info(run))
+    flip(run / name, 40, lambda: load(run), lambda: encode(read_info(run)) == whole)
 
 
 @pytest.mark.parametrize("name", STATE)

@@ -232,7 +232,7 @@ class TableEstimator(BaseEstimator):
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()
-        self._info: ModelInfo = info.model_copy(update={"transform": transform})
+        self._info: ModelInfo = replace(info, transform=transform)
         self.validation_loss_ = float(info.selected.get("best", np.nan))
 
     def _fields(self, rows: int, columns: int) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class TableEstimator(BaseEstimator):
         content = {"kind": type(self).__name__, "params": params, "fitted": fitted}
         run = RunFolder(folder)
         with run.locked():
-            save_model(run, self.model_, self._info.model_copy(update={"estimator": content}))
+            save_model(run, self.model_, replace(self._info, estimator=content))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:

@@ -9,9 +9,8 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
@@ -28,7 +27,7 @@ from torchcdm.runtime.files import (
     write_through,
     writing,
 )
-from torchcdm.runtime.validation import mistake
+from torchcdm.runtime.validation import read_as
 
 FORMAT = 4
 """Version of everything that is saved; raised when an older reader would misread it."""
@@ -93,8 +92,12 @@ def write_artefact(
 
 
 def read_artefact(
-    path: Path, kind: str | Sequence[str], files: Sequence[str] | None = (), mend: str = MEND
-) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    path: Path,
+    kind: str | Sequence[str],
+    files: Sequence[str] | None = (),
+    mend: str = MEND,
+    form: Any = dict[str, Any],
+) -> tuple[Any, list[dict[str, Tensor]]]:
     """What :func:`write_artefact` wrote.
 
     Args:
@@ -102,6 +105,7 @@ def read_artefact(
         kind: What it must be, or may be.
         files: Names of the files of tensors to read; all when None.
         mend: The way out, the end of a message about damage.
+        form: What the content is read as, such as a dataclass: its fields are checked.
 
     Returns:
         The content, and the tensors of each file.
@@ -115,6 +119,10 @@ def read_artefact(
         found = [_matching(file, content["files"].get(file.name)) for file in paths]
         if None not in found:
             content = {key: value for key, value in content.items() if key not in SEAL}
+            try:
+                content = read_as(form, content)
+            except UserError as error:
+                damaged(path, str(error), mend)
             return content, [_unpack(data, file, mend) for data, file in zip(found, paths, strict=True)]
     wrong = paths[found.index(None)]
     read_bytes(wrong)
@@ -184,27 +192,6 @@ def seal(content: Mapping[str, Any]) -> str:
     """Checksum of a JSON object without its field ``sha256``, whatever its layout."""
     plain = {key: value for key, value in content.items() if key != "sha256"}
     return _digest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
-
-
-class Saved(BaseModel):
-    """Content of an artefact: its fields are checked when it is read."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-S = TypeVar("S", bound=Saved)
-
-
-def checked_content(kind: type[S], content: Mapping[str, Any], path: Path, mend: str = MEND) -> S:
-    """The fields of an artefact.
-
-    Raises:
-        UserError: One is missing, unknown, of a wrong type or out of its range.
-    """
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        damaged(path, mistake(error, content)[1], mend)
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer, Strict
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, Inputs, Layout, read_inputs, renumbered
 from torchcdm.errors import UserError
 from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.artefact import MEND, Saved, checked_content, damaged, read_artefact, write_artefact
-from torchcdm.runtime.validation import encode, read_as
+from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
+from torchcdm.runtime.validation import Float, encode, validated
 from torchcdm.training.build import build_backbone, build_model, load_source
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
@@ -27,19 +26,18 @@ from torchcdm.units import DataTransform, transform_from_config
 KINDS = ("run", "estimator")
 """Kinds of artefacts that hold a model."""
 
+_NET = "backbone."
 
-def _part(kind: type, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Any:
-    """A field that is an object here and plain values in a file."""
-    made = BeforeValidator(lambda value: value if isinstance(value, kind) else read(value))
-    return Annotated[InstanceOf[kind], made, PlainSerializer(write)]
-
-
-# --- models ------------------------------------------------------------------------------------------------------
-
-Names = Annotated[tuple[str, ...], Strict(False)]
+Transform = Annotated[
+    InstanceOf[DataTransform],
+    BeforeValidator(lambda value: value if isinstance(value, DataTransform) else transform_from_config(value)),
+    PlainSerializer(lambda transform: transform.to_config()),
+]
+"""An object here, plain values in a file."""
 
 
-class ModelInfo(Saved):
+@validated
+class ModelInfo:
     """What ``config.json`` says of the weights beside it.
 
     Attributes:
@@ -47,22 +45,22 @@ class ModelInfo(Saved):
         model: Kind, network and schedule, resolved.
         transform: Data units to model units.
         data: What it was trained on, to find the same splits again.
+        selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
+            best, or ``{"value": "last", "step"}``.
         class_names: Names of the classes of the data; None without labels.
         columns: Names of the columns of a table.
         constants: Values of its columns that are left out because they are constant in training.
-        selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
-            best, or ``{"value": "last", "step"}``.
         estimator: What an estimator adds to its model, plain values; None in a run.
     """
 
     preset: str | None
-    model: _part(ModelConfig, partial(read_as, ModelConfig, path="model"), encode)
-    transform: _part(DataTransform, transform_from_config, lambda transform: transform.to_config())
-    data: _part(DataOptions, partial(read_as, DataOptions, path="data"), encode)
-    class_names: Names | None = None
-    columns: Names | None = None
-    constants: Mapping[str, float] = {}
+    model: ModelConfig
+    transform: Transform
+    data: DataOptions
     selected: dict[str, str | int | float]
+    class_names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
+    constants: Mapping[str, Float] = field(default_factory=dict)
     estimator: dict[str, Any] | None = None
 
     @property
@@ -108,7 +106,7 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
             are still there.
     """
     kind = KINDS[info.estimator is not None]
-    write_artefact(run.model_info, kind, info.model_dump(), {run.model.name: model.tensors()})
+    write_artefact(run.model_info, kind, encode(info), {run.model.name: model.tensors()})
 
 
 def read_info(run: str | Path) -> ModelInfo:
@@ -147,7 +145,12 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
         UserError: No run there, or files that are damaged or of another format version.
     """
     folder, info, (tensors,) = _read(run)
-    _check_backbone(info, tensors, folder.model)
+    # A network of other sizes than those of the file is refused before it takes memory.
+    with torch.device("meta"):
+        classes = None if info.model.labels == "none" else info.classes
+        network = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
+    held = {key.removeprefix(_NET): value for key, value in tensors.items() if key.startswith(_NET)}
+    _check_shapes(network.state_dict(), held, folder.model, _NET)
     model = _fill(build_model(info.model, info.transform, info.classes), tensors, folder.model)
     return model.eval().requires_grad_(False).to(device)
 
@@ -202,20 +205,7 @@ def _read(
     for path in (folder.model_info, folder.model):
         if not os.path.exists(path):  # false, too, where the system refuses the name
             raise UserError(f"{run}: holds no trained model ({path.name} is missing)")
-    content, tensors = read_artefact(folder.model_info, KINDS, files)
-    return folder, checked_content(ModelInfo, content, folder.model_info), tensors
-
-
-def _check_backbone(info: ModelInfo, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses a network of other sizes than those of the file, before it takes memory."""
-    with torch.device("meta"):
-        classes = None if info.model.labels == "none" else info.classes
-        net = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
-    held = {key.removeprefix(_NET): value for key, value in tensors.items() if key.startswith(_NET)}
-    _check_shapes(net.state_dict(), held, path, _NET)
-
-
-_NET = "backbone."
+    return folder, *read_artefact(folder.model_info, KINDS, files, form=ModelInfo)
 
 
 def _check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path, prefix: str = "") -> None:

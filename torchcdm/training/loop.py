@@ -31,13 +31,13 @@ from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.optimizers import build_optimizer, learning_rate, share_done
 from torchcdm.training.progress import Window, progress_bar
-from torchcdm.training.resume import check_same
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 from torchcdm.training.states import (
     Progress,
     TrainingState,
+    check_same,
     load_optimizer,
     load_state,
     optimizer_tensors,

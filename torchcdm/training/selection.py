@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.validation import encode
 from torchcdm.training.evaluation import labels_for, validate
 from torchcdm.training.settings import Config
 from torchcdm.training.states import Best
@@ -59,7 +60,7 @@ class Selection:
 
     def selected(self, step: int) -> dict[str, Any]:
         """What ``config.json`` says of the kept weights, after ``step`` steps."""
-        return {"value": "last", "step": step} if self.best is None else self.best.model_dump()
+        return {"value": "last", "step": step} if self.best is None else encode(self.best)
 
     @property
     def out_of_patience(self) -> bool:

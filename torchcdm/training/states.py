@@ -6,18 +6,19 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.artefact import Saved, checked_content, damaged, read_artefact, write_artefact
+from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
-from torchcdm.training.run_folder import RunFolder
+from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
+from torchcdm.training.config_files import differences
+from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.training.settings import Config
 
 KEPT = 2
 """States that are kept."""
@@ -29,51 +30,37 @@ MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
 """Names that an optimiser keeps for a parameter."""
 
 
-class Best(Saved):
+@validated
+class Best:
     """The validation value that named the kept weights the best."""
 
     value: str
     unit: str
-    best: float
-    step: NonNegativeInt
+    best: Float
+    step: CountOrZero
 
 
-class Progress(Saved):
+@validated
+class Progress:
     """Counters of a training beside its weights; ``progress.json``.
 
-    Attributes:
-        step: Steps done.
-        ema_updates: Updates of the average.
-        seconds: Time of training.
-        skipped: Steps without a finite gradient.
-        best: The best model so far.
-        stale: Validations since then.
-        window: Sums of the loss terms since the last line of the log.
-        data: Fingerprint of the data.
-        config: The resolved configuration.
+    ``stale`` counts the validations since the best one, ``window`` has the sums of the loss terms since the last line
+    of the log, ``data`` is the fingerprint of the data, and ``config`` the resolved configuration.
     """
 
-    step: NonNegativeInt
-    ema_updates: NonNegativeInt
-    seconds: NonNegativeFloat
-    skipped: NonNegativeInt
+    step: CountOrZero
+    ema_updates: CountOrZero
+    seconds: NotNegative
+    skipped: CountOrZero
     best: Best | None
-    stale: NonNegativeInt
-    window: dict[str, float | None]
+    stale: CountOrZero
+    window: dict[str, Float | None]
     data: str
     config: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """What a resumed run starts from.
-
-    Attributes:
-        model: Raw weights.
-        ema: Averaged weights.
-        optimizer: From :func:`optimizer_tensors`.
-        progress: Counters and configuration.
-    """
+class TrainingState(NamedTuple):
+    """What a resumed run starts from: raw and averaged weights, :func:`optimizer_tensors`, and counters."""
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
@@ -89,11 +76,11 @@ def save_state(run: RunFolder, state: TrainingState) -> Path:
     """
     final = run.states / f"step-{state.progress.step}"
     temporary = run.states / f"{TEMPORARY}{final.name}"
-    tensors = dict(zip(PARTS, (state.model, state.ema, state.optimizer), strict=True))
     with writing(final):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            write_artefact(temporary / "progress.json", "state", state.progress.model_dump(), tensors)
+            tensors = dict(zip(PARTS, state[:-1], strict=True))
+            write_artefact(temporary / "progress.json", "state", encode(state.progress), tensors)
             _remove(final)
             os.replace(temporary, final)
             flush_folder(run.states)
@@ -125,13 +112,11 @@ def load_state(folder: Path) -> TrainingState:
     Raises:
         UserError: A file is missing, damaged, or of another format version; names it and the way out.
     """
-    mend = way_out(folder)
-    path = folder / "progress.json"
+    mend, path = way_out(folder), folder / "progress.json"
     try:
-        content, tensors = read_artefact(path, "state", PARTS, mend)
+        progress, tensors = read_artefact(path, "state", PARTS, mend, Progress)
     except UserError as error:
         raise error if mend in str(error) else UserError(f"{error}; {mend}") from None
-    progress = checked_content(Progress, content, path, mend)
     if folder.name != f"step-{progress.step}":
         damaged(path, f"it is of step {progress.step}", mend)
     return TrainingState(*tensors, progress)
@@ -165,3 +150,30 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     if any(set(moments) not in MOMENTS for moments in state.values()):
         damaged(folder / PARTS[2], "moments are missing", way_out(folder))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# --- what may change ---------------------------------------------------------------------------------------------
+
+FREE = (
+    "preset", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
+    "train.validation_samples", "train.patience", "train.calibration", "train.log_every", "train.save_every",
+    "train.sample_every", "train.trackers", "train.init",
+)  # fmt: skip
+"""Fields that may differ from the run that is resumed; all others would make it another run."""
+
+FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.precision")
+"""Fields that may differ too after steps that were not finite ended the run: what may mend it."""
+
+
+def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
+    """Refuses to go on with another resolved configuration than the ``kept`` one of a saved state.
+
+    Raises:
+        UserError: A field differs that is not free.
+    """
+    lines = read_metrics(run.metrics)
+    free = FREE + (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else ())
+    for path, mine, theirs in differences(encode(config), kept):
+        if not any(path == name or path.startswith(f"{name}.") for name in free):
+            differ = f"was trained with {path} = {theirs}, not {mine}"
+            raise UserError(f"{run.root}: {differ}; resume with the same, or choose another folder")

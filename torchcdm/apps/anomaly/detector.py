@@ -18,7 +18,8 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
-from torchcdm.runtime.artefact import Saved, checked_content, damaged, read_artefact, write_artefact
+from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
+from torchcdm.runtime.validation import validated
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
@@ -120,8 +121,7 @@ class AnomalyDetector:
                 other weights, constants or readout.
         """
         path = Path(folder) / FILE
-        content, (tensors,) = read_artefact(path, "detector", [TENSORS])
-        content = checked_content(_Content, content, path)
+        content, (tensors,) = read_artefact(path, "detector", [TENSORS], form=_Content)
         score = make_score(content.score, model, background)
         if content.model != _sizes(score):
             raise UserError(f"{path}: was fitted on a model of {content.model}; this one takes {_sizes(score)}")
@@ -136,7 +136,8 @@ class AnomalyDetector:
         return detector
 
 
-class _Content(Saved):
+@validated
+class _Content:
     """Fields of ``detector.json``."""
 
     score: str
