@@ -79,7 +79,7 @@ def _layer(steps: int, batch: int, lr: float, network: dict[str, Any], T: int, r
 
 def _pixelwise(width: int, maps: int) -> dict[str, Any]:
     """One resolution: independent pixels have nothing to pool."""
-    return {"name": "encoder", "width": width, "multipliers": [1], "blocks": 1, "energy_maps": maps, "knots": 32}
+    return {"name": "encoder", "width": width, "multipliers": [1], "blocks": 1, "energy_maps": maps}
 
 
 def _dense(width: int, maps: int) -> dict[str, Any]:

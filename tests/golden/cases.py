@@ -94,7 +94,7 @@ def vector_model(context: int | None = None) -> ClassificationDiffusion:
 def mixture_model() -> ClassificationDiffusion:
     schedule, data = LogSNRSchedule(20, 0.05, 20.0), torch.cat([draws(60, 2, seed=3), 4 + draws(40, 2, seed=4)])
     base = MixtureMarginals.fit(data.double(), schedule, 2)
-    net = MLP(2, levels=22, width=16, depth=1, energy_maps=4, knots=7)
+    net = MLP(2, levels=22, width=16, depth=1, energy_maps=4)
     return with_weights(ClassificationDiffusion(net, schedule, DataTransform((2,)), base))
 
 

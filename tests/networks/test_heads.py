@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchcdm.errors import UserError
-from torchcdm.networks.heads import CumulativeHead, JointHead, make_head
+from torchcdm.networks.heads import FULL_RANK_CLASSES, CumulativeHead, JointHead, make_head
 
 
 def randomised(head, seed=0):
@@ -31,30 +31,24 @@ def test_noise_end_is_fixed_and_heads_start_at_zero():
     features = torch.randn(3, 5)
     assert randomised(CumulativeHead(5, 9))(features)[:, -1].abs().max() == 0
     assert randomised(JointHead(5, 9, classes=3))(features)[:, :, -1].abs().max() == 0
-    for head in (CumulativeHead(5, 9), JointHead(5, 9, 3), JointHead(5, 9, 200, rank=4)):
+    for head in (CumulativeHead(5, 9), JointHead(5, 9, 3), JointHead(5, 9, 200)):
         assert head(features).abs().max() == 0
-    assert CumulativeHead(5, 9, zero_init=False)(features).abs().max() > 0
+    assert CumulativeHead(5, 9, "data")(features).abs().max() > 0
 
 
 def test_zero_start_of_shared_factors_still_learns():
-    head = JointHead(5, 9, classes=200, rank=4)
+    head = JointHead(5, 9, classes=200)
     head(torch.randn(3, 5))[torch.arange(3), torch.tensor([0, 7, 199])].sum().backward()
     assert head.linear.weight.grad.abs().max() > 0
 
 
-def test_increments_between_two_knots_are_a_straight_line():
-    h = randomised(CumulativeHead(5, 30, knots=2)).double()(torch.randn(2, 5, dtype=torch.float64))
-    # The sum of a straight line is a parabola; the last level, without an increment, is its end.
-    assert h.diff(dim=1, n=2).abs().min() > 1e-3
-    assert h.diff(dim=1, n=3).abs().max() < 1e-10
-    assert CumulativeHead(5, 30, knots=500).linear.out_features == 29
-
-
 def test_class_effects_are_smooth_and_apart_from_the_common_part():
-    head = randomised(JointHead(5, 40, classes=3, knots=2)).double()
+    head = randomised(JointHead(5, 32 * 31 + 2, classes=3)).double()
     features = torch.randn(2, 5, dtype=torch.float64)
     between = head(features)[:, 1:] - head(features)[:, :1]
-    assert between.diff(dim=2, n=3).abs().max() < 1e-10
+    # The sum of a straight line between two of 32 knots is a parabola, up to the rounding of sums of a thousand terms.
+    bends = between.diff(dim=2, n=3).abs()
+    assert (bends > 1e-9).sum(2).max() <= 3 * 31 and bends.max() > 1e-6
     randomised(head.common, seed=1)
     torch.testing.assert_close(head(features)[:, 1:] - head(features)[:, :1], between)
 
@@ -63,15 +57,14 @@ def test_many_classes_share_few_factors():
     with torch.device("meta"):
         large = JointHead(500, 1002, classes=1000)
     assert sum(p.numel() for p in large.parameters()) < 2_000_000
-    h = randomised(JointHead(20, 12, classes=30, rank=4)).double()(torch.randn(20, 20, dtype=torch.float64))
-    assert torch.linalg.matrix_rank(h[:, 1:, 0] - h[:, :1, 0]) == 4
+    h = randomised(JointHead(99, 12, classes=90)).double()(torch.randn(99, 99, dtype=torch.float64))
+    assert torch.linalg.matrix_rank(h[:, 1:, 0] - h[:, :1, 0]) == FULL_RANK_CLASSES
     h = randomised(JointHead(20, 12, classes=10)).double()(torch.randn(20, 20, dtype=torch.float64))
     assert torch.linalg.matrix_rank(h[:, 1:, 0] - h[:, :1, 0]) == 9
 
 
 @pytest.mark.parametrize("build", [
     lambda levels: CumulativeHead(6, levels),
-    lambda levels: CumulativeHead(6, levels, knots=10),
     lambda levels: JointHead(6, levels, classes=2),
 ])  # fmt: skip
 def test_adam_learns_equally_fast_for_every_number_of_levels(build):
@@ -94,7 +87,7 @@ def test_adam_learns_equally_fast_for_every_number_of_levels(build):
 
 def test_autocast_and_half_precision_compute_in_float32():
     head = randomised(CumulativeHead(64, 1002))
-    joint = randomised(JointHead(64, 52, classes=100, rank=4, common_knots=5))
+    joint = randomised(JointHead(64, 52, classes=100))
     features = torch.randn(3, 64).bfloat16()
     for module in (head, joint):
         exact = module.double()(features.double()).float()
@@ -108,7 +101,6 @@ def test_autocast_and_half_precision_compute_in_float32():
 
 @pytest.mark.parametrize("build, message", [
     (lambda: CumulativeHead(4, 9, "nosie"), "did you mean 'noise'"),
-    (lambda: CumulativeHead(4, 9, knots=1), "at least 2"),
     (lambda: CumulativeHead(4, 2), "T [+] 2"),
     (lambda: JointHead(4, 9, classes=1), "at least 2"),
     (lambda: make_head(4, 9, None, joint=True), "number of classes"),

@@ -12,15 +12,13 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
 from torchcdm.networks.blocks import MeanOfConvolution
 from torchcdm.networks.encoder import Encoder
-from torchcdm.networks.second_order import Conv2d, GroupNorm, SiLU, second_derivatives
+from torchcdm.networks.second_order import Conv2d, SiLU, second_derivatives
 
 CASES = {
     "convolution": (lambda: Conv2d(3, 4, 3, padding=1), (2, 3, 5, 4)),
     "strided": (lambda: Conv2d(2, 3, 3, stride=2), (2, 2, 6, 7)),
     "pointwise": (lambda: Conv2d(3, 4, 1), (2, 3, 3, 2)),
     "no bias": (lambda: Conv2d(3, 2, 3, bias=False), (2, 3, 4, 4)),
-    "norm": (lambda: GroupNorm(2, 4, eps=1e-2), (2, 4, 3, 2)),
-    "norm of one group": (lambda: GroupNorm(1, 3), (3, 3, 2, 2)),
     "silu": (lambda: SiLU(), (2, 3, 4, 2)),
 }
 
@@ -66,16 +64,6 @@ def test_a_loss_of_a_gradient_has_the_same_gradients_as_with_the_layers_of_pytor
         assert torch.allclose(by_hand, plain, rtol=1e-10, atol=1e-10)
 
 
-def test_a_third_derivative_of_the_norm_is_refused():
-    """Its statistics would count as constants, and the number would be wrong."""
-    layer, x = GroupNorm(2, 4).double(), torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    with second_derivatives():
-        value = layer(x).pow(3).sum()
-    (slope,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
-        torch.autograd.grad(slope.pow(2).sum(), x, create_graph=True)
-
-
 def small_loss(**options):
     torch.manual_seed(0)
     network = Encoder(1, 8, levels=12, width=8, multipliers=(1, 2), energy_maps=4, **options)
@@ -103,7 +91,7 @@ def test_the_training_loss_has_the_same_gradients_with_and_without(monkeypatch):
 
 def test_outside_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
     layer, x = layer_and_input
-    for name in ("_Convolution", "_GroupNorm", "_SiLU"):
+    for name in ("_Convolution", "_SiLU"):
         monkeypatch.setattr(f"torchcdm.networks.second_order.{name}", None)
     layer(x)
     with second_derivatives(), pytest.raises(AttributeError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.networks.heads import at_least_float32
-from torchcdm.networks.second_order import Conv2d, GroupNorm, SiLU
+from torchcdm.networks.second_order import Conv2d, SiLU
 
 ImageSize = int | Sequence[int]
 """Side of a square image, or (height, width)."""
@@ -68,13 +68,13 @@ class ImageNetwork(nn.Module):
     """
 
 
-def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
+def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
     """GroupNorm with ``groups`` groups where they divide the channels, else with at least 4 channels a group."""
     if groups is None or channels % groups:
         groups = math.gcd(channels, 32)
         while groups > 1 and channels // groups < 4:
             groups //= 2
-    return GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class LabelEmbedding(nn.Embedding):

@@ -19,7 +19,7 @@ from torchcdm.networks.blocks import (
 )
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.networks.second_order import Conv2d, SiLU
-from torchcdm.runtime.validation import Count, Knots, Rate, Sides, Width, WidthOrZero, Widths, checked
+from torchcdm.runtime.validation import Count, Rate, Sides, Width, WidthOrZero, Widths, checked
 
 
 @final
@@ -84,7 +84,6 @@ class Encoder(ImageNetwork, HeadedBackbone):
         energy_maps: WidthOrZero = 32,
         classes: Count | None = None,
         joint: bool = False,
-        knots: Knots | None = None,
         positions: bool = False,
     ) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
                 channels = width * multiplier
             self.stages.append(stage)
             self.summaries.append(Summary(channels, in_channels, energy_maps))
-        self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, knots)
+        self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchcdm.errors import UserError
 from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, time_embedding
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
-from torchcdm.runtime.validation import Count, Knots, Rate, Width, WidthOrZero, checked
+from torchcdm.runtime.validation import Count, Rate, Width, WidthOrZero, checked
 
 
 def check_vectors(x: Tensor, dim: int) -> None:
@@ -79,7 +79,6 @@ class MLP(HeadedBackbone):
         energy_maps: WidthOrZero = 32,
         classes: Count | None = None,
         joint: bool = False,
-        knots: Knots | None = None,
         context: Width | None = None,
     ) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ class MLP(HeadedBackbone):
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.energy = nn.Linear(width, energy_maps * dim) if energy_maps else None
-        self.head = make_head(width + energy_maps, levels, classes, joint, knots)
+        self.head = make_head(width + energy_maps, levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""

@@ -148,12 +148,7 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
         )  # fmt: skip
         pooled = head_channels or 2 * self.unet.features
         self.conv_out = MeanOfConvolution(self.unet.features, pooled)
-        if joint:
-            self.head = make_head(pooled, levels, classes, joint)
-        elif direction == "data":
-            self.head = CumulativeHead(pooled, levels, direction, zero_init=False, scale=1.0)
-        else:
-            self.head = CumulativeHead(pooled, levels, direction)
+        self.head = make_head(pooled, levels, classes, joint) if joint else CumulativeHead(pooled, levels, direction)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, head_channels)."""

@@ -54,7 +54,6 @@ WidthOrZero = Annotated[Int, Ge(0), Le(2**14)]
 Widths = Annotated[tuple[Width, ...], Len(1, 32)]
 Sides = tuple[Width, ...]
 """Sides of images, in pixels; none where there are no such images."""
-Knots = Annotated[Int, Ge(2), Le(100_000)]
 Levels = Annotated[Int, Ge(2), Le(100_000)]
 """Number of noise levels T."""
 Positive = Annotated[Float, Gt(0)]
