@@ -104,8 +104,8 @@ class CumulativeHead(Head):
     Args:
         features: Width of the input.
         levels: T + 2.
-        direction: End where the sum starts. ``noise``: :func:`from_the_noise`, h = 0 at first. ``data``: the paper's, a
-            plain linear layer, h_t the sum of the increments 0 ... t.
+        direction: End where the sum starts. ``noise``: :func:`from_the_noise`, h = 0 at first. ``data``: the paper's,
+            a plain linear layer, h_t the sum of the increments 0 ... t.
     """
 
     def __init__(self, features: int, levels: int, direction: Literal["noise", "data"] = "noise") -> None:
