@@ -1,0 +1,81 @@
+"""Schedulers of diffusers, run on our models: beside our own samplers, and against exact moments."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import SCHEDULES, MixtureClassifier, ZeroBackbone, labelled_mixture, normal, rng
+
+from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
+from torchcdm.diffusion.schedules import LogSNRSchedule, OptimalTransportSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.samplers import Step, make_sampler
+from torchcdm.units import DataTransform
+
+diffusers = pytest.importorskip("diffusers")
+
+from torchcdm.bridges.pipeline import CDMPipeline, DiffusersNetwork, diffusers_scheduler  # noqa: E402
+
+SHAPE = (1, 4, 4)
+
+
+def images(schedule) -> ClassificationDiffusion:
+    """Grey levels 0 ... 255 that are a Gaussian."""
+    variances = torch.linspace(0.02, 0.4, 16, dtype=torch.float64)
+    rotation = MatrixRotation(SHAPE, torch.linalg.qr(normal(16, 16))[0])
+    base = GaussianMarginals(schedule, 0.2 * normal(*SHAPE, seed=1), variances, rotation)
+    transform = DataTransform.images(SHAPE, dequantize=False)
+    return ClassificationDiffusion(ZeroBackbone(schedule.T + 2), schedule, transform, base).double().eval()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddim_of_diffusers_is_ours(name: str) -> None:
+    model = images(SCHEDULES[name](40))
+    network, scheduler = DiffusersNetwork(model), diffusers_scheduler(model.schedule)
+    scheduler.set_timesteps(40)
+    x = ours = normal(3, *SHAPE)
+    scale = (model.schedule.alpha**2 + model.schedule.sigma**2).sqrt()
+    ours = scale[40] * x
+    for t in scheduler.timesteps[:-1]:
+        x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    for t in range(40, 1, -1):
+        ours, _ = make_sampler("ddim").step(Step(model, ours, t, t - 1))
+    # Their products of alphas are in single precision.
+    torch.testing.assert_close(scale[1] * x, ours, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep", "DDPM"])
+@pytest.mark.parametrize("schedule", [LogSNRSchedule(200, r_min=0.01), OptimalTransportSchedule(200)])
+def test_pipelines_draw_with_the_moments_of_the_data(kind: str, schedule) -> None:
+    model = images(schedule)
+    pipeline = CDMPipeline.of(model, getattr(diffusers, f"{kind}Scheduler"))
+    pipeline.set_progress_bar_config(disable=True)
+    x = pipeline(1000, rng(), num_inference_steps=100, output_type="pt").images
+    z = model.transform(x.double())
+    mean, variances = model.gaussian.moments(0)
+    torch.testing.assert_close(z.mean(0), mean, atol=0.06, rtol=0)
+    found = model.gaussian.rotation(z - mean).square().mean(0)
+    torch.testing.assert_close(found, variances, atol=0.01, rtol=0.2)
+
+
+def test_images_come_as_asked_and_by_their_seed() -> None:
+    pipeline = CDMPipeline.of(images(LogSNRSchedule(40)), diffusers.DPMSolverMultistepScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(2, rng(), 5).images
+    assert [(picture.size, picture.mode) for picture in pictures] == [((4, 4), "L")] * 2
+    (again,) = pipeline(2, rng(), 5, output_type="np", return_dict=False)
+    assert again.shape == (2, 4, 4, 1) and 0 <= again.min() and again.max() <= 1
+    assert (np.asarray(pictures[0]) == (255 * again[0, ..., 0]).round()).all()
+
+
+def test_labels_and_guidance_reach_the_model() -> None:
+    schedule = LogSNRSchedule(40)
+    model = ClassificationDiffusion(MixtureClassifier(labelled_mixture(), schedule), schedule).double()
+    x, y = normal(2, 2), torch.tensor([0, 1])
+    found = DiffusersNetwork(model)(x, 19, y, guidance=2.0).sample
+    torch.testing.assert_close(found, 3 * model.denoise(x, 20, y).eps - 2 * model.denoise(x, 20).eps)
+
+
+def test_a_scheduler_without_levels_is_refused() -> None:
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler takes no trained_betas"):
+        diffusers_scheduler(LogSNRSchedule(40), diffusers.FlowMatchEulerDiscreteScheduler)

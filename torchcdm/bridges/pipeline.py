@@ -1,0 +1,128 @@
+"""Any image model as a pipeline of diffusers (github.com/huggingface/diffusers) with one of its schedulers.
+
+Index i of diffusers is our level i + 1. Its schedulers preserve variance: where ours does not, as on straight lines to
+noise, x is scaled to that and back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, final
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.guidance import GuidedDenoiser
+
+
+@final
+class DiffusersNetwork(nn.Module):
+    """A model as the ``unet`` of a pipeline: (sample, index) -> E[eps | sample].
+
+    Args:
+        model: What ``torchcdm.load`` gives, or any other :class:`torchcdm.Denoiser`.
+    """
+
+    def __init__(self, model: Denoiser) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor | int | float, class_labels: Tensor | None = None,
+                guidance: float = 0.0) -> UNet2DOutput:  # fmt: skip
+        """The noise in ``sample`` (B, *shape), of variance-preserving scale, at an index 0 ... T - 1, or one for each."""
+        schedule, index = self.model.schedule, torch.as_tensor(timestep, device=sample.device)
+        level = (1 + index.round().long()).clamp(1, schedule.T).expand(len(sample))
+        alpha, sigma = schedule.at(level, sample)
+        x = ((alpha**2 + sigma**2).sqrt() * sample).to(working_dtype(self.model, sample.dtype))
+        denoiser = GuidedDenoiser(self.model, guidance) if guidance else self.model
+        return UNet2DOutput(sample=denoiser.denoise(x, level, class_labels).eps.to(sample))
+
+
+def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **options: Any) -> Any:
+    """A scheduler of diffusers with the levels of ours.
+
+    Args:
+        schedule: Our schedule.
+        kind: Class of diffusers that takes ``trained_betas``, such as ``DPMSolverMultistepScheduler``.
+        **options: Its further options; unclipped, and from the last level on, unless they say otherwise.
+
+    Raises:
+        UserError: A class that does not take the levels.
+    """
+    taken = inspect.signature(kind).parameters
+    if "trained_betas" not in taken:
+        raise UserError(f"{kind.__name__} takes no trained_betas, so that it cannot have the model's levels")
+    alpha, sigma = schedule.alpha[:-1].cpu(), schedule.sigma[:-1].cpu()
+    kept = alpha**2 / (alpha**2 + sigma**2)
+    own = {"trained_betas": (1 - kept[1:] / kept[:-1]).tolist(), "num_train_timesteps": schedule.T,
+           "clip_sample": False, "timestep_spacing": "trailing", "use_karras_sigmas": False}  # fmt: skip
+    return kind(**{name: value for name, value in own.items() if name in taken} | options)
+
+
+@final
+class CDMPipeline(DiffusionPipeline):
+    """Samples of a model of images by a scheduler of diffusers.
+
+    Args:
+        unet: :class:`DiffusersNetwork` of the model.
+        scheduler: What :func:`diffusers_scheduler` gives.
+
+    Example:
+        >>> pipeline = CDMPipeline.of(torchcdm.load("runs/digits"), DPMSolverMultistepScheduler)
+        >>> images = pipeline(16, num_inference_steps=20).images
+    """
+
+    def __init__(self, unet: DiffusersNetwork, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def of(cls, model: Denoiser, kind: type = DDIMScheduler, **options: Any) -> CDMPipeline:
+        """The pipeline of a model; further arguments as in :func:`diffusers_scheduler`."""
+        return cls(DiffusersNetwork(model), diffusers_scheduler(model.schedule, kind, **options))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        class_labels: Tensor | None = None,
+        guidance: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws images.
+
+        Args:
+            batch_size: Number of images.
+            generator: Source of all noise, or one for each image.
+            num_inference_steps: Steps of the scheduler, at most T.
+            class_labels: Classes, long (batch_size,).
+            guidance: Weight w of classifier-free guidance; 0 for none.
+            output_type: ``pil``, ``np`` (batch, H, W, C) in [0, 1], or ``pt``: data units, (batch, *shape).
+            return_dict: False for a plain tuple.
+        """
+        model = self.unet.model
+        device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float32)
+        noise = randn_tensor((batch_size, *model.shape), generator=generator, device=device, dtype=dtype)
+        alpha, sigma = (float(part[-2]) for part in (model.schedule.alpha, model.schedule.sigma))
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = model.start(noise) / (alpha**2 + sigma**2) ** 0.5 * self.scheduler.init_noise_sigma
+        step = inspect.signature(self.scheduler.step).parameters
+        seeded = {"generator": generator} if "generator" in step else {}
+        for t in self.progress_bar(self.scheduler.timesteps):
+            eps = self.unet(self.scheduler.scale_model_input(x, t), t, class_labels, guidance).sample
+            x = self.scheduler.step(eps, t, x, **seeded).prev_sample
+        images = model.transform.inverse(x)
+        if output_type != "pt":
+            low, high = (float(edge) for edge in (model.transform.low, model.transform.high))
+            images = ((images - low) / (high - low)).clamp(0, 1).movedim(1, -1).cpu().float().numpy()
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
