@@ -6,7 +6,6 @@ i in diffusers is our level t = i + 1. Nothing here imports diffusers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcdm.bridges.names import renamed
 from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.ddm import DenoisingDiffusion
@@ -57,9 +57,22 @@ FIXED_SCHEDULER: dict[str, tuple[Any, Any]] = {
     "trained_betas": (None, None),
 }
 
-LEAVES = {"time_emb_proj": "project", "conv_shortcut": "shortcut", "group_norm": "norm", "to_q": "query",
-          "to_k": "key", "to_v": "value", "to_out": "out", "proj_attn": "out"}  # fmt: skip
-"""Parts of blocks whose names differ; ``proj_attn`` is that of old files."""
+PARTS = {"resnets": "block", "attentions": "attention", "time_emb_proj": "project", "conv_shortcut": "shortcut",
+         "group_norm": "norm", "to_q": "query", "to_k": "key", "to_v": "value", "to_out": "out",
+         "proj_attn": "out"}  # fmt: skip
+"""Parts of names that differ; ``proj_attn`` is that of old files."""
+
+NAMES = {
+    r"conv_in\.(\w+)": r"unet.conv_in.\1",
+    r"conv_norm_out\.(\w+)": r"unet.norm_out.\1",
+    r"conv_out\.(\w+)": r"conv_out.\1",
+    r"time_embedding\.linear_1\.(\w+)": r"embed.0.\1",
+    r"time_embedding\.linear_2\.(\w+)": r"embed.2.\1",
+    r"(mid)_block\.(resnets|attentions)\.(\d+)\.(.+)": r"unet.middle.\3.\2.\4",
+    r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)": r"unet.\1_stages.\2.\4.\3.\5",
+    r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv\.(\w+)": r"unet.\1s.\2.conv.\3",
+}
+"""Names of weights in diffusers, and ours."""
 
 
 @validated
@@ -139,7 +152,9 @@ def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DDMU
         options.layers_per_block, [max(height, width) >> i for i, kind in enumerate(down) if "Attn" in kind],
         options.dropout, groups=options.norm_num_groups,
     )  # fmt: skip
-    converted = {_rename(key): _as_convolution(key, value) for key, value in state.items()}
+    # The output of the attention is the first of a list there.
+    names = {key: renamed(key.replace(".to_out.0.", ".to_out."), NAMES, PARTS) for key in state}
+    converted = {names[key]: _as_convolution(key, value) for key, value in state.items()}
     try:
         network.load_state_dict(converted)
     except RuntimeError as error:
@@ -166,36 +181,6 @@ def _count_from_one(network: DDMUNet) -> None:
 def _as_convolution(key: str, value: Tensor) -> Tensor:
     """Matrices of the attention as 1x1 convolutions."""
     return value[:, :, None, None] if ".attentions." in key and value.ndim == 2 else value
-
-
-def _rename(key: str) -> str:
-    """One name of diffusers as ours."""
-    head, *rest = key.split(".")
-    rest = [LEAVES.get(part, part) for part in rest]
-    match head, rest:
-        case "conv_in", [leaf]:
-            return f"unet.conv_in.{leaf}"
-        case "conv_norm_out", [leaf]:
-            return f"unet.norm_out.{leaf}"
-        case "conv_out", [leaf]:
-            return f"conv_out.{leaf}"
-        case "time_embedding", [("linear_1" | "linear_2") as name, leaf]:
-            return f"embed.{2 * (int(name[-1]) - 1)}.{leaf}"
-        case "mid_block", [("resnets" | "attentions") as kind, i, *leaf]:
-            return _part(f"unet.middle.{i}", kind, leaf)
-        case ("down_blocks" | "up_blocks"), [i, ("resnets" | "attentions") as kind, j, *leaf]:
-            return _part(f"unet.{head.split('_')[0]}_stages.{i}.{j}", kind, leaf)
-        case "down_blocks", [i, "downsamplers", "0", "conv", leaf]:
-            return f"unet.downs.{i}.conv.{leaf}"
-        case "up_blocks", [i, "upsamplers", "0", "conv", leaf]:
-            return f"unet.ups.{i}.conv.{leaf}"
-    raise UserError(f"'{key}' is no weight of a DDPM")
-
-
-def _part(step: str, kind: str, leaf: list[str]) -> str:
-    # The output of the attention is the first of a list there.
-    names = re.sub(r"^out\.0\.", "out.", ".".join(leaf))
-    return f"{step}.{'block' if kind == 'resnets' else 'attention'}.{names}"
 
 
 def _check(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, Any]]) -> None:

@@ -9,15 +9,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchcdm.bridges.names import renamed
 from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
 
 EMA_KEY = "ema_model_state_dict"
 
-_LEAVES = {"temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value",
-           "proj_out": "out"}  # fmt: skip
+PARTS = {"block_1": "0.block", "block_2": "1.block", "attn_1": "0.attention", "attn": "attention",
+         "temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value",
+         "proj_out": "out"}  # fmt: skip
+"""Parts of names that differ."""
 
+NAMES = {
+    r"(conv_in|norm_out)\.(\w+)": r"unet.\1.\2",
+    r"conv_out\.(\w+)": r"conv_out.\1",
+    r"linear_layer\.(\w+)": r"head.linear.\1",
+    r"label_emb\.(\w+)": r"label.\1",
+    r"temb\.dense\.0\.(\w+)": r"embed.0.\1",
+    r"temb\.dense\.1\.(\w+)": r"embed.2.\1",
+    r"mid\.(block_1|block_2|attn_1)\.(.+)": r"unet.middle.\1.\2",
+    r"(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(.+)": r"unet.\1_stages.\2.\4.\3.\5",
+    r"(down|up)\.(\d+)\.(?:down|up)sample\.conv\.(\w+)": r"unet.\1s.\2.conv.\3",
+}
+"""Names of weights there, and ours."""
 
 MEND = "; give a checkpoint saved by the published CDM code"
 
@@ -42,10 +57,14 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
     ):
         raise UserError(f"{path}: no weights '{EMA_KEY}' in it{MEND}")
     averaged = {key.removeprefix("module."): value for key, value in averaged.items()}
-    ups = (re.match(r"up\.(\d{1,3})\.", key) for key in averaged)
-    stages = 1 + max((int(m[1]) for m in ups if m), default=0)
+    # Their way up counts from full resolution, ours from the coarsest.
+    up = re.compile(r"(?<=^up\.)\d{1,3}(?=\.)", re.ASCII)
+    last = max((int(m[0]) for m in map(up.search, averaged) if m), default=0)
     try:
-        state = {_rename(key, stages): value for key, value in averaged.items()}
+        state = {
+            renamed(up.sub(lambda stage: str(last - int(stage[0])), key), NAMES, PARTS): value
+            for key, value in averaged.items()
+        }
         _check_fit(state, backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -66,35 +85,6 @@ def _check_fit(state: Mapping[str, Tensor], backbone: CDMUNet) -> None:
         shapes = [tuple(s[key].shape) if key in s else "missing" for s in (state, target)]
         if shapes[0] != shapes[1]:
             raise UserError(f"{key} is {shapes[0]} in the file, {shapes[1]} in the configuration")
-
-
-def _rename(key: str, stages: int) -> str:
-    """One published name as ours; ``up`` counts from full resolution there and from the coarsest here."""
-    head, *rest = key.split(".")
-    rest = [_LEAVES.get(part, part) for part in rest]
-    match head, rest:
-        case ("conv_in" | "norm_out"), [leaf]:
-            return f"unet.{head}.{leaf}"
-        case "conv_out", [leaf]:
-            return f"conv_out.{leaf}"
-        case "linear_layer", [leaf]:
-            return f"head.linear.{leaf}"
-        case "label_emb", [leaf]:
-            return f"label.{leaf}"
-        case "temb", ["dense", ("0" | "1") as i, leaf]:
-            return f"embed.{2 * int(i)}.{leaf}"
-        case "mid", [("block_1" | "block_2") as name, *leaf]:
-            return ".".join(["unet.middle", str(int(name[-1]) - 1), "block", *leaf])
-        case "mid", ["attn_1", *leaf]:
-            return ".".join(["unet.middle.0.attention", *leaf])
-        case ("down" | "up"), [i, ("block" | "attn") as kind, j, *leaf] if i.isdecimal():
-            stage = i if head == "down" else stages - 1 - int(i)
-            return ".".join([f"unet.{head}_stages.{stage}.{j}", {"attn": "attention"}.get(kind, kind), *leaf])
-        case "down", [i, "downsample", "conv", leaf]:
-            return f"unet.downs.{i}.conv.{leaf}"
-        case "up", [i, "upsample", "conv", leaf] if i.isdecimal():
-            return f"unet.ups.{stages - 1 - int(i)}.conv.{leaf}"
-    raise UserError(f"'{key}' is no weight of the published network")
 
 
 def _architecture(state: Mapping[str, Tensor], size: int) -> dict[str, object]:

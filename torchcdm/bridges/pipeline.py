@@ -35,7 +35,7 @@ class DiffusersNetwork(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor | int | float, class_labels: Tensor | None = None,
                 guidance: float = 0.0) -> UNet2DOutput:  # fmt: skip
-        """The noise in ``sample`` (B, *shape), of variance-preserving scale, at an index 0 ... T - 1, or one for each."""
+        """The noise in ``sample`` (B, *shape), of variance 1 at the end, at an index 0 ... T - 1, or (B,)."""
         schedule, index = self.model.schedule, torch.as_tensor(timestep, device=sample.device)
         level = (1 + index.round().long()).clamp(1, schedule.T).expand(len(sample))
         alpha, sigma = schedule.at(level, sample)
