@@ -44,7 +44,10 @@ def test_ddim_of_diffusers_is_ours(name: str) -> None:
     torch.testing.assert_close(scale[1] * x, ours, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep", "DDPM"])
+KINDS = ("DDIM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep", "DDPM")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", [LogSNRSchedule(200, r_min=0.01), OptimalTransportSchedule(200)])
 def test_pipelines_draw_with_the_moments_of_the_data(kind: str, schedule) -> None:
     model = images(schedule)
