@@ -55,7 +55,7 @@ def count(text: str) -> int:
 
 
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": ("model", {"metavar": "RUN"}),
+    "model": ("model", {"metavar": "MODEL", "help": "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME"}),
     "paths": ("paths", {"metavar": "PATH", "nargs": "+", "help": "images, folders, .npy, .npz, tables; data units"}),
     "data": ("--data", {"metavar": "SPEC", "help": "other data than the run was trained on, of the same columns, "
                         "shape and grey levels"}),

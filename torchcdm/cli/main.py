@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from torchcdm import __version__
-from torchcdm.cli import measuring, ratios, sampling, scoring, training
+from torchcdm.cli import measuring, ratios, sampling, scoring, sharing, training
 from torchcdm.cli.arguments import Parser, check_writable
 from torchcdm.errors import UserError, nearest
 
@@ -30,7 +30,7 @@ FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
 LONGEST = 500
 """Characters of a message; of a longer one the middle is left out."""
 
-GROUPS = (training, sampling, measuring, scoring, ratios)
+GROUPS = (training, sampling, measuring, scoring, ratios, sharing)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -137,11 +137,11 @@ def run_info(options: argparse.Namespace) -> int:
     """Architecture, data and training of a run."""
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.states import state_folders
-
+    from torchcdm.zoo import located
 
     info = read_info(options.model)
     model = load(options.model)
-    run = RunFolder(options.model)
+    run = RunFolder(located(options.model))
     config = info.model
     lines = read_metrics(run.metrics)
     values = {

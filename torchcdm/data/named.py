@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchcdm.data import tables
 from torchcdm.data.arrays import convert_images
 from torchcdm.data.assembly import Grid, Samples
 from torchcdm.data.options import DataOptions, Layout
@@ -33,6 +34,18 @@ def digits(argument: str, options: DataOptions, _: Layout | None = None) -> Samp
     # The rows are ordered by writer: taken as they come, the test split is by other hands than the training split.
     pool = pool.select(permutation(len(pool), POOL_SEED))
     return fixed("digits", pool, 1500, 200, (0, 16), options, tuple(str(k) for k in range(10)))
+
+
+def wine(argument: str, options: DataOptions, layout: Layout | None = None) -> Samples:
+    """scikit-learn's wine: 178 rows of 13 measured columns, three classes, split at random."""
+    from sklearn.datasets import load_wine
+
+    if argument:
+        raise UserError("'wine' takes nothing after the colon; write: wine")
+    data = load_wine()
+    columns = dict(zip(data.feature_names, data.data.T, strict=True))
+    table = tables.Table("wine", columns, "row {}".format)
+    return tables.samples_of({"train": table}, "wine", options, data.target, layout)
 
 
 def toy(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:

@@ -27,6 +27,7 @@ LOADERS: dict[str, Callable[[str, DataOptions, Layout | None], Samples]] = {
     "table": tables.load,
     "hf": hub.load,
     "toy": named.toy,
+    "wine": named.wine,
 }
 """What a SPEC may begin with; the loader gets what follows the colon."""
 

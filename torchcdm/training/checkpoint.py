@@ -22,6 +22,7 @@ from torchcdm.training.build import build_backbone, build_model, load_source
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
+from torchcdm.zoo import located
 
 KINDS = ("run", "estimator")
 """Kinds of artefacts that hold a model."""
@@ -135,14 +136,20 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """The model of a run, in eval mode.
 
     Args:
-        run: Folder of the run, or of a saved estimator.
+        run: Folder of the run, or of a saved estimator; ``zoo:NAME`` for a model that ships with the package,
+            ``hub:OWNER/NAME`` for one on the Hugging Face Hub.
         device: Where the model goes.
 
     Returns:
         A :class:`torchcdm.ClassificationDiffusion`; a :class:`torchcdm.DenoisingDiffusion` for a ddm.
 
     Raises:
-        UserError: No run there, or files that are damaged or of another format version.
+        UserError: No run there, a name that is not known, or files that are damaged or of another format version.
+
+    Example:
+        >>> model = load("zoo:two-moons")
+        >>> model.log_prob(torch.zeros(1, 2)).shape
+        torch.Size([1])
     """
     folder, info, (tensors,) = _read(run)
     # A network of other sizes than those of the file is refused before it takes memory.
@@ -201,7 +208,7 @@ def _read(
     run: str | Path, files: Sequence[str] = ("model.safetensors",)
 ) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
     """The folder of a trained model, what is said of it, and its tensors."""
-    folder = RunFolder(run)
+    folder = RunFolder(located(run))
     for path in (folder.model_info, folder.model):
         if not os.path.exists(path):  # false, too, where the system refuses the name
             raise UserError(f"{run}: holds no trained model ({path.name} is missing)")

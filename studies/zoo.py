@@ -1,0 +1,99 @@
+"""Makes the models that ship with the package: trains by a preset, measures, writes weights and card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchcdm.apps.report import write_report
+from torchcdm.bridges.cards import model_card
+from torchcdm.errors import UserError
+from torchcdm.runtime.files import write_file
+from torchcdm.training.checkpoint import load, read_info, save_model
+from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.loop import train
+from torchcdm.training.run_folder import RunFolder
+from torchcdm.zoo import CARD
+
+REPORT = {"methods": ["single", "elbo", "flow", "logz"], "draws": 4, "particles": 4096, "baselines": True}
+"""What is measured of every model; the card has it."""
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of the zoo.
+
+    Attributes:
+        preset: What it is trained by.
+        data: SPEC; that of the preset when None.
+        description: One line for ``cdm zoo`` and the card.
+        origin: The data and their licence.
+        limits: What it is not for, one sentence each.
+    """
+
+    preset: str
+    data: str | None
+    description: str
+    origin: str
+    limits: tuple[str, ...]
+
+
+DIGITS = (
+    "scikit-learn's handwritten digits: 1797 images of 8x8 pixels, grey levels 0 ... 16; 1300 for training, 200 for "
+    "validation, 297 for test (SPEC `digits`). From the UCI repository, Optical Recognition of Handwritten Digits "
+    "(Alpaydin and Kaynak, 1998), licence CC BY 4.0."
+)
+TINY = "8x8 images of digits, normalised and written by 43 people: nothing else looks likely to it, nor should it."
+
+MODELS = {
+    "digits": ZooModel("digits", None, "Handwritten digits, 8x8 grey levels", DIGITS, (TINY,)),
+    "digits-conditional": ZooModel(
+        "digits-conditional", None, "Handwritten digits, 8x8 grey levels, with the ten classes in one pass", DIGITS,
+        (TINY, "The class posterior was trained for densities; a classifier of its own is more accurate."),
+    ),
+    "two-moons": ZooModel(
+        "two-moons", None, "Two interleaved half circles in the plane",
+        "10 000 draws of a distribution whose density is known (SPEC `toy:two-moons`); synthetic, without a licence.",
+        ("An example for documentation and tests.",),
+    ),
+    "table-example": ZooModel(
+        "table", "wine", "A table: 13 measured columns of 178 wines",
+        "scikit-learn's wine data: 178 rows, 13 columns; 142 for training, 18 for validation, 18 for test (SPEC "
+        "`wine`). From the UCI repository, Wine (Aeberhard and Forina, 1992), licence CC BY 4.0.",
+        ("178 rows of three cultivars of one region in 1991: an example of a small table, no judge of wines.",
+         "18 test rows: the standard errors are large."),
+    ),
+}  # fmt: skip
+"""What ships, by its name."""
+
+
+def make(name: str, run: Path, home: Path) -> str:
+    """Trains a model, unless ``run`` holds it, and writes its weights, ``config.json`` and its card to ``home``.
+
+    Returns:
+        One line about it.
+
+    Raises:
+        UserError: ``run`` holds another model.
+    """
+    entry, folder = MODELS[name], RunFolder(run)
+    given = {"data": {"spec": entry.data}} if entry.data else {}
+    config = make_config(preset_fields(entry.preset), given, {"report": REPORT})
+    if not folder.report.exists():
+        result = train(config, run)
+        write_report(run, result.source)
+    info = read_info(run)
+    if info.preset != entry.preset:
+        raise UserError(f"{run}: holds a model of preset {info.preset}, not of {entry.preset}; give another --out")
+    report = json.loads(folder.report.read_text(encoding="utf-8"))
+    model = load(run)
+    save_model(RunFolder(home), model, info)
+    parameters = sum(weights.numel() for weights in model.parameters())
+    card = model_card(
+        f"zoo:{name}", info, parameters, entry.description, entry.origin, report, entry.limits,
+        f"python -m studies zoo {name}", f"zoo:{name}",
+    )  # fmt: skip
+    write_file(home / CARD, card)
+    size = (home / "model.safetensors").stat().st_size / 2**20
+    return f"{home}: {parameters} weights, {size:.2f} MiB"

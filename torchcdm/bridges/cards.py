@@ -1,0 +1,99 @@
+"""Model cards: what a trained model is, in the form of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchcdm.training.checkpoint import ModelInfo
+
+ROWS = {
+    "one-pass": "one pass, level 0",
+    "one-pass-level": "one pass, through a little noise",
+    "one-pass-normalized": "one pass, normalised",
+    "elbo": "ELBO of the reverse chain",
+    "flow": "probability flow",
+}
+"""Rows of a likelihood report as a card names them."""
+
+LIMITS = ("Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it.",)
+
+
+def model_card(
+    title: str,
+    info: ModelInfo,
+    parameters: int,
+    description: str = "",
+    data: str = "",
+    report: Mapping[str, Any] | None = None,
+    limits: Sequence[str] = (),
+    command: str = "",
+    use: str = "zoo:NAME",
+) -> str:
+    """The card as Markdown with a head of fields.
+
+    Args:
+        title: Name of the model.
+        info: What ``config.json`` says of it.
+        parameters: Number of its weights.
+        description: One line.
+        data: What it was trained on, with the licence.
+        report: ``report.json`` of its run; the card then has its numbers.
+        limits: What it is not for, one sentence each.
+        command: The command that makes it.
+        use: What ``torchcdm.load`` takes.
+    """
+    model, shape = info.model, "x".join(map(str, info.transform.shape))
+    nll = (report or {}).get("nll")
+    reaches = _reaches(nll) if nll else ""
+    head = {
+        "license": "mit",
+        "library_name": "torchcdm",
+        "tags": "[density-estimation, diffusion, classification-diffusion]",
+        "description": f'"{description}"' if description else "",
+        "reaches": f'"{reaches}"' if reaches else "",
+    }
+    parts = ["---", *(f"{key}: {value}" for key, value in head.items() if value), "---", "", f"# {title}", ""]
+    kind = "classification diffusion model" if model.kind == "cdm" else "plain denoising diffusion model"
+    parts += [
+        f"{description}. " * bool(description)
+        + f"A {kind} of {shape} inputs: network `{model.backbone.name}` with {parameters:,} weights, schedule "
+        f"`{model.schedule.name}` with {model.schedule.T} levels, labels `{model.labels}`.",
+        "",
+        "```python",
+        "import torchcdm",
+        "",
+        f'model = torchcdm.load("{use}")',
+        "x = model.sample(16)                 # in the units of the data",
+        *(["log_p = model.log_prob(x)            # nats, one forward pass"] if model.kind == "cdm" else []),
+        "```",
+        "",
+        "## Data",
+        "",
+        data or f"{info.data.spec or 'not recorded'}. The licence of the data is not recorded.",
+        "",
+    ]
+    if command:
+        parts += ["## Made by", "", f"    {command}", ""]
+    if nll:
+        count, split = nll["data"]["count"], nll["data"]["split"]
+        parts += ["## Numbers", "", f"{count} {split} samples, negative log-likelihood, lower is better.", ""]
+        parts += [f"| likelihood | {nll['unit']} | s.e. |", "|---|---|---|"]
+        parts += [
+            f"| {ROWS[row['name']]} | {row['value']:.3f} | {row['se']:.3f} |"
+            for row in nll["rows"] if row["name"] in ROWS and row["value"] is not None
+        ]  # fmt: skip
+        parts += [f"| {other['name']} (not this model) | {other['value']:.3f} | {other['se']:.3f} |"
+                  for other in sorted(report["baselines"], key=lambda other: other["value"])]  # fmt: skip
+        parts += ["", f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}", ""]
+    parts += ["## Limits", "", *(f"- {limit}" for limit in (*limits, *LIMITS)), ""]
+    return "\n".join(parts)
+
+
+def _reaches(nll: Mapping[str, Any]) -> str:
+    """The headline of a likelihood report: normalised pass, or the plain one, and flow."""
+    rows = {row["name"]: row["value"] for row in nll["rows"] if row["value"] is not None}
+    first = "one-pass-normalized" if "one-pass-normalized" in rows else "one-pass"
+    found = [f"{ROWS[name]} {rows[name]:.2f}" for name in (first, "flow") if math.isfinite(rows.get(name, math.nan))]
+    return f"{', '.join(found)} {nll['unit']} ({nll['data']['count']} {nll['data']['split']} samples)"

@@ -1,0 +1,62 @@
+"""Small trained models that ship with the package, and where a model is that a name stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchcdm.errors import UserError, nearest
+
+HOME = Path(__file__).parent
+
+CARD = "card.md"
+"""What a model of the zoo is, what it was trained on, and what it reaches; see :func:`about`."""
+
+HUB_FILES = ("config.json", "model.safetensors", "config.yaml", "report.json", "README.md")
+"""All that is read of a repository on the Hugging Face Hub: numbers and text, never code."""
+
+
+def names() -> list[str]:
+    """Names of the models of the zoo, without ``zoo:``, sorted."""
+    return sorted(path.parent.name for path in HOME.glob(f"*/{CARD}"))
+
+
+def about(name: str) -> dict[str, str]:
+    """The head of the card of a model of the zoo: ``license``, ``description``, ``reaches`` and others."""
+    lines = (HOME / name / CARD).read_text(encoding="utf-8").split("---\n")[1].splitlines()
+    return {key: value.strip('"') for key, _, value in (line.partition(": ") for line in lines)}
+
+
+def located(model: str | Path) -> Path:
+    """The folder of a model.
+
+    Args:
+        model: A folder, which is returned as it is given; ``zoo:NAME``, in this package; ``hub:OWNER/NAME`` or
+            ``hub:OWNER/NAME@REVISION`` on the Hugging Face Hub, whose files are downloaded unless they are at hand.
+
+    Raises:
+        UserError: A name that the zoo does not have, or a repository that cannot be downloaded.
+    """
+    kind, colon, name = str(model).partition(":")
+    if colon and kind == "zoo":
+        if name not in names():
+            raise UserError(f"{model}: not in the zoo; {nearest(name, names())}")
+        return HOME / name
+    if colon and kind == "hub":
+        return _downloaded(name)
+    return Path(model)
+
+
+def _downloaded(name: str) -> Path:
+    """The folder of a repository of the Hub, in the cache of ``huggingface_hub``."""
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise UserError(f"hub:{name}: needs huggingface_hub; pip install 'torchcdm[hub]'") from None
+    repository, _, revision = name.partition("@")
+    if repository.count("/") != 1:
+        raise UserError(f"hub:{name}: write hub:OWNER/NAME")
+    try:
+        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:  # a wrong name, no such repository, no network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"hub:{name}: cannot be downloaded ({reason})") from None
