@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, add_json
+from torchcdm.cli.arguments import add_command
 
 PAIRS = (("value", "se"), ("behind", "behind_se"))
 
@@ -15,9 +15,11 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
+        run_exam,
         "exam",
         "default settings on data sets that nobody tuned for, beside closed forms, flows, trees and neighbours",
         "python -m studies exam --half development --kinds density,ratio --out exam --json exam.json",
+        "json",
     )
     parser.add_argument("--half", choices=("development", "exam"), required=True,
                         help="settings are chosen on development; exam stays closed until they are")  # fmt: skip
@@ -25,8 +27,6 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--sets", metavar="A,B", help="names of data sets; all of the half by default")
     parser.add_argument("--contenders", metavar="A,B", help="names of contenders; all by default")
     parser.add_argument("--out", metavar="DIR", type=Path, help="keep the marks: what is there is not run again")
-    add_json(parser)
-    parser.set_defaults(run=run_exam)
 
 
 def run_exam(options: argparse.Namespace) -> int:
