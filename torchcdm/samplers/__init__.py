@@ -1,14 +1,18 @@
 """Samplers: rules for a step from one level to a lower one, and the loop around them."""
 
+from torchcdm.samplers.placement import adaptive_levels
 from torchcdm.samplers.rules import (
     DDIM,
     DDPM,
+    DEIS,
+    IPNDM,
     SAMPLERS,
     DPMSolver2,
     DPMSolverPP2M,
     Heun,
     Sampler,
     Step,
+    UniPC,
     make_sampler,
 )
 from torchcdm.samplers.sampling import sample, sample_noise
@@ -16,12 +20,16 @@ from torchcdm.samplers.sampling import sample, sample_noise
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "IPNDM",
     "SAMPLERS",
     "DPMSolver2",
     "DPMSolverPP2M",
     "Heun",
     "Sampler",
     "Step",
+    "UniPC",
+    "adaptive_levels",
     "make_sampler",
     "sample",
     "sample_noise",

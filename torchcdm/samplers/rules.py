@@ -10,17 +10,21 @@ so that none asks which schedule it runs on. The step to level 0 always returns 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import check_real
+from torchcdm.models.inputs import check_count, check_real
 
 Visited = tuple[int, Prediction]
 """A level that the sampler has been to, and what the denoiser said there."""
@@ -37,7 +41,7 @@ class Step:
         s: The level to reach, 0 ... t - 1.
         y: Classes, long (B,), or None.
         noise: Standard normal, shape of ``x_t``; for stochastic samplers alone.
-        previous: What the step before returned, for multistep rules; None at the first step.
+        previous: What the step before returned, for multistep rules: the levels before, the latest first.
     """
 
     denoiser: Denoiser
@@ -46,7 +50,7 @@ class Step:
     s: int
     y: Tensor | None = None
     noise: Tensor | None = None
-    previous: Visited | None = None
+    previous: tuple[Visited, ...] = ()
 
 
 class Sampler(ABC):
@@ -55,21 +59,31 @@ class Sampler(ABC):
     Attributes:
         evaluations: Denoiser evaluations in a step; the step to level 0 always takes one.
         stochastic: Whether a step adds fresh noise.
+        memory: Number of levels before this one that a step uses.
     """
 
     evaluations: ClassVar[int] = 1
     stochastic: bool = False
+    memory: int = 0
 
-    def step(self, step: Step) -> tuple[Tensor, Visited]:
+    def step(self, step: Step) -> tuple[Tensor, tuple[Visited, ...]]:
         """x_s, (B, *shape), which is E[x_0 | x_t] at level 0, and what the next step may use.
 
         Raises:
             UserError: No noise for a sampler that adds some.
         """
-        now = step.denoiser.denoise(step.x_t, step.t, step.y)
+        now = self.corrected(step, step.denoiser.denoise(step.x_t, step.t, step.y))
         if step.s and self.stochastic and step.noise is None:
             raise UserError("this sampler adds noise at every step; give the step its noise")
-        return self.rule(step, now) if step.s else now.x0, (step.t, now)
+        return self.rule(step, now) if step.s else now.x0, ((step.t, now), *step.previous)[: max(1, self.memory)]
+
+    def cost(self, steps: int) -> int:
+        """Evaluations of the denoiser for each sample in ``steps`` steps that end at level 0."""
+        return self.evaluations * (steps - 1) + 1
+
+    def corrected(self, step: Step, now: Prediction) -> Prediction:
+        """What a rule that predicts and corrects makes of the prediction at level t; by default the same."""
+        return now
 
     @abstractmethod
     def rule(self, step: Step, now: Prediction) -> Tensor:
@@ -122,12 +136,14 @@ class DPMSolver2(Sampler):
     q the level before. The first step is DDIM. The solver of the CDM paper.
     """
 
+    memory = 1
+
     def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
         x_s, t, s = now.carried_to(alpha_s, sigma_s), step.t, step.s
-        if step.previous is None:
+        if not step.previous:
             return x_s
-        q, before = step.previous
+        q, before = step.previous[0]
         curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
         return x_s - alpha_s * curvature * ((now.eps - before.eps) / (r[q] / r[t]).log())
 
@@ -140,11 +156,13 @@ class DPMSolverPP2M(Sampler):
     level and the one before. The first step is DDIM.
     """
 
+    memory = 1
+
     def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
         ahead, t, s = now.x0, step.t, step.s
-        if step.previous is not None:
-            q, before = step.previous
+        if step.previous:
+            q, before = step.previous[0]
             ahead = ahead + (r[t] / r[s]).log() / (r[q] / r[t]).log() / 2 * (now.x0 - before.x0)
         return sigma_s / now.sigma_t * step.x_t + alpha_s * (1 - r[s] / r[t]) * ahead
 
@@ -175,9 +193,112 @@ def _angular_velocity(at: Prediction) -> Tensor:
     return (at.alpha_t * at.eps - at.sigma_t * at.x0) / torch.hypot(at.alpha_t, at.sigma_t)
 
 
-SAMPLERS: dict[str, type[Sampler]] = {
-    "ddpm": DDPM, "ddim": DDIM, "dpm2": DPMSolver2, "dpm++": DPMSolverPP2M, "heun": Heun
+@final
+class IPNDM(Sampler):
+    """Improved pseudo numerical methods (Zhang and Chen, 2023, arXiv 2204.13902; Liu et al., 2022, arXiv 2202.09778).
+
+    A DDIM step with the noise that Adams-Bashforth extrapolates for equal steps, whatever the steps are: of its order
+    where the steps in r are equal, of first order elsewhere, and robust. The first steps are of lower order.
+
+    Args:
+        order: 2, 3 or 4.
+    """
+
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    def __init__(self, order: int = 4) -> None:
+        self.memory = check_count("ipndm: order", order, 2, 4) - 1
+
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        noises = [now.eps, *(before.eps for _, before in step.previous)]
+        eps = sum(w * e for w, e in zip(self.WEIGHTS[len(noises) - 1], noises, strict=True))
+        r, alpha_s = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)[0]
+        return alpha_s * (step.x_t / now.alpha_t + (r[step.s] - r[step.t]) * eps)
+
+
+@final
+class DEIS(Sampler):
+    r"""Exponential integrator with a polynomial noise (tAB-DEIS; Zhang and Chen, 2023, arXiv 2204.13902).
+
+    u_s = u_t - the integral over r of the polynomial through eps at this level and the ones before, in the angle
+    :math:`\arctan r`, which is the time of the cosine schedule. Of its order for any steps; the first are of lower
+    order. tAB2 is of order 3, tAB3 of order 4.
+
+    Args:
+        order: 2, 3 or 4.
+    """
+
+    def __init__(self, order: int = 3) -> None:
+        self.memory = check_count("deis: order", order, 2, 4) - 1
+
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        r, alpha_s = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)[0]
+        visited = ((step.t, now), *step.previous)
+        weights = _polynomial_weights(r, [t for t, _ in visited], step.t, step.s, torch.atan, 1)
+        return alpha_s * (step.x_t / now.alpha_t + sum(w * p.eps for w, (_, p) in zip(weights, visited, strict=True)))
+
+
+@final
+class UniPC(Sampler):
+    r"""Predictor and corrector in data prediction at one evaluation a step (Zhao et al., 2023, arXiv 2302.04867).
+
+    Both integrate :math:`d(x / \sigma) = E[x_0 | x]\, d(1 / r)` with the polynomial through the data predicted at
+    ``order`` levels. The corrector takes the step again when the prediction at its end is known, with that level as
+    one more: the next step starts from there. The first steps are of lower order.
+
+    Args:
+        order: Order of the predictor, 1 to 4; corrected it is one higher.
+        time: Function of r in which the polynomial is. The paper's is ``torch.log``, which fails where the first
+            steps cover decades of r; the angle suits every schedule.
+    """
+
+    def __init__(self, order: int = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
+        self.memory, self.time = check_count("unipc: order", order, 1, 4), time
+
+    def corrected(self, step: Step, now: Prediction) -> Prediction:
+        if not step.previous:
+            return now
+        (q, before), t = step.previous[0], step.t
+        x_t = self._integrated(step, ((t, now), *step.previous), (q, before), t)
+        return Prediction(x_t, now.alpha_t, now.sigma_t, (x_t - now.alpha_t * now.x0) / now.sigma_t)
+
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        visited = ((step.t, now), *step.previous)[: self.memory]
+        return self._integrated(step, visited, visited[0], step.s)
+
+    def _integrated(self, step: Step, visited: tuple[Visited, ...], start: Visited, s: int) -> Tensor:
+        """x_s from a level that was visited, with the polynomial through all that are given."""
+        (t, at), schedule = start, step.denoiser.schedule
+        weights = _polynomial_weights(schedule.ratio, [level for level, _ in visited], t, s, self.time, -1)
+        change = sum(w * p.x0 for w, (_, p) in zip(weights, visited, strict=True))
+        return schedule.at(s, step.x_t)[1] * (at.x_t / at.sigma_t + change)
+
+
+def _polynomial_weights(
+    ratio: Tensor, levels: list[int], t: int, s: int, time: Callable[[Tensor], Tensor], power: int
+) -> list[float]:
+    """Weight of each level: the integral from level t to s, over r to the ``power``, of its polynomial in time.
+
+    By Gauss-Legendre quadrature over log r, which is exact to rounding here.
+    """
+    start, end = ratio[[t, s]].double().cpu().log()
+    nodes, weights = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(24))
+    r = ((start + end) / 2 + nodes * (end - start) / 2).exp()
+    weights = weights * (end - start) / 2 * power * r**power
+    at, known = time(r), time(ratio[levels].double().cpu())
+    polynomials = [
+        math.prod((at - other) / (own - other) for k, other in enumerate(known) if k != j)
+        for j, own in enumerate(known)
+    ]
+    return [float((weights * polynomial).sum()) for polynomial in polynomials]
+
+
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "ddpm": DDPM, "ddim": DDIM, "dpm2": DPMSolver2, "dpm++": DPMSolverPP2M, "heun": Heun,
+    "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4), "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4),
+    "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
 }  # fmt: skip
+"""What :func:`sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of a name in :data:`SAMPLERS`; a sampler itself passes through.

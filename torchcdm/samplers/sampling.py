@@ -17,6 +17,7 @@ from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_rea
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import share
+from torchcdm.samplers.placement import adaptive_levels
 from torchcdm.samplers.rules import Sampler, Step, make_sampler
 
 Callback = Callable[[int, Tensor, Prediction], None]
@@ -38,6 +39,7 @@ def sample(
     start: Tensor | None = None,
     progress: bool = False,
     callback: Callback | None = None,
+    spacing: str = "even",
 ) -> Tensor:
     """Draws samples: exactly ``steps`` levels visited, level T first, level 0 reached last.
 
@@ -47,7 +49,7 @@ def sample(
         denoiser: Any denoiser; put in eval mode while sampling.
         n: Number of samples.
         sampler: A name in :data:`SAMPLERS`, or a sampler with settings of its own.
-        steps: Number of steps, 1 ... T, evenly spaced over the levels.
+        steps: Number of steps, 1 ... T.
         y: Class of each sample, long (n,), or one class for all; None for the unconditional density. A model with a
             context takes the contexts (n, context), or one for all.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w.
@@ -61,6 +63,8 @@ def sample(
         progress: Shows a progress bar.
         callback: Called after each step; of several processes, in each with its own samples. A batch
             that memory did not hold begins anew with half as many.
+        spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
+            :func:`torchcdm.samplers.adaptive_levels`.
 
     Returns:
         (n, *shape) on the CPU.
@@ -76,6 +80,8 @@ def sample(
     batch_size = None if batch_size is None else check_count("batch_size", batch_size)
     if units not in ("data", "model"):
         raise UserError(f"units is '{units}'; choose data or model")
+    if spacing not in ("even", "adaptive"):
+        raise UserError(f"spacing is '{spacing}'; choose even or adaptive")
     start = None if start is None else as_numbers(start, torch.device("cpu"))
     rule = make_sampler(sampler)
     path = _path(denoiser, steps, levels)
@@ -88,6 +94,8 @@ def sample(
         if labels is None:
             raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
         denoiser = GuidedDenoiser(denoiser, guidance)
+    if spacing == "adaptive" and levels is None:
+        path = adaptive_levels(denoiser, steps, labels, shape)
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
     total = len(share(n)) * (len(path) - 1)
@@ -98,12 +106,12 @@ def sample(
         first = next(draws).to(device)
         x = denoiser.start(first) if start is None else start[rows].to(device, dtype)
         label = None if labels is None else labels[rows]
-        previous = None
+        previous = ()
         for t, s in pairwise(path):
             noise = next(draws).to(device) if rule.stochastic else None
             x, previous = rule.step(Step(denoiser, x, t, s, label, noise, previous))
             if callback is not None:
-                callback(s, x, previous[1])
+                callback(s, x, previous[0][1])
             bar.update(len(x))
         if units == "data" and denoiser.transform is not None:
             x = denoiser.transform.inverse(x)
