@@ -29,7 +29,7 @@ def measured(run: Path) -> dict:
     x = split.tensors(11)[0]
     kernels = Kernels.of_denoiser(model, n=5)
     normalizers = [
-        log_normalizer(model, None, Scoring(level=15), 20, name, 0, 5, kernels) for name in ("smc", "flow")
+        log_normalizer(model, None, None, Scoring(level=15), 20, name, 0, 5, kernels) for name in ("smc", "flow")
     ]
     return {
         "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],

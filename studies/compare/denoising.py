@@ -81,10 +81,10 @@ class FittedDenoiser(Fitted):
     def _normalised(self, model: DensityModel, one_pass: Score, particles: int) -> list[Score]:
         """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
         likelihood, level = one_pass.likelihood, one_pass.likelihood.level
-        z, second = log_z_estimates(model, Kernels.of_denoiser(model, seed=SCORING.seed), SCORING, particles)
+        z = log_z_estimates(model, Kernels.of_denoiser(model, seed=SCORING.seed), SCORING, particles)
         row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
         per_nat = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
-        verdict = judge(per_nat, level, row, z, second)
+        verdict = judge(per_nat, level, row, z)
         if verdict.headline.value is None:
             self.note = verdict.why
             return []

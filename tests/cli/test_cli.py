@@ -163,6 +163,8 @@ def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_pa
         (["nll", "RUN", "--methods", ", ,"], "no likelihood method"),
         (["nll", "RUN", "--particles", "31"], "particles is 31; it must be an integer from 32 to"),
         (["nll", "RUN", "--particles", "1000000000000"], "particles is 1000000000000"),
+        (["nll", "RUN", "--methods", "logz", "--sweeps", "3"], "sweeps is 3; it must be an integer from 4 to"),
+        (["nll", "RUN", "--sweeps", "9", "--particles", "64"], "give one of them"),
         (["nll", "RUN", "--moves=-1"], "moves is -1; it must be an integer from 0 to"),
         (["nll", "RUN", "--seed", "1" + 30 * "0"], "seed is 1000"),
         (["nll", "RUN", "--conditional"], "have no classes"),
@@ -294,7 +296,8 @@ def test_nll_writes_the_contract(capsys, tmp_path, run):
     words = ["nll", run, "--limit", "5", "--methods", "single,flow", "--flow-steps", "2", "--device", "cpu", "--quiet"]
     out = succeed(capsys, *words, "--json", tmp_path / "nll.json")
     content = json.loads((tmp_path / "nll.json").read_text())
-    assert set(content) == {"data", "unit", "rows", "log2_z_per_dim", "gap_to_flow", "believe", "why"}
+    log_z = {"log2_z_per_dim", "log2_z_per_dim_check"}
+    assert set(content) == {"data", "unit", "rows", "gap_to_flow", "believe", "why"} | log_z
     assert content["data"] == {"name": "digits", "split": "test", "count": 5, "dim": 64}
     assert set(content["gap_to_flow"]) == {"mean", "sd", "level"}
     assert {"published-convention", "one-pass", "one-pass-level", "flow"} <= {row["name"] for row in content["rows"]}

@@ -254,7 +254,7 @@ def of_likelihoods() -> dict[str, Tensor]:
             values[f"{which}/importance"] = single_pass(model, x, y, Scoring(3, draws=3, seed=1), True).nats
     model = vector_model()
     for method, moves in (("smc", 0), ("smc", 1), ("flow", 0)):
-        z = log_normalizer(model, None, Scoring(seed=2), 64, method, moves, islands=4)
+        z = log_normalizer(model, None, None, Scoring(seed=2), 64, method, moves, islands=4)
         values[f"log-z/{method}-{moves}"] = torch.tensor([z.value, z.low, z.high, z.ess, z.mean_log_weight])
         values[f"log-z/{method}-{moves}-x"] = z.x[:8]
     neighbours = consistency(model, inputs(model, 8), None, Scoring(seed=1))

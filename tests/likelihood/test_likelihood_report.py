@@ -17,7 +17,7 @@ from torchcdm.likelihood import FlowSolver, Scoring, elbo, report
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
-KEYS = {"data", "unit", "rows", "log2_z_per_dim", "gap_to_flow", "believe", "why"}
+KEYS = {"data", "unit", "rows", "log2_z_per_dim", "log2_z_per_dim_check", "gap_to_flow", "believe", "why"}
 NAMES = ["published-convention", "one-pass", "one-pass-level", "one-pass-normalized", "elbo", "flow"]
 
 
@@ -57,6 +57,7 @@ def test_an_exact_model_is_believed(vectors):
     assert all(set(row) == {"name", "value", "se", "nfe", "level"} for row in content["rows"])
     assert [row["nfe"] for row in content["rows"]] == [1, 1, 1, 1, 40, 79]
     assert set(content["log2_z_per_dim"]) == {"value", "low", "high", "estimator", "ess"}
+    assert set(content["log2_z_per_dim_check"]) == {"value", "low", "high", "estimator", "ess"}
     assert set(content["gap_to_flow"]) == {"mean", "sd", "level"} and content["gap_to_flow"]["level"] == 1
     assert abs(content["gap_to_flow"]["mean"]) < 0.02 and content["gap_to_flow"]["sd"] < 0.03
     assert result.believe, result.why
@@ -65,6 +66,20 @@ def test_an_exact_model_is_believed(vectors):
     text = result.table()
     for words in ("To be believed: yes", "err low", "the ELBO", "spread over samples", "KL of its start", *NAMES):
         assert words in text
+
+
+def test_replicas_normalise_and_say_how_well_they_agree(vectors):
+    model, x = vectors
+    result = report(model, x, methods=("single", "logz"), sweeps=24)
+    z, check = (result.to_json()[key] for key in ("log2_z_per_dim", "log2_z_per_dim_check"))
+    assert z["estimator"].startswith("replica exchange") and check["estimator"].startswith("MBAR")
+    assert set(z["convergence"]["starts"]) == {"samples", "data", "far"}
+    assert z["low"] - 0.05 < 0 < z["high"] + 0.05
+    text = result.table()
+    assert "log2 Z / d by start: samples" in text and "err low" not in text
+    if not result.log_z.doubt:
+        level = result.row("one-pass-level")
+        assert result.row("one-pass-normalized").value == pytest.approx(level.value + 2 * math.log(2) * z["value"])
 
 
 def test_a_constant_put_into_log_p_is_taken_out_again(vectors):

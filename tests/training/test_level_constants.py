@@ -8,11 +8,12 @@ from oracles import MixtureClassifier, labelled_mixture, rng
 from torch import nn
 
 import torchcdm
+from torchcdm.annealing.ratios import best_constants
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.config_files import make_config, preset_fields
-from torchcdm.training.level_constants import best_constants, calibrate_levels
+from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.loop import train
 
 T = 30
@@ -71,10 +72,9 @@ def test_constants_of_levels_that_are_nowhere_stay_finite():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_log_probabilities_that_are_not_finite_are_refused(value):
-    log_p, t = torch.zeros(20, 5, dtype=torch.float64), torch.arange(20) % 5
-    log_p[3, 1] = value
+    model, mixture = off_by(value)
     with pytest.raises(UserError, match="log probabilities of the levels are not finite"):
-        best_constants(log_p, t)
+        calibrate_levels(model, mixture.sample(40, rng(3)))
 
 
 def test_samples_too_few_to_tell_leave_the_model_as_it_is():

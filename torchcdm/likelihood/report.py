@@ -13,12 +13,13 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
-from torchcdm.likelihood.log_z import LogZ, log_z_estimates, require_population
+from torchcdm.likelihood.log_z import LogZ, convergence_text, log_z_estimates, require_population
 from torchcdm.likelihood.one_pass import combine, published_convention, single_draws
-from torchcdm.likelihood.scoring import Scoring, as_data
+from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
 from torchcdm.likelihood.summary import REMARKS, NLLGap, NLLReport, Row
 from torchcdm.likelihood.verdict import Verdict, judge
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.inputs import check_count
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood, standard_error
 
@@ -57,6 +58,7 @@ def report(
     methods: Sequence[str] | None = None,
     particles: int = 1024,
     moves: int = 1,
+    sweeps: int = 0,
     name: str = "",
     split: str = "",
     progress: bool = False,
@@ -71,7 +73,8 @@ def report(
             Several draws add the importance-weighted bound.
         methods: Some of :data:`METHODS`; all that the model has when None. A plain diffusion model has ELBO and flow.
         particles: Particles of the estimate of log Z; a quarter as many draws of the flow make a second one.
-        moves: Langevin steps of the particles at each level.
+        moves: Langevin steps of the particles at each level, or of the replicas in each sweep.
+        sweeps: Sweeps of replica exchange, which estimates log Z instead of particles; 0 for particles.
         name: Name of the data.
         split: Name of their split.
         progress: Shows a progress bar.
@@ -87,6 +90,7 @@ def report(
     x, y = as_data(model, x, y)
     table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
     require_population(model, particles, moves)
+    sweeps = sweeps and check_count("sweeps", sweeps, 4, LARGEST_COUNT)
     from tqdm.auto import tqdm
 
     stages = [stage for stage in METHODS if stage in methods]
@@ -100,7 +104,7 @@ def report(
         elif stage == "flow":
             table.add_flow()
         elif y is None:
-            table.add_log_z(particles, moves, progress)
+            table.add_log_z(particles, moves, sweeps, progress)
     return table.finish(name, split)
 
 
@@ -112,7 +116,6 @@ class _Table:
         self.likelihoods: dict[str, LogLikelihood] = {}
         self.gap: NLLGap | None = None
         self.log_z: LogZ | None = None
-        self.second: LogZ | None = None
         self.notes: list[str] = []
         # From nats of a sample to the unit of the report.
         self.per_nat = 1.0 if model.transform.bin is None else 1 / (model.transform.dim * math.log(2))
@@ -161,16 +164,17 @@ class _Table:
             f"KL of its start density at most {kl:.1g}"
         )
 
-    def add_log_z(self, particles: int, moves: int, progress: bool) -> None:
-        """log Z by sequential Monte Carlo, and a second opinion from the flow."""
-        self.log_z, self.second = z, second = log_z_estimates(
-            self.model, self.kernels, self.scoring, particles, moves, progress
+    def add_log_z(self, particles: int, moves: int, sweeps: int, progress: bool) -> None:
+        """log Z, and a second opinion."""
+        self.log_z = z = log_z_estimates(
+            self.model, self.kernels, self.scoring, particles, moves, self.x, sweeps, progress
         )
-        bound = second.mean_log_weight / (z.dim * math.log(2))
-        self.notes.append(
-            f"log2 Z / d, second estimator: {second.to_json()['value']:+.4f}, {second.reliability()}; its mean log "
-            f"weight, a lower bound, {bound:+.4f}"
-        )
+        if z.check is not None:
+            said = f"log2 Z / d, second estimator: {z.check.to_json()['value']:+.4f}, {z.check.reliability()}"
+            bound = z.check.mean_log_weight / (z.dim * math.log(2))
+            self.notes.append(said + (f"; its mean log weight, a lower bound, {bound:+.4f}" if bound > -1e9 else ""))
+        if z.convergence is not None:
+            self.notes.append(convergence_text(z.convergence))
 
     def _over_elbo(self) -> tuple[float, float] | None:
         """NLL by one-pass-level minus NLL by the ELBO on the same samples: mean and standard error."""
@@ -188,7 +192,7 @@ class _Table:
         verdict = Verdict(None, True, BY_CONSTRUCTION)
         if self.model.density is not None:
             verdict = judge(
-                self.per_nat, self.scoring.level, rows.get("one-pass-level"), self.log_z, self.second, self.gap,
+                self.per_nat, self.scoring.level, rows.get("one-pass-level"), self.log_z, self.gap,
                 self._over_elbo(), self.y is not None,
             )  # fmt: skip
             rows["one-pass-normalized"] = verdict.headline

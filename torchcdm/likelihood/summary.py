@@ -99,6 +99,7 @@ class NLLReport:
             "unit": self.unit,
             "rows": [row._asdict() | {"se": finite(row.se)} for row in self.rows],
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
+            "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
             "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
             "believe": self.believe,
             "why": self.why,
@@ -125,7 +126,7 @@ class NLLReport:
                 f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance removed)"
             )
         lines += [*self.notes, f"To be believed: {'yes' if self.believe else 'no'}. {self.why}"]
-        if self.log_z is not None:
+        if self.log_z is not None and self.log_z.convergence is None:
             lines.append("Estimates of log Z err low, so a number normalised by one errs optimistic.")
         return "\n".join(lines)
 

@@ -26,7 +26,6 @@ def judge(
     level: int,
     one_pass: Row | None,
     log_z: LogZ | None,
-    second: LogZ | None = None,
     gap: NLLGap | None = None,
     over_elbo: tuple[float, float] | None = None,
     conditional: bool = False,
@@ -37,13 +36,12 @@ def judge(
         per_nat: Units of the rows in a nat of a sample: 1, or 1 / (d log 2) for bits/dim.
         level: Level of the headline.
         one_pass: The row at the level of log Z, not normalised; None where it was not asked for, as below.
-        log_z: The estimate that normalises.
-        second: An independent estimate.
+        log_z: The estimate that normalises, and its check.
         gap: NLL by one pass minus NLL by the flow.
         over_elbo: NLL by one pass minus NLL by the ELBO, mean over the samples and its standard error.
         conditional: Whether the rows are given a class.
     """
-    lacking = _lacking(one_pass, log_z, second, conditional)
+    lacking = _lacking(one_pass, log_z, conditional)
     if lacking is not None:
         empty = Row("one-pass-normalized", None, None, 1, level)
         return Verdict(empty, False, f"No normalised number can be given: {lacking}.")
@@ -79,7 +77,7 @@ def _side(difference: float) -> str:
     return "above" if difference > 0 else "below"
 
 
-def _lacking(one_pass: Row | None, log_z: LogZ | None, second: LogZ | None, conditional: bool) -> str | None:
+def _lacking(one_pass: Row | None, log_z: LogZ | None, conditional: bool) -> str | None:
     """Why there is no headline; None where there is one."""
     if conditional:
         return "log Z of a class-conditional density is not estimated here"
@@ -87,9 +85,11 @@ def _lacking(one_pass: Row | None, log_z: LogZ | None, second: LogZ | None, cond
         return "log Z was not estimated"
     if one_pass is None:
         return "one pass was not asked for"
+    if log_z.doubt:
+        return log_z.doubt
     if not log_z.usable:
         return f"the effective sample size of log Z is {log_z.ess:.1f}, below {SMALLEST_ESS}"
-    if second is not None and log_z.contradicts(second):
-        said = (f"{z['value']:+.4f} ({z['estimator']})" for z in (log_z.to_json(), second.to_json()))
+    if log_z.check is not None and log_z.contradicts(log_z.check):
+        said = (f"{z['value']:+.4f} ({z['estimator']})" for z in (log_z.to_json(), log_z.check.to_json()))
         return f"two estimators of log2 Z / d disagree, {' and '.join(said)}"
     return None

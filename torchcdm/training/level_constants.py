@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from torchcdm.annealing.ratios import best_constants
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.evaluation import at_all_levels
 
 FEWEST_COPIES = 20
 """Noisy copies at each level, of all samples together."""
-
-NEWTON_STEPS = 30
-
-CONVERGED = 1e-9
-"""Newton's method ends where a step gains less, nats."""
 
 
 class Calibration(NamedTuple):
@@ -73,6 +69,8 @@ def calibrate_levels(
         for batch in batches
     ]
     log_p, t, half = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not bool(log_p.isfinite().all()):
+        raise UserError("calibration: the model's log probabilities of the levels are not finite")
     before, after = float(cross_entropy(log_p, t)), 0.0
     for k in (0, 1):
         scored = half == k
@@ -83,41 +81,3 @@ def calibrate_levels(
     constants = best_constants(log_p, t)
     model.level_constants += constants.to(model.level_constants)
     return Calibration(before, after, float(constants[0]))
-
-
-def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
-    """Constants that minimise the cross-entropy of ``log_p`` plus them, by Newton's method, as it is convex in them.
-
-    A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on that level.
-
-    Args:
-        log_p: Log probabilities of the levels, (N, T+2).
-        t: True levels, long (N,).
-
-    Returns:
-        The constants, (T+2,), the last of them 0.
-
-    Raises:
-        UserError: Log probabilities that are not finite.
-    """
-    if not bool(log_p.isfinite().all()):
-        raise UserError("calibration: the model's log probabilities of the levels are not finite")
-    count = log_p.shape[1]
-    share = torch.bincount(t, minlength=count).to(log_p).clamp_min(0.5) / len(t)
-    constants = torch.zeros(count, dtype=log_p.dtype)
-    value = cross_entropy(log_p, t)
-    for _ in range(NEWTON_STEPS):
-        p = (log_p + constants).softmax(1)
-        gradient = p.mean(0) - share
-        hessian = p.mean(0).diag() - p.T @ p / len(p)
-        # Singular along the constant vector, and nearly so where levels cannot be told apart.
-        step = torch.linalg.solve(hessian + 1e-9 * torch.eye(count, dtype=p.dtype), -gradient)
-        step = step - step[-1]
-        found = cross_entropy(log_p + constants + step, t)
-        while found > value and step.abs().max() >= CONVERGED:
-            step = step / 2
-            found = cross_entropy(log_p + constants + step, t)
-        constants, gained, value = constants + step, value - found, found
-        if gained < CONVERGED:
-            break
-    return constants

@@ -1,0 +1,137 @@
+"""Ratios of normalisers from works (BAR) and from densities of every level (MBAR), and errors that know of time."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+BISECTIONS = 60
+
+NEWTON_STEPS = 30
+
+CONVERGED = 1e-9
+"""Newton's method ends where a step gains less, nats."""
+
+
+class Ratios(NamedTuple):
+    """Logarithms of ratios of normalisers of neighbouring rungs.
+
+    Attributes:
+        log_ratio: log Z of the lower rung less that of the upper one, (pairs,).
+        without: What leaving out one column changes in it, (columns, pairs): the jackknife.
+    """
+
+    log_ratio: Tensor
+    without: Tensor
+
+    @property
+    def total(self) -> float:
+        """log Z of the lowest rung less that of the highest."""
+        return float(self.log_ratio.sum())
+
+    def errors(self) -> Tensor:
+        """What the columns, independent of each other, contribute to the total, (columns,): squares sum to its
+        variance. Independent columns have all autocorrelation within them."""
+        count, shifts = len(self.without), self.without.sum(1)
+        return math.sqrt((count - 1) / count) * (shifts - shifts.mean())
+
+    @property
+    def se(self) -> float:
+        """Standard error of the total."""
+        return float(self.errors().square().sum().sqrt())
+
+
+def bar(down: Tensor, up: Tensor) -> Ratios:
+    """Bennett's acceptance ratio (Bennett 1976) for equally many works of both directions.
+
+    Args:
+        down: w of x_t from the upper rung's density and x_s from r, (sweeps, pairs, columns), nats.
+        up: w of x_s from the lower rung's density and x_t from q; infinite where x_t has no density.
+    """
+    reach = math.log(down[:, 0].numel()) + 10
+    works = torch.cat([down, up]).movedim(1, 0).flatten(1)
+    finite = works.isfinite()
+    low = works.where(finite, math.inf).amin(1)[:, None] - reach
+    high = works.where(finite, -math.inf).amax(1)[:, None] + reach
+
+    def parts(delta: Tensor) -> tuple[Tensor, Tensor]:
+        return (down - delta).sigmoid(), (delta - up).sigmoid()
+
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        forth, back = parts(middle)
+        rising = (forth.sum((0, 2)) > back.sum((0, 2)))[:, None]
+        low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
+    delta = (low + high) / 2
+    forth, back = parts(delta)
+    balance = (forth - back).sum(0).T
+    slope = (forth * (1 - forth) + back * (1 - back)).sum(0).T
+    return Ratios(delta[:, 0], -balance / (slope.sum(0) - slope))
+
+
+def mbar(log_gamma: Tensor, rung: Tensor) -> Tensor:
+    """log Z of every rung, up to a constant, by the multistate acceptance ratio (Shirts and Chodera 2008): (rungs,).
+
+    The constants that make the rung of a point most probable given the point: a logistic regression.
+
+    Args:
+        log_gamma: Log density of every rung at every point, nats, (n, rungs).
+        rung: Which one the point is from, long (n,).
+    """
+    counts = torch.bincount(rung, minlength=log_gamma.shape[1]).to(log_gamma)
+    return counts.log() - best_constants(log_gamma, rung)
+
+
+def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
+    """Constants that minimise the cross-entropy of ``log_p`` plus them, by Newton's method, as it is convex in them.
+
+    A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on that level.
+
+    Args:
+        log_p: Log probabilities of the levels up to constants, (N, levels), finite.
+        t: True levels, long (N,).
+
+    Returns:
+        The constants, (levels,), the last of them 0.
+    """
+    count = log_p.shape[1]
+    share = torch.bincount(t, minlength=count).to(log_p).clamp_min(0.5) / len(t)
+    constants = torch.zeros(count, dtype=log_p.dtype)
+    value = cross_entropy(log_p, t)
+    for _ in range(NEWTON_STEPS):
+        p = (log_p + constants).softmax(1)
+        gradient = p.mean(0) - share
+        hessian = p.mean(0).diag() - p.T @ p / len(p)
+        # Singular along the constant vector, and nearly so where levels cannot be told apart.
+        step = torch.linalg.solve(hessian + 1e-9 * torch.eye(count, dtype=p.dtype), -gradient)
+        step = step - step[-1]
+        found = cross_entropy(log_p + constants + step, t)
+        while found > value and step.abs().max() >= CONVERGED:
+            step = step / 2
+            found = cross_entropy(log_p + constants + step, t)
+        constants, gained, value = constants + step, value - found, found
+        if gained < CONVERGED:
+            break
+    return constants
+
+
+def autocorrelation_time(values: Tensor) -> float:
+    """Sweeps that make one independent draw, 1 + 2 times the sum of the autocorrelations, at least 1.
+
+    The sum ends where it is a fifth of the lags that it covers (Sokal 1997).
+
+    Args:
+        values: One number a sweep of each column, (sweeps, columns).
+    """
+    centred = values.double() - values.double().mean()
+    spectrum = torch.fft.rfft(centred, 2 * len(centred), dim=0).abs().square()
+    covariance = torch.fft.irfft(spectrum, dim=0)[: len(centred)].mean(1)
+    if not covariance[0] > 0:
+        return 1.0
+    times = 2 * (covariance / covariance[0]).cumsum(0) - 1
+    enough = torch.arange(len(times)) >= 5 * times
+    return max(1.0, float(times[int(enough.int().argmax()) if enough.any() else -1]))
