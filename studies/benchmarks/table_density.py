@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor
 from studies.benchmarks.flows import score_rows, train_flow
 from studies.budget import Budget
 from studies.compare.sklearn_peers import choose
-from torchcdm.apps.baselines import COMPONENTS, Candidate, kernels, mixtures
+from torchcdm.apps.baselines import COMPONENTS, Candidates, kernels, mixtures
 from torchcdm.estimators import CDMDensity
 from torchcdm.runtime.files import write_json
 from torchcdm.units import ColumnTransform
@@ -191,12 +191,12 @@ Contender = Callable[[Rows, Budget, int], Fitted]
 """Fits to rows, within a budget that runs already, with a seed."""
 
 
-def classical(candidates: Callable[[np.ndarray, float, int], Iterator[Candidate]]) -> Contender:
+def classical(candidates: Callable[[np.ndarray, float, int], Candidates]) -> Contender:
     """A family of scikit-learn, of which validation chooses one."""
 
     def contender(rows: Rows, budget: Budget, seed: int) -> Fitted:
         choice = choose(candidates(rows.train, FLOOR, seed), rows.validation, budget)
-        return Fitted(choice.candidate.name, choice.validation, choice.candidate.log_prob)
+        return Fitted(choice.name, choice.validation, choice.model.score_samples)
 
     return contender
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -15,36 +14,34 @@ from studies.budget import Budget
 from studies.compare.peer import FittedDensity, Peer, Samples, Task, Training
 from torchcdm.apps.baselines import (
     LARGEST_DIM,
-    Candidate,
+    Candidates,
     gaussians,
     kernels,
     mixtures,
     smallest_variance,
     training_arrays,
 )
-from torchcdm.diffusion.gaussian import GaussianMarginals
-
-Candidates = Callable[[np.ndarray, float, int], Iterator[Candidate]]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What validation chose among candidates.
 
     Attributes:
-        candidate: The best.
+        name: The best, with its setting.
+        model: The fitted model of scikit-learn.
         validation: Its mean log density of the validation samples, nats.
         number: Its place among the candidates, from 1.
-        count: Candidates that were fitted.
+        fitted: Candidates that were fitted.
     """
 
-    candidate: Candidate
+    name: str
+    model: Any
     validation: float
     number: int
-    count: int
+    fitted: int
 
 
-def choose(candidates: Iterable[Candidate], validation: np.ndarray, budget: Budget) -> Choice:
+def choose(candidates: Candidates, validation: np.ndarray, budget: Budget) -> Choice:
     """The candidate of the best validation likelihood.
 
     Args:
@@ -53,30 +50,27 @@ def choose(candidates: Iterable[Candidate], validation: np.ndarray, budget: Budg
         validation: Model units, (N, d).
         budget: Runs already.
     """
-    best, value, number, count = None, -np.inf, 0, 0
+    best, value, number, count = ("", None), -np.inf, 0, 0
     for candidate in candidates:
         count += 1
-        mean = float(candidate.log_prob(validation).mean())
-        if best is None or mean > value:
+        mean = float(candidate[1].score_samples(validation).mean())
+        if best[1] is None or mean > value:
             best, value, number = candidate, mean, count
         if budget.spent:
             break
-    return Choice(best, value, number, count)
+    return Choice(*best, value, number, count)
 
 
 def parameters(model: Any, dim: int) -> int:
     """Numbers that a fitted model of ``dim`` columns has learned."""
     if isinstance(model, KernelDensity):
         return np.asarray(model.tree_.data).size
-    full = isinstance(model, GaussianMarginals) or model.covariance_type == "full"
-    each = dim + (dim * (dim + 1) // 2 if full else dim)
-    return each if isinstance(model, GaussianMarginals) else model.n_components * (1 + each) - 1
+    each = dim + (dim * (dim + 1) // 2 if model.covariance_type == "full" else dim)
+    return model.n_components * (1 + each) - 1
 
 
-def draw(model: Any, n: int, dim: int, seed: int) -> np.ndarray:
-    """Draws (n, dim) from a fitted model."""
-    if isinstance(model, GaussianMarginals):
-        return model.draw((n, dim), torch.Generator().manual_seed(seed)).numpy()
+def draw(model: Any, n: int, seed: int) -> np.ndarray:
+    """Draws (n, d) from a fitted model."""
     if isinstance(model, KernelDensity):
         return model.sample(n, random_state=seed)
     return model.set_params(random_state=seed).sample(n)[0]
@@ -94,7 +88,7 @@ class ClassicalPeer(Peer):
         candidates: Fits them.
     """
 
-    def __init__(self, name: str, title: str, candidates: Candidates) -> None:
+    def __init__(self, name: str, title: str, candidates: Callable[[np.ndarray, float, int], Candidates]) -> None:
         self.name, self.title, self.candidates = name, title, candidates
 
     def unsuited(self, shape: Sequence[int]) -> str | None:
@@ -105,28 +99,28 @@ class ClassicalPeer(Peer):
         train, validation = training_arrays(task.source, task.seed)
         candidates = self.candidates(train, smallest_variance(task.source.transform), task.seed)
         choice = choose(candidates, validation, budget)
-        setting = f"{choice.candidate.name}, the best of {choice.count} on validation; {len(train)} training samples"
-        training = Training(choice.count, budget.elapsed, -choice.validation, choice.number, setting)
-        return FittedCandidate(task, training, choice.candidate)
+        setting = f"{choice.name}, the best of {choice.fitted} on validation; {len(train)} training samples"
+        training = Training(choice.fitted, budget.elapsed, -choice.validation, choice.number, setting)
+        return FittedCandidate(task, training, choice.model)
 
 
 @final
 class FittedCandidate(FittedDensity):
     """The candidate that validation chose."""
 
-    def __init__(self, task: Task, training: Training, candidate: Candidate) -> None:
-        super().__init__(task, training, parameters(candidate.model, task.source.transform.dim))
-        self.candidate = candidate
+    def __init__(self, task: Task, training: Training, model: Any) -> None:
+        super().__init__(task, training, parameters(model, task.source.transform.dim))
+        self.model = model
 
     @property
     def nfe(self) -> int:
         return 0
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return torch.from_numpy(self.candidate.log_prob(z.flatten(1).numpy()))
+        return torch.from_numpy(self.model.score_samples(z.flatten(1).numpy()))
 
     def sample(self, n: int, seed: int) -> Samples:
-        z = torch.from_numpy(draw(self.candidate.model, n, self.transform.dim, seed % 2**32))
+        z = torch.from_numpy(draw(self.model, n, seed % 2**32))
         return Samples(self.transform.inverse(z.reshape(n, *self.transform.shape)), None)
 
 

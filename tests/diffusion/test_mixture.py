@@ -12,7 +12,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians, merged
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
-from torchcdm.estimators.normalizing import importance_normalizer
+from torchcdm.estimators.density import importance_normalizer
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.networks.mlp import MLP

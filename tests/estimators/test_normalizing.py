@@ -5,7 +5,7 @@ import torch
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
-from torchcdm.estimators.normalizing import WIDE, importance_normalizer
+from torchcdm.estimators.density import WIDE, importance_normalizer
 
 
 class Normal:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.data import DataSource
-from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
@@ -25,32 +22,12 @@ COMPONENTS = {"full": (2, 5, 10, 15), "diag": (10, 20, 40, 80)}
 BANDWIDTHS = np.geomspace(0.02, 2.0, 16)
 """Model units: grey levels fill [-1, 1], continuous columns have unit deviation."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One fitted density model of flattened samples in model units.
-
-    Attributes:
-        name: What it is, with its setting.
-        model: What was fitted.
-        log_prob: log density (N,) of samples (N, d).
-    """
-
-    name: str
-    model: Any
-    log_prob: Callable[[np.ndarray], np.ndarray]
+Candidates = Iterator[tuple[str, Any]]
+"""Names with settings, and fitted models of scikit-learn; ``score_samples`` gives their log densities."""
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """One density model on the test split.
-
-    Attributes:
-        name: What it is, with what validation chose.
-        value: Mean NLL on the test split.
-        se: Its standard error.
-        unit: ``bits/dim`` or ``nats``.
-    """
+class Baseline(NamedTuple):
+    """Mean NLL of one density model on the test split and its standard error; the unit is ``bits/dim`` or ``nats``."""
 
     name: str
     value: float
@@ -72,10 +49,10 @@ def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]
     found = []
     for candidates in (gaussians, kernels, mixtures):
         fitted = candidates(train, smallest_variance(transform), seed)
-        best = max(fitted, key=lambda candidate: candidate.log_prob(validation).mean())
-        nats = torch.from_numpy(best.log_prob(points)) + transform.log_det(test.double())
+        name, best = max(fitted, key=lambda candidate: candidate[1].score_samples(validation).mean())
+        nats = torch.from_numpy(best.score_samples(points)) + transform.log_det(test.double())
         result = LogLikelihood(nats, transform.dim, 0, transform.log_bin, 0)
-        found.append(Baseline(best.name, *result.mean_and_error(), result.unit))
+        found.append(Baseline(name, *result.mean_and_error(), result.unit))
     return found
 
 
@@ -92,32 +69,23 @@ def smallest_variance(transform: DataTransform) -> float:
     return 1e-6 if transform.model_bin is None else float(transform.model_bin.min()) ** 2 / 12
 
 
-def gaussians(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]:
-    """The Gaussian of the data's mean and covariance.
-
-    Args:
-        train: Model units, (N, d).
-        floor: The smallest variance.
-        seed: Seed of what is random; nothing is here.
-    """
-    model = GaussianMarginals.fit(torch.from_numpy(train), UniformSigmaSchedule(2), floor, "full")
-    yield Candidate(
-        "Gaussian, full covariance", model, lambda x: model.log_prob_levels(torch.from_numpy(x))[:, 0].numpy()
-    )
+def gaussians(train: np.ndarray, floor: float, seed: int) -> Candidates:
+    """The Gaussian of the data's mean and covariance; arguments as in :func:`mixtures`."""
+    for _, model in mixtures(train, floor, seed, {"full": (1,)}):
+        yield "Gaussian, full covariance", model
 
 
-def kernels(train: np.ndarray, floor: float, seed: int) -> Iterator[Candidate]:
-    """Kernel density estimates of several bandwidths. Arguments as in :func:`gaussians`."""
+def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
+    """Kernel density estimates of several bandwidths; arguments as in :func:`mixtures`."""
     from sklearn.neighbors import KernelDensity
 
     for bandwidth in BANDWIDTHS:
-        model = KernelDensity(bandwidth=float(bandwidth)).fit(train)
-        yield Candidate(f"kernel density, bandwidth {bandwidth:.3f}", model, model.score_samples)
+        yield f"kernel density, bandwidth {bandwidth:.3f}", KernelDensity(bandwidth=float(bandwidth)).fit(train)
 
 
 def mixtures(
     train: np.ndarray, floor: float, seed: int, components: Mapping[str, Sequence[int]] = COMPONENTS
-) -> Iterator[Candidate]:
+) -> Candidates:
     """Gaussian mixtures of several sizes, by expectation maximisation.
 
     Args:
@@ -130,11 +98,8 @@ def mixtures(
     from sklearn.mixture import GaussianMixture
 
     for form, counts in components.items():
-        for count in counts:
-            if count >= len(train) // 2:
-                continue
+        for count in (count for count in counts if count == 1 or count < len(train) // 2):
             model = GaussianMixture(count, covariance_type=form, reg_covar=floor, random_state=seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                model.fit(train)
-            yield Candidate(f"Gaussian mixture, {count} {form}", model, model.score_samples)
+                yield f"Gaussian mixture, {count} {form}", model.fit(train)

@@ -11,7 +11,6 @@ import numpy as np
 from pydantic_core import from_json, to_json
 
 from torchcdm.runtime.artefact import damaged
-from torchcdm.units import ColumnWarp
 
 Readers = Mapping[str, Callable[[Any], Any]]
 """Names of the attributes that a fit sets, and what makes each of plain values."""
@@ -60,4 +59,4 @@ def restoring(file: Path) -> Iterator[None]:
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    return value.to_config() if isinstance(value, ColumnWarp) else None
+    return value.to_config() if hasattr(value, "to_config") else None

@@ -22,27 +22,26 @@ if TYPE_CHECKING:
     from torchcdm.likelihood import Consistency, LevelGaps
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
+DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8}
+LEVEL = "level t"
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Denoising error, cross-entropy and validation NLL over the steps; no figure where none of them was logged.
+    """Denoising error, cross-entropy and validation NLL of the ``lines`` of ``metrics.jsonl`` over the steps.
 
-    Args:
-        lines: Those of ``metrics.jsonl``.
-        path: The PNG file.
+    No figure where none of them was logged.
     """
-    panels = [("mse", "squared error of eps"), ("ce", "cross-entropy of the level, nats"), ("nll", "one-pass NLL")]
+    panels = {"mse": "squared error of eps", "ce": "cross-entropy of the level, nats", "nll": "one-pass NLL"}
     found = {name for line in lines for name, value in line.items() if value is not None}
-    panels = [(key, label) for key, label in panels if found & {key, f"val_{key}"}]
+    panels = {key: label for key, label in panels.items() if found & {key, f"val_{key}"}}
 
     def paint(axes: Sequence[Axes]) -> None:
-        for ax, (key, label) in zip(axes, panels, strict=True):
+        for ax, (key, label) in zip(axes, panels.items(), strict=True):
             for name, style in ((key, "training"), (f"val_{key}", "validation")):
                 points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                 if points:
                     ax.plot(*zip(*points, strict=True), label=style, marker="." if len(points) < 40 else None)
-            ax.set_xlabel("step")
-            ax.set_ylabel(label)
+            ax.set(xlabel="step", ylabel=label)
             ax.legend()
 
     if panels:
@@ -50,73 +49,46 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def level_posteriors(curves: PosteriorCurves, path: Path) -> Path:
-    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
-
-    Args:
-        curves: From :func:`torchcdm.training.evaluation.posterior_curves`.
-        path: The PNG file.
-    """
+    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line."""
 
     def paint(axes: Sequence[Axes]) -> None:
-        (ax,) = axes
         for t, curve in zip(curves.levels, curves.p, strict=True):
-            (drawn,) = ax.plot(curve.numpy(), label=f"t = {t}")
-            ax.axvline(t, color=drawn.get_color(), linestyle="--", linewidth=0.8)
-        ax.set_yscale("log")
-        ax.set_ylim(1e-5, 1.5)
-        ax.set_xlabel("level t")
-        ax.set_ylabel("p(t | x)")
-        ax.legend()
+            (drawn,) = axes[0].plot(curve.numpy(), label=f"t = {t}")
+            axes[0].axvline(t, color=drawn.get_color(), **DASHED)
+        axes[0].set(yscale="log", ylim=(1e-5, 1.5), xlabel=LEVEL, ylabel="p(t | x)")
+        axes[0].legend()
 
     return save_panels(path, 1, paint)
 
 
 def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> Path:
-    """Denoising error, cross-entropy and accuracy at each level.
-
-    Args:
-        per_level: From :func:`torchcdm.training.evaluation.evaluate`.
-        path: The PNG file.
-    """
+    """Denoising error, cross-entropy and accuracy at each level, as ``training.evaluation.evaluate`` gives them."""
 
     def paint(axes: Sequence[Axes]) -> None:
         for ax, (name, values) in zip(axes, per_level.items(), strict=True):
             inner = list(enumerate(values))[1:-1] if name == "mse" else list(enumerate(values))
-            points = [(t, value) for t, value in inner if value is not None]
-            ax.plot(*zip(*points, strict=True))
-            ax.set_xlabel("level t")
-            ax.set_ylabel(name)
+            ax.plot(*zip(*[point for point in inner if point[1] is not None], strict=True))
+            ax.set(xlabel=LEVEL, ylabel=name)
 
     return save_panels(path, len(per_level), paint)
 
 
 def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> Path:
-    """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap between one pass and flow, by level.
-
-    Args:
-        ratios: From :func:`torchcdm.likelihood.consistency`.
-        gaps: From :func:`torchcdm.likelihood.gap_by_level`; None for no such panel.
-        path: The PNG file.
-    """
+    """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap of one pass and flow, by level."""
 
     def paint(axes: Sequence[Axes]) -> None:
-        left = axes[0]
         levels = torch.arange(len(ratios.down)) + 0.5
         # Not a logarithmic axis: ratios of a poor model may be all that float64 holds.
-        left.plot(levels, ratios.down.log10(), label="E[p(t-1) / p(t)] at level t")
-        left.plot(levels, ratios.up.log10(), label="E[p(t+1) / p(t)] at level t")
-        left.axhline(0, color="0.7", linestyle="--")
-        left.set_ylabel("log10 of the mean ratio")
-        left.legend(fontsize=7)
+        axes[0].plot(levels, ratios.down.log10(), label="E[p(t-1) / p(t)] at level t")
+        axes[0].plot(levels, ratios.up.log10(), label="E[p(t+1) / p(t)] at level t")
+        axes[0].set(xlabel=LEVEL, ylabel="log10 of the mean ratio")
+        axes[0].legend(fontsize=7)
+        if gaps is not None:
+            axes[1].fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
+            axes[1].plot(gaps.levels, gaps.mean)
+            axes[1].set(xlabel=LEVEL, ylabel="NLL, one pass - flow, nats")
         for ax in axes:
-            ax.set_xlabel("level t")
-        if gaps is None:
-            return
-        right = axes[1]
-        right.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
-        right.plot(gaps.levels, gaps.mean)
-        right.axhline(0, color="0.7", linestyle="--")
-        right.set_ylabel("NLL, one pass - flow, nats")
+            ax.axhline(0, color="0.7", linestyle="--")
 
     return save_panels(path, 1 if gaps is None else 2, paint)
 
@@ -129,7 +101,7 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
         scores: Scores of the inputs, (N,).
         threshold: The score above which an input is flagged.
         name: Name of the score.
-        path: The PNG file.
+        path: The file.
     """
     together = torch.cat([normal, scores])
     # Far outliers would squeeze everything else into one bar: they share the last one.
@@ -137,14 +109,13 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
     edges = torch.linspace(float(together.min()), high, 50).tolist()
 
     def paint(axes: Sequence[Axes]) -> None:
-        (ax,) = axes
         for values, label in ((normal, "held-out normal"), (scores, "inputs")):
             shares = torch.full((len(values),), 1 / len(values)).tolist()
-            ax.hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
-        ax.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
-        ax.set_xlabel(f"score '{name}'" + (", larger ones in the last bar" if float(together.max()) > high else ""))
-        ax.set_ylabel("share")
-        ax.legend()
+            axes[0].hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
+        axes[0].axvline(threshold, color="black", **DASHED)
+        beyond = ", larger ones in the last bar" if float(together.max()) > high else ""
+        axes[0].set(xlabel=f"score '{name}'{beyond}", ylabel="share")
+        axes[0].legend()
 
     return save_panels(path, 1, paint)
 
@@ -180,23 +151,17 @@ def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransf
 
 
 def check_figure(path: Path) -> None:
-    """Refuses a file that no figure can be written to, before the work.
-
-    Raises:
-        UserError: An unknown suffix.
-    """
+    """Refuses a file whose suffix is that of no figure, before the work."""
     if path.suffix not in FORMATS:
         raise UserError(f"{path}: figures are written as {', '.join(FORMATS)}; choose one of these suffixes")
 
 
 def save_panels(path: Path, panels: int, paint: Callable[[Sequence[Axes]], None]) -> Path:
     """A row of panels, painted and written in the format of the path's suffix."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_figure(path)
     figure, content = Figure(figsize=(5 * panels, 3.6), layout="constrained"), io.BytesIO()
-    FigureCanvasAgg(figure)
     paint([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
     figure.savefig(content, dpi=120, format=path.suffix[1:])
     write_file(path, content.getvalue())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,7 @@ from torchcdm import __version__
 from torchcdm.apps import plots
 from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
-from torchcdm.likelihood import (
-    NLLReport,
-    Scoring,
-    consistency,
-    gap_by_level,
-    methods_of,
-)
+from torchcdm.likelihood import NLLReport, Scoring, consistency, gap_by_level, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.noise import dithered
 from torchcdm.models.denoiser import Denoiser
@@ -41,23 +35,17 @@ FIGURE_SAMPLES = 256
 NEIGHBOUR_POOL = 10_000
 
 ROW_NAMES = {
-    "one-pass": "this model, one forward pass, level {}",
-    "one-pass-level": "this model, one forward pass, level {}",
-    "one-pass-normalized": "this model, one forward pass, level {}, normalised",
-    "elbo": "this model, ELBO, level {}",
-    "flow": "this model, probability flow, level {}",
+    "one-pass": "one forward pass, level {}",
+    "one-pass-level": "one forward pass, level {}",
+    "one-pass-normalized": "one forward pass, level {}, normalised",
+    "elbo": "ELBO, level {}",
+    "flow": "probability flow, level {}",
 }
 """Rows of a likelihood report in the table of baselines."""
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """The report of a run.
-
-    Attributes:
-        content: As in ``report.json``.
-        text: For the terminal.
-    """
+class RunReport(NamedTuple):
+    """The report of a run: ``content`` as in ``report.json``, ``text`` for the terminal."""
 
     content: dict[str, Any]
     text: str
@@ -66,14 +54,7 @@ class RunReport:
 def write_report(
     run: str | Path, source: DataSource, device: str | torch.device = "cpu", progress: bool = True
 ) -> RunReport:
-    """Measures a run on its test split; leaves ``report.json`` and ``plots/``.
-
-    Args:
-        run: The run's folder.
-        source: The data it was trained on.
-        device: Device of the measurements.
-        progress: Shows progress bars.
-    """
+    """Measures the run in a folder on the test split of its data; leaves ``report.json`` and ``plots/`` there."""
     folder = RunFolder(run)
     config = make_config(file_fields(folder.config))
     model = load(run, device)
@@ -99,6 +80,7 @@ def write_report(
     lines = read_metrics(folder.metrics)
     _figures(folder, model, source, config, evaluation, lines)
     last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
+    found = {"nll": nll, "consistency": ratios, "gap_to_flow_by_level": gaps}
     content = {
         "preset": config.preset,
         "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
@@ -106,11 +88,9 @@ def write_report(
         "seconds": last["seconds"],
         "versions": {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__,
                      "python": platform.python_version()},
-        "nll": None if nll is None else nll.to_json(),
-        "baselines": [asdict(baseline) for baseline in beside],
+        "baselines": [baseline._asdict() for baseline in beside],
         "levels": evaluation["mean"],
-        "consistency": None if ratios is None else ratios.to_json(),
-        "gap_to_flow_by_level": None if gaps is None else gaps.to_json(),
+        **{name: None if value is None else value.to_json() for name, value in found.items()},
     }  # fmt: skip
     write_json(folder.report, content)
     return RunReport(content, _text(nll, beside, evaluation))
@@ -128,7 +108,7 @@ def _baselines(config: Config, source: DataSource, x: torch.Tensor) -> list[Base
     found = baselines(source, noisy)
     if not transform.gaussianized:
         return found
-    same = [replace(baseline, name=f"{baseline.name}, Gaussianised") for baseline in found]
+    same = [baseline._replace(name=f"{baseline.name}, Gaussianised") for baseline in found]
     if not isinstance(transform, GaussianizedTransform):
         return same
     return same + baselines(replace(source, transform=transform.affine), noisy)
@@ -164,7 +144,7 @@ def _text(nll: NLLReport | None, beside: list[Baseline], evaluation: dict[str, A
     lines = [] if nll is None else [nll.table(), ""]
     if nll is not None and beside:
         ours = [row for row in nll.rows if row.name in ROW_NAMES and row.value is not None]
-        rows = [(ROW_NAMES[row.name].format(row.level), row.value, row.se) for row in ours]
+        rows = [("this model, " + ROW_NAMES[row.name].format(row.level), row.value, row.se) for row in ours]
         rows += [(b.name, b.value, b.se) for b in beside]
         lines.append(f"{'density model, same test samples':52}{nll.unit:>9}{'s.e.':>9}")
         lines += [f"{name:52}{value:9.3f}{se:9.3f}" for name, value, se in sorted(rows, key=lambda row: row[1])]

@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
 def run_ratio(options: argparse.Namespace) -> int:
     """Fits, scores, and says how far to trust it."""
     from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights
-    from torchcdm.apps.ratio.importance import check_clip
+    from torchcdm.apps.ratio.checks import check_clip
     from torchcdm.data import check_spec, parse_size, spec_of
     from torchcdm.runtime.devices import chosen_device
 

@@ -14,9 +14,8 @@ from sklearn.utils.validation import check_is_fitted
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
-from torchcdm.estimators.base import SMALLEST_TABLE, TableEstimator, checked
+from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator, checked
 from torchcdm.estimators.columns import Columns
-from torchcdm.estimators.scoring import DensityEstimator
 from torchcdm.models.inputs import check_count
 from torchcdm.runtime.validation import read_as
 

@@ -19,7 +19,6 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
-from torchcdm.runtime.validation import validated
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
@@ -121,28 +120,19 @@ class AnomalyDetector:
                 other weights, constants or readout.
         """
         path = Path(folder) / FILE
-        content, (tensors,) = read_artefact(path, "detector", [TENSORS], form=_Content)
-        score = make_score(content.score, model, background)
-        if content.model != _sizes(score):
-            raise UserError(f"{path}: was fitted on a model of {content.model}; this one takes {_sizes(score)}")
-        calibration, prefix = tensors.get("calibration"), "fitted."
-        if calibration is None or calibration.dtype != torch.float64 or calibration.ndim != 1 or not len(calibration):
+        content, (tensors,) = read_artefact(path, "detector", [TENSORS])
+        score = make_score(str(content.get("score")), model, background)
+        if content.get("model") != _sizes(score):
+            raise UserError(f"{path}: was fitted on a model of {content.get('model')}; this one takes {_sizes(score)}")
+        calibration, prefix = tensors.get("calibration", torch.empty(0)), "fitted."
+        if calibration.dtype != torch.float64 or calibration.ndim != 1 or not len(calibration):
             damaged(path.with_name(TENSORS), "'calibration' is missing or wrong")
         score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
         detector = cls(score, calibration)
-        if content.values != detector.values:
+        if content.get("values") != detector.values:
             what = "the model has been trained or calibrated since, or is another"
             raise UserError(f"{path}: {what}; fit the detector again")
         return detector
-
-
-@validated
-class _Content:
-    """Fields of ``detector.json``."""
-
-    score: str
-    model: str
-    values: str
 
 
 def check_fpr(fpr: float) -> None:

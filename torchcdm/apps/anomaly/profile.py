@@ -51,14 +51,14 @@ def level_profile(model: DensityModel, x: Tensor, batch_size: int | None = None)
     return _evaluate(model, levels, x, batch_size)
 
 
-def log_density(model: DensityModel, x: Tensor, batch_size: int | None = None) -> Tensor:
+def log_density(model: DensityModel, x: Tensor) -> Tensor:
     """log p_0(x) in data units, float64 (N,) on the CPU; arguments and dequantisation as in :func:`level_profile`."""
-    return _evaluate(model, model.log_prob, x, batch_size)
+    return _evaluate(model, model.log_prob, x)
 
 
 @torch.no_grad()
 def _evaluate(
-    model: DensityModel, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None
+    model: DensityModel, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None = None
 ) -> Tensor:
     """``density`` of dequantised batches in data units, on the model's device and in its precision."""
     x = as_samples(model, x)
@@ -75,16 +75,10 @@ def _evaluate(
 
 
 def as_samples(model: DensityModel, x: Any, what: str = "the input", smallest: int = 1) -> Tensor:
-    """Samples as a tensor.
-
-    Args:
-        model: The model that is to score them.
-        x: Tensor, array or list (N, *shape) of finite numbers.
-        what: What they are, for messages.
-        smallest: Fewest samples.
+    """Samples (N, *shape) that the model is to score as a tensor; ``what`` they are, for messages.
 
     Raises:
-        UserError: No dense array of finite numbers, fewer samples, or another shape than the model's.
+        UserError: No dense array of finite numbers, fewer than ``smallest``, or another shape than the model's.
     """
     x = as_numbers(x, what)
     if x.ndim == 0 or len(x) < smallest:

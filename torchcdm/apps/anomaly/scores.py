@@ -224,12 +224,6 @@ SCORES: dict[str, type[AnomalyScore]] = {
 """Scores by name."""
 
 
-def check_name(name: str) -> None:
-    """Refuses a name that is none of :data:`SCORES`."""
-    if name not in SCORES:
-        raise UserError(f"unknown anomaly score '{name}'; {nearest(name, SCORES)}")
-
-
 def make_score(name: str, model: Denoiser, background: Denoiser | None = None) -> AnomalyScore:
     """The score called ``name``, not yet fitted.
 
@@ -241,7 +235,8 @@ def make_score(name: str, model: Denoiser, background: Denoiser | None = None) -
     Raises:
         UserError: An unknown name, a model without density, ``ratio`` without background or a background without it.
     """
-    check_name(name)
+    if name not in SCORES:
+        raise UserError(f"unknown anomaly score '{name}'; {nearest(name, SCORES)}")
     if (name == Ratio.name) != (background is not None):
         problem = "needs a background model" if background is None else "takes no background model"
         raise UserError(f"the score '{name}' {problem}; '{Ratio.name}' is the one that compares two models")

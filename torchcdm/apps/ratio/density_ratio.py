@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
-from torchcdm.apps.ratio.calibration import SEPARATE, Calibration, tempering
-from torchcdm.apps.ratio.correction import base_and_correction, best_share
-from torchcdm.apps.ratio.importance import effective_sample_size, importance_weights
-from torchcdm.data import DataOptions, DataSource
+from torchcdm.apps.ratio.checks import Calibration, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
+from torchcdm.apps.ratio.correction import SEPARATE, base_and_correction, best_share, tempering
+from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
 from torchcdm.errors import UserError
@@ -28,12 +28,9 @@ from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.units import ColumnWarp
+from torchcdm.units import ColumnWarp, DataTransform
 
 FILE = "ratio.json"
-
-FARTHEST = 1e6
-"""Model units beyond which a query counts as lying there: squares of more overflow in the network."""
 
 RARE = 1e-3
 """Share of a data set below which a density counts as rare there."""
@@ -56,18 +53,15 @@ LAYERS: dict[str, dict[str, Any]] = {
 SETTINGS = ("random_state", "method", "discrete", "preset", "overrides")
 """Arguments that a saved ratio keeps."""
 
-TRAINING = {"train": {"select": "loss"}}
+VECTORS = {"train": {"steps": 600, "lr": 2e-3, "patience": 4}}
+"""On top of the preset for vectors: what is left for the network beside the coordinates is learned soon, ..."""
+
+LARGE = 20_000
+"""... up to so many training samples."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scored samples.
-
-    Attributes:
-        names: Of the samples: files, or rows.
-        log_ratio: log p(x) - log q(x), nats, float64 (N,).
-        outside: Whether the ratio is extrapolation, see :meth:`DensityRatio.outside_support`, bool (N,).
-    """
+class Scores(NamedTuple):
+    """Names of samples (files, or rows), their log ratios, and whether these are extrapolation, each (N,)."""
 
     names: tuple[str, ...]
     log_ratio: np.ndarray
@@ -120,12 +114,14 @@ class DensityRatio:
     _limits: np.ndarray
     _columns: tuple[str, ...] | None = None
     _warp: ColumnWarp | None = None
+    _steps: Steps
 
     _saved: ClassVar[Readers] = {
         **dict.fromkeys(("notes", "counts", "shares", "tempered", "_columns"), tuple),
         "held_out": partial(read_as, Calibration),
         "_limits": partial(np.array, dtype=np.float64),
         "_warp": lambda arguments: ColumnWarp(**arguments),
+        "_steps": lambda steps: {name: STEPS[name](**arguments) for name, arguments in steps.items()},
     }
 
     @checked
@@ -174,8 +170,10 @@ class DensityRatio:
 
     def _learn(self, pair: Pair) -> None:
         """Everything that :meth:`fit` sets."""
-        source = pair.source
         self._columns, self._warp = pair.columns, pair.warp
+        # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
+        own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
+        source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair)
         sources = [source] if self.method == "joint" else [_only(source, label) for label in range(2)]
         self._models = [self._train(part) for part in sources]
         self.shares = tuple(
@@ -185,7 +183,7 @@ class DensityRatio:
         self.counts = pair.counts
         self.notes = (*source.notes, f"{kept} of the network's correction to the fitted Gaussians is kept.")
         self._limits = self._measure_limits(source)
-        numerator, denominator = self._held_out_log_ratios(pair)
+        numerator, denominator = self._held_out_log_ratios(pair, source)
         self.tempered = tempering(numerator, denominator)
         if self.tempered != (1.0, 0.0):
             times, plus = self.tempered
@@ -196,7 +194,9 @@ class DensityRatio:
 
     def _train(self, source: DataSource) -> tuple[DensityModel, ModelInfo]:
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
-        layers = (preset_fields(preset), TRAINING, LAYERS[self.method], {"train": {"seed": self.random_state}})
+        short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= LARGE else {}
+        train = {"train": {"select": "loss", "seed": self.random_state}}
+        layers = (preset_fields(preset), short, LAYERS[self.method], train)
         config = make_config(*layers, override_fields(self.overrides))
         with trained(config, source, self.device, self.progress) as folder:
             return _load(folder, self.device)
@@ -211,9 +211,9 @@ class DensityRatio:
             limits[:, label] = rare - (median - rare)
         return limits
 
-    def _held_out_log_ratios(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    def _held_out_log_ratios(self, pair: Pair, source: DataSource) -> tuple[np.ndarray, np.ndarray]:
         """Of numerator and denominator, as the models have them."""
-        x, y = pair.source.validation.tensors()
+        x, y = source.validation.tensors()
         sides = (self._log_probs(x[y == label][:count])[:, 0] for label, count in enumerate(pair.held_out))
         denominator, numerator = (side[:, 1] - side[:, 0] for side in sides)
         return numerator, denominator
@@ -236,7 +236,7 @@ class DensityRatio:
         self._check_fitted()
         info = self._models[0][1]
         values, names, deviating, _ = read_query(x, info.layout, self._columns, self._warp, self._options)
-        log_probs = self._log_probs(values)
+        log_probs = self._log_probs(through(self._steps, values)[0].float() if self._steps else values)
         below = log_probs < self._limits
         log_ratio = self._temper(log_probs[:, 0, 1] - log_probs[:, 0, 0])
         return Scores(tuple(names), log_ratio, below.all(2).any(1) | deviating.numpy())
@@ -339,6 +339,24 @@ class DensityRatio:
 
         with torch.no_grad():
             return map_rows(one, len(z), dim=z.shape[1:].numel(), device=device).numpy()
+
+
+def _in_coordinates(pair: Pair) -> tuple[DataSource, Steps]:
+    """The data in the coordinates that :func:`best_steps` chooses, and their steps; images stay as they are."""
+    source = pair.source
+    if pair.warp is None or pair.columns is None:
+        return source, {}
+    kept = [pair.columns.index(column) for column in source.columns or pair.columns]
+    warp = ColumnWarp(**{name: np.array(values)[kept] for name, values in pair.warp.to_config().items()})
+    (x, y), (held_out, held_out_y) = (split.tensors() for split in (source.train, source.validation))
+    steps = best_steps(x.double(), y, held_out.double(), held_out_y, warp)
+    if not steps:
+        return source, steps
+    x, held_out = (through(steps, part.double())[0].float() for part in (x, held_out))
+    note = "coordinates chosen on held-out rows: " + ", then ".join(STEPS[name].NOTE for name in steps) + "."
+    train, validation = MemorySplit(x, y), MemorySplit(held_out, held_out_y)
+    transform, notes = DataTransform.standardize(x), (*source.notes, note)
+    return replace(source, train=train, validation=validation, transform=transform, notes=notes), steps
 
 
 def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:

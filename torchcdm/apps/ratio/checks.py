@@ -1,67 +1,72 @@
-"""What log ratios are worth, by checks that need no known ratio."""
+"""What log ratios are worth: importance weights, and checks that need no known ratio."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import expit
 
-from torchcdm.apps.ratio.importance import checked, effective_sample_size, importance_weights
 from torchcdm.errors import UserError
 
-SCALES = tuple(k / 100 for k in range(5, 101))
-"""Scales of a log ratio that :func:`tempering` tries."""
 
-SEPARATE = 0.1
-"""Log loss, nats, below which the sources hardly overlap."""
-
-
-def tempering(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """Scale and offset that held-out samples bear out for a log ratio: from few training samples it is too certain.
-
-    They are those of a logistic regression of the source on the log ratio (Platt 1999), the scale at most 1; 1 and 0
-    where that gains less than two parameters have to (Schwarz 1978), or where the sources hardly overlap: there only
-    a few samples would decide for all.
+def effective_sample_size(weights: Any) -> float:
+    """(sum w)² / sum w²: so many samples of equal weight estimate a mean as well (Kish, 1965).
 
     Args:
-        numerator: Log ratios of held-out samples of the numerator, (N,).
-        denominator: Log ratios of held-out samples of the denominator, (M,).
+        weights: Not negative, (N,).
+
+    Raises:
+        UserError: Negative or infinite weights, none, or only zeros.
     """
-    if not (np.isfinite(numerator).all() and np.isfinite(denominator).all()):
-        return 1.0, 0.0
-    count = len(numerator) + len(denominator)
-
-    def loss(scale: float, offset: float) -> float:
-        up, down = scale * numerator + offset, scale * denominator + offset
-        return 0.5 * float(np.logaddexp(0, -up).mean() + np.logaddexp(0, down).mean())
-
-    plain = loss(1.0, 0.0)
-    candidates = [(scale, _offset(scale * numerator, scale * denominator)) for scale in SCALES]
-    best = min(candidates, key=lambda pair: loss(*pair))
-    gained = count * (plain - loss(*best)) > np.log(count)
-    return best if gained and plain > SEPARATE else (1.0, 0.0)
+    w = as_floats(weights, "the weights")
+    if (w < 0).any() or not w.any():
+        raise UserError("the weights must not be negative and not all zero")
+    w = w / w.max()
+    return float(w.sum() ** 2 / np.square(w).sum())
 
 
-def _offset(numerator: np.ndarray, denominator: np.ndarray) -> float:
-    """The b at which sigmoid(log ratio + b) is one half in the mean over both sources."""
-    most = 1.0 + max(float(np.abs(numerator).max()), float(np.abs(denominator).max()))
-    return float(brentq(lambda b: expit(numerator + b).mean() + expit(denominator + b).mean() - 1, -most, most))
+def check_clip(clip: float | None) -> None:
+    """Refuses a ``clip`` that is no share."""
+    if clip is not None and not (isinstance(clip, Real) and 0 < clip <= 1):
+        raise UserError(f"clip is {clip!r}; it is a quantile of the weights, above 0 and at most 1, such as 0.999")
 
 
-@dataclass(frozen=True)
-class Bin:
-    """One line of the reliability table, numerator and denominator counted as equally frequent.
+def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
+    """exp(log ratio) over its mean: float64 (N,) with mean 1.
 
-    Attributes:
-        low: Lower end of the predicted probability of the numerator.
-        high: Upper end.
-        predicted: Mean of the prediction.
-        observed: Share of the numerator among the samples.
-        count: Samples.
-        mass: Their share, the shares of all bins adding up to 1.
+    Args:
+        log_ratio: Nats, finite, (N,).
+        clip: Weights above this quantile of them are set to it; none when None.
+
+    Raises:
+        UserError: ``clip`` is no share, or log ratios that are no finite numbers.
+    """
+    check_clip(clip)
+    log_ratio = as_floats(log_ratio, "the log ratios")
+    limit = np.inf if clip is None else np.quantile(log_ratio, clip)
+    weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
+    return weights / weights.mean()
+
+
+def as_floats(values: Any, name: str) -> np.ndarray:
+    """Finite numbers as float64 (N,).
+
+    Raises:
+        UserError: None, another shape, or values that are no finite numbers.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "buif" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise UserError(f"{name} must be finite numbers of shape (N,); got {values.dtype} of shape {values.shape}")
+    return values.astype(np.float64)
+
+
+class Bin(NamedTuple):
+    """One line of the reliability table: predicted and observed share of the numerator from ``low`` to ``high``.
+
+    Numerator and denominator count as equally frequent; ``mass`` is the share of the ``count`` samples among all.
     """
 
     low: float
@@ -110,7 +115,7 @@ class Calibration:
         Raises:
             UserError: Fewer than two samples of one of them, or log ratios that are no finite numbers.
         """
-        numerator, denominator = checked(numerator, "the numerator's"), checked(denominator, "the denominator's")
+        numerator, denominator = as_floats(numerator, "the numerator's"), as_floats(denominator, "the denominator's")
         if isinstance(bins, bool) or not isinstance(bins, Integral) or bins < 1:
             raise UserError(f"bins is {bins!r}; a whole number of at least 1 is needed")
         if len(numerator) < 2 or len(denominator) < 2:
@@ -118,15 +123,9 @@ class Calibration:
         log_loss = 0.5 * (np.logaddexp(0, -numerator).mean() + np.logaddexp(0, denominator).mean())
         table = _reliability(numerator, denominator, bins)
         error = sum(line.mass * abs(line.predicted - line.observed) for line in table)
-        return cls(
-            *_mean_exp(denominator),
-            *_mean_exp(-numerator),
-            effective_sample_size(importance_weights(denominator)),
-            len(denominator),
-            float(log_loss),
-            float(error),
-            tuple(table),
-        )
+        size = effective_sample_size(importance_weights(denominator))
+        means = (*_mean_exp(denominator), *_mean_exp(-numerator))
+        return cls(*means, size, len(denominator), float(log_loss), float(error), tuple(table))
 
     def table(self) -> str:
         """All of it in lines to read."""
