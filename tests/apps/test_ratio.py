@@ -12,10 +12,10 @@ from damage import resealed
 from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
-from torchcdm.apps.ratio.correction import tempering
 
 from torchcdm import DensityRatio
 from torchcdm.apps.ratio import Calibration, best_share, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.correction import tempering
 from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
