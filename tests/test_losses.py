@@ -18,7 +18,7 @@ from torchcdm.diffusion.schedules import (
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss, drop_labels, stratified_levels
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import MLP
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.losses import DDMLoss
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 
 T = 12
 

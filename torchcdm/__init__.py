@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchcdm.apps.ratio import DensityRatio
     from torchcdm.errors import UserError
     from torchcdm.models.cdm import ClassificationDiffusion
-    from torchcdm.models.ddm import DenoisingDiffusion
+    from torchcdm.models.denoiser import DenoisingDiffusion
     from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load
     from torchcdm.training.fit import fit
@@ -45,7 +45,7 @@ _MODULES = ("estimators", "likelihood")
 _HOMES = {
     "ClassificationDiffusion": "models.cdm",
     "Denoiser": "models.denoiser",
-    "DenoisingDiffusion": "models.ddm",
+    "DenoisingDiffusion": "models.denoiser",
     "DensityModel": "models.density",
     "DensityRatio": "apps.ratio",
     "UserError": "errors",

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
 from torchcdm.models.density import Evaluation
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
@@ -136,10 +135,6 @@ class CDMLoss(Loss):
         logits_from: Shares of the training (start, end) between which all weights but ``mse_weight`` rise from 0:
             the squared error alone first, as the cross-entropy costs it at high learning rates and needs few steps
             once the denoiser is there. (0, 0): both from the first step.
-
-    Attributes:
-        logits_share: Share of these weights that counts now, a scalar; 1 until :meth:`advance` sets it.
-        logits_count: Whether it is above 0; the ties of neighbouring levels are left out, and not computed, before.
     """
 
     model: ClassificationDiffusion
@@ -166,9 +161,9 @@ class CDMLoss(Loss):
             raise UserError("loss: logits_from starts without the cross-entropy, and needs an mse_weight above 0")
         self.ce_weight, self.mse_weight = ce_weight, mse_weight
         self.time_weight, self.logits_from = time_weight, logits_from
-        # A tensor, not a number: torch.compile would compile anew for every value.
+        # The share of these weights that counts now. A tensor, not a number: torch.compile would compile anew for it.
         self.register_buffer("logits_share", torch.ones(()), persistent=False)
-        # A bool beside it: to ask the tensor would wait for the GPU, and breaks the compiler's graph.
+        # Whether it is above 0: to ask the tensor would wait for the GPU, and breaks the compiler's graph.
         self.logits_count = True
 
     def advance(self, share: float) -> None:
@@ -244,16 +239,11 @@ def squared_error(
     """The model at ``x_t``, (B, *shape), and the mean square of eps_hat - eps, (B,), which carries the gradient.
 
     eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one. Two strategies take it:
-    :func:`difference_of_densities` where :func:`differences_suffice`, :func:`double_backward` everywhere else.
+    :func:`difference_of_densities` where :func:`differences_suffice`; everywhere else, on any device, in any precision
+    and under the compiler, differentiating twice.
     """
-    strategy = difference_of_densities if differences_suffice(x_t) else double_backward
-    return strategy(model, x_t, t, y, eps)
-
-
-def double_backward(
-    model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-) -> tuple[Evaluation, Tensor]:
-    """:func:`squared_error` by differentiating twice, on any device, in any precision and under the compiler."""
+    if differences_suffice(x_t):
+        return difference_of_densities(model, x_t, t, y, eps)
     result = model.evaluate_twice_differentiable(x_t, t, y)
     return result, (result.eps - eps).square().flatten(1).mean(1)
 
@@ -267,7 +257,7 @@ def difference_of_densities(
     held fixed: of a difference of two values of log p_t.
     """
     random_state = torch.get_rng_state()
-    result = model.evaluate_with_densities(x_t, t, y)
+    result = model.evaluate_unchecked(x_t, t, y, keep_densities=True)
     error = result.eps - eps
     sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
     # Every other sample goes the other way: what is left of the curvature is of second order.

@@ -41,9 +41,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models import cdm
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.models.denoiser import Denoiser, evaluation_mode
-from torchcdm.models.guidance import GuidedDenoiser
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoiser, evaluation_mode
 from torchcdm.training.build import build_loss, build_model, build_schedule, plain_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.optimizers import build_optimizer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.losses import DDMLoss, Loss, Terms
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 
 
 def bound_weights(schedule: NoiseSchedule) -> Tensor:

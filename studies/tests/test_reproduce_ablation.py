@@ -22,7 +22,7 @@ from torchcdm.diffusion.exact import ring_mixture
 from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
 from torchcdm.losses import DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform
 
 

@@ -37,9 +37,7 @@ from torchcdm.likelihood import (
 )
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.guidance import GuidedDenoiser
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoiser
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.unet import CDMUNet, DDMUNet

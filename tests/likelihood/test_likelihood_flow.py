@@ -14,7 +14,7 @@ from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, Uniform
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, gap_by_level
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform
 
 

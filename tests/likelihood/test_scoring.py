@@ -13,7 +13,7 @@ from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, gap_by_level, published_convention, scoring_level
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform, LogLikelihood
 
 SINGLE = ("single_pass", "elbo", "probability_flow")

@@ -13,7 +13,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.samplers import DDIM, sample
 from torchcdm.units import DataTransform

@@ -10,7 +10,6 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
-from torchcdm.networks.blocks import MeanOfConvolution
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.second_order import Conv2d, SiLU, second_derivatives
 
@@ -139,14 +138,3 @@ def test_weights_take_no_gradient_in_evaluation_and_are_as_they_were_afterwards(
         assert not any(weight.requires_grad for weight in model.parameters())
         assert not result.log_prob_levels.requires_grad
     assert [weight for weight in model.parameters() if not weight.requires_grad] == [first]
-
-
-@pytest.mark.parametrize("size", [(5, 4), (1, 3)])
-def test_the_mean_of_a_convolution_is_the_mean_of_the_convolution(size):
-    torch.manual_seed(0)
-    layer = MeanOfConvolution(3, 4).double()
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    whole = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1).mean((2, 3))
-    assert torch.allclose(layer(x), whole, rtol=1e-12)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x.bfloat16()).dtype == torch.float32

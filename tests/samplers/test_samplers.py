@@ -19,8 +19,7 @@ from torchcdm.diffusion.schedules import (
 )
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
 from torchcdm.samplers import (
     DDIM,
     DDPM,

@@ -15,7 +15,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.likelihood import consistency, single_pass
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, noisy_batches, posterior_curves, validate
 from torchcdm.units import DataTransform
 

@@ -17,7 +17,7 @@ from small_runs import small_config
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, Loss
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
 from torchcdm.training.build import gaussianized

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchcdm.bridges.names import renamed
 from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.ddm import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.blocks import time_embedding
 from torchcdm.networks.unet import DDMUNet
 from torchcdm.runtime.artefact import read_json, read_tensors

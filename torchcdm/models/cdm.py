@@ -107,10 +107,6 @@ class ClassificationDiffusion(DensityModel):
         """
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
-    def evaluate_with_densities(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Evaluation:
-        """:meth:`evaluate` for losses, unchecked: the densities with a graph in the weights, the denoiser without."""
-        return self._evaluate(x_t, t, y, keep_densities=True)
-
     def evaluate_twice_differentiable(
         self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
     ) -> Evaluation:

@@ -1,11 +1,11 @@
-"""Denoisers: what every sampler and likelihood sees of a model."""
+"""Denoisers: what every sampler and likelihood sees of a model; the plain one, and guidance of any."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,14 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.inputs import as_labels
+from torchcdm.models.inputs import as_labels, check_real
 from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
     from torchcdm.models.density import DensityModel
+
+LARGEST_WEIGHT = 1000.0
+"""Weights beyond it leave nothing of a sample."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -123,6 +126,74 @@ class Denoiser(nn.Module, ABC):
             self.differentiable_eps(x_t, t, label) if graph else self.denoise(x_t, t, label).eps for label in (y, None)
         )
         return (1 + weight) * conditional - weight * plain
+
+
+@final
+class DenoisingDiffusion(Denoiser):
+    """A plain denoising diffusion model (DDM): the network estimates eps itself.
+
+    Args:
+        backbone: ``(x_t (B, *shape), t (B,), y (B,) or None) -> eps (B, *shape)``.
+        schedule: The noise schedule.
+        transform: Data units to model units.
+        base: A closed-form density whose eps the network corrects; None for none.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: NoiseSchedule,
+        transform: DataTransform | None = None,
+        base: BaseDensity | None = None,
+    ) -> None:
+        super().__init__(schedule, transform, backbone, base)
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        return Prediction(x_t, *self.schedule.at(t, x_t), self.eps(x_t, t, self.checked(x_t, t, y)))
+
+    def eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        """E[eps | x_t] for losses, unchecked; ``y`` may hold the null label ``classes``."""
+        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        eps = self.backbone(x_t, levels, y).to(x_t.dtype)
+        return eps if self.base is None else eps + self.base.eps(x_t, t)
+
+
+@final
+class GuidedDenoiser(Denoiser):
+    """A class-conditional model, pushed towards its class by :meth:`Denoiser.guided_eps`.
+
+    Args:
+        model: A class-conditional model that was trained with dropped labels.
+        weight: w; 0 is the plain conditional model (diffusers' ``guidance_scale`` is 1 + w).
+
+    Raises:
+        UserError: A model without classes, or no weight; in calls, no labels.
+    """
+
+    def __init__(self, model: Denoiser, weight: float) -> None:
+        super().__init__(model.schedule, model.transform)
+        if model.classes is None:
+            raise UserError("guidance needs a class-conditional model; this one was trained without labels")
+        check_real("guidance", weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        self.model, self.weight = model, weight
+
+    @property
+    def classes(self) -> int | None:
+        return self.model.classes
+
+    def start(self, noise: Tensor) -> Tensor:
+        return self.model.start(noise)
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        return Prediction(x_t, *self.schedule.at(t, x_t), self._eps(x_t, t, y, graph=False))
+
+    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        return self._eps(x_t, t, y, graph=True)
+
+    def _eps(self, x_t: Tensor, t: Level, y: Tensor | None, graph: bool) -> Tensor:
+        if y is None:
+            raise UserError("guidance needs labels: give y")
+        return self.model.guided_eps(x_t, t, y, self.weight, graph)
 
 
 @contextmanager

@@ -33,11 +33,7 @@ class Evaluation:
 
 
 class DensityModel(Denoiser):
-    """A denoiser with a log density at every level: a base density in closed form, and corrections to it.
-
-    Attributes:
-        base: The density in closed form.
-    """
+    """A denoiser with a log density at every level: a ``base`` density in closed form, and corrections to it."""
 
     base: BaseDensity
 
@@ -78,7 +74,7 @@ class DensityModel(Denoiser):
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
-        return self._evaluate(x_t, t, self.checked(x_t, t, y), guidance)
+        return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), guidance)
 
     def log_prob(self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.
@@ -109,10 +105,10 @@ class DensityModel(Denoiser):
         log_p = log_p.masked_fill(far & log_p.isnan(), -math.inf)
         return log_p if z is x else log_p + self.transform.log_det(x)
 
-    def _evaluate(
+    def evaluate_unchecked(
         self, x_t: Tensor, t: Level, y: Tensor | None, guidance: float = 0.0, keep_densities: bool = False
     ) -> Evaluation:
-        """:meth:`evaluate`, unchecked; ``keep_densities``: with their graph in the weights."""
+        """:meth:`evaluate` for losses; ``keep_densities``: with their graph in the weights, the denoiser without."""
         refuse_inference_mode()
         x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
         with torch.enable_grad():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError
-from torchcdm.networks.heads import at_least_float32
 from torchcdm.networks.second_order import Conv2d, SiLU
 
 ImageSize = int | Sequence[int]
@@ -230,27 +229,3 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2H, 2W)."""
         return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-@final
-class MeanOfConvolution(nn.Conv2d):
-    """The mean over all pixels of a 3x3 convolution with zero padding, without the convolution.
-
-    Every pixel meets every weight, but for the borders: the mean is a product of the weights and nine sums of the
-    input, each without the rows and columns that its offset pushes out.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels)."""
-        pixels = x.shape[2] * x.shape[3]
-        with torch.autocast(x.device.type, enabled=False):
-            x = at_least_float32(x)
-            rows = x.sum(2, keepdim=True)
-            sums = torch.cat([rows - x[:, :, -1:], rows, rows - x[:, :, :1]], 2)
-            columns = sums.sum(3, keepdim=True)
-            sums = torch.cat([columns - sums[..., -1:], columns, columns - sums[..., :1]], 3)
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return nn.functional.linear(sums.flatten(1) / pixels, weight.flatten(1), bias)

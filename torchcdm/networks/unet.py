@@ -13,7 +13,6 @@ from torchcdm.networks.blocks import (
     ImageNetwork,
     ImageSize,
     LabelEmbedding,
-    MeanOfConvolution,
     Step,
     Upsample,
     check_images,
@@ -21,7 +20,7 @@ from torchcdm.networks.blocks import (
     halved_sizes,
     time_embedding,
 )
-from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, make_head
+from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, make_head
 from torchcdm.networks.second_order import Conv2d, SiLU
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
@@ -147,13 +146,13 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
             4 * channels if conditional else None, groups,
         )  # fmt: skip
         pooled = head_channels or 2 * self.unet.features
-        self.conv_out = MeanOfConvolution(self.unet.features, pooled)
+        self.conv_out = Conv2d(self.unet.features, pooled, 3, padding=1)
         self.head = make_head(pooled, levels, classes, joint) if joint else CumulativeHead(pooled, levels, direction)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, head_channels)."""
         embedding = None if self.label is None else self.embed(self.label(y, x))
-        return self.conv_out(self.unet(x, embedding))
+        return at_least_float32(self.conv_out(self.unet(x, embedding))).mean((2, 3))
 
 
 @final

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.models.guidance import GuidedDenoiser
+from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
 from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_real
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows

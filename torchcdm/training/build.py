@@ -17,8 +17,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.ddm import DenoisingDiffusion
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
 from torchcdm.random import stream
 from torchcdm.runtime.validation import arguments_for
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULES, LossConfig, ModelConfig
