@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, working_dtype
-from torchcdm.models.guidance import GuidedDenoiser
+from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, working_dtype
 
 
 @final
