@@ -33,7 +33,8 @@ def test_each_loads_and_reaches_what_its_card_says(name):
     x, _ = load_data(info["data"]["spec"]).test.tensors(200)
     rows = torchcdm.likelihood.report(model, x, methods=["single"]).rows
     nll = next(row.value for row in rows if row.name == "one-pass")
-    row = next(line for line in (HOME / name / "card.md").read_text().splitlines() if line.startswith("| one pass, level 0"))
+    card = (HOME / name / "card.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in card if line.startswith("| one pass, level 0"))
     assert nll == pytest.approx(float(row.split("|")[2]), abs=0.15)
 
 
