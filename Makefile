@@ -2,7 +2,7 @@
 #   make demo    train on the embedded handwritten digits, sample, measure; ends in runs/demo
 #   make test    the test suite
 # Beyond them: make test-slow (kills, compiled training, every case of the fuzz suite), make test-extras (adapters and peers,
-# oldest torch), make lint.
+# oldest torch), make docs, make lint.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ WORKERS ?= 2
 EXTRAS := .venv-extras
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-extras lint clean
+.PHONY: demo test test-slow test-extras docs lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11")'
@@ -53,9 +53,17 @@ test-extras: $(EXTRAS)/.installed $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
+# The site, in docs/_build/html; its tutorials are run, a warning is an error.
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) $(OLDEST) build *.egg-info
+	rm -rf $(VENV) $(EXTRAS) $(OLDEST) docs/_build build *.egg-info

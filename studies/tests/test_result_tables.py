@@ -25,7 +25,7 @@ def test_a_number_that_was_changed_by_hand_is_noticed():
 def test_links_lead_somewhere():
     """Files that pages name, and the headings in them."""
     others = (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "studies/JOURNAL.md"))
-    for page in (*others, *(ROOT / "docs").rglob("*.md")):
+    for page in (*others, *(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)):
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if link.startswith("http"):
                 continue
@@ -39,5 +39,6 @@ def test_links_lead_somewhere():
 
 
 def test_pages_are_short():
-    for page in (*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "results").glob("*.md")):
-        assert len(page.read_text(encoding="utf-8").splitlines()) <= 150, page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        if page.stem not in ("settings", "commands") and "_build" not in page.parts:  # these two are generated
+            assert len(page.read_text(encoding="utf-8").splitlines()) <= 150, page.name

@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import runpy
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -280,11 +278,6 @@ def test_constructors_and_settings_have_one_default():
         for key, parameter in inspect.signature(kind).parameters.items():
             if key in BACKBONES[name].__dataclass_fields__:
                 assert getattr(settings, key) == parameter.default
-
-
-def test_the_reference_page_is_up_to_date():
-    write_settings = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "write_settings.py"))
-    assert write_settings["PAGE"].read_text(encoding="utf-8") == write_settings["page"]()
 
 
 # --- whatever comes in -----------------------------------------------------------------------------------------

@@ -1,23 +1,36 @@
-"""Writes docs/reference/settings.md from the settings' types, ranges and descriptions."""
+"""Writes the pages of commands and settings: from the parsers, and from types, ranges and docstrings.
+
+The site does it whenever it is built (``make docs``); ``python docs/write_reference.py`` does it alone.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from torchcdm.cli.arguments import Parser
+from torchcdm.cli.main import GROUPS
 from torchcdm.losses import CDMLoss
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, SCHEDULES, Config
 
-PAGE = Path(__file__).parent / "reference" / "settings.md"
+FOLDER = Path(__file__).parent / "reference"
 
 HEAD = """\
 # Settings
 
 What a preset, a YAML file (`cdm train --config FILE.yaml`) and flags (`--section.field VALUE`) may set. A file may
-begin with `extends: PRESET`. `RUN/config.yaml` holds the settings of a run. `docs/write_settings.py` writes this page.
+begin with `extends: PRESET`. `RUN/config.yaml` holds the settings of a run.
+"""
+
+COMMANDS = """\
+# Commands
+
+`MODEL` is the folder of a run, `zoo:NAME` for a model that ships with the package, or `hub:OWNER/NAME` for one on the
+Hugging Face Hub. A user's mistake is one line on stderr and exit code 2.
 """
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "anything"}
@@ -69,8 +82,8 @@ def table(kind: Any, path: str, described: type | None = None) -> Iterator[str]:
         yield f"| `{name}` | {kinds} | `{default}` | {meaning} |\n"
 
 
-def page() -> str:
-    """The whole page."""
+def settings() -> str:
+    """The page of settings."""
     parts = [HEAD, *table(Config, "the top")]
     for section in ("data", "model", "loss", "train", "sampling", "report"):
         parts += table(type(getattr(Config(), section)), section, CDMLoss if section == "loss" else None)
@@ -82,5 +95,21 @@ def page() -> str:
     return "".join(parts)
 
 
+def commands() -> str:
+    """The page of commands: the help of each."""
+    os.environ["COLUMNS"] = "100"
+    subparsers = Parser(prog="cdm").add_subparsers(parser_class=Parser)
+    for group in GROUPS:
+        group.add_commands(subparsers)
+    helps = ((name, parser.format_help().strip()) for name, parser in subparsers.choices.items())
+    return COMMANDS + "".join(f"\n## cdm {name}\n\n```text\n{text}\n```\n" for name, text in helps)
+
+
+def write() -> None:
+    """Writes both pages."""
+    for name, text in (("settings", settings()), ("commands", commands())):
+        (FOLDER / f"{name}.md").write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    write()

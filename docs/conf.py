@@ -1,0 +1,37 @@
+"""The documentation site: ``make docs``."""
+
+import runpy
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # a clone that is not installed
+
+from torchcdm import __version__  # noqa: E402
+
+runpy.run_path(str(HERE / "write_reference.py"))["write"]()
+
+project = "torchcdm"
+author = "torchcdm developers"
+release = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"torchcdm {release}"
+exclude_patterns = ["_build"]
+html_theme_options = {"navigation_with_keys": True}
+
+# Tutorials are run while the site is built; a cell that fails is an error.
+nb_execution_mode = "force"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+myst_heading_anchors = 3
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_default_options = {"show-inheritance": True}
+autodoc_inherit_docstrings = True
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_rtype = False
