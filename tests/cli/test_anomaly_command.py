@@ -174,3 +174,31 @@ def test_a_run_whose_data_have_no_validation_split_asks_for_a_reference(capsys, 
     other = shutil.copytree(run, tmp_path / "run")
     resealed(other / "config.json", lambda info: info["data"].update(validation_fraction=0.0))
     assert "validation split is empty" in (error := refuse(capsys, other, queries)) and "--reference PATH" in error
+
+
+def test_maps_stand_beside_the_scores(capsys, tmp_path, run, queries):
+    words = (run, queries, "--limit", "40", "--fpr", "0.1", "--maps", tmp_path / "maps", "--csv", tmp_path / "s.csv")
+    score(capsys, *words)
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [(row["row"], row["map"]) for row in rows] == [(str(i), f"{i:06d}.png") for i in range(7)]
+    pictures = [np.asarray(Image.open(tmp_path / "maps" / row["map"])) for row in rows]
+    side = pictures[0].shape[0]
+    red = [float((p[:, side:, 0].astype(int) - p[:, side:, 1]).mean()) for p in pictures]
+    assert pictures[0].shape == (side, 2 * side, 3) and min(red[5:]) > max(red[:5])
+    assert "holds" in refuse(capsys, run, queries, "--maps", tmp_path)
+
+
+def test_flagged_rows_name_their_columns(capsys, tmp_path):
+    draw = np.random.RandomState(0)
+    good = np.column_stack([draw.normal(size=(300, 3)), np.full(300, 5.0)])
+    bad = np.array([[0.0, 0.0, 0.0, 5.0], [0.0, 9.0, 0.0, 5.0], [0.0, 0.0, 0.0, 6.0]])
+    for name, rows in (("good", good), ("new", bad)):
+        np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="volt,ampere,ohm,fuse", comments="")
+    run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
+    reference = ("--reference", tmp_path / "good.csv")
+    score(capsys, run, tmp_path / "new.csv", *reference, "--csv", tmp_path / "s.csv")
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [(row["row"], row["flag"]) for row in rows] == [("0", "0"), ("1", "1"), ("2", "1")]
+    assert rows[0]["columns"] == "" and re.match(r"ampere \d+\.\d, ", rows[1]["columns"])
+    assert rows[2]["columns"].startswith("fuse (constant in training)")
+    assert "--csv names the columns" in refuse(capsys, run, tmp_path / "new.csv", "--maps", tmp_path / "maps")

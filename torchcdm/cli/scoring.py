@@ -44,8 +44,12 @@ def add_commands(commands: Any) -> None:
         "--limit", type=count, default=REFERENCE_LIMIT, metavar="N",
         help=f"at most N reference samples, evenly spaced ({REFERENCE_LIMIT})",
     )  # fmt: skip
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="score, percentile and flag of every input")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="score, percentile and flag of every "
+                        "input; of flagged rows of tables the columns that contribute most")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="histogram of the scores, a PNG")
+    parser.add_argument(
+        "--maps", metavar="DIR", type=Path, help="a PNG for each image: beside it, where it is not what is normal"
+    )
 
     parser = add_command(
         commands, run_denoise, "denoise", "remove white noise from images, arrays or tables",
@@ -62,8 +66,9 @@ def add_commands(commands: Any) -> None:
 
 def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
-    from torchcdm.apps.anomaly import AnomalyDetector, make_score
+    from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
     from torchcdm.apps.anomaly.detector import check_fpr
+    from torchcdm.apps.anomaly.maps import save_maps, top_columns
     from torchcdm.apps.plots import check_figure, score_histogram
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
@@ -74,6 +79,10 @@ def run_score(options: argparse.Namespace) -> int:
     for path in (options.csv, options.plot, options.json):
         check_writable(path, [*options.paths, *(options.reference or ())])
     info = read_info(options.model)
+    if options.maps is not None:
+        if len(info.transform.shape) != 3:
+            raise UserError("--maps: this model takes rows, not images; --csv names the columns that contribute most")
+        check_output_folder(options.maps, [*options.paths, *(options.reference or ())])
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         background = None if options.background is None else load(options.background, device)
@@ -84,19 +93,33 @@ def run_score(options: argparse.Namespace) -> int:
         detector = AnomalyDetector.fit(score, reference)
         threshold = detector.threshold(options.fpr)
         scores = detector.score(x)
+        flags = detector.flags(scores, options.fpr) | deviating
+        columns = [""] * len(x)
+        if options.maps is not None:
+            where = AnomalyMap.fit(model, reference)
+            maps = where(x)
+        elif x.ndim == 2 and options.csv is not None and flags.any():
+            odd = iter(top_columns(AnomalyMap.fit(model, reference)(x[flags]), info.columns))
+            columns = [next(odd) if flag else "" for flag in flags]
     if not main:
         return 0
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     if options.plot is not None:
         score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
-    flags = (detector.flags(scores, options.fpr) | deviating).tolist()
-    scores, percentiles = scores.tolist(), detector.percentile(scores).tolist()
+    files = [""] * len(x)
+    if options.maps is not None:
+        files = [path.name for path in save_maps(maps, x, where.limit, options.maps, info.transform)]
+    flags, scores, percentiles = flags.tolist(), scores.tolist(), detector.percentile(scores).tolist()
     if options.csv is not None:
-        rows = zip(names, scores, percentiles, flags, strict=True)
+        extra = ("map" if x.ndim == 4 else "columns",) if any(files) or x.ndim == 2 else ()
+        rows = zip(names, scores, percentiles, flags, files if x.ndim == 4 else columns, strict=True)
         write_rows(
             options.csv,
-            ("input", "score", "percentile", "flag"),
-            ((name, f"{score:.6g}", f"{percentile:.3f}", int(flag)) for name, score, percentile, flag in rows),
+            ("row", "input", "score", "percentile", "flag", *extra),
+            (
+                (row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), more)[: 5 + len(extra)]
+                for row, (name, score, percentile, flag, more) in enumerate(rows)
+            ),
         )
     numbers = {
         "score": options.score,

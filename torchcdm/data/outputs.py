@@ -66,9 +66,9 @@ def save_images(
     if x.shape[1] not in PNG_CHANNELS:
         values, suffix, packed = _stored(x, transform), ".npy", _npy
     elif deep:
-        values, suffix, packed = _stored(x, transform), ".png", _png
+        values, suffix, packed = _stored(x, transform), ".png", png
     else:
-        values, suffix, packed = to_bytes(x, transform).numpy(), ".png", _png
+        values, suffix, packed = to_bytes(x, transform).numpy(), ".png", png
     paths = [folder / f"{name}{suffix}" for name in names]
     for path, image in zip(paths, values, strict=True):
         write_file(path, packed(image), flush=False)
@@ -107,7 +107,7 @@ def save_grid(
         top, left = k // columns * (height + GRID_GAP), k % columns * (width + GRID_GAP)
         sheet[:, top : top + height, left : left + width] = image
     path = Path(path)
-    write_file(path, _png(sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()))
+    write_file(path, png(sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()))
     return path
 
 
@@ -176,7 +176,7 @@ def _stored(x: Tensor, transform: DataTransform | None) -> np.ndarray:
     return values.astype(next(t for t in types if np.iinfo(t).min <= low and high <= np.iinfo(t).max))
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     """One image (C, H, W), uint8 of 1 to 4 channels, or uint16 grey."""
     from PIL import Image
 

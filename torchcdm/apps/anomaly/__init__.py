@@ -5,7 +5,8 @@ alone, is known to rank simple inputs above the normal ones; the other scores lo
 """
 
 from torchcdm.apps.anomaly.detector import AnomalyDetector
+from torchcdm.apps.anomaly.maps import AnomalyMap
 from torchcdm.apps.anomaly.profile import coarse_level, level_profile
 from torchcdm.apps.anomaly.scores import SCORES, AnomalyScore, make_score
 
-__all__ = ["SCORES", "AnomalyDetector", "AnomalyScore", "coarse_level", "level_profile", "make_score"]
+__all__ = ["SCORES", "AnomalyDetector", "AnomalyMap", "AnomalyScore", "coarse_level", "level_profile", "make_score"]

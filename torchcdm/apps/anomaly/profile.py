@@ -12,7 +12,7 @@ from torch import Tensor
 from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
@@ -48,19 +48,19 @@ def level_profile(model: DensityModel, x: Tensor, batch_size: int | None = None)
             return model.log_prob_levels(x)
         return model.log_prob_levels(model.transform(x)) + model.transform.log_det(x)[:, None]
 
-    return _evaluate(model, levels, x, batch_size)
+    return by_batches(model, levels, x, batch_size)
 
 
 def log_density(model: DensityModel, x: Tensor) -> Tensor:
     """log p_0(x) in data units, float64 (N,) on the CPU; arguments and dequantisation as in :func:`level_profile`."""
-    return _evaluate(model, model.log_prob, x)
+    return by_batches(model, model.log_prob, x)
 
 
 @torch.no_grad()
-def _evaluate(
-    model: DensityModel, density: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None = None
+def by_batches(
+    model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None = None
 ) -> Tensor:
-    """``density`` of dequantised batches in data units, on the model's device and in its precision."""
+    """``function`` of dequantised batches in data units, on the model's device and in its precision; a CPU tensor."""
     x = as_samples(model, x)
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     noise = torch.zeros(x.shape[1:], dtype=torch.float64)
@@ -68,13 +68,13 @@ def _evaluate(
         noise = model.transform.add_noise(noise, stream(NOISE_SEED, "dequantise"))
 
     def one(rows: slice) -> Tensor:
-        return density((x[rows].double() + noise).to(device, dtype)).cpu()
+        return function((x[rows].double() + noise).to(device, dtype)).cpu()
 
     with evaluation_mode(model):
         return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
 
 
-def as_samples(model: DensityModel, x: Any, what: str = "the input", smallest: int = 1) -> Tensor:
+def as_samples(model: Denoiser, x: Any, what: str = "the input", smallest: int = 1) -> Tensor:
     """Samples (N, *shape) that the model is to score as a tensor; ``what`` they are, for messages.
 
     Raises:

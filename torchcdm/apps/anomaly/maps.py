@@ -1,0 +1,170 @@
+"""Where an input is odd: the pixels of an image, or the columns of a row, at which the denoiser errs more than usual.
+
+log p falls short where E[x_0 | x_t] is not x_0: the ELBO is a sum of these squared errors over levels and places. Each
+is compared with that of normal data at its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+from torchcdm.apps.anomaly.profile import as_samples, by_batches
+from torchcdm.data.outputs import png, to_bytes
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.random import stream
+from torchcdm.runtime.files import write_file
+from torchcdm.units import DataTransform
+
+RATIOS = (0.5, 1.0, 2.0)
+"""Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is around it."""
+
+DRAWS = {1: 8, 3: 4}
+"""Draws of noise for vectors and for images, the same ones for every input."""
+
+FLOOR = 0.1
+"""Share of the mean deviation that is added to that of every place: some never vary in the reference."""
+
+BLUR = 1 / 12
+"""Deviation of the Gaussian that smooths a map, over the shorter side of the image."""
+
+LARGEST = 500
+"""Reference samples that are used at most."""
+
+SIDE = 128
+"""Screen pixels up to which pictures of maps enlarge small images, by a whole factor."""
+
+USUAL = 0.95
+"""Share of normal inputs whose map stays below the limit everywhere."""
+
+
+@final
+@dataclass(frozen=True)
+class AnomalyMap:
+    """For each place of an input, by how many deviations of normal data the denoiser errs there beyond their mean.
+
+    Attributes:
+        model: The model of the normal data.
+        mean: Mean squared error among normal data at each level and place, float64 (levels, *shape).
+        deviation: Its deviation, of the same shape.
+        limit: The largest value of a map stays below it for 19 of 20 normal inputs.
+
+    Example:
+        >>> maps = AnomalyMap.fit(model, normal)
+        >>> odd = maps(x) > maps.limit
+    """
+
+    model: Denoiser
+    mean: Tensor
+    deviation: Tensor
+    limit: float = math.inf
+
+    @classmethod
+    def fit(cls, model: Denoiser, reference: Tensor) -> AnomalyMap:
+        """Learns what errors are normal.
+
+        Args:
+            model: The model; put into evaluation mode while it is used.
+            reference: Normal data that the model was not trained on, data units, (N, *shape); at most 500 are used.
+
+        Raises:
+            UserError: Fewer than two samples, another shape than the model's, values that are not finite.
+        """
+        reference = as_samples(model, reference, "the reference", 2)
+        errors = _errors(model, reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()])
+        deviation = errors.std(0)
+        deviation = deviation + FLOOR * deviation.flatten(1).mean(1).reshape(-1, *[1] * (deviation.ndim - 1))
+        found = cls(model, errors.mean(0), deviation.clamp_min(1e-12))
+        return cls(model, found.mean, found.deviation, float(found._of(errors).flatten(1).amax(1).quantile(USUAL)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors.
+
+        Raises:
+            UserError: Nothing to look at, another shape than the model's, values that are not finite.
+        """
+        return self._of(_errors(self.model, as_samples(self.model, x)))
+
+    def _of(self, errors: Tensor) -> Tensor:
+        largest = torch.finfo(torch.float32).max
+        z = ((errors - self.mean) / self.deviation).mean(1).nan_to_num(largest, largest)
+        return z if z.ndim == 2 else _smooth(z, BLUR * min(z.shape[1:]))
+
+
+def top_columns(maps: Tensor, names: Sequence[str] | None = None, most: int = 3) -> list[str]:
+    """The columns that contribute most to each row and by how many deviations, such as ``flow 6.2, volt 3.1``.
+
+    Args:
+        maps: Maps of rows, (N, d).
+        names: Names of the columns; c0, c1, ... when None.
+        most: Number of columns named.
+    """
+    names = names or [f"c{k}" for k in range(maps.shape[1])]
+    found = maps.topk(min(most, maps.shape[1]))
+    pairs = (zip(*row, strict=True) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    return [", ".join(f"{names[k]} {value:.1f}" for k, value in row) for row in pairs]
+
+
+def overlay(maps: Tensor, x: Tensor, limit: float, transform: DataTransform | None = None) -> Tensor:
+    """Images with their maps in red, from half the limit on: uint8 (N, 3, H, W).
+
+    Args:
+        maps: Maps of images, (N, H, W).
+        x: The images, data units, (N, C, H, W).
+        limit: :attr:`AnomalyMap.limit`.
+        transform: The model's: range and grid.
+    """
+    colours = to_bytes(x, transform).double()
+    colours = colours if x.shape[1] == 3 else colours.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    red = torch.tensor([255.0, 0.0, 0.0]).double().reshape(3, 1, 1)
+    return torch.lerp(colours, red.expand_as(colours), (maps / limit - 0.5).clamp(0, 0.9)[:, None]).round().byte()
+
+
+def save_maps(
+    maps: Tensor, x: Tensor, limit: float, folder: Path, transform: DataTransform | None = None
+) -> list[Path]:
+    """One PNG for each image, 000000.png and so on: the image, and beside it its map as in :func:`overlay`.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    plain = overlay(torch.zeros_like(maps), x, limit, transform)
+    pairs = torch.cat([plain, overlay(maps, x, limit, transform)], 3)
+    zoom = max(1, SIDE // min(x.shape[2:]))
+    paths = [folder / f"{k:06d}.png" for k in range(len(x))]
+    for path, pair in zip(paths, pairs, strict=True):
+        write_file(path, png(pair.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()), flush=False)
+    return paths
+
+
+def _errors(model: Denoiser, x: Tensor) -> Tensor:
+    """Squared errors of E[x_0 | x_t], the mean over draws of x_t, summed over channels: (N, levels, *places)."""
+    schedule = model.schedule
+    levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in RATIOS]
+    noise = torch.randn(DRAWS[x.ndim - 1], *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
+
+    def of(z: Tensor) -> Tensor:
+        z = z if model.transform is None else model.transform(z)
+        found = []
+        for t in levels:
+            x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in noise.to(z)]
+            error = (torch.stack(x_0).mean(0) - z).double().square()
+            found.append(error if z.ndim == 2 else error.sum(1))
+        return torch.stack(found, 1).cpu()
+
+    return by_batches(model, of, x)
+
+
+def _smooth(maps: Tensor, deviation: float) -> Tensor:
+    """(N, H, W) under a Gaussian; edges are repeated."""
+    reach = math.ceil(2 * deviation)
+    kernel = (-0.5 * (torch.arange(-reach, reach + 1) / deviation) ** 2).exp().double()
+    padded = pad(maps[:, None], [reach] * 4, "replicate")
+    return conv2d(padded, (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None])[:, 0]
