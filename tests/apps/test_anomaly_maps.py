@@ -96,7 +96,7 @@ def test_pictures_show_the_image_and_its_map(tmp_path):
     maps = torch.tensor([[[0.0, 0.4], [1.0, 9.0]]]).double()
     picture = overlay(maps, x, 1.0, transform)[0]
     assert picture[:, 0].T.tolist() == [[0, 0, 0], [255, 255, 255]]
-    assert picture[:, 1].T.tolist() == [[177, 50, 50], [239, 10, 10]]
+    assert picture[:, 1].T.tolist() == [[178, 50, 50], [240, 10, 10]]
     (path,) = save_maps(maps, x, 1.0, tmp_path, transform)
     assert path.name == "000000.png" and Image.open(path).size == (256, 128)
 

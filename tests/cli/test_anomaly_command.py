@@ -180,8 +180,8 @@ def test_maps_stand_beside_the_scores(capsys, tmp_path, run, queries):
     words = (run, queries, "--limit", "40", "--fpr", "0.1", "--maps", tmp_path / "maps", "--csv", tmp_path / "s.csv")
     score(capsys, *words)
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
-    assert [(row["row"], row["map"]) for row in rows] == [(str(i), f"{i:06d}.png") for i in range(7)]
-    pictures = [np.asarray(Image.open(tmp_path / "maps" / row["map"])) for row in rows]
+    assert [(row["row"], row["where"]) for row in rows] == [(str(i), f"{i:06d}.png") for i in range(7)]
+    pictures = [np.asarray(Image.open(tmp_path / "maps" / row["where"])) for row in rows]
     side = pictures[0].shape[0]
     red = [float((p[:, side:, 0].astype(int) - p[:, side:, 1]).mean()) for p in pictures]
     assert pictures[0].shape == (side, 2 * side, 3) and min(red[5:]) > max(red[:5])
@@ -199,6 +199,6 @@ def test_flagged_rows_name_their_columns(capsys, tmp_path):
     score(capsys, run, tmp_path / "new.csv", *reference, "--csv", tmp_path / "s.csv")
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
     assert [(row["row"], row["flag"]) for row in rows] == [("0", "0"), ("1", "1"), ("2", "1")]
-    assert rows[0]["columns"] == "" and re.match(r"ampere \d+\.\d, ", rows[1]["columns"])
-    assert rows[2]["columns"].startswith("fuse (constant in training)")
+    assert rows[0]["where"] == "" and re.match(r"ampere \d+\.\d, ", rows[1]["where"])
+    assert rows[2]["where"] == "fuse (constant in training)"
     assert "--csv names the columns" in refuse(capsys, run, tmp_path / "new.csv", "--maps", tmp_path / "maps")

@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
         help=f"at most N reference samples, evenly spaced ({REFERENCE_LIMIT})",
     )  # fmt: skip
     parser.add_argument("--csv", metavar="FILE", type=Path, help="score, percentile and flag of every "
-                        "input; of flagged rows of tables the columns that contribute most")  # fmt: skip
+                        "input; where it is odd: the columns of flagged rows, the file of a map")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="histogram of the scores, a PNG")
     parser.add_argument(
         "--maps", metavar="DIR", type=Path, help="a PNG for each image: beside it, where it is not what is normal"
@@ -66,6 +66,8 @@ def add_commands(commands: Any) -> None:
 
 def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
+    import torch
+
     from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
     from torchcdm.apps.anomaly.detector import check_fpr
     from torchcdm.apps.anomaly.maps import save_maps, top_columns
@@ -93,33 +95,29 @@ def run_score(options: argparse.Namespace) -> int:
         detector = AnomalyDetector.fit(score, reference)
         threshold = detector.threshold(options.fpr)
         scores = detector.score(x)
-        flags = detector.flags(scores, options.fpr) | deviating
-        columns = [""] * len(x)
+        flags = detector.flags(scores, options.fpr) | torch.tensor(list(map(bool, deviating)))
+        where = [""] * len(x)
         if options.maps is not None:
-            where = AnomalyMap.fit(model, reference)
-            maps = where(x)
+            fitted = AnomalyMap.fit(model, reference)
+            maps = fitted(x)
         elif x.ndim == 2 and options.csv is not None and flags.any():
-            odd = iter(top_columns(AnomalyMap.fit(model, reference)(x[flags]), info.columns))
-            columns = [next(odd) if flag else "" for flag in flags]
+            found = iter(top_columns(AnomalyMap.fit(model, reference)(x[flags]), info.columns))
+            where = [next(found) if flag else "" for flag in flags]
+            where = [f"{k} (constant in training)" if k else top for k, top in zip(deviating, where, strict=True)]
     if not main:
         return 0
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     if options.plot is not None:
         score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
-    files = [""] * len(x)
     if options.maps is not None:
-        files = [path.name for path in save_maps(maps, x, where.limit, options.maps, info.transform)]
+        where = [path.name for path in save_maps(maps, x, fitted.limit, options.maps, info.transform)]
     flags, scores, percentiles = flags.tolist(), scores.tolist(), detector.percentile(scores).tolist()
     if options.csv is not None:
-        extra = ("map" if x.ndim == 4 else "columns",) if any(files) or x.ndim == 2 else ()
-        rows = zip(names, scores, percentiles, flags, files if x.ndim == 4 else columns, strict=True)
+        rows = zip(range(len(x)), names, scores, percentiles, flags, where, strict=True)
         write_rows(
             options.csv,
-            ("row", "input", "score", "percentile", "flag", *extra),
-            (
-                (row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), more)[: 5 + len(extra)]
-                for row, (name, score, percentile, flag, more) in enumerate(rows)
-            ),
+            ("row", "input", "score", "percentile", "flag", "where"),
+            ((k, name, f"{score:.6g}", f"{pct:.3f}", int(flag), odd) for k, name, score, pct, flag, odd in rows),
         )
     numbers = {
         "score": options.score,
@@ -128,7 +126,7 @@ def run_score(options: argparse.Namespace) -> int:
         "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
         "count": len(scores),
         "flagged": sum(flags),
-        "deviating": int(deviating.sum()),
+        "deviating": sum(map(bool, deviating)),
         "scores": scores,
         "percentiles": percentiles,
         "flags": flags,

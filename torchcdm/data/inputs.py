@@ -26,14 +26,14 @@ class Inputs(NamedTuple):
     Attributes:
         x: Data units, float32 (N, *shape).
         names: The path of each, or the path and the row.
-        deviating: Whether it holds another value in a column that was constant in training, where a model knows
-            nothing: bool (N,).
+        deviating: The columns, constant in training, in which it holds another value, where a model knows nothing:
+            their names, empty for most.
         notes: What was left out, one sentence each.
     """
 
     x: Tensor
     names: list[str]
-    deviating: Tensor
+    deviating: list[str]
     notes: tuple[str, ...] = ()
 
 
@@ -66,7 +66,7 @@ def read_inputs(
     if not any(part.names for part in parts):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
     x, names, deviating, notes = zip(*parts, strict=True)
-    found = Inputs(torch.cat(x), sum(names, []), torch.cat(deviating), sum(notes, ()))
+    found = Inputs(torch.cat(x), sum(names, []), sum(deviating, []), sum(notes, ()))
     if not noisy:
         _check_range(found, layout.transform)
     return found
@@ -137,11 +137,12 @@ def _read_table(path: Path, layout: Layout) -> Inputs:
     columns = layout.columns or tuple(table.columns)
     _check_shape((len(columns),), layout.transform.shape, path)
     x = single(table.matrix(columns), str(path))
-    deviating = torch.zeros(len(x), dtype=torch.bool)
+    deviating: list[list[str]] = [[] for _ in x]
     for column, value in layout.constants.items():
         if column in table.columns:
-            deviating |= torch.from_numpy(table.matrix([column])[:, 0].astype(np.float32)) != value
-    return Inputs(x, [f"{printable(path)}: {table.row(i)}" for i in range(len(x))], deviating)
+            for row in np.flatnonzero(table.matrix([column])[:, 0].astype(np.float32) != np.float32(value)):
+                deviating[row].append(column)
+    return Inputs(x, [f"{printable(path)}: {table.row(i)}" for i in range(len(x))], list(map(", ".join, deviating)))
 
 
 def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path) -> None:
@@ -164,7 +165,7 @@ def _check_range(found: Inputs, transform: DataTransform) -> None:
 
 def without_columns(x: Tensor, names: list[str]) -> Inputs:
     """Samples that have no columns, so that none deviates."""
-    return Inputs(x, names, torch.zeros(len(x), dtype=torch.bool))
+    return Inputs(x, names, [""] * len(x))
 
 
 def _words(shape: tuple[int, ...]) -> str:

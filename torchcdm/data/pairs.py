@@ -147,7 +147,8 @@ def read_query(
     # The warp takes the value of a constant column to zero, to rounding.
     differs = z.abs() > CONSTANT * warp.location.abs().clamp_min(1)
     differs[:, kept_at] = False
-    return Inputs(z[:, kept_at].float(), names, differs.any(1))
+    deviating = [", ".join(columns[k] for k in row.nonzero()[:, 0]) for row in differs]
+    return Inputs(z[:, kept_at].float(), names, deviating)
 
 
 def _read(data: Any, name: str, options: DataOptions, layout: Layout | None = None) -> Samples:

@@ -239,7 +239,7 @@ class DensityRatio:
         log_probs = self._log_probs(through(self._steps, values)[0].float() if self._steps else values)
         below = log_probs < self._limits
         log_ratio = self._temper(log_probs[:, 0, 1] - log_probs[:, 0, 0])
-        return Scores(tuple(names), log_ratio, below.all(2).any(1) | deviating.numpy())
+        return Scores(tuple(names), log_ratio, below.all(2).any(1) | np.array(deviating, dtype=bool))
 
     def log_ratio(self, x: Any) -> np.ndarray:
         """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
