@@ -7,9 +7,8 @@ drawn. Several processes draw what one would draw for the joint batch, and each 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -25,12 +24,7 @@ from torchcdm.random import stream
 class EpochOrder:
     """The samples of every step: the permutations of the epochs one after the other, cut into batches.
 
-    No sample is left out, and data smaller than a batch work too.
-
-    Args:
-        count: Samples in the split.
-        batch_size: Samples in a step.
-        seed: Seed of the permutations.
+    No sample of ``count`` is left out, and data smaller than a batch work too.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -51,16 +45,8 @@ class EpochOrder:
         return torch.cat(parts)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One process's share of a step, on its device.
-
-    Attributes:
-        x_0: Dequantised data, model units, (B, *shape).
-        y: Classes, long (B,), or contexts (B, context), or None.
-        t: Levels, long (B,).
-        eps: Standard normal noise, shape of ``x_0``.
-    """
+class Batch(NamedTuple):
+    """One process's share of a step, on its device: dequantised data in model units, labels, levels and noise."""
 
     x_0: Tensor
     y: Tensor | None

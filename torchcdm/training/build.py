@@ -123,14 +123,10 @@ def build_model(
     gaussian: FittedBase | None = None,
     class_prior: Tensor | None = None,
 ) -> Denoiser:
-    """The model of a resolved configuration.
+    """The model of a resolved configuration, with a copy of the data's transform.
 
-    Args:
-        config: Kind, network and schedule.
-        transform: Of the data: fixes the event shape. The model gets a copy, which goes where the model goes.
-        classes: Number of classes of the data.
-        gaussian: Fitted marginals; a blank, to load a saved state into, when None and the configuration has some.
-        class_prior: p(y) for joint logits.
+    ``gaussian`` are fitted marginals; when None and the configuration has some, the model gets a blank to load a saved
+    state into. ``class_prior`` is p(y) for joint logits.
 
     Raises:
         UserError: Labels asked of data without classes, and what :func:`build_backbone` refuses.

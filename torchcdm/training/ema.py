@@ -16,13 +16,7 @@ class EMA:
     The decay is ramped, min(decay, (1 + n) / (10 + n)) after n updates: with a fixed decay of 0.9999 the average
     would be made of the initial noise for the first ten thousand steps. Buffers are constants in these models.
 
-    Args:
-        model: What is averaged; untouched.
-        decay: The decay after the ramp.
-
-    Attributes:
-        model: The averaged copy.
-        updates: Number of updates so far; part of a saved state, for the ramp.
+    The averaged copy is ``model``; the number of ``updates`` so far is part of a saved state.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

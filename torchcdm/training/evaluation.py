@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,15 +23,7 @@ BATCH = 256
 
 
 class NoisyBatch(NamedTuple):
-    """Noisy copies of some samples, on the model's device.
-
-    Attributes:
-        rows: Which samples they are copies of, long (B,), on the CPU.
-        x_t: Model units, (B, *shape).
-        t: Levels, long (B,).
-        eps: The noise in ``x_t``, (B, *shape).
-        y: Labels, or None.
-    """
+    """Noisy copies ``x_t`` of the samples ``rows`` (on the CPU) with their noise ``eps``, on the model's device."""
 
     rows: Tensor
     x_t: Tensor
@@ -91,15 +82,11 @@ def at_all_levels(
     return noisy_batches(model, x, t, seed, y)
 
 
-@dataclass(frozen=True)
-class LevelSums:
+class LevelSums(NamedTuple):
     """Sums over samples at each level, each (T+2,), float64; without a classifier of the first two alone.
 
-    Attributes:
-        count: Samples.
-        mse: Squared error of eps, mean over d.
-        ce: Cross-entropy of the level, nats.
-        accuracy: Samples whose most probable level is the true one.
+    Squared error of eps (mean over d), cross-entropy of the level in nats, and samples whose most probable level is
+    the true one.
     """
 
     count: Tensor
@@ -109,9 +96,8 @@ class LevelSums:
 
     def means(self) -> dict[str, float]:
         """``mse`` without the levels 0 and T+1, where it is constant and zero; ``ce`` and ``accuracy`` with them."""
-        inner, total = slice(1, -1), self.count.sum()
-        means = {name: float(sums.sum() / total) for name, sums in self._columns().items()}
-        return means | {"mse": float(self.mse[inner].sum() / self.count[inner].sum())}
+        means = {name: float(sums.sum() / self.count.sum()) for name, sums in self._columns().items()}
+        return means | {"mse": float(self.mse[1:-1].sum() / self.count[1:-1].sum())}
 
     def per_level(self) -> dict[str, list[float | None]]:
         """The same at each level 0 ... T+1; None where no sample fell on a level."""
@@ -121,7 +107,7 @@ class LevelSums:
         }
 
     def _columns(self) -> dict[str, Tensor]:
-        return {name: sums for name, sums in vars(self).items() if name != "count" and sums is not None}
+        return {name: sums for name, sums in self._asdict().items() if name != "count" and sums is not None}
 
 
 @torch.no_grad()
@@ -154,17 +140,10 @@ def _errors(model: Denoiser, batch: NoisyBatch) -> Tensor:
 
 
 class PosteriorCurves(NamedTuple):
-    """p(t | x_t) for inputs noised to some true levels.
-
-    Attributes:
-        levels: The true levels.
-        p: For each, the mean over inputs of p(t | x_t) at every t, (T+2,).
-        log_p: For each, the mean of log p(t | x_t) at every t, (T+2,).
-    """
+    """For inputs noised to some true ``levels`` the means of p(t | x_t) at every t, each (T+2,)."""
 
     levels: list[int]
     p: list[Tensor]
-    log_p: list[Tensor]
 
 
 @torch.no_grad()
@@ -173,7 +152,7 @@ def posterior_curves(model: DensityModel, x: Tensor, seed: int = 0) -> Posterior
     true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
     batches = (noisy_batches(model, x, t, seed) for t in true)
     log_p = [torch.cat([model.log_prob_levels(b.x_t).log_softmax(1).cpu() for b in each]) for each in batches]
-    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p], [curve.mean(0) for curve in log_p])
+    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p])
 
 
 def validate(
@@ -196,12 +175,7 @@ def validate(
 def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int = 4, seed: int = 0) -> dict[str, Any]:
     """Level accuracy, cross-entropy and denoising error on a split, in total and by level.
 
-    Args:
-        model: In eval mode.
-        split: The data.
-        limit: At most so many samples.
-        draws: As in :func:`level_sums`.
-        seed: As in :func:`level_sums`.
+    At most ``limit`` samples; ``draws`` and ``seed`` as in :func:`level_sums`.
 
     Returns:
         ``count``, ``draws``, ``levels`` (T+2), ``mean`` with ``mse`` (levels 0 and T+1 left out), ``ce`` and

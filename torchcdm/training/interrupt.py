@@ -11,8 +11,7 @@ from typing import final
 class Interrupted(KeyboardInterrupt):
     """A signal asked the training to stop; its state is saved. No ``Exception``, so that nothing swallows it.
 
-    Attributes:
-        number: The signal; a process that it ends exits with 128 + number.
+    A process that the signal ``number`` ends exits with 128 + number.
     """
 
     def __init__(self, number: int, message: str) -> None:
@@ -22,13 +21,10 @@ class Interrupted(KeyboardInterrupt):
 
 @final
 class SignalWatch:
-    """Remembers the first signal that would end the process; a second one has its usual effect.
+    """Remembers the first signal that would end the process, in ``received``; a second one has its usual effect.
 
     Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread, where Python takes no
     handlers, nothing is watched.
-
-    Attributes:
-        received: The signal, 0 when there was none.
     """
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))

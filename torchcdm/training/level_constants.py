@@ -27,12 +27,9 @@ FEWEST_COPIES = 20
 
 
 class Calibration(NamedTuple):
-    """What a calibration did.
+    """Cross-entropy of the level on held-out halves, before and with the constants of the other half, nats.
 
-    Attributes:
-        before: Cross-entropy of the level on held-out halves, nats.
-        after: The same, each half with the constants of the other.
-        change: What log p_0 has gained at every input, nats; 0 where the constants did not help.
+    ``change`` is what log p_0 has gained at every input, nats; 0 where the constants did not help.
     """
 
     before: float

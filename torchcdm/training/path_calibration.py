@@ -51,15 +51,11 @@ PARTICLE_SHARE = 0.1
 
 
 class PathCalibration(NamedTuple):
-    """What a calibration on paths found.
+    """What a calibration on paths found: the model, the lowest level of the paths, and errors at that level.
 
-    Attributes:
-        model: The calibrated model.
-        level: Lowest level of the paths.
-        before: Root mean square of log p at that level less the flow's, by the network without a readout, on data,
-            nats; the noise of the flow's probes is in it.
-        after: The same by a readout of the same ridge, each sample's fitted on other samples and without particles.
-        log_z: Estimates of log Z at that level before each round of particles.
+    ``before`` is the root mean square of log p less the flow's on data, nats, with the noise of the flow's probes;
+    ``after`` the same by a readout fitted on other samples, without particles. ``log_z`` are the estimates of log Z
+    before each round of particles.
     """
 
     model: Calibrated
@@ -70,13 +66,8 @@ class PathCalibration(NamedTuple):
 
 
 class _Paths(NamedTuple):
-    """Where the flow takes some samples, as far as all is finite.
-
-    Attributes:
-        levels: Visited levels, rising to T.
-        features: What the head sees, (levels, n, features).
-        wanted: Targets of log p - base, nats, float64 (levels, n).
-    """
+    """Where the flow takes some samples, as far as all is finite: rising levels, the head's features (levels, n, .),
+    and targets of log p - base, nats, float64 (levels, n)."""
 
     levels: list[int]
     features: Tensor

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from torchcdm.runtime.files import without_nan
 from torchcdm.runtime.processes import Processes
 
 
@@ -46,7 +47,7 @@ class Window:
 
     def to_json(self, processes: Processes) -> dict[str, float | None]:
         """The sums over all processes; None for those that are not finite."""
-        return {key: value if math.isfinite(value) else None for key, value in self._totals(processes).items()}
+        return without_nan(self._totals(processes))
 
     def restore(self, sums: dict[str, float | None]) -> None:
         """Goes on from what :meth:`to_json` gave."""

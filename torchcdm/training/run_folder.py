@@ -15,22 +15,9 @@ from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 
 
 class RunFolder:
-    """Paths inside a run.
+    """Paths inside the folder ``root`` of a run: what each file is, docs/architecture.md says.
 
-    Args:
-        root: The folder.
-
-    Attributes:
-        root: The folder.
-        config: The resolved configuration.
-        model: EMA weights at the best validation value.
-        model_info: What the weights are of.
-        states: What a resumed run starts from.
-        metrics: One JSON object a logging step.
-        samples: Grids of samples and their manifest.
-        plots: Figures.
-        report: Numbers at the end.
-        lock: What the process that writes here holds; once there, it stays, and says that the folder is a run's.
+    The process that writes here holds ``lock``; once there, it stays, and says that the folder is a run's.
     """
 
     def __init__(self, root: str | Path) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +18,8 @@ from torchcdm.runtime.files import write_file
 from torchcdm.samplers import sample
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Samples with their origin.
-
-    Attributes:
-        x: Data units, (n, *shape), not rounded.
-        y: Classes, long (n,), or None.
-        log_p: log p of each in data units, nats (n,); None for a ddm.
-        seed: Seed; with its row it fixes each sample.
-    """
+class Drawn(NamedTuple):
+    """Samples in data units, not rounded, with classes, log p in nats (None of a ddm), and the seed of all."""
 
     x: Tensor
     y: Tensor | None

@@ -17,17 +17,9 @@ from torchcdm.training.states import Best
 
 @final
 class Selection:
-    """Compares validation values of a training.
+    """Compares validation values of a training; the last weights are kept where there is no validation split.
 
-    Args:
-        config: The run's.
-        source: The run's data; the last weights are kept where there is no validation split.
-        model: What is trained.
-
-    Attributes:
-        value: Name of the validation value that the best model has the least of.
-        best: The best model so far; None before there is one.
-        stale: Validations since then.
+    The best model has the least of the validation value called ``value``; ``stale`` counts the validations since it.
     """
 
     def __init__(self, config: Config, source: DataSource, model: Denoiser) -> None:
