@@ -174,7 +174,8 @@ def run_convert(options: argparse.Namespace) -> int:
     if run.holds_run():
         raise UserError(f"{options.out}: already holds a run; choose another folder")
     config = make_config(preset_fields(options.preset) if options.preset is not None else file_fields(options.config))
-    if config.model.backbone.name != "unet" or config.model.backbone.direction != "data" or config.model.gaussian:
+    net = config.model.backbone
+    if net.name != "unet" or net.direction != "data" or config.model.gaussian is not False:
         raise UserError(
             "the published networks have model.backbone unet with direction data, and model.gaussian false; "
             "such as preset cifar10"

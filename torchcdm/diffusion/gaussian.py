@@ -82,6 +82,25 @@ class CosineRotation(Rotation):
         return x
 
 
+@final
+class NoRotation(Rotation):
+    """The event's own numbers: of a Gaussian without correlations."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z.reshape(-1, *self.shape)
+
+
+DIAGONAL = {"cosine": CosineRotation, "diagonal": NoRotation}
+"""Forms of a Gaussian with one variance a number in a basis that is known."""
+
+
 def cosine_matrix(size: int) -> Tensor:
     """Orthonormal DCT-II as a float64 matrix (size, size); row k is the k-th cosine."""
     k = torch.arange(size, dtype=torch.float64)
@@ -139,8 +158,8 @@ class GaussianMarginals(BaseDensity):
     ) -> GaussianMarginals:
         """A standard normal of the right form, to load a saved state into; ``form`` as in :func:`mean_and_spread`."""
         mean, variances = torch.zeros(*shape), torch.ones(math.prod(shape))
-        full = (form or default_form(shape)) == "full"
-        rotation = MatrixRotation(shape, torch.eye(len(variances))) if full else CosineRotation(shape)
+        form = form or default_form(shape)
+        rotation = MatrixRotation(shape, torch.eye(len(variances))) if form == "full" else DIAGONAL[form](shape)
         return cls(schedule, mean, variances, rotation, [cls.blank(schedule, shape, form) for _ in range(classes)])
 
     @classmethod
@@ -167,7 +186,7 @@ class GaussianMarginals(BaseDensity):
             spread = shrunk(spread, float(spread.diagonal().mean()), shrinkage)
         else:
             spread = torch.lerp(spread, spread.mean(), shrinkage)
-        return cls.of_spread(schedule, mean, spread, floor)
+        return cls.of_spread(schedule, mean, spread, floor, form=form)
 
     @classmethod
     def of_spread(
@@ -177,13 +196,14 @@ class GaussianMarginals(BaseDensity):
         spread: Tensor,
         floor: float = 0.0,
         classes: Sequence[GaussianMarginals] = (),
+        form: str | None = None,
     ) -> GaussianMarginals:
-        """The Gaussian of a mean (*shape) and a spread, both as from :func:`mean_and_spread`."""
+        """The Gaussian of a mean (*shape) and a spread, both as from :func:`mean_and_spread` for the same form."""
         if spread.ndim == 2:
             variances, vectors = torch.linalg.eigh(spread)
             rotation: Rotation = MatrixRotation(mean.shape, vectors)
         else:
-            variances, rotation = spread, CosineRotation(mean.shape).to(mean.device)
+            variances, rotation = spread, DIAGONAL[form or "cosine"](mean.shape).to(mean.device)
         # A floor of 0 still leaves out directions in which the data do not vary at all.
         smallest = max(floor, 1e-9 * float(variances.max()))
         return cls(schedule, mean, variances.clamp_min(smallest), rotation, classes)
@@ -250,15 +270,16 @@ def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, T
     """Mean (*shape) and spread of ``samples`` (N, *shape): float64.
 
     The spread is the covariance of the flattened event, (d, d), for the form ``full``; the variances in the cosine
-    basis, (d,), for ``cosine``. By size when None.
+    basis, (d,), for ``cosine``; those of the numbers themselves for ``diagonal``. By size when None.
     """
     shape, samples = samples.shape[1:], samples.double()
+    form = form or default_form(shape)
     mean = samples.mean(0)
     centred = samples - mean
-    if (form or default_form(shape)) == "full":
+    if form == "full":
         flat = centred.flatten(1)
         return mean, flat.T @ flat / len(flat)
-    return mean, CosineRotation(shape).to(samples.device)(centred).square().mean(0)
+    return mean, DIAGONAL[form](shape).to(samples.device)(centred).square().mean(0)
 
 
 def shrunk(covariances: Tensor, variance: float, share: float) -> Tensor:

@@ -155,15 +155,20 @@ class MixtureMarginals(BaseDensity):
         return torch.stack([values - common for values in by_class], 1)
 
 
-def best_mixture(
+def best_mixture(*arguments: Any, **options: Any) -> tuple[int, float]:
+    """:func:`scored_mixture` without log p."""
+    return scored_mixture(*arguments, **options)[:2]
+
+
+def scored_mixture(
     train: Tensor,
     validation: Tensor,
     counts: Iterable[int],
     shares: Iterable[float] = SHRINKAGES,
     rows: int = FIT_ROWS,
     tolerance: float = ROUGH,
-) -> tuple[int, float]:
-    """The number of components and the shrinkage, by the likelihood of validation data.
+) -> tuple[int, float, Tensor]:
+    """The number of components and the shrinkage, by the likelihood of validation data, and log p of these (N,).
 
     More components need more shrinkage, so the two are chosen together. Fewer components win where they are within one
     standard error of the best: few validation samples would choose among many settings by luck. Stops after two
@@ -193,10 +198,10 @@ def best_mixture(
         value = float(found[-1][2].mean())
         best, worse = max(best, value), 0 if value > best else worse + 1
     highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
-    return next((count, share) for count, share, values in found if _within_error(highest - values))
+    return next(trial for trial in found if within_error(highest - trial[2]))
 
 
-def _within_error(deficit: Tensor) -> bool:
+def within_error(deficit: Tensor) -> bool:
     """Whether the mean of paired differences is at most its standard error."""
     return float(deficit.mean()) <= float(deficit.std(correction=0)) / math.sqrt(len(deficit))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.diffusion.start import best_start
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -67,12 +69,64 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
 
 
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
-    """The same with the numbers filled in that are read off the data."""
+    """The same with the numbers filled in that are read off the units of the data."""
     schedule = config.schedule
     if schedule.name == "log-snr" and schedule.r_min is None:
         r_min = 0.01 if transform.model_bin is None else float(transform.model_bin.min()) / 2
         schedule = replace(schedule, r_min=r_min)
     return replace(config, schedule=schedule)
+
+
+def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[ModelConfig, list[str]]:
+    """The same with the base density filled in that :func:`torchcdm.diffusion.start.best_start` finds best.
+
+    Held out is the validation split; every fifth training sample where there is none. Classes with Gaussians of their
+    own choose what these share when they are fitted.
+
+    Returns:
+        The configuration, and what was chosen in a sentence; none where nothing was left to choose.
+    """
+    names = ("gaussian", "components", "shrinkage", "form")
+    given = {name: getattr(config, name) for name in names}
+    if config.class_gaussians and (config.components or 1) == 1:
+        given = given | {"gaussian": True, "components": 1, "shrinkage": 0.0}
+    if config.gaussian is False or None not in (given["components"], given["shrinkage"]):
+        fixed = {"gaussian": True, "components": 1, "shrinkage": 0.0}
+        return replace(config, **fixed | {name: value for name, value in given.items() if value is not None}), []
+    train, _ = base_samples(source, flip)
+    limit = min(HELD_OUT_SAMPLES, max(100, HELD_OUT_NUMBERS // source.transform.dim))
+    if source.validation:
+        held_out, _ = source.validation.tensors(limit)
+        # Copies of a sample, as a small table has them, would count as so many samples.
+        held_out = source.transform.encode(held_out.unique(dim=0), stream(0, "base density held out"))
+    else:
+        chosen = torch.arange(len(train)) % 5 == 0
+        train, held_out = train[~chosen], train[chosen]
+    start = best_start(train, held_out, base_floor(source.transform), given)
+    fields = start.fields
+    return replace(config, **fields), [f"starts from {described(fields)}, the most probable on held-out data"]
+
+
+def described(fields: Mapping[str, Any]) -> str:
+    """A base density in words."""
+    if not fields["gaussian"]:
+        return "a standard normal"
+    kind = {"full": "", "cosine": " of cosines", "diagonal": " without correlations", None: ""}[fields["form"]]
+    count = "a Gaussian" if fields["components"] == 1 else f"{fields['components']} Gaussians"
+    return f"{count}{kind}" + (f" with shrinkage {fields['shrinkage']:g}" if fields["shrinkage"] else "")
+
+
+def base_samples(source: DataSource, flip: bool) -> tuple[Tensor, Tensor]:
+    """Training samples for a base density, model units, dequantised, mirrored too for ``flip``, and their labels."""
+    x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // source.transform.dim))
+    z = source.transform.encode(x, stream(0, "base density"))
+    return (torch.cat([z, z.flip(-1)]), torch.cat([y, y])) if flip else (z, y)
+
+
+def base_floor(transform: DataTransform) -> float:
+    """Least variance of a base density, model units squared: that of the dequantisation noise."""
+    bin_ = transform.model_bin
+    return 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:
@@ -136,12 +190,12 @@ def build_model(
     classes = None if config.labels == "none" else classes
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
-    if gaussian is None and config.gaussian:
+    if gaussian is None and config.gaussian is not False:
         own = classes or 0 if config.class_gaussians else 0
-        if config.components > 1:
+        if (config.components or 1) > 1:
             gaussian = MixtureMarginals.blank(schedule, transform.shape, config.components, own)
         else:
-            gaussian = GaussianMarginals.blank(schedule, transform.shape, classes=own)
+            gaussian = GaussianMarginals.blank(schedule, transform.shape, config.form, own)
     transform = copy.deepcopy(transform)
     if config.kind == "ddm":
         return DenoisingDiffusion(backbone, schedule, transform, gaussian)
@@ -150,6 +204,7 @@ def build_model(
 
 def new_model(config: ModelConfig, source: DataSource, flip: bool) -> Denoiser:
     """The model before its training: its weights are torch's next draws. Arguments as in :func:`fit_gaussian`."""
+    config, _ = choose_base(config, source, flip)
     gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
     prior = None
     if config.labels == "joint" and source.classes is not None:
@@ -170,8 +225,8 @@ def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
 GAUSSIAN_NUMBERS = 2**27
 """Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
 
-HELD_OUT_SAMPLES = 20_000
-"""Validation samples that choose what the Gaussians of classes share."""
+HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = 20_000, 2**24
+"""Validation samples, and numbers in them, that choose a base density or what the Gaussians of classes share."""
 
 
 def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
@@ -180,13 +235,8 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     Raises:
         UserError: Gaussians of classes for samples without one.
     """
-    transform = source.transform
-    x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // transform.dim))
-    z = transform.encode(x, stream(0, "base density"))
-    if flip:
-        z, y = torch.cat([z, z.flip(-1)]), torch.cat([y, y])
-    bin_ = transform.model_bin
-    floor = 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
+    transform, floor = source.transform, base_floor(source.transform)
+    z, y = base_samples(source, flip)
     schedule = build_schedule(config.schedule)
     if config.class_gaussians and bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
@@ -194,7 +244,7 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
         common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
         return common.with_classes(z, y) if config.class_gaussians else common
     if not config.class_gaussians:
-        return GaussianMarginals.fit(z, schedule, floor, shrinkage=config.shrinkage)
+        return GaussianMarginals.fit(z, schedule, floor, config.form, config.shrinkage)
     held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
     held_out = None
     if set(held_out_y.tolist()) == set(y.tolist()):

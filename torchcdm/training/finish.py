@@ -1,18 +1,75 @@
-"""What happens at the end of a training: the constants of the levels, and samples of the model that was kept."""
+"""What happens at the end of a training: constants of the levels, the comparison with the start, and samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from torchcdm.data import DataSource
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.likelihood import Scoring, single_pass
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.training.build import base_floor, base_samples, choose_base
 from torchcdm.training.checkpoint import load_weights
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, save_manifest, save_sheet
 from torchcdm.training.settings import Config
+from torchcdm.units import standard_error
+
+COMPARED = 1000
+"""Samples of a split that models are compared on."""
+
+FAR = 0.1
+"""Nats a number by which validation may be worse than training, if that is more than three standard errors."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with a model: a name, what was seen with its likely cause, and the next thing to try."""
+
+    name: str
+    says: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained model beside what it has to beat, by one pass on validation data.
+
+    Attributes:
+        unit: Of the values, ``bits/dim`` or ``nats``; lower is better.
+        values: Of the trained ``model``, and of it in ``training``; of its ``start``, the density in closed form or
+            the weights that it began with; of one fitted ``gaussian``; of a ``uniform`` density on the data's range.
+        kept: ``model``, or ``start`` where the trained one was worse.
+        problems: What is wrong; none where nothing is.
+    """
+
+    unit: str
+    values: dict[str, float]
+    kept: str
+    problems: tuple[Problem, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"problems": [problem._asdict() for problem in self.problems]}
+
+    def text(self) -> str:
+        """A line of numbers, and one for each problem."""
+        names = {"model": "this model", "training": "on training data", "start": "its start",
+                 "gaussian": "a fitted Gaussian", "uniform": "a uniform density"}  # fmt: skip
+        said = ", ".join(f"{names[key]} {value:.4g}" for key, value in self.values.items())
+        return "\n".join([
+            f"validation, {self.unit}, lower is better: {said}",
+            *(f"{problem.name}: {problem.says}; {problem.mend}" for problem in self.problems),
+        ])  # fmt: skip
 
 
 def finish(
@@ -20,35 +77,147 @@ def finish(
     run: RunFolder,
     config: Config,
     source: DataSource,
-    save: Callable[[], None],
+    start: Mapping[str, Tensor],
+    save: Callable[[float | None], None],
     say: Callable[[str], None],
-) -> Path:
-    """Calibrates the kept model of a run and draws samples of it, where its configuration asks for them.
+) -> tuple[Path, Outcome | None]:
+    """Calibrates the kept model of a run, compares it with its start, keeps the better one and draws samples.
 
     Args:
         model: In eval mode; gets the weights of the kept one.
         run: Where it was kept.
         config: The run's.
         source: The run's data.
-        save: Writes ``model`` into the run.
+        start: Weights that the training began with.
+        save: Writes ``model`` into the run; as the start where that one's validation value is given.
         say: Shows a message.
 
     Returns:
-        The sheet of samples; the folder for samples where none were asked for.
+        The sheet of samples, the folder for samples where none were asked for; and the comparison, of a cdm with
+        validation data.
     """
-    copies = config.train.calibration if config.model.kind == "cdm" and len(source.validation) >= 2 else 0
-    if copies or config.sampling.n:
-        kept = load_weights(model, run.root)
-    # Values that were calibrated on paths, of a finished run that is resumed, have no such constants.
+    cdm = config.model.kind == "cdm" and len(source.validation) >= 2
+    copies = config.train.calibration if cdm else 0
+    kept = load_weights(model, run.root)
+    outcome = None
+    # Values that were calibrated on paths, of a finished run that is resumed, stay.
     if copies and kept is model:
         x, labels = source.validation.tensors()
         found = calibrate_levels(model, x, labels_for(model, labels), copies, config.train.seed)
         if found.change:
-            save()
+            save(None)
         change = f"log p_0 {found.change:+.3f} nats" if found.change else "left as they were"
         entropies = f"cross-entropy of held-out halves {found.before:.4f} -> {found.after:.4f}"
         say(f"constants of the levels: {entropies}, {change}")
-    return save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples
+    if cdm and kept is model:
+        outcome = compare(model, config, source, start)
+        if outcome.kept == "start":
+            model.load_state_dict(start)
+            save(outcome.values["start"])
+        say(outcome.text())
+    samples = save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples
+    return samples, outcome
+
+
+@torch.no_grad()
+def compare(
+    model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
+) -> Outcome:
+    """A trained model beside its start, a fitted Gaussian and a uniform density.
+
+    ``model`` gets its weights back; the training is to have saved them.
+    """
+    transform, limit = model.transform, min(COMPARED, config.train.validation_samples)
+    splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
+
+    def scored(one: ClassificationDiffusion, name: str = "validation") -> Tensor:
+        x, labels = splits[name]
+        return single_pass(one, x, labels_for(one, labels), Scoring(level=0)).values()
+
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    own, training = scored(model), scored(model, "train")
+    model.load_state_dict(start)
+    begun = scored(model)
+    model.load_state_dict(trained)
+    values = {"model": own, "training": training, "start": begun}
+    if config.model.gaussian and config.model.components == 1 and config.train.init is None:
+        values["gaussian"] = begun
+    elif not config.model.class_gaussians:
+        values["gaussian"] = scored(_gaussian(model, config, source))
+    means = {name: float(value.mean()) for name, value in values.items()}
+    means["uniform"] = _uniform(source, splits["train"][0], splits["validation"][0])
+    unit = "nats" if transform.bin is None else "bits/dim"
+    worse = not means["model"] <= means["start"]
+    problems = _problems(means, unit, own, training, transform.dim, config, worse)
+    return Outcome(unit, means, "start" if worse and config.train.fallback else "model", tuple(problems))
+
+
+def _problems(
+    values: Mapping[str, float], unit: str, own: Tensor, training: Tensor, dim: int, config: Config, worse: bool
+) -> list[Problem]:
+    """What is wrong by the values; the first of them is what to mend first."""
+    found = []
+    gap, per_nat = values["model"] - values["training"], 1.0 if unit == "nats" else 1 / (dim * math.log(2))
+    noise = math.hypot(standard_error(own), standard_error(training))
+    learned_by_heart = gap > max(FAR * dim * per_nat, 3 * noise)
+    kept = "; the start is kept as the model" if config.train.fallback else ""
+    if worse:
+        cause = "it learned the training data by heart" if learned_by_heart else "the steps were too few or too large"
+        mend = _against_heart(config) if learned_by_heart else "try more --train.steps, or half the --train.lr"
+        said = f"{values['model']:.4g} {unit} on validation data, {values['start']:.4g} before training: {cause}"
+        found.append(Problem("worse than its start", said + kept, mend))
+    elif learned_by_heart:
+        said = f"{values['model']:.4g} {unit} on validation data, {values['training']:.4g} on training data"
+        found.append(Problem("overfitting", said, _against_heart(config)))
+    best = values["start"] if worse and config.train.fallback else values["model"]
+    if not worse and unit == "bits/dim" and best < 0:
+        said = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
+        mend = "see the normalised ones: cdm nll RUN --methods elbo,flow"
+        found.append(Problem("impossible likelihood", said, mend))
+    if best > values.get("gaussian", math.inf):
+        said = f"{best:.4g} {unit}, a fitted Gaussian has {values['gaussian']:.4g}"
+        found.append(Problem("worse than a Gaussian", said, "leave out --model.gaussian and --model.components"))
+    if best > values["uniform"]:
+        said = f"{best:.4g} {unit}, a uniform density on the range of the data has {values['uniform']:.4g}"
+        mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
+        found.append(Problem("worse than a uniform density", said, mend))
+    return found
+
+
+def _against_heart(config: Config) -> str:
+    rate = getattr(config.model.backbone, "dropout", 0.0)
+    return f"try --model.backbone.dropout {min(0.5, rate + 0.15):g}, a smaller network, or more data"
+
+
+def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource) -> ClassificationDiffusion:
+    """The best single Gaussian as a model."""
+    free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
+    chosen, _ = choose_base(free, source, config.data.flip)
+    z, _ = base_samples(source, config.data.flip)
+    base = GaussianMarginals.fit(z, model.schedule, base_floor(source.transform), chosen.form, chosen.shrinkage)
+    return ClassificationDiffusion(_Nothing(model.schedule.T + 2), model.schedule, model.transform, base).eval()
+
+
+class _Nothing(nn.Module):
+    """A network that corrects nothing."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.levels)
+
+
+def _uniform(source: DataSource, *samples: Tensor) -> float:
+    """What a uniform density on the data's range has: bits/dim on a grid, nats in the box of the samples else."""
+    transform, x = source.transform, torch.cat([part.flatten(1) for part in samples]).double()
+    low, high = x.amin(0), x.amax(0)
+    if transform.bin is None:
+        return float((high - low).clamp_min(1e-300).log().sum())
+    low, high = (float(end) if given is None else given for end, given in
+                 ((low.min(), transform.low), (high.max(), transform.high)))  # fmt: skip
+    return math.log2((high - low) / transform.bin + 1)
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:

@@ -7,9 +7,9 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
-from torchcdm.runtime.files import write_file
+from torchcdm.runtime.files import write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, load_source, new_model, resolve
+from torchcdm.training.build import build_loss, choose_base, load_source, new_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, load_matching, load_tensors, save_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.ema import EMA
-from torchcdm.training.finish import finish, save_samples
+from torchcdm.training.finish import Outcome, finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.optimizers import build_optimizer, learning_rate, share_done
 from torchcdm.training.progress import Window, progress_bar
@@ -54,23 +54,16 @@ class NotFinite(UserError):
     """A training that gave up, step after step without a finite gradient."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """How a training ended.
-
-    Attributes:
-        step: Steps done.
-        seconds: Wall-clock of the training, over all resumes.
-        selected: Validation value, its best, and the step of the saved model.
-        samples: The last sheet of samples.
-        source: The data.
-    """
+class TrainResult(NamedTuple):
+    """How a training ended: steps and seconds over all resumes, what ``config.json`` says of the kept weights, the
+    last sheet of samples, the data, and the comparison with what the model has to beat."""
 
     step: int
     seconds: float
     selected: dict[str, Any]
     samples: Path
     source: DataSource
+    outcome: Outcome | None
 
 
 def train(
@@ -115,7 +108,10 @@ def train(
                 print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
         if config.data.spec is None:
             config = replace(config, data=replace(config.data, spec=source.name))
-        config = replace(config, model=resolve(config.model, source.transform))
+        model, notes = choose_base(resolve(config.model, source.transform), source, config.data.flip)
+        config = replace(config, model=model)
+        if progress and is_first():
+            print(*notes, sep="\n", end="\n" * bool(notes))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
@@ -159,6 +155,7 @@ class Trainer:
             left = load_matching(model, options.init)
             self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
         self.model = model.to(self.device)
+        self.start = {key: value.clone() for key, value in model.state_dict().items()}
         self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
         self.ema = EMA(self.model, options.ema_decay)
         self.parameters = list(self.model.parameters())
@@ -184,14 +181,19 @@ class Trainer:
             cut_metrics(self.run.metrics, self.step)
         if not self._over():
             self._loop()
-        samples = self.run.samples
+        samples, outcome = self.run.samples, None
         if self.main:
             if not self.run.model.exists():
                 raise NotFinite(f"training: no validation had a finite {self.selection.value}; lower --train.lr")
-            samples = finish(self.ema.model, self.run, self.config, self.source, self._save_model, self.say)
+            samples, outcome = finish(
+                self.ema.model, self.run, self.config, self.source, self.start, self._save_model, self.say
+            )
+            content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds}
+            write_json(self.run.report, content | {"outcome": outcome and outcome.to_json()})
         self.processes.wait()
         self.processes.finish()
-        return TrainResult(self.step, self.seconds, self.selection.selected(self.step), samples, self.source)
+        selected = self.selection.selected(self.step)
+        return TrainResult(self.step, self.seconds, selected, samples, self.source, outcome)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -336,8 +338,11 @@ class Trainer:
         states = state_folders(self.run)
         return f"the last good state is kept ({states[-1]})" if states else "no state was saved"
 
-    def _save_model(self) -> None:
+    def _save_model(self, start: float | None = None) -> None:
+        """Writes the averaged weights; ``start``, the validation value of the start, says that it is these."""
         config, source = self.config, self.source
+        if start is not None:
+            self.selection.kept_start(start)
         info = ModelInfo(
             preset=config.preset, model=config.model, transform=source.transform, data=config.data,
             class_names=source.class_names, columns=source.columns, constants=source.constants,

@@ -24,7 +24,8 @@ class Selection:
 
     def __init__(self, config: Config, source: DataSource, model: Denoiser) -> None:
         self.value = config.train.select if config.model.kind == "cdm" else "mse"
-        self.unit = {"nll": "nats" if source.transform.bin is None else "bits/dim"}.get(self.value, "")
+        self.continuous = source.transform.bin is None
+        self.unit = ("nats" if self.continuous else "bits/dim") if self.value == "nll" else ""
         self.loss, self.patience = config.loss, config.train.patience
         self.data: tuple[Tensor, Tensor | None] | None = None
         if source.validation:
@@ -49,6 +50,10 @@ class Selection:
         elif settled:
             self.stale += 1
         return {f"val_{key}": item for key, item in values.items()}, keep
+
+    def kept_start(self, value: float) -> None:
+        """Notes that the model is what the training began with, and its validation value."""
+        self.best = Best("nll", "nats" if self.continuous else "bits/dim", value, 0)
 
     def selected(self, step: int) -> dict[str, Any]:
         """What ``config.json`` says of the kept weights, after ``step`` steps."""

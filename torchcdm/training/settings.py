@@ -73,9 +73,11 @@ class ModelConfig:
         kind: ``cdm``, or ``ddm``: the plain denoising diffusion baseline.
         labels: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes
             from one pass (identity 10).
-        gaussian: Logits are a correction to a fitted Gaussian.
+        gaussian: Logits are a correction to a fitted Gaussian. This and the next three are chosen by the likelihood
+            of validation data where they are left out.
         components: Number of Gaussians in the base density; above 1 for vectors only.
         shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
+        form: Of the covariance: ``full``; ``cosine``, one variance for each cosine of an image; ``diagonal``.
         class_gaussians: Each class has a base Gaussian of its own, or weights of its own for the same ``components``;
             for joint labels.
         backbone: The network.
@@ -84,20 +86,22 @@ class ModelConfig:
 
     kind: Literal["cdm", "ddm"] = "cdm"
     labels: Literal["none", "input", "joint"] = "none"
-    gaussian: bool = True
-    components: Width = 1
-    shrinkage: Share = 0.0
+    gaussian: bool | None = None
+    components: Width | None = None
+    shrinkage: Share | None = None
+    form: Literal["full", "cosine", "diagonal"] | None = None
     class_gaussians: bool = False
     backbone: named(*BACKBONES.values()) = BACKBONES["encoder"]()
     schedule: named(*SCHEDULE_SETTINGS.values()) = SCHEDULE_SETTINGS["uniform-sigma"]()
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
-        if self.class_gaussians and not (self.gaussian and self.labels == "joint"):
+        components = self.components or 1
+        if self.class_gaussians and (self.gaussian is False or self.labels != "joint"):
             raise ValueError("class_gaussians needs gaussian, and labels joint")
-        if self.components > 1 and not self.gaussian:
-            raise ValueError(f"components is {self.components}; above 1 it needs gaussian")
-        if self.shrinkage and (not self.gaussian or (self.class_gaussians and self.components == 1)):
+        if components > 1 and self.gaussian is False:
+            raise ValueError(f"components is {components}; above 1 it needs gaussian")
+        if self.shrinkage and (self.gaussian is False or (self.class_gaussians and components == 1)):
             raise ValueError(
                 f"shrinkage is {self.shrinkage:g}; above 0 it needs gaussian, and components with class_gaussians"
             )
@@ -130,6 +134,7 @@ class TrainConfig:
         validation_samples: At most so many validation samples.
         select: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; a ddm has ``mse`` alone.
         patience: Stop after so many validations without a new best; None never stops early.
+        fallback: Keep what the training began with as the model where the trained one is worse on validation data.
         calibration: Noisy copies of the validation split by which the constants of a cdm's levels are set at the end,
             where that lowers the cross-entropy (:mod:`torchcdm.training.level_constants`); 0 leaves them as they are.
         log_every: Steps between lines of metrics.jsonl.
@@ -159,6 +164,7 @@ class TrainConfig:
     validation_samples: Count = 2000
     select: Literal["nll", "loss", "mse"] = "nll"
     patience: Count | None = None
+    fallback: bool = True
     calibration: CountOrZero = 0
     log_every: Count = 50
     save_every: Count = 500

@@ -1,0 +1,73 @@
+"""Do no harm: the better of the trained model and its start is kept, and what is wrong has a name and a mend."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import LedoitWolf
+from small_runs import small_config
+
+import torchcdm
+from torchcdm.likelihood import Scoring, single_pass
+from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.finish import _problems
+from torchcdm.training.loop import train
+
+
+def table(rows=160, columns=150):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(rows, 20)) @ rng.normal(size=(20, columns)) + 0.5 * rng.normal(size=(rows, columns))
+
+
+def test_a_table_with_fewer_rows_than_columns_is_as_good_as_ledoit_and_wolf(tmp_path):
+    x = table()
+    torchcdm.fit(x, preset="table", out=tmp_path / "run", progress=False, steps=10, sampling={"n": 0})
+    outcome = json.loads((tmp_path / "run" / "report.json").read_text())["outcome"]
+    fitted = LedoitWolf().fit(x[:128])
+    expected = -np.mean([fitted.score(x[128:][k : k + 1]) for k in range(32)])
+    best = min(outcome["values"]["model"], outcome["values"]["start"])
+    # Other rows than those of the run's own split: within the spread of a few rows.
+    assert outcome["unit"] == "nats" and best < expected + 30
+
+
+def test_a_training_that_goes_wrong_keeps_its_start_and_says_so(tmp_path, capsys):
+    config = small_config(
+        train__lr="3.0", train__steps="12", train__warmup="0", sampling__n="0", train__optimizer="adamw"
+    )
+    result = train(config, tmp_path / "run", device="cpu", progress=True)
+    said = capsys.readouterr().out
+    assert result.outcome.kept == "start" and result.outcome.problems[0].name == "worse than its start"
+    assert "worse than its start" in said and "the start is kept" in said and "--train.lr" in said
+    model, info = load(tmp_path / "run"), read_info(tmp_path / "run")
+    assert info.selected["step"] == 0 and info.selected["best"] == pytest.approx(result.outcome.values["start"])
+    x, _ = result.source.validation.tensors()
+    value, _ = single_pass(model, x, None, Scoring(level=0)).mean_and_error()
+    assert value == pytest.approx(result.outcome.values["start"], abs=0.02)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["outcome"]["kept"] == "start"
+
+
+def test_without_fallback_the_trained_one_stays(tmp_path):
+    config = small_config(
+        train__lr="3.0", train__steps="12", train__warmup="0", sampling__n="0", train__optimizer="adamw",
+        train__fallback="false",
+    )  # fmt: skip
+    result = train(config, tmp_path / "run", device="cpu", progress=False)
+    assert result.outcome.kept == "model" and read_info(tmp_path / "run").selected["step"] > 0
+
+
+def problems(unit="bits/dim", worse=False, **values):
+    values = {"model": 3.0, "training": 3.0, "start": 4.0, "gaussian": 4.0, "uniform": 8.0} | values
+    noise = 0.01 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    own, training = values["model"] + noise, values["training"] + noise
+    return [p.name for p in _problems(values, unit, own, training, 64, small_config(), worse)]
+
+
+def test_every_problem_has_its_name():
+    assert problems() == []
+    assert problems(training=2.0) == ["overfitting"]
+    assert problems(model=-0.5, training=-0.5) == ["impossible likelihood"]
+    assert problems(model=9.0, training=9.0, start=9.5, gaussian=9.5) == ["worse than a uniform density"]
+    assert problems(model=4.5, training=4.5, start=5.0) == ["worse than a Gaussian"]
+    assert problems(model=5.0, training=5.0, worse=True) == ["worse than its start"]
+    assert problems("nats", model=-3.0, training=-3.0, start=-2.0, gaussian=-2.0) == []
