@@ -37,8 +37,8 @@ def test_few_rows_of_many_correlated_columns_are_not_overfitted():
 
 
 def test_few_images_take_the_cosine_form_and_mixtures_their_modes():
-    grid = torch.linspace(0, 3, 16)
-    wave = torch.stack([torch.cos(k * grid)[None] * torch.cos(j * grid)[:, None] for k in range(4) for j in range(4)]).double()
+    grid = torch.linspace(0, 3, 16).double()
+    wave = torch.stack([torch.cos(k * grid)[None] * torch.cos(j * grid)[:, None] for k in range(4) for j in range(4)])
     images = (normal(60, 16) @ wave.flatten(1)).reshape(60, 1, 16, 16) + 0.05 * normal(60, 1, 16, 16)
     start = best_start(images[:40], images[40:])
     assert start.fields["form"] == "cosine" and math.isfinite(start.value)

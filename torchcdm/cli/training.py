@@ -15,6 +15,7 @@ from torchcdm.errors import UserError
 from torchcdm.training.run_folder import RunFolder, read_metrics
 
 if TYPE_CHECKING:
+    from torchcdm.data import DataSource
     from torchcdm.training.settings import Config
 
 SHORT = {
@@ -44,6 +45,9 @@ def add_commands(commands: Any) -> None:
         parser.add_argument(f"--{name}", metavar=metavar, help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in RUN, if there is one")
+    parser.add_argument("--budget", metavar="TIME", help="time for training and report: 90s, 10m, 2h; the preset "
+                        "encoder takes the largest network that has enough steps in it (30m)")  # fmt: skip
+    parser.add_argument("--no-report", action="store_true", help="measure nothing on the test split")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report on the terminal")
     parser.add_argument("--section.field", dest="_", metavar="VALUE", help="any field of the configuration, such as "
                         "--train.lr 1e-3 or --model.backbone.width 48; RUN/config.yaml lists them")  # fmt: skip
@@ -75,20 +79,20 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.training.interrupt import Interrupted
     from torchcdm.training.loop import train
 
-    config = _configuration(options)
+    tell = is_first() and not options.quiet
+    config, source = _configuration(options, tell)
     make_sampler(config.sampling.sampler)
     if config.report.methods:
         check_methods(config.report.methods)
-    tell = is_first() and not options.quiet
     device = chosen_device(options.device)
     try:
-        result = train(config, options.out, resume=options.resume, device=options.device, progress=tell)
+        result = train(config, options.out, source, options.resume, options.device, tell)
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number
     if tell:
         print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
-    if is_first():
+    if is_first() and not options.no_report:
         text = write_report(options.out, result.source, device, progress=tell).text
         if tell:
             print(text)
@@ -110,11 +114,15 @@ def run_presets(options: argparse.Namespace) -> int:
     return 0
 
 
-def _configuration(options: argparse.Namespace) -> Config:
-    """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given."""
+def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, DataSource | None]:
+    """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given.
+
+    Where the preset scales itself, it needs the data, and these are given too.
+    """
     from torchcdm.data import parse_size
-    from torchcdm.training.build import plain_model
+    from torchcdm.training.build import load_source, plain_model
     from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
+    from torchcdm.training.scale import scales, with_budget
 
     layers = [] if options.preset is None else [preset_fields(options.preset)]
     if options.config is not None:
@@ -129,8 +137,20 @@ def _configuration(options: argparse.Namespace) -> Config:
     given = [(path, getattr(options, name)) for name, (path, *_) in SHORT.items()]
     flags = [(path, text) for path, text in given if text is not None]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
-    config = make_config(*layers, flag_fields(flags + options.fields))
-    return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
+    layers.append(flag_fields(flags + options.fields))
+    run, source = RunFolder(options.out), None
+    saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
+    if scales(layers, options.budget) and saved.get("preset") == options.preset:
+        # What was scaled stays as it was: times differ from one measurement to the next.
+        layers.insert(1, saved)
+    elif scales(layers, options.budget) and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not run.holds_run():
+        source = load_source(make_config(*layers).data)
+        if tell:
+            print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
+    config, notes = with_budget(layers, source, options.budget, options.device)
+    if tell:
+        print(*notes, sep="\n", end="\n" * bool(notes))
+    return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config, source
 
 
 def run_info(options: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
 from torchcdm.training.build import in_units
 from torchcdm.training.checkpoint import load
-from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.config_files import preset_fields
 from torchcdm.training.interrupt import Interrupted
 from torchcdm.training.loop import train
+from torchcdm.training.scale import scales, with_budget
 from torchcdm.training.settings import Config, TrainConfig
 
 WITHOUT_EFFECT = {
@@ -44,6 +45,7 @@ def fit(
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
+    budget: str | float | None = None,
     **overrides: Any,
 ) -> Denoiser:
     """Trains a model on data that are at hand and returns the best one on a validation split.
@@ -58,6 +60,8 @@ def fit(
         out: Folder of the run; when None nothing is kept and no samples are drawn.
         device: As in :func:`torchcdm.training.loop.train`.
         progress: Shows a progress bar, and what was read off the data.
+        budget: Time for all of it: seconds, or a text such as ``10m``. The preset ``encoder`` takes the largest
+            network that has enough steps in it, and half an hour where neither this nor ``steps`` is given.
         **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
             (``model={"backbone": {"width": 48}}``).
 
@@ -76,7 +80,11 @@ def fit(
     if progress:
         print(*source.notes, sep="\n")
     preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
-    config = make_config(preset_fields(preset), layer)
+    layers = [preset_fields(preset), layer]
+    ready = in_units(source, DataOptions(**layer.get("data", {}))) if scales(layers, budget) else None
+    config, notes = with_budget(layers, ready, budget, device)
+    if progress:
+        print(*notes, sep="\n", end="\n" * bool(notes))
     if out is None:
         with trained(config, source, device, progress) as folder:
             return load(folder, device or "cpu")

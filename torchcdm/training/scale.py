@@ -1,0 +1,169 @@
+"""The preset ``encoder`` scaled to the images and to the time: width, resolutions, batch and steps.
+
+A network that cannot take a few thousand steps in the time is too large for it, whatever it would reach later.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from torchcdm.data import DataSource
+from torchcdm.errors import UserError
+from torchcdm.runtime.devices import chosen_device
+from torchcdm.training.batches import Batches
+from torchcdm.training.build import build_loss, new_model, resolve
+from torchcdm.training.config_files import FileFields, make_config, merge
+from torchcdm.training.optimizers import build_optimizer
+from torchcdm.training.settings import Config
+
+SCALED = "encoder"
+"""The preset that scales itself, where neither a number of steps nor a network is given."""
+
+DEFAULT = 1800.0
+"""Seconds of a training for which no time is given."""
+
+SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))
+"""Widths and batches, from the cheapest on."""
+
+WANTED_STEPS = 2500
+"""Steps that the time must hold for a larger size to be taken."""
+
+TRAINING_SHARE, REPORT_SHARE = 0.85, 0.08
+"""Shares of the time: for the training, and for the flow of the report."""
+
+FLOW_COST = 70
+"""Passes of training that the flow of one sample takes as long as."""
+
+EPOCHS = 300
+"""Most times that a sample is seen."""
+
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(budget: str | float) -> float:
+    """A time such as ``10m``, ``90s``, ``2h`` or 600 as seconds.
+
+    Raises:
+        UserError: No such time.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(budget).strip())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"budget is {str(budget)!r:.60}; give a time such as 90s, 10m or 2h")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def with_budget(
+    layers: list[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None
+) -> tuple[Config, list[str]]:
+    """The configuration of these layers for a time: preset first, what a user gave after it.
+
+    Args:
+        layers: As of :func:`torchcdm.training.config_files.make_config`.
+        source: The data; None where the preset is none that scales.
+        budget: As in :func:`seconds_of`; None for none.
+        device: Where the training runs.
+
+    Returns:
+        The configuration, and what was chosen, a sentence; none where nothing was.
+    """
+    seconds = None if budget is None else seconds_of(budget)
+    limit = {} if seconds is None else {"train": {"max_seconds": seconds}}
+    preset, *given = layers
+    if source is None or len(source.shape) != 3:
+        return make_config(preset, limit, *given), []
+    asked = make_config(preset, limit, *given)
+    seconds = seconds or DEFAULT
+    layer, note = _scaled(asked, preset, given, source, seconds, device)
+    return make_config(preset, layer, *given), [note]
+
+
+def scales(layers: list[Mapping[str, Any]], budget: str | float | None) -> bool:
+    """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
+    given: Mapping[str, Any] = {}
+    for layer in layers[1:]:
+        given = merge(given, layer)
+    free = "steps" not in given.get("train", {}) and "max_seconds" not in given.get("train", {})
+    named = layers[0].get("preset") == SCALED and not isinstance(layers[0], FileFields)
+    return named and "backbone" not in given.get("model", {}) and (free or budget is not None)
+
+
+def multipliers_of(height: int, width: int) -> list[int]:
+    """Multipliers of the widths of an encoder, one a resolution: sides are halved while they are even and large."""
+    found, most = [1], 4 if min(height, width) >= 64 else 3
+    while len(found) < most and height % 2 == width % 2 == 0 and min(height, width) >= 8:
+        found, height, width = [*found, 2], height // 2, width // 2
+    return found
+
+
+def _scaled(
+    asked: Config, preset: Mapping[str, Any], given: list[Mapping[str, Any]], source: DataSource, seconds: float,
+    device: str | None,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    """Fields for the largest size that takes enough steps, and what they are in a sentence."""
+    training = TRAINING_SHARE * seconds
+    count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
+    chosen: tuple[int, int, float] | None = None
+    for width, batch in SIZES:
+        if chosen is not None:
+            # Costs grow with the square of the width: a size that is clearly too large is not tried.
+            expected = chosen[2] * batch / chosen[1] * (width / chosen[0]) ** 1.5
+            if training / expected < WANTED_STEPS / 2:
+                break
+        layer = {"model": {"backbone": {"width": width, "multipliers": multipliers}}, "train": {"batch_size": batch}}
+        took = seconds_a_step(make_config(preset, layer, *given), source, device)
+        if chosen is not None and training / took < WANTED_STEPS:
+            break
+        chosen = width, batch, took
+    width, batch, took = chosen
+    steps = min(max(1, int(training / took)), max(WANTED_STEPS, EPOCHS * count // batch))
+    every = max(10, steps // 12)
+    report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
+    layer = {
+        "model": {"backbone": {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05}},
+        "train": {
+            "batch_size": batch, "max_seconds": training, "steps": max(1, 2 * steps), "warmup": min(200, steps // 10),
+            "validate_every": every, "save_every": every, "log_every": max(1, steps // 100), "sample_every": None,
+            "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
+        },
+        "report": {"limit": min(max(16, report), asked.report.limit)},
+    }  # fmt: skip
+    shape = "x".join(map(str, source.shape))
+    note = (
+        f"scaled to {count} images of {shape} and {duration(seconds)}: width {width} at {len(multipliers)} "
+        f"resolutions, batches of {batch}, about {steps} steps of {took:.2g} s; another time with --budget"
+    )
+    return layer, note
+
+
+def seconds_a_step(config: Config, source: DataSource, device: str | None) -> float:
+    """Seconds that a step of a configuration takes: the fastest of three, of an untrained model."""
+    where = chosen_device(device)
+    model_config = replace(resolve(config.model, source.transform), gaussian=False, components=1, shrinkage=0.0)
+    with torch.random.fork_rng(devices=[]):
+        model = new_model(model_config, source, False).to(where)
+    loss = build_loss(config.loss, model)
+    options, times = config.train, []
+    optimizer = build_optimizer(options.optimizer, model, options.lr, options.betas, options.weight_decay)
+    for batch in Batches(source, options.batch_size, options.seed, labels=model.conditional)(0, 3, loss, where):
+        began = time.perf_counter()
+        loss(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``10 min``."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
