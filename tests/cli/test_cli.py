@@ -477,6 +477,19 @@ def test_info(capsys, run):
     assert "uniform-sigma, T = 20" in out and "encoder" in out and "step-12" in out and "0 ... 16" in out
 
 
+def test_training_without_a_report_says_what_it_kept(capsys, tmp_path):
+    flags = small_flags(train__steps="3", sampling__n="0")
+    out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--no-report", *flags)
+    assert "validation, bits/dim, lower is better: this model" in out and "row" not in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 3 and set(report["outcome"]["values"]) >= {"model", "start", "gaussian", "uniform"}
+
+
+def test_nll_without_log_z_says_what_was_measured(capsys, run):
+    out = succeed(capsys, "nll", run, "--limit", "4", "--methods", "single,flow", "--quiet")
+    assert "Measured: one pass" in out and "--methods single,elbo,flow,logz" in out and "believed" not in out
+
+
 def test_resume_of_a_run_needs_no_preset(capsys, tmp_path, run):
     words = ["train", "--out", tmp_path / "r", "--device", "cpu"]
     succeed(capsys, *words, "--config", run / "config.yaml", "--steps", "2")

@@ -155,6 +155,7 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
 
 def run_info(options: argparse.Namespace) -> int:
     """Architecture, data and training of a run."""
+    from torchcdm.training.build import described
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.states import state_folders
     from torchcdm.zoo import located
@@ -178,7 +179,23 @@ def run_info(options: argparse.Namespace) -> int:
         "last step": lines[-1]["step"] if lines else None,
         "states": [path.name for path in state_folders(run)],
     }
-    tell(options.json, "\n".join(f"{name:12} {value}" for name, value in values.items()), values)
+    kept = info.selected
+    shape = "x".join(map(str, info.transform.shape))
+    what = {"cdm": "a classification diffusion model", "ddm": "a plain diffusion model"}[config.kind]
+    best = f": {kept['value']} {kept['best']:.4g} {kept['unit']}".rstrip() + " on validation" if "best" in kept else ""
+    told = {
+        "model": f"{what} of samples {shape}, preset {info.preset}",
+        "network": f"{config.backbone.name}, {values['parameters']:,} parameters; starts from {described(config)}",
+        "schedule": values["schedule"],
+        "data": info.data.spec or "given in Python",
+        "grey levels": values["grey levels"],
+        "columns": info.columns and ", ".join(info.columns),
+        "classes": info.class_names and f"{', '.join(info.class_names)} (labels {config.labels})",
+        "kept": f"step {kept['step']}{best}" if "step" in kept else None,
+        "calibrated": values["calibrated"],
+        "resumes from": values["states"] and values["states"][-1],
+    }
+    tell(options.json, "\n".join(f"{name:13} {text}" for name, text in told.items() if text), values)
     return 0
 
 

@@ -58,6 +58,10 @@ class NLLGap:
     se: float
 
 
+NOT_ESTIMATED = "log Z was not estimated"
+"""Why there is no headline where nobody asked for one."""
+
+
 @dataclass(frozen=True)
 class NLLReport:
     """The likelihood of a model on a data set, with what is needed to judge it.
@@ -125,10 +129,19 @@ class NLLReport:
                 f"one pass - flow at level {self.gap.level}, same noisy inputs: {self.gap.mean:+.4f} +- "
                 f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance removed)"
             )
-        lines += [*self.notes, f"To be believed: {'yes' if self.believe else 'no'}. {self.why}"]
+        lines += [*self.notes, self._verdict()]
         if self.log_z is not None and self.log_z.convergence is None:
             lines.append("Estimates of log Z err low, so a number normalised by one errs optimistic.")
         return "\n".join(lines)
+
+
+    def _verdict(self) -> str:
+        """Whether to believe the headline; where log Z was not asked for, what was measured instead."""
+        if NOT_ESTIMATED not in self.why:
+            return f"To be believed: {'yes' if self.believe else 'no'}. {self.why}"
+        normalized = [row.name for row in self.rows if row.name in ("elbo", "flow")]
+        said = "one pass, which may be off by log Z" + "".join(f"; {name}, which is normalised" for name in normalized)
+        return f"Measured: {said}. For a normalised one pass: cdm nll RUN --methods single,elbo,flow,logz"
 
 
 def finite(value: float | None) -> float | None:

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from torchcdm.likelihood.log_z import SMALLEST_ESS, LogZ
-from torchcdm.likelihood.summary import NLLGap, Row
+from torchcdm.likelihood.summary import NOT_ESTIMATED, NLLGap, Row
 
 CONSISTENT = 0.02
 """Largest difference to the flow, and largest excess over the ELBO, of a number that is to be believed; bits/dim."""
@@ -82,7 +82,7 @@ def _lacking(one_pass: Row | None, log_z: LogZ | None, conditional: bool) -> str
     if conditional:
         return "log Z of a class-conditional density is not estimated here"
     if log_z is None:
-        return "log Z was not estimated"
+        return NOT_ESTIMATED
     if one_pass is None:
         return "one pass was not asked for"
     if log_z.doubt:

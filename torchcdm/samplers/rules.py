@@ -301,13 +301,14 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 """What :func:`sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of a name in :data:`SAMPLERS`; a sampler itself passes through.
+    """The sampler of a name in :data:`SAMPLERS`, ``dpmpp`` for ``dpm++`` too; a sampler itself passes through.
 
     Raises:
         UserError: Another name.
     """
     if isinstance(sampler, Sampler):
         return sampler
+    sampler = str(sampler).replace("dpmpp", "dpm++")
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{sampler}'; {nearest(sampler, SAMPLERS)}")
     return SAMPLERS[sampler]()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -103,17 +102,17 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[Mo
         chosen = torch.arange(len(train)) % 5 == 0
         train, held_out = train[~chosen], train[chosen]
     start = best_start(train, held_out, base_floor(source.transform), given)
-    fields = start.fields
-    return replace(config, **fields), [f"starts from {described(fields)}, the most probable on held-out data"]
+    config = replace(config, **start.fields)
+    return config, [f"starts from {described(config)}, the most probable on held-out data"]
 
 
-def described(fields: Mapping[str, Any]) -> str:
-    """A base density in words."""
-    if not fields["gaussian"]:
+def described(config: ModelConfig) -> str:
+    """The base density of a configuration in words."""
+    if config.gaussian is False:
         return "a standard normal"
-    kind = {"full": "", "cosine": " of cosines", "diagonal": " without correlations", None: ""}[fields["form"]]
-    count = "a Gaussian" if fields["components"] == 1 else f"{fields['components']} Gaussians"
-    return f"{count}{kind}" + (f" with shrinkage {fields['shrinkage']:g}" if fields["shrinkage"] else "")
+    kind = {"cosine": " of cosines", "diagonal": " without correlations"}.get(config.form, "")
+    count = "a Gaussian" if (config.components or 1) == 1 else f"{config.components} Gaussians"
+    return f"{count}{kind}" + (f" with shrinkage {config.shrinkage:g}" if config.shrinkage else "")
 
 
 def base_samples(source: DataSource, flip: bool) -> tuple[Tensor, Tensor]:
