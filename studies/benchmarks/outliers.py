@@ -40,7 +40,8 @@ from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
 from torchcdm.apps.anomaly import SCORES, level_profile, make_score
-from torchcdm.data import DataOptions, DataSource, from_object, load_data, pixels
+from torchcdm.data import DataOptions, DataSource, from_object, load_data
+from torchcdm.data.images import resize
 
 # --- the list, fixed ---------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def resized_digits(size: tuple[int, int]) -> Tensor:
     """scikit-learn's digits, all 1797, to ``size``, their 17 grey levels as 0 ... 255: uint8 (N, 1, H, W)."""
     source = load_data("digits")
     digits = torch.cat([split.tensors()[0] for split in (source.train, source.validation, source.test)])
-    large = torch.stack([pixels.resize(image.float() * 255 / 16, size) for image in digits])
+    large = torch.stack([resize(image.float() * 255 / 16, size) for image in digits])
     return large.round().clamp(0, 255).to(torch.uint8)
 
 

@@ -124,7 +124,7 @@ def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):
         np.savetxt(tmp_path / f"{name}.csv", rows, delimiter=",", header="volt,ampere,state", comments="")
     np.savetxt(tmp_path / "without.csv", new[:, :2], delimiter=",", header="volt,ampere", comments="")
     run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
-    assert load_data(f"table:{tmp_path / 'good.csv'}").constants == {"state": np.float32(0.1)}
+    assert load_data(f"table:{tmp_path / 'good.csv'}").transform.table.constants == {"state": 0.1}
     words = (run, tmp_path / "new.csv", "--reference", tmp_path / "fresh.csv", "--json", tmp_path / "s.json")
     out = score(capsys, *words)
     numbers = json.loads((tmp_path / "s.json").read_text())

@@ -17,7 +17,7 @@ from small_runs import small_flags
 import torchcdm
 from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main
-from torchcdm.data import Layout, load_data
+from torchcdm.data import load_data
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +356,7 @@ def test_an_array_on_the_grid_of_the_model_need_not_reach_its_ends(capsys, tmp_p
     x = load_data("digits").test.tensors()[0].clamp(1, 9).numpy()
     path = tmp_path / "some.npy"
     np.save(path, x.astype(dtype))
-    source = load_data(f"array:{path}", Layout(torchcdm.load(run).transform))
+    source = load_data(f"array:{path}", torchcdm.load(run).transform)
     values = torch.cat([split.tensors()[0].float() for split in (source.train, source.validation, source.test)])
     assert values.sum((1, 2, 3)).sort()[0].tolist() == sorted(x.sum((1, 2, 3)).tolist())
     assert np.isfinite(nll_of(capsys, run, "--data", f"array:{path}", "--limit", "5")["one-pass"])

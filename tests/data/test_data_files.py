@@ -7,7 +7,6 @@ from PIL import Image
 
 from torchcdm.data import (
     DataOptions,
-    Layout,
     load_data,
     read_inputs,
     save_array,
@@ -50,7 +49,7 @@ def test_images_survive_saving_and_reading(tmp_path, channels):
     x = bytes_like(4, channels, 6, 5)
     paths = save_images(x + 0.4, tmp_path / "new" / "folder", transform)
     assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png", "000003.png"]
-    y, names, *_ = read_inputs(paths, Layout(transform))
+    y, names, *_ = read_inputs(paths, transform)
     assert torch.equal(y, x) and names == list(map(str, paths))
 
 
@@ -58,7 +57,7 @@ def test_digits_survive_saving_and_reading(tmp_path):
     source = load_data("digits")
     x = source.test.tensors(limit=20)[0].float()
     save_images(x, tmp_path, source.transform)
-    assert torch.equal(read_inputs(tmp_path, Layout(source.transform))[0], x)
+    assert torch.equal(read_inputs(tmp_path, source.transform)[0], x)
 
 
 def test_sixteen_bits_and_many_channels_keep_their_values(tmp_path):
@@ -66,12 +65,12 @@ def test_sixteen_bits_and_many_channels_keep_their_values(tmp_path):
     x = bytes_like(3, 1, 6, 5, high=65536)
     (first, *_) = paths = save_images(x, tmp_path / "deep", deep)
     assert np.array_equal(np.asarray(Image.open(first)), x[0, 0].numpy())
-    assert torch.equal(read_inputs(paths, Layout(deep))[0], x)
+    assert torch.equal(read_inputs(paths, deep)[0], x)
     wide = DataTransform.images((7, 6, 6))
     x = bytes_like(3, 7, 6, 6)
     paths = save_images(x, tmp_path / "wide", wide)
     assert paths[0].suffix == ".npy" and np.load(paths[0]).dtype == np.uint8
-    assert torch.equal(read_inputs(tmp_path / "wide", Layout(wide))[0], x)
+    assert torch.equal(read_inputs(tmp_path / "wide", wide)[0], x)
 
 
 def test_grid_holds_every_image_in_reading_order(tmp_path):
@@ -97,7 +96,7 @@ def test_arrays_of_grey_levels_are_integers_again(tmp_path, levels, dtype):
         assert stored["x"].dtype == dtype and np.array_equal(stored["x"], x.numpy())
     source = load_data(f"array:{path}")
     assert source.classes == 2 and source.transform.high == levels - 1
-    assert torch.equal(read_inputs(path, Layout(transform))[0], x)
+    assert torch.equal(read_inputs(path, transform)[0], x)
 
 
 def test_arrays_of_continuous_data_are_floats(tmp_path):
@@ -126,10 +125,10 @@ def test_saving_where_it_cannot_be(tmp_path):
 def test_wrong_size_and_channels_name_file_and_both_shapes(tmp_path):
     Image.fromarray(np.zeros((28, 30), np.uint8)).save(tmp_path / "big.png")
     with pytest.raises(UserError) as caught:
-        read_inputs(tmp_path / "big.png", Layout(COLOUR))
+        read_inputs(tmp_path / "big.png", COLOUR)
     message = str(caught.value)
     assert "big.png: images of 28 x 30 pixels, 1 channel(s); the model takes images of 6 x 5 pixels, 3" in message
-    x, *_ = read_inputs(tmp_path / "big.png", Layout(COLOUR), DataOptions(size=(6, 5), channels=3))
+    x, *_ = read_inputs(tmp_path / "big.png", COLOUR, DataOptions(size=(6, 5), channels=3))
     assert x.shape == (1, 3, 6, 5)
 
 
@@ -137,19 +136,19 @@ def test_arrays_in_either_layout_and_single_samples(tmp_path):
     x = bytes_like(4, 3, 6, 5)
     for k, array in enumerate([x, x.movedim(1, 3), x[0], x[0].movedim(0, 2)]):
         np.save(tmp_path / f"{k}.npy", array.numpy().astype(np.uint8))
-        y, names, *_ = read_inputs(tmp_path / f"{k}.npy", Layout(COLOUR))
+        y, names, *_ = read_inputs(tmp_path / f"{k}.npy", COLOUR)
         assert torch.equal(y, x[:1] if k >= 2 else x)
         assert names[-1] == f"{tmp_path / f'{k}.npy'}[{len(y) - 1}]"
     np.save(tmp_path / "grey.npy", np.full((6, 5), 9, np.uint8))
-    assert bool((read_inputs(tmp_path / "grey.npy", Layout(GREY))[0] == torch.full((1, 1, 6, 5), 9.0)).all())
+    assert bool((read_inputs(tmp_path / "grey.npy", GREY)[0] == torch.full((1, 1, 6, 5), 9.0)).all())
     vector = DataTransform.identity((4,))
     np.save(tmp_path / "one.npy", np.arange(4.0))
-    assert read_inputs(tmp_path / "one.npy", Layout(vector))[0].tolist() == [[0, 1, 2, 3]]
+    assert read_inputs(tmp_path / "one.npy", vector)[0].tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_dark_array_is_not_rescaled(tmp_path):
     np.save(tmp_path / "dark.npy", np.full((4, 6, 5), 3, np.uint8))
-    assert bool((read_inputs(tmp_path / "dark.npy", Layout(GREY))[0] == 3).all())
+    assert bool((read_inputs(tmp_path / "dark.npy", GREY)[0] == 3).all())
 
 
 def test_several_paths_join_in_order(tmp_path):
@@ -157,7 +156,7 @@ def test_several_paths_join_in_order(tmp_path):
     save_images(x[:2], tmp_path / "a", GREY)
     save_images(x[2:4], tmp_path / "b" / "deeper", GREY)
     array = save_array(x[4:], tmp_path / "c.npy", GREY)
-    y, names, *_ = read_inputs([tmp_path / "a", tmp_path / "b", array], Layout(GREY))
+    y, names, *_ = read_inputs([tmp_path / "a", tmp_path / "b", array], GREY)
     assert torch.equal(y, x) and len(names) == 6
 
 
@@ -166,8 +165,8 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
     paths = save_images(x, tmp_path, GREY)
     paths[0].write_bytes(paths[0].read_bytes()[:60])
     with pytest.raises(UserError, match="000000.png: cannot be read as an image"):
-        read_inputs(tmp_path, Layout(GREY))
-    y, names, _, notes = read_inputs(tmp_path, Layout(GREY), DataOptions(skip_bad=True))
+        read_inputs(tmp_path, GREY)
+    y, names, _, notes = read_inputs(tmp_path, GREY, DataOptions(skip_bad=True))
     assert notes == (f"1 file(s) that cannot be read are left out, {paths[0]} the first.",)
     assert torch.equal(y, x[1:]) and names == [str(paths[1])]
 
@@ -182,13 +181,13 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
 def test_images_for_models_without_grey_levels(tmp_path, transform, message):
     save_images(bytes_like(1, 1, 6, 5), tmp_path, GREY)
     with pytest.raises(UserError, match=message):
-        read_inputs(tmp_path, Layout(transform))
+        read_inputs(tmp_path, transform)
 
 
 def test_values_beyond_the_range_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.full((3, 6, 5), 4095, np.uint16))
     with pytest.raises(UserError, match=r"values from 4095 to 4095; the model's grey levels are 0 \.\.\. 255"):
-        read_inputs(tmp_path / "x.npy", Layout(GREY))
+        read_inputs(tmp_path / "x.npy", GREY)
 
 
 def test_nothing_to_read(tmp_path):
@@ -200,4 +199,4 @@ def test_nothing_to_read(tmp_path):
         (tmp_path / "notes.md", "files ending in '.md' are not read"),
     ]:
         with pytest.raises(UserError, match=message):
-            read_inputs(paths, Layout(GREY))
+            read_inputs(paths, GREY)

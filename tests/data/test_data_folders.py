@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from torchcdm.data import LazySplit, MemorySplit, load_data
-from torchcdm.data.images import decode, describe
-from torchcdm.data.pixels import resize, to_channels
+from torchcdm.data.images import decode, describe, resize, to_channels
 from torchcdm.errors import UserError
 
 
@@ -148,7 +147,7 @@ def test_pixels_of_every_format_are_those_that_were_stored(tmp_path, name, array
     path = write(tmp_path / name, array, **({"lossless": True} if name.endswith("webp") else {}))
     info, pixels = describe(path), decode(path)
     channels_last = array.reshape(5, 7, -1)
-    assert (info.channels, info.height, info.width, info.high) == (channels_last.shape[2], 5, 7, high)
+    assert (info.channels, info.size, info.high) == (channels_last.shape[2], (5, 7), high)
     assert pixels.dtype == (torch.uint8 if high == 255 else torch.float32)
     assert np.array_equal(pixels.numpy(), np.moveaxis(channels_last, 2, 0))
 
@@ -167,7 +166,7 @@ def test_arrays_are_images_of_any_number_of_channels(tmp_path, array, stored, hi
     expected = {"last": np.moveaxis(array, -1, 0), "first": array, "plain": array[None]}[stored]
     assert np.array_equal(decode(tmp_path / "x.npy"), expected.astype(np.float32))
     info = describe(tmp_path / "x.npy")
-    assert ((info.channels, info.height, info.width), info.high) == (expected.shape, high)
+    assert ((info.channels, *info.size), info.high) == (expected.shape, high)
 
 
 def test_palettes_and_bitmaps_are_seen_as_their_colours(tmp_path):

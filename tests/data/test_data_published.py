@@ -9,7 +9,7 @@ from PIL import Image
 from published_data import idx, write_celeba, write_cifar, write_fashion
 
 from torchcdm.data import LazySplit, load_data
-from torchcdm.data.published import CIFAR_CLASSES, FASHION_SYSTEM_FOLDER
+from torchcdm.data.named import CIFAR_CLASSES, FASHION_SYSTEM_FOLDER
 from torchcdm.errors import UserError
 
 

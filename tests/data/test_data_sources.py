@@ -133,7 +133,7 @@ def test_classes_are_numbered_as_those_of_a_model():
 
 
 def test_options_that_do_not_fit_the_data():
-    with pytest.raises(UserError, match="label 'kind' names a column of a table; digits has no columns"):
+    with pytest.raises(UserError, match="'kind' names a column of a table; digits has no columns"):
         load_data("digits", label="kind")
     with pytest.raises(UserError, match="size and channels are for images; toy:rings holds vectors of 2"):
         load_data("toy:rings", size=(8, 8))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchcdm.data import DataOptions, Layout
+from torchcdm.data import DataOptions
 from torchcdm.data.pairs import pair_up, read_query
 from torchcdm.errors import UserError
 
@@ -38,8 +38,8 @@ def test_columns_of_frames_go_by_name_in_any_order():
     frame["mass"] += 100
     shifted = frame[["mass", "height"]] + 1
     pair = pair_up(shifted, frame)
-    assert pair.columns == ("height", "mass")
-    layout = (Layout(pair.source.transform, pair.source.columns), pair.columns, pair.warp)
+    assert pair.table.names == ("height", "mass")
+    layout = (pair.source.transform, pair.table, pair.warp)
     x, names, *_ = read_query(frame, *layout)
     assert len(names) == 60
     extra = frame.assign(age=1.0)[["age", "mass", "height"]]
@@ -55,11 +55,9 @@ def test_constant_columns_are_left_out_with_a_note():
     x = normal(60, 3)
     x[:, 1] = 7
     pair = pair_up(x + [1, 0, 0], x)
-    assert pair.source.columns == ("c0", "c2") and pair.source.shape == (2,)
+    assert pair.table.names == ("c0", "c2") and pair.source.shape == (2,)
     assert any("constant" in note and "c1" in note for note in pair.source.notes)
-    named = pd.DataFrame(x[:, ::2], columns=["a", "columns left out"])
-    assert sum("left out" in note for note in pair_up(named + 1, named).source.notes) == 1, "the list of all columns"
-    layout = (Layout(pair.source.transform, pair.source.columns), pair.columns, pair.warp)
+    layout = (pair.source.transform, pair.table, pair.warp)
     values, _, differs, _ = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
     assert values.shape == (61, 2) and differs == 60 * [""] + ["c1"]
 
@@ -68,7 +66,7 @@ def test_columns_of_few_values_are_dequantised_or_refused():
     x = normal(200, 2)
     x[:, 1] = np.random.RandomState(3).randint(0, 4, 200) / 2
     pair = pair_up(x, x)
-    assert any("'c1'" in note and "dequantised by uniform noise of width 0.5" in note for note in pair.source.notes)
+    assert any("'c1'" in note and "dequantised with cells of 0.5" in note for note in pair.source.notes)
     values = pair.source.train.tensors()[0][:, 1]
     assert len(values.unique()) > 100
     with pytest.raises(UserError, match="few distinct values in the columns c1.*discrete='dequantize'"):
@@ -78,7 +76,7 @@ def test_columns_of_few_values_are_dequantised_or_refused():
 def test_images_go_by_shape_and_by_kind():
     grey = np.random.RandomState(0).randint(0, 17, (30, 8, 8)).astype(np.uint8)
     pair = pair_up(grey, grey)
-    assert pair.source.shape == (1, 8, 8) and pair.columns is None and pair.source.class_names is not None
+    assert pair.source.shape == (1, 8, 8) and pair.table is None and pair.source.class_names is not None
     with pytest.raises(UserError, match=r"shapes \(1, 6, 6\) and \(1, 8, 8\); give size and channels"):
         pair_up(grey[:, :6, :6], grey)
     with pytest.raises(UserError, match="grey levels, the other fractions"):

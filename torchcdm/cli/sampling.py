@@ -65,7 +65,7 @@ def run_sample(options: argparse.Namespace) -> int:
         return 0
     files = None
     if options.format in ("grid", "all"):
-        save_sheet(drawn, model, out / "samples", info.columns)
+        save_sheet(drawn, model, out / "samples")
     if options.format in ("images", "all") and drawn.is_images:
         files = save_images(drawn.x, out, model.transform)
     if options.format == "images" and not drawn.is_images:

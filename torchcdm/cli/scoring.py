@@ -103,7 +103,7 @@ def run_score(options: argparse.Namespace) -> int:
         elif x.ndim == 2 and options.csv is not None and flags.any():
             found = iter(top_columns(AnomalyMap.fit(model, reference)(x[flags]), info.columns))
             where = [next(found) if flag else "" for flag in flags]
-            where = [f"{k} (constant in training)" if k else top for k, top in zip(deviating, where, strict=True)]
+            where = [f"{k} (unlike any in training)" if k else top for k, top in zip(deviating, where, strict=True)]
     if not main:
         return 0
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
@@ -199,7 +199,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     if x.ndim == 4:
         files = [path.name for path in save_images(clean, options.out, info.transform)]
     else:
-        files = [save_table(clean, options.out / "denoised.csv", info.columns).name] * len(x)
+        files = [save_table(clean, options.out / "denoised.csv", info.transform).name] * len(x)
     save_array(clean, options.out / "denoised.npy", info.transform)
     header = ["input", "file", "level", "noise_ratio" if scale is None else "noise_std"]
     values = (f"{value:.4g}" for value in noise.tolist())

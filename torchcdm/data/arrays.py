@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data import pixels
-from torchcdm.data.assembly import Grid, Samples
-from torchcdm.data.columns import single
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.assembly import Grid, Samples, single
+from torchcdm.data.images import channels_first, conform
+from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import read_arrays
 from torchcdm.data.source import MemorySplit
 from torchcdm.errors import UserError
+from torchcdm.units import DataTransform
 
 DATA_KEYS = ("x", "images", "data")
 LABEL_KEYS = ("y", "labels")
@@ -25,10 +25,10 @@ MOST_COLUMNS = 2**17
 """Columns of vectors, at most: each is looked at alone."""
 
 
-def load(path: str, options: DataOptions, layout: Layout | None = None) -> Samples:
+def load(path: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
     """``array:FILE.npz`` or ``array:FILE.npy``, split at random."""
     x, y, notes = read(Path(path))
-    return samples_of(x, y, f"array:{path}", options, notes, layout=layout)
+    return samples_of(x, y, f"array:{path}", options, notes, like=like)
 
 
 def samples_of(
@@ -38,13 +38,13 @@ def samples_of(
     options: DataOptions,
     notes: Sequence[str] = (),
     first: bool = False,
-    layout: Layout | None = None,
+    like: DataTransform | None = None,
 ) -> Samples:
     """All samples of an array, resized and converted.
 
     ``y`` as in :func:`read_labels`, ``notes`` what was read off the file, the rest as in :func:`interpret`.
     """
-    values, grid, more = interpret(x, name, first, layout)
+    values, grid, more = interpret(x, name, first, like)
     if values.ndim == 4:
         values = convert_images(values, grid, options)
     (labels,), class_names = read_labels(y, [len(values)], name)
@@ -93,7 +93,7 @@ def as_array(data: Any, name: str) -> np.ndarray:
 
 
 def interpret(
-    x: np.ndarray, name: str, first: bool = False, layout: Layout | None = None
+    x: np.ndarray, name: str, first: bool = False, like: DataTransform | None = None
 ) -> tuple[Tensor, Grid | None, list[str]]:
     """Samples with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
@@ -103,7 +103,7 @@ def interpret(
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
         name: The data, for messages.
         first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
-        layout: That of the model that takes the samples. Its grid is theirs where they are whole numbers between its
+        like: That of the model that takes the samples. Its grid is theirs where they are whole numbers between its
             ends; otherwise the grid is read off them.
 
     Raises:
@@ -119,7 +119,7 @@ def interpret(
     if x.dtype.kind != "f":
         low, high = int(x.min()), int(x.max())
         if high - low < 2**16:
-            grid = _grid(low, high, layout)
+            grid = _grid(low, high, like)
             notes.append(f"whole numbers {low} ... {high}: {grid[1] - grid[0] + 1} grey levels.")
             dtype = np.uint8 if x.dtype.kind != "i" and grid[1] < 256 else np.float32
             return torch.from_numpy(np.ascontiguousarray(x, dtype)), grid, notes
@@ -148,7 +148,7 @@ def check_numbers(x: np.ndarray, name: str) -> None:
 
 
 def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
-    """(N, d) or (N, C, H, W), and the name of the layout that was found."""
+    """(N, d) or (N, C, H, W), and the name of the order of axes that was found."""
     if x.ndim == 1:
         return x[:, None], "(N,)"
     if x.ndim == 2:
@@ -160,21 +160,9 @@ def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
     return np.moveaxis(x, 3, 1), "(N, H, W, C)"
 
 
-def channels_first(shape: Sequence[int]) -> bool:
-    """Whether an image of this shape is (C, H, W) and not (H, W, C).
-
-    Square images decide where only one reading gives them; else few channels do; a tie is (C, H, W).
-    """
-    a, b, c = shape
-    if (a == b) != (b == c):
-        return b == c
-    return a <= c
-
-
-def _grid(low: int, high: int, layout: Layout | None) -> Grid:
+def _grid(low: int, high: int, like: DataTransform | None) -> Grid:
     """The grid that whole numbers were stored on: the model's, 8 or 16 bits, or exactly those levels."""
-    taken = None if layout is None else layout.transform
-    limits = None if taken is None or taken.bin != 1 else (taken.low, taken.high)
+    limits = None if like is None or like.bin != 1 else (like.low, like.high)
     if limits is not None and None not in limits and limits[0] <= low and high <= limits[1]:
         return int(limits[0]), int(limits[1])
     if low < 0:
@@ -199,12 +187,10 @@ def _lattice_note(values: Tensor) -> list[str]:
 
 def convert_images(x: Tensor, grid: Grid | None, options: DataOptions) -> Tensor:
     """Images (N, C, H, W) with the channels and the size that the options ask for; on the grid as before."""
-    white = float(x.max()) if grid is None else grid[1]
-    if options.channels is not None and options.channels != x.shape[1]:
-        x = torch.stack([pixels.to_channels(image, options.channels, white) for image in x])
-    if options.size is not None and options.size != tuple(x.shape[2:]):
-        x = torch.stack([pixels.resize(image, options.size) for image in x])
-    return x if grid is None or x.dtype == torch.uint8 else x.round()
+    if options.channels in (None, x.shape[1]) and options.size in (None, tuple(x.shape[2:])):
+        return x
+    high, white = (None, float(x.max())) if grid is None else (grid[1], 1.0)
+    return torch.stack([conform(image, high, options.size, options.channels, white) for image in x])
 
 
 def read_labels(

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from torchcdm.data.columns import check_resolution, constants_note, measure_columns, single
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
-from torchcdm.units import DataTransform
+from torchcdm.units import (
+    ColumnTransform,
+    DataTransform,
+    TableEncoding,
+    cell_width,
+    discrete_values,
+    frequent_values,
+)
 
 Grid = tuple[int, int]
 """Smallest and largest grey level of integer data; None stands for continuous data."""
@@ -22,6 +30,12 @@ DEFAULT_FRACTION = 0.1
 
 SMALLEST_SPLITTABLE = 10
 """Below this many samples data are not split at random."""
+
+FLOAT32_STEPS = 1000
+"""Least number of float32 steps in a standard deviation before a note asks to subtract an offset."""
+
+ROUNDING = 0.01
+"""Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
 
 
 @dataclass(frozen=True)
@@ -33,58 +47,56 @@ class Samples:
         parts: The split ``train``, and ``validation`` and ``test`` where the data have them.
         grid: Grey levels; None for continuous data.
         class_names: Names of the classes 0, 1, ...; None without labels.
-        columns: Names of the columns of a table; None elsewhere.
+        table: What the codes of a table are; None elsewhere.
         notes: What was read off the data, one sentence each.
-        row: What to call sample i of ``train``.
     """
 
     name: str
     parts: dict[str, Split]
     grid: Grid | None = None
     class_names: tuple[str, ...] | None = None
-    columns: tuple[str, ...] | None = None
+    table: TableEncoding | None = None
     notes: tuple[str, ...] = ()
-    row: Callable[[int], str] = "sample {}".format
 
 
-def assemble(samples: Samples, options: DataOptions, layout: Layout | None = None) -> DataSource:
+def assemble(samples: Samples, options: DataOptions, like: DataTransform | None = None) -> DataSource:
     """The source of samples; columns of a table that are constant in training are left out.
 
     Args:
         samples: What was read.
         options: Seed and shares of the splits that the data do not have, and whether they are dequantised.
-        layout: That of the model that scores the data; None to measure the units on the training split.
+        like: That of the model that scores the data; None to measure the units on the training split.
 
     Raises:
         UserError: Too few samples, nothing that varies, or data that do not fit the model.
     """
-    name, columns = samples.name, samples.columns
+    name, table = samples.name, samples.table
     if not samples.parts["train"]:
         raise UserError(f"{name}: no training samples that can be read")
     splits, note = _complete_splits(samples, options)
-    notes, constants = [*samples.notes, note], {}
-    like = splits[0][0][0]
-    if like.dtype == torch.float64:
-        if layout is None:
-            x = splits[0].tensors()[0].numpy()
-            check_resolution(x, columns or [f"c{k}" for k in range(len(like))], name)
+    notes = [*samples.notes, note]
+    first = splits[0][0][0]
+    if first.dtype == torch.float64:
+        if like is None:
+            _check_resolution(splits[0].tensors()[0].numpy(), _names(table, len(first)), name)
         splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
-    if columns is not None and layout is None:
+    if table is not None and like is None:
         x, _ = splits[0].tensors()
         varying = (x != x[0]).any(0)
-        constants = {column: float(x[0, k]) for k, column in enumerate(columns) if not varying[k]}
-        columns = tuple(column for column in columns if column not in constants)
-        if not columns:
-            raise UserError(f"{name}: every column is constant; there is nothing to learn")
-        if constants:
-            notes.append(constants_note(constants))
+        if not varying.any():
+            raise UserError(f"{name}: every column is constant in training; there is nothing to learn")
+        if not varying.all():
+            found = {column: float(x[0, k]) for k, column in enumerate(table.names) if not varying[k]}
+            table = table.without(found)
+            notes.append(f"columns left out because they are constant in training: {', '.join(found)}.")
             splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
-    if layout is None:
-        transform, more = _measure(splits[0], samples.grid, options.dequantize, name, columns)
+    if like is None:
+        transform, more = _measure(splits[0], samples.grid, options.dequantize, name, table)
+        transform.table = table
     else:
-        transform, more = layout.transform, []
-        _check_units(tuple(like.shape), samples.grid, transform, name)
-    return DataSource(name, *splits, transform, samples.class_names, columns, (*notes, *more), constants)
+        transform, more = like, []
+        _check_units(tuple(first.shape), samples.grid, transform, name)
+    return DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
 
 
 def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:
@@ -113,13 +125,13 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
 
 
 def _measure(
-    train: Split, grid: Grid | None, dequantize: bool, name: str, columns: tuple[str, ...] | None
+    train: Split, grid: Grid | None, dequantize: bool, name: str, table: TableEncoding | None
 ) -> tuple[DataTransform, list[str]]:
     """Transform of a training split, and notes: the grid for grey levels, mean and deviation for continuous data."""
     shape = train[0][0].shape
     if grid is None:
         if len(shape) == 1:
-            return measure_columns(train.tensors()[0], columns or [f"c{k}" for k in range(shape[0])], dequantize, name)
+            return _measure_columns(train.tensors()[0], table, dequantize, name)
         x, _ = train.tensors(limit=10_000)
         if bool((x == x.flatten()[0]).all()):
             raise UserError(f"{name}: all values are equal; there is nothing to learn")
@@ -131,8 +143,62 @@ def _measure(
     return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high)), []
 
 
+def _measure_columns(
+    x: Tensor, table: TableEncoding | None, dequantize: bool, data: str
+) -> tuple[DataTransform, list[str]]:
+    """The transform of the training rows (N, d) of vectors or a table, and notes on columns of vectors."""
+    rows, notes, values, mixed = x.double().numpy(), [], {}, {}
+    if table is not None:  # whose encoding has said the rest
+        values = {k: column.codes for k, column in enumerate(table.kept) if column.codes}
+        mixed = {k: table.kept[k].cell for k in table.mixed_codes}
+    for k, column in enumerate(rows.T if table is None else ()):
+        what = f"column 'c{k}'"
+        if (column == column[0]).all():
+            raise UserError(f"{data}: {what} is constant; leave it out")
+        if column.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(column).max():
+            notes.append(f"{what} varies little beside its size, beyond float32: subtract an offset.")
+        found, frequent = discrete_values(column, f"c{k}"), frequent_values(column)
+        if found is None and frequent:
+            often = ", ".join(f"{value:g} in {100 * share:.0f} %" for value, share in frequent.items())
+            notes.append(f"{what} holds {often} of the rows: its density has no upper bound there; give a data frame.")
+        elif found is not None and dequantize:
+            values[k] = found
+            has = f"has {len(found)} distinct values: dequantised with cells of {cell_width(found):g}"
+            notes.append(f"{what} {has}; they have probabilities.")
+        elif found is not None:
+            notes.append(f"{what} has {len(found)} distinct values: its density has no upper bound.")
+    if not values or not dequantize:
+        return DataTransform.standardize(x), notes
+    return ColumnTransform.fit(x, values, bend=False, mixed=mixed), notes
+
+
+def _names(table: TableEncoding | None, count: int) -> tuple[str, ...]:
+    return tuple(f"c{k}" for k in range(count)) if table is None else table.names
+
+
+def _check_resolution(x: np.ndarray, names: tuple[str, ...], data: str) -> None:
+    """Refuses training rows (N, d), float64, with a column whose values or differences float32 does not hold."""
+    for column, name in zip(x.T, names, strict=True):
+        lost = single(column, f"{data}: column '{name}'").numpy() - column
+        if lost.std() > ROUNDING * column.std():
+            raise UserError(f"{data}: column '{name}' varies less than float32 resolves; subtract an offset")
+
+
+def single(x: np.ndarray, name: str) -> Tensor:
+    """Finite numbers as float32.
+
+    Raises:
+        UserError: A value beyond float32.
+    """
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: holds values beyond float32 (3e38); divide them by a constant")
+    return torch.from_numpy(values)
+
+
 def _check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTransform, name: str) -> None:
-    """Refuses data that a model of ``transform`` would take for others: another shape or other grey levels."""
+    """Refuses samples of another shape, or other grey levels, than the model's."""
     if shape != transform.shape:
         raise UserError(f"{name}: has shape {shape}; the model takes {transform.shape}")
     found = None if grid is None else (*grid, 1)
@@ -146,5 +212,5 @@ def _check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTrans
     raise UserError(f"{name}: {_levels(found)}; the model takes {_levels(taken)}; {mend}")
 
 
-def _levels(grid: tuple[float, float, float] | None) -> str:
+def _levels(grid: Any) -> str:
     return "continuous values" if grid is None else "grey levels {:g} ... {:g}".format(*grid)

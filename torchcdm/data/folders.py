@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from torchcdm.data.assembly import Samples
-from torchcdm.data.images import SUFFIXES, ImageInfo, ImageReader, describe
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
+from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reason
 from torchcdm.data.source import NO_LABEL, LazySplit
 from torchcdm.errors import UserError
@@ -73,7 +75,7 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
     return found, notes
 
 
-def load(argument: str, options: DataOptions, _: Layout | None = None) -> Samples:
+def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """``folder:PATH``: all images below PATH.
 
     Sub-folders ``train``, ``validation`` and ``test`` are the splits where ``train`` is there; sub-folders of a
@@ -94,13 +96,13 @@ def load(argument: str, options: DataOptions, _: Layout | None = None) -> Sample
     above = {path: path.relative_to(folders[split]).parts[:-1] for split, part in files.items() for path in part}
     class_names = _class_names(files["train"], above)
     info, good, more = inspect(list(above), options)
-    reader = ImageReader(info.high, options.size, options.channels)
+    read = partial(read_image, high=info.high, size=options.size, channels=options.channels)
     splits = {}
     for split, part in files.items():
         kept = [path for path in part if path in good]
         labels = torch.tensor([class_names.index(above[path][0]) if class_names else NO_LABEL for path in kept])
         if kept or split == "train":
-            splits[split] = LazySplit(reader, kept, labels).in_memory_if_small(len(good))
+            splits[split] = LazySplit(read, kept, labels).in_memory_if_small(len(good))
     if class_names:
         notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
     return Samples(f"folder:{argument}", splits, info.grid, class_names, notes=(*notes, *more))
@@ -138,7 +140,7 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, set
         try:
             info = describe(path)
             if options.skip_bad:
-                ImageReader(info.high, options.size, options.channels)(path)
+                read_image(path, info.high, options.size, options.channels)
         except UserError:
             if not options.skip_bad:
                 raise
@@ -154,7 +156,7 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, set
     reduced = next((path for path in good if good[path].reduced), None)
     if reduced is not None:
         notes.append(f"{reduced.name} has 16-bit colours, which Pillow reads as 8 bits.")
-    if any(abs(info.height * width / (info.width * height) - 1) > 0.02 for info in good.values()):
+    if any(abs(info.size[0] * width / (info.size[1] * height) - 1) > 0.02 for info in good.values()):
         notes.append("resizing changes the aspect ratio of some images.")
     return info, set(good), [*notes, *left_out(bad)]
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from torchcdm.data import images, tables
 from torchcdm.data.arrays import read_labels
 from torchcdm.data.assembly import Samples
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import DAMAGE, reason
 from torchcdm.data.source import LazySplit, Split
 from torchcdm.errors import UserError
+from torchcdm.units import DataTransform
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 LABEL_NAMES = ("label", "labels")
@@ -28,7 +29,7 @@ ERRORS = (
 """What the libraries raise beside :data:`torchcdm.data.reading.DAMAGE`."""
 
 
-def load(argument: str, options: DataOptions, layout: Layout | None = None) -> Samples:
+def load(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
     """``hf:NAME``, ``hf:NAME:CONFIG``, or ``hf:PATH`` of a folder written by ``save_to_disk``.
 
     Images where there is a column of images, with the column of class labels; else a table of numbers.
@@ -58,17 +59,14 @@ def load(argument: str, options: DataOptions, layout: Layout | None = None) -> S
     column = next((key for key, feature in features.items() if type(feature).__name__ == "Image"), None)
     if column is not None and len(chosen["train"]):
         return _images(f"hf:{argument}", chosen, column, options)
-    numbers = {
-        split: tables.Table(f"hf:{argument}", part.to_dict(), "row {} (counted from 0)".format)
-        for split, part in chosen.items()
-    }
-    return tables.samples_of(numbers, f"hf:{argument}", options, layout=layout)
+    frames = {split: part.to_pandas() for split, part in chosen.items()}
+    return tables.samples_of(frames, f"hf:{argument}", options, like=like)
 
 
 def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) -> Samples:
-    high = HubReader(rows["train"], column, images.ImageReader(None), f"{name}, train").high(0)
-    reader = images.ImageReader(high, options.size, options.channels)
-    like = HubReader(rows["train"], column, reader, f"{name}, train")(0)
+    high = HubReader(rows["train"], column, f"{name}, train", images.pillow_high)(0)
+    prepare = partial(_prepared, high=high, size=options.size, channels=options.channels)
+    like = HubReader(rows["train"], column, f"{name}, train", prepare)(0)
     label, names = _label_column(rows["train"].features, options.label, name)
     sizes = [len(part) for part in rows.values()]
     # All splits together: a class must have one number, also where a split has none of it.
@@ -76,7 +74,7 @@ def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) 
     of_parts, class_names = read_labels(labels, sizes, name, names)
     parts: dict[str, Split] = {}
     for (split, part), of_part in zip(rows.items(), of_parts, strict=True):
-        read = HubReader(part, column, reader, f"{name}, {split}")
+        read = HubReader(part, column, f"{name}, {split}", prepare)
         lazy = LazySplit(read, range(len(part)), of_part, f"{name}, {split}: row ", like)
         parts[split] = lazy.in_memory_if_small(sum(sizes))
     notes = ["images from the column '{}', {} channel(s), {} x {} pixels.".format(column, *like.shape)]
@@ -91,27 +89,23 @@ def _errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], kind) for module, _, kind in modules if module in sys.modules)
 
 
-@dataclass(frozen=True)
-class HubReader:
-    """Reads the image of one row."""
+class HubReader(NamedTuple):
+    """Reads the image of one row; picklable, for worker processes."""
 
     rows: Any
     column: str
-    reader: images.ImageReader
     name: str
+    read: Callable[[Any], Any]
 
-    def __call__(self, index: int) -> Tensor:
-        return self.reader.prepare(self._get(index, images.from_pillow))
-
-    def high(self, index: int) -> int | None:
-        """Largest value that the pixels of a row can have; None for floats."""
-        return self._get(index, images.pillow_high)
-
-    def _get(self, index: int, read: Callable[[Any], Any]) -> Any:
+    def __call__(self, index: int) -> Any:
         try:
-            return read(self.rows[index][self.column])
+            return self.read(self.rows[index][self.column])
         except (*DAMAGE, *_errors()) as error:
             raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
+
+
+def _prepared(image: Any, high: int | None, size: tuple[int, int] | None, channels: int | None) -> Tensor:
+    return images.conform(images.from_pillow(image), high, size, channels)
 
 
 def _label_column(features: Any, wanted: str | None, name: str) -> tuple[str | None, tuple[str, ...] | None]:

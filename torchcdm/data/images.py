@@ -1,20 +1,18 @@
-"""One image file: what its header says, and its pixels in data units."""
+"""Images: what the header of a file says, its pixels in data units, and their conversion into one shape."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data import pixels
-from torchcdm.data.arrays import channels_first
-from torchcdm.data.assembly import Grid
 from torchcdm.data.reading import read_array, reading
+from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,36 +29,33 @@ WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 SWAPPED_ORIENTATIONS = (5, 6, 7, 8)
 EXIF_ORIENTATION = 0x0112
 
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R 601 weights of red, green and blue, as in Pillow."""
 
-@dataclass(frozen=True)
-class ImageInfo:
+
+class ImageInfo(NamedTuple):
     """What an image file holds, read from its header.
 
     Attributes:
         channels: Grey 1, grey and alpha 2, colour 3, colour and alpha 4; anything in .npy files.
-        height: Pixels, as the image is meant to be seen (EXIF orientation applied).
-        width: Pixels, in the same sense.
+        size: Height and width in pixels, as the image is meant to be seen (EXIF orientation applied).
         high: Largest value of an unsigned integer file, 255 or 65535; None for floats.
         reduced: Pillow reads the file's 16-bit colours as 8 bits.
     """
 
     channels: int
-    height: int
-    width: int
+    size: tuple[int, int]
     high: int | None
     reduced: bool = False
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
-
-    @property
-    def grid(self) -> Grid | None:
+    def grid(self) -> tuple[int, int] | None:
+        """Grey levels; None for floats."""
         return None if self.high is None else (0, self.high)
 
     def __str__(self) -> str:
         depth = {255: "8 bit", 65535: "16 bit", None: "float"}[self.high]
-        return f"{self.height} x {self.width} pixels, {self.channels} channel(s), {depth}"
+        return "{} x {} pixels, {} channel(s), {}".format(*self.size, self.channels, depth)
 
 
 def describe(path: Path) -> ImageInfo:
@@ -74,8 +69,8 @@ def describe(path: Path) -> ImageInfo:
     with _open(path) as file:
         if path.suffix.lower() == ".npy":
             array = np.lib.format.open_memmap(path, "r")
-            high = {"u1": 255, "u2": 65535}.get(array.dtype.str[1:])
-            return ImageInfo(*_image_shape(array.shape, array.dtype), high)
+            channels, *size = _image_shape(array.shape, array.dtype)
+            return ImageInfo(channels, tuple(size), {"u1": 255, "u2": 65535}.get(array.dtype.str[1:]))
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
@@ -83,7 +78,7 @@ def describe(path: Path) -> ImageInfo:
                 width, height = height, width
             mode, high = _plain_mode(image), pillow_high(image)
             reduced = mode in ("RGB", "RGBA") and any("16" in str(tile[3]) for tile in image.tile)
-    return ImageInfo({"LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 1), height, width, high, reduced)
+    return ImageInfo({"LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 1), (height, width), high, reduced)
 
 
 def decode(path: Path) -> Tensor:
@@ -102,10 +97,7 @@ def decode(path: Path) -> Tensor:
         shape = _image_shape(array.shape, array.dtype)
         if array.ndim == 3 and shape != array.shape:
             array = np.moveaxis(array, 2, 0)
-        array = array.reshape(shape).astype(np.uint8 if array.dtype == np.uint8 else np.float32, order="C")
-        if not np.isfinite(array).all():
-            raise ValueError("values that are not finite numbers of float32")
-        return torch.from_numpy(array)
+        return _pixels(array.reshape(shape))
 
 
 def from_pillow(image: Image) -> Tensor:
@@ -117,10 +109,7 @@ def from_pillow(image: Image) -> Tensor:
     array = np.asarray(upright if upright.mode == mode else upright.convert(mode))
     if mode in WIDE_MODES and (array.min() < 0 or array.max() > 65535):
         raise ValueError("32-bit integers beyond 0 ... 65535")
-    array = array.astype(np.uint8 if array.dtype == np.uint8 else np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError("values that are not finite numbers")
-    return torch.from_numpy(array)[None] if array.ndim == 2 else torch.from_numpy(array).movedim(-1, 0).contiguous()
+    return _pixels(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0))
 
 
 def pillow_high(image: Image) -> int | None:
@@ -129,35 +118,119 @@ def pillow_high(image: Image) -> int | None:
     return None if mode == "F" else 65535 if mode in WIDE_MODES else 255
 
 
-@dataclass(frozen=True)
-class ImageReader:
-    """Reads image files into one shape; picklable, for worker processes.
+def read_image(
+    path: Path,
+    high: int | None,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    box: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """An image file brought into one shape, see :func:`conform`.
 
-    Attributes:
+    Args:
+        path: The file.
         high: Largest value of the file format; None for floats.
         size: (H, W) to resize to; None leaves the size.
         channels: Channels to convert to; None leaves them.
-        crop: Box (left, upper, right, lower) in pixels, cut out first.
+        box: Left, upper, right and lower edge in pixels, cut out first.
     """
+    image = decode(path)
+    if box is not None:
+        left, upper, right, lower = box
+        image = image[:, upper:lower, left:right]
+    return conform(image, high, size, channels)
 
-    high: int | None
-    size: tuple[int, int] | None = None
-    channels: int | None = None
-    crop: tuple[int, int, int, int] | None = None
 
-    def __call__(self, path: Path) -> Tensor:
-        return self.prepare(decode(path))
+def conform(
+    image: Tensor, high: float | None, size: tuple[int, int] | None, channels: int | None, white: float = 1.0
+) -> Tensor:
+    """An image (C, H, W) in the size and with the channels asked for; on the grid of ``high`` where there is one.
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """A decoded image, (C, H, W), brought to the shape; stays on the grid."""
-        if self.crop is not None:
-            left, upper, right, lower = self.crop
-            image = image[:, upper:lower, left:right]
-        if self.channels is not None:
-            image = pixels.to_channels(image, self.channels, self.high or 1.0)
-        if self.size is not None:
-            image = pixels.resize(image, self.size)
-        return image.round() if self.high is not None and image.is_floating_point() else image
+    Args:
+        image: Data units.
+        high: White, the largest grey level; None for continuous data, whose white is ``white``.
+        size: (H, W); None leaves the size.
+        channels: Their number; None leaves them.
+        white: See above.
+    """
+    if channels is not None:
+        image = to_channels(image, channels, high or white)
+    if size is not None:
+        image = resize(image, size)
+    return image.round() if high is not None and image.is_floating_point() else image
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with antialiasing to ``size`` (H, W), by Pillow; uint8 stays uint8, float32 is not rounded.
+
+    The aspect ratio follows ``size``: nothing is cropped.
+    """
+    from PIL import Image
+
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    # Each channel alone, so that every number of channels works and alpha does not premultiply.
+    channels = [Image.fromarray(channel).resize(size[::-1], Image.Resampling.BILINEAR) for channel in image.numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+
+
+def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
+    """Grey, colour and alpha converted into each other.
+
+    Alpha, the last of 2 or 4 channels, is blended over white; grey to colour repeats; colour to grey takes
+    :data:`LUMA`; an alpha channel that is asked for is opaque.
+
+    Args:
+        image: Data units, (C, H, W).
+        channels: What is wanted: 1, 3 or 4.
+        white: Data value of white and of opaque.
+
+    Raises:
+        UserError: A conversion that has no meaning, such as 5 channels to 3.
+    """
+    have = image.shape[0]
+    if have == channels:
+        return image
+    if have not in (1, 2, 3, 4) or channels not in (1, 3, 4):
+        raise UserError(f"cannot convert {have} channels to {channels}: only grey, colour and alpha convert")
+    value = image.float()
+    if have in (2, 4):
+        alpha = value[-1:] / white
+        value = value[:-1] * alpha + white * (1 - alpha)
+    if value.shape[0] == 3 and channels == 1:
+        value = torch.einsum("chw,c->hw", value, value.new_tensor(LUMA))[None]
+    elif value.shape[0] == 1 and channels != 1:
+        value = value.expand(3, -1, -1)
+    if channels == 4:
+        value = torch.cat([value, torch.full_like(value[:1], white)])
+    return value.round().to(torch.uint8) if image.dtype == torch.uint8 else value
+
+
+def flip_horizontally(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each image of the batch mirrored with probability one half: augmentation for training only.
+
+    Args:
+        x: (B, C, H, W), any units.
+        generator: Source of the coin flips, one for each image; CPU, wherever ``x`` is.
+    """
+    coins = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(coins.to(x.device)[:, None, None, None], x.flip(-1), x)
+
+
+def channels_first(shape: Sequence[int]) -> bool:
+    """Whether an image of this shape is (C, H, W) and not (H, W, C).
+
+    Square images decide where only one reading gives them; else few channels do; a tie is (C, H, W).
+    """
+    a, b, c = shape
+    return b == c if (a == b) != (b == c) else a <= c
+
+
+def _pixels(array: np.ndarray) -> Tensor:
+    array = array.astype(np.uint8 if array.dtype == np.uint8 else np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise ValueError("values that are not finite numbers of float32")
+    return torch.from_numpy(array)
 
 
 def _plain_mode(image: Image) -> str:

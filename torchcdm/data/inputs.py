@@ -5,19 +5,21 @@ from __future__ import annotations
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, images, tables
-from torchcdm.data.columns import single
+from torchcdm.data.assembly import single
 from torchcdm.data.folders import find_images, left_out
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status, printable
 from torchcdm.errors import UserError
-from torchcdm.units import DataTransform
+from torchcdm.units import DataTransform, TableEncoding
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Inputs(NamedTuple):
@@ -26,8 +28,8 @@ class Inputs(NamedTuple):
     Attributes:
         x: Data units, float32 (N, *shape).
         names: The path of each, or the path and the row.
-        deviating: The columns, constant in training, in which it holds another value, where a model knows nothing:
-            their names, empty for most.
+        deviating: The columns in which it holds what training never had, where a model knows nothing, such as another
+            value where all were alike: their names, empty for most.
         notes: What was left out, one sentence each.
     """
 
@@ -39,7 +41,7 @@ class Inputs(NamedTuple):
 
 def read_inputs(
     paths: str | Path | Sequence[str | Path],
-    layout: Layout,
+    transform: DataTransform,
     options: DataOptions | None = None,
     noisy: bool = False,
 ) -> Inputs:
@@ -50,7 +52,7 @@ def read_inputs(
 
     Args:
         paths: Image files, folders of images (recursive), .npz and .npy arrays, tables.
-        layout: That of the model. A table is read by its columns, in whatever order it has them.
+        transform: That of the model. A table is read by its columns, in whatever order it has them.
         options: ``size``, ``channels`` and ``skip_bad`` of images.
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
 
@@ -58,34 +60,50 @@ def read_inputs(
         UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
 
     Example:
-        >>> x, names, deviating, notes = read_inputs(["a.png", "folder", "more.npz"], Layout(model.transform))
+        >>> x, names, deviating, notes = read_inputs(["a.png", "folder", "more.npz"], model.transform)
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    parts = [_read(path, layout, options or DataOptions()) for path in map(Path, paths)]
+    parts = [_read(path, transform, options or DataOptions()) for path in map(Path, paths)]
     if not any(part.names for part in parts):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
     x, names, deviating, notes = zip(*parts, strict=True)
     found = Inputs(torch.cat(x), sum(names, []), sum(deviating, []), sum(notes, ()))
     if not noisy:
-        _check_range(found, layout.transform)
+        _check_range(found, transform)
     return found
 
 
-def _read(path: Path, layout: Layout, options: DataOptions) -> Inputs:
+def _read(path: Path, transform: DataTransform, options: DataOptions) -> Inputs:
     """All samples of one file or folder."""
     if stat.S_ISDIR(file_status(path).st_mode):
         (files,), notes = find_images([path], options.skip_bad)
-        found = _read_images(files, layout.transform, options)
+        found = _read_images(files, transform, options)
         return found._replace(notes=(*notes, *found.notes))
     suffix = path.suffix.lower()
-    if suffix in tables.SUFFIXES:
-        return _read_table(path, layout)
+    if tables.is_table(path):
+        frame = tables.read(path, options.skip_bad)
+        table = transform.table or TableEncoding.numbers(frame.columns)
+        _check_shape((len(table.kept),), transform.shape, path)
+        found = read_table(frame, str(path), table, options)
+        names = [f"{printable(path)}: {row}" for row in found.names]
+        return found._replace(x=single(found.x.numpy(), str(path)), names=names)
     if suffix in (".npz", ".npy"):
-        return _read_array(path, layout.transform.shape, options)
+        return _read_array(path, transform.shape, options)
     if suffix in images.SUFFIXES:
-        return _read_images([path], layout.transform, options)
+        return _read_images([path], transform, options)
     raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
+
+
+def read_table(frame: DataFrame, name: str, table: TableEncoding, options: DataOptions) -> Inputs:
+    """The rows of a table for a model; those that hold what training never had deviate."""
+    problems = frame.attrs.get("problems", ())
+    x, rows, deviating = table.encode(frame, name, options.skip_bad, deviating=True, problems=problems)
+    word = frame.index.name or "row"
+    names = [f"{word} {frame.index[i]}" for i in rows.tolist()]
+    left_out = len(frame) - len(rows)
+    notes = (f"{name}: {left_out} row(s) with cells that cannot be read are left out.",) if left_out else ()
+    return Inputs(x, names, deviating, notes)
 
 
 def _read_images(paths: list[Path], transform: DataTransform, options: DataOptions) -> Inputs:
@@ -93,7 +111,7 @@ def _read_images(paths: list[Path], transform: DataTransform, options: DataOptio
     for path in paths:
         try:
             info = images.describe(path)
-            x = images.ImageReader(info.high, options.size, options.channels)(path)
+            x = images.read_image(path, info.high, options.size, options.channels)
         except UserError:
             if not options.skip_bad:
                 raise
@@ -130,19 +148,6 @@ def _read_array(path: Path, shape: tuple[int, ...], options: DataOptions) -> Inp
     _check_shape(tuple(values.shape[1:]), shape, path)
     names = [f"{printable(path)}[{i}]" for i in range(len(values))]
     return without_columns(single(values.numpy(), str(path)), names)
-
-
-def _read_table(path: Path, layout: Layout) -> Inputs:
-    table = tables.read(path)
-    columns = layout.columns or tuple(table.columns)
-    _check_shape((len(columns),), layout.transform.shape, path)
-    x = single(table.matrix(columns), str(path))
-    deviating: list[list[str]] = [[] for _ in x]
-    for column, value in layout.constants.items():
-        if column in table.columns:
-            for row in np.flatnonzero(table.matrix([column])[:, 0].astype(np.float32) != np.float32(value)):
-                deviating[row].append(column)
-    return Inputs(x, [f"{printable(path)}: {table.row(i)}" for i in range(len(x))], list(map(", ".join, deviating)))
 
 
 def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path) -> None:

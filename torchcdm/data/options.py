@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Annotated
 
 from annotated_types import Le, Lt
 
 from torchcdm.runtime.validation import Count, CountOrZero, Rate, Seed, Width, WidthPair, validated
-from torchcdm.units import DataTransform
 
 
 @validated
@@ -18,17 +15,19 @@ class DataOptions:
 
     Attributes:
         spec: ``digits``, ``fashion-mnist[:PATH]``, ``cifar10[:PATH]``, ``celeba:PATH``, ``folder:PATH``,
-            ``array:FILE.npz`` or ``.npy``, ``table:FILE.csv`` or ``.parquet``, ``hf:NAME``, ``toy:NAME``; None where a
-            preset leaves it open.
+            ``array:FILE.npz`` or ``.npy``, ``table:FILE.csv``, ``.csv.gz`` or ``.parquet``, ``hf:NAME``, ``toy:NAME``;
+            None where a preset leaves it open.
         size: Height and width that images are resized to; None leaves them.
         channels: Number of channels that images are converted to; None leaves them.
         validation_fraction: Share of validation. None: the data set's own split, or 0.1; 0: none.
         test_fraction: Share of test where the data have no test split of their own. None: 0.1.
         seed: Seed of random splits and of toy samples. Named data sets have fixed splits.
         limit: Most samples in each split.
-        skip_bad: Leave out images and folders that cannot be read, and say how many; every file is read once to find
-            them.
+        skip_bad: Leave out images, folders and rows of tables that cannot be read, and say how many; every file is
+            read once to find them.
         label: Column of a table that holds the class.
+        columns: Columns of a table to use; all when None.
+        drop: Columns of a table to leave out.
         dequantize: Train and score with uniform noise on grey levels and columns of few values; False as in the paper.
         gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
             table towards a normal: a better density where dimensions have distributions of their own, but noise is
@@ -46,22 +45,9 @@ class DataOptions:
     limit: Count | None = None
     skip_bad: bool = False
     label: str | None = None
+    columns: tuple[str, ...] | None = None
+    drop: tuple[str, ...] = ()
     dequantize: bool = True
     gaussianize: bool = False
     flip: bool = False
     workers: Annotated[CountOrZero, Le(1024)] = 0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a trained model takes its data: what is read for it comes in this layout.
-
-    Attributes:
-        transform: Data units to model units; knows shape, grid and range.
-        columns: Names of the columns of a table, in the model's order; None elsewhere.
-        constants: Values of the columns of a table that were left out because they were constant in training.
-    """
-
-    transform: DataTransform
-    columns: tuple[str, ...] | None = None
-    constants: Mapping[str, float] = field(default_factory=dict)

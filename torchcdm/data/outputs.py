@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PNG_CHANNELS = (1, 2, 3, 4)
 GRID_GAP = 2
@@ -140,19 +143,22 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     return path
 
 
-def save_table(x: Tensor, path: str | Path, columns: Sequence[str] | None = None) -> Path:
-    """Vectors as CSV with a line of column names; ``table:FILE`` reads it back exactly.
+def save_table(x: Tensor | DataFrame, path: str | Path, transform: DataTransform | None = None) -> Path:
+    """A table, or vectors, as CSV with a line of column names; ``table:FILE`` reads it back exactly.
 
     Args:
-        x: Data units, (N, d).
+        x: A data frame, or data units, (N, d).
         path: The file.
-        columns: Names of the columns; c0, c1, ... when None.
+        transform: The model's: its columns, and their values to round to; c0, c1, ... where it has none.
     """
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns or [f"c{k}" for k in range(x.shape[1])])
-    writer.writerows(x.cpu().numpy())
-    write_file(Path(path), text.getvalue())
+    import pandas as pd
+
+    if isinstance(x, Tensor):
+        x = x if transform is None else transform.quantize(x)
+        known = transform is not None and transform.table is not None
+        names = [f"c{k}" for k in range(x.shape[1])]
+        x = transform.table.decode(x) if known else pd.DataFrame(x.cpu().numpy(), columns=names)
+    write_file(Path(path), x.to_csv(index=False))
     return Path(path)
 
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.data import tables
 from torchcdm.data.assembly import Samples, assemble
-from torchcdm.data.columns import check_discrete, constants_note, discrete_values, frequency_notes
-from torchcdm.data.inputs import Inputs, read_inputs, without_columns
-from torchcdm.data.objects import samples_of
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_columns
+from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
+from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, MemorySplit, Split
-from torchcdm.data.specs import read_samples, spec_of
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.random import permutation, stream
-from torchcdm.units import ColumnWarp, cell_width, spread
+from torchcdm.units import ColumnWarp, DataTransform, TableEncoding, spread_columns
+from torchcdm.units.table import as_frame, is_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SOURCES = ("denominator", "numerator")
 """The classes 0 and 1."""
@@ -29,8 +30,8 @@ SOURCES = ("denominator", "numerator")
 MIN_ROWS = 20
 """Fewest samples of each data set."""
 
-CONSTANT = 1e-9
-"""Relative difference from the value of a constant column that is none."""
+DISCRETE = ("dequantize", "error")
+"""What to do with a column of few distinct values."""
 
 HELD_OUT = 0.15
 """Share of each data set that is held out unless another is given."""
@@ -50,14 +51,14 @@ class Pair:
             repeated; no test split.
         counts: Samples of denominator and numerator as they were given.
         held_out: How many of each are held out; the first ones of their class in the validation split.
-        columns: All columns of a table or of vectors; the model sees ``source.columns``, those that vary.
-        warp: What brings the columns to the units of ``source``; None for images.
+        table: What becomes of the cells of a table, or of vectors; None for images.
+        warp: What brings its codes to the units of ``source``; None for images.
     """
 
     source: DataSource
     counts: tuple[int, int]
     held_out: tuple[int, int]
-    columns: tuple[str, ...] | None
+    table: TableEncoding | None
     warp: ColumnWarp | None
 
 
@@ -81,28 +82,32 @@ def pair_up(
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
     """
-    check_discrete(discrete)
+    if discrete not in DISCRETE:
+        raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
     options = options or DataOptions()
     fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
     if not fraction:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
-    counts = (len(given[0].parts["train"]), len(given[1].parts["train"]))
-    for side, count in zip(given, counts, strict=True):
+    counts = tuple(len(side) if is_frame(side) else len(side.parts["train"]) for side in given)
+    names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(given, SOURCES, strict=True)]
+    for name, count in zip(names, counts, strict=True):
         if count < MIN_ROWS:
-            raise UserError(f"{side.name}: too few samples, {count}; at least {MIN_ROWS} are needed")
+            raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
     held_out = (max(2, round(fraction * counts[0])), max(2, round(fraction * counts[1])))
     if min(count - held for count, held in zip(counts, held_out, strict=True)) < 2:
         raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
     cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
     parts = {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
-    shapes = [_shape(side) for side in given]
-    words = ["rows of numbers" if len(shape) == 1 else "images" for shape in shapes]
+    words = ["rows of numbers" if is_frame(side) else "images" for side in given]
     if words[0] != words[1]:
         raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
-    if len(shapes[0]) == 1:
-        source, columns, warp = _from_tables(*given, parts, discrete, options)
-        return Pair(source, counts, held_out, columns, warp)
+    if is_frame(given[0]):
+        for side, name in zip(given, names, strict=True):
+            side.attrs["name"] = name
+        source, table, warp = _from_tables(*given, parts, discrete, options)
+        return Pair(source, counts, held_out, table, warp)
+    shapes = [tuple(side.parts["train"][0][0].shape) for side in given]
     if shapes[0] != shapes[1]:
         both = f"{shapes[1]} and {shapes[0]}"
         raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
@@ -111,62 +116,68 @@ def pair_up(
 
 def read_query(
     x: Any,
-    layout: Layout,
-    columns: Sequence[str] | None = None,
+    transform: DataTransform,
+    table: TableEncoding | None = None,
     warp: ColumnWarp | None = None,
     options: DataOptions | None = None,
 ) -> Inputs:
-    """Samples to be scored, in the data units of ``layout.transform``.
+    """Samples to be scored, in the data units of ``transform``.
 
     Args:
         x: As one data set of :func:`pair_up`; a table may have its columns in any order, and further ones.
-        layout: Transform of the data that were fitted, and the columns that it is for.
-        columns: All columns of those; None for images.
-        warp: Of all columns.
+        transform: That of the data that were fitted.
+        table: That of the pair; None for images.
+        warp: That of the pair; None for images.
         options: ``size``, ``channels`` and ``skip_bad`` of images.
 
     Raises:
-        UserError: Missing columns, another number of columns, another shape, or cells that are no numbers.
+        UserError: Missing columns, another number of columns, another shape, or cells that cannot be read.
     """
-    if columns is None and isinstance(x, (str, Path)) and os.path.exists(x):
-        return read_inputs(x, layout, options)
-    needed = None if columns is None else Layout(layout.transform, tuple(columns))
-    query = _read(x, "query", options or DataOptions(), needed)
-    values, shape = query.parts["train"].tensors()[0], _shape(query)
-    names = [query.row(i) for i in range(len(values))]
-    if columns is None or layout.columns is None or warp is None:
-        if shape != layout.transform.shape:
-            raise UserError(f"{query.name}: samples have shape {shape}; the fitted ones have {layout.transform.shape}")
-        return without_columns(values.float(), names)
-    if len(shape) > 1:
-        raise UserError(f"{query.name}: holds images; rows of {len(columns)} numbers are needed")
-    if shape != (len(columns),):
-        raise UserError(f"{query.name}: rows of {shape[0]} numbers; {len(columns)} are needed")
-    z = warp(values.double())
-    kept_at = [list(columns).index(column) for column in layout.columns]
-    # The warp takes the value of a constant column to zero, to rounding.
-    differs = z.abs() > CONSTANT * warp.location.abs().clamp_min(1)
-    differs[:, kept_at] = False
-    deviating = [", ".join(columns[k] for k in row.nonzero()[:, 0]) for row in differs]
-    return Inputs(z[:, kept_at].float(), names, deviating)
+    options = options or DataOptions()
+    if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
+        return read_inputs(x, transform, options)
+    query = _read(x, "query", options, table)
+    if table is None or warp is None:
+        values = (torch.from_numpy(query.to_numpy()) if is_frame(query) else query.parts["train"].tensors()[0]).float()
+        if tuple(values.shape[1:]) != transform.shape:
+            shape = tuple(values.shape[1:])
+            raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
+        return without_columns(values, [f"sample {i}" for i in range(len(values))])
+    if not is_frame(query):
+        raise UserError(f"query: holds images; rows of {len(table.columns)} numbers are needed")
+    found = read_table(query, "query", table, options)
+    return found._replace(x=warp(found.x).float())
 
 
-def _read(data: Any, name: str, options: DataOptions, layout: Layout | None = None) -> Samples:
-    """One data set: that of a file or SPEC, of a source, or of an object; all of it, or its training split."""
+def _read(data: Any, name: str, options: DataOptions, like: TableEncoding | None = None) -> DataFrame | Samples:
+    """One data set: that of a file or SPEC, of a source, or of an object; all of it, or its training split.
+
+    Vectors become a table, whose columns are those of ``like``, in its order.
+    """
+    import pandas as pd
+
+    if isinstance(data, (str, Path)) and (spec := spec_of(data)).startswith("table:"):
+        check_spec(spec)
+        frame = tables.read(Path(spec.removeprefix("table:")), options.skip_bad)
+        return tables.chosen(frame, options, str(data)) if like is None else frame
+    if is_frame(data):
+        return as_frame(data)
     if isinstance(data, (str, Path)):
-        return read_samples(replace(options, spec=spec_of(data), **WHOLE), layout)
-    if isinstance(data, DataSource):
+        found = read_samples(replace(options, spec=spec, **WHOLE))
+    elif isinstance(data, DataSource):
         grid = None if data.transform.bin is None else (int(data.transform.low or 0), int(data.transform.high or 0))
-        return Samples(name, {"train": data.train}, grid, columns=data.columns)
-    return samples_of(data, None, options, name, layout)
-
-
-def _shape(samples: Samples) -> tuple[int, ...]:
-    return tuple(samples.parts["train"][0][0].shape)
-
-
-def _columns(samples: Samples) -> tuple[str, ...]:
-    return samples.columns or tuple(f"c{k}" for k in range(_shape(samples)[0]))
+        found = Samples(name, {"train": data.train}, grid, table=data.transform.table)
+    else:
+        found = samples_of(data, None, options, name)
+    x, _ = found.parts["train"].tensors()
+    if x.ndim > 2:
+        return found
+    if found.table is not None:
+        return found.table.decode(x)
+    if like is not None and x.shape[1] != len(like.columns):
+        raise UserError(f"{name}: rows of {x.shape[1]} numbers; {len(like.columns)} are needed")
+    names = [f"c{k}" for k in range(x.shape[1])] if like is None else [column.name for column in like.columns]
+    return pd.DataFrame(x.numpy(), pd.RangeIndex(len(x), name="sample"), names)
 
 
 def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,50 +187,48 @@ def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_tables(
-    denominator: Samples,
-    numerator: Samples,
+    denominator: DataFrame,
+    numerator: DataFrame,
     parts: dict[str, tuple[Tensor, Tensor]],
     discrete: str,
     options: DataOptions,
-) -> tuple[DataSource, tuple[str, ...], ColumnWarp]:
-    columns, theirs = _columns(denominator), _columns(numerator)
-    for one, other in ((denominator, numerator), (numerator, denominator)):
-        missing = [column for column in _columns(one) if column not in _columns(other)]
+) -> tuple[DataSource, TableEncoding, ColumnWarp]:
+    import pandas as pd
+
+    frames, notes = [denominator, numerator], [f"{len(numerator)} rows over {len(denominator)} rows."]
+    for one, other in ((0, 1), (1, 0)):
+        missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:
-            raise UserError(f"{other.name}: no column '{missing[0]}', which {one.name} has; give both the same")
-    both = [side.parts["train"].tensors()[0].double().numpy() for side in (denominator, numerator)]
-    both[1] = both[1][:, [theirs.index(column) for column in columns]]
-    notes = [f"{len(both[1])} rows over {len(both[0])} rows."]
-    notes += dict.fromkeys((*numerator.notes, *denominator.notes))
-    widths = {}
-    for column, x in zip(columns, np.concatenate(both).T, strict=True):
-        values = discrete_values(x, column)
-        if values is not None:
-            widths[column] = cell_width(values)
-            text = f"few distinct values: dequantised by uniform noise of width {widths[column]:g}"
-            notes.append(f"column '{column}' has {text}.")
-        elif (x != x[0]).any():
-            notes += frequency_notes(x, column)
-    if widths and discrete == "error":
+            names = [frame.attrs["name"] for frame in frames]
+            raise UserError(f"{names[other]}: no column '{missing[0]}', which {names[one]} has; give both the same")
+    notes += dict.fromkeys(note for frame in frames[::-1] for note in frame.attrs.get("notes", ()))
+    notes.append(f"{len(frames[0].columns)} columns: {', '.join(frames[0].columns)}.")
+    both = pd.concat([frames[0], frames[1][frames[0].columns]])
+    both.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
+    table, more = TableEncoding.fit(both, PAIR)
+    codes = [table.encode(frame, PAIR).x for frame in frames]
+    few = [column.name for column in table.kept if column.values and not column.mixed]
+    if few and discrete == "error":
         raise UserError(
-            f"few distinct values in the columns {', '.join(widths)}: leave them out, or set discrete='dequantize', "
+            f"few distinct values in the columns {', '.join(few)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
-    noise, width = stream(options.seed, "dequantise"), np.array([widths.get(column, 0.0) for column in columns])
-    both = [spread(x, width, torch.rand(x.shape, generator=noise, dtype=torch.float64).numpy()) for x in both]
-    chosen = {split: np.concatenate([both[0][low], both[1][high]]) for split, (low, high) in parts.items()}
-    order = permutation(len(chosen["train"]), options.seed).numpy()
-    sources = np.repeat(np.arange(2), len(order) // 2)
-    warp = ColumnWarp.fit(torch.from_numpy(chosen["train"][order]), torch.from_numpy(sources[order]))
+    first, noise = codes[0][parts["train"][0][0]], stream(options.seed, "dequantise")
+    varying = torch.cat([x[part] != first for x, part in zip(codes, parts["train"], strict=True)]).any(0)
+    table = table.without({c.name: float(first[k]) for k, c in enumerate(table.kept) if not varying[k]})
+    codes = [x[:, varying] for x in codes]
+    cells, known = table.cells, table.mixed_codes
+    codes = [spread_columns(x, cells, known, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
+    chosen = {split: torch.cat([codes[0][low], codes[1][high]]) for split, (low, high) in parts.items()}
+    order = permutation(len(chosen["train"]), options.seed)
+    sources = torch.arange(2).repeat_interleave(len(order) // 2)
+    warp = ColumnWarp.fit(chosen["train"][order], sources[order])
     joined: dict[str, Split] = {
-        split: MemorySplit(warp(torch.from_numpy(x)), torch.arange(2).repeat_interleave(len(x) // 2))
-        for split, x in chosen.items()
+        split: MemorySplit(warp(x), torch.arange(2).repeat_interleave(len(x) // 2)) for split, x in chosen.items()
     }
-    samples = Samples(PAIR, joined, class_names=SOURCES, columns=columns)
+    samples = Samples(PAIR, joined, class_names=SOURCES)
     source = assemble(samples, replace(options, **WHOLE, dequantize=False))
-    if source.constants:
-        notes.append(constants_note(source.constants))
-    return replace(source, notes=tuple(notes)), columns, warp
+    return replace(source, notes=(*notes, *more)), table, warp
 
 
 def _from_images(

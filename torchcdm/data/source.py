@@ -9,8 +9,8 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -161,9 +161,7 @@ class DataSource:
         test: Test split; may be empty.
         transform: Data units to model units, measured on the training split.
         class_names: Names of the classes 0, 1, ...; None without labels.
-        columns: Names of the columns of a table; None elsewhere.
         notes: What was read off the data, one sentence each.
-        constants: Values of the columns of a table that are left out because they are constant in training.
     """
 
     name: str
@@ -172,14 +170,17 @@ class DataSource:
     test: Split
     transform: DataTransform
     class_names: tuple[str, ...] | None = None
-    columns: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = field(default=())
-    constants: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Event shape: (C, H, W), or (d,)."""
         return self.transform.shape
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Names of the columns of a table that the model sees; None elsewhere."""
+        return None if self.transform.table is None else self.transform.table.names
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:

@@ -1,166 +1,139 @@
-"""Tables of numbers: CSV, Parquet and data frames, column by column."""
+"""Tables: CSV and Parquet files and data frames."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from torchcdm.data.arrays import read_labels
 from torchcdm.data.assembly import Samples
-from torchcdm.data.options import DataOptions, Layout
+from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reading
-from torchcdm.data.source import MemorySplit, Split
-from torchcdm.errors import UserError
+from torchcdm.data.source import MemorySplit
+from torchcdm.errors import UserError, nearest
+from torchcdm.units import DataTransform, TableEncoding
 
-TEXT_SUFFIXES = (".csv", ".tsv", ".txt")
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 """Of table files."""
 
-SHOWN = 3
-"""Columns that a message names."""
+
+def is_table(path: Path | str) -> bool:
+    """Whether a file is a table by its name."""
+    return str(path).lower().endswith(SUFFIXES)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Named columns as they were read: numbers or texts.
-
-    Attributes:
-        name: The file or object, for messages.
-        columns: Values of each column, all of one length.
-        row: What to call row i in a message, ``line 17`` for a text file.
-        notes: What was read off the file.
-    """
-
-    name: str
-    columns: Mapping[str, Sequence[Any] | np.ndarray]
-    row: Callable[[int], str]
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    def matrix(self, columns: Sequence[str]) -> np.ndarray:
-        """The columns side by side, float64 (N, d).
-
-        Raises:
-            UserError: A column is missing, or a cell is empty, text, not finite or a date; names columns and rows.
-        """
-        found, problems = [], []
-        for column in columns:
-            raw = self.column(column)
-            values = _floats(raw)
-            if values is None:
-                index = next((i for i, cell in enumerate(raw) if _floats(np.array([cell], object)) is None), 0)
-                cell = raw[index]
-                empty = cell is None or str(cell).strip() == ""
-                shown = "is empty" if empty else f"holds '{str(cell):.60}', not a finite number"
-                problems.append(f"column '{column}', {self.row(index)} {shown}")
-            else:
-                found.append(values)
-        if problems:
-            rest = f" ({len(problems)} columns in all)" if len(problems) > 1 else ""
-            raise UserError(f"{self.name}: {', '.join(problems[:SHOWN])}{rest}; mend the cells, or leave columns out")
-        return np.stack(found, 1)
-
-    def column(self, name: str) -> Sequence[Any] | np.ndarray:
-        """One column as it was read.
-
-        Raises:
-            UserError: There is none of that name.
-        """
-        if name not in self.columns:
-            raise UserError(f"{self.name}: no column '{name}' (found: {', '.join(self.columns)})")
-        return self.columns[name]
+def load(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
+    """``table:FILE.csv``, also packed by gzip, or ``table:FILE.parquet``, split at random."""
+    return samples_of({"train": read(Path(argument), options.skip_bad)}, f"table:{argument}", options, like=like)
 
 
-def load(argument: str, options: DataOptions, layout: Layout | None = None) -> Samples:
-    """``table:FILE.csv`` or ``table:FILE.parquet``, split at random."""
-    return samples_of({"train": read(Path(argument))}, f"table:{argument}", options, layout=layout)
+def read(path: Path, skip_bad: bool = False) -> DataFrame:
+    """A table file, by its suffix: cells of text files as texts, empty cells as missing ones.
 
+    What is wrong with its lines stands in ``attrs["problems"]``, for one message with what is wrong with its cells;
+    ``attrs["notes"]`` says what was read off the file.
 
-def read(path: Path) -> Table:
-    """A table file, by its suffix.
+    Args:
+        path: The file.
+        skip_bad: Lines with another number of cells are left out.
 
     Raises:
         UserError: Missing, unreadable, or of another kind.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         return _read_parquet(path)
-    if suffix in TEXT_SUFFIXES:
-        return _read_csv(path)
-    raise UserError(f"{path}: tables are read from {', '.join(TEXT_SUFFIXES)} and .parquet files")
-
-
-def is_frame(data: Any) -> bool:
-    """Whether these are columns of a data frame, or one of them, a series."""
-    return hasattr(data, "to_numpy") and (hasattr(data, "columns") or hasattr(data, "to_frame"))
-
-
-def from_frame(frame: Any, name: str = "data frame") -> Table:
-    """A pandas DataFrame as a table; a Series is one column."""
-    if not hasattr(frame, "columns"):
-        frame = frame.to_frame(name="value" if frame.name is None else frame.name)
-    names = [str(column) for column in frame.columns]
-    _refuse_duplicates(names, name)
-    columns = {text: frame[column].to_numpy() for text, column in zip(names, frame.columns, strict=True)}
-    return Table(name, columns, lambda i: f"row {frame.index[i]}")
+    if name.endswith(TEXT_SUFFIXES):
+        return _read_csv(path, skip_bad)
+    raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
 
 
 def samples_of(
-    parts: dict[str, Table], name: str, options: DataOptions, labels: Any = None, layout: Layout | None = None
+    parts: Mapping[str, DataFrame],
+    name: str,
+    options: DataOptions,
+    labels: Any = None,
+    like: DataTransform | None = None,
 ) -> Samples:
-    """The columns of numbers; for a model that is to score them its columns.
+    """The codes of the columns; for a model that is to score them of its columns.
 
     Args:
         parts: ``train``, and ``validation`` and ``test`` where they are apart.
         name: Name of the source.
-        options: ``label`` names the column of classes, which is no column of the data.
+        options: ``label`` names the column of classes, which is no column of the data; ``columns``, ``drop`` and
+            ``skip_bad`` of the others.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
-        layout: That of the model that scores the data.
+        like: That of the model that scores the data.
 
     Raises:
-        UserError: An unknown label column, a cell that is no number, a column whose variation float32 does not hold.
+        UserError: Columns that are not there, cells that cannot be read, all in one line; nothing that varies.
     """
-    table = parts["train"]
-    columns = list((layout and layout.columns) or (column for column in table.columns if column != options.label))
-    if not columns or not len(table):
-        raise UserError(f"{table.name}: no columns of numbers, or no rows")
+    import pandas as pd
+
+    notes = [note for part in parts.values() for note in part.attrs.get("notes", ())]
     if options.label is not None:
-        labels = [label for part in parts.values() for label in part.column(options.label)]
+        labels = np.concatenate([select(part, [options.label], name).to_numpy() for part in parts.values()])[:, 0]
+    parts = {split: chosen(part, options, name) for split, part in parts.items()}
+    whole = pd.concat(list(parts.values()))
+    whole.attrs["problems"] = [problem for part in parts.values() for problem in part.attrs.get("problems", ())]
+    if not len(whole) or not len(whole.columns):
+        raise UserError(f"{name}: no columns of values, or no rows")
+    if like is None:
+        table, more = TableEncoding.fit(whole, name, options.skip_bad)
+        notes += [f"{len(whole)} rows, {len(table.kept)} columns: {', '.join(table.names)}.", *more]
+    else:
+        table = like.table or TableEncoding.numbers(whole.columns)
     sizes = [len(part) for part in parts.values()]
-    of_parts, class_names = read_labels(labels, sizes, table.name, by_value=True)
-    pools: dict[str, Split] = {
-        split: MemorySplit(torch.from_numpy(part.matrix(columns)), y)
-        for (split, part), y in zip(parts.items(), of_parts, strict=True)
-    }
-    notes = (*table.notes, f"{sum(sizes)} rows, {len(columns)} columns: {', '.join(columns)}.")
-    return Samples(name, pools, None, class_names, tuple(columns), notes, table.row)
+    of_parts, class_names = read_labels(labels, sizes, name, by_value=True)
+    pools, left_out = {}, 0
+    for (split, part), y in zip(parts.items(), of_parts, strict=True):
+        x, rows, _ = table.encode(part, name, options.skip_bad, problems=part.attrs.get("problems", ()))
+        pools[split] = MemorySplit(x, None if y is None else y[rows])
+        left_out += len(part) - len(rows)
+    if left_out:
+        notes.append(f"{left_out} row(s) with cells that cannot be read are left out.")
+    return Samples(name, pools, None, class_names, table, tuple(notes))
 
 
-def _floats(cells: Any) -> np.ndarray | None:
-    """The cells as finite float64 (N,); None where they are texts, dates, lists or complex."""
-    if getattr(getattr(cells, "dtype", None), "kind", "") in ("m", "M", "c"):
-        return None
-    try:
-        values = np.asarray(cells, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return values if values.ndim == 1 and np.isfinite(values).all() else None
+def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:
+    """The columns that the options ask for, without that of the label."""
+    if options.columns is not None:
+        frame = select(frame, options.columns, name)
+    left_out = [*(options.drop or ()), *([] if options.label is None or options.columns else [options.label])]
+    select(frame, options.drop or (), name)
+    return frame[[column for column in frame.columns if column not in left_out]]
 
 
-def _read_csv(path: Path) -> Table:
+def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
+    """Columns by their names.
+
+    Raises:
+        UserError: All that are not there.
+    """
+    absent = [column for column in columns if column not in frame.columns]
+    if absent:
+        what = ", ".join(f"'{column}'" for column in absent)
+        raise UserError(f"{name}: no column {what}; {nearest(absent[0], frame.columns)}")
+    return frame[list(columns)]
+
+
+def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
     """Comma, semicolon or tab separated; the first line names the columns unless it is all numbers."""
-    with reading(path, "a table in UTF-8", also=(csv.Error,)) as binary:
-        text = io.TextIOWrapper(binary, "utf-8-sig", newline="")
+    import pandas as pd
+
+    with reading(path, "a table in UTF-8", also=(csv.Error,)) as raw:
+        binary = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+        text = io.TextIOWrapper(io.BufferedReader(binary), "utf-8-sig", newline="")
         first = text.readline()
         separator = max(",;\t", key=first.count)
         text.seek(0)
@@ -168,23 +141,49 @@ def _read_csv(path: Path) -> Table:
         lines = [(rows.line_num, row) for row in rows if row]
     if not lines:
         raise UserError(f"{path}: the file is empty")
-    header = [cell.strip() for cell in lines[0][1]]
-    notes: tuple[str, ...] = ()
-    if _floats(header) is not None:
+    header, notes, problems = [cell.strip() for cell in lines[0][1]], [], []
+    if not any(np.isnan(_number(cell)) for cell in header):
         header = [f"c{k}" for k in range(len(header))]
-        notes = (f"no line of column names: columns are called c0 ... c{len(header) - 1}.",)
+        notes.append(f"no line of column names: columns are called c0 ... c{len(header) - 1}.")
     else:
         lines = lines[1:]
-    _refuse_duplicates(header, str(path))
-    for number, row in lines:
-        if len(row) != len(header):
-            raise UserError(f"{path}: line {number} has {len(row)} cells; the first line has {len(header)}")
-    columns = {name: [row[k] for _, row in lines] for k, name in enumerate(header)}
-    if "" in columns:
-        if header[0] or not _counts(columns.pop("")):
-            raise UserError(f"{path}: column {header.index('') + 1} has no name; name it in the first line")
-        notes = (*notes, "the first column has no name and counts the rows: left out.")
-    return Table(str(path), columns, lambda i: f"line {lines[i][0]}", notes)
+    fitting = [(number, row) for number, row in lines if len(row) == len(header)]
+    if len(fitting) < len(lines) and not skip_bad:
+        number, row = next(line for line in lines if len(line[1]) != len(header))
+        more = f" ({len(lines) - len(fitting)} such lines)" if len(lines) - len(fitting) > 1 else ""
+        problems.append(f"line {number} has {len(row)} cells, the first line has {len(header)}{more}")
+    elif len(fitting) < len(lines):
+        notes.append(f"{len(lines) - len(fitting)} line(s) with another number of cells than the first are left out.")
+    index = pd.Index([number for number, _ in fitting], name="line", dtype=int)
+    frame = pd.DataFrame([row for _, row in fitting], index, range(len(header)), dtype=str)
+    if header and header[0] == "" and "" not in header[1:] and _counts(frame[0]):
+        frame, header = frame.drop(columns=0), header[1:]
+        notes.append("the first column has no name and counts the rows: left out.")
+    problems += [f"column {k + 1} has no name" for k, column in enumerate(header) if column == ""]
+    return _named(frame, header, notes, problems, path)
+
+
+def _named(frame: DataFrame, names: Sequence[str], notes: list[str], problems: list[str], path: Path) -> DataFrame:
+    """A frame with these names of columns, notes and problems.
+
+    Raises:
+        UserError: Columns of one name, or none: no table can be made of them.
+    """
+    names = [str(name) for name in names]
+    twice = dict.fromkeys(name for k, name in enumerate(names) if name in names[:k] and name)
+    problems += [f"two columns are called '{name}'" for name in twice]
+    if twice or "" in names:
+        raise UserError(f"{path}: {'; '.join(problems)}; name it in the first line, each column by a name of its own")
+    frame = frame.set_axis(names, axis=1)
+    frame.attrs.update(name=str(path), notes=notes, problems=problems)
+    return frame
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _counts(cells: Sequence[str]) -> bool:
@@ -196,7 +195,7 @@ def _counts(cells: Sequence[str]) -> bool:
     return all(low < high for low, high in zip(numbers, numbers[1:], strict=False))
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path) -> DataFrame:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -206,15 +205,8 @@ def _read_parquet(path: Path) -> Table:
         table = parquet.read_table(file)
         written = (table.schema.pandas_metadata or {}).get("index_columns", ())
         index = [name for name in written if isinstance(name, str)]  # others are ranges, which are no columns
-        double = len(set(table.column_names)) < len(table.column_names)
-        kept = [] if double else [name for name in table.column_names if name not in index]
-        columns = {name: table[name].to_numpy() for name in kept}
-    _refuse_duplicates(table.column_names, str(path))
-    notes = (f"the index of the data frame is left out: {', '.join(index)}.",) if index else ()
-    return Table(str(path), columns, lambda i: f"row {i} (counted from 0)", notes)
-
-
-def _refuse_duplicates(names: Sequence[str], where: str) -> None:
-    double = next((name for name, count in Counter(names).items() if count > 1), None)
-    if double is not None:
-        raise UserError(f"{where}: two columns are called '{double}'; column names must differ")
+        kept = [k for k, name in enumerate(table.column_names) if name not in index]
+        names = [table.column_names[k] for k in kept]
+        frame = table.select(kept).rename_columns([str(k) for k in kept]).to_pandas(ignore_metadata=True)
+    notes = [f"the index of the data frame is left out: {', '.join(index)}."] if index else []
+    return _named(frame, names, notes, [], path)

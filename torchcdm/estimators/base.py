@@ -323,7 +323,8 @@ class DensityEstimator(TableEstimator):
             log_density(self.model_, columns.noisy(rows, noise) - centre, self.likelihood, context)
             for noise in self._noise
         ]
-        return np.mean(draws, axis=0) + columns.log_cell
+        # The units of rows count their cells; those of residuals know none.
+        return np.mean(draws, axis=0) + (0.0 if context is None else columns.log_cell)
 
 
 def log_density(

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from torchcdm.data.columns import discrete_values, frequent_value
 from torchcdm.errors import UserError
 from torchcdm.random import stream
-from torchcdm.units import cell_width, nearest_value, spread
+from torchcdm.units import cell_width, discrete_values, frequent_values, nearest_value, spread
 
 COPIES, COPIED_ROWS = 20, 200_000
 """A table with discrete columns is trained on so many noisy copies, or so many rows in all, whichever is less."""
@@ -70,13 +69,14 @@ class Columns:
                 raise UserError(f"column '{name}' has values too large or too small for float64; scale it")
             if discrete is None:
                 continue
-            found, frequent = discrete_values(column, name), frequent_value(column)
+            found, frequent = discrete_values(column, name), frequent_values(column)
             if found is not None:
                 values[k] = found
                 kind = f"has {len(found)} distinct values in {len(x)} rows"
                 notes.append(f"column '{name}' {kind}: dequantised with cells of {cell_width(found):g}")
-            elif frequent is not None:
-                kind = f"holds {frequent[0]:g} in {100 * frequent[1]:.0f} % of the rows"
+            elif frequent:
+                often = max(frequent, key=frequent.get)
+                kind = f"holds {often:g} in {100 * frequent[often]:.0f} % of the rows"
                 notes.append(f"column '{name}' {kind}: its density has no upper bound there")
             if discrete == "error" and (found or frequent):
                 raise UserError(

@@ -119,8 +119,8 @@ class Batches:
             coins = stream(self.seed, "flip", step)
             torch.rand(self.mine.start, generator=coins)  # those of the processes before this one
             x = flip_horizontally(x, coins)
-        noise = transform.add_noise(torch.zeros(shape), stream(self.seed, "dequantise", step))[self.mine]
-        x_0 = transform(x + noise)
+        places = torch.rand(shape, generator=stream(self.seed, "dequantise", step))[self.mine]
+        x_0 = transform(transform.spread(x, places))
         t = loss.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
         eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
         if self.labels and y.ndim == 1 and bool((y < 0).any()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchcdm.data import DataOptions, DataSource, Layout, load_data
+from torchcdm.data import DataOptions, DataSource, load_data
 from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
@@ -28,14 +28,14 @@ FittedBase = GaussianMarginals | MixtureMarginals
 """What logits can be a correction to, fitted to data."""
 
 
-def load_source(options: DataOptions, layout: Layout | None = None) -> DataSource:
-    """The data that options name, in the units that they ask for, or in ``layout``, that of the model to score them.
+def load_source(options: DataOptions, like: DataTransform | None = None) -> DataSource:
+    """The data that options name, in the units that they ask for, or in those of ``like``, the model to score them.
 
     Raises:
         UserError: What :func:`torchcdm.data.load_data` refuses.
     """
-    source = load_data(options, layout)
-    return in_units(source, options) if layout is None else source
+    source = load_data(options, like)
+    return in_units(source, options) if like is None else source
 
 
 def in_units(source: DataSource, options: DataOptions) -> DataSource:
@@ -58,8 +58,10 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     """
     transform, split = source.transform, source.split("train")
     if transform.bin is None and len(source.shape) == 1:
-        discrete = transform.values if isinstance(transform, ColumnTransform) else {}
-        return replace(source, transform=ColumnTransform.fit(split.tensors()[0], discrete))
+        x, _ = split.tensors()
+        known = isinstance(transform, ColumnTransform)
+        bent = transform.refitted(x) if known else ColumnTransform.fit(x, table=transform.table)
+        return replace(source, transform=bent)
     if transform.gaussianized:
         return source
     size = max(1, min(1000, HISTOGRAM_NUMBERS // transform.dim))

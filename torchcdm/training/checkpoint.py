@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +12,12 @@ import torch
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 from torch import Tensor, nn
 
-from torchcdm.data import DataOptions, DataSource, Inputs, Layout, read_inputs, renumbered
+from torchcdm.data import DataOptions, DataSource, Inputs, read_inputs, renumbered
 from torchcdm.errors import UserError
 from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
-from torchcdm.runtime.validation import Float, encode, validated
+from torchcdm.runtime.validation import encode, validated
 from torchcdm.training.build import build_backbone, build_model, load_source
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
@@ -44,13 +44,11 @@ class ModelInfo:
     Attributes:
         preset: Name of the preset, if any.
         model: Kind, network and schedule, resolved.
-        transform: Data units to model units.
+        transform: Data units to model units; of a table with its columns.
         data: What it was trained on, to find the same splits again.
         selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
             best, or ``{"value": "last", "step"}``.
         class_names: Names of the classes of the data; None without labels.
-        columns: Names of the columns of a table.
-        constants: Values of its columns that are left out because they are constant in training.
         estimator: What an estimator adds to its model, plain values; None in a run.
     """
 
@@ -60,25 +58,23 @@ class ModelInfo:
     data: DataOptions
     selected: dict[str, str | int | float]
     class_names: tuple[str, ...] | None = None
-    columns: tuple[str, ...] | None = None
-    constants: Mapping[str, Float] = field(default_factory=dict)
     estimator: dict[str, Any] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """Names of the columns of a table that the model sees; None elsewhere."""
+        return None if self.transform.table is None else self.transform.table.names
 
     @property
     def classes(self) -> int | None:
         """Number of classes of the data."""
         return None if self.class_names is None else len(self.class_names)
 
-    @property
-    def layout(self) -> Layout:
-        """How the model takes its data."""
-        return Layout(self.transform, self.columns, self.constants)
-
     def read_inputs(
         self, paths: str | Path | Sequence[str | Path], skip_bad: bool = False, noisy: bool = False
     ) -> Inputs:
         """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
-        return read_inputs(paths, self.layout, replace(self.data, skip_bad=skip_bad), noisy)
+        return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), noisy)
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
         """Data with splits for the model to score, in its units: what it was trained on, or others of the same kind.
@@ -93,7 +89,7 @@ class ModelInfo:
                 model's; names both.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
-        source = load_source(options, self.layout)
+        source = load_source(options, self.transform)
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
         return source

@@ -229,4 +229,4 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
         model, sampling.n, y, config.train.seed, sampler=sampling.sampler, steps=steps, guidance=guidance
     )
     save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
-    return save_sheet(drawn, model, run.samples / name, source.columns)
+    return save_sheet(drawn, model, run.samples / name)

@@ -345,7 +345,7 @@ class Trainer:
             self.selection.kept_start(start)
         info = ModelInfo(
             preset=config.preset, model=config.model, transform=source.transform, data=config.data,
-            class_names=source.class_names, columns=source.columns, constants=source.constants,
+            class_names=source.class_names,
             selected=self.selection.selected(self.step),
         )  # fmt: skip
         save_model(self.run, self.ema.model, info)

@@ -51,16 +51,15 @@ def balanced_labels(n: int, classes: int) -> Tensor:
     return torch.arange(n) % classes
 
 
-def save_sheet(drawn: Drawn, model: Denoiser, stem: Path, columns: Sequence[str] | None = None) -> Path:
-    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table with names of ``columns``.
+def save_sheet(drawn: Drawn, model: Denoiser, stem: Path) -> Path:
+    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table.
 
     Returns:
         The path.
     """
     if drawn.is_images:
         return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
-    x = drawn.x if model.transform is None else model.transform.quantize(drawn.x)
-    return save_table(x, stem.with_suffix(".csv"), columns)
+    return save_table(drawn.x, stem.with_suffix(".csv"), model.transform)
 
 
 def save_manifest(

@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.validation import read_as
 from torchcdm.units.affine import DataTransform
 from torchcdm.units.checks import construct
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
-from torchcdm.units.lattice import cell_width, nearest_value, spread
+from torchcdm.units.lattice import cell_width, discrete_values, frequent_values, nearest_value, spread, spread_columns
 from torchcdm.units.log_likelihood import LogLikelihood, standard_error
+from torchcdm.units.table import TableEncoding
 from torchcdm.units.warp import ColumnWarp
 
 __all__ = [
@@ -25,9 +27,13 @@ __all__ = [
     "DataTransform",
     "GaussianizedTransform",
     "LogLikelihood",
+    "TableEncoding",
     "cell_width",
+    "discrete_values",
+    "frequent_values",
     "nearest_value",
     "spread",
+    "spread_columns",
     "standard_error",
     "transform_from_config",
 ]
@@ -46,5 +52,10 @@ def transform_from_config(config: Any) -> DataTransform:
     name = config.get("kind", "affine")
     if not isinstance(name, str) or name not in KINDS:
         raise UserError(f"data transform: unknown kind {name!r:.60}; choose from: {', '.join(KINDS)}")
-    arguments = {key: value for key, value in config.items() if key != "kind"}
-    return construct(KINDS[name], arguments, "data transform")
+    arguments = {key: value for key, value in config.items() if key not in ("kind", "table")}
+    transform = construct(KINDS[name], arguments, "data transform")
+    if config.get("table") is not None:
+        transform.table = read_as(TableEncoding, config["table"], "table")
+        if len(transform.table.kept) != transform.dim:
+            raise UserError(f"table: {len(transform.table.kept)} columns; the data have {transform.dim}")
+    return transform

@@ -11,10 +11,11 @@ from annotated_types import Len
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.validation import Count, Float, Positive, checked
+from torchcdm.runtime.validation import Count, Float, Positive, checked, encode
 from torchcdm.units.checks import MOST_NUMBERS, numbers
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import spread
+from torchcdm.units.table import TableEncoding
 
 Shape = Annotated[tuple[Count, ...], Len(1, 16)]
 """Sizes of a sample's dimensions."""
@@ -37,6 +38,7 @@ class DataTransform(Float64Module):
 
     Attributes:
         cells: Width of the cell of each number, data units, broadcastable to ``shape``; 0 for continuous data.
+        table: What becomes of the cells of a table, whose codes are the data; None elsewhere.
 
     Example:
         >>> transform = DataTransform.images((1, 28, 28))
@@ -46,6 +48,8 @@ class DataTransform(Float64Module):
 
     gaussianized: ClassVar[bool] = False
     """Whether dimensions are bent towards normals, so that noise on the data is no additive noise in model units."""
+
+    table: TableEncoding | None = None
 
     shift: Tensor
     scale: Tensor
@@ -133,13 +137,20 @@ class DataTransform(Float64Module):
         """Model units to data units, (B, *shape)."""
         return (z.double() * self.scale + self.shift).to(z.dtype)
 
+    def spread(self, x: Tensor, position: Tensor) -> Tensor:
+        """Dequantise: each number at its ``position`` on [0, 1] of its cell, data units; ``x`` where it has none.
+
+        Args:
+            x: Data units, (..., *shape).
+            position: Broadcasts to ``x``.
+        """
+        return spread(x.to(floating(x)), self.cells.to(position), position) if self.dequantize else x
+
     def add_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Dequantise: x plus uniform noise over its cell, data units; ``x`` itself where there is nothing to do."""
+        """:meth:`spread` to random places; ``x`` itself where there is nothing to do."""
         if not self.dequantize:
             return x
-        x = x.to(floating(x))
-        noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return spread(x, self.cells.to(x), noise)
+        return self.spread(x, torch.rand(x.shape, generator=generator, device=x.device, dtype=floating(x)))
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """What the network trains on: dequantised, in model units."""
@@ -147,7 +158,7 @@ class DataTransform(Float64Module):
 
     def place(self, x: Tensor, cell: Tensor) -> Tensor:
         """Grey levels, each at the position ``cell`` on [0, 1] of its cell where the model sees cells: model units."""
-        return self(spread(x.double(), self.cells, cell) if self.dequantize else x.double())
+        return self(self.spread(x.double(), cell))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Data units rounded to the nearest grey level and clipped to the range; continuous data unchanged."""
@@ -159,6 +170,11 @@ class DataTransform(Float64Module):
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python values, exact: floats survive JSON to the last bit."""
+        table = {} if self.table is None else {"table": encode(self.table)}
+        return self.arguments() | table
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor, and ``kind`` for subclasses."""
         return {
             "shape": list(self.shape),
             "shift": self.shift.tolist(),

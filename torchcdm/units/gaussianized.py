@@ -135,7 +135,7 @@ class GaussianizedTransform(DataTransform):
         log_mass = self._at(self.log_mass, self._nearest(x.double()))
         return (log_mass - math.log(self.bin) - log_normal(z)).flatten(1).sum(1)
 
-    def to_config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         return {
             "kind": "gaussianized",
             "shape": list(self.shape),

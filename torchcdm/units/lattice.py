@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.errors import UserError
+
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
+
+FEW_VALUES = 20
+"""A column of at most so many values is discrete, where each comes twice on average."""
+
+REPEATS = 5
+SMALLEST_STEP = 0.01
+"""A column of more values is, where each comes REPEATS times on average and they are at least SMALLEST_STEP deviations
+apart: a finer lattice is blurred by the first noise level anyway."""
+
+NEAREST = 1e-6
+"""Deviations between two values of a discrete column, at least."""
+
+LARGE_SHARE = 0.1
+"""Share of the rows in which one value of a continuous column comes back, above which it has a probability."""
+
+
+def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:
+    """The distinct values of a column, rising, where they are those of a discrete one.
+
+    Args:
+        x: The column, float64 (N,).
+        name: Its name, for the message.
+
+    Returns:
+        At least two values; None for continuous and for constant columns.
+
+    Raises:
+        UserError: Two of them nearly coincide.
+    """
+    values = np.unique(x)
+    if len(values) == 1:
+        return None
+    step, deviation = float(np.diff(values).min()), float(x.std())
+    if len(values) <= FEW_VALUES:
+        if 2 * len(values) > len(x):
+            return None
+    elif REPEATS * len(values) > len(x) or step < SMALLEST_STEP * deviation:
+        return None
+    if step < NEAREST * deviation:
+        what = f"has {len(values)} distinct values in {len(x)} rows, two of them only {step:g} apart"
+        raise UserError(f"column '{name}' {what}; round the column")
+    return tuple(values.tolist())
+
+
+def frequent_values(x: np.ndarray) -> dict[float, float]:
+    """The values of a continuous column (N,) that come back again and again, rising, with their shares of the rows."""
+    values, counts = np.unique(x, return_counts=True)
+    often = (counts >= LARGE_SHARE * len(x)) & (counts >= REPEATS)
+    return dict(zip(values[often].tolist(), (counts[often] / len(x)).tolist(), strict=True))
 
 
 def cell_width(values: Sequence[float] | Tensor) -> float:
@@ -20,6 +71,15 @@ def cell_width(values: Sequence[float] | Tensor) -> float:
 def spread(x: Numbers, width: float | Numbers, position: Numbers) -> Numbers:
     """Each value at the ``position`` on [0, 1] of the cell of that ``width`` around it; all shapes broadcast."""
     return x + width * (position - 0.5)
+
+
+def spread_columns(x: Tensor, width: Tensor, mixed: Mapping[int, Sequence[float]], position: Tensor) -> Tensor:
+    """:func:`spread` of rows (..., d); in columns that are ``mixed`` only of these values, not of other numbers."""
+    noisy = spread(x, width, position)
+    for k, values in mixed.items():
+        apart = (x[..., k, None] - torch.as_tensor(values).to(x)).abs().amin(-1)
+        noisy[..., k] = torch.where(apart < 1e-3 * width[k], noisy[..., k], x[..., k])
+    return noisy
 
 
 def nearest_value(x: Tensor, values: Tensor) -> Tensor:

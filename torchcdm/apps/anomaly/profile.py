@@ -63,12 +63,12 @@ def by_batches(
     """``function`` of dequantised batches in data units, on the model's device and in its precision; a CPU tensor."""
     x = as_samples(model, x)
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
-    noise = torch.zeros(x.shape[1:], dtype=torch.float64)
-    if model.transform is not None:
-        noise = model.transform.add_noise(noise, stream(NOISE_SEED, "dequantise"))
+    places = torch.rand(x.shape[1:], generator=stream(NOISE_SEED, "dequantise"), dtype=torch.float64)
 
     def one(rows: slice) -> Tensor:
-        return function((x[rows].double() + noise).to(device, dtype)).cpu()
+        clean = x[rows].double()
+        noisy = clean if model.transform is None else model.transform.spread(clean, places)
+        return function(noisy.to(device, dtype)).cpu()
 
     with evaluation_mode(model):
         return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)

@@ -28,7 +28,7 @@ from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.units import ColumnWarp, DataTransform
+from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
 
 FILE = "ratio.json"
 
@@ -112,14 +112,15 @@ class DensityRatio:
     tempered: tuple[float, float]
     held_out: Calibration
     _limits: np.ndarray
-    _columns: tuple[str, ...] | None = None
+    _table: TableEncoding | None = None
     _warp: ColumnWarp | None = None
     _steps: Steps
 
     _saved: ClassVar[Readers] = {
-        **dict.fromkeys(("notes", "counts", "shares", "tempered", "_columns"), tuple),
+        **dict.fromkeys(("notes", "counts", "shares", "tempered"), tuple),
         "held_out": partial(read_as, Calibration),
         "_limits": partial(np.array, dtype=np.float64),
+        "_table": partial(read_as, TableEncoding),
         "_warp": lambda arguments: ColumnWarp(**arguments),
         "_steps": lambda steps: {name: STEPS[name](**arguments) for name, arguments in steps.items()},
     }
@@ -170,7 +171,7 @@ class DensityRatio:
 
     def _learn(self, pair: Pair) -> None:
         """Everything that :meth:`fit` sets."""
-        self._columns, self._warp = pair.columns, pair.warp
+        self._table, self._warp = pair.table, pair.warp
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
         source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair)
@@ -235,7 +236,7 @@ class DensityRatio:
         """
         self._check_fitted()
         info = self._models[0][1]
-        values, names, deviating, _ = read_query(x, info.layout, self._columns, self._warp, self._options)
+        values, names, deviating, _ = read_query(x, info.transform, self._table, self._warp, self._options)
         log_probs = self._log_probs(through(self._steps, values)[0].float() if self._steps else values)
         below = log_probs < self._limits
         log_ratio = self._temper(log_probs[:, 0, 1] - log_probs[:, 0, 0])
@@ -314,7 +315,7 @@ class DensityRatio:
             settings = {key: content[key] for key in SETTINGS}
             overrides = settings.pop("overrides")
             ratio = cls(**settings, device=device, **overrides)
-            restore(ratio, cls._saved, content, ("_columns", "_warp"))
+            restore(ratio, cls._saved, content, ("_table", "_warp"))
         ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
         return ratio
 
@@ -344,12 +345,10 @@ class DensityRatio:
 def _in_coordinates(pair: Pair) -> tuple[DataSource, Steps]:
     """The data in the coordinates that :func:`best_steps` chooses, and their steps; images stay as they are."""
     source = pair.source
-    if pair.warp is None or pair.columns is None:
+    if pair.warp is None:
         return source, {}
-    kept = [pair.columns.index(column) for column in source.columns or pair.columns]
-    warp = ColumnWarp(**{name: np.array(values)[kept] for name, values in pair.warp.to_config().items()})
     (x, y), (held_out, held_out_y) = (split.tensors() for split in (source.train, source.validation))
-    steps = best_steps(x.double(), y, held_out.double(), held_out_y, warp)
+    steps = best_steps(x.double(), y, held_out.double(), held_out_y, pair.warp)
     if not steps:
         return source, steps
     x, held_out = (through(steps, part.double())[0].float() for part in (x, held_out))

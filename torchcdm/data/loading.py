@@ -1,0 +1,233 @@
+"""From a SPEC string or a Python object to a :class:`DataSource`."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchcdm.data import arrays, folders, hub, named, tables
+from torchcdm.data.assembly import Samples, assemble
+from torchcdm.data.images import channels_first, from_pillow
+from torchcdm.data.options import DataOptions
+from torchcdm.data.reading import file_status
+from torchcdm.data.source import DataSource, LazySplit
+from torchcdm.errors import UserError, nearest
+from torchcdm.units import DataTransform
+from torchcdm.units.table import as_frame, is_frame
+
+LOADERS: dict[str, Callable[[str, DataOptions, DataTransform | None], Samples]] = {
+    "digits": named.digits,
+    "fashion-mnist": named.fashion_mnist,
+    "cifar10": named.cifar10,
+    "celeba": named.celeba,
+    "folder": folders.load,
+    "array": arrays.load,
+    "table": tables.load,
+    "hf": hub.load,
+    "toy": named.toy,
+    "wine": named.wine,
+}
+"""What a SPEC may begin with; the loader gets what follows the colon."""
+
+NEED_ARGUMENT = {
+    "folder": "folder:PATH",
+    "array": "array:FILE.npz",
+    "table": "table:FILE.csv",
+    "hf": "hf:NAME, such as hf:ylecun/mnist",
+    "toy": "toy:NAME, such as toy:two-moons",
+}
+
+
+def load_data(data: str | DataOptions, like: DataTransform | None = None, **fields: Any) -> DataSource:
+    """The data set that a SPEC names, to train on or for a trained model to score.
+
+    Args:
+        data: A SPEC (``digits``, ``folder:PATH``, ``table:FILE.csv`` ...), or all options with it.
+        like: That of the model that scores the data, which must have its shape, columns and grey levels. None to
+            train: the units are measured on the training split.
+        **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``data``.
+
+    Raises:
+        UserError: Anything wrong with the options or with the files, named in one line.
+
+    Example:
+        >>> source = load_data("digits")
+        >>> source.shape, len(source.train), len(source.validation), len(source.test)
+        ((1, 8, 8), 1300, 200, 297)
+    """
+    options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
+    source = assemble(read_samples(options, like), options, like).limited(options.limit)
+    if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
+        raise UserError(f"size and channels are for images; {source.name} holds vectors of {source.shape[0]} numbers")
+    return source
+
+
+def from_object(data: Any, labels: Any = None, options: DataOptions | None = None, **fields: Any) -> DataSource:
+    """A data source from a Python object, split at random.
+
+    Integers are grey levels; floats are continuous.
+
+    Args:
+        data: Tensor (N, d) or (N, C, H, W); numpy array, where channels may come last; a pandas DataFrame or Series; a
+            torch Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
+            (samples, labels); or a DataSource, which is given back.
+        labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column. None for a DataSource.
+        options: How the data are split (``validation_fraction``, ``test_fraction``, ``seed``), and ``dequantize``.
+        **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``options``.
+
+    Raises:
+        UserError: Data that are not understood, with the reason.
+
+    Example:
+        >>> from_object(torch.randn(100, 3)).shape
+        (3,)
+    """
+    if isinstance(data, DataSource):
+        if labels is not None:
+            raise UserError("labels have no effect on a DataSource, which has its own; make it with them")
+        return data
+    options = replace(options or DataOptions(), **fields)
+    return assemble(samples_of(data, labels, options), options)
+
+
+def samples_of(
+    data: Any, labels: Any, options: DataOptions, name: str | None = None, like: DataTransform | None = None
+) -> Samples:
+    """All samples of an object that is no DataSource; ``data`` and ``labels`` as for :func:`from_object`.
+
+    ``name`` is for messages; ``like`` is that of the model that scores the data.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and labels is None:
+        data, labels = data
+    if isinstance(data, (Tensor, np.ndarray, list)):
+        first = isinstance(data, Tensor)
+        name = name or ("tensor" if first else "array")
+        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=first, like=like)
+    if is_frame(data):
+        column = labels if isinstance(labels, str) else None
+        labels, options = None if column else labels, replace(options, label=column)
+        return tables.samples_of({"train": as_frame(data)}, name or "data frame", options, labels, like)
+    known = isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+    if not known or isinstance(data, (str, bytes, Mapping)) or hasattr(data, "tocsr"):
+        kind = type(data).__name__
+        raise UserError(f"data of type {kind} are not understood; give a tensor, an array, a data frame or a Dataset")
+    return _from_dataset(data, labels, options)
+
+
+def read_samples(options: DataOptions, like: DataTransform | None = None) -> Samples:
+    """The samples that a SPEC names, before units are measured; arguments and errors as for :func:`load_data`."""
+    spec = options.spec
+    if spec is None:
+        raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
+    check_spec(spec)
+    kind, _, argument = spec.partition(":")
+    named_columns = (options.label, *(options.columns or ()), *options.drop)
+    if any(named_columns) and kind not in ("table", "hf"):
+        raise UserError(f"'{next(filter(None, named_columns))}' names a column of a table; {spec} has no columns")
+    return LOADERS[kind](argument, options, like)
+
+
+def check_spec(spec: str) -> None:
+    """Refuses what is no SPEC, or names a file or folder that is not there."""
+    kind, _, argument = spec.partition(":")
+    if kind in NEED_ARGUMENT and not argument:
+        raise UserError(f"'{spec}' does not say which; write {NEED_ARGUMENT[kind]}")
+    if kind not in LOADERS:
+        raise UserError(_unknown(spec))
+    if kind in ("folder", "array", "table"):
+        path = Path(argument)
+        if (kind == "folder") != stat.S_ISDIR(file_status(path).st_mode):
+            raise UserError(f"{path}: a {'file' if kind == 'folder' else 'folder'}; write {spec_of(path)}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``HxW`` or one number for squares, as on the command line.
+
+    Raises:
+        UserError: Neither.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:[xX]([1-9]\d*))?", text.strip())
+    if not match:
+        raise UserError(f"size '{text}' is not understood; write height x width, such as 64x64")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def spec_of(path: str | Path) -> str:
+    """The SPEC of a table, an array or a folder; a SPEC as it is."""
+    text, path = str(path), Path(path)
+    prefix = "array" if path.suffix.lower() in (".npz", ".npy") else "table" if tables.is_table(path) else None
+    prefix = "folder" if os.path.isdir(path) else prefix
+    return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
+
+
+def _unknown(spec: str) -> str:
+    """What to say of a text that is no SPEC: that of a bare path, that there is no such file, or the nearest name."""
+    meant, kind = spec_of(spec), spec.partition(":")[0]
+    if meant != spec:
+        return f"unknown data '{spec}'; write {meant}"
+    if kind == spec and (Path(spec).suffix or len(Path(spec).parts) > 1):
+        return f"{spec}: no such file or folder"
+    return f"unknown data '{spec}'; {nearest(kind, LOADERS)}"
+
+
+class DatasetReader:
+    """One sample of a torch Dataset as a tensor of event shape, without its label."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __call__(self, index: int) -> Tensor:
+        return self.sample(index)[0]
+
+    def sample(self, index: int) -> tuple[Tensor, Any]:
+        """The sample as uint8 or float32, (C, H, W) or (d,), and its label or None."""
+        item = self.dataset[index]
+        value, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
+        if isinstance(value, (tuple, list)) and len(value) == 1:
+            value = value[0]
+        if hasattr(value, "getbands"):
+            value = from_pillow(value)
+        elif not isinstance(value, (Tensor, np.ndarray)):
+            raise UserError(f"sample {index} of the Dataset is a {type(value).__name__}; give tensors or images")
+        last = isinstance(value, np.ndarray) and value.ndim == 3 and not channels_first(value.shape)
+        value = arrays.as_array(value, f"sample {index} of the Dataset")
+        arrays.check_numbers(value, f"sample {index} of the Dataset")
+        value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
+        return value[None] if value.ndim == 2 else value, label
+
+
+def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
+    """One pass over the Dataset: it stays in memory where it is small; else only the labels do."""
+    if len(dataset) == 0:
+        raise UserError("the Dataset is empty")
+    reader = DatasetReader(dataset)
+    lazy = LazySplit(reader, range(len(dataset)), name="the Dataset, sample ")
+    held, labels = [], []
+    for index in range(len(dataset)):
+        sample, label = reader.sample(index)
+        if sample.shape != lazy.like.shape:
+            shapes = f"{tuple(sample.shape)}; sample 0 has {tuple(lazy.like.shape)}"
+            raise UserError(f"sample {index} of the Dataset has shape {shapes}; all must agree")
+        labels.append(label)
+        if lazy.small(len(dataset)):
+            held.append(sample)
+    y = labels if y is None and labels[0] is not None else y
+    if held:
+        return arrays.samples_of(torch.stack(held).numpy(), y, "Dataset", options, first=True)
+    if lazy.like.dtype not in (torch.uint8, torch.float32):
+        raise UserError(f"the Dataset gives {lazy.like.dtype}; a large one must give uint8 or float32")
+    (numbers,), class_names = arrays.read_labels(y, [len(dataset)], "Dataset")
+    grid = (0, 255) if lazy.like.dtype == torch.uint8 else None
+    notes = (f"{len(dataset)} samples of shape {tuple(lazy.like.shape)}, read when they are asked for.",)
+    pool = lazy if numbers is None else lazy.relabelled(numbers)
+    return Samples("Dataset", {"train": pool}, grid, class_names, notes=notes)

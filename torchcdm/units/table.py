@@ -1,0 +1,477 @@
+"""Tables as they come: the cells of each column as numbers that have a density, and numbers as cells again.
+
+Every column is one number, its *code*:
+
+- a number is itself (less an offset, where float32 would lose it), a date the days since some day;
+- a category is the place 0, 1, ... of its level, a missing cell of a category a level of its own;
+- a value that a continuous column takes again and again (zero rain) has a gap of the line to itself: larger values
+  move up by the width of the gap. So has a missing number, below the least one. Nothing is imputed.
+
+Levels, columns of few values and gaps are dequantised over their cells, see :class:`torchcdm.units.ColumnTransform`:
+what a model says of them is a probability, and of all other numbers a density in the column's own unit.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field
+from datetime import date
+from decimal import Decimal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.errors import UserError
+from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
+from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+EMPTY = frozenset(("", "na", "n/a", "nan", "null", "none", "nat", "<na>", "?", "-"))
+"""Cells that are missing, in any case."""
+
+FALSE, TRUE = frozenset(("false", "f", "no", "n", "off")), frozenset(("true", "t", "yes", "y", "on"))
+"""Spellings of booleans, in any case."""
+
+DATE = re.compile(
+    r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2})([ T]|$)|\d{4}-\d{1,2}$"
+    r"|[A-Za-z]{3,9}\.? (\d{1,2},? )?\d{4}|\d{1,2} [A-Za-z]{3,9}\.? \d{4}"
+)
+"""How the text of a date begins."""
+
+MOSTLY = 0.9
+"""Share of the filled cells that are numbers, or dates, from which on the others are mistakes and no categories."""
+
+OTHER = "other"
+MOST_LEVELS = 100
+LEAST_COUNT = 3
+"""A level has LEAST_COUNT rows at least; what is rarer, or beyond the most frequent MOST_LEVELS, is OTHER."""
+
+MOST_DECIMALS = 6
+
+FLOAT32_STEPS = 1000
+"""Least number of float32 steps in a standard deviation: an offset is subtracted from columns with fewer."""
+
+SHOWN = 5
+"""Problems, or levels, that a message names."""
+
+
+@validated
+class Column:
+    """One column: what its cells are, and their codes.
+
+    Attributes:
+        name: As in the table.
+        kind: ``number``, ``category``, ``boolean`` or ``date``, which is the number of days since 1970.
+        levels: Of a category or boolean: its texts by code; the empty text stands for missing cells.
+        values: Numbers that have a probability, rising: all of a column of few values, frequent ones of another.
+        mixed: Whether there are other numbers beside them, or numbers beside missing cells.
+        missing: Whether training has missing numbers.
+        cell: Width of the cell of each value and of missing numbers.
+        least: The least number in training.
+        offset: Subtracted from all numbers.
+        decimals: Most decimals of a number; None where they are many.
+    """
+
+    name: str
+    kind: Literal["number", "category", "boolean", "date"]
+    levels: tuple[str, ...] = ()
+    values: tuple[Float, ...] = ()
+    mixed: bool = True
+    missing: bool = False
+    cell: Positive = 1.0
+    least: Float = 0.0
+    offset: Float = 0.0
+    decimals: CountOrZero | None = None
+
+    @property
+    def codes(self) -> tuple[float, ...]:
+        """The codes that have a probability, rising."""
+        if self.levels:
+            return tuple(float(k) for k in range(len(self.levels)))
+        missing = [self.least - self.offset] if self.missing else []
+        return (*missing, *self._code(np.array(self.values)).tolist())
+
+    def encode(self, cells: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes, which cells cannot be read, and which are unlike any in training, where the code means nothing."""
+        if self.levels:
+            texts = _texts(cells, self.kind)
+            places = {level: k for k, level in enumerate(self.levels)}
+            found = np.array([places.get(text, places.get(OTHER, -1) if text else -1) for text in texts])
+            return found.clip(0).astype(np.float64), _unreadable(cells), found < 0
+        x, empty = _numbers(cells) if self.kind == "number" else _dates(cells)
+        bad = ~np.isfinite(x) & ~empty
+        strange = empty & (not self.missing)
+        codes = self._code(np.where(np.isfinite(x), x, self.least))
+        return np.where(empty & self.missing, self.least - self.offset, codes), bad, strange
+
+    def decode(self, codes: np.ndarray) -> Any:
+        """Cells of the column's own type from codes (N,), those of values and levels rounded."""
+        import pandas as pd
+
+        if self.levels:
+            texts = np.array(self.levels, dtype=object)[codes.round().clip(0, len(self.levels) - 1).astype(int)]
+            texts[texts == ""] = None
+            if self.kind == "category":
+                return texts
+            truth = pd.array([None if text is None else text == "True" for text in texts], "boolean")
+            return truth if "" in self.levels else truth.astype(bool)
+        x, start = codes + self.offset, self.least - self.cell / 2
+        empty = self.missing & (x >= start) & (x < start + self.cell)
+        x = np.where(self.missing & (x >= start + self.cell), x - self.cell, x)
+        if self.values and not self.mixed:
+            known = np.array(self.values)
+            x = known[np.abs(x[:, None] - known).argmin(1)]
+        for value in self.values if self.mixed else ():
+            x = np.where(x > value, np.maximum(x - self.cell, value), x)
+        x[empty] = np.nan
+        if self.kind == "date":
+            stamps = pd.to_datetime(x.round() if self.decimals == 0 else x, unit="D", origin="unix", errors="coerce")
+            return stamps if self.decimals == 0 else stamps.round("s")
+        x = x if self.decimals is None else x.round(self.decimals)
+        if self.decimals != 0 or np.abs(np.nan_to_num(x)).max(initial=0) >= 2**63:
+            return x
+        return pd.array(x, "Float64").astype("Int64") if empty.any() else x.astype(np.int64)
+
+    def _code(self, x: np.ndarray) -> np.ndarray:
+        """Codes of numbers."""
+        shift = np.where(self.missing & (x >= self.least - self.cell / 2), self.cell, 0.0)
+        for value in self.values if self.mixed else ():
+            shift = shift + np.where(x > value, self.cell, np.where(x == value, self.cell / 2, 0.0))
+        return x + shift - self.offset
+
+
+class Encoded(NamedTuple):
+    """Rows as numbers.
+
+    Attributes:
+        x: Codes of the columns that vary, float64 (N, d).
+        rows: Which rows of the table they are, long (N,).
+        deviating: Names of the columns in which a row holds what training never had: another value in a constant
+            column, a new level, a missing number. Empty for most.
+    """
+
+    x: Tensor
+    rows: Tensor
+    deviating: list[str]
+
+
+@validated
+class TableEncoding:
+    """What becomes of a table before a model sees it. Plain values, which are saved with the model.
+
+    Attributes:
+        columns: All columns of the table that are used.
+        constants: Codes of those that are constant in training, by name: the model does not see them.
+
+    Example:
+        >>> encoding, notes = TableEncoding.fit(frame)
+        >>> x = encoding.encode(frame).x
+        >>> encoding.decode(x).equals(frame)
+        True
+    """
+
+    columns: tuple[Column, ...]
+    constants: Mapping[str, Float] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls, frame: DataFrame, name: str = "data frame", skip_bad: bool = False
+    ) -> tuple[TableEncoding, list[str]]:
+        """The encoding of a table, and what is to be said of its columns.
+
+        Args:
+            frame: The table; cells of text are read as numbers, booleans, dates or categories.
+            name: Of the table, for messages.
+            skip_bad: Rows with cells that cannot be read do not count.
+
+        Raises:
+            UserError: All cells that cannot be read, in one line; nothing that varies.
+        """
+        columns, notes, problems = [], [], list(frame.attrs.get("problems", ()))
+        for label in frame.columns:
+            try:
+                column, note = _describe(str(label), frame[label])
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            notes += [note] if note else []
+            if column is not None:
+                columns.append(column)
+        result = cls(tuple(columns))
+        x = result.encode(frame, name, skip_bad, problems=problems).x
+        alike = (x == x[:1]).all(0).tolist() if len(x) else [True] * len(columns)
+        constants = {column.name: float(x[0, k]) for k, column in enumerate(columns) if alike[k] and len(x)}
+        if len(constants) == len(columns) and len(x) > 1:
+            raise UserError(f"{name}: every column is constant; there is nothing to learn")
+        if constants:
+            notes.append(f"columns left out because they are constant in training: {', '.join(constants)}.")
+        return cls(tuple(columns), constants), notes
+
+    @classmethod
+    def numbers(cls, names: Iterable[Any]) -> TableEncoding:
+        """Columns of plain numbers, for a model of vectors."""
+        return cls(tuple(Column(str(name), "number") for name in names))
+
+    @property
+    def kept(self) -> tuple[Column, ...]:
+        """The columns that the model sees, in its order."""
+        return tuple(column for column in self.columns if column.name not in self.constants)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(column.name for column in self.kept)
+
+    @property
+    def cells(self) -> Tensor:
+        """Width of the cell of each of them, float64 (d,); 0 where no number has a cell."""
+        return torch.tensor([column.cell if column.codes else 0.0 for column in self.kept], dtype=torch.float64)
+
+    @property
+    def mixed_codes(self) -> dict[int, tuple[float, ...]]:
+        """Codes that have a cell, by the place of their column, where other numbers have none."""
+        return {k: column.codes for k, column in enumerate(self.kept) if column.mixed and column.codes}
+
+    def encode(
+        self,
+        frame: Any,
+        name: str = "data frame",
+        skip_bad: bool = False,
+        deviating: bool = False,
+        problems: Iterable[str] = (),
+    ) -> Encoded:
+        """The rows of a table as numbers; columns go by name, in any order, and others are passed over.
+
+        Args:
+            frame: Data frame.
+            name: Of the table, for messages.
+            skip_bad: Leaves out rows with cells that cannot be read, or that training never had.
+            deviating: What training never had is marked, and no problem; constant columns may be missing.
+            problems: What else is wrong, for the message.
+
+        Raises:
+            UserError: All that is missing or cannot be read, in one line.
+        """
+        frame = frame.set_axis([str(label) for label in frame.columns], axis=1)
+        problems, codes = list(problems), []
+        absent = [c.name for c in self.kept if c.name not in frame.columns]
+        if absent:
+            raise UserError(f"{name}: no column {_listed(absent)} (found: {', '.join(frame.columns)})")
+        out, odd = np.zeros(len(frame), bool), {}
+        for column in self.columns:
+            constant = self.constants.get(column.name)
+            if constant is not None and column.name not in frame.columns:
+                continue
+            cells = frame[column.name]
+            code, bad, strange = column.encode(cells)
+            odd[column.name] = strange | (constant is not None and code.astype(np.float32) != np.float32(constant))
+            wrong = bad if deviating or constant is not None else bad | strange
+            out |= wrong
+            if wrong.any() and not skip_bad:
+                problems.append(_problem(column, cells, wrong))
+            if constant is None:
+                codes.append(code)
+        if problems and not skip_bad:
+            rest = f" ({len(problems)} problems in all)" if len(problems) > SHOWN else ""
+            mend = "mend the cells, leave columns out by --drop, or rows by --skip-bad"
+            raise UserError(f"{name}: {'; '.join(problems[:SHOWN])}{rest}; {mend}")
+        rows = np.flatnonzero(~out)
+        x = np.stack(codes, 1)[rows] if codes else np.empty((len(rows), 0))
+        names = [""] * len(frame)
+        for label, mask in odd.items():
+            for row in np.flatnonzero(mask):
+                names[row] += f", {label}" if names[row] else label
+        return Encoded(torch.from_numpy(x), torch.from_numpy(rows), [names[row] for row in rows])
+
+    def decode(self, x: Tensor) -> DataFrame:
+        """Rows of the model (N, d) as a table: all columns in the order and the types of training."""
+        import pandas as pd
+
+        values, kept = x.detach().double().cpu().numpy(), self.names
+        codes = {name: values[:, k] for k, name in enumerate(kept)}
+        full = {name: np.full(len(values), code) for name, code in self.constants.items()} | codes
+        return pd.DataFrame({column.name: column.decode(full[column.name]) for column in self.columns})
+
+    def without(self, constants: Mapping[str, float]) -> TableEncoding:
+        """The same with these further columns constant, by name."""
+        return TableEncoding(self.columns, {**self.constants, **constants})
+
+
+def is_frame(data: Any) -> bool:
+    """Whether these are columns of a data frame, or one of them, a series."""
+    return hasattr(data, "to_numpy") and (hasattr(data, "columns") or hasattr(data, "to_frame"))
+
+
+def as_frame(data: Any) -> DataFrame:
+    """A data frame; a Series becomes one column. Columns of one name are a problem that :meth:`fit` tells."""
+    if not hasattr(data, "columns"):
+        data = data.to_frame(name="value" if data.name is None else data.name)
+    names = [str(label) for label in data.columns]
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if double:
+        raise UserError(f"two columns are called {_listed(double)}; column names must differ")
+    return data.set_axis(names, axis=1)
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
+    """A column from the cells of training, None where it is left out, and what is to be said of it."""
+    kind, what = _kind(cells), f"column '{name}'"
+    if kind == "":
+        return None, f"{what} is empty: left out."
+    if kind in ("category", "boolean"):
+        bad = _unreadable(cells)
+        if bad.mean() > 1 - MOSTLY:
+            raise UserError(_problem(Column(name, kind), cells, bad))
+        texts = _texts(cells[~bad], kind)
+        counts = Counter(texts.tolist())
+        if kind == "boolean":
+            return Column(name, kind, tuple(text for text in ("", "False", "True") if counts[text]), mixed=False), ""
+        empty = counts.pop("", 0)
+        common = [level for level, count in counts.most_common(MOST_LEVELS) if count >= LEAST_COUNT]
+        rare = sum(counts.values()) - sum(counts[level] for level in common)
+        if rare > len(texts) / 2:
+            return None, f"{what} holds {len(counts)} texts, most of them rare, as names do: left out."
+        pooled = len(counts) - len(common)
+        levels = [*([""] if empty else []), *sorted({*common, *([OTHER] if pooled else [])})]
+        note = f", {pooled} rare ones as '{OTHER}'" * bool(pooled) + ", missing cells as one more" * bool(empty)
+        return Column(name, kind, tuple(levels), mixed=False), f"{what} holds categories: {len(common)} levels{note}."
+    x, empty = _numbers(cells) if kind == "number" else _dates(cells)
+    if not np.isfinite(x).any():
+        raise UserError(_problem(Column(name, kind), cells, ~empty))
+    missing, x = bool(empty.any()), x[np.isfinite(x)]
+    notes, decimals = [], next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
+    few = discrete_values(x, name) if (x != x[0]).any() else (float(x[0]),)
+    deviation = float(x.std()) or 1.0
+    steep = 0 < x.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(x).max()
+    offset = float(np.floor(np.median(x))) if kind == "date" or steep else 0.0
+    values = few or tuple(frequent := frequent_values(x))
+    cell = cell_width(few) if few and len(few) > 1 else float(f"{deviation:.2g}")
+    if kind == "date":
+        notes.append("holds dates, in days")
+    if few and len(few) > 1:
+        notes.append(f"has {len(few)} distinct values: dequantised with cells of {cell:g}; they have probabilities")
+    elif values and not few:
+        shares = (f"{value:g} in {100 * share:.0f} % of the rows" for value, share in frequent.items())
+        notes.append(f"holds {', '.join(shares)}: such values have a probability, the others a density")
+    if steep and kind == "number":
+        notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
+    if missing:
+        notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
+    column = Column(name, kind, (), values, not few, missing, cell, float(x.min()), offset, decimals)
+    return column, f"{what} {'; '.join(notes)}." if notes else ""
+
+
+def _kind(cells: Series) -> str:
+    """What a column holds; the empty text where all cells are missing."""
+    from pandas.api import types
+
+    if types.is_bool_dtype(cells.dtype):
+        return "boolean"
+    if types.is_datetime64_any_dtype(cells.dtype):
+        return "date" if cells.notna().any() else ""
+    if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
+        return "number" if cells.notna().any() else ""
+    texts = _texts(cells, "category")
+    filled = texts != ""
+    if not filled.any():
+        return ""
+    numbers = float((~np.isnan(_numbers(cells)[0][filled])).mean())
+    if numbers == 1:
+        return "number"
+    if all(text.lower() in TRUE | FALSE for text in np.unique(texts[filled])):
+        return "boolean"
+    dates = float(np.isfinite(_dates(cells)[0][filled]).mean())
+    return "number" if numbers >= MOSTLY else "date" if dates >= MOSTLY else "category"
+
+
+def _texts(cells: Series, kind: str) -> np.ndarray:
+    """Cells as texts, object (N,): the empty text where they are missing, False and True of booleans."""
+    texts = cells.astype(object).where(cells.notna(), "").astype(str).str.strip().to_numpy(object)
+    lower = np.array([text.lower() for text in texts], dtype=object)
+    texts[np.isin(lower, list(EMPTY))] = ""
+    if kind == "boolean":
+        texts[np.isin(lower, list(TRUE))], texts[np.isin(lower, list(FALSE))] = "True", "False"
+    return texts
+
+
+def _numbers(cells: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Cells as float64, nan where they are none, and which are missing; decimal commas and thousands are read."""
+    import pandas as pd
+    from pandas.api import types
+
+    if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
+        return cells.to_numpy(np.float64, na_value=np.nan), cells.isna().to_numpy()
+    texts = pd.Series(_texts(cells, "number"))
+    x = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64, copy=True)
+    if (commas := (np.isnan(x) & texts.str.contains(",", regex=False)).to_numpy()).any():
+        rest = texts[commas]
+        thousands = rest.str.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
+        if thousands.all() and (rest.str.contains(r"\.|,.*,").any() or texts.str.contains(".", regex=False).any()):
+            rest = rest.str.replace(",", "")
+        else:
+            rest = rest.str.replace(".", "").str.replace(",", ".")
+        x[commas] = pd.to_numeric(rest, errors="coerce")
+    return x, (texts == "").to_numpy()
+
+
+def _dates(cells: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Cells as days since 1970, float64, nan where they are no dates, and which are missing."""
+    import pandas as pd
+    from pandas.api import types
+
+    if types.is_datetime64_any_dtype(cells.dtype):
+        texts, found = cells, pd.to_datetime(cells, utc=True)
+    else:
+        texts = pd.Series(_texts(cells, "date"))
+        texts = texts.where(texts.str.match(DATE), None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tried = [pd.to_datetime(texts, utc=True, errors="coerce", dayfirst=first) for first in (False, True)]
+            found = min(tried, key=lambda stamps: int(stamps.isna().sum()))
+            if (found.isna() & texts.notna()).any():
+                found = pd.to_datetime(texts, utc=True, errors="coerce", format="mixed")
+    days = (found - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
+    empty = cells.isna().to_numpy() if texts is cells else _texts(cells, "date") == ""
+    return days.to_numpy(np.float64), empty
+
+
+def _unreadable(cells: Series) -> np.ndarray:
+    """Cells that hold no single value, bool (N,)."""
+    from pandas.api import types
+
+    if cells.dtype != object:
+        return np.full(len(cells), types.is_complex_dtype(cells.dtype) or types.is_timedelta64_dtype(cells.dtype))
+    plain = (str, Real, Decimal, date, np.datetime64)
+    missing = cells.isna().to_numpy()
+    return np.array([not isinstance(cell, plain) for cell in cells], bool) & ~missing
+
+
+def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
+    """The first wrong cell, and how many there are."""
+    at = int(wrong.argmax())
+    cell, row = cells.iloc[at], f"{cells.index.name or 'row'} {cells.index[at]}"
+    text = str(cell).strip()
+    if text.lower() in EMPTY:
+        what = "is empty, which no row of training was"
+    elif not column.levels:
+        needed = {"number": "finite number", "date": "date"}.get(column.kind, "text or a number")
+        what = f"holds '{text:.60}', not a {needed}"
+    else:
+        what = f"holds '{text:.60}', none of the {len(column.levels)} levels of training"
+    more = f" ({int(wrong.sum())} such cells)" if wrong.sum() > 1 else ""
+    return f"column '{column.name}', {row} {what}{more}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
