@@ -205,7 +205,7 @@ def _from_tables(
     notes.append(f"{len(frames[0].columns)} columns: {', '.join(frames[0].columns)}.")
     both = pd.concat([frames[0], frames[1][frames[0].columns]])
     both.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
-    table, more = TableEncoding.fit(both, PAIR)
+    table, more = TableEncoding.fit(both, " / ".join(frame.attrs["name"] for frame in frames[::-1]))
     codes = [table.encode(frame, PAIR).x for frame in frames]
     few = [column.name for column in table.kept if column.values and not column.mixed]
     if few and discrete == "error":
