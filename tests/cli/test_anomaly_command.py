@@ -129,7 +129,7 @@ def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):
     out = score(capsys, *words)
     numbers = json.loads((tmp_path / "s.json").read_text())
     assert numbers["flags"] == [False, True, False, True] and numbers["flagged"] == numbers["deviating"] == 2
-    assert "2 of them whatever their score: they differ in a column constant in training" in out
+    assert "2 of them whatever their score: they hold what training never had" in out
     out = score(capsys, run, tmp_path / "without.csv", *words[2:])
     assert json.loads((tmp_path / "s.json").read_text())["flagged"] == 0 and "whatever" not in out
 
@@ -200,5 +200,5 @@ def test_flagged_rows_name_their_columns(capsys, tmp_path):
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
     assert [(row["row"], row["flag"]) for row in rows] == [("0", "0"), ("1", "1"), ("2", "1")]
     assert rows[0]["where"] == "" and re.match(r"ampere \d+\.\d, ", rows[1]["where"])
-    assert rows[2]["where"] == "fuse (constant in training)"
+    assert rows[2]["where"] == "fuse (unlike any in training)"
     assert "--csv names the columns" in refuse(capsys, run, tmp_path / "new.csv", "--maps", tmp_path / "maps")

@@ -168,7 +168,7 @@ def _summary(numbers: dict[str, Any], names: list[str]) -> str:
         f"{numbers['reference']['calibration']} held-out samples: {numbers['reference']['name']}"
     )
     if numbers["deviating"]:
-        what = "of them whatever their score: they differ in a column constant in training"
+        what = "of them whatever their score: they hold what training never had"
         lines.append(f"{numbers['deviating']} {what}")
     if numbers["score"] == "log_prob":
         lines.append("raw log p misses inputs that are simpler than the normal ones; compare with --score levels")
