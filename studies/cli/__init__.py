@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from studies.cli import comparing, examining, reproducing, zoo
+from studies.cli import comparing, examining, measuring, reproducing, zoo
 from torchcdm.cli.arguments import Parser
 from torchcdm.cli.main import run_command
 
@@ -12,4 +12,4 @@ from torchcdm.cli.main import run_command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = Parser(prog="python -m studies", description="How we know what we know about torchcdm.")
-    return run_command(parser, (comparing, reproducing, examining, zoo), arguments)
+    return run_command(parser, (comparing, reproducing, examining, zoo, measuring), arguments)

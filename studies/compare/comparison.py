@@ -16,7 +16,7 @@ from studies.budget import Budget
 from studies.compare.peer import Diverged, Fitted, Peer, Score, Task
 from studies.compare.peers import chosen_peers, library_of
 from studies.compare.results import Comparison, Protocol, Result, Row, Sampling
-from studies.quality.features import inception_features
+from studies.quality.features import check_images
 from studies.quality.frechet import SMALLEST_COUNT, Reference
 from torchcdm.data import DataOptions, DataSource, fingerprint
 from torchcdm.errors import UserError
@@ -29,7 +29,7 @@ CHUNK = 250
 """Samples that are drawn together."""
 
 FEATURES = "features"
-"""In the folder: what Fréchet distances are taken in."""
+"""In the folder: what Fréchet distances need of the training images."""
 
 
 def compare(
@@ -88,7 +88,7 @@ def compare(
     paths, settings = {peer.name: folder / f"{peer.name}.json" for peer in found}, asdict(protocol)
     missing = None in [cache.read(path, settings) for path in paths.values()]
     if frechet is not None:
-        inception_features(source)  # what has no features is refused before anything is trained
+        check_images(source)  # what has no features is refused before anything is trained
     reference = Reference(source, device, folder / FEATURES) if missing and frechet is not None else None
     task = Task(source, data or DataOptions(spec=source.name), device, seed, folder, progress)
     results = []

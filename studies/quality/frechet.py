@@ -132,18 +132,16 @@ class Reference:
     Args:
         source: The data.
         device: Where the features are computed.
-        folder: Keeps a classifier, and what is measured of the training images; nothing is kept when None.
+        folder: Keeps what is measured of the training images; nothing is kept when None.
     """
 
-    def __init__(
-        self, source: DataSource, device: str | torch.device = "cpu", folder: Path | None = None
-    ) -> None:
+    def __init__(self, source: DataSource, device: str | torch.device = "cpu", folder: Path | None = None) -> None:
         self.source, self.device, self.folder = source, device, folder
 
     @cached_property
     def extractor(self) -> Extractor:
-        """Made, or trained, when the first distance is asked for."""
-        return extractor_for(self.source, device=self.device, folder=self.folder)
+        """Made when the first distance is asked for."""
+        return extractor_for(self.source, self.device)
 
     @cached_property
     def _measured(self) -> Made:

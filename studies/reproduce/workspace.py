@@ -80,7 +80,7 @@ class Workspace:
 
     @property
     def features(self) -> Path:
-        """Folder of what Fréchet distances are taken in: the same for all reproductions."""
+        """Folder of what Fréchet distances need of training images: the same for all reproductions."""
         return self.root / "features"
 
     def figure(self, name: str) -> Path:

@@ -270,6 +270,20 @@ def mixture_weights() -> str:
     return markdown(head, lines)
 
 
+def ruler() -> str:
+    """What the fixed networks see of test images: the floor of every measure."""
+    rows = []
+    for name in ("ruler_fashion28", "ruler_fashion16", "ruler_digits"):
+        content = read(name)
+        (row,) = content["rows"]
+        title = f"{content['data']} {content['shape'][1]}x{content['shape'][2]}"
+        rows.append([title, content["features"], str(row["count"]), f"{row['frechet']:.3g} ± {row['frechet_se']:.2g}",
+                     f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{row['c2st']:.3f} ± {row['c2st_se']:.3f}",
+                     f"{row['grain']:.3f} ± {row['grain_se']:.3f}"])  # fmt: skip
+    head = ["test images", "features", "images", "Fréchet", "precision", "recall", "C2ST", "grain"]
+    return markdown(head, rows)
+
+
 def time_to_quality() -> str:
     """Errors of the default network and of the paper's after their times."""
     titles = {"default": "default", "paper": "the paper's"}
@@ -457,6 +471,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-time": lambda: equal_time("equal_time"),
     "equal-time-gaussianized": lambda: equal_time("equal_time_gaussianized"),
     "likelihood-throughput": likelihood_throughput,
+    "ruler": ruler,
     "second-order": second_order,
     "step-scaling": step_scaling,
     "training-memory": training_memory,

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from studies.compare.flows import FlowModule
 from studies.compare.peers import PEERS
 from studies.compare.results import NAME_WIDTH, Comparison, Result
 from studies.compare.sklearn_peers import ClassicalPeer
-from studies.quality import frechet
 from torchcdm.data import fingerprint, from_object, load_data
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
@@ -145,7 +143,6 @@ def test_a_spoiled_result_is_named(source, tmp_path):
 
 
 def test_frechet_distances_tell_a_good_model_from_a_poor_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(frechet, "extractor_for", partial(frechet.extractor_for, steps=100))
     words = ["compare", "digits", "--budget", "5", "--peers", "gaussian,kde", "--out", str(tmp_path), "--limit", "20",
              "--frechet", "2000", "--json", str(tmp_path / "all.json"), "--quiet"]  # fmt: skip
     assert main(words) == 0
@@ -153,7 +150,7 @@ def test_frechet_distances_tell_a_good_model_from_a_poor_one(tmp_path, monkeypat
     # Draws around training digits are nearer to them than those of one Gaussian.
     assert 0 < sampling["kde"]["frechet"] < 0.5 * sampling["gaussian"]["frechet"]
     assert sampling["kde"]["features"].startswith("Fréchet distance of 2000 samples to 1300 training images")
-    assert len(list((tmp_path / "features").glob("classifier-*.safetensors"))) == 1, "later systems have the same"
+    assert len(list((tmp_path / "features").glob("reference-*.safetensors"))) == 1, "later systems have the same"
     monkeypatch.setattr(comparing, "Reference", lambda *_: pytest.fail("made again"))
     assert main(words) == 0
 

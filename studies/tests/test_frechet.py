@@ -3,13 +3,13 @@
 import json
 import sys
 import types
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 from oracles import covariance, rng
 
-from studies.quality import features, frechet
+from studies.quality import extractor, features, frechet
 from studies.quality.features import Extractor, extractor_for
 from studies.quality.frechet import Moments, Reference, kernel_distance, precision_and_recall
 from torchcdm.data import from_object, load_data
@@ -61,7 +61,7 @@ def test_all_training_images_stand_for_the_data(monkeypatch):
     grey = torch.randint(0, 256, (12_000, 1, 2, 2), generator=rng()).to(torch.uint8)
     source = from_object(grey, validation_fraction=0.0, test_fraction=0.0)
     pixels = Extractor("pixels", lambda x: x.double().flatten(1), "pixels")
-    monkeypatch.setattr(frechet, "extractor_for", lambda *_, **__: pixels)
+    monkeypatch.setattr(frechet, "extractor_for", lambda *_: pixels)
     reference = Reference(source)
     assert reference.header(7) == "Fréchet distance of 7 samples to 12000 training images in pixels"
     assert reference.distance(grey) == pytest.approx(0, abs=1e-6) and reference.distance(grey + 2.0) > 15
@@ -101,55 +101,63 @@ def test_precision_and_recall_tell_what_is_wrong_from_what_is_missing():
         precision_and_recall(real[:3], real)
 
 
-def test_classifier_features_tell_noise_and_a_missing_class_from_digits():
+def test_fixed_features_tell_noise_and_a_missing_class_from_digits():
     source = load_data("digits")
-    extractor = extractor_for(source, steps=150)
-    assert "classifier trained here on digits" in extractor.name
-    accuracy = float(extractor.name.split("accuracy ")[1].split(" ")[0])
-    assert accuracy > 90
-    train, (x, y) = extractor.features(source.train.tensors()[0]), source.test.tensors()
-    same = frechet_distance(extractor.features(x), train)
-    missing = frechet_distance(extractor.features(x[y != 3]), train)
-    noisy = frechet_distance(extractor.features(x + 4 * torch.randn(x.shape, generator=rng())), train)
+    fixed = extractor_for(source)
+    train, (x, y) = fixed.features(source.train.tensors()[0]), source.test.tensors()
+    same = frechet_distance(fixed.features(x), train)
+    missing = frechet_distance(fixed.features(x[y != 3]), train)
+    noisy = frechet_distance(fixed.features(x + 4 * torch.randn(x.shape, generator=rng())), train)
     assert same < missing < noisy
 
 
-def test_a_folder_keeps_the_features_that_distances_are_taken_in(tmp_path, monkeypatch):
-    source, short = load_data("digits"), partial(extractor_for, steps=5)
-    monkeypatch.setattr(frechet, "extractor_for", short)
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("fashion-mnist", 0.91)])
+def test_the_fixed_networks_are_small_and_as_accurate_as_their_files_say(name, least):
+    path = extractor.FOLDER / f"{name}.safetensors"
+    network, facts = extractor.load_network(name)
+    assert path.stat().st_size < 10**6 and facts["accuracy"] >= least and facts["data"] == name
+    if name == "digits":  # Fashion-MNIST is not on every machine
+        assert extractor.accuracy(network, load_data(name)) == pytest.approx(facts["accuracy"], abs=1e-9)
+
+
+def test_the_command_that_made_the_fixed_networks(tmp_path, monkeypatch):
+    short = {"digits": replace(extractor.RECIPES["digits"], cycles=((5, 5e-3), (1, 1e-3)))}
+    monkeypatch.setattr(extractor, "RECIPES", short)
+    monkeypatch.setattr("sys.argv", ["extractor", "digits", "--out", str(tmp_path)])
+    assert extractor.main() == 0
+    monkeypatch.setattr(extractor, "FOLDER", tmp_path)
+    network, facts = extractor.load_network("digits")
+    assert facts["accuracy"] > 0.8 and facts["accuracy by side"] == {"8": facts["accuracy"]}
+    assert extractor.accuracy(network, load_data("digits")) == pytest.approx(facts["accuracy"], abs=1e-9)
+
+
+def test_colour_and_other_sizes_have_features_too():
+    x = torch.randint(0, 256, (60, 3, 20, 24), generator=rng()).to(torch.uint8)
+    features = extractor_for(from_object(x)).features
+    grey = extractor_for(from_object(x[:, :1])).features
+    assert features(x).shape == (60, 3 * 128) and torch.allclose(features(x)[:, :128], grey(x[:, :1]))
+    with pytest.raises(UserError, match="need images"):
+        extractor_for(from_object(torch.randn(50, 3)))
+
+
+def test_a_folder_keeps_what_is_measured_of_training_images(tmp_path, monkeypatch):
+    source = load_data("digits")
     first = Reference(source, folder=tmp_path)
     x = source.test.tensors()[0]
     distance, header = first.distance(x), first.header(9)
-    assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.safetensors"))) == 1
     (path,) = tmp_path.glob("reference-*.json")
     kept = json.loads(path.read_text())["settings"]
     assert (kept["data"], kept["split"], kept["count"]) == ("digits", "train", len(source.train))
     assert kept["extractor"] == first.extractor.name and kept["key"] == first.extractor.key
-
-    with monkeypatch.context() as patched:
-        patched.setattr(features, "_train_classifier", lambda *_: pytest.fail("trained again"))
-        patched.setattr(frechet, "in_batches", lambda *_: pytest.fail("measured again"))
-        again = Reference(source, folder=tmp_path)
-        assert (again.distance(x), again.header(9)) == (distance, header)
-        assert torch.equal(again.extractor.features(x), first.extractor.features(x))
-        assert torch.equal(again.real, first.real)
-        with pytest.raises(UserError, match=r"classifier-.*json: was made with steps = 5, not 6; remove it"):
-            extractor_for(source, steps=6, folder=tmp_path)
-    # Other data have features of their own.
-    short(source.limited(300), folder=tmp_path)
-    assert len(list(tmp_path.glob("classifier-*.json"))) == 2
-
-
-def test_features_are_made_again_where_they_were_deleted(tmp_path):
-    source = load_data("digits")
-    key = extractor_for(source, steps=2, folder=tmp_path).key
-    (facts,) = tmp_path.glob("*.json")
-    facts.unlink()
-    assert extractor_for(source, steps=2, folder=tmp_path).key == key and facts.exists()
+    monkeypatch.setattr(frechet, "in_batches", lambda *_: pytest.fail("measured again"))
+    again = Reference(source, folder=tmp_path)
+    assert (again.distance(x), again.header(9)) == (distance, header)
+    assert torch.equal(again.real, first.real)
 
 
 @pytest.mark.parametrize("scale", [1, 255])
-def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch, scale):
+def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch, tmp_path, scale):
     class Network(torch.nn.Module):
         """Stands for Inception; its features are the bytes."""
 
@@ -162,17 +170,14 @@ def test_inception_sees_bytes_over_the_range_of_the_training_images(monkeypatch,
 
     fake = types.SimpleNamespace(FeatureExtractorInceptionV3=Network)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", fake)
-    monkeypatch.setattr("studies.quality.features.inception_features", lambda source: True)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / features.INCEPTION_WEIGHTS).touch()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(features, "find_spec", lambda name: True)
     grey = torch.arange(256).repeat(3).reshape(-1, 3, 2, 2)
     data = grey.to(torch.uint8) if scale == 255 else grey / 255
     source = from_object(data, validation_fraction=0.0, test_fraction=0.0)
-    features = extractor_for(source).features
+    seen = extractor_for(source).features
     for x in (grey, grey * 0.5 + 1, grey * 2.0 - 100):
         expected = x.double().flatten(1).clamp(0, 255)
-        assert (features(x * scale / 255.0) - expected).abs().max() <= 0.51
-
-
-def test_data_without_classes_need_inception():
-    source = from_object(torch.zeros(50, 3, 8, 8, dtype=torch.uint8) + torch.arange(8, dtype=torch.uint8))
-    with pytest.raises(UserError, match="need images with classes"):
-        extractor_for(source)
+        assert (seen(x * scale / 255.0) - expected).abs().max() <= 0.51

@@ -21,8 +21,8 @@ from torchcdm.likelihood import Scoring
 from torchcdm.training.config_files import make_config, merge, preset_fields
 
 
-def pixels(source, **_):
-    """Features that need no training."""
+def pixels(source, device="cpu"):
+    """Features that are easy to see."""
     return Extractor("means of rows", lambda x: x.double().flatten(1, 2).mean(2), "rows")
 
 

@@ -1,0 +1,131 @@
+"""Quality of samples against evaluations of the denoiser: Fréchet distance, its standard error, grain and the rest.
+
+    python -m studies.benchmarks.quality_curves --seconds 600 --size 16x16 --out runs/curves --json quality_curves.json
+    python -m studies.benchmarks.quality_curves --runs plain=runs/a gaussianised=runs/b --out runs/curves
+
+The first trains a CDM and a DDM of the preset for the same processor time, in grey levels or Gaussianised; the second
+takes models that are there. Every cell is a model, a sampler, a placement of the steps and a number of evaluations.
+A sampler with two evaluations a step makes half as many steps. All cells of a model start from the same noise.
+
+``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
+``--budget`` ends the command when so much processor time has passed; the next call goes on. The JSON holds what is
+finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from studies import cache
+from studies.benchmarks.equal_time import ddm, measured, on_plain_grey_levels
+from studies.quality.frechet import Reference
+from studies.quality.measure import Ruler
+from torchcdm.data import parse_size, save_grid
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.files import write_json
+from torchcdm.samplers import make_sampler, sample
+from torchcdm.training.build import load_source
+from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.run_folder import RunFolder
+from torchcdm.training.samples import balanced_labels
+
+SHOWN = 40
+"""Samples of each cell in its picture."""
+
+
+def trained(options: argparse.Namespace) -> dict[str, Path]:
+    """The folders of a CDM and a DDM of every seed, trained for the same time where they are not there."""
+    size = None if options.size is None else parse_size(options.size)
+    config = on_plain_grey_levels(options.preset, options.gaussianize)
+    config = replace(config, data=replace(config.data, size=size))
+    source = load_source(config.data)
+    folders = {}
+    for seed in options.seeds:
+        for name, contender in {"cdm": config, "ddm": ddm(config, config.model.backbone.width)}.items():
+            folder = options.out / "models" / f"{name}-{seed}"
+            measured(contender, source, options.seconds, seed, folder, options.images)
+            folders[f"{name}-{seed}"] = folder
+    return folders
+
+
+def cell(
+    model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, options: argparse.Namespace
+) -> dict[str, Any] | None:
+    """One row; None where there are more steps than levels, and for placed steps of a random sampler."""
+    rule = make_sampler(sampler)
+    steps = 1 + (evaluations - 1) // rule.evaluations
+    if steps > model.schedule.T or (rule.stochastic and spacing == "adaptive"):
+        return None
+    stem = options.out / "cells" / f"{name}-{sampler}-{spacing}-{evaluations}"
+    settings = {"model": RunFolder(options.folders[name]).model.stat().st_size, "samples": options.samples,
+                "features": ruler.reference.extractor.key, "seed": options.seed}  # fmt: skip
+
+    def make() -> dict[str, Any]:
+        y = None if model.classes is None else balanced_labels(options.samples, model.classes)
+        began = time.process_time()
+        x = sample(model, options.samples, sampler, steps, y, seed=options.seed, spacing=spacing)
+        seconds = time.process_time() - began
+        save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
+        return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": rule.cost(steps), "steps": steps,
+                "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
+
+    return cache.numbers(stem.with_suffix(".json"), settings, make)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=FOLDER", help="models that are there")
+    parser.add_argument("--preset", default="fashion-mnist")
+    parser.add_argument("--seconds", type=float, default=600, help="processor time of each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of trainings")
+    parser.add_argument("--size", help="HxW of the images; the preset's when left out")
+    parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--images", type=int, default=1000, help="test images of the denoising error")
+    parser.add_argument("--samplers", nargs="+", default=["ddpm", "ddim", "dpm2", "unipc3"])
+    parser.add_argument("--spacings", nargs="+", default=["even", "adaptive"])
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 10, 25, 50, 100, 200])
+    parser.add_argument("--samples", type=int, default=5000, help="of each cell")
+    parser.add_argument("--seed", type=int, default=0, help="of samples")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of processor time")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--out", type=Path, required=True, help="models and cells")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.folders = dict(run.split("=", 1) for run in options.runs) or trained(options)
+    rulers: dict[Any, Ruler] = {}
+    contenders = {}
+    for name, folder in options.folders.items():
+        data = read_info(folder).data
+        key = (data.spec, data.size, data.channels)
+        if key not in rulers:
+            rulers[key] = Ruler(Reference(load_source(data), folder=options.out / "features"), options.seed)
+        contenders[name] = load(folder), rulers[key]
+    floors = [asdict(ruler.floor(options.samples)) for ruler in rulers.values()]
+    print(f"floor: Fréchet {floors[0]['frechet']:.2f} ± {floors[0]['frechet_se']:.2f}")
+    rows = []
+    cells = product(options.evaluations, contenders, options.samplers, options.spacings)  # the cheapest first
+    for evaluations, name, sampler, spacing in cells:
+        if time.process_time() > options.budget:
+            break
+        model, ruler = contenders[name]
+        row = cell(model, name, sampler, spacing, evaluations, ruler, options)
+        if row is not None:
+            rows.append(row)
+            print(f"{name:16}{sampler:8}{spacing:10}{evaluations:5}  Fréchet {row['frechet']:.2f} "
+                  f"± {row['frechet_se']:.2f}, grain {row['grain']:.3f}", flush=True)  # fmt: skip
+            if options.json is not None:
+                write_json(options.json, {"features": ruler.reference.extractor.name, "floors": floors, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
