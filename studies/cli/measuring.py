@@ -70,8 +70,9 @@ def _is_run(name: str) -> bool:
 
 def _images(name: str, options: argparse.Namespace, source: DataSource, device: Any) -> Tensor:
     """Samples of a run, or the images of a file or folder; data units, (N, C, H, W)."""
-    from torchcdm.data import Layout, load_data
     from torchcdm.data.specs import spec_of
+
+    from torchcdm.data import Layout, load_data
     from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load
     from torchcdm.training.samples import balanced_labels
