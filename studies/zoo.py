@@ -16,7 +16,7 @@ from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.zoo import CARD
 
-REPORT = {"methods": ["single", "elbo", "flow", "logz"], "draws": 4, "particles": 4096, "baselines": True}
+REPORT = {"methods": ["single", "elbo", "flow", "logz"], "draws": 4, "baselines": True}
 """What is measured of every model; the card has it."""
 
 

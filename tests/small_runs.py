@@ -17,7 +17,7 @@ SMALL = {
     "report.limit": "16",
     "report.flow_steps": "2",
     "report.draws": "1",
-    "report.particles": "128",
+    "report.sweeps": "4",
     "report.baselines": "false",
 }
 

@@ -28,14 +28,12 @@ def measured(run: Path) -> dict:
     model, split = load(run).double(), load_data("digits").split("test")
     x = split.tensors(11)[0]
     kernels = Kernels.of_denoiser(model, n=5)
-    normalizers = [
-        log_normalizer(model, None, None, Scoring(level=15), 20, name, 0, 5, kernels) for name in ("smc", "flow")
-    ]
+    z = log_normalizer(model, scoring=Scoring(level=15), sweeps=4, replicas=2, kernels=kernels)
     return {
         "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],
         "report": report(model, x, None, Scoring(draws=2, steps=2), ("single", "flow")).to_json(),
         "elbo": elbo(model, x, kernels=kernels, evaluations=4).nats,
-        "log Z": [estimate.value for estimate in normalizers],
+        "log Z": [z.value, z.check.value],
         "profile": level_profile(model, x),
         "levels": evaluate(model, split, 40)["per_level"],
     }

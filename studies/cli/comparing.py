@@ -42,8 +42,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--label", metavar="COLUMN", help="column of a table that is no feature: the class")
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, help="all systems see grey levels "
                         "Gaussianised by the histogram of each pixel; default: as the preset of the data")  # fmt: skip
-    parser.add_argument("--log-z", metavar="PARTICLES", type=int, help="normalise one pass of each CDM by log Z, "
-                        "estimated by so many particles (digits: 1024), two evaluations each a level")  # fmt: skip
+    parser.add_argument("--log-z", metavar="SWEEPS", type=int, help="normalise one pass of each CDM by log Z, "
+                        "estimated by so many sweeps of replica exchange (digits: 100)")  # fmt: skip
     parser.add_argument("--frechet", metavar="N", type=int, help="Fréchet distance of N samples of each system to the "
                         "training images; 2000 at least")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -54,7 +54,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from studies.compare.comparison import compare
     from studies.compare.figure import scoring_cost
     from studies.compare.own import preset_of
-    from torchcdm.likelihood.log_z import ISLANDS
+    from torchcdm.likelihood.log_z import FEWEST_SWEEPS
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.training.build import gaussianized, load_source
     from torchcdm.training.interrupt import Interrupted
@@ -63,8 +63,8 @@ def run_compare(options: argparse.Namespace) -> int:
         raise UserError(f"--seed is {options.seed}; it must not be negative")
     if options.limit is not None and options.limit < 2:
         raise UserError(f"--limit is {options.limit}; at least 2 are needed")
-    if options.log_z is not None and options.log_z < 2 * ISLANDS:
-        raise UserError(f"--log-z is {options.log_z}; at least {2 * ISLANDS} particles are needed")
+    if options.log_z is not None and options.log_z < FEWEST_SWEEPS:
+        raise UserError(f"--log-z is {options.log_z}; at least {FEWEST_SWEEPS} sweeps are needed")
     if options.budget is None and not options.list:
         raise UserError("the following arguments are required: --budget; see python -m studies compare --help")
     data = _data(options)

@@ -60,7 +60,7 @@ def compare(
         device: Where to compute; the CPU when None.
         data: What the source was loaded from, which our own runs keep; its name alone when None.
         progress: Shows progress bars.
-        log_z: Particles of the estimates of log Z of classification diffusion models, whose one pass then has a
+        log_z: Sweeps of the estimates of log Z of classification diffusion models, whose one pass then has a
             normalised row; None for no estimate.
         normalised: Names of those whose log Z is estimated; all when None.
         frechet: Samples of each system for its Fréchet distance to the training images; None for none.

@@ -14,7 +14,7 @@ from torchcdm.likelihood import (
     Row,
     Scoring,
     elbo,
-    log_z_estimates,
+    log_normalizer,
     probability_flow,
     single_pass,
 )
@@ -43,7 +43,7 @@ class FittedDenoiser(Fitted):
         with_elbo: Whether its reverse chain is a system of its own; flow matching has none.
         sampler: Name of the sampler.
         steps: Of the sampler.
-        log_z: Particles of the estimate of log Z of a classification diffusion model; None for no estimate.
+        log_z: Sweeps of the estimate of log Z of a classification diffusion model; None for no estimate.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class FittedDenoiser(Fitted):
             scores += self._normalised(density, one_pass, self.log_z)
         return scores
 
-    def _normalised(self, model: DensityModel, one_pass: Score, particles: int) -> list[Score]:
+    def _normalised(self, model: DensityModel, one_pass: Score, sweeps: int) -> list[Score]:
         """One pass less an estimate of log Z, which is made once and not for each sample; none where it cannot be."""
         likelihood, level = one_pass.likelihood, one_pass.likelihood.level
-        z = log_z_estimates(model, Kernels.of_denoiser(model, seed=SCORING.seed), SCORING, particles)
+        z = log_normalizer(model, scoring=SCORING, sweeps=sweeps)
         row = Row(one_pass.name, *likelihood.mean_and_error(), likelihood.nfe, level)
         per_nat = 1.0 if likelihood.log_bin is None else 1 / (z.dim * math.log(2))
         verdict = judge(per_nat, level, row, z)

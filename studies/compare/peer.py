@@ -40,7 +40,7 @@ class Task:
         seed: Of weights, batches and dequantisation in training.
         folder: Where a system may keep files of its own.
         progress: Shows progress bars.
-        log_z: Particles of the estimates of log Z of classification diffusion models; None for no estimate.
+        log_z: Sweeps of the estimates of log Z of classification diffusion models; None for no estimate.
     """
 
     source: DataSource

@@ -29,7 +29,7 @@ class Protocol:
         clock: What a second is.
         seed: Of training.
         gaussianized: Whether all systems see grey levels that the histogram of each pixel makes standard normal.
-        log_z: Particles of the estimates of log Z of classification diffusion models; None for no estimate.
+        log_z: Sweeps of the estimates of log Z of classification diffusion models; None for no estimate.
         frechet: Samples of each system for its Fréchet distance; None: no such column.
         fingerprint: Of the data, see :func:`torchcdm.data.fingerprint`.
     """

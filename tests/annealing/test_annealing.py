@@ -9,7 +9,7 @@ from oracles import MixtureClassifier, covariance, labelled_mixture, normal, rng
 from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import States, adapted, langevin
 from torchcdm.annealing.particles import smc
-from torchcdm.annealing.replicas import descend, exchange
+from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import Evaluated, MixtureTarget, ModelTarget, Target
 from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import CosineSchedule
@@ -52,9 +52,9 @@ def mixture_of(dim):
 
 def replicas(target, level, columns, sweeps, seed=0):
     kernels, generator = Kernels.of_target(target, seed), rng(seed)
-    ladder = descend(target, kernels, level, 2 * columns, generator)
-    x = ladder.x[:, :columns]
-    return exchange(target, kernels, ladder.levels, x, sweeps, sweeps // 4, generator, ladder.step)
+    rungs = ladder(target, kernels, level, 2 * columns, generator)
+    x = rungs.x[:, :columns]
+    return exchange(target, kernels, rungs.levels, x, sweeps, sweeps // 4, generator, rungs.step)
 
 
 # --- works -------------------------------------------------------------------------------------------------------
@@ -143,11 +143,11 @@ def test_replicas_forget_where_they_started():
     schedule, mixture = CosineSchedule(30), labelled_mixture()
     target = MixtureTarget(mixture, schedule)
     kernels, generator = Kernels.of_target(target), rng()
-    ladder = descend(target, kernels, 1, 64, generator)
+    rungs = ladder(target, kernels, 1, 64, generator)
     # All in one component, and all far away.
     starts = torch.cat([mixture.means[1].expand(16, 2), torch.full((16, 2), 6.0, dtype=torch.float64)])
-    x = torch.stack([schedule.perturb(starts, t, normal(32, 2, seed=t)) for t in ladder.levels])
-    trace = exchange(target, kernels, ladder.levels, x, 80, 40, generator, ladder.step)
+    x = torch.stack([schedule.perturb(starts, t, normal(32, 2, seed=t)) for t in rungs.levels])
+    trace = exchange(target, kernels, rungs.levels, x, 80, 40, generator, rungs.step)
     for columns in (slice(0, 16), slice(16, 32)):
         ratios = trace.log_z(columns)
         assert abs(ratios.total) < 4 * ratios.se and ratios.se < 0.15

@@ -243,23 +243,19 @@ def of_likelihoods() -> dict[str, Tensor]:
         values[f"{which}/flow"] = probability_flow(model, x, y, scoring).nats
         solver = FlowSolver(model, Scoring(level=2, steps=6, seed=1))
         values[f"{which}/flow-x"] = solver.log_prob(model.transform(x), y).log_prob
-        drawn, density = solver.sample(4, None if y is None else y[:4])
-        values[f"{which}/flow-sample"], values[f"{which}/flow-density"] = drawn, density
         if isinstance(model, ClassificationDiffusion):
             values[f"{which}/published"] = published_convention(model, x, y).nats
             for level in (0, 3):
                 values[f"{which}/single-{level}"] = single_pass(model, x, y, Scoring(level, draws=3, seed=1)).nats
             values[f"{which}/importance"] = single_pass(model, x, y, Scoring(3, draws=3, seed=1), True).nats
     model = vector_model()
-    for method, moves in (("smc", 0), ("smc", 1), ("flow", 0)):
-        z = log_normalizer(model, None, None, Scoring(seed=2), 64, method, moves, islands=4)
-        values[f"log-z/{method}-{moves}"] = torch.tensor([z.value, z.low, z.high, z.ess, z.mean_log_weight])
-        values[f"log-z/{method}-{moves}-x"] = z.x[:8]
+    z = log_normalizer(model, scoring=Scoring(seed=2), sweeps=6, replicas=4)
+    values["log-z"], values["log-z-x"] = torch.tensor([z.value, z.se, z.check.value]), z.x[:8]
     neighbours = consistency(model, inputs(model, 8), None, Scoring(seed=1))
     values["consistency"] = torch.stack([neighbours.down, neighbours.up])
     gaps = gap_by_level(model, inputs(model, 8), None, Scoring(level=1, seed=1))
     values["gap-by-level"] = torch.stack([-gaps.mean, gaps.sd])
-    table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1)).to_json()
+    table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1), sweeps=8).to_json()
     values["report"] = torch.tensor([row["value"] or 0.0 for row in table["rows"]])
     return values
 

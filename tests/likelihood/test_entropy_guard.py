@@ -105,7 +105,7 @@ def test_the_headline_is_not_below_the_code_length_where_one_pass_is(boast):
     exact = images.model(UniformSigmaSchedule(12))
     model = ClassificationDiffusion(Boaster(exact.backbone, boast), exact.schedule, exact.transform)
     x, true = images.draw(200)
-    result = report(model, x, None, Scoring(level=1), ["single", "logz"], particles=512)
+    result = report(model, x, None, Scoring(level=1), ["single", "logz"], sweeps=40)
     bits = single_pass(model, x, None, Scoring(level=1)).bits_per_dim()
     mean, error = excess(bits, true)
     assert (mean < -3 * error) == bool(boast), "an unnormalised density must show"

@@ -86,7 +86,7 @@ def test_a_plain_diffusion_model(cdm):
 def test_tables(cdm, components):
     cdm("train table --data table:table.csv --out run --quiet --train.steps 4 --report.methods [] --sampling.steps 3",
         "--sampling.n", "4", "--model.components", components, "--model.schedule", SCHEDULE)  # fmt: skip
-    cdm("nll run --limit 4 --flow-steps 2 --methods single,elbo,flow,logz --particles 128 --quiet")
+    cdm("nll run --limit 4 --flow-steps 2 --methods single,elbo,flow,logz --sweeps 4 --quiet")
     cdm("score run table.csv --reference table.csv --fpr 0.3")
     cdm("train table --data table:table.csv --out affine --quiet --train.steps 2 --report.methods [] --sampling.n 0",
         "--data.gaussianize", "false", "--model.schedule", SCHEDULE)  # fmt: skip

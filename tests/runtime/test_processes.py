@@ -155,7 +155,7 @@ WORK = {
     "profile": lambda model: level_profile(model, X),
     "levels": lambda model: level_sums(model, X, draws=2).mse,
     "report": lambda model: torch.tensor(
-        [row.value for row in report(model, X, None, Scoring(steps=3), particles=64, moves=0).rows]
+        [row.value for row in report(model, X, None, Scoring(steps=3), sweeps=4).rows]
     ),
 }
 

@@ -5,9 +5,12 @@ import torch
 from oracles import MixtureClassifier, labelled_mixture, rng
 from torch import nn
 
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.particles import smc
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowSolver, Scoring, log_normalizer
+from torchcdm.likelihood import FlowSolver, LogZ
 from torchcdm.losses import CDMLoss
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -76,14 +79,23 @@ def test_offsets_are_taken_out_where_nothing_else_can_be():
     assert (model.log_prob_levels(fresh) - exact)[:, 1].mean().abs() < 0.1
 
 
+def particles(model, islands=16, size=64, moves=1):
+    target, generator = ModelTarget(model), rng(9)
+    return smc(target, Kernels.of_target(target), 1, islands, size, generator, moves), generator
+
+
+def log_z_of(model):
+    return LogZ.of_weights(particles(model)[0].log_estimates, "smc", 1, 2)
+
+
 def test_particles_find_what_no_data_show():
     model, mixture = bent_by(0.0, step=12.0)
     x = mixture.sample(400, rng(1))
     assert (x.norm(dim=1) < 4).all()
     unfound = calibrate_paths(model, x, rounds=0).model
-    unseen = log_normalizer(unfound, scoring=Scoring(seed=9), particles=512).value
+    unseen = log_z_of(unfound).value
     found = calibrate_paths(model, x, rounds=1, particles=256)
-    seen = log_normalizer(found.model, scoring=Scoring(seed=9), particles=512).value
+    seen = log_z_of(found.model).value
     assert len(found.log_z) == 1 and found.log_z[0].value > 0.5 and unseen > 0.5
     assert abs(seen) < 0.2
 
@@ -146,10 +158,10 @@ def test_moves_on_calibrated_values_leave_them_invariant():
     calibrated = Calibrated(model, readout)
     x = mixture.sample(200_000, rng(1))
     tilt = (-0.7 * x.norm(dim=1)).exp()
-    drawn = log_normalizer(calibrated, scoring=Scoring(seed=4), particles=4096, moves=3)
-    assert drawn.value == pytest.approx(float(tilt.mean().log()), abs=0.1)
+    drawn, generator = particles(calibrated, 16, 256, moves=3)
+    assert float(drawn.log_estimates.exp().mean().log()) == pytest.approx(float(tilt.mean().log()), abs=0.1)
     expected = float((tilt * x.norm(dim=1)).mean() / tilt.mean())
-    assert float(drawn.x.norm(dim=1).mean()) == pytest.approx(expected, abs=0.1)
+    assert float(drawn.draws(generator).norm(dim=1).mean()) == pytest.approx(expected, abs=0.1)
 
 
 def test_features_count_within_the_limit_alone():

@@ -33,6 +33,10 @@ class Particles(NamedTuple):
     log_weights: Tensor
     log_estimates: Tensor
 
+    def draws(self, generator: torch.Generator) -> Tensor:
+        """Equally weighted draws, (n, *shape): resampled within each island, so that few effective ones repeat."""
+        return resampled(self.states, self.log_weights, self.log_estimates, math.inf, generator)[0].x
+
 
 @torch.no_grad()
 def smc(
@@ -44,7 +48,8 @@ def smc(
     generator: torch.Generator,
     moves: int = 1,
     below: float = 0.5,
-    seen: Callable[[States, Tensor], None] | None = None,
+    spacing: float | None = None,
+    seen: Callable[[States, Tensor, float], None] | None = None,
     progress: bool = False,
 ) -> Particles:
     """Particles from the start density at T down to ``level``.
@@ -56,37 +61,48 @@ def smc(
         islands: Independent populations but for the step size of their moves, which is adapted to all of them.
         size: Particles in each.
         generator: A CPU generator.
-        moves: Langevin moves after each level, an evaluation each. Without any the particles see only what r proposes.
+        moves: Langevin moves after each step, an evaluation each. Without any the particles see only what r proposes.
         below: An island is resampled where its effective sample size is below that share of its size; 0 for never,
             which is annealed importance sampling.
-        seen: Called at each level with the states and their weights, (islands, size).
+        spacing: Steps are as long as the deviation of their works is at most this, nats, and found by trial, so that
+            the estimates are only nearly unbiased; of one level each when None.
+        seen: Called at each level with the states, their weights (islands, size), and the step size of the moves.
         progress: Shows a progress bar over the levels.
     """
     from tqdm.auto import tqdm
 
-    T, step = target.schedule.T, FIRST_STEP
-    x, log_start = target.start(islands * size, generator)
+    schedule, step, length, n = target.schedule, FIRST_STEP, 1, islands * size
+    x, log_start = target.start(n, generator)
+    bar = tqdm(total=schedule.T - level, desc="particles", unit="level", disable=not progress, leave=False)
     # Particles depend on each other: were there differences in rounding between processes, resampling would turn
     # them into other particles.
-    with alone():
-        states = States.of(target, x, T)
+    with alone(), bar:
+        states = States.of(target, x, schedule.T)
         log_w = (states.at.log_gamma - log_start).reshape(islands, size)
         log_z = torch.zeros_like(log_w[:, 0])
         if seen is not None:
-            seen(states, log_w)
-        for t in tqdm(range(T, level, -1), desc="log Z", unit="level", disable=not progress, leave=False):
-            noise = torch.randn(len(x), math.prod(target.shape), generator=generator, dtype=x.dtype).to(x.device)
-            x0 = denoised(target.schedule, states.x, t, states.at.eps)
-            below_x = kernels.down(states.x, x0, t, t - 1, noise)
-            lower = States.of(target, below_x, t - 1)
-            work = kernels.work(lower.x, states.x, lower.at, states.at, t - 1, t)
-            states, log_w = lower, log_w + work.reshape(islands, size)
+            seen(states, log_w, step)
+        while states.t > level:
+            x0 = denoised(schedule, states.x, states.t, states.at.eps)
+            length = min(length, states.t - level)
+            while True:
+                noise = torch.randn(n, math.prod(target.shape), generator=generator, dtype=x.dtype).to(x.device)
+                s = states.t - length
+                lower = States.of(target, kernels.down(states.x, x0, states.t, s, noise), s)
+                works = kernels.work(lower.x, states.x, lower.at, states.at, s, states.t)
+                if spacing is None or length == 1 or float(works.std()) <= spacing:
+                    break
+                length = max(1, length // 2)
+            if spacing is not None and float(works.std()) < spacing / 2:
+                length = 2 * length
+            bar.update(states.t - s)
+            states, log_w = lower, log_w + works.reshape(islands, size)
             states, log_w, log_z = resampled(states, log_w, log_z, below, generator)
             for _ in range(moves):
                 accepted = langevin(target, kernels, states, step, generator)
                 step = adapted(step, float(accepted.double().mean()))
             if seen is not None:
-                seen(states, log_w)
+                seen(states, log_w, step)
     return Particles(states, log_w, log_z + log_w.logsumexp(1) - math.log(size))
 
 

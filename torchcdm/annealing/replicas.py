@@ -18,13 +18,13 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, chance, langevin
-from torchcdm.annealing.particles import resampled
+from torchcdm.annealing.particles import smc
 from torchcdm.annealing.ratios import Ratios, autocorrelation_time, bar, mbar
 from torchcdm.annealing.target import Target
 from torchcdm.runtime.processes import alone
 
-WORK_DEVIATION = 0.9
-"""Deviation of the work between neighbouring rungs, nats: swaps are accepted 52 % of the time."""
+SPACING = 0.9
+"""Deviation of the work between neighbouring rungs, nats: swaps are accepted about half of the time."""
 
 KEPT_VALUES = 2**23
 """Numbers kept for MBAR at most: states are thinned to so many."""
@@ -45,46 +45,18 @@ class Ladder:
     x: Tensor
 
 
-@torch.no_grad()
-def descend(
-    target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator, moves: int = 2
+def ladder(
+    target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator, spacing: float = SPACING
 ) -> Ladder:
-    """Particles from the start down to ``level``, in steps as long as the deviation of their works allows.
+    """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by ``spacing``."""
+    levels, steps, points = [], [], []
 
-    Args:
-        target: The target.
-        kernels: r proposes.
-        level: 1 ... T - 1.
-        n: Particles.
-        generator: A CPU generator.
-        moves: Langevin moves at each rung.
-    """
-    T, step, length = target.schedule.T, FIRST_STEP, 1
-    x, log_start = target.start(n, generator)
-    with alone():
-        states, works = States.of(target, x, T), None
-        log_w, rungs = states.at.log_gamma - log_start, []
-        while True:
-            states = resampled(states, log_w[None], log_w[:1], math.inf, generator)[0]
-            for _ in range(moves):
-                step = adapted(step, float(langevin(target, kernels, states, step, generator).double().mean()))
-            rungs.append((states.t, step, states.x))
-            if states.t == level:
-                break
-            length = min(length, states.t - level)
-            while True:
-                noise = torch.randn(n, math.prod(target.shape), generator=generator, dtype=x.dtype).to(x.device)
-                x0, s = denoised(target.schedule, states.x, states.t, states.at.eps), states.t - length
-                lower = States.of(target, kernels.down(states.x, x0, states.t, s, noise), s)
-                works = kernels.work(lower.x, states.x, lower.at, states.at, s, states.t)
-                deviation = float(works.std())
-                if length == 1 or deviation <= WORK_DEVIATION:
-                    break
-                length = max(1, length // 2)
-            length = 2 * length if deviation < WORK_DEVIATION / 2 else length
-            states, log_w = lower, works
-    levels, steps, points = zip(*rungs[::-1], strict=True)
-    return Ladder(list(levels), torch.tensor(steps, dtype=torch.float64), torch.stack(points))
+    def seen(states: States, _: Tensor, step: float) -> None:
+        for column, value in ((levels, states.t), (steps, step), (points, states.x.clone())):
+            column.insert(0, value)
+
+    smc(target, kernels, level, 1, n, generator, moves=2, below=math.inf, spacing=spacing, seen=seen)
+    return Ladder(levels, torch.tensor(steps, dtype=torch.float64), torch.stack(points))
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def write_report(
         scoring = Scoring(draws=config.report.draws, steps=config.report.flow_steps)
         # The unconditional density, also of models that saw classes: the baselines know none.
         nll = likelihood_report(
-            model, x, None, scoring, methods, config.report.particles, name=source.name, split=split_name,
+            model, x, None, scoring, methods, config.report.sweeps, name=source.name, split=split_name,
             progress=progress,
         )  # fmt: skip
         beside = _baselines(config, source, x)

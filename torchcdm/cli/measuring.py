@@ -28,10 +28,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
     parser.add_argument("--flow-steps", type=int, metavar="N", help="Heun steps of the flow (40)")
     parser.add_argument("--flow-probes", type=int, metavar="P", help="probes of its divergence, even (2)")
-    parser.add_argument("--sweeps", type=int, metavar="N", help="of the replica exchange for log Z (100)")
-    parser.add_argument("--particles", type=int, metavar="N", help="sequential Monte Carlo by so many instead: "
-                        "quicker, and blind to what they do not find")  # fmt: skip
-    parser.add_argument("--moves", type=int, metavar="M", help="Langevin steps at each level, or in each sweep (1)")
+    parser.add_argument("--sweeps", type=int, metavar="N", help="sweeps of the replica exchange for log Z (100)")
     parser.add_argument("--seed", type=int)
 
     parser = add_command(
@@ -58,7 +55,6 @@ def add_commands(commands: Any) -> None:
 def run_nll(options: argparse.Namespace) -> int:
     """Likelihood of a split."""
     from torchcdm.likelihood import Scoring, methods_of, report
-    from torchcdm.likelihood.log_z import SWEEPS
     from torchcdm.runtime.processes import sharing
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.evaluation import labels_for
@@ -67,11 +63,7 @@ def run_nll(options: argparse.Namespace) -> int:
         level=options.level, draws=options.draws, seed=options.seed, steps=options.flow_steps,
         probes=options.flow_probes,
     ))  # fmt: skip
-    log_z, info = _given(particles=options.particles, moves=options.moves), read_info(options.model)
-    if options.particles is None:
-        log_z["sweeps"] = SWEEPS if options.sweeps is None else options.sweeps
-    elif options.sweeps is not None:
-        raise UserError("--sweeps are those of replica exchange, which --particles replaces: give one of them")
+    log_z, info = _given(sweeps=options.sweeps), read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # log Z takes longer than all others.

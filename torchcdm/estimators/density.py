@@ -169,4 +169,4 @@ def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS
 
     log_w = map_rows(log_weights, len(x), dim=dim, device=x.device)
     estimates = log_w.view(2, -1, ESTIMATES).logsumexp((0, 1)) - math.log(len(x) / ESTIMATES)
-    return LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim, len(x))
+    return LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim)

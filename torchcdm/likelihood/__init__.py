@@ -6,7 +6,7 @@ Every likelihood takes ``(model, x, y=None, scoring=Scoring())``, so that their 
 from torchcdm.likelihood.diagnostics import Consistency, LevelGaps, consistency, gap_by_level
 from torchcdm.likelihood.elbo import ELBO, elbo
 from torchcdm.likelihood.flow import FlowLikelihood, FlowResult, FlowSolver, probability_flow
-from torchcdm.likelihood.log_z import LogZ, log_normalizer, log_z_estimates
+from torchcdm.likelihood.log_z import LogZ, log_normalizer
 from torchcdm.likelihood.one_pass import published_convention, single_pass
 from torchcdm.likelihood.report import METHODS, check_methods, methods_of, report
 from torchcdm.likelihood.scoring import Scoring, scoring_level
@@ -30,7 +30,6 @@ __all__ = [
     "elbo",
     "gap_by_level",
     "log_normalizer",
-    "log_z_estimates",
     "methods_of",
     "probability_flow",
     "published_convention",

@@ -1,4 +1,4 @@
-r"""Likelihood by the probability flow of a denoiser (identity 6), on the discrete levels, and draws from it.
+r"""Likelihood by the probability flow of a denoiser (identity 6), on the discrete levels.
 
 With a reference Gaussian of mean mu and covariance eigenvalues lambda, :math:`w = (\lambda + r^2)^{-1/2} R (u - \mu)`
 is standard normal at every r if the data are that Gaussian, and the flow stands still. So the flow is integrated in
@@ -19,8 +19,8 @@ from torchcdm.annealing.target import reference_gaussian
 from torchcdm.likelihood.noise import Batch, draw_rows
 from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
 from torchcdm.likelihood.scoring import Scoring, as_data
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.runtime.batching import labels_of, map_rows
+from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 from torchcdm.units.normal import log_normal
 
@@ -119,27 +119,6 @@ class FlowSolver:
         a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
         return FlowResult(log_prob[:, 0], probe_gap, x_T, float(self.reference.start_kl(a * flat, b).mean()))
 
-    def sample(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draws by the flow backwards from its start density at T, and the flow's log density of them.
-
-        Args:
-            n: Number of draws.
-            y: Their classes, long (n,), or None.
-
-        Returns:
-            x at the first level, float64 (n, *shape), and nats in model units, (n,): a normalised density.
-        """
-        dim, device = self.reference.variances.numel(), self.schedule.alpha.device
-
-        def draw(rows: slice) -> tuple[Tensor, Tensor]:
-            noise = draw_rows(
-                self.scoring.seed, ("start",), rows, lambda i, g: torch.randn(dim, generator=g, dtype=torch.float64)
-            )
-            return _Flow(self, labels_of(y, rows, device), rows).fall(noise.to(device))
-
-        with evaluation_mode(self.denoiser):
-            return map_rows(draw, n, self.scoring.batch_size, dim=dim, device=device)
-
     def path(
         self, x_t: Tensor, look: Look, y: Tensor | None = None, progress: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
@@ -192,11 +171,6 @@ class _Flow:
         log_prob = [self._log_density(w, from_t, t) for t, from_t in zip(self.levels, rest, strict=True)]
         columns = (torch.stack(column, 1) for column in zip(*seen, strict=True))
         return torch.stack(log_prob, 1), total[0] - total[1], self._x(w, t), *columns
-
-    def fall(self, w_T: Tensor) -> tuple[Tensor, Tensor]:
-        """x at the first level from w at the last, and its log density there."""
-        *_, (t, w, total) = self._travel(w_T, self.levels[::-1])
-        return self._x(w, t), self._log_density(w_T, -total.mean(0), t)
 
     def _travel(self, w: Tensor, levels: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Each level, w there (B, d), and the divergence integrated up to it by either half of the probes, (2, B)."""

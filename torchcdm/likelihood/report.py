@@ -13,7 +13,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
-from torchcdm.likelihood.log_z import LogZ, convergence_text, log_z_estimates, require_population
+from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS, LogZ, log_normalizer
 from torchcdm.likelihood.one_pass import combine, published_convention, single_draws
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
 from torchcdm.likelihood.summary import REMARKS, NLLGap, NLLReport, Row
@@ -56,9 +56,7 @@ def report(
     y: Tensor | None = None,
     scoring: Scoring = Scoring(),
     methods: Sequence[str] | None = None,
-    particles: int = 1024,
-    moves: int = 1,
-    sweeps: int = 0,
+    sweeps: int = SWEEPS,
     name: str = "",
     split: str = "",
     progress: bool = False,
@@ -72,9 +70,7 @@ def report(
         scoring: Level of the headline, of log Z, and of all that is compared with them; the rest for all methods.
             Several draws add the importance-weighted bound.
         methods: Some of :data:`METHODS`; all that the model has when None. A plain diffusion model has ELBO and flow.
-        particles: Particles of the estimate of log Z; a quarter as many draws of the flow make a second one.
-        moves: Langevin steps of the particles at each level, or of the replicas in each sweep.
-        sweeps: Sweeps of replica exchange, which estimates log Z instead of particles; 0 for particles.
+        sweeps: Sweeps of the replica exchange that estimates log Z, at least 4.
         name: Name of the data.
         split: Name of their split.
         progress: Shows a progress bar.
@@ -89,8 +85,7 @@ def report(
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     x, y = as_data(model, x, y)
     table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
-    require_population(model, particles, moves)
-    sweeps = sweeps and check_count("sweeps", sweeps, 4, LARGEST_COUNT)
+    check_count("sweeps", sweeps, FEWEST_SWEEPS, LARGEST_COUNT)
     from tqdm.auto import tqdm
 
     stages = [stage for stage in METHODS if stage in methods]
@@ -104,7 +99,7 @@ def report(
         elif stage == "flow":
             table.add_flow()
         elif y is None:
-            table.add_log_z(particles, moves, sweeps, progress)
+            table.add_log_z(sweeps, progress)
     return table.finish(name, split)
 
 
@@ -164,17 +159,12 @@ class _Table:
             f"KL of its start density at most {kl:.1g}"
         )
 
-    def add_log_z(self, particles: int, moves: int, sweeps: int, progress: bool) -> None:
-        """log Z, and a second opinion."""
-        self.log_z = z = log_z_estimates(
-            self.model, self.kernels, self.scoring, particles, moves, self.x, sweeps, progress
+    def add_log_z(self, sweeps: int, progress: bool) -> None:
+        """log Z, and what speaks for it."""
+        self.log_z = log_normalizer(
+            self.model, self.x, None, self.scoring, sweeps, kernels=self.kernels, progress=progress
         )
-        if z.check is not None:
-            said = f"log2 Z / d, second estimator: {z.check.to_json()['value']:+.4f}, {z.check.reliability()}"
-            bound = z.check.mean_log_weight / (z.dim * math.log(2))
-            self.notes.append(said + (f"; its mean log weight, a lower bound, {bound:+.4f}" if bound > -1e9 else ""))
-        if z.convergence is not None:
-            self.notes.append(convergence_text(z.convergence))
+        self.notes += self.log_z.notes()
 
     def _over_elbo(self) -> tuple[float, float] | None:
         """NLL by one-pass-level minus NLL by the ELBO on the same samples: mean and standard error."""

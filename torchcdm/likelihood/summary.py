@@ -130,8 +130,6 @@ class NLLReport:
                 f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance removed)"
             )
         lines += [*self.notes, self._verdict()]
-        if self.log_z is not None and self.log_z.convergence is None:
-            lines.append("Estimates of log Z err low, so a number normalised by one errs optimistic.")
         return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ The flow of the network's gradient (identity 6), a normalised density but for th
 at T, says what log p_t(x_t) should be at each level that a path up from a sample visits. A readout, linear in the
 network's features, is fitted to these targets by ridge regression at each of these levels and interpolated between
 them: on paths from data, and on paths from images to which the density gave too much, found by particles of
-:func:`torchcdm.likelihood.log_normalizer` and shown to it in turn. Gradients, and so samples, ELBO and flow, stay.
+:func:`torchcdm.annealing.particles.smc` and shown to it in turn. Gradients, and so samples, ELBO and flow, stay.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.particles import smc
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowSolver, LogZ, Scoring, log_normalizer
+from torchcdm.likelihood import FlowSolver, LogZ, Scoring
 from torchcdm.likelihood.noise import Batch
 from torchcdm.likelihood.scoring import as_data
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout, require_features
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
 from torchcdm.models.inputs import check_count
-from torchcdm.random import derive
+from torchcdm.random import derive, stream
 
 FEWEST_SAMPLES = 16
 
@@ -139,12 +141,14 @@ def calibrate_paths(
         calibrated = Calibrated(model, fit.readout(shown))
         kernels = Kernels.of_denoiser(model, None, seed, CHAIN_SAMPLES, batch_size) if rounds else None
         for k in range(rounds):
-            estimate = log_normalizer(
-                calibrated, scoring=drawn("particles", k), particles=particles, islands=ISLANDS, kernels=kernels,
-                progress=progress,
+            generator = stream(derive(seed, "particles", k), "particles")
+            ended = smc(
+                ModelTarget(calibrated, batch_size=batch_size), kernels, scoring.level, ISLANDS, particles // ISLANDS,
+                generator, progress=progress,
             )  # fmt: skip
-            found.append(estimate)
-            shown.append(_paths(model, estimate.x, drawn("particle-paths", k), progress))
+            name = f"smc, {particles} particles"
+            found.append(LogZ.of_weights(ended.log_estimates, name, scoring.level, model.transform.dim))
+            shown.append(_paths(model, ended.draws(generator), drawn("particle-paths", k), progress))
             calibrated = Calibrated(model, fit.readout(shown))
     calibrated.train(model.training)
     return PathCalibration(calibrated, scoring.level, fit.before, fit.after, tuple(found))

@@ -16,7 +16,7 @@ from torchcdm.diffusion.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
-from torchcdm.likelihood.log_z import FEWEST_PARTICLES
+from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
@@ -199,7 +199,7 @@ class ReportConfig:
         limit: At most so many test samples.
         draws: Noise draws of the one-pass likelihoods.
         flow_steps: Heun steps of the probability flow.
-        particles: Particles for the estimate of log Z.
+        sweeps: Sweeps of the replica exchange that estimates log Z.
         baselines: Put classical density models beside it, where the data are small.
     """
 
@@ -207,7 +207,7 @@ class ReportConfig:
     limit: Count = 500
     draws: Count = 1
     flow_steps: Count = 50
-    particles: Annotated[Count, Ge(FEWEST_PARTICLES)] = 1024
+    sweeps: Annotated[Count, Ge(FEWEST_SWEEPS)] = SWEEPS
     baselines: bool = False
 
 
