@@ -44,19 +44,19 @@ def table(n=80, seed=0):
 
 def test_max_seconds_counts_the_choice_of_the_mixture(monkeypatch):
     # A clock that every look moves by a second, and every choice by twenty.
-    seconds, choose = 0.0, estimators_base.best_mixture
+    seconds, choose = 0.0, estimators_base.best_start
 
     def look():
         nonlocal seconds
         seconds += 1
         return seconds
 
-    def best_mixture(*given):
+    def best_start(*given, **options):
         nonlocal seconds
         seconds += 20
-        return choose(*given)
+        return choose(*given, **options)
 
-    monkeypatch.setattr(estimators_base, "best_mixture", best_mixture)
+    monkeypatch.setattr(estimators_base, "best_start", best_start)
     density = CDMDensity(**TINY | {"steps": 10**6, "max_seconds": 30})
     density.clock = look
     density.fit(table())

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchcdm.diffusion.cosine_mixture import fit_cosines
 from torchcdm.diffusion.gaussian import DIAGONAL, mean_and_spread
 from torchcdm.diffusion.mixture import SHRINKAGES, scored_mixture, within_error
 from torchcdm.units.normal import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
 """Numbers of Gaussians that are tried for vectors that are not wide: a covariance takes half the square of these."""
+
+CONTRASTS = (1, 2, 4, 8)
+"""Numbers of Gaussians that are tried for images."""
 
 WIDE, WIDEST = 100, 2000
 """Numbers of a vector up to which mixtures, and up to which covariances are tried."""
@@ -27,11 +31,15 @@ FULL_IMAGES = 4096
 """Numbers of an image up to which covariances are tried, where there are as many images as numbers."""
 
 
+FIELDS = ("gaussian", "components", "shrinkage", "form")
+"""What there is to choose."""
+
+
 class Start(NamedTuple):
-    """A base density: fields of :class:`torchcdm.training.settings.ModelConfig`, and how probable it finds data.
+    """A base density, :data:`FIELDS` of :class:`torchcdm.training.settings.ModelConfig`, and what it says of data.
 
     Attributes:
-        fields: ``gaussian``, ``components``, ``shrinkage`` and ``form``.
+        fields: By name.
         log_prob: Of each held-out sample, nats in model units, (N,).
     """
 
@@ -47,17 +55,17 @@ class Start(NamedTuple):
 def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[str, Any] | None = None) -> Start:
     """The base density under which held-out samples are most probable.
 
-    Vectors: mixtures of Gaussians, Gaussians without correlations. Images: Gaussians with variances in the cosine
-    basis, or with a covariance where there are as many images as numbers. Nothing, the standard normal, for both.
+    Vectors: mixtures of Gaussians, Gaussians without correlations. Images: mixtures with variances in the cosine
+    basis, or a covariance where there are as many images as numbers. Nothing, the standard normal, for both.
     Mixtures give way to the others where those are better by more than the standard error of the difference.
 
     Args:
         train: Samples (N, *shape), model units, dequantised.
         held_out: Others, without copies of the same sample.
         floor: Smallest variance, model units squared.
-        given: Fields that are not chosen: their values; None for those that are.
+        given: Values of the fields that are not chosen; other keys, and None, are passed by.
     """
-    given = {key: value for key, value in (given or {}).items() if value is not None}
+    given = {key: (given or {}).get(key) for key in FIELDS if (given or {}).get(key) is not None}
     dim, vectors = train[0].numel(), train.ndim == 2
     shares: Sequence[float] = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
     nothing = Start(
@@ -79,11 +87,28 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
             components, shrinkage, log_prob = scored_mixture(train, held_out, counts, shares)
             fields = {"gaussian": True, "components": components, "shrinkage": shrinkage, "form": form}
             found.append(Start(fields, log_prob.to(nothing.log_prob)))
+        elif form == "cosine" and not vectors:
+            counts = CONTRASTS if counts is COMPONENTS else counts
+            found += [best_cosines(train, held_out, k, floor, shares) for k in counts if k == 1 or 8 * k <= len(train)]
         elif 1 in counts:
             found.append(best_gaussian(train, held_out, form, floor, shares))
     best = max(found, key=lambda start: start.value)
     preferred = [start for start in found if start.fields["form"] == "full"]
     return next((one for one in preferred if within_error(best.log_prob - one.log_prob)), best)
+
+
+def best_cosines(train: Tensor, held_out: Tensor, count: int, floor: float, shares: Sequence[float]) -> Start:
+    """The shrinkage of a mixture of so many Gaussians of images, as in :func:`best_gaussian`."""
+    if count == 1:
+        return best_gaussian(train, held_out, "cosine", floor, shares)
+    weights, means, variances = fit_cosines(train, count, floor)
+    z, trials = DIAGONAL["cosine"](train.shape[1:])(held_out.double().cpu())[:, None], []
+    for share in shares:
+        moved = torch.lerp(variances, variances.mean(1, keepdim=True), share).clamp_min(floor)
+        log_prob = (log_normal(z - means, moved).sum(2) + weights.log()).logsumexp(1)
+        fields = {"gaussian": True, "components": count, "shrinkage": share, "form": "cosine"}
+        trials.append(Start(fields, log_prob.to(held_out.device)))
+    return max(trials, key=lambda trial: trial.value)
 
 
 def best_gaussian(

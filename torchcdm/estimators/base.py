@@ -22,7 +22,7 @@ from torch import Tensor
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
 from torchcdm.data import DataSource, MemorySplit
 from torchcdm.data.arrays import as_array
-from torchcdm.diffusion.mixture import SHRINKAGES, best_mixture
+from torchcdm.diffusion.start import best_start
 from torchcdm.errors import UserError
 from torchcdm.estimators.columns import Columns
 from torchcdm.likelihood import FlowSolver, Scoring
@@ -83,24 +83,6 @@ FLOW_STEPS = 50
 
 SHORTEST = 1e-3
 """Seconds of a training for which no time is left: one step."""
-
-COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
-"""Numbers of components that are tried, except of wide tables: a covariance has half the square of the columns."""
-
-
-def _base_fields(train: Tensor, validation: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the base density is: the number of components and the shrinkage that are best on the validation rows.
-
-    Of standardised rows (N, d), those of validation once each; what is ``given`` of the model is not chosen here.
-    """
-    if not given.get("gaussian", True):
-        return {}
-    counts = COMPONENTS if train.shape[1] <= WIDE else (1,)
-    counts = (given["components"],) if "components" in given else counts
-    shares = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
-    components, shrinkage = best_mixture(train, validation, counts, shares)
-    return {"components": components, "shrinkage": shrinkage}
-
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TableEstimator(BaseEstimator):
@@ -228,7 +210,8 @@ class TableEstimator(BaseEstimator):
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
         layer = merge({"train": {"select": "loss"}}, self._fields(rows, train.shape[1]))
         layer = merge(layer, {"train": {"seed": seed}, "data": {"gaussianize": False}})
-        layer = merge(layer, {"model": _base_fields(parts[0], distinct, layer["model"])})
+        start = best_start(parts[0], distinct, given={"gaussian": True} | layer["model"])
+        layer = merge(layer, {"model": start.fields})
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
         config = make_config(preset_fields(self.preset), override_fields(layer))

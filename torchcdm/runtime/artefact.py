@@ -130,11 +130,7 @@ def read_artefact(
 
 
 def read_json(path: Path, mend: str = MEND) -> dict[str, Any]:
-    """A JSON object of finite numbers.
-
-    Raises:
-        UserError: Missing, not readable, too large, or not one.
-    """
+    """A JSON object of finite numbers; UserError where the file is none."""
     data = read_bytes(path, LARGEST_JSON)
     try:
         content = parse_json(data)
@@ -144,21 +140,12 @@ def read_json(path: Path, mend: str = MEND) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """JSON without NaN and infinite numbers, which it does not have and Python would take.
-
-    Raises:
-        ValueError: Not JSON.
-        RecursionError: Nested too deeply.
-    """
+    """JSON without NaN and infinite numbers, which it does not have and Python would take: ValueError."""
     return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
 def read_tensors(path: Path, mend: str = MEND) -> dict[str, Tensor]:
-    """A safetensors file that stands alone, without a checksum.
-
-    Raises:
-        UserError: Missing, not readable, or damaged.
-    """
+    """A safetensors file that stands alone, without a checksum."""
     return _unpack(read_bytes(path), path, mend)
 
 
@@ -180,11 +167,7 @@ def read_bytes(path: Path, largest: int | None = None) -> bytes:
 
 
 def damaged(path: Path, what: str, mend: str = MEND) -> NoReturn:
-    """Raises the one message about damage.
-
-    Raises:
-        UserError: Always.
-    """
+    """Raises the one message about damage."""
     raise UserError(f"{path}: damaged, {what}; {mend}") from None
 
 

@@ -44,10 +44,7 @@ def map_rows(
         n: Number of samples.
         size: Samples in a batch. None for :func:`rows_at_a_time`, halved with a warning whenever memory runs out.
         dim: Values of a sample.
-        device: Where ``function`` works.
-
-    Returns:
-        The results (n, ...), in every process, on the device where ``function`` left them.
+        device: Where ``function`` works, and leaves the results (n, ...) in every process.
 
     Raises:
         UserError: No samples, a size below 1, or a UserError of another process.

@@ -36,12 +36,8 @@ def writing(path: Path) -> Iterator[None]:
 def write_file(path: Path, content: bytes | str, flush: bool = True) -> None:
     """Written beside, flushed to the disk, then renamed: a reader sees the old file or the new one.
 
-    A link is followed. Devices, pipes and the standard streams are written to, never replaced.
-
-    Args:
-        path: The file; its folder is made.
-        content: Text is written as UTF-8.
-        flush: Waits for the disk; False for one of many files, which only a power failure can cut short then.
+    Its folder is made. A link is followed. Devices, pipes and the standard streams are written to, never replaced.
+    Without ``flush``, for one of many files, a power failure can cut it short.
 
     Raises:
         UserError: The disk is full, the folder or the file read-only, or a folder lies there; the old file stays.
@@ -116,10 +112,7 @@ def write_json(path: Path, value: Any) -> None:
 def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None = None) -> None:
     """Refuses, before the long work, a file that cannot be written after it; its folder is made.
 
-    Args:
-        path: The file.
-        inputs: What the work reads, which it must not replace: paths, or data as on the command line.
-        kind: As in :func:`check_replaced`.
+    Nor may it replace ``inputs``, paths or data as on the command line; ``kind`` as in :func:`check_replaced`.
 
     Raises:
         UserError: The folder cannot be made or written, a folder or an artefact lies in place of the file, or it is an
@@ -144,9 +137,7 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None
 def check_replaced(path: Path, kind: str | None = None) -> None:
     """Refuses to replace an artefact, by the beginning of the file: its rest may be damaged.
 
-    Args:
-        path: The file.
-        kind: Kind of artefact that may be replaced, and then nothing else may; None for other files.
+    Only one of this ``kind`` may be replaced, and then nothing else may; no artefact where that is None.
 
     Raises:
         UserError: It holds something else.

@@ -20,17 +20,8 @@ from torchcdm.runtime.devices import best_device, chosen_device
 class Processes:
     """One process of one or several that work together, started by ``accelerate launch`` or ``torchrun``.
 
-    Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None. Of several processes each has
-            its own.
-        trackers: Names for accelerate's ``log_with``.
-        folder: Where trackers write.
-
-    Attributes:
-        device: Device of this process.
-        rank: Number of this process.
-        world: Number of processes.
-        main: Whether this is the process that writes files.
+    Process ``rank`` of ``world`` works on its own ``device``; the ``main`` one writes files. ``trackers`` are names
+    for accelerate's ``log_with``, which write to ``folder``.
 
     Raises:
         UserError: A device that is not there, a tracker that is not installed, or a training within :func:`sharing`.

@@ -108,15 +108,11 @@ def validated(kind: type[T]) -> type[T]:
 
 
 def read_as(kind: type[T], value: Any, path: str = "") -> T:
-    """Plain Python values as an instance of ``kind``.
-
-    Args:
-        kind: Settings or another dataclass.
-        value: What :func:`encode` gives.
-        path: Where the value stands, for messages: ``train``.
+    """Plain Python values, as :func:`encode` gives them, as an instance of ``kind``, settings or another type.
 
     Raises:
-        UserError: A name that does not exist (with the nearest that does), a wrong type or range; one line.
+        UserError: A name that does not exist (with the nearest that does), a wrong type or range; one line, which
+            names the place below ``path``.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -131,13 +127,10 @@ def named(*kinds: type) -> Any:
 
 
 def settings_of(kind: type, name: str | None, left_out: Collection[str], module: str) -> type:
-    """Settings with the defaults and ranges of a constructor's arguments.
+    """Settings with the defaults and ranges of a constructor's arguments, as a class of ``module``.
 
-    Args:
-        kind: The class.
-        name: Value of the field ``name``, which tells the parts of :func:`named` apart; None for none.
-        left_out: Arguments that do not come from settings; those without a default are left out too.
-        module: Of the derived class.
+    The field ``name`` tells the parts of :func:`named` apart. Arguments without a default, and those ``left_out``, do
+    not come from settings.
     """
     hints = get_type_hints(kind.__init__, include_extras=True)
     defaults = {} if name is None else {"name": name}

@@ -58,15 +58,7 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a training, from any step on.
 
-    Args:
-        source: The data; its training split.
-        batch_size: Samples a step, all processes together.
-        seed: Seed of the order and of all noise.
-        labels: Whether the model sees classes, or contexts.
-        flip: Mirror each image with probability one half.
-        workers: Processes that read lazy splits.
-        rank: Number of this process.
-        world: Number of processes.
+    ``batch_size`` counts all processes together; ``labels`` says whether the model sees classes or contexts.
 
     Raises:
         UserError: A batch that does not divide over the processes, no samples, or vectors to mirror.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, load_data
 from torchcdm.diffusion.class_gaussians import fit_class_gaussians
+from torchcdm.diffusion.cosine_mixture import CosineMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
-from torchcdm.diffusion.start import best_start
+from torchcdm.diffusion.start import FIELDS, best_start
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -24,7 +25,7 @@ from torchcdm.runtime.validation import arguments_for
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
-FittedBase = GaussianMarginals | MixtureMarginals
+FittedBase = GaussianMarginals | MixtureMarginals | CosineMixture
 """What logits can be a correction to, fitted to data."""
 
 
@@ -82,13 +83,9 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[Mo
     """The same with the base density filled in that :func:`torchcdm.diffusion.start.best_start` finds best.
 
     Held out is the validation split; every fifth training sample where there is none. Classes with Gaussians of their
-    own choose what these share when they are fitted.
-
-    Returns:
-        The configuration, and what was chosen in a sentence; none where nothing was left to choose.
+    own choose what these share when they are fitted. With what was chosen, in sentences.
     """
-    names = ("gaussian", "components", "shrinkage", "form")
-    given = {name: getattr(config, name) for name in names}
+    given = {name: getattr(config, name) for name in FIELDS}
     if config.class_gaussians and (config.components or 1) == 1:
         given = given | {"gaussian": True, "components": 1, "shrinkage": 0.0}
     if config.gaussian is False or None not in (given["components"], given["shrinkage"]):
@@ -147,11 +144,7 @@ def build_schedule(config: Any) -> NoiseSchedule:
 
 
 def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
-    """The network of a configuration for events of this shape.
-
-    Raises:
-        UserError: A network for images on vectors or the other way round, or one that the kind of model lacks.
-    """
+    """The network of a configuration for events of this shape."""
     name, joint = config.backbone.name, config.labels == "joint"
     vectors = len(shape) == 1
     if vectors != (name == "mlp"):
@@ -193,7 +186,9 @@ def build_model(
     backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     if gaussian is None and config.gaussian is not False:
         own = classes or 0 if config.class_gaussians else 0
-        if (config.components or 1) > 1:
+        if (config.components or 1) > 1 and len(transform.shape) > 1:
+            gaussian = CosineMixture.blank(schedule, transform.shape, config.components)
+        elif (config.components or 1) > 1:
             gaussian = MixtureMarginals.blank(schedule, transform.shape, config.components, own)
         else:
             gaussian = GaussianMarginals.blank(schedule, transform.shape, config.form, own)
@@ -214,11 +209,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool) -> Denoiser:
 
 
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
-    """The loss that trains ``model``.
-
-    Raises:
-        UserError: Weights that make no loss.
-    """
+    """The loss that trains ``model``."""
     kind = DDMLoss if model.density is None else CDMLoss
     return kind(model, **arguments_for(kind, config))
 
@@ -231,16 +222,16 @@ HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = 20_000, 2**24
 
 
 def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
-    """Base density of a resolved configuration, fitted to the training split, dequantised, and mirrored for ``flip``.
-
-    Raises:
-        UserError: Gaussians of classes for samples without one.
-    """
+    """Base density of a resolved configuration, fitted to the training split, mirrored too for ``flip``."""
     transform, floor = source.transform, base_floor(source.transform)
     z, y = base_samples(source, flip)
     schedule = build_schedule(config.schedule)
     if config.class_gaussians and bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
+    if config.components > 1 and z.ndim > 2:
+        if config.class_gaussians:
+            raise UserError("model.class_gaussians with model.components is for vectors; leave components at 1")
+        return CosineMixture.fit(z, schedule, config.components, floor, config.shrinkage)
     if config.components > 1:
         common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
         return common.with_classes(z, y) if config.class_gaussians else common

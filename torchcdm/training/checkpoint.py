@@ -107,23 +107,12 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
 
 
 def read_info(run: str | Path) -> ModelInfo:
-    """``config.json`` of a run.
-
-    Raises:
-        UserError: No run there, or a file that is damaged or of another format version.
-    """
+    """``config.json`` of a run."""
     return _read(run, ())[1]
 
 
 def load_weights(model: Denoiser, run: str | Path) -> Denoiser:
-    """Fills a model with the weights of a run.
-
-    Returns:
-        The model; within a :class:`torchcdm.models.calibrated.Calibrated` where the run was calibrated on paths.
-
-    Raises:
-        UserError: No run there, files that are damaged, or weights of another model.
-    """
+    """A model with the weights of a run, within a :class:`Calibrated` where the run was calibrated on paths."""
     folder, _, (tensors,) = _read(run)
     return _fill(model, tensors, folder.model)
 
@@ -182,14 +171,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, m
 
 
 def load_matching(model: Denoiser, run: str | Path) -> list[str]:
-    """Copies the weights of a run that the model has, too, with the same shape.
-
-    Returns:
-        Names of the model's weights that were not copied.
-
-    Raises:
-        UserError: No run there, files that are damaged, or no weight that fits.
-    """
+    """Copies the weights of a run that the model has, too, with the same shape; gives the names of all others."""
     own, (tensors,) = dict(model.named_parameters()), _read(run)[2]
     fitting = {key: value for key, value in tensors.items() if key in own and own[key].shape == value.shape}
     if not fitting:

@@ -23,12 +23,7 @@ LARGEST = 2**20
 
 
 class FileFields(dict[str, Any]):
-    """What a YAML file sets.
-
-    Attributes:
-        path: The file.
-        lines: Line of each field, by its dotted path.
-    """
+    """What the YAML file at ``path`` sets; ``lines`` has the line of each field by its dotted path."""
 
     path: str | Path
     lines: dict[str, int]
@@ -40,25 +35,21 @@ def preset_names() -> list[str]:
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """What a preset sets, with what it extends.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    return _preset(name)[0]
+    """What a preset sets, with what it extends; UserError where there is none of that name."""
+    fields = _preset(name)
+    fields.pop("about")
+    return _extended(fields | {"preset": name})
 
 
 def preset_about(name: str) -> dict[str, str]:
     """Its ``description``, what it ``reaches``, and the ``source`` of that: ``measured`` or ``published``."""
-    return _preset(name)[1]
+    return _preset(name)["about"]
 
 
-def _preset(name: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"unknown preset {shown(name)}; {nearest(name, preset_names())}")
-    fields, _ = _parse((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    about = fields.pop("about")
-    return _extended(fields | {"preset": name}), about
+    return _parse((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))[0]
 
 
 def _extended(fields: dict[str, Any]) -> dict[str, Any]:
@@ -68,11 +59,7 @@ def _extended(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_fields(path: str | Path) -> FileFields:
-    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on.
-
-    Raises:
-        UserError: No file that can be read, or not YAML of fields with values; names the line.
-    """
+    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on. Errors name the line."""
     content = read_bytes(Path(path), LARGEST)
     try:
         fields, lines = _parse(content.decode("utf-8-sig"))
@@ -91,11 +78,7 @@ def file_fields(path: str | Path) -> FileFields:
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Flags ``section.field`` with a text, as nested fields: a YAML value, or the text itself where one is asked for.
-
-    Raises:
-        UserError: A text that is no YAML value.
-    """
+    """Flags ``section.field`` with a text as nested fields: YAML values, or the text itself where one is asked for."""
     fields: dict[str, Any] = {}
     for path, text in flags:
         try:

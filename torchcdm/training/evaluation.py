@@ -49,7 +49,7 @@ def noisy_batches(
     no more of them is held than a batch needs.
 
     Args:
-        model: Its schedule and transform; without a transform ``x`` is in model units.
+        model: Its schedule and transform; without a transform ``x`` (N, *shape) is in model units.
         x: Data units, (N, *shape).
         t: One copy of each sample at this level; or the levels of k copies of each, long (k N,), in which copy j of
             sample i is entry j N + i.
@@ -112,15 +112,7 @@ class LevelSums(NamedTuple):
 
 @torch.no_grad()
 def level_sums(model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0) -> LevelSums:
-    """Denoising error, cross-entropy and accuracy by level, with fixed noise.
-
-    Args:
-        model: In eval mode.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), for models that saw them; None else.
-        draws: Noisy copies of each sample; the levels are stratified over all of them.
-        seed: Seed of levels, noise and dequantisation.
-    """
+    """Denoising error, cross-entropy and accuracy by level with fixed noise; arguments as of :func:`at_all_levels`."""
     sums = torch.zeros(2 if model.density is None else 4, model.schedule.T + 2, dtype=torch.float64)
     for batch in at_all_levels(model, x, draws, seed, y):
         sums.index_add_(1, batch.t.cpu(), batch.by_parts(partial(_errors, model)).T)
@@ -158,11 +150,10 @@ def posterior_curves(model: DensityModel, x: Tensor, seed: int = 0) -> Posterior
 def validate(
     model: Denoiser, x: Tensor, y: Tensor | None, ce_weight: float = 0.0, mse_weight: float = 1.0
 ) -> dict[str, float]:
-    """Training terms, weighted as in the loss, and one-pass NLL with fixed noise. Data as in :func:`level_sums`.
+    """Training terms, weighted as in the loss, and one-pass NLL with fixed noise.
 
-    Returns:
-        ``mse`` and ``loss``, and for a cdm ``ce``, ``accuracy`` and ``nll``, in bits/dim for data on a grid and nats
-        for continuous data. ``loss`` has the cross-entropy of the level, also for joint models, and no time term.
+    ``mse`` and ``loss``, and for a cdm ``ce``, ``accuracy`` and ``nll``, in bits/dim for data on a grid and nats for
+    continuous data. ``loss`` has the cross-entropy of the level, also for joint models, and no time term.
     """
     values = level_sums(model, x, y).means()
     if model.density is None:
@@ -175,11 +166,9 @@ def validate(
 def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int = 4, seed: int = 0) -> dict[str, Any]:
     """Level accuracy, cross-entropy and denoising error on a split, in total and by level.
 
-    At most ``limit`` samples; ``draws`` and ``seed`` as in :func:`level_sums`.
-
-    Returns:
-        ``count``, ``draws``, ``levels`` (T+2), ``mean`` with ``mse`` (levels 0 and T+1 left out), ``ce`` and
-        ``accuracy``, and ``per_level`` with a list for each. A ddm has ``mse`` alone.
+    Of at most ``limit`` samples with ``draws`` copies each: ``count``, ``draws``, ``levels`` (T+2), ``mean`` with
+    ``mse`` (levels 0 and T+1 left out), ``ce`` and ``accuracy``, and ``per_level`` with a list for each. A ddm has
+    ``mse`` alone.
     """
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)

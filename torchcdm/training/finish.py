@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,16 +40,12 @@ class Problem(NamedTuple):
     mend: str
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A trained model beside what it has to beat, by one pass on validation data.
 
-    Attributes:
-        unit: Of the values, ``bits/dim`` or ``nats``; lower is better.
-        values: Of the trained ``model``, and of it in ``training``; of its ``start``, the density in closed form or
-            the weights that it began with; of one fitted ``gaussian``; of a ``uniform`` density on the data's range.
-        kept: ``model``, or ``start`` where the trained one was worse.
-        problems: What is wrong; none where nothing is.
+    The ``values`` are of the trained ``model``, and of it in ``training``; of its ``start``, the weights that it began
+    with; of one fitted ``gaussian``; of a ``uniform`` density on the data's range. Lower is better. ``kept`` is
+    ``model``, or ``start`` where the trained one was worse.
     """
 
     unit: str
@@ -59,7 +55,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self) | {"problems": [problem._asdict() for problem in self.problems]}
+        return self._asdict() | {"problems": [problem._asdict() for problem in self.problems]}
 
     def text(self) -> str:
         """A line of numbers, and one for each problem."""
@@ -85,16 +81,15 @@ def finish(
 
     Args:
         model: In eval mode; gets the weights of the kept one.
-        run: Where it was kept.
-        config: The run's.
-        source: The run's data.
+        run: The run's folder.
+        config: Its configuration.
+        source: Its data.
         start: Weights that the training began with.
         save: Writes ``model`` into the run; as the start where that one's validation value is given.
         say: Shows a message.
 
     Returns:
-        The sheet of samples, the folder for samples where none were asked for; and the comparison, of a cdm with
-        validation data.
+        The sheet of samples, or their folder; and the comparison, of a cdm with validation data.
     """
     cdm = config.model.kind == "cdm" and len(source.validation) >= 2
     copies = config.train.calibration if cdm else 0
@@ -123,10 +118,7 @@ def finish(
 def compare(
     model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
 ) -> Outcome:
-    """A trained model beside its start, a fitted Gaussian and a uniform density.
-
-    ``model`` gets its weights back; the training is to have saved them.
-    """
+    """A trained model, which keeps its weights, beside its start, a fitted Gaussian and a uniform density."""
     transform, limit = model.transform, min(COMPARED, config.train.validation_samples)
     splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
 
@@ -195,18 +187,9 @@ def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource
     chosen, _ = choose_base(free, source, config.data.flip)
     z, _ = base_samples(source, config.data.flip)
     base = GaussianMarginals.fit(z, model.schedule, base_floor(source.transform), chosen.form, chosen.shrinkage)
-    return ClassificationDiffusion(_Nothing(model.schedule.T + 2), model.schedule, model.transform, base).eval()
-
-
-class _Nothing(nn.Module):
-    """A network that corrects nothing."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.levels = levels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), self.levels)
+    nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2))
+    nn.init.zeros_(nothing[1].weight), nn.init.zeros_(nothing[1].bias)
+    return ClassificationDiffusion(nothing.to(model.schedule.alpha.device), model.schedule, model.transform, base)
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.data import DataSource, fingerprint
+from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
@@ -108,10 +109,6 @@ def train(
                 print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
         if config.data.spec is None:
             config = replace(config, data=replace(config.data, spec=source.name))
-        model, notes = choose_base(resolve(config.model, source.transform), source, config.data.flip)
-        config = replace(config, model=model)
-        if progress and is_first():
-            print(*notes, sep="\n", end="\n" * bool(notes))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
@@ -120,6 +117,13 @@ def train(
         if resume and not states and run.model.exists() and not run.config.exists():
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
         state = load_state(states[-1]) if states else None
+        model, kept = resolve(config.model, source.transform), state and state.progress.config.get("model")
+        # What was chosen before the first step stays.
+        known = {name: kept.get(name) for name in FIELDS if getattr(model, name) is None} if kept else {}
+        model, notes = choose_base(replace(model, **known), source, config.data.flip)
+        config = replace(config, model=model)
+        if progress and is_first():
+            print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
             check_same(config, state.progress.config, run)
         return Trainer(config, run, source, device, progress, watch, clock, loss).run_to_end(state)
@@ -155,8 +159,8 @@ class Trainer:
             left = load_matching(model, options.init)
             self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
         self.model = model.to(self.device)
-        self.start = {key: value.clone() for key, value in model.state_dict().items()}
         self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
+        self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.ema = EMA(self.model, options.ema_decay)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(

@@ -31,23 +31,18 @@ def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
 def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
     """Learning rate of a step, counted from 0, after so many seconds of training."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    match config.decay:
-        case "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * share_done(config, step, seconds)))
-        case "step":
-            factor = config.decay_factor ** (step // config.decay_every)
-        case "constant":
-            factor = 1.0
+    factor = 1.0
+    if config.decay == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * share_done(config, step, seconds)))
+    elif config.decay == "step":
+        factor = config.decay_factor ** (step // config.decay_every)
     return config.lr * warm * factor
 
 
 def build_optimizer(
     name: str, model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimiser called ``muon``, :class:`MuonAdamW`, or ``adamw``, which is Adam with a weight decay of 0.
-
-    Further arguments as in :class:`MuonAdamW`.
-    """
+    """The optimiser called ``muon``, :class:`MuonAdamW`, or ``adamw``, which is Adam with a weight decay of 0."""
     if name == "muon":
         return MuonAdamW(model, lr, tuple(betas), weight_decay)
     if name != "adamw":
@@ -58,12 +53,8 @@ def build_optimizer(
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the convolutions and linear layers inside a network: neither at its ends nor in its head."""
     heads = {id(module) for head in model.modules() if isinstance(head, Head) for module in head.modules()}
-    weights = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and id(module) not in heads
-    ]
-    return [weight for weight in weights if min(weight.shape[:2]) >= LEAST_SIDE]
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [m.weight for m in layers if id(m) not in heads and min(m.weight.shape[:2]) >= LEAST_SIDE]
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
@@ -82,15 +73,8 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, but for the hidden matrices, which move by their orthogonalised momentum (Muon).
 
     An update has the root mean square of one of AdamW's at the same rate (arXiv 2502.16982), so that both share a
-    learning rate. A convolution is the matrix (outputs, inputs x kernel). torch.optim.Muon, from torch 2.9, takes
-    matrices alone.
-
-    Args:
-        model: Whose parameters are trained.
-        lr: Learning rate of all parameters.
-        betas: The two decay rates of Adam.
-        weight_decay: Weight decay of all parameters, beside the gradient.
-        momentum: Decay rate of the momentum, which looks ahead (Nesterov).
+    learning rate. A convolution is the matrix (outputs, inputs x kernel); the ``momentum`` looks ahead (Nesterov).
+    torch.optim.Muon, from torch 2.9, takes matrices alone.
     """
 
     def __init__(
@@ -115,13 +99,8 @@ class MuonAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = [
-            (group, weight, weight.grad)
-            for group in self.param_groups
-            if group["muon"]
-            for weight in group["params"]
-            if weight.grad is not None
-        ]
+        groups = [group for group in self.param_groups if group["muon"]]
+        moved = [(group, w, w.grad) for group in groups for w in group["params"] if w.grad is not None]
         for _, weight, _ in moved:
             weight.grad = None  # AdamW passes it by
         super().step()

@@ -102,14 +102,13 @@ def calibrate_paths(
 ) -> PathCalibration:
     """Values of log p that agree with the flow of the same model.
 
-    Costs a flow of :data:`FLOW_STEPS` steps for each sample and each particle, 2 T evaluations of
-    :data:`CHAIN_SAMPLES` for the chain of the particles, and 2 T of the particles in each round.
+    Costs a flow of :data:`FLOW_STEPS` steps for each sample and each particle, and evaluations of particles.
 
     Args:
         model: Without classes or context, and with ``features`` and a linear ``head``; left as it is.
         x: Data that the model was not trained on, data units, (N, *shape).
-        rounds: Of particles, which find what the density gives too much to.
-        particles: In each round.
+        rounds: Rounds of particles, which find what the density gives too much to.
+        particles: Particles in each round.
         level: Lowest level; that through which data are scored when None. Values below it change by as much as its.
         seed: Seed of all noise.
         batch_size: Samples at a time; by their size, and what memory holds, when None.

@@ -104,14 +104,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for line in text.splitlines():
-        try:
+        with suppress(ValueError, RecursionError):
             values = parse_json(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(values, dict) or type(values.get("step")) is not int:
-            continue
-        if all(value is None or isinstance(value, (int, float)) for value in values.values()):
-            lines.append(values)
+            if isinstance(values, dict) and type(values.get("step")) is int:
+                lines += [values] if all(v is None or isinstance(v, (int, float)) for v in values.values()) else []
     return lines
 
 

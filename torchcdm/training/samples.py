@@ -52,11 +52,7 @@ def balanced_labels(n: int, classes: int) -> Tensor:
 
 
 def save_sheet(drawn: Drawn, model: Denoiser, stem: Path) -> Path:
-    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table.
-
-    Returns:
-        The path.
-    """
+    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table; gives its path."""
     if drawn.is_images:
         return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
     return save_table(drawn.x, stem.with_suffix(".csv"), model.transform)

@@ -63,23 +63,14 @@ def with_budget(
 ) -> tuple[Config, list[str]]:
     """The configuration of these layers for a time: preset first, what a user gave after it.
 
-    Args:
-        layers: As of :func:`torchcdm.training.config_files.make_config`.
-        source: The data; None where the preset is none that scales.
-        budget: As in :func:`seconds_of`; None for none.
-        device: Where the training runs.
-
-    Returns:
-        The configuration, and what was chosen, a sentence; none where nothing was.
+    ``source`` are the data of a preset that scales, None of others; ``budget`` is as in :func:`seconds_of`, None for
+    none. With what was chosen, in sentences.
     """
     seconds = None if budget is None else seconds_of(budget)
-    limit = {} if seconds is None else {"train": {"max_seconds": seconds}}
     preset, *given = layers
     if source is None or len(source.shape) != 3:
-        return make_config(preset, limit, *given), []
-    asked = make_config(preset, limit, *given)
-    seconds = seconds or DEFAULT
-    layer, note = _scaled(asked, preset, given, source, seconds, device)
+        return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given), []
+    layer, note = _scaled(preset, given, source, seconds or DEFAULT, device)
     return make_config(preset, layer, *given), [note]
 
 
@@ -102,9 +93,8 @@ def multipliers_of(height: int, width: int) -> list[int]:
 
 
 def _scaled(
-    asked: Config, preset: Mapping[str, Any], given: list[Mapping[str, Any]], source: DataSource, seconds: float,
-    device: str | None,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
+    preset: Mapping[str, Any], given: list[Mapping[str, Any]], source: DataSource, seconds: float, device: str | None
+) -> tuple[dict[str, Any], str]:
     """Fields for the largest size that takes enough steps, and what they are in a sentence."""
     training = TRAINING_SHARE * seconds
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
@@ -131,7 +121,7 @@ def _scaled(
             "validate_every": every, "save_every": every, "log_every": max(1, steps // 100), "sample_every": None,
             "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
         },
-        "report": {"limit": min(max(16, report), asked.report.limit)},
+        "report": {"limit": min(max(16, report), make_config(preset, *given).report.limit)},
     }  # fmt: skip
     shape = "x".join(map(str, source.shape))
     note = (

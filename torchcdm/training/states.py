@@ -134,11 +134,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The inverse of :func:`optimizer_tensors`.
-
-    Raises:
-        UserError: Moments of other parameters than the optimiser's.
-    """
+    """The inverse of :func:`optimizer_tensors`; moments of other parameters are damage."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -166,11 +162,7 @@ FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.prec
 
 
 def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
-    """Refuses to go on with another resolved configuration than the ``kept`` one of a saved state.
-
-    Raises:
-        UserError: A field differs that is not free.
-    """
+    """Refuses to go on where a field that is not free differs from the ``kept`` configuration of a saved state."""
     lines = read_metrics(run.metrics)
     free = FREE + (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else ())
     for path, mine, theirs in differences(encode(config), kept):
