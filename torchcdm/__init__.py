@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from torchcdm import estimators, likelihood
-    from torchcdm.apps.ratio import DensityRatio
+    from torchcdm.apps.ratio import DensityRatio, mutual_information
     from torchcdm.errors import UserError
     from torchcdm.models.cdm import ClassificationDiffusion
     from torchcdm.models.denoiser import DenoisingDiffusion
@@ -37,6 +37,7 @@ __all__ = [
     "fit",
     "likelihood",
     "load",
+    "mutual_information",
     "sample",
 ]
 
@@ -51,6 +52,7 @@ _HOMES = {
     "UserError": "errors",
     "fit": "training.fit",
     "load": "training.checkpoint",
+    "mutual_information": "apps.ratio",
     "sample": "samplers",
 }
 

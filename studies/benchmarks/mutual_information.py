@@ -24,7 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from studies.benchmarks.ratio_pairs import Gaussians, InvertibleMap, orthogonal, rmse, write_rows
+from studies.benchmarks.ratio_pairs import (
+    Gaussians,
+    InvertibleMap,
+    correlated,
+    exact_log_ratio,
+    orthogonal,
+    rmse,
+    write_rows,
+)
 from torchcdm import DensityRatio
 
 NATS = {20: 5.0, 40: 10.0, 80: 20.0, 160: 40.0, 320: 80.0}
@@ -62,26 +70,6 @@ class Row:
     rows: int
     steps: int
     seconds: float
-
-
-def correlated(dim: int, nats: float, count: int, draw: np.random.RandomState) -> np.ndarray:
-    """(count, dim): the columns 2k and 2k+1 are a pair."""
-    rho = correlation(dim, nats)
-    first, noise = draw.normal(size=(2, count, dim // 2))
-    return np.stack([first, rho * first + np.sqrt(1 - rho**2) * noise], 2).reshape(count, dim)
-
-
-def correlation(dim: int, nats: float) -> float:
-    """Of each pair."""
-    return float(np.sqrt(-np.expm1(-4 * nats / dim)))
-
-
-def exact_log_ratio(x: np.ndarray, nats: float) -> np.ndarray:
-    """log p/q of rows (N, d), nats (N,)."""
-    rho = correlation(x.shape[1], nats)
-    a, b = x[:, ::2], x[:, 1::2]
-    pairs = (2 * rho * a * b - rho**2 * (a**2 + b**2)) / (2 * (1 - rho**2))
-    return pairs.sum(1) - 0.25 * x.shape[1] * np.log1p(-(rho**2))
 
 
 WITHOUT_RESIDUAL: dict[str, Any] = {

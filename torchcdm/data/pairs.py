@@ -85,8 +85,7 @@ def pair_up(
     if discrete not in DISCRETE:
         raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
     options = options or DataOptions()
-    fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
-    if not fraction:
+    if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
     counts = tuple(len(side) if is_frame(side) else len(side.parts["train"]) for side in given)
@@ -94,8 +93,9 @@ def pair_up(
     for name, count in zip(names, counts, strict=True):
         if count < MIN_ROWS:
             raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
-    held_out = (max(2, round(fraction * counts[0])), max(2, round(fraction * counts[1])))
+    held_out = (held_out_count(counts[0], options), held_out_count(counts[1], options))
     if min(count - held for count, held in zip(counts, held_out, strict=True)) < 2:
+        fraction = options.validation_fraction
         raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
     cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
     parts = {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
@@ -112,6 +112,18 @@ def pair_up(
         both = f"{shapes[1]} and {shapes[0]}"
         raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
     return Pair(_from_images(*given, parts, options), counts, held_out, None, None)
+
+
+def held_out_count(rows: int, options: DataOptions) -> int:
+    """How many of the rows of a data set are held out: the first ones of ``permutation(rows, options.seed)``."""
+    fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
+    return max(2, round(fraction * rows))
+
+
+def read_side(data: Any, name: str, options: DataOptions) -> DataFrame | Tensor:
+    """All samples of one data set as :func:`pair_up` reads it: a data frame, or images (N, C, H, W)."""
+    found = _read(data, name, options)
+    return found if is_frame(found) else found.parts["train"].tensors()[0]
 
 
 def read_query(

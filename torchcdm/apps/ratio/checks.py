@@ -11,6 +11,12 @@ from scipy.special import expit
 
 from torchcdm.errors import UserError
 
+SEPARATE = 0.1
+"""Log loss, nats, below which the sources hardly overlap."""
+
+FEWEST = 10
+"""Effective samples below which a weighted mean is that of a few."""
+
 
 def effective_sample_size(weights: Any) -> float:
     """(sum w)² / sum w²: so many samples of equal weight estimate a mean as well (Kish, 1965).
@@ -126,6 +132,30 @@ class Calibration:
         size = effective_sample_size(importance_weights(denominator))
         means = (*_mean_exp(denominator), *_mean_exp(-numerator))
         return cls(*means, size, len(denominator), float(log_loss), float(error), tuple(table))
+
+    def warnings(self) -> list[str]:
+        """One line for each check that fails, with its name and what to do."""
+        if self.log_loss < SEPARATE:
+            return [
+                f"overlap: log loss {self.log_loss:.2g} nats, the sources hardly overlap: the sign of a log ratio is "
+                "to be believed, its size rests on the form of the fitted densities; add samples from in between"
+            ]
+        found = []
+        for name, mean, error, over in (
+            ("mean_ratio", self.mean_ratio, self.mean_ratio_error, "p/q over the denominator"),
+            ("mean_inverse", self.mean_inverse, self.mean_inverse_error, "q/p over the numerator"),
+        ):
+            if not abs(mean - 1) <= max(3 * error, 0.2):
+                found.append(
+                    f"{name}: the mean of {over} is {mean:.2g} +- {error:.1g} instead of 1, large ratios are "
+                    f"too {'small' if mean < 1 else 'large'}; give more samples, or try method='separate'"
+                )
+        if self.effective_sample_size < FEWEST:
+            found.append(
+                f"effective_sample_size: {self.effective_sample_size:.0f} of {self.denominator} held-out samples "
+                "carry the weights p/q: clip them (clip=0.99), or take a denominator nearer to the numerator"
+            )
+        return found
 
     def table(self) -> str:
         """All of it in lines to read."""

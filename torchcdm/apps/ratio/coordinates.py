@@ -203,14 +203,11 @@ def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, w
             change = change + torch.where(held_out_y == source, normal.log_prob(points), 0.0)
         return change
 
-    trials: list[Steps] = []
-    parts = [part for part in (train[y == 0], train[y == 1], train) if _varies(part)]
-    if parts:
-        components: list[Steps] = [{"unmixing": Unmixing.fit(part, warp)} for part in parts]
-        trials.append(max(components, key=lambda steps: float(log_prob(steps).mean())))
     best: Steps = {}
     reached = log_prob(best)
-    for before in ({}, *trials):
+    # A linear map alone is nothing to a Gaussian: components show their worth by the curves that they allow.
+    parts = [part for part in (train[y == 0], train[y == 1], train) if _varies(part)]
+    for before in ({}, *({"unmixing": Unmixing.fit(part, warp)} for part in parts)):
         steps = {**before, "curves": Curves.fit(through(before, train)[0], y)}
         gain = (value := log_prob(steps)) - reached
         if float(gain.mean()) > ERRORS * float(gain.std()) / len(gain) ** 0.5:

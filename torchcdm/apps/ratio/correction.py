@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logsumexp
 from torch import Tensor
 
+from torchcdm.apps.ratio.checks import SEPARATE
 from torchcdm.models.density import DensityModel
 from torchcdm.training.evaluation import at_all_levels
 
@@ -23,9 +24,6 @@ DRAWS = 4
 
 SCALES = tuple(k / 100 for k in range(5, 101))
 """Scales of a log ratio that :func:`tempering` tries."""
-
-SEPARATE = 0.1
-"""Log loss, nats, below which the sources hardly overlap."""
 
 
 @torch.no_grad()

@@ -15,12 +15,16 @@ from torch import Tensor
 from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
 from torchcdm.apps.ratio.checks import Calibration, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
-from torchcdm.apps.ratio.correction import SEPARATE, base_and_correction, best_share, tempering
+from torchcdm.apps.ratio.correction import base_and_correction, best_share, tempering
+from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, divergence, two_sample_test
 from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
+from torchcdm.diffusion.class_gaussians import fit_class_gaussians
+from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.random import permutation
 from torchcdm.runtime.artefact import read_artefact, write_artefact
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
@@ -111,13 +115,14 @@ class DensityRatio:
     shares: tuple[float, ...]
     tempered: tuple[float, float]
     held_out: Calibration
+    _held_out: tuple[list[float], list[float]]
     _limits: np.ndarray
     _table: TableEncoding | None = None
     _warp: ColumnWarp | None = None
     _steps: Steps
 
     _saved: ClassVar[Readers] = {
-        **dict.fromkeys(("notes", "counts", "shares", "tempered"), tuple),
+        **dict.fromkeys(("notes", "counts", "shares", "tempered", "_held_out"), tuple),
         "held_out": partial(read_as, Calibration),
         "_limits": partial(np.array, dtype=np.float64),
         "_table": partial(read_as, TableEncoding),
@@ -139,6 +144,7 @@ class DensityRatio:
         self.random_state, self.method, self.discrete, self.preset = random_state, method, discrete, preset
         self.device, self.progress, self.overrides = device, progress, overrides
         self._models: list[tuple[DensityModel, ModelInfo]] = []
+        self._data: tuple[Any, Any] | None = None
 
     def __sklearn_clone__(self) -> DensityRatio:
         """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
@@ -167,6 +173,7 @@ class DensityRatio:
         pair = pair_up(numerator, denominator, self._options, self.discrete)
         with all_or_nothing(self):
             self._learn(pair)
+            self._data = (numerator, denominator)
         return self
 
     def _learn(self, pair: Pair) -> None:
@@ -183,15 +190,36 @@ class DensityRatio:
         kept = " and ".join(f"{100 * share:.0f} %" for share in self.shares)
         self.counts = pair.counts
         self.notes = (*source.notes, f"{kept} of the network's correction to the fitted Gaussians is kept.")
-        self._limits = self._measure_limits(source)
         numerator, denominator = self._held_out_log_ratios(pair, source)
         self.tempered = tempering(numerator, denominator)
         if self.tempered != (1.0, 0.0):
             times, plus = self.tempered
             self.notes += (f"the log ratio is {times:.2f} of the model's {plus:+.2f} nats: held-out samples said so.",)
-        self.held_out = Calibration.of(self._temper(numerator), self._temper(denominator))
-        if self.held_out.log_loss < SEPARATE:
-            self.notes += ("the sources hardly overlap: the sign of a log ratio is to be believed, its size is not.",)
+        numerator, denominator = self._temper(numerator), self._temper(denominator)
+        self._held_out = numerator.tolist(), denominator.tolist()
+        self.held_out = Calibration.of(numerator, denominator)
+        self.notes += tuple(self.held_out.warnings())
+        if self.shares == (0.0,) and pair.warp is not None:
+            self._fit_gaussians_again(pair, source)
+        self._limits = self._measure_limits(source)
+
+    def _fit_gaussians_again(self, pair: Pair, source: DataSource) -> None:
+        """The Gaussians are all of the ratio: from all samples, once the held-out ones have judged it."""
+        model, _ = self._models[0]
+        if not (isinstance(model.base, GaussianMarginals) and len(model.base.classes)):
+            return
+        parts = []
+        for label in range(2):
+            for split, held in ((source.train, pair.counts[label] - pair.held_out[label]),
+                                (source.validation, pair.held_out[label])):
+                x, y = split.tensors()
+                parts.append((x[y == label][:held], torch.full((held,), label)))
+        x, y = (torch.cat(part) for part in zip(*parts, strict=True))
+        # Every fifth sample chooses what the two have in common: not by their source.
+        order = permutation(len(x), self.random_state)
+        device = model.schedule.alpha.device
+        base = fit_class_gaussians(model.transform(x[order].to(device)), y[order].to(device), model.schedule)
+        model.base = base.to(device)
 
     def _train(self, source: DataSource) -> tuple[DensityModel, ModelInfo]:
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
@@ -283,6 +311,50 @@ class DensityRatio:
         return Calibration.of(self.log_ratio(numerator), self.log_ratio(denominator), bins)
 
     effective_sample_size = staticmethod(effective_sample_size)
+
+    def divergence(
+        self, kind: Literal["kl", "reverse_kl", "js", "chi2"], numerator: Any = None, denominator: Any = None
+    ) -> Estimate:
+        """How far p is from q, with a standard error and reasons not to trust it.
+
+        Args:
+            kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` that of Jensen and Shannon (at most log 2),
+                ``chi2`` E_p p/q - 1.
+            numerator: Fresh samples of p; those that were held out of the fit when None.
+            denominator: Fresh samples of q, likewise.
+
+        Raises:
+            UserError: Not fitted, an unknown kind, or samples of one of the two alone.
+        """
+        self._check_fitted()
+        if (numerator is None) != (denominator is None):
+            raise UserError("divergence: give samples of numerator and denominator, or of neither")
+        if numerator is None:
+            return divergence(kind, *map(np.array, self._held_out))
+        return divergence(kind, self.log_ratio(numerator), self.log_ratio(denominator))
+
+    def two_sample_test(
+        self, numerator: Any = None, denominator: Any = None, permutations: int = 999, seed: int = 0
+    ) -> TwoSampleTest:
+        """Whether p and q differ, by permutations of the sources of samples that no fit has seen.
+
+        Args:
+            numerator: Fresh samples of p, which this ratio was not fitted to. None: a second ratio with the same
+                settings is fitted to a random half of this one's data and tested on the other half.
+            denominator: Fresh samples of q, likewise.
+            permutations: Random permutations, at least 19.
+            seed: Seed of halves and permutations.
+
+        Raises:
+            UserError: Samples of one of the two alone; none, of a ratio that was loaded and so has no data.
+        """
+        self._check_fitted()
+        fresh = (numerator, denominator)
+        given = [part is not None for part in fresh]
+        data = fresh if any(given) else self._data
+        if data is None or any(given) != all(given):
+            raise UserError("two_sample_test: give fresh samples of numerator and denominator")
+        return two_sample_test(self, *data, data is not fresh, permutations, seed)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,135 @@
+"""What a ratio tells of two data sets as a whole, beside truths in closed form; and mistakes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from torchcdm import DensityRatio, mutual_information
+from torchcdm.apps.ratio.information import divergence
+from torchcdm.errors import UserError
+
+CPU = {"device": "cpu", "steps": 25}
+
+
+def normals(n, shift, seed=0):
+    draw = np.random.RandomState(seed)
+    return draw.normal(size=(n, 2)) + [shift, 0], draw.normal(size=(n, 2))
+
+
+@pytest.fixture(scope="module")
+def ratio():
+    return DensityRatio(0, **CPU).fit(*normals(3000, 1.0))
+
+
+# --- divergences -------------------------------------------------------------------------------------------------
+
+# Of N(1, 1) from N(0, 1): KL 1/2 either way, chi2 e - 1, Jensen-Shannon by quadrature.
+X = np.linspace(-12, 13, 200_001)
+P, Q = (np.exp(-0.5 * (X - shift) ** 2) / math.sqrt(2 * math.pi) for shift in (1, 0))
+M = (P + Q) / 2
+JS = float(np.trapezoid(0.5 * P * np.log(P / M) + 0.5 * Q * np.log(Q / M), X)) if hasattr(np, "trapezoid") else None
+TRUTH = {"kl": 0.5, "reverse_kl": 0.5, "js": JS, "chi2": math.e - 1}
+
+
+@pytest.mark.parametrize("kind", TRUTH)
+def test_divergences_of_normals(ratio, kind):
+    fresh = normals(20_000, 1.0, seed=5)
+    found = ratio.divergence(kind, *fresh)
+    error = 0.05 * TRUTH[kind] + 3 * found.se
+    assert abs(found.value - TRUTH[kind]) < error and float(found) == found.value
+    assert 0 < found.se < 0.1 and found.effective_sample_size > 1000 and found.coverage > 0.99
+    if kind in ("kl", "reverse_kl"):
+        assert abs(found.bound - 0.5) < 0.1
+    assert kind == "chi2" or not found.notes
+    on_held_out = ratio.divergence(kind)
+    assert abs(on_held_out.value - TRUTH[kind]) < 0.1 * TRUTH[kind] + 4 * on_held_out.se
+
+
+def test_a_divergence_of_exact_log_ratios_has_the_standard_error_of_its_mean():
+    draw = np.random.RandomState(0)
+    means, errors = [], []
+    for _ in range(200):
+        up, down = 0.5 + draw.normal(size=100), -0.5 + draw.normal(size=100)
+        found = divergence("js", up, down)
+        means.append(found.value)
+        errors.append(found.se)
+    assert np.std(means) == pytest.approx(np.mean(errors), rel=0.15)
+
+
+def test_what_cannot_be_trusted_is_said():
+    draw = np.random.RandomState(0)
+    far = divergence("kl", 20 + draw.normal(size=500), -20 + draw.normal(size=500))
+    assert [note.split(":")[0] for note in far.notes] == ["coverage", "bound"]
+    assert far.text("kl").startswith(f"kl: {far.value:.4g} +-") and "coverage: 100 %" in far.text("kl")
+
+
+# --- mutual information --------------------------------------------------------------------------------------------
+
+
+def test_mutual_information_of_correlated_normals_whatever_the_scale_of_a_column():
+    draw = np.random.RandomState(0)
+    x = draw.normal(size=2500)
+    y = 0.8 * x + 0.6 * draw.normal(size=2500)
+    truth = -0.5 * math.log(1 - 0.64)
+    for other in (y, np.exp(y)):
+        found = mutual_information(x, other, **CPU)
+        assert abs(found.value - truth) < 3 * found.se + 0.03
+    nothing = mutual_information(x, draw.normal(size=(2500, 2)), **CPU)
+    assert abs(nothing.value) < 3 * nothing.se + 0.02
+
+
+def test_the_parts_of_mutual_information_have_to_go_together():
+    x = np.random.RandomState(0).normal(size=(40, 2))
+    for parts, message in (
+        ((x, x[:30]), "x has 40 rows and y 30"),
+        ((x[:10], x[:10]), "x: too few samples, 10; at least 20"),
+        ((np.ones((40, 1)), x), "x: every column is constant"),
+        ((x, torch.zeros(40, 1, 8, 8)), "y: holds images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mutual_information(*parts, **CPU)
+
+
+# --- test of two samples -------------------------------------------------------------------------------------------
+
+
+def test_a_difference_in_one_column_is_found_and_named():
+    draw = np.random.RandomState(0)
+    p, q = draw.normal(size=(400, 3)), draw.normal(size=(300, 3))
+    p[:, 1] += 0.7
+    ratio = DensityRatio(0, **CPU).fit(p, q)
+    found = ratio.two_sample_test()
+    assert found.p_value == 1 / 1000 and found.statistic > found.permuted.max()
+    assert [len(part) for part in found.log_ratios] == [200, 150]
+    assert found.columns[0].name == "c1" and found.columns[0].value > 5 * abs(found.columns[1].value)
+    assert p[int(found.numerator_rows[0].name), 1] > 1.5 and q[int(found.denominator_rows[0].name), 1] < -0.5
+    assert "p = 0.001" in found.text() and "columns that differ most: c1" in found.text()
+    assert ratio.two_sample_test(draw.normal(size=(200, 3)), draw.normal(size=(200, 3))).p_value > 0.005
+
+
+def test_p_values_of_one_source_are_uniform():
+    """The permutation test alone, on log ratios of any kind; the whole of it is measured in studies."""
+    draw = np.random.RandomState(0)
+    ratio = DensityRatio(0, **CPU).fit(*normals(200, 0.5))
+    values = [
+        ratio.two_sample_test(*draw.normal(size=(2, 40, 2)), permutations=99, seed=k).p_value for k in range(120)
+    ]
+    assert 0.35 < np.mean(values) < 0.65 and np.mean(np.array(values) <= 0.1) < 0.2
+
+
+def test_a_test_is_drawn_and_a_loaded_ratio_needs_samples(ratio, tmp_path):
+    fresh = normals(50, 1.0, seed=6)
+    path = ratio.two_sample_test(*fresh, permutations=19).plot(tmp_path / "test.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    ratio.save(tmp_path / "ratio")
+    loaded = DensityRatio.load(tmp_path / "ratio", device="cpu")
+    assert loaded.divergence("kl") == ratio.divergence("kl")
+    for arguments in ((), (fresh[0],)):
+        with pytest.raises(UserError, match="give fresh samples of numerator and denominator"):
+            loaded.two_sample_test(*arguments)
+    with pytest.raises(UserError, match="unknown divergence 'lk'; choose from: chi2, js, kl"):
+        loaded.divergence("lk")
+    with pytest.raises(UserError, match="permutations is 5"):
+        loaded.two_sample_test(*fresh, permutations=5)
