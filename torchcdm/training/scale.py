@@ -40,6 +40,8 @@ TRAINING_SHARE, REPORT_SHARE = 0.85, 0.08
 FLOW_COST = 70
 """Passes of training that the flow of one sample takes as long as."""
 
+TIMED_STEPS = 6
+
 EPOCHS = 300
 """Most times that a sample is seen."""
 
@@ -111,15 +113,17 @@ def _scaled(
             break
         chosen = width, batch, took
     width, batch, took = chosen
-    steps = min(max(1, int(training / took)), max(WANTED_STEPS, EPOCHS * count // batch))
-    every = max(10, steps // 12)
+    most = max(WANTED_STEPS, EPOCHS * count // batch)
+    steps = min(max(1, int(training / took)), most)
+    every = min(max(50, steps // 12), 1000)
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
     layer = {
         "model": {"backbone": {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05}},
         "train": {
-            "batch_size": batch, "max_seconds": training, "steps": max(1, 2 * steps), "warmup": min(200, steps // 10),
-            "validate_every": every, "save_every": every, "log_every": max(1, steps // 100), "sample_every": None,
-            "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
+            # The time ends it: a machine that was busy when steps were measured takes more of them.
+            "batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50,
+            "validate_every": every, "save_every": every, "log_every": min(max(1, steps // 100), 50),
+            "sample_every": None, "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
         },
         "report": {"limit": min(max(16, report), make_config(preset, *given).report.limit)},
     }  # fmt: skip
@@ -132,7 +136,7 @@ def _scaled(
 
 
 def seconds_a_step(config: Config, source: DataSource, device: str | None) -> float:
-    """Seconds that a step of a configuration takes: the fastest of three, of an untrained model."""
+    """Seconds that a step of a configuration takes: the fastest of some, of an untrained model."""
     where = chosen_device(device)
     model_config = replace(resolve(config.model, source.transform), gaussian=False, components=1, shrinkage=0.0)
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +144,7 @@ def seconds_a_step(config: Config, source: DataSource, device: str | None) -> fl
     loss = build_loss(config.loss, model)
     options, times = config.train, []
     optimizer = build_optimizer(options.optimizer, model, options.lr, options.betas, options.weight_decay)
-    for batch in Batches(source, options.batch_size, options.seed, labels=model.conditional)(0, 3, loss, where):
+    for batch in Batches(source, options.batch_size, options.seed, labels=model.conditional)(0, TIMED_STEPS, loss, where):
         began = time.perf_counter()
         loss(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
         optimizer.step()
