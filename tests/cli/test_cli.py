@@ -481,6 +481,13 @@ def test_training_without_a_report_says_what_it_kept(capsys, tmp_path):
     assert report["steps"] == 3 and set(report["outcome"]["values"]) >= {"model", "start", "gaussian", "uniform"}
 
 
+def test_the_report_keeps_what_the_training_found(capsys, tmp_path):
+    flags = small_flags(train__steps="3", sampling__n="0", report__limit="4", report__methods="[single]")
+    succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--quiet", *flags)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["outcome"]["kept"] in ("model", "start") and report["levels"]["mse"] > 0
+
+
 def test_nll_without_log_z_says_what_was_measured(capsys, run):
     out = succeed(capsys, "nll", run, "--limit", "4", "--methods", "single,flow", "--quiet")
     assert "Measured: one pass" in out and "--methods single,elbo,flow,logz" in out and "believed" not in out

@@ -69,7 +69,7 @@ def test_preset_trains_samples_and_reports(folder, tmp_path, monkeypatch, preset
         assert float(info.transform.scale) == 127.5 and float(info.transform.shift) == 127.5
         assert "flow" not in rows and report["gap_to_flow_by_level"] is None and report["consistency"] is not None
     assert model.classes == (10 if "conditional" in preset else None)
-    assert model.joint == (preset == "fashion-mnist-conditional")
+    assert model.joint == (preset in ("fashion-mnist-conditional", "digits-conditional"))
     suffix = "csv" if network == "mlp" else "png"
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
         f"final.{suffix}", "manifest.csv", f"step-0000001.{suffix}",

@@ -18,6 +18,7 @@ from torchcdm.likelihood import NLLReport, Scoring, consistency, gap_by_level, m
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.noise import dithered
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
 from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import load
@@ -90,6 +91,8 @@ def write_report(
                      "python": platform.python_version()},
         "baselines": [baseline._asdict() for baseline in beside],
         "levels": evaluation["mean"],
+        # What the training found of its model and of what it has to beat.
+        "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
         **{name: None if value is None else value.to_json() for name, value in found.items()},
     }  # fmt: skip
     write_json(folder.report, content)

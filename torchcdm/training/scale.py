@@ -144,7 +144,8 @@ def seconds_a_step(config: Config, source: DataSource, device: str | None) -> fl
     loss = build_loss(config.loss, model)
     options, times = config.train, []
     optimizer = build_optimizer(options.optimizer, model, options.lr, options.betas, options.weight_decay)
-    for batch in Batches(source, options.batch_size, options.seed, labels=model.conditional)(0, TIMED_STEPS, loss, where):
+    batches = Batches(source, options.batch_size, options.seed, labels=model.conditional)
+    for batch in batches(0, TIMED_STEPS, loss, where):
         began = time.perf_counter()
         loss(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
         optimizer.step()
