@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torchcdm.data import DataSource
+from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
 from torchcdm.runtime.devices import chosen_device
 from torchcdm.training.batches import Batches
-from torchcdm.training.build import build_loss, new_model, resolve
+from torchcdm.training.build import build_loss, choose_base, described, new_model, resolve
 from torchcdm.training.config_files import FileFields, make_config, merge
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import Config
@@ -101,13 +101,17 @@ def _scaled(
     training = TRAINING_SHARE * seconds
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
     chosen: tuple[int, int, float] | None = None
+    asked = make_config(preset, *given)
+    model, _ = choose_base(resolve(asked.model, source.transform), source, asked.data.flip)
+    base = {name: getattr(model, name) for name in FIELDS}
     for width, batch in SIZES:
         if chosen is not None:
             # Costs grow with the square of the width: a size that is clearly too large is not tried.
             expected = chosen[2] * batch / chosen[1] * (width / chosen[0]) ** 1.5
             if training / expected < WANTED_STEPS / 2:
                 break
-        layer = {"model": {"backbone": {"width": width, "multipliers": multipliers}}, "train": {"batch_size": batch}}
+        net = {"width": width, "multipliers": multipliers}
+        layer = {"model": {**base, "backbone": net}, "train": {"batch_size": batch}}
         took = seconds_a_step(make_config(preset, layer, *given), source, device)
         if chosen is not None and training / took < WANTED_STEPS:
             break
@@ -118,19 +122,22 @@ def _scaled(
     every = min(max(50, steps // 12), 1000)
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
     layer = {
-        "model": {"backbone": {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05}},
+        "model": {
+            **base,
+            "backbone": {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05},
+        },
         "train": {
             # The time ends it: a machine that was busy when steps were measured takes more of them.
             "batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50,
             "validate_every": every, "save_every": every, "log_every": min(max(1, steps // 100), 50),
             "sample_every": None, "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
         },
-        "report": {"limit": min(max(16, report), make_config(preset, *given).report.limit)},
+        "report": {"limit": min(max(16, report), asked.report.limit)},
     }  # fmt: skip
     shape = "x".join(map(str, source.shape))
     note = (
         f"scaled to {count} images of {shape} and {duration(seconds)}: width {width} at {len(multipliers)} "
-        f"resolutions, batches of {batch}, about {steps} steps of {took:.2g} s; another time with --budget"
+        f"resolutions, batches of {batch}, about {steps} steps of {took:.2g} s; starts from {described(model)}"
     )
     return layer, note
 
@@ -138,9 +145,8 @@ def _scaled(
 def seconds_a_step(config: Config, source: DataSource, device: str | None) -> float:
     """Seconds that a step of a configuration takes: the fastest of some, of an untrained model."""
     where = chosen_device(device)
-    model_config = replace(resolve(config.model, source.transform), gaussian=False, components=1, shrinkage=0.0)
     with torch.random.fork_rng(devices=[]):
-        model = new_model(model_config, source, False).to(where)
+        model = new_model(resolve(config.model, source.transform), source, config.data.flip).to(where)
     loss = build_loss(config.loss, model)
     options, times = config.train, []
     optimizer = build_optimizer(options.optimizer, model, options.lr, options.betas, options.weight_decay)
