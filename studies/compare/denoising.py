@@ -101,7 +101,7 @@ class FittedDenoiser(Fitted):
         return elbo(self.denoiser, x, None, SCORING, kernels, min(levels, ELBO_EVALUATIONS))
 
     def sample(self, n: int, seed: int) -> Samples:
-        drawn = sample(self.denoiser, n, self.sampler, self.steps, seed=seed)
+        drawn = sample(self.denoiser, n, self.sampler, self.steps, seed=seed, units="codes")
         # The step to level 0 always takes one evaluation.
         evaluations = make_sampler(self.sampler).evaluations * (self.steps - 1) + 1
         return Samples(drawn, evaluations)

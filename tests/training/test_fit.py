@@ -60,7 +60,6 @@ def test_fields_of_the_data_are_overrides_too():
         ({"limit": 5}, "give fewer samples"),
         ({"size": [4, 4]}, "resize the images before"),
         ({"channels": 1}, "convert the images before"),
-        ({"skip_bad": True}, "leave bad samples out before"),
         ({"label": "kind"}, "name of a data frame's column, as labels"),
         ({"spec": "digits"}, "the data themselves are the first argument"),
     ],

@@ -20,7 +20,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_numbers, check_count
+from torchcdm.models.inputs import as_numbers, check_count, codes_of
 from torchcdm.units import DataTransform
 
 COARSE = 12
@@ -192,7 +192,7 @@ def _to_model(model: Denoiser, x: Tensor, units: str) -> Tensor:
     """Model units, in the precision of the network."""
     if units not in ("data", "model"):
         raise UserError(f"units is '{units}'; choose data or model")
-    x = as_numbers(x, model.schedule.alpha.device)
+    x = as_numbers(codes_of(x, model.transform), model.schedule.alpha.device)
     model.checked(x)
     if units == "data" and model.transform is not None:
         require_additive_noise(model.transform)

@@ -135,7 +135,7 @@ def _figures(
         return
     n, steps = 32 if images else 2000, min(config.sampling.steps, model.schedule.T)
     y = None if model.classes is None else balanced_labels(n, model.classes)
-    drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed)
+    drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed, units="codes")
     train, _ = source.train.tensors(NEIGHBOUR_POOL)
     if plane:
         plots.scatter(drawn, source.train.tensors(n)[0], folder.plots / "samples.png")

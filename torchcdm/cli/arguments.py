@@ -61,7 +61,7 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
                         "shape and grey levels"}),
     "split": ("--split", {"default": "test", "help": "train, validation or test"}),
     "limit": ("--limit", {"type": count, "metavar": "N", "help": "at most N samples, evenly spaced"}),
-    "skip-bad": ("--skip-bad", {"action": "store_true", "help": "leave out images that cannot be read"}),
+    "skip-bad": ("--skip-bad", {"action": "store_true", "help": "leave out images and rows that cannot be read"}),
     "seed": ("--seed", {"type": int, "default": 0}),
     "quiet": ("--quiet", {"action": "store_true", "help": "no progress bar"}),
     "json": ("--json", {"metavar": "FILE", "type": Path, "help": "write the numbers to FILE, - for stdout"}),

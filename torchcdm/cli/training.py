@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ SHORT = {
     "size": ("data.size", "HxW", "resize images"),
     "channels": ("data.channels", "N", "convert images to 1, 3 or 4 channels"),
     "label": ("data.label", "COLUMN", "column of a table that holds the class"),
+    "columns": ("data.columns", "A,B", "columns of a table to use"),
+    "drop": ("data.drop", "A,B", "columns of a table to leave out"),
     "model": ("model.kind", "cdm|ddm", "ddm: the plain denoising baseline; for an encoder the U-Net of its width"),
     "steps": ("train.steps", "N", "optimiser steps"),
     "seed": ("train.seed", "S", "seed of everything random"),
@@ -134,6 +137,9 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
         layers.append(file_fields(saved))
     if options.size is not None:
         options.size = str(list(parse_size(options.size)))
+    for name in ("columns", "drop"):
+        if getattr(options, name) is not None:
+            setattr(options, name, json.dumps(getattr(options, name).split(",")))
     given = [(path, getattr(options, name)) for name, (path, *_) in SHORT.items()]
     flags = [(path, text) for path, text in given if text is not None]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile

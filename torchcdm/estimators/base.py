@@ -279,7 +279,7 @@ class TableEstimator(BaseEstimator):
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> np.ndarray:
         """Draws of the kept columns, float64 (n, kept), before discrete ones are rounded."""
         steps = min(SAMPLING_STEPS, self.model_.schedule.T)
-        return sample(self.model_, n, "dpm++", steps, y=y, seed=self._seed(random_state)).numpy()
+        return sample(self.model_, n, "dpm++", steps, y=y, seed=self._seed(random_state), units="codes").numpy()
 
     def _seed(self, random_state: Any = None) -> int:
         """A seed from ``random_state``, or from the estimator's own when None."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchcdm.annealing.target import in_batches
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import as_numbers, check_count
+from torchcdm.models.inputs import as_numbers, check_count, codes_of
 from torchcdm.runtime.batching import Rows
 from torchcdm.units import GaussianizedTransform
 
@@ -84,6 +84,7 @@ def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
     """
     if model.transform is None:
         raise UserError("likelihoods are in data units: give the model a DataTransform (identity will do)")
+    x = codes_of(x, model.transform)
     x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"))
     return x, model.checked(x, y=y)
 

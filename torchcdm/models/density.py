@@ -13,7 +13,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
-from torchcdm.models.inputs import LARGEST, as_numbers, check_count
+from torchcdm.models.inputs import LARGEST, as_numbers, check_count, codes_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DensityModel(Denoiser):
         Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
 
         Args:
-            x: (B, *shape), a tensor or an array of any number type.
+            x: (B, *shape), a tensor or an array of any number type; of a model of a table also a data frame.
             t: Level of the density; 0 is the data.
             y: Classes, long (B,); None for the unconditional density.
             units: ``data``, or ``model`` for inputs that are already transformed.
@@ -97,7 +97,7 @@ class DensityModel(Denoiser):
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
         check_count("the level t", t, 0, self.schedule.T + 1)
-        x = as_numbers(x, self.schedule.alpha.device)
+        x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
         self.checked(x)
         z = x if units == "model" or self.transform is None else self.transform(x)
         log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]

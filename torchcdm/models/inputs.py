@@ -12,12 +12,27 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import readable
 from torchcdm.errors import UserError
+from torchcdm.units import DataTransform
+from torchcdm.units.table import as_frame, is_frame
 
 if TYPE_CHECKING:
     from torchcdm.models.denoiser import Denoiser
 
 LARGEST = 1e15
 """Size of a context, or of a number in model units, beyond which sums of squares overflow in float32."""
+
+
+def codes_of(x: Any, transform: DataTransform | None) -> Any:
+    """The codes of a data frame for a model of a table, float64 (N, d), by its columns; anything else as it is.
+
+    Raises:
+        UserError: Columns that are missing, or cells that the model does not know, all in one line.
+    """
+    if not is_frame(x):
+        return x
+    if transform is None or transform.table is None:
+        return as_frame(x).to_numpy()  # of a model of vectors: by their order
+    return transform.table.encode(as_frame(x)).x
 
 
 def as_numbers(x: Any, device: torch.device) -> Tensor:

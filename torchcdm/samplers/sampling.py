@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def sample(
     progress: bool = False,
     callback: Callback | None = None,
     spacing: str = "even",
-) -> Tensor:
+) -> Any:
     """Draws samples: exactly ``steps`` levels visited, level T first, level 0 reached last.
 
     The noise of sample i depends on ``seed`` and i alone, so batch size and device leave the samples the same.
@@ -56,7 +57,8 @@ def sample(
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         levels: Strictly decreasing levels to visit instead of ``steps``, the last where sampling stops.
         shape: Event shape; the denoiser's own when None.
-        units: ``data`` (not rounded to grey levels), or ``model``.
+        units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
+            data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
         start: x at the first level, model units (n, *shape). When None, a draw from the model's base density at
             level T: its fitted Gaussian's, or standard normal noise.
         progress: Shows a progress bar.
@@ -66,7 +68,7 @@ def sample(
             :func:`torchcdm.samplers.adaptive_levels`.
 
     Returns:
-        (n, *shape) on the CPU.
+        (n, *shape) on the CPU; of a model of a table a data frame.
 
     Raises:
         UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no
@@ -77,8 +79,8 @@ def sample(
     n = check_count("n", n)
     seed = check_count("seed", seed, 0, 2**63 - 1)
     batch_size = None if batch_size is None else check_count("batch_size", batch_size)
-    if units not in ("data", "model"):
-        raise UserError(f"units is '{units}'; choose data or model")
+    if units not in ("data", "codes", "model"):
+        raise UserError(f"units is '{units}'; choose data, codes or model")
     if spacing not in ("even", "adaptive"):
         raise UserError(f"spacing is '{spacing}'; choose even or adaptive")
     start = None if start is None else as_numbers(start, torch.device("cpu"))
@@ -112,12 +114,15 @@ def sample(
             if callback is not None:
                 callback(s, x, previous[0][1])
             bar.update(len(x))
-        if units == "data" and denoiser.transform is not None:
+        if units != "model" and denoiser.transform is not None:
             x = denoiser.transform.inverse(x)
+            x = denoiser.transform.quantize(x) if units == "data" and denoiser.transform.bin is None else x
         return x.cpu()
 
     with evaluation_mode(denoiser), torch.no_grad(), bar:
-        return map_rows(draw, n, batch_size, dim=math.prod(shape), device=device)
+        x = map_rows(draw, n, batch_size, dim=math.prod(shape), device=device)
+    table = None if denoiser.transform is None else denoiser.transform.table
+    return x if units != "data" or table is None else table.decode(x)
 
 
 def sample_noise(

@@ -39,6 +39,13 @@ def load_source(options: DataOptions, like: DataTransform | None = None) -> Data
     return in_units(source, options) if like is None else source
 
 
+def check_label(label: str | None, model: ModelConfig) -> None:
+    """Refuses the name of a column of classes for a model that takes none."""
+    if label is not None and model.labels == "none":
+        mend = "add --model.labels joint to learn the classes, or leave the column out by --drop"
+        raise UserError(f"label '{label}' names a column of classes, but this model takes none; {mend}")
+
+
 def in_units(source: DataSource, options: DataOptions) -> DataSource:
     """Data in the units that options ask for: :func:`gaussianized`, or as they are."""
     return gaussianized(source, options.flip) if options.gaussianize else source

@@ -14,7 +14,7 @@ from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
-from torchcdm.training.build import in_units
+from torchcdm.training.build import check_label, in_units
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import preset_fields
 from torchcdm.training.interrupt import Interrupted
@@ -27,7 +27,6 @@ WITHOUT_EFFECT = {
     "size": "resize the images before",
     "channels": "convert the images before",
     "limit": "give fewer samples",
-    "skip_bad": "leave bad samples out before",
     "label": "give the classes, or the name of a data frame's column, as labels",
 }
 """Fields of the data without effect on Python objects, and what to do instead."""
@@ -83,6 +82,7 @@ def fit(
     layers = [preset_fields(preset), layer]
     ready = in_units(source, DataOptions(**layer.get("data", {}))) if scales(layers, budget) else None
     config, notes = with_budget(layers, ready, budget, device)
+    check_label(labels if isinstance(labels, str) else None, config.model)
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes))
     if out is None:

@@ -24,7 +24,7 @@ from torchcdm.runtime.files import write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, choose_base, load_source, new_model, resolve
+from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, load_matching, load_tensors, save_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.ema import EMA
@@ -103,6 +103,7 @@ def train(
     with ExitStack() as held:
         if is_first():
             held.enter_context(run.locked())
+        check_label(config.data.label, config.model)
         if source is None:
             source = load_source(config.data)
             if progress and is_first():

@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
 
 def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> Drawn:
     """Samples and their one-pass log-densities; arguments and ``options`` as in :func:`torchcdm.samplers.sample`."""
-    x = sample(model, n, y=y, seed=seed, **options)
+    x = sample(model, n, y=y, seed=seed, units="codes", **options)
     log_p, density = None, model.density
     if density is not None:
         device = model.schedule.alpha.device

@@ -138,7 +138,7 @@ class Column:
         x = x if self.decimals is None else x.round(self.decimals)
         if self.decimals != 0 or np.abs(np.nan_to_num(x)).max(initial=0) >= 2**63:
             return x
-        return pd.array(x, "Float64").astype("Int64") if empty.any() else x.astype(np.int64)
+        return pd.array(x, "Float64").astype("Int64") if self.missing else x.astype(np.int64)
 
     def _code(self, x: np.ndarray) -> np.ndarray:
         """Codes of numbers."""

@@ -14,6 +14,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.inputs import codes_of
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 
@@ -80,7 +81,7 @@ def as_samples(model: Denoiser, x: Any, what: str = "the input", smallest: int =
     Raises:
         UserError: No dense array of finite numbers, fewer than ``smallest``, or another shape than the model's.
     """
-    x = as_numbers(x, what)
+    x = as_numbers(codes_of(x, model.transform), what)
     if x.ndim == 0 or len(x) < smallest:
         raise UserError(f"{what} holds {len(x) if x.ndim else 0} samples; it takes at least {smallest}")
     if model.shape is not None and tuple(x.shape[1:]) != model.shape:

@@ -1,0 +1,59 @@
+"""A model of a table takes and gives data frames."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from awkward_tables import awkward
+
+import torchcdm
+from torchcdm.cli import main
+from torchcdm.errors import UserError
+from torchcdm.likelihood import report
+from torchcdm.models.cdm import ClassificationDiffusion
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frames")
+    awkward().to_csv(folder / "t.csv", index=False)
+    arguments = ["--drop", "price,clock", "--out", str(folder / "run"), "--steps", "3", "--quiet", "--no-report"]
+    assert main(["train", "table", "--data", f"table:{folder / 't.csv'}", "--device", "cpu", *arguments]) == 0
+    return folder / "run"
+
+
+def test_frames_in_and_out(run):
+    model, frame = torchcdm.load(run), awkward(60, seed=1)
+    assert isinstance(model, ClassificationDiffusion)
+    log_p = model.log_prob(frame)
+    assert log_p.shape == (60,) and bool(log_p.isfinite().all())
+    typed = frame.assign(doors=frame["doors"].astype(int), day=pd.to_datetime(frame["day"]))
+    assert bool((model.log_prob(typed[typed.columns[::-1]]) == log_p).all())
+    with pytest.raises(UserError, match="no column 'rain', 'power'"):
+        model.log_prob(frame.drop(columns=["rain", "power"]))
+    drawn = torchcdm.sample(model, 40)
+    assert list(drawn.columns) == ["origin", "rain", "power", "day", "open", "doors", "wheels"]
+    assert set(drawn["doors"]) <= {2, 3, 5} and (drawn["wheels"] == 4).all() and drawn["open"].dtype == bool
+    assert (drawn["rain"] == 0).mean() > 0.1 and np.issubdtype(drawn["day"].dtype, np.datetime64)
+    assert drawn["power"].isna().mean() < 0.6 and bool(model.log_prob(drawn).isfinite().all())
+    assert "one-pass" in str(report(model, frame, methods=["single"]))
+
+
+def test_commands_take_the_same_tables(run, tmp_path, capsys):
+    new = awkward(30, seed=2)
+    new.loc[4, "origin"] = "Mars"
+    new[new.columns[::-1]].to_csv(tmp_path / "new.csv", index=False, sep=";")
+    assert main(["score", str(run), str(tmp_path / "new.csv"), "--csv", str(tmp_path / "scores.csv"), "--fpr", "0.2"]) == 0
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert len(scores) == 30 and scores["flag"][4] == 1 and "origin (unlike any in training)" in scores["where"][4]
+    assert main(["sample", str(run), "--n", "6", "--out", str(tmp_path / "drawn"), "--quiet"]) == 0
+    drawn = pd.read_csv(tmp_path / "drawn" / "samples.csv")
+    assert len(drawn) == 6 and set(drawn["doors"]) <= {2, 3, 5}
+    capsys.readouterr()
+
+
+def test_a_label_needs_a_model_that_takes_classes(run, tmp_path, capsys):
+    arguments = ["train", "table", "--data", f"table:{run.parent / 't.csv'}", "--out", str(tmp_path / "x"), "--quiet"]
+    assert main([*arguments, "--label", "open"]) == 2
+    assert "label 'open' names a column of classes, but this model takes none" in capsys.readouterr().err
+    with pytest.raises(UserError, match="names a column of classes"):
+        torchcdm.fit(awkward(), "open", progress=False, steps=1)

@@ -1,0 +1,124 @@
+"""Tables as they come: every kind of cell to a code and back, and that what a model says of codes is a density."""
+
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from awkward_tables import ROWS, awkward
+from oracles import MixtureClassifier
+
+from torchcdm.data import from_object, load_data
+from torchcdm.diffusion.exact import GaussianMixture
+from torchcdm.diffusion.schedules import LogSNRSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.validation import encode, read_as
+from torchcdm.units import TableEncoding, transform_from_config
+
+KINDS = {
+    "origin": "category", "rain": "number", "power": "number", "day": "date", "open": "boolean", "doors": "number",
+    "price": "number", "wheels": "number", "clock": "number",
+}  # fmt: skip
+
+
+def test_every_kind_of_cell_is_read_and_written_back():
+    frame = awkward()
+    table, notes = TableEncoding.fit(frame)
+    assert {column.name: column.kind for column in table.columns} == KINDS
+    assert table.constants == {"wheels": 4.0} and "'name' holds 200 texts" in " ".join(notes)
+    x, rows, deviating = table.encode(frame)
+    assert rows.tolist() == list(range(ROWS)) and not any(deviating)
+    back = table.decode(x)
+    assert (back["origin"].fillna("") == frame["origin"]).all()
+    assert (back["rain"] == frame["rain"].astype(float)).all() and (back["rain"] == 0).mean() > 0.3
+    assert np.allclose(back["power"], pd.to_numeric(frame["power"]), equal_nan=True)
+    assert (back["day"].dt.strftime("%Y/%m/%d") == frame["day"]).all()
+    assert (back["open"] == frame["open"].isin(["True", "yes"])).all() and back["open"].dtype == bool
+    assert (back["doors"].astype(str) == frame["doors"]).all() and back["doors"].dtype == np.int64
+    german = frame["price"].str.replace(".", "").str.replace(",", ".").astype(float)
+    assert np.allclose(back["price"], german) and (back["wheels"] == 4).all()
+    assert (back["clock"] == frame["clock"].astype(float)).all() and x[:, -1].abs().max() < 10
+    # What was decoded is read as the same table: typed cells count as texts do.
+    again = table.encode(back)
+    assert torch.equal(again.x, x) and not any(again.deviating)
+    assert read_as(TableEncoding, json.loads(json.dumps(encode(table)))) == table
+
+
+def test_thousands_are_no_decimals():
+    frame = pd.DataFrame({"a": [f"{x:,.1f}" for x in np.random.RandomState(0).normal(5000, 900, 60)]})
+    found = TableEncoding.fit(frame)[0].encode(frame).x[:, 0]
+    assert np.allclose(found, frame["a"].str.replace(",", "").astype(float))
+
+
+def test_cells_that_training_never_had():
+    table, _ = TableEncoding.fit(awkward())
+    new = awkward(5, seed=1).assign(origin=["USA", "Mars", "", "Japan", "Venus"], wheels=["4", "4", "3", "4", "4"])
+    new.loc[3, "doors"] = ""
+    _, rows, deviating = table.encode(new, deviating=True)
+    assert deviating == ["", "origin", "wheels", "doors", "origin"] and len(rows) == 5
+    message = r"t.csv: column 'origin', row 1 holds 'Mars', none of the 4 levels of training \(2 such cells\); "
+    with pytest.raises(UserError, match=message + "column 'doors', row 3 is empty") as caught:
+        table.encode(new, "t.csv")
+    assert "\n" not in str(caught.value)
+    assert table.encode(new, skip_bad=True).rows.tolist() == [0, 2]
+    with pytest.raises(UserError, match="no column 'power', 'day'"):
+        table.encode(new.drop(columns=["power", "day"]))
+
+
+def test_rare_levels_are_one_and_new_ones_belong_to_them():
+    levels = ["a"] * 30 + ["b"] * 30 + [f"rare {i}" for i in range(8)]
+    table, notes = TableEncoding.fit(pd.DataFrame({"x": levels}))
+    assert table.columns[0].levels == ("a", "b", "other") and "8 rare ones as 'other'" in notes[0]
+    assert table.encode(pd.DataFrame({"x": ["b", "never seen"]})).x.tolist() == [[1], [2]]
+
+
+def test_a_density_of_a_mixed_column_is_one():
+    """A standard normal in model units: probabilities of missing cells and of zeros, and a density that integrates."""
+    draw = np.random.RandomState(0)
+    x = np.where(draw.uniform(size=20_000) < 0.5, draw.gamma(2, 3, 20_000), 0)
+    x = np.where(draw.uniform(size=20_000) < 0.2, np.nan, x)
+    frame = pd.DataFrame({"x": x, "k": draw.choice(["a", "b"], 20_000)})
+    source = from_object(frame, validation_fraction=0.0, test_fraction=0.0)
+    normal = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+    schedule = LogSNRSchedule(60, 0.01, 50.0)
+    model = ClassificationDiffusion(MixtureClassifier(normal, schedule), schedule, source.transform).double()
+    grid = np.linspace(-5, 60, 4000)
+    rows = pd.DataFrame({"k": "a", "x": [np.nan, 0.0, *grid]})
+    density = 2 * model.log_prob(rows).exp()  # 2: the other column's probability is one half
+    assert abs(float(density[0]) - 0.2) < 0.01 and abs(float(density[1]) - 0.4) < 0.01
+    assert abs(float(density[2:].sum() * (grid[1] - grid[0])) - 0.4) < 0.01
+    # Noise stays within the cells of what has a probability, and the inverse finds what was there.
+    codes = source.train.tensors()[0][:2000].double()
+    noisy = source.transform.add_noise(codes, torch.Generator().manual_seed(0))
+    z = source.transform(noisy)
+    assert float(z.mean(0).abs().max()) < 0.1 and float((z.std(0) - 1).abs().max()) < 0.1
+    table = source.transform.table
+    pd.testing.assert_frame_equal(table.decode(source.transform.inverse(z)), table.decode(codes), atol=1e-5)
+    copy = transform_from_config(json.loads(json.dumps(source.transform.to_config())))
+    assert torch.equal(copy(noisy), z) and copy.table == table
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".tsv"])
+def test_files_choose_columns_and_tell_all_problems_at_once(tmp_path, suffix):
+    path, frame = tmp_path / f"t{suffix}", awkward()
+    text = frame.to_csv(index=False, sep="\t" if suffix == ".tsv" else ";")
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
+    source = load_data(f"table:{path}", drop=["day"])
+    assert source.columns == ("origin", "rain", "power", "open", "doors", "price", "clock")
+    assert load_data(f"table:{path}", columns=["price", "rain"]).columns == ("price", "rain")
+    with pytest.raises(UserError, match="no column 'prize'; did you mean 'price'"):
+        load_data(f"table:{path}", columns=["prize"])
+    frame.loc[7, "rain"], frame.loc[[8, 9], "day"] = "inf", "soon"
+    bad = tmp_path / "bad.csv"
+    bad.write_text(frame.to_csv(index=False) + "1,2\n")
+    with pytest.raises(UserError) as caught:
+        load_data(f"table:{bad}")
+    for problem in ("line 202 has 2 cells, the first line has 10", "column 'rain', line 9 holds 'inf'",
+                    "column 'day', line 10 holds 'soon', not a date (2 such cells)"):  # fmt: skip
+        assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+    source = load_data(f"table:{bad}", skip_bad=True)
+    assert sum(map(len, source.splits)) == 197 and "3 row(s) with cells that cannot be read" in " ".join(source.notes)
