@@ -42,7 +42,8 @@ def test_commands_take_the_same_tables(run, tmp_path, capsys):
     new = awkward(30, seed=2)
     new.loc[4, "origin"] = "Mars"
     new[new.columns[::-1]].to_csv(tmp_path / "new.csv", index=False, sep=";")
-    assert main(["score", str(run), str(tmp_path / "new.csv"), "--csv", str(tmp_path / "scores.csv"), "--fpr", "0.2"]) == 0
+    flags = ["--csv", str(tmp_path / "scores.csv"), "--fpr", "0.2"]
+    assert main(["score", str(run), str(tmp_path / "new.csv"), *flags]) == 0
     scores = pd.read_csv(tmp_path / "scores.csv")
     assert len(scores) == 30 and scores["flag"][4] == 1 and "origin (unlike any in training)" in scores["where"][4]
     assert main(["sample", str(run), "--n", "6", "--out", str(tmp_path / "drawn"), "--quiet"]) == 0
