@@ -111,7 +111,7 @@ def test_fixed_features_tell_noise_and_a_missing_class_from_digits():
     assert same < missing < noisy
 
 
-@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("fashion-mnist", 0.91)])
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("fashion-mnist", 0.92)])
 def test_the_fixed_networks_are_small_and_as_accurate_as_their_files_say(name, least):
     path = extractor.FOLDER / f"{name}.safetensors"
     network, facts = extractor.load_network(name)
