@@ -1,4 +1,4 @@
-"""``cdm score`` and ``cdm denoise``."""
+"""``cdm score``, ``cdm explore`` and ``cdm denoise``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
 """Those of :data:`torchcdm.apps.anomaly.SCORES`, which takes torch to import: help is to come at once."""
 
 REFERENCE_LIMIT = 5000
+EXAMPLES = 1000
+"""Normal samples of the page, and those to choose from."""
+
 BATCH = 256
 SHOWN = 10
 """Rows that are printed: the most anomalous ones."""
@@ -50,6 +53,15 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--maps", metavar="DIR", type=Path, help="a PNG for each image: beside it, where it is not what is normal"
     )
+
+    parser = add_command(
+        commands, run_explore, "explore", "a page in the browser on a model", "cdm explore zoo:digits", "model device"
+    )
+    parser.add_argument("--port", type=int, default=0, metavar="P", help="the first free one from 7860 on by default")
+    parser.add_argument(
+        "--reference", metavar="PATH", nargs="+",
+        help="normal data to compare with and to choose from; the splits of MODEL's own data by default",
+    )  # fmt: skip
 
     parser = add_command(
         commands, run_denoise, "denoise", "remove white noise from images, arrays or tables",
@@ -132,6 +144,21 @@ def run_score(options: argparse.Namespace) -> int:
         "flags": flags,
     }
     tell(options.json, _summary(numbers, names), numbers)
+    return 0
+
+
+def run_explore(options: argparse.Namespace) -> int:
+    """Serves the page until it is stopped."""
+    from torchcdm.apps.explorer import Explorer, page, serve
+    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.training.checkpoint import load, read_info
+
+    info, model = read_info(options.model), load(options.model, chosen_device(options.device))
+    options.skip_bad, options.limit = False, EXAMPLES
+    reference, _ = _reference(options, info, model)
+    examples = reference if options.reference else info.read_source(model).test.tensors(EXAMPLES)[0].float()
+    blocks = page(Explorer(model, info, reference, examples), options.model)
+    serve(blocks, options.port, lambda address: print(f"{options.model}: {address} (Ctrl+C stops it)", flush=True))
     return 0
 
 

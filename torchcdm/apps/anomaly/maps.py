@@ -124,7 +124,8 @@ def overlay(maps: Tensor, x: Tensor, limit: float, transform: DataTransform | No
     colours = to_bytes(x, transform).double()
     colours = colours if x.shape[1] == 3 else colours.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     red = torch.tensor([255.0, 0.0, 0.0]).double().reshape(3, 1, 1)
-    return torch.lerp(colours, red.expand_as(colours), (maps / limit - 0.5).clamp(0, 0.9)[:, None]).round().byte()
+    strength = (maps.double() / limit - 0.5).clamp(0, 0.9)[:, None]
+    return torch.lerp(colours, red.expand_as(colours), strength).round().byte()
 
 
 def save_maps(

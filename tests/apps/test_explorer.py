@@ -1,0 +1,205 @@
+"""The page on a model: what it shows, and a browser that clicks through it.
+
+``SCREENSHOTS=docs/images python -m pytest tests/apps/test_explorer.py -m slow`` renews the pictures in the docs.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from torchcdm.apps.explorer import Explorer, page, serve
+from torchcdm.errors import UserError
+from torchcdm.training.checkpoint import load, read_info
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+def explorer(name):
+    info, model = read_info(name), load(name)
+    source = info.read_source(model)
+    return Explorer(model, info, *(split.tensors(100)[0].float() for split in (source.validation, source.test)))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return explorer("zoo:digits")
+
+
+@pytest.fixture(scope="module")
+def wines():
+    return explorer("zoo:table-example")
+
+
+def percentile(words):
+    return float(words.split("**")[1].split()[0])
+
+
+def test_what_is_spoiled_is_odd_and_its_place_is_red(digits):
+    x = digits.examples[:1].clone()
+    x[:, :, :3, :3] = 16 - x[:, :, :3, :3]
+    words, where = digits.oddness(x)
+    assert percentile(words) > 90
+    red = (where[..., 0].astype(int) - where[..., 1]).reshape(8, where.shape[0] // 8, 8, -1).mean((1, 3))
+    assert red[:3, :3].mean() > 5 * red[4:, 4:].mean()
+
+
+def test_the_column_that_makes_a_row_odd_has_the_longest_bar(wines):
+    row = wines.cells(wines.examples[:1])[0]
+    row[4] = 10 * row[4]
+    words, figure = wines.oddness(wines.row([row]))
+    bars = figure.axes[0].patches
+    assert percentile(words) == 90  # nine normal rows are beneath
+    assert figure.axes[0].get_yticklabels()[-1].get_text() == wines.columns[4]
+    assert bars[-1].get_width() == max(bar.get_width() for bar in bars)
+
+
+@pytest.mark.parametrize("name", ["digits", "wines"])
+def test_noise_grows_with_the_level_until_little_is_left(name, request):
+    shown = request.getfixturevalue(name)
+    x, last = shown.examples, shown.model.schedule.T
+    pairs = [shown.noised(x, t) for t in (0, 10, 30, last)]
+    noisy, clean = ([float((part - x).square().mean()) for part in parts] for parts in zip(*pairs, strict=True))
+    assert noisy[0] < 1e-6 < noisy[1] < noisy[2] < noisy[3] and clean[0] < 1e-6
+    # Of noise alone little but the middle of all data can be made.
+    assert pairs[-1][1].std(0).mean() < 0.6 * x.std(0).mean()
+
+
+def test_samples_are_those_of_the_seed(digits):
+    x = digits.samples(5, "any", 0.0, 10, 3)
+    assert x.shape == (5, 1, 8, 8) and torch.equal(x, digits.samples(5, "any", 0.0, 10, 3))
+    assert not torch.equal(x, digits.samples(5, "any", 0.0, 10, 4))
+
+
+def test_a_drawing_becomes_an_image_of_the_model(digits):
+    layer = np.zeros((64, 64, 4), np.uint8)
+    layer[:, :32, 3] = 255
+    x = digits.drawn([layer])
+    assert x.shape == (1, 1, 8, 8) and (x[..., :3] == 16).all() and (x[..., 5:] == 0).all()
+    with pytest.raises(UserError, match="nothing is drawn"):
+        digits.drawn([np.zeros_like(layer)])
+
+
+def test_mistakes_are_named(digits, wines, tmp_path):
+    with pytest.raises(UserError, match="column 'alcohol': 'strong' is no number"):
+        wines.row([["strong", *wines.cells(wines.examples[:1])[0][1:]]])
+    Image.new("L", (5, 5)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"^small.png: images of 5 x 5 pixels"):
+        digits.uploaded(str(tmp_path / "small.png"))
+
+
+# --- the browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browse():
+    """Opens the page of a model in headless Chromium; afterwards no other host must have been asked for anything."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    hosts, served = set(), []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+        def opened(shown, title):
+            served.append(page(shown, title))
+            window = browser.new_page(viewport={"width": 1100, "height": 950})
+            window.set_default_timeout(90_000)
+            window.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+            window.goto(serve(served[-1]))
+            window.wait_for_selector("#words strong")
+            return window
+
+        yield opened
+        browser.close()
+    for blocks in served:
+        blocks.close()
+    assert hosts - {""} == {"127.0.0.1"}
+
+
+def keep(window, name):
+    """A screenshot, where they are wanted."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        window.wait_for_timeout(1500)
+        window.screenshot(path=str(Path(folder) / f"explore-{name}.png"))
+
+
+def changed(window, selector, before):
+    """The attribute or text of an element, once it is another."""
+    window.wait_for_function("([s, b]) => document.querySelector(s).outerHTML !== b", arg=[selector, before])
+    return window.locator(selector).first.inner_text()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_clicks_through_a_page_of_images(browse, digits, tmp_path):
+    window = browse(digits, "zoo:digits")
+    before = window.locator("#words").evaluate("e => e.outerHTML")
+    keep(window, "digits")
+    window.locator("#example input[type=number]").fill("5")
+    window.locator("#example input[type=number]").press("Enter")
+    assert "normal inputs" in changed(window, "#words", before)
+
+    image = digits.examples[7, 0].numpy() * 255 / 16
+    image[:3, :3] = 255 - image[:3, :3]
+    Image.fromarray(image.round().astype(np.uint8)).save(tmp_path / "spoiled.png")
+    (tmp_path / "words.txt").write_text("no image")
+    before = window.locator("#words").evaluate("e => e.outerHTML")
+    window.get_by_role("tab", name="Upload").click()
+    window.locator("#upload input[type=file]").set_input_files(tmp_path / "words.txt")
+    message = window.get_by_text("files ending in '.txt' are not read")
+    message.wait_for()
+    keep(window, "mistake")
+    window.reload()
+    window.wait_for_selector("#words strong")
+    window.get_by_role("tab", name="Upload").click()
+    before = window.locator("#words").evaluate("e => e.outerHTML")
+    window.locator("#upload input[type=file]").set_input_files(tmp_path / "spoiled.png")
+    expected = digits.oddness(digits.uploaded(str(tmp_path / "spoiled.png")))[0]
+    assert changed(window, "#words", before) == expected.replace("**", "")
+    keep(window, "spoiled")
+
+    window.get_by_role("tab", name="Draw").click()
+    pad = window.locator("#pad canvas").first
+    pad.wait_for()
+    window.locator("#pad button[aria-label='Brush'], #pad button[aria-label='Draw button']").first.click()
+    box = pad.bounding_box()
+    window.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.3 * box["height"])
+    window.mouse.down()
+    window.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.7 * box["height"], steps=10)
+    window.mouse.up()
+    before = window.locator("#words").evaluate("e => e.outerHTML")
+    window.locator("#ink").click()
+    assert "normal inputs" in changed(window, "#words", before)
+
+    window.get_by_role("tab", name="Noise").click()
+    window.wait_for_selector("#noisy img")
+    before = window.locator("#noisy").evaluate("e => e.outerHTML")
+    window.locator("#level input[type=number]").fill("25")
+    window.locator("#level input[type=number]").press("Enter")
+    changed(window, "#noisy", before)
+    keep(window, "noise")
+    window.get_by_role("tab", name="Sample").click()
+    window.locator("#steps input[type=number]").fill("10")
+    window.locator("#sample").click()
+    window.wait_for_selector("#samples img")
+    keep(window, "samples")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_edits_a_row(browse, wines):
+    window = browse(wines, "zoo:table-example")
+    before = window.locator("#words").evaluate("e => e.outerHTML")
+    cell = window.locator("#input tbody td").first
+    cell.dblclick()
+    window.keyboard.press("Control+A")
+    window.keyboard.type("99")
+    window.keyboard.press("Enter")
+    window.locator("#edited").click()
+    assert "more anomalous than 90.0 %" in changed(window, "#words", before)
+    keep(window, "table")

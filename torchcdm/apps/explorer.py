@@ -1,0 +1,346 @@
+"""A page in the browser on one model: its density at every level, its denoiser, what is odd and where, and samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, level_profile, make_score
+from torchcdm.apps.anomaly.maps import overlay
+from torchcdm.data.pixels import resize
+from torchcdm.errors import UserError
+from torchcdm.models.density import DensityModel, require_density
+from torchcdm.random import stream
+from torchcdm.samplers import sample
+from torchcdm.training.checkpoint import ModelInfo
+
+if TYPE_CHECKING:
+    import gradio
+    from matplotlib.figure import Figure
+
+MOST_SAMPLES = 64
+BAND = (0.05, 0.5, 0.95)
+"""Quantiles of normal data that are drawn beside an input."""
+
+PICTURE = 256
+"""Screen pixels of the side of an image."""
+
+
+@final
+@dataclass
+class Explorer:
+    """What the page shows, as numbers and pictures; nothing here needs a browser.
+
+    Attributes:
+        model: The model; conditional on classes or on nothing.
+        info: What its folder says of it.
+        reference: Normal data that did not train it, data units (N, *shape).
+        examples: Inputs to choose from, data units (M, *shape).
+    """
+
+    model: DensityModel
+    info: ModelInfo
+    reference: Tensor
+    examples: Tensor
+
+    def __post_init__(self) -> None:
+        self.model = require_density(self.model, "the page")
+        if self.model.context is not None:
+            raise UserError("the page shows models of classes or of nothing; this one is conditional on a vector")
+
+    @property
+    def images(self) -> bool:
+        """Whether inputs are images, not rows."""
+        return len(self.info.transform.shape) == 3
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of rows."""
+        return list(self.info.columns or (f"c{k}" for k in range(self.info.transform.dim)))
+
+    @cached_property
+    def detector(self) -> AnomalyDetector:
+        """The score among normal data, ``levels`` where there are enough; fitted when it is first asked for."""
+        enough = len(self.reference) // 2 >= SCORES["levels"].smallest_reference
+        return AnomalyDetector.fit(make_score("levels" if enough else "log_prob", self.model), self.reference)
+
+    @cached_property
+    def map(self) -> AnomalyMap:
+        """Where inputs are odd; fitted when it is first asked for."""
+        return AnomalyMap.fit(self.model, self.reference)
+
+    @cached_property
+    def normal_profiles(self) -> Tensor:
+        """Quantiles :data:`BAND` of log p at every level among normal data, (3, T+2)."""
+        return level_profile(self.model, self.reference).quantile(torch.tensor(BAND).double(), 0)
+
+    # --- inputs ----------------------------------------------------------------------------------------------------
+
+    def drawn(self, layers: list[np.ndarray]) -> Tensor:
+        """Strokes, RGBA layers (H, W, 4), as an image of the model: white on black; data units (1, C, H, W)."""
+        strokes = np.max([layer[..., 3] for layer in layers], axis=0) if layers else np.zeros((1, 1), np.uint8)
+        if not strokes.any():
+            raise UserError("nothing is drawn; draw with the brush first")
+        transform = self.info.transform
+        channels, height, width = transform.shape
+        image = resize(torch.from_numpy(strokes)[None].float(), (height, width)).clamp(0, 255) / 255
+        low, high = self.limits
+        return transform.quantize(low + (high - low) * image).expand(channels, -1, -1)[None].float()
+
+    def uploaded(self, path: str) -> Tensor:
+        """The first input of a file, data units (1, *shape); errors as of :meth:`ModelInfo.read_inputs`."""
+        try:
+            return self.info.read_inputs(path).x[:1]
+        except UserError as error:
+            raise UserError(str(error).replace(path, os.path.basename(path))) from None
+
+    def row(self, cells: Any) -> Tensor:
+        """A row that was typed, data units (1, d)."""
+        values = []
+        for name, cell in zip(self.columns, np.asarray(cells, dtype=object).ravel(), strict=True):
+            try:
+                values.append(float(cell))
+            except (TypeError, ValueError):
+                raise UserError(f"column '{name}': '{cell}' is no number") from None
+            if not np.isfinite(values[-1]):
+                raise UserError(f"column '{name}': {cell} is not finite")
+        return torch.tensor([values])
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Black and white in data units."""
+        transform = self.info.transform
+        if transform.low is not None and transform.high is not None:
+            return transform.low, transform.high
+        return float(self.reference.min()), float(self.reference.max())
+
+    # --- what is shown ---------------------------------------------------------------------------------------------
+
+    def picture(self, x: Tensor) -> np.ndarray:
+        """Images side by side in rows, enlarged: uint8 (H, W, 3)."""
+        return self._enlarged(overlay(torch.zeros(len(x), *x.shape[2:]), x, 1.0, self.info.transform))
+
+    def cells(self, x: Tensor) -> list[list[float]]:
+        """Rows as a table of numbers of six digits."""
+        return [[float(f"{value:.6g}") for value in row] for row in x.tolist()]
+
+    def levels(self, x: Tensor) -> Figure:
+        """log p at every level beside that of normal data, and p(t | x), of one input."""
+        profile = level_profile(self.model, x)[0].numpy()
+        low, median, high = self.normal_profiles.numpy()
+        first, second = _axes(2)
+        first.fill_between(range(len(profile)), low, high, alpha=0.25, label="90 % of normal data")
+        first.plot(median, linewidth=0.8)
+        first.plot(profile, color="C3", label="this input")
+        first.set(xlabel="level t", ylabel="log p_t(x), nats", ylim=_around(low, high, profile))
+        first.legend()
+        second.plot(np.exp(profile - np.logaddexp.reduce(profile)), color="C3")
+        second.set(xlabel="level t", ylabel="p(t | x)", ylim=(0, None))
+        return first.figure
+
+    def oddness(self, x: Tensor) -> tuple[str, np.ndarray | Figure]:
+        """How anomalous one input is in words, and where: its map over the image, or a bar for each column."""
+        score = self.detector.score(x)
+        percentile = float(self.detector.percentile(score)[0])
+        score_name, count = self.detector.score.name, len(self.detector.calibration)
+        words = f"more anomalous than **{percentile:.1f} %** of {count} normal inputs (score {score_name})"
+        where = self.map(x)
+        if self.images:
+            return words, self._enlarged(overlay(where, x, self.map.limit, self.info.transform))
+        order = where[0].argsort()[-20:]
+        (axis,) = _axes(1, max(2.0, 0.3 * len(order)))
+        axis.barh([self.columns[k] for k in order], where[0][order].numpy(), color="C3")
+        axis.axvline(self.map.limit, linestyle="--", linewidth=0.8)
+        axis.set(xlabel="deviations beyond what is normal")
+        return words, axis.figure
+
+    def noised(self, x: Tensor, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """One input at level ``t``, and E[x_0 | x_t], both data units."""
+        transform, schedule = self.info.transform, self.model.schedule
+        t = min(max(int(t), 0), schedule.T)
+        z = transform(x.to(schedule.alpha.device, torch.float32))
+        x_t = schedule.perturb(z, t, torch.randn(z.shape, generator=stream(seed, "explorer")).to(z))
+        with torch.no_grad():
+            x_0 = self.model.denoise(x_t.to(next(self.model.parameters()).dtype), t).x0
+        return transform.inverse(x_t).cpu().float(), transform.inverse(x_0).cpu().float()
+
+    def samples(self, n: int, label: str | None, guidance: float, steps: int, seed: int) -> Tensor:
+        """Draws of the model, data units (n, *shape), of the class called ``label`` where one is chosen."""
+        n = min(max(int(n), 1), MOST_SAMPLES)
+        y = None if label not in self.labels else torch.full((n,), self.labels.index(label))
+        steps = min(max(int(steps), 1), self.model.schedule.T)
+        return sample(self.model, n, steps=steps, y=y, guidance=guidance if y is not None else 0.0, seed=int(seed))
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes that the model knows."""
+        return list(self.info.class_names or map(str, range(self.model.classes))) if self.model.classes else []
+
+    def _enlarged(self, images: Tensor) -> np.ndarray:
+        """uint8 images (N, 3, H, W) in rows."""
+        columns = int(np.ceil(np.sqrt(len(images))))
+        zoom = max(1, 2 * PICTURE // (columns * max(images.shape[2:])))
+        blank = images.new_zeros(-len(images) % columns, *images.shape[1:])
+        sheet = torch.cat([images, blank]).unflatten(0, (-1, columns))
+        rows = sheet.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+        return rows.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
+
+
+def _axes(count: int, height: float = 3.0) -> list[Any]:
+    """Panels of a figure side by side, without pyplot, which is not made for threads."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * count, height), layout="constrained")
+    return list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _around(low: np.ndarray, high: np.ndarray, profile: np.ndarray) -> tuple[float, float]:
+    """Limits that show the band of normal data and at most three times its height below."""
+    least, most = float(low.min()), float(high.max())
+    return max(float(profile.min()), least - 3 * (most - least)) - 1, max(most, float(profile.max())) + 1
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+def page(explorer: Explorer, title: str) -> gradio.Blocks:
+    """The page, not yet served.
+
+    Args:
+        explorer: What it shows.
+        title: Name of the model.
+
+    Raises:
+        UserError: gradio is not installed.
+    """
+    gr = _gradio()
+
+    def told(function: Callable[..., Any]) -> Callable[..., Any]:
+        """A user's mistake becomes a message in the page, which stays until it is closed."""
+
+        @wraps(function)
+        def safe(*given: Any) -> Any:
+            try:
+                return function(*given)
+            except UserError as error:
+                raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+        return safe
+
+    shape = explorer.picture if explorer.images else explorer.cells
+
+    def show(x: Tensor, level: int) -> list[Any]:
+        words, where = explorer.oddness(x)
+        return [x, shape(x), words, where, explorer.levels(x), *look(x, level)]
+
+    def look(x: Tensor, level: int) -> tuple[Any, Any]:
+        noisy, clean = explorer.noised(x, level)
+        return shape(noisy), shape(clean)
+
+    def result(label: str, name: str) -> Any:
+        if explorer.images:
+            return gr.Image(label=label, elem_id=name, height=PICTURE + 40, interactive=False, format="png")
+        return gr.Dataframe(headers=explorer.columns, label=label, elem_id=name, interactive=False)
+
+    examples, first = explorer.examples, explorer.examples[:1]
+    with gr.Blocks(title=f"torchcdm: {title}", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# {title}\nA classification diffusion model: its density, its denoiser, and what it finds odd.")
+        current = gr.State(first)
+        with gr.Row():
+            with gr.Column():
+                with gr.Tab("Choose"):
+                    number = gr.Slider(0, len(examples) - 1, 0, step=1, label="example", elem_id="example")
+                with gr.Tab("Upload"):
+                    file = gr.File(label="a file, as cdm score takes them; its first input counts", elem_id="upload")
+                if explorer.images:
+                    with gr.Tab("Draw"):
+                        brush = gr.Brush(colors=["#000000"], default_size=24, color_mode="fixed")
+                        size = (PICTURE, PICTURE)
+                        pad = gr.Sketchpad(brush=brush, canvas_size=size, elem_id="pad", label="ink is light")
+                        ink = gr.Button("Look at the drawing", elem_id="ink")
+                    own = result("input", "input")
+                else:
+                    own = gr.Dataframe(
+                        headers=explorer.columns, label="the row; edit its cells", elem_id="input", interactive=True,
+                        row_count=1, column_count=len(explorer.columns),
+                    )  # fmt: skip
+                    edited = gr.Button("Look at the edited row", elem_id="edited")
+            with gr.Column():
+                words = gr.Markdown(elem_id="words")
+                images = explorer.images
+                where = result("where it is odd", "where") if images else gr.Plot(show_label=False, elem_id="where")
+        with gr.Tab("Density"):
+            levels = gr.Plot(show_label=False, elem_id="levels")
+        with gr.Tab("Noise"):
+            last = explorer.model.schedule.T
+            level = gr.Slider(0, last, last // 2, step=1, label="noise level t", elem_id="level")
+            with gr.Row():
+                noisy, clean = result("with noise", "noisy"), result("denoised: E[x_0 | x_t]", "clean")
+        with gr.Tab("Sample"):
+            with gr.Row():
+                count = gr.Slider(1, MOST_SAMPLES, 16, step=1, label="samples", elem_id="count")
+                steps = gr.Slider(1, min(last, 200), min(last, 30), step=1, label="steps", elem_id="steps")
+                seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
+                known, classes = bool(explorer.labels), ["any", *explorer.labels]
+                label = gr.Dropdown(classes, value="any", label="class", visible=known, elem_id="class")
+                guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance", visible=known, elem_id="guidance")
+            go = gr.Button("Draw samples", elem_id="sample")
+            drawn = result("samples", "samples")
+
+        shown = [current, own, words, where, levels, noisy, clean]
+        gr.on(
+            [blocks.load, number.change], told(lambda k, t: show(examples[int(k)][None], t)), [number, level], shown,
+            show_progress="minimal",
+        )  # fmt: skip
+        file.upload(told(lambda path, t: show(explorer.uploaded(path), t)), [file, level], shown)
+        if explorer.images:
+            ink.click(told(lambda sketch, t: show(explorer.drawn(sketch["layers"]), t)), [pad, level], shown)
+        else:
+            edited.click(told(lambda cells, t: show(explorer.row(cells), t)), [own, level], shown)
+        level.change(told(look), [current, level], [noisy, clean], show_progress="hidden")
+
+        go.click(told(lambda *given: shape(explorer.samples(*given))), [count, label, guidance, steps, seed], drawn)
+    return blocks
+
+
+def serve(blocks: gradio.Blocks, port: int = 0, ready: Callable[[str], None] | None = None) -> str:
+    """Serves the page on this machine alone, without any other connection.
+
+    Args:
+        blocks: The page.
+        port: Port of 127.0.0.1; 0 for the first free one from 7860 on.
+        ready: Called with the address; the call then waits until the page is stopped. Returns at once when None.
+
+    Returns:
+        The address.
+
+    Raises:
+        UserError: A port that is taken.
+    """
+    theme = _gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    options = {"server_name": "127.0.0.1", "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
+    try:
+        _, address, _ = blocks.queue().launch(server_port=port or None, theme=theme, **options)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"the page cannot be served at port {port} ({error}); choose another by --port") from None
+    if ready is not None:
+        ready(address)
+        blocks.block_thread()
+    return address
+
+
+def _gradio() -> Any:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the page needs gradio; pip install 'torchcdm[app]'") from None
+    return gradio
