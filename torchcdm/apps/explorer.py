@@ -14,7 +14,6 @@ from torch import Tensor
 
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, level_profile, make_score
 from torchcdm.apps.anomaly.maps import overlay
-from torchcdm.data.pixels import resize
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
@@ -85,12 +84,15 @@ class Explorer:
 
     def drawn(self, layers: list[np.ndarray]) -> Tensor:
         """Strokes, RGBA layers (H, W, 4), as an image of the model: white on black; data units (1, C, H, W)."""
+        from PIL import Image
+
         strokes = np.max([layer[..., 3] for layer in layers], axis=0) if layers else np.zeros((1, 1), np.uint8)
         if not strokes.any():
             raise UserError("nothing is drawn; draw with the brush first")
         transform = self.info.transform
         channels, height, width = transform.shape
-        image = resize(torch.from_numpy(strokes)[None].float(), (height, width)).clamp(0, 255) / 255
+        small = Image.fromarray(strokes).resize((width, height), Image.Resampling.BILINEAR)
+        image = torch.from_numpy(np.array(small))[None] / 255
         low, high = self.limits
         return transform.quantize(low + (high - low) * image).expand(channels, -1, -1)[None].float()
 
