@@ -171,37 +171,26 @@ def run_info(options: argparse.Namespace) -> int:
     run = RunFolder(located(options.model))
     config = info.model
     lines = read_metrics(run.metrics)
-    values = {
-        "model": f"{config.kind}, labels {config.labels}",
-        "network": config.backbone.name,
-        "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "data": f"{info.data.spec}, shape {list(info.transform.shape)}",
-        "classes": info.classes,
-        "grey levels": None if info.transform.bin is None else f"{info.transform.low:g} ... {info.transform.high:g}",
-        "preset": info.preset,
-        "calibrated": None if model.uncalibrated is model else "on paths",
-        "selected": info.selected,
-        "last step": lines[-1]["step"] if lines else None,
-        "states": [path.name for path in state_folders(run)],
-    }
-    kept = info.selected
-    shape = "x".join(map(str, info.transform.shape))
+    kept, shape = info.selected, "x".join(map(str, info.transform.shape))
     what = {"cdm": "a classification diffusion model", "ddm": "a plain diffusion model"}[config.kind]
     best = f": {kept['value']} {kept['best']:.4g} {kept['unit']}".rstrip() + " on validation" if "best" in kept else ""
-    told = {
+    count = sum(parameter.numel() for parameter in model.parameters())
+    grid = info.transform
+    values = {
         "model": f"{what} of samples {shape}, preset {info.preset}",
-        "network": f"{config.backbone.name}, {values['parameters']:,} parameters; starts from {described(config)}",
-        "schedule": values["schedule"],
+        "network": f"{config.backbone.name}, {count:,} parameters; starts from {described(config)}",
+        "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
         "data": info.data.spec or "given in Python",
-        "grey levels": values["grey levels"],
+        "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",
         "columns": info.columns and ", ".join(info.columns),
         "classes": info.class_names and f"{', '.join(info.class_names)} (labels {config.labels})",
         "kept": f"step {kept['step']}{best}" if "step" in kept else None,
-        "calibrated": values["calibrated"],
-        "resumes from": values["states"] and values["states"][-1],
+        "calibrated": None if model.uncalibrated is model else "on paths",
+        "last step": lines[-1]["step"] if lines else None,
+        "states": ", ".join(path.name for path in state_folders(run)),
     }
-    tell(options.json, "\n".join(f"{name:13} {text}" for name, text in told.items() if text), values)
+    text = "\n".join(f"{name:12} {value}" for name, value in values.items() if value)
+    tell(options.json, text, values | {"parameters": count, "selected": kept})
     return 0
 
 
