@@ -87,7 +87,8 @@ def _psnr(found: torch.Tensor, clean: torch.Tensor) -> float:
     return 10 * math.log10(255**2 / float((found - clean).square().mean()))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs one of the three commands."""
     command, file, *rest = sys.argv[1:]
     if command == "data":
         np.savez_compressed(Path(file), x=patches())
@@ -97,3 +98,7 @@ if __name__ == "__main__":
     else:
         for noise, ours, theirs in denoised(file, *rest):
             print(f"noise {noise:3}: this model {ours:.2f} dB, non-local means {theirs:.2f} dB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

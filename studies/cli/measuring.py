@@ -70,7 +70,7 @@ def _is_run(name: str) -> bool:
 
 def _images(name: str, options: argparse.Namespace, source: DataSource, device: Any) -> Tensor:
     """Samples of a run, or the images of a file or folder; data units, (N, C, H, W)."""
-    from torchcdm.data.specs import spec_of
+    from torchcdm.data import spec_of
 
     from torchcdm.data import Layout, load_data
     from torchcdm.samplers import sample

@@ -45,22 +45,15 @@ SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
 """Rows up to which, and from which on, a table is small or large: see :func:`size_fields`."""
 
-WIDE, MAPS = 100, 3200
-"""Columns up to which a table is not wide, and energy maps times columns of one that is: they cost most there."""
-
-
-def size_fields(rows: int, columns: int) -> dict[str, Any]:
-    """What the size of the training table changes in a preset for vectors.
+def size_fields(rows: int) -> dict[str, Any]:
+    """What the number of training rows changes in a preset for vectors.
 
     Small tables are overfit within some hundred steps, and stopped there. Larger ones take a deeper network without
-    dropout, and a learning rate that gets to its end. Wide ones take fewer energy maps.
+    dropout, and a learning rate that gets to its end.
     """
-    backbone: dict[str, Any] = {}
-    if columns > WIDE:
-        backbone["energy_maps"] = max(4, MAPS // columns)
     if rows <= SMALL:
-        return {"model": {"backbone": backbone}}
-    backbone |= {"depth": 3, "dropout": 0.0}
+        return {}
+    backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
     train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
     if rows >= LARGE:
         backbone |= {"width": 256}
@@ -208,7 +201,7 @@ class TableEstimator(BaseEstimator):
         splits = [MemorySplit(part, context=context) for part, context in zip(parts, given, strict=True)]
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
-        layer = merge({"train": {"select": "loss"}}, self._fields(rows, train.shape[1]))
+        layer = merge({"train": {"select": "loss"}}, self._fields(rows))
         layer = merge(layer, {"train": {"seed": seed}, "data": {"gaussianize": False}})
         start = best_start(parts[0], distinct, given={"gaussian": True} | layer["model"])
         layer = merge(layer, {"model": start.fields})
@@ -226,13 +219,13 @@ class TableEstimator(BaseEstimator):
         self._info: ModelInfo = replace(info, transform=transform)
         self.validation_loss_ = float(info.selected.get("best", np.nan))
 
-    def _fields(self, rows: int, columns: int) -> dict[str, Any]:
+    def _fields(self, rows: int) -> dict[str, Any]:
         """The configuration on top of the preset."""
         given = {
             "model": {"backbone": self._given("width", "depth", "dropout"), **self._given("components")},
             "train": self._given("steps", "batch_size", "lr", "patience", "max_seconds"),
         }
-        return merge(merge(size_fields(rows, columns), given), self.overrides or {})
+        return merge(merge(size_fields(rows), given), self.overrides or {})
 
     def _given(self, *names: str) -> dict[str, Any]:
         """Those of the parameters that are set."""

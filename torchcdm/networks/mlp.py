@@ -57,7 +57,8 @@ class MLP(HeadedBackbone):
         width: Width of the hidden layers.
         depth: Residual blocks.
         dropout: Rate inside the blocks.
-        energy_maps: Inner products with the input, ``width * dim`` weights each; 0 for none.
+        energy_maps: Inner products with the input, ``width * dim`` weights each; 0 for none. None: 32, and fewer for
+            more than a hundred numbers, where they cost most.
         context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
 
     Raises:
@@ -76,7 +77,7 @@ class MLP(HeadedBackbone):
         width: Width = 256,
         depth: Width = 4,
         dropout: Rate = 0.0,
-        energy_maps: WidthOrZero = 32,
+        energy_maps: WidthOrZero | None = None,
         classes: Count | None = None,
         joint: bool = False,
         context: Width | None = None,
@@ -84,6 +85,8 @@ class MLP(HeadedBackbone):
         super().__init__()
         if context is not None and classes is not None:
             raise UserError("network: it takes classes or a context, not both; put the class into the context")
+        if energy_maps is None:
+            energy_maps = 32 if dim <= 100 else max(4, 3200 // dim)
         self.dim, self.energy_maps = dim, energy_maps
         self.classes, self.joint, self.context = classes, joint, context
         self.label: LabelEmbedding | ContextEmbedding | None = None

@@ -132,10 +132,11 @@ def _errors(model: Denoiser, batch: NoisyBatch) -> Tensor:
 
 
 class PosteriorCurves(NamedTuple):
-    """For inputs noised to some true ``levels`` the means of p(t | x_t) at every t, each (T+2,)."""
+    """For inputs noised to some true ``levels`` the means of p(t | x_t) and of its log at every t, each (T+2,)."""
 
     levels: list[int]
     p: list[Tensor]
+    log_p: list[Tensor]
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def posterior_curves(model: DensityModel, x: Tensor, seed: int = 0) -> Posterior
     true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
     batches = (noisy_batches(model, x, t, seed) for t in true)
     log_p = [torch.cat([model.log_prob_levels(b.x_t).log_softmax(1).cpu() for b in each]) for each in batches]
-    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p])
+    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p], [curve.mean(0) for curve in log_p])
 
 
 def validate(
