@@ -70,9 +70,7 @@ def _is_run(name: str) -> bool:
 
 def _images(name: str, options: argparse.Namespace, source: DataSource, device: Any) -> Tensor:
     """Samples of a run, or the images of a file or folder; data units, (N, C, H, W)."""
-    from torchcdm.data import spec_of
-
-    from torchcdm.data import Layout, load_data
+    from torchcdm.data import Layout, load_data, spec_of
     from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load
     from torchcdm.training.samples import balanced_labels

@@ -182,7 +182,8 @@ def test_class_means_tell_classes_and_their_spread():
 def scored(monkeypatch):
     """Likelihoods and speeds measured with next to no evaluations, and no Gaussian in 3072 dimensions."""
     pytest.importorskip("normflows")
-    monkeypatch.setattr(Kernels, "of_denoiser", classmethod(lambda cls, model, *_, **__: cls(reference_gaussian(model))))
+    kernels = classmethod(lambda cls, model, *_, **__: cls(reference_gaussian(model)))
+    monkeypatch.setattr(Kernels, "of_denoiser", kernels)
     monkeypatch.setattr("studies.compare.denoising.SCORING", Scoring(steps=2))
     monkeypatch.setattr("studies.compare.denoising.ELBO_EVALUATIONS", 3)
     monkeypatch.setattr("studies.compare.comparison.DRAWN", 2)
