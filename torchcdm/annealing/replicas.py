@@ -102,7 +102,7 @@ class Trace:
         error = sum(w * part.errors() for w, part in zip(weights, parts, strict=True)).square().sum().sqrt()
         return [part.total for part in parts], slope / float(error)
 
-    def mbar(self, parts: int = 4) -> tuple[float, float]:
+    def mbar(self, parts: int = 6) -> tuple[float, float]:
         """log Z of the lowest rung by MBAR from the same states: a check of the works, not of convergence.
 
         Args:

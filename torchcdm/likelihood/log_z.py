@@ -22,7 +22,7 @@ from torchcdm.random import stream
 FEWEST_SWEEPS, SWEEPS, REPLICAS = 4, 100, 12
 """Sweeps that count, at least and by default, and replicas of each level from each start."""
 
-DESCENDING = 64
+DESCENDING = 128
 """Particles that come down first, at least: the levels are chosen by their works."""
 
 FAR = 4.0
@@ -199,7 +199,8 @@ def log_normalizer(
     kernels = kernels or Kernels.of_denoiser(model, target.y, scoring.seed, batch_size=scoring.batch_size)
     generator, device = stream(scoring.seed, "replicas"), schedule.alpha.device
     rungs = ladder(target, kernels, level, max(DESCENDING, replicas), generator, spacing)
-    starts = {"samples": rungs.x[:, :replicas]}
+    # Particles that were resampled from one are neighbours.
+    starts = {"samples": rungs.x[:, torch.arange(replicas) * rungs.x.shape[1] // replicas]}
 
     def noised(x_0: Tensor) -> Tensor:
         noise = torch.randn(len(rungs.levels), *x_0.shape, generator=generator, dtype=torch.float64).to(device)

@@ -1,0 +1,62 @@
+"""log Z of a run by replica exchange: starts, quarters, MBAR, and the processor time.
+
+    python -m studies.benchmarks.log_z RUN --name digits --sweeps 200 --json studies/results/log_z.json
+
+The estimate is that of ``cdm nll RUN --methods logz --sweeps N``, with held-out images of the test split as one start.
+The result is put under its name in the file. Seconds are those of the process on one processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchcdm.likelihood import Scoring, log_normalizer
+from torchcdm.likelihood.log_z import REPLICAS, SWEEPS
+from torchcdm.training.build import load_source
+from torchcdm.training.checkpoint import load, read_info
+
+
+def measure(run: str, sweeps: int, replicas: int, seed: int, level: int | None = None) -> dict[str, Any]:
+    """The estimate, its check and what it took."""
+    torch.set_num_threads(1)
+    model, source = load(run), load_source(read_info(run).data)
+    x, _ = source.split("test").tensors(replicas)
+    before = time.process_time()
+    z = log_normalizer(model, x, None, Scoring(level, seed=seed), sweeps, replicas, progress=True)
+    check = z.check and z.check.to_json()
+    bits = z.to_json()
+    per_bit = bits["value"] / z.value
+    return {
+        "data": source.name, "dim": z.dim, "level": z.level, "seed": seed, "sweeps": sweeps, "replicas": replicas,
+        "cpu_seconds": round(time.process_time() - before, 1), "se": z.se * per_bit, "doubt": z.doubt,
+        "log2_z_per_dim": bits, "log2_z_per_dim_check": check,
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses, measures and writes."""
+    parser = argparse.ArgumentParser(prog="python -m studies.benchmarks.log_z", description=__doc__.splitlines()[0])
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--name", required=True, help="key of the result in the file")
+    parser.add_argument("--sweeps", type=int, default=SWEEPS)
+    parser.add_argument("--replicas", type=int, default=REPLICAS, help="of each level, from each start")
+    parser.add_argument("--level", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    found = measure(options.run, options.sweeps, options.replicas, options.seed, options.level)
+    print(json.dumps(found, indent=1))
+    if options.json is not None:
+        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+        options.json.write_text(json.dumps(kept | {options.name: found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
