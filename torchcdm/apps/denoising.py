@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchcdm.data.source import places_of
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
@@ -25,6 +26,9 @@ from torchcdm.units import DataTransform
 
 COARSE = 12
 """Levels of the first search, evenly spaced in log r."""
+
+TILES, ESTIMATED = 256, 64
+"""Tiles of a picture at a time; those, about, in which its noise is estimated."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,50 @@ def denoise(
     if not bool(clean.isfinite().all()):
         raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
     return clean if transform is None else transform.inverse(clean), noise
+
+
+@torch.no_grad()
+def denoise_picture(
+    model: Denoiser, noisy: Tensor, level: int | None = None, std: float | None = None
+) -> tuple[Tensor, Noise]:
+    """Removes white noise from one image of any size, by overlapping tiles of the model's size.
+
+    All tiles are denoised at one level: that of the median of the noise found in them where none is given. Where
+    tiles overlap, by a half and more, they are averaged with weights that fall to the edges of each, sin² of the
+    place, so that no seam is left.
+
+    Args:
+        model: A trained model of images.
+        noisy: Clean data plus noise, data units, (C, H, W), at least of the model's size.
+        level: As for :func:`denoise`.
+        std: Likewise.
+
+    Returns:
+        The clean image (C, H, W), not rounded, and the noise of all of it, as that of a batch of one.
+
+    Raises:
+        UserError: What :func:`denoise` refuses; another number of channels, or an image that is smaller.
+    """
+    shape = model.shape
+    if shape is None or len(shape) != 3 or tuple(noisy[: shape[0] + 1, : shape[1], : shape[2]].shape) != shape:
+        raise UserError(f"an image of shape {tuple(noisy.shape)}; the model takes {shape} or larger")
+    sides, places = shape[1:], places_of(noisy.shape[1:], shape[1:], 0.5)
+    tiles = torch.stack([noisy[:, top : top + sides[0], left : left + sides[1]] for top, left in places])
+    if level is None and std is None:
+        chosen = tiles[:: max(1, len(tiles) // ESTIMATED)]
+        ratio = estimate_noise(require_density(model, "estimating the noise"), chosen).ratio.median()
+        noise = _noise(model, ratio[None])
+        level = int(noise.level)
+    else:
+        noise = denoise(model, tiles[:1], level, std)[1]
+    clean = torch.cat([denoise(model, part, level, None if level else std)[0].cpu() for part in tiles.split(TILES)])
+    rise, fall = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in sides)
+    weight = rise[:, None] * fall
+    total, weights = torch.zeros(noisy.shape), torch.zeros(noisy.shape[1:])
+    for (top, left), tile in zip(places, clean, strict=True):
+        total[:, top : top + sides[0], left : left + sides[1]] += weight * tile
+        weights[top : top + sides[0], left : left + sides[1]] += weight
+    return total / weights, noise
 
 
 def common_scale(transform: DataTransform) -> float | None:

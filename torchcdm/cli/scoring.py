@@ -206,7 +206,7 @@ def run_denoise(options: argparse.Namespace) -> int:
     """Clean files, and a table of the noise that was found."""
     import torch
 
-    from torchcdm.apps.denoising import common_scale, denoise, require_additive_noise
+    from torchcdm.apps.denoising import common_scale, denoise, denoise_picture, require_additive_noise
     from torchcdm.data import save_array, save_images, save_table
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.training.checkpoint import load, read_info
@@ -216,18 +216,28 @@ def run_denoise(options: argparse.Namespace) -> int:
     model = load(options.model, chosen_device(options.device))
     # Before the files are read: no file would do.
     require_additive_noise(model.transform)
-    x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
-    parts = [denoise(model, part, options.level, options.noise_std) for part in x.split(BATCH)]
-    clean, levels, noise = (
-        torch.cat(column).cpu() for column in zip(*((part, n.level, n.ratio) for part, n in parts), strict=True)
-    )
+    if len(info.transform.shape) == 3:
+        x, names, notes = info.read_pictures(options.paths, options.skip_bad)
+    else:
+        x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
+    if {part.shape for part in x} == {info.transform.shape}:
+        rows = torch.stack(list(x)).split(BATCH)
+        parts = [denoise(model, part, options.level, options.noise_std) for part in rows]
+    else:
+        parts = [denoise_picture(model, part, options.level, options.noise_std) for part in x]
+        parts = [(part[None], noise) for part, noise in parts]
+    levels, noise = (torch.cat([getattr(n, part) for _, n in parts]).cpu() for part in ("level", "ratio"))
+    clean = [part for rows, _ in parts for part in rows.cpu()]
     scale = common_scale(model.transform)
     noise = noise if scale is None else scale * noise
-    if x.ndim == 4:
-        files = [path.name for path in save_images(clean, options.out, info.transform)]
+    alike = len({part.shape for part in clean}) == 1
+    if len(info.transform.shape) == 3:
+        numbered = ((part[None], [f"{k:06d}"]) for k, part in enumerate(clean))
+        files = [save_images(part, options.out, info.transform, name)[0].name for part, name in numbered]
     else:
-        files = [save_table(clean, options.out / "denoised.csv", info.transform).name] * len(x)
-    save_array(clean, options.out / "denoised.npy", info.transform)
+        files = [save_table(torch.stack(clean), options.out / "denoised.csv", info.transform).name] * len(x)
+    if alike:
+        save_array(torch.stack(clean), options.out / "denoised.npy", info.transform)
     header = ["input", "file", "level", "noise_ratio" if scale is None else "noise_std"]
     values = (f"{value:.4g}" for value in noise.tolist())
     write_rows(options.out / "noise.csv", header, zip(names, files, levels.tolist(), values, strict=True))

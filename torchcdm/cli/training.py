@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SHORT = {
     "data": ("data.spec", "SPEC", "digits, folder:PATH, array:FILE, table:FILE, toy:NAME ..."),
     "size": ("data.size", "HxW", "resize images"),
+    "crop": ("data.crop", "HxW", "train on random crops of images of any size in a folder"),
     "channels": ("data.channels", "N", "convert images to 1, 3 or 4 channels"),
     "label": ("data.label", "COLUMN", "column of a table that holds the class"),
     "columns": ("data.columns", "A,B", "columns of a table to use"),
@@ -135,8 +136,9 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
         if not (options.resume and os.path.exists(saved)):
             raise UserError("give a preset or --config FILE; cdm presets lists the presets")
         layers.append(file_fields(saved))
-    if options.size is not None:
-        options.size = str(list(parse_size(options.size)))
+    for name in ("size", "crop"):
+        if getattr(options, name) is not None:
+            setattr(options, name, str(list(parse_size(getattr(options, name)))))
     for name in ("columns", "drop"):
         if getattr(options, name) is not None:
             setattr(options, name, json.dumps(getattr(options, name).split(",")))

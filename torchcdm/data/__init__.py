@@ -9,9 +9,10 @@ from torchcdm.data.inputs import Inputs, read_inputs
 from torchcdm.data.loading import check_spec, from_object, load_data, parse_size, spec_of
 from torchcdm.data.options import DataOptions
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
-from torchcdm.data.source import DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
+from torchcdm.data.source import CropSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
 
 __all__ = [
+    "CropSplit",
     "DataOptions",
     "DataSource",
     "Inputs",

@@ -16,8 +16,9 @@ from torchcdm.data.assembly import Samples
 from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reason
-from torchcdm.data.source import NO_LABEL, LazySplit
+from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit
 from torchcdm.errors import UserError
+from torchcdm.random import permutation
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -98,14 +99,35 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     info, good, more = inspect(list(above), options)
     read = partial(read_image, high=info.high, size=options.size, channels=options.channels)
     splits = {}
+    if options.crop is not None:
+        files = _split_images(files, good, options)
     for split, part in files.items():
         kept = [path for path in part if path in good]
         labels = torch.tensor([class_names.index(above[path][0]) if class_names else NO_LABEL for path in kept])
-        if kept or split == "train":
+        if options.crop is not None:
+            splits[split] = CropSplit(read, [(path, good[path].size) for path in kept], options.crop, labels)
+        elif kept or split == "train":
             splits[split] = LazySplit(read, kept, labels).in_memory_if_small(len(good))
     if class_names:
         notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
     return Samples(f"folder:{argument}", splits, info.grid, class_names, notes=(*notes, *more))
+
+
+def _split_images(
+    files: dict[str, list[Path]], good: dict[Path, ImageInfo], options: DataOptions
+) -> dict[str, list[Path]]:
+    """The splits of whole images, the missing ones drawn from training: crops of one image overlap."""
+    train = [path for path in files["train"] if path in good]
+    shares = {"validation": options.validation_fraction, "test": options.test_fraction}
+    shares = {split: 0.1 if share is None else share for split, share in shares.items() if split not in files}
+    held = {split: max(1, round(share * len(train))) if share else 0 for split, share in shares.items()}
+    if len(train) - sum(held.values()) < 1:
+        raise UserError(f"{train[0].parent}: {len(train)} image(s); crops need one more than validation and test take")
+    order = [train[i] for i in permutation(len(train), options.seed).tolist()]
+    result = dict(files)
+    for split, count in held.items():
+        result[split], order = order[:count], order[count:]
+    return result | {"train": order}
 
 
 def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> tuple[str, ...] | None:
@@ -125,7 +147,7 @@ def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> t
     return names
 
 
-def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, set[Path], list[str]]:
+def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dict[Path, ImageInfo], list[str]]:
     """Checks that all files give one shape, by their headers; with ``skip_bad`` every file is decoded.
 
     Returns:
@@ -139,6 +161,8 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, set
     for path in tqdm(paths, "checking images", disable=len(paths) < 5000, leave=False):
         try:
             info = describe(path)
+            if options.crop is not None and min(info.size[0] - options.crop[0], info.size[1] - options.crop[1]) < 0:
+                raise UserError(f"{path}: has {info}, smaller than the crop; --skip-bad leaves such files out")
             if options.skip_bad:
                 read_image(path, info.high, options.size, options.channels)
         except UserError:
@@ -153,12 +177,15 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, set
     info = next(iter(good.values()))
     (height, width), channels = options.size or info.size, options.channels or info.channels
     notes = [f"{len(good)} images of {channels} channel(s), {height} x {width} pixels."]
+    if options.crop is not None:
+        crop = "{} x {}".format(*options.crop)
+        notes = [f"crops of {crop} pixels from {len(good)} images of {channels} channel(s), split by images."]
     reduced = next((path for path in good if good[path].reduced), None)
     if reduced is not None:
         notes.append(f"{reduced.name} has 16-bit colours, which Pillow reads as 8 bits.")
     if any(abs(info.size[0] * width / (info.size[1] * height) - 1) > 0.02 for info in good.values()):
         notes.append("resizing changes the aspect ratio of some images.")
-    return info, set(good), [*notes, *left_out(bad)]
+    return info, good, [*notes, *left_out(bad)]
 
 
 def left_out(bad: Sequence[Path]) -> tuple[str, ...]:
@@ -172,7 +199,7 @@ def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo
         mend = "convert the files to one depth"
     elif options.channels is None and info.channels != found.channels:
         mend = "give --channels to convert"
-    elif options.size is None and info.size != found.size:
+    elif options.size is None and options.crop is None and info.size != found.size:
         mend = "give --size HxW to resize"
     else:
         return

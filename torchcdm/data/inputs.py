@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,7 @@ from torchcdm.data.assembly import single
 from torchcdm.data.folders import find_images, left_out
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status, printable
+from torchcdm.data.source import places_of
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform, TableEncoding
 
@@ -106,8 +108,50 @@ def read_table(frame: DataFrame, name: str, table: TableEncoding, options: DataO
     return Inputs(x, names, deviating, notes)
 
 
+def read_pictures(
+    paths: Sequence[str | Path], transform: DataTransform, options: DataOptions
+) -> tuple[list[Tensor], list[str], list[str]]:
+    """Images of the model's size or larger, as they are: data units, each (C, H, W); their names, and notes.
+
+    Arguments and errors as for :func:`read_inputs`, whose tiles would be apart.
+    """
+    pictures, names, notes = [], [], []
+    for path in map(Path, paths):
+        folder = stat.S_ISDIR(file_status(path).st_mode)
+        if not folder and path.suffix.lower() not in images.SUFFIXES:
+            found = read_inputs(path, transform, options, noisy=True)
+            pictures, names = pictures + list(found.x), names + found.names
+            continue
+        (files,), said = find_images([path], options.skip_bad) if folder else ([[path]], [])
+        found, bad = _pictures(files, transform, replace(options, size=None))
+        pictures, names = pictures + list(found.values()), names + list(map(printable, found))
+        notes += [*said, *left_out(bad)]
+    if not pictures:
+        raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
+    return pictures, names, notes
+
+
 def _read_images(paths: list[Path], transform: DataTransform, options: DataOptions) -> Inputs:
-    samples, names, bad = [torch.empty(0, *transform.shape)], [], []
+    """Images of the model's size; the tiles that cover a larger one, so that none is resized unless training was."""
+    found, bad = _pictures(paths, transform, options)
+    samples, names, notes = [torch.empty(0, *transform.shape)], [], list(left_out(bad))
+    height, width = transform.shape[1:]
+    for path, x in found.items():
+        places = places_of(x.shape[1:], (height, width), 1.0)
+        samples += [x[None, :, top : top + height, left : left + width] for top, left in places]
+        names += [printable(path) + (f" at {top},{left}" if len(places) > 1 else "") for top, left in places]
+    if len(names) > len(found):
+        notes.append(f"images larger than the model's {height} x {width} pixels are tiled: a row for each tile.")
+    if options.size is not None:
+        notes.append("images are resized to {} x {}, as in training.".format(*options.size))
+    return without_columns(torch.cat(samples), names)._replace(notes=tuple(notes))
+
+
+def _pictures(
+    paths: list[Path], transform: DataTransform, options: DataOptions
+) -> tuple[dict[Path, Tensor], list[Path]]:
+    """Images in data units, of the model's channels and at least its size; and files that cannot be read."""
+    found, bad = {}, []
     for path in paths:
         try:
             info = images.describe(path)
@@ -117,12 +161,12 @@ def _read_images(paths: list[Path], transform: DataTransform, options: DataOptio
                 raise
             bad.append(path)
             continue
-        _check_shape(tuple(x.shape), transform.shape, path)
-        if path.suffix.lower() != ".npy":
-            x = _on_grid(x.float(), info.high, transform, path)
-        samples.append(x[None])
-        names.append(printable(path))
-    return without_columns(torch.cat(samples), names)._replace(notes=left_out(bad))
+        larger = x.shape[0] == transform.shape[0] and len(transform.shape) == 3
+        if not (larger and x.shape[1] >= transform.shape[1] and x.shape[2] >= transform.shape[2]):
+            _check_shape(tuple(x.shape), transform.shape, path)
+        x = x.float()
+        found[path] = x if path.suffix.lower() == ".npy" else _on_grid(x, info.high, transform, path)
+    return found, bad
 
 
 def _on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:

@@ -134,6 +134,8 @@ def read_samples(options: DataOptions, like: DataTransform | None = None) -> Sam
     named_columns = (options.label, *(options.columns or ()), *options.drop)
     if any(named_columns) and kind not in ("table", "hf"):
         raise UserError(f"'{next(filter(None, named_columns))}' names a column of a table; {spec} has no columns")
+    if options.crop is not None and (kind != "folder" or options.size is not None):
+        raise UserError("crop is for folders of images of any size (folder:PATH), which are not resized")
     return LOADERS[kind](argument, options, like)
 
 

@@ -18,6 +18,7 @@ class DataOptions:
             ``array:FILE.npz`` or ``.npy``, ``table:FILE.csv``, ``.csv.gz`` or ``.parquet``, ``hf:NAME``, ``toy:NAME``;
             None where a preset leaves it open.
         size: Height and width that images are resized to; None leaves them.
+        crop: Height and width of the crops of images of any size in a folder that training sees, at random places.
         channels: Number of channels that images are converted to; None leaves them.
         validation_fraction: Share of validation. None: the data set's own split, or 0.1; 0: none.
         test_fraction: Share of test where the data have no test split of their own. None: 0.1.
@@ -38,6 +39,7 @@ class DataOptions:
 
     spec: str | None = None
     size: WidthPair | None = None
+    crop: WidthPair | None = None
     channels: Width | None = None
     validation_fraction: Rate | None = None
     test_fraction: Rate | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,10 @@ class Split(Dataset, ABC):
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples."""
         return self.values(indices), self.labels[indices]
+
+    def batch_at(self, indices: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """:meth:`batch`; of crops those at random ``places`` in the same images, uniform on [0, 1), (B, 2)."""
+        return self.batch(indices)
 
     def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """All samples and labels, or ``limit`` of them evenly spaced through the split."""
@@ -148,6 +153,68 @@ class LazySplit(Split):
     def in_memory_if_small(self, total: int) -> Split:
         """The samples in memory where ``total`` of them are small, else read when they are asked for."""
         return MemorySplit(*self.tensors()) if self.small(total) else self
+
+
+@final
+class CropSplit(Split):
+    """Crops of images of any size: as many of each image as fit side by side, evenly spread over it.
+
+    Args:
+        read: Gives the image of one item, data units, (C, H, W).
+        items: Path of the image, and height and width of each; images that are small together stay in memory.
+        crop: Height and width of the crops.
+        labels: Class of each image; none when None.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Any], Tensor],
+        items: Sequence[tuple[Any, tuple[int, int]]],
+        crop: tuple[int, int],
+        labels: Tensor | None = None,
+    ) -> None:
+        self.read, self.crop, self.held = read, crop, {}
+        self.crops = [(path, top, left) for path, size in items for top, left in places_of(size, crop)]
+        counts = torch.tensor([len(places_of(size, crop)) for _, size in items], dtype=torch.long)
+        labels = torch.full((len(items),), NO_LABEL) if labels is None else labels.long()
+        super().__init__(labels.repeat_interleave(counts))
+        total = sum(4 * height * width for _, (height, width) in items)  # channels, at most
+        if total <= MEMORY_LIMIT:
+            self.held = {path: read(path) for path, _ in items}
+
+    def values(self, indices: Tensor) -> Tensor:
+        return self._cut(indices, None)
+
+    def select(self, indices: Tensor) -> CropSplit:
+        result = self.relabelled(self.labels[indices])
+        result.crops = [self.crops[i] for i in indices.tolist()]
+        return result
+
+    def batch_at(self, indices: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._cut(indices, places), self.labels[indices]
+
+    def _cut(self, indices: Tensor, places: Tensor | None) -> Tensor:
+        found, (height, width) = [], self.crop
+        for row, i in enumerate(indices.tolist()):
+            path, top, left = self.crops[i]
+            image = self.held[path] if path in self.held else self.read(path)
+            if places is not None:
+                free = torch.tensor([image.shape[1] - height + 1, image.shape[2] - width + 1])
+                top, left = (places[row] * free).long().tolist()
+            found.append(image[:, top : top + height, left : left + width])
+        return torch.stack(found) if found else torch.empty(0)
+
+
+def places_of(size: tuple[int, int], crop: tuple[int, int], share: float | None = None) -> list[tuple[int, int]]:
+    """Top and left edges of crops evenly spread over an image.
+
+    As many as fit side by side; with a ``share`` enough to cover the image, neighbours at most that of a crop apart.
+    """
+    sides = []
+    for whole, part in zip(size, crop, strict=True):
+        count = whole // part if share is None else 1 + math.ceil((whole - part) / max(1, int(share * part)))
+        sides.append(evenly_spaced(whole - part + 1, count).tolist() if count > 1 else [(whole - part) // 2])
+    return [(top, left) for top in sides[0] for left in sides[1]]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchcdm.data import DataSource, LazySplit, Split, flip_horizontally
+from torchcdm.data import CropSplit, DataSource, LazySplit, Split, flip_horizontally
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.random import stream
@@ -95,15 +95,21 @@ class Batches:
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
-        steps = (self.order.indices(step)[self.mine] for step in range(first, last))
+        steps = ((self.order.indices(step)[self.mine], self._places(step)) for step in range(first, last))
         if not isinstance(self.split, LazySplit):
-            yield from (self.split.batch(indices) for indices in steps)
+            yield from (self.split.batch_at(*at) for at in steps)
             return
         # An item of this loader is a whole batch: the sampler hands over its indices.
         for batch in DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def _places(self, step: int) -> Tensor | None:
+        """Where the crops of a step lie in their images; None for other data."""
+        if not isinstance(self.split, CropSplit):
+            return None
+        return torch.rand(self.batch_size, 2, generator=stream(self.seed, "crop", step))[self.mine]
 
     def _batch(self, step: int, x: Tensor, y: Tensor, loss: Loss, device: torch.device) -> Batch:
         shape, transform = (self.batch_size, *self.source.shape), self.source.transform
@@ -128,8 +134,8 @@ class _BatchReader(Dataset):
     def __init__(self, split: Split) -> None:
         self.split = split
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, at: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor] | UserError:
         try:
-            return self.split.batch(indices)
+            return self.split.batch_at(*at)
         except UserError as error:
             return error

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, Inputs, read_inputs, renumbered
+from torchcdm.data.inputs import read_pictures
 from torchcdm.errors import UserError
 from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
 from torchcdm.models.denoiser import Denoiser
@@ -75,6 +76,10 @@ class ModelInfo:
     ) -> Inputs:
         """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
         return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), noisy)
+
+    def read_pictures(self, paths: Sequence[str | Path], skip_bad: bool) -> tuple[list[Tensor], list[str], list[str]]:
+        """Images of the model's size or larger, see :func:`torchcdm.data.inputs.read_pictures`."""
+        return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad))
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
         """Data with splits for the model to score, in its units: what it was trained on, or others of the same kind.
