@@ -118,7 +118,7 @@ def read_pictures(
     pictures, names, notes = [], [], []
     for path in map(Path, paths):
         folder = stat.S_ISDIR(file_status(path).st_mode)
-        if not folder and path.suffix.lower() not in images.SUFFIXES:
+        if not folder and path.suffix.lower() not in images.SUFFIXES - {".npy"}:  # an array holds many
             found = read_inputs(path, transform, options, noisy=True)
             pictures, names = pictures + list(found.x), names + found.names
             continue
