@@ -166,6 +166,25 @@ def likelihood_throughput() -> str:
     return markdown(head, lines)
 
 
+def log_z() -> str:
+    """log2 Z / d of trained models by replica exchange, a row for each."""
+    head = ["model", "log2 Z / d", "MBAR", "from samples", "from data", "from white", "apart, s.e.", "quarters",
+            "trend, s.e.", "swaps", "levels x columns, sweeps", "CPU minutes"]  # fmt: skip
+    lines = []
+    for name, row in read("log_z").items():
+        z, check = row["log2_z_per_dim"], row["log2_z_per_dim_check"]
+        found = z["convergence"]
+        starts = [f"{value:.4f} ± {se:.4f}" for value, se in found["starts"].values()]
+        swapped = found["swapped"]
+        lines.append([
+            name, f"{z['value']:.4f} ± {row['se']:.4f}", f"{check['value']:.4f}", *starts,
+            f"{found['disagreement']:.1f}", " ".join(f"{value:.4f}" for value in found["quarters"]),
+            f"{found['trend']:+.1f}", f"{sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}",
+            f"{len(found['levels'])} x {3 * row['replicas']}, {row['sweeps']}", f"{row['cpu_seconds'] / 60:.0f}",
+        ])  # fmt: skip
+    return markdown(head, lines)
+
+
 def digits_seeds() -> str:
     """The likelihoods of the digits preset, a row for each seed."""
     reports = {seed: read(name)["nll"] for seed, name in enumerate(("digits", "digits_seed1", "digits_seed2"))}
@@ -455,6 +474,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "covariate-shift": covariate_shift,
     "demo": demo,
     "digits-seeds": digits_seeds,
+    "log-z": log_z,
     "estimator-times": estimator_times,
     "fashion": fashion,
     "mixture-weights": mixture_weights,
