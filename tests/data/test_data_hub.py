@@ -99,7 +99,7 @@ def test_mixed_sizes_name_the_row(datasets, tmp_path):
     images = [Image.new("L", (5, 6 + (k == 3))) for k in range(12)]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": images}, features).save_to_disk(tmp_path)
-    with pytest.raises(UserError, match=r"row 3 has shape \(1, 7, 5\).*--size"):
+    with pytest.raises(UserError, match=r"row 3: has shape \(1, 7, 5\).*--size"):
         load_data(f"hf:{tmp_path}")
 
 
@@ -111,7 +111,14 @@ def test_tables_of_numbers(datasets, tmp_path):
     assert source.columns == ("a", "b") and source.class_names == ("x", "y")
     first = torch.cat([split.tensors()[0] for split in (source.train, source.validation, source.test)])[:, 0]
     assert torch.equal(first.sort().values, torch.from_numpy(values[:, 0]).float().sort().values)
-    with pytest.raises(UserError, match=r"column 'label', row 0 \(counted from 0\) holds 'x'"):
+    assert load_data(f"hf:{tmp_path}").columns == ("a", "b", "label"), "a column of texts is one of categories"
+
+
+def test_pictures_of_formats_that_start_programs_are_not_opened(datasets, tmp_path):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EOF\n"
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": [{"bytes": eps, "path": None}] * 12}, features).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match="row 0 cannot be read as an image .*cannot identify image file"):
         load_data(f"hf:{tmp_path}")
 
 

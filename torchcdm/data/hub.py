@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +59,9 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
     features = chosen["train"].features
     column = next((key for key, feature in features.items() if type(feature).__name__ == "Image"), None)
     if column is not None and len(chosen["train"]):
+        if hasattr(datasets, "Image"):  # the library would open files of any format
+            kept = datasets.Image(decode=False)
+            chosen = {split: part.cast_column(column, kept) for split, part in chosen.items()}
         return _images(f"hf:{argument}", chosen, column, options)
     frames = {split: part.to_pandas() for split, part in chosen.items()}
     return tables.samples_of(frames, f"hf:{argument}", options, like=like)
@@ -99,7 +103,11 @@ class HubReader(NamedTuple):
 
     def __call__(self, index: int) -> Any:
         try:
-            return self.read(self.rows[index][self.column])
+            cell = self.rows[index][self.column]
+            if not isinstance(cell, dict):
+                return self.read(cell)
+            with images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
+                return self.read(image)
         except (*DAMAGE, *_errors()) as error:
             raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
 

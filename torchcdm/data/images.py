@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def describe(path: Path) -> ImageInfo:
             array = np.lib.format.open_memmap(path, "r")
             channels, *size = _image_shape(array.shape, array.dtype)
             return ImageInfo(channels, tuple(size), {"u1": 255, "u2": 65535}.get(array.dtype.str[1:]))
-        with Image.open(file, formats=FORMATS) as image:
+        with opened(file) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
             if Image.Image.getexif(image).get(EXIF_ORIENTATION) in SWAPPED_ORIENTATIONS:
@@ -87,17 +87,22 @@ def decode(path: Path) -> Tensor:
     Raises:
         UserError: The file is missing or corrupt.
     """
-    from PIL import Image
-
     with _open(path) as file:
         if path.suffix.lower() != ".npy":
-            with Image.open(file, formats=FORMATS) as image:
+            with opened(file) as image:
                 return from_pillow(image)
         array = read_array(file)
         shape = _image_shape(array.shape, array.dtype)
         if array.ndim == 3 and shape != array.shape:
             array = np.moveaxis(array, 2, 0)
         return _pixels(array.reshape(shape))
+
+
+def opened(file: Any) -> Image:
+    """A Pillow image of one of :data:`FORMATS` from a file or its path."""
+    from PIL import Image
+
+    return Image.open(file, formats=FORMATS)
 
 
 def from_pillow(image: Image) -> Tensor:

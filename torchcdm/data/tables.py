@@ -81,9 +81,11 @@ def samples_of(
     import pandas as pd
 
     notes = [note for part in parts.values() for note in part.attrs.get("notes", ())]
-    if options.label is not None:
+    labelled = all(options.label in part.columns for part in parts.values())
+    if options.label is not None and (labelled or like is None):
         labels = np.concatenate([select(part, [options.label], name).to_numpy() for part in parts.values()])[:, 0]
-    parts = {split: chosen(part, options, name) for split, part in parts.items()}
+    if like is None:
+        parts = {split: chosen(part, options, name) for split, part in parts.items()}
     whole = pd.concat(list(parts.values()))
     whole.attrs["problems"] = [problem for part in parts.values() for problem in part.attrs.get("problems", ())]
     if not len(whole) or not len(whole.columns):
