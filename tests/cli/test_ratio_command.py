@@ -95,3 +95,24 @@ def test_mistakes(capsys, tmp_path, files):
     assert "discrete is 'drop'" in refuse(capsys, *files, "--discrete", "drop")
     assert "clip is 2.0; it is a quantile" in refuse(capsys, *files, "--clip", "2")
     assert "steps is 0" in refuse(capsys, *files, "--steps", "0")
+
+
+def test_the_test_of_two_samples_names_the_column(capsys, tmp_path, files):
+    out = run(capsys, *files, "--test", "--json", tmp_path / "w.json")
+    assert "two-sample test on 75 and 100 samples" in out and "columns that differ most: height" in out
+    found = json.loads((tmp_path / "w.json").read_text())["test"]
+    assert found["p_value"] < 0.01 and found["columns"][0][0] == "height"
+
+
+def test_mutual_information_of_two_tables(capsys, tmp_path):
+    draw = np.random.RandomState(0)
+    x = draw.normal(size=(400, 2))
+    write_table(tmp_path / "x.csv", x)
+    write_table(tmp_path / "y.csv", x[:, :1] + 0.1 * draw.normal(size=(400, 1)), "length")
+    words = [str(tmp_path / "x.csv"), str(tmp_path / "y.csv"), *FAST, "--json", str(tmp_path / "mi.json")]
+    assert main(["mi", *words]) == 0
+    assert capsys.readouterr().out.startswith("mutual information: ")
+    assert json.loads((tmp_path / "mi.json").read_text())["value"] > 1
+    write_table(tmp_path / "y.csv", x[:30])
+    assert main(["mi", *words]) == 2
+    assert "x has 400 rows and y 30" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``cdm ratio``."""
+"""``cdm ratio``, ``cdm mi``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the command."""
+    """Adds the commands."""
     parser = add_command(
         commands, run_ratio, "ratio", "density ratio of two data sets: numerator over denominator, at the query",
         "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
@@ -34,6 +34,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="most training steps")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="log ratio, weight and flag of every sample")
     parser.add_argument("--save", metavar="DIR", type=Path, help="keep the ratio, for torchcdm.DensityRatio.load")
+    parser.add_argument("--test", action="store_true", help="also test whether the two sets differ, on halves of both")
+    parser = add_command(
+        commands, run_information, "mi", "mutual information of two tables, row by row",
+        "cdm mi weather.csv sales.csv", "seed quiet json device",
+    )  # fmt: skip
+    for name in ("x", "y"):
+        parser.add_argument(name, metavar=name.upper(), help="a table, an array, or a SPEC")
+    parser.add_argument("--steps", type=int, metavar="N", help="most training steps")
 
 
 def run_ratio(options: argparse.Namespace) -> int:
@@ -72,7 +80,25 @@ def run_ratio(options: argparse.Namespace) -> int:
             ((k, name, f"{log:.6g}", f"{weight:.6g}", int(out)) for k, (name, log, weight, out) in enumerate(rows)),
         )
     values = _numbers(ratio, scores, effective_sample_size(weights))
-    tell(options.json, _text(ratio, values["query"]), values)
+    text = _text(ratio, values["query"])
+    if options.test:
+        test = ratio.two_sample_test(seed=options.seed)
+        shown = ("p_value", "statistic", "numerator_rows", "denominator_rows", "columns")
+        values["test"], text = {name: getattr(test, name) for name in shown}, f"{text}\n\n{test.text()}"
+    tell(options.json, text, values)
+    return 0
+
+
+def run_information(options: argparse.Namespace) -> int:
+    """Says what the rows of one table tell of those of the other, and how far to trust it."""
+    from torchcdm.apps.ratio import mutual_information
+    from torchcdm.runtime.devices import chosen_device
+
+    check_writable(options.json, (options.x, options.y))
+    settings = {} if options.steps is None else {"steps": options.steps}
+    device, progress = str(chosen_device(options.device)), not options.quiet
+    found = mutual_information(options.x, options.y, options.seed, device=device, progress=progress, **settings)
+    tell(options.json, found.text("mutual information"), asdict(found))
     return 0
 
 
