@@ -179,7 +179,7 @@ def test_a_browser_clicks_through_a_page_of_images(browse, digits, tmp_path):
     window.get_by_role("tab", name="Noise").click()
     window.wait_for_selector("#noisy img")
     before = window.locator("#noisy img").evaluate("e => e.outerHTML")
-    window.locator("#level input[type=number]").fill("25")
+    window.locator("#level input[type=number]").fill("40")
     window.locator("#level input[type=number]").press("Enter")
     changed(window, "#noisy img", before)
     keep(window, "noise")
