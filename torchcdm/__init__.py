@@ -3,8 +3,8 @@
 One network that classifies noise levels gives a density at every level in one pass, a score, and a denoiser.
 
 Example:
-    >>> model = torchcdm.load("runs/digits")
-    >>> x = torchcdm.sample(model, 16)
+    >>> model = torchcdm.load("zoo:digits")
+    >>> x = model.sample(16)
     >>> log_p = model.log_prob(x)
 """
 
@@ -18,12 +18,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from torchcdm import estimators, likelihood
     from torchcdm.apps.ratio import DensityRatio, mutual_information
+    from torchcdm.bridges.hub import push
     from torchcdm.errors import UserError
     from torchcdm.models.cdm import ClassificationDiffusion
     from torchcdm.models.denoiser import DenoisingDiffusion
     from torchcdm.samplers import sample
-    from torchcdm.training.checkpoint import load
-    from torchcdm.training.fit import fit
+    from torchcdm.training.checkpoint import load, save
+    from torchcdm.training.fit import fit, train
 
 __all__ = [
     "ClassificationDiffusion",
@@ -38,7 +39,10 @@ __all__ = [
     "likelihood",
     "load",
     "mutual_information",
+    "push",
     "sample",
+    "save",
+    "train",
 ]
 
 _MODULES = ("estimators", "likelihood")
@@ -53,7 +57,10 @@ _HOMES = {
     "fit": "training.fit",
     "load": "training.checkpoint",
     "mutual_information": "apps.ratio",
+    "push": "bridges.hub",
     "sample": "samplers",
+    "save": "training.checkpoint",
+    "train": "training.fit",
 }
 
 

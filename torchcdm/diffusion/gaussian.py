@@ -218,7 +218,7 @@ class GaussianMarginals(BaseDensity):
         z = self.rotation(x.double() - self.mean)
         m = self.rotation(self.mean[None])
         precision = self._variances_at(slice(None)).reciprocal().T
-        squares, products = (torch.cat([z.square(), z * m]) @ precision).chunk(2)
+        squares, products = torch.stack([z.square(), z * m]) @ precision
         return -0.5 * (squares + 2 * (1 - self.schedule.alpha) * products + self.constants)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:

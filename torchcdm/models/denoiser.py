@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
     from torchcdm.models.density import DensityModel
+    from torchcdm.training.checkpoint import ModelInfo
 
 LARGEST_WEIGHT = 1000.0
 """Weights beyond it leave nothing of a sample."""
@@ -33,7 +35,12 @@ class Denoiser(nn.Module, ABC):
         transform: Data units to model units; None where the caller works in model units.
         backbone: The network, where there is one.
         base: A density in closed form that the network corrects; None for none.
+
+    Attributes:
+        info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
     """
+
+    info: ModelInfo | None = None
 
     def __init__(
         self,
@@ -90,11 +97,34 @@ class Denoiser(nn.Module, ABC):
             raise UserError(f"inputs have shape {tuple(x_t.shape[1:])}; the model takes {self.shape}")
         if t is not None:
             self.schedule.check_levels(t, x_t)
-        return as_labels(y, self, len(x_t))
+        return as_labels(y, self, x_t.shape[0])  # no len: torch.export would fix the number
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and constants by name, as they are saved."""
         return self.state_dict()
+
+    # Conveniences: each is a public function of the package, looked up when it is called, as it needs upper floors.
+
+    def sample(self, n: int, **options: Any) -> Tensor:
+        """``n`` samples in data units, (n, *shape): :func:`torchcdm.sample`, whose options it takes."""
+        import torchcdm
+
+        return torchcdm.sample(self, n, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model into a folder, for :func:`torchcdm.load`; see :func:`torchcdm.training.checkpoint.save`."""
+        import torchcdm
+
+        torchcdm.save(self, path)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Uploads the model to ``owner/name`` on the Hugging Face Hub, with a card; gives the address.
+
+        Options as in :func:`torchcdm.push`.
+        """
+        import torchcdm
+
+        return torchcdm.push(self, repository, **options)
 
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.distribution import ModelDistribution
 from torchcdm.models.inputs import LARGEST, as_numbers, check_count, codes_of
 
 
@@ -104,6 +106,18 @@ class DensityModel(Denoiser):
         far = (z.abs() > LARGEST).flatten(1).any(1)
         log_p = log_p.masked_fill(far & log_p.isnan(), -math.inf)
         return log_p if z is x else log_p + self.transform.log_det(x)
+
+    def distribution(self, y: Any = None, **options: Any) -> ModelDistribution:
+        """The model as a ``torch.distributions.Distribution``, with ``log_prob``, ``sample`` and ``event_shape``.
+
+        Args:
+            y: One class, or one context, of a model that knows some; None for the unconditional density.
+            **options: Of :func:`torchcdm.sample`, such as ``steps=50``.
+
+        Raises:
+            UserError: The model does not know the shape of its events, or has no such class.
+        """
+        return ModelDistribution(self, y, **options)
 
     def evaluate_unchecked(
         self, x_t: Tensor, t: Level, y: Tensor | None, guidance: float = 0.0, keep_densities: bool = False

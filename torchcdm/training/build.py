@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, load_data
+from torchcdm.diffusion.base import StandardNormal
 from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.cosine_mixture import CosineMixture
-from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.gaussian import DIAGONAL, GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.diffusion.start import FIELDS, best_start
@@ -22,7 +23,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
 from torchcdm.random import stream
 from torchcdm.runtime.validation import arguments_for
-from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULES, LossConfig, ModelConfig
+from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
 FittedBase = GaussianMarginals | MixtureMarginals | CosineMixture
@@ -153,6 +154,9 @@ def build_schedule(config: Any) -> NoiseSchedule:
 def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
     """The network of a configuration for events of this shape."""
     name, joint = config.backbone.name, config.labels == "joint"
+    if name == "custom":
+        how = "torchcdm.fit(data, backbone=module) trains it, torchcdm.load(path, backbone=module) loads it"
+        raise UserError(f"model.backbone is custom, a network of your own, which Python gives: {how}")
     vectors = len(shape) == 1
     if vectors != (name == "mlp"):
         data, fit = ("vectors", "mlp") if vectors else ("images", "encoder")
@@ -177,11 +181,13 @@ def build_model(
     classes: int | None = None,
     gaussian: FittedBase | None = None,
     class_prior: Tensor | None = None,
+    backbone: nn.Module | None = None,
 ) -> Denoiser:
     """The model of a resolved configuration, with a copy of the data's transform.
 
     ``gaussian`` are fitted marginals; when None and the configuration has some, the model gets a blank to load a saved
-    state into. ``class_prior`` is p(y) for joint logits.
+    state into. ``class_prior`` is p(y) for joint logits. ``backbone`` is the network, instead of one by the
+    configuration.
 
     Raises:
         UserError: Labels asked of data without classes, and what :func:`build_backbone` refuses.
@@ -190,7 +196,8 @@ def build_model(
         raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
     classes = None if config.labels == "none" else classes
     schedule = gaussian.schedule if gaussian is not None else build_schedule(config.schedule)
-    backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
+    if backbone is None:
+        backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     if gaussian is None and config.gaussian is not False:
         own = classes or 0 if config.class_gaussians else 0
         if (config.components or 1) > 1 and len(transform.shape) > 1:
@@ -205,14 +212,51 @@ def build_model(
     return ClassificationDiffusion(backbone, schedule, transform, gaussian, class_prior)
 
 
-def new_model(config: ModelConfig, source: DataSource, flip: bool) -> Denoiser:
-    """The model before its training: its weights are torch's next draws. Arguments as in :func:`fit_gaussian`."""
+def new_model(
+    config: ModelConfig, source: DataSource, flip: bool, backbone: nn.Module | None = None
+) -> Denoiser:
+    """The model before its training: its weights are torch's next draws, unless ``backbone`` has some.
+
+    Other arguments as in :func:`fit_gaussian`.
+    """
     config, _ = choose_base(config, source, flip)
     gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
     prior = None
     if config.labels == "joint" and source.classes is not None:
         prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
-    return build_model(config, source.transform, source.classes, gaussian, prior)
+    return build_model(config, source.transform, source.classes, gaussian, prior, backbone)
+
+
+def describe(model: Denoiser) -> ModelConfig:
+    """The configuration of a model that was made in Python; its network is ``custom``.
+
+    Raises:
+        UserError: A schedule or base density that no setting makes.
+    """
+    schedule, base = model.schedule, model.base
+    names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]
+    if not names:
+        known = ", ".join(kind.__name__ for kind in SCHEDULES.values())
+        raise UserError(f"{type(schedule).__name__}: no setting makes this schedule; choose one of {known}")
+    if not (base is None or isinstance(base, StandardNormal | FittedBase)):
+        raise UserError(f"{type(base).__name__}: no setting makes this base density; choose a fitted one, or none")
+    settings = SCHEDULE_SETTINGS[names[0]]
+    given = {name: getattr(schedule, name) for name in settings.__dataclass_fields__ if name != "name"}
+    plain = isinstance(base, GaussianMarginals)
+    components = {MixtureMarginals: lambda: len(base.mixture.means), CosineMixture: lambda: len(base.parts)}
+    forms = [form for form, kind in DIAGONAL.items() if plain and isinstance(base.rotation, kind)]
+    of_classes = len(base.classes) > 0 if plain else getattr(base, "class_log_weights", None) is not None
+    return ModelConfig(
+        kind="ddm" if model.density is None else "cdm",
+        labels="joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none",
+        gaussian=isinstance(base, FittedBase),
+        components=components.get(type(base), lambda: 1)(),
+        shrinkage=0.0,
+        form=(forms or ["full"])[0] if plain else None,
+        class_gaussians=of_classes,
+        backbone=BACKBONES["custom"](),
+        schedule=settings(**given),
+    )
 
 
 def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:

@@ -16,10 +16,11 @@ from torchcdm.data import DataOptions, DataSource, Inputs, read_inputs, renumber
 from torchcdm.data.inputs import read_pictures
 from torchcdm.errors import UserError
 from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
 from torchcdm.runtime.validation import encode, validated
-from torchcdm.training.build import build_backbone, build_model, load_source
+from torchcdm.training.build import build_backbone, build_model, describe, load_source
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
@@ -111,6 +112,37 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
     write_artefact(run.model_info, kind, encode(info), {run.model.name: model.tensors()})
 
 
+def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> None:
+    """Writes a model as :func:`load` reads it: ``model.safetensors`` and ``config.json`` in a folder.
+
+    Args:
+        model: A model from :func:`load`, :func:`torchcdm.fit` or :func:`torchcdm.train`, or one of your own.
+        path: The folder; it is made. The model that it holds is replaced, unless it is one of a training.
+        info: What is said of the model, if other than it knows itself.
+
+    Raises:
+        UserError: The folder holds a training, the model has parts that cannot be saved, or a file cannot be written.
+    """
+    run = RunFolder(path)
+    if run.config.exists() or run.states.exists():
+        raise UserError(f"{path}: holds a training; choose another folder")
+    info = info or model.info or described(model)
+    with run.locked():
+        save_model(run, model, info)
+
+
+def described(model: Denoiser) -> ModelInfo:
+    """What ``config.json`` says of a model that was made in Python, with a network of one's own.
+
+    Raises:
+        UserError: It has no transform, or a schedule or base density that no setting makes.
+    """
+    if model.transform is None:
+        raise UserError("the model has no transform; give it one, such as units.DataTransform.identity(shape)")
+    names = None if model.classes is None else tuple(map(str, range(model.classes)))
+    return ModelInfo(None, describe(model), model.transform, DataOptions(), {"value": "given"}, names)
+
+
 def read_info(run: str | Path) -> ModelInfo:
     """``config.json`` of a run."""
     return _read(run, ())[1]
@@ -122,19 +154,25 @@ def load_weights(model: Denoiser, run: str | Path) -> Denoiser:
     return _fill(model, tensors, folder.model)
 
 
-def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+def load(
+    run: str | Path, device: str | torch.device = "cpu", backbone: nn.Module | None = None
+) -> ClassificationDiffusion:
     """The model of a run, in eval mode.
 
     Args:
         run: Folder of the run, or of a saved estimator; ``zoo:NAME`` for a model that ships with the package,
             ``hub:OWNER/NAME`` for one on the Hugging Face Hub.
         device: Where the model goes.
+        backbone: The network of a model that was trained with one of your own, with its architecture; the weights are
+            filled in. No code is ever imported that a file names.
 
     Returns:
-        A :class:`torchcdm.ClassificationDiffusion`; a :class:`torchcdm.DenoisingDiffusion` for a ddm.
+        The model. Its type is said for the usual case: a plain diffusion model (``ddm``) is a
+        :class:`torchcdm.DenoisingDiffusion`, a calibrated one a :class:`torchcdm.models.calibrated.Calibrated`.
 
     Raises:
-        UserError: No run there, a name that is not known, or files that are damaged or of another format version.
+        UserError: No run there, a name that is not known, files that are damaged or of another format version, or a
+            network of one's own that is not given.
 
     Example:
         >>> model = load("zoo:two-moons")
@@ -142,13 +180,21 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> Denoiser:
         torch.Size([1])
     """
     folder, info, (tensors,) = _read(run)
-    # A network of other sizes than those of the file is refused before it takes memory.
-    with torch.device("meta"):
-        classes = None if info.model.labels == "none" else info.classes
-        network = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
+    network, custom = backbone, info.model.backbone.name == "custom"
+    if custom and backbone is None:
+        raise UserError(f"{run}: has a network of your own; load it by torchcdm.load(path, backbone=module)")
+    if backbone is not None and not custom:
+        raise UserError(f"{run}: has the network '{info.model.backbone.name}'; leave backbone out")
+    if network is None:
+        # A network of other sizes than those of the file is refused before it takes memory.
+        with torch.device("meta"):
+            classes = None if info.model.labels == "none" else info.classes
+            network = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
     held = {key.removeprefix(_NET): value for key, value in tensors.items() if key.startswith(_NET)}
     _check_shapes(network.state_dict(), held, folder.model, _NET)
-    model = _fill(build_model(info.model, info.transform, info.classes), tensors, folder.model)
+    model = build_model(info.model, info.transform, info.classes, backbone=backbone)
+    model = _fill(model, tensors, folder.model)
+    model.info = info
     return model.eval().requires_grad_(False).to(device)
 
 

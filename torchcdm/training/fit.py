@@ -1,26 +1,33 @@
-"""Training in one call."""
+"""Training in one call: a model by a preset, with a network of your own, or a model that you made."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.errors import UserError, nearest
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
-from torchcdm.training.build import check_label, in_units
-from torchcdm.training.checkpoint import load
-from torchcdm.training.config_files import preset_fields
+from torchcdm.training import loop
+from torchcdm.training.build import check_label, describe, in_units, new_model
+from torchcdm.training.checkpoint import load, load_weights, read_info
+from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.interrupt import Interrupted
-from torchcdm.training.loop import train
 from torchcdm.training.scale import scales, with_budget
 from torchcdm.training.settings import Config, TrainConfig
+
+M = TypeVar("M", bound=Denoiser)
 
 WITHOUT_EFFECT = {
     "spec": "the data themselves are the first argument",
@@ -41,12 +48,13 @@ def fit(
     labels: Any = None,
     *,
     preset: str | None = None,
+    backbone: nn.Module | None = None,
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
     budget: str | float | None = None,
     **overrides: Any,
-) -> Denoiser:
+) -> ClassificationDiffusion:
     """Trains a model on data that are at hand and returns the best one on a validation split.
 
     Args:
@@ -56,6 +64,9 @@ def fit(
         labels: Classes (N,); the model is conditional where ``model={"labels": ...}`` says so. Of a data frame or the
             path of a table, the name of a column.
         preset: Name of a preset; ``encoder`` for images and ``mlp`` for vectors when None.
+        backbone: A network of your own instead of the preset's: ``x (B, *shape) -> (B, T+2)``, twice differentiable.
+            With an attribute ``classes`` it is called with labels, too; with ``joint`` true it gives (B, classes,
+            T+2). It is trained in place. ``torchcdm.networks.heads`` has last layers for it.
         out: Folder of the run; when None nothing is kept and no samples are drawn.
         device: As in :func:`torchcdm.training.loop.train`.
         progress: Shows a progress bar, and what was read off the data.
@@ -65,10 +76,10 @@ def fit(
             (``model={"backbone": {"width": 48}}``).
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode; its type is said for the usual case, see :func:`torchcdm.load`.
 
     Raises:
-        UserError: Data or overrides that are not understood.
+        UserError: Data or overrides that are not understood, or a network whose output does not fit.
 
     Example:
         >>> model = fit(torch.randn(1000, 3), steps=500)
@@ -78,18 +89,134 @@ def fit(
     source = _source(data, labels, read_as(DataOptions, layer.get("data", {}), "data"))
     if progress:
         print(*source.notes, sep="\n")
-    preset = preset or ("mlp" if len(source.shape) == 1 else "encoder")
-    layers = [preset_fields(preset), layer]
-    ready = in_units(source, DataOptions(**layer.get("data", {}))) if scales(layers, budget) else None
+    layers = [preset_fields(preset or _preset_for(source)), layer]
+    scaling = backbone is None and scales(layers, budget)
+    ready = in_units(source, DataOptions(**layer.get("data", {}))) if scaling else None
     config, notes = with_budget(layers, ready, budget, device)
     check_label(labels if isinstance(labels, str) else None, config.model)
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes))
-    if out is None:
-        with trained(config, source, device, progress) as folder:
+    if backbone is None:
+        with _run(config, source, out, device, progress) as folder:
             return load(folder, device or "cpu")
-    train(config, out, in_units(source, config.data), device=device, progress=progress)
-    return load(out, device or "cpu")
+    config = replace(config, model=replace(config.model, backbone="custom", labels=_labels(backbone)))
+    check_network(backbone, source, config.model.schedule.T + 2)
+
+    def new(resolved: Config, data: DataSource) -> Denoiser:
+        return new_model(resolved.model, data, resolved.data.flip, backbone)
+
+    with _run(config, source, out, device, progress, new) as folder:
+        return load(folder, device or "cpu", backbone)
+
+
+def train(
+    model: M,
+    data: Any,
+    /,
+    labels: Any = None,
+    *,
+    preset: str | None = None,
+    out: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> M:
+    """Trains a model that you made, in place, and leaves it with its best weights on a validation split.
+
+    Args:
+        model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
+        data: As for :func:`fit`, and in the units of the model's transform.
+        labels: As for :func:`fit`.
+        preset: Name of the preset whose optimiser and loss are taken; ``encoder`` for images and ``mlp`` for vectors
+            when None.
+        out: Folder of the run; when None nothing is kept.
+        device: Where it is trained; the best there is when None. The model is on the CPU afterwards, or on the device
+            that is given.
+        progress: Shows a progress bar, and what was read off the data.
+        **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections other than ``model`` with their
+            fields.
+
+    Returns:
+        The same model, in eval mode.
+
+    Raises:
+        UserError: Data or overrides that are not understood, data that do not fit the model, or a model with parts
+            that cannot be saved.
+
+    Example:
+        >>> schedule = UniformSigmaSchedule(100)
+        >>> model = ClassificationDiffusion(MLP(3, levels=102), schedule)
+        >>> model = train(model, torch.randn(1000, 3), steps=500)
+    """
+    layer = override_fields(overrides, "train")
+    if "model" in layer:
+        raise UserError("train: the model is made already; its settings have no effect")
+    source = _source(data, labels, read_as(DataOptions, layer.get("data", {}), "data"), "train")
+    if progress:
+        print(*source.notes, sep="\n")
+    config = make_config(preset_fields(preset or _preset_for(source)), layer)
+    source = in_units(source, config.data)
+    if model.transform is None:
+        model.transform = copy.deepcopy(source.transform)
+    elif model.shape != source.shape:
+        raise UserError(f"train: the data have shape {source.shape}; the model takes {model.shape}")
+    if model.backbone is not None:
+        check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
+    source = replace(source, transform=model.transform)
+    config = replace(config, model=describe(model), data=replace(config.data, gaussianize=False))
+    if not any(weights.requires_grad for weights in model.parameters()):
+        model.requires_grad_(True)  # one that was loaded
+    with _run(config, source, out, device, progress, lambda *_: model) as folder:
+        load_weights(model, folder)
+        model.info = read_info(folder)
+    return model.eval().to(device or "cpu")
+
+
+def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
+    """Refuses a network of one's own whose output does not fit, before it is trained.
+
+    Args:
+        network: The network.
+        source: The data.
+        levels: T + 2.
+        denoiser: It estimates the noise, and is called with the level: nothing is looked at but its parts.
+
+    Raises:
+        UserError: Another shape than (2, levels), or (2, classes, levels), from two samples; another number of
+            classes than that of the data; or batch normalisation, which mixes samples.
+    """
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
+        raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
+    classes, joint = getattr(network, "classes", None), getattr(network, "joint", False)
+    if classes is not None and classes != source.classes:
+        raise UserError(f"the network has {classes} classes and the data {source.classes or 'none'}; they must agree")
+    if denoiser:
+        return
+    weight = next(network.parameters(), torch.empty(()))
+    x = torch.zeros(2, *source.shape, device=weight.device, dtype=weight.dtype)
+    y = (torch.zeros(2, dtype=torch.long, device=weight.device),) if classes is not None else ()
+    wanted = (2, classes, levels) if joint else (2, levels)
+    try:
+        with torch.no_grad():
+            h = network(x, *y)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the network does not take inputs of shape {tuple(x.shape)} ({reason})") from None
+    found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+    if found != wanted:
+        mend = f"end it with torchcdm.networks.heads.CumulativeHead(features, levels={levels})"
+        raise UserError(f"the network gives {found} for two samples; {wanted} is needed, a number a level: {mend}")
+
+
+def _preset_for(source: DataSource) -> str:
+    return "mlp" if len(source.shape) == 1 else "encoder"
+
+
+def _labels(network: nn.Module) -> str:
+    """``model.labels`` of a network of one's own."""
+    if getattr(network, "joint", False):
+        return "joint"
+    return "none" if getattr(network, "classes", None) is None else "input"
 
 
 @contextmanager
@@ -99,6 +226,7 @@ def trained(
     device: str | None,
     progress: bool,
     clock: Callable[[], float] = time.monotonic,
+    new: Callable[[Config, DataSource], Denoiser] | None = None,
 ) -> Iterator[Path]:
     """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
 
@@ -110,14 +238,33 @@ def trained(
     config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
+        data = in_units(source, config.data)
         try:
-            train(config, folder, in_units(source, config.data), device=device, progress=progress, clock=clock)
+            loop.train(config, folder, data, device=device, progress=progress, clock=clock, new=new)
         except Interrupted as error:
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
         yield folder
 
 
-def _source(data: Any, labels: Any, options: DataOptions) -> DataSource:
+@contextmanager
+def _run(
+    config: Config,
+    source: DataSource,
+    out: str | Path | None,
+    device: str | None,
+    progress: bool,
+    new: Callable[[Config, DataSource], Denoiser] | None = None,
+) -> Iterator[Path]:
+    """Trains into ``out``, or into a folder that does not outlive the block; gives the folder."""
+    if out is None:
+        with trained(config, source, device, progress, new=new) as folder:
+            yield folder
+    else:
+        loop.train(config, out, in_units(source, config.data), device=device, progress=progress, new=new)
+        yield Path(out)
+
+
+def _source(data: Any, labels: Any, options: DataOptions, caller: str = "fit") -> DataSource:
     """The data by the options; those without effect are refused."""
     from_files = isinstance(data, (str, Path))
     without_effect = {"spec": WITHOUT_EFFECT["spec"]} if from_files else WITHOUT_EFFECT
@@ -125,15 +272,16 @@ def _source(data: Any, labels: Any, options: DataOptions) -> DataSource:
         without_effect = without_effect | dict.fromkeys(IN_SOURCES, "make the DataSource with it")
     for name, mend in without_effect.items():
         if getattr(options, name) != getattr(DataOptions(), name):
-            raise UserError(f"fit: data.{name} has no effect here; {mend}")
+            raise UserError(f"{caller}: data.{name} has no effect here; {mend}")
     if not from_files:
         return from_object(data, labels, options)
     if labels is not None and not isinstance(labels, str):
-        raise UserError("fit: labels of data from files lie in the files; give the name of a table's column, or none")
+        mend = "give the name of a table's column, or none"
+        raise UserError(f"{caller}: labels of data from files lie in the files; {mend}")
     return load_data(options, spec=spec_of(data), label=labels or options.label)
 
 
-def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:
     """Keyword arguments as the fields of a configuration: those that are no section belong to the training.
 
     Raises:
@@ -143,5 +291,5 @@ def override_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
     layer = {name: value for name, value in overrides.items() if name in sections}
     train_fields = {name: value for name, value in overrides.items() if name not in sections}
     if unknown := sorted(train_fields.keys() - training):
-        raise UserError(f"fit: unknown override '{unknown[0]}'; {nearest(unknown[0], sections | training)}")
+        raise UserError(f"{caller}: unknown override '{unknown[0]}'; {nearest(unknown[0], sections | training)}")
     return layer | {"train": {**layer.get("train", {}), **train_fields}}

@@ -76,6 +76,7 @@ def train(
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
     loss: Callable[[Denoiser], Loss] | None = None,
+    new: Callable[[Config, DataSource], Denoiser] | None = None,
 ) -> TrainResult:
     """Trains a model and leaves a run folder.
 
@@ -90,6 +91,7 @@ def train(
         clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
         loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None. It may set
             what training leaves as it is, such as the base density.
+        new: Makes the model before its training, from the resolved configuration; by the configuration when None.
 
     Raises:
         UserError: The folder already holds a run or another training writes to it, the configuration differs from that
@@ -127,7 +129,7 @@ def train(
             print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
             check_same(config, state.progress.config, run)
-        return Trainer(config, run, source, device, progress, watch, clock, loss).run_to_end(state)
+        return Trainer(config, run, source, device, progress, watch, clock, loss, new).run_to_end(state)
 
 
 @final
@@ -147,6 +149,7 @@ class Trainer:
         watch: SignalWatch,
         clock: Callable[[], float],
         loss: Callable[[Denoiser], Loss] | None,
+        new: Callable[[Config, DataSource], Denoiser] | None,
     ) -> None:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = options = config.train
@@ -155,7 +158,7 @@ class Trainer:
         self.progress = progress and self.main
 
         torch.manual_seed(derive(options.seed, "weights"))
-        model = new_model(config.model, source, config.data.flip)
+        model = new_model(config.model, source, config.data.flip) if new is None else new(config, source)
         if options.init is not None:
             left = load_matching(model, options.init)
             self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))

@@ -38,11 +38,19 @@ from torchcdm.runtime.validation import (
     validated,
 )
 
+
+class OwnNetwork:
+    """A network of your own, which is given in Python: ``torchcdm.fit(data, backbone=module)``."""
+
+    def __init__(self) -> None: ...
+
+
 NETWORKS: dict[str, tuple[type, type | None]] = {
     "encoder": (Encoder, None),
     "unet": (CDMUNet, DDMUNet),
     "mlp": (MLP, DDMMLP),
     "timm": (TimmBackbone, None),
+    "custom": (OwnNetwork, None),
 }
 """The networks by name: as a classifier of levels, and as a plain denoiser, which takes part of its settings."""
 

@@ -117,7 +117,7 @@ class DataTransform(Float64Module):
 
         log p(data) = log p(model) + log_det.
         """
-        return -self.scale.log().expand(self.shape).sum().expand(len(x))
+        return -self.scale.log().expand(self.shape).sum().expand(x.shape[0])
 
     @property
     def model_bin(self) -> Tensor | None:

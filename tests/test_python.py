@@ -1,0 +1,216 @@
+"""What Python users expect of a model: its methods, a network of one's own, a distribution, export."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import torchcdm
+from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
+from torchcdm.errors import UserError
+from torchcdm.networks.heads import CumulativeHead, JointHead
+from torchcdm.units import DataTransform
+
+TINY = {"steps": 20, "progress": False, "device": "cpu"}
+
+
+def network(levels=32, features=3):
+    return nn.Sequential(nn.Linear(features, 16), nn.SiLU(), CumulativeHead(16, levels))
+
+
+def points(n=200, seed=0):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class WithClasses(nn.Module):
+    """One of a user's own that is told the class, or gives all of them."""
+
+    def __init__(self, classes, joint):
+        super().__init__()
+        self.classes, self.joint = classes, joint
+        self.layer, self.label = nn.Linear(3, 16), nn.Embedding(classes + 1, 16)
+        self.head = JointHead(16, 32, classes) if joint else CumulativeHead(16, 32)
+
+    def forward(self, x, y=None):
+        label = 0 if self.joint else self.label(torch.full((len(x),), self.classes) if y is None else y)
+        return self.head(nn.functional.silu(self.layer(x) + label))
+
+
+# --- methods of a model ------------------------------------------------------------------------------------------
+
+
+def test_sample_and_save_are_the_functions_of_the_package(tmp_path):
+    model = torchcdm.load("zoo:two-moons")
+    x = model.sample(5, steps=4, seed=3)
+    assert torch.equal(x, torchcdm.sample(model, 5, steps=4, seed=3))
+    model.save(tmp_path / "moons")
+    again = torchcdm.load(tmp_path / "moons")
+    assert torch.equal(again.log_prob(x), model.log_prob(x))
+    assert again.info.selected == model.info.selected
+    model.save(tmp_path / "moons")  # a model is replaced
+
+
+def test_a_training_is_not_overwritten(tmp_path):
+    (tmp_path / "run" / "state" / "step-5").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a training"):
+        torchcdm.load("zoo:two-moons").save(tmp_path / "run")
+
+
+def test_a_distribution_of_pytorch():
+    model = torchcdm.load("zoo:two-moons")
+    p = model.distribution(steps=5)
+    assert isinstance(p, torch.distributions.Distribution)
+    assert (p.event_shape, p.batch_shape) == ((2,), ())
+    torch.manual_seed(0)
+    x = p.sample((2, 3))
+    assert x.shape == (2, 3, 2)
+    assert torch.equal(p.log_prob(x).flatten(), model.log_prob(x.reshape(6, 2)))
+    assert p.log_prob(x[0, 0]).shape == ()
+    assert p.sample().shape == (2,)
+    torch.manual_seed(0)
+    assert torch.equal(p.sample((2, 3)), x)
+    x.requires_grad_()
+    assert torch.autograd.grad(p.log_prob(x).sum(), x)[0].abs().sum() > 0
+
+
+def test_a_distribution_given_the_class():
+    x, y = points(), torch.arange(200) % 3
+    model = torchcdm.fit(x, y, backbone=WithClasses(3, joint=True), model={"schedule": {"T": 30}}, **TINY)
+    p = model.distribution(y=1, steps=3)
+    assert torch.equal(p.log_prob(x[:4]), model.log_prob(x[:4], y=torch.ones(4, dtype=torch.long)))
+    assert p.sample((2,)).shape == (2, 3)
+    with pytest.raises(UserError, match="label 3 is out of range"):
+        model.distribution(y=3)
+    with pytest.raises(UserError, match="without classes"):
+        torchcdm.load("zoo:two-moons").distribution(y=0)
+
+
+@pytest.mark.parametrize("name", ["two-moons", "digits"])
+def test_log_prob_is_exported(name):
+    model = torchcdm.load(f"zoo:{name}")
+
+    class LogProb(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model.log_prob(x)
+
+    x = model.sample(4, steps=2)
+    sizes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}
+    exported = torch.export.export(LogProb(), (x,), dynamic_shapes=sizes).module()
+    many = torch.cat([x, x.flip(0), x])
+    torch.testing.assert_close(exported(many), model.log_prob(many))
+
+
+# --- networks of one's own ---------------------------------------------------------------------------------------
+
+
+def test_fit_with_a_network_of_ones_own_and_load_it_in_a_new_process(tmp_path):
+    mine = network()
+    before = [weights.clone() for weights in mine.parameters()]
+    model = torchcdm.fit(points(), backbone=mine, model={"schedule": {"T": 30}}, out=tmp_path / "run", **TINY)
+    assert model.backbone is mine
+    assert any(not torch.equal(a, b) for a, b in zip(before, mine.parameters(), strict=True))
+    model.save(tmp_path / "kept")
+    torch.save(model.log_prob(points(5, 1)), tmp_path / "expected.pt")
+    code = f"""
+import torch, torchcdm
+from torch import nn
+from torchcdm.networks.heads import CumulativeHead
+net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), CumulativeHead(16, 32))
+x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+for name in ("run", "kept"):
+    model = torchcdm.load({str(tmp_path)!r} + "/" + name, backbone=net)
+    assert torch.equal(model.log_prob(x), torch.load({str(tmp_path)!r} + "/expected.pt"))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_saved_network_of_ones_own_must_be_given(tmp_path, capsys):
+    from torchcdm.cli import main
+
+    model = torchcdm.fit(points(), backbone=network(), model={"schedule": {"T": 30}}, **TINY)
+    model.save(tmp_path / "kept")
+    with pytest.raises(UserError, match="backbone=module"):
+        torchcdm.load(tmp_path / "kept")
+    assert main(["sample", str(tmp_path / "kept"), "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match="the model that the run describes"):
+        torchcdm.load(tmp_path / "kept", backbone=nn.Sequential(nn.Linear(3, 8), nn.SiLU(), CumulativeHead(8, 32)))
+    with pytest.raises(UserError, match="leave backbone out"):
+        torchcdm.load("zoo:two-moons", backbone=network())
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_network_with_classes(joint, tmp_path):
+    x, y = points(), torch.arange(200) % 3
+    model = torchcdm.fit(x, y, backbone=WithClasses(3, joint), model={"schedule": {"T": 30}}, **TINY)
+    assert (model.classes, model.joint) == (3, joint)
+    model.save(tmp_path / "kept")
+    again = torchcdm.load(tmp_path / "kept", backbone=WithClasses(3, joint))
+    assert torch.equal(again.log_prob(x[:6], y=y[:6]), model.log_prob(x[:6], y=y[:6]))
+
+
+def test_train_a_model_that_was_made_by_hand(tmp_path):
+    model = torchcdm.ClassificationDiffusion(network(52), UniformSigmaSchedule(50))
+    with pytest.raises(UserError, match="no transform"):
+        model.save(tmp_path / "x")
+    trained = torchcdm.train(model, 5 + 2 * points(), **TINY)
+    assert trained is model
+    assert not model.training
+    assert model.transform.shape == (3,)
+    x = points(4, 2)
+    value = model.log_prob(x)
+    model.save(tmp_path / "kept")
+    again = torchcdm.load(tmp_path / "kept", backbone=network(52))
+    assert torch.equal(again.log_prob(x), value)
+    assert type(again.schedule) is UniformSigmaSchedule
+    more = torchcdm.train(again, 5 + 2 * points(), **TINY)  # a loaded one goes on
+    assert not torch.equal(more.log_prob(x), value)
+
+
+def test_a_model_made_by_hand_is_saved_untrained(tmp_path):
+    transform = DataTransform.identity((3,))
+    model = torchcdm.ClassificationDiffusion(network(52), UniformSigmaSchedule(50), transform).eval()
+    model.save(tmp_path / "kept")
+    again = torchcdm.load(tmp_path / "kept", backbone=network(52))
+    assert torch.equal(again.log_prob(points(4)), model.log_prob(points(4)))
+
+
+class Quadratic(NoiseSchedule):
+    """One that no setting makes."""
+
+    def inner_levels(self, t):
+        sigma = (t / (len(t) + 1)) ** 2
+        return (1 - sigma**2).sqrt(), sigma
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torchcdm.fit(points(), backbone=network(30), **TINY), "gives \\(2, 30\\) .* \\(2, 102\\) is needed"),
+        (lambda: torchcdm.fit(points(), backbone=network(features=4), **TINY), "does not take inputs of shape"),
+        (lambda: torchcdm.fit(points(), backbone=nn.Sequential(nn.BatchNorm1d(3)), **TINY), "mixes samples"),
+        (lambda: torchcdm.fit(points(), backbone=WithClasses(3, True), **TINY), "3 classes and the data none"),
+        (
+            lambda: torchcdm.train(torchcdm.ClassificationDiffusion(network(52), Quadratic(50)), points(), **TINY),
+            "Quadratic: no setting makes this schedule",
+        ),
+        (
+            lambda: torchcdm.train(torchcdm.load("zoo:two-moons"), points(), **TINY),
+            "the data have shape \\(3,\\); the model takes \\(2,\\)",
+        ),
+        (
+            lambda: torchcdm.train(torchcdm.load("zoo:two-moons"), points(), model={"kind": "ddm"}, **TINY),
+            "the model is made already",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(make, message):
+    with pytest.raises(UserError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
