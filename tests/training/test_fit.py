@@ -137,7 +137,7 @@ def test_an_interrupted_fit_does_not_promise_a_state(monkeypatch):
     def stopped(*args, **kwargs):
         raise Interrupted(2, "stopped after step 3; the state is saved, go on with --resume")
 
-    monkeypatch.setattr("torchcdm.training.fit.train", stopped)
+    monkeypatch.setattr("torchcdm.training.loop.train", stopped)
     with pytest.raises(Interrupted, match="stopped by a signal; nothing of it is kept"):
         torchcdm.fit(torch.randn(60, 2), **TINY)
 
