@@ -73,7 +73,7 @@ def write_report(
             progress=progress,
         )  # fmt: skip
         beside = _baselines(config, source, x)
-        few, _ = split.tensors(DIAGNOSED)
+        few, _ = split.tensors(min(DIAGNOSED, max(2, config.report.limit // 4)))
         if model.density is not None and len(few) >= 2:
             ratios = consistency(model.density, few)
             gaps = gap_by_level(model.density, few, None, scoring) if "flow" in methods else None
@@ -133,7 +133,7 @@ def _figures(
     images, plane = len(source.shape) == 3, source.shape == (2,)
     if not images and not plane:
         return
-    n, steps = 32 if images else 2000, min(config.sampling.steps, model.schedule.T)
+    n, steps = min(32, config.sampling.n or 32) if images else 2000, min(config.sampling.steps, model.schedule.T)
     y = None if model.classes is None else balanced_labels(n, model.classes)
     drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed, units="codes")
     train, _ = source.train.tensors(NEIGHBOUR_POOL)

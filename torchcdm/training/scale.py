@@ -34,8 +34,8 @@ SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))
 WANTED_STEPS = 2500
 """Steps that the time must hold for a larger size to be taken."""
 
-TRAINING_SHARE, REPORT_SHARE = 0.85, 0.08
-"""Shares of the time: for the training, and for the flow of the report."""
+TRAINING_SHARE, SAMPLING_SHARE, REPORT_SHARE = 0.8, 0.04, 0.04
+"""Shares of the time: for the training, for its samples, and for the flow of the report."""
 
 FLOW_COST = 70
 """Passes of training that the flow of one sample takes as long as."""
@@ -121,6 +121,7 @@ def _scaled(
     steps = min(max(1, int(training / took)), most)
     every = min(max(50, steps // 12), 1000)
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
+    drawn = int(SAMPLING_SHARE * seconds / (asked.sampling.steps * took / batch))
     layer = {
         "model": {
             **base,
@@ -132,7 +133,8 @@ def _scaled(
             "validate_every": every, "save_every": every, "log_every": min(max(1, steps // 100), 50),
             "sample_every": None, "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
         },
-        "report": {"limit": min(max(16, report), asked.report.limit)},
+        "report": {"limit": min(max(8, report), asked.report.limit)},
+        "sampling": {"n": min(max(9, drawn), asked.sampling.n)},
     }  # fmt: skip
     shape = "x".join(map(str, source.shape))
     note = (
