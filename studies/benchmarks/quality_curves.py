@@ -9,12 +9,13 @@ A sampler with two evaluations a step makes half as many steps. All cells of a m
 
 ``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
 ``--budget`` ends the command when so much processor time has passed; the next call goes on. The JSON holds what is
-finished.
+in ``--out``. ``--budget 0`` only collects it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,11 +26,12 @@ from typing import Any
 import torch
 
 from studies import cache
-from studies.benchmarks.equal_time import ddm, measured, on_plain_grey_levels
+from studies.benchmarks.equal_time import RESULT, ddm, measured, on_plain_grey_levels
 from studies.quality.frechet import Reference
 from studies.quality.measure import Ruler
 from torchcdm.data import parse_size, save_grid
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.files import write_json
 from torchcdm.samplers import make_sampler, sample
 from torchcdm.training.build import load_source
@@ -112,7 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         contenders[name] = load(folder), rulers[key]
     floors = [asdict(ruler.floor(options.samples)) for ruler in rulers.values()]
     print(f"floor: Fréchet {floors[0]['frechet']:.2f} ± {floors[0]['frechet_se']:.2f}")
-    rows = []
     cells = product(options.evaluations, contenders, options.samplers, options.spacings)  # the cheapest first
     for evaluations, name, sampler, spacing in cells:
         if time.process_time() > options.budget:
@@ -120,11 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, ruler = contenders[name]
         row = cell(model, name, sampler, spacing, evaluations, ruler, options)
         if row is not None:
-            rows.append(row)
             print(f"{name:16}{sampler:8}{spacing:10}{evaluations:5}  Fréchet {row['frechet']:.2f} "
                   f"± {row['frechet_se']:.2f}, grain {row['grain']:.3f}", flush=True)  # fmt: skip
-            if options.json is not None:
-                write_json(options.json, {"features": ruler.reference.extractor.name, "floors": floors, "rows": rows})
+    rows = [read_artefact(path, cache.KIND)[0]["values"] for path in sorted((options.out / "cells").glob("*.json"))]
+    if options.json is not None:
+        errors = [json.loads(path.read_text())["values"] | {"model": path.parent.name}
+                  for path in sorted((options.out / "models").glob(f"*/{RESULT}"))]  # fmt: skip
+        features = next(iter(rulers.values())).reference.extractor.name
+        content = {"features": features, "floors": floors, "models": errors, "rows": rows}
+        write_json(options.json, content)
 
 
 if __name__ == "__main__":

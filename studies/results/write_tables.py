@@ -303,6 +303,22 @@ def ruler() -> str:
     return markdown(head, rows)
 
 
+def quality_curves() -> str:
+    """Fréchet distance and grain of both models, by evaluations, sampler and placement of the steps."""
+    content = read("quality_curves")
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in content["rows"]:
+        cells.setdefault((row["evaluations"], row["sampler"], row["spacing"]), {})[row["model"].split("-")[0]] = row
+    rows = []
+    for (evaluations, sampler, spacing), models in sorted(cells.items()):
+        found = [models.get(name) for name in ("cdm", "ddm")]
+        distances = ["–" if r is None else f"{r['frechet']:.2f} ± {r['frechet_se']:.2f}" for r in found]
+        grains = ["–" if r is None else f"{r['grain']:.2f}" for r in found]
+        rows.append([str(evaluations), sampler, spacing, *distances, *grains])
+    head = ["evaluations", "sampler", "steps", "Fréchet, CDM", "Fréchet, DDM", "grain, CDM", "grain, DDM"]
+    return markdown(head, rows)
+
+
 def time_to_quality() -> str:
     """Errors of the default network and of the paper's after their times."""
     titles = {"default": "default", "paper": "the paper's"}
@@ -491,6 +507,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equal-time": lambda: equal_time("equal_time"),
     "equal-time-gaussianized": lambda: equal_time("equal_time_gaussianized"),
     "likelihood-throughput": likelihood_throughput,
+    "quality-curves": quality_curves,
     "ruler": ruler,
     "second-order": second_order,
     "step-scaling": step_scaling,
