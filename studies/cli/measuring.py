@@ -70,13 +70,13 @@ def _is_run(name: str) -> bool:
 
 def _images(name: str, options: argparse.Namespace, source: DataSource, device: Any) -> Tensor:
     """Samples of a run, or the images of a file or folder; data units, (N, C, H, W)."""
-    from torchcdm.data import Layout, load_data, spec_of
+    from torchcdm.data import load_data, spec_of
     from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load
     from torchcdm.training.samples import balanced_labels
 
     if not _is_run(name):
-        found = load_data(spec_of(name), Layout(source.transform), validation_fraction=0.0, test_fraction=0.0)
+        found = load_data(spec_of(name), source.transform, validation_fraction=0.0, test_fraction=0.0)
         return found.train.tensors(options.n)[0]
     model = load(name, device)
     y = None if model.classes is None else balanced_labels(options.n, model.classes)

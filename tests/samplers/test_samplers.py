@@ -594,7 +594,7 @@ def test_samples_carry_no_graph():
         ({"batch_size": 0}, "batch_size"),
         ({"spacing": "odd"}, "even or adaptive"),
         ({"spacing": "adaptive", "shape": None}, "shape"),
-        ({"units": "pixels"}, "data or model"),
+        ({"units": "pixels"}, "data, codes or model"),
         ({"seed": -1}, "seed"),
     ],
 )
