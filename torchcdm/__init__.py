@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from torchcdm import estimators, likelihood
+    from torchcdm import compose, estimators, likelihood
     from torchcdm.apps.ratio import DensityRatio, mutual_information
     from torchcdm.bridges.hub import push
+    from torchcdm.compose import sample
     from torchcdm.errors import UserError
     from torchcdm.models.cdm import ClassificationDiffusion
     from torchcdm.models.denoiser import DenoisingDiffusion
-    from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load, save
     from torchcdm.training.fit import fit, train
 
@@ -34,6 +34,7 @@ __all__ = [
     "DensityRatio",
     "UserError",
     "__version__",
+    "compose",
     "estimators",
     "fit",
     "likelihood",
@@ -45,7 +46,7 @@ __all__ = [
     "train",
 ]
 
-_MODULES = ("estimators", "likelihood")
+_MODULES = ("compose", "estimators", "likelihood")
 
 _HOMES = {
     "ClassificationDiffusion": "models.cdm",
@@ -58,7 +59,7 @@ _HOMES = {
     "load": "training.checkpoint",
     "mutual_information": "apps.ratio",
     "push": "bridges.hub",
-    "sample": "samplers",
+    "sample": "compose",
     "save": "training.checkpoint",
     "train": "training.fit",
 }

@@ -52,7 +52,12 @@ class States:
 
 
 def langevin(
-    target: Target, kernels: Kernels, states: States, step: Tensor | float, generator: torch.Generator
+    target: Target,
+    kernels: Kernels,
+    states: States,
+    step: Tensor | float,
+    generator: torch.Generator | None,
+    draws: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One Langevin move of each state, accepted or rejected; one evaluation. The states are changed.
 
@@ -64,7 +69,8 @@ def langevin(
         kernels: Their variances scale the move.
         states: Points at levels 1 ... T.
         step: Step size in units of each direction's squared scale, one or (B,).
-        generator: A CPU generator.
+        generator: A CPU generator; None where ``draws`` are given.
+        draws: Standard normal (B, d) and uniform (B,) numbers of the move and its acceptance.
 
     Returns:
         Which moves were accepted, boolean (B,).
@@ -75,12 +81,13 @@ def langevin(
     information = 1 - kernels.variances[level - 1] / schedule.ratio[level, None] ** 2
     size = torch.as_tensor(step, dtype=x.dtype, device=x.device).reshape(-1, 1)
     scale = size * (sigma**2 / information.clamp(0.05, 1))
-    noise = torch.randn(scale.shape, generator=generator, dtype=x.dtype).to(x.device)
+    noise = draws[0] if draws else torch.randn(scale.shape, generator=generator, dtype=x.dtype).to(x.device)
     moved = -0.5 * scale * rotation(states.at.eps) / sigma + scale.sqrt() * noise
     proposed = States.of(target, x + rotation.inverse(moved), t)
     returned = moved - 0.5 * scale * rotation(proposed.at.eps) / sigma
     log_back, log_forth = -0.5 * (returned.square() / scale).sum(1), -0.5 * noise.square().sum(1)
-    accepted = chance(proposed.at.log_gamma - states.at.log_gamma + log_back - log_forth, generator)
+    log_ratio = proposed.at.log_gamma - states.at.log_gamma + log_back - log_forth
+    accepted = draws[1].log() < log_ratio if draws else chance(log_ratio, generator)
     states.put(accepted, proposed.take(accepted))
     return accepted
 

@@ -27,11 +27,13 @@ class Particles(NamedTuple):
         states: Islands times size points.
         log_weights: Of the points within each island, (islands, size).
         log_estimates: Logarithms of unbiased estimates of Z, one of each island, (islands,).
+        least: Smallest effective sample size of each island at any level, before resampling, (islands,).
     """
 
     states: States
     log_weights: Tensor
     log_estimates: Tensor
+    least: Tensor
 
     def draws(self, generator: torch.Generator) -> Tensor:
         """Equally weighted draws, (n, *shape): resampled within each island, so that few effective ones repeat."""
@@ -79,7 +81,7 @@ def smc(
     with alone(), bar:
         states = States.of(target, x, schedule.T)
         log_w = (states.at.log_gamma - log_start).reshape(islands, size)
-        log_z = torch.zeros_like(log_w[:, 0])
+        log_z, least = torch.zeros_like(log_w[:, 0]), effective(log_w)
         if seen is not None:
             seen(states, log_w, step)
         while states.t > level:
@@ -97,13 +99,19 @@ def smc(
                 length = 2 * length
             bar.update(states.t - s)
             states, log_w = lower, log_w + works.reshape(islands, size)
+            least = torch.minimum(least, effective(log_w))
             states, log_w, log_z = resampled(states, log_w, log_z, below, generator)
             for _ in range(moves):
                 accepted = langevin(target, kernels, states, step, generator)
                 step = adapted(step, float(accepted.double().mean()))
             if seen is not None:
                 seen(states, log_w, step)
-    return Particles(states, log_w, log_z + log_w.logsumexp(1) - math.log(size))
+    return Particles(states, log_w, log_z + log_w.logsumexp(1) - math.log(size), least)
+
+
+def effective(log_w: Tensor) -> Tensor:
+    """Effective sample size of the weights of each island, (islands,) of (islands, size)."""
+    return 1 / log_w.softmax(1).square().sum(1)
 
 
 def resampled(
@@ -119,7 +127,7 @@ def resampled(
         generator: A CPU generator.
     """
     (islands, size), weights, device = log_w.shape, log_w.softmax(1), log_w.device
-    poor = 1 / weights.square().sum(1) < below * size
+    poor = effective(log_w) < below * size
     offset = torch.rand(islands, generator=generator, dtype=torch.float64).to(device)
     chosen = torch.where(poor[:, None], systematic(weights, offset), torch.arange(size, device=device))
     index = (chosen + size * torch.arange(islands, device=device)[:, None]).flatten()

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.diffusion.base import BaseDensity, StandardNormal
-from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.density import DensityModel, Evaluation, refuse_inference_mode, target
-from torchcdm.networks.second_order import second_derivatives
+from torchcdm.models.density import DensityModel, refuse_inference_mode
 from torchcdm.units import DataTransform
 
 
@@ -98,32 +96,6 @@ class ClassificationDiffusion(DensityModel):
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
 
     # --- denoising -------------------------------------------------------------------------------------------
-
-    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        """The MMSE denoiser as the gradient of a logit difference (identity 3).
-
-        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``, and raises UserError under
-        ``torch.inference_mode()``, which forbids the gradient.
-        """
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
-
-    def evaluate_twice_differentiable(
-        self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
-    ) -> Evaluation:
-        """:meth:`evaluate` for losses, unchecked: all of it with a graph in the weights and in ``x_t``."""
-        refuse_inference_mode()
-
-        def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            parts = self.corrections(x, y)
-            return target(parts, t, guidance), parts
-
-        with torch.enable_grad(), second_derivatives():
-            # torch.func rather than autograd.grad: torch.compile can differentiate through it.
-            gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
-        return self._evaluation(x_t, t, gradient, parts)
-
-    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
 
     def denoise_blind(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """E[x_0 | x], (B, *shape), of an ``x`` known to be some x_t, the level not (identity 9); no graph.

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.base import BaseDensity
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.distribution import ModelDistribution
 from torchcdm.models.inputs import LARGEST, as_numbers, check_count, codes_of
+from torchcdm.networks.second_order import second_derivatives
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,32 @@ class DensityModel(Denoiser):
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
         return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), guidance)
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        """The MMSE denoiser as the gradient of a logit difference (identity 3).
+
+        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``, and raises UserError under
+        ``torch.inference_mode()``, which forbids the gradient.
+        """
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
+
+    def evaluate_twice_differentiable(
+        self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
+    ) -> Evaluation:
+        """:meth:`evaluate` for losses, unchecked: all of it with a graph in the weights and in ``x_t``."""
+        refuse_inference_mode()
+
+        def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            parts = self.corrections(x, y)
+            return target(parts, t, guidance), parts
+
+        with torch.enable_grad(), second_derivatives():
+            # torch.func rather than autograd.grad: torch.compile can differentiate through it.
+            gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
+        return self._evaluation(x_t, t, gradient, parts)
+
+    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
 
     def log_prob(self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.

@@ -42,6 +42,7 @@ class Step:
         y: Classes, long (B,), or None.
         noise: Standard normal, shape of ``x_t``; for stochastic samplers alone.
         previous: What the step before returned, for multistep rules: the levels before, the latest first.
+        known: What the denoiser says of ``x_t``, where it is known already.
     """
 
     denoiser: Denoiser
@@ -51,6 +52,7 @@ class Step:
     y: Tensor | None = None
     noise: Tensor | None = None
     previous: tuple[Visited, ...] = ()
+    known: Prediction | None = None
 
 
 class Sampler(ABC):
@@ -72,7 +74,8 @@ class Sampler(ABC):
         Raises:
             UserError: No noise for a sampler that adds some.
         """
-        now = self.corrected(step, step.denoiser.denoise(step.x_t, step.t, step.y))
+        known = step.known or step.denoiser.denoise(step.x_t, step.t, step.y)
+        now = self.corrected(step, known)
         if step.s and self.stochastic and step.noise is None:
             raise UserError("this sampler adds noise at every step; give the step its noise")
         return self.rule(step, now) if step.s else now.x0, ((step.t, now), *step.previous)[: max(1, self.memory)]

@@ -40,6 +40,7 @@ def sample(
     progress: bool = False,
     callback: Callback | None = None,
     spacing: str = "even",
+    moved: Callable[[Tensor, int, slice], Prediction] | None = None,
 ) -> Any:
     """Draws samples: exactly ``steps`` levels visited, level T first, level 0 reached last.
 
@@ -66,6 +67,8 @@ def sample(
             that memory did not hold begins anew with half as many.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
             :func:`torchcdm.samplers.adaptive_levels`.
+        moved: Gives where to go on from after a step to a level above 0, and the denoiser there, from x, the level
+            and the rows of the batch among the samples; see :func:`torchcdm.compose.sample`.
 
     Returns:
         (n, *shape) on the CPU; of a model of a table a data frame.
@@ -107,10 +110,13 @@ def sample(
         first = next(draws).to(device)
         x = denoiser.start(first) if start is None else start[rows].to(device, dtype)
         label = None if labels is None else labels[rows]
-        previous = ()
+        previous, known = (), None
         for t, s in pairwise(path):
             noise = next(draws).to(device) if rule.stochastic else None
-            x, previous = rule.step(Step(denoiser, x, t, s, label, noise, previous))
+            x, previous = rule.step(Step(denoiser, x, t, s, label, noise, previous, known))
+            if moved is not None and s > 0:
+                known = moved(x, s, rows)
+                x = known.x_t
             if callback is not None:
                 callback(s, x, previous[0][1])
             bar.update(len(x))

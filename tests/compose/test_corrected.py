@@ -1,0 +1,125 @@
+"""Samples with accept-reject, particles and replicas, against exact densities."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from oracles import labelled_mixture
+from test_combinations import SCHEDULE, exact, gaussian
+
+from torchcdm import compose
+from torchcdm.diffusion.exact import GaussianMixture
+from torchcdm.errors import UserError
+from torchcdm.samplers import sample
+
+FAR = GaussianMixture(
+    torch.tensor([0.8, 0.2]), torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.tensor([0.3, 0.3]), torch.tensor([0, 1])
+)
+FAR.double()
+
+
+def test_accepted_moves_mend_what_few_steps_miss():
+    """Five steps of DDIM make the modes too narrow."""
+    model = exact(FAR)
+    plain = sample(model, 600, "ddim", steps=4).double()
+    found = compose.sample(model, 600, "ddim", steps=4, corrector=12, details=True)
+    truth = torch.stack([x[x[:, 0] < 0].var(0).mean() for x in (FAR.sample(20000), plain, found.x.double())])
+    assert abs(truth[2] - truth[0]) < 0.06 < abs(truth[1] - truth[0])
+    assert 0.4 < found.acceptance < 0.8
+    assert found.ess == 600
+
+
+def test_corrected_samples_do_not_depend_on_their_batch():
+    model = exact(labelled_mixture(), joint=True)
+    options = {"sampler": "ddpm", "steps": 4, "corrector": 2, "y": torch.arange(20) % 2, "guidance": 0.5}
+    whole = compose.sample(model, 20, **options)
+    assert torch.allclose(whole, compose.sample(model, 20, batch_size=7, **options), atol=1e-9)
+    separate = exact(labelled_mixture())  # two passes where the joint head takes one
+    assert torch.allclose(whole, compose.sample(separate, 20, **options), atol=1e-5)
+
+
+def test_a_move_leaves_an_evaluation_for_the_next_step():
+    model, calls = exact(FAR), []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    compose.sample(model, 8, "ddim", steps=4, corrector=2)
+    # A pilot and the samples, each one evaluation at T and 1 + 2 at the three levels below.
+    assert len(calls) == 2 * (1 + 3 * 3)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_particles_have_the_weights_of_modes_and_log_z(beta):
+    target = compose.tempered(exact(FAR), beta)
+    found = compose.sample(target, 400, particles=800, details=True, seed=1)
+    # The modes hardly overlap: the integral of the power is the sum of those of its parts.
+    parts = beta * torch.tensor([0.8, 0.2]).log() + (1 - beta) * math.log(2 * math.pi * 0.3) - math.log(beta)
+    left = found.log_weights.exp()[found.particles[:, 0] < 0].sum()
+    assert float(left) == pytest.approx(float(parts.softmax(0)[0]), abs=0.06)
+    assert found.log_z.value == pytest.approx(float(parts.logsumexp(0)), abs=0.1)
+    assert found.x.shape == (400, 2) and 400 < found.ess <= 800
+    assert f"of {len(found.particles)} particles" in found.summary()
+
+
+def test_replica_exchange_has_them_too():
+    found = compose.sample(compose.tempered(exact(FAR), 2.0), 200, particles=24, sweeps=60, details=True)
+    left = (found.particles[:, 0] < 0).double().mean()
+    assert float(left) == pytest.approx(0.64 / 0.68, abs=0.05)
+    assert found.x.shape == (200, 2)
+
+
+def test_a_collapse_of_the_weights_is_said():
+    model, _ = gaussian()
+    absurd = compose.tilted(model, lambda x: torch.where(x[:, 0] > 4.0, 1000.0, 0.0))
+    with pytest.warns(UserWarning, match="weights have collapsed"):
+        compose.sample(absurd, 8, particles=512)
+    nothing = compose.tilted(model, lambda x: torch.full((len(x),), -math.inf, dtype=torch.float64))
+    with pytest.raises(UserError, match="contradicts itself"):
+        compose.sample(nothing, 8, particles=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compose.sample(model, 8, particles=64)
+
+
+@pytest.mark.parametrize("exact_gradient", [False, True])
+def test_a_linear_reward_moves_a_gaussian(exact_gradient):
+    model, base = gaussian()
+    push = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    found = compose.sample(
+        compose.tilted(model, lambda x: x.double() @ push, exact_gradient), 8, particles=512, details=True
+    )
+    mean, variances = base.moments(1)
+    moved = mean + base.rotation.inverse(base.rotation(push[None]) * variances)[0]
+    weighted = found.log_weights.exp() @ found.particles.double()
+    assert torch.allclose(weighted, moved, atol=0.15)
+
+
+def test_a_reward_without_derivative_weighs():
+    right = compose.tilted(exact(FAR), lambda x: torch.where(x[:, 0] > 0, math.log(4.0), 0.0))
+    found = compose.sample(right, 8, particles=800, details=True)
+    left = found.log_weights.exp()[found.particles[:, 0] < 0].sum()
+    assert float(left) == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"particles": 4}, "at least as many particles"),
+    ({"sweeps": 9}, "give particles too"),
+    ({"particles": 64, "sampler": "dpm++"}, "leave sampler"),
+    ({"corrector": -1}, "corrector is -1"),
+    ({"corrector": 2, "guidance": 1.0}, "guidance needs"),
+    ({"particles": 64, "steps": 9}, "leave sampler, steps"),
+])  # fmt: skip
+def test_requests_that_make_no_sense(options, message):
+    with pytest.raises(UserError, match=message):
+        compose.sample(exact(FAR), 8, **options)
+
+
+def test_a_reward_of_another_shape_is_refused():
+    with pytest.raises(UserError, match="one number a sample"):
+        compose.sample(compose.tilted(gaussian()[0], lambda x: x), 8, corrector=1, steps=3)
+
+
+def test_a_plain_diffusion_model_has_nothing_to_accept_by():
+    from torchcdm.models.denoiser import DenoisingDiffusion
+
+    with pytest.raises(UserError, match="needs a density"):
+        compose.sample(DenoisingDiffusion(torch.nn.Identity(), SCHEDULE), 4, corrector=1, steps=2, shape=(2,))

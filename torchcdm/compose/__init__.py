@@ -1,0 +1,21 @@
+"""What only a density can do: densities made of densities, tilted and measured ones, samples that are accepted."""
+
+from torchcdm.compose.combinations import Combination, all_of, any_of, none_of, tempered
+from torchcdm.compose.sampling import Draws, sample
+from torchcdm.compose.tilted import Tilted, blur, downsampling, mask, posterior, tilted
+
+__all__ = [
+    "Combination",
+    "Draws",
+    "Tilted",
+    "all_of",
+    "any_of",
+    "blur",
+    "downsampling",
+    "mask",
+    "none_of",
+    "posterior",
+    "sample",
+    "tempered",
+    "tilted",
+]

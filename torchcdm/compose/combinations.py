@@ -1,0 +1,251 @@
+r"""Densities made of densities: products, mixtures, complements and powers, at every level at once.
+
+.. math:: \log\gamma_t = \sum_i w_i \log p_t^{(i)} \qquad\text{or}\qquad \log\gamma_t = \log\sum_i \pi_i p_t^{(i)}
+
+Mixtures are exact at every level. A product or a power at level t is not the noised product or power of level 0; it is
+a path that ends there, and :mod:`torchcdm.compose.sampling` corrects for the rest. A path whose exponents add up to W
+is N(0, I / W) at the noise end, so that its noise is scaled by W^-1/2: its denoiser then is the weighted mean of the
+parts' denoisers, and a Gaussian's path is exact.
+
+What the parts integrate to is not known. It does not matter for products and powers; in a mixture it acts as a prior
+weight, taken as equal unless ``log_z`` says more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from torchcdm.annealing.target import reference_gaussian
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.inputs import check_count, check_real
+
+Experts = Sequence[tuple[DensityModel, int | None]]
+"""Densities: a model, and one of its classes or None."""
+
+LARGEST_EXPONENT = 1e4
+
+
+@final
+class ScaledSchedule(NoiseSchedule):
+    """A schedule with its noise multiplied by ``factor``, at level T+1 too."""
+
+    def __init__(self, schedule: NoiseSchedule, factor: float) -> None:
+        self.levels = schedule.alpha[1:-1], schedule.sigma[1:-1] * factor
+        super().__init__(schedule.T)
+        self.sigma = torch.cat([self.sigma[:-1], schedule.sigma[-1:] * factor])
+
+    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.levels
+
+
+@final
+class Combination(DensityModel):
+    """A weighted product, or a mixture, of densities with one schedule and one data transform.
+
+    Args:
+        experts: The densities; models of one schedule and transform, not in half precision.
+        weights: w_i of a product, or pi_i of a mixture, (n,) or, of a mixture, (n, T+2).
+        mixture: Whether it is a mixture.
+
+    Raises:
+        UserError: No densities, different schedules, transforms or shapes, classes that a model does not have, or
+            exponents whose sum is not positive: no density then.
+    """
+
+    weights: Tensor
+
+    def __init__(self, experts: Experts, weights: Tensor, mixture: bool = False) -> None:
+        models = list(dict.fromkeys(model for model, _ in experts))
+        first = models[0]
+        exponents = [_exponent(model) for model, _ in experts]
+        total = min(exponents) if mixture else sum(w * e for w, e in zip(weights.tolist(), exponents, strict=True))
+        if not 1e-4 <= total <= LARGEST_EXPONENT:
+            raise UserError(f"compose: the exponents add up to {total:g}; a density needs a sum above 0")
+        for model in models[1:]:
+            _require_same(first, model)
+        for model, y in experts:
+            if y is not None and (model.classes is None or not 0 <= y < model.classes):
+                known = "none" if model.classes is None else f"0 to {model.classes - 1}"
+                raise UserError(f"compose: class {y} is not one of the model's classes ({known})")
+        schedule, base = first.schedule, first.base
+        if not math.isclose(total, _exponent(first)):
+            share = _exponent(first) / total
+            schedule, g = ScaledSchedule(schedule, share**0.5), reference_gaussian(first)
+            base = GaussianMarginals(schedule, g.mean, g.variances * share, g.rotation)
+        super().__init__(schedule, first.transform, base=base)
+        self.models, self.mixture, self.exponent = nn.ModuleList(models), mixture, float(total)
+        self.experts = [(models.index(model), y) for model, y in experts]
+        weights = weights.double().to(schedule.alpha.device)
+        self.register_buffer("weights", weights[:, None] if weights.ndim == 1 else weights, persistent=False)
+
+    def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_p = torch.stack(self._log_densities(x_t), 1)
+        joined = (log_p + self.weights.log()).logsumexp(1) if self.mixture else (log_p * self.weights).sum(1)
+        found = joined - self.base.log_prob_levels(x_t)
+        return found, found
+
+    def _log_densities(self, x_t: Tensor) -> list[Tensor]:
+        """log p_t of each expert at every level, (B, T+2) each; one pass of each model that gives all its classes."""
+        by_class = {}
+        for k, model in enumerate(self.models):
+            if model.joint and any(i == k and y is not None for i, y in self.experts):
+                by_class[k] = model.class_log_prob_levels(x_t)
+        found = []
+        for k, y in self.experts:
+            if y is None and k in by_class:
+                found.append((by_class[k] + self.models[k].log_class_prior[:, None]).logsumexp(1))
+            elif k in by_class:
+                found.append(by_class[k][:, y])
+            else:
+                label = None if y is None else torch.full((len(x_t),), y, device=x_t.device)
+                found.append(self.models[k].log_prob_levels(x_t, label))
+        return found
+
+
+Model = Denoiser | Sequence[Denoiser]
+"""A model, of whose classes something is made, or several models."""
+
+
+def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:
+    """What is all of these at once: a product.
+
+    Of classes over what they have in common, :math:`p(x)^{1-n} \\prod_i p(x|y_i)`, which is p(x | all y_i) where the
+    classes are independent given x; of models their plain product.
+
+    Args:
+        model: A model with classes, or a list of models of one schedule and transform.
+        classes: Classes of a single model.
+
+    Raises:
+        UserError: As :class:`Combination`.
+
+    Example:
+        >>> both = torchcdm.compose.all_of(model, [3, 8])
+        >>> x = torchcdm.sample(both, 64, particles=256)
+    """
+    experts = _experts(model, classes)
+    weights = torch.ones(len(experts), dtype=torch.float64)
+    if classes is not None and len(experts) > 1:
+        weights = torch.cat([weights, weights.new_tensor([1 - len(experts)])])
+        experts = [*experts, (experts[0][0], None)]
+    return Combination(experts, weights)
+
+
+def any_of(
+    model: Model,
+    classes: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    log_z: Tensor | None = None,
+) -> Combination:
+    """What is one of these: a mixture, exact at every level. Arguments as in :func:`all_of`, and
+
+    Args:
+        model: A model with classes, or a list of models.
+        classes: Classes of a single model.
+        weights: pi_i, of any sum; the class prior of a joint model, equal otherwise, when None.
+        log_z: Logarithms of what the densities integrate to, (n,) or at every level (n, T+2), nats; equal when None.
+    """
+    experts = _experts(model, classes)
+    pi = _prior(experts) if weights is None else torch.tensor([float(w) for w in weights], dtype=torch.float64)
+    if len(pi) != len(experts) or not (pi >= 0).all() or not pi.sum() > 0:
+        raise UserError(f"compose: weights are {weights}; give {len(experts)} numbers, none below 0")
+    pi = pi / pi.sum()
+    if log_z is not None:
+        pi = (pi.reshape(-1, *[1] * (log_z.ndim - 1)) * (-log_z.double()).exp()).double()
+    return Combination(experts, pi, mixture=True)
+
+
+def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: float | None = None) -> Combination:
+    """What is none of these.
+
+    Of a model's classes the mixture of all others. With ``kappa``, or of other models, the repulsion
+    :math:`p^{1 + n\\kappa} \\prod_i p_i^{-\\kappa}`, whose mass between and beyond the modes is checked by nothing but
+    the weights of its samples.
+
+    Args:
+        model: The density to take from; with classes where ``what`` holds classes.
+        what: Classes of the model, or models, to keep away from.
+        kappa: Strength of the repulsion, above 0; 1 for models when None.
+
+    Raises:
+        UserError: As :class:`Combination`, or classes of which none is left.
+    """
+    of_models = any(isinstance(one, nn.Module) for one in what)
+    away = _experts(what, None) if of_models else _experts(model, what)
+    if kappa is None and not of_models:
+        left = [y for y in range(away[0][0].classes or 0) if y not in what]
+        if not left:
+            raise UserError(f"compose: none of the classes {list(what)} leaves nothing; leave one of them out")
+        return any_of(model, left)
+    kappa = 1.0 if kappa is None else kappa
+    check_real("compose: kappa", kappa, 1e-6, LARGEST_EXPONENT)
+    weights = torch.tensor([1 + len(away) * kappa, *[-kappa] * len(away)], dtype=torch.float64)
+    return Combination([(_dense(model), None), *away], weights)
+
+
+def tempered(model: Denoiser, beta: float) -> Combination:
+    """p^beta: above 1 what is typical of the model, below 1 what is rare too.
+
+    Args:
+        model: The density.
+        beta: The exponent, above 0.
+    """
+    check_real("compose: beta", beta, 1e-3, 1e3)
+    return Combination([(_dense(model), None)], torch.tensor([float(beta)]))
+
+
+def _dense(model: Denoiser) -> DensityModel:
+    return require_density(model, "compose")
+
+
+def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
+    if not isinstance(model, nn.Module):
+        models = [_dense(one) for one in model]
+        if not models or classes is not None:
+            raise UserError("compose: give one model and a list of classes, or a list of models alone")
+        return [(one, None) for one in models]
+    if not classes:
+        raise UserError("compose: no classes are given; name at least one, such as [3, 8]")
+    chosen = [check_count("compose: a class", y, 0) for y in classes]
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"compose: classes {chosen} name one twice")
+    return [(_dense(model), y) for y in chosen]
+
+
+def _prior(experts: Experts) -> Tensor:
+    model, y = experts[0]
+    if y is not None and isinstance(model, ClassificationDiffusion) and model.joint and y < (model.classes or 0):
+        known = torch.cat([model.log_class_prior.exp().cpu(), torch.zeros(1)])
+        return known[[min(y, len(known) - 1) for _, y in experts]].double()
+    return torch.ones(len(experts), dtype=torch.float64)
+
+
+def _exponent(model: DensityModel) -> float:
+    return getattr(model, "exponent", 1.0)
+
+
+def _require_same(one: DensityModel, other: DensityModel) -> None:
+    """Refuses models of different levels, shapes or units."""
+    a, b = one.schedule, other.schedule
+    scale = (_exponent(one) / _exponent(other)) ** 0.5
+    if a.T != b.T or not (torch.allclose(a.alpha, b.alpha) and torch.allclose(a.sigma * scale, b.sigma)):
+        raise UserError(f"compose: the models' schedules differ (T = {a.T} and {b.T}); densities meet level by level")
+    if one.shape != other.shape:
+        raise UserError(f"compose: the models' samples have shapes {one.shape} and {other.shape}")
+    if one.transform is not None and other.transform is not None and one.shape is not None:
+        z = torch.linspace(-1, 1, math.prod(one.shape), dtype=torch.float64).reshape(1, *one.shape)
+        x, y = (model.transform.inverse(z.to(model.schedule.alpha.device)).cpu() for model in (one, other))
+        if not torch.allclose(x, y, rtol=1e-6):
+            raise UserError("compose: the models' data transforms differ; train them on the same scale of the data")
+
+

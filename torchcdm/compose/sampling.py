@@ -1,0 +1,259 @@
+"""Samples of a model or a composed density: proposals of any sampler, corrected at every level.
+
+``corrector``: after each step, Langevin moves with accept-reject leave the level's own density as it is, whatever the
+sampler's error was. An evaluation proposes, accepts, and serves the next step: a move costs one. ``particles``:
+sequential Monte Carlo, whose weights also mend how the levels' densities differ from a noised one. ``sweeps``: replica
+exchange between the levels, started from such particles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
+from torchcdm.annealing.particles import smc, systematic
+from torchcdm.annealing.replicas import exchange, ladder
+from torchcdm.annealing.target import Evaluated, ModelTarget, Target, reference_gaussian
+from torchcdm.compose.tilted import Tilted
+from torchcdm.diffusion.prediction import Prediction
+from torchcdm.diffusion.schedules import Level
+from torchcdm.errors import UserError
+from torchcdm.likelihood.log_z import LogZ
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.inputs import as_labels, check_count
+from torchcdm.random import derive, stream
+from torchcdm.runtime.processes import alone
+from torchcdm.samplers import sample as plain_sample
+from torchcdm.samplers import sample_noise
+
+PILOTS = 16
+"""Samples that go first, on whose acceptance the step sizes of moves adapt; they are frozen then."""
+
+ISLANDS, ISLAND_SIZE = 8, 32
+"""Independent populations of particles at most, and particles in each at least."""
+
+COLLAPSE = 0.2
+"""Share of the particles that effectively counts, below which the weights are said to have collapsed."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples and what is known of them.
+
+    Attributes:
+        x: Equally weighted samples, (n, *shape), data units on the CPU.
+        ess: Effective number of independent particles that they were drawn from.
+        log_z: log Z of the density at level 1, model units, against the start density; of particles and sweeps.
+        particles: All particles, (N, *shape), as ``x``; None without particles.
+        log_weights: Their weights, normalised, (N,).
+        acceptance: Share of the moves accepted.
+    """
+
+    x: Tensor
+    ess: float
+    log_z: LogZ | None = None
+    particles: Tensor | None = None
+    log_weights: Tensor | None = None
+    acceptance: float | None = None
+
+    def summary(self) -> str:
+        """One line for a reader."""
+        moves = "" if self.acceptance is None else f"; {self.acceptance:.0%} of moves accepted"
+        if self.particles is None:
+            return f"effective sample size {self.ess:.0f} of {len(self.x)} (every sample its own chain){moves}"
+        z = self.log_z
+        return (
+            f"effective sample size {self.ess:.0f} of {len(self.particles)} particles; log Z {z.value:+.2f} "
+            f"[{z.low:+.2f}, {z.high:+.2f}]"
+        )
+
+
+def sample(
+    model: Denoiser,
+    n: int,
+    sampler: Any = None,
+    steps: int | None = None,
+    y: Tensor | int | None = None,
+    guidance: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    units: str = "data",
+    corrector: int = 0,
+    particles: int = 0,
+    sweeps: int = 0,
+    details: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> Any:
+    """Draws samples of a model or of a composed density.
+
+    Args:
+        model: Any denoiser; corrections need a density.
+        n: Number of samples.
+        sampler: As in :func:`torchcdm.samplers.sample`, ``ddim`` when None. Particles are proposed by the reverse
+            kernels, whose density is known, and take no other.
+        steps: Levels visited, 50 when None; particles visit all.
+        y: Class of each sample, or one for all; particles take one for all.
+        guidance: Weight of classifier-free guidance; moves then leave the guided density as it is. Not for particles.
+        seed: Seed, not negative.
+        batch_size: Samples at a time.
+        units: ``data`` or ``model``.
+        corrector: Accepted Langevin moves after each step, one evaluation each; of particles 1 when 0.
+        particles: Particles of sequential Monte Carlo, at least n.
+        sweeps: Sweeps of replica exchange after it, at least 4; particles are its columns.
+        details: Gives :class:`Draws`, with effective sample size, weights and log Z.
+        progress: Shows a progress bar.
+        **options: Of :func:`torchcdm.samplers.sample`.
+
+    Returns:
+        (n, *shape) on the CPU, or :class:`Draws`. A collapse of the weights is a warning.
+
+    Raises:
+        UserError: As :func:`torchcdm.samplers.sample`; a model without a density; weights that vanish everywhere.
+    """
+    corrector, particles = check_count("corrector", corrector, 0, 10**4), check_count("particles", particles, 0, 10**7)
+    if sweeps and not particles:
+        raise UserError("sweeps is for particles: give particles too, which are its columns")
+    if particles:
+        if sampler is not None or steps is not None or guidance or options:
+            raise UserError("particles come down every level by the reverse kernels: leave sampler, steps and others out")
+        found = _by_particles(model, n, y, seed, batch_size, units, corrector or 1, particles, sweeps, progress)
+        return found if details else found.x
+    steps = min(50, model.schedule.T) if steps is None else steps
+    shared = options | {
+        "sampler": sampler or "ddim", "steps": steps, "units": units, "guidance": guidance, "seed": seed,
+    }  # fmt: skip
+    if not corrector:
+        x = plain_sample(model, n, y=y, batch_size=batch_size, progress=progress, **shared)
+        return Draws(x, float(n)) if details else x
+    n = check_count("n", n)
+    moves = _Moves(model, as_labels(y, model, n, one_for_all=True), guidance, corrector, seed)
+    pilots = min(n, PILOTS)
+    with alone():
+        first = None if moves.y is None else moves.y[:pilots]
+        plain_sample(model, pilots, y=first, moved=moves, **shared)
+    moves.freeze()
+    x = plain_sample(model, n, y=moves.y, batch_size=batch_size, progress=progress, moved=moves, **shared)
+    return Draws(x, float(n), acceptance=moves.accepted / max(moves.tried, 1)) if details else x
+
+
+def target_of(model: Denoiser, y: Tensor | None = None, guidance: float = 0.0, what: str = "a corrector") -> Target:
+    """What the engine anneals: a tilted density, or a model's, whose labels ``y`` are those of the rows."""
+    return model.target if isinstance(model, Tilted) else _Rows(require_density(model, what), y, guidance)
+
+
+@final
+class _Rows(Target):
+    """The density of a model, guided or not, for rows of one batch with a label each."""
+
+    def __init__(self, model: DensityModel, y: Tensor | None, guidance: float) -> None:
+        reference = reference_gaussian(model)
+        super().__init__(model.schedule, tuple(reference.mean.shape), reference)
+        self.model, self.y, self.guidance = model, y, guidance
+
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        x, w = x_t.to(working_dtype(self.model, torch.float64)), self.guidance
+        at = torch.as_tensor(t, device=x.device).expand(len(x))
+        found = self.model.evaluate(x, at, self.y, w if self.model.joint else 0.0)
+        log_p, eps, other = found.log_prob_levels, found.eps.double(), found.unconditional
+        if w and not self.model.joint:
+            plain = self.model.evaluate(x, at)
+            eps, other = (1 + w) * eps - w * plain.eps, plain.log_prob_levels
+        log_p = log_p + w * (log_p - other) if w else log_p
+        return Evaluated(log_p.gather(1, at[:, None])[:, 0], eps, log_p)
+
+
+class _Moves:
+    """Langevin moves between the steps of a sampler; a sample's noise depends on the seed and its index alone."""
+
+    def __init__(self, model: Denoiser, y: Tensor | None, guidance: float, count: int, seed: int) -> None:
+        self.model, self.y, self.guidance, self.count, self.seed = model, y, guidance, count, seed
+        self.kernels = Kernels(target_of(model).reference)
+        self.steps: dict[int, float] = {}
+        self.step, self.frozen, self.accepted, self.tried = FIRST_STEP, False, 0, 0
+
+    def freeze(self) -> None:
+        self.frozen, self.accepted, self.tried = True, 0, 0
+
+    def __call__(self, x: Tensor, t: int, rows: slice) -> Prediction:
+        target = target_of(self.model, None if self.y is None else self.y[rows], self.guidance)
+        indices = range(rows.start, rows.stop)
+        noise = sample_noise(derive(self.seed, "corrector", t), indices, target.shape, 2 * self.count, torch.float64)
+        states = States.of(target, x.double(), t)
+        step = self.steps.get(t, self.step) if self.frozen else self.step
+        for _ in range(self.count):
+            z, u = next(noise).flatten(1).to(x.device), next(noise).flatten(1)[:, 0].to(x.device)
+            taken = langevin(target, self.kernels, states, step, None, (z, torch.special.ndtr(u)))
+            self.accepted, self.tried = self.accepted + int(taken.sum()), self.tried + len(taken)
+            if not self.frozen:
+                step = adapted(step, float(taken.double().mean()))
+        if not self.frozen:
+            self.steps[t] = self.step = step
+        return Prediction(states.x.to(x.dtype), *target.schedule.at(t, x), states.at.eps.to(x.dtype))
+
+
+@torch.no_grad()
+def _by_particles(
+    model: Denoiser, n: int, y: Any, seed: int, batch_size: int | None, units: str, moves: int,
+    particles: int, sweeps: int, progress: bool,
+) -> Draws:  # fmt: skip
+    """Samples by sequential Monte Carlo, and by replica exchange started from it."""
+    n = check_count("n", n)
+    if particles * max(sweeps, 1) < n:
+        raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
+    tilted = isinstance(model, Tilted)
+    target = model.target if tilted else ModelTarget(require_density(model, "particles"), y, batch_size)
+    generator = stream(seed, "particles")
+    with evaluation_mode(model):
+        kernels = Kernels.of_target(target, seed)
+        islands = max(2, min(ISLANDS, particles // ISLAND_SIZE))
+        size = -(-particles // islands)
+        if sweeps:
+            rungs = ladder(target, kernels, 1, max(particles, 2), generator)
+            trace = exchange(
+                target, kernels, rungs.levels, rungs.x, check_count("sweeps", sweeps, 4), -(-sweeps // 4), generator,
+                rungs.step, moves, progress,
+            )  # fmt: skip
+            x, log_w = trace.x.flatten(0, 1), None
+            log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()
+        else:
+            found = smc(target, kernels, 1, islands, size, generator, moves, progress=progress)
+            x, estimates = found.states.x, found.log_estimates
+            if not bool(estimates.isfinite().any()):
+                raise UserError("no particle has any weight: the composition contradicts itself")
+            log_w = (estimates[:, None] + found.log_weights.log_softmax(1)).flatten().log_softmax(0)
+            name = f"smc, {islands} x {size} particles, {moves} moves"
+            log_z = LogZ.of_weights(estimates, name, 1, x[0].numel())
+            ess = min(float(1 / log_w.exp().square().sum()), float(found.least.sum()))
+        if ess < COLLAPSE * particles:
+            warnings.warn(
+                f"the weights have collapsed: {ess:.1f} of {particles} particles count; use more particles, moves "
+                "(corrector) or sweeps; or the composition asks for what the model hardly has", stacklevel=3,
+            )  # fmt: skip
+        x_0 = _finished(model, target, x, units)
+    if log_w is None:
+        chosen = torch.randperm(len(x), generator=generator)[:n]
+        log_w = torch.full((len(x),), -float(torch.tensor(float(len(x))).log()), dtype=torch.float64)
+    else:
+        offset = torch.rand(1, generator=generator, dtype=torch.float64)
+        spread = systematic(log_w.exp().cpu()[None].expand(1, -1), offset)[0]
+        chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
+    return Draws(x_0[chosen], ess, log_z, x_0, log_w.cpu())
+
+
+def _finished(model: Denoiser, target: Target, x: Tensor, units: str) -> Tensor:
+    """E[x_0 | x_1] of particles at level 1, on the CPU."""
+    eps = target.evaluate(x, 1).eps
+    x_0 = Prediction(x, *target.schedule.at(1, x), eps).x0
+    if units == "data" and model.transform is not None:
+        x_0 = model.transform.inverse(x_0)
+    return x_0.to(working_dtype(model, torch.get_default_dtype())).cpu()
+
+
