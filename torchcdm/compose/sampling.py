@@ -123,7 +123,7 @@ def sample(
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
         if sampler is not None or steps is not None or guidance or options:
-            raise UserError("particles come down every level by the reverse kernels: leave sampler, steps and others out")
+            raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
         found = _by_particles(model, n, y, seed, batch_size, units, corrector or 1, particles, sweeps, progress)
         return found if details else found.x
     steps = min(50, model.schedule.T) if steps is None else steps
