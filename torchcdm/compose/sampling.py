@@ -245,15 +245,18 @@ def _by_particles(
         offset = torch.rand(1, generator=generator, dtype=torch.float64)
         spread = systematic(log_w.exp().cpu()[None].expand(1, -1), offset)[0]
         chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
-    return Draws(x_0[chosen], ess, log_z, x_0, log_w.cpu())
+    table = None if model.transform is None or units != "data" else model.transform.table
+    x = x_0[chosen] if table is None else table.decode(x_0[chosen])
+    return Draws(x, ess, log_z, x_0, log_w.cpu())
 
 
 def _finished(model: Denoiser, target: Target, x: Tensor, units: str) -> Tensor:
     """E[x_0 | x_1] of particles at level 1, on the CPU."""
     eps = target.evaluate(x, 1).eps
     x_0 = Prediction(x, *target.schedule.at(1, x), eps).x0
-    if units == "data" and model.transform is not None:
+    if units != "model" and model.transform is not None:
         x_0 = model.transform.inverse(x_0)
+        x_0 = model.transform.quantize(x_0) if units == "data" and model.transform.bin is None else x_0
     return x_0.to(working_dtype(model, torch.get_default_dtype())).cpu()
 
 
