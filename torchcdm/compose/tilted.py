@@ -81,8 +81,8 @@ class Tilted(Denoiser):
             pull = rotation.inverse(rotation(pull) * self.slope.to(pull.device)[t - 1])
         log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
         sigma = self.schedule.at(t, x)[1].double()
-        log_gamma = (log_p + log_known.double()).detach()
-        return Evaluated(log_gamma.nan_to_num(-math.inf, math.inf, -math.inf), found.eps.detach().double() - sigma * pull.double())
+        log_gamma = (log_p + log_known.double()).detach().nan_to_num(-math.inf, math.inf, -math.inf)
+        return Evaluated(log_gamma, found.eps.detach().double() - sigma * pull.double())
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         self.checked(x_t, t, y)
