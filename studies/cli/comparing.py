@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, help="all systems see grey levels "
                         "Gaussianised by the histogram of each pixel; default: as the preset of the data")  # fmt: skip
     parser.add_argument("--log-z", metavar="SWEEPS", type=int, help="normalise one pass of each CDM by log Z, "
-                        "estimated by so many sweeps of replica exchange (digits: 100)")  # fmt: skip
+                        "estimated by so many sweeps of replica exchange (digits: 200)")  # fmt: skip
     parser.add_argument("--frechet", metavar="N", type=int, help="Fréchet distance of N samples of each system to the "
                         "training images; 2000 at least")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--conditional", action="store_true", help="given the class, for models that saw classes")
     parser.add_argument("--flow-steps", type=int, metavar="N", help="Heun steps of the flow (40)")
     parser.add_argument("--flow-probes", type=int, metavar="P", help="probes of its divergence, even (2)")
-    parser.add_argument("--sweeps", type=int, metavar="N", help="sweeps of the replica exchange for log Z (100)")
+    parser.add_argument("--sweeps", type=int, metavar="N", help="sweeps of the replica exchange for log Z (200)")
     parser.add_argument("--seed", type=int)
 
     parser = add_command(

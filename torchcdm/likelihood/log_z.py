@@ -19,7 +19,7 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 
-FEWEST_SWEEPS, SWEEPS, REPLICAS = 4, 100, 12
+FEWEST_SWEEPS, SWEEPS, REPLICAS = 4, 200, 12
 """Sweeps that count, at least and by default, and replicas of each level from each start."""
 
 DESCENDING = 128
