@@ -245,6 +245,34 @@ def mutual_information() -> str:
     return markdown(head, lines)
 
 
+def ratio_pairs() -> str:
+    """A row for each case: means and RMSE of points of the numerator, by three estimators."""
+    cases: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = {}
+    for r in read("ratio_pairs")["rows"]:
+        cases.setdefault((r["kind"], r["nats"], r["rows"]), {})[r["estimator"]] = r
+    names = ("ours", "gaussians", "classifier")
+    head = ["pairs", "rows", "exact, nats", "torchcdm", "two Gaussians", "classifier", "RMSE, torchcdm",
+            "two Gaussians", "classifier", "s"]  # fmt: skip
+    lines = [
+        [kind, str(rows), f"{by['ours']['exact']:.2f}",
+         *(f"{by[name]['estimate']:.2f} ({100 * by[name]['error']:+.1f} %)" for name in names),
+         *(f"{by[name]['rmse']:.2f}" for name in names), f"{by['ours']['seconds']:.0f}"]
+        for (kind, _, rows), by in cases.items()
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def two_sample_null() -> str:
+    """How often the test rejects at 5 %."""
+    found = read("two_sample_null")["results"]
+    titles = {"ours": "torchcdm", "mmd": "MMD", "trees": "boosted trees (C2ST)"}
+    head = ["shift of one column", "test", "repeats", "rejected at 5 %"]
+    lines = [
+        [f"{r['shift']:g}", titles[r["test"]], str(r["repeats"]), f"{100 * r['rejected']:.1f} %"] for r in found
+    ]
+    return markdown(head, lines)
+
+
 def ratio_peers() -> str:
     """RMSE of the log ratio, dimensions across."""
     rows = read("ratio_peers")["rows"]
@@ -499,6 +527,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "time-to-quality": time_to_quality,
     "outliers-held-out": lambda: outliers("outliers_held_out", "outliers"),
     "outliers-tables": lambda: outliers("outliers_tables", "setting"),
+    "ratio-pairs": ratio_pairs,
+    "two-sample-null": two_sample_null,
     "ratio-peers": ratio_peers,
     "step-cost-encoder": lambda: step_cost("encoder"),
     "step-cost-paper": lambda: step_cost("paper"),

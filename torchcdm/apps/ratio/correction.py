@@ -32,7 +32,7 @@ def best_share(model: DensityModel, x: Tensor, y: Tensor) -> float:
 
     Noise brings the sources together, level by level, so that this is never too easy to tell. Of a joint model the
     share is that of what differs between the sources: what the network has learned of both is in no ratio, and must
-    not choose. More than none has to be better by two standard errors.
+    not choose. The gain less its standard error decides: more than none has to be worth it.
 
     Args:
         model: Trained with all sources equally frequent.
@@ -44,13 +44,13 @@ def best_share(model: DensityModel, x: Tensor, y: Tensor) -> float:
         base, network = base_and_correction(model, batch.x_t)
         common = network.mean(1, keepdim=True) if model.joint else torch.zeros_like(network)
         true = y[batch.rows] * base.shape[2] + batch.t.cpu()
-        logits = (base + common + share * (network - common) for share in SHARES)
-        parts = [torch.nn.functional.cross_entropy(z.flatten(1).cpu(), true, reduction="none") for z in logits]
+        logits = [(base + common + share * (network - common)).flatten(1).cpu() for share in SHARES]
+        parts = [torch.nn.functional.cross_entropy(z, true, reduction="none") for z in logits]
         losses.append(torch.stack(parts, 1))
     values = torch.cat(losses).view(DRAWS, len(x), -1).mean(0)
-    best = int(values.mean(0).argmin())
-    gain = values[:, 0] - values[:, best]
-    return SHARES[best] if float(gain.mean()) > 2 * float(gain.std()) / len(gain) ** 0.5 else 0.0
+    gains = values[:, :1] - values
+    surely = gains.mean(0) - gains.std(0, correction=0) / len(x) ** 0.5
+    return SHARES[int(surely.argmax())]
 
 
 def base_and_correction(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:

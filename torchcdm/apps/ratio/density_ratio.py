@@ -45,7 +45,7 @@ LIMIT_ROWS = 20_000
 MODELS = {"joint": ("joint",), "separate": SOURCES}
 """Folders of the models in a saved ratio."""
 
-SHARE_ROWS = 2000
+SHARE_ROWS = 8000
 """Held-out samples that say how much of a network's correction is kept."""
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -224,7 +224,8 @@ class DensityRatio:
     def _train(self, source: DataSource) -> tuple[DensityModel, ModelInfo]:
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
         short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= LARGE else {}
-        train = {"train": {"select": "loss", "seed": self.random_state}}
+        # Not by the likelihood of either source: best_share judges by what the ratio gains.
+        train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
         layers = (preset_fields(preset), short, LAYERS[self.method], train)
         config = make_config(*layers, override_fields(self.overrides))
         with trained(config, source, self.device, self.progress) as folder:
