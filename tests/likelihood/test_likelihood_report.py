@@ -43,7 +43,7 @@ def shifted(model, amount):
     return ClassificationDiffusion(Shifted(), model.schedule, model.transform, model.base)
 
 
-FULL = {"sweeps": 70}
+FULL = {"sweeps": 150}
 
 
 def test_an_exact_model_is_believed(vectors):
