@@ -24,7 +24,6 @@ from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count, check_real
@@ -74,9 +73,8 @@ class Combination(DensityModel):
         for model in models[1:]:
             _require_same(first, model)
         for model, y in experts:
-            if y is not None and (model.classes is None or not 0 <= y < model.classes):
-                known = "none" if model.classes is None else f"0 to {model.classes - 1}"
-                raise UserError(f"compose: class {y} is not one of the model's classes ({known})")
+            if y is not None:
+                _known_class(model, y)
         schedule, base = first.schedule, first.base
         if not math.isclose(total, _exponent(first)):
             share = _exponent(first) / total
@@ -224,14 +222,22 @@ def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
 
 def _prior(experts: Experts) -> Tensor:
     model, y = experts[0]
-    if y is not None and isinstance(model, ClassificationDiffusion) and model.joint and y < (model.classes or 0):
-        known = torch.cat([model.log_class_prior.exp().cpu(), torch.zeros(1)])
-        return known[[min(y, len(known) - 1) for _, y in experts]].double()
-    return torch.ones(len(experts), dtype=torch.float64)
+    if y is None or not model.joint:
+        return torch.ones(len(experts), dtype=torch.float64)
+    return model.log_class_prior.exp().cpu().double()[[_known_class(model, y) for _, y in experts]]
+
+
+def _known_class(model: DensityModel, y: int) -> int:
+    """Refuses a class that the model does not have."""
+    if model.classes is None or not 0 <= y < model.classes:
+        known = "none" if model.classes is None else f"0 to {model.classes - 1}"
+        raise UserError(f"compose: class {y} is not one of the model's classes ({known})")
+    return y
 
 
 def _exponent(model: DensityModel) -> float:
-    return getattr(model, "exponent", 1.0)
+    """What the exponents of a composed density add up to; 1 of any other."""
+    return model.exponent if isinstance(model, Combination) else 1.0
 
 
 def _require_same(one: DensityModel, other: DensityModel) -> None:

@@ -8,6 +8,7 @@ exchange between the levels, started from such particles.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, final
@@ -15,7 +16,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.particles import smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
@@ -25,13 +26,14 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, guided, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels, check_count
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone
 from torchcdm.samplers import sample as plain_sample
 from torchcdm.samplers import sample_noise
+from torchcdm.samplers.sampling import as_rows, finished
 
 PILOTS = 16
 """Samples that go first, on whose acceptance the step sizes of moves adapt; they are frozen then."""
@@ -144,9 +146,9 @@ def sample(
     return Draws(x, float(n), acceptance=moves.accepted / max(moves.tried, 1)) if details else x
 
 
-def target_of(model: Denoiser, y: Tensor | None = None, guidance: float = 0.0, what: str = "a corrector") -> Target:
+def target_of(model: Denoiser, y: Tensor | None = None, guidance: float = 0.0) -> Target:
     """What the engine anneals: a tilted density, or a model's, whose labels ``y`` are those of the rows."""
-    return model.target if isinstance(model, Tilted) else _Rows(require_density(model, what), y, guidance)
+    return model.target if isinstance(model, Tilted) else _Rows(require_density(model, "a corrector"), y, guidance)
 
 
 @final
@@ -165,8 +167,8 @@ class _Rows(Target):
         log_p, eps, other = found.log_prob_levels, found.eps.double(), found.unconditional
         if w and not self.model.joint:
             plain = self.model.evaluate(x, at)
-            eps, other = (1 + w) * eps - w * plain.eps, plain.log_prob_levels
-        log_p = log_p + w * (log_p - other) if w else log_p
+            eps, other = guided(eps, plain.eps, w), plain.log_prob_levels
+        log_p = guided(log_p, other, w) if w else log_p
         return Evaluated(log_p.gather(1, at[:, None])[:, 0], eps, log_p)
 
 
@@ -237,26 +239,15 @@ def _by_particles(
                 f"the weights have collapsed: {ess:.1f} of {particles} particles count; use more particles, moves "
                 "(corrector) or sweeps; or the composition asks for what the model hardly has", stacklevel=3,
             )  # fmt: skip
-        x_0 = _finished(model, target, x, units)
+        x_0 = denoised(target.schedule, x, 1, target.evaluate(x, 1).eps)
+        x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
     if log_w is None:
         chosen = torch.randperm(len(x), generator=generator)[:n]
-        log_w = torch.full((len(x),), -float(torch.tensor(float(len(x))).log()), dtype=torch.float64)
+        log_w = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64)
     else:
         offset = torch.rand(1, generator=generator, dtype=torch.float64)
         spread = systematic(log_w.exp().cpu()[None].expand(1, -1), offset)[0]
         chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
-    table = None if model.transform is None or units != "data" else model.transform.table
-    x = x_0[chosen] if table is None else table.decode(x_0[chosen])
-    return Draws(x, ess, log_z, x_0, log_w.cpu())
-
-
-def _finished(model: Denoiser, target: Target, x: Tensor, units: str) -> Tensor:
-    """E[x_0 | x_1] of particles at level 1, on the CPU."""
-    eps = target.evaluate(x, 1).eps
-    x_0 = Prediction(x, *target.schedule.at(1, x), eps).x0
-    if units != "model" and model.transform is not None:
-        x_0 = model.transform.inverse(x_0)
-        x_0 = model.transform.quantize(x_0) if units == "data" and model.transform.bin is None else x_0
-    return x_0.to(working_dtype(model, torch.get_default_dtype())).cpu()
+    return Draws(as_rows(model, x_0[chosen], units), ess, log_z, x_0, log_w.cpu())
 
 

@@ -36,7 +36,7 @@ LARGEST_MATRIX = 4096
 
 @final
 class Tilted(Denoiser):
-    """p_t(x) exp(ell_t(x0_hat)) as a denoiser; ``target`` is what the engine anneals.
+    """p_t(x) exp(ell_t(x0_hat)) as a denoiser.
 
     Args:
         model: The density that is tilted.
@@ -50,11 +50,15 @@ class Tilted(Denoiser):
     def __init__(self, model: Denoiser, known: Known, exact: bool = False) -> None:
         model = require_density(model, "compose")
         super().__init__(model.schedule, model.transform, base=model.base)
-        self.model, self.known, self.exact = model, known, exact
-        self.target = _TiltedTarget(self)
+        self.model, self.known, self.exact, self.reference = model, known, exact, reference_gaussian(model)
         # Of the reference Gaussian: V_t alpha_t / sigma_t², in its eigenbasis, (T, d).
         ratio, alpha = model.schedule.ratio[1:-1, None], model.schedule.alpha[1:-1, None]
-        self.slope = Kernels(self.target.reference).variances / ratio**2 / alpha
+        self.slope = Kernels(self.reference).variances / ratio**2 / alpha
+
+    @property
+    def target(self) -> Target:
+        """What the engine anneals."""
+        return _TiltedTarget(self)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -77,7 +81,7 @@ class Tilted(Denoiser):
                 x0 = x0.detach().requires_grad_()
                 log_known = self.known(x0, t)
                 pull = self._gradient(log_known, x0)
-            rotation = self.target.reference.rotation
+            rotation = self.reference.rotation
             pull = rotation.inverse(rotation(pull) * self.slope.to(pull.device)[t - 1])
         log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
         sigma = self.schedule.at(t, x)[1].double()
@@ -103,12 +107,11 @@ class _TiltedTarget(Target):
     """:meth:`Tilted.evaluate` in batches."""
 
     def __init__(self, tilted: Tilted) -> None:
-        reference = reference_gaussian(tilted.model)
-        super().__init__(tilted.schedule, tuple(reference.mean.shape), reference)
-        self.of = [tilted]  # in a list: a module that held itself would have no end
+        super().__init__(tilted.schedule, tuple(tilted.reference.mean.shape), tilted.reference)
+        self.tilted = tilted
 
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        tilted = self.of[0]
+        tilted = self.tilted
         dtype = working_dtype(tilted, torch.float64)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
 

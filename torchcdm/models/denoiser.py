@@ -155,7 +155,12 @@ class Denoiser(nn.Module, ABC):
         conditional, plain = (
             self.differentiable_eps(x_t, t, label) if graph else self.denoise(x_t, t, label).eps for label in (y, None)
         )
-        return (1 + weight) * conditional - weight * plain
+        return guided(conditional, plain, weight)
+
+
+def guided(conditional: Tensor, plain: Tensor, weight: float) -> Tensor:
+    """(1 + w) of what is said given a class, less w of what is said without one (identity 8): noises or log p."""
+    return (1 + weight) * conditional - weight * plain
 
 
 @final

@@ -14,7 +14,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.denoiser import Denoiser, guided, working_dtype
 from torchcdm.models.distribution import ModelDistribution
 from torchcdm.models.inputs import LARGEST, as_numbers, check_count, codes_of
 from torchcdm.networks.second_order import second_derivatives
@@ -173,7 +173,7 @@ def target(parts: tuple[Tensor, Tensor], t: Level, guidance: float) -> Tensor:
     levels = torch.as_tensor(t, device=parts[0].device).expand(len(rows))
     value = parts[0][rows, levels]
     if guidance:
-        value = (1 + guidance) * value - guidance * parts[1][rows, levels]
+        value = guided(value, parts[1][rows, levels], guidance)
     return value.sum()
 
 

@@ -263,7 +263,7 @@ class UniPC(Sampler):
             return now
         (q, before), t = step.previous[0], step.t
         x_t = self._integrated(step, ((t, now), *step.previous), (q, before), t)
-        return Prediction(x_t, now.alpha_t, now.sigma_t, (x_t - now.alpha_t * now.x0) / now.sigma_t)
+        return Prediction.from_x0(x_t, now.alpha_t, now.sigma_t, now.x0)
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         visited = ((step.t, now), *step.previous)[: self.memory]
@@ -302,6 +302,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
 }  # fmt: skip
 """What :func:`sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
+
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of a name in :data:`SAMPLERS`, ``dpmpp`` for ``dpm++`` too; a sampler itself passes through.

@@ -120,15 +120,25 @@ def sample(
             if callback is not None:
                 callback(s, x, previous[0][1])
             bar.update(len(x))
-        if units != "model" and denoiser.transform is not None:
-            x = denoiser.transform.inverse(x)
-            x = denoiser.transform.quantize(x) if units == "data" and denoiser.transform.bin is None else x
-        return x.cpu()
+        return finished(denoiser, x, units)
 
     with evaluation_mode(denoiser), torch.no_grad(), bar:
         x = map_rows(draw, n, batch_size, dim=math.prod(shape), device=device)
-    table = None if denoiser.transform is None else denoiser.transform.table
-    return x if units != "data" or table is None else table.decode(x)
+    return as_rows(denoiser, x, units)
+
+
+def finished(denoiser: Denoiser, x: Tensor, units: str) -> Tensor:
+    """Samples in model units in the ``units`` of :func:`sample`, on the CPU; a table's as numbers."""
+    if units != "model" and denoiser.transform is not None:
+        x = denoiser.transform.inverse(x)
+        x = denoiser.transform.quantize(x) if units == "data" and denoiser.transform.bin is None else x
+    return x.cpu()
+
+
+def as_rows(denoiser: Denoiser, x: Tensor, units: str) -> Any:
+    """What :func:`finished` gives, as a data frame where the model is one of a table and ``units`` are the data's."""
+    table = None if denoiser.transform is None or units != "data" else denoiser.transform.table
+    return x if table is None else table.decode(x)
 
 
 def sample_noise(

@@ -1,0 +1,76 @@
+"""Posteriors of measurements, against those of Gaussians and mixtures in closed form."""
+
+import math
+
+import pytest
+import torch
+from oracles import normal
+from scipy.ndimage import gaussian_filter
+from test_combinations import exact, gaussian
+from test_corrected import FAR
+
+from torchcdm import compose
+from torchcdm.errors import UserError
+
+FIRST = compose.mask(torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("exact_gradient", [False, True])
+def test_the_posterior_of_a_gaussian(exact_gradient):
+    model, base = gaussian()
+    y, std = torch.tensor([1.6], dtype=torch.float64), 0.5
+    found = compose.sample(
+        compose.posterior(model, FIRST, y, std, exact_gradient), 8, particles=2048, details=True, seed=3
+    )
+    directions = base.rotation.inverse(torch.eye(2, dtype=torch.float64))
+    covariance = directions.T @ torch.diag(base.variances.double()) @ directions
+    gain = covariance[:, 0] / (covariance[0, 0] + std**2)
+    mean, weights = base.mean.double() + gain * (y - base.mean[0]), found.log_weights.exp()
+    centred = found.particles.double() - mean
+    assert torch.allclose(weights @ centred, torch.zeros(2, dtype=torch.float64), atol=0.06)
+    spread = (weights[:, None] * centred).T @ centred
+    assert torch.allclose(spread, covariance - gain[:, None] * covariance[0], atol=0.1)
+    assert found.ess > 0.3 * 2048
+
+
+def test_the_posterior_of_a_mixture_has_its_modes():
+    y, std = torch.tensor([0.1], dtype=torch.float64), 1.0
+    found = compose.sample(compose.posterior(exact(FAR), FIRST, y, std), 8, particles=1600, details=True)
+    variance = 0.3 + std**2
+    log_odds = math.log(0.8 / 0.2) - ((y + 2).square() - (y - 2).square()) / (2 * variance)
+    left = found.log_weights.exp()[found.particles[:, 0] < 0].sum()
+    assert float(left) == pytest.approx(float(log_odds.sigmoid()), abs=0.06)
+
+
+def test_measurements_of_images():
+    images = normal(2, 3, 12, 12)
+    truth = gaussian_filter(images.numpy(), (0, 0, 1.5, 1.5), mode="constant", radius=(0, 0, 5, 5))
+    assert torch.allclose(compose.blur(1.5)(images), torch.from_numpy(truth), atol=1e-9)
+    squares = compose.downsampling(4)(images)
+    assert squares.shape == (2, 3, 3, 3)
+    assert torch.allclose(squares[1, 2, 0, 2], images[1, 2, :4, 8:].mean())
+    kept = torch.zeros(12, 12, dtype=torch.bool)
+    kept[3, 4:6] = True
+    assert torch.equal(compose.mask(kept)(images), images[:, :, 3, 4:6].flatten(1))
+
+
+@pytest.mark.parametrize("y, std, message", [
+    (torch.zeros(2), 0.5, "a sample measures as"),
+    (torch.zeros(1), 1e-4, "give at least as much"),
+])  # fmt: skip
+def test_measurements_that_are_refused(y, std, message):
+    with pytest.raises(UserError, match=message):
+        compose.posterior(gaussian()[0], FIRST, y, std)
+
+
+def test_an_unknown_noise_is_integrated_out():
+    """Two numbers measured of two: the integral over s of N(y; x, s² I) / s, by quadrature."""
+    everything = compose.mask(torch.tensor([True, True]))
+    y = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    known = compose.posterior(gaussian()[0], everything, y).known
+    x0 = y + torch.tensor([[0.5, 0.0], [1.0, 2.0], [3.0, -4.0]], dtype=torch.float64)
+    found = known(x0, torch.ones(3, dtype=torch.long))
+    log_s = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
+    squares = (x0 - y).square().sum(1)[:, None]
+    truth = (-2 * log_s - squares / 2 * (-2 * log_s).exp()).logsumexp(1)  # ds / s is d log s
+    assert torch.allclose(found - found[0], truth - truth[0], atol=0.02)
