@@ -11,8 +11,8 @@ from small_runs import small_config
 import torchcdm
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.training.checkpoint import load, read_info
-from torchcdm.training.finish import _problems
 from torchcdm.training.loop import train
+from torchcdm.training.outcome import _problems
 
 
 def table(rows=160, columns=150):
