@@ -70,7 +70,7 @@ def test_a_flipped_bit_anywhere_is_refused(tmp_path, name):
         ('{"a": 1e999}', "1e999 is no finite number"),
         ('{"a": ' + "9" * 5000 + "}", "not JSON"),
         ('{"format": 3}', "format version 3, but this"),
-        ('{"format": 4, "kind": "thing"}', "does not match its checksum"),
+        ('{"format": 5, "kind": "thing"}', "does not match its checksum"),
         (b"\xff\xfe{", "not JSON"),
     ],
 )

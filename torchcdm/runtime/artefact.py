@@ -29,7 +29,7 @@ from torchcdm.runtime.files import (
 )
 from torchcdm.runtime.validation import read_as
 
-FORMAT = 4
+FORMAT = 5
 """Version of everything that is saved; raised when an older reader would misread it."""
 
 LARGEST_JSON = 2**27
