@@ -288,6 +288,27 @@ def test_samples_of_a_class(capsys, tmp_path, conditional):
     assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
 
 
+def test_samples_of_composed_classes(capsys, tmp_path, conditional):
+    words = ["sample", conditional, "--n", "6", "--quiet", "--out", tmp_path]
+    plain = succeed(capsys, *words, "--any-of", "3,8", "--steps", "2", "--corrector", "2")
+    assert "4 evaluations of the denoiser each; effective sample size 6 of 6" in plain
+    weighed = succeed(capsys, *words, "--none-of", "1", "--beta", "2", "--particles", "64")
+    assert "of 64 particles; log Z" in weighed
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--all-of", "3", "--any-of", "4"], "contradict each other"),
+    (["--all-of", "3,11"], "did you mean '1'"),
+    (["--none-of", "0,1,2,3,4,5,6,7,8,9"], "leaves nothing"),
+    (["--any-of", "3", "--label", "3"], "trained without classes"),
+    (["--beta", "0"], "beta"),
+    (["--particles", "2"], "at least as many particles"),
+    (["--particles", "64", "--sampler", "ddpm"], "leave sampler"),
+])  # fmt: skip
+def test_mistakes_about_compositions(capsys, tmp_path, conditional, words, message):
+    assert message in refuse(capsys, "sample", conditional, "--n", "4", "--out", tmp_path, *words)
+
+
 def test_nll_writes_the_contract(capsys, tmp_path, run):
     words = ["nll", run, "--limit", "5", "--methods", "single,flow", "--flow-steps", "2", "--device", "cpu", "--quiet"]
     out = succeed(capsys, *words, "--json", tmp_path / "nll.json")

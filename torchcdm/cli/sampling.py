@@ -25,17 +25,27 @@ def add_commands(commands: Any) -> None:
     parser = add_command(
         commands, run_sample, "sample", "draw samples",
         "cdm sample runs/digits --n 64 --out samples\n"
+        "  cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both\n"
         "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --format array --out samples",
         "model seed quiet device",
     )  # fmt: skip
     parser.add_argument("--n", type=count, default=64, help="number of samples (64)")
-    parser.add_argument("--sampler", default="ddim", help="ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, "
+    parser.add_argument("--sampler", help="ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, "
                         "deis4, unipc2, unipc3: one evaluation a step; heun: two (ddim)")  # fmt: skip
     parser.add_argument("--steps", type=count, metavar="N", help="sampling steps, up to T (50)")
     parser.add_argument("--spacing", default="even", help="even, or adaptive: steps placed where the model's "
                         "trajectories bend, found by 64 evaluations of 16 of them (even)")  # fmt: skip
     parser.add_argument("--label", metavar="K|balanced", help="class by number or name, or all in turn")
     parser.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0)")
+    for flag, what in (("all-of", "what is all of these classes at once: a product"),
+                       ("any-of", "what is one of these classes: a mixture"),
+                       ("none-of", "what is none of these classes")):  # fmt: skip
+        parser.add_argument(f"--{flag}", metavar="A,B", help=what)
+    parser.add_argument("--beta", type=float, metavar="B", help="density to the power B: above 1 more typical samples")
+    parser.add_argument("--corrector", type=int, default=0, metavar="N", help="Langevin moves with accept-reject after "
+                        "each step, an evaluation each (0)")  # fmt: skip
+    parser.add_argument("--particles", type=int, default=0, metavar="N", help="weighted particles, at least --n, "
+                        "instead of a sampler: what a composed density needs to be exact (0)")  # fmt: skip
     parser.add_argument("--format", default="grid", choices=FORMATS, help="what to write (grid)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True)
 
@@ -55,11 +65,11 @@ def run_sample(options: argparse.Namespace) -> int:
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         y = _labels(options.label, options.n, model, info)
-        steps = min(50, model.schedule.T) if options.steps is None else options.steps
-        bar = main and not options.quiet
+        density, spacing = _composed(model, info, options), {"spacing": options.spacing}
         drawn = draw(
-            model, options.n, y, options.seed,
-            sampler=options.sampler, steps=steps, spacing=options.spacing, guidance=options.guidance, progress=bar,
+            density, options.n, y, options.seed, sampler=options.sampler, steps=options.steps,
+            guidance=options.guidance, corrector=options.corrector, particles=options.particles,
+            progress=main and not options.quiet, **(spacing if options.spacing != "even" else {}),
         )  # fmt: skip
     if not main:
         return 0
@@ -73,9 +83,36 @@ def run_sample(options: argparse.Namespace) -> int:
     if options.format in ("array", "all"):
         save_array(drawn.x, out / "samples.npz", model.transform, drawn.y)
     save_manifest(drawn, out / "manifest.csv", files, info.class_names)
-    cost = make_sampler(options.sampler).cost(steps)
-    print(f"{options.n} samples in {out}, {cost} evaluation{'s' * (cost > 1)} of the denoiser each")
+    if options.particles:
+        print(f"{options.n} samples in {out}; {drawn.summary}")
+        return 0
+    steps = min(50, model.schedule.T) if options.steps is None else options.steps
+    cost = make_sampler(options.sampler or "ddim").cost(steps) + options.corrector * (steps - 1)
+    said = f"; {drawn.summary}" if options.corrector else ""
+    print(f"{options.n} samples in {out}, {cost} evaluation{'s' * (cost > 1)} of the denoiser each{said}")
     return 0
+
+
+def _composed(model: Denoiser, info: ModelInfo, options: argparse.Namespace) -> Denoiser:
+    """The density that ``--all-of``, ``--any-of``, ``--none-of`` and ``--beta`` make of a model."""
+    from torchcdm import compose
+
+    asked = {name: getattr(options, name) for name in ("all_of", "any_of", "none_of") if getattr(options, name)}
+    if len(asked) > 1:
+        raise UserError(f"--{' and --'.join(asked)} contradict each other: give one".replace("_", "-"))
+    for name, text in asked.items():
+        known = _classes(model, info)
+        chosen = [part.strip() for part in text.split(",")]
+        for part in chosen:
+            if part not in known:
+                raise UserError(f"--{name.replace('_', '-')} {text}: {nearest(part, known)}")
+        model = getattr(compose, name)(model, [known[part] for part in chosen])
+    return model if options.beta is None else compose.tempered(model, options.beta)
+
+
+def _classes(model: Denoiser, info: ModelInfo) -> dict[str, int]:
+    """The classes of a model by number and by name."""
+    return {str(k): k for k in range(model.classes or 0)} | {name: k for k, name in enumerate(info.class_names or ())}
 
 
 def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tensor | None:
@@ -90,7 +127,7 @@ def _labels(label: str | None, n: int, model: Denoiser, info: ModelInfo) -> Tens
         raise UserError(f"--label {label}: this model was trained without classes")
     if label == "balanced":
         return balanced_labels(n, model.classes)
-    known = {str(k): k for k in range(model.classes)} | {name: k for k, name in enumerate(info.class_names or ())}
+    known = _classes(model, info)
     if label not in known:
         raise UserError(f"--label {label}: {nearest(label, ['balanced', *known])}")
     return torch.full((n,), known[label])

@@ -11,20 +11,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchcdm.compose import sample
 from torchcdm.data import save_grid, save_table
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_file
-from torchcdm.samplers import sample
 
 
 class Drawn(NamedTuple):
-    """Samples in data units, not rounded, with classes, log p in nats (None of a ddm), and the seed of all."""
+    """Samples in data units, not rounded, with classes, log p in nats (None of a ddm), the seed of all, and what is
+    known of how well moves or particles have corrected them."""
 
     x: Tensor
     y: Tensor | None
     log_p: Tensor | None
     seed: int
+    summary: str
 
     @property
     def is_images(self) -> bool:
@@ -33,9 +35,9 @@ class Drawn(NamedTuple):
 
 
 def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> Drawn:
-    """Samples and their one-pass log-densities; arguments and ``options`` as in :func:`torchcdm.samplers.sample`."""
-    x = sample(model, n, y=y, seed=seed, units="codes", **options)
-    log_p, density = None, model.density
+    """Samples and their one-pass log-densities; arguments and ``options`` as in :func:`torchcdm.sample`."""
+    found = sample(model, n, y=y, seed=seed, units="codes", details=True, **options)
+    x, log_p, density = found.x, None, model.density
     if density is not None:
         device = model.schedule.alpha.device
         with torch.no_grad():
@@ -43,7 +45,7 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
                 lambda rows: density.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n,
                 dim=x.shape[1:].numel(), device=device,
             )  # fmt: skip
-    return Drawn(x, y, log_p, seed)
+    return Drawn(x, y, log_p, seed, found.summary())
 
 
 def balanced_labels(n: int, classes: int) -> Tensor:
