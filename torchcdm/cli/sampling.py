@@ -42,8 +42,8 @@ def add_commands(commands: Any) -> None:
                        ("none-of", "what is none of these classes")):  # fmt: skip
         parser.add_argument(f"--{flag}", metavar="A,B", help=what)
     parser.add_argument("--beta", type=float, metavar="B", help="density to the power B: above 1 more typical samples")
-    parser.add_argument("--corrector", type=int, default=0, metavar="N", help="Langevin moves with accept-reject after "
-                        "each step, an evaluation each (0)")  # fmt: skip
+    parser.add_argument("--corrector", type=int, default=0, metavar="N", help="Langevin moves with accept-reject "
+                        "after each step, an evaluation each (0)")  # fmt: skip
     parser.add_argument("--particles", type=int, default=0, metavar="N", help="weighted particles, at least --n, "
                         "instead of a sampler: what a composed density needs to be exact (0)")  # fmt: skip
     parser.add_argument("--format", default="grid", choices=FORMATS, help="what to write (grid)")
