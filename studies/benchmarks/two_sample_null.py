@@ -2,7 +2,7 @@
 
     python -m studies.benchmarks.two_sample_null --json studies/results/two_sample_null.json
 
-Each null draws two samples of the same skewed, correlated table and takes the p-value of
+Each null draws two samples of the same heavy-tailed, correlated table and takes the p-value of
 ``DensityRatio.two_sample_test()``, which fits to a half of the data and permutes the sources of the other. At 5 % a
 calibrated test rejects 2.8 to 7.5 % of 400 nulls (95 % of such counts). For power one of five columns is shifted; MMD
 (Gaussian kernel, median distance) permutes all data, the classifier test (boosted trees, C2ST) splits them as ours.

@@ -12,7 +12,9 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -437,7 +439,8 @@ def reproduction(name: str) -> str:
     parts = [f"    {report['command']}\n"]
     for table in report["tables"]:
         rows = ([cell(value) for value in row] for row in table["rows"])
-        parts.append(f"{table['title']}:\n\n{markdown(table['columns'], rows)}")
+        title = textwrap.fill(f"{table['title']}:", 120, break_long_words=False, break_on_hyphens=False)
+        parts.append(f"{title}\n\n{markdown(table['columns'], rows)}")
     return "\n" + "\n".join(parts)
 
 
@@ -497,51 +500,43 @@ def compared(name: str) -> str:
     return markdown(["system", report["protocol"]["unit"], *head], (cells for _, _, cells in sorted(rows)))
 
 
+REPRODUCTIONS = ("known-truth", "table1", "table2", "table3", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9")
+
 TABLES: dict[str, Callable[[], str]] = {
-    "compare-digits": lambda: compared("compare_digits"),
-    "compare-fashion": lambda: compared("compare_fashion"),
-    "known-truth": lambda: reproduction("known_truth"),
-    "fig7": lambda: reproduction("fig7"),
-    "table1": lambda: reproduction("table1"),
-    "table2": lambda: reproduction("table2"),
-    "table3": lambda: reproduction("table3"),
-    "fig3": lambda: reproduction("fig3"),
-    "half-precision": half_precision,
-    "fig4": lambda: reproduction("fig4"),
-    "fig5": lambda: reproduction("fig5"),
-    "fig6": lambda: reproduction("fig6"),
-    "fig8": lambda: reproduction("fig8"),
-    "fig9": lambda: reproduction("fig9"),
-    "beside-others": beside_others,
+    **{name: partial(reproduction, name.replace("-", "_")) for name in REPRODUCTIONS},
     "beside-ddm": beside_ddm,
+    "beside-others": beside_others,
+    "compare-digits": partial(compared, "compare_digits"),
+    "compare-fashion": partial(compared, "compare_fashion"),
     "conditional-density": conditional_density,
     "covariate-shift": covariate_shift,
     "demo": demo,
     "digits-seeds": digits_seeds,
-    "log-z": log_z,
+    "equal-time": partial(equal_time, "equal_time"),
+    "equal-time-gaussianized": partial(equal_time, "equal_time_gaussianized"),
     "estimator-times": estimator_times,
     "fashion": fashion,
+    "half-precision": half_precision,
+    "likelihood-throughput": likelihood_throughput,
+    "log-z": log_z,
     "mixture-weights": mixture_weights,
     "mutual-information": mutual_information,
-    "outliers-corruptions": lambda: outliers("outliers_corruptions", "outliers"),
-    "time-to-quality": time_to_quality,
-    "outliers-held-out": lambda: outliers("outliers_held_out", "outliers"),
-    "outliers-tables": lambda: outliers("outliers_tables", "setting"),
-    "ratio-pairs": ratio_pairs,
-    "two-sample-null": two_sample_null,
-    "ratio-peers": ratio_peers,
-    "step-cost-encoder": lambda: step_cost("encoder"),
-    "step-cost-paper": lambda: step_cost("paper"),
-    "table-density": table_density,
-    "table2-seeds": table2_seeds,
-    "equal-time": lambda: equal_time("equal_time"),
-    "equal-time-gaussianized": lambda: equal_time("equal_time_gaussianized"),
-    "likelihood-throughput": likelihood_throughput,
+    "outliers-corruptions": partial(outliers, "outliers_corruptions", "outliers"),
+    "outliers-held-out": partial(outliers, "outliers_held_out", "outliers"),
+    "outliers-tables": partial(outliers, "outliers_tables", "setting"),
     "quality-curves": quality_curves,
+    "ratio-pairs": ratio_pairs,
+    "ratio-peers": ratio_peers,
     "ruler": ruler,
     "second-order": second_order,
+    "step-cost-encoder": partial(step_cost, "encoder"),
+    "step-cost-paper": partial(step_cost, "paper"),
     "step-scaling": step_scaling,
+    "table-density": table_density,
+    "table2-seeds": table2_seeds,
+    "time-to-quality": time_to_quality,
     "training-memory": training_memory,
+    "two-sample-null": two_sample_null,
 }
 
 

@@ -115,7 +115,7 @@ def sample(
         **options: Of :func:`torchcdm.samplers.sample`.
 
     Returns:
-        (n, *shape) on the CPU, or :class:`Draws`. A collapse of the weights is a warning.
+        Samples ``(n, *shape)`` on the CPU, or :class:`Draws`. A collapse of the weights is a warning.
 
     Raises:
         UserError: As :func:`torchcdm.samplers.sample`; a model without a density; weights that vanish everywhere.
