@@ -1,6 +1,6 @@
 """log Z of a run by replica exchange: starts, quarters, MBAR, and the processor time.
 
-    python -m studies.benchmarks.log_z RUN --name digits --sweeps 200 --json studies/results/log_z.json
+    python -m studies.benchmarks.log_z zoo:digits --name digits --sweeps 200 --json studies/results/log_z.json
 
 The estimate is that of ``cdm nll RUN --methods logz --sweeps N``, with held-out images of the test split as one start.
 The result is put under its name in the file. Seconds are those of the process on one processor.
