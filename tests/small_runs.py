@@ -1,6 +1,9 @@
 """Configurations that train in a second or two."""
 
+from pathlib import Path
+
 from torchcdm.training.config_files import flag_fields, make_config, preset_fields
+from torchcdm.training.loop import TrainResult, train
 from torchcdm.training.settings import Config
 
 SMALL = {
@@ -33,3 +36,8 @@ def small_config(preset: str = "digits", **changes: str) -> Config:
     words = small_flags(**changes)
     flags = ((flag[2:], value) for flag, value in zip(words[::2], words[1::2], strict=True))
     return make_config(preset_fields(preset), flag_fields(flags))
+
+
+def run_training(folder: Path, resume: bool = False, **changes: str) -> TrainResult:
+    """Trains the preset for digits, shrunk."""
+    return train(small_config(**changes), folder, resume=resume, device="cpu", progress=False)

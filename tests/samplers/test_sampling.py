@@ -1,0 +1,284 @@
+"""``sample``: distributions, levels visited, noise of each sample, classes and guidance, units, mistakes."""
+
+import math
+
+import pytest
+import torch
+from denoisers import GaussianDenoiser, mixture_model
+from oracles import MixtureClassifier, ZeroBackbone, covariance, labelled_mixture, normal
+from torch import nn
+
+from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
+from torchcdm.diffusion.schedules import (
+    CosineSchedule,
+    UniformSigmaSchedule,
+)
+from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.samplers import (
+    DDIM,
+    DDPM,
+    SAMPLERS,
+    Heun,
+    Step,
+    adaptive_levels,
+    make_sampler,
+    sample,
+    sample_noise,
+)
+from torchcdm.units import DataTransform
+
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+@every_sampler
+def test_samples_have_the_distribution_of_the_data(name):
+    model = mixture_model(CosineSchedule(300))
+    x = sample(model, 4000, name, steps=300, shape=(2,))
+    truth = model.mixture.sample(4000, torch.Generator().manual_seed(1))
+    log_p = model.mixture.log_prob(x, 0, model.schedule)
+    expected = model.mixture.log_prob(truth, 0, model.schedule)
+    error = 3 * (log_p.var() / 4000 + expected.var() / 4000).sqrt()
+    assert abs(log_p.mean() - expected.mean()) < error + 0.02
+    share = lambda x: model.mixture.class_log_prob_levels(x, model.schedule)[:, :, 0].argmax(1).double().mean()  # noqa: E731
+    assert abs(share(x) - share(truth)) < 3 * math.sqrt(0.5 / 4000)
+
+
+@every_sampler
+def test_visits_exactly_the_steps_asked_for_and_returns_x0(name):
+    schedule = CosineSchedule(12)
+    for steps in range(1, 13):
+        denoiser = GaussianDenoiser(schedule, [0.7, -1.0], [0.25, 2.0])
+        reached, estimates = [], []
+        x = sample(
+            denoiser,
+            3,
+            name,
+            steps,
+            shape=(2,),
+            callback=lambda s, x, prediction: (reached.append(s), estimates.append(prediction.x0)),  # noqa: B023
+        )
+        grid = schedule.time_grid(steps)
+        assert reached == [*grid[1:], 0]
+        # Heun visits each level but the first twice: at the end of a step and at the start of the next.
+        assert sorted(set(denoiser.visited), reverse=True) == grid
+        assert len(denoiser.visited) == (2 * steps - 1 if name == "heun" else steps)
+        assert torch.equal(x, estimates[-1])
+
+
+@every_sampler
+def test_stops_where_the_levels_stop(name):
+    denoiser = GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
+    seen = {}
+    whole = sample(denoiser, 4, name, levels=[40, 30, 11, 0], shape=(2,), callback=lambda s, x, p: seen.update({s: x}))
+    part = sample(denoiser, 4, name, levels=[40, 30, 11], shape=(2,))
+    assert torch.equal(part, seen[11]) and torch.equal(whole, seen[0])
+
+
+@every_sampler
+def test_a_step_depends_on_its_arguments_alone(name):
+    rule, denoiser = make_sampler(name), GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
+    x, noise = normal(4, 2), normal(4, 2, seed=1)
+    before = dict(vars(rule))
+    _, history = rule.step(Step(denoiser, x, 40, 30, None, noise))
+    first, _ = rule.step(Step(denoiser, x, 30, 20, None, noise, history))
+    rule.step(Step(denoiser, 2 * x, 12, 3, None, noise))
+    again, _ = rule.step(Step(denoiser, x, 30, 20, None, noise, history))
+    assert torch.equal(first, again) and vars(rule) == before
+
+
+@every_sampler
+def test_batch_size_and_number_of_samples_do_not_change_a_sample(name):
+    model = mixture_model()
+    options = {"sampler": name, "steps": 20, "shape": (2,), "seed": 5}
+    y = (torch.arange(11) % 3 == 0).long()
+    together = sample(model, 11, y=y, **options)
+    assert torch.allclose(sample(model, 11, y=y, batch_size=4, **options), together, atol=1e-5)
+    assert torch.allclose(sample(model, 3, y=y[:3], **options), together[:3], atol=1e-5)
+    assert not torch.allclose(sample(model, 11, y=y, **options | {"seed": 6}), together, atol=1e-2)
+
+
+def test_noise_of_one_sample_is_independent_of_every_other():
+    draws = torch.stack([torch.stack(list(sample_noise(seed, range(50), (4, 5), 40)), 1) for seed in (0, 1)])
+    flat = draws.reshape(100, -1).double()  # 100 streams of 800 numbers
+    assert abs(flat.mean()) < 4 / math.sqrt(flat.numel()) and flat.var() == pytest.approx(1, abs=0.02)
+    correlation = torch.corrcoef(flat) - torch.eye(100)
+    assert correlation.abs().max() < 5 / math.sqrt(800)
+    # One stream is the same in any company.
+    alone = torch.stack(list(sample_noise(1, [17], (4, 5), 40)), 1)
+    assert torch.equal(alone[0], draws[1, 17])
+
+
+def test_start_continues_from_where_one_stopped():
+    denoiser = GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
+    halfway = sample(denoiser, 4, "ddim", levels=[40, 30, 11], shape=(2,))
+    whole = sample(denoiser, 4, "ddim", levels=[40, 30, 11, 0], shape=(2,))
+    assert torch.allclose(sample(denoiser, 4, "ddim", levels=[11, 0], start=halfway), whole, atol=1e-6)
+
+
+def gaussian_models(schedule):
+    """N(mean, covariance) as a CDM, as a DDM and under guidance that changes nothing; far from N(0, I)."""
+    mean, spread = 3 * normal(2), 9 * covariance(2)
+    variances, vectors = torch.linalg.eigh(spread)
+    base = GaussianMarginals(schedule, mean, variances, MatrixRotation((2,), vectors))
+
+    class Labelled(ZeroBackbone):
+        classes = 2
+
+        def __init__(self, levels, joint=False):
+            super().__init__(levels)
+            self.joint, self.double_precision = joint, nn.Parameter(torch.zeros(1).double())
+
+        def forward(self, x, y=None):
+            h = super().forward(x)
+            return h[:, None].expand(-1, 2, -1) if self.joint else h
+
+    class NoCorrection(nn.Module):
+        classes = 2
+
+        def forward(self, x, t, y=None):
+            return torch.zeros_like(x)
+
+    models = {
+        "cdm": ClassificationDiffusion(Labelled(schedule.T + 2), schedule, gaussian=base),
+        "joint": ClassificationDiffusion(Labelled(schedule.T + 2, joint=True), schedule, gaussian=base),
+        "ddm": DenoisingDiffusion(NoCorrection(), schedule, base=base),
+    }
+    models["ddm"].double_precision = nn.Parameter(torch.zeros(1).double())
+    return models, mean, spread
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("kind", ["cdm", "joint", "ddm"])
+def test_starts_from_what_level_T_is_of_the_data(kind, guidance):
+    # Uniform sigma keeps 0.14 of the signal at T = 100: from N(0, I) the deviations would be wrong.
+    models, mean, spread = gaussian_models(UniformSigmaSchedule(100))
+    x = sample(models[kind], 4000, "heun", steps=100, y=1, guidance=guidance, shape=(2,))
+    assert torch.allclose(x.mean(0), mean, atol=4 * float(spread.diag().max().sqrt()) / math.sqrt(4000))
+    assert torch.allclose(torch.cov(x.T), spread, atol=4 * float(spread.diag().max()) * math.sqrt(2 / 4000))
+    # Sharper than the moments: the flow keeps the standardised x, which is the noise itself.
+    noise = next(sample_noise(0, range(4000), (2,), 1, torch.float64))
+    truth = models[kind].base.sample(noise, 0)
+    assert torch.allclose(x, truth, atol=0.1)
+
+
+def test_samples_come_in_data_units():
+    transform = DataTransform((2,), shift=torch.tensor([100.0, -3.0]), scale=torch.tensor([5.0, 0.1]), bin=1.0)
+    model = mixture_model(transform=transform)
+    in_model = sample(model, 6, steps=10, units="model")
+    assert torch.allclose(sample(model, 6, steps=10), transform.inverse(in_model))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_guidance_in_one_pass_equals_guidance_in_two(weight):
+    schedule, mixture = CosineSchedule(60), labelled_mixture()
+    backbone = MixtureClassifier(mixture, schedule, joint=True)
+    one = ClassificationDiffusion(backbone, schedule, class_prior=mixture.class_prior)
+    one.double_precision = nn.Parameter(torch.zeros(1).double())
+    two = mixture_model(schedule)
+    y = torch.tensor([0, 1, 1, 0, 1])
+    options = {"steps": 15, "y": y, "guidance": weight, "shape": (2,)}
+    samples = sample(two, 5, **options)
+    assert torch.allclose(sample(one, 5, **options), samples, atol=1e-7)
+    plain = sample(two, 5, **options | {"guidance": 0.0})
+    assert torch.allclose(samples, plain) == (weight == 0)
+
+
+def test_guidance_pushes_towards_the_class():
+    model = mixture_model()
+    shares = []
+    for weight in (0.0, 1.0, 4.0):
+        x = sample(model, 500, steps=30, y=0, guidance=weight, shape=(2,)).double()
+        log_p = model.mixture.class_log_prob_levels(x, model.schedule)[:, :, 0] + model.mixture.class_prior.log()
+        shares.append(float(log_p.softmax(1)[:, 0].log().mean()))
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_dropout_is_off_while_sampling_and_modes_come_back():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.active, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5).eval()
+
+        def forward(self, x, t, y=None):
+            return self.active(x)
+
+    model = DenoisingDiffusion(Noisy(), CosineSchedule(10))
+    model.train()
+    model.backbone.frozen.eval()
+    assert torch.equal(sample(model, 50, steps=3, shape=(2,)), sample(model, 50, steps=3, shape=(2,)))
+    assert model.training and model.backbone.active.training and not model.backbone.frozen.training
+
+
+def test_samples_carry_no_graph():
+    backbone = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 12))
+    model = ClassificationDiffusion(backbone, CosineSchedule(10))
+    assert not sample(model, 3, "heun", steps=4, shape=(2,)).requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "at least 1"),
+        ({"steps": 101}, "1 to 100"),
+        ({"steps": 0}, "at least 1"),
+        ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
+        ({"sampler": "euler"}, "choose from"),
+        ({"levels": [100, 50, 50, 0]}, "decreasing"),
+        ({"levels": [101, 50]}, "from 0 to 100"),
+        ({"levels": [100]}, "at least two"),
+        ({"levels": [50, 0]}, "start"),
+        ({"shape": None}, "shape"),
+        ({"y": 2}, "classes 0 to 1"),
+        ({"y": -1}, "classes 0 to 1"),
+        ({"y": torch.tensor([0, 1])}, "one for each sample"),
+        ({"guidance": 1.0}, "labels"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"spacing": "odd"}, "even or adaptive"),
+        ({"spacing": "adaptive", "shape": None}, "shape"),
+        ({"units": "pixels"}, "data, codes or model"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(options, message):
+    options = {"n": 3, "steps": 10, "shape": (2,)} | options
+    with pytest.raises(UserError, match=message) as caught:
+        sample(mixture_model(), options.pop("n"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_and_guidance_need_a_conditional_model():
+    denoiser = GaussianDenoiser(CosineSchedule(10), [0.7, -1.0], [0.25, 2.0])
+    with pytest.raises(UserError, match="without classes"):
+        sample(denoiser, 3, steps=2, y=0, shape=(2,))
+    with pytest.raises(UserError, match="class-conditional"):
+        sample(denoiser, 3, steps=2, guidance=1.0, shape=(2,))
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_eta_is_a_share(eta):
+    with pytest.raises(UserError, match="from 0 to 1"):
+        DDIM(eta)
+
+
+def test_stochastic_step_without_noise_is_a_mistake():
+    denoiser = GaussianDenoiser(CosineSchedule(10), [0.7], [0.25])
+    with pytest.raises(UserError, match="noise"):
+        DDPM().step(Step(denoiser, normal(2, 1), 10, 5))
+    assert Heun().step(Step(denoiser, normal(2, 1), 10, 5))[0].isfinite().all()
+
+
+def test_adaptive_steps_are_those_of_model_and_classes():
+    model = mixture_model()
+    options = {"steps": 7, "shape": (2,), "spacing": "adaptive"}
+    levels = adaptive_levels(model, 7, torch.tensor([0, 1]), (2,))
+    y = torch.arange(50) % 2
+    samples = sample(model, 50, y=y, **options)
+    assert torch.equal(samples, sample(model, 50, y=y, levels=levels, shape=(2,)))
+    assert torch.allclose(samples[:9], sample(model, 9, y=y[:9], **options), atol=1e-6)
+    assert adaptive_levels(model, 100, shape=(2,)) == list(range(100, -1, -1))
+    assert torch.equal(sample(model, 3, **options | {"steps": 100}), sample(model, 3, steps=100, shape=(2,)))
+    # Other classes have trajectories of their own.
+    assert adaptive_levels(model, 7, torch.tensor([0]), (2,)) != adaptive_levels(model, 7, torch.tensor([1]), (2,))
