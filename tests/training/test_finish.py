@@ -1,18 +1,21 @@
 """Do no harm: the better of the trained model and its start is kept, and what is wrong has a name and a mend."""
 
 import json
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 from small_runs import small_config
 
 import torchcdm
+from torchcdm.data import from_object
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.loop import train
-from torchcdm.training.outcome import _problems
+from torchcdm.training.outcome import _problems, _uniform
 
 
 def table(rows=160, columns=150):
@@ -71,3 +74,16 @@ def test_every_problem_has_its_name():
     assert problems(model=4.5, training=4.5, start=5.0) == ["worse than a Gaussian"]
     assert problems(model=5.0, training=5.0, worse=True) == ["worse than its start"]
     assert problems("nats", model=-3.0, training=-3.0, start=-2.0, gaussian=-2.0) == []
+
+
+def test_a_uniform_density_gives_values_probabilities():
+    draw, half = np.random.default_rng(0), np.arange(400) % 2
+    frame = pd.DataFrame({
+        "number": draw.uniform(0, 5, 400), "count": draw.integers(0, 3, 400), "text": draw.choice(["x", "y"], 400),
+        "rain": np.where(half, draw.uniform(1, 11, 400), 0.0),
+    })  # fmt: skip
+    source = from_object(frame, validation_fraction=0.5, test_fraction=0.0)
+    (train, _), (held_out, _) = (split.tensors() for split in (source.train, source.validation))
+    # Of rain one half is 0; of the other the numbers are alike.
+    expected = math.log(5) + math.log(3) + math.log(2) + math.log(2) + 0.5 * math.log(10)
+    assert _uniform(source, train, held_out) == pytest.approx(expected, abs=0.05)

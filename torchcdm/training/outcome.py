@@ -17,7 +17,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import base_floor, base_samples, choose_base
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.settings import Config
-from torchcdm.units import standard_error
+from torchcdm.units import ColumnTransform, standard_error
 
 COMPARED = 1000
 """Samples of a split that models are compared on."""
@@ -141,11 +141,21 @@ def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:
-    """What a uniform density on the data's range has: bits/dim on a grid, nats in the box of the samples else."""
+    """What a uniform density on the data's range has: bits/dim on a grid, nats in the box of the samples else.
+
+    In a column with values that have a probability each is as likely as any other, and as all other numbers together.
+    """
     transform, x = source.transform, torch.cat([part.flatten(1) for part in samples]).double()
     low, high = x.amin(0), x.amax(0)
     if transform.bin is None:
-        return float((high - low).clamp_min(1e-300).log().sum())
+        nats = (high - low).clamp_min(1e-300).log()
+        for k, values in transform.values.items() if isinstance(transform, ColumnTransform) else ():
+            distances = (x[:, k, None] - torch.tensor(values).double()).abs().amin(1)
+            others = x[distances > transform.cells[k] / 2, k]
+            nats[k] = math.log(len(values) + bool(len(others)))
+            if len(others) > 1:
+                nats[k] += len(others) / len(x) * (others.max() - others.min()).clamp_min(1e-300).log()
+        return float(nats.sum())
     low, high = (float(end) if given is None else given for end, given in
                  ((low.min(), transform.low), (high.max(), transform.high)))  # fmt: skip
     return math.log2((high - low) / transform.bin + 1)
