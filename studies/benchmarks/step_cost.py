@@ -39,7 +39,7 @@ from torchcdm import losses
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.losses import CDMLoss, DDMLoss
-from torchcdm.models import cdm
+from torchcdm.models import density
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoiser, evaluation_mode
 from torchcdm.training.build import build_loss, build_model, build_schedule, plain_model
@@ -138,7 +138,7 @@ def with_pytorch_layers(step: Step) -> Step:
     """The same with second derivatives, none of them by hand."""
 
     def run() -> Any:
-        with patch.object(cdm, "second_derivatives", nullcontext):
+        with patch.object(density, "second_derivatives", nullcontext):
             return differentiated_twice(step)()
 
     return run
