@@ -3,7 +3,7 @@
     python -m studies.benchmarks.photo_patches data patches.npz
     python -m studies.benchmarks.photo_patches starts patches.npz
     cdm train encoder --data array:patches.npz --budget 10m --out runs/patches
-    python -m studies.benchmarks.photo_patches denoise patches.npz runs/patches
+    python -m studies.benchmarks.photo_patches denoise runs/patches
 
 ``starts`` prints bits/dim on validation of the closed-form densities that a training may start from, ``denoise`` the
 PSNR of a model and of non-local means that are told the noise. Needs scikit-image; nothing is downloaded: these
@@ -12,8 +12,8 @@ pictures ship with the package.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ def patches(count: int = COUNT, side: int = SIDE) -> np.ndarray:
     return pieces[np.random.default_rng(0).permutation(len(pieces))[:count]]
 
 
-def starts(path: str) -> dict[str, float]:
+def starts(path: Path) -> dict[str, float]:
     """Bits/dim on validation data of what a training may start from."""
     from torchcdm.data import DataOptions
     from torchcdm.diffusion.start import best_start
@@ -63,7 +63,7 @@ def starts(path: str) -> dict[str, float]:
     return found
 
 
-def denoised(path: str, run: str) -> list[tuple[int, float, float]]:
+def denoised(run: str) -> list[tuple[int, float, float]]:
     """Deviation of the noise, and PSNR of the model and of non-local means, dB, on test patches."""
     from skimage.restoration import denoise_nl_means
 
@@ -89,14 +89,19 @@ def _psnr(found: torch.Tensor, clean: torch.Tensor) -> float:
 
 def main() -> None:
     """Runs one of the three commands."""
-    command, file, *rest = sys.argv[1:]
-    if command == "data":
-        np.savez_compressed(Path(file), x=patches())
-    elif command == "starts":
-        for name, value in starts(file).items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("data", "starts"):
+        commands.add_parser(name).add_argument("file", type=Path)
+    commands.add_parser("denoise").add_argument("run", help="a model that was trained on the patches")
+    options = parser.parse_args()
+    if options.command == "data":
+        np.savez_compressed(options.file, x=patches())
+    elif options.command == "starts":
+        for name, value in starts(options.file).items():
             print(f"{name:26} {value:8.3f} bits/dim", flush=True)
     else:
-        for noise, ours, theirs in denoised(file, *rest):
+        for noise, ours, theirs in denoised(options.run):
             print(f"noise {noise:3}: this model {ours:.2f} dB, non-local means {theirs:.2f} dB", flush=True)
 
 
