@@ -251,7 +251,7 @@ def _choose(source: DataSource, counts: Sequence[int], rows: int) -> dict[str, A
     """The mixture that validation samples choose when it is fitted to so many samples, and processor seconds."""
     began = time.process_time()
     train, validation = (split.tensors()[0] for split in (source.train, source.validation))
-    components, shrinkage = best_mixture(
+    components, shrinkage, _ = best_mixture(
         train, validation, counts, rows=min(rows, len(train)), tolerance=SELECTION_TOLERANCE
     )
     return {"components": components, "shrinkage": shrinkage, "seconds": time.process_time() - began}

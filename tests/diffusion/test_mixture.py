@@ -79,12 +79,12 @@ def test_the_change_over_the_levels_is_the_slope_of_the_density():
 
 def test_validation_finds_the_number_of_components_and_the_shrinkage():
     _, x = three_clouds()
-    components, shrinkage = best_mixture(x[:2000], x[2000:], (1, 2, 3, 5, 8))
-    assert components == 3 and shrinkage <= 0.001
+    components, shrinkage, log_prob = best_mixture(x[:2000], x[2000:], (1, 2, 3, 5, 8))
+    assert components == 3 and shrinkage <= 0.001 and len(log_prob) == len(x) - 2000
     assert best_mixture(normal(60, 3), normal(2000, 3, seed=1), (1, 8, 12))[0] == 1
     # The truth is round, and the covariance of 40 samples in 30 dimensions is anything but.
-    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (1,)) == (1, 0.7)
-    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,)) == (2, 0.0)
+    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (1,))[:2] == (1, 0.7)
+    assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,))[:2] == (2, 0.0)
     with pytest.raises(UserError, match="vectors"):
         MixtureMarginals.fit(torch.zeros(10, 1, 4, 4), SCHEDULE, 2)
 
@@ -178,7 +178,7 @@ def test_shrinkage_moves_covariances_towards_a_round_one(components):
 
 def test_few_samples_of_many_numbers_get_a_density_that_new_samples_have_too():
     x, new = normal(100, 300), normal(50, 300, seed=1)
-    _, share = best_mixture(x[:80], x[80:], (1,))
+    _, share, _ = best_mixture(x[:80], x[80:], (1,))
     plain, moved = (GaussianMarginals.fit(x[:80], SCHEDULE, shrinkage=s).log_prob_levels(new)[:, 0].mean()
                     for s in (0.0, share))  # fmt: skip
     truth = torch.distributions.Normal(0.0, 1.0).log_prob(new).sum(1).mean()

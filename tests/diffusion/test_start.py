@@ -58,6 +58,13 @@ def test_a_very_wide_table_takes_no_covariance():
     assert start.fields["form"] in ("diagonal", None)
 
 
+def test_more_held_out_rows_than_are_scored():
+    # Sorted, as rows without copies are: the first ten thousand of them would be another density's.
+    x = normal(21_000, 2)[normal(21_000, 2)[:, 0].argsort()]
+    start = best_start(normal(400, 2, seed=1), x, given={"components": 1})
+    assert start.fields["components"] == 1 and start.value == pytest.approx(-1 - math.log(2 * math.pi), abs=0.05)
+
+
 def test_what_is_given_is_not_chosen():
     x = normal(100, 3)
     assert best_start(x[:50], x[50:], given={"gaussian": False}).fields["gaussian"] is False

@@ -155,12 +155,7 @@ class MixtureMarginals(BaseDensity):
         return torch.stack([values - common for values in by_class], 1)
 
 
-def best_mixture(*arguments: Any, **options: Any) -> tuple[int, float]:
-    """:func:`scored_mixture` without log p."""
-    return scored_mixture(*arguments, **options)[:2]
-
-
-def scored_mixture(
+def best_mixture(
     train: Tensor,
     validation: Tensor,
     counts: Iterable[int],
@@ -183,7 +178,7 @@ def scored_mixture(
         tolerance: EM ends where an iteration gains less, nats a sample; a rough one is unjust to few components on
             many samples.
     """
-    variance, watched = _variance(train), validation[:FIT_ROWS].double()
+    variance, watched = _variance(train), validation[:, None].double()
     found: list[tuple[int, float, Tensor]] = []
     best, worse = -math.inf, 0
     for number, count in enumerate(counts):
@@ -192,7 +187,7 @@ def scored_mixture(
         weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=tolerance)
         trials = []
         for share in shares:
-            parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched[:, None])
+            parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched)
             trials.append((count, share, (parts + weights.log()).logsumexp(1)))
         found.append(max(trials, key=lambda trial: float(trial[2].mean())))
         value = float(found[-1][2].mean())

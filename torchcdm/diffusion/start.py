@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.cosine_mixture import fit_cosines
 from torchcdm.diffusion.gaussian import DIAGONAL, mean_and_spread
-from torchcdm.diffusion.mixture import SHRINKAGES, scored_mixture, within_error
+from torchcdm.diffusion.mixture import FIT_ROWS, SHRINKAGES, best_mixture, within_error
 from torchcdm.units.normal import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20)
@@ -30,7 +30,6 @@ WIDE, WIDEST = 100, 2000
 FULL_IMAGES = 4096
 """Numbers of an image up to which covariances are tried, where there are as many images as numbers."""
 
-
 FIELDS = ("gaussian", "components", "shrinkage", "form")
 """What there is to choose."""
 
@@ -40,7 +39,7 @@ class Start(NamedTuple):
 
     Attributes:
         fields: By name.
-        log_prob: Of each held-out sample, nats in model units, (N,).
+        log_prob: Of the held-out samples, nats in model units, (N,).
     """
 
     fields: dict[str, Any]
@@ -57,15 +56,17 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
 
     Vectors: mixtures of Gaussians, Gaussians without correlations. Images: mixtures with variances in the cosine
     basis, or a covariance where there are as many images as numbers. Nothing, the standard normal, for both.
-    Mixtures give way to the others where those are better by more than the standard error of the difference.
+    One with covariances gives way to the others where those are better by more than the standard error of the
+    difference.
 
     Args:
         train: Samples (N, *shape), model units, dequantised.
-        held_out: Others, without copies of the same sample.
+        held_out: Others, without copies of the same sample, in any order; of more than :data:`FIT_ROWS` some count.
         floor: Smallest variance, model units squared.
         given: Values of the fields that are not chosen; other keys, and None, are passed by.
     """
     given = {key: (given or {}).get(key) for key in FIELDS if (given or {}).get(key) is not None}
+    held_out = held_out[:: math.ceil(len(held_out) / FIT_ROWS)]
     dim, vectors = train[0].numel(), train.ndim == 2
     shares: Sequence[float] = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
     nothing = Start(
@@ -74,7 +75,8 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     )
     if given.get("gaussian") is False:
         return nothing
-    counts: Sequence[int] = (given["components"],) if "components" in given else COMPONENTS
+    counts: Sequence[int] = COMPONENTS if vectors else CONTRASTS
+    counts = (given["components"],) if "components" in given else counts
     found = [] if given else [nothing]
     if "form" in given:
         forms = [given["form"]]
@@ -84,11 +86,10 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
         forms = [*(["full"] if dim <= min(FULL_IMAGES, len(train)) else []), "cosine"]
     for form in forms:
         if form == "full" and vectors and (dim <= WIDE or "components" in given):
-            components, shrinkage, log_prob = scored_mixture(train, held_out, counts, shares)
+            components, shrinkage, log_prob = best_mixture(train, held_out, counts, shares)
             fields = {"gaussian": True, "components": components, "shrinkage": shrinkage, "form": form}
             found.append(Start(fields, log_prob.to(nothing.log_prob)))
         elif form == "cosine" and not vectors:
-            counts = CONTRASTS if counts is COMPONENTS else counts
             found += [best_cosines(train, held_out, k, floor, shares) for k in counts if k == 1 or 8 * k <= len(train)]
         elif 1 in counts:
             found.append(best_gaussian(train, held_out, form, floor, shares))

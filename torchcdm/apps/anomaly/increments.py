@@ -28,7 +28,7 @@ def best_kind(profile: Tensor) -> tuple[int, float]:
     """Number of Gaussians and their shrinkage, by the likelihood of every fourth of the profiles (N, T+2)."""
     white = _white(profile, _whitening(profile))
     held_out = torch.arange(len(white)) % HELD_OUT == HELD_OUT - 1
-    return best_mixture(white[~held_out], white[held_out], COUNTS)
+    return best_mixture(white[~held_out], white[held_out], COUNTS)[:2]
 
 
 def fit_increments(profile: Tensor, components: int, shrinkage: float) -> dict[str, Tensor]:
