@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
-from torchcdm.annealing.particles import smc, systematic
+from torchcdm.annealing.particles import effective, smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import Evaluated, ModelTarget, Target, reference_gaussian
 from torchcdm.compose.tilted import Tilted
@@ -233,7 +233,7 @@ def _by_particles(
             log_w = (estimates[:, None] + found.log_weights.log_softmax(1)).flatten().log_softmax(0)
             name = f"smc, {islands} x {size} particles, {moves} moves"
             log_z = LogZ.of_weights(estimates, name, 1, x[0].numel())
-            ess = min(float(1 / log_w.exp().square().sum()), float(found.least.sum()))
+            ess = min(float(effective(log_w[None])), float(found.least.sum()))
         if ess < COLLAPSE * particles:
             warnings.warn(
                 f"the weights have collapsed: {ess:.1f} of {particles} particles count; use more particles, moves "

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, logsumexp
 
 from torchcdm.errors import UserError
 
@@ -32,6 +32,16 @@ def effective_sample_size(weights: Any) -> float:
         raise UserError("the weights must not be negative and not all zero")
     w = w / w.max()
     return float(w.sum() ** 2 / np.square(w).sum())
+
+
+def donsker_varadhan(log_ratio: np.ndarray, other: np.ndarray) -> float:
+    """Lower bound on the KL divergence to another distribution, nats, whatever the log ratios' scale and constant.
+
+    Args:
+        log_ratio: Of samples of the distribution, (N,).
+        other: Of samples of the other one, (M,).
+    """
+    return float(log_ratio.mean() - logsumexp(other) + np.log(len(other)))
 
 
 def check_clip(clip: float | None) -> None:

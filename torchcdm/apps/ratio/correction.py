@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.special import expit, logsumexp
+from scipy.special import expit
 from torch import Tensor
 
-from torchcdm.apps.ratio.checks import SEPARATE
+from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
 from torchcdm.models.density import DensityModel
 from torchcdm.training.evaluation import at_all_levels
 
@@ -92,7 +92,7 @@ def tempering(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, fl
 
     def divergence(scale: float) -> float:
         up, down = scale * numerator, scale * denominator
-        return float(up.mean() - down.mean() - logsumexp(down) - logsumexp(-up) + np.log(len(up) * len(down)))
+        return donsker_varadhan(up, down) + donsker_varadhan(-down, -up)
 
     plain = loss(1.0, 0.0)
     candidates = [(scale, _offset(scale * numerator, scale * denominator)) for scale in SCALES]

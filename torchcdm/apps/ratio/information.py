@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
 from torch import Tensor
 
-from torchcdm.apps.ratio.checks import as_floats, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.checks import as_floats, donsker_varadhan, effective_sample_size, importance_weights
 from torchcdm.data.pairs import MIN_ROWS, held_out_count, read_side
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.inputs import check_count
@@ -90,8 +89,7 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
             terms = {"kl": up, "reverse_kl": -down, "chi2": np.exp(up) - 1}[kind]
             value, variance = terms.mean(), terms.var(ddof=1) / len(terms)
         if kind.endswith("kl"):
-            other = down if kind == "kl" else -up
-            bound = float(value - logsumexp(other) + np.log(len(other)))
+            bound = donsker_varadhan(up, down) if kind == "kl" else donsker_varadhan(-down, -up)
     size = effective_sample_size(importance_weights(down))
     coverage = float((up <= down.max()).mean())
     notes = []
