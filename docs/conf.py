@@ -1,8 +1,10 @@
 """The documentation site: ``make docs``."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # a clone that is not installed
@@ -27,11 +29,21 @@ nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 myst_heading_anchors = 3
-suppress_warnings = ["mystnb.unknown_mime_type"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_default_options = {"show-inheritance": True}
-autodoc_inherit_docstrings = True
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
+
+
+def escaped(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """``(N, *shape)`` in a docstring is no emphasis."""
+    for number, line in enumerate(lines):
+        parts = line.split("``")
+        parts[::2] = [re.sub(r"\*(?=\w+\))", r"\\*", part) for part in parts[::2]]
+        lines[number] = "``".join(parts)
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", escaped)
