@@ -91,7 +91,7 @@ class Setting:
         test: Test images that are scored.
         budget: Seconds of training for each system under one protocol.
         clock: What a second is, see :data:`studies.budget.CLOCKS`.
-        log_z: Particles of the estimate of log Z.
+        log_z: Sweeps of the estimate of log Z.
         systems: Of :mod:`studies.compare`.
         normalised: Those of them whose log Z is estimated.
         scaled_down: How it is smaller than the published setting, beyond the models' own.

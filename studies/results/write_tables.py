@@ -179,7 +179,8 @@ def log_z() -> str:
         starts = [f"{value:.4f} ± {se:.4f}" for value, se in found["starts"].values()]
         swapped = found["swapped"]
         lines.append([
-            name, f"{z['value']:.4f} ± {row['se']:.4f}", f"{check['value']:.4f}", *starts,
+            name, f"{z['value']:.4f} ± {row['se']:.4f}",
+            f"{check['value']:.4f} ± {(check['high'] - check['low']) / 3.92:.4f}", *starts,
             f"{found['disagreement']:.1f}", " ".join(f"{value:.4f}" for value in found["quarters"]),
             f"{found['trend']:+.1f}", f"{sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}",
             f"{len(found['levels'])} x {3 * row['replicas']}, {row['sweeps']}", f"{row['cpu_seconds'] / 60:.0f}",

@@ -55,16 +55,27 @@ def gaussian_rungs(n=600):
 
 def test_mbar_finds_the_normalisers():
     log_gamma, rung, truth = gaussian_rungs(20_000)
-    found = mbar(log_gamma, rung)
-    assert torch.allclose(found - found[-1], truth - truth[-1], atol=0.02)
+    found = mbar(log_gamma, rung, torch.arange(len(rung)) % 20)
+    assert torch.allclose(found.log_ratio, -truth.diff(), atol=0.02)
+    assert abs(found.total - float(truth[0] - truth[-1])) < 4 * found.se < 0.05
+
+
+def test_the_error_of_mbar_is_that_of_leaving_out_columns():
+    # Points of a column have a shift in common, and so depend on each other.
+    log_gamma, rung, _ = gaussian_rungs(600)
+    column = torch.arange(len(rung)) % 30
+    log_gamma = log_gamma + (normal(30, 1, seed=1) * torch.tensor([0.0, 0.1, 0.2, 0.3]))[column]
+    found, kept = mbar(log_gamma, rung, column), [column != k for k in range(30)]
+    without = torch.stack([mbar(log_gamma[rows], rung[rows], column[rows]).log_ratio for rows in kept])
+    assert torch.allclose(found.log_ratio + found.without, without, atol=0.1 * float(found.without.std()))
 
 
 def test_mbar_is_that_of_pymbar():
     pymbar = pytest.importorskip("pymbar")
     log_gamma, rung, _ = gaussian_rungs()
-    found = mbar(log_gamma, rung)
+    found = mbar(log_gamma, rung, torch.arange(len(rung)) % 20)
     theirs = pymbar.MBAR(-log_gamma.T.numpy(), torch.bincount(rung).numpy()).compute_free_energy_differences()
-    assert torch.allclose(found[0] - found, torch.from_numpy(theirs["Delta_f"][0]), atol=1e-6)
+    assert torch.allclose(found.log_ratio.cumsum(0), torch.from_numpy(theirs["Delta_f"][0, 1:]), atol=1e-6)
 
 
 def test_bar_is_that_of_pymbar():

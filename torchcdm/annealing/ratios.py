@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 BISECTIONS = 60
 
@@ -73,17 +73,25 @@ def bar(down: Tensor, up: Tensor) -> Ratios:
     return Ratios(delta[:, 0], -balance / (slope.sum(0) - slope))
 
 
-def mbar(log_gamma: Tensor, rung: Tensor) -> Tensor:
-    """log Z of every rung, up to a constant, by the multistate acceptance ratio (Shirts and Chodera 2008): (rungs,).
+def mbar(log_gamma: Tensor, rung: Tensor, column: Tensor) -> Ratios:
+    """The multistate acceptance ratio (Shirts and Chodera 2008), from points of every rung.
 
     The constants that make the rung of a point most probable given the point: a logistic regression.
 
     Args:
         log_gamma: Log density of every rung at every point, nats, (n, rungs).
         rung: Which one the point is from, long (n,).
+        column: Which column it is from, long (n,); each has the same share of its points in every rung.
     """
     counts = torch.bincount(rung, minlength=log_gamma.shape[1]).to(log_gamma)
-    return counts.log() - best_constants(log_gamma, rung)
+    constants, columns = best_constants(log_gamma, rung), int(column.max()) + 1
+    p = (log_gamma + constants).softmax(1)
+    surplus = torch.zeros(columns, len(counts), dtype=p.dtype)
+    surplus = surplus.index_add(0, column, p - one_hot(rung, len(counts)))
+    # One step of Newton's method on what the other columns say; singular along the constant vector.
+    hessian = (p.sum(0).diag() - p.T @ p) * (1 - 1 / columns)
+    without = surplus @ torch.linalg.pinv(hessian, hermitian=True)
+    return Ratios((constants - counts.log()).diff(), without.diff(dim=1))
 
 
 def best_constants(log_p: Tensor, t: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ class LogZ:
         if apart > AGREEMENT:
             doubt = f"runs from {', '.join(starts)} differ by {apart:.1f} standard errors"
         size = f"{len(trace.levels)} levels x {rows.numel()} columns, {len(trace.down)} sweeps"
-        check = None if trace.columns is None else cls(*trace.mbar(), f"MBAR, {size}", level, dim)
+        others = None if trace.columns is None else trace.mbar()
+        check = others and cls(others.total, others.se, f"MBAR, {size}", level, dim)
         x = trace.x.flatten(0, 1)
         name = f"replica exchange, {size}"
         return cls(ratios.total, ratios.se, name, level, dim, x, check, convergence, doubt)
