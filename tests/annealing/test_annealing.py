@@ -10,12 +10,29 @@ from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import States, adapted, langevin
 from torchcdm.annealing.particles import smc
 from torchcdm.annealing.replicas import exchange, ladder
-from torchcdm.annealing.target import Evaluated, MixtureTarget, ModelTarget, Target
+from torchcdm.annealing.target import Evaluated, ModelTarget, Target
 from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
+
+
+class MixtureTarget(Target):
+    """An exact mixture, or one of its classes, at every level: normalised."""
+
+    def __init__(self, mixture, schedule, y=None):
+        super().__init__(schedule, mixture.shape)
+        self.mixture, self.y = mixture, y
+
+    def evaluate(self, x_t, t):
+        y = None if self.y is None else torch.full((len(x_t),), self.y)
+        if y is None:
+            levels = self.mixture.log_prob_levels(x_t, self.schedule)
+        else:
+            levels = self.mixture.class_log_prob_levels(x_t, self.schedule)[:, self.y]
+        at = torch.as_tensor(t).expand(len(x_t))
+        return Evaluated(levels.gather(1, at[:, None])[:, 0], self.mixture.eps(x_t, t, self.schedule, y), levels)
 
 
 class Tilted(Target):

@@ -45,17 +45,15 @@ class Ladder:
     x: Tensor
 
 
-def ladder(
-    target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator, spacing: float = SPACING
-) -> Ladder:
-    """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by ``spacing``."""
+def ladder(target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator) -> Ladder:
+    """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by :data:`SPACING`."""
     levels, steps, points = [], [], []
 
     def seen(states: States, _: Tensor, step: float) -> None:
         for column, value in ((levels, states.t), (steps, step), (points, states.x.clone())):
             column.insert(0, value)
 
-    smc(target, kernels, level, 1, n, generator, moves=2, below=math.inf, spacing=spacing, seen=seen)
+    smc(target, kernels, level, 1, n, generator, moves=2, below=math.inf, spacing=SPACING, seen=seen)
     return Ladder(levels, torch.tensor(steps, dtype=torch.float64), torch.stack(points))
 
 

@@ -1,7 +1,6 @@
 r"""What the engine anneals: unnormalised densities gamma_t, with their gradients, at the levels of a schedule.
 
-A CDM is one (:class:`ModelTarget`), an exact mixture is one (:class:`MixtureTarget`), and so is a function of several:
-a subclass of :class:`Target` gives ``evaluate``.
+A CDM is one (:class:`ModelTarget`), and so is a function of several: a subclass of :class:`Target` gives ``evaluate``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.exact import ExactMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
@@ -122,30 +120,6 @@ class ModelTarget(Target):
             return log_p.gather(1, at[:, None])[:, 0], found.eps.double(), log_p
 
         return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
-
-
-@final
-class MixtureTarget(Target):
-    """An exact mixture at every level: the oracle, normalised.
-
-    Args:
-        mixture: The mixture.
-        schedule: The noise schedule.
-        y: A class; None for the whole mixture.
-    """
-
-    def __init__(self, mixture: ExactMixture, schedule: NoiseSchedule, y: int | None = None) -> None:
-        super().__init__(schedule, mixture.shape)
-        self.mixture, self.y = mixture, y
-
-    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        y = None if self.y is None else torch.full((len(x_t),), self.y, device=x_t.device)
-        if y is None:
-            levels = self.mixture.log_prob_levels(x_t, self.schedule)
-        else:
-            levels = self.mixture.class_log_prob_levels(x_t, self.schedule)[:, self.y]
-        at = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        return Evaluated(levels.gather(1, at[:, None])[:, 0], self.mixture.eps(x_t, t, self.schedule, y), levels)
 
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:

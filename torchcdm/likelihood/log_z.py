@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.replicas import SPACING, Trace, exchange, ladder
+from torchcdm.annealing.replicas import Trace, exchange, ladder
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.likelihood.noise import Batch
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
@@ -166,7 +166,6 @@ def log_normalizer(
     sweeps: int = SWEEPS,
     replicas: int = REPLICAS,
     moves: int = 1,
-    spacing: float = SPACING,
     kernels: Kernels | None = None,
     progress: bool = False,
 ) -> LogZ:
@@ -184,7 +183,6 @@ def log_normalizer(
             evaluations of each replica.
         replicas: Replicas of each level from each start, at least 2.
         moves: Langevin steps with accept-reject in each sweep.
-        spacing: Deviation of the work between neighbouring levels, nats: less of it takes more levels.
         kernels: The proposals; measured on samples of the model when None.
         progress: Shows a progress bar over the sweeps.
 
@@ -199,7 +197,7 @@ def log_normalizer(
     target = ModelTarget(model, y, scoring.batch_size)
     kernels = kernels or Kernels.of_denoiser(model, target.y, scoring.seed, batch_size=scoring.batch_size)
     generator, device = stream(scoring.seed, "replicas"), schedule.alpha.device
-    rungs = ladder(target, kernels, level, max(DESCENDING, replicas), generator, spacing)
+    rungs = ladder(target, kernels, level, max(DESCENDING, replicas), generator)
     # Particles that were resampled from one are neighbours.
     starts = {"samples": rungs.x[:, torch.arange(replicas) * rungs.x.shape[1] // replicas]}
 

@@ -132,7 +132,6 @@ class NLLReport:
         lines += [*self.notes, self._verdict()]
         return "\n".join(lines)
 
-
     def _verdict(self) -> str:
         """Whether to believe the headline; where log Z was not asked for, what was measured instead."""
         if NOT_ESTIMATED not in self.why:
