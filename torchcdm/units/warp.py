@@ -92,7 +92,7 @@ class ColumnWarp(Float64Module):
         rows = torch.linspace(0, len(x) - 1, min(ROWS, len(x)), dtype=torch.float64).round().long()
         least, scaled, of_rows = x.amin(0), x[rows] / _deviation(x), sources[rows]
         positive = torch.where(least > 0, scaled, 1.0)
-        gain = _log_spread(scaled, of_rows) - _log_spread(positive.log(), of_rows) - positive.log().mean(0)
+        gain = log_spread(scaled, of_rows) - log_spread(positive.log(), of_rows) - positive.log().mean(0)
         least = torch.where((least > 0) & (gain > LEAST_GAIN) & allowed, BELOW * least, 0.0)
         x = _logarithm(x, least)
         mean, deviation = x.mean(0), _deviation(x)
@@ -100,7 +100,7 @@ class ColumnWarp(Float64Module):
         location, scale, skew, tail = _maximum_likelihood(y)
         bent = _bend((y - location) / scale, skew, tail)
         slopes = _log_slope((y - location) / scale, skew, tail) - scale.log()
-        gain = _log_spread(y, of_rows) - _log_spread(bent, of_rows) + slopes.mean(0)
+        gain = log_spread(y, of_rows) - log_spread(bent, of_rows) + slopes.mean(0)
         used = (gain > LEAST_GAIN) & allowed
         location, scale, skew, tail = (
             torch.where(used, value, other) for value, other in ((location, 0), (scale, 1), (skew, 0), (tail, 1))
@@ -169,11 +169,11 @@ def _deviation(x: Tensor) -> Tensor:
     return torch.where(deviation > 0, deviation, 1.0)
 
 
-def _log_spread(x: Tensor, sources: Tensor) -> Tensor:
+def log_spread(x: Tensor, sources: Tensor) -> Tensor:
     """Mean over the rows of the log deviation of their source, (d,): by so much normals are less likely."""
     parts = [x[sources == source] for source in sources.unique()]
     # A source that is constant in a column is neither more nor less normal for its curve.
-    spreads = [len(part) / len(x) * part.std(0, correction=0).clamp_min(TINY).log() for part in parts]
+    spreads = [0.5 * len(part) / len(x) * part.var(0, correction=0).clamp_min(TINY**2).log() for part in parts]
     return torch.stack(spreads).sum(0)
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from torchcdm.data.source import evenly_spaced
 from torchcdm.units import ColumnWarp
+from torchcdm.units.warp import log_spread
 
 KNOTS = 24
 CURVE_ROWS = 8000
@@ -115,24 +117,21 @@ class Curves:
             x: Rows (N, d), float64.
             y: Their sources, (N,).
         """
-        rows = torch.linspace(0, len(x) - 1, min(CURVE_ROWS, len(x)), dtype=torch.float64).round().long()
+        rows = evenly_spaced(len(x), CURVE_ROWS)
         x, y = x[rows], y[rows]
         knots = x.quantile(torch.special.ndtr(torch.linspace(-3, 3, KNOTS, dtype=torch.float64)), dim=0)
         # Equal quantiles are told apart by a little of the spread.
         knots = knots + 1e-6 * (x.std(0) + 1e-12) * torch.arange(KNOTS, dtype=torch.float64)[:, None]
         curves = cls(knots, torch.zeros(knots.shape, dtype=torch.float64).requires_grad_())
-        parts = [(x[y == source], float((y == source).double().mean())) for source in y.unique()]
-        located = [(curves._located(part), share) for part, share in parts]
+        located = curves._located(x)
         optimizer = torch.optim.LBFGS([curves.log_slopes], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
             slopes = curves.log_slopes
             total = ROUGHNESS * slopes.diff(n=2, dim=0).square().sum() + 1e-4 * slopes.square().sum()
-            for places, share in located:
-                z, log_slope = curves._apply(*places)
-                spread = z.var(0, correction=0).clamp_min(1e-12).log()
-                total = total + share * (0.5 * spread - log_slope.mean(0)).sum()
+            z, log_slope = curves._apply(*located)
+            total = total + (log_spread(z, y) - log_slope.mean(0)).sum()
             total.backward()
             return total
 
@@ -189,8 +188,8 @@ def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, w
         held_out_y: ... and their sources.
         warp: What took the columns from the data's units to those of the rows.
     """
-    places = torch.linspace(0, len(train) - 1, min(ROWS, len(train)), dtype=torch.float64).round().long()
-    train, y = train[places], y[places]
+    rows = evenly_spaced(len(train), ROWS)
+    train, y = train[rows], y[rows]
 
     def log_prob(steps: Steps) -> Tensor:
         """Of the held-out rows, under a Gaussian for each source, (M,)."""

@@ -101,7 +101,7 @@ class DensityRatio:
         counts: Samples of denominator and numerator.
         shares: How much of the network's correction to the base density is kept, 0 ... 1; of each model, that of the
             denominator first.
-        tempered: Scale and offset of the log ratio, see :func:`torchcdm.apps.ratio.calibration.tempering`.
+        tempered: Scale and offset of the log ratio, see :func:`torchcdm.apps.ratio.correction.tempering`.
         held_out: Checks on the share held out for early stopping, a little optimistic for that.
 
     Example:
