@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torchcdm.units import (
     discrete_values,
     frequent_values,
 )
+from torchcdm.units.table import beyond_float32
 
 Grid = tuple[int, int]
 """Smallest and largest grey level of integer data; None stands for continuous data."""
@@ -30,9 +32,6 @@ DEFAULT_FRACTION = 0.1
 
 SMALLEST_SPLITTABLE = 10
 """Below this many samples data are not split at random."""
-
-FLOAT32_STEPS = 1000
-"""Least number of float32 steps in a standard deviation before a note asks to subtract an offset."""
 
 ROUNDING = 0.01
 """Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
@@ -81,14 +80,9 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
             _check_resolution(splits[0].tensors()[0].numpy(), _names(table, len(first)), name)
         splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
     if table is not None and like is None:
-        x, _ = splits[0].tensors()
-        varying = (x != x[0]).any(0)
-        if not varying.any():
-            raise UserError(f"{name}: every column is constant in training; there is nothing to learn")
-        if not varying.all():
-            found = {column: float(x[0, k]) for k, column in enumerate(table.names) if not varying[k]}
-            table = table.without(found)
-            notes.append(f"columns left out because they are constant in training: {', '.join(found)}.")
+        table, varying, found = table.varying(splits[0].tensors()[0], name)
+        if found:
+            notes += found
             splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
     if like is None:
         transform, more = _measure(splits[0], samples.grid, options.dequantize, name, table)
@@ -99,26 +93,29 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
     return DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
 
 
-def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:
-    """The three splits, those that are missing drawn from ``train``, and one sentence on where they come from.
+def drawn_counts(parts: Collection[str], pool: int, options: DataOptions) -> dict[str, int]:
+    """How many samples of the ``pool`` each split beside the ``parts`` gets; at least one of a positive share."""
+    shares = {"validation": options.validation_fraction, "test": options.test_fraction}
+    missing = {split: share for split, share in shares.items() if split not in parts}
+    shares = {split: DEFAULT_FRACTION if share is None else share for split, share in missing.items()}
+    return {split: max(1, round(share * pool)) if share else 0 for split, share in shares.items()}
 
-    A positive share gets at least one sample.
-    """
+
+def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:
+    """The three splits, those that are missing drawn from ``train``, and one sentence on where they come from."""
     name, parts, pool = samples.name, samples.parts, samples.parts["train"]
-    missing, how = [split for split in ("validation", "test") if split not in parts], "split by the data themselves"
+    missing, how = drawn_counts(parts, len(pool), options), "split by the data themselves"
     if missing:
-        shares = {"validation": options.validation_fraction, "test": options.test_fraction}
-        shares = {split: DEFAULT_FRACTION if shares[split] is None else shares[split] for split in missing}
-        smallest = SMALLEST_SPLITTABLE if any(shares.values()) else 2
+        held_out = sum(missing.values())
+        smallest = SMALLEST_SPLITTABLE if held_out else 2
         if len(pool) < smallest:
             raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
-        held_out = [max(1, round(share * len(pool))) if share else 0 for share in shares.values()]
-        rest = len(pool) - sum(held_out)
+        rest = len(pool) - held_out
         if rest < 2:
-            raise UserError(f"{name}: validation and test take {sum(held_out)} of {len(pool)}; make them smaller")
-        order = permutation(len(pool), options.seed).split([*held_out, rest])
+            raise UserError(f"{name}: validation and test take {held_out} of {len(pool)}; make them smaller")
+        order = permutation(len(pool), options.seed).split([*missing.values(), rest])
         parts = parts | {split: pool.select(part) for split, part in zip((*missing, "train"), order, strict=True)}
-        how = "split at random" if len(missing) == 2 else f"{missing[0]} drawn at random from training"
+        how = "split at random" if len(missing) == 2 else f"{next(iter(missing))} drawn at random from training"
     splits = (parts["train"], parts["validation"], parts["test"])
     counts = "{} for training, {} for validation, {} for test".format(*map(len, splits))
     return splits, f"{how}: {counts} (seed {options.seed})." if missing else f"{how}: {counts}."
@@ -155,7 +152,7 @@ def _measure_columns(
         what = f"column 'c{k}'"
         if (column == column[0]).all():
             raise UserError(f"{data}: {what} is constant; leave it out")
-        if column.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(column).max():
+        if beyond_float32(column):
             notes.append(f"{what} varies little beside its size, beyond float32: subtract an offset.")
         found, frequent = discrete_values(column, f"c{k}"), frequent_values(column)
         if found is None and frequent:

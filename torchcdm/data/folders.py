@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torchcdm.data.assembly import Samples
+from torchcdm.data.assembly import Samples, drawn_counts
 from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reason
@@ -118,9 +118,7 @@ def _split_images(
 ) -> dict[str, list[Path]]:
     """The splits of whole images, the missing ones drawn from training: crops of one image overlap."""
     train = [path for path in files["train"] if path in good]
-    shares = {"validation": options.validation_fraction, "test": options.test_fraction}
-    shares = {split: 0.1 if share is None else share for split, share in shares.items() if split not in files}
-    held = {split: max(1, round(share * len(train))) if share else 0 for split, share in shares.items()}
+    held = drawn_counts(files, len(train), options)
     if len(train) - sum(held.values()) < 1:
         raise UserError(f"{train[0].parent}: {len(train)} image(s); crops need one more than validation and test take")
     order = [train[i] for i in permutation(len(train), options.seed).tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_column
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, MemorySplit, Split
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
+from torchcdm.runtime.validation import read_as
 from torchcdm.units import ColumnWarp, DataTransform, TableEncoding, spread_columns
+from torchcdm.units.lattice import Discrete
 from torchcdm.units.table import as_frame, is_frame
 
 if TYPE_CHECKING:
@@ -29,9 +31,6 @@ SOURCES = ("denominator", "numerator")
 
 MIN_ROWS = 20
 """Fewest samples of each data set."""
-
-DISCRETE = ("dequantize", "error")
-"""What to do with a column of few distinct values."""
 
 HELD_OUT = 0.15
 """Share of each data set that is held out unless another is given."""
@@ -66,7 +65,7 @@ def pair_up(
     numerator: Any,
     denominator: Any,
     options: DataOptions | None = None,
-    discrete: Literal["dequantize", "error"] = "dequantize",
+    discrete: Discrete = "dequantize",
 ) -> Pair:
     """Both data sets, split into training and validation and scaled alike.
 
@@ -82,8 +81,7 @@ def pair_up(
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
     """
-    if discrete not in DISCRETE:
-        raise UserError(f"discrete is '{discrete}'; {nearest(str(discrete), DISCRETE)}")
+    read_as(Discrete, discrete, "discrete")
     options = options or DataOptions()
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
@@ -202,7 +200,7 @@ def _from_tables(
     denominator: DataFrame,
     numerator: DataFrame,
     parts: dict[str, tuple[Tensor, Tensor]],
-    discrete: str,
+    discrete: Discrete,
     options: DataOptions,
 ) -> tuple[DataSource, TableEncoding, ColumnWarp]:
     import pandas as pd
@@ -225,10 +223,9 @@ def _from_tables(
             f"few distinct values in the columns {', '.join(few)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
-    first, noise = codes[0][parts["train"][0][0]], stream(options.seed, "dequantise")
-    varying = torch.cat([x[part] != first for x, part in zip(codes, parts["train"], strict=True)]).any(0)
-    table = table.without({c.name: float(first[k]) for k, c in enumerate(table.kept) if not varying[k]})
-    codes = [x[:, varying] for x in codes]
+    trained = torch.cat([x[part] for x, part in zip(codes, parts["train"], strict=True)])
+    table, varying, constant = table.varying(trained, PAIR)
+    codes, noise = [x[:, varying] for x in codes], stream(options.seed, "dequantise")
     cells, known = table.cells, table.mixed_codes
     codes = [spread_columns(x, cells, known, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
     chosen = {split: torch.cat([codes[0][low], codes[1][high]]) for split, (low, high) in parts.items()}
@@ -240,7 +237,7 @@ def _from_tables(
     }
     samples = Samples(PAIR, joined, class_names=SOURCES)
     source = assemble(samples, replace(options, **WHOLE, dequantize=False))
-    return replace(source, notes=(*notes, *more)), table, warp
+    return replace(source, notes=(*notes, *more, *constant)), table, warp
 
 
 def _from_images(

@@ -37,6 +37,7 @@ from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform
+from torchcdm.units.lattice import Discrete
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -138,7 +139,7 @@ class TableEstimator(BaseEstimator):
     patience: Count | None = None
     max_seconds: Positive | None = None
     validation_fraction: Annotated[Float, Gt(0), Lt(1)] = 0.15
-    discrete: Literal["dequantize", "error"] = "dequantize"
+    discrete: Discrete = "dequantize"
     overrides: Mapping[str, Any] | None = None
     device: Any = None
     random_state: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from torchcdm.errors import UserError
 
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
+
+Discrete = Literal["dequantize", "error"]
+"""What to do with a column of few distinct values."""
 
 FEW_VALUES = 20
 """A column of at most so many values is discrete, where each comes twice on average."""

@@ -57,7 +57,7 @@ LEAST_COUNT = 3
 MOST_DECIMALS = 6
 
 FLOAT32_STEPS = 1000
-"""Least number of float32 steps in a standard deviation: an offset is subtracted from columns with fewer."""
+"""Least number of float32 steps in a standard deviation; with fewer a column needs an offset."""
 
 SHOWN = 5
 """Problems, or levels, that a message names."""
@@ -207,13 +207,10 @@ class TableEncoding:
                 columns.append(column)
         result = cls(tuple(columns))
         x = result.encode(frame, name, skip_bad, problems=problems).x
-        alike = (x == x[:1]).all(0).tolist() if len(x) else [True] * len(columns)
-        constants = {column.name: float(x[0, k]) for k, column in enumerate(columns) if alike[k] and len(x)}
-        if len(constants) == len(columns) and len(x) > 1:
-            raise UserError(f"{name}: every column is constant; there is nothing to learn")
-        if constants:
-            notes.append(f"columns left out because they are constant in training: {', '.join(constants)}.")
-        return cls(tuple(columns), constants), notes
+        if len(x) < 2:
+            return result, notes
+        result, _, constant = result.varying(x, name)
+        return result, notes + constant
 
     @classmethod
     def numbers(cls, names: Iterable[Any]) -> TableEncoding:
@@ -300,9 +297,22 @@ class TableEncoding:
         full = {name: np.full(len(values), code) for name, code in self.constants.items()} | codes
         return pd.DataFrame({column.name: column.decode(full[column.name]) for column in self.columns})
 
-    def without(self, constants: Mapping[str, float]) -> TableEncoding:
-        """The same with these further columns constant, by name."""
-        return TableEncoding(self.columns, {**self.constants, **constants})
+    def varying(self, x: Tensor, name: str) -> tuple[TableEncoding, Tensor, list[str]]:
+        """The same with the columns constant that are so in training, which columns of ``x`` vary, and a note.
+
+        Args:
+            x: Codes of training (N, d).
+            name: Of the table, for messages.
+
+        Raises:
+            UserError: None varies.
+        """
+        varying = (x != x[:1]).any(0)
+        found = {column.name: float(x[0, k]) for k, column in enumerate(self.kept) if not varying[k]}
+        if not varying.any():
+            raise UserError(f"{name}: every column is constant in training; there is nothing to learn")
+        notes = [f"columns left out because they are constant in training: {', '.join(found)}."] if found else []
+        return TableEncoding(self.columns, {**self.constants, **found}), varying, notes
 
 
 def is_frame(data: Any) -> bool:
@@ -311,7 +321,11 @@ def is_frame(data: Any) -> bool:
 
 
 def as_frame(data: Any) -> DataFrame:
-    """A data frame; a Series becomes one column. Columns of one name are a problem that :meth:`fit` tells."""
+    """A data frame with texts as names; a Series becomes one column.
+
+    Raises:
+        UserError: Two columns of one name.
+    """
     if not hasattr(data, "columns"):
         data = data.to_frame(name="value" if data.name is None else data.name)
     names = [str(label) for label in data.columns]
@@ -319,6 +333,11 @@ def as_frame(data: Any) -> DataFrame:
     if double:
         raise UserError(f"two columns are called {_listed(double)}; column names must differ")
     return data.set_axis(names, axis=1)
+
+
+def beyond_float32(x: np.ndarray) -> bool:
+    """Whether the numbers (N,) vary so little beside their size that float32 resolves them badly."""
+    return bool(x.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(x).max())
 
 
 # --- cells -------------------------------------------------------------------------------------------------------
@@ -353,7 +372,7 @@ def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
     notes, decimals = [], next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
     few = discrete_values(x, name) if (x != x[0]).any() else (float(x[0]),)
     deviation = float(x.std()) or 1.0
-    steep = 0 < x.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(x).max()
+    steep = x.std() > 0 and beyond_float32(x)
     offset = float(np.floor(np.median(x))) if kind == "date" or steep else 0.0
     values = few or tuple(frequent := frequent_values(x))
     cell = cell_width(few) if few and len(few) > 1 else float(f"{deviation:.2g}")

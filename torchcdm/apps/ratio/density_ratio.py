@@ -33,6 +33,7 @@ from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
+from torchcdm.units.lattice import Discrete
 
 FILE = "ratio.json"
 
@@ -135,7 +136,7 @@ class DensityRatio:
         self,
         random_state: Seed = 0,
         method: Literal["joint", "separate"] = "joint",
-        discrete: Literal["dequantize", "error"] = "dequantize",
+        discrete: Discrete = "dequantize",
         preset: str | None = None,
         device: str | None = None,
         progress: bool = False,
