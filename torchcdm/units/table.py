@@ -13,15 +13,10 @@ what a model says of them is a probability, and of all other numbers a density i
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from datetime import date
-from decimal import Decimal
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,25 +24,11 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
+from torchcdm.units.cells import EMPTY, MOSTLY, Kind, dates_of, kind_of, numbers_of, texts_of, unreadable
 from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
-
-EMPTY = frozenset(("", "na", "n/a", "nan", "null", "none", "nat", "<na>", "?", "-"))
-"""Cells that are missing, in any case."""
-
-FALSE, TRUE = frozenset(("false", "f", "no", "n", "off")), frozenset(("true", "t", "yes", "y", "on"))
-"""Spellings of booleans, in any case."""
-
-DATE = re.compile(
-    r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2})([ T]|$)|\d{4}-\d{1,2}$"
-    r"|[A-Za-z]{3,9}\.? (\d{1,2},? )?\d{4}|\d{1,2} [A-Za-z]{3,9}\.? \d{4}"
-)
-"""How the text of a date begins."""
-
-MOSTLY = 0.9
-"""Share of the filled cells that are numbers, or dates, from which on the others are mistakes and no categories."""
 
 OTHER = "other"
 MOST_LEVELS = 100
@@ -81,7 +62,7 @@ class Column:
     """
 
     name: str
-    kind: Literal["number", "category", "boolean", "date"]
+    kind: Kind
     levels: tuple[str, ...] = ()
     values: tuple[Float, ...] = ()
     mixed: bool = True
@@ -102,11 +83,11 @@ class Column:
     def encode(self, cells: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes, which cells cannot be read, and which are unlike any in training, where the code means nothing."""
         if self.levels:
-            texts = _texts(cells, self.kind)
+            texts = texts_of(cells, self.kind)
             places = {level: k for k, level in enumerate(self.levels)}
             found = np.array([places.get(text, places.get(OTHER, -1) if text else -1) for text in texts])
-            return found.clip(0).astype(np.float64), _unreadable(cells), found < 0
-        x, empty = _numbers(cells) if self.kind == "number" else _dates(cells)
+            return found.clip(0).astype(np.float64), unreadable(cells), found < 0
+        x, empty = numbers_of(cells) if self.kind == "number" else dates_of(cells)
         bad = ~np.isfinite(x) & ~empty
         strange = empty & (not self.missing)
         codes = self._code(np.where(np.isfinite(x), x, self.least))
@@ -340,19 +321,19 @@ def beyond_float32(x: np.ndarray) -> bool:
     return bool(x.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(x).max())
 
 
-# --- cells -------------------------------------------------------------------------------------------------------
+# --- columns -----------------------------------------------------------------------------------------------------
 
 
 def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
     """A column from the cells of training, None where it is left out, and what is to be said of it."""
-    kind, what = _kind(cells), f"column '{name}'"
+    kind, what = kind_of(cells), f"column '{name}'"
     if kind == "":
         return None, f"{what} is empty: left out."
     if kind in ("category", "boolean"):
-        bad = _unreadable(cells)
+        bad = unreadable(cells)
         if bad.mean() > 1 - MOSTLY:
             raise UserError(_problem(Column(name, kind), cells, bad))
-        texts = _texts(cells[~bad], kind)
+        texts = texts_of(cells[~bad], kind)
         counts = Counter(texts.tolist())
         if kind == "boolean":
             return Column(name, kind, tuple(text for text in ("", "False", "True") if counts[text]), mixed=False), ""
@@ -365,7 +346,7 @@ def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
         levels = [*([""] if empty else []), *sorted({*common, *([OTHER] if pooled else [])})]
         note = f", {pooled} rare ones as '{OTHER}'" * bool(pooled) + ", missing cells as one more" * bool(empty)
         return Column(name, kind, tuple(levels), mixed=False), f"{what} holds categories: {len(common)} levels{note}."
-    x, empty = _numbers(cells) if kind == "number" else _dates(cells)
+    x, empty = numbers_of(cells) if kind == "number" else dates_of(cells)
     if not np.isfinite(x).any():
         raise UserError(_problem(Column(name, kind), cells, ~empty))
     missing, x = bool(empty.any()), x[np.isfinite(x)]
@@ -389,91 +370,6 @@ def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
     column = Column(name, kind, (), values, not few, missing, cell, float(x.min()), offset, decimals)
     return column, f"{what} {'; '.join(notes)}." if notes else ""
-
-
-def _kind(cells: Series) -> str:
-    """What a column holds; the empty text where all cells are missing."""
-    from pandas.api import types
-
-    if types.is_bool_dtype(cells.dtype):
-        return "boolean"
-    if types.is_datetime64_any_dtype(cells.dtype):
-        return "date" if cells.notna().any() else ""
-    if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
-        return "number" if cells.notna().any() else ""
-    texts = _texts(cells, "category")
-    filled = texts != ""
-    if not filled.any():
-        return ""
-    numbers = float((~np.isnan(_numbers(cells)[0][filled])).mean())
-    if numbers == 1:
-        return "number"
-    if all(text.lower() in TRUE | FALSE for text in np.unique(texts[filled])):
-        return "boolean"
-    dates = float(np.isfinite(_dates(cells)[0][filled]).mean())
-    return "number" if numbers >= MOSTLY else "date" if dates >= MOSTLY else "category"
-
-
-def _texts(cells: Series, kind: str) -> np.ndarray:
-    """Cells as texts, object (N,): the empty text where they are missing, False and True of booleans."""
-    texts = cells.astype(object).where(cells.notna(), "").astype(str).str.strip().to_numpy(object)
-    lower = np.array([text.lower() for text in texts], dtype=object)
-    texts[np.isin(lower, list(EMPTY))] = ""
-    if kind == "boolean":
-        texts[np.isin(lower, list(TRUE))], texts[np.isin(lower, list(FALSE))] = "True", "False"
-    return texts
-
-
-def _numbers(cells: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Cells as float64, nan where they are none, and which are missing; decimal commas and thousands are read."""
-    import pandas as pd
-    from pandas.api import types
-
-    if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
-        return cells.to_numpy(np.float64, na_value=np.nan), cells.isna().to_numpy()
-    texts = pd.Series(_texts(cells, "number"))
-    x = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64, copy=True)
-    if (commas := (np.isnan(x) & texts.str.contains(",", regex=False)).to_numpy()).any():
-        rest = texts[commas]
-        thousands = rest.str.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
-        if thousands.all() and (rest.str.contains(r"\.|,.*,").any() or texts.str.contains(".", regex=False).any()):
-            rest = rest.str.replace(",", "")
-        else:
-            rest = rest.str.replace(".", "").str.replace(",", ".")
-        x[commas] = pd.to_numeric(rest, errors="coerce")
-    return x, (texts == "").to_numpy()
-
-
-def _dates(cells: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Cells as days since 1970, float64, nan where they are no dates, and which are missing."""
-    import pandas as pd
-    from pandas.api import types
-
-    if types.is_datetime64_any_dtype(cells.dtype):
-        texts, found = cells, pd.to_datetime(cells, utc=True)
-    else:
-        texts = pd.Series(_texts(cells, "date"))
-        texts = texts.where(texts.str.match(DATE), None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tried = [pd.to_datetime(texts, utc=True, errors="coerce", dayfirst=first) for first in (False, True)]
-            found = min(tried, key=lambda stamps: int(stamps.isna().sum()))
-            if (found.isna() & texts.notna()).any():
-                found = pd.to_datetime(texts, utc=True, errors="coerce", format="mixed")
-    days = (found - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
-    empty = cells.isna().to_numpy() if texts is cells else _texts(cells, "date") == ""
-    return days.to_numpy(np.float64), empty
-
-
-def _unreadable(cells: Series) -> np.ndarray:
-    """Cells that hold no single value, bool (N,)."""
-    from pandas.api import types
-
-    if cells.dtype != object:
-        return np.full(len(cells), types.is_complex_dtype(cells.dtype) or types.is_timedelta64_dtype(cells.dtype))
-    plain = (str, Real, Decimal, date, np.datetime64)
-    missing = cells.isna().to_numpy()
-    return np.array([not isinstance(cell, plain) for cell in cells], bool) & ~missing
 
 
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
