@@ -75,6 +75,17 @@ def test_rare_levels_are_one_and_new_ones_belong_to_them():
     assert table.encode(pd.DataFrame({"x": ["b", "never seen"]})).x.tolist() == [[1], [2]]
 
 
+def test_equal_numbers_are_one_value_beside_missing_cells_and_another_one_deviates():
+    frame = pd.DataFrame({"a": [0.1, np.nan] * 50, "b": 1_700_000_000, "c": 0.1, "d": np.arange(100)})
+    table, notes = TableEncoding.fit(frame)
+    assert table.constants.keys() == {"b", "c"} and not any("offset" in note for note in notes)
+    pd.testing.assert_frame_equal(table.decode(table.encode(frame).x), frame)
+    source = from_object(frame.assign(e=[1.5] * 99 + [2.5]), validation_fraction=0.0, test_fraction=0.1)
+    table = source.transform.table
+    new = frame.assign(b=[1_700_000_001] * 50 + [1_700_000_000] * 50, e=1.5)
+    assert table.encode(new, deviating=True).deviating == ["b"] * 50 + [""] * 50
+
+
 def test_a_density_of_a_mixed_column_is_one():
     """A standard normal in model units: probabilities of missing cells and of zeros, and a density that integrates."""
     draw = np.random.RandomState(0)

@@ -74,16 +74,16 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
         raise UserError(f"{name}: no training samples that can be read")
     splits, note = _complete_splits(samples, options)
     notes = [*samples.notes, note]
-    first = splits[0][0][0]
-    if first.dtype == torch.float64:
-        if like is None:
-            _check_resolution(splits[0].tensors()[0].numpy(), _names(table, len(first)), name)
-        splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
     if table is not None and like is None:
         table, varying, found = table.varying(splits[0].tensors()[0], name)
         if found:
             notes += found
             splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
+    first = splits[0][0][0]
+    if first.dtype == torch.float64:
+        if like is None:
+            _check_resolution(splits[0].tensors()[0].numpy(), _names(table, len(first)), name)
+        splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
     if like is None:
         transform, more = _measure(splits[0], samples.grid, options.dequantize, name, table)
         transform.table = table

@@ -250,7 +250,7 @@ class TableEncoding:
                 continue
             cells = frame[column.name]
             code, bad, strange = column.encode(cells)
-            odd[column.name] = strange | (constant is not None and code.astype(np.float32) != np.float32(constant))
+            odd[column.name] = strange | (constant is not None and code != constant)
             wrong = bad if deviating or constant is not None else bad | strange
             out |= wrong
             if wrong.any() and not skip_bad:
@@ -351,9 +351,9 @@ def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
         raise UserError(_problem(Column(name, kind), cells, ~empty))
     missing, x = bool(empty.any()), x[np.isfinite(x)]
     notes, decimals = [], next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
-    few = discrete_values(x, name) if (x != x[0]).any() else (float(x[0]),)
-    deviation = float(x.std()) or 1.0
-    steep = x.std() > 0 and beyond_float32(x)
+    varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
+    few, deviation = (discrete_values(x, name), float(x.std())) if varies else ((float(x[0]),), 1.0)
+    steep = varies and beyond_float32(x)
     offset = float(np.floor(np.median(x))) if kind == "date" or steep else 0.0
     values = few or tuple(frequent := frequent_values(x))
     cell = cell_width(few) if few and len(few) > 1 else float(f"{deviation:.2g}")
