@@ -46,6 +46,7 @@ SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
 """Rows up to which, and from which on, a table is small or large: see :func:`size_fields`."""
 
+
 def size_fields(rows: int) -> dict[str, Any]:
     """What the number of training rows changes in a preset for vectors.
 
@@ -77,6 +78,7 @@ FLOW_STEPS = 50
 
 SHORTEST = 1e-3
 """Seconds of a training for which no time is left: one step."""
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TableEstimator(BaseEstimator):
