@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,7 +207,7 @@ def _knots(x: Tensor, centres: Tensor, cell: float) -> Tensor:
     edges, others = torch.cat([centres - cell / 2, centres + cell / 2]).sort().values, x[~near]
     if len(others):
         count = min(KNOTS, max(2, len(others) // KNOT_ROWS))
-        knots = others.quantile(torch.linspace(0, 1, count + 1, dtype=torch.float64))
+        knots = torch.from_numpy(np.quantile(others.numpy(), np.linspace(0, 1, count + 1)))  # of any number of rows
         apart = (knots[:, None] - centres).abs().amin(1) > cell / 2 * (1 + 1e-6)
         edges = torch.cat([edges, knots[apart]]).sort().values
     rising = edges.diff() > 1e-9 * (edges[-1] - edges[0])
