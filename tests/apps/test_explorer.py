@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+import torchcdm
 from torchcdm.apps.explorer import Explorer, page, serve
 from torchcdm.errors import UserError
 from torchcdm.training.checkpoint import load, read_info
@@ -74,6 +76,28 @@ def test_samples_are_those_of_the_seed(digits):
     x = digits.samples(5, "any", 0.0, 10, 3)
     assert x.shape == (5, 1, 8, 8) and torch.equal(x, digits.samples(5, "any", 0.0, 10, 3))
     assert not torch.equal(x, digits.samples(5, "any", 0.0, 10, 4))
+
+
+def test_samples_of_a_table_are_rows_of_it(wines):
+    rows = wines.cells(wines.samples(4, None, 0.0, 10, 0))
+    assert len(rows) == 4 and all(len(row) == 13 for row in rows)
+    assert torch.allclose(wines.row([rows[0]]), wines.samples(4, None, 0.0, 10, 0)[:1], rtol=0.02)  # as many decimals
+
+
+def test_texts_and_dates_of_a_table_are_shown_and_typed(tmp_path):
+    frame = pd.DataFrame({
+        "kind": ["red", "green"] * 40, "day": pd.date_range("2020-01-01", periods=80), "size": np.arange(80) ** 1.5,
+    })  # fmt: skip
+    torchcdm.fit(frame, preset="table", steps=2, out=tmp_path / "run", progress=False, device="cpu",
+                 sampling={"n": 0})  # fmt: skip
+    model = load(tmp_path / "run")
+    x = model.transform.table.encode(frame).x.float()
+    shown = Explorer(model, model.info, x, x)
+    rows = shown.cells(shown.examples[:2])
+    assert rows[0][0] in ("red", "green") and rows[0][1].startswith("2020-")
+    assert torch.equal(shown.row([rows[0]])[:, :1], shown.examples[:1, :1])
+    with pytest.raises(UserError, match="'kind'.*blue"):
+        shown.row([["blue", *rows[0][1:]]])
 
 
 def test_a_drawing_becomes_an_image_of_the_model(digits):

@@ -19,6 +19,7 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo
+from torchcdm.units import TableEncoding
 
 if TYPE_CHECKING:
     import gradio
@@ -105,14 +106,15 @@ class Explorer:
 
     def row(self, cells: Any) -> Tensor:
         """A row that was typed, data units (1, d)."""
-        values = []
-        for name, cell in zip(self.columns, np.asarray(cells, dtype=object).ravel(), strict=True):
-            try:
-                values.append(float(cell))
-            except (TypeError, ValueError):
-                raise UserError(f"column '{name}': '{cell}' is no number") from None
-            if not np.isfinite(values[-1]):
-                raise UserError(f"column '{name}': {cell} is not finite")
+        import pandas as pd
+
+        table, values = self.info.transform.table or TableEncoding.numbers(self.columns), []
+        for column, cell in zip(table.kept, np.asarray(cells, dtype=object).ravel(), strict=True):
+            code, bad, strange = column.encode(pd.Series([cell], dtype=object))
+            if bad[0] or strange[0]:
+                known = "no number" if column.kind == "number" else f"not a {column.kind} that the model knows"
+                raise UserError(f"column '{column.name}': '{cell}' is {known}")
+            values.append(float(code[0]))
         return torch.tensor([values])
 
     @property
@@ -130,8 +132,10 @@ class Explorer:
         return self._enlarged(overlay(torch.zeros(len(x), *x.shape[2:]), x, 1.0, self.info.transform))
 
     def cells(self, x: Tensor) -> list[list[float]]:
-        """Rows as a table of numbers of six digits."""
-        return [[float(f"{value:.6g}") for value in row] for row in x.tolist()]
+        """Rows as a table: numbers of six digits, texts and dates as they are."""
+        table = self.info.transform.table
+        rows = x.tolist() if table is None else table.decode(x)[self.columns].to_numpy(object).tolist()
+        return [[float(f"{v:.6g}") if isinstance(v, (int, float)) else str(v) for v in row] for row in rows]
 
     def levels(self, x: Tensor) -> Figure:
         """log p at every level beside that of normal data, and p(t | x), of one input."""
@@ -178,7 +182,8 @@ class Explorer:
         n = min(max(int(n), 1), MOST_SAMPLES)
         y = None if label not in self.labels else torch.full((n,), self.labels.index(label))
         steps = min(max(int(steps), 1), self.model.schedule.T)
-        return sample(self.model, n, steps=steps, y=y, guidance=guidance if y is not None else 0.0, seed=int(seed))
+        guidance = guidance if y is not None else 0.0
+        return sample(self.model, n, steps=steps, y=y, guidance=guidance, seed=int(seed), units="codes")
 
     @property
     def labels(self) -> list[str]:

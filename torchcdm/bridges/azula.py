@@ -14,6 +14,7 @@ from azula.denoise import DiracPosterior
 from azula.noise import Schedule
 from torch import Tensor
 
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.models.denoiser import Denoiser, working_dtype
 
@@ -75,8 +76,8 @@ class AzulaDenoiser(Azula):
         x = x_t.to(working_dtype(self.model, x_t.dtype))
         level = self.schedule.level(t).to(x.device).expand(len(x))
         if torch.is_grad_enabled() and x.requires_grad:
-            alpha, sigma = self.model.schedule.at(level, x)
-            x_0 = (x - sigma * self.model.differentiable_eps(x, level, label)) / alpha
+            eps = self.model.differentiable_eps(x, level, label)
+            x_0 = Prediction(x, *self.model.schedule.at(level, x), eps).x0
         else:
             x_0 = self.model.denoise(x, level, label).x0
         return DiracPosterior(mean=x_0.to(x_t))
