@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.likelihood import FlowSolver, Scoring, single_pass
-from torchcdm.likelihood.noise import Batch
+from torchcdm.likelihood.scoring import Batch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info

@@ -18,7 +18,7 @@ from torchcdm.likelihood import (
     probability_flow,
     single_pass,
 )
-from torchcdm.likelihood.verdict import judge
+from torchcdm.likelihood.summary import judge
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel
 from torchcdm.samplers import make_sampler, sample

@@ -18,7 +18,7 @@ from studies.budget import Budget
 from studies.compare.peer import Diverged, Task, Training, dequantised
 from torchcdm.random import derive, stream
 from torchcdm.training.batches import EpochOrder
-from torchcdm.training.ema import EMA
+from torchcdm.training.optimizers import EMA
 
 MAX_BAD_STEPS = 10
 """So many steps in a row without a finite loss and gradient are a divergence, as in our own training."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from studies.budget import Budget
 from torchcdm.data import DataOptions, DataSource
-from torchcdm.likelihood.noise import dithered
+from torchcdm.likelihood.scoring import dithered
 from torchcdm.units import DataTransform, LogLikelihood
 
 SCORING_SEED = 0

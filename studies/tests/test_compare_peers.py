@@ -24,7 +24,7 @@ from torchcdm.diffusion.exact import ring_mixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood.noise import dithered
+from torchcdm.likelihood.scoring import dithered
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 

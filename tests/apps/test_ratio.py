@@ -16,7 +16,7 @@ from sklearn.base import clone
 from torchcdm import DensityRatio
 from torchcdm.apps.ratio import Calibration, best_share, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.correction import tempering
-from torchcdm.diffusion.class_gaussians import fit_class_gaussians
+from torchcdm.diffusion.gaussian import fit_class_gaussians
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

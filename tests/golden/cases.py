@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torchcdm.apps.anomaly import make_score
 from torchcdm.apps.denoising import denoise, estimate_noise
 from torchcdm.apps.ratio import DensityRatio
-from torchcdm.diffusion.class_gaussians import fit_class_gaussians
-from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LinearSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.likelihood import (

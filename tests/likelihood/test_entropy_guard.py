@@ -10,8 +10,8 @@ from torch import nn
 import torchcdm
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, log_normalizer, probability_flow, report, single_pass
-from torchcdm.likelihood.noise import Batch
 from torchcdm.likelihood.one_pass import score_noisy
+from torchcdm.likelihood.scoring import Batch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 

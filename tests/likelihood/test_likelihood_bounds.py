@@ -12,8 +12,8 @@ from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, Uniform
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, published_convention, single_pass
 from torchcdm.likelihood.cells import REACH, noisy_cells
-from torchcdm.likelihood.noise import Batch
 from torchcdm.likelihood.one_pass import score_noisy, single_draws
+from torchcdm.likelihood.scoring import Batch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform, GaussianizedTransform
 

@@ -25,7 +25,7 @@ from torchcdm.likelihood import (
     elbo,
     log_normalizer,
 )
-from torchcdm.likelihood.verdict import judge
+from torchcdm.likelihood.summary import judge
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from torchcdm.training.ema import EMA
+from torchcdm.training.optimizers import EMA
 
 
 def walk(ema, model, steps, start=0):

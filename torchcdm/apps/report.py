@@ -16,7 +16,7 @@ from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
 from torchcdm.likelihood import NLLReport, Scoring, consistency, gap_by_level, methods_of
 from torchcdm.likelihood import report as likelihood_report
-from torchcdm.likelihood.noise import dithered
+from torchcdm.likelihood.scoring import dithered
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchcdm.bridges.names import renamed
+from torchcdm.bridges.official import renamed
 from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import DenoisingDiffusion

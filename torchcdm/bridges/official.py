@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchcdm.bridges.names import renamed
 from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
@@ -110,3 +109,20 @@ def _architecture(state: Mapping[str, Tensor], size: int) -> dict[str, object]:
         "head_channels": len(state["conv_out.weight"]),
         "levels": len(state["head.linear.weight"]),
     }
+
+
+def renamed(key: str, names: Mapping[str, str], parts: Mapping[str, str]) -> str:
+    """The name that a weight has here.
+
+    Args:
+        key: Its name there.
+        names: Patterns of whole names, and what they become; the first that fits counts.
+        parts: Parts between two dots, and what they become.
+
+    Raises:
+        UserError: A name that no pattern fits.
+    """
+    for pattern, ours in names.items():
+        if match := re.fullmatch(pattern, key, re.ASCII):
+            return ".".join(parts.get(part, part) for part in match.expand(ours).split("."))
+    raise UserError(f"'{key}' is no weight of the published network")

@@ -7,7 +7,7 @@ density, its number of Gaussians and its shrinkage are chosen by the likelihood 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
         floor: Smallest variance, model units squared.
         given: Values of the fields that are not chosen; other keys, and None, are passed by.
     """
-    given = {key: (given or {}).get(key) for key in FIELDS if (given or {}).get(key) is not None}
+    given = {key: value for key, value in (given or {}).items() if key in FIELDS and value is not None}
     held_out = held_out[:: math.ceil(len(held_out) / FIT_ROWS)]
     dim, vectors = train[0].numel(), train.ndim == 2
     shares: Sequence[float] = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
@@ -78,13 +78,9 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     counts: Sequence[int] = COMPONENTS if vectors else CONTRASTS
     counts = (given["components"],) if "components" in given else counts
     found = [] if given else [nothing]
-    if "form" in given:
-        forms = [given["form"]]
-    elif vectors:
-        forms = [*(["full"] if dim <= WIDEST else []), "diagonal"]
-    else:
-        forms = [*(["full"] if dim <= min(FULL_IMAGES, len(train)) else []), "cosine"]
-    for form in forms:
+    widest = WIDEST if vectors else min(FULL_IMAGES, len(train))
+    forms = ["full"] * (dim <= widest) + ["diagonal" if vectors else "cosine"]
+    for form in [given["form"]] if "form" in given else forms:
         if form == "full" and vectors and (dim <= WIDE or "components" in given):
             components, shrinkage, log_prob = best_mixture(train, held_out, counts, shares)
             fields = {"gaussian": True, "components": components, "shrinkage": shrinkage, "form": form}
@@ -103,13 +99,13 @@ def best_cosines(train: Tensor, held_out: Tensor, count: int, floor: float, shar
     if count == 1:
         return best_gaussian(train, held_out, "cosine", floor, shares)
     weights, means, variances = fit_cosines(train, count, floor)
-    z, trials = DIAGONAL["cosine"](train.shape[1:])(held_out.double().cpu())[:, None], []
-    for share in shares:
+    z = DIAGONAL["cosine"](train.shape[1:])(held_out.double().cpu())[:, None]
+
+    def log_prob(share: float) -> Tensor:
         moved = torch.lerp(variances, variances.mean(1, keepdim=True), share).clamp_min(floor)
-        log_prob = (log_normal(z - means, moved).sum(2) + weights.log()).logsumexp(1)
-        fields = {"gaussian": True, "components": count, "shrinkage": share, "form": "cosine"}
-        trials.append(Start(fields, log_prob.to(held_out.device)))
-    return max(trials, key=lambda trial: trial.value)
+        return (log_normal(z - means, moved).sum(2) + weights.log()).logsumexp(1).to(held_out.device)
+
+    return _best_shrunk(count, "cosine", shares, log_prob)
 
 
 def best_gaussian(
@@ -124,10 +120,15 @@ def best_gaussian(
         squares = (centred.flatten(1) @ basis).square()
     else:
         variances, squares = spread, DIAGONAL[form](mean.shape).to(mean.device)(centred).square()
-    trials = []
-    for share in shares:
+
+    def log_prob(share: float) -> Tensor:
         moved = torch.lerp(variances, variances.mean(), share)
         moved = moved.clamp_min(max(floor, 1e-9 * float(moved.max())))
-        log_prob = -0.5 * (squares @ moved.reciprocal() + moved.log().sum() + len(moved) * math.log(2 * math.pi))
-        trials.append(Start({"gaussian": True, "components": 1, "shrinkage": share, "form": form}, log_prob))
-    return max(trials, key=lambda trial: trial.value)
+        return -0.5 * (squares @ moved.reciprocal() + moved.log().sum() + len(moved) * math.log(2 * math.pi))
+
+    return _best_shrunk(1, form, shares, log_prob)
+
+
+def _best_shrunk(components: int, form: str, shares: Sequence[float], log_prob: Callable[[float], Tensor]) -> Start:
+    fields = {"gaussian": True, "components": components, "form": form}
+    return max((Start(fields | {"shrinkage": share}, log_prob(share)) for share in shares), key=lambda one: one.value)

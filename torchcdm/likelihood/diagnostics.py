@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.likelihood.flow import FlowSolver
-from torchcdm.likelihood.noise import Batch
-from torchcdm.likelihood.scoring import Scoring, as_data
+from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 

@@ -11,8 +11,7 @@ from torchcdm.annealing.kernels import Kernels, denoiser_x0
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.noise import Batch, draw_rows
-from torchcdm.likelihood.scoring import Scoring, as_data
+from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import LogLikelihood
 from torchcdm.units.normal import log_normal

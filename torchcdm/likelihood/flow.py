@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.target import reference_gaussian
-from torchcdm.likelihood.noise import Batch, draw_rows
 from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
-from torchcdm.likelihood.scoring import Scoring, as_data
+from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood

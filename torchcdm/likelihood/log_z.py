@@ -13,8 +13,7 @@ from torch import Tensor
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.replicas import Trace, exchange, ladder
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.likelihood.noise import Batch
-from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
+from torchcdm.likelihood.scoring import LARGEST_COUNT, Batch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream

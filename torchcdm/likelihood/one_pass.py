@@ -11,8 +11,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.noise import Batch
-from torchcdm.likelihood.scoring import Scoring, as_data
+from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive

@@ -16,8 +16,7 @@ from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS, LogZ, log_normalizer
 from torchcdm.likelihood.one_pass import combine, published_convention, single_draws
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
-from torchcdm.likelihood.summary import REMARKS, NLLGap, NLLReport, Row
-from torchcdm.likelihood.verdict import Verdict, judge
+from torchcdm.likelihood.summary import REMARKS, NLLGap, NLLReport, Row, Verdict, judge
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
 from torchcdm.runtime.batching import labels_of

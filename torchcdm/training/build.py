@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, load_data
 from torchcdm.diffusion.base import StandardNormal
-from torchcdm.diffusion.class_gaussians import fit_class_gaussians
 from torchcdm.diffusion.cosine_mixture import CosineMixture
-from torchcdm.diffusion.gaussian import DIAGONAL, GaussianMarginals
+from torchcdm.diffusion.gaussian import DIAGONAL, GaussianMarginals, fit_class_gaussians
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.diffusion.start import FIELDS, best_start

@@ -27,10 +27,9 @@ from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, load_matching, load_tensors, save_model
 from torchcdm.training.config_files import to_yaml
-from torchcdm.training.ema import EMA
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
-from torchcdm.training.optimizers import build_optimizer, learning_rate, share_done
+from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
 from torchcdm.training.outcome import Outcome
 from torchcdm.training.progress import Window, progress_bar
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics

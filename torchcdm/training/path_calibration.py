@@ -24,8 +24,7 @@ from torchcdm.annealing.particles import smc
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, LogZ, Scoring
-from torchcdm.likelihood.noise import Batch
-from torchcdm.likelihood.scoring import as_data
+from torchcdm.likelihood.scoring import Batch, as_data
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout, require_features
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode

@@ -20,8 +20,7 @@ from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, divergence,
 from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
 from torchcdm.data.source import NO_LABEL
-from torchcdm.diffusion.class_gaussians import fit_class_gaussians
-from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import permutation
