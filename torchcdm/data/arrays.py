@@ -103,8 +103,7 @@ def interpret(
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
         name: The data, for messages.
         first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
-        like: That of the model that takes the samples. Its grid is theirs where they are whole numbers between its
-            ends; otherwise the grid is read off them.
+        like: That of the model that takes the samples, whose grid whole numbers have that lie on it.
 
     Raises:
         UserError: Other numbers of axes, values that are not finite numbers, no samples.
@@ -134,11 +133,7 @@ def interpret(
 
 
 def check_numbers(x: np.ndarray, name: str) -> None:
-    """Refuses what holds no values, or none that are numbers, and vectors that are too long.
-
-    Raises:
-        UserError: Names shape or type.
-    """
+    """Refuses, by shape or type, what holds no values, or none that are numbers, and vectors that are too long."""
     if x.dtype.kind not in "buif":
         raise UserError(f"{name}: values of type {x.dtype} are not numbers")
     if 0 in x.shape:

@@ -61,10 +61,8 @@ class Samples:
 def assemble(samples: Samples, options: DataOptions, like: DataTransform | None = None) -> DataSource:
     """The source of samples; columns of a table that are constant in training are left out.
 
-    Args:
-        samples: What was read.
-        options: Seed and shares of the splits that the data do not have, and whether they are dequantised.
-        like: That of the model that scores the data; None to measure the units on the training split.
+    The ``options`` have seed and shares of the splits that the data do not have, and say whether they are dequantised.
+    ``like`` is that of the model that scores the data; None to measure the units on the training split.
 
     Raises:
         UserError: Too few samples, nothing that varies, or data that do not fit the model.
@@ -182,11 +180,7 @@ def _check_resolution(x: np.ndarray, names: tuple[str, ...], data: str) -> None:
 
 
 def single(x: np.ndarray, name: str) -> Tensor:
-    """Finite numbers as float32.
-
-    Raises:
-        UserError: A value beyond float32.
-    """
+    """Finite numbers as float32; UserError where one is beyond."""
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(x, np.float32)
     if not np.isfinite(values).all():

@@ -32,12 +32,8 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
 
     Each file is found once, by whatever links it can be reached; hidden files and folders are passed over.
 
-    Args:
-        roots: Folders.
-        skip_bad: Pass over folders that cannot be listed.
-
     Raises:
-        UserError: A folder that cannot be listed, or a link that leads nowhere.
+        UserError: A folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
     """
     seen: set[tuple[int, int]] = set()  # device and number
     found, notes, others, twice = [], [], 0, 0
@@ -131,8 +127,7 @@ def _split_images(
 def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> tuple[str, ...] | None:
     """Names of the class sub-folders, the first of those above each file; None where there are none.
 
-    Raises:
-        UserError: Validation or test have a class that training has not.
+    UserError where validation or test have a class that training has not.
     """
     if not all(above[path] for path in train):
         return None
@@ -146,10 +141,9 @@ def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> t
 
 
 def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dict[Path, ImageInfo], list[str]]:
-    """Checks that all files give one shape, by their headers; with ``skip_bad`` every file is decoded.
+    """What the first good file holds, all that can be read, and notes; their headers must tell of one shape.
 
-    Returns:
-        What the first good file holds, the files that can be read, and notes.
+    With ``skip_bad`` every file is decoded.
 
     Raises:
         UserError: A file that cannot be read, or two files that differ.

@@ -130,14 +130,10 @@ def read_image(
     channels: int | None = None,
     box: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """An image file brought into one shape, see :func:`conform`.
+    """An image file in the size and with the channels asked for, see :func:`conform`.
 
-    Args:
-        path: The file.
-        high: Largest value of the file format; None for floats.
-        size: (H, W) to resize to; None leaves the size.
-        channels: Channels to convert to; None leaves them.
-        box: Left, upper, right and lower edge in pixels, cut out first.
+    ``high`` is the largest value of the file format, None for floats; ``box`` is cut out first: left, upper, right and
+    lower edge in pixels.
     """
     image = decode(path)
     if box is not None:
@@ -149,14 +145,9 @@ def read_image(
 def conform(
     image: Tensor, high: float | None, size: tuple[int, int] | None, channels: int | None, white: float = 1.0
 ) -> Tensor:
-    """An image (C, H, W) in the size and with the channels asked for; on the grid of ``high`` where there is one.
+    """An image (C, H, W), data units, of ``size`` (H, W) and with so many ``channels``; None leaves them.
 
-    Args:
-        image: Data units.
-        high: White, the largest grey level; None for continuous data, whose white is ``white``.
-        size: (H, W); None leaves the size.
-        channels: Their number; None leaves them.
-        white: See above.
+    It is put on the grid of ``high``, its largest grey level and white; None for continuous data of this ``white``.
     """
     if channels is not None:
         image = to_channels(image, channels, high or white)
@@ -180,15 +171,10 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
-    """Grey, colour and alpha converted into each other.
+    """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha converted into each other.
 
-    Alpha, the last of 2 or 4 channels, is blended over white; grey to colour repeats; colour to grey takes
-    :data:`LUMA`; an alpha channel that is asked for is opaque.
-
-    Args:
-        image: Data units, (C, H, W).
-        channels: What is wanted: 1, 3 or 4.
-        white: Data value of white and of opaque.
+    Alpha, the last of 2 or 4 channels, is blended over ``white``, the data value that is opaque, too; grey to colour
+    repeats; colour to grey takes :data:`LUMA`; an alpha channel that is asked for is opaque.
 
     Raises:
         UserError: A conversion that has no meaning, such as 5 channels to 3.
@@ -212,11 +198,9 @@ def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
 
 
 def flip_horizontally(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image of the batch mirrored with probability one half: augmentation for training only.
+    """Each image of a batch (B, C, H, W) mirrored with probability one half: augmentation for training only.
 
-    Args:
-        x: (B, C, H, W), any units.
-        generator: Source of the coin flips, one for each image; CPU, wherever ``x`` is.
+    The ``generator`` of the coins is on the CPU, wherever ``x`` is.
     """
     coins = torch.rand(len(x), generator=generator) < 0.5
     return torch.where(coins.to(x.device)[:, None, None, None], x.flip(-1), x)

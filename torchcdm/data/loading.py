@@ -153,11 +153,7 @@ def check_spec(spec: str) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``HxW`` or one number for squares, as on the command line.
-
-    Raises:
-        UserError: Neither.
-    """
+    """``HxW`` or one number for squares, as on the command line; UserError for any other text."""
     match = re.fullmatch(r"([1-9]\d*)(?:[xX]([1-9]\d*))?", text.strip())
     if not match:
         raise UserError(f"size '{text}' is not understood; write height x width, such as 64x64")

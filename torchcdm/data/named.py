@@ -183,14 +183,8 @@ def fixed(
 ) -> Samples:
     """Samples whose splits are part of the data set, whatever seed and test fraction the options give.
 
-    Args:
-        name: SPEC.
-        pool: Samples of training and validation, ``trainable`` in number, then those of test.
-        trainable: See above.
-        validation: Number of samples of validation, unless the options give a fraction of ``trainable``.
-        grid: Grey levels.
-        options: Size, channels and validation fraction.
-        class_names: Names of the classes.
+    The ``pool`` holds ``trainable`` samples, of which ``validation`` in number are taken unless the options give a
+    fraction, then those of test.
     """
     if options.validation_fraction is not None:
         validation = round(options.validation_fraction * trainable)
@@ -203,11 +197,7 @@ def fixed(
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx file of bytes, packed with gzip or not: the shape that its header gives.
-
-    Raises:
-        UserError: Not an idx file of unsigned bytes, or another length than the header says.
-    """
+    """An idx file of bytes, packed with gzip or not, in the shape that its header gives; UserError for any other."""
     with reading(path, "an idx file", "; fetch the file again") as raw:
         size = os.fstat(raw.fileno()).st_size
         file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw

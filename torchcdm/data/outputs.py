@@ -29,13 +29,10 @@ GRID_SIDE = 64
 def to_bytes(
     x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None
 ) -> Tensor:
-    """Images in data units as uint8, black to white over the range of grey levels; rounded, not truncated.
+    """Images (N, C, H, W), data units, as uint8, black to white over the range of grey levels; rounded, not truncated.
 
-    Args:
-        x: Data units, (N, C, H, W).
-        transform: The model's.
-        limits: Black and white where there is no range (continuous data, or no transform); what is beyond is clipped.
-            The smallest and largest value of ``x`` when None.
+    Where the ``transform`` has no range (continuous data), or there is none, ``limits`` are black and white, by
+    default the smallest and largest value of ``x``; what is beyond is clipped.
     """
     low, high = _range(x, transform, limits)
     x = x if transform is None else transform.quantize(x)
@@ -45,19 +42,11 @@ def to_bytes(
 def save_images(
     x: Tensor, folder: str | Path, transform: DataTransform | None = None, names: Sequence[str] | None = None
 ) -> list[Path]:
-    """Each image in its own file below ``folder``, which is made.
+    """Each image (N, C, H, W), data units, in its own file below ``folder``, which is made; gives their paths.
 
-    PNG, scaled as by :func:`to_bytes`; grey images with more than 256 levels become 16-bit PNG with their own
-    values, images of more than four channels .npy files (C, H, W) with their own values.
-
-    Args:
-        x: Data units, (N, C, H, W).
-        folder: Where to.
-        transform: The model's: range and grid.
-        names: File names without suffix; 000000, 000001, ... when None.
-
-    Returns:
-        The paths, in the order of the images.
+    PNG, scaled as by :func:`to_bytes`; grey images with more than 256 levels become 16-bit PNG with their own values,
+    images of more than four channels .npy files (C, H, W) with their own values. They are called by ``names``, without
+    suffix, or 000000, 000001, ...
 
     Raises:
         UserError: Not images, or the folder cannot be written.
@@ -85,16 +74,11 @@ def save_grid(
     columns: int | None = None,
     zoom: int | None = None,
 ) -> Path:
-    """All images in one PNG, in rows, to look at; grey levels as by :func:`to_bytes`.
+    """All images (N, C, H, W), data units, in one PNG, to look at; grey levels as by :func:`to_bytes`.
 
-    Images that are neither grey nor colour show their channels side by side.
-
-    Args:
-        x: Data units, (N, C, H, W).
-        path: The PNG file; its folder is made.
-        transform: The model's.
-        columns: Images in a row; as square as possible when None.
-        zoom: Screen pixels for each pixel; when None as many as bring small images to :data:`GRID_SIDE`.
+    They stand in so many ``columns``, as square as possible when None, ``zoom`` screen pixels for each of theirs, by
+    default as many as bring small ones to :data:`GRID_SIDE`. Those that are neither grey nor colour show their
+    channels side by side.
     """
     _refuse_vectors(x)
     images = to_bytes(x, transform)
@@ -115,15 +99,9 @@ def save_grid(
 
 
 def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = None, y: Tensor | None = None) -> Path:
-    """Samples as .npy, or with their labels as .npz with x and y; ``array:FILE`` reads both back.
+    """Samples (N, *shape), data units, as .npy, or with their labels as .npz with x and y; ``array:FILE`` reads both.
 
     Grey levels are rounded and stored as the smallest integer type that holds them; continuous data as float32.
-
-    Args:
-        x: Data units, (N, *shape).
-        path: File ending in .npy or .npz.
-        transform: The model's.
-        y: Labels (N,), for .npz.
 
     Raises:
         UserError: Another suffix, labels for .npy, or the file cannot be written.
@@ -144,12 +122,9 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
 
 
 def save_table(x: Tensor | DataFrame, path: str | Path, transform: DataTransform | None = None) -> Path:
-    """A table, or vectors, as CSV with a line of column names; ``table:FILE`` reads it back exactly.
+    """A data frame, or vectors (N, d) in data units, as CSV with column names; ``table:FILE`` reads it back exactly.
 
-    Args:
-        x: A data frame, or data units, (N, d).
-        path: The file.
-        transform: The model's: its columns, and their values to round to; c0, c1, ... where it has none.
+    The ``transform`` has the names, and values to round to; c0, c1, ... where it has none.
     """
     import pandas as pd
 

@@ -131,14 +131,10 @@ def read_query(
     warp: ColumnWarp | None = None,
     options: DataOptions | None = None,
 ) -> Inputs:
-    """Samples to be scored, in the data units of ``transform``.
+    """Samples to be scored, in the data units of ``transform``, that of the data that were fitted.
 
-    Args:
-        x: As one data set of :func:`pair_up`; a table may have its columns in any order, and further ones.
-        transform: That of the data that were fitted.
-        table: That of the pair; None for images.
-        warp: That of the pair; None for images.
-        options: ``size``, ``channels`` and ``skip_bad`` of images.
+    ``x`` is as one data set of :func:`pair_up`; a table may have its columns in any order, and further ones. ``table``
+    and ``warp`` are those of the pair, None for images, which the ``options`` are for.
 
     Raises:
         UserError: Missing columns, another number of columns, another shape, or cells that cannot be read.

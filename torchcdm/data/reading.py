@@ -26,11 +26,7 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 def file_status(path: Path) -> os.stat_result:
-    """Status of a file or folder; links are followed.
-
-    Raises:
-        UserError: It is not there or cannot be reached.
-    """
+    """Status of a file or folder, links followed; UserError where it is not there or cannot be reached."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -43,11 +39,8 @@ def file_status(path: Path) -> os.stat_result:
 def reading(path: Path, kind: str, mend: str = "", also: Sequence[type[Exception]] = ()) -> Iterator[BinaryIO]:
     """Opens a regular file for a decoder; pipes, devices and sockets, which can block for ever, are never opened.
 
-    Args:
-        path: The file.
-        kind: What it should be, for the message: ``an image``.
-        mend: What to do about a damaged file, for the message.
-        also: What the decoder raises beside :data:`DAMAGE`.
+    ``kind`` is what it should be, ``an image``, and ``mend`` what to do about a damaged one, for the message. The
+    decoder raises :data:`DAMAGE`, or one of ``also``.
 
     Raises:
         UserError: No regular file, or the decoder in the block failed.
@@ -77,11 +70,7 @@ def printable(path: Path | str) -> str:
 
 
 def read_arrays(path: Path, wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Arrays of an .npy file, called ``""``, or of an .npz file by their names.
-
-    Args:
-        path: The file.
-        wanted: Names of the arrays to read where one of them is there; all are read where none is.
+    """Arrays of an .npy file, called ``""``, or of an .npz file by their names: those ``wanted``, all if it has none.
 
     Raises:
         UserError: Not a file of arrays, or a damaged one.
@@ -104,9 +93,5 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def read_array(file: IO[bytes]) -> np.ndarray:
-    """An array in the .npy format; numpy takes no more memory than the file fills.
-
-    Raises:
-        ValueError: Damaged, or pickled objects.
-    """
+    """An array in the .npy format; numpy takes no more memory than the file fills. ValueError for pickled objects."""
     return np.lib.format.read_array(file, allow_pickle=False)

@@ -260,11 +260,7 @@ class DataSource:
         return None if self.class_names is None else len(self.class_names)
 
     def split(self, name: str) -> Split:
-        """The split called ``train``, ``validation`` or ``test``.
-
-        Raises:
-            UserError: No such split, or it is empty.
-        """
+        """The split called ``train``, ``validation`` or ``test``; UserError for another, or an empty one."""
         splits = dict(zip(("train", "validation", "test"), self.splits, strict=True))
         if name not in splits:
             raise UserError(f"unknown split '{name}'; {nearest(name, splits)}")
@@ -283,14 +279,10 @@ class DataSource:
 
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
-    """The same source with its classes numbered as those of a model are.
+    """The same source with its classes numbered as those of a model, whose ``names`` are given.
 
     Classes go by name. Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, the
     numbers count the names.
-
-    Args:
-        source: Data with classes.
-        names: The model's classes.
 
     Raises:
         UserError: A class that is none of the model's, with both.

@@ -41,11 +41,7 @@ def read(path: Path, skip_bad: bool = False) -> DataFrame:
     """A table file, by its suffix: cells of text files as texts, empty cells as missing ones.
 
     What is wrong with its lines stands in ``attrs["problems"]``, for one message with what is wrong with its cells;
-    ``attrs["notes"]`` says what was read off the file.
-
-    Args:
-        path: The file.
-        skip_bad: Lines with another number of cells are left out.
+    ``attrs["notes"]`` says what was read off the file. ``skip_bad`` leaves out lines with another number of cells.
 
     Raises:
         UserError: Missing, unreadable, or of another kind.
@@ -70,8 +66,7 @@ def samples_of(
     Args:
         parts: ``train``, and ``validation`` and ``test`` where they are apart.
         name: Name of the source.
-        options: ``label`` names the column of classes, which is no column of the data; ``columns``, ``drop`` and
-            ``skip_bad`` of the others.
+        options: ``label`` names the column of classes, which is no column of the data; others choose columns.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
         like: That of the model that scores the data.
 
@@ -117,11 +112,7 @@ def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:
 
 
 def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
-    """Columns by their names.
-
-    Raises:
-        UserError: All that are not there.
-    """
+    """Columns by their names; UserError names all that are not there."""
     absent = [column for column in columns if column not in frame.columns]
     if absent:
         what = ", ".join(f"'{column}'" for column in absent)
@@ -166,11 +157,7 @@ def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
 
 
 def _named(frame: DataFrame, names: Sequence[str], notes: list[str], problems: list[str], path: Path) -> DataFrame:
-    """A frame with these names of columns, notes and problems.
-
-    Raises:
-        UserError: Columns of one name, or none: no table can be made of them.
-    """
+    """A frame with these names of columns, notes and problems; UserError where two are alike or one is empty."""
     names = [str(name) for name in names]
     twice = dict.fromkeys(name for k, name in enumerate(names) if name in names[:k] and name)
     problems += [f"two columns are called '{name}'" for name in twice]

@@ -104,11 +104,7 @@ class ExactMixture(Float64Module, ABC):
         return self.sample_components(n, generator)[0]
 
     def sample_labelled(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """x (n, *shape), float64, and classes, long (n,).
-
-        Raises:
-            UserError: The mixture has no labels.
-        """
+        """x (n, *shape), float64, and classes, long (n,); UserError where the mixture has no labels."""
         if self.labels is None:
             raise UserError("this mixture has no labels; give it labels, or call sample")
         x, component = self.sample_components(n, generator)
@@ -273,11 +269,9 @@ def ring_mixture(modes: int = 8, radius: float = 2.0, deviation: float = 0.2) ->
 
 
 def curve_mixture(curves: Sequence[Tensor], deviation: float) -> GaussianMixture:
-    """Round Gaussians along curves of equal weight, each curve a class.
+    """Round Gaussians of this ``deviation`` along curves of equal weight, each a class.
 
-    Args:
-        curves: Centres, (n, 2) each. Closer than 1.3 deviations their sum is smooth to 1e-4.
-        deviation: Of all Gaussians.
+    The ``curves`` are centres, (n, 2) each. Closer than 1.3 deviations their sum is smooth to 1e-4.
     """
     points = torch.cat(list(curves))
     labels = torch.cat([torch.full((len(curve),), y) for y, curve in enumerate(curves)])

@@ -171,15 +171,12 @@ class GaussianMarginals(BaseDensity):
         form: str | None = None,
         shrinkage: float = 0.0,
     ) -> GaussianMarginals:
-        """Mean and covariance of ``samples`` (N, *shape), model units, dequantised.
+        """Mean and covariance of ``samples`` (N, *shape), model units, dequantised; ``form`` as in
+        :func:`mean_and_spread`.
 
-        Args:
-            samples: Training data.
-            schedule: The noise schedule.
-            floor: Smallest eigenvalue, model units squared; bin² / 12 for dequantised data.
-            form: As in :func:`mean_and_spread`.
-            shrinkage: Share by which the eigenvalues are moved towards their mean (Ledoit and Wolf 2004): those of
-                few samples spread too far, and without samples in a direction they are zero.
+        ``floor`` is the smallest eigenvalue, model units squared: bin² / 12 for dequantised data. ``shrinkage`` is the
+        share by which the eigenvalues are moved towards their mean (Ledoit and Wolf 2004): those of few samples spread
+        too far, and without samples in a direction they are zero.
         """
         mean, spread = mean_and_spread(samples, form)
         if spread.ndim == 2:

@@ -86,15 +86,7 @@ class MixtureMarginals(BaseDensity):
         shrinkage: float = 0.0,
         rows: int = FIT_ROWS,
     ) -> MixtureMarginals:
-        """By expectation maximisation.
-
-        Args:
-            samples: Training data (N, d), model units, dequantised.
-            schedule: The noise schedule.
-            components: Number of Gaussians.
-            floor: Least variance, model units squared; :data:`VARIANCE_FLOOR` where that is more.
-            shrinkage: Share by which each covariance is moved towards a round one of the variance of all samples.
-            rows: At most so many samples, evenly spaced ones.
+        """By expectation maximisation, as :func:`fit_gaussians`, of samples (N, d) in model units, dequantised.
 
         Raises:
             UserError: Images, or fewer samples than components.
@@ -133,9 +125,7 @@ class MixtureMarginals(BaseDensity):
     def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
         """The same, with weights for each class: the mean responsibilities of its samples.
 
-        Args:
-            samples: Training data (N, d), model units, dequantised.
-            labels: Classes 0, 1, ..., long (N,).
+        ``samples`` (N, d) are training data, model units, dequantised, of classes ``labels``, long (N,).
         """
         # Half a sample in all for each class, spread as the components are: no weight is 0.
         counts = 0.5 * self.mixture.log_weights.exp().repeat(int(labels.max()) + 1, 1)
@@ -285,13 +275,8 @@ def merged(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A mixture of fewer Gaussians: pairs become the Gaussian of their moments, the cheapest pair first.
 
-    The cost bounds the KL divergence from the mixture before to that after (Runnalls 2007).
-
-    Args:
-        weights: (K,).
-        means: (K, d).
-        covariances: (K, d, d).
-        count: At most K.
+    Of ``weights`` (K,), ``means`` (K, d) and ``covariances`` (K, d, d) at most ``count`` are left. The cost bounds the
+    KL divergence from the mixture before to that after (Runnalls 2007).
     """
     weights, means, covariances = weights.copy(), means.copy(), covariances.copy()
 

@@ -71,29 +71,18 @@ class NoiseSchedule(Float64Module, ABC):
         return self.sigma / self.alpha
 
     def at(self, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t in the dtype of ``x``, shaped to multiply it.
+        """alpha_t and sigma_t in the dtype of ``x`` (B, ...), shaped to multiply it; UserError for no level 0 ... T+1.
 
-        Args:
-            t: Level, an int or long (B,).
-            x: Any batch (B, ...).
-
-        Raises:
-            UserError: A level outside 0 ... T+1. A tensor of levels on a GPU is not looked at, as that would wait for
-                it; :meth:`check_levels` looks, which the models' public calls ask.
+        A tensor of levels on a GPU is not looked at, as that would wait for it; :meth:`check_levels` looks, which the
+        models' public calls ask.
         """
         self.check_levels(t, x, wait=False)
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
 
     def check_levels(self, t: Level, x: Tensor, wait: bool = True) -> None:
-        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...).
+        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...), by type, shape and range.
 
-        Args:
-            t: Levels.
-            x: The batch.
-            wait: Levels on a GPU are looked at too, for which the call waits.
-
-        Raises:
-            UserError: Another type, shape or range.
+        With ``wait`` levels on a GPU are looked at too, for which the call waits.
         """
         if isinstance(t, int) and not isinstance(t, bool):
             wrong = [] if 0 <= t <= self.T + 1 else [t]
@@ -146,11 +135,7 @@ class NoiseSchedule(Float64Module, ABC):
         return slope_r + (along - d) * (log_alpha[t + 1] - log_alpha[t - 1])
 
     def time_grid(self, steps: int) -> list[int]:
-        """``steps`` strictly decreasing levels from T to 1, evenly spaced (one step: T alone).
-
-        Raises:
-            UserError: ``steps`` is below 1 or above T.
-        """
+        """``steps`` strictly decreasing levels from T to 1, evenly spaced (one step: T alone); UserError beyond T."""
         if not 1 <= steps <= self.T:
             raise UserError(f"steps is {steps}; this schedule takes 1 to {self.T} sampling steps")
         if steps == 1:

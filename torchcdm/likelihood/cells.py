@@ -34,12 +34,7 @@ LARGEST_TABLE = 2**16
 
 
 def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -> NoisyCells:
-    """The cells of a transform at one noise level.
-
-    Args:
-        transform: Maps grey levels (data units) to model units; has a bin.
-        schedule: The noise schedule.
-        level: 1 ... T.
+    """The cells of a transform with a bin at a noise level 1 ... T.
 
     Raises:
         UserError: Continuous data, or a level without both signal and noise.
@@ -76,13 +71,11 @@ class NoisyCells(ABC):
         Among the grey levels k' near z, P(k'|z) is proportional to q(z|k') exp(tilt * k'), times the histogram where
         there is one, with the tilt for which the mean of the data given z is ``x0``: the flat decoder where the
         denoiser agrees with it, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
-        far below a cell networks don't know the mean well enough for more. On equally spaced levels those further
-        than :data:`REACH` deviations count as impossible.
+        far below a cell networks don't know the mean well enough for more. On equally spaced levels those further than
+        :data:`REACH` deviations count as impossible.
 
-        Args:
-            z: Noisy input, model units, (B, *shape).
-            x: Grey levels, data units, (B, *shape).
-            x0: E[x_0 | z] of the model, model units, (B, *shape).
+        Noisy inputs ``z`` and E[x_0 | z] of the model, ``x0``, are in model units, grey levels ``x`` in data units:
+        all (B, *shape).
         """
         return self.log_decoder_each(z.double(), x.double(), x0.double()).flatten(1).sum(1)
 
@@ -217,11 +210,8 @@ class NormalCells(NoisyCells):
 def tilted(flat: Tensor, means: Tensor, x0: Tensor, unit: Tensor) -> Tensor:
     """log probabilities of candidates with weights exp(``flat``), tilted so that the mean of ``means`` is ``x0``.
 
-    Args:
-        flat: log weights, up to a constant, (..., n).
-        means: What each candidate contributes to the mean, (..., n).
-        x0: Mean to reach, (...).
-        unit: What the tilt is measured in, broadcastable to (...).
+    ``flat`` is up to a constant; what each candidate contributes to the mean is ``means``, both (..., n); ``x0`` is
+    (...), and so is the ``unit`` of the tilt, but for broadcasting.
     """
     centre, _ = _moments(flat, means)
     steps, goal = (means - centre[..., None]) / unit[..., None], (x0 - centre) / unit

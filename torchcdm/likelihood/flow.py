@@ -107,12 +107,7 @@ class FlowSolver:
         self.nfe = 2 * steps + 1
 
     def log_prob(self, x_t: Tensor, y: Tensor | None = None) -> FlowResult:
-        """log density of noisy inputs.
-
-        Args:
-            x_t: Inputs at the first level, model units, (N, *shape).
-            y: Classes, long (N,), or None.
-        """
+        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,)."""
         log_prob, probe_gap, x_T = self._rise(x_t, y)
         flat = x_t.double()
         a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
@@ -123,11 +118,7 @@ class FlowSolver:
     ) -> tuple[Tensor, list[Tensor]]:
         """What :meth:`log_prob` integrates, level by level.
 
-        Args:
-            x_t: As in :meth:`log_prob`.
-            look: Asked at each level, as whole paths of images are more than memory may hold.
-            y: As in :meth:`log_prob`.
-            progress: Shows a progress bar.
+        ``look`` is asked at each level, as whole paths of images are more than memory may hold.
 
         Returns:
             The flow's log density at each level, nats in model units, (levels, N), and what ``look`` said there,

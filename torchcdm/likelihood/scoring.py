@@ -93,8 +93,8 @@ def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
 def scoring_level(model: Denoiser) -> int:
     """The level through which data are scored: the first with noise of so much of a cell, :data:`SCORING_NOISE`.
 
-    With less noise the density still has the edges of the cells, which a smooth network cannot draw, and its mean
-    says too little about which cell it is. Level 1 for continuous data.
+    With less noise the density still has the edges of the cells, which a smooth network cannot draw, and its mean says
+    too little about which cell it is. Level 1 for continuous data.
     """
     transform, ratio = model.transform, model.schedule.ratio[1:-1]
     if transform is None or transform.bin is None:
@@ -120,13 +120,9 @@ def draw_rows(seed: int, purpose: Purpose, rows: slice, draw: Callable[[int, tor
 
 
 def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> Tensor:
-    """Samples with noise over their cells where they are discrete, data units, float64 (B, *shape).
+    """Samples ``x`` (B, *shape) with noise over their cells where they are discrete: data units, float64.
 
-    Args:
-        transform: Says which are discrete.
-        x: Data units, (B, *shape).
-        seed: Seed of the noise.
-        first: Index of the first sample.
+    The noise is that of ``seed`` and a sample's index, which is ``first`` of the first one.
     """
     if not transform.dequantize:
         return x.double()
@@ -138,14 +134,7 @@ def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> 
 
 
 class Batch:
-    """Some samples of a data set on their way into a network.
-
-    Args:
-        model: With a transform.
-        x: All samples, data units, (N, *shape).
-        y: Their labels, or None.
-        rows: Which of them.
-        seed: Seed of the noise.
+    """Those samples of ``x`` (N, *shape), data units, that ``rows`` says, on their way into a network.
 
     Attributes:
         x: Data units, float64 (B, *shape), on the model's device as all that follows.

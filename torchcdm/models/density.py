@@ -186,11 +186,7 @@ def refuse_inference_mode() -> None:
 
 
 def require_density(model: Denoiser, what: str) -> DensityModel:
-    """``model`` as a density; ``what`` needs it, for the message: "a ratio".
-
-    Raises:
-        UserError: The model has no density.
-    """
+    """``model`` as a density, or UserError; ``what`` needs it, for the message: "a ratio"."""
     density = getattr(model, "density", None)
     if density is None:
         raise UserError(f"{what} needs a density, which a plain diffusion model (ddm) does not have: use a cdm")
@@ -201,13 +197,7 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
 class ModelDistribution(Distribution):
     """p_0(x) or p_0(x | y) in data units; nothing makes its log_prob integrate to exactly one.
 
-    Args:
-        model: The model.
-        y: One class, or one context; None for the unconditional density.
-        **options: Of :func:`torchcdm.sample`.
-
-    Raises:
-        UserError: The model does not know the shape of its events, or has no such class.
+    Arguments and errors as in :meth:`DensityModel.distribution`.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}

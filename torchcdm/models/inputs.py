@@ -25,8 +25,7 @@ LARGEST = 1e15
 def codes_of(x: Any, transform: DataTransform | None) -> Any:
     """The codes of a data frame for a model of a table, float64 (N, d), by its columns; anything else as it is.
 
-    Raises:
-        UserError: Columns that are missing, or cells that the model does not know, all in one line.
+    UserError names columns that are missing, and cells that the model does not know, all in one line.
     """
     if not is_frame(x):
         return x
@@ -100,11 +99,7 @@ def check_real(name: str, value: Any, low: float, high: float) -> None:
 
 
 def check_count(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """``value`` as an int.
-
-    Raises:
-        UserError: No integer from ``low`` to ``high``.
-    """
+    """``value`` as an int; UserError where it is no integer from ``low`` to ``high``."""
     try:
         count = operator.index(value)
     except TypeError:

@@ -27,8 +27,7 @@ def height_and_width(image_size: ImageSize) -> tuple[int, int]:
 def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int]]:
     """(height, width) at every resolution of a network that halves ``resolutions`` - 1 times.
 
-    Raises:
-        UserError: A side that cannot be halved so often; names the nearest sizes that can.
+    UserError for a side that cannot be halved so often; names the nearest sizes that can.
     """
     size = height_and_width(image_size)
     factor = 2 ** (resolutions - 1)
@@ -159,12 +158,7 @@ class ResidualBlock(nn.Module):
 
 @final
 class Attention(nn.Module):
-    """Self-attention over the pixels, one head, residual. Fused kernels have no second derivative.
-
-    Args:
-        channels: Channels of the input.
-        groups: Groups of the normalisation, see :func:`group_norm`.
-    """
+    """Self-attention over the pixels, one head, residual. Fused kernels have no second derivative."""
 
     def __init__(self, channels: int, groups: int | None = None) -> None:
         super().__init__()

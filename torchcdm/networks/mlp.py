@@ -21,13 +21,7 @@ def check_vectors(x: Tensor, dim: int) -> None:
 
 @final
 class VectorBlock(nn.Module):
-    """LayerNorm, then twice SiLU and a linear layer, beside an identity.
-
-    Args:
-        width: Width of input and output.
-        dropout: Rate before the second linear layer.
-        embedding: Width of a conditioning vector that is added between the layers; None for none.
-    """
+    """LayerNorm, then twice SiLU and a linear layer, beside an identity; arguments as in :class:`ResidualBlock`."""
 
     def __init__(self, width: int, dropout: float = 0.0, embedding: int | None = None) -> None:
         super().__init__()
@@ -118,15 +112,7 @@ class MLP(HeadedBackbone):
 
 @final
 class DDMMLP(nn.Module):
-    """The baseline on vectors: the same blocks, told the level, estimate the noise itself.
-
-    Args:
-        dim: Numbers in one sample.
-        width: Width of the hidden layers.
-        depth: Residual blocks.
-        dropout: Rate inside the blocks.
-        classes: Number of classes, or None.
-    """
+    """The baseline on vectors: the same blocks, told the level, estimate the noise itself; arguments as of the MLP."""
 
     joint = False
 

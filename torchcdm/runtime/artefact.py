@@ -150,11 +150,7 @@ def read_tensors(path: Path, mend: str = MEND) -> dict[str, Tensor]:
 
 
 def read_bytes(path: Path, largest: int | None = None) -> bytes:
-    """The content of a regular file of at most ``largest`` bytes.
-
-    Raises:
-        UserError: Missing, not readable, a folder or a pipe, or too large.
-    """
+    """The content of a regular file of at most ``largest`` bytes; UserError for any other."""
     try:
         status = os.stat(path)
         if stat.S_ISREG(status.st_mode) and (largest is None or status.st_size <= largest):

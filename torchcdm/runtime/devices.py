@@ -12,8 +12,7 @@ from torchcdm.errors import UserError
 def chosen_device(name: str | torch.device | None) -> torch.device:
     """The device asked for; the best there is when None.
 
-    Raises:
-        UserError: It is not there, holds no values (``meta``), or has no float64, in which densities are kept.
+    UserError where it is not there, holds no values (``meta``), or has no float64, in which densities are kept.
     """
     if name is None:
         return best_device()

@@ -305,11 +305,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of a name in :data:`SAMPLERS`, ``dpmpp`` for ``dpm++`` too; a sampler itself passes through.
-
-    Raises:
-        UserError: Another name.
-    """
+    """The sampler of a name in :data:`SAMPLERS`, or a sampler itself; ``dpmpp`` is ``dpm++``. UserError for others."""
     if isinstance(sampler, Sampler):
         return sampler
     sampler = str(sampler).replace("dpmpp", "dpm++")

@@ -30,11 +30,7 @@ FittedBase = GaussianMarginals | MixtureMarginals | CosineMixture
 
 
 def load_source(options: DataOptions, like: DataTransform | None = None) -> DataSource:
-    """The data that options name, in the units that they ask for, or in those of ``like``, the model to score them.
-
-    Raises:
-        UserError: What :func:`torchcdm.data.load_data` refuses.
-    """
+    """The data that options name, in the units that they ask for, or in those of ``like``, the model to score them."""
     source = load_data(options, like)
     return in_units(source, options) if like is None else source
 
@@ -229,8 +225,7 @@ def new_model(
 def describe(model: Denoiser) -> ModelConfig:
     """The configuration of a model that was made in Python; its network is ``custom``.
 
-    Raises:
-        UserError: A schedule or base density that no setting makes.
+    UserError for a schedule or base density that no setting makes.
     """
     schedule, base = model.schedule, model.base
     names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]

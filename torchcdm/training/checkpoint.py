@@ -134,8 +134,7 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
 def described(model: Denoiser) -> ModelInfo:
     """What ``config.json`` says of a model that was made in Python, with a network of one's own.
 
-    Raises:
-        UserError: It has no transform, or a schedule or base density that no setting makes.
+    UserError where it has no transform, or a schedule or base density that no setting makes.
     """
     if model.transform is None:
         raise UserError("the model has no transform; give it one, such as units.DataTransform.identity(shape)")

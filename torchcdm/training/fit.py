@@ -284,8 +284,7 @@ def _source(data: Any, labels: Any, options: DataOptions, caller: str = "fit") -
 def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:
     """Keyword arguments as the fields of a configuration: those that are no section belong to the training.
 
-    Raises:
-        UserError: A name that is neither, with the nearest.
+    UserError for a name that is neither, with the nearest.
     """
     sections, training = [{field.name for field in fields(kind)} for kind in (Config, TrainConfig)]
     layer = {name: value for name, value in overrides.items() if name in sections}

@@ -14,12 +14,9 @@ from torchcdm.runtime.processes import Processes
 
 @final
 class Window:
-    """Means of the loss terms over the steps since the last line of the log.
+    """Means of the loss terms over the steps since the last line of the log, of a schedule with ``T`` noise levels.
 
-    Args:
-        T: Number of noise levels. ``mse`` is a mean over the levels 1 ... T, as in validation: that of level 0 is a
-            constant and that of level T+1 is zero.
-        device: Where the terms are.
+    ``mse`` is a mean over the levels 1 ... T, as in validation: that of level 0 is a constant and that of T+1 is zero.
     """
 
     def __init__(self, T: int, device: torch.device) -> None:

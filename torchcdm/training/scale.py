@@ -49,11 +49,7 @@ UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def seconds_of(budget: str | float) -> float:
-    """A time such as ``10m``, ``90s``, ``2h`` or 600 as seconds.
-
-    Raises:
-        UserError: No such time.
-    """
+    """A time such as ``10m``, ``90s``, ``2h`` or 600 as seconds; UserError for anything else."""
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(budget).strip())
     if found is None or float(found[1]) == 0:
         raise UserError(f"budget is {str(budget)!r:.60}; give a time such as 90s, 10m or 2h")
