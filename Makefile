@@ -48,8 +48,9 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' 'torch>=2.6,<2.7' 'torchvision<0.22' 'numpy<2' 'timm>=1.0,<1.0.4'
 	touch $@
 
-# Adapters and peers with their packages; the core suite with the oldest torch.
+# Adapters and peers with their packages; both type checkers; the core suite with the oldest torch.
 test-extras: $(EXTRAS)/.installed $(OLDEST)/.installed
+	$(EXTRAS)/bin/python -m pytest -m slow tests/test_docs.py -k type_checkers
 	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS)
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests
 
@@ -64,6 +65,7 @@ docs: $(VENV)/.installed-docs
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m slow tests/test_docs.py -k type_checkers
 
 clean:
 	rm -rf $(VENV) $(EXTRAS) $(OLDEST) docs/_build build *.egg-info

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torchcdm.compose import sample
     from torchcdm.errors import UserError
     from torchcdm.models.cdm import ClassificationDiffusion
-    from torchcdm.models.denoiser import DenoisingDiffusion
+    from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+    from torchcdm.models.density import DensityModel
     from torchcdm.training.checkpoint import load, save
     from torchcdm.training.fit import fit, train
 
@@ -65,13 +66,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Lazy, so that ``import torchcdm`` stays fast whatever a later name needs.
-    if name in _MODULES:
-        return importlib.import_module(f"torchcdm.{name}")
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"torchcdm.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'torchcdm' has no attribute '{name}'")
+if not TYPE_CHECKING:  # a type checker knows the names from above
+
+    def __getattr__(name: str) -> Any:
+        # Lazy, so that ``import torchcdm`` stays fast whatever a later name needs.
+        if name in _MODULES:
+            return importlib.import_module(f"torchcdm.{name}")
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"torchcdm.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'torchcdm' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -96,7 +96,7 @@ class CDMPipeline(DiffusionPipeline):
         guidance: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput:
         """Draws images.
 
         Args:
@@ -107,6 +107,9 @@ class CDMPipeline(DiffusionPipeline):
             guidance: Weight w of classifier-free guidance; 0 for none.
             output_type: ``pil``, ``np`` (batch, H, W, C) in [0, 1], or ``pt``: data units, (batch, *shape).
             return_dict: False for a plain tuple.
+
+        Returns:
+            ``images`` as ``output_type`` says; its type is said for the usual case.
         """
         model = self.unet.model
         device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float32)

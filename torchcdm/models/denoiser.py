@@ -37,9 +37,11 @@ class Denoiser(nn.Module, ABC):
         base: A density in closed form that the network corrects; None for none.
 
     Attributes:
+        transform: Data units to model units. Its type is said for the usual case; None where none was given.
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
     """
 
+    transform: DataTransform
     info: ModelInfo | None = None
 
     def __init__(
@@ -105,8 +107,8 @@ class Denoiser(nn.Module, ABC):
 
     # Conveniences: each is a public function of the package, looked up when it is called, as it needs upper floors.
 
-    def sample(self, n: int, **options: Any) -> Tensor:
-        """``n`` samples in data units, (n, *shape): :func:`torchcdm.sample`, whose options it takes."""
+    def sample(self, n: int, **options: Any) -> Any:
+        """``n`` samples in data units, (n, *shape): :func:`torchcdm.sample`, whose options and results it has."""
         import torchcdm
 
         return torchcdm.sample(self, n, **options)

@@ -107,7 +107,7 @@ class DensityModel(Denoiser):
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
 
-    def log_prob(self, x: Tensor, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
+    def log_prob(self, x: Any, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.
 
         Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
