@@ -3,8 +3,10 @@
 ``SCREENSHOTS=docs/images python -m pytest tests/apps/test_explorer.py -m slow`` renews the pictures in the docs.
 """
 
+import io
 import os
 import shutil
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 import torchcdm
-from torchcdm.apps.explorer import Explorer, page, serve
+from torchcdm.apps.explorer import COMBINED, Explorer, page, serve
 from torchcdm.errors import UserError
 from torchcdm.training.checkpoint import load, read_info
 
@@ -31,6 +33,11 @@ def explorer(name):
 @pytest.fixture(scope="module")
 def digits():
     return explorer("zoo:digits")
+
+
+@pytest.fixture(scope="module")
+def classes():
+    return explorer("zoo:digits-conditional")
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +80,32 @@ def test_noise_grows_with_the_level_until_little_is_left(name, request):
 
 
 def test_samples_are_those_of_the_seed(digits):
-    x = digits.samples(5, "any", 0.0, 10, 3)
-    assert x.shape == (5, 1, 8, 8) and torch.equal(x, digits.samples(5, "any", 0.0, 10, 3))
-    assert not torch.equal(x, digits.samples(5, "any", 0.0, 10, 4))
+    x = digits.samples(5, steps=10, seed=3)
+    assert x.shape == (5, 1, 8, 8) and torch.equal(x, digits.samples(5, steps=10, seed=3))
+    assert not torch.equal(x, digits.samples(5, steps=10, seed=4))
+
+
+def test_samples_are_of_the_classes_that_were_chosen(classes):
+    def odds(x):
+        """log p(class | x) of digits, (n, 10)."""
+        with torch.no_grad():
+            log_p = classes.model.class_log_prob_levels(classes.model.transform(x.float()))[:, :, 5]
+        return log_p.log_softmax(1)
+
+    ways = list(COMBINED)
+    assert ways[0] == "one of these"  # as the page shows it first
+    for chosen, how in ((["3"], ways[0]), (["3"], ways[1]), (list("012456789"), ways[2])):
+        assert (odds(classes.samples(8, chosen, how, steps=20)).argmax(1) == 3).double().mean() > 0.8
+    one, both = (odds(classes.samples(16, ["3", "8"], how, moves=2, steps=20)) for how in ways[:2])
+    assert torch.isin(one.argmax(1), torch.tensor([3, 8])).double().mean() > 0.8
+    # The less likely of the two is likelier where samples are to be both.
+    assert both[:, [3, 8]].amin(1).mean() > one[:, [3, 8]].amin(1).mean() + 1
 
 
 def test_samples_of_a_table_are_rows_of_it(wines):
-    rows = wines.cells(wines.samples(4, None, 0.0, 10, 0))
+    rows = wines.cells(wines.samples(4, steps=10))
     assert len(rows) == 4 and all(len(row) == 13 for row in rows)
-    assert torch.allclose(wines.row([rows[0]]), wines.samples(4, None, 0.0, 10, 0)[:1], rtol=0.02)  # as many decimals
+    assert torch.allclose(wines.row([rows[0]]), wines.samples(4, steps=10)[:1], rtol=0.02)  # as many decimals
 
 
 def test_texts_and_dates_of_a_table_are_shown_and_typed(tmp_path):
@@ -212,6 +236,27 @@ def test_a_browser_clicks_through_a_page_of_images(browse, digits, tmp_path):
     window.locator("#sample").click()
     window.wait_for_selector("#samples img")
     keep(window, "samples")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_composes_classes(browse, classes):
+    window = browse(classes, "zoo:digits-conditional")
+    window.get_by_role("tab", name="Sample").click()
+    for label in ("3", "8"):
+        window.locator("#classes").get_by_label(label, exact=True).check()
+    window.locator("#how").get_by_label("all of these at once").check()
+    for name, value in (("count", "4"), ("steps", "20"), ("moves", "2")):
+        window.locator(f"#{name} input[type=number]").fill(value)
+        window.locator(f"#{name} input[type=number]").press("Enter")
+    window.locator("#sample").click()
+    window.wait_for_selector("#samples img")
+    with urllib.request.urlopen(window.locator("#samples img").get_attribute("src")) as file:
+        shown = np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))
+    both = classes.samples(4, ["3", "8"], "all of these at once", moves=2, steps=20)
+    assert np.array_equal(shown, classes.picture(both))
+    window.locator("#sample").scroll_into_view_if_needed()
+    keep(window, "compose")
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, final
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm import compose
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, level_profile, make_score
 from torchcdm.apps.anomaly.maps import overlay
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
-from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo
 from torchcdm.units import TableEncoding
 
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     import gradio
     from matplotlib.figure import Figure
 
-MOST_SAMPLES = 64
+MOST_SAMPLES, MOST_MOVES = 64, 10
+
+COMBINED = {
+    "one of these": compose.any_of, "all of these at once": compose.all_of, "none of these": compose.none_of,
+}  # fmt: skip
+"""What can be made of several classes."""
+
 BAND = (0.05, 0.5, 0.95)
 """Quantiles of normal data that are drawn beside an input."""
 
@@ -177,13 +183,28 @@ class Explorer:
             x_0 = self.model.denoise(x_t.to(next(self.model.parameters()).dtype), t).x0
         return transform.inverse(x_t).cpu().float(), transform.inverse(x_0).cpu().float()
 
-    def samples(self, n: int, label: str | None, guidance: float, steps: int, seed: int) -> Tensor:
-        """Draws of the model, data units (n, *shape), of the class called ``label`` where one is chosen."""
-        n = min(max(int(n), 1), MOST_SAMPLES)
-        y = None if label not in self.labels else torch.full((n,), self.labels.index(label))
-        steps = min(max(int(steps), 1), self.model.schedule.T)
-        guidance = guidance if y is not None else 0.0
-        return sample(self.model, n, steps=steps, y=y, guidance=guidance, seed=int(seed), units="codes")
+    def samples(
+        self, n: int, classes: Sequence[str] = (), how: str = "", guidance: float = 0.0, moves: int = 0,
+        steps: int = 30, seed: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Draws of the model, data units (n, *shape).
+
+        Args:
+            n: Number of samples.
+            classes: Names of classes; of all where none is chosen.
+            how: What the samples are of them, of :data:`COMBINED`.
+            guidance: Weight of classifier-free guidance, for one class.
+            moves: Accepted Langevin moves after each step.
+            steps: Sampling steps.
+            seed: Of all draws.
+        """
+        n, chosen = min(max(int(n), 1), MOST_SAMPLES), [self.labels.index(label) for label in classes]
+        single = len(chosen) == 1 and COMBINED.get(how) is not compose.none_of
+        target = self.model if single or not chosen else COMBINED.get(how, compose.any_of)(self.model, chosen)
+        y, guidance = (chosen[0], guidance) if single else (None, 0.0)
+        steps, moves = min(max(int(steps), 1), self.model.schedule.T), min(max(int(moves), 0), MOST_MOVES)
+        return compose.sample(target, n, steps=steps, y=y, guidance=guidance, seed=int(seed), units="codes",
+                              corrector=moves)  # fmt: skip
 
     @property
     def labels(self) -> list[str]:
@@ -295,9 +316,12 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                 count = gr.Slider(1, MOST_SAMPLES, 16, step=1, label="samples", elem_id="count")
                 steps = gr.Slider(1, min(last, 200), min(last, 30), step=1, label="steps", elem_id="steps")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
-                known, classes = bool(explorer.labels), ["any", *explorer.labels]
-                label = gr.Dropdown(classes, value="any", label="class", visible=known, elem_id="class")
-                guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance", visible=known, elem_id="guidance")
+            with gr.Row(visible=bool(explorer.labels)):
+                classes = gr.CheckboxGroup(explorer.labels, label="classes; all where none is", elem_id="classes")
+                how = gr.Radio(list(COMBINED), value="one of these", label="samples are", elem_id="how")
+                guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance, of one class", elem_id="guidance")
+                moves = gr.Slider(0, MOST_MOVES, 0, step=1, label="Langevin moves after each step: of all or none of "
+                                  "several classes they bring samples to their density", elem_id="moves")  # fmt: skip
             go = gr.Button("Draw samples", elem_id="sample")
             drawn = result("samples", "samples")
 
@@ -313,7 +337,8 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
             edited.click(told(lambda cells, t: show(explorer.row(cells), t)), [own, level], shown)
         level.change(told(look), [current, level], [noisy, clean], show_progress="hidden")
 
-        go.click(told(lambda *given: shape(explorer.samples(*given))), [count, label, guidance, steps, seed], drawn)
+        asked = [count, classes, how, guidance, moves, steps, seed]
+        go.click(told(lambda *given: shape(explorer.samples(*given))), asked, drawn)
     return blocks
 
 

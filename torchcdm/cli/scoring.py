@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import sys
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchcdm.cli.arguments import add_command, check_writable, count, tell, write_rows
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_output_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from torchcdm.models.denoiser import Denoiser
-    from torchcdm.training.checkpoint import ModelInfo
+from torchcdm.runtime.files import check_output_folder, written_in_pieces
 
 SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
 """Those of :data:`torchcdm.apps.anomaly.SCORES`, which takes torch to import: help is to come at once."""
 
+ENGINES = ("local", "ray")
+
 REFERENCE_LIMIT = 5000
+"""That of :data:`torchcdm.scale.REFERENCE_LIMIT`, likewise."""
+
 EXAMPLES = 1000
 """Normal samples of the page, and those to choose from."""
 
@@ -34,7 +36,7 @@ def add_commands(commands: Any) -> None:
     parser = add_command(
         commands, run_score, "score", "how anomalous images, arrays or rows of tables are",
         "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
-        "model paths skip-bad json device",
+        "model paths skip-bad quiet json device",
     )  # fmt: skip
     parser.add_argument("--score", default=SCORES[0], metavar="NAME", help=f"of {', '.join(SCORES)} ({SCORES[0]})")
     parser.add_argument("--background", metavar="RUN", help="model of broader data, for the score 'ratio'")
@@ -53,6 +55,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--maps", metavar="DIR", type=Path, help="a PNG for each image: beside it, where it is not what is normal"
     )
+    parser.add_argument("--engine", default=ENGINES[0], choices=ENGINES, help="this process, or workers on Ray for "
+                        "what no memory holds: Parquet by its row groups, folders of images (local)")  # fmt: skip
+    parser.add_argument("--workers", type=count, metavar="N", help="workers on Ray; one for each GPU or core")
 
     parser = add_command(
         commands, run_explore, "explore", "a page in the browser on a model", "cdm explore zoo:digits", "model device"
@@ -82,9 +87,10 @@ def run_score(options: argparse.Namespace) -> int:
 
     from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
     from torchcdm.apps.anomaly.detector import check_fpr
-    from torchcdm.apps.anomaly.maps import save_maps, top_columns
+    from torchcdm.apps.anomaly.maps import save_maps
     from torchcdm.apps.plots import check_figure, score_histogram
     from torchcdm.runtime.processes import sharing
+    from torchcdm.scale import Scorer, normal_data, score_on_ray
     from torchcdm.training.checkpoint import load, read_info
 
     check_fpr(options.fpr)
@@ -92,45 +98,44 @@ def run_score(options: argparse.Namespace) -> int:
         check_figure(options.plot)
     for path in (options.csv, options.plot, options.json):
         check_writable(path, [*options.paths, *(options.reference or ())])
-    info = read_info(options.model)
+    ray, images = options.engine == "ray", len(read_info(options.model).transform.shape) == 3
+    if options.workers is not None and not ray:
+        raise UserError("--workers are those of --engine ray; torchrun starts several processes of the local engine")
     if options.maps is not None:
-        if len(info.transform.shape) != 3:
-            raise UserError("--maps: this model takes rows, not images; --csv names the columns that contribute most")
+        if not images or ray:
+            rows = "this model takes rows, not images; --csv names the columns that contribute most"
+            raise UserError(f"--maps: {rows if not images else 'the local engine draws them, --engine ray does not'}")
         check_output_folder(options.maps, [*options.paths, *(options.reference or ())])
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         background = None if options.background is None else load(options.background, device)
         score = make_score(options.score, model, background)
         # Before the passes over the reference: a wrong path shall not take a minute to be found.
-        x, names, deviating, notes = info.read_inputs(options.paths, options.skip_bad)
-        reference, origin = _reference(options, info, model)
+        given = None if ray else model.info.read_inputs(options.paths, options.skip_bad)
+        reference, origin = normal_data(model, options.reference, options.skip_bad, options.limit)
         detector = AnomalyDetector.fit(score, reference)
-        threshold = detector.threshold(options.fpr)
-        scores = detector.score(x)
-        flags = detector.flags(scores, options.fpr) | torch.tensor(list(map(bool, deviating)))
-        where = [""] * len(x)
-        if options.maps is not None:
-            fitted = AnomalyMap.fit(model, reference)
-            maps = fitted(x)
-        elif x.ndim == 2 and options.csv is not None and flags.any():
-            found = iter(top_columns(AnomalyMap.fit(model, reference)(x[flags]), info.columns))
-            where = [next(found) if flag else "" for flag in flags]
-            where = [f"{k} (unlike any in training)" if k else top for k, top in zip(deviating, where, strict=True)]
+        explained = options.maps is not None or (not images and options.csv is not None)
+        fitted = AnomalyMap.fit(model, reference) if explained else None
+        words = {"fpr": options.fpr, "skip_bad": options.skip_bad, "device": device}
+        scorer = Scorer(model, detector, None if images else fitted, **words)
+        if given is not None:
+            judged = scorer.judge(given)
+            if options.maps is not None:
+                maps = fitted(given.x)
     if not main:
         return 0
-    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
-    if options.plot is not None:
-        score_histogram(detector.calibration, scores, threshold, options.score, options.plot)
     if options.maps is not None:
-        where = [path.name for path in save_maps(maps, x, fitted.limit, options.maps, info.transform)]
-    flags, scores, percentiles = flags.tolist(), scores.tolist(), detector.percentile(scores).tolist()
-    if options.csv is not None:
-        rows = zip(range(len(x)), names, scores, percentiles, flags, where, strict=True)
-        write_rows(
-            options.csv,
-            ("row", "input", "score", "percentile", "flag", "where"),
-            ((k, name, f"{score:.6g}", f"{pct:.3f}", int(flag), odd) for k, name, score, pct, flag, odd in rows),
-        )
+        files = save_maps(maps, given.x, fitted.limit, options.maps, model.info.transform)
+        judged["where"] = [path.name for path in files]
+    if given is not None:
+        batches = [judged | {"note": ["\n".join(given.notes)]}]
+    else:
+        batches = score_on_ray(scorer, options.paths, options.workers, not options.quiet)
+    threshold = detector.threshold(options.fpr)
+    found, names = _written(batches, options.csv)
+    scores, percentiles, flags = (found[name].tolist() for name in ("score", "percentile", "flag"))
+    if options.plot is not None:
+        score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
     numbers = {
         "score": options.score,
         "fpr": options.fpr,
@@ -138,7 +143,7 @@ def run_score(options: argparse.Namespace) -> int:
         "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
         "count": len(scores),
         "flagged": sum(flags),
-        "deviating": sum(map(bool, deviating)),
+        "deviating": int(found["deviating"].sum()),
         "scores": scores,
         "percentiles": percentiles,
         "flags": flags,
@@ -151,39 +156,56 @@ def run_explore(options: argparse.Namespace) -> int:
     """Serves the page until it is stopped."""
     from torchcdm.apps.explorer import Explorer, page, serve
     from torchcdm.runtime.devices import chosen_device
-    from torchcdm.training.checkpoint import load, read_info
+    from torchcdm.scale import normal_data
+    from torchcdm.training.checkpoint import load
 
-    info, model = read_info(options.model), load(options.model, chosen_device(options.device))
-    options.skip_bad, options.limit = False, EXAMPLES
-    reference, _ = _reference(options, info, model)
+    model = load(options.model, chosen_device(options.device))
+    info = model.info
+    reference, _ = normal_data(model, options.reference, limit=EXAMPLES)
     examples = reference if options.reference else info.read_source(model).test.tensors(EXAMPLES)[0].float()
     blocks = page(Explorer(model, info, reference, examples), options.model)
     serve(blocks, options.port, lambda address: print(f"{options.model}: {address} (Ctrl+C stops it)", flush=True))
     return 0
 
 
-def _reference(options: argparse.Namespace, info: ModelInfo, model: Denoiser) -> tuple[Tensor, str]:
-    """Normal data that did not train the model, and what they are called."""
-    from torchcdm.data import MemorySplit
+def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[dict[str, Any], dict[int, str]]:
+    """Rows to a CSV file as they come; numbers of all inputs, and the names of the most anomalous ones by row."""
+    import numpy as np
 
-    if options.reference is not None:
-        x = info.read_inputs(options.reference, options.skip_bad).x
-        return MemorySplit(x).tensors(options.limit)[0], ", ".join(options.reference)
-    try:
-        source = info.read_source(model)
-        split = source.split("validation")
-    except UserError as error:
-        raise UserError(f"{error}; or give normal data by --reference PATH") from None
-    return split.tensors(options.limit)[0].float(), f"validation split of {source.name}"
+    kept: dict[str, list[Any]] = {name: [] for name in ("score", "percentile", "flag", "deviating")}
+    top: list[tuple[float, int, str]] = []
+    row, said = 0, set()
+    with nullcontext(io.StringIO()) if path is None else written_in_pieces(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("row", "input", "score", "percentile", "flag", "where"))
+        for batch in batches:
+            for note in filter(None, "\n".join(batch["note"]).splitlines()):
+                print(*{note} - said, end="\n" * (note not in said), file=sys.stderr)
+                said.add(note)
+            if batch["input"][0] == "":
+                continue
+            for name, values in kept.items():
+                values.append(np.asarray(batch[name]))
+            columns = (batch[name] for name in ("input", "score", "percentile", "flag", "where"))
+            for name, score, percentile, flag, where in zip(*columns, strict=True):
+                if path is not None:
+                    writer.writerow((row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), where))
+                top.append((-float(score), row, name))
+                row += 1
+            top = sorted(top)[:SHOWN]
+    if not row:
+        raise UserError("there is nothing to score: nothing could be read")
+    found = {name: np.concatenate(values) for name, values in kept.items()}
+    return found, {place: name for _, place, name in top}
 
 
-def _summary(numbers: dict[str, Any], names: list[str]) -> str:
+def _summary(numbers: dict[str, Any], names: dict[int, str]) -> str:
     """The most anomalous inputs, and what the flags mean."""
     scores, count = numbers["scores"], numbers["count"]
     lines = [f"{'score':>12}{'percentile':>12}  input"]
-    for i in sorted(range(count), key=lambda i: -scores[i])[:SHOWN]:
+    for i, name in names.items():
         mark = "*" if numbers["flags"][i] else " "
-        lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {names[i]}")
+        lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {name}")
     if count > SHOWN:
         lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
     lines.append(

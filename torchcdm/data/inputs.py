@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,10 @@ from torchcdm.units import DataTransform, TableEncoding
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+WHOLE = -1
+"""The part of a file that is all of it."""
 
 
 class Inputs(NamedTuple):
@@ -46,6 +51,7 @@ def read_inputs(
     transform: DataTransform,
     options: DataOptions | None = None,
     noisy: bool = False,
+    parts: Sequence[int] | None = None,
 ) -> Inputs:
     """Samples for a model from files.
 
@@ -53,10 +59,12 @@ def read_inputs(
     saved as a PNG by :func:`torchcdm.data.save_images` is read back with levels 0 ... 16.
 
     Args:
-        paths: Image files, folders of images (recursive), .npz and .npy arrays, tables.
+        paths: Image files, folders of images (recursive), of tables for a model of rows, .npz and .npy arrays, tables.
         transform: That of the model. A table is read by its columns, in whatever order it has them.
         options: ``size``, ``channels`` and ``skip_bad`` of images.
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
+        parts: Parts of the files, one a path, as :func:`parts_of` numbers them; the paths may then hold nothing to
+            read.
 
     Raises:
         UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
@@ -66,32 +74,81 @@ def read_inputs(
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
-    parts = [_read(path, transform, options or DataOptions()) for path in map(Path, paths)]
-    if not any(part.names for part in parts):
+    options = options or DataOptions()
+    pairs = zip(map(Path, paths), parts or [WHOLE] * len(paths), strict=True)
+    read = [_read(path, transform, options, part) for path, part in pairs]
+    if parts is None and not any(found.names for found in read):
         raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
-    x, names, deviating, notes = zip(*parts, strict=True)
+    x, names, deviating, notes = zip(*read, strict=True)
     found = Inputs(torch.cat(x), sum(names, []), sum(deviating, []), sum(notes, ()))
     if not noisy:
-        _check_range(found, transform)
+        check_range(found, transform)
     return found
 
 
-def _read(path: Path, transform: DataTransform, options: DataOptions) -> Inputs:
-    """All samples of one file or folder."""
+def parts_of(
+    paths: Sequence[str | Path], transform: DataTransform, options: DataOptions
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """The paths as files and parts of files that :func:`read_inputs` reads one at a time, in its order; and notes.
+
+    Args:
+        paths: As :func:`read_inputs` takes them.
+        transform: That of the model.
+        options: ``skip_bad``.
+
+    Returns:
+        Pairs of a file and its part: of a Parquet file each row group; 0 of an image in a folder; -1, the whole, of
+        all others.
+
+    Raises:
+        UserError: A path that is not there, or a Parquet file that cannot be read.
+    """
+    found, notes = [], []
+    for path in map(Path, paths):
+        files = [path]
+        folder = stat.S_ISDIR(file_status(path).st_mode)
+        if folder:
+            files, said = _files_of(path, transform, options)
+            notes += said
+        for file in files:
+            if str(file).lower().endswith(".parquet"):
+                found += [(str(file), number) for number in range(tables.row_groups(file))]
+            else:
+                found.append((str(file), 0 if folder and not tables.is_table(file) else WHOLE))
+    return found, notes
+
+
+def _files_of(folder: Path, transform: DataTransform, options: DataOptions) -> tuple[list[Path], list[str]]:
+    """What a model takes of a folder: its images, or for a model of rows its tables, where there are some."""
+    if len(transform.shape) == 1:
+        files = sorted(path for path in folder.rglob("*") if tables.is_table(path) and path.name[0] not in "._")
+        if files:
+            return files, []
+    (files,), notes = find_images([folder], options.skip_bad)
+    return files, notes
+
+
+def _read(path: Path, transform: DataTransform, options: DataOptions, part: int = WHOLE) -> Inputs:
+    """All samples of one file or folder, or of a part of a file."""
     if stat.S_ISDIR(file_status(path).st_mode):
-        (files,), notes = find_images([path], options.skip_bad)
+        files, notes = _files_of(path, transform, options)
+        if files and tables.is_table(files[0]):
+            return read_inputs(files, transform, options, noisy=True)
         found = _read_images(files, transform, options)
         return found._replace(notes=(*notes, *found.notes))
     suffix = path.suffix.lower()
     if tables.is_table(path):
-        frame = tables.read(path, options.skip_bad)
+        frame = tables.read(path, options.skip_bad, None if part == WHOLE else part)
         table = transform.table or TableEncoding.numbers(frame.columns)
         _check_shape((len(table.kept),), transform.shape, path)
         found = read_table(frame, str(path), table, options)
         names = [f"{printable(path)}: {row}" for row in found.names]
         return found._replace(x=single(found.x.numpy(), str(path)), names=names)
+    if part != WHOLE:
+        return _read_images([path], transform, options)
     if suffix in (".npz", ".npy"):
-        return _read_array(path, transform.shape, options)
+        x, _, _ = arrays.read(path)
+        return read_array(x, path, transform.shape, options)
     if suffix in images.SUFFIXES:
         return _read_images([path], transform, options)
     raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
@@ -165,11 +222,11 @@ def _pictures(
         if not (larger and x.shape[1] >= transform.shape[1] and x.shape[2] >= transform.shape[2]):
             _check_shape(tuple(x.shape), transform.shape, path)
         x = x.float()
-        found[path] = x if path.suffix.lower() == ".npy" else _on_grid(x, info.high, transform, path)
+        found[path] = x if path.suffix.lower() == ".npy" else on_grid(x, info.high, transform, path)
     return found, bad
 
 
-def _on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:
+def on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:
     """File values to the model's grey levels; files of floats hold data units already."""
     low, high = transform.low, transform.high
     if file_high is None or (low, high) == (0, file_high):
@@ -179,8 +236,8 @@ def _on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: P
     return transform.quantize(low + x * ((high - low) / file_high))
 
 
-def _read_array(path: Path, shape: tuple[int, ...], options: DataOptions) -> Inputs:
-    x, _, _ = arrays.read(path)
+def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataOptions) -> Inputs:
+    """Samples of an array for a model of this shape; ``path`` names them."""
     if len(shape) == 1:
         one_sample = x.shape == shape and shape != (1,)
     else:
@@ -199,7 +256,7 @@ def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path) ->
         raise UserError(f"{path}: {_words(found)}; the model takes {_words(needed)}")
 
 
-def _check_range(found: Inputs, transform: DataTransform) -> None:
+def check_range(found: Inputs, transform: DataTransform) -> None:
     """Values beyond the grey levels mean another scaling than the model's; half a level is dequantisation."""
     low, high, bin = transform.low, transform.high, transform.bin
     if bin is None or low is None or high is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +38,19 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
     return samples_of({"train": read(Path(argument), options.skip_bad)}, f"table:{argument}", options, like=like)
 
 
-def read(path: Path, skip_bad: bool = False) -> DataFrame:
+def read(path: Path, skip_bad: bool = False, group: int | None = None) -> DataFrame:
     """A table file, by its suffix: cells of text files as texts, empty cells as missing ones.
 
     What is wrong with its lines stands in ``attrs["problems"]``, for one message with what is wrong with its cells;
     ``attrs["notes"]`` says what was read off the file. ``skip_bad`` leaves out lines with another number of cells.
+    Of a Parquet file the row group number ``group`` is read, all where it is None.
 
     Raises:
         UserError: Missing, unreadable, or of another kind.
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
-        return _read_parquet(path)
+        return _read_parquet(path, group)
     if name.endswith(TEXT_SUFFIXES):
         return _read_csv(path, skip_bad)
     raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
@@ -184,18 +186,39 @@ def _counts(cells: Sequence[str]) -> bool:
     return all(low < high for low, high in zip(numbers, numbers[1:], strict=False))
 
 
-def _read_parquet(path: Path) -> DataFrame:
+def row_groups(path: Path) -> int:
+    """Number of row groups of a Parquet file.
+
+    Raises:
+        UserError: As :func:`read`.
+    """
+    with _parquet(path) as file:
+        return file.num_row_groups
+
+
+def _read_parquet(path: Path, group: int | None) -> DataFrame:
+    import pandas as pd
+
+    with _parquet(path) as file:
+        table = file.read() if group is None else file.read_row_group(group)
+        before = sum(file.metadata.row_group(k).num_rows for k in range(group or 0))
+        written = (table.schema.pandas_metadata or {}).get("index_columns", ())
+        index = [name for name in written if isinstance(name, str)]  # others are ranges, which are no columns
+        kept = [k for k, name in enumerate(table.column_names) if name not in index]
+        names = [table.column_names[k] for k in kept]
+        frame = table.select(kept).rename_columns([str(k) for k in kept]).to_pandas(ignore_metadata=True)
+        frame.index = pd.RangeIndex(before, before + len(frame))
+    notes = [f"the index of the data frame is left out: {', '.join(index)}."] if index else []
+    return _named(frame, names, notes, [], path)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """A Parquet file, open."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(f"{path}: Parquet needs pyarrow; pip install 'torchcdm[tables]'") from error
     with reading(path, "Parquet", also=(pyarrow.ArrowException,)) as file:
-        table = parquet.read_table(file)
-        written = (table.schema.pandas_metadata or {}).get("index_columns", ())
-        index = [name for name in written if isinstance(name, str)]  # others are ranges, which are no columns
-        kept = [k for k, name in enumerate(table.column_names) if name not in index]
-        names = [table.column_names[k] for k in kept]
-        frame = table.select(kept).rename_columns([str(k) for k in kept]).to_pandas(ignore_metadata=True)
-    notes = [f"the index of the data frame is left out: {', '.join(index)}."] if index else []
-    return _named(frame, names, notes, [], path)
+        yield parquet.ParquetFile(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torchcdm.errors import UserError
 
@@ -59,6 +60,31 @@ def write_file(path: Path, content: bytes | str, flush: bool = True) -> None:
             raise
         if flush:
             flush_folder(path.parent)
+
+
+@contextmanager
+def written_in_pieces(path: Path) -> Iterator[IO[str]]:
+    """As :func:`write_file`, for a text that comes in pieces and may be long: what fails leaves the old file."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        regular = (status := _status(path)) is None or (stat.S_ISREG(status.st_mode) and _stream(status) is None)
+        temporary = beside(path)
+        if regular:
+            write_through(temporary, "", flush=False)
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") if regular else io.StringIO() as file:
+        try:
+            yield file
+            with writing(path):
+                if regular:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(temporary, _target(path))
+                else:
+                    write_file(path, file.getvalue())
+        except BaseException:
+            if regular:
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def beside(path: Path) -> Path:

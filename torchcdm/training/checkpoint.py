@@ -73,10 +73,14 @@ class ModelInfo:
         return None if self.class_names is None else len(self.class_names)
 
     def read_inputs(
-        self, paths: str | Path | Sequence[str | Path], skip_bad: bool = False, noisy: bool = False
+        self,
+        paths: str | Path | Sequence[str | Path],
+        skip_bad: bool = False,
+        noisy: bool = False,
+        parts: Sequence[int] | None = None,
     ) -> Inputs:
         """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
-        return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), noisy)
+        return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), noisy, parts)
 
     def read_pictures(self, paths: Sequence[str | Path], skip_bad: bool) -> tuple[list[Tensor], list[str], list[str]]:
         """Images of the model's size or larger, see :func:`torchcdm.data.inputs.read_pictures`."""
