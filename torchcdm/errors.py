@@ -1,9 +1,11 @@
-"""The one exception that stands for a user's mistake, and the hint that goes with a wrong name."""
+"""The one exception that stands for a user's mistake, and what its messages are made of."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -33,3 +35,17 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'? (choices: {listing})"
     return f"choose from: {listing}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where that is nothing."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def needed(library: str, extra: str, what: str) -> Any:
+    """A library that is an ``extra`` of the package; UserError where ``what`` needs it and it is not there."""
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise UserError(f"{what} needs {library.partition('.')[0]}; pip install 'torchcdm[{extra}]'") from None

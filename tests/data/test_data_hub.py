@@ -13,7 +13,7 @@ from torchcdm.errors import UserError
 
 def test_absent_library_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"hf:some/name needs the library datasets; pip install 'torchcdm\[hub\]'"):
+    with pytest.raises(UserError, match=r"hf:some/name needs datasets; pip install 'torchcdm\[hub\]'"):
         load_data("hf:some/name")
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchcdm.bridges.cards import model_card
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_file
@@ -36,10 +36,7 @@ def push(
     Raises:
         UserError: A wrong name, a model that cannot be saved, or a Hub that refuses it.
     """
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        raise UserError("the Hub needs huggingface_hub; pip install 'torchcdm[hub]'") from None
+    hub = needed("huggingface_hub", "hub", "the Hub")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"'{repository}' is no repository; write OWNER/NAME")
     report = None
@@ -67,6 +64,5 @@ def push(
                 allow_patterns=["config.json", "model.safetensors", "README.md"],
             )  # fmt: skip
         except Exception as error:  # its failures have no common type
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"hub:{repository}: cannot be written ({reason})") from None
+            raise UserError(f"hub:{repository}: cannot be written ({reason(error)})") from None
     return address

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_output, without_nan, write_file, write_json
+from torchcdm.runtime.files import check_output, without_nan, write_json
 from torchcdm.training.run_folder import RunFolder
 
 LARGEST_COUNT = 10**9
@@ -76,13 +74,6 @@ def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None
         check_output(path, inputs)
         if RunFolder(path.resolve().parent).writes(path.resolve()):
             raise UserError(f"{path}: belongs to the run; choose another name")
-
-
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_file(path, text.getvalue())
 
 
 def tell(path: Path | None, text: str, numbers: Any) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchcdm.cli.arguments import add_command, check_writable, tell, write_rows
-from torchcdm.runtime.files import check_output
+from torchcdm.cli.arguments import add_command, check_writable, tell
+from torchcdm.runtime.files import check_output, write_rows
 
 if TYPE_CHECKING:
     from torchcdm.apps.ratio import DensityRatio, Scores

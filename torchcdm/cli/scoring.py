@@ -11,9 +11,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add_command, check_writable, count, tell, write_rows
+from torchcdm.cli.arguments import add_command, check_writable, count, tell
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_output_folder, written_in_pieces
+from torchcdm.runtime.files import check_output_folder, write_rows, written_in_pieces
 
 SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
 """Those of :data:`torchcdm.apps.anomaly.SCORES`, which takes torch to import: help is to come at once."""

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from torchcdm.data.assembly import Samples, drawn_counts
 from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import reason
 from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 from torchcdm.random import permutation
 
 SPLIT_FOLDERS = {

@@ -15,9 +15,9 @@ from torchcdm.data import images, tables
 from torchcdm.data.arrays import read_labels
 from torchcdm.data.assembly import Samples
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import DAMAGE, reason
+from torchcdm.data.reading import DAMAGE
 from torchcdm.data.source import LazySplit, Split
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, needed, reason
 from torchcdm.units import DataTransform
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -35,10 +35,7 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
 
     Images where there is a column of images, with the column of class labels; else a table of numbers.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"hf:{argument} needs the library datasets; pip install 'torchcdm[hub]'") from error
+    datasets = needed("datasets", "hub", f"hf:{argument}")
     name, _, config = argument.partition(":")
     try:
         if any(os.path.isfile(os.path.join(name, marker)) for marker in ("dataset_dict.json", "state.json")):

@@ -16,7 +16,7 @@ from typing import IO, BinaryIO
 
 import numpy as np
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 
 DAMAGE: tuple[type[Exception], ...] = (
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
@@ -56,12 +56,6 @@ def reading(path: Path, kind: str, mend: str = "", also: Sequence[type[Exception
     except (*DAMAGE, *also) as error:
         text = reason(error).replace(str(path), path.name)
         raise UserError(f"{path}: cannot be read as {kind} ({text}){mend}") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an exception says."""
-    text = getattr(error, "strerror", None) or str(error)
-    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def printable(path: Path | str) -> str:

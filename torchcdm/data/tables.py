@@ -17,7 +17,7 @@ from torchcdm.data.assembly import Samples
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError, nearest, needed
 from torchcdm.units import DataTransform, TableEncoding
 
 if TYPE_CHECKING:
@@ -215,10 +215,6 @@ def _read_parquet(path: Path, group: int | None) -> DataFrame:
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
     """A Parquet file, open."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{path}: Parquet needs pyarrow; pip install 'torchcdm[tables]'") from error
+    parquet, pyarrow = (needed(name, "tables", f"{path}: Parquet") for name in ("pyarrow.parquet", "pyarrow"))
     with reading(path, "Parquet", also=(pyarrow.ArrowException,)) as file:
         yield parquet.ParquetFile(file)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import readable
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 from torchcdm.units import DataTransform
 from torchcdm.units.table import as_frame, is_frame
 
@@ -116,7 +116,7 @@ def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     try:
         found = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{name}: not an array of numbers ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{name}: not an array of numbers ({reason(error)})") from None
     if found.layout != torch.strided:
         raise UserError(f"{name}: a sparse tensor; make it dense first")
     return found

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError, nearest, needed, reason
 from torchcdm.networks.blocks import ImageSize, check_images, height_and_width
 from torchcdm.networks.heads import HeadedBackbone, make_head
 from torchcdm.runtime.validation import Count, Width, checked, shown
@@ -51,9 +51,9 @@ def unfit_operations(output: Tensor) -> dict[str, str]:
     while waiting:
         node = waiting.pop()
         operation = node.name().split("Backward")[0]
-        for reason, beginnings in _UNFIT.items():
+        for unfit, beginnings in _UNFIT.items():
             if operation.lower().startswith(beginnings):
-                reasons[operation] = reason
+                reasons[operation] = unfit
         behind = {next_node for next_node, _ in node.next_functions if next_node is not None} - found
         found |= behind
         waiting.extend(behind)
@@ -119,13 +119,10 @@ class TimmBackbone(HeadedBackbone):
                 (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
                 torch.autograd.grad(gradient.square().sum(), x)
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            height, width = self.size
-            raise UserError(
-                f"network: timm's {name} cannot be run and differentiated twice on {height}x{width} images ({reason})"
-            ) from error
+            what = "cannot be run and differentiated twice on {}x{} images".format(*self.size)
+            raise UserError(f"network: timm's {name} {what} ({reason(error)})") from error
         if reasons:
-            listing = ", ".join(f"{operation} {reason}" for operation, reason in reasons.items())
+            listing = ", ".join(f"{operation} {why}" for operation, why in reasons.items())
             raise UserError(
                 f"network: timm's {name} does not fit: {listing}; "
                 "choose one with smooth activations and LayerNorm, such as vit_tiny_patch16_224 or convnext_atto"
@@ -148,10 +145,7 @@ def _create(name: str, in_channels: int, size: tuple[int, int], options: dict[st
             raise UserError(f"network: '{key}' is no option that timm's models take here; {nearest(key, OPTIONS)}")
         if not _is_plain(value):
             raise UserError(f"network: timm's {key} is {shown(value)}; numbers and plain names alone are taken")
-    try:
-        import timm
-    except ImportError:
-        raise UserError("network: timm is not installed; pip install 'torchcdm[vision]'") from None
+    timm = needed("timm", "vision", f"network: {name}")
     if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them"
@@ -163,5 +157,4 @@ def _create(name: str, in_channels: int, size: tuple[int, int], options: dict[st
     try:
         return timm.create_model(name, num_classes=0, in_chans=in_channels, **options)
     except (TypeError, AssertionError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"network: timm cannot build {name} with these options ({reason})") from error
+        raise UserError(f"network: timm cannot build {name} with these options ({reason(error)})") from error

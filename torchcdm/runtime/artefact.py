@@ -17,7 +17,7 @@ from safetensors.torch import save as pack
 from torch import Tensor
 
 from torchcdm import __version__
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 from torchcdm.runtime.files import (
     beside,
     check_replaced,
@@ -225,7 +225,7 @@ def _unpack(data: bytes, path: Path, mend: str) -> dict[str, Tensor]:
     try:
         return unpack(data)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        damaged(path, f"or no safetensors ({str(error).splitlines()[0]})", mend)
+        damaged(path, f"or no safetensors ({reason(error)})", mend)
 
 
 def _finite(text: str) -> float:

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
@@ -20,8 +20,8 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
         with warnings.catch_warnings(action="ignore"):
             torch.zeros(1, device=name, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
-        raise UserError(f"device {str(name)!r} cannot be used: {reason}; leave --device out, or give cpu") from None
+        why = reason(error).split(". ")[0]
+        raise UserError(f"device {str(name)!r} cannot be used: {why}; leave --device out, or give cpu") from None
     return torch.device(name)
 
 

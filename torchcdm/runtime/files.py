@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
@@ -10,12 +11,12 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 
 TEMPORARY = ".writing-"
 """Prefix of what is being written; left behind by a crash, it is cleaned up and never read."""
@@ -30,8 +31,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeEncodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be written ({reason}); nothing that was there before is lost") from error
+        what = f"cannot be written ({reason(error)}); nothing that was there before is lost"
+        raise UserError(f"{path}: {what}") from error
 
 
 def write_file(path: Path, content: bytes | str, flush: bool = True) -> None:
@@ -130,6 +131,13 @@ def without_nan(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """As :func:`write_file`, indented; null in place of numbers that are not finite."""
     write_file(path, json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_file(path, text.getvalue())
 
 
 # --- before the work ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError, nearest, reason
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
@@ -97,7 +97,7 @@ def fit(
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes))
     if backbone is None:
-        with _run(config, source, out, device, progress) as folder:
+        with trained(config, source, device, progress, out=out) as folder:
             return load(folder, device or "cpu")
     config = replace(config, model=replace(config.model, backbone="custom", labels=_labels(backbone)))
     check_network(backbone, source, config.model.schedule.T + 2)
@@ -105,7 +105,7 @@ def fit(
     def new(resolved: Config, data: DataSource) -> Denoiser:
         return new_model(resolved.model, data, resolved.data.flip, backbone)
 
-    with _run(config, source, out, device, progress, new) as folder:
+    with trained(config, source, device, progress, new=new, out=out) as folder:
         return load(folder, device or "cpu", backbone)
 
 
@@ -166,7 +166,7 @@ def train(
     config = replace(config, model=describe(model), data=replace(config.data, gaussianize=False))
     if not any(weights.requires_grad for weights in model.parameters()):
         model.requires_grad_(True)  # one that was loaded
-    with _run(config, source, out, device, progress, lambda *_: model) as folder:
+    with trained(config, source, device, progress, new=lambda *_: model, out=out) as folder:
         load_weights(model, folder)
         model.info = read_info(folder)
     return model.eval().to(device or "cpu")
@@ -200,8 +200,7 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         with torch.no_grad():
             h = network(x, *y)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the network does not take inputs of shape {tuple(x.shape)} ({reason})") from None
+        raise UserError(f"the network does not take inputs of shape {tuple(x.shape)} ({reason(error)})") from None
     found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
     if found != wanted:
         mend = f"end it with torchcdm.networks.heads.CumulativeHead(features, levels={levels})"
@@ -227,41 +226,28 @@ def trained(
     progress: bool,
     clock: Callable[[], float] = time.monotonic,
     new: Callable[[Config, DataSource], Denoiser] | None = None,
+    out: str | Path | None = None,
 ) -> Iterator[Path]:
-    """Trains, and gives the run folder, which does not outlive the block; no samples are drawn for it.
+    """Trains, and gives the run folder; where ``out`` is None one that does not outlive the block, without samples.
 
-    Arguments as in :func:`torchcdm.training.loop.train`.
+    Other arguments as in :func:`torchcdm.training.loop.train`.
 
     Raises:
-        Interrupted: A signal stopped the training; nothing is left of it.
+        Interrupted: A signal stopped the training; nothing is left of it, but for ``out``.
     """
+    options = {"source": in_units(source, config.data), "device": device, "progress": progress, "clock": clock}
+    if out is not None:
+        loop.train(config, out, new=new, **options)
+        yield Path(out)
+        return
     config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        data = in_units(source, config.data)
         try:
-            loop.train(config, folder, data, device=device, progress=progress, clock=clock, new=new)
+            loop.train(config, folder, new=new, **options)
         except Interrupted as error:
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
         yield folder
-
-
-@contextmanager
-def _run(
-    config: Config,
-    source: DataSource,
-    out: str | Path | None,
-    device: str | None,
-    progress: bool,
-    new: Callable[[Config, DataSource], Denoiser] | None = None,
-) -> Iterator[Path]:
-    """Trains into ``out``, or into a folder that does not outlive the block; gives the folder."""
-    if out is None:
-        with trained(config, source, device, progress, new=new) as folder:
-            yield folder
-    else:
-        loop.train(config, out, in_units(source, config.data), device=device, progress=progress, new=new)
-        yield Path(out)
 
 
 def _source(data: Any, labels: Any, options: DataOptions, caller: str = "fit") -> DataSource:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.diffusion.start import FIELDS
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
@@ -392,7 +392,7 @@ def _compiled(loss: nn.Module, batch: Batch) -> nn.Module:
     try:
         compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
     except Exception as error:  # the compiler's failures have no common type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"torch.compile failed ({reason}); training goes on without it", UserWarning, stacklevel=2)
+        what = f"torch.compile failed ({reason(error)}); training goes on without it"
+        warnings.warn(what, UserWarning, stacklevel=2)
         return loss
     return compiled

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from torchcdm.compose import sample
 from torchcdm.data import save_grid, save_table
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of, map_rows
-from torchcdm.runtime.files import write_file
+from torchcdm.runtime.files import write_rows
 
 
 class Drawn(NamedTuple):
@@ -67,14 +65,12 @@ def save_manifest(
 
     Labels are ``class_names`` where they are given, and numbers elsewhere.
     """
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["index", "seed", "label", "log_p", *(["file"] if files else [])])
-    for i in range(len(drawn.x)):
-        label = "" if drawn.y is None else int(drawn.y[i])
-        if class_names and drawn.y is not None:
-            label = class_names[int(label)]
-        log_p = "" if drawn.log_p is None else f"{float(drawn.log_p[i]):.4f}"
-        rows.writerow([i, drawn.seed, label, log_p, *([files[i].name] if files else [])])
-    write_file(path, text.getvalue())
+    count = len(drawn.x)
+    labels = [""] * count if drawn.y is None else drawn.y.tolist()
+    if class_names and drawn.y is not None:
+        labels = [class_names[label] for label in labels]
+    log_p = [""] * count if drawn.log_p is None else [f"{value:.4f}" for value in drawn.log_p.tolist()]
+    columns = {"index": range(count), "seed": [drawn.seed] * count, "label": labels, "log_p": log_p}
+    columns |= {"file": [file.name for file in files]} if files else {}
+    write_rows(path, list(columns), zip(*columns.values(), strict=True))
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError, nearest, needed, reason
 
 HOME = Path(__file__).parent
 
@@ -48,15 +48,11 @@ def located(model: str | Path) -> Path:
 
 def _downloaded(name: str) -> Path:
     """The folder of a repository of the Hub, in the cache of ``huggingface_hub``."""
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        raise UserError(f"hub:{name}: needs huggingface_hub; pip install 'torchcdm[hub]'") from None
+    hub = needed("huggingface_hub", "hub", f"hub:{name}:")
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1:
         raise UserError(f"hub:{name}: write hub:OWNER/NAME")
     try:
         return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # a wrong name, no such repository, no network: they have no common type
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"hub:{name}: cannot be downloaded ({reason})") from None
+        raise UserError(f"hub:{name}: cannot be downloaded ({reason(error)})") from None
