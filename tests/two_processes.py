@@ -34,7 +34,7 @@ def gradients(folder: Path, kind: str) -> tuple[Processes, dict[str, torch.Tenso
     (batch,) = batches(3, 4, loss, processes.device)
     wrapped = processes.wrap(loss)
     value = wrapped(batch.x_0.double(), None, batch.t, batch.eps.double())["loss"].mean()
-    processes.backward(value + 0 * sum(parameter.sum() for parameter in model.parameters()))
+    processes.accelerator.backward(value + 0 * sum(parameter.sum() for parameter in model.parameters()))
     return processes, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -49,12 +49,7 @@ def drop_labels(
 
 
 class Loss(nn.Module, ABC):
-    """What the training loop asks of a loss.
-
-    Args:
-        model: The model to train.
-        label_dropout: Share of labels replaced by the null label.
-    """
+    """What the training loop asks of a loss, which replaces a share ``label_dropout`` of labels by the null label."""
 
     def __init__(self, model: Denoiser, label_dropout: float = 0.0) -> None:
         super().__init__()
@@ -285,9 +280,7 @@ def differences_suffice(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     # Below "highest" products of float32 may be taken in bfloat16.
-    return x.dtype == torch.float64 or (
-        x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    )
+    return x.dtype == torch.float64 or (x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
 
 
 @final

@@ -39,7 +39,7 @@ def joint_step(config: Config, x: Tensor, processes: Processes) -> Step:
         if processes.world > 1:
             # As in the trainer: the reducer waits for every parameter, and some have no influence.
             value = value + 0 * sum(parameter.sum() for parameter in parameters)
-        processes.backward(value)
+        processes.accelerator.backward(value)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -48,7 +48,7 @@ def joint_step(config: Config, x: Tensor, processes: Processes) -> Step:
 
 def seconds_of(step: Step, processes: Processes) -> float:
     """Of one step that all processes begin together; that of the slowest."""
-    processes.wait()
+    processes.accelerator.wait_for_everyone()
     began = time.perf_counter()
     step()
     (microseconds,) = processes.largest(round(1e6 * (time.perf_counter() - began)))
@@ -76,7 +76,7 @@ def main() -> None:
                 found[kind].append(took)
     if processes.main:
         write_json(options.out, found)
-    processes.finish()
+    processes.accelerator.end_training()
 
 
 if __name__ == "__main__":

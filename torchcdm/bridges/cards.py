@@ -31,18 +31,11 @@ def model_card(
     command: str = "",
     use: str = "zoo:NAME",
 ) -> str:
-    """The card as Markdown with a head of fields.
+    """The card of a model called ``title`` as Markdown with a head of fields.
 
-    Args:
-        title: Name of the model.
-        info: What ``config.json`` says of it.
-        parameters: Number of its weights.
-        description: One line.
-        data: What it was trained on, with the licence.
-        report: ``report.json`` of its run; the card then has its numbers.
-        limits: What it is not for, one sentence each.
-        command: The command that makes it.
-        use: What ``torchcdm.load`` takes.
+    ``description`` is one line; ``data`` what it was trained on, with the licence; ``report`` the ``report.json`` of
+    its run, whose numbers the card then has; ``limits`` what it is not for, one sentence each; ``command`` what makes
+    it; ``use`` what ``torchcdm.load`` takes.
     """
     model, shape = info.model, "x".join(map(str, info.transform.shape))
     nll = (report or {}).get("nll")

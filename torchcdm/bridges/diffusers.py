@@ -77,19 +77,7 @@ NAMES = {
 
 @validated
 class UNetOptions:
-    """Options of a ``UNet2DModel`` that become arguments of :class:`DDMUNet`; those with a default may be left out.
-
-    Attributes:
-        sample_size: Side, or (height, width).
-        in_channels: Channels of the images.
-        out_channels: Channels of the estimate.
-        block_out_channels: Channels at each resolution.
-        down_block_types: Names of the blocks on the way down.
-        up_block_types: Names of the blocks on the way up.
-        layers_per_block: Residual blocks at each resolution.
-        dropout: Rate inside the residual blocks.
-        norm_num_groups: Groups of the normalisation.
-    """
+    """Options of a ``UNet2DModel`` that become arguments of :class:`DDMUNet`; those with a default may be left out."""
 
     sample_size: Width | WidthPair
     in_channels: Width

@@ -112,15 +112,9 @@ def _architecture(state: Mapping[str, Tensor], size: int) -> dict[str, object]:
 
 
 def renamed(key: str, names: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """The name that a weight has here.
+    """The name that a weight called ``key`` elsewhere has here, by patterns of whole ``names``, the first that fits.
 
-    Args:
-        key: Its name there.
-        names: Patterns of whole names, and what they become; the first that fits counts.
-        parts: Parts between two dots, and what they become.
-
-    Raises:
-        UserError: A name that no pattern fits.
+    Then ``parts`` between two dots are replaced. UserError for a name that no pattern fits.
     """
     for pattern, ours in names.items():
         if match := re.fullmatch(pattern, key, re.ASCII):

@@ -43,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequence[str] | None) -> int:
     """Runs the command that the words name; a user's mistake is one line on stderr and exit code 2.
 
-    Args:
-        parser: Named as the program.
-        groups: Modules whose ``add_commands`` adds commands.
-        arguments: The words after the program's name; those of the process when None.
+    The ``groups`` are modules whose ``add_commands`` adds commands; ``arguments`` the words after the program's name,
+    those of the process when None.
     """
     name = parser.prog
     if hasattr(sys.stdout, "reconfigure"):

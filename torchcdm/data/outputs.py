@@ -26,9 +26,7 @@ GRID_SIDE = 64
 """Screen pixels up to which a grid enlarges small images, by a whole factor."""
 
 
-def to_bytes(
-    x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None
-) -> Tensor:
+def to_bytes(x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None) -> Tensor:
     """Images (N, C, H, W), data units, as uint8, black to white over the range of grey levels; rounded, not truncated.
 
     Where the ``transform`` has no range (continuous data), or there is none, ``limits`` are black and white, by
@@ -137,9 +135,7 @@ def save_table(x: Tensor | DataFrame, path: str | Path, transform: DataTransform
     return Path(path)
 
 
-def _range(
-    x: Tensor, transform: DataTransform | None, limits: tuple[float, float] | None
-) -> tuple[float, float]:
+def _range(x: Tensor, transform: DataTransform | None, limits: tuple[float, float] | None) -> tuple[float, float]:
     """What becomes black and white."""
     if transform is not None and transform.low is not None and transform.high is not None:
         return transform.low, transform.high

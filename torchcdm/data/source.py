@@ -33,11 +33,8 @@ NO_LABEL = -1
 class Split(Dataset, ABC):
     """One split: a map-style data set of ``(x, label)``.
 
-    ``x`` is in data units with the event shape, uint8 or float32; the label is an int, -1 where there is none.
-    An empty split is false.
-
-    Args:
-        labels: Class of each sample, long (N,); -1 for none.
+    ``x`` is in data units with the event shape, uint8 or float32; the label is an int, -1 where there is none: they
+    are ``labels``, long (N,). An empty split is false.
     """
 
     def __init__(self, labels: Tensor) -> None:

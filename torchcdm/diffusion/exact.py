@@ -146,9 +146,7 @@ class GaussianMixture(ExactMixture):
     variances: Tensor
     vectors: Tensor
 
-    def __init__(
-        self, weights: Tensor, means: Tensor, covariances: Tensor, labels: Tensor | None = None
-    ) -> None:
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, labels: Tensor | None = None) -> None:
         super().__init__(means.shape[1:], weights, labels)
         means = means.double().flatten(1)
         if covariances.ndim == 1:

@@ -310,17 +310,13 @@ def fit_class_gaussians(
 ) -> GaussianMarginals:
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 
-    A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes
-    differ in the mean alone it is best taken from all of them; the share is the one under which held-out samples
-    are most probable (regularised discriminant analysis, Friedman 1989).
+    A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes differ in
+    the mean alone it is best taken from all of them; the share is the one under which held-out samples are most
+    probable (regularised discriminant analysis, Friedman 1989).
 
-    Args:
-        samples: Training data (N, *shape), model units, dequantised.
-        labels: Classes 0, 1, ..., long (N,); at least two samples of each.
-        schedule: The noise schedule.
-        floor: Smallest eigenvalue, model units squared.
-        held_out: Samples and classes that choose the share; every fifth of the training data when None. Training
-            data that repeat the samples of a small class need some: a copy of a sample would choose its own fit.
+    ``samples`` (N, *shape) are in model units, dequantised, at least two of each of the classes ``labels``, long (N,).
+    ``held_out`` are samples and classes that choose the share, every fifth of the training data when None. Training
+    data that repeat the samples of a small class need some: a copy of a sample would choose its own fit.
     """
     classes = range(int(labels.max()) + 1)
     if held_out is None:

@@ -159,14 +159,9 @@ def best_mixture(
     standard error of the best: few validation samples would choose among many settings by luck. Stops after two
     numbers that are worse.
 
-    Args:
-        train: (N, d), model units.
-        validation: Likewise, without copies of the same sample.
-        counts: Increasing; the first is tried however few the samples.
-        shares: Shrinkages.
-        rows: At most so many samples are fitted.
-        tolerance: EM ends where an iteration gains less, nats a sample; a rough one is unjust to few components on
-            many samples.
+    Samples are (N, d) in model units, those of ``validation`` without copies. The ``counts`` rise, and the first is
+    tried however few the samples. Other arguments as of :func:`fit_gaussians`: a rough ``tolerance`` is unjust to few
+    components on many samples.
     """
     variance, watched = _variance(train), validation[:, None].double()
     found: list[tuple[int, float, Tensor]] = []

@@ -57,9 +57,7 @@ class LevelGaps(NamedTuple):
         return {"levels": self.levels, "mean": self.mean.tolist(), "sd": self.sd.tolist()}
 
 
-def consistency(
-    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
-) -> Consistency:
+def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> Consistency:
     """Ratios of neighbouring levels on noised data, N at least 2; T + 2 forward passes.
 
     Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
@@ -84,18 +82,14 @@ def consistency(
     return Consistency(down.mean(0), up.mean(0), down.std(0) / root, up.std(0) / root)
 
 
-def gap_by_level(
-    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
-) -> LevelGaps:
+def gap_by_level(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> LevelGaps:
     """The accumulated gap of NLL between one pass and flow at every level that the flow visits; N at least 2.
 
     Arguments as in :func:`torchcdm.likelihood.probability_flow`, whose paths begin at the level of ``scoring``.
     """
     model, (x, y) = require_density(model, "a gap to the flow"), as_data(model, x, y)
     solver = FlowSolver(model, scoring)
-    z = scoring.by_batches(
-        model, x, lambda rows: Batch(model, x, y, rows, scoring.seed).noised(solver.levels[0])
-    )
+    z = scoring.by_batches(model, x, lambda rows: Batch(model, x, y, rows, scoring.seed).noised(solver.levels[0]))
     log_prob, (own,) = solver.path(z, lambda x_t, t, labels: (model.log_prob_levels(x_t, labels)[:, t],), y)
     gaps = log_prob - own
     return LevelGaps(solver.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -79,9 +79,7 @@ def elbo(
     return ELBO(change - total, transform.dim, level, transform.log_bin, evaluations, prior, diffusion, reconstruction)
 
 
-def _diffusion(
-    denoiser: Denoiser, kernels: Kernels, batch: Batch, x_0: Tensor, level: int, strata: int
-) -> Tensor:
+def _diffusion(denoiser: Denoiser, kernels: Kernels, batch: Batch, x_0: Tensor, level: int, strata: int) -> Tensor:
     """Sum of KLs over the levels above ``level``, (B,): one random level for each stratum, times its size."""
     total = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
     edges = torch.linspace(level + 1, kernels.schedule.T + 1, strata + 1).round().long().tolist()

@@ -65,9 +65,7 @@ class LogZ:
     doubt: str = ""
 
     @classmethod
-    def of_weights(
-        cls, log_weights: Tensor, estimator: str, level: int, dim: int, x: Tensor | None = None
-    ) -> LogZ:
+    def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int, x: Tensor | None = None) -> LogZ:
         """From the logarithms of K independent unbiased estimates of Z, (K,). The log of a mean errs low."""
         values = log_weights.cpu()
         weights = (values - values.max()).exp()

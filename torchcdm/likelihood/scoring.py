@@ -127,9 +127,7 @@ def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> 
     if not transform.dequantize:
         return x.double()
     rows = slice(first, first + len(x))
-    noisy = draw_rows(
-        seed, ("dequantise",), rows, lambda i, g: transform.add_noise(x[i - first].cpu().double(), g)
-    )
+    noisy = draw_rows(seed, ("dequantise",), rows, lambda i, g: transform.add_noise(x[i - first].cpu().double(), g))
     return noisy.to(x.device)
 
 

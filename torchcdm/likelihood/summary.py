@@ -170,23 +170,17 @@ def judge(
 ) -> Verdict:
     """Gives the headline where that can be done, and compares it with the flow and the ELBO.
 
-    Args:
-        per_nat: Units of the rows in a nat of a sample: 1, or 1 / (d log 2) for bits/dim.
-        level: Level of the headline.
-        one_pass: The row at the level of log Z, not normalised; None where it was not asked for, as below.
-        log_z: The estimate that normalises, and its check.
-        gap: NLL by one pass minus NLL by the flow.
-        over_elbo: NLL by one pass minus NLL by the ELBO, mean over the samples and its standard error.
-        conditional: Whether the rows are given a class.
+    The rows have ``per_nat`` units in a nat of a sample: 1, or 1 / (d log 2) for bits/dim. ``one_pass`` is the row at
+    the ``level`` of ``log_z``, not normalised; None where it was not asked for. NLL by one pass is compared with the
+    flow's by ``gap``, and with the ELBO's by ``over_elbo``, the mean difference and its standard error.
+    ``conditional`` rows are given a class.
     """
     lacking = _lacking(one_pass, log_z, conditional)
     if lacking is not None:
         empty = Row("one-pass-normalized", None, None, 1, level)
         return Verdict(empty, False, lacking)
     shift, z_error = per_nat * log_z.value, per_nat * log_z.se
-    headline = Row(
-        "one-pass-normalized", one_pass.value + shift, math.hypot(one_pass.se, z_error), 1, log_z.level
-    )
+    headline = Row("one-pass-normalized", one_pass.value + shift, math.hypot(one_pass.se, z_error), 1, log_z.level)
     tolerance = CONSISTENT * per_nat * log_z.dim * math.log(2)
     against, notes = [], ()
     if gap is not None:

@@ -26,15 +26,12 @@ VALUES_HELD = 2**22
 
 @final
 class Readout(Float64Module):
-    """What the network adds to the base density, linear in its features at each level.
+    """What the network adds to the base density, linear in its features f at each level.
 
     .. math:: w_t \\cdot \\mathrm{clamp}((f - m_t) / s_t, \\pm L) + b_t
 
-    Args:
-        mean: m, mean of each feature over data at each level that was fitted, (T+2, features).
-        scale: s, their deviations, (T+2, features).
-        weight: w, (T+2, features).
-        offset: b, (T+2,).
+    The ``mean`` m of each feature over data, their deviations ``scale`` s and the ``weight`` w are (T+2, features),
+    the ``offset`` b is (T+2,).
     """
 
     mean: Tensor

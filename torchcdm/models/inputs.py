@@ -55,14 +55,10 @@ def as_numbers(x: Any, device: torch.device) -> Tensor:
 
 
 def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, training: bool = False) -> Tensor | None:
-    """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context).
+    """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context); None for no labels.
 
-    Args:
-        y: What a caller gave; None for no labels.
-        model: Says what it takes.
-        n: Number of samples.
-        one_for_all: A single label, or context, stands for all samples.
-        training: The null label ``classes`` is one too, and labels on a GPU are not looked at: it would wait.
+    ``one_for_all`` lets a single label, or context, stand for all samples. In ``training`` the null label ``classes``
+    is one too, and labels on a GPU are not looked at: it would wait.
 
     Raises:
         UserError: Labels of a model without, another shape or type, or classes out of range.

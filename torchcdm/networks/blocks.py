@@ -43,9 +43,7 @@ def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int
 def check_images(x: Tensor, channels: int, size: tuple[int, int]) -> None:
     """Refuses images (B, C, H, W) of another shape than the network's."""
     if tuple(x.shape[1:]) != (channels, *size):
-        raise UserError(
-            f"inputs have shape {tuple(x.shape[1:])}; this network takes images of {(channels, *size)}"
-        )
+        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; this network takes images of {(channels, *size)}")
 
 
 class ImageNetwork(nn.Module):
@@ -121,12 +119,8 @@ def time_embedding(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 class ResidualBlock(nn.Module):
     """Twice GroupNorm, SiLU and a 3x3 convolution, beside an identity or 1x1 shortcut.
 
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        dropout: Rate before the second convolution.
-        embedding: Width of a conditioning vector that is added between the convolutions; None for none.
-        groups: Groups of the normalisation, see :func:`group_norm`.
+    ``dropout`` is the rate before the second convolution; ``embedding`` the width of a conditioning vector that is
+    added between the convolutions, None for none; ``groups`` as in :func:`group_norm`.
     """
 
     def __init__(

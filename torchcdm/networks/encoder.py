@@ -24,15 +24,10 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, WidthOrZero, 
 
 @final
 class Summary(nn.Module):
-    """What one resolution tells the head: pooled features and inner products with the input.
+    """What one resolution tells the head: pooled features and ``energy_maps`` inner products with the input.
 
     An inner product sum(s(x) * x) over pixels and channels has s(x) itself in its gradient, so that the denoiser
     contains the features directly.
-
-    Args:
-        channels: Channels of the features.
-        in_channels: Channels of the image.
-        energy_maps: Number of inner products; 0 for none.
     """
 
     def __init__(self, channels: int, in_channels: int, energy_maps: int) -> None:

@@ -52,16 +52,11 @@ def write_artefact(
     """Writes ``path`` and the files of tensors beside it, so that a crash leaves the old ones or the new ones.
 
     The tensors are complete on the disk under another name before the JSON has their checksums, and are renamed after
-    it: a reader finds them in between.
-
-    Args:
-        path: The JSON file; its folder is made.
-        kind: What it is, one word. Only an artefact of the same kind is replaced.
-        content: Plain values; null in place of numbers that are not finite.
-        tensors: Name of the file, such as ``model.safetensors``, to its tensors.
+    it: a reader finds them in between. The ``content`` is plain values, null in place of numbers that are not finite;
+    ``tensors`` go by the name of their file, such as ``model.safetensors``.
 
     Raises:
-        UserError: It cannot be written, or something else lies there; nothing that was there is lost.
+        UserError: It cannot be written, or no artefact of this ``kind`` lies there; nothing that was there is lost.
     """
     check_replaced(path, kind)
     with writing(path):
@@ -98,17 +93,10 @@ def read_artefact(
     mend: str = MEND,
     form: Any = dict[str, Any],
 ) -> tuple[Any, list[dict[str, Tensor]]]:
-    """What :func:`write_artefact` wrote.
+    """What :func:`write_artefact` wrote: the content, and the tensors of each of the ``files``, of all when None.
 
-    Args:
-        path: The JSON file.
-        kind: What it must be, or may be.
-        files: Names of the files of tensors to read; all when None.
-        mend: The way out, the end of a message about damage.
-        form: What the content is read as, such as a dataclass: its fields are checked.
-
-    Returns:
-        The content, and the tensors of each file.
+    ``kind`` is what it must be, or may be; ``mend`` the way out, the end of a message about damage. The content is
+    read as ``form``, such as a dataclass: its fields are checked.
 
     Raises:
         UserError: Missing, not readable, damaged, or of another kind or version.

@@ -21,7 +21,7 @@ class Processes:
     """One process of one or several that work together, started by ``accelerate launch`` or ``torchrun``.
 
     Process ``rank`` of ``world`` works on its own ``device``; the ``main`` one writes files. ``trackers`` are names
-    for accelerate's ``log_with``, which write to ``folder``.
+    for accelerate's ``log_with``, which write to ``folder``; ``accelerator`` is accelerate's.
 
     Raises:
         UserError: A device that is not there, a tracker that is not installed, or a training within :func:`sharing`.
@@ -39,7 +39,7 @@ class Processes:
         on_cpu = (best_device().type if device is None else device) == "cpu"
         _check_trackers(trackers)
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
-        self._accelerator = Accelerator(
+        self.accelerator = Accelerator(
             cpu=several and on_cpu,
             mixed_precision="no",
             log_with=list(trackers) or None,
@@ -47,49 +47,33 @@ class Processes:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if trackers:
-            self._accelerator.init_trackers("torchcdm")
-        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
-        self.main = self._accelerator.is_main_process
+            self.accelerator.init_trackers("torchcdm")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
         if several and self.world == 1:
             raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
-        self.device = self._accelerator.device if several else chosen_device(device)
+        self.device = self.accelerator.device if several else chosen_device(device)
 
     def wrap(self, loss: nn.Module) -> nn.Module:
         """The module whose gradients are averaged over the processes."""
-        return self._accelerator.prepare_model(loss, device_placement=False)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of a scalar, averaged over the processes."""
-        self._accelerator.backward(loss)
+        return self.accelerator.prepare_model(loss, device_placement=False)
 
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over the processes: what all of them act on."""
         if self.world == 1:
             return tuple(map(int, values))
-        gathered = self._accelerator.gather(torch.tensor([values], device=self.device))
+        gathered = self.accelerator.gather(torch.tensor([values], device=self.device))
         return tuple(gathered.amax(0).tolist())
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over the processes."""
-        return values if self.world == 1 else self._accelerator.reduce(values, "sum")
+        return values if self.world == 1 else self.accelerator.reduce(values, "sum")
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, by rank; tensors in it must be on the CPU."""
         values = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self._accelerator.wait_for_everyone()
-
-    def track(self, values: dict[str, Any], step: int) -> None:
-        """Hands values to the trackers."""
-        self._accelerator.log(values, step=step)
-
-    def finish(self) -> None:
-        """Closes the trackers."""
-        self._accelerator.end_training()
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -146,7 +130,7 @@ def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
     with _shared_by(processes):
         yield processes.device, processes.main
     # Not after a failure: the others may be elsewhere, and the launcher ends them.
-    processes.finish()
+    processes.accelerator.end_training()
 
 
 def alone() -> AbstractContextManager[None]:

@@ -27,16 +27,10 @@ def adaptive_levels(
 
     A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
     in units of the spread of x at its end; dynamic programming finds the steps of least total cost. It takes
-    :data:`FINE` evaluations of :data:`PILOTS` samples. The same model, steps and classes give the same levels.
+    :data:`FINE` evaluations of :data:`PILOTS` samples. The same model, steps and classes give the same levels:
+    ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones from :data:`FINE` steps on.
 
-    Args:
-        denoiser: Any denoiser; put in eval mode meanwhile.
-        steps: Number of steps; from :data:`FINE` on evenly spaced levels are returned.
-        y: Classes, long (n,), or contexts (n, context), that samples are asked for; None for none.
-        shape: Event shape; the denoiser's own when None.
-
-    Returns:
-        Decreasing levels from T to 0, ``steps`` + 1 of them.
+    ``y`` are classes, long (n,), or contexts (n, context), that samples are asked for; None for none.
 
     Raises:
         UserError: More steps than T, or no known shape.

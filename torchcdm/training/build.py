@@ -207,9 +207,7 @@ def build_model(
     return ClassificationDiffusion(backbone, schedule, transform, gaussian, class_prior)
 
 
-def new_model(
-    config: ModelConfig, source: DataSource, flip: bool, backbone: nn.Module | None = None
-) -> Denoiser:
+def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.Module | None = None) -> Denoiser:
     """The model before its training: its weights are torch's next draws, unless ``backbone`` has some.
 
     Other arguments as in :func:`fit_gaussian`.

@@ -87,12 +87,10 @@ class ModelInfo:
         return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad))
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
-        """Data with splits for the model to score, in its units: what it was trained on, or others of the same kind.
+        """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``, read
+        alike.
 
-        Args:
-            model: The model of the run.
-            spec: Other data; read as the run's own were.
-            labelled: The classes are used, where the model knows some: they are numbered as its own.
+        ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own.
 
         Raises:
             UserError: Data that cannot be read, or of another shape, other columns, grey levels or classes than the

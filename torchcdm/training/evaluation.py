@@ -43,18 +43,11 @@ class NoisyBatch(NamedTuple):
 def noisy_batches(
     model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Tensor | None = None
 ) -> Iterator[NoisyBatch]:
-    """Noisy copies of samples, batch by batch.
+    """Noisy copies of samples ``x`` (N, *shape), batch by batch: data units, model units of a model without transform.
 
     Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples;
-    no more of them is held than a batch needs.
-
-    Args:
-        model: Its schedule and transform; without a transform ``x`` (N, *shape) is in model units.
-        x: Data units, (N, *shape).
-        t: One copy of each sample at this level; or the levels of k copies of each, long (k N,), in which copy j of
-            sample i is entry j N + i.
-        seed: Seed of noise and dequantisation.
-        y: Labels of the samples, (N, ...), or None.
+    no more of them is held than a batch needs. ``t`` is the level of one copy of each sample, or the levels of k
+    copies of each, long (k N,), in which copy j of sample i is entry j N + i. Labels ``y`` are (N, ...), or None.
     """
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     levels = torch.full((len(x),), t) if isinstance(t, int) else t

@@ -29,14 +29,9 @@ def finish(
 ) -> tuple[Path, Outcome | None]:
     """Calibrates the kept model of a run, compares it with its start, keeps the better one and draws samples.
 
-    Args:
-        model: In eval mode; gets the weights of the kept one.
-        run: The run's folder.
-        config: Its configuration.
-        source: Its data.
-        start: Weights that the training began with.
-        save: Writes ``model`` into the run; as the start where that one's validation value is given.
-        say: Shows a message.
+    ``model``, in eval mode, gets the weights of the kept one; ``start`` are those that the training began with.
+    ``save`` writes it into the run, as the start where that one's validation value is given, and ``say`` shows a
+    message.
 
     Returns:
         The sheet of samples, or their folder; and the comparison, of a cdm with validation data.
@@ -69,8 +64,6 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
     sampling = config.sampling
     y = None if model.classes is None else balanced_labels(sampling.n, model.classes)
     steps, guidance = min(sampling.steps, model.schedule.T), 0.0 if y is None else sampling.guidance
-    drawn = draw(
-        model, sampling.n, y, config.train.seed, sampler=sampling.sampler, steps=steps, guidance=guidance
-    )
+    drawn = draw(model, sampling.n, y, config.train.seed, sampler=sampling.sampler, steps=steps, guidance=guidance)
     save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
     return save_sheet(drawn, model, run.samples / name)

@@ -175,15 +175,11 @@ def train(
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
     """Refuses a network of one's own whose output does not fit, before it is trained.
 
-    Args:
-        network: The network.
-        source: The data.
-        levels: T + 2.
-        denoiser: It estimates the noise, and is called with the level: nothing is looked at but its parts.
+    ``levels`` are T + 2. A ``denoiser``, which estimates the noise and is called with the level, is not called here.
 
     Raises:
-        UserError: Another shape than (2, levels), or (2, classes, levels), from two samples; another number of
-            classes than that of the data; or batch normalisation, which mixes samples.
+        UserError: Another shape than (2, levels), or (2, classes, levels), from two samples; another number of classes
+            than that of the data; or batch normalisation, which mixes samples.
     """
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")

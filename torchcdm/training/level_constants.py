@@ -43,16 +43,10 @@ def calibrate_levels(
 ) -> Calibration:
     """Sets ``model.level_constants`` to those that minimise the cross-entropy of the level on noisy copies of ``x``.
 
-    Each half of the samples is scored with the constants of the other half first: where that does not lower the
-    cross-entropy, the samples are too few to tell, and the model stays as it is.
-
-    Args:
-        model: In eval mode; its constants are changed.
-        x: Data that the model was not trained on, data units, (N, *shape).
-        y: Classes, long (N,), for models that saw them; None else.
-        copies: Noisy copies, spread over the samples and levels; at least one of each sample, and
-            :data:`FEWEST_COPIES` of each level.
-        seed: Seed of levels and noise.
+    Each half of the samples, (N, *shape) in data units, which the model was not trained on, is scored with the
+    constants of the other half first: where that does not lower the cross-entropy, the samples are too few to tell,
+    and the model stays as it is. The ``copies`` are spread over samples and levels; at least one of each sample, and
+    :data:`FEWEST_COPIES` of each level.
 
     Raises:
         UserError: Fewer than two samples, or log probabilities that are not finite.

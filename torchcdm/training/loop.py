@@ -181,7 +181,7 @@ class Trainer:
 
     def run_to_end(self, state: TrainingState | None) -> TrainResult:
         """The steps that are left after those of a saved state, or all, then the end."""
-        self.processes.wait()
+        self.processes.accelerator.wait_for_everyone()
         if state is not None:
             self._restore(state)
         if self.main:
@@ -198,8 +198,8 @@ class Trainer:
             )
             content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds}
             write_json(self.run.report, content | {"outcome": outcome and outcome.to_json()})
-        self.processes.wait()
-        self.processes.finish()
+        self.processes.accelerator.wait_for_everyone()
+        self.processes.accelerator.end_training()
         selected = self.selection.selected(self.step)
         return TrainResult(self.step, self.seconds, selected, samples, self.source, outcome)
 
@@ -245,7 +245,7 @@ class Trainer:
             # The reducer waits for every parameter; some have no influence, such as the last bias without CE.
             value = value + 0 * sum(parameter.sum() for parameter in self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
-        self.processes.backward(value)
+        self.processes.accelerator.backward(value)
         limit = math.inf if options.grad_clip is None else options.grad_clip
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # Gradients, and so their norm, are the same in all processes: all skip or none.
@@ -296,7 +296,7 @@ class Trainer:
         if line and self.main:
             line = self._counters() | line
             append_metrics(self.run.metrics, line)
-            self.processes.track({key: value for key, value in line.items() if key != "step"}, step)
+            self.processes.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
         if (step % options.save_every == 0 or validated) and not last:
             self._save_state()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:
