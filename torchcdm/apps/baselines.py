@@ -38,10 +38,8 @@ class Baseline(NamedTuple):
 def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]:
     """Full-covariance Gaussian, kernel density and Gaussian mixture, chosen on the validation split.
 
-    Args:
-        source: The data.
-        test: Test samples, dequantised, data units, (N, *shape).
-        seed: Seed of the dequantisation of the other splits and of the mixtures.
+    ``test`` samples (N, *shape) are dequantised, in data units; the seed is that of the dequantisation of the other
+    splits and of the mixtures.
     """
     transform = source.transform
     train, validation = training_arrays(source, seed)
@@ -86,13 +84,10 @@ def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
 def mixtures(
     train: np.ndarray, floor: float, seed: int, components: Mapping[str, Sequence[int]] = COMPONENTS
 ) -> Candidates:
-    """Gaussian mixtures of several sizes, by expectation maximisation.
+    """Gaussian mixtures of several sizes, by expectation maximisation, of ``train`` (N, d), model units.
 
-    Args:
-        train: Model units, (N, d).
-        floor: Added to all variances.
-        seed: Seed of where the components begin.
-        components: How many for each form of covariance; those that have fewer than two samples each are left out.
+    ``floor`` is added to all variances. The ``components``, so many for each form of covariance, begin by ``seed``;
+    those that have fewer than two samples each are left out.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture

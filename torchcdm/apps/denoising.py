@@ -158,15 +158,11 @@ def denoise_picture(
 ) -> tuple[Tensor, Noise]:
     """Removes white noise from one image of any size, by overlapping tiles of the model's size.
 
-    All tiles are denoised at one level: that of the median of the noise found in them where none is given. Where
-    tiles overlap, by a half and more, they are averaged with weights that fall to the edges of each, sin² of the
-    place, so that no seam is left.
+    All tiles are denoised at one level: that of the median of the noise found in them where none is given. Where tiles
+    overlap, by a half and more, they are averaged with weights that fall to the edges of each, sin² of the place, so
+    that no seam is left.
 
-    Args:
-        model: A trained model of images.
-        noisy: Clean data plus noise, data units, (C, H, W), at least of the model's size.
-        level: As for :func:`denoise`.
-        std: Likewise.
+    ``noisy`` is the image, (C, H, W) in data units, at least of the model's size; the rest as in :func:`denoise`.
 
     Returns:
         The clean image (C, H, W), not rounded, and the noise of all of it, as that of a batch of one.
@@ -203,11 +199,7 @@ def common_scale(transform: DataTransform) -> float | None:
 
 
 def require_additive_noise(transform: DataTransform) -> None:
-    """Refuses models for which noise on the data is no noise in model units.
-
-    Raises:
-        UserError: The transform is not affine.
-    """
+    """Refuses models for which noise on the data is none in model units, whose transform is not affine: UserError."""
     if transform.gaussianized:
         raise UserError(
             "this model sees Gaussianised data, where noise on grey levels or columns is not additive; "

@@ -94,15 +94,7 @@ def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> Path
 
 
 def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> Path:
-    """Anomaly scores of inputs beside those of held-out normal data, and the threshold as a dashed line.
-
-    Args:
-        normal: Scores of normal data, (n,).
-        scores: Scores of the inputs, (N,).
-        threshold: The score above which an input is flagged.
-        name: Name of the score.
-        path: The file.
-    """
+    """Scores of inputs (N,) beside those of held-out ``normal`` data (n,); the threshold of flags as a dashed line."""
     together = torch.cat([normal, scores])
     # Far outliers would squeeze everything else into one bar: they share the last one.
     high = min(float(together.max()), float(normal.min()) + 3 * (threshold - float(normal.min())))
@@ -151,13 +143,9 @@ def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
 
 
 def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:
-    """Samples in the odd rows, below each the nearest training image: what was learned by heart shows.
+    """Samples (N, C, H, W) in the odd rows of a PNG, below each the nearest training image: all in data units.
 
-    Args:
-        samples: Data units, (N, C, H, W).
-        train: Data units, (M, C, H, W).
-        path: The PNG file.
-        transform: The model's, for the scaling of grey levels.
+    What was learned by heart shows. The model's ``transform`` scales grey levels.
     """
     columns = min(16, len(samples))
     rows = len(samples) // columns

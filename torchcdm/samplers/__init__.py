@@ -1,6 +1,5 @@
 """Samplers: rules for a step from one level to a lower one, and the loop around them."""
 
-from torchcdm.samplers.placement import adaptive_levels
 from torchcdm.samplers.rules import (
     DDIM,
     DDPM,
@@ -15,7 +14,7 @@ from torchcdm.samplers.rules import (
     UniPC,
     make_sampler,
 )
-from torchcdm.samplers.sampling import sample, sample_noise
+from torchcdm.samplers.sampling import adaptive_levels, sample, sample_noise
 
 __all__ = [
     "DDIM",

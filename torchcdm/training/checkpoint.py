@@ -87,8 +87,7 @@ class ModelInfo:
         return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad))
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
-        """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``, read
-        alike.
+        """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``.
 
         ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own.
 

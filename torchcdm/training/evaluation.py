@@ -43,7 +43,7 @@ class NoisyBatch(NamedTuple):
 def noisy_batches(
     model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Tensor | None = None
 ) -> Iterator[NoisyBatch]:
-    """Noisy copies of samples ``x`` (N, *shape), batch by batch: data units, model units of a model without transform.
+    """Noisy copies of samples ``x`` (N, *shape), batch by batch: data units, or model units without a transform.
 
     Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples;
     no more of them is held than a batch needs. ``t`` is the level of one copy of each sample, or the levels of k
