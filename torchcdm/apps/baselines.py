@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import DataSource
+from torchcdm.diffusion.mixture import maximised
 from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
@@ -89,12 +89,7 @@ def mixtures(
     ``floor`` is added to all variances. The ``components``, so many for each form of covariance, begin by ``seed``;
     those that have fewer than two samples each are left out.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     for form, counts in components.items():
         for count in (count for count in counts if count == 1 or count < len(train) // 2):
-            model = GaussianMixture(count, covariance_type=form, reg_covar=floor, random_state=seed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                yield f"Gaussian mixture, {count} {form}", model.fit(train)
+            model = maximised(train, count, covariance_type=form, reg_covar=floor, random_state=seed)
+            yield f"Gaussian mixture, {count} {form}", model

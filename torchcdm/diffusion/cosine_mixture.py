@@ -7,7 +7,6 @@ components with one variance a cosine costs seconds to fit and next to nothing a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import final
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import CosineRotation, GaussianMarginals
-from torchcdm.diffusion.mixture import FIT_ROWS, VARIANCE_FLOOR
+from torchcdm.diffusion.mixture import FIT_ROWS, VARIANCE_FLOOR, maximised
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 
@@ -112,9 +111,6 @@ def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[T
     Raises:
         UserError: Fewer images than components.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture as Fitter
-
     if components > len(samples):
         raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
     z = CosineRotation(samples.shape[1:])(samples[:: math.ceil(len(samples) / FIT_ROWS)].double().cpu()).numpy()
@@ -126,7 +122,5 @@ def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[T
         "means_init": np.stack([z[groups == k].mean(0) for k in range(components)]),
         "precisions_init": np.stack([1 / (z[groups == k].var(0) + floor) for k in range(components)]),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = Fitter(components, covariance_type="diag", reg_covar=floor, max_iter=ITERATIONS, **start).fit(z)
+    fitted = maximised(z, components, covariance_type="diag", reg_covar=floor, max_iter=ITERATIONS, **start)
     return tuple(map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_)))

@@ -212,24 +212,29 @@ def fit_gaussians(
     Raises:
         UserError: Fewer samples than components.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture as Fitter
-
     if components > len(samples):
         raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
     x = samples[:: math.ceil(len(samples) / rows)].double().cpu().numpy()
     first = x[:: math.ceil(len(x) / FIRST_ROWS)]
     floor = max(floor, VARIANCE_FLOOR)
     options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        trials = [Fitter(components, **options, **start).fit(first) for start in _starts(first, components, floor)]
-        fitted = max(trials, key=lambda trial: trial.lower_bound_)
-        if len(first) < len(x):
-            start = _start(fitted.weights_, fitted.means_, fitted.covariances_)
-            fitted = Fitter(components, **options, **start).fit(x)
+    trials = [maximised(first, components, **options, **start) for start in _starts(first, components, floor)]
+    fitted = max(trials, key=lambda trial: trial.lower_bound_)
+    if len(first) < len(x):
+        start = _start(fitted.weights_, fitted.means_, fitted.covariances_)
+        fitted = maximised(x, components, **options, **start)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
     return weights, means, shrunk(covariances, _variance(samples), shrinkage)
+
+
+def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
+    """scikit-learn's mixture of Gaussians by expectation maximisation on ``x`` (N, d), converged or not."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture as Fitter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return Fitter(components, **options).fit(x)
 
 
 def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
