@@ -51,7 +51,7 @@ def test_python_of_the_pages_passes_type_checkers(checker, tmp_path):
     pytest.importorskip(checker)
     for page in PAGES:
         if any(python := python_of(page)):
-            (tmp_path / f"{page.stem}.py").write_text(python)
+            (tmp_path / f"{page.parent.name}_{page.stem}.py").write_text(python)
     (tmp_path / "wrong.py").write_text("import torchcdm\n\ntorchcdm.no_such_name\n")
     settings = {"extraPaths": [str(DOCS.parent)], "reportUndefinedVariable": False, "reportMissingImports": "warning"}
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
