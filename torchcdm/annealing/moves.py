@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import Evaluated, Target
+from torchcdm.diffusion.gaussian import MatrixRotation
 from torchcdm.diffusion.schedules import Level
 
 BEST_ACCEPTANCE = 0.57
@@ -27,11 +28,13 @@ class States:
         x: Model units, float64 (B, *shape).
         t: Their levels, an int or long (B,).
         at: The target there.
+        origin: Which of the first particles each descends from, long (B,); None where nobody keeps count.
     """
 
     x: Tensor
     t: Level
     at: Evaluated
+    origin: Tensor | None = None
 
     @classmethod
     def of(cls, target: Target, x: Tensor, t: Level) -> States:
@@ -41,7 +44,8 @@ class States:
     def take(self, rows: Tensor) -> States:
         """Those of some rows, long or boolean."""
         return States(self.x[rows], self.t if isinstance(self.t, int) else self.t[rows],
-                      Evaluated(*(None if part is None else part[rows] for part in self.at)))  # fmt: skip
+                      Evaluated(*(None if part is None else part[rows] for part in self.at)),
+                      None if self.origin is None else self.origin[rows])  # fmt: skip
 
     def put(self, rows: Tensor, other: States) -> None:
         """Takes points, not levels, from ``other``, which has as many rows as ``rows`` names."""
@@ -58,6 +62,7 @@ def langevin(
     step: Tensor | float,
     generator: torch.Generator | None,
     draws: tuple[Tensor, Tensor] | None = None,
+    metric: tuple[MatrixRotation, Tensor] | None = None,
 ) -> Tensor:
     """One Langevin move of each state, accepted or rejected; one evaluation. The states are changed.
 
@@ -71,6 +76,7 @@ def langevin(
         step: Step size in units of each direction's squared scale, one or (B,).
         generator: A CPU generator; None where ``draws`` are given.
         draws: Standard normal (B, d) and uniform (B,) numbers of the move and its acceptance.
+        metric: Another eigenbasis, and the squared scales of its directions, (d,), at the states' level.
 
     Returns:
         Which moves were accepted, boolean (B,).
@@ -78,9 +84,13 @@ def langevin(
     rotation, schedule, t, x = target.reference.rotation, target.schedule, states.t, states.x
     level = torch.as_tensor(t, device=x.device).expand(len(x))
     sigma = schedule.sigma[level, None]
-    information = 1 - kernels.variances[level - 1] / schedule.ratio[level, None] ** 2
-    size = torch.as_tensor(step, dtype=x.dtype, device=x.device).reshape(-1, 1)
-    scale = size * (sigma**2 / information.clamp(0.05, 1))
+    if metric is None:
+        information = 1 - kernels.variances[level - 1] / schedule.ratio[level, None] ** 2
+        squares = sigma**2 / information.clamp(0.05, 1)
+    else:
+        rotation, squares = metric
+    scale = torch.as_tensor(step, dtype=x.dtype, device=x.device).reshape(-1, 1) * squares
+    scale = scale.expand(len(x), -1)
     noise = draws[0] if draws else torch.randn(scale.shape, generator=generator, dtype=x.dtype).to(x.device)
     moved = -0.5 * scale * rotation(states.at.eps) / sigma + scale.sqrt() * noise
     proposed = States.of(target, x + rotation.inverse(moved), t)

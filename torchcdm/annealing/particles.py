@@ -80,6 +80,7 @@ def smc(
     # them into other particles.
     with alone(), bar:
         states = States.of(target, x, schedule.T)
+        states.origin = torch.arange(n)
         log_w = (states.at.log_gamma - log_start).reshape(islands, size)
         log_z, least = torch.zeros_like(log_w[:, 0]), effective(log_w)
         if seen is not None:
@@ -98,7 +99,8 @@ def smc(
             if spacing is not None and float(works.std()) < spacing / 2:
                 length = 2 * length
             bar.update(states.t - s)
-            states, log_w = lower, log_w + works.reshape(islands, size)
+            lower.origin, log_w = states.origin, log_w + works.reshape(islands, size)
+            states = lower
             least = torch.minimum(least, effective(log_w))
             states, log_w, log_z = resampled(states, log_w, log_z, below, generator)
             for _ in range(moves):

@@ -1,0 +1,246 @@
+r"""Probabilities of rare events by splitting: particles that climb a ladder of thresholds.
+
+:math:`P(f(x) > \tau) = \prod_k P(f > \tau_k \mid f > \tau_{k-1})`. Each threshold is a quantile of the particles that
+are above the last one; those below are replaced by copies of the others, and all are moved so that the density above
+the threshold stays as it is (Cerou and Guyader 2007). A move is a Langevin step, or a *jump*: up to a random level by
+the noise, down again by the denoiser's kernel. Which levels jumps go to follows from how far they get.
+
+The error is estimated from one population, by how many of the first particles have descendants at the end (Lee and
+Whiteley 2018), here for systematic resampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.annealing.kernels import Kernels, denoised
+from torchcdm.annealing.moves import FIRST_STEP, States, adapted, chance, langevin
+from torchcdm.annealing.particles import smc, systematic
+from torchcdm.annealing.target import Evaluated, Target
+from torchcdm.diffusion.gaussian import MatrixRotation
+from torchcdm.diffusion.schedules import Level
+from torchcdm.errors import UserError
+
+Event = Callable[[Tensor], Tensor]
+"""f(x_1), (B,), of points at level 1, model units, float64 (B, *shape)."""
+
+KEEP = 0.75
+"""Share of the particles above the next threshold."""
+
+LEAST = 1e-30
+"""Probabilities below are not looked for."""
+
+FORGET = 0.7
+"""Share of what jumps to a level have reached that is kept from one threshold to the next."""
+
+
+class Climb(NamedTuple):
+    """What splitting found.
+
+    Attributes:
+        log_p: Logarithm of the estimate of the probability.
+        variance: Its relative variance.
+        thresholds: All of them, rising, the last one the one that was asked for.
+        states: Particles where f is above it.
+        families: Effective number of first particles that these descend from.
+        evaluations: Of the target, one a point.
+    """
+
+    log_p: float
+    variance: float
+    thresholds: list[float]
+    states: States
+    families: float
+    evaluations: int
+
+
+@torch.no_grad()
+def climb(
+    target: Target,
+    kernels: Kernels,
+    event: Event,
+    threshold: float,
+    n: int,
+    generator: torch.Generator,
+    moves: int = 2,
+    progress: bool = False,
+) -> Climb:
+    """P(f(x_1) > threshold) under the normalised target at level 1.
+
+    Args:
+        target: The target.
+        kernels: The kernels of its levels.
+        event: f.
+        threshold: tau.
+        n: Particles.
+        generator: A CPU generator.
+        moves: Langevin moves and jumps after each threshold, as many of both.
+        progress: Shows progress bars.
+
+    Raises:
+        UserError: f has nothing above some value, its values are no numbers, or the probability is below 1e-30.
+    """
+    from tqdm.auto import tqdm
+
+    half = -(-n // 2)
+    counted = _Above(target, event)
+    found = smc(counted, kernels, 1, 2, half, generator, moves=1, progress=progress)
+    states, weights = found.states, found.log_weights.log_softmax(1).exp() * found.log_estimates.softmax(0)[:, None]
+    first = _families(states, weights)
+    jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
+    bar = tqdm(desc="thresholds", disable=not progress, leave=False)
+    while True:
+        values = _values(event, states.x)
+        least = min(threshold, _quantile(values, weights.flatten()))
+        alive = values > least
+        share = float(weights.flatten()[alive].sum())
+        if not share > 0:
+            raise UserError(f"probability: no particle is above {least:.6g}, the largest value found: the event "
+                            "cannot happen, or its values are steps too high to climb")  # fmt: skip
+        log_p, weights = log_p + math.log(share), weights * alive.view(2, -1) / share
+        thresholds.append(least)
+        bar.update()
+        if least >= threshold:
+            break
+        if log_p < math.log(LEAST):
+            raise UserError(f"probability: below {LEAST:g}; values reach {float(values.max()):.6g} of {threshold:g}")
+        states, weights, pairs = _resampled(states, weights, generator)
+        counted.least, spurious = least, spurious + pairs
+        metrics = [_metric(target, states.take(rows)) for rows in jumps.halves]
+        for _ in range(moves):
+            moved = 0.0
+            for rows, metric in zip(jumps.halves, reversed(metrics), strict=True):
+                part = states.take(rows)
+                accepted = langevin(counted, kernels, part, step, generator, metric=metric)
+                states.put(rows, part)
+                moved += float(accepted.double().mean()) / 2
+            step = adapted(step, moved)
+            jumps.move(states, generator)
+        jumps.adapt()
+    last = _families(states, weights)
+    variance = max(float((last - first).square().sum()) - spurious, 0.0)
+    families = 1 / float(last.square().sum())
+    return Climb(min(log_p, 0.0), variance, thresholds, states.take(alive), families, counted.evaluations)
+
+
+def _families(states: States, weights: Tensor) -> Tensor:
+    """Weight of the descendants of each first particle, (n,)."""
+    return torch.zeros_like(weights.flatten()).index_add(0, states.origin.to(weights.device), weights.flatten())
+
+
+def _quantile(values: Tensor, weights: Tensor) -> float:
+    """The highest value above which there is :data:`KEEP` of the weight; with ties less may be above it."""
+    ordered, index = values.sort(descending=True)
+    reached = int((weights[index].cumsum(0) < KEEP).sum())
+    return float(ordered[min(reached + 1, len(values) - 1)])
+
+
+def _resampled(states: States, weights: Tensor, generator: torch.Generator) -> tuple[States, Tensor, float]:
+    """Systematic resampling within each half; and the share of pairs of one parent that weights do not account for.
+
+    In random order: in theirs, relatives would be neighbours, and families of nearly the expected size.
+    """
+    half, chosen, spurious, mass = weights.shape[1], [], 0.0, weights.sum(1)
+    for k, row in enumerate(weights):
+        order = torch.randperm(half, generator=generator).to(row.device)
+        share = row[order] / mass[k] if mass[k] > 0 else torch.full_like(row, 1 / half)
+        offset = torch.rand(1, generator=generator, dtype=torch.float64).to(row.device)
+        picked = systematic(share[None], offset)[0]
+        copies = torch.bincount(picked, minlength=half)
+        pairs = float((copies * (copies - 1)).sum()) / half**2 - float(share.square().sum()) + 1 / half
+        spurious += float(mass[k]) ** 2 * pairs
+        chosen.append(order[picked] + k * half)
+    return states.take(torch.cat(chosen)), (mass[:, None] / half).expand(-1, half).clone(), spurious
+
+
+def _values(event: Event, x: Tensor) -> Tensor:
+    """f, refused where it is no number."""
+    values = event(x).double()
+    if values.isnan().any():
+        raise UserError("probability: the event's values are not numbers (nan)")
+    return values
+
+
+def _metric(target: Target, states: States) -> tuple[MatrixRotation, Tensor]:
+    """Axes and squared scales of moves that suit the states: the inverse of the scores' second moments there.
+
+    In a tail it is small along the gradient of log gamma, which is where the threshold limits the moves. Moments of n
+    scores are noise in the directions where they are least: shrunk by d / (n + d) towards round ones.
+    """
+    scores = (states.at.eps / target.schedule.sigma[1]).flatten(1)
+    n, d = scores.shape
+    moments, share = scores.T @ scores / n, d / (n + d)
+    values, axes = torch.linalg.eigh(moments)
+    values = (1 - share) * values + share * values.mean()
+    return MatrixRotation(target.shape, axes), 1 / values.clamp_min(1e-12)
+
+
+@final
+class _Above(Target):
+    """A target without mass at level 1 where f is at most ``least``, and what it has been asked."""
+
+    def __init__(self, inner: Target, event: Event) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.reference)
+        self.inner, self.event, self.least, self.evaluations = inner, event, -math.inf, 0
+
+    def start_moments(self) -> tuple[Tensor, Tensor]:
+        return self.inner.start_moments()
+
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        inside = slice(None)
+        if isinstance(t, int) and t == 1 and self.least > -math.inf:
+            inside = _values(self.event, x_t) > self.least
+            if not inside.any():
+                return Evaluated(torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t))
+        found = self.inner.evaluate(x_t[inside], t)
+        self.evaluations += len(found.log_gamma)
+        if isinstance(inside, slice):
+            return Evaluated(*found[:2])
+        log_gamma, eps = torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t)
+        log_gamma[inside], eps[inside] = found.log_gamma, found.eps
+        return Evaluated(log_gamma, eps)
+
+
+@final
+class _Jumps:
+    """Moves from level 1 up to another level and down again."""
+
+    def __init__(self, target: _Above, kernels: Kernels, states: States) -> None:
+        self.target, self.kernels = target, kernels
+        T, rotation = target.schedule.T, target.reference.rotation
+        self.levels = torch.tensor(sorted({min(T, round(1.4**k) + 1) for k in range(40) if 1.4**k < 1.4 * T}))
+        half = len(states.x) // 2
+        self.halves = torch.arange(2 * half, device=states.x.device).split(half)
+        self.spread = rotation(states.x).var(0).clamp_min(1e-12)
+        self.odds = torch.ones(len(self.levels), dtype=torch.float64)
+        self.way, self.tried = torch.zeros_like(self.odds), torch.zeros_like(self.odds)
+
+    def move(self, states: States, generator: torch.Generator) -> None:
+        """One jump of each state, two evaluations or, where it ends below the threshold, one."""
+        kernels, target, x = self.kernels, self.target, states.x
+        n, schedule = len(x), target.schedule
+        which = torch.multinomial(self.odds, n, replacement=True, generator=generator)
+        noises = [torch.randn(n, self.spread.numel(), generator=generator, dtype=x.dtype).to(x.device)
+                  for _ in range(2)]  # fmt: skip
+        t, s = self.levels[which].to(x.device), torch.ones(n, dtype=torch.long, device=x.device)
+        x_t = kernels.up(x, s, t, noises[0].reshape(x.shape))
+        x0 = denoised(schedule, x_t, t, target.evaluate(x_t, t).eps)
+        proposed = States.of(target, kernels.down(x_t, x0, t, s, noises[1]), states.t)
+        log_ratio = proposed.at.log_gamma - states.at.log_gamma
+        log_ratio = log_ratio + kernels.log_ratio(proposed.x, x_t, x0, s, t) - kernels.log_ratio(x, x_t, x0, s, t)
+        accepted = chance(log_ratio, generator)
+        way = (target.reference.rotation(proposed.x - x).square() / self.spread).mean(1) * accepted
+        self.way.index_add_(0, which, way.cpu())
+        self.tried.index_add_(0, which, torch.ones(n, dtype=torch.float64))
+        states.put(accepted, proposed.take(accepted))
+
+    def adapt(self) -> None:
+        """Levels by how far their jumps have got."""
+        self.odds = (self.way / self.tried.clamp_min(1)).clamp_min(1e-12)
+        self.odds = self.odds / self.odds.sum() + 0.2 / len(self.odds)
+        self.way, self.tried = FORGET * self.way, FORGET * self.tried

@@ -1,0 +1,121 @@
+"""Probabilities of rare events under a model or a composed density."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.splitting import climb
+from torchcdm.annealing.target import ModelTarget
+from torchcdm.compose.tilted import Tilted
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser, evaluation_mode
+from torchcdm.models.density import require_density
+from torchcdm.models.inputs import check_count, check_real
+from torchcdm.random import stream
+
+FEWEST_PARTICLES, FEWEST_FAMILIES = 50, 10
+"""Particles at least; and effective number of first particles, below which the interval is said to be unreliable."""
+
+
+@final
+@dataclass(frozen=True)
+class Probability:
+    """An estimate of P(f(x) > threshold).
+
+    Attributes:
+        value: The estimate.
+        low: Lower end of a 95 % interval, of a log-normal distribution.
+        high: Its upper end.
+        evaluations: Evaluations of the model, one a point.
+        thresholds: The ladder that was climbed.
+        families: Effective number of first particles that the last ones descend from.
+        x: Samples where the event happens, (m, *shape), data units, on the CPU. They are not independent.
+    """
+
+    value: float
+    low: float
+    high: float
+    evaluations: int
+    thresholds: list[float]
+    families: float
+    x: Tensor
+
+    @property
+    def believe(self) -> bool:
+        """Whether enough first particles have descendants for the interval to be trusted."""
+        return self.families >= FEWEST_FAMILIES
+
+    def __str__(self) -> str:
+        doubt = "" if self.believe else f"; only {self.families:.0f} first particles have descendants: use more (n)"
+        return f"{self.value:.3g} [{self.low:.2g}, {self.high:.2g}], {self.evaluations} evaluations{doubt}"
+
+
+def probability(
+    model: Denoiser,
+    event: Callable[[Tensor], Tensor],
+    threshold: float,
+    n: int = 1000,
+    moves: int = 4,
+    y: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Probability:
+    """P(f(x) > threshold) where this may be as small as 1e-30, with a 95 % interval.
+
+    Splitting (:mod:`torchcdm.annealing.splitting`). Of the density at level 1, normalised: that of the data plus the
+    noise of the first level. The best that n particles can do is a coefficient of variation of (-log P / n)^½.
+
+    Args:
+        model: The density, or a composed one.
+        event: f, of samples in data units (B, *shape), float64, to (B,); needs no derivative. It is climbed in small
+            steps, so it must not be constant below the threshold.
+        threshold: The threshold.
+        n: Particles, at least 50.
+        moves: Langevin moves and jumps after each step, as many of both: three evaluations a particle each.
+        y: A class that is given.
+        seed: Seed, not negative.
+        progress: Shows progress bars.
+
+    Raises:
+        UserError: A model without a density, values of another shape or not numbers, or an event that cannot happen.
+
+    Example:
+        >>> bright = torchcdm.compose.probability(model, lambda x: x.flatten(1).sum(1), 600.0)
+        >>> print(bright)
+    """
+    n = check_count("probability: n", n, FEWEST_PARTICLES, 10**7)
+    check_count("probability: moves", moves, 1, 10**4)
+    check_real("probability: threshold", threshold, -1e300, 1e300)
+    if isinstance(model, Tilted):
+        if y is not None:
+            raise UserError("probability: y is for models with classes; compose the class before it is tilted")
+        target: Any = model.target
+    else:
+        target = ModelTarget(require_density(model, "probability"), y)
+    alpha, transform = model.schedule.alpha[1], model.transform
+
+    def data(x_1: Tensor) -> Tensor:
+        return x_1 / alpha if transform is None else transform.inverse(x_1 / alpha)
+
+    def checked(x_1: Tensor) -> Tensor:
+        values = event(data(x_1))
+        if not isinstance(values, Tensor) or values.shape != x_1.shape[:1]:
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise UserError(f"probability: the event gives {found}; one number a sample is needed, ({len(x_1)},)")
+        return values.detach()
+
+    with evaluation_mode(model):
+        kernels = Kernels.of_target(target, seed)
+        found = climb(target, kernels, checked, threshold, n, stream(seed, "splitting"), moves, progress)
+    value, width = math.exp(found.log_p), math.exp(1.96 * math.sqrt(math.log1p(found.variance)))
+    x = data(found.states.x).cpu().to(torch.get_default_dtype())
+    return Probability(
+        value, value / width, min(1.0, value * width), found.evaluations, found.thresholds, found.families, x
+    )
