@@ -22,11 +22,7 @@ from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, working_dtype
 
 @final
 class DiffusersNetwork(nn.Module):
-    """A model as the ``unet`` of a pipeline: (sample, index) -> E[eps | sample].
-
-    Args:
-        model: What ``torchcdm.load`` gives, or any other :class:`torchcdm.Denoiser`.
-    """
+    """Any :class:`torchcdm.Denoiser` as the ``unet`` of a pipeline: (sample, index) -> E[eps | sample]."""
 
     def __init__(self, model: Denoiser) -> None:
         super().__init__()

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 class BaseDensity(Float64Module, ABC):
-    """A density known in closed form at all levels of a schedule.
-
-    Args:
-        schedule: The noise schedule.
-    """
+    """A density known in closed form at all levels of a schedule."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         super().__init__()

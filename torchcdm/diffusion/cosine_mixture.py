@@ -28,11 +28,8 @@ ITERATIONS = 50
 class CosineMixture(BaseDensity):
     """Sum over k of w_k N(alpha_t mu_k, alpha_t² Sigma_k + sigma_t² I) at every level, Sigma_k diagonal in cosines.
 
-    Args:
-        schedule: The noise schedule.
-        weights: w_k, (K,), normalised here.
-        parts: The Gaussians.
-        common: The one Gaussian of all data, which sampling starts from at level T.
+    The ``weights`` w_k, (K,), are normalised here; ``common`` is the one Gaussian of all data, which sampling starts
+    from at level T.
     """
 
     log_weights: Tensor

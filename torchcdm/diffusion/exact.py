@@ -27,10 +27,8 @@ from torchcdm.units.normal import log_normal
 class ExactMixture(Float64Module, ABC):
     """A mixture whose components have a closed form at every level of every schedule, in float64.
 
-    Args:
-        shape: Event shape.
-        weights: w_k, (K,), normalised here.
-        labels: Class of each component, long (K,), from 0 without gaps; None for an unlabelled mixture.
+    The ``weights`` w_k, (K,), are normalised here; ``labels`` are the class of each component, long (K,), from 0
+    without gaps; None for an unlabelled mixture.
     """
 
     log_weights: Tensor

@@ -86,11 +86,10 @@ Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
 
 @final
 class FlowSolver:
-    """The probability flow of a denoiser between one level and the last, by Heun steps, in model units.
+    """The probability flow of any denoiser between one level and the last, by Heun steps, in model units.
 
-    Args:
-        denoiser: Any denoiser; put into evaluation mode meanwhile.
-        scoring: Level 1 ... T - 1, steps, probes, seed and batch size.
+    The ``denoiser`` is put into evaluation mode meanwhile; of ``scoring`` level 1 ... T - 1, steps, probes, seed and
+    batch size are used.
 
     Attributes:
         levels: Visited levels, rising to T.

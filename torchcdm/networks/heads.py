@@ -128,14 +128,9 @@ class CumulativeHead(Head):
 class JointHead(Head):
     """h_{y,t} for all classes at once: a part common to the classes plus a smooth part for each (identity 10).
 
-    Both accumulate from the noise end, so all classes agree at level T+1. The class part lives on
-    :data:`CLASS_KNOTS` levels; with more than :data:`FULL_RANK_CLASSES` classes it is a product of so many factors
-    from the features and a table (classes, factors).
-
-    Args:
-        features: Width of the input.
-        levels: T + 2.
-        classes: Number of classes.
+    Both accumulate from the noise end, so all classes agree at level T+1. The class part lives on :data:`CLASS_KNOTS`
+    levels; with more than :data:`FULL_RANK_CLASSES` classes it is a product of so many factors from the features and a
+    table (classes, factors). Arguments as in :class:`CumulativeHead`.
     """
 
     weights: Tensor

@@ -29,10 +29,8 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, check
 class UNet(ImageNetwork):
     """The part that classifier and denoiser share: images to features at full resolution.
 
-    Other arguments as in :class:`ImageNetwork`.
-
-    Args:
-        embedding: Width of a conditioning vector for all blocks; None for none.
+    ``embedding`` is the width of a conditioning vector for all blocks, None for none; the rest as in
+    :class:`ImageNetwork`.
     """
 
     def __init__(
