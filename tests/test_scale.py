@@ -17,7 +17,7 @@ from torchcdm.cli import main
 from torchcdm.data import load_data, save_images
 from torchcdm.data.inputs import parts_of
 from torchcdm.errors import UserError
-from torchcdm.scale import Scorer, normal_data, score_on_ray
+from torchcdm.scale import Scorer, normal_data, score_on_ray, start_here
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def two_workers(tmp_path_factory):
     os.environ["DYING"] = str(marker)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(paths)
-    ray.init("local", include_dashboard=False, num_cpus=3, log_to_driver=False)
+    start_here(2)
     yield marker
     ray.shutdown()
     del os.environ["DYING"]

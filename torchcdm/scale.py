@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,9 @@ ARRAYS = ("image", "data", "x")
 
 REFERENCE_LIMIT = 5000
 """Normal samples that are used at most."""
+
+STARTS = 3
+"""Attempts to start Ray."""
 
 FILES = 64
 """Images that a worker takes at a time."""
@@ -261,12 +265,31 @@ def _unwrapped(batches: Any) -> Iterator[Batch]:
         for batch in batches:
             yield {name: np.array(values) for name, values in batch.items()}
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise UserError(str(getattr(cause, "cause", cause))) from None
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        # By its text: Ray wraps what workers raise, in another way in each of its versions.
+        refused = re.findall(r"torchcdm\.errors\.UserError: (.+)", str(error))
+        if refused:
+            raise UserError(refused[-1]) from None
         raise
+
+
+def start_here(workers: int) -> None:
+    """Starts Ray on this machine for so many workers, with a core more in its books: for its own tasks.
+
+    Raises:
+        UserError: It does not start.
+    """
+    import ray
+
+    for attempt in range(STARTS):
+        try:
+            ray.init("local", include_dashboard=False, num_cpus=workers + 1, log_to_driver=False,
+                     logging_level=logging.ERROR)  # fmt: skip
+            return
+        except Exception as error:  # the processes of Ray have half a minute to start, too little where all is busy
+            ray.shutdown()
+            if attempt == STARTS - 1:
+                mend = "start it by `ray start --head`, and set RAY_ADDRESS=auto"
+                raise UserError(f"Ray did not start on this machine ({str(error)[:200]}); {mend}") from None
 
 
 @contextmanager
@@ -279,16 +302,13 @@ def _cluster(workers: int | None) -> Iterator[tuple[Any, int]]:
         import ray.data
     except ImportError:
         raise UserError("--engine ray needs Ray; pip install 'torchcdm[scale]'") from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     started = not ray.is_initialized()
     if started:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
-            # A core more than workers, in Ray's books: its own tasks must not wait for one of theirs.
-            cores = workers or os.cpu_count() or 1
-            ray.init("local", include_dashboard=False, num_cpus=cores + 1, **quiet)
+            start_here(workers or os.cpu_count() or 1)
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars, context.execution_options.preserve_order
     context.enable_progress_bars, context.execution_options.preserve_order = False, True

@@ -1,18 +1,24 @@
 """How well the maps of ``cdm score --maps`` find what was spoiled in an image.
 
-    python -m studies.benchmarks.anomaly_maps --run runs/fashion --json studies/results/anomaly_maps.json
+    python -m studies.benchmarks.anomaly_maps --run zoo:fashion-mnist-conditional \\
+        --json studies/results/anomaly_maps.json
 
 In each of ``--count`` test images a square patch, two sevenths of the side, is replaced: by a patch of another test
 image from another place (``image``), by one grey level (``flat``) or by random grey levels (``noise``). Patches that
 change the image by less than a fifth of the range on average are drawn again. The map is fitted on the validation
 split. Pixel AUROC counts the pixels of the patch as positives, over all images; the image-wise one is its mean over
 images. The squared difference to the mean validation image, standardised and smoothed the same way, is the baseline.
+
+``--choose`` spoils validation images instead, and tries noise levels, areas and blurs of the maps: those with the
+largest AUROC of the kind that is found worst are the defaults of :class:`torchcdm.apps.anomaly.maps.MapSettings`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,12 +27,20 @@ from torch import Tensor
 
 from studies.benchmarks.outliers import blur
 from torchcdm.apps.anomaly import AnomalyMap
-from torchcdm.apps.anomaly.maps import BLUR
+from torchcdm.apps.anomaly.maps import MapSettings, errors
+from torchcdm.data import DataSource
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import stream
 from torchcdm.training.checkpoint import load, read_info
 
 KINDS = ("image", "flat", "noise")
 LEAST_CHANGE = 0.2
+
+ALL_RATIOS = (0.5, 1.0, 2.0)
+RATIOS = ((1.0,), (0.5, 1.0), (1.0, 2.0), ALL_RATIOS)
+AREAS = ((0.0,), (1 / 18,), (0.0, 1 / 28), (0.0, 1 / 18), (0.0, 1 / 14), (0.0, 1 / 28, 1 / 14))
+BLURS = (1 / 18, 1 / 12, 1 / 9)
+"""What is tried."""
 
 
 def spoiled(x: Tensor, kind: str, high: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -60,15 +74,42 @@ def auroc(where: Tensor, maps: Tensor) -> dict[str, float]:
     return {"pixel": float(overall), "image-wise": float(sum(each) / len(each))}
 
 
+def choose(model: Denoiser, source: DataSource, high: float, count: int) -> list[dict[str, object]]:
+    """Settings by the pixel AUROC of the kind of patch that they find worst among validation images, best first."""
+    everything = source.validation.tensors()[0].float()
+    reference, x = everything[0::2][:count], everything[1::2][:count]
+    found = {"normal": errors(model, reference, MapSettings(ALL_RATIOS))}
+    where = {}
+    for kind in KINDS:
+        images, where[kind] = spoiled(x, kind, high, seed=1)
+        found[kind] = errors(model, images, MapSettings(ALL_RATIOS))
+    rows = []
+    for ratios, areas, blurred in product(RATIOS, AREAS, BLURS):
+        settings, places = MapSettings(ratios, areas=areas, blur=blurred), [ALL_RATIOS.index(r) for r in ratios]
+        maps = AnomalyMap.of_errors(model, found["normal"][:, places], settings)
+        values = {}
+        for kind, mask in where.items():
+            values[kind] = float(roc_auc_score(mask.flatten().numpy(), maps.of(found[kind][:, places]).flatten()))
+        rows.append({**asdict(settings), **values})
+    return sorted(rows, key=lambda row: -min(row[kind] for kind in KINDS))
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, help="a run on images")
     parser.add_argument("--count", type=int, default=500, help="test images of each kind")
+    parser.add_argument("--choose", action="store_true", help="compare settings on validation images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, info = load(options.run), read_info(options.run)
     source = info.read_source(model)
+    if options.choose:
+        rows = choose(model, source, info.transform.high, options.count)
+        print(*rows[:10], sep="\n")
+        if options.json is not None:
+            options.json.write_text(json.dumps({"count": options.count, "rows": rows}, indent=1) + "\n", "utf-8")
+        return
     reference = source.validation.tensors(500)[0].float()
     x = source.test.tensors(options.count)[0].float()
     maps = AnomalyMap.fit(model, reference)
@@ -77,7 +118,7 @@ def main() -> None:
     for kind in KINDS:
         images, where = spoiled(x, kind, info.transform.high)
         plain = ((images - mean) / (deviation + 0.1 * deviation.mean())).square().sum(1)
-        baseline = auroc(where, blur(plain[:, None], BLUR * plain.shape[-1])[:, 0])
+        baseline = auroc(where, blur(plain[:, None], maps.settings.blur * plain.shape[-1])[:, 0])
         rows.append({"patch": kind, "count": len(x), **auroc(where, maps(images)), "baseline": baseline})
         print(rows[-1], flush=True)
     shape, step = list(info.transform.shape), info.selected.get("step")

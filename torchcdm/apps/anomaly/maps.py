@@ -1,7 +1,8 @@
 """Where an input is odd: the pixels of an image, or the columns of a row, at which the denoiser errs more than usual.
 
 log p falls short where E[x_0 | x_t] is not x_0: the ELBO is a sum of these squared errors over levels and places. Each
-is compared with that of normal data at its place.
+is compared with that of normal data at its place. Errors of single pixels show what is rough; errors of small areas,
+in which those of pixels cancel, show what is smooth but out of place.
 """
 
 from __future__ import annotations
@@ -23,17 +24,8 @@ from torchcdm.random import stream
 from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
-RATIOS = (0.5, 1.0, 2.0)
-"""Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is around it."""
-
-DRAWS = {1: 8, 3: 4}
-"""Draws of noise for vectors and for images, the same ones for every input."""
-
 FLOOR = 0.1
 """Share of the mean deviation that is added to that of every place: some never vary in the reference."""
-
-BLUR = 1 / 12
-"""Deviation of the Gaussian that smooths a map, over the shorter side of the image."""
 
 LARGEST = 500
 """Reference samples that are used at most."""
@@ -47,12 +39,33 @@ USUAL = 0.95
 
 @final
 @dataclass(frozen=True)
+class MapSettings:
+    """How maps are made; chosen on validation images with spoiled patches (``studies.benchmarks.anomaly_maps``).
+
+    Attributes:
+        ratios: Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is
+            around it.
+        draws: Draws of noise, the same ones for every input; 4 for images and 8 for vectors when None.
+        areas: Deviations of the Gaussians that average an image's errors before they are squared, over its shorter
+            side; 0 for those of single pixels. The largest of these maps counts at each place.
+        blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
+    """
+
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    draws: int | None = None
+    areas: tuple[float, ...] = (0.0, 1 / 18)
+    blur: float = 1 / 12
+
+
+@final
+@dataclass(frozen=True)
 class AnomalyMap:
     """For each place of an input, by how many deviations of normal data the denoiser errs there beyond their mean.
 
     Attributes:
         model: The model of the normal data.
-        mean: Mean squared error among normal data at each level and place, float64 (levels, *shape).
+        settings: How maps are made.
+        mean: Mean squared error among normal data by area, level and place, float64 (areas, levels, *places).
         deviation: Its deviation, of the same shape.
         limit: The largest value of a map stays below it for 19 of 20 normal inputs.
 
@@ -62,27 +75,37 @@ class AnomalyMap:
     """
 
     model: Denoiser
+    settings: MapSettings
     mean: Tensor
     deviation: Tensor
     limit: float = math.inf
 
     @classmethod
-    def fit(cls, model: Denoiser, reference: Tensor) -> AnomalyMap:
+    def fit(cls, model: Denoiser, reference: Tensor, settings: MapSettings = MapSettings()) -> AnomalyMap:
         """Learns what errors are normal.
 
         Args:
             model: The model; put into evaluation mode while it is used.
             reference: Normal data that the model was not trained on, data units, (N, *shape); at most 500 are used.
+            settings: How maps are made.
 
         Raises:
             UserError: Fewer than two samples, another shape than the model's, values that are not finite.
         """
         reference = as_samples(model, reference, "the reference", 2)
-        errors = _errors(model, reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()])
-        deviation = errors.std(0)
-        deviation = deviation + FLOOR * deviation.flatten(1).mean(1).reshape(-1, *[1] * (deviation.ndim - 1))
-        found = cls(model, errors.mean(0), deviation.clamp_min(1e-12))
-        return cls(model, found.mean, found.deviation, float(found._of(errors).flatten(1).amax(1).quantile(USUAL)))
+        reference = reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]
+        return cls.of_errors(model, errors(model, reference, settings), settings)
+
+    @classmethod
+    def of_errors(cls, model: Denoiser, normal: Tensor, settings: MapSettings) -> AnomalyMap:
+        """The same of :func:`errors` of normal data."""
+        squares = _squares(normal, settings)
+        deviation = squares.std(0)
+        average = deviation.flatten(2).mean(2)
+        deviation = deviation + FLOOR * average.reshape(*average.shape, *[1] * (deviation.ndim - 2))
+        found = cls(model, settings, squares.mean(0), deviation.clamp_min(1e-12))
+        limit = float(found.of(normal).flatten(1).amax(1).quantile(USUAL))
+        return cls(model, settings, found.mean, found.deviation, limit)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors.
@@ -90,12 +113,44 @@ class AnomalyMap:
         Raises:
             UserError: Nothing to look at, another shape than the model's, values that are not finite.
         """
-        return self._of(_errors(self.model, as_samples(self.model, x)))
+        return self.of(errors(self.model, as_samples(self.model, x), self.settings))
 
-    def _of(self, errors: Tensor) -> Tensor:
+    def of(self, found: Tensor) -> Tensor:
+        """Maps of :func:`errors`."""
         largest = torch.finfo(torch.float32).max
-        z = ((errors - self.mean) / self.deviation).mean(1).nan_to_num(largest, largest)
-        return z if z.ndim == 2 else _smooth(z, BLUR * min(z.shape[1:]))
+        z = ((_squares(found, self.settings) - self.mean) / self.deviation).mean(2).nan_to_num(largest, largest)
+        return z[:, 0] if z.ndim == 3 else _smooth(z, self.settings.blur).amax(1)
+
+
+def errors(model: Denoiser, x: Tensor, settings: MapSettings) -> Tensor:
+    """Errors of E[x_0 | x_t], model units, the mean over draws of x_t: float64 (N, levels, *shape).
+
+    Args:
+        model: The model.
+        x: Data units, (N, *shape).
+        settings: Levels and draws.
+    """
+    schedule = model.schedule
+    levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in settings.ratios]
+    draws = settings.draws or (4 if x.ndim == 4 else 8)
+    noise = torch.randn(draws, *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
+
+    def of(z: Tensor) -> Tensor:
+        z = z if model.transform is None else model.transform(z)
+        found = []
+        for t in levels:
+            x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in noise.to(z)]
+            found.append((torch.stack(x_0).mean(0) - z).double())
+        return torch.stack(found, 1).cpu()
+
+    return by_batches(model, of, x)
+
+
+def _squares(found: Tensor, settings: MapSettings) -> Tensor:
+    """Squared errors by area, those of an image's channels added up: (N, areas, levels, *places)."""
+    if found.ndim == 3:
+        return found.square()[:, None]
+    return torch.stack([_smooth(found, area).square().sum(2) for area in settings.areas], 1)
 
 
 def top_columns(maps: Tensor, names: Sequence[str] | None = None, most: int = 3) -> list[str]:
@@ -145,27 +200,12 @@ def save_maps(
     return paths
 
 
-def _errors(model: Denoiser, x: Tensor) -> Tensor:
-    """Squared errors of E[x_0 | x_t], the mean over draws of x_t, summed over channels: (N, levels, *places)."""
-    schedule = model.schedule
-    levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in RATIOS]
-    noise = torch.randn(DRAWS[x.ndim - 1], *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
-
-    def of(z: Tensor) -> Tensor:
-        z = z if model.transform is None else model.transform(z)
-        found = []
-        for t in levels:
-            x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in noise.to(z)]
-            error = (torch.stack(x_0).mean(0) - z).double().square()
-            found.append(error if z.ndim == 2 else error.sum(1))
-        return torch.stack(found, 1).cpu()
-
-    return by_batches(model, of, x)
-
-
-def _smooth(maps: Tensor, deviation: float) -> Tensor:
-    """(N, H, W) under a Gaussian; edges are repeated."""
+def _smooth(maps: Tensor, share: float) -> Tensor:
+    """(..., H, W) under a Gaussian, its deviation a share of the shorter side; edges are repeated."""
+    deviation = share * min(maps.shape[-2:])
+    if deviation == 0:
+        return maps
     reach = math.ceil(2 * deviation)
     kernel = (-0.5 * (torch.arange(-reach, reach + 1) / deviation) ** 2).exp().double()
-    padded = pad(maps[:, None], [reach] * 4, "replicate")
-    return conv2d(padded, (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None])[:, 0]
+    padded = pad(maps.reshape(-1, 1, *maps.shape[-2:]), [reach] * 4, "replicate")
+    return conv2d(padded, (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None]).reshape(maps.shape)
