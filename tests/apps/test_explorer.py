@@ -147,7 +147,7 @@ def test_mistakes_are_named(digits, wines, tmp_path):
 @pytest.fixture
 def browse():
     """Opens the page of a model in headless Chromium; afterwards no other host must have been asked for anything."""
-    pytest.importorskip("gradio")
+    print(f"gradio {pytest.importorskip('gradio').__version__}")
     playwright = pytest.importorskip("playwright.sync_api")
     hosts, served = set(), []
     with playwright.sync_playwright() as driver:
@@ -246,16 +246,16 @@ def test_a_browser_composes_classes(browse, classes):
     for label in ("3", "8"):
         window.locator("#classes").get_by_label(label, exact=True).check()
     window.locator("#how").get_by_label("all of these at once").check()
-    for name, value in (("count", "4"), ("steps", "20"), ("moves", "2")):
+    for name, value in (("count", "9"), ("steps", "20"), ("moves", "4")):
         window.locator(f"#{name} input[type=number]").fill(value)
         window.locator(f"#{name} input[type=number]").press("Enter")
     window.locator("#sample").click()
     window.wait_for_selector("#samples img")
     with urllib.request.urlopen(window.locator("#samples img").get_attribute("src")) as file:
         shown = np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB"))
-    both = classes.samples(4, ["3", "8"], "all of these at once", moves=2, steps=20)
+    both = classes.samples(9, ["3", "8"], "all of these at once", moves=4, steps=20)
     assert np.array_equal(shown, classes.picture(both))
-    window.locator("#sample").scroll_into_view_if_needed()
+    window.locator("#samples").scroll_into_view_if_needed()
     keep(window, "compose")
 
 

@@ -320,8 +320,7 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                 classes = gr.CheckboxGroup(explorer.labels, label="classes; all where none is", elem_id="classes")
                 how = gr.Radio(list(COMBINED), value="one of these", label="samples are", elem_id="how")
                 guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance, of one class", elem_id="guidance")
-                moves = gr.Slider(0, MOST_MOVES, 0, step=1, label="Langevin moves after each step: of all or none of "
-                                  "several classes they bring samples to their density", elem_id="moves")  # fmt: skip
+                moves = gr.Slider(0, MOST_MOVES, 0, step=1, label="Langevin moves a step", elem_id="moves")
             go = gr.Button("Draw samples", elem_id="sample")
             drawn = result("samples", "samples")
 
