@@ -143,6 +143,57 @@ def test_a_saved_network_of_ones_own_must_be_given(tmp_path, capsys):
         torchcdm.load("zoo:two-moons", backbone=network())
 
 
+CODE = """
+import torch
+from torch import nn
+from torchcdm.networks.heads import CumulativeHead
+
+open("ran", "a").write("x")
+number = 3
+
+def make():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 16), nn.SiLU(), CumulativeHead(16, 32, "data"))
+"""
+
+
+def test_code_that_a_run_names_is_run_for_those_who_trust_it(tmp_path, monkeypatch):
+    import torchcdm.training.checkpoint as checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(CODE)
+    model = torchcdm.fit(points(), backbone="mine.py:make", model={"schedule": {"T": 30}}, out="run", **TINY)
+    model.save("kept")
+    (tmp_path / "ran").unlink()
+    for name in ("run", "kept"):
+        with pytest.raises(UserError, match="trust_code=True, which runs mine.py:make"):
+            torchcdm.load(name)
+    assert not (tmp_path / "ran").exists()
+    x = points(5, 1)
+    assert torch.equal(torchcdm.load("kept", trust_code=True).log_prob(x), model.log_prob(x))
+    assert (tmp_path / "ran").read_text() == "x"
+    monkeypatch.setattr(checkpoint, "located", lambda run: tmp_path / "kept")
+    with pytest.raises(UserError, match="no code is run for hub:"):
+        torchcdm.load("hub:someone/else", trust_code=True)
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("mine.make", "write FILE.py:NAME"),
+        ("other.py:make", "other.py: no such file"),
+        ("mine.py:number", "number\\(\\) must give a torch.nn.Module"),
+        ("mine.py:nothing", "nothing\\(\\) must give a torch.nn.Module"),
+    ],
+)
+def test_code_that_is_not_there_is_one_line(code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(CODE)
+    with pytest.raises(UserError, match=message):
+        torchcdm.fit(points(), backbone=code, **TINY)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_network_with_classes(joint, tmp_path):
     x, y = points(), torch.arange(200) % 3

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,6 +171,29 @@ def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, cla
     if getattr(config.backbone, "context", None) is not None:
         raise UserError("model.backbone.context needs a cdm; use --model.kind cdm")
     return denoiser(**data, classes=classes, **arguments_for(denoiser, config.backbone))
+
+
+def imported(code: str) -> nn.Module:
+    """The network that ``FILE.py:NAME`` makes: what NAME gives when it is called without arguments.
+
+    The file is run, with all that it says: only for code that its reader trusts.
+
+    Raises:
+        UserError: No such file or name, or one that gives no module.
+    """
+    path, _, name = str(code).rpartition(":")
+    if not (path.endswith(".py") and name.isidentifier()):
+        raise UserError(f"{code}: write FILE.py:NAME, where NAME() gives the network")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; go to the folder that has it, or give backbone=module")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, name, None)
+    network = make() if callable(make) else None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{code}: {name}() must give a torch.nn.Module")
+    return network
 
 
 def build_model(

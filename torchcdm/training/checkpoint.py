@@ -20,7 +20,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
 from torchcdm.runtime.validation import encode, validated
-from torchcdm.training.build import build_backbone, build_model, describe, load_source
+from torchcdm.training.build import build_backbone, build_model, describe, imported, load_source
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
@@ -155,7 +155,10 @@ def load_weights(model: Denoiser, run: str | Path) -> Denoiser:
 
 
 def load(
-    run: str | Path, device: str | torch.device = "cpu", backbone: nn.Module | None = None
+    run: str | Path,
+    device: str | torch.device = "cpu",
+    backbone: nn.Module | None = None,
+    trust_code: bool = False,
 ) -> ClassificationDiffusion:
     """The model of a run, in eval mode.
 
@@ -164,7 +167,9 @@ def load(
             ``hub:OWNER/NAME`` for one on the Hugging Face Hub.
         device: Where the model goes.
         backbone: The network of a model that was trained with one of your own, with its architecture; the weights are
-            filled in. No code is ever imported that a file names.
+            filled in.
+        trust_code: Runs the file of code that the run names, where ``fit(backbone="FILE.py:NAME")`` made it. Never
+            for ``hub:``.
 
     Returns:
         The model. Its type is said for the usual case: a plain diffusion model (``ddm``) is a
@@ -180,9 +185,16 @@ def load(
         torch.Size([1])
     """
     folder, info, (tensors,) = _read(run)
-    network, custom = backbone, info.model.backbone.name == "custom"
+    custom = info.model.backbone.name == "custom"
+    code = info.model.backbone.code if custom else None
+    if code and trust_code and backbone is None:
+        if str(run).startswith("hub:"):
+            raise UserError(f"{run}: names code, {code}, and no code is run for hub:; give backbone=module")
+        backbone = imported(code)
+    network = backbone
     if custom and backbone is None:
-        raise UserError(f"{run}: has a network of your own; load it by torchcdm.load(path, backbone=module)")
+        trusted = f", or trust_code=True, which runs {code}" if code else ""
+        raise UserError(f"{run}: has a network of your own; load it by torchcdm.load(path, backbone=module){trusted}")
     if backbone is not None and not custom:
         raise UserError(f"{run}: has the network '{info.model.backbone.name}'; leave backbone out")
     if network is None:

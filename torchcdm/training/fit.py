@@ -20,12 +20,12 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
-from torchcdm.training.build import check_label, describe, in_units, new_model
+from torchcdm.training.build import check_label, describe, imported, in_units, new_model
 from torchcdm.training.checkpoint import load, load_weights, read_info
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.interrupt import Interrupted
 from torchcdm.training.scale import scales, with_budget
-from torchcdm.training.settings import Config, TrainConfig
+from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
 
@@ -48,7 +48,7 @@ def fit(
     labels: Any = None,
     *,
     preset: str | None = None,
-    backbone: nn.Module | None = None,
+    backbone: nn.Module | str | None = None,
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -66,7 +66,8 @@ def fit(
         preset: Name of a preset; ``encoder`` for images and ``mlp`` for vectors when None.
         backbone: A network of your own instead of the preset's: ``x (B, *shape) -> (B, T+2)``, twice differentiable.
             With an attribute ``classes`` it is called with labels, too; with ``joint`` true it gives (B, classes,
-            T+2). It is trained in place. ``torchcdm.networks.heads`` has last layers for it.
+            T+2). It is trained in place. ``torchcdm.networks.heads`` has last layers for it. ``FILE.py:NAME`` runs the
+            file and takes what ``NAME()`` gives; the run then knows where its code is, see :func:`torchcdm.load`.
         out: Folder of the run; when None nothing is kept and no samples are drawn.
         device: As in :func:`torchcdm.training.loop.train`.
         progress: Shows a progress bar, and what was read off the data.
@@ -99,7 +100,9 @@ def fit(
     if backbone is None:
         with trained(config, source, device, progress, out=out) as folder:
             return load(folder, device or "cpu")
-    config = replace(config, model=replace(config.model, backbone="custom", labels=_labels(backbone)))
+    code, backbone = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
+    custom = BACKBONES["custom"](code=code)
+    config = replace(config, model=replace(config.model, backbone=custom, labels=_labels(backbone)))
     check_network(backbone, source, config.model.schedule.T + 2)
 
     def new(resolved: Config, data: DataSource) -> Denoiser:

@@ -40,9 +40,13 @@ from torchcdm.runtime.validation import (
 
 
 class OwnNetwork:
-    """A network of your own, which is given in Python: ``torchcdm.fit(data, backbone=module)``."""
+    """A network of your own, which is given in Python: ``torchcdm.fit(data, backbone=module)``.
 
-    def __init__(self) -> None: ...
+    Args:
+        code: Where it is made, see :func:`torchcdm.training.build.imported`; None where a module was given.
+    """
+
+    def __init__(self, code: str | None = None) -> None: ...
 
 
 NETWORKS: dict[str, tuple[type, type | None]] = {
