@@ -36,6 +36,14 @@ SHORT = {
 """Flags that stand for a field: the field, and what the help says of them."""
 
 
+LABELS = {
+    "none": "of the data; the model does not use them",
+    "input": "an input of the network",
+    "joint": "all in one pass",
+}
+"""``model.labels`` as ``cdm info`` says it."""
+
+
 def add_commands(commands: Any) -> None:
     """Adds the commands."""
     parser = add_command(
@@ -185,7 +193,7 @@ def run_info(options: argparse.Namespace) -> int:
         "data": info.data.spec or "given in Python",
         "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",
         "columns": info.columns and ", ".join(info.columns),
-        "classes": info.class_names and f"{', '.join(info.class_names)} (labels {config.labels})",
+        "classes": info.class_names and f"{', '.join(info.class_names)} ({LABELS[config.labels]})",
         "kept": f"step {kept['step']}{best}" if "step" in kept else None,
         "calibrated": None if model.uncalibrated is model else "on paths",
         "last step": lines[-1]["step"] if lines else None,
