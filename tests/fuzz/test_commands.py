@@ -72,6 +72,8 @@ def valid(place: Path) -> dict[str, list[str]]:
         "score": [run, str(place / "noise.npy"), "--limit", "20", *quick],
         "ratio": [str(place / "a.npy"), str(place / "b.npy"), str(place / "a.npy"), "--steps", "1", "--quiet", *quick],
         "denoise": [run, str(place / "noise.npy"), "--level", "1", "--out", str(place / "clean"), *quick],
+        "restore": [run, str(place / "noise.npy"), "--blur", "1", "--n", "1", "--particles", "2", "--quiet",
+                    "--out", str(place / "restored"), *quick],
         "info": [run],
         "convert": [str(place / "noise.npy"), str(place / "converted"), "--preset", "cifar10"],
     }  # fmt: skip

@@ -188,6 +188,31 @@ def read_pictures(
     return pictures, names, notes
 
 
+def read_measured(
+    paths: Sequence[str | Path], transform: DataTransform, options: DataOptions, shape: tuple[int, ...]
+) -> tuple[Tensor, list[str]]:
+    """Images (N, *shape) of one shape that need not be the model's, data units, and their names.
+
+    Arguments and errors as for :func:`read_inputs`.
+    """
+    parts, names = [], []
+    for path in map(Path, paths):
+        folder = stat.S_ISDIR(file_status(path).st_mode)
+        if not folder and path.suffix.lower() in (".npy", ".npz"):
+            found = read_array(arrays.read(path)[0], path, shape, options)
+            parts, names = [*parts, found.x.float()], names + found.names
+            continue
+        (files,), _ = find_images([path], options.skip_bad) if folder else ([[path]], [])
+        pictures, _ = _pictures(files, transform, replace(options, size=None), shape)
+        for file, x in pictures.items():
+            _check_shape(tuple(x.shape), shape, file)
+            parts.append(x[None])
+            names.append(printable(file))
+    if not parts:
+        raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
+    return torch.cat(parts), names
+
+
 def _read_images(paths: list[Path], transform: DataTransform, options: DataOptions) -> Inputs:
     """Images of the model's size; the tiles that cover a larger one, so that none is resized unless training was."""
     found, bad = _pictures(paths, transform, options)
@@ -205,10 +230,12 @@ def _read_images(paths: list[Path], transform: DataTransform, options: DataOptio
 
 
 def _pictures(
-    paths: list[Path], transform: DataTransform, options: DataOptions
+    paths: list[Path], transform: DataTransform, options: DataOptions, shape: tuple[int, ...] | None = None
 ) -> tuple[dict[Path, Tensor], list[Path]]:
-    """Images in data units, of the model's channels and at least its size; and files that cannot be read."""
+    """Images in data units, of the channels and at least the size of ``shape``, the model's; and files that cannot
+    be read."""
     found, bad = {}, []
+    shape = transform.shape if shape is None else shape
     for path in paths:
         try:
             info = images.describe(path)
@@ -218,9 +245,9 @@ def _pictures(
                 raise
             bad.append(path)
             continue
-        larger = x.shape[0] == transform.shape[0] and len(transform.shape) == 3
-        if not (larger and x.shape[1] >= transform.shape[1] and x.shape[2] >= transform.shape[2]):
-            _check_shape(tuple(x.shape), transform.shape, path)
+        larger = x.shape[0] == shape[0] and len(shape) == 3
+        if not (larger and x.shape[1] >= shape[1] and x.shape[2] >= shape[2]):
+            _check_shape(tuple(x.shape), shape, path)
         x = x.float()
         found[path] = x if path.suffix.lower() == ".npy" else on_grid(x, info.high, transform, path)
     return found, bad

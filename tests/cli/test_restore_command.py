@@ -1,0 +1,78 @@
+"""``cdm restore``: images from a part of them, and mistakes in what is known of them."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from test_cli import pixels, refuse, succeed  # noqa: F401
+
+import torchcdm
+from torchcdm import compose
+from torchcdm.apps.restoring import restore
+from torchcdm.data import load_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights have collapsed")
+FEW = ("--n", 3, "--particles", 4, "--device", "cpu", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("restore")
+    x = load_data("digits").test.tensors(2)[0].numpy()
+    np.save(folder / "x.npy", x)
+    np.save(folder / "small.npy", x.reshape(-1, 1, 4, 2, 4, 2).mean((3, 5)).astype("float32"))
+    np.save(folder / "upper.npy", np.arange(8)[:, None] < np.full((1, 8), 4))
+    np.save(folder / "nothing.npy", np.zeros((8, 8)))
+    np.save(folder / "wide.npy", np.ones((8, 9)))
+    return folder
+
+
+@pytest.mark.parametrize("name, words", [
+    ("x.npy", ["--mask", "upper.npy"]), ("small.npy", ["--scale", 2, "--noise-std", 2]), ("x.npy", ["--blur", 0.7]),
+])  # fmt: skip
+def test_means_widths_and_draws_are_written(capsys, tmp_path, pixels, files, name, words):  # noqa: F811
+    words = [files / word if str(word).endswith("npy") else word for word in words]
+    said = succeed(capsys, "restore", pixels, files / name, *words, *FEW, "--out", tmp_path)
+    assert "2 images" in said
+    draws = np.load(tmp_path / "draws.npz")
+    assert draws["x"].shape == (6, 1, 8, 8) and draws["y"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.load(tmp_path / "mean.npy").shape == np.load(tmp_path / "width.npy").shape == (2, 1, 8, 8)
+    with (tmp_path / "restored.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["000000", "000001"] and all(float(row["ess"]) >= 1 for row in rows)
+    for part in ("mean", "width", "draws"):
+        assert (tmp_path / f"000001-{part}.png").exists()
+
+
+def test_what_is_known_is_kept_and_the_rest_is_spread():
+    model = torchcdm.load("zoo:digits")
+    known = compose.mask(torch.arange(8)[:, None] < torch.full((8,), 6))
+    x = load_data("digits").test.tensors(1)[0].double()
+    found = restore(model, known, known(x)[0], 1.0, n=8, particles=32)
+    error, width = (found.mean - x[0]).abs(), found.width
+    assert error[:, :6].mean() < 1.5 and width[:, 6:].mean() > width[:, :6].mean()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["x.npy", "--mask", "nothing.npy"], "is 0 everywhere"),
+    (["x.npy", "--mask", "wide.npy"], "has shape (8, 9)"),
+    (["x.npy", "--mask", "no.npy"], "no.npy"),
+    (["x.npy"], "one of the arguments --mask --blur --scale is required"),
+    (["x.npy", "--blur", "1", "--scale", "2"], "not allowed with"),
+    (["x.npy", "--blur", "0"], "blur: std is 0"),
+    (["x.npy", "--scale", "3"], "must divide the model's 8 x 8"),
+    (["x.npy", "--scale", "2"], "x.npy"),
+    (["x.npy", "--blur", "1", "--noise-std", "nan"], "--noise-std is nan"),
+    (["x.npy", "--blur", "1", "--noise-std", "1e-9"], "give at least as much"),
+    (["x.npy", "--blur", "1", "--n", "9"], "at least as many particles"),
+])  # fmt: skip
+def test_mistakes_are_one_line(capsys, tmp_path, pixels, files, words, message):  # noqa: F811
+    words = [files / word if word.endswith("npy") else word for word in words]
+    assert message in refuse(capsys, "restore", pixels, *words, *([] if "--n" in words else FEW[:2]), *FEW[2:],
+                             "--out", tmp_path / "out")  # fmt: skip
+
+
+def test_tables_are_refused(capsys, tmp_path, files):
+    words = ["restore", "zoo:two-moons", files / "x.npy", "--blur", "1", "--out", tmp_path / "out"]
+    assert "is for images" in refuse(capsys, *words)

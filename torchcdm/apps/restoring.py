@@ -1,0 +1,66 @@
+"""Images from a part of them, a blurred or a smaller one: samples of the posterior, and what they agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from torchcdm.compose.sampling import sample
+from torchcdm.compose.tilted import posterior
+from torchcdm.models.denoiser import Denoiser
+
+CREDIBLE = 0.9
+"""Mass of the intervals whose width is given."""
+
+
+class Restored(NamedTuple):
+    """One input restored, data units on the CPU.
+
+    Attributes:
+        mean: Of the weighted particles, (*shape), not rounded.
+        width: Of the intervals that hold 90 % of the draws' values, number by number, (*shape).
+        draws: Equally weighted samples of the posterior, (n, *shape).
+        ess: Effective number of particles that they are from.
+    """
+
+    mean: Tensor
+    width: Tensor
+    draws: Tensor
+    ess: float
+
+
+def restore(
+    model: Denoiser,
+    measurement: Callable[[Tensor], Tensor],
+    y: Tensor,
+    noise_std: float | None = None,
+    n: int = 64,
+    particles: int = 512,
+    seed: int = 0,
+    progress: bool = False,
+) -> Restored:
+    """Draws from p(x | y), y = A(x) + noise, by :func:`torchcdm.compose.posterior` and particles.
+
+    Args:
+        model: A model with a density.
+        measurement: A, of samples (B, *shape) in data units.
+        y: What was measured, (*m).
+        noise_std: Deviation of the noise, data units; not known when None.
+        n: Draws.
+        particles: Particles, at least n; one evaluation a level to come down and one to move, each.
+        seed: Seed, not negative.
+        progress: Shows a progress bar.
+
+    Raises:
+        UserError: As :func:`torchcdm.compose.posterior` and :func:`torchcdm.sample`.
+    """
+    found = sample(
+        posterior(model, measurement, y, noise_std), n, particles=particles, seed=seed, details=True,
+        progress=progress,
+    )  # fmt: skip
+    weights = found.log_weights.exp()
+    mean = (weights @ found.particles.double().flatten(1)).reshape(found.particles.shape[1:])
+    ends = found.x.double().quantile(0.5 + CREDIBLE / 2, 0), found.x.double().quantile(0.5 - CREDIBLE / 2, 0)
+    return Restored(mean.float(), (ends[0] - ends[1]).float(), found.x, found.ess)
