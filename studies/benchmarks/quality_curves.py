@@ -5,7 +5,8 @@
 
 The first trains a CDM and a DDM of the preset for the same processor time, in grey levels or Gaussianised; the second
 takes models that are there. Every cell is a model, a sampler, a placement of the steps and a number of evaluations.
-A sampler with two evaluations a step makes half as many steps. All cells of a model start from the same noise.
+A sampler with two evaluations a step makes half as many steps; so does ``ddpm+1``, with a move that is accepted or
+rejected after each step. All cells of a model start from the same noise.
 
 ``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
 ``--budget`` ends the command when so much processor time has passed; the next call goes on. The JSON holds what is
@@ -29,11 +30,12 @@ from studies import cache
 from studies.benchmarks.equal_time import RESULT, ddm, measured, on_plain_grey_levels
 from studies.quality.frechet import Reference
 from studies.quality.measure import Ruler
+from torchcdm.compose import sample
 from torchcdm.data import parse_size, save_grid
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.files import write_json
-from torchcdm.samplers import make_sampler, sample
+from torchcdm.samplers import make_sampler
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.run_folder import RunFolder
@@ -62,21 +64,29 @@ def cell(
     model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """One row; None where there are more steps than levels, and for placed steps of a random sampler."""
-    rule = make_sampler(sampler)
-    steps = 1 + (evaluations - 1) // rule.evaluations
+    name_of_rule, _, moves = sampler.partition("+")
+    rule, corrector = make_sampler(name_of_rule), int(moves or 0)
+    steps = 1 + (evaluations - 1) // (rule.evaluations + corrector)
+    if corrector and model.density is None:
+        return None
     if steps > model.schedule.T or (rule.stochastic and spacing == "adaptive"):
         return None
     stem = options.out / "cells" / f"{name}-{sampler}-{spacing}-{evaluations}"
     settings = {"model": RunFolder(options.folders[name]).model.stat().st_size, "samples": options.samples,
-                "features": ruler.reference.extractor.key, "seed": options.seed}  # fmt: skip
+                "features": ruler.reference.extractor.key, "seed": options.seed,
+                "guidance": options.guidance}  # fmt: skip
 
     def make() -> dict[str, Any]:
         y = None if model.classes is None else balanced_labels(options.samples, model.classes)
         began = time.process_time()
-        x = sample(model, options.samples, sampler, steps, y, seed=options.seed, spacing=spacing)
+        x = sample(
+            model, options.samples, name_of_rule, steps, y, options.guidance, options.seed, corrector=corrector,
+            spacing=spacing,
+        )  # fmt: skip
         seconds = time.process_time() - began
         save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
-        return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": rule.cost(steps), "steps": steps,
+        cost = rule.cost(steps) + corrector * (steps - 1)
+        return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": cost, "steps": steps,
                 "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
 
     return cache.numbers(stem.with_suffix(".json"), settings, make)
@@ -97,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 10, 25, 50, 100, 200])
     parser.add_argument("--samples", type=int, default=5000, help="of each cell")
     parser.add_argument("--seed", type=int, default=0, help="of samples")
+    parser.add_argument("--guidance", type=float, default=0.0, help="weight of the class, of models with classes")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of processor time")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--out", type=Path, required=True, help="models and cells")

@@ -123,3 +123,12 @@ def test_a_plain_diffusion_model_has_nothing_to_accept_by():
 
     with pytest.raises(UserError, match="needs a density"):
         compose.sample(DenoisingDiffusion(torch.nn.Identity(), SCHEDULE), 4, corrector=1, steps=2, shape=(2,))
+
+
+def test_by_default_moves_follow_steps_and_a_sample_depends_on_its_number_alone():
+    model = exact(FAR)
+    many = compose.sample(model, 20, details=True)
+    assert many.evaluations == 2 * min(25, SCHEDULE.T) - 1 and 0.3 < many.acceptance < 1
+    assert torch.allclose(compose.sample(model, 3), many.x[:3], atol=1e-9)
+    plain = compose.sample(model, 2, "ddim", details=True)
+    assert plain.evaluations == min(50, SCHEDULE.T) and plain.acceptance is None

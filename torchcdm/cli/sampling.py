@@ -34,8 +34,8 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--n", type=count, default=64, help="number of samples (64)")
     parser.add_argument("--sampler", help="ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, "
-                        "deis4, unipc2, unipc3: one evaluation a step; heun: two (ddim)")  # fmt: skip
-    parser.add_argument("--steps", type=count, metavar="N", help="sampling steps, up to T (50)")
+                        "deis4, unipc2, unipc3: one evaluation a step; heun: two (ddpm, with moves)")  # fmt: skip
+    parser.add_argument("--steps", type=count, metavar="N", help="sampling steps, up to T (25 with moves, 50 without)")
     parser.add_argument("--spacing", default="even", help="even, or adaptive: steps placed where the model's "
                         "trajectories bend, found by 64 evaluations of 16 of them (even)")  # fmt: skip
     parser.add_argument("--label", metavar="K|balanced", help="class by number or name, or all in turn")
@@ -45,8 +45,8 @@ def add_commands(commands: Any) -> None:
                        ("none-of", "what is none of these classes")):  # fmt: skip
         parser.add_argument(f"--{flag}", metavar="A,B", help=what)
     parser.add_argument("--beta", type=float, metavar="B", help="density to the power B: above 1 more typical samples")
-    parser.add_argument("--corrector", type=int, default=0, metavar="N", help="Langevin moves with accept-reject "
-                        "after each step, an evaluation each (0)")  # fmt: skip
+    parser.add_argument("--corrector", type=int, metavar="N", help="Langevin moves with accept-reject after each "
+                        "step, an evaluation each (1 without --sampler, 0 with it)")  # fmt: skip
     parser.add_argument("--particles", type=int, default=0, metavar="N", help="weighted particles, at least --n, "
                         "instead of a sampler: what a composed density needs to be exact (0)")  # fmt: skip
     parser.add_argument("--format", default="grid", choices=FORMATS, help="what to write (grid)")
@@ -76,7 +76,6 @@ def run_sample(options: argparse.Namespace) -> int:
     """Samples to files, with a manifest."""
     from torchcdm.data import save_array, save_images
     from torchcdm.runtime.processes import sharing
-    from torchcdm.samplers import make_sampler
     from torchcdm.training.checkpoint import load, read_info
     from torchcdm.training.samples import draw, save_manifest, save_sheet
 
@@ -105,13 +104,9 @@ def run_sample(options: argparse.Namespace) -> int:
     if options.format in ("array", "all"):
         save_array(drawn.x, out / "samples.npz", model.transform, drawn.y)
     save_manifest(drawn, out / "manifest.csv", files, info.class_names)
-    if options.particles:
-        print(f"{options.n} samples in {out}; {drawn.summary}")
-        return 0
-    steps = min(50, model.schedule.T) if options.steps is None else options.steps
-    cost = make_sampler(options.sampler or "ddim").cost(steps) + options.corrector * (steps - 1)
-    said = f"; {drawn.summary}" if options.corrector else ""
-    print(f"{options.n} samples in {out}, {cost} evaluation{'s' * (cost > 1)} of the denoiser each{said}")
+    cost = f"{drawn.evaluations} evaluation{'s' * (drawn.evaluations > 1)} of the denoiser each"
+    parts = [f"{options.n} samples in {out}", cost if drawn.evaluations else "", drawn.summary]
+    print("; ".join(part for part in parts if part))
     return 0
 
 

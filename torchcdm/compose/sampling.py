@@ -31,12 +31,15 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels, check_count
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone
+from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler, sample_noise
 from torchcdm.samplers import sample as plain_sample
-from torchcdm.samplers import sample_noise
 from torchcdm.samplers.sampling import as_rows, finished
 
+STEPS = 50
+"""Of a sampler without moves; half as many with a move after each, the default where there is a density."""
+
 PILOTS = 16
-"""Samples that go first, on whose acceptance the step sizes of moves adapt; they are frozen then."""
+"""Draws that go first, on whose acceptance the step sizes of moves adapt; they are frozen then."""
 
 ISLANDS, ISLAND_SIZE = 8, 32
 """Independent populations of particles at most, and particles in each at least."""
@@ -56,6 +59,7 @@ class Draws:
         particles: All particles, (N, *shape), as ``x``; None without particles.
         log_weights: Their weights, normalised, (N,).
         acceptance: Share of the moves accepted.
+        evaluations: Of the denoiser, for each sample; 0 for particles, which visit all levels.
     """
 
     x: Tensor
@@ -64,12 +68,12 @@ class Draws:
     particles: Tensor | None = None
     log_weights: Tensor | None = None
     acceptance: float | None = None
+    evaluations: int = 0
 
     def summary(self) -> str:
-        """One line for a reader."""
-        moves = "" if self.acceptance is None else f"; {self.acceptance:.0%} of moves accepted"
+        """One line for a reader; empty where nothing was corrected."""
         if self.particles is None:
-            return f"effective sample size {self.ess:.0f} of {len(self.x)} (every sample its own chain){moves}"
+            return "" if self.acceptance is None else f"{self.acceptance:.0%} of moves accepted"
         z = self.log_z
         return (
             f"effective sample size {self.ess:.0f} of {len(self.particles)} particles; log Z {z.value:+.2f} "
@@ -87,7 +91,7 @@ def sample(
     seed: int = 0,
     batch_size: int | None = None,
     units: str = "data",
-    corrector: int = 0,
+    corrector: int | None = None,
     particles: int = 0,
     sweeps: int = 0,
     details: bool = False,
@@ -96,18 +100,22 @@ def sample(
 ) -> Any:
     """Draws samples of a model or of a composed density.
 
+    By default 25 steps of the reverse chain (``ddpm``), with a move that is accepted or rejected after each: 49
+    evaluations, and better samples than 50 steps of any sampler without moves. Without a density, 50 such steps.
+
     Args:
         model: Any denoiser; corrections need a density.
         n: Number of samples.
-        sampler: As in :func:`torchcdm.samplers.sample`, ``ddim`` when None. Particles are proposed by the reverse
-            kernels, whose density is known, and take no other.
-        steps: Levels visited, 50 when None; particles visit all.
+        sampler: As in :func:`torchcdm.samplers.sample`. Particles are proposed by the reverse kernels, whose density
+            is known, and take no other.
+        steps: Levels visited, 50 when None, 25 with moves; particles visit all.
         y: Class of each sample, or one for all; particles take one for all.
         guidance: Weight of classifier-free guidance; moves then leave the guided density as it is. Not for particles.
         seed: Seed, not negative.
         batch_size: Samples at a time.
         units: ``data`` or ``model``.
-        corrector: Accepted Langevin moves after each step, one evaluation each; of particles 1 when 0.
+        corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 unless a sampler is
+            named, and 1 for particles.
         particles: Particles of sequential Monte Carlo, at least n.
         sweeps: Sweeps of replica exchange after it, at least 4; particles are its columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
@@ -120,7 +128,10 @@ def sample(
     Raises:
         UserError: As :func:`torchcdm.samplers.sample`; a model without a density; weights that vanish everywhere.
     """
-    corrector, particles = check_count("corrector", corrector, 0, 10**4), check_count("particles", particles, 0, 10**7)
+    particles = check_count("particles", particles, 0, 10**7)
+    if corrector is None:
+        corrector = int(bool(particles) or (sampler is None and model.density is not None))
+    corrector = check_count("corrector", corrector, 0, 10**4)
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
@@ -128,22 +139,29 @@ def sample(
             raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
         found = _by_particles(model, n, y, seed, batch_size, units, corrector or 1, particles, sweeps, progress)
         return found if details else found.x
-    steps = min(50, model.schedule.T) if steps is None else steps
+    rule = make_sampler(DEFAULT_SAMPLER if sampler is None else sampler)
+    steps = min(STEPS // 2 if corrector else STEPS, model.schedule.T) if steps is None else steps
     shared = options | {
-        "sampler": sampler or "ddim", "steps": steps, "units": units, "guidance": guidance, "seed": seed,
+        "sampler": rule, "steps": steps, "units": units, "guidance": guidance, "seed": seed,
+        "batch_size": batch_size, "progress": progress,
     }  # fmt: skip
+    acceptance = None
     if not corrector:
-        x = plain_sample(model, n, y=y, batch_size=batch_size, progress=progress, **shared)
-        return Draws(x, float(n)) if details else x
-    n = check_count("n", n)
-    moves = _Moves(model, as_labels(y, model, n, one_for_all=True), guidance, corrector, seed)
-    pilots = min(n, PILOTS)
-    with alone():
-        first = None if moves.y is None else moves.y[:pilots]
-        plain_sample(model, pilots, y=first, moved=moves, **shared)
-    moves.freeze()
-    x = plain_sample(model, n, y=moves.y, batch_size=batch_size, progress=progress, moved=moves, **shared)
-    return Draws(x, float(n), acceptance=moves.accepted / max(moves.tried, 1)) if details else x
+        x = plain_sample(model, n, y=y, **shared)
+    else:
+        n = check_count("n", n)
+        labels = as_labels(y, model, n, one_for_all=True)
+        moves = _Moves(model, labels, guidance, corrector, seed)
+        with alone():
+            # Whatever n is: a sample depends on the seed and its number alone.
+            pilots = shared | {"batch_size": None, "progress": False}
+            plain_sample(model, PILOTS, y=moves.pilots(), moved=moves, **pilots)
+        moves.freeze(labels)
+        x = plain_sample(model, n, y=labels, moved=moves, **shared)
+        acceptance = moves.accepted / max(moves.tried, 1)
+    visited = len(options["levels"]) - 1 if options.get("levels") is not None else steps
+    cost = rule.cost(visited) + corrector * (visited - 1)
+    return Draws(x, float(n), acceptance=acceptance, evaluations=cost) if details else x
 
 
 def target_of(model: Denoiser, y: Tensor | None = None, guidance: float = 0.0) -> Target:
@@ -181,8 +199,16 @@ class _Moves:
         self.steps: dict[int, float] = {}
         self.step, self.frozen, self.accepted, self.tried = FIRST_STEP, False, 0, 0
 
-    def freeze(self) -> None:
-        self.frozen, self.accepted, self.tried = True, 0, 0
+    def pilots(self) -> Tensor | None:
+        """The labels of the draws that go first, which are all that are asked for in turn."""
+        if self.y is not None:
+            known = self.y.unique(dim=0)
+            self.y = known[torch.arange(PILOTS, device=known.device) % len(known)]
+        return self.y
+
+    def freeze(self, y: Tensor | None) -> None:
+        """Ends the adaptation; ``y`` are the labels of the samples."""
+        self.y, self.frozen, self.accepted, self.tried = y, True, 0, 0
 
     def __call__(self, x: Tensor, t: int, rows: slice) -> Prediction:
         target = target_of(self.model, None if self.y is None else self.y[rows], self.guidance)

@@ -3,6 +3,7 @@
 from torchcdm.samplers.rules import (
     DDIM,
     DDPM,
+    DEFAULT_SAMPLER,
     DEIS,
     IPNDM,
     SAMPLERS,
@@ -19,6 +20,7 @@ from torchcdm.samplers.sampling import adaptive_levels, sample, sample_noise
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEFAULT_SAMPLER",
     "DEIS",
     "IPNDM",
     "SAMPLERS",

@@ -303,6 +303,8 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 }  # fmt: skip
 """What :func:`sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
+DEFAULT_SAMPLER = "ddpm"
+
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of a name in :data:`SAMPLERS`, or a sampler itself; ``dpmpp`` is ``dpm++``. UserError for others."""

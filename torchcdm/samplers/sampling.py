@@ -17,7 +17,7 @@ from torchcdm.models.inputs import as_labels, as_numbers, check_count, check_rea
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import share
-from torchcdm.samplers.rules import DEIS, Sampler, Step, make_sampler
+from torchcdm.samplers.rules import DEFAULT_SAMPLER, DEIS, Sampler, Step, make_sampler
 
 Callback = Callable[[int, Tensor, Prediction], None]
 """Called after each step of each batch with the level reached, x at that level, and the step's first prediction."""
@@ -26,7 +26,7 @@ Callback = Callable[[int, Tensor, Prediction], None]
 def sample(
     denoiser: Denoiser,
     n: int,
-    sampler: str | Sampler = "ddim",
+    sampler: str | Sampler = DEFAULT_SAMPLER,
     steps: int = 50,
     y: Tensor | int | None = None,
     guidance: float = 0.0,

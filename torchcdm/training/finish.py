@@ -64,6 +64,10 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
     sampling = config.sampling
     y = None if model.classes is None else balanced_labels(sampling.n, model.classes)
     steps, guidance = min(sampling.steps, model.schedule.T), 0.0 if y is None else sampling.guidance
-    drawn = draw(model, sampling.n, y, config.train.seed, sampler=sampling.sampler, steps=steps, guidance=guidance)
+    corrector = 0 if model.density is None else sampling.corrector
+    drawn = draw(
+        model, sampling.n, y, config.train.seed, sampler=sampling.sampler, steps=steps, guidance=guidance,
+        corrector=corrector,
+    )  # fmt: skip
     save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
     return save_sheet(drawn, model, run.samples / name)

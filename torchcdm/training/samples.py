@@ -17,13 +17,14 @@ from torchcdm.runtime.files import write_rows
 
 
 class Drawn(NamedTuple):
-    """Samples in data units, not rounded, with classes, log p in nats (None of a ddm), the seed of all, and what is
-    known of how well moves or particles have corrected them."""
+    """Samples in data units, not rounded, with classes, log p in nats (None of a ddm), the seed of all, evaluations of
+    the denoiser for each (0 for particles), and what is known of how well moves or particles have corrected them."""
 
     x: Tensor
     y: Tensor | None
     log_p: Tensor | None
     seed: int
+    evaluations: int
     summary: str
 
     @property
@@ -43,7 +44,7 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
                 lambda rows: density.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n,
                 dim=x.shape[1:].numel(), device=device,
             )  # fmt: skip
-    return Drawn(x, y, log_p, seed, found.summary())
+    return Drawn(x, y, log_p, seed, found.evaluations, found.summary())
 
 
 def balanced_labels(n: int, classes: int) -> Tensor:

@@ -117,7 +117,7 @@ def _scaled(
     steps = min(max(1, int(training / took)), most)
     every = min(max(50, steps // 12), 1000)
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
-    drawn = int(SAMPLING_SHARE * seconds / (asked.sampling.steps * took / batch))
+    drawn = int(SAMPLING_SHARE * seconds / (asked.sampling.steps * (1 + asked.sampling.corrector) * took / batch))
     layer = {
         "model": {
             **base,

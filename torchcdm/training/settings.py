@@ -37,6 +37,7 @@ from torchcdm.runtime.validation import (
     settings_of,
     validated,
 )
+from torchcdm.samplers import DEFAULT_SAMPLER
 
 
 class OwnNetwork:
@@ -192,13 +193,15 @@ class SamplingConfig:
     Attributes:
         n: Number of samples; none are drawn where it is 0.
         sampler: Name of the sampler.
-        steps: Network evaluations of a first-order sampler.
+        steps: Levels visited.
+        corrector: Moves after each step that are accepted or rejected, of models with a density.
         guidance: Weight of the class, for models that saw classes.
     """
 
     n: CountOrZero = 64
-    sampler: str = "ddim"
-    steps: Count = 50
+    sampler: str = DEFAULT_SAMPLER
+    steps: Count = 25
+    corrector: CountOrZero = 1
     guidance: Float = 0.0
 
 
