@@ -239,6 +239,8 @@ def score_on_ray(
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
     size = FILES if all(part == 0 and Path(path).suffix != ".parquet" for path, part in parts) else 1
     gpu = scorer.model.schedule.alpha.device.type == "cuda"
+    for model in scorer.detector.score.models:
+        model.cpu()
     arguments = {"model": scorer.model.cpu(), "detector": scorer.detector, "explain": scorer.explain,
                  "fpr": scorer.fpr, "skip_bad": scorer.skip_bad, "device": "cuda" if gpu else "cpu"}  # fmt: skip
     with _cluster(workers) as (ray, cores):

@@ -1,7 +1,7 @@
 """How well the maps of ``cdm score --maps`` find what was spoiled in an image.
 
-    python -m studies.benchmarks.anomaly_maps --run zoo:fashion-mnist-conditional \\
-        --json studies/results/anomaly_maps.json
+    cdm train fashion-mnist-conditional --data.gaussianize false --train.steps 6000 --out runs/fashion
+    python -m studies.benchmarks.anomaly_maps --run runs/fashion --json studies/results/anomaly_maps.json
 
 In each of ``--count`` test images a square patch, two sevenths of the side, is replaced: by a patch of another test
 image from another place (``image``), by one grey level (``flat``) or by random grey levels (``noise``). Patches that

@@ -45,14 +45,15 @@ class MapSettings:
     Attributes:
         ratios: Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is
             around it.
-        draws: Draws of noise, the same ones for every input; 4 for images and 8 for vectors when None.
+        pairs: Pairs of opposite draws of noise, in whose mean error what is odd in the noise cancels; the same ones
+            for every input. 2 for images and 4 for vectors when None.
         areas: Deviations of the Gaussians that average an image's errors before they are squared, over its shorter
             side; 0 for those of single pixels. The largest of these maps counts at each place.
         blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
     """
 
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    draws: int | None = None
+    pairs: int | None = None
     areas: tuple[float, ...] = (0.0, 1 / 18)
     blur: float = 1 / 12
 
@@ -132,8 +133,9 @@ def errors(model: Denoiser, x: Tensor, settings: MapSettings) -> Tensor:
     """
     schedule = model.schedule
     levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in settings.ratios]
-    draws = settings.draws or (4 if x.ndim == 4 else 8)
-    noise = torch.randn(draws, *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
+    pairs = settings.pairs or (2 if x.ndim == 4 else 4)
+    half = torch.randn(pairs, *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
+    noise = torch.cat([half, -half])
 
     def of(z: Tensor) -> Tensor:
         z = z if model.transform is None else model.transform(z)
