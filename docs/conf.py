@@ -28,6 +28,7 @@ nb_execution_mode = "force"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # bars and warnings of the machine that builds
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

@@ -427,6 +427,18 @@ def outliers(name: str, group: str) -> str:
     return markdown(["outliers", *titles, "FPR@95 of `levels`"], lines)
 
 
+def own_network() -> str:
+    """A plain CNN beside the encoder of the preset."""
+    found, shown = read("own_network")["networks"], ("one-pass-level", "elbo", "flow")
+    names = {"cnn": "the CNN of this page", "encoder": "the preset's encoder, `zoo:digits`"}
+    rows = []
+    for key, name in names.items():
+        values = (found[key]["rows"][row] for row in shown)
+        numbers = [f"{row['value']:.3f} ± {row['se']:.3f}" for row in values]
+        rows.append([name, f"{found[key]['parameters']:,}", *numbers])
+    return markdown(["network", "weights", "one pass", "ELBO", "flow"], rows)
+
+
 def cell(value: Any) -> str:
     """A value of a reproduction's table, numbers in four digits."""
     if value is None:
@@ -525,6 +537,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "outliers-corruptions": partial(outliers, "outliers_corruptions", "outliers"),
     "outliers-held-out": partial(outliers, "outliers_held_out", "outliers"),
     "outliers-tables": partial(outliers, "outliers_tables", "setting"),
+    "own-network": own_network,
     "quality-curves": quality_curves,
     "ratio-pairs": ratio_pairs,
     "ratio-peers": ratio_peers,

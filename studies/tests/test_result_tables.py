@@ -4,6 +4,10 @@ import re
 import runpy
 from pathlib import Path
 
+import torch
+
+from studies.benchmarks.own_network import CNN
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "studies" / "results" / "write_tables.py"
 
@@ -42,3 +46,16 @@ def test_pages_are_short():
     for page in (ROOT / "docs").rglob("*.md"):
         if page.stem not in ("settings", "commands") and "_build" not in page.parts:  # these two are generated
             assert len(page.read_text(encoding="utf-8").splitlines()) <= 150, page.name
+
+
+def test_the_network_of_the_tutorial_is_the_one_that_was_measured():
+    page = (ROOT / "docs" / "tutorials" / "own_network.md").read_text(encoding="utf-8")
+    names = {}
+    exec(page.split("```{code-cell}\n")[1].split("```")[0], names)
+    values = []
+    for kind in (names["CNN"], CNN):
+        torch.manual_seed(0)
+        network = kind().eval()
+        torch.nn.init.normal_(network.head.linear.weight)
+        values.append(network(torch.randn(2, 1, 8, 8)))
+    assert torch.equal(*values)
