@@ -51,9 +51,9 @@ class _Nothing(nn.Module):
         return x.new_zeros(len(x), self.levels) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
-def exact_mixture(d: int = 4, components: int = 4) -> DensityModel:
+def exact_mixture(d: int = 4, components: int = 4, seed: int = 0) -> DensityModel:
     """A mixture of Gaussians as a model: means from N(0, I), variances 0.1 to 0.4."""
-    generator, schedule = torch.Generator().manual_seed(0), LogSNRSchedule(24, 0.02, 40.0)
+    generator, schedule = torch.Generator().manual_seed(seed), LogSNRSchedule(24, 0.02, 40.0)
     means = torch.randn(components, d, generator=generator, dtype=torch.float64)
     weights, spread = torch.rand(2, components, generator=generator, dtype=torch.float64)
     mixture = GaussianMixture(weights + 0.3, means, 0.1 + 0.3 * spread)

@@ -513,6 +513,60 @@ def compared(name: str) -> str:
     return markdown(["system", report["protocol"]["unit"], *head], (cells for _, _, cells in sorted(rows)))
 
 
+def rare_events() -> str:
+    """Estimates of known small probabilities."""
+    head = ["dimensions", "probability", "repeats", "mean / truth", "CV", "least possible CV", "95 % interval covers",
+            "evaluations", "plain Monte Carlo, samples"]  # fmt: skip
+    lines = [
+        [str(r["d"]), f"{r['p']:.0e}", str(r["repeats"]), f"{r['mean_over_truth']:.3f}", f"{r['cv']:.3f}",
+         f"{r['least_cv']:.3f}", f"{r['coverage']:.0%}", f"{r['evaluations']:,.0f}", f"{r['plain_samples']:.1e}"]
+        for r in read("rare_events")["rows"]
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def posterior_coverage() -> str:
+    """How often credible intervals hold the truth."""
+    head = ["model", "truths", "particles", "effective", "90 % intervals hold", "exact draws", "PSNR of the mean, dB"]
+    lines = []
+    for r in read("posterior_coverage").values():
+        psnr = ", ".join(f"{name} {value:.1f}" for name, value in r["psnr"].items())
+        lines.append([r["model"], str(r["truths"]), str(r["particles"]), f"{r['ess']:.0f}",
+                      f"{r['coverage']:.1%} ± {r['se']:.1%}", f"{r['exact']:.1%}", psnr])  # fmt: skip
+    return markdown(head, lines)
+
+
+def composing() -> str:
+    """Accuracy of a classifier, and errors of modes, by method."""
+    found: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+    for r in read("composing")["rows"]:
+        found.setdefault((r["d"], r["case"]), {})[r["method"]] = r
+    ways = ("exact", "particles", "accepted", "unadjusted", "sum of scores")
+    head = ["dimensions", "target", "effective", *ways]
+    lines = [
+        [str(d), case, f"{by['particles']['ess']:.0%}",
+         *(f"{by[way]['c2st']:.3f} / {by[way]['modes']:.3f}" for way in ways)]
+        for (d, case), by in found.items()
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def corrected_sampling() -> str:
+    """Fréchet distances by steps and moves."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for r in read("corrected_sampling")["rows"]:
+        budget = (r["steps"] - 1) * (1 + r["moves"]) + 1
+        found.setdefault(r["sampler"], {})[r["steps"], r["moves"]] = r | {"evaluations": budget}
+    head = ["sampler", "steps x moves", "evaluations", "Fréchet", "recall", "accepted"]
+    lines = []
+    for sampler, by in found.items():
+        for (steps, moves), r in sorted(by.items(), key=lambda item: (item[1]["evaluations"] // 6, item[0][1])):
+            accepted = "" if r["acceptance"] is None else f"{r['acceptance']:.0%}"
+            lines.append([sampler, f"{steps} x {moves}", str(r["evaluations"]),
+                          f"{r['frechet']:.2f} ± {r['frechet_se']:.2f}", f"{r['recall']:.3f}", accepted])  # fmt: skip
+    return markdown(head, lines)
+
+
 REPRODUCTIONS = ("known-truth", "table1", "table2", "table3", "fig3", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9")
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -521,7 +575,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "beside-others": beside_others,
     "compare-digits": partial(compared, "compare_digits"),
     "compare-fashion": partial(compared, "compare_fashion"),
+    "composing": composing,
     "conditional-density": conditional_density,
+    "corrected-sampling": corrected_sampling,
     "covariate-shift": covariate_shift,
     "demo": demo,
     "digits-seeds": digits_seeds,
@@ -538,7 +594,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "outliers-held-out": partial(outliers, "outliers_held_out", "outliers"),
     "outliers-tables": partial(outliers, "outliers_tables", "setting"),
     "own-network": own_network,
+    "posterior-coverage": posterior_coverage,
     "quality-curves": quality_curves,
+    "rare-events": rare_events,
     "ratio-pairs": ratio_pairs,
     "ratio-peers": ratio_peers,
     "ruler": ruler,

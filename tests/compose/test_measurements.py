@@ -74,3 +74,17 @@ def test_an_unknown_noise_is_integrated_out():
     squares = (x0 - y).square().sum(1)[:, None]
     truth = (-2 * log_s - squares / 2 * (-2 * log_s).exp()).logsumexp(1)  # ds / s is d log s
     assert torch.allclose(found - found[0], truth - truth[0], atol=0.02)
+
+
+def test_a_bent_measurement_keeps_its_particles():
+    """Linearised at one point alone, a curve that is flat there says that more is known than is."""
+    model, base = gaussian()
+    bent = compose.posterior(model, lambda x: ((x - base.mean) ** 3)[:, :1], torch.tensor([1.0]), 0.2)
+    found = compose.sample(bent, 8, particles=512, details=True, seed=2)
+    axes = base.rotation(torch.eye(2, dtype=torch.float64))[0]
+    variance = float((axes.square() * base.moments(1)[1]).sum())
+    grid = torch.linspace(-4, 4, 4001, dtype=torch.float64)
+    posterior = (-0.5 * grid.square() / variance - 0.5 * ((grid**3 - 1.0) / 0.2).square()).softmax(0)
+    weights, x = found.log_weights.exp(), found.particles[:, 0].double() - float(base.mean[0])
+    assert float(weights @ x) == pytest.approx(float(posterior @ grid), abs=0.1)
+    assert found.ess > 100

@@ -26,9 +26,13 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_numbers, check_real
+from torchcdm.random import stream
 
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
+
+DRAWS_LINEARISED = 16
+"""Points at which a measurement is linearised that is not linear."""
 
 LARGEST_MATRIX = 4096
 """Numbers measured, and of a sample, up to which a linear measurement becomes a matrix."""
@@ -158,8 +162,8 @@ def posterior(
     r"""p(x | y) of a measurement y = A(x) + s noise.
 
     :math:`\ell_t = \log N(y; A\hat x_0, s^2 I + A V_t A^T)` with the reference Gaussian's posterior variances V_t
-    (twisted sequential Monte Carlo, arXiv 2306.17775); of a measurement that is not linear, with the variance of its
-    linearisation at the mean. A Gaussian is solved exactly.
+    (twisted sequential Monte Carlo, arXiv 2306.17775); of a measurement that is not linear, with the mean variance of
+    its linearisations at draws of that Gaussian. A Gaussian is solved exactly.
 
     Args:
         model: The density, or a composed one.
@@ -186,9 +190,13 @@ def posterior(
     y, d, m = y.flatten(), mean.numel(), found.numel()
     if max(m, d) > LARGEST_MATRIX:
         raise UserError(f"posterior: {d} numbers a sample and {m} measured; up to {LARGEST_MATRIX} are possible")
-    jacobian = _jacobian(of, mean)
-    in_basis = reference.rotation(jacobian.reshape(m, *mean.shape[1:])).double()
-    scale = float(jacobian.square().sum(1).max().sqrt())
+    jacobians = [_jacobian(of, mean)]
+    scale = float(jacobians[0].square().sum(1).max().sqrt())
+    draws = reference.draw((DRAWS_LINEARISED, *mean.shape[1:]), stream(0, "linearise")).to(mean)
+    others = [_jacobian(of, z[None]) for z in draws[:2]]
+    if not all(torch.allclose(one, jacobians[0], rtol=1e-3, atol=1e-6 * scale) for one in others):
+        jacobians = others + [_jacobian(of, z[None]) for z in draws[2:]]
+    in_basis = torch.stack([reference.rotation(one.reshape(m, *mean.shape[1:])).double() for one in jacobians])
     least = float(schedule.ratio[1]) * scale
     if noise_std is not None and noise_std < least:
         raise UserError(
@@ -217,7 +225,8 @@ class _Gaussian(nn.Module):
             part = rest[rows]
             if self.std is None:
                 # The unknown variance s² integrated out under the prior 1 / s, above the least that the model knows.
-                spread = (self.basis.square() @ self.variances[level - 1]).sum() + len(self.y) * self.least**2
+                spread = (self.basis.square() @ self.variances[level - 1]).mean(0).sum()
+                spread = spread + len(self.y) * self.least**2
                 found = -0.5 * len(self.y) * ((part.square().sum(1) + spread) / len(self.y)).log()
             else:
                 factor = self._factor(level)
@@ -231,7 +240,7 @@ class _Gaussian(nn.Module):
         if level not in self.factors:
             if len(self.factors) > 2**24 // len(self.y) ** 2:
                 self.factors.pop(next(iter(self.factors)))
-            covariance = self.basis * self.variances[level - 1] @ self.basis.T
+            covariance = (self.basis * self.variances[level - 1] @ self.basis.mT).mean(0)
             covariance.diagonal().add_(self.std**2)
             self.factors[level] = torch.linalg.cholesky(covariance)
         return self.factors[level]
