@@ -26,14 +26,13 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--kinds", metavar="A,B", default="density,ratio,anomaly,images", help="which (all)")
     parser.add_argument("--sets", metavar="A,B", help="names of data sets; all of the half by default")
     parser.add_argument("--contenders", metavar="A,B", help="names of contenders; all by default")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="keep the marks: what is there is not run again")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="keep the scores: what is there is not run again")
 
 
 def run_exam(options: argparse.Namespace) -> int:
     """Runs the contests and prints the marks."""
     import torch
 
-    from studies.cache import numbers
     from studies.exam.contests import CONTENDERS, as_rows, contest
     from studies.exam.sets import exam_sets
     from torchcdm.errors import UserError, nearest
@@ -48,9 +47,7 @@ def run_exam(options: argparse.Namespace) -> int:
         for item in exam_sets(kind, options.half):
             if options.sets is not None and item.name not in options.sets.split(","):
                 continue
-            path = None if options.out is None else options.out / f"{kind}-{item.name.replace('/', '-')}.json"
-            settings = {"name": item.name, "kind": kind, "contenders": contenders}
-            found = numbers(path, settings, lambda item=item: {"marks": as_rows(contest(item, contenders))})["marks"]
+            found = as_rows(contest(item, contenders, options.out))
             rows.extend(found)
             for mark in found:
                 value, behind = (f"{mark[key]:9.4f} +- {mark[error]:.4f}" for key, error in PAIRS)

@@ -7,12 +7,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from studies.cache import Made, kept
 from studies.exam.sets import ExamSet, Kind
 
 VALIDATION = 5
@@ -59,12 +62,13 @@ class Mark:
     note: str
 
 
-def contest(item: ExamSet, contenders: Sequence[str] | None = None) -> list[Mark]:
+def contest(item: ExamSet, contenders: Sequence[str] | None = None, folder: Path | None = None) -> list[Mark]:
     """All contenders on one data set, best first.
 
     Args:
         item: The data set.
         contenders: Names in :data:`CONTENDERS`; all when None.
+        folder: Keeps the scores of each contender: what is there is not run again.
     """
     rows, classes = item.load()
     order = np.random.default_rng(0).permutation(len(rows))
@@ -72,14 +76,22 @@ def contest(item: ExamSet, contenders: Sequence[str] | None = None) -> list[Mark
     if item.kind == "anomaly":
         train = train[classes[train] == 0]
     given = rows[train], classes[train], rows[test], classes[test]
+
+    def run(name: str) -> Made:
+        began = time.process_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scores, note = CONTENDERS[item.kind][name](*given)
+        seconds = time.process_time() - began
+        return {"note": note, "seconds": seconds}, {"scores": torch.from_numpy(np.array(scores, np.float64))}
+
     found: dict[str, tuple[Scores, str, float]] = {}
-    for name, contender in CONTENDERS[item.kind].items():
+    for name in CONTENDERS[item.kind]:
         if contenders is None or name in contenders:
-            began = time.process_time()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                scores, note = contender(*given)
-            found[name] = np.asarray(scores, np.float64), note, time.process_time() - began
+            file = f"{item.kind}-{item.name.replace('/', '-')}-{name}.json"
+            settings = {"name": item.name, "kind": item.kind, "contender": name}
+            values, tensors = kept(None if folder is None else folder / file, settings, partial(run, name))
+            found[name] = tensors["scores"].numpy(), values["note"], values["seconds"]
     measure = _auroc if item.kind == "anomaly" else _mean
     values = {name: measure(scores, classes[test][: len(scores)]) for name, (scores, _, _) in found.items()}
     best = max(found, key=lambda name: values[name][0])
