@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.random import stream
 from torchcdm.units.float64 import Float64Module
 
 FULL_COVARIANCE_LIMIT = 4096
@@ -291,14 +292,22 @@ def default_form(shape: Sequence[int]) -> str:
     return "full" if math.prod(shape) <= FULL_COVARIANCE_LIMIT else "cosine"
 
 
+def within_error(deficit: Tensor) -> bool:
+    """Whether the mean of paired differences is at most its standard error."""
+    return float(deficit.mean()) <= float(deficit.std(correction=0)) / math.sqrt(len(deficit))
+
+
+SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
+"""Shares that are tried of moving covariances towards a round one."""
+
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
-"""Shares of the common covariance that :func:`fit_class_gaussians` tries."""
+"""Shares of the common covariance that :func:`fit_class_gaussians` tries, rising."""
 
 HELD_OUT = 5
 """Every fifth sample is held out to choose between them."""
 
-HELD_OUT_LIMIT = 4000
-"""Most held-out samples of a class."""
+HELD_OUT_LIMIT, DRAWS = 2000, 4
+"""Most held-out samples of a class, and noisy copies of each."""
 
 
 def fit_class_gaussians(
@@ -310,13 +319,15 @@ def fit_class_gaussians(
 ) -> GaussianMarginals:
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 
-    A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes differ in
-    the mean alone it is best taken from all of them; the share is the one under which held-out samples are most
-    probable (regularised discriminant analysis, Friedman 1989).
+    A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes
+    differ in the mean alone it is best taken from all of them (regularised discriminant analysis, Friedman 1989).
+    Held-out samples choose the share that the classes have in common, and how far all are moved towards a round one:
+    by how well they tell their class at all noise levels. Their likelihood would hardly see what makes a ratio of few
+    samples wrong, and without noise classes that are far apart would be told by any share.
 
     ``samples`` (N, *shape) are in model units, dequantised, at least two of each of the classes ``labels``, long (N,).
-    ``held_out`` are samples and classes that choose the share, every fifth of the training data when None. Training
-    data that repeat the samples of a small class need some: a copy of a sample would choose its own fit.
+    ``held_out`` are samples and classes that choose, every fifth of the training data when None. Training data that
+    repeat the samples of a small class need some: a copy of a sample would choose its own fit.
     """
     classes = range(int(labels.max()) + 1)
     if held_out is None:
@@ -324,26 +335,42 @@ def fit_class_gaussians(
         held_out, fitted = (samples[chosen], labels[chosen]), (samples[~chosen], labels[~chosen])
     else:
         fitted = samples, labels
-    share = 1.0
+    share, shrinkage = 1.0, 0.0
     if all(int((y == label).sum()) > 1 for _, y in (held_out, fitted) for label in classes):
         trial = [mean_and_spread(fitted[0][fitted[1] == y]) for y in classes]
-        parts = [held_out[0][held_out[1] == y][:HELD_OUT_LIMIT] for y in classes]
+        parts = [torch.cat([held_out[0][held_out[1] == y][:HELD_OUT_LIMIT]] * DRAWS) for y in classes]
+        truth = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(x) for x in parts]))
+        rare = torch.tensor([len(truth) / len(parts) / len(x) for x in parts]).double()[truth]
+        x, generator = torch.cat(parts).double(), stream(0, "classes held out")
+        t = (torch.randperm(len(x), generator=generator) * (schedule.T + 2) // len(x)).to(x.device)
+        alpha, sigma = schedule.at(t, x)
+        x = alpha * x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
-        def held_out_log_prob(share: float) -> float:
-            gaussians = _blended(trial, share, schedule, floor)
-            return sum(float(g.log_prob_levels(x)[:, 0].mean()) for g, x in zip(gaussians, parts, strict=True))
+        def gain(share: float, shrinkage: float) -> Tensor:
+            """log probability of the true class of each noisy sample, classes equally frequent."""
+            gaussians = _blended(trial, share, shrinkage, schedule, floor)
+            logits = torch.cat([g.log_prob_levels(x).gather(1, t[:, None]) for g in gaussians], 1).cpu()
+            return rare * logits.log_softmax(1).gather(1, truth[:, None])[:, 0]
 
-        share = max(SHARES, key=held_out_log_prob)
-    own = _blended([mean_and_spread(samples[labels == y]) for y in classes], share, schedule, floor)
+        share = max(SHARES[::-1], key=lambda tried: float(gain(tried, 0.0).mean()))
+        if trial[0][1].ndim == 2:
+            tried = {moved: gain(share, moved) for moved in SHRINKAGES}
+            best = max(tried.values(), key=lambda values: float(values.mean()))
+            shrinkage = next(moved for moved, values in tried.items() if within_error(best - values))
+    own = _blended([mean_and_spread(samples[labels == y]) for y in classes], share, shrinkage, schedule, floor)
     return GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor, own)
 
 
 def _blended(
-    classes: Sequence[tuple[Tensor, Tensor]], share: float, schedule: NoiseSchedule, floor: float
+    classes: Sequence[tuple[Tensor, Tensor]], share: float, shrinkage: float, schedule: NoiseSchedule, floor: float
 ) -> list[GaussianMarginals]:
-    """A Gaussian for each class, its spread moved by ``share`` towards the mean spread."""
+    """A Gaussian for each class, its spread moved by ``share`` to the mean spread, and further to a round one."""
     common = torch.stack([spread for _, spread in classes]).mean(0)
+    spreads = [torch.lerp(spread, common, share) for _, spread in classes]
+    if shrinkage:
+        variance = float(common.diagonal().mean())
+        spreads = [shrunk(spread, variance, shrinkage) for spread in spreads]
     return [
-        GaussianMarginals.of_spread(schedule, mean, (1 - share) * spread + share * common, floor)
-        for mean, spread in classes
+        GaussianMarginals.of_spread(schedule, mean, spread, floor)
+        for (mean, _), spread in zip(classes, spreads, strict=True)
     ]

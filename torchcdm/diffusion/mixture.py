@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal
 
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.exact import GaussianMixture
-from torchcdm.diffusion.gaussian import GaussianMarginals, shrunk
+from torchcdm.diffusion.gaussian import SHRINKAGES, GaussianMarginals, shrunk, within_error
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 
@@ -33,9 +33,6 @@ number, all are merged as round ones of the same variance."""
 
 TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
-
-SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
-"""Shares that are tried of moving covariances towards a round one."""
 
 
 @final
@@ -179,11 +176,6 @@ def best_mixture(
         best, worse = max(best, value), 0 if value > best else worse + 1
     highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
     return next(trial for trial in found if within_error(highest - trial[2]))
-
-
-def within_error(deficit: Tensor) -> bool:
-    """Whether the mean of paired differences is at most its standard error."""
-    return float(deficit.mean()) <= float(deficit.std(correction=0)) / math.sqrt(len(deficit))
 
 
 def _variance(samples: Tensor) -> float:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.cosine_mixture import fit_cosines
-from torchcdm.diffusion.gaussian import DIAGONAL, mean_and_spread
-from torchcdm.diffusion.mixture import FIT_ROWS, SHRINKAGES, best_mixture, within_error
+from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, mean_and_spread, within_error
+from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture
 from torchcdm.units.normal import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20)

@@ -22,6 +22,9 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRAWS = 4
 """... on so many noisy copies of each held-out sample."""
 
+ERRORS = 2.0
+"""Standard errors by which a share of the correction has to gain."""
+
 SCALES = tuple(k / 100 for k in range(5, 101))
 """Scales of a log ratio that :func:`tempering` tries."""
 
@@ -32,7 +35,8 @@ def best_share(model: DensityModel, x: Tensor, y: Tensor) -> float:
 
     Noise brings the sources together, level by level, so that this is never too easy to tell. Of a joint model the
     share is that of what differs between the sources: what the network has learned of both is in no ratio, and must
-    not choose. The gain less its standard error decides: more than none has to be worth it.
+    not choose. The gain less ERRORS of its standard errors decides: more than none has to be worth it, and the same
+    samples ended the training.
 
     Args:
         model: Trained with all sources equally frequent.
@@ -49,7 +53,10 @@ def best_share(model: DensityModel, x: Tensor, y: Tensor) -> float:
         losses.append(torch.stack(parts, 1))
     values = torch.cat(losses).view(DRAWS, len(x), -1).mean(0)
     gains = values[:, :1] - values
-    surely = gains.mean(0) - gains.std(0, correction=0) / len(x) ** 0.5
+    # Samples of the smaller source are repeated: their errors are one.
+    group = x.flatten(1).unique(dim=0, return_inverse=True)[1].cpu()
+    deviations = torch.zeros(int(group.max()) + 1, len(SHARES)).to(gains).index_add_(0, group, gains - gains.mean(0))
+    surely = gains.mean(0) - ERRORS * deviations.square().sum(0).sqrt() / len(x)
     return SHARES[int(surely.argmax())]
 
 
