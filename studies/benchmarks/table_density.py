@@ -39,6 +39,7 @@ from studies.budget import Budget
 from studies.compare.sklearn_peers import choose
 from torchcdm.apps.baselines import COMPONENTS, Candidates, kernels, mixtures
 from torchcdm.estimators import CDMDensity
+from torchcdm.estimators.tables import data_frame, noise_draws, noisy, noisy_copies
 from torchcdm.runtime.files import write_json
 from torchcdm.units import ColumnTransform
 
@@ -307,21 +308,22 @@ def compare(name: str, contenders: Sequence[str], budget: float, seed: int, fold
             integral = integrate(density, x) if x.shape[1] <= 3 else None
             density.set_params(likelihood="flow")
             record("cdm-flow", density.score_samples(x_test[:FLOW_ROWS]), took)
-        train = columns.noisy_copies(np.delete(x, held_out, 0), seed + fold)
-        transform = ColumnTransform.fit(torch.from_numpy(train), columns.kept_values)
-        prepare = lambda rows, transform=transform: transform(torch.from_numpy(rows)).numpy()  # noqa: E731
-        log_det = lambda rows, transform=transform: transform.log_det(torch.from_numpy(rows)).numpy()  # noqa: E731
-        held_out_rows = columns.noisy_copies(x[held_out], seed + fold + 1)
+        codes = lambda rows, table=density.columns_: table.encode(data_frame(rows, name, like=table)).x  # noqa: E731
+        train = noisy_copies(columns, codes(np.delete(x, held_out, 0)), seed + fold)
+        transform = ColumnTransform.of_codes(train, columns)
+        prepare = lambda rows, transform=transform: transform(rows).numpy()  # noqa: E731
+        log_det = lambda rows, transform=transform: transform.log_det(rows).numpy()  # noqa: E731
+        held_out_rows = noisy_copies(columns, codes(x[held_out]), seed + fold + 1)
         rows = Rows(prepare(train), prepare(held_out_rows))
-        noise = columns.noise_draws(seed + fold + 2)
+        noise = noise_draws(columns, seed + fold + 2)
         for peer in [key for key in contenders if key in PEERS]:
             clock = Budget(budget, "processor")
             fitted = PEERS[peer](rows, clock, seed + fold)
             took = clock.elapsed
-            draws = [columns.noisy(x_test, draw) for draw in noise]
+            draws = [noisy(columns, codes(x_test), draw) for draw in noise]
             scores = np.mean([fitted.log_prob(prepare(rows)) + log_det(rows) for rows in draws], axis=0)
             watched = fitted.validation + float(log_det(held_out_rows).mean())
-            record(peer, scores + columns.log_cell, took, watched + columns.log_cell, fitted.setting)
+            record(peer, scores, took, watched, fitted.setting)
     result = []
     for who, parts in values.items():
         scores = np.concatenate(parts)

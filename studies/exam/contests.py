@@ -133,7 +133,11 @@ def _cdm_density(train: np.ndarray, _: np.ndarray, test: np.ndarray, __: np.ndar
     from torchcdm.estimators import CDMDensity
 
     model = CDMDensity(random_state=0, device="cpu").fit(train)
-    return model.score_samples(test), "; ".join(model.notes_)
+    notes, transform, rows = list(model.notes_), model.model_.transform, torch.from_numpy(test)
+    if transform.dim == rows.shape[1]:
+        start = model.model_.base.log_prob_levels(transform(rows))[:, 0] + transform.log_det(rows)
+        notes.insert(0, f"its start has {float(start.mean()):.3f}")
+    return model.score_samples(test), "; ".join(notes)
 
 
 @dataclass

@@ -31,6 +31,10 @@ TITLES = {
 }
 
 
+START, SHARES = re.compile(r"its start has (-?[0-9.]+)"), re.compile(r"shares \(([0-9.]+)")
+"""What the CDM of the exam notes of its network."""
+
+
 def read(name: str) -> Any:
     """A result file."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -398,6 +402,27 @@ def conditional_density() -> str:
     return markdown(["simulator", "posterior", "KL, nats", "s.e.", "C2ST", "log Z", "s of fitting"], lines)
 
 
+def exam() -> str:
+    """One line a data set of the exam: the CDM beside the best of the others."""
+    sets: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for mark in read("exam")["marks"]:
+        sets.setdefault((mark["kind"], mark["data"]), {})[mark["contender"]] = mark
+    lines = []
+    for (kind, data), marks in sets.items():
+        own = marks.pop("cdm")
+        other = max(marks.values(), key=lambda mark: mark["value"])
+        # Marks are behind the best: of the CDM where another is, else of that other.
+        sign, gap = (1, other) if own["behind"] == 0 else (-1, own)
+        lead = f"{sign * gap['behind']:+.3f} ± {gap['behind_se']:.3f}"
+        lead = f"**{lead}**" if own["behind"] <= own["behind_se"] else lead
+        values = (f"{mark['value']:.3f}" for mark in (own, other))
+        start, shares = START.match(own["note"]), SHARES.match(own["note"])
+        network = f"{own['value'] - float(start[1]):+.3f}" if start else shares[1] if shares else ""
+        lines.append([kind, data, next(values), f"{next(values)} {other['contender']}", lead, network,
+                      f"{own['seconds']:.0f}"])  # fmt: skip
+    return markdown(["asked", "data", "CDM", "best of the others", "lead", "of the network", "s"], lines)
+
+
 def estimator_times() -> str:
     """Seconds of CDMDensity."""
     lines = [
@@ -582,6 +607,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "digits-seeds": digits_seeds,
     "equal-time": partial(equal_time, "equal_time"),
+    "exam": exam,
     "equal-time-gaussianized": partial(equal_time, "equal_time_gaussianized"),
     "estimator-times": estimator_times,
     "fashion": fashion,

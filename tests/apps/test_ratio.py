@@ -162,6 +162,26 @@ def test_class_gaussians_share_a_covariance_where_only_the_means_differ():
     assert curvature(noise * torch.where(y[:, None] == 1, 2.0, 1.0) + y[:, None]) > 0.5
 
 
+def test_gaussians_of_few_samples_of_many_columns_are_shrunk():
+    """80 samples of 60 columns a class: unshrunk, the ratio is less than no ratio at all."""
+    y, moved = torch.arange(2000) % 2, torch.arange(2000)[:, None] % 2 * torch.eye(60, dtype=torch.float64)[0]
+    x, new = (torch.randn(2000, 60, generator=rng(seed), dtype=torch.float64) + 1.5 * moved for seed in (0, 1))
+    held_out = x[160:240], y[160:240]
+    base = fit_class_gaussians(x[:160], y[:160], LogSNRSchedule(50, 0.05, 10.0), held_out=held_out)
+    loss = torch.nn.functional.cross_entropy(base.class_effects(new)[:, :, 0], y)
+    assert loss < 0.65 < np.log(2)
+
+
+def test_copies_of_a_sample_say_no_more_of_the_share():
+    mixture, schedule = labelled_mixture(), LogSNRSchedule(20, 0.05, 10.0)
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,)), class_prior=torch.ones(2)
+    )
+    z, y = mixture.sample_labelled(12, rng(3))
+    y[:4] = 1 - y[:4]
+    assert best_share(model, z.repeat(100, 1), y.repeat(100)) == 0.0
+
+
 def test_copies_of_a_sample_do_not_choose_the_covariances():
     """A class repeated to the size of the other: its own copies would always bear out its own covariance."""
     schedule = LogSNRSchedule(10, 0.02, 10.0)

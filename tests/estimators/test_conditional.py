@@ -116,9 +116,9 @@ def test_what_is_constant_in_x_is_left_out():
     theta, x = pairs()
     model = CDMConditional(**TINY).fit(theta, x.assign(site=4.0))
     alone = CDMConditional(**TINY).fit(theta, x)
-    assert model.notes_ == ["x: columns left out because they are constant: site"]
+    assert model.notes_ == ["x: columns left out because they are constant in training: site."]
     assert np.array_equal(model.log_prob(theta, x.assign(site=4.0)), alone.log_prob(theta, x))
-    with pytest.raises(UserError, match="x: every column is constant; there is nothing to learn"):
+    with pytest.raises(UserError, match="x: every column is constant in training; there is nothing to learn"):
         CDMConditional(**TINY).fit(theta, np.ones((80, 2)))
 
 
@@ -140,8 +140,9 @@ def test_mistakes_are_named():
     theta, x = pairs()
     model = CDMConditional(**TINY).fit(theta, x)
     for call, message in (
-        (lambda: model.log_prob(theta.iloc[:, :1], x), "theta has 1 columns; the fit had 2"),
-        (lambda: model.log_prob(theta, x.iloc[:, :2]), "x has 2 columns; the fit had 3"),
+        (lambda: model.log_prob(theta.iloc[:, :1], x), "theta: no column 'dose'"),
+        (lambda: model.log_prob(theta, x.iloc[:, :2]), "x: no column 'c'"),
+        (lambda: model.log_prob(theta, x.to_numpy()[:, :2]), "x has 2 columns; the fit had 3"),
         (lambda: model.log_prob(theta, x.iloc[:5]), "x holds 5 rows and theta 80; give one x, or one for each theta"),
         (lambda: model.sample(0, x), "n is 0; it must be an integer from 1"),
         (lambda: model.set_params(likelihood="flw").log_prob(theta, x), "likelihood is 'flw'; did you mean 'flow'"),
@@ -151,13 +152,13 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         CDMConditional(**TINY).fit(theta, x[:50])
     with pytest.raises(ValueError, match="Input theta contains NaN"):
-        CDMConditional(**TINY).fit(theta.assign(dose=np.nan), x)
+        CDMConditional(**TINY).fit(theta.assign(dose=np.nan).to_numpy(), x)
     with pytest.raises(ValueError, match="a minimum of 10 is required"):
         CDMConditional(**TINY).fit(theta[:9], x[:9])
-    with pytest.raises(UserError, match="column 'kind' has 3 distinct values.*discrete='dequantize'"):
+    with pytest.raises(UserError, match="column 'kind' holds values that come back.*discrete='dequantize'"):
         CDMConditional(**TINY, discrete="error").fit(theta.assign(kind=np.arange(80) % 3), x)
     with pytest.raises(ValueError, match="Input x contains"):
-        model.log_prob(theta, x.assign(a=np.inf))
+        model.log_prob(theta, x.assign(a=np.inf).to_numpy())
 
 
 def test_conditional_is_exported():
@@ -171,8 +172,26 @@ def test_columns_go_by_name():
     assert np.array_equal(model.log_prob(theta.iloc[:, ::-1], x.iloc[:, ::-1]), truth)
     assert np.array_equal(model.sample(2, x.iloc[:3, ::-1]), model.sample(2, x.iloc[:3]))
     assert np.array_equal(model.log_prob(theta.to_numpy(), x.to_numpy()), truth)
-    with pytest.raises(UserError, match="theta has no column .*, which the fit had"):
+    with pytest.raises(UserError, match="theta: no column 'rate', 'dose'"):
         model.log_prob(x.iloc[:, :2], x)
+
+
+def test_frames_are_taken_as_they_come_and_draws_are_frames():
+    # The unit of x is a text: the mean of theta is 0, 5 or 20 by it, and no straight line over its levels.
+    draw = np.random.RandomState(0)
+    unit = draw.choice(["a", "b", "c"], 600)
+    theta = pd.DataFrame({"dose": pd.Series(unit).map({"a": 5.0, "b": 20.0, "c": 0.0}) + draw.normal(size=600)})
+    theta["kind"] = np.where(draw.rand(600) < 0.3, "x", "y")
+    x = pd.DataFrame({"unit": unit, "day": pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(600), "D")})
+    model = CDMConditional(**{**TINY, "lr": 1e-12}).fit(theta, x)
+    drawn = model.sample(200, x.iloc[0])
+    assert drawn.shape == (200, 2) and set(drawn["kind"]) == {"x", "y"}
+    several = model.sample(200, x.assign(unit=["a", "b", "c"] * 200)[:3])
+    assert np.abs(several["dose"].groupby(level=0).mean() - [5, 20, 0]).max() < 0.5
+    by_kind = model.log_prob(theta.assign(kind="x"), x), model.log_prob(theta.assign(kind="y"), x)
+    assert np.exp(by_kind[0] - np.logaddexp(*by_kind)).mean() == pytest.approx((theta["kind"] == "x").mean(), abs=0.1)
+    with pytest.raises(UserError, match="x: column 'unit', row 0 holds 'd', none of the 3 levels"):
+        model.log_prob(theta, x.assign(unit="d"))
 
 
 def test_it_has_a_score_for_grid_searches():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import DataSource
+from torchcdm.diffusion.gaussian import SHRINKAGES
 from torchcdm.diffusion.mixture import maximised
+from torchcdm.diffusion.start import best_gaussian
 from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
@@ -67,10 +69,24 @@ def smallest_variance(transform: DataTransform) -> float:
     return 1e-6 if transform.model_bin is None else float(transform.model_bin.min()) ** 2 / 12
 
 
+class Shrunk:
+    """A full-covariance Gaussian of rows (N, d), moved by a ``share`` to a round one, as a start is."""
+
+    n_components, covariance_type = 1, "full"
+
+    def __init__(self, train: np.ndarray, floor: float, share: float) -> None:
+        self.train, self.floor, self.share = torch.from_numpy(train), floor, share
+
+    def score_samples(self, rows: np.ndarray) -> np.ndarray:
+        """log density of each row, nats."""
+        found = best_gaussian(self.train, torch.from_numpy(rows), "full", self.floor, (self.share,))
+        return found.log_prob.numpy()
+
+
 def gaussians(train: np.ndarray, floor: float, seed: int) -> Candidates:
-    """The Gaussian of the data's mean and covariance; arguments as in :func:`mixtures`."""
-    for _, model in mixtures(train, floor, seed, {"full": (1,)}):
-        yield "Gaussian, full covariance", model
+    """The Gaussian of the data's mean and covariance, shrunk more or less; arguments as in :func:`mixtures`."""
+    for share in SHRINKAGES:
+        yield "Gaussian, full covariance", Shrunk(train, floor, share)
 
 
 def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
@@ -81,15 +97,13 @@ def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
         yield f"kernel density, bandwidth {bandwidth:.3f}", KernelDensity(bandwidth=float(bandwidth)).fit(train)
 
 
-def mixtures(
-    train: np.ndarray, floor: float, seed: int, components: Mapping[str, Sequence[int]] = COMPONENTS
-) -> Candidates:
+def mixtures(train: np.ndarray, floor: float, seed: int) -> Candidates:
     """Gaussian mixtures of several sizes, by expectation maximisation, of ``train`` (N, d), model units.
 
-    ``floor`` is added to all variances. The ``components``, so many for each form of covariance, begin by ``seed``;
-    those that have fewer than two samples each are left out.
+    ``floor`` is added to all variances; the components begin by ``seed``. Sizes that have fewer than two samples each
+    are left out.
     """
-    for form, counts in components.items():
-        for count in (count for count in counts if count == 1 or count < len(train) // 2):
+    for form, counts in COMPONENTS.items():
+        for count in (count for count in counts if count < len(train) // 2):
             model = maximised(train, count, covariance_type=form, reg_covar=floor, random_state=seed)
             yield f"Gaussian mixture, {count} {form}", model

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 import torch
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
-from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator, checked
-from torchcdm.estimators.columns import Columns
+from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
+from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
 from torchcdm.models.inputs import check_count
 from torchcdm.runtime.validation import read_as
+from torchcdm.units import TableEncoding
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
@@ -38,8 +44,8 @@ class CDMConditional(DensityEstimator):
 
     Attributes:
         model_: The trained :class:`torchcdm.ClassificationDiffusion`, of the residuals of theta.
-        columns_: Which columns of theta were left out or dequantised, a :class:`Columns`.
-        x_columns_: Which columns of x were left out; none is dequantised.
+        columns_: The columns of theta and their codes, a :class:`torchcdm.units.TableEncoding`.
+        x_columns_: Those of x.
         notes_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Example:
@@ -50,7 +56,7 @@ class CDMConditional(DensityEstimator):
 
     _saved: ClassVar = (
         TableEstimator._saved
-        | {"x_columns_": partial(read_as, Columns)}
+        | {"x_columns_": partial(read_as, TableEncoding)}
         | dict.fromkeys(("_x_mean", "_x_deviation", "_weights", "_intercept"), np.array)
     )
 
@@ -58,39 +64,40 @@ class CDMConditional(DensityEstimator):
         """Trains the model. A fit that fails leaves the estimator as it was.
 
         Args:
-            theta: Parameters (N, p) or (N,): array or data frame; at least ten rows.
-            x: What was observed or simulated with them, (N, q) or (N,).
+            theta: Parameters (N, p) or (N,), at least ten rows: a data frame as it comes; of an array finite numbers.
+            x: What was observed or simulated with them, (N, q) or (N,). The network sees a number for each level of a
+                text.
 
         Raises:
-            ValueError: Values that are not finite numbers, tables of different lengths, fewer than ten rows.
+            ValueError: Values of an array that are not finite numbers, other lengths, fewer than ten rows.
             TypeError: A sparse matrix.
-            UserError: Columns that :meth:`Columns.measure` refuses, or parameters that are not understood.
+            UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
         """
         with all_or_nothing(self):
             self._check_parameters()
-            names = [getattr(part, "columns", None) for part in (theta, x)]
-            theta, x = (_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x")))
-            check_consistent_length(theta, x)
-            self.notes_, self.n_features_in_ = [], theta.shape[1]
+            self._framed = hasattr(theta, "iloc")
+            frames = [_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x"))]
+            check_consistent_length(*frames)
+            self.notes_, self.n_features_in_ = [], frames[0].shape[1]
             seed = self._seed()
-            self.columns_ = self._measure_columns(theta, names[0], "theta: ")
-            self.x_columns_ = self._measure_columns(x, names[1], "x: ", has_density=False)
+            self.columns_ = self._describe(frames[0], "theta")
+            self.x_columns_ = self._describe(frames[1], "x", has_density=False)
+            theta, x = self.columns_.encode(frames[0], "theta").x, self.x_columns_.encode(frames[1], "x").x
             train, held_out = self._split_rows(len(theta), seed)
             self.validation_indices_ = held_out
-            kept = x[train][:, self.x_columns_.kept]
+            kept = self._features(x[train])
             self._x_mean, self._x_deviation = kept.mean(0), kept.std(0)
             self._x_deviation[self._x_deviation == 0] = 1.0  # varies among the held-out rows alone
             parts, contexts = [], []
             for k, rows in enumerate((train, held_out)):
-                noisy = self.columns_.noisy_copies(theta[rows], seed + k)
-                parts.append(noisy)
-                contexts.append(np.tile(self._context(x[rows]), (len(noisy) // len(rows), 1)))
+                parts.append(noisy_copies(self.columns_, theta[rows], seed + k))
+                contexts.append(np.tile(self._context(x[rows]), (len(parts[k]) // len(rows), 1)))
             regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
             self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
             self._intercept = np.atleast_1d(regression.intercept_)
             residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
             self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), len(train), seed)
-            self._noise = self.columns_.noise_draws(seed)
+            self._noise = noise_draws(self.columns_, seed)
         return self
 
     def log_prob(self, theta: Any, x: Any) -> np.ndarray:
@@ -104,17 +111,18 @@ class CDMConditional(DensityEstimator):
             float64 (N,).
         """
         check_is_fitted(self)
-        theta, x = _matching(theta, "theta", self.columns_), self._observations(x)
+        found = self.columns_.encode(_table(theta, "theta", like=self.columns_), "theta")
+        theta, x = found.x, self._observations(x)
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
-        context = np.broadcast_to(self._context(x), (len(theta), len(self.x_columns_.kept)))
-        return self._log_density(theta, self._centre(context), context)
+        context = np.broadcast_to(self._context(x), (len(theta), len(self._x_mean)))
+        return self._log_density(found, self._centre(context), context)
 
     def score(self, theta: Any, x: Any) -> float:
         """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
         return float(self.log_prob(theta, x).mean())
 
-    def sample(self, n: int, x: Any, random_state: Any = None) -> np.ndarray:
+    def sample(self, n: int, x: Any, random_state: Any = None) -> Any:
         """Draws of theta given x.
 
         Args:
@@ -123,54 +131,51 @@ class CDMConditional(DensityEstimator):
             random_state: Seed; the estimator's own when None.
 
         Returns:
-            float64 (n, p) for one observation, (M, n, p) for several.
+            float64 (n, p) for one observation, (M, n, p) for several. Where theta was a data frame, a data frame: of
+            several with rows (observation, draw).
         """
         check_is_fitted(self)
         check_count("n", n, 1, 10**6)
-        one = np.ndim(x) == 1 and len(self.x_columns_.names) > 1 or np.ndim(x) == 0
-        x = self._observations(x)
-        context = np.repeat(self._context(x), n, axis=0)
+        one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
+        context = np.repeat(self._context(self._observations(x)), n, axis=0)
         residuals = self._draws(len(context), random_state, torch.from_numpy(context))
-        theta = self.columns_.restore(residuals + self._centre(context))
-        return theta if one else theta.reshape(len(x), n, -1)
+        theta = self._decoded(residuals + self._centre(context))
+        if one:
+            return theta
+        if not self._framed:
+            return theta.reshape(len(theta) // n, n, -1)
+        import pandas as pd
+
+        return theta.set_index(pd.MultiIndex.from_product([range(len(theta) // n), range(n)]))
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _observations(self, x: Any) -> np.ndarray:
-        """x as a table: a vector is one observation, unless x has one column."""
-        single = len(self.x_columns_.names) == 1
+    def _observations(self, x: Any) -> Tensor:
+        """The codes of x: a vector is one observation, unless x has one column."""
         if np.ndim(x) < 2:
-            x = np.reshape(x, (-1, 1) if single else (1, -1))
-        return _matching(x, "x", self.x_columns_)
+            single = len(self.x_columns_.columns) == 1
+            row = hasattr(x, "to_frame") and not single
+            x = x.to_frame().T if row else np.reshape(x, (-1, 1) if single else (1, -1))
+        return self.x_columns_.encode(_table(x, "x", like=self.x_columns_), "x").x
 
-    def _context(self, x: np.ndarray) -> np.ndarray:
-        """What the network sees of x (N, q): the columns that vary, standardised."""
-        return (x[:, self.x_columns_.kept] - self._x_mean) / self._x_deviation
+    def _features(self, x: Tensor) -> np.ndarray:
+        """Codes (N, kept) as numbers (N, q): one for each level of a text."""
+        levels = [len(column.levels) for column in self.x_columns_.kept]
+        columns = zip(levels, x.T, strict=True)
+        parts = [one_hot(code.long(), n).double() if n > 2 else code[:, None] for n, code in columns]
+        return torch.cat(parts, 1).numpy()
 
-    def _centre(self, context: np.ndarray) -> np.ndarray:
+    def _context(self, x: Tensor) -> np.ndarray:
+        """What the network sees of the codes of x, (N, q): standardised."""
+        return (self._features(x) - self._x_mean) / self._x_deviation
+
+    def _centre(self, context: np.ndarray) -> Tensor:
         """The regression of theta, (N, kept)."""
-        return context @ self._weights.T + self._intercept
+        return torch.from_numpy(context @ self._weights.T + self._intercept)
 
 
-def _table(values: Any, name: str, smallest: int = 1) -> np.ndarray:
-    """A table of finite numbers as float64 (N, columns); a vector is one column."""
-    values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
-    return checked(check_array, values, ensure_min_samples=smallest, input_name=name)
-
-
-def _matching(values: Any, name: str, columns: Columns) -> np.ndarray:
-    """A table to score, its columns those of the fit: by name where both have names, in any order.
-
-    Raises:
-        UserError: Another number of columns, or other names.
-    """
-    names = [str(column) for column in getattr(values, "columns", ())]
-    table = _table(values, name)
-    if table.shape[1] != len(columns.names):
-        raise UserError(f"{name} has {table.shape[1]} columns; the fit had {len(columns.names)}")
-    if not names or columns.names == tuple(map(str, range(len(columns.names)))):
-        return table
-    missing = next((column for column in columns.names if column not in names), None)
-    if missing is not None:
-        raise UserError(f"{name} has no column '{missing}', which the fit had (found: {', '.join(names)})")
-    return table[:, [names.index(column) for column in columns.names]]
+def _table(values: Any, name: str, smallest: int = 1, like: TableEncoding | None = None) -> DataFrame:
+    """A table as :func:`data_frame` gives it; a vector is one column."""
+    if not hasattr(values, "iloc"):
+        values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
+    return data_frame(values, name, smallest, like, partial(check_array, input_name=name))

@@ -14,15 +14,20 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from torchcdm.apps.fitted import all_or_nothing
-from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator, checked
+from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
+from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
+from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+TABLE = "the table"
+"""What messages call it."""
 
 DRAWS = 20_000
 
@@ -47,35 +52,41 @@ class TableDensity(TableEstimator):
         """Trains the model. A fit that fails leaves the estimator as it was.
 
         Args:
-            X: Table (N, columns) of finite numbers, array or data frame; at least ten rows.
+            X: Table (N, columns), at least ten rows: a data frame as it comes, with texts, dates, booleans and missing
+                cells; of an array finite numbers.
             y: Ignored.
 
         Raises:
-            ValueError: Values that are not finite numbers, fewer than ten rows.
+            ValueError: Values of an array that are not finite numbers, fewer than ten rows.
             TypeError: A sparse matrix.
-            UserError: Columns that :meth:`Columns.measure` refuses, or parameters that are not understood.
+            UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
         """
         with all_or_nothing(self):
             self._check_parameters()
-            X = checked(partial(validate_data, self), X, ensure_min_samples=SMALLEST_TABLE)
+            self._framed = hasattr(X, "iloc")
+            if self._framed:
+                validate_data(self, X, skip_check_array=True)
+            frame = data_frame(X, TABLE, SMALLEST_TABLE, check=partial(validate_data, self))
             self.notes_ = []
             seed = self._seed()
-            self.columns_ = self._measure_columns(X, getattr(self, "feature_names_in_", None))
-            train, self.validation_indices_ = self._split_rows(len(X), seed)
-            held_out = X[self.validation_indices_]
-            noisy = self.columns_.noisy_copies(X[train], seed)
-            self._train(noisy, self.columns_.noisy_copies(held_out, seed + 1), None, len(train), seed)
-            self._noise = self.columns_.noise_draws(seed)
-            self._after_training(X, held_out, seed)
+            self.columns_ = self._describe(frame, TABLE)
+            codes = self.columns_.encode(frame, TABLE).x
+            train, self.validation_indices_ = self._split_rows(len(codes), seed)
+            held_out = codes[self.validation_indices_]
+            rows = noisy_copies(self.columns_, codes[train], seed)
+            self._train(rows, noisy_copies(self.columns_, held_out, seed + 1), None, len(train), seed)
+            self._noise = noise_draws(self.columns_, seed)
+            self._after_training(codes, held_out, seed)
         return self
 
-    def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
+    def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         """What else a subclass learns, from all rows and those that training did not see."""
 
-    def _checked(self, X: Any) -> np.ndarray:
-        """A table to score."""
+    def _encoded(self, X: Any, deviating: bool = False) -> Encoded:
+        """The codes of a table to score; ``deviating`` cells are marked, and no error."""
         check_is_fitted(self)
-        return checked(partial(validate_data, self), X, reset=False)
+        frame = data_frame(X, TABLE, 1, self.columns_, partial(validate_data, self, reset=False))
+        return self.columns_.encode(frame, TABLE, deviating=deviating)
 
 
 @final
@@ -105,19 +116,19 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
     def score_samples(self, X: Any) -> np.ndarray:
         """log p of each row, nats in the units of the table.
 
-        With discrete columns it is the mean over draws of the dequantisation noise of the log-density, plus the log of
-        the cells: a probability in the discrete columns, a density in the others. Constant columns have no part in it.
+        Where values have cells it is the mean over draws of the dequantisation noise: a probability of texts, missing
+        cells and values that come back, a density of all other numbers. Constant columns have no part in it.
 
         Args:
-            X: Table (N, columns).
+            X: Table (N, columns); of a data frame the columns go by name.
 
         Returns:
             float64 (N,).
         """
-        log_p = self._log_density(self._checked(X))
+        log_p = self._log_density(self._encoded(X))
         return log_p - self.normalizer_.value if self.likelihood == "one-pass" and self.normalizer_.usable else log_p
 
-    def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
+    def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         self.normalizer_ = importance_normalizer(self.model_, seed)
         if not self.normalizer_.usable:
             self._say("one pass could not be normalised: log p is off by an unknown constant; use likelihood='flow'")
@@ -131,19 +142,19 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         """
         return float(self.score_samples(X).mean())
 
-    def sample(self, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
-        """New rows, discrete columns rounded to their values, constant columns filled in.
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> Any:
+        """New rows: columns of few values rounded to these, constant columns filled in.
 
         Args:
             n_samples: Number of rows.
             random_state: Seed; the estimator's own when None.
 
         Returns:
-            float64 (n_samples, columns).
+            A data frame where one was fitted, float64 (n_samples, columns) else.
         """
         check_is_fitted(self)
         check_count("n_samples", n_samples, 1, 10**6)
-        return self.columns_.restore(self._draws(n_samples, random_state))
+        return self._decoded(self._draws(n_samples, random_state))
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from torchcdm.apps.anomaly import AnomalyDetector, make_score
 from torchcdm.estimators.density import TableDensity
+from torchcdm.estimators.tables import noisy
 from torchcdm.runtime.validation import Float
+from torchcdm.units.table import Encoded
 
 FALSE_ALARMS = 0.05
 """Share of held-out normal rows that ``contamination="auto"`` flags."""
@@ -31,7 +33,8 @@ ROUNDING = 1e-9
 class CDMOutlierDetector(OutlierMixin, TableDensity):
     """Outliers by the anomaly scores of a classification diffusion model, one network pass a row.
 
-    A row that holds another value in a column that was constant in training is an outlier, whatever the rest.
+    A row that holds what training never had is an outlier, whatever the rest: another value in a column that was
+    constant, a new text, a missing number.
 
     Args:
         anomaly_score: Name of a score in :data:`torchcdm.apps.anomaly.SCORES` that takes one model.
@@ -65,7 +68,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         Returns:
             float64 (N,).
         """
-        return self._normality(self._checked(X))
+        return self._normality(self._encoded(X, deviating=True))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """:meth:`score_samples` less the threshold: negative for outliers, float64 (N,)."""
@@ -75,7 +78,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         """+1 for a normal row, -1 for an outlier, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def _after_training(self, X: np.ndarray, held_out: np.ndarray, seed: int) -> None:
+    def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         # What learns of the held-out rows must not be calibrated on the same ones.
         half = max(2, len(held_out) // 2)
         score = make_score(self.anomaly_score, self.model_)
@@ -84,23 +87,25 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         scores = torch.stack([score(rows) for rows in self._noisy(calibration)]).mean(0)
         self.detector_ = AnomalyDetector(score, scores.sort().values)
         if not isinstance(self.contamination, str):
-            self.offset_ = float(np.percentile(self._normality(X), 100 * self.contamination))
+            self.offset_ = float(np.percentile(self._scores(codes), 100 * self.contamination))
         elif len(scores) + 1 >= 1 / FALSE_ALARMS:
             self.offset_ = -self.detector_.threshold(FALSE_ALARMS)
         else:
             self.offset_ = -float(scores.max())
         self.offset_ -= ROUNDING * max(1.0, abs(self.offset_))
 
-    def _normality(self, X: np.ndarray) -> np.ndarray:
-        scores = -torch.stack([self.detector_.score(rows) for rows in self._noisy(X)]).mean(0).numpy()
-        scores[self.columns_.deviating(X)] = LOWEST
+    def _normality(self, found: Encoded) -> np.ndarray:
+        scores = self._scores(found.x)
+        scores[np.array(found.deviating, bool)] = LOWEST
         return scores
 
-    def _noisy(self, X: np.ndarray) -> list[Tensor]:
-        """The kept columns under each draw of the dequantisation noise, for the model."""
+    def _scores(self, codes: Tensor) -> np.ndarray:
+        return -torch.stack([self.detector_.score(rows) for rows in self._noisy(codes)]).mean(0).numpy()
+
+    def _noisy(self, codes: Tensor) -> list[Tensor]:
+        """The codes under each draw of the dequantisation noise, for the model."""
         device = self.model_.schedule.alpha.device
-        rows = (self.columns_.noisy(X, noise) for noise in self._noise)
-        return [torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in rows]
+        return [noisy(self.columns_, codes, noise).to(device) for noise in self._noise]
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as :meth:`TableDensity.save` does, and what its score learned."""

@@ -121,6 +121,12 @@ class ColumnTransform(DataTransform):
         result.table = table
         return result
 
+    @classmethod
+    def of_codes(cls, x: Tensor, table: TableEncoding, bend: bool = True, dequantize: bool = True) -> ColumnTransform:
+        """From codes (N, d) of training rows, those with a cell dequantised; the rest as in :meth:`fit`."""
+        values = {k: column.codes for k, column in enumerate(table.kept) if column.codes}
+        return cls.fit(x, values, bend, dequantize, {k: table.kept[k].cell for k in table.mixed_codes})
+
     def refitted(self, x: Tensor) -> ColumnTransform:
         """The same values, with continuous columns bent as the rows ``x`` (N, d) have it."""
         return ColumnTransform.fit(x, self.values, dequantize=self.dequantize, mixed=self.mixed, table=self.table)

@@ -40,6 +40,9 @@ MOST_DECIMALS = 6
 FLOAT32_STEPS = 1000
 """Least number of float32 steps in a standard deviation; with fewer a column needs an offset."""
 
+LARGEST = 1e150
+"""Deviation of a column, at most, and one over it, at least: beyond, squares leave float64."""
+
 SHOWN = 5
 """Problems, or levels, that a message names."""
 
@@ -164,7 +167,7 @@ class TableEncoding:
 
     @classmethod
     def fit(
-        cls, frame: DataFrame, name: str = "data frame", skip_bad: bool = False
+        cls, frame: DataFrame, name: str = "data frame", skip_bad: bool = False, cells: bool = True
     ) -> tuple[TableEncoding, list[str]]:
         """The encoding of a table, and what is to be said of its columns.
 
@@ -172,6 +175,7 @@ class TableEncoding:
             frame: The table; cells of text are read as numbers, booleans, dates or categories.
             name: Of the table, for messages.
             skip_bad: Rows with cells that cannot be read do not count.
+            cells: Whether numbers that come back get a cell; not where nobody asks for their density.
 
         Raises:
             UserError: All cells that cannot be read, in one line; nothing that varies.
@@ -179,7 +183,7 @@ class TableEncoding:
         columns, notes, problems = [], [], list(frame.attrs.get("problems", ()))
         for label in frame.columns:
             try:
-                column, note = _describe(str(label), frame[label])
+                column, note = _describe(str(label), frame[label], cells)
             except UserError as error:
                 problems.append(str(error))
                 continue
@@ -324,7 +328,7 @@ def beyond_float32(x: np.ndarray) -> bool:
 # --- columns -----------------------------------------------------------------------------------------------------
 
 
-def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
+def _describe(name: str, cells: Series, repeated: bool) -> tuple[Column | None, str]:
     """A column from the cells of training, None where it is left out, and what is to be said of it."""
     kind, what = kind_of(cells), f"column '{name}'"
     if kind == "":
@@ -352,10 +356,14 @@ def _describe(name: str, cells: Series) -> tuple[Column | None, str]:
     missing, x = bool(empty.any()), x[np.isfinite(x)]
     notes, decimals = [], next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
-    few, deviation = (discrete_values(x, name), float(x.std())) if varies else ((float(x[0]),), 1.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        deviation = float(x.std()) if varies else 1.0
+    if not 1 / LARGEST < deviation < LARGEST:
+        raise UserError(f"{what} has values too large or too small for float64; scale it")
+    few = (discrete_values(x, name) if repeated else None) if varies else (float(x[0]),)
     steep = varies and beyond_float32(x)
     offset = float(np.floor(np.median(x))) if kind == "date" or steep else 0.0
-    values = few or tuple(frequent := frequent_values(x))
+    values = few or tuple(frequent := frequent_values(x) if repeated else {})
     cell = cell_width(few) if few and len(few) > 1 else float(f"{deviation:.2g}")
     if kind == "date":
         notes.append("holds dates, in days")

@@ -1,0 +1,100 @@
+"""Tables as estimators are given them: data frames, arrays, and the noise over the cells of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.utils import check_array
+from torch import Tensor
+
+from torchcdm.data.arrays import as_array
+from torchcdm.errors import UserError
+from torchcdm.random import stream
+from torchcdm.units import TableEncoding, spread_columns
+from torchcdm.units.table import as_frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COPIES, COPIED_ROWS = 20, 200_000
+"""A table with cells is trained on so many noisy copies, or so many rows in all, whichever is less."""
+
+DRAWS = 8
+"""Draws of the dequantisation noise that a score is averaged over."""
+
+
+def noisy(table: TableEncoding, codes: Tensor, position: np.ndarray) -> Tensor:
+    """Codes (N, kept), those with a cell at the ``position`` in it: on [0, 1), broadcastable to (N, kept)."""
+    return spread_columns(codes, table.cells, table.mixed_codes, torch.from_numpy(position))
+
+
+def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:
+    """What to train on: several dequantised copies of codes (N, kept), one after the other, where some have a cell."""
+    copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if any(table.cells) else 1
+    repeated, generator = codes.repeat(copies, 1), stream(seed, "dequantise")
+    return noisy(table, repeated, torch.rand(repeated.shape, generator=generator, dtype=torch.float64).numpy())
+
+
+def noise_draws(table: TableEncoding, seed: int) -> np.ndarray:
+    """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""
+    if not any(table.cells):
+        return np.full((1, 1), 0.5)
+    from scipy.stats import qmc
+
+    return qmc.Sobol(len(table.kept), seed=seed).random(DRAWS)
+
+
+def data_frame(
+    table: Any,
+    name: str,
+    smallest: int = 1,
+    like: TableEncoding | None = None,
+    check: Callable[..., np.ndarray] = check_array,
+) -> DataFrame:
+    """A data frame as it comes, and anything else that scikit-learn takes as a table of finite numbers.
+
+    Args:
+        table: Data frame, or what :func:`checked` takes.
+        name: Of the table, for messages.
+        smallest: Rows, at least.
+        like: Columns of the fit. They go by name; by their place where the fit or the table has no names.
+        check: As for :func:`checked`.
+
+    Raises:
+        UserError: Fewer rows, or another number of columns without names; errors of :func:`checked`.
+    """
+    import pandas as pd
+
+    named = hasattr(table, "iloc")
+    frame = as_frame(table if named else pd.DataFrame(checked(check, table, ensure_min_samples=smallest)))
+    if len(frame) < smallest:
+        raise UserError(f"{name}: {len(frame)} sample(s); a minimum of {smallest} is required")
+    names = None if like is None else [column.name for column in like.columns]
+    if names is None or (named and names != [str(k) for k in range(len(names))]):
+        return frame
+    if len(frame.columns) != len(names):
+        raise UserError(f"{name} has {len(frame.columns)} columns; the fit had {len(names)}")
+    return frame.set_axis(names, axis=1)
+
+
+def checked(check: Callable[..., np.ndarray], table: Any, **options: Any) -> np.ndarray:
+    """A table as float64 (N, columns) by a check of scikit-learn, which would drop the mask of an array.
+
+    Args:
+        check: ``check_array``, or ``validate_data`` of an estimator.
+        table: Array, data frame, list or tensor.
+        **options: Further arguments of the check.
+
+    Raises:
+        ValueError: Cells that are no finite numbers, another shape.
+        TypeError: A sparse matrix.
+    """
+    if isinstance(table, Tensor) or np.ma.is_masked(table):
+        table = as_array(table, "the table")
+    try:
+        return check(table, dtype=np.float64, **options)
+    except OverflowError:
+        raise UserError("the table has numbers beyond float64 (1.8e308)") from None
