@@ -321,9 +321,10 @@ def fit_class_gaussians(
 
     A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes
     differ in the mean alone it is best taken from all of them (regularised discriminant analysis, Friedman 1989).
-    Held-out samples choose the share that the classes have in common, and how far all are moved towards a round one:
-    by how well they tell their class at all noise levels. Their likelihood would hardly see what makes a ratio of few
-    samples wrong, and without noise classes that are far apart would be told by any share.
+    Held-out samples choose the share that the classes have in common, and how far all are moved to a round one: by
+    how well they tell their class at all noise levels, among those under which they are as probable as under the best,
+    to a standard error. Their likelihood alone would hardly see what makes a ratio of few samples wrong; without noise
+    classes that are far apart would be told by any share.
 
     ``samples`` (N, *shape) are in model units, dequantised, at least two of each of the classes ``labels``, long (N,).
     ``held_out`` are samples and classes that choose, every fifth of the training data when None. Training data that
@@ -338,25 +339,30 @@ def fit_class_gaussians(
     share, shrinkage = 1.0, 0.0
     if all(int((y == label).sum()) > 1 for _, y in (held_out, fitted) for label in classes):
         trial = [mean_and_spread(fitted[0][fitted[1] == y]) for y in classes]
-        parts = [torch.cat([held_out[0][held_out[1] == y][:HELD_OUT_LIMIT]] * DRAWS) for y in classes]
+        # A sample that is repeated says no more than once.
+        parts = [held_out[0][held_out[1] == y][:HELD_OUT_LIMIT].unique(dim=0).double() for y in classes]
         truth = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(x) for x in parts]))
         rare = torch.tensor([len(truth) / len(parts) / len(x) for x in parts]).double()[truth]
-        x, generator = torch.cat(parts).double(), stream(0, "classes held out")
+        x, generator = torch.cat(parts).repeat(DRAWS, *[1] * (samples.ndim - 1)), stream(0, "classes held out")
         t = (torch.randperm(len(x), generator=generator) * (schedule.T + 2) // len(x)).to(x.device)
         alpha, sigma = schedule.at(t, x)
         x = alpha * x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
-        def gain(share: float, shrinkage: float) -> Tensor:
-            """log probability of the true class of each noisy sample, classes equally frequent."""
+        def judged(share: float, shrinkage: float) -> tuple[Tensor, float]:
+            """log p of the samples, and mean log probability of their class with noise, classes equally frequent."""
             gaussians = _blended(trial, share, shrinkage, schedule, floor)
+            log_p = torch.cat([g.log_prob_levels(part)[:, 0].cpu() for g, part in zip(gaussians, parts, strict=True)])
             logits = torch.cat([g.log_prob_levels(x).gather(1, t[:, None]) for g in gaussians], 1).cpu()
-            return rare * logits.log_softmax(1).gather(1, truth[:, None])[:, 0]
+            told = logits.log_softmax(1).gather(1, truth.repeat(DRAWS)[:, None])[:, 0]
+            return rare * log_p, float((rare.repeat(DRAWS) * told).mean())
 
-        share = max(SHARES[::-1], key=lambda tried: float(gain(tried, 0.0).mean()))
+        def chosen(tried: dict[float, tuple[Tensor, float]]) -> float:
+            best = max((log_p for log_p, _ in tried.values()), key=lambda log_p: float(log_p.mean()))
+            return max((k for k in tried if within_error(best - tried[k][0])), key=lambda k: tried[k][1])
+
+        share = chosen({tried: judged(tried, 0.0) for tried in SHARES})
         if trial[0][1].ndim == 2:
-            tried = {moved: gain(share, moved) for moved in SHRINKAGES}
-            best = max(tried.values(), key=lambda values: float(values.mean()))
-            shrinkage = next(moved for moved, values in tried.items() if within_error(best - values))
+            shrinkage = chosen({tried: judged(share, tried) for tried in SHRINKAGES})
     own = _blended([mean_and_spread(samples[labels == y]) for y in classes], share, shrinkage, schedule, floor)
     return GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor, own)
 
