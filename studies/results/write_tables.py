@@ -354,6 +354,20 @@ def quality_curves() -> str:
     return markdown(head, rows)
 
 
+def quality_of_zoo() -> str:
+    """Fréchet distance and grain of two models of the zoo, by evaluations, sampler and placement of the steps."""
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for name in ("digits", "fashion28"):
+        for row in read(f"quality_{name}")["rows"]:
+            key = row["evaluations"], row["sampler"], row["spacing"], row["steps"]
+            cells.setdefault(key, {})[name] = f"{row['frechet']:.2f} ± {row['frechet_se']:.2f}, {row['grain']:.2f}"
+    rows = [
+        [str(evaluations), sampler, f"{steps}, {spacing}", found.get("digits", "–"), found.get("fashion28", "–")]
+        for (evaluations, sampler, spacing, steps), found in sorted(cells.items())
+    ]
+    return markdown(["evaluations", "sampler", "steps", "zoo:digits", "zoo:fashion-mnist-conditional"], rows)
+
+
 def time_to_quality() -> str:
     """Errors of the default network and of the paper's after their times."""
     titles = {"default": "default", "paper": "the paper's"}
@@ -623,6 +637,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posterior-coverage": posterior_coverage,
     "quality-curves": quality_curves,
     "rare-events": rare_events,
+    "quality-of-zoo": quality_of_zoo,
     "ratio-pairs": ratio_pairs,
     "ratio-peers": ratio_peers,
     "ruler": ruler,
