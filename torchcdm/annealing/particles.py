@@ -80,7 +80,7 @@ def smc(
     # them into other particles.
     with alone(), bar:
         states = States.of(target, x, schedule.T)
-        states.origin = torch.arange(n)
+        states.origin = torch.arange(n, device=states.x.device)
         log_w = (states.at.log_gamma - log_start).reshape(islands, size)
         log_z, least = torch.zeros_like(log_w[:, 0]), effective(log_w)
         if seen is not None:

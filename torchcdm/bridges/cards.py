@@ -85,8 +85,9 @@ def model_card(
 
 
 def _reaches(nll: Mapping[str, Any]) -> str:
-    """The headline of a likelihood report: normalised pass, or the plain one, and flow."""
+    """The headline of a likelihood report: normalised pass and flow; without log Z the ELBO, or what there is."""
     rows = {row["name"]: row["value"] for row in nll["rows"] if row["value"] is not None}
-    first = "one-pass-normalized" if "one-pass-normalized" in rows else "one-pass"
-    found = [f"{ROWS[name]} {rows[name]:.2f}" for name in (first, "flow") if math.isfinite(rows.get(name, math.nan))]
+    pairs = (("one-pass-normalized", "flow"), ("elbo",), ("one-pass", "flow"))
+    chosen = next((names for names in pairs if names[0] in rows), ())
+    found = [f"{ROWS[name]} {rows[name]:.2f}" for name in chosen if math.isfinite(rows.get(name, math.nan))]
     return f"{', '.join(found)} {nll['unit']} ({nll['data']['count']} {nll['data']['split']} samples)"
