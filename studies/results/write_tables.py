@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -416,25 +416,41 @@ def conditional_density() -> str:
     return markdown(["simulator", "posterior", "KL, nats", "s.e.", "C2ST", "log Z", "s of fitting"], lines)
 
 
-def exam() -> str:
-    """One line a data set of the exam: the CDM beside the best of the others."""
+def exam_sets() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any], float, float]]:
+    """Kind, data, the marks of the CDM and of the best of the others, the lead of the CDM and its error."""
     sets: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for mark in read("exam")["marks"]:
         sets.setdefault((mark["kind"], mark["data"]), {})[mark["contender"]] = mark
-    lines = []
     for (kind, data), marks in sets.items():
         own = marks.pop("cdm")
         other = max(marks.values(), key=lambda mark: mark["value"])
-        # Marks are behind the best: of the CDM where another is, else of that other.
-        sign, gap = (1, other) if own["behind"] == 0 else (-1, own)
-        lead = f"{sign * gap['behind']:+.3f} ± {gap['behind_se']:.3f}"
-        lead = f"**{lead}**" if own["behind"] <= own["behind_se"] else lead
-        values = (f"{mark['value']:.3f}" for mark in (own, other))
+        # Marks say how far behind the best: the CDM where another is, else that other.
+        lead, error = (-own["behind"], own["behind_se"]) if own["behind"] else (other["behind"], other["behind_se"])
+        yield kind, data, own, other, lead, error
+
+
+def exam() -> str:
+    """A line a data set of the exam."""
+    lines = []
+    for kind, data, own, other, lead, error in exam_sets():
+        said = f"**{lead:+.3f}** ± {error:.3f}" if lead >= -error else f"{lead:+.3f} ± {error:.3f}"
         start, shares = START.match(own["note"]), SHARES.match(own["note"])
-        network = f"{own['value'] - float(start[1]):+.3f}" if start else shares[1] if shares else ""
-        lines.append([kind, data, next(values), f"{next(values)} {other['contender']}", lead, network,
+        network = f"{own['value'] - float(start[1]):+.3f}" if start else f"{float(shares[1]):.0%}" if shares else ""
+        lines.append([kind, data, f"{own['value']:.3f}", f"{other['value']:.3f}, {other['contender']}", said, network,
                       f"{own['seconds']:.0f}"])  # fmt: skip
     return markdown(["asked", "data", "CDM", "best of the others", "lead", "of the network", "s"], lines)
+
+
+def exam_summary() -> str:
+    """Counts of data sets by kind."""
+    counts: dict[str, list[int]] = {}
+    for kind, _, _, _, lead, error in exam_sets():
+        row = counts.setdefault(kind, [0] * 4)
+        for k, yes in enumerate((True, lead >= -error, lead > max(2 * error, 5e-4), lead < -2 * error)):
+            row[k] += yes
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    head = ["asked", "sets", "best, or within one s.e.", "ahead by more than two", "behind by more than two"]
+    return markdown(head, ([kind, *map(str, row)] for kind, row in counts.items()))
 
 
 def estimator_times() -> str:
@@ -444,6 +460,12 @@ def estimator_times() -> str:
         for r in read("estimator_times")["rows"]
     ]
     return markdown(["rows", "columns", "fit, s", "score 1000 rows, s", "draw 1000 rows, s"], lines)
+
+
+def estimator_waits() -> str:
+    """Seconds of what people wait for."""
+    lines = ([r["what"], f"{r['seconds']:.0f}"] for r in read("estimator_waits")["rows"])
+    return markdown(["", "s"], lines)
 
 
 def outliers(name: str, group: str) -> str:
@@ -622,8 +644,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-seeds": digits_seeds,
     "equal-time": partial(equal_time, "equal_time"),
     "exam": exam,
+    "exam-summary": exam_summary,
     "equal-time-gaussianized": partial(equal_time, "equal_time_gaussianized"),
     "estimator-times": estimator_times,
+    "estimator-waits": estimator_waits,
     "fashion": fashion,
     "half-precision": half_precision,
     "likelihood-throughput": likelihood_throughput,
