@@ -1,4 +1,4 @@
-"""Layers with second derivatives by hand: equal to PyTorch's and to finite differences, float64."""
+"""A layer with second derivatives by hand: equal to PyTorch's and to finite differences, float64."""
 
 from contextlib import nullcontext
 
@@ -11,42 +11,24 @@ from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
 from torchcdm.networks.encoder import Encoder
-from torchcdm.networks.second_order import Conv2d, SiLU, second_derivatives
-
-CASES = {
-    "convolution": (lambda: Conv2d(3, 4, 3, padding=1), (2, 3, 5, 4)),
-    "strided": (lambda: Conv2d(2, 3, 3, stride=2), (2, 2, 6, 7)),
-    "pointwise": (lambda: Conv2d(3, 4, 1), (2, 3, 3, 2)),
-    "no bias": (lambda: Conv2d(3, 2, 3, bias=False), (2, 3, 4, 4)),
-    "silu": (lambda: SiLU(), (2, 3, 4, 2)),
-}
+from torchcdm.networks.second_order import SiLU, second_derivatives
 
 
-@pytest.fixture(params=CASES)
-def layer_and_input(request):
-    make, shape = CASES[request.param]
+@pytest.fixture
+def layer_and_input():
     torch.manual_seed(0)
-    layer = make().double()
-    for weight in layer.parameters():
-        nn.init.normal_(weight)
-    return layer, 2 * torch.randn(shape, dtype=torch.float64) + 0.5
-
-
-def as_function(layer):
-    names = [name for name, _ in layer.named_parameters()]
-
-    def call(x, *weights):
-        with second_derivatives():
-            return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
-
-    return call
+    return SiLU(), 2 * torch.randn(2, 3, 4, 2, dtype=torch.float64) + 0.5
 
 
 def test_both_derivatives_are_those_of_finite_differences(layer_and_input):
     layer, x = layer_and_input
-    arguments = (x.requires_grad_(), *layer.parameters())
-    assert torch.autograd.gradcheck(as_function(layer), arguments)
-    assert torch.autograd.gradgradcheck(as_function(layer), arguments)
+
+    def call(x):
+        with second_derivatives():
+            return layer(x)
+
+    assert torch.autograd.gradcheck(call, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(call, x)
 
 
 def test_a_loss_of_a_gradient_has_the_same_gradients_as_with_the_layers_of_pytorch(layer_and_input):
@@ -57,10 +39,9 @@ def test_a_loss_of_a_gradient_has_the_same_gradients_as_with_the_layers_of_pytor
         with context:
             slope = torch.func.grad(lambda z: layer(z).sin().sum())(x)
             loss = slope.cos().sum() + layer(x).square().sum()
-        return torch.autograd.grad(loss, [x, *layer.parameters()])
+        return torch.autograd.grad(loss, x)[0]
 
-    for by_hand, plain in zip(gradients(second_derivatives()), gradients(nullcontext()), strict=True):
-        assert torch.allclose(by_hand, plain, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(gradients(second_derivatives()), gradients(nullcontext()), rtol=1e-10, atol=1e-10)
 
 
 def small_loss(**options):
@@ -90,8 +71,7 @@ def test_the_training_loss_has_the_same_gradients_with_and_without(monkeypatch):
 
 def test_outside_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
     layer, x = layer_and_input
-    for name in ("_Convolution", "_SiLU"):
-        monkeypatch.setattr(f"torchcdm.networks.second_order.{name}", None)
+    monkeypatch.setattr("torchcdm.networks.second_order._SiLU", None)
     layer(x)
     with second_derivatives(), pytest.raises(AttributeError):
         layer(x)
@@ -100,7 +80,7 @@ def test_outside_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_a_layer_gives_what_that_of_pytorch_gives(layer_and_input, dtype):
     layer, x = layer_and_input
-    layer, x = layer.float(), x.to(dtype)
+    x = x.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)
         with second_derivatives():

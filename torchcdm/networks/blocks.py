@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError
-from torchcdm.networks.second_order import Conv2d, SiLU
+from torchcdm.networks.second_order import SiLU
 
 ImageSize = int | Sequence[int]
 """Side of a square image, or (height, width)."""
@@ -134,12 +134,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.activation = SiLU()
         self.norm1 = group_norm(in_channels, groups)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.project = None if embedding is None else nn.Linear(embedding, out_channels)
         self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
@@ -157,10 +157,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int | None = None) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.query = Conv2d(channels, channels, 1)
-        self.key = Conv2d(channels, channels, 1)
-        self.value = Conv2d(channels, channels, 1)
-        self.out = Conv2d(channels, channels, 1)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key = nn.Conv2d(channels, channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
@@ -199,7 +199,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H/2, W/2)."""
@@ -212,7 +212,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2H, 2W)."""

@@ -18,7 +18,7 @@ from torchcdm.networks.blocks import (
     halved_sizes,
 )
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
-from torchcdm.networks.second_order import Conv2d, SiLU
+from torchcdm.networks.second_order import SiLU
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, WidthOrZero, Widths, checked
 
 
@@ -34,8 +34,8 @@ class Summary(nn.Module):
         super().__init__()
         self.energy_maps = energy_maps
         self.norm, self.activation = group_norm(channels), SiLU()
-        self.pooled = Conv2d(channels, 2 * channels, 1)
-        self.energy = Conv2d(channels, energy_maps * in_channels, 1) if energy_maps else None
+        self.pooled = nn.Conv2d(channels, 2 * channels, 1)
+        self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1) if energy_maps else None
         self.features = 2 * channels + energy_maps
 
     def forward(self, h: Tensor, image: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         self.label = None if embedding is None else LabelEmbedding(classes, embedding)
 
         channels = width * multipliers[0]
-        self.conv_in = Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.positions = nn.Parameter(torch.zeros(channels, *sizes[0])) if positions else None
         self.stages = nn.ModuleList()
         self.downs = nn.ModuleList()

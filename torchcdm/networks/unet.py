@@ -21,7 +21,7 @@ from torchcdm.networks.blocks import (
     time_embedding,
 )
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, make_head
-from torchcdm.networks.second_order import Conv2d, SiLU
+from torchcdm.networks.second_order import SiLU
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
 
@@ -51,7 +51,7 @@ class UNet(ImageNetwork):
         widths = [channels * m for m in multipliers]
         attend = [max(size) in attention for size in sizes]
 
-        self.conv_in = Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_stages, self.downs = nn.ModuleList(), nn.ModuleList()
         skips, current = [channels], channels
         for i, width in enumerate(widths):
@@ -144,7 +144,7 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
             4 * channels if conditional else None, groups,
         )  # fmt: skip
         pooled = head_channels or 2 * self.unet.features
-        self.conv_out = Conv2d(self.unet.features, pooled, 3, padding=1)
+        self.conv_out = nn.Conv2d(self.unet.features, pooled, 3, padding=1)
         self.head = make_head(pooled, levels, classes, joint) if joint else CumulativeHead(pooled, levels, direction)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class DDMUNet(ImageNetwork):
         self.unet = UNet(
             in_channels, image_size, channels, multipliers, blocks, attention, dropout, 4 * channels, groups
         )
-        self.conv_out = Conv2d(self.unet.features, in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(self.unet.features, in_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
