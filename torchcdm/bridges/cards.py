@@ -79,7 +79,10 @@ def model_card(
         ]  # fmt: skip
         parts += [f"| {other['name']} (not this model) | {other['value']:.3f} | {other['se']:.3f} |"
                   for other in sorted(report["baselines"], key=lambda other: other["value"])]  # fmt: skip
-        parts += ["", f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}", ""]
+        # Without log Z there is nothing to believe or not.
+        believed = f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}"
+        unknown = "Log Z was not estimated: one pass has no verdict."
+        parts += ["", believed if nll.get("log2_z_per_dim") else unknown, ""]
     parts += ["## Limits", "", *(f"- {limit}" for limit in (*limits, *LIMITS)), ""]
     return "\n".join(parts)
 
