@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import Tensor
 from torchcdm.data import DataSource
 from torchcdm.diffusion.gaussian import SHRINKAGES
 from torchcdm.diffusion.mixture import maximised
-from torchcdm.diffusion.start import best_gaussian
 from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
@@ -69,24 +69,16 @@ def smallest_variance(transform: DataTransform) -> float:
     return 1e-6 if transform.model_bin is None else float(transform.model_bin.min()) ** 2 / 12
 
 
-class Shrunk:
-    """A full-covariance Gaussian of rows (N, d), moved by a ``share`` to a round one, as a start is."""
-
-    n_components, covariance_type = 1, "full"
-
-    def __init__(self, train: np.ndarray, floor: float, share: float) -> None:
-        self.train, self.floor, self.share = torch.from_numpy(train), floor, share
-
-    def score_samples(self, rows: np.ndarray) -> np.ndarray:
-        """log density of each row, nats."""
-        found = best_gaussian(self.train, torch.from_numpy(rows), "full", self.floor, (self.share,))
-        return found.log_prob.numpy()
-
-
 def gaussians(train: np.ndarray, floor: float, seed: int) -> Candidates:
-    """The Gaussian of the data's mean and covariance, shrunk more or less; arguments as in :func:`mixtures`."""
+    """The Gaussian of the data's mean and covariance, moved by several shares to a round one, as a start is; arguments
+    as in :func:`mixtures`."""
+    fitted = maximised(train, 1, covariance_type="full", reg_covar=floor, random_state=seed)
+    covariance, identity = fitted.covariances_[0], np.eye(train.shape[1])
     for share in SHRINKAGES:
-        yield "Gaussian, full covariance", Shrunk(train, floor, share)
+        model = deepcopy(fitted)
+        moved = (1 - share) * covariance + share * covariance.trace() / len(covariance) * identity
+        model.covariances_, model.precisions_cholesky_ = moved[None], np.linalg.inv(np.linalg.cholesky(moved)).T[None]
+        yield "Gaussian, full covariance", model
 
 
 def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:

@@ -30,7 +30,7 @@ from torchcdm.models.denoiser import Denoiser, evaluation_mode, guided, working_
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels, check_count
 from torchcdm.random import derive, stream
-from torchcdm.runtime.processes import alone
+from torchcdm.runtime.processes import alone, share, sharers
 from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler, sample_noise
 from torchcdm.samplers import sample as plain_sample
 from torchcdm.samplers.sampling import as_rows, finished
@@ -158,7 +158,7 @@ def sample(
             plain_sample(model, PILOTS, y=moves.pilots(), moved=moves, **pilots)
         moves.freeze(labels)
         x = plain_sample(model, n, y=labels, moved=moves, **shared)
-        acceptance = moves.accepted / max(moves.tried, 1)
+        acceptance = moves.acceptance(n)
     visited = len(options["levels"]) - 1 if options.get("levels") is not None else steps
     cost = rule.cost(visited) + corrector * (visited - 1)
     return Draws(x, float(n), acceptance=acceptance, evaluations=cost) if details else x
@@ -209,6 +209,14 @@ class _Moves:
     def freeze(self, y: Tensor | None) -> None:
         """Ends the adaptation; ``y`` are the labels of the samples."""
         self.y, self.frozen, self.accepted, self.tried = y, True, 0, 0
+
+    def acceptance(self, n: int) -> float:
+        """Share of the moves of ``n`` samples that were accepted, in all processes that shared them."""
+        counts, processes = [(self.accepted, self.tried)], sharers()
+        if processes is not None and len(share(n)) < n:
+            counts = processes.gather(counts[0])
+        accepted, tried = (sum(parts) for parts in zip(*counts, strict=True))
+        return accepted / max(tried, 1)
 
     def __call__(self, x: Tensor, t: int, rows: slice) -> Prediction:
         target = target_of(self.model, None if self.y is None else self.y[rows], self.guidance)
