@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,13 +108,15 @@ ESTIMATORS: dict[str, Callable[[np.ndarray, np.ndarray, int], tuple[float, float
 }  # fmt: skip
 
 
-def estimate(path: Path, estimators: list[str], only: str, out: Path | None) -> list[Estimate]:
-    """Every estimator on every task and seed of a file; what ``out`` holds already is not computed again."""
+def estimate(path: Path, estimators: list[str], seeds: list[int], only: str, out: Path | None) -> list[Estimate]:
+    """Every estimator on every task of a file; what ``out`` holds already is not computed again."""
     rows = [Estimate(**row) for row in json.loads(out.read_text("utf-8"))["rows"]] if out and out.exists() else []
     done = {(row.task, row.seed, row.estimator) for row in rows}
     with np.load(path) as arrays:
         for key in [key[:-2] for key in arrays if key.endswith("|x") and only in key]:
             task, truth, seed = key.split("|")
+            if int(seed) not in seeds:
+                continue
             x, y = arrays[f"{key}|x"], arrays[f"{key}|y"]
             for name in estimators:
                 if (task, int(seed), name) in done:
@@ -124,42 +127,24 @@ def estimate(path: Path, estimators: list[str], only: str, out: Path | None) -> 
                 rows.append(Estimate(task, float(truth), int(seed), name, value, se, seconds))
                 print(f"{task:42} {seed:4} {name:24} {float(truth):6.3f} {value:7.3f} {se or 0:6.3f} {seconds:6.1f} s")
                 if out:
-                    out.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
+                    content = {"rows": [asdict(row) for row in rows], "marks": marks(rows)}
+                    out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return rows
 
 
-def marks(rows: list[Estimate], estimator: str) -> dict[str, tuple[float, float, float, bool, bool]]:
-    """Of each task: truth, mean of the seeds, its standard error, the mark, ``close``."""
-    found = {}
-    for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task and row.estimator == estimator]
-        if own:
-            mean, truth = float(np.mean([row.value for row in own])), own[0].truth
-            within = [row.se**2 for row in own if row.se is not None]
-            spread = float(np.std([row.value for row in own], ddof=1)) / len(own) ** 0.5 if len(own) > 1 else 0.0
-            error = max(spread, sum(within) ** 0.5 / len(own))
-            close = abs(round(mean, 1) - truth) <= 0.1 + 1e-9
-            found[task] = (truth, mean, error, close or abs(mean - truth) <= 2 * error, close)
+def marks(rows: list[Estimate]) -> list[dict[str, Any]]:
+    """Of each task and estimator: mean of the seeds, its standard error, whether it earns the mark, and ``close``."""
+    found = []
+    for task, name in dict.fromkeys((row.task, row.estimator) for row in rows):
+        own = [row for row in rows if (row.task, row.estimator) == (task, name)]
+        mean, truth = float(np.mean([row.value for row in own])), own[0].truth
+        within = sum((row.se or 0.0) ** 2 for row in own) ** 0.5 / len(own)
+        spread = float(np.std([row.value for row in own], ddof=1)) / len(own) ** 0.5 if len(own) > 1 else 0.0
+        error, close = max(spread, within), abs(round(mean, 1) - truth) <= 0.1
+        mark = close or abs(mean - truth) <= 2 * error
+        found.append({"task": task, "truth": truth, "estimator": name, "seeds": len(own), "mean": mean,
+                      "error": error, "close": close, "mark": mark})  # fmt: skip
     return found
-
-
-def table(rows: list[Estimate]) -> str:
-    """Markdown: a row a task, and the number of marks."""
-    names = list(dict.fromkeys(row.estimator for row in rows))
-    found = {name: marks(rows, name) for name in names}
-    lines = ["| task | truth | " + " | ".join(names) + " |", "| --- " * (2 + len(names)) + "|"]
-    for task in dict.fromkeys(row.task for row in rows):
-        cells = []
-        for name in names:
-            if task in found[name]:
-                _, mean, error, passed, _ = found[name][task]
-                cells.append(f"{mean:.2f} ± {error:.2f}{'' if passed else ' x'}")
-            else:
-                cells.append("")
-        lines.append(f"| {task} | {next(r.truth for r in rows if r.task == task):.2f} | " + " | ".join(cells) + " |")
-    counts = {name: (sum(v[3] for v in f.values()), sum(v[4] for v in f.values()), len(f)) for name, f in found.items()}
-    lines.append("| **marks (close alone)** | | " + " | ".join(f"**{a}** ({b}) of {n}" for a, b, n in counts.values()))
-    return "\n".join(lines) + " |"
 
 
 def main() -> None:
@@ -168,13 +153,17 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--development", action="store_true")
     parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS), choices=ESTIMATORS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS, *DEVELOPMENT_SEEDS])
     parser.add_argument("--only", default="", help="tasks whose name holds this")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.what == "draw":
         draw(options.file, options.development)
     else:
-        print(table(estimate(options.file, options.estimators, options.only, options.json)))
+        found = marks(estimate(options.file, options.estimators, options.seeds, options.only, options.json))
+        for name in dict.fromkeys(row["estimator"] for row in found):
+            own = [row for row in found if row["estimator"] == name]
+            print(f"{name}: {sum(row['mark'] for row in own)} marks of {len(own)}")
 
 
 if __name__ == "__main__":

@@ -354,6 +354,20 @@ def quality_curves() -> str:
     return markdown(head, rows)
 
 
+def mi_tasks() -> str:
+    """Mutual information of the benchmark's tasks, and how many marks each estimator has."""
+    content = read("mi_tasks")["marks"]
+    names = list(dict.fromkeys(row["estimator"] for row in content))
+    found = {(row["task"], row["estimator"]): row for row in content}
+    rows = []
+    for task, truth in dict.fromkeys((row["task"], row["truth"]) for row in content):
+        cells = [f"**{r['mean']:.2f}**" if r["mark"] else f"{r['mean']:.2f}" for r in (found[task, n] for n in names)]
+        rows.append([task, f"{truth:.2f}", *cells])
+    own = [[row for row in content if row["estimator"] == name] for name in names]
+    counts = [f"{sum(r['mark'] for r in of)} of {len(of)}" for of in own]
+    return markdown(["task", "truth", *names], [*rows, ["marks", "", *counts]])
+
+
 def quality_of_zoo() -> str:
     """Fréchet distance and grain of two models of the zoo, by evaluations, sampler and placement of the steps."""
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
@@ -657,6 +671,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "outliers-corruptions": partial(outliers, "outliers_corruptions", "outliers"),
     "outliers-held-out": partial(outliers, "outliers_held_out", "outliers"),
     "outliers-tables": partial(outliers, "outliers_tables", "setting"),
+    "mi-tasks": mi_tasks,
     "own-network": own_network,
     "posterior-coverage": posterior_coverage,
     "quality-curves": quality_curves,
