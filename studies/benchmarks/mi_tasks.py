@@ -126,10 +126,16 @@ def estimate(path: Path, estimators: list[str], seeds: list[int], only: str, out
                 seconds = round(time.process_time() - start, 2)
                 rows.append(Estimate(task, float(truth), int(seed), name, value, se, seconds))
                 print(f"{task:42} {seed:4} {name:24} {float(truth):6.3f} {value:7.3f} {se or 0:6.3f} {seconds:6.1f} s")
-                if out:
-                    content = {"rows": [asdict(row) for row in rows], "marks": marks(rows)}
-                    out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+                write(rows, out)
+    write(rows, out)
     return rows
+
+
+def write(rows: list[Estimate], out: Path | None) -> None:
+    """Estimates and marks to a file, if one is asked for."""
+    if out is not None:
+        content = {"rows": [asdict(row) for row in rows], "marks": marks(rows)}
+        out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 def marks(rows: list[Estimate]) -> list[dict[str, Any]]:
