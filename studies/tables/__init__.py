@@ -1,0 +1,1 @@
+"""The tables of README.md and docs/, written from ``studies/results``; one module a kind of result."""

@@ -1,0 +1,132 @@
+"""Tables of estimators, anomaly scores and the exam."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from studies.tables.reading import markdown, read
+
+START, SHARES = re.compile(r"its start has (-?[0-9.]+)"), re.compile(r"shares \(([0-9.]+)")
+"""What the CDM of the exam notes of its network."""
+
+
+def table_density() -> str:
+    """Test log-likelihoods of tables."""
+    titles = {"truth": "the density itself", "cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow",
+              "nsf": "zuko NSF", "maf": "zuko MAF", "gmm": "Gaussian mixture", "kde": "kernel density"}  # fmt: skip
+    rows = read("table_density")["rows"]
+    best: dict[str, float] = {}
+    for r in rows:
+        if r["name"] not in ("truth", "cdm"):
+            best[r["table"]] = max(best.get(r["table"], r["nats"]), r["nats"])
+    lines = []
+    for r in rows:
+        loose = r["name"] == "cdm" and not usable(r["setting"])
+        value = f"{'~' if loose else ''}{r['nats']:.2f}"
+        cell = f"**{value}**" if r["nats"] == best[r["table"]] else value
+        lines.append([r["table"], titles[r["name"]], cell, f"{r['se']:.2f}", str(r["rows"]), f"{r['seconds']:.0f}"])
+    return markdown(["table", "density", "nats a row", "s.e.", "test rows", "s of fitting"], lines)
+
+
+def usable(setting: str) -> bool:
+    """Whether the estimate of log Z that a row of ``table_density`` tells of was used."""
+    return int(setting.rsplit(" ", 1)[1]) >= 20
+
+
+def conditional_density() -> str:
+    """Divergences from exact posteriors."""
+    titles = {"cdm": "CDM, one pass", "cdm-flow": "CDM, probability flow", "nsf": "zuko NSF",
+              "linear": "linear regression, Gaussian"}  # fmt: skip
+    lines = [
+        [r["simulator"], titles[r["name"]], f"{r['kl']:.3f}", f"{r['se']:.3f}",
+         "" if r["c2st"] is None else f"{r['c2st']:.3f}", "" if r["log_z"] is None else f"{r['log_z']:+.3f}",
+         f"{r['seconds']:.0f}"]
+        for r in read("conditional_density")["rows"]
+    ]  # fmt: skip
+    return markdown(["simulator", "posterior", "KL, nats", "s.e.", "C2ST", "log Z", "s of fitting"], lines)
+
+
+def exam_sets() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any], float, float]]:
+    """Kind, data, the marks of the CDM and of the best of the others, the lead of the CDM and its error."""
+    sets: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for mark in read("exam")["marks"]:
+        sets.setdefault((mark["kind"], mark["data"]), {})[mark["contender"]] = mark
+    for (kind, data), marks in sets.items():
+        own = marks.pop("cdm")
+        other = max(marks.values(), key=lambda mark: mark["value"])
+        # Marks say how far behind the best: the CDM where another is, else that other.
+        lead, error = (-own["behind"], own["behind_se"]) if own["behind"] else (other["behind"], other["behind_se"])
+        yield kind, data, own, other, lead, error
+
+
+def exam() -> str:
+    """A line a data set of the exam."""
+    lines = []
+    for kind, data, own, other, lead, error in exam_sets():
+        said = f"**{lead:+.3f}** ± {error:.3f}" if lead >= -error else f"{lead:+.3f} ± {error:.3f}"
+        start, shares = START.match(own["note"]), SHARES.match(own["note"])
+        network = f"{own['value'] - float(start[1]):+.3f}" if start else f"{float(shares[1]):.0%}" if shares else ""
+        lines.append([kind, data, f"{own['value']:.3f}", f"{other['value']:.3f}, {other['contender']}", said, network,
+                      f"{own['seconds']:.0f}"])  # fmt: skip
+    return markdown(["asked", "data", "CDM", "best of the others", "lead", "of the network", "s"], lines)
+
+
+def exam_summary() -> str:
+    """Counts of data sets by kind."""
+    counts: dict[str, list[int]] = {}
+    for kind, _, _, _, lead, error in exam_sets():
+        row = counts.setdefault(kind, [0] * 4)
+        for k, yes in enumerate((True, lead >= -error, lead > max(2 * error, 5e-4), lead < -2 * error)):
+            row[k] += yes
+    counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+    head = ["asked", "sets", "best, or within one s.e.", "ahead by more than two", "behind by more than two"]
+    return markdown(head, ([kind, *map(str, row)] for kind, row in counts.items()))
+
+
+def estimator_times() -> str:
+    """Seconds of CDMDensity."""
+    lines = [
+        [str(r["rows"]), str(r["columns"]), f"{r['fit']:.0f}", f"{r['score']:.2f}", f"{r['sample']:.1f}"]
+        for r in read("estimator_times")["rows"]
+    ]
+    return markdown(["rows", "columns", "fit, s", "score 1000 rows, s", "draw 1000 rows, s"], lines)
+
+
+def estimator_waits() -> str:
+    """Seconds of what people wait for."""
+    lines = ([r["what"], f"{r['seconds']:.0f}"] for r in read("estimator_waits")["rows"])
+    return markdown(["", "s"], lines)
+
+
+def outliers(name: str, group: str) -> str:
+    """AUROC of each score, the mean over each ``group``: ``setting`` or ``outliers``; last that of all."""
+    rows = read(name)["rows"]
+    groups, scores = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, "score"))
+    own = ("levels", "coarse", "complexity", "typicality", "log_prob")
+    scores.sort(key=lambda score: own.index(score) if score in own else len(own))
+
+    def average(score: str, key: str, value: str | None) -> float:
+        found = [r[key] for r in rows if r["score"] == score and value in (None, r[group])]
+        return sum(found) / len(found)
+
+    lines = []
+    for value in [*groups, None]:
+        values = [average(score, "auroc", value) for score in scores]
+        cells = [f"**{v:.3f}**" if v == max(values) else f"{v:.3f}" for v in values]
+        lines.append([value or "mean", *cells, f"{average('levels', 'fpr95', value):.3f}"])
+    titles = [f"`{score}`" if score in own else score.removeprefix("PyOD ") for score in scores]
+    return markdown(["outliers", *titles, "FPR@95 of `levels`"], lines)
+
+
+def own_network() -> str:
+    """A plain CNN beside the encoder of the preset."""
+    found, shown = read("own_network")["networks"], ("one-pass-level", "elbo", "flow")
+    names = {"cnn": "the CNN of this page", "encoder": "the preset's encoder, `zoo:digits`"}
+    rows = []
+    for key, name in names.items():
+        values = (found[key]["rows"][row] for row in shown)
+        numbers = [f"{row['value']:.3f} ± {row['se']:.3f}" for row in values]
+        rows.append([name, f"{found[key]['parameters']:,}", *numbers])
+    return markdown(["network", "weights", "one pass", "ELBO", "flow"], rows)

@@ -1,0 +1,106 @@
+"""Tables of density ratios, information and tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from studies.tables.reading import markdown, read
+
+
+def mutual_information() -> str:
+    """The ladder, a row for each rung."""
+    head = ["pairs", "Gaussian residual", "d", "steps", "exact, nats", "estimate", "error", "RMSE of a point",
+            "two Gaussians", "network kept", "s"]  # fmt: skip
+    lines = [
+        [r["kind"], r["residual"], str(r["dim"]), str(r["steps"]), f"{r['exact']:.2f}", f"{r['estimate']:.2f}",
+         f"{100 * r['error']:+.1f} %", f"{r['rmse']:.2f}", f"{r['gaussians']:.2f}", f"{100 * r['kept']:.0f} %",
+         f"{r['seconds']:.0f}"]
+        for r in read("mutual_information")["rows"]
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def ratio_pairs() -> str:
+    """A row for each case: means and RMSE of points of the numerator, by three estimators."""
+    cases: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = {}
+    for r in read("ratio_pairs")["rows"]:
+        cases.setdefault((r["kind"], r["nats"], r["rows"]), {})[r["estimator"]] = r
+    names = ("ours", "gaussians", "classifier")
+    head = ["pairs", "rows", "exact, nats", "torchcdm", "two Gaussians", "classifier", "RMSE, torchcdm",
+            "two Gaussians", "classifier", "s"]  # fmt: skip
+    lines = [
+        [kind, str(rows), f"{by['ours']['exact']:.2f}",
+         *(f"{by[name]['estimate']:.2f} ({100 * by[name]['error']:+.1f} %)" for name in names),
+         *(f"{by[name]['rmse']:.2f}" for name in names), f"{by['ours']['seconds']:.0f}"]
+        for (kind, _, rows), by in cases.items()
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def two_sample_null() -> str:
+    """How often the test rejects at 5 %."""
+    found = read("two_sample_null")["results"]
+    titles = {"ours": "torchcdm", "mmd": "MMD", "trees": "boosted trees (C2ST)"}
+    head = ["shift of one column", "test", "repeats", "rejected at 5 %"]
+    lines = [
+        [f"{r['shift']:g}", titles[r["test"]], str(r["repeats"]), f"{100 * r['rejected']:.1f} %"] for r in found
+    ]
+    return markdown(head, lines)
+
+
+def ratio_peers() -> str:
+    """RMSE of the log ratio, dimensions across."""
+    rows = read("ratio_peers")["rows"]
+    dims, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("dim", "estimator"))
+    values = {(row["estimator"], row["dim"]): row["rmse"] for row in rows}
+    best = {dim: min(values[name, dim] for name in names) for dim in dims}
+    titles = {
+        "joint": "torchcdm, `joint`", "separate": "torchcdm, `separate`", "gaussians": "two Gaussians",
+        "logistic": "logistic regression", "boosting": "gradient-boosted trees", "kliep": "KLIEP", "rulsif": "RuLSIF",
+        "constant": "log ratio 0",
+    }  # fmt: skip
+    lines = []
+    for name in names:
+        cells = (f"**{v:.2f}**" if v == best[dim] else f"{v:.2f}" for dim in dims for v in [values[name, dim]])
+        lines.append([titles[name], *cells])
+    return markdown(["RMSE of the log ratio, nats", *(f"d = {dim}" for dim in dims)], lines)
+
+
+def covariate_shift() -> str:
+    """Errors and sample sizes of weighted regression."""
+    titles = {"exact": "exact", "none": "none", "torchcdm": "torchcdm",
+              "torchcdm, 0.999": "torchcdm, `clip=0.999`", "gaussians": "two Gaussians",
+              "logistic": "logistic regression"}  # fmt: skip
+    lines = [
+        [str(r["columns"]), titles[r["weights"]], f"{r['error']:.2f}", f"{100 * r['relative']:+.1f} %",
+         f"{100 * r['effective']:.0f} %", "" if r["rmse"] is None else f"{r['rmse']:.2f}"]
+        for r in read("covariate_shift")["rows"]
+    ]  # fmt: skip
+    head = ["columns", "weights", "error on the target", "against exact weights", "effective sample size",
+            "RMSE of the log ratio"]  # fmt: skip
+    return markdown(head, lines)
+
+
+def mixture_weights() -> str:
+    """Errors of the weights of 40 modes."""
+    lines = [
+        [str(r["dim"]), r["contender"], f"{r['largest']:.4f}", f"{r['mean']:.4f}", f"{r['log_error']:.2f}",
+         "–" if r["contender"] in ("start", "exact", "counts") else str(r["steps"]), f"{r['seconds']:.0f}"]
+        for r in read("mixture_weights")["rows"]
+    ]  # fmt: skip
+    head = ["d", "from", "largest error", "mean error", "RMSE of log weight", "steps", "s"]
+    return markdown(head, lines)
+
+
+def mi_tasks() -> str:
+    """Mutual information of the benchmark's tasks, and how many marks each estimator has."""
+    content = read("mi_tasks")["marks"]
+    names = list(dict.fromkeys(row["estimator"] for row in content))
+    found = {(row["task"], row["estimator"]): row for row in content}
+    rows = []
+    for task, truth in dict.fromkeys((row["task"], row["truth"]) for row in content):
+        cells = [f"**{r['mean']:.2f}**" if r["mark"] else f"{r['mean']:.2f}" for r in (found[task, n] for n in names)]
+        rows.append([task, f"{truth:.2f}", *cells])
+    own = [[row for row in content if row["estimator"] == name] for name in names]
+    counts = [f"{sum(r['mark'] for r in of)} of {len(of)}" for of in own]
+    return markdown(["task", "truth", *names], [*rows, ["marks", "", *counts]])
