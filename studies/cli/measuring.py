@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--data", metavar="SPEC", help="training images; those of the first run by default")
     parser.add_argument("--size", metavar="HxW", help="resize the training images")
     parser.add_argument("--n", type=count, default=5000, help="images of each set at most (5000)")
-    parser.add_argument("--sampler", default="ddim", help="of runs (ddim)")
-    parser.add_argument("--steps", type=count, default=50, help="of runs (50)")
+    parser.add_argument("--sampler", help="of runs (that of cdm sample)")
+    parser.add_argument("--steps", type=count, help="of runs (those of cdm sample)")
     parser.add_argument("--guidance", type=float, default=0.0, help="of runs with classes, which are balanced (0)")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep what is measured of the training images")
 
@@ -70,8 +70,8 @@ def _is_run(name: str) -> bool:
 
 def _images(name: str, options: argparse.Namespace, source: DataSource, device: Any) -> Tensor:
     """Samples of a run, or the images of a file or folder; data units, (N, C, H, W)."""
+    from torchcdm.compose import sample
     from torchcdm.data import load_data, spec_of
-    from torchcdm.samplers import sample
     from torchcdm.training.checkpoint import load
     from torchcdm.training.samples import balanced_labels
 
@@ -80,7 +80,7 @@ def _images(name: str, options: argparse.Namespace, source: DataSource, device: 
         return found.train.tensors(options.n)[0]
     model = load(name, device)
     y = None if model.classes is None else balanced_labels(options.n, model.classes)
-    steps = min(options.steps, model.schedule.T)
+    steps = None if options.steps is None else min(options.steps, model.schedule.T)
     return sample(
         model, options.n, options.sampler, steps, y, options.guidance, options.seed, progress=not options.quiet
     )

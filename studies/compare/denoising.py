@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
 from studies.budget import Budget
 from studies.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
 from torchcdm.annealing.kernels import Kernels
+from torchcdm.compose import sample
 from torchcdm.likelihood import (
     Row,
     Scoring,
@@ -21,7 +25,6 @@ from torchcdm.likelihood import (
 from torchcdm.likelihood.summary import judge
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel
-from torchcdm.samplers import make_sampler, sample
 from torchcdm.units import LogLikelihood
 
 SCORING = Scoring(seed=SCORING_SEED)
@@ -41,8 +44,7 @@ class FittedDenoiser(Fitted):
         denoiser: With a transform.
         training: How it was trained.
         with_elbo: Whether its reverse chain is a system of its own; flow matching has none.
-        sampler: Name of the sampler.
-        steps: Of the sampler.
+        sampling: Options of :func:`torchcdm.sample`.
         log_z: Sweeps of the estimate of log Z of a classification diffusion model; None for no estimate.
     """
 
@@ -51,12 +53,11 @@ class FittedDenoiser(Fitted):
         denoiser: Denoiser,
         training: Training,
         with_elbo: bool = True,
-        sampler: str = "ddim",
-        steps: int = 50,
+        sampling: Mapping[str, Any] = MappingProxyType({"sampler": "ddim"}),
         log_z: int | None = None,
     ) -> None:
         self.denoiser, self.training, self.with_elbo, self.log_z = denoiser, training, with_elbo, log_z
-        self.sampler, self.steps = sampler, min(steps, denoiser.schedule.T)
+        self.sampling = sampling
         self.parameters = sum(p.numel() for p in denoiser.parameters())
 
     def scores(self, x: Tensor, budget: Budget) -> list[Score]:
@@ -101,7 +102,5 @@ class FittedDenoiser(Fitted):
         return elbo(self.denoiser, x, None, SCORING, kernels, min(levels, ELBO_EVALUATIONS))
 
     def sample(self, n: int, seed: int) -> Samples:
-        drawn = sample(self.denoiser, n, self.sampler, self.steps, seed=seed, units="codes")
-        # The step to level 0 always takes one evaluation.
-        evaluations = make_sampler(self.sampler).evaluations * (self.steps - 1) + 1
-        return Samples(drawn, evaluations)
+        drawn = sample(self.denoiser, n, seed=seed, units="codes", details=True, **self.sampling)
+        return Samples(drawn.x, drawn.evaluations)

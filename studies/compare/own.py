@@ -13,6 +13,7 @@ from torchcdm.training.build import plain_model
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.loop import NotFinite, train
+from torchcdm.training.samples import sampling_options
 from torchcdm.training.settings import SCHEDULE_SETTINGS, Config
 
 PRESETS = {"digits": "digits", "fashion-mnist": "fashion-mnist"}
@@ -88,10 +89,8 @@ def _fit(name: str, config: Config, task: Task, budget: Budget, rate: float) -> 
         raise Diverged(str(error)) from error
     chosen = result.selected
     training = Training(result.step, result.seconds, chosen.get("best"), chosen["step"], _setting(config))
-    sampling = config.sampling
-    return FittedDenoiser(
-        load(folder, task.device), training, sampler=sampling.sampler, steps=sampling.steps, log_z=task.log_z
-    )
+    model = load(folder, task.device)
+    return FittedDenoiser(model, training, sampling=sampling_options(model, config.sampling), log_z=task.log_z)
 
 
 def _setting(config: Config) -> str:

@@ -13,6 +13,7 @@ import torch
 from torchcdm import __version__
 from torchcdm.apps import plots
 from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
+from torchcdm.compose import sample
 from torchcdm.data import DataSource
 from torchcdm.likelihood import NLLReport, Scoring, consistency, gap_by_level, methods_of
 from torchcdm.likelihood import report as likelihood_report
@@ -20,12 +21,11 @@ from torchcdm.likelihood.scoring import dithered
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
-from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.evaluation import evaluate, posterior_curves
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.samples import balanced_labels
+from torchcdm.training.samples import balanced_labels, sampling_options
 from torchcdm.training.settings import Config
 from torchcdm.units import GaussianizedTransform
 
@@ -133,9 +133,10 @@ def _figures(
     images, plane = len(source.shape) == 3, source.shape == (2,)
     if not images and not plane:
         return
-    n, steps = min(32, config.sampling.n or 32) if images else 2000, min(config.sampling.steps, model.schedule.T)
+    n = min(32, config.sampling.n or 32) if images else 2000
     y = None if model.classes is None else balanced_labels(n, model.classes)
-    drawn = sample(model, n, config.sampling.sampler, steps, y, seed=config.train.seed, units="codes")
+    options = sampling_options(model, config.sampling)
+    drawn = sample(model, n, y=y, seed=config.train.seed, units="codes", **options)
     train, _ = source.train.tensors(NEIGHBOUR_POOL)
     if plane:
         plots.scatter(drawn, source.train.tensors(n)[0], folder.plots / "samples.png")

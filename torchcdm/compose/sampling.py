@@ -101,7 +101,7 @@ def sample(
     """Draws samples of a model or of a composed density.
 
     By default 25 steps of the reverse chain (``ddpm``), with a move that is accepted or rejected after each: 49
-    evaluations, and better samples than 50 steps of any sampler without moves. Without a density, 50 such steps.
+    evaluations. Without a density, 50 such steps.
 
     Args:
         model: Any denoiser; corrections need a density.

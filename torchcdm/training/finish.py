@@ -14,7 +14,7 @@ from torchcdm.training.evaluation import labels_for
 from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.outcome import Outcome, compare
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.samples import balanced_labels, draw, save_manifest, save_sheet
+from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
 
 
@@ -63,11 +63,7 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
     """Draws samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
     sampling = config.sampling
     y = None if model.classes is None else balanced_labels(sampling.n, model.classes)
-    steps, guidance = min(sampling.steps, model.schedule.T), 0.0 if y is None else sampling.guidance
-    corrector = 0 if model.density is None else sampling.corrector
-    drawn = draw(
-        model, sampling.n, y, config.train.seed, sampler=sampling.sampler, steps=steps, guidance=guidance,
-        corrector=corrector,
-    )  # fmt: skip
+    guidance = 0.0 if y is None else sampling.guidance
+    drawn = draw(model, sampling.n, y, config.train.seed, guidance=guidance, **sampling_options(model, sampling))
     save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
     return save_sheet(drawn, model, run.samples / name)

@@ -14,6 +14,7 @@ from torchcdm.data import save_grid, save_table
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_rows
+from torchcdm.training.settings import SamplingConfig
 
 
 class Drawn(NamedTuple):
@@ -45,6 +46,13 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
                 dim=x.shape[1:].numel(), device=device,
             )  # fmt: skip
     return Drawn(x, y, log_p, seed, found.evaluations, found.summary())
+
+
+def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
+    """What the settings of a run say to :func:`draw`; without a density the evaluations of moves go into steps."""
+    moves = 0 if model.density is None else sampling.corrector
+    steps = sampling.steps * (1 + sampling.corrector - moves)
+    return {"sampler": sampling.sampler, "steps": min(steps, model.schedule.T), "corrector": moves}
 
 
 def balanced_labels(n: int, classes: int) -> Tensor:
