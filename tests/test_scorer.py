@@ -14,6 +14,7 @@ import torch
 from torchcdm import load
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
 from torchcdm.cli import main
+from torchcdm.cli.scoring import _written
 from torchcdm.data import load_data, save_images
 from torchcdm.data.inputs import parts_of
 from torchcdm.errors import UserError
@@ -218,3 +219,14 @@ def test_what_a_worker_refuses_is_one_line(two_workers, tmp_path, scorer):
     with pytest.raises(UserError, match="a.png: cannot be read as an image") as found:
         list(score_on_ray(scorer, [str(tmp_path)], 1))
     assert "Traceback" not in str(found.value)
+
+
+def test_a_batch_of_which_all_was_left_out_is_no_row_of_the_file(tmp_path):
+    numbers = {"score": [1.0, np.nan], "percentile": [50.0, np.nan], "flag": [True, False], "deviating": [False] * 2}
+    for order in ([0, 1], [1, 0]):
+        batch = {name: np.array(values)[order] for name, values in numbers.items()}
+        batch |= {name: np.array(values, object)[order]
+                  for name, values in (("input", ["a", ""]), ("where", ["x", ""]), ("note", ["", ""]))}  # fmt: skip
+        found, top = _written([batch], tmp_path / "scores.csv")
+        assert found["score"].tolist() == [1.0] and top == {0: "a"}
+        assert (tmp_path / "scores.csv").read_text().splitlines()[1:] == ["0,a,1,50.000,1,x"]

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torchcdm.apps.anomaly.detector import check_fpr
 from torchcdm.apps.anomaly.maps import top_columns
 from torchcdm.data import Inputs, MemorySplit
 from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_array, read_table
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, needed
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count
 from torchcdm.runtime.devices import chosen_device
@@ -142,7 +143,9 @@ class Scorer:
         """What is said of inputs, as of :meth:`__call__`, beside ``input``, their names."""
         names, odd = np.array(found.names, object), found.deviating
         if not len(names):
-            return {"input": names}
+            number, truth = np.empty(0), np.empty(0, bool)
+            return {"input": names, "score": number, "percentile": number, "flag": truth, "deviating": truth,
+                    "where": names}  # fmt: skip
         scores, deviating = self.detector.score(found.x), torch.tensor(list(map(bool, odd)))
         flags = self.detector.flags(scores, self.fpr) | deviating
         where = [""] * len(names)
@@ -237,15 +240,16 @@ def score_on_ray(
     parts, notes = parts_of(paths, scorer.info.transform, options)
     if not parts:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
-    size = FILES if all(part == 0 and Path(path).suffix != ".parquet" for path, part in parts) else 1
+    size = FILES if all(part == 0 and not path.lower().endswith(".parquet") for path, part in parts) else 1
     gpu = scorer.model.schedule.alpha.device.type == "cuda"
+    scorer = deepcopy(scorer)
     for model in scorer.detector.score.models:
         model.cpu()
     arguments = {"model": scorer.model.cpu(), "detector": scorer.detector, "explain": scorer.explain,
                  "fpr": scorer.fpr, "skip_bad": scorer.skip_bad, "device": "cuda" if gpu else "cpu"}  # fmt: skip
     with _cluster(workers) as (ray, cores):
         there = int(ray.cluster_resources().get("GPU", 1)) if gpu else cores
-        count = min(workers or there, -(-len(parts) // size))
+        count = min(workers or there, there, -(-len(parts) // size))
         rows = [{PATH: path, PART: part} for path, part in parts]
         scored = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size)).map_batches(
             kind, fn_constructor_kwargs=arguments, batch_size=size, num_cpus=1, num_gpus=int(gpu),
@@ -299,11 +303,8 @@ def _cluster(workers: int | None) -> Iterator[tuple[Any, int]]:
     """Ray, joined or started on this machine, what it prints kept to errors; and the cores that workers may take."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError("--engine ray needs Ray; pip install 'torchcdm[scale]'") from None
+    ray = needed("ray", "scale", "--engine ray")
+    needed("ray.data", "scale", "--engine ray")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     started = not ray.is_initialized()
     if started:

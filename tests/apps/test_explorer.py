@@ -111,6 +111,7 @@ def test_samples_of_a_table_are_rows_of_it(wines):
 def test_texts_and_dates_of_a_table_are_shown_and_typed(tmp_path):
     frame = pd.DataFrame({
         "kind": ["red", "green"] * 40, "day": pd.date_range("2020-01-01", periods=80), "size": np.arange(80) ** 1.5,
+        "ok": [True, False] * 40,
     })  # fmt: skip
     torchcdm.fit(frame, preset="table", steps=2, out=tmp_path / "run", progress=False, device="cpu",
                  sampling={"n": 0})  # fmt: skip

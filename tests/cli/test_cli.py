@@ -295,6 +295,10 @@ def test_samples_of_composed_classes(capsys, tmp_path, conditional):
     assert re.search(r"; 4 evaluations of the denoiser each; \d+% of moves accepted", plain)
     weighed = succeed(capsys, *words, "--none-of", "1", "--beta", "2", "--particles", "64")
     assert "of 64 particles; log Z" in weighed
+    one = succeed(capsys, *words, "--label", "3", "--particles", "64")
+    assert "of 64 particles; log Z" in one
+    with open(tmp_path / "manifest.csv", encoding="utf-8") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["3"] * 6
 
 
 @pytest.mark.parametrize("words, message", [
@@ -304,6 +308,7 @@ def test_samples_of_composed_classes(capsys, tmp_path, conditional):
     (["--any-of", "3", "--label", "3"], "trained without classes"),
     (["--beta", "0"], "beta"),
     (["--particles", "2"], "at least as many particles"),
+    (["--particles", "64", "--label", "balanced"], "give its label"),
     (["--particles", "64", "--sampler", "ddpm"], "leave sampler"),
 ])  # fmt: skip
 def test_mistakes_about_compositions(capsys, tmp_path, conditional, words, message):

@@ -79,7 +79,12 @@ def test_an_unknown_noise_is_integrated_out():
 def test_a_bent_measurement_keeps_its_particles():
     """Linearised at one point alone, a curve that is flat there says that more is known than is."""
     model, base = gaussian()
-    bent = compose.posterior(model, lambda x: ((x - base.mean) ** 3)[:, :1], torch.tensor([1.0]), 0.2)
+    def cube(x):
+        return ((x - base.mean) ** 3)[:, :1]
+
+    with pytest.raises(UserError, match="noise_std is 1e-09"):  # the cube is flat at the mean alone
+        compose.posterior(model, cube, torch.tensor([1.0]), 1e-9)
+    bent = compose.posterior(model, cube, torch.tensor([1.0]), 0.2)
     found = compose.sample(bent, 8, particles=512, details=True, seed=2)
     axes = base.rotation(torch.eye(2, dtype=torch.float64))[0]
     variance = float((axes.square() * base.moments(1)[1]).sum())

@@ -47,7 +47,10 @@ def test_common_events_and_composed_densities():
     model, base = gaussian()
     mean, variance = float(base.mean[0]), base.moments(1)[1]
     assert compose.probability(model, first, mean, 400, moves=1).value == pytest.approx(0.5, abs=0.1)
-    assert compose.probability(model, first, -100.0, 100, moves=1).value == pytest.approx(1.0)
+    certain = compose.probability(model, first, -100.0, 100, moves=1)
+    assert certain.value == pytest.approx(1.0) and certain.low < 0.99
+    with pytest.raises(UserError, match="compose the class"):
+        compose.probability(compose.tilted(model, lambda x: x.sum(1)), first, mean, 100, y=1)
     push = torch.tensor([2.0, 0.0], dtype=torch.float64)
     pushed = compose.probability(compose.tilted(model, lambda x: x.double() @ push), first, mean, 400, moves=1)
     axes = base.rotation(torch.eye(2, dtype=torch.float64))[0]

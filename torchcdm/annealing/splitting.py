@@ -23,6 +23,7 @@ from torchcdm.annealing.moves import FIRST_STEP, States, adapted, chance, langev
 from torchcdm.annealing.particles import smc, systematic
 from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import MatrixRotation
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 
@@ -90,7 +91,11 @@ def climb(
     half = -(-n // 2)
     counted = _Above(target, event)
     found = smc(counted, kernels, 1, 2, half, generator, moves=1, progress=progress)
-    states, weights = found.states, found.log_weights.log_softmax(1).exp() * found.log_estimates.softmax(0)[:, None]
+    if not bool(found.log_estimates.isfinite().any()):
+        raise UserError("probability: no particle has any weight: the density contradicts itself")
+    # An island may have lost all of its weight: it counts for nothing.
+    states = found.states
+    weights = found.log_weights.softmax(1).nan_to_num(0.0) * found.log_estimates.softmax(0)[:, None]
     first = _families(states, weights)
     jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
     bar = tqdm(desc="thresholds", disable=not progress, leave=False)
@@ -123,7 +128,8 @@ def climb(
             jumps.move(states, generator)
         jumps.adapt()
     last = _families(states, weights)
-    variance = max(float((last - first).square().sum()) - spurious, 0.0)
+    # A population of n tells nothing finer than 1 / n from certainty.
+    variance = max(float((last - first).square().sum()) - spurious, 1 / n**2)
     families = 1 / float(last.square().sum())
     return Climb(min(log_p, 0.0), variance, thresholds, states.take(alive), families, counted.evaluations)
 
@@ -172,7 +178,7 @@ def _metric(target: Target, states: States) -> tuple[MatrixRotation, Tensor]:
     In a tail it is small along the gradient of log gamma, which is where the threshold limits the moves. Moments of n
     scores are noise in the directions where they are least: shrunk by d / (n + d) towards round ones.
     """
-    scores = (states.at.eps / target.schedule.sigma[1]).flatten(1)
+    scores = Prediction(states.x, *target.schedule.at(1, states.x), states.at.eps).score.flatten(1)
     n, d = scores.shape
     moments, share = scores.T @ scores / n, d / (n + d)
     values, axes = torch.linalg.eigh(moments)

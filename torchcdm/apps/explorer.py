@@ -141,7 +141,10 @@ class Explorer:
         """Rows as a table: numbers of six digits, texts and dates as they are."""
         table = self.info.transform.table
         rows = x.tolist() if table is None else table.decode(x)[self.columns].to_numpy(object).tolist()
-        return [[float(f"{v:.6g}") if isinstance(v, (int, float)) else str(v) for v in row] for row in rows]
+        # What is True is a number, too, but no cell of the table.
+        number = (int, float)
+        return [[float(f"{v:.6g}") if isinstance(v, number) and not isinstance(v, bool) else str(v) for v in row]
+                for row in rows]  # fmt: skip
 
     def levels(self, x: Tensor) -> Figure:
         """log p at every level beside that of normal data, and p(t | x), of one input."""

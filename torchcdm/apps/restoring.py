@@ -20,15 +20,23 @@ class Restored(NamedTuple):
 
     Attributes:
         mean: Of the weighted particles, (*shape), not rounded.
-        width: Of the intervals that hold 90 % of the draws' values, number by number, (*shape).
+        low: Lower ends of 90 % intervals, number by number, (*shape), between two draws in their order: another draw
+            of the posterior lies within as often as that says.
+        high: Their upper ends.
         draws: Equally weighted samples of the posterior, (n, *shape).
         ess: Effective number of particles that they are from.
     """
 
     mean: Tensor
-    width: Tensor
+    low: Tensor
+    high: Tensor
     draws: Tensor
     ess: float
+
+    @property
+    def width(self) -> Tensor:
+        """Of the intervals."""
+        return self.high - self.low
 
 
 def restore(
@@ -62,5 +70,8 @@ def restore(
     )  # fmt: skip
     weights = found.log_weights.exp()
     mean = (weights @ found.particles.double().flatten(1)).reshape(found.particles.shape[1:])
-    ends = found.x.double().quantile(0.5 + CREDIBLE / 2, 0), found.x.double().quantile(0.5 - CREDIBLE / 2, 0)
-    return Restored(mean.float(), (ends[0] - ends[1]).float(), found.x, found.ess)
+    # The k-th of n draws in their order has k / (n + 1) of the mass below it.
+    places = ((1 + sign * CREDIBLE) / 2 * (n + 1) - 1 for sign in (-1, 1))
+    shares = (min(max(place / max(n - 1, 1), 0.0), 1.0) for place in places)
+    low, high = (found.x.double().quantile(share, 0).float() for share in shares)
+    return Restored(mean.float(), low, high, found.x, found.ess)

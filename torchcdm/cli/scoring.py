@@ -182,10 +182,10 @@ def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[d
             for note in filter(None, "\n".join(batch["note"]).splitlines()):
                 print(*{note} - said, end="\n" * (note not in said), file=sys.stderr)
                 said.add(note)
-            if batch["input"][0] == "":
-                continue
+            read = np.asarray(batch["input"], object) != ""
+            batch = {name: np.asarray(batch[name])[read] for name in (*kept, "input", "where")}
             for name, values in kept.items():
-                values.append(np.asarray(batch[name]))
+                values.append(batch[name])
             columns = (batch[name] for name in ("input", "score", "percentile", "flag", "where"))
             for name, score, percentile, flag, where in zip(*columns, strict=True):
                 if path is not None:

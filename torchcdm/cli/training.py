@@ -87,13 +87,13 @@ def run_train(options: argparse.Namespace) -> int:
     from torchcdm.likelihood import check_methods
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.runtime.processes import is_first
-    from torchcdm.samplers import make_sampler
+    from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
     from torchcdm.training.interrupt import Interrupted
     from torchcdm.training.loop import train
 
     tell = is_first() and not options.quiet
     config, source = _configuration(options, tell)
-    make_sampler(config.sampling.sampler)
+    make_sampler(config.sampling.sampler or DEFAULT_SAMPLER)
     if config.report.methods:
         check_methods(config.report.methods)
     device = chosen_device(options.device)

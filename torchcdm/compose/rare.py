@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.splitting import climb
-from torchcdm.annealing.target import ModelTarget
-from torchcdm.compose.tilted import Tilted
+from torchcdm.compose.sampling import annealed
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
-from torchcdm.models.density import require_density
 from torchcdm.models.inputs import check_count, check_real
 from torchcdm.random import stream
 
@@ -93,12 +91,7 @@ def probability(
     n = check_count("probability: n", n, FEWEST_PARTICLES, 10**7)
     check_count("probability: moves", moves, 1, 10**4)
     check_real("probability: threshold", threshold, -1e300, 1e300)
-    if isinstance(model, Tilted):
-        if y is not None:
-            raise UserError("probability: y is for models with classes; compose the class before it is tilted")
-        target: Any = model.target
-    else:
-        target = ModelTarget(require_density(model, "probability"), y)
+    target = annealed(model, y, "probability")
     alpha, transform = model.schedule.alpha[1], model.transform
 
     def data(x_1: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def sample(
     """
     particles = check_count("particles", particles, 0, 10**7)
     if corrector is None:
-        corrector = int(bool(particles) or (sampler is None and model.density is not None))
+        corrector = int(bool(particles)) or (0 if model.density is None else default_moves(sampler))
     corrector = check_count("corrector", corrector, 0, 10**4)
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
@@ -162,6 +162,20 @@ def sample(
     visited = len(options["levels"]) - 1 if options.get("levels") is not None else steps
     cost = rule.cost(visited) + corrector * (visited - 1)
     return Draws(x, float(n), acceptance=acceptance, evaluations=cost) if details else x
+
+
+def default_moves(sampler: Any, corrector: int | None = None) -> int:
+    """Moves after a step of a model with a density, where ``corrector`` does not say: 1 unless a sampler is named."""
+    return int(sampler is None) if corrector is None else corrector
+
+
+def annealed(model: Denoiser, y: Any, what: str, batch_size: int | None = None) -> Target:
+    """What particles anneal: a composed density's own target, or that of a model and a class, for ``what``."""
+    if not isinstance(model, Tilted):
+        return ModelTarget(require_density(model, what), y, batch_size)
+    if y is not None:
+        raise UserError(f"{what}: y is for models with classes; compose the class before it is tilted")
+    return model.target
 
 
 def target_of(model: Denoiser, y: Tensor | None = None, guidance: float = 0.0) -> Target:
@@ -244,8 +258,7 @@ def _by_particles(
     n = check_count("n", n)
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
-    tilted = isinstance(model, Tilted)
-    target = model.target if tilted else ModelTarget(require_density(model, "particles"), y, batch_size)
+    target = annealed(model, y, "particles", batch_size)
     generator = stream(seed, "particles")
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)

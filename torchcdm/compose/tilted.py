@@ -197,7 +197,7 @@ def posterior(
     if not all(torch.allclose(one, jacobians[0], rtol=1e-3, atol=1e-6 * scale) for one in others):
         jacobians = others + [_jacobian(of, z[None]) for z in draws[2:]]
     in_basis = torch.stack([reference.rotation(one.reshape(m, *mean.shape[1:])).double() for one in jacobians])
-    least = float(schedule.ratio[1]) * scale
+    least = float(schedule.ratio[1]) * float(torch.stack(jacobians).square().sum(2).mean(0).max().sqrt())
     if noise_std is not None and noise_std < least:
         raise UserError(
             f"posterior: noise_std is {noise_std:g}; the model's first level has {least:.3g} in the units of y: "

@@ -121,7 +121,8 @@ def parts_of(
 def _files_of(folder: Path, transform: DataTransform, options: DataOptions) -> tuple[list[Path], list[str]]:
     """What a model takes of a folder: its images, or for a model of rows its tables, where there are some."""
     if len(transform.shape) == 1:
-        files = sorted(path for path in folder.rglob("*") if tables.is_table(path) and path.name[0] not in "._")
+        files = sorted(path for path in folder.rglob("*") if tables.is_table(path) and path.is_file()
+                       and not any(part[0] in "._" for part in path.relative_to(folder).parts))  # fmt: skip
         if files:
             return files, []
     (files,), notes = find_images([folder], options.skip_bad)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
 from torchcdm.data import DataSource, MemorySplit
+from torchcdm.diffusion.mixture import FIT_ROWS
 from torchcdm.diffusion.start import Start, best_start
 from torchcdm.errors import UserError
 from torchcdm.estimators.tables import noisy
@@ -234,14 +235,16 @@ class TableEstimator(BaseEstimator):
         found = []
         # Residuals of a regression lie on no values.
         table = self.columns_ if cells else TableEncoding.numbers(range(train.shape[1]))
+        # Without copies of the same row, and no more than a start counts: both halves are of the same rows.
+        rows = len(self.validation_indices_)
+        counted = slice(0, rows, math.ceil(rows / FIT_ROWS))
         for bend in (True, False):
             # They come dequantised: the transform must not add noise a second time.
             transform = ColumnTransform.of_codes(train, table, bend, dequantize=False)
             # In float64 here and not by the model in training: a column may have any offset.
             parts = [transform(x).float() for x in (train, validation)]
-            distinct = slice(0, len(self.validation_indices_))
-            start = best_start(parts[0], parts[1][distinct], given={"gaussian": True} | given)
-            log_det = transform.log_det(validation[distinct]).mean()
+            start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)
+            log_det = transform.log_det(validation[counted]).mean()
             found.append((start.value + float(log_det), transform, parts, start))
         bent, straight = found
         return (straight if straight[0] > bent[0] else bent)[1:]
@@ -302,7 +305,7 @@ class TableEstimator(BaseEstimator):
         model, steps = deepcopy(self.model_).float(), min(SAMPLING_STEPS, self.model_.schedule.T)
         y = None if y is None else y.float()
         z = sample(model, n, "dpm++", steps, y=y, seed=self._seed(random_state), units="model")
-        return self.model_.transform.cpu().inverse(z.double())
+        return self.model_.transform.inverse(z.double().to(self.model_.schedule.alpha.device)).cpu()
 
     def _decoded(self, codes: Tensor) -> Any:
         """Codes as what was fitted: a data frame, or an array float64 (n, columns)."""

@@ -213,7 +213,7 @@ def _lacking(one_pass: Row | None, log_z: LogZ | None, conditional: bool) -> str
     """Why there is no headline; None where there is one."""
     if not conditional and log_z is None:
         return NOT_ESTIMATED
-    if conditional or log_z is None:
+    if conditional:
         lacking = "log Z of a class-conditional density is not estimated here"
     elif one_pass is None:
         lacking = "one pass was not asked for"

@@ -69,6 +69,8 @@ def written_in_pieces(path: Path) -> Iterator[IO[str]]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         regular = (status := _status(path)) is None or (stat.S_ISREG(status.st_mode) and _stream(status) is None)
+        if regular and status is not None and not os.access(_target(path), os.W_OK):
+            raise PermissionError(errno.EACCES, "the file is read-only")
         temporary = beside(path)
         if regular:
             write_through(temporary, "", flush=False)

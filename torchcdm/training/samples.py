@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcdm.compose import sample
+from torchcdm.compose.sampling import STEPS, default_moves, sample
 from torchcdm.data import save_grid, save_table
+from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_rows
@@ -36,7 +37,12 @@ class Drawn(NamedTuple):
 
 def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> Drawn:
     """Samples and their one-pass log-densities; arguments and ``options`` as in :func:`torchcdm.sample`."""
-    found = sample(model, n, y=y, seed=seed, units="codes", details=True, **options)
+    given = y
+    if y is not None and options.get("particles"):
+        if bool((y != y[0]).any()):
+            raise UserError("particles are of one class: give its label, not balanced")
+        given = y[:1]
+    found = sample(model, n, y=given, seed=seed, units="codes", details=True, **options)
     x, log_p, density = found.x, None, model.density
     if density is not None:
         device = model.schedule.alpha.device
@@ -50,9 +56,16 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
 
 def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
     """What the settings of a run say to :func:`draw`; without a density the evaluations of moves go into steps."""
-    moves = 0 if model.density is None else sampling.corrector
-    steps = sampling.steps * (1 + sampling.corrector - moves)
-    return {"sampler": sampling.sampler, "steps": min(steps, model.schedule.T), "corrector": moves}
+    moves, steps = default_moves(sampling.sampler, sampling.corrector), sampling.steps
+    if model.density is None:
+        steps, moves = steps and steps * (1 + moves), 0
+    return {"sampler": sampling.sampler, "steps": steps and min(steps, model.schedule.T), "corrector": moves}
+
+
+def evaluations_of(sampling: SamplingConfig) -> int:
+    """About how many evaluations a sample takes."""
+    moves = default_moves(sampling.sampler, sampling.corrector)
+    return STEPS if sampling.steps is None else sampling.steps * (1 + moves)
 
 
 def balanced_labels(n: int, classes: int) -> Tensor:

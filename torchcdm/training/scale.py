@@ -20,6 +20,7 @@ from torchcdm.training.batches import Batches
 from torchcdm.training.build import build_loss, choose_base, described, new_model, resolve
 from torchcdm.training.config_files import FileFields, make_config, merge
 from torchcdm.training.optimizers import build_optimizer
+from torchcdm.training.samples import evaluations_of
 from torchcdm.training.settings import Config
 
 SCALED = "encoder"
@@ -117,7 +118,7 @@ def _scaled(
     steps = min(max(1, int(training / took)), most)
     every = min(max(50, steps // 12), 1000)
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
-    drawn = int(SAMPLING_SHARE * seconds / (asked.sampling.steps * (1 + asked.sampling.corrector) * took / batch))
+    drawn = int(SAMPLING_SHARE * seconds / (evaluations_of(asked.sampling) * took / batch))
     layer = {
         "model": {
             **base,

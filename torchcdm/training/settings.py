@@ -37,7 +37,6 @@ from torchcdm.runtime.validation import (
     settings_of,
     validated,
 )
-from torchcdm.samplers import DEFAULT_SAMPLER
 
 
 class OwnNetwork:
@@ -192,16 +191,16 @@ class SamplingConfig:
 
     Attributes:
         n: Number of samples; none are drawn where it is 0.
-        sampler: Name of the sampler.
+        sampler: Name of the sampler; that of :func:`torchcdm.sample` when None, and so the others.
         steps: Levels visited.
         corrector: Moves after each step that are accepted or rejected, of models with a density.
         guidance: Weight of the class, for models that saw classes.
     """
 
     n: CountOrZero = 64
-    sampler: str = DEFAULT_SAMPLER
-    steps: Count = 25
-    corrector: CountOrZero = 1
+    sampler: str | None = None
+    steps: Count | None = None
+    corrector: CountOrZero | None = None
     guidance: Float = 0.0
 
 
