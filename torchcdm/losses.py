@@ -82,7 +82,7 @@ class Loss(nn.Module, ABC):
         Args:
             x_0: Dequantised data, model units, (B, *shape).
             y: Classes, long (B,), or None; a share of them is dropped.
-            t: Levels, long (B,); stratified over the batch when None.
+            t: Levels, whole numbers (B,); stratified over the batch when None.
             eps: Noise, shape of ``x_0``; drawn when None.
             generator: Source of the draws, on the device of ``x_0``.
 
@@ -97,9 +97,9 @@ class Loss(nn.Module, ABC):
         if not isinstance(eps, Tensor) or eps.shape != x_0.shape or eps.dtype != x_0.dtype:
             raise UserError("loss: eps must be a tensor of the shape and type of x_0")
         if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
-            raise UserError("loss: levels t must be a long tensor with one for each sample")
+            raise UserError("loss: levels t must be a tensor with a whole number for each sample")
         y = drop_labels(y, self.model.classes, self.label_dropout, generator)
-        return self.terms(self.model.schedule.perturb(x_0, t, eps), t, y, eps)
+        return self.terms(self.model.schedule.perturb(x_0, t, eps), t.long(), y, eps)
 
     @abstractmethod
     def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:

@@ -15,7 +15,7 @@ from torchcdm.units import DataTransform
 
 TENSOR = torch.from_numpy(GOOD)
 MODEL = ClassificationDiffusion(ZeroBackbone(22), UniformSigmaSchedule(20), DataTransform.identity((3,)))
-many = settings(max_examples=200, derandomize=True, deadline=None)
+many = settings(max_examples=200, deadline=None)
 
 
 def score(name):
@@ -47,7 +47,7 @@ def test_a_ratio_refuses(ratio, call, name):
 
 
 @given(st.sampled_from(sorted(ALWAYS)), st.booleans())
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_fit_that_fails_leaves_the_ratio(ratio, name, first):
     before = dict(vars(ratio))
     with pytest.raises((ValueError, TypeError)):

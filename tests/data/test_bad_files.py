@@ -25,7 +25,7 @@ from torchcdm.units import DataTransform
 
 MODEL = DataTransform.images((1, 6, 5))
 FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
+    max_examples=60, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 

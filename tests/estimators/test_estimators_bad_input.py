@@ -18,7 +18,7 @@ X = np.c_[GOOD, GOOD[:, :2] ** 2]
 FRAMES = {"frame of dates", "frame with NA", "frame of texts"}
 """What a fit takes, and no score after a fit of numbers."""
 TABLES = st.sampled_from(sorted(ALWAYS.keys() - FRAMES))
-few = settings(max_examples=80, derandomize=True, deadline=None)
+few = settings(max_examples=80, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ CALLS = {
 
 
 @given(st.sampled_from(sorted(CALLS)), st.sampled_from(sorted(ALWAYS | OTHERS)))
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_bad_tables_are_not_scored(fitted, call, name):
     assume(name != "frame with NA" or call not in ("predict", "decision_function"))  # such rows are outliers
     bad = (ALWAYS | OTHERS)[name]

@@ -116,7 +116,7 @@ def check(place: Path, command: str, option: str, value: str) -> None:
             shutil.rmtree(place / "new", ignore_errors=True)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=st.sampled_from(options()), value=st.sampled_from((*TEXTS, *PLACES)) | st.text(max_size=20))
 def test_a_value_that_nobody_meant(place: Path, case: tuple[str, str], value: str) -> None:
     check(place, *case, value)
@@ -129,7 +129,7 @@ def test_every_value_for_every_option(place: Path, case: tuple[str, str]) -> Non
         check(place, *case, value)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(words=st.lists(st.sampled_from((*parsers(), *TEXTS, "--json", "--n", "--", "--help", "--x.y")), max_size=6))
 def test_words_in_any_order(place: Path, words: list[str]) -> None:
     before = os.getcwd()

@@ -109,6 +109,14 @@ def test_levels_that_do_not_exist_are_refused_in_a_tensor_too():
             SCHEDULE.at(wrong, normal(1, 2))
 
 
+def test_levels_are_whole_numbers_of_any_width_and_no_truth_values():
+    x = normal(3, 2).float()
+    assert CDMLoss(JOINT)(x, t=torch.zeros(3, dtype=torch.int32), eps=x)["loss"].shape == (3,)
+    assert torch.equal(JOINT.log_prob(x, np.int64(2)), JOINT.log_prob(x, 2))
+    with pytest.raises(UserError, match="level t is True"):
+        JOINT.log_prob(x, True)
+
+
 @pytest.mark.parametrize("y", [[0], [-1] * 4, [CLASSES] * 4, [0.0] * 4, [True] * 4, [[0]] * 4])
 def test_labels_that_are_none_of_the_model_are_refused(y):
     x, y = normal(4, 2).float(), torch.tensor(y)

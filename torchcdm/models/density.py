@@ -127,7 +127,7 @@ class DensityModel(Denoiser):
         """
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
-        check_count("the level t", t, 0, self.schedule.T + 1)
+        t = check_count("the level t", t, 0, self.schedule.T + 1)
         x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
         self.checked(x)
         z = x if units == "model" or self.transform is None else self.transform(x)

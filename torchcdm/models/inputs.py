@@ -95,9 +95,9 @@ def check_real(name: str, value: Any, low: float, high: float) -> None:
 
 
 def check_count(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """``value`` as an int; UserError where it is no integer from ``low`` to ``high``."""
+    """``value`` as an int; UserError where it is no integer from ``low`` to ``high``, as True and False are none."""
     try:
-        count = operator.index(value)
+        count = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = low - 1
     if count < low or (high is not None and count > high):
