@@ -10,7 +10,7 @@ from oracles import rng
 from safetensors.torch import load_file, save_file
 
 import torchcdm
-from torchcdm.bridges.diffusers import UNetOptions, convert_unet, load_diffusers
+from studies.reproduce.diffusers_ddpm import UNetOptions, convert_unet, load_diffusers
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring
 

@@ -1,4 +1,4 @@
-"""DDPM checkpoints of diffusers (``UNet2DModel``, such as google/ddpm-cifar10-32) as :class:`DenoisingDiffusion`.
+"""DDPM checkpoints of diffusers (``UNet2DModel``, such as google/ddpm-cifar10-32): the paper's DDM, trained by others.
 
 The two networks are the same function, but for names, attention as matrices or 1x1 convolutions, and the level: index
 i in diffusers is our level t = i + 1. Nothing here imports diffusers.
