@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributions, nn
 
+from studies.exact import ExactMixture, GaussianMixture
 from torchcdm.diffusion.base import BaseDensity, StandardNormal
-from torchcdm.diffusion.exact import ExactMixture, GaussianMixture
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,

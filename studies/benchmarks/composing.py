@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from studies.benchmarks.posterior_coverage import exact_mixture
+from studies.exact import GaussianMixture
 from studies.quality.measure import two_sample_accuracy
 from torchcdm import compose
 from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.target import ModelTarget, Target
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
 

@@ -29,9 +29,9 @@ import torch
 
 import torchcdm
 from studies.benchmarks.ratio_pairs import SCHEDULE, mixture, write_rows
+from studies.exact import GaussianMixture
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture
 
 MODES, SIDE = 40, 80.0

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 import torchcdm
+from studies.exact import GaussianMixture
 from torchcdm import compose
 from torchcdm.apps.restoring import CREDIBLE, restore
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from studies.exact import GaussianMixture
 from torchcdm import DensityRatio
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 
 SCHEDULE = UniformSigmaSchedule(2)

@@ -34,8 +34,8 @@ from studies.benchmarks.ratio_pairs import (
     sample,
     write_rows,
 )
+from studies.exact import GaussianMixture
 from torchcdm import DensityRatio
-from torchcdm.diffusion.exact import GaussianMixture
 
 COMPONENTS = 4
 LIMIT = 10.0

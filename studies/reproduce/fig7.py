@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from studies.exact import BoxMixture, ExactMixture, GaussianMixture
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.truth import exact_source, level_errors, spread_levels
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import save_panels
 from torchcdm.data import load_data
-from torchcdm.diffusion.exact import BoxMixture, ExactMixture, GaussianMixture
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.validation import encode
 from torchcdm.training.config_files import make_config, preset_fields

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from studies.exact import GaussianMixture
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.truth import CHUNK, LevelErrors, exact_source, level_errors, noisy_copies, spread_levels
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import save_panels
 from torchcdm.apps.ratio import best_share
 from torchcdm.data import DataSource
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.mixture import best_mixture, fit_gaussians
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.models.cdm import ClassificationDiffusion

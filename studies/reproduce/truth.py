@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from studies.exact import ExactMixture
 from torchcdm.data import DataSource, MemorySplit
-from torchcdm.diffusion.exact import ExactMixture
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform

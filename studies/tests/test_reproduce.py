@@ -11,12 +11,12 @@ import torch
 from oracles import MixtureClassifier, covariance, rng
 
 from studies.cli import main
+from studies.exact import GaussianMixture
 from studies.reproduce import Figure, Result, Table, Workspace, fig7, known_truth, registry, workspace
 from studies.reproduce.result import write_result
 from studies.reproduce.tre import TRELoss
 from studies.reproduce.truth import exact_source, level_errors, spread_levels
 from torchcdm.data import load_data
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.mixture import fit_gaussians
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError

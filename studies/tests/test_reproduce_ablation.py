@@ -11,13 +11,13 @@ from oracles import MixtureClassifier, rng
 from torch import nn
 
 from studies.cli import main
+from studies.exact import ring_mixture
 from studies.reproduce import fig4, fig9, models, table1
 from studies.reproduce.bound import BoundLoss, bound_weights
 from studies.reproduce.denoised import denoised, root_mean_square
 from studies.reproduce.tre import TRELoss
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import reference_gaussian
-from torchcdm.diffusion.exact import ring_mixture
 from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
 from torchcdm.losses import DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion

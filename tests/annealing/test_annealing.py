@@ -6,12 +6,12 @@ import pytest
 import torch
 from oracles import MixtureClassifier, covariance, labelled_mixture, normal, rng
 
+from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import States, adapted, langevin
 from torchcdm.annealing.particles import smc
 from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import Evaluated, ModelTarget, Target
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

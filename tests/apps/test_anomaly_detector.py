@@ -8,9 +8,9 @@ import torch
 from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, normal, rng
 from scipy.stats import betabinom
 
+from studies.exact import GaussianMixture
 from torchcdm import ClassificationDiffusion, UserError
 from torchcdm.apps.anomaly import AnomalyDetector, make_score
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.models.calibrated import Calibrated, Readout
 from torchcdm.units import DataTransform

@@ -7,11 +7,11 @@ from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, mixture_a
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from studies.exact import GaussianMixture
 from torchcdm import ClassificationDiffusion, DenoisingDiffusion, UserError
 from torchcdm.apps.anomaly import SCORES, coarse_level, level_profile, make_score
 from torchcdm.apps.anomaly.increments import DISTANCES, best_kind, fit_increments, log_distances
 from torchcdm.apps.anomaly.profile import NOISE_SEED, log_density
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.random import stream

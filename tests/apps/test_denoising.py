@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, normal, rng
 
+from studies.exact import GaussianMixture
 from torchcdm.apps.denoising import denoise, estimate_noise, nearest_level
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, normal
 
+from studies.exact import GaussianMixture
 from torchcdm import compose
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

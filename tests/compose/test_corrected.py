@@ -8,8 +8,8 @@ import torch
 from oracles import labelled_mixture
 from test_combinations import SCHEDULE, exact, gaussian
 
+from studies.exact import GaussianMixture
 from torchcdm import compose
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.errors import UserError
 from torchcdm.samplers import sample
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from oracles import MixtureClassifier, rng
 
+from studies.exact import GaussianMixture
 from torchcdm.data import from_object
 from torchcdm.data.assembly import assemble
 from torchcdm.data.loading import samples_of
 from torchcdm.data.options import DataOptions
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, elbo, probability_flow, single_pass

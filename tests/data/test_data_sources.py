@@ -14,7 +14,7 @@ from torchcdm.data import (
     parse_size,
     renumbered,
 )
-from torchcdm.diffusion import exact as toy
+from torchcdm.data.toys import TOYS
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
 from torchcdm.units import DataTransform
@@ -83,11 +83,11 @@ def test_limit_takes_evenly_spaced_samples_of_each_split():
     assert torch.equal(source.test.x, full[[0, 148, 296]])
 
 
-@pytest.mark.parametrize("name", sorted(toy.TOYS))
+@pytest.mark.parametrize("name", TOYS)
 def test_toys_have_the_mean_of_their_distribution(name):
     source = load_data(f"toy:{name}")
     mean, deviation = source.transform.shift, source.transform.scale
-    exact = toy.sample_named(name, 200_000, torch.Generator().manual_seed(9))[0].double().mean(0)
+    exact = TOYS[name].sample(200_000, torch.Generator().manual_seed(9))[0].double().mean(0)
     assert bool(((mean - exact).abs() < 5 * deviation / 100).all())
     assert source.train.labels.max() + 1 == source.classes
     assert not set(rows(source.train)) & set(rows(source.test))

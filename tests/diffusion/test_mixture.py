@@ -6,8 +6,8 @@ import torch
 from oracles import normal, rng
 from pretended_device import pretended_device
 
+from studies.exact import GaussianMixture
 from torchcdm.annealing.target import reference_gaussian
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians, merged
 from torchcdm.diffusion.schedules import LogSNRSchedule

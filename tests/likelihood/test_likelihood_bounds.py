@@ -7,7 +7,7 @@ import torch
 from lattices import draw, lattice_model
 from oracles import MixtureClassifier, normal, rng
 
-from torchcdm.diffusion.exact import GaussianMixture
+from studies.exact import GaussianMixture
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, published_convention, single_pass

@@ -7,7 +7,7 @@ from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, 
 from torch import nn
 
 import torchcdm.likelihood.flow as flow_module
-from torchcdm.diffusion.exact import GaussianMixture
+from studies.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

@@ -9,10 +9,10 @@ import torch
 from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from torch import distributions
 
+from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import smc
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

@@ -8,8 +8,8 @@ import torch
 from lattices import draw, lattice_model
 from oracles import MixtureClassifier, labelled_mixture, normal, rng
 
+from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError

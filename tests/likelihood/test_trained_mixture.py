@@ -11,7 +11,7 @@ import torch
 from oracles import mixture_at_level, rng
 
 import torchcdm
-from torchcdm.diffusion.exact import GaussianMixture
+from studies.exact import GaussianMixture
 
 SETTINGS = {
     "steps": 1500,

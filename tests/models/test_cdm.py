@@ -7,7 +7,7 @@ import torch
 from oracles import SCHEDULES, MixtureClassifier, ZeroBackbone, labelled_mixture, mixture_at_level, normal, rng
 from torch import nn
 
-from torchcdm.diffusion.exact import GaussianMixture
+from studies.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule

@@ -10,8 +10,8 @@ import torch
 from awkward_tables import ROWS, awkward
 from oracles import MixtureClassifier
 
+from studies.exact import GaussianMixture
 from torchcdm.data import from_object, load_data
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

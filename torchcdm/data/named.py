@@ -22,8 +22,8 @@ from torchcdm.data.images import describe, read_image
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reading
 from torchcdm.data.source import LazySplit, MemorySplit, Split
-from torchcdm.diffusion import exact as toys
-from torchcdm.errors import UserError
+from torchcdm.data.toys import TOYS
+from torchcdm.errors import UserError, nearest
 from torchcdm.random import permutation, stream
 from torchcdm.units import DataTransform
 
@@ -84,11 +84,13 @@ def wine(argument: str, options: DataOptions, like: DataTransform | None = None)
 
 def toy(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """A two-dimensional toy distribution: fresh samples, each split from its own stream of the seed."""
-    parts: dict[str, Split] = {}
-    for split, count in TOY_SIZES.items():
-        parts[split] = MemorySplit(*toys.sample_named(argument, count, stream(options.seed, split)))
-    names = tuple(str(k) for k in range(int(parts["train"].labels.max()) + 1))
-    return Samples(f"toy:{argument}", parts, class_names=names)
+    if argument not in TOYS:
+        raise UserError(f"unknown toy '{argument}'; {nearest(argument, TOYS)}")
+    chosen = TOYS[argument]
+    parts: dict[str, Split] = {
+        split: MemorySplit(*chosen.sample(count, stream(options.seed, split))) for split, count in TOY_SIZES.items()
+    }
+    return Samples(f"toy:{argument}", parts, class_names=tuple(str(k) for k in range(len(chosen.classes))))
 
 
 def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples:

@@ -6,14 +6,8 @@ import pytest
 import torch
 from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, mixture_at_level, normal, rng
 
-from torchcdm.diffusion.exact import (
-    TOYS,
-    BoxMixture,
-    GaussianMixture,
-    named,
-    ring_mixture,
-    sample_named,
-)
+from studies.exact import BoxMixture, GaussianMixture, named, ring_mixture
+from torchcdm.data.toys import TOYS
 from torchcdm.diffusion.schedules import OptimalTransportSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -137,7 +131,7 @@ def test_the_density_of_a_named_toy_is_that_of_its_draws(name, level):
     log_p = toy.log_prob(torch.cartesian_prod(axis, axis), level, schedule)
     p = log_p.exp() * (10 / side) ** 2
     assert p.sum() == pytest.approx(1, abs=1e-4)
-    x, y = sample_named(name, n, rng(5))
+    x, y = TOYS[name].sample(n, rng(5))
     x_t = schedule.perturb(x.double(), torch.full((n,), level), normal(n, 2, seed=6))
     drawn = toy.log_prob(x_t, level, schedule)
     assert abs(drawn.mean() - (p * log_p).nansum()) < 4 * drawn.std() / math.sqrt(n) + 1e-3
@@ -159,8 +153,8 @@ def test_curves_show_no_single_points(name):
 
 @pytest.mark.parametrize("name", TOYS)
 def test_named_toys_repeat_and_their_classes_are_apart(name):
-    x, y = sample_named(name, 2000, rng(3))
-    again, labels = sample_named(name, 2000, rng(3))
+    x, y = TOYS[name].sample(2000, rng(3))
+    again, labels = TOYS[name].sample(2000, rng(3))
     assert torch.equal(x, again) and torch.equal(y, labels)
     assert x.dtype == torch.float32 and y.dtype == torch.long and x.shape == (2000, 2) and x.abs().max() < 4
     share = y.bincount() / 2000
@@ -172,15 +166,10 @@ def test_named_toys_repeat_and_their_classes_are_apart(name):
 
 def test_ring_mixture_is_the_density_of_its_toy():
     # Mean log density of the toy's draws: minus the entropy of eight Gaussians that do not overlap.
-    x, y = sample_named("eight-gaussians", 20_000, rng(4))
+    x, y = TOYS["eight-gaussians"].sample(20_000, rng(4))
     mixture = ring_mixture(8, 2.0, 0.2)
     log_p = mixture.log_prob(x, 0, OptimalTransportSchedule(T))
     entropy = math.log(8) + math.log(2 * math.pi * math.e * 0.2**2)
     assert log_p.mean() == pytest.approx(-entropy, abs=0.03)
     nearest = mixture.class_log_prob_levels(x, OptimalTransportSchedule(T))[:, :, 0].argmax(1)
     assert (nearest == y).double().mean() > 0.999
-
-
-def test_unknown_toy():
-    with pytest.raises(UserError, match="two-moons"):
-        sample_named("two-moon", 5)
