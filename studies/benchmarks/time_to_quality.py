@@ -46,7 +46,7 @@ def flow_nll(folder: Path, source: DataSource, options: argparse.Namespace) -> d
     def make() -> dict[str, Any]:
         x, _ = source.split("test").tensors(options.flow_images)
         scored = probability_flow(load(folder, "cpu"), x, None, Scoring(steps=options.flow_steps))
-        bits = scored.bits_per_dim()
+        bits = scored.values()
         return {"flow": float(bits.mean()), "se": float(bits.std() / len(bits) ** 0.5), "images": len(bits)}
 
     return cache.numbers(folder / FLOW, {"images": options.flow_images, "steps": options.flow_steps}, make)

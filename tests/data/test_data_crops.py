@@ -34,12 +34,12 @@ def folder(tmp_path):
 def test_training_sees_random_crops_and_other_splits_fixed_ones(folder):
     source = load_data(f"folder:{folder}", crop=(16, 16), validation_fraction=0.2, test_fraction=0.2)
     assert source.shape == (1, 16, 16) and all(isinstance(split, CropSplit) for split in source.splits)
-    files = [{path for path, *_ in split.crops} for split in source.splits]
+    files = [{path for path, *_ in split.items} for split in source.splits]
     assert sum(map(len, files)) == 6 and not files[0] & files[1] and not files[0] & files[2]
     x, _ = source.train.batch(torch.arange(len(source.train)))
     assert torch.equal(x, source.train.tensors()[0]) and x.dtype == torch.uint8
     found = [source.train.batch_at(torch.zeros(50, dtype=torch.long), torch.rand(50, 2))[0] for _ in range(2)]
-    path = source.train.crops[0][0]
+    path = source.train.items[0][0]
     whole = torch.from_numpy(np.asarray(Image.open(path)))[None]
     windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).reshape(-1, 16, 16)
     assert all(bool((windows == crop[0]).all((1, 2)).any()) for crop in found[0])

@@ -99,7 +99,7 @@ def test_mixed_sizes_name_the_row(datasets, tmp_path):
     images = [Image.new("L", (5, 6 + (k == 3))) for k in range(12)]
     features = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict({"image": images}, features).save_to_disk(tmp_path)
-    with pytest.raises(UserError, match=r"row 3: has shape \(1, 7, 5\).*--size"):
+    with pytest.raises(UserError, match=r"row 3: has shape \(1, 7, 5\).*give size and channels"):
         load_data(f"hf:{tmp_path}")
 
 

@@ -326,7 +326,7 @@ def test_dataset_with_mixed_shapes_names_the_sample():
         def __getitem__(self, index):
             return torch.zeros(1, 4, 4 + (index == 7))
 
-    with pytest.raises(UserError, match="sample 7 of the Dataset has shape"):
+    with pytest.raises(UserError, match="the Dataset: sample 7: has shape"):
         from_object(Mixed(np.zeros(20)))
 
 

@@ -62,16 +62,16 @@ def test_bounds_do_not_fall_below_the_code_length(images, dequantize):
     x, true = images.draw(40)
     model = images.model(UNIFORM, dequantize)
     for level in (1, 4):
-        mean, error = excess(single_pass(model, x, None, Scoring(level, draws=2)).bits_per_dim(), true)
+        mean, error = excess(single_pass(model, x, None, Scoring(level, draws=2)).values(), true)
         assert -3 * error < mean < 0.4, f"level {level}"
-    mean, error = excess(elbo(model, x, None, Scoring(level=1)).bits_per_dim(), true)
+    mean, error = excess(elbo(model, x, None, Scoring(level=1)).values(), true)
     assert mean > -3 * error
 
 
 @IMAGES
 def test_dequantisation_of_the_exact_density_is_the_code_length(images):
     x, true = images.draw(60)
-    bits = single_pass(images.model(UNIFORM), x, None, Scoring(level=0)).bits_per_dim()
+    bits = single_pass(images.model(UNIFORM), x, None, Scoring(level=0)).values()
     assert torch.allclose(bits, true, atol=1e-9)
 
 
@@ -106,7 +106,7 @@ def test_the_headline_is_not_below_the_code_length_where_one_pass_is(boast):
     model = ClassificationDiffusion(Boaster(exact.backbone, boast), exact.schedule, exact.transform)
     x, true = images.draw(200)
     result = report(model, x, None, Scoring(level=1), ["single", "logz"], sweeps=40)
-    bits = single_pass(model, x, None, Scoring(level=1)).bits_per_dim()
+    bits = single_pass(model, x, None, Scoring(level=1)).values()
     mean, error = excess(bits, true)
     assert (mean < -3 * error) == bool(boast), "an unnormalised density must show"
     headline, z = result.row("one-pass-normalized"), result.log_z
@@ -134,13 +134,13 @@ def test_a_trained_model_is_not_below_the_code_length():
     )  # fmt: skip
     x = x.to(torch.uint8)
     z, unit = log_normalizer(model), 1 / (images.dim * math.log(2))
-    bits = single_pass(model, x).bits_per_dim()
+    bits = single_pass(model, x).values()
     normalised = excess(bits + unit * z.value, true, unit * (z.high - z.low) / 3.92)
     found = {
         "one pass": excess(bits, true),
         "one pass, normalised": normalised,
-        "ELBO": excess(elbo(model, x).bits_per_dim(), true),
-        "flow": excess(probability_flow(model, x[:FLOWS]).bits_per_dim(), true[:FLOWS]),
+        "ELBO": excess(elbo(model, x).values(), true),
+        "flow": excess(probability_flow(model, x[:FLOWS]).values(), true[:FLOWS]),
     }
     print(f"\ncode length {float(true.mean()):.4f} bits/dim; log2 Z/d {z.value * unit:.4f}, "
           f"effective sample size {z.ess:.0f}")  # fmt: skip

@@ -80,7 +80,7 @@ def test_decoder_is_the_posterior_where_two_levels_compete():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(30), dim=1, levels=2)
     x, true = draw(cells, log_probs, 40)
     for level in (12, 15, 20):
-        assert torch.allclose(single_pass(model, x, None, Scoring(level)).bits_per_dim(), true, atol=1e-4)
+        assert torch.allclose(single_pass(model, x, None, Scoring(level)).values(), true, atol=1e-4)
 
 
 @pytest.mark.parametrize("level", [0, 1, 7, 25])
@@ -103,7 +103,7 @@ def test_dequantised_density_of_the_exact_model_is_the_code_length():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(30))
     x, true = draw(cells, log_probs, 50)
     for importance in (False, True):
-        bits = single_pass(model, x, None, Scoring(0, draws=3), importance).bits_per_dim()
+        bits = single_pass(model, x, None, Scoring(0, draws=3), importance).values()
         assert torch.allclose(bits, true, atol=1e-9)
 
 
@@ -114,12 +114,12 @@ def test_bound_through_a_level_is_a_bound(dequantize, level):
     x, true = draw(cells, log_probs, 600)
     plain = single_pass(model, x, None, Scoring(level, draws=4))
     weighted = single_pass(model, x, None, Scoring(level, draws=4), importance=True)
-    mean, error = above(plain.bits_per_dim(), true)
+    mean, error = above(plain.values(), true)
     assert mean > -3 * error
     assert mean < {1: 0.03, 3: 0.08, 8: 0.45}[level], "far from tight"
     # Averaging inside the logarithm tightens each sample's bound, and keeps it one.
-    assert bool((weighted.bits_per_dim() <= plain.bits_per_dim() + 1e-12).all())
-    mean, error = above(weighted.bits_per_dim(), true)
+    assert bool((weighted.values() <= plain.bits_per_dim() + 1e-12).all())
+    mean, error = above(weighted.values(), true)
     assert mean > -3 * error - 1e-12
     assert plain.nfe == 4 and plain.level == level and len(plain.nats) == 600
 
@@ -129,7 +129,7 @@ def test_a_wrong_density_still_bounds_when_it_is_normalised():
     model, cells, log_probs = lattice_model(CosineSchedule(40))
     x, true = draw(cells, log_probs.flip(0), 400)
     for level in (0, 1, 5):
-        mean, error = above(single_pass(model, x, None, Scoring(level)).bits_per_dim(), true)
+        mean, error = above(single_pass(model, x, None, Scoring(level)).values(), true)
         assert mean > 0.2 and mean > 3 * error
 
 
@@ -137,7 +137,7 @@ def test_elbo_and_flow_bound_too():
     model, cells, log_probs = lattice_model(LogSNRSchedule(24, 0.05, 80))
     x, true = draw(cells, log_probs, 100)
     bound = elbo(model, x, None, Scoring(level=1))
-    mean, error = above(bound.bits_per_dim(), true)
+    mean, error = above(bound.values(), true)
     assert -3 * error < mean < 0.4 + 2 * error
     scored = score_noisy(model, Batch(model, x, None, slice(0, 100), 0), 1)
     flow = FlowSolver(model, Scoring(1)).log_prob(scored.z).log_prob + scored.offset
@@ -159,8 +159,8 @@ def test_published_convention_falls_below_the_entropy_and_bounds_do_not():
     peaks = GaussianMixture(log_probs.exp(), model.transform(cells.double()), torch.full((256,), width**2))
     perfect = ClassificationDiffusion(MixtureClassifier(peaks, schedule), schedule, model.transform)
     height = math.log2(1000 / math.sqrt(2 * math.pi))
-    assert above(published_convention(perfect, x).bits_per_dim(), true)[0] == pytest.approx(-height, abs=0.01)
-    mean, error = above(single_pass(model, x, None, Scoring(1, draws=2)).bits_per_dim(), true)
+    assert above(published_convention(perfect, x).values(), true)[0] == pytest.approx(-height, abs=0.01)
+    mean, error = above(single_pass(model, x, None, Scoring(1, draws=2)).values(), true)
     assert -3 * error < mean < 0.1
 
 

@@ -29,7 +29,7 @@ def lattice():
 def test_all_calls_work_with_model_and_data_alone(lattice):
     model, x = lattice
     found = [getattr(torchcdm.likelihood, name)(model, x) for name in SINGLE]
-    assert all(isinstance(one, LogLikelihood) and len(one.bits_per_dim()) == len(x) for one in found)
+    assert all(isinstance(one, LogLikelihood) and len(one.values()) == len(x) for one in found)
     result, z = torchcdm.likelihood.report(model, x), torchcdm.likelihood.log_normalizer(model, x)
     # One level for all of them, and so the same numbers as in the report.
     assert {one.level for one in found} | {z.level, result.gap.level} == {scoring_level(model)}

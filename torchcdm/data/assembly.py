@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import DataSource, MemorySplit, Split
+from torchcdm.data.source import CropSplit, DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
 from torchcdm.units import (
@@ -91,27 +90,27 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
     return DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
 
 
-def drawn_counts(parts: Collection[str], pool: int, options: DataOptions) -> dict[str, int]:
-    """How many samples of the ``pool`` each split beside the ``parts`` gets; at least one of a positive share."""
-    shares = {"validation": options.validation_fraction, "test": options.test_fraction}
-    missing = {split: share for split, share in shares.items() if split not in parts}
-    shares = {split: DEFAULT_FRACTION if share is None else share for split, share in missing.items()}
-    return {split: max(1, round(share * pool)) if share else 0 for split, share in shares.items()}
-
-
 def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:
     """The three splits, those that are missing drawn from ``train``, and one sentence on where they come from."""
     name, parts, pool = samples.name, samples.parts, samples.parts["train"]
-    missing, how = drawn_counts(parts, len(pool), options), "split by the data themselves"
+    wholes = pool.wholes if isinstance(pool, CropSplit) else None
+    count, missing = len(pool) if wholes is None else len(wholes), {}
+    for split, share in (("validation", options.validation_fraction), ("test", options.test_fraction)):
+        if split not in parts:
+            share = DEFAULT_FRACTION if share is None else share
+            missing[split] = max(1, round(share * count)) if share else 0
+    how = "split by the data themselves"
     if missing:
         held_out = sum(missing.values())
         smallest = SMALLEST_SPLITTABLE if held_out else 2
-        if len(pool) < smallest:
-            raise UserError(f"{name}: too few samples, {len(pool)}; at least {smallest} are needed")
-        rest = len(pool) - held_out
-        if rest < 2:
-            raise UserError(f"{name}: validation and test take {held_out} of {len(pool)}; make them smaller")
-        order = permutation(len(pool), options.seed).split([*missing.values(), rest])
+        if count < smallest and wholes is None:
+            raise UserError(f"{name}: too few samples, {count}; at least {smallest} are needed")
+        rest = count - held_out
+        if rest < (2 if wholes is None else 1):
+            raise UserError(f"{name}: validation and test take {held_out} of {count}; make them smaller")
+        order = permutation(count, options.seed).split([*missing.values(), rest])
+        if wholes is not None:
+            order = [torch.cat([part[:0], *(wholes[i] for i in part)]) for part in order]
         parts = parts | {split: pool.select(part) for split, part in zip((*missing, "train"), order, strict=True)}
         how = "split at random" if len(missing) == 2 else f"{next(iter(missing))} drawn at random from training"
     splits = (parts["train"], parts["validation"], parts["test"])
@@ -144,8 +143,7 @@ def _measure_columns(
     """The transform of the training rows (N, d) of vectors or a table, and notes on columns of vectors."""
     rows, notes, values, mixed = x.double().numpy(), [], {}, {}
     if table is not None:  # whose encoding has said the rest
-        values = {k: column.codes for k, column in enumerate(table.kept) if column.codes}
-        mixed = {k: table.kept[k].cell for k in table.mixed_codes}
+        values, mixed = table.values, table.mixed
     for k, column in enumerate(rows.T if table is None else ()):
         what = f"column 'c{k}'"
         if (column == column[0]).all():
@@ -164,7 +162,7 @@ def _measure_columns(
             notes.append(f"{what} has {len(found)} distinct values: its density has no upper bound.")
     if not values or not dequantize:
         return DataTransform.standardize(x), notes
-    return ColumnTransform.fit(x, values, bend=False, mixed=mixed), notes
+    return ColumnTransform.fit(x, values, mixed, bend=False), notes
 
 
 def _names(table: TableEncoding | None, count: int) -> tuple[str, ...]:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from torchcdm.data.assembly import Samples, drawn_counts
+from torchcdm.data.assembly import Samples
 from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit
 from torchcdm.errors import UserError, reason
-from torchcdm.random import permutation
 
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test", "testing"),
-}
+SPLIT_NAMES = {
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
+}  # fmt: skip
+"""What splits are called, here and on the Hub."""
+
+T = TypeVar("T")
+
+
+def named_splits(find: Callable[[str], T | None]) -> dict[str, T]:
+    """What ``find`` gives for the first name of each split that it knows."""
+    found = {split: [part for part in map(find, names) if part is not None] for split, names in SPLIT_NAMES.items()}
+    return {split: parts[0] for split, parts in found.items() if parts}
 
 
 def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]], list[str]]:
@@ -78,12 +84,8 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     split are classes when every image lies in one and there are at least two.
     """
     root = Path(argument)
-    folders = {
-        split: next((root / name for name in names if os.path.isdir(root / name)), None)
-        for split, names in SPLIT_FOLDERS.items()
-    }
-    folders = folders if folders["train"] else {"train": root}
-    folders = {split: folder for split, folder in folders.items() if folder}
+    folders = named_splits(lambda name: root / name if os.path.isdir(root / name) else None)
+    folders = folders if "train" in folders else {"train": root}
     found, notes = find_images(list(folders.values()), options.skip_bad)
     files = dict(zip(folders, found, strict=True))
     if not files["train"]:
@@ -94,8 +96,6 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     info, good, more = inspect(list(above), options)
     read = partial(read_image, high=info.high, size=options.size, channels=options.channels)
     splits = {}
-    if options.crop is not None:
-        files = _split_images(files, good, options)
     for split, part in files.items():
         kept = [path for path in part if path in good]
         labels = torch.tensor([class_names.index(above[path][0]) if class_names else NO_LABEL for path in kept])
@@ -106,21 +106,6 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     if class_names:
         notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
     return Samples(f"folder:{argument}", splits, info.grid, class_names, notes=(*notes, *more))
-
-
-def _split_images(
-    files: dict[str, list[Path]], good: dict[Path, ImageInfo], options: DataOptions
-) -> dict[str, list[Path]]:
-    """The splits of whole images, the missing ones drawn from training: crops of one image overlap."""
-    train = [path for path in files["train"] if path in good]
-    held = drawn_counts(files, len(train), options)
-    if len(train) - sum(held.values()) < 1:
-        raise UserError(f"{train[0].parent}: {len(train)} image(s); crops need one more than validation and test take")
-    order = [train[i] for i in permutation(len(train), options.seed).tolist()]
-    result = dict(files)
-    for split, count in held.items():
-        result[split], order = order[:count], order[count:]
-    return result | {"train": order}
 
 
 def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> tuple[str, ...] | None:

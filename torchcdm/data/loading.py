@@ -20,32 +20,26 @@ from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.images import channels_first, from_pillow
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status
-from torchcdm.data.source import DataSource, LazySplit
+from torchcdm.data.source import DataSource, LazySplit, MemorySplit
 from torchcdm.errors import UserError, nearest
 from torchcdm.units import DataTransform
 from torchcdm.units.table import as_frame, is_frame
 
-LOADERS: dict[str, Callable[[str, DataOptions, DataTransform | None], Samples]] = {
-    "digits": named.digits,
-    "fashion-mnist": named.fashion_mnist,
-    "cifar10": named.cifar10,
-    "celeba": named.celeba,
-    "folder": folders.load,
-    "array": arrays.load,
-    "table": tables.load,
-    "hf": hub.load,
-    "toy": named.toy,
-    "wine": named.wine,
-}
-"""What a SPEC may begin with; the loader gets what follows the colon."""
+Loader = Callable[[str, DataOptions, DataTransform | None], Samples]
 
-NEED_ARGUMENT = {
-    "folder": "folder:PATH",
-    "array": "array:FILE.npz",
-    "table": "table:FILE.csv",
-    "hf": "hf:NAME, such as hf:ylecun/mnist",
-    "toy": "toy:NAME, such as toy:two-moons",
+LOADERS: dict[str, tuple[Loader, str]] = {
+    "digits": (named.digits, ""),
+    "fashion-mnist": (named.fashion_mnist, "[:PATH]"),
+    "cifar10": (named.cifar10, "[:PATH]"),
+    "celeba": (named.celeba, "[:PATH]"),
+    "folder": (folders.load, ":PATH"),
+    "array": (arrays.load, ":FILE.npz"),
+    "table": (tables.load, ":FILE.csv"),
+    "hf": (hub.load, ":NAME, such as hf:ylecun/mnist"),
+    "toy": (named.toy, ":NAME, such as toy:two-moons"),
+    "wine": (named.wine, ""),
 }
+"""What a SPEC may begin with: the loader, which gets what follows the colon, and how that is written."""
 
 
 def load_data(data: str | DataOptions, like: DataTransform | None = None, **fields: Any) -> DataSource:
@@ -66,7 +60,8 @@ def load_data(data: str | DataOptions, like: DataTransform | None = None, **fiel
         ((1, 8, 8), 1300, 200, 297)
     """
     options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
-    source = assemble(read_samples(options, like), options, like).limited(options.limit)
+    source = assemble(read_samples(options, like), options, like)
+    source = source if options.limit is None else source.limited(options.limit)
     if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
         raise UserError(f"size and channels are for images; {source.name} holds vectors of {source.shape[0]} numbers")
     return source
@@ -136,16 +131,24 @@ def read_samples(options: DataOptions, like: DataTransform | None = None) -> Sam
         raise UserError(f"'{next(filter(None, named_columns))}' names a column of a table; {spec} has no columns")
     if options.crop is not None and (kind != "folder" or options.size is not None):
         raise UserError("crop is for folders of images of any size (folder:PATH), which are not resized")
-    return LOADERS[kind](argument, options, like)
+    return LOADERS[kind][0](argument, options, like)
 
 
 def check_spec(spec: str) -> None:
     """Refuses what is no SPEC, or names a file or folder that is not there."""
     kind, _, argument = spec.partition(":")
-    if kind in NEED_ARGUMENT and not argument:
-        raise UserError(f"'{spec}' does not say which; write {NEED_ARGUMENT[kind]}")
     if kind not in LOADERS:
-        raise UserError(_unknown(spec))
+        meant = spec_of(spec)
+        if meant != spec:
+            raise UserError(f"unknown data '{spec}'; write {meant}")
+        if kind == spec and (Path(spec).suffix or len(Path(spec).parts) > 1):
+            raise UserError(f"{spec}: no such file or folder")
+        raise UserError(f"unknown data '{spec}'; {nearest(kind, LOADERS)}")
+    needed = LOADERS[kind][1]
+    if argument and not needed:
+        raise UserError(f"'{kind}' takes nothing after the colon; write: {kind}")
+    if needed.startswith(":") and not argument:
+        raise UserError(f"'{spec}' does not say which; write {kind}{needed}")
     if kind in ("folder", "array", "table"):
         path = Path(argument)
         if (kind == "folder") != stat.S_ISDIR(file_status(path).st_mode):
@@ -168,16 +171,6 @@ def spec_of(path: str | Path) -> str:
     return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
 
 
-def _unknown(spec: str) -> str:
-    """What to say of a text that is no SPEC: that of a bare path, that there is no such file, or the nearest name."""
-    meant, kind = spec_of(spec), spec.partition(":")[0]
-    if meant != spec:
-        return f"unknown data '{spec}'; write {meant}"
-    if kind == spec and (Path(spec).suffix or len(Path(spec).parts) > 1):
-        return f"{spec}: no such file or folder"
-    return f"unknown data '{spec}'; {nearest(kind, LOADERS)}"
-
-
 class DatasetReader:
     """One sample of a torch Dataset as a tensor of event shape, without its label."""
 
@@ -185,47 +178,41 @@ class DatasetReader:
         self.dataset = dataset
 
     def __call__(self, index: int) -> Tensor:
-        return self.sample(index)[0]
-
-    def sample(self, index: int) -> tuple[Tensor, Any]:
-        """The sample as uint8 or float32, (C, H, W) or (d,), and its label or None."""
-        item = self.dataset[index]
-        value, label = (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
+        value, _ = self.pair(index)
+        what = f"sample {index} of the Dataset"
         if isinstance(value, (tuple, list)) and len(value) == 1:
             value = value[0]
         if hasattr(value, "getbands"):
             value = from_pillow(value)
         elif not isinstance(value, (Tensor, np.ndarray)):
-            raise UserError(f"sample {index} of the Dataset is a {type(value).__name__}; give tensors or images")
+            raise UserError(f"{what} is a {type(value).__name__}; give tensors or images")
         last = isinstance(value, np.ndarray) and value.ndim == 3 and not channels_first(value.shape)
-        value = arrays.as_array(value, f"sample {index} of the Dataset")
-        arrays.check_numbers(value, f"sample {index} of the Dataset")
+        value = arrays.as_array(value, what)
+        arrays.check_numbers(value, what)
         value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
-        return value[None] if value.ndim == 2 else value, label
+        return value[None] if value.ndim == 2 else value
+
+    def pair(self, index: int) -> tuple[Any, Any]:
+        """The sample as the Dataset gives it, and its label or None."""
+        item = self.dataset[index]
+        return (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
 
 
 def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
-    """One pass over the Dataset: it stays in memory where it is small; else only the labels do."""
-    if len(dataset) == 0:
+    """The samples in memory where they are small, else read when they are asked for; labels by a pass over all."""
+    count = len(dataset)
+    if count == 0:
         raise UserError("the Dataset is empty")
     reader = DatasetReader(dataset)
-    lazy = LazySplit(reader, range(len(dataset)), name="the Dataset, sample ")
-    held, labels = [], []
-    for index in range(len(dataset)):
-        sample, label = reader.sample(index)
-        if sample.shape != lazy.like.shape:
-            shapes = f"{tuple(sample.shape)}; sample 0 has {tuple(lazy.like.shape)}"
-            raise UserError(f"sample {index} of the Dataset has shape {shapes}; all must agree")
-        labels.append(label)
-        if lazy.small(len(dataset)):
-            held.append(sample)
-    y = labels if y is None and labels[0] is not None else y
-    if held:
-        return arrays.samples_of(torch.stack(held).numpy(), y, "Dataset", options, first=True)
-    if lazy.like.dtype not in (torch.uint8, torch.float32):
-        raise UserError(f"the Dataset gives {lazy.like.dtype}; a large one must give uint8 or float32")
-    (numbers,), class_names = arrays.read_labels(y, [len(dataset)], "Dataset")
-    grid = (0, 255) if lazy.like.dtype == torch.uint8 else None
-    notes = (f"{len(dataset)} samples of shape {tuple(lazy.like.shape)}, read when they are asked for.",)
-    pool = lazy if numbers is None else lazy.relabelled(numbers)
-    return Samples("Dataset", {"train": pool}, grid, class_names, notes=notes)
+    if y is None and reader.pair(0)[1] is not None:
+        y = [reader.pair(index)[1] for index in range(count)]
+    pool = LazySplit(reader, range(count), name="the Dataset: sample ").in_memory_if_small(count)
+    if isinstance(pool, MemorySplit):
+        return arrays.samples_of(pool.x.numpy(), y, "Dataset", options, first=True)
+    shape, dtype = tuple(pool.like.shape), pool.like.dtype
+    if dtype not in (torch.uint8, torch.float32):
+        raise UserError(f"the Dataset gives {dtype}; a large one must give uint8 or float32")
+    (numbers,), class_names = arrays.read_labels(y, [count], "Dataset")
+    notes = (f"{count} samples of shape {shape}, read when they are asked for.",)
+    pool = pool if numbers is None else pool.relabelled(numbers)
+    return Samples("Dataset", {"train": pool}, (0, 255) if dtype == torch.uint8 else None, class_names, notes=notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,8 +61,6 @@ def digits(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """
     from sklearn.datasets import load_digits
 
-    if argument:
-        raise UserError("'digits' takes nothing after the colon; write: digits")
     data = load_digits()
     pool = MemorySplit(torch.from_numpy(data.images).to(torch.uint8)[:, None], torch.from_numpy(data.target))
     # The rows are ordered by writer: taken as they come, the test split is by other hands than the training split.
@@ -75,8 +73,6 @@ def wine(argument: str, options: DataOptions, like: DataTransform | None = None)
     from pandas import DataFrame
     from sklearn.datasets import load_wine
 
-    if argument:
-        raise UserError("'wine' takes nothing after the colon; write: wine")
     data = load_wine()
     frame = DataFrame(data.data, columns=data.feature_names)
     return tables.samples_of({"train": frame}, "wine", options, data.target, like)
@@ -99,13 +95,10 @@ def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples
     PATH holds the four idx files, packed or not; without it they are looked for in TORCHCDM_DATA and where Debian
     puts them.
     """
-    folders = _candidates(argument, "fashion-mnist", (FASHION_SYSTEM_FOLDER,))
-    folder = next((f for f in folders if os.path.exists(_idx_path(f, "train-images-idx3-ubyte"))), None)
-    if folder is None:
-        raise UserError(
-            f"Fashion-MNIST not found in {' or '.join(map(str, folders))}: install Debian's dataset-fashion-mnist, or "
-            f"name the folder of its four idx files by fashion-mnist:PATH or by the variable {DATA_VARIABLE}"
-        )
+    folder = _located(
+        argument, "fashion-mnist", lambda place: os.path.exists(_idx_path(place, "train-images-idx3-ubyte")),
+        "install Debian's dataset-fashion-mnist, or name the folder of its four idx files", (FASHION_SYSTEM_FOLDER,),
+    )  # fmt: skip
     images, labels = [], []
     for prefix in FASHION_FILES.values():
         images.append(read_idx(_idx_path(folder, f"{prefix}-images-idx3-ubyte")))
@@ -124,16 +117,11 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
     The Python version of the archive consists of pickles, which can run any code when they are opened: not read.
     """
-    folders = _candidates(argument, CIFAR_FOLDER)
-    folder = next((f for f in folders if os.path.isfile(f / CIFAR_FILES[0])), None)
-    if folder is None:
-        pickled = any(os.path.exists(f / name) for f in folders for name in ("data_batch_1", "cifar-10-batches-py"))
-        found = "only the Python version is there, whose pickles are not opened" if pickled else "not found"
-        places = " or ".join(map(str, folders)) or f"{DATA_VARIABLE} (not set)"
-        raise UserError(
-            f"CIFAR-10 in {places}: {found}; unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
-            " and name its folder by cifar10:PATH"
-        )
+    folder = _located(
+        argument, CIFAR_FOLDER, lambda place: os.path.isfile(place / CIFAR_FILES[0]),
+        "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html (the pickles of the Python version "
+        "are not opened), and name its folder",
+    )  # fmt: skip
     batches = [_read_cifar(folder / name) for name in CIFAR_FILES]
     records = np.concatenate(batches)
     pool = MemorySplit(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(records[:, 0]))
@@ -147,7 +135,12 @@ def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
     PATH holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them.
     Images are cropped and resized to 64 x 64 unless another size is given. Files are read when they are asked for.
     """
-    images, listing = _celeba_places(argument)
+    root = _located(
+        argument, "celeba", lambda place: _first(place, CELEBA_IMAGES) and _first(place, CELEBA_PARTITION),
+        "name the folder of img_align_celeba and list_eval_partition.txt of "
+        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+    )  # fmt: skip
+    images, listing = _first(root, CELEBA_IMAGES), _first(root, CELEBA_PARTITION)
     paths, absent = _celeba_partition(listing, images)
     if absent and not options.skip_bad:
         raise UserError(f"{images}: {len(absent)} listed file(s) are missing, {absent[0]} first; --skip-bad goes on")
@@ -213,17 +206,28 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 
-def _candidates(argument: str, folder: str, system: Sequence[str] = ()) -> list[Path]:
-    """Where a data set may lie: PATH or its sub-folder ``folder``; without PATH, TORCHCDM_DATA and the system's."""
+def _located(
+    argument: str, name: str, is_there: Callable[[Path], Any], mend: str, system: Sequence[str] = ()
+) -> Path:
+    """Where a data set lies: PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the system's."""
     root = argument or os.environ.get(DATA_VARIABLE, "")
-    found = [Path(root) / folder, Path(root)] if root else []
-    return found if argument else [*found, *map(Path, system)]
+    places = [Path(root) / name, Path(root)] if root else []
+    places += [] if argument else map(Path, system)
+    for place in places:
+        if is_there(place):
+            return place
+    looked = " or ".join(map(str, places)) or f"{DATA_VARIABLE} (not set)"
+    raise UserError(f"{name} not found in {looked}: {mend} by SPEC:PATH or by the variable {DATA_VARIABLE}")
+
+
+def _first(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of the paths below a folder that is there."""
+    return next((folder / name for name in names if os.path.exists(folder / name)), None)
 
 
 def _idx_path(folder: Path, name: str) -> Path:
     """The packed file, or else the plain one where it is there."""
-    packed, plain = folder / f"{name}.gz", folder / name
-    return plain if os.path.exists(plain) and not os.path.exists(packed) else packed
+    return _first(folder, (f"{name}.gz", name)) or folder / f"{name}.gz"
 
 
 def _read_cifar(path: Path) -> np.ndarray:
@@ -239,21 +243,6 @@ def _read_cifar(path: Path) -> np.ndarray:
     return records
 
 
-def _celeba_places(argument: str) -> tuple[Path, Path]:
-    """The folder of images and the file of the partition."""
-    roots = _candidates(argument, "celeba")
-    for root in roots:
-        images = next((root / name for name in CELEBA_IMAGES if os.path.isdir(root / name)), None)
-        listing = next((root / name for name in CELEBA_PARTITION if os.path.isfile(root / name)), None)
-        if images and listing:
-            return images, listing
-    places = " or ".join(map(str, roots)) or "celeba: (no path given)"
-    raise UserError(
-        f"CelebA not found in {places}: celeba:PATH needs img_align_celeba and list_eval_partition.txt of "
-        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in PATH"
-    )
-
-
 def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], list[str]]:
     """Paths of the three splits as the partition file lists them, and the names of listed files that are missing."""
     with reading(listing, "a list of files") as file:
@@ -263,16 +252,13 @@ def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], li
     except OSError as error:
         raise UserError(f"{images}: cannot be read ({error.strerror})") from None
     paths: list[list[Path]] = [[], [], []]
-    absent, seen = [], set()
+    absent = []
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise UserError(f"{listing}: line {number} is not 'FILE.jpg 0|1|2': {line[:60]}")
-        if words[0] in seen:
-            raise UserError(f"{listing}: line {number} lists {words[0]} a second time")
-        seen.add(words[0])
         if words[0] in present:
             paths[int(words[1])].append(images / words[0])
         else:

@@ -19,7 +19,7 @@ from torchcdm.data.source import DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.runtime.validation import read_as
-from torchcdm.units import ColumnWarp, DataTransform, TableEncoding, spread_columns
+from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete
 from torchcdm.units.table import as_frame, is_frame
 
@@ -222,8 +222,7 @@ def _from_tables(
     trained = torch.cat([x[part] for x, part in zip(codes, parts["train"], strict=True)])
     table, varying, constant = table.varying(trained, PAIR)
     codes, noise = [x[:, varying] for x in codes], stream(options.seed, "dequantise")
-    cells, known = table.cells, table.mixed_codes
-    codes = [spread_columns(x, cells, known, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
+    codes = [table.spread(x, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
     chosen = {split: torch.cat([codes[0][low], codes[1][high]]) for split, (low, high) in parts.items()}
     order = permutation(len(chosen["train"]), options.seed)
     sources = torch.arange(2).repeat_interleave(len(order) // 2)

@@ -37,8 +37,8 @@ class Split(Dataset, ABC):
     are ``labels``, long (N,). An empty split is false.
     """
 
-    def __init__(self, labels: Tensor) -> None:
-        self.labels = labels
+    def __init__(self, count: int, labels: Tensor | None) -> None:
+        self.labels = torch.full((count,), NO_LABEL) if labels is None else labels.long()
 
     @abstractmethod
     def values(self, indices: Tensor) -> Tensor:
@@ -68,10 +68,6 @@ class Split(Dataset, ABC):
         """All samples and labels, or ``limit`` of them evenly spaced through the split."""
         return self.batch(evenly_spaced(len(self), limit))
 
-    def limited(self, limit: int | None) -> Split:
-        """At most ``limit`` samples, evenly spaced; the split itself where it is no larger."""
-        return self if limit is None or limit >= len(self) else self.select(evenly_spaced(len(self), limit))
-
     def relabelled(self, labels: Tensor) -> Split:
         """The same samples with other labels, long (N,)."""
         result = copy.copy(self)
@@ -90,7 +86,7 @@ class MemorySplit(Split):
     """
 
     def __init__(self, x: Tensor, labels: Tensor | None = None, context: Tensor | None = None) -> None:
-        super().__init__(torch.full((len(x),), NO_LABEL) if labels is None else labels.long())
+        super().__init__(len(x), labels)
         self.x, self.context = x, context
 
     def values(self, indices: Tensor) -> Tensor:
@@ -104,7 +100,6 @@ class MemorySplit(Split):
         return self.x[indices], (self.labels if self.context is None else self.context)[indices]
 
 
-@final
 class LazySplit(Split):
     """Samples read when they are asked for.
 
@@ -124,7 +119,7 @@ class LazySplit(Split):
         name: str = "",
         like: Tensor | None = None,
     ) -> None:
-        super().__init__(torch.full((len(items),), NO_LABEL) if labels is None else labels.long())
+        super().__init__(len(items), labels)
         self.read, self.items, self.name = read, items, name
         self.like = read(items[0]) if like is None and len(items) else like
 
@@ -132,74 +127,64 @@ class LazySplit(Split):
         samples = [self._sample(self.items[i]) for i in indices.tolist()]
         return torch.stack(samples) if samples else torch.empty(0)
 
+    def select(self, indices: Tensor) -> LazySplit:
+        result = self.relabelled(self.labels[indices])
+        result.items = [self.items[i] for i in indices.tolist()]
+        return result
+
+    def in_memory_if_small(self, total: int) -> Split:
+        """The samples in memory where ``total`` of them fit, :data:`MEMORY_LIMIT`, else read when they are asked for."""
+        small = len(self) and total * self.like.nelement() * self.like.element_size() <= MEMORY_LIMIT
+        return MemorySplit(*self.tensors()) if small else self
+
     def _sample(self, item: Any) -> Tensor:
         x, like = self.read(item), self.like
         if (x.shape, x.dtype) != (like.shape, like.dtype):
             shapes = f"{tuple(x.shape)}, {x.dtype}; others have {tuple(like.shape)}, {like.dtype}"
-            raise UserError(f"{self.name}{item}: has shape {shapes}; give --size HxW or --channels to convert")
+            raise UserError(f"{self.name}{item}: has shape {shapes}; give size and channels that all are converted to")
         return x
-
-    def select(self, indices: Tensor) -> LazySplit:
-        items = [self.items[i] for i in indices.tolist()]
-        return LazySplit(self.read, items, self.labels[indices], self.name, self.like)
-
-    def small(self, total: int) -> bool:
-        """Whether a data set of ``total`` such samples fits into memory, :data:`MEMORY_LIMIT`."""
-        return len(self) > 0 and total * self.like.nelement() * self.like.element_size() <= MEMORY_LIMIT
-
-    def in_memory_if_small(self, total: int) -> Split:
-        """The samples in memory where ``total`` of them are small, else read when they are asked for."""
-        return MemorySplit(*self.tensors()) if self.small(total) else self
 
 
 @final
-class CropSplit(Split):
+class CropSplit(LazySplit):
     """Crops of images of any size: as many of each image as fit side by side, evenly spread over it.
 
     Args:
-        read: Gives the image of one item, data units, (C, H, W).
-        items: Path of the image, and height and width of each; images that are small together stay in memory.
+        read: Gives the image of one path, data units, (C, H, W).
+        images: Path of each image, its height and width; those that are small together stay in memory.
         crop: Height and width of the crops.
-        labels: Class of each image; none when None.
+        labels: Class of each image.
+
+    Attributes:
+        wholes: Indices of the crops of each image, which overlap: they belong into one split.
     """
 
     def __init__(
         self,
         read: Callable[[Any], Tensor],
-        items: Sequence[tuple[Any, tuple[int, int]]],
+        images: Sequence[tuple[Any, tuple[int, int]]],
         crop: tuple[int, int],
-        labels: Tensor | None = None,
+        labels: Tensor,
     ) -> None:
-        self.read, self.crop, self.held = read, crop, {}
-        self.crops = [(path, top, left) for path, size in items for top, left in places_of(size, crop)]
-        counts = torch.tensor([len(places_of(size, crop)) for _, size in items], dtype=torch.long)
-        labels = torch.full((len(items),), NO_LABEL) if labels is None else labels.long()
-        super().__init__(labels.repeat_interleave(counts))
-        total = sum(4 * height * width for _, (height, width) in items)  # channels, at most
-        if total <= MEMORY_LIMIT:
-            self.held = {path: read(path) for path, _ in items}
+        total = sum(4 * height * width for _, (height, width) in images)  # channels, at most
+        self.held = {path: read(path) for path, _ in images} if total <= MEMORY_LIMIT else {}
+        self.crop, places = crop, [places_of(size, crop) for _, size in images]
+        items = [(path, *place) for (path, _), found in zip(images, places, strict=True) for place in found]
+        counts = torch.tensor([len(found) for found in places], dtype=torch.long)
+        super().__init__(read, items, labels.repeat_interleave(counts), like=torch.empty(0))
+        self.wholes = torch.arange(len(items)).split(counts.tolist())
 
-    def values(self, indices: Tensor) -> Tensor:
-        return self._cut(indices, None)
+    def batch_at(self, indices: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(indices.tolist(), places, strict=True)
+        return torch.stack([self._sample(self.items[i], place) for i, place in pairs]), self.labels[indices]
 
-    def select(self, indices: Tensor) -> CropSplit:
-        result = self.relabelled(self.labels[indices])
-        result.crops = [self.crops[i] for i in indices.tolist()]
-        return result
-
-    def batch_at(self, indices: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._cut(indices, places), self.labels[indices]
-
-    def _cut(self, indices: Tensor, places: Tensor | None) -> Tensor:
-        found, (height, width) = [], self.crop
-        for row, i in enumerate(indices.tolist()):
-            path, top, left = self.crops[i]
-            image = self.held[path] if path in self.held else self.read(path)
-            if places is not None:
-                free = torch.tensor([image.shape[1] - height + 1, image.shape[2] - width + 1])
-                top, left = (places[row] * free).long().tolist()
-            found.append(image[:, top : top + height, left : left + width])
-        return torch.stack(found) if found else torch.empty(0)
+    def _sample(self, item: Any, place: Tensor | None = None) -> Tensor:
+        (path, top, left), (height, width) = item, self.crop
+        image = self.held[path] if path in self.held else self.read(path)
+        if place is not None:
+            free = torch.tensor([image.shape[1] - height + 1, image.shape[2] - width + 1])
+            top, left = (place * free).long().tolist()
+        return image[:, top : top + height, left : left + width]
 
 
 def places_of(size: tuple[int, int], crop: tuple[int, int], share: float | None = None) -> list[tuple[int, int]]:
@@ -270,9 +255,9 @@ class DataSource:
         """The same source with changed splits; the transform stays."""
         return replace(self, **{name: change(getattr(self, name)) for name in ("train", "validation", "test")})
 
-    def limited(self, limit: int | None) -> DataSource:
-        """The same source with at most ``limit`` samples in every split."""
-        return self.mapped(lambda split: split.limited(limit))
+    def limited(self, limit: int) -> DataSource:
+        """The same source with at most ``limit`` samples, evenly spaced, in every split."""
+        return self.mapped(lambda split: split.select(evenly_spaced(len(split), limit)))
 
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:

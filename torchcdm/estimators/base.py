@@ -240,7 +240,7 @@ class TableEstimator(BaseEstimator):
         counted = slice(0, rows, math.ceil(rows / FIT_ROWS))
         for bend in (True, False):
             # They come dequantised: the transform must not add noise a second time.
-            transform = ColumnTransform.of_codes(train, table, bend, dequantize=False)
+            transform = ColumnTransform.fit(train, table.values, table.mixed, bend, dequantize=False)
             # In float64 here and not by the model in training: a column may have any offset.
             parts = [transform(x).float() for x in (train, validation)]
             start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchcdm.data.arrays import as_array
 from torchcdm.errors import UserError
 from torchcdm.random import stream
-from torchcdm.units import TableEncoding, spread_columns
+from torchcdm.units import TableEncoding
 from torchcdm.units.table import as_frame
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DRAWS = 8
 
 def noisy(table: TableEncoding, codes: Tensor, position: np.ndarray) -> Tensor:
     """Codes (N, kept), those with a cell at the ``position`` in it: on [0, 1), broadcastable to (N, kept)."""
-    return spread_columns(codes, table.cells, table.mixed_codes, torch.from_numpy(position))
+    return table.spread(codes, torch.from_numpy(position))
 
 
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:

@@ -67,7 +67,9 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
     if transform.bin is None and len(source.shape) == 1:
         x, _ = split.tensors()
         known = isinstance(transform, ColumnTransform)
-        bent = transform.refitted(x) if known else ColumnTransform.fit(x, table=transform.table)
+        cells = (transform.values, transform.mixed) if known else ()
+        bent = ColumnTransform.fit(x, *cells, dequantize=not known or transform.dequantize)
+        bent.table = transform.table
         return replace(source, transform=bent)
     if transform.gaussianized:
         return source

@@ -16,7 +16,7 @@ from torchcdm.units.affine import DataTransform
 from torchcdm.units.checks import construct
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
-from torchcdm.units.lattice import cell_width, discrete_values, frequent_values, nearest_value, spread, spread_columns
+from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
 from torchcdm.units.log_likelihood import LogLikelihood, standard_error
 from torchcdm.units.table import TableEncoding
 from torchcdm.units.warp import ColumnWarp
@@ -31,9 +31,6 @@ __all__ = [
     "cell_width",
     "discrete_values",
     "frequent_values",
-    "nearest_value",
-    "spread",
-    "spread_columns",
     "standard_error",
     "transform_from_config",
 ]
@@ -49,13 +46,13 @@ def transform_from_config(config: Any) -> DataTransform:
     """
     if not isinstance(config, dict):
         raise UserError(f"data transform is {config!r:.60}; named values are needed")
-    name = config.get("kind", "affine")
+    arguments = {"kind": "affine", "table": None} | config
+    name, table = arguments.pop("kind"), arguments.pop("table")
     if not isinstance(name, str) or name not in KINDS:
         raise UserError(f"data transform: unknown kind {name!r:.60}; choose from: {', '.join(KINDS)}")
-    arguments = {key: value for key, value in config.items() if key not in ("kind", "table")}
     transform = construct(KINDS[name], arguments, "data transform")
-    if config.get("table") is not None:
-        transform.table = read_as(TableEncoding, config["table"], "table")
+    if table is not None:
+        transform.table = read_as(TableEncoding, table, "table")
         if len(transform.table.kept) != transform.dim:
             raise UserError(f"table: {len(transform.table.kept)} columns; the data have {transform.dim}")
     return transform

@@ -71,10 +71,11 @@ class DataTransform(Float64Module):
         if self.dim > MOST_NUMBERS:
             raise UserError(f"data transform: shape {shape} has too many numbers")
         for name, value in (("shift", numbers(shift, "shift")), ("scale", numbers(scale, "scale"))):
-            # Sizes from the last one back are those of the event, or 1.
-            sizes = zip(reversed(value.shape), reversed(shape), strict=False)
-            if value.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
-                raise UserError(f"data transform: {name} has the shape {tuple(value.shape)}, the data {shape}")
+            try:
+                value.expand(shape)
+            except RuntimeError:
+                what = f"data transform: {name} has the shape {tuple(value.shape)}, the data {shape}"
+                raise UserError(what) from None
             self.register_buffer(name, value, persistent=False)
         if not bool((self.scale > 0).all()):
             raise UserError("data transform: every scale must be positive; is a column constant?")

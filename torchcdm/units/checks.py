@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,18 +17,11 @@ T = TypeVar("T")
 
 
 def construct(kind: Callable[..., T], config: Any, what: str) -> T:
-    """Makes a ``kind`` from its keyword arguments, as they were saved.
-
-    Raises:
-        UserError: The config is no mapping, an argument is missing, unknown or wrong.
-    """
-    if not isinstance(config, Mapping):
-        raise UserError(f"{what} is {config!r:.60}; named values are needed")
+    """Makes a ``kind`` from its keyword arguments, as they were saved; UserError where one is missing or unknown."""
     try:
-        inspect.signature(kind).bind(**config)
+        return kind(**config)
     except TypeError as error:
         raise UserError(f"{what}: {error}") from None
-    return kind(**config)
 
 
 def numbers(value: Any, what: str, count: int | None = None) -> Tensor:
@@ -45,8 +37,9 @@ def numbers(value: Any, what: str, count: int | None = None) -> Tensor:
     return found
 
 
-def rising(values: Tensor, what: str) -> Tensor:
-    """Two or more finite numbers (n,), each above the one before."""
-    if values.ndim != 1 or len(values) < 2 or not bool(values.isfinite().all() and (values.diff() > 0).all()):
+def rising(value: Any, what: str) -> Tensor:
+    """Two or more finite numbers (n,), each above the one before, as float64."""
+    values = numbers(value, what)
+    if values.ndim != 1 or len(values) < 2 or not bool((values.diff() > 0).all()):
         raise UserError(f"data transform: {what} must be two or more rising numbers")
     return values

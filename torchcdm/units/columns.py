@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import Float, Positive, checked
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.checks import construct, numbers, rising
-from torchcdm.units.lattice import cell_width, nearest_value, spread_columns
+from torchcdm.units.float64 import Float64Module
+from torchcdm.units.lattice import NONE, cell_width, spread
 from torchcdm.units.normal import log_normal
-from torchcdm.units.table import TableEncoding
 from torchcdm.units.warp import ColumnWarp
 
 OUTSIDE = 1e-4
@@ -25,8 +23,6 @@ OUTSIDE = 1e-4
 
 KNOTS, KNOT_ROWS = 50, 20
 """Cells of the histogram of the other numbers of a mixed column, at most, and training rows in each, at least."""
-
-NONE: Mapping[int, Any] = MappingProxyType({})
 
 
 @final
@@ -52,7 +48,6 @@ class ColumnTransform(DataTransform):
         UserError: A value of the wrong type, number or order, or one that is not finite.
 
     Attributes:
-        columns: The columns with values.
         cells: Width of the cell of each column, (d,), data units; 0 for continuous ones.
     """
 
@@ -71,140 +66,152 @@ class ColumnTransform(DataTransform):
         if ({str(k) for k in histograms} - {str(k) for k in range(self.dim)}) or set(mixed) - set(histograms):
             raise UserError(f"data transform: histograms of {list(histograms)!r:.60}; numbers of columns are needed")
         self.warp = warp
-        self.columns, self.mixed = tuple(int(k) for k in histograms), {int(k): cell for k, (cell, _) in mixed.items()}
+        self.histograms = nn.ModuleDict({
+            str(k): Histogram(*found, mixed.get(k), f"histogram {k}") for k, found in histograms.items()
+        })  # fmt: skip
         self.dequantize = dequantize and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
-        for k, (key, (centres, cumulative)) in zip(self.columns, histograms.items(), strict=True):
-            what = f"histogram {k}"
-            centres = numbers(centres, what) if k in self.mixed else rising(numbers(centres, what), what)
-            self.cells[k] = self.mixed[k] if k in self.mixed else cell_width(centres)
-            edges = rising(numbers(mixed[key][1], what) if k in self.mixed else _edges(centres), f"cells of {what}")
-            cumulative = rising(numbers(cumulative, what), what)
-            if len(cumulative) != len(edges) or cumulative[0] <= 0 or cumulative[-1] >= 1:
-                raise UserError(f"data transform: {what} needs {len(edges)} probabilities between 0 and 1")
-            # What the density of each bin is per: a cell, or a unit of the column.
-            middles = (edges[1:] + edges[:-1]) / 2
-            of_values = ((middles[:, None] - centres).abs().amin(1) < self.cells[k] / 2) | (k not in self.mixed)
-            log_unit = of_values.double() * self.cells[k].log()
-            buffers = {"values": centres, "edges": edges, "cumulative": cumulative, "log_unit": log_unit}
-            for name, value in buffers.items():
-                self.register_buffer(f"{name}{k}", value, persistent=False)
+        for k, histogram in self._columns():
+            self.cells[k] = histogram.cell
 
     @classmethod
     def fit(
         cls,
         x: Tensor,
         values: Mapping[int, Sequence[float]] = NONE,
+        mixed: Mapping[int, float] = NONE,
         bend: bool = True,
         dequantize: bool = True,
-        mixed: Mapping[int, float] = NONE,
-        table: TableEncoding | None = None,
     ) -> ColumnTransform:
         """From the training rows; columns with values dequantised, or as they are.
 
         Args:
             x: Rows (N, d), data units.
             values: Values that have a probability, rising, by column.
+            mixed: Those of these columns that have other numbers too: width of a value's cell.
             bend: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
             dequantize: As for the class.
-            mixed: Those of these columns that have other numbers too: width of a value's cell.
-            table: What becomes of the cells of a table.
         """
-        x = x.double()
-        known = {k: torch.tensor(found, dtype=torch.float64) for k, found in values.items()}
-        edges = {k: _knots(x[:, k], c, mixed[k]) if k in mixed else _edges(c) for k, c in known.items()}
+        x, edges = x.double(), {}
+        for k, found in values.items():
+            centres = torch.tensor(found, dtype=torch.float64)
+            edges[k] = _knots(x[:, k], centres, mixed[k]) if k in mixed else _edges(centres)
         histograms = {k: (found, _cumulative(x[:, k], edges[k])) for k, found in values.items()}
-        straight = tuple(values) if bend else range(x.shape[1])
-        warp = ColumnWarp.fit(x, straight=straight).to_config()
+        warp = ColumnWarp.fit(x, straight=tuple(values) if bend else range(x.shape[1]))
         cells = {k: (cell, edges[k].tolist()) for k, cell in mixed.items()}
-        result = cls(warp, histograms, dequantize, cells)
-        result.table = table
-        return result
-
-    @classmethod
-    def of_codes(cls, x: Tensor, table: TableEncoding, bend: bool = True, dequantize: bool = True) -> ColumnTransform:
-        """From codes (N, d) of training rows, those with a cell dequantised; the rest as in :meth:`fit`."""
-        values = {k: column.codes for k, column in enumerate(table.kept) if column.codes}
-        return cls.fit(x, values, bend, dequantize, {k: table.kept[k].cell for k in table.mixed_codes})
-
-    def refitted(self, x: Tensor) -> ColumnTransform:
-        """The same values, with continuous columns bent as the rows ``x`` (N, d) have it."""
-        return ColumnTransform.fit(x, self.values, dequantize=self.dequantize, mixed=self.mixed, table=self.table)
+        return cls(warp.to_config(), histograms, dequantize, cells)
 
     @property
     def values(self) -> dict[int, tuple[float, ...]]:
         """Values that have a probability, rising, by column."""
-        return {k: tuple(self.get_buffer(f"values{k}").tolist()) for k in self.columns}
+        return {k: tuple(histogram.values.tolist()) for k, histogram in self._columns()}
+
+    @property
+    def mixed(self) -> dict[int, float]:
+        """Width of a value's cell, by column that has other numbers too."""
+        return {k: histogram.cell for k, histogram in self._columns() if histogram.mixed}
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
         if not self.dequantize:
             return x
-        mixed = {k: self.get_buffer(f"values{k}") for k in self.mixed}
-        return spread_columns(x.to(floating(x)), self.cells.to(position), mixed, position)
+        mixed = {k: histogram.values for k, histogram in self._columns() if histogram.mixed}
+        return spread(x.to(floating(x)), self.cells.to(position), position, mixed)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Columns of values alone rounded to the nearest one, and what is in a cell to its value, data units."""
         x = x.clone()
-        for k in self.columns:
-            found = nearest_value(x[:, k], self.get_buffer(f"values{k}")).to(x)
-            near = (x[:, k] - found).abs() < self.mixed.get(k, math.inf) / 2
-            x[:, k] = torch.where(near, found, x[:, k])
+        for k, histogram in self._columns():
+            x[:, k] = histogram.quantize(x[:, k])
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.warp(x)
-        for k in self.columns:
-            z[:, k] = self._by_histogram(k, x[:, k].double())[0]
+        for k, histogram in self._columns():
+            z[:, k] = histogram(x[:, k].double(), self.warp.scale[k])[0]
         return z.to(floating(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         x = self.warp.inverse(z)
-        for k in self.columns:
-            edges, cumulative = self._histogram(k)
-            column = z[:, k].double()
-            probability = torch.special.ndtr(column).clamp(cumulative[0], cumulative[-1])
-            index = _cell_of(probability, cumulative)
-            within = (probability - cumulative[index]) / cumulative.diff()[index]
-            beyond = column - torch.special.ndtri(probability)
-            x[:, k] = edges[index] + within * edges.diff()[index] + beyond * self.warp.scale[k]
+        for k, histogram in self._columns():
+            x[:, k] = histogram.inverse(z[:, k].double(), self.warp.scale[k])
         return x.to(z.dtype)
 
     def log_det(self, x: Tensor) -> Tensor:
         slopes = self.warp.log_slope(x)
-        for k in self.columns:
-            slopes[:, k] = self._by_histogram(k, x[:, k].double())[1]
+        for k, histogram in self._columns():
+            slopes[:, k] = histogram(x[:, k].double(), self.warp.scale[k])[1]
         return slopes.sum(1)
 
     def arguments(self) -> dict[str, Any]:
-        histograms = {
-            str(k): [self.get_buffer(f"{part}{k}").tolist() for part in ("values", "cumulative")] for k in self.columns
-        }
-        mixed = {str(k): [cell, self.get_buffer(f"edges{k}").tolist()] for k, cell in self.mixed.items()}
+        found = dict(self._columns())
+        histograms = {str(k): [h.values.tolist(), h.cumulative.tolist()] for k, h in found.items()}
+        mixed = {str(k): [h.cell, h.edges.tolist()] for k, h in found.items() if h.mixed}
         warp = self.warp.to_config()
         arguments = {"kind": "columns", "warp": warp, "histograms": histograms, "dequantize": self.dequantize}
         return arguments | ({"mixed": mixed} if mixed else {})
 
-    def _histogram(self, k: int) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(f"edges{k}"), self.get_buffer(f"cumulative{k}")
+    def _columns(self) -> list[tuple[int, Histogram]]:
+        """The columns with values."""
+        return [(int(k), histogram) for k, histogram in self.histograms.items()]
 
-    def _by_histogram(self, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z of column ``k`` and log dz/dx per unit of its density, each (N,)."""
-        edges, cumulative = self._histogram(k)
-        inside = x.clamp(edges[0], edges[-1])
-        index = _cell_of(inside, edges)
-        density = (cumulative.diff() / edges.diff())[index]
-        z = torch.special.ndtri(cumulative[index] + density * (inside - edges[index]))
-        log_slope = density.log() - log_normal(z) + self.get_buffer(f"log_unit{k}")[index]
-        scale = self.warp.scale[k]
+
+@final
+class Histogram(Float64Module):
+    """One column of values, or of values and other numbers, to a standard normal; arguments as of the transform."""
+
+    values: Tensor
+    edges: Tensor
+    cumulative: Tensor
+    log_unit: Tensor
+
+    def __init__(
+        self, values: Sequence[float], cumulative: Sequence[float], mixed: tuple[float, Sequence[float]] | None,
+        what: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.mixed = mixed is not None
+        values = numbers(values, what) if self.mixed else rising(values, what)
+        self.cell, edges = mixed or (cell_width(values), _edges(values))
+        edges, cumulative = rising(edges, f"cells of {what}"), rising(cumulative, what)
+        if len(cumulative) != len(edges) or cumulative[0] <= 0 or cumulative[-1] >= 1:
+            raise UserError(f"data transform: {what} needs {len(edges)} probabilities between 0 and 1")
+        # What the density of each bin is per: a cell, or a unit of the column.
+        middles = (edges[1:] + edges[:-1]) / 2
+        of_values = ((middles[:, None] - values).abs().amin(1) < self.cell / 2) | (not self.mixed)
+        log_unit = of_values.double() * torch.tensor(self.cell, dtype=torch.float64).log()
+        buffers = {"values": values, "edges": edges, "cumulative": cumulative, "log_unit": log_unit}
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """z and log dz/dx per unit of its density, each (N,); beyond the edges a line of the ``scale``."""
+        inside = x.clamp(self.edges[0], self.edges[-1])
+        index = _cell_of(inside, self.edges)
+        density = (self.cumulative.diff() / self.edges.diff())[index]
+        z = torch.special.ndtri(self.cumulative[index] + density * (inside - self.edges[index]))
+        log_slope = density.log() - log_normal(z) + self.log_unit[index]
         return z + (x - inside) / scale, torch.where(x == inside, log_slope, -scale.log())
+
+    def inverse(self, z: Tensor, scale: Tensor) -> Tensor:
+        """x (N,) of z."""
+        probability = torch.special.ndtr(z).clamp(self.cumulative[0], self.cumulative[-1])
+        index = _cell_of(probability, self.cumulative)
+        within = (probability - self.cumulative[index]) / self.cumulative.diff()[index]
+        beyond = z - torch.special.ndtri(probability)
+        return self.edges[index] + within * self.edges.diff()[index] + beyond * scale
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The nearest value; other numbers of a mixed column as they are."""
+        borders = (self.values[1:] + self.values[:-1]) / 2
+        found = self.values[torch.searchsorted(borders, x.double().contiguous())].to(x)
+        return torch.where((x - found).abs() < (self.cell / 2 if self.mixed else torch.inf), found, x)
 
 
 def _edges(centres: Tensor) -> Tensor:
     """Edges of the cells around the rising ``centres`` and of the gaps between them, rising."""
     half = cell_width(centres) / 2
     edges = torch.stack([centres - half, centres + half], 1).flatten()
-    rising = edges.diff() > 1e-6 * half  # neighbouring cells share an edge, to rounding
-    return edges[torch.cat([torch.ones(1, dtype=torch.bool), rising])]
+    return _apart(edges, 1e-6 * half)  # neighbouring cells share an edge, to rounding
 
 
 def _knots(x: Tensor, centres: Tensor, cell: float) -> Tensor:
@@ -216,8 +223,12 @@ def _knots(x: Tensor, centres: Tensor, cell: float) -> Tensor:
         knots = torch.from_numpy(np.quantile(others.numpy(), np.linspace(0, 1, count + 1)))  # of any number of rows
         apart = (knots[:, None] - centres).abs().amin(1) > cell / 2 * (1 + 1e-6)
         edges = torch.cat([edges, knots[apart]]).sort().values
-    rising = edges.diff() > 1e-9 * (edges[-1] - edges[0])
-    return edges[torch.cat([torch.ones(1, dtype=torch.bool), rising])]
+    return _apart(edges, float(1e-9 * (edges[-1] - edges[0])))
+
+
+def _apart(edges: Tensor, gap: float) -> Tensor:
+    """Those of the rising ``edges`` that lie further than the gap above the one before."""
+    return edges[edges.diff(prepend=edges.new_tensor([-torch.inf])) > gap]
 
 
 def _cumulative(x: Tensor, edges: Tensor) -> list[float]:

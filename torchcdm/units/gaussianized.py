@@ -136,13 +136,7 @@ class GaussianizedTransform(DataTransform):
         return (log_mass - math.log(self.bin) - log_normal(z)).flatten(1).sum(1)
 
     def arguments(self) -> dict[str, Any]:
-        return {
-            "kind": "gaussianized",
-            "shape": list(self.shape),
-            "bin": self.bin,
-            "low": self.low,
-            "high": self.high,
-        }
+        return {"kind": "gaussianized", "shape": list(self.shape), "bin": self.bin, "low": self.low, "high": self.high}
 
     def _nearest(self, x: Tensor) -> Tensor:
         """Index of the grey level whose cell holds ``x``, long; 0 for NaN."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 
-Numbers = TypeVar("Numbers", Tensor, np.ndarray)
-
 Discrete = Literal["dequantize", "error"]
 """What to do with a column of few distinct values."""
+
+NONE: Mapping[Any, Any] = MappingProxyType({})
 
 FEW_VALUES = 20
 """A column of at most so many values is discrete, where each comes twice on average."""
@@ -71,21 +72,13 @@ def cell_width(values: Sequence[float] | Tensor) -> float:
     return float(torch.as_tensor(values, dtype=torch.float64).diff().min())
 
 
-def spread(x: Numbers, width: float | Numbers, position: Numbers) -> Numbers:
-    """Each value at the ``position`` on [0, 1] of the cell of that ``width`` around it; all shapes broadcast."""
-    return x + width * (position - 0.5)
+def spread(x: Tensor, width: Tensor, position: Tensor, mixed: Mapping[int, Sequence[float]] = NONE) -> Tensor:
+    """Each number of ``x`` (..., d) at the ``position`` on [0, 1] of the cell of that ``width`` around it.
 
-
-def spread_columns(x: Tensor, width: Tensor, mixed: Mapping[int, Sequence[float]], position: Tensor) -> Tensor:
-    """:func:`spread` of rows (..., d); in columns that are ``mixed`` only of these values, not of other numbers."""
-    noisy = spread(x, width, position)
+    In columns that are ``mixed`` only these values have a cell, and other numbers stay. All shapes broadcast.
+    """
+    noisy = x + width * (position - 0.5)
     for k, values in mixed.items():
         apart = (x[..., k, None] - torch.as_tensor(values).to(x)).abs().amin(-1)
         noisy[..., k] = torch.where(apart < 1e-3 * width[k], noisy[..., k], x[..., k])
     return noisy
-
-
-def nearest_value(x: Tensor, values: Tensor) -> Tensor:
-    """Each number of ``x`` rounded to the nearest of the rising ``values`` (n,), in their precision."""
-    borders = (values[1:] + values[:-1]) / 2
-    return values[torch.searchsorted(borders, x.to(values.dtype).contiguous())]

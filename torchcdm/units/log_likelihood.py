@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchcdm.errors import UserError
-
 
 @dataclass(frozen=True)
 class LogLikelihood:
@@ -30,22 +28,14 @@ class LogLikelihood:
 
     @property
     def unit(self) -> str:
-        """``bits/dim`` for data on a grid, ``nats`` (negative log density of a sample) for continuous data."""
+        """``bits/dim`` for data on a grid, ``nats`` for continuous data, whose bits would depend on their unit."""
         return "nats" if self.log_bin is None else "bits/dim"
 
-    def bits_per_dim(self) -> Tensor:
-        """-(log p + d log bin) / (d log 2), shape (B,): a code length for data on a grid.
-
-        Raises:
-            UserError: The data are continuous; bits would depend on the unit of measurement.
-        """
-        if self.log_bin is None:
-            raise UserError("bits/dim needs data on a grid; continuous data are reported in nats")
-        return -(self.nats.double() + self.dim * self.log_bin) / (self.dim * math.log(2))
-
     def values(self) -> Tensor:
-        """Negative log-likelihood of each sample in :attr:`unit`, float64 (B,)."""
-        return -self.nats.double() if self.log_bin is None else self.bits_per_dim()
+        """Of each sample in :attr:`unit`, float64 (B,): -log p, or -(log p + d log bin) / (d log 2), a code length."""
+        if self.log_bin is None:
+            return -self.nats.double()
+        return -(self.nats.double() + self.dim * self.log_bin) / (self.dim * math.log(2))
 
     def mean_and_error(self) -> tuple[float, float]:
         """Mean of :meth:`values` and its standard error over samples (nan for one sample)."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
 from torchcdm.units.cells import EMPTY, MOSTLY, Kind, dates_of, kind_of, numbers_of, texts_of, unreadable
-from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
+from torchcdm.units.lattice import cell_width, discrete_values, frequent_values, spread
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -213,14 +213,24 @@ class TableEncoding:
         return tuple(column.name for column in self.kept)
 
     @property
-    def cells(self) -> Tensor:
-        """Width of the cell of each of them, float64 (d,); 0 where no number has a cell."""
-        return torch.tensor([column.cell if column.codes else 0.0 for column in self.kept], dtype=torch.float64)
+    def values(self) -> dict[int, tuple[float, ...]]:
+        """Codes that have a cell, by the place of their column."""
+        return {k: column.codes for k, column in enumerate(self.kept) if column.codes}
 
     @property
-    def mixed_codes(self) -> dict[int, tuple[float, ...]]:
-        """Codes that have a cell, by the place of their column, where other numbers have none."""
-        return {k: column.codes for k, column in enumerate(self.kept) if column.mixed and column.codes}
+    def mixed(self) -> dict[int, float]:
+        """Width of these cells where other numbers have none."""
+        return {k: self.kept[k].cell for k in self.values if self.kept[k].mixed}
+
+    @property
+    def cells(self) -> Tensor:
+        """Width of the cell of each column, float64 (d,); 0 where no number has a cell."""
+        return torch.tensor([column.cell if column.codes else 0.0 for column in self.kept], dtype=torch.float64)
+
+    def spread(self, codes: Tensor, position: Tensor) -> Tensor:
+        """Dequantises codes (N, d), those with a cell: to the ``position`` in it, on [0, 1), broadcastable to (N, d)."""
+        values = self.values
+        return spread(codes, self.cells, position, {k: values[k] for k in self.mixed})
 
     def encode(
         self,
@@ -242,7 +252,6 @@ class TableEncoding:
         Raises:
             UserError: All that is missing or cannot be read, in one line.
         """
-        frame = frame.set_axis([str(label) for label in frame.columns], axis=1)
         problems, codes = list(problems), []
         absent = [c.name for c in self.kept if c.name not in frame.columns]
         if absent:
@@ -263,7 +272,7 @@ class TableEncoding:
                 codes.append(code)
         if problems and not skip_bad:
             rest = f" ({len(problems)} problems in all)" if len(problems) > SHOWN else ""
-            mend = "mend the cells, leave columns out by --drop, or rows by --skip-bad"
+            mend = "mend the cells, or leave columns out (drop), or rows (skip-bad)"
             raise UserError(f"{name}: {'; '.join(problems[:SHOWN])}{rest}; {mend}")
         rows = np.flatnonzero(~out)
         x = np.stack(codes, 1)[rows] if codes else np.empty((len(rows), 0))
