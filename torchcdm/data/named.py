@@ -119,8 +119,8 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """
     folder = _located(
         argument, CIFAR_FOLDER, lambda place: os.path.isfile(place / CIFAR_FILES[0]),
-        "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html (the pickles of the Python version "
-        "are not opened), and name its folder",
+        "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html (the pickles of the Python "
+        "version are not opened), and name its folder",
     )  # fmt: skip
     batches = [_read_cifar(folder / name) for name in CIFAR_FILES]
     records = np.concatenate(batches)

@@ -133,7 +133,7 @@ class LazySplit(Split):
         return result
 
     def in_memory_if_small(self, total: int) -> Split:
-        """The samples in memory where ``total`` of them fit, :data:`MEMORY_LIMIT`, else read when they are asked for."""
+        """The samples in memory where ``total`` of them fit (:data:`MEMORY_LIMIT`), else as they are."""
         small = len(self) and total * self.like.nelement() * self.like.element_size() <= MEMORY_LIMIT
         return MemorySplit(*self.tensors()) if small else self
 

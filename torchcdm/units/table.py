@@ -228,7 +228,7 @@ class TableEncoding:
         return torch.tensor([column.cell if column.codes else 0.0 for column in self.kept], dtype=torch.float64)
 
     def spread(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Dequantises codes (N, d), those with a cell: to the ``position`` in it, on [0, 1), broadcastable to (N, d)."""
+        """Codes (N, d), those with a cell at the ``position`` in it: on [0, 1), broadcastable to (N, d)."""
         values = self.values
         return spread(codes, self.cells, position, {k: values[k] for k in self.mixed})
 
