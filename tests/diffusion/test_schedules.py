@@ -146,7 +146,7 @@ def test_settings_that_make_no_schedule():
         UniformSigmaSchedule(10**11)
     with pytest.raises(UserError, match="offset is -1; it must be at least 0"):
         CosineSchedule(50, -1)
-    with pytest.raises(UserError, match="r_max is inf; a finite number is needed"):
+    with pytest.raises(UserError, match="r_max is inf; it must be a finite number"):
         LogSNRSchedule(10, 0.1, float("inf"))
     with pytest.raises(UserError, match="r_min"):
         LogSNRSchedule(10, r_min=3, r_max=2)

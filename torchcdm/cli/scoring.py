@@ -13,7 +13,7 @@ from typing import Any
 
 from torchcdm.cli.arguments import add_command, check_writable, count, tell
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_output_folder, write_rows, written_in_pieces
+from torchcdm.runtime.files import check_output_folder, write_rows, written
 
 SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
 """Those of :data:`torchcdm.apps.anomaly.SCORES`, which takes torch to import: help is to come at once."""
@@ -175,7 +175,7 @@ def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[d
     kept: dict[str, list[Any]] = {name: [] for name in ("score", "percentile", "flag", "deviating")}
     top: list[tuple[float, int, str]] = []
     row, said = 0, set()
-    with nullcontext(io.StringIO()) if path is None else written_in_pieces(path) as file:
+    with nullcontext(io.StringIO()) if path is None else written(path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("row", "input", "score", "percentile", "flag", "where"))
         for batch in batches:

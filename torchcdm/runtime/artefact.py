@@ -22,9 +22,9 @@ from torchcdm.runtime.files import (
     beside,
     check_replaced,
     flush_folder,
+    new_file,
     without_nan,
     write_file,
-    write_through,
     writing,
 )
 from torchcdm.runtime.validation import read_as
@@ -75,7 +75,8 @@ def write_artefact(
         pending = {path.with_name(name): beside(path.with_name(name)) for name in packed}
         try:
             for temporary, data in zip(pending.values(), packed.values(), strict=True):
-                write_through(temporary, data)
+                with new_file(temporary) as file:
+                    file.write(data)
             write_file(path, json.dumps(sealed, indent=1) + "\n")
         except (OSError, UserError):
             for temporary in pending.values():

@@ -80,21 +80,18 @@ def map_rows(
 def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None, at_first: int) -> Rows:
     """``function`` of ``size`` rows at a time; None: of ``at_first``, and of fewer where memory runs out."""
     asked = at_most = min(at_first if size is None else size, len(rows))
-    parts, start = [], rows.start
-    while start < rows.stop:
-        batch = slice(start, min(start + at_most, rows.stop))
+    parts: list[Rows] = []
+    while not parts:
         try:
-            parts.append(function(batch))
+            starts = range(rows.start, rows.stop, at_most)
+            parts = [function(slice(start, min(start + at_most, rows.stop))) for start in starts]
         except RuntimeError as error:
-            at_most = (batch.stop - batch.start) // 2
-            if size is not None or at_most == 0 or not _out_of_memory(error):
+            if size is not None or at_most == 1 or not _out_of_memory(error):
                 raise
-        else:
-            start = batch.stop
-            continue
-        # After the handler: until then the error holds the frames, and these what is to be freed.
-        gc.collect()
-        torch.cuda.empty_cache()
+            at_most //= 2
+        if not parts:  # after the handler: until then the error holds the frames, and these what is to be freed
+            gc.collect()
+            torch.cuda.empty_cache()
     if at_most < asked:
         warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
     return _each(torch.cat, parts)

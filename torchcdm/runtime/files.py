@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
-import io
 import json
 import math
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +18,9 @@ from torchcdm.errors import UserError, reason
 
 TEMPORARY = ".writing-"
 """Prefix of what is being written; left behind by a crash, it is cleaned up and never read."""
+
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+"""How texts are written: names of files that are not UTF-8 as the system has them."""
 
 
 @contextmanager
@@ -36,79 +37,61 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, content: bytes | str, flush: bool = True) -> None:
-    """Written beside, flushed to the disk, then renamed: a reader sees the old file or the new one.
+    """As :func:`written`, for all of the content at once."""
+    with written(path, isinstance(content, str), flush) as file:
+        file.write(content)
 
-    Its folder is made. A link is followed. Devices, pipes and the standard streams are written to, never replaced.
-    Without ``flush``, for one of many files, a power failure can cut it short.
+
+@contextmanager
+def written(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[Any]]:
+    """A file that is written beside, flushed to the disk, then renamed: a reader sees the old file or the new one.
+
+    Its folder is made. A link is followed. Devices and pipes are written to, never replaced. Without ``flush``, for
+    one of many files, a power failure can cut it short.
 
     Raises:
         UserError: The disk is full, the folder or the file read-only, or a folder lies there; the old file stays.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        status = _status(path)
-        if status is not None and (not stat.S_ISREG(status.st_mode) or _stream(status) is not None):
-            return _write_into(path, status, content)
-        path = _target(path)
-        if status is not None and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "the file is read-only")
-        temporary = beside(path)
+        target = _replaced(path)
+        if target is None:
+            with open(path, "w", **TEXT, opener=_opened) if text else open(path, "wb", opener=_opened) as file:
+                yield file
+            return
+        temporary = beside(target)
         try:
-            write_through(temporary, content, flush)
-            os.replace(temporary, path)
-        except OSError:
+            with new_file(temporary, text, flush) as file:
+                yield file
+            os.replace(temporary, target)
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         if flush:
-            flush_folder(path.parent)
+            flush_folder(target.parent)
 
 
 @contextmanager
-def written_in_pieces(path: Path) -> Iterator[IO[str]]:
-    """As :func:`write_file`, for a text that comes in pieces and may be long: what fails leaves the old file."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        regular = (status := _status(path)) is None or (stat.S_ISREG(status.st_mode) and _stream(status) is None)
-        if regular and status is not None and not os.access(_target(path), os.W_OK):
-            raise PermissionError(errno.EACCES, "the file is read-only")
-        temporary = beside(path)
-        if regular:
-            write_through(temporary, "", flush=False)
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") if regular else io.StringIO() as file:
-        try:
-            yield file
-            with writing(path):
-                if regular:
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(temporary, _target(path))
-                else:
-                    write_file(path, file.getvalue())
-        except BaseException:
-            if regular:
-                temporary.unlink(missing_ok=True)
-            raise
+def new_file(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[Any]]:
+    """A new file, in place of what a crash left there, flushed to the disk at the end. No link is followed."""
+    path.unlink(missing_ok=True)
+    with path.open("x", **TEXT) if text else path.open("xb") as file:
+        yield file
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _opened(path: str, flags: int) -> int:
+    """A pipe that nobody reads is refused, not waited for."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def beside(path: Path) -> Path:
     """Where a file is written before it is renamed: in the folder of what it replaces, under a name that fits."""
-    path = _target(path)
+    path = Path(os.path.realpath(path))
     return path.with_name(TEMPORARY + path.name[-60:])
-
-
-def write_through(path: Path, content: bytes | str, flush: bool = True) -> None:
-    """Writes a new file, in place of what a crash left there, and flushes it to the disk. No link is followed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except FileExistsError:
-        path.unlink()
-        descriptor = os.open(path, flags, 0o666)
-    with open(descriptor, "wb") as file:
-        file.write(_encoded(content))
-        if flush:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def flush_folder(path: Path) -> None:
@@ -137,9 +120,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_file(path, text.getvalue())
+    with written(path, text=True) as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 # --- before the work ---------------------------------------------------------------------------------------------
@@ -155,19 +137,11 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None
             input.
     """
     with writing(path):
-        status = _status(path)
-        if status is not None and stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "a folder lies there")
-        if status is not None and not stat.S_ISREG(status.st_mode):
-            return
-        target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for part in (target.parent,) if status is None else (target.parent, target):
-            if not os.access(part, os.W_OK):
-                raise PermissionError(errno.EACCES, f"{part} is read-only")
-    if status is not None and any(os.path.samestat(status, given) for _, given in _given(inputs)):
-        raise UserError(f"{path}: is one of the inputs; choose another file")
-    check_replaced(path, kind)
+        target = _replaced(path)
+    if target is not None:
+        if target.exists() and any(target.samefile(given) for given in _given(inputs)):
+            raise UserError(f"{path}: is one of the inputs; choose another file")
+        check_replaced(target, kind)
 
 
 def check_replaced(path: Path, kind: str | None = None) -> None:
@@ -198,63 +172,32 @@ def check_output_folder(folder: Path, inputs: Iterable[str | Path]) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "the folder is read-only")
     inside = folder.resolve()
-    for path, status in _given(inputs):
+    for path in _given(inputs):
         held = path.resolve()
-        if inside.is_relative_to(held) if stat.S_ISDIR(status.st_mode) else inside == held.parent:
+        if inside.is_relative_to(held) if held.is_dir() else inside == held.parent:
             raise UserError(f"{folder}: holds inputs, which the outputs could replace; choose another folder")
 
 
-def _given(inputs: Iterable[str | Path]) -> Iterator[tuple[Path, os.stat_result]]:
+def _given(inputs: Iterable[str | Path]) -> list[Path]:
     """Those inputs that are files or folders, with or without a kind before a colon."""
-    for given in inputs:
-        for text in {str(given), str(given).partition(":")[2]} - {""}:
-            with suppress(OSError, ValueError):
-                yield Path(text), os.stat(text)
+    texts = (text for given in map(str, inputs) for text in (given, given.partition(":")[2]))
+    return [Path(text) for text in texts if os.path.exists(text)]
 
 
-# --- parts -------------------------------------------------------------------------------------------------------
+def _replaced(path: Path) -> Path | None:
+    """The file that is made or replaced, through links, in a folder that is made; None for a device or a pipe.
 
-
-def _status(path: Path) -> os.stat_result | None:
-    """What is at the path, through links; None where there is nothing."""
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        return None
-
-
-def _target(path: Path) -> Path:
-    """Where a link leads to."""
-    if not path.is_symlink():
-        return path
+    OSError for a folder, and where the file or its folder is read-only.
+    """
+    with suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "a folder lies there")
+        if not stat.S_ISREG(mode):
+            return None
     target = Path(os.path.realpath(path))
-    if target.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for part in (target, target.parent):
+        if part.exists() and not os.access(part, os.W_OK):
+            raise PermissionError(errno.EACCES, f"{part} is read-only")
     return target
-
-
-def _stream(status: os.stat_result) -> int | None:
-    """The standard stream that writes to the same file, if any: replaced, it would lose what is printed."""
-    for descriptor in (1, 2):
-        with suppress(OSError):
-            if os.path.samestat(status, os.fstat(descriptor)):
-                return descriptor
-    return None
-
-
-def _write_into(path: Path, status: os.stat_result, content: bytes | str) -> None:
-    """Writes to a device, a pipe or a standard stream; one that nobody reads is refused, not waited for."""
-    descriptor = _stream(status)
-    if descriptor is None:
-        descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
-        os.set_blocking(descriptor, True)
-    else:
-        sys.stdout.flush()
-        descriptor = os.dup(descriptor)
-    with open(descriptor, "wb") as file:
-        file.write(_encoded(content))
-
-
-def _encoded(content: bytes | str) -> bytes:
-    """Names of files that are not UTF-8 are written as the system has them."""
-    return content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content

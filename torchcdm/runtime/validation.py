@@ -156,14 +156,13 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
     @functools.cache
     def arguments() -> type[BaseModel]:
         hints = get_type_hints(init, include_extras=True)
-        fields = {key: (hint, None) for key, hint in hints.items() if key != "return" and _is_plain(hint)}
+        fields = {key: (hint, None) for key, hint in hints.items() if _is_plain(hint)}
         return create_model("Arguments", __config__=CHECKS, **fields)
 
     @functools.wraps(init)
     def checking(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
-        known = arguments().model_fields
-        given = {key: value for key, value in bound.arguments.items() if key in known}
+        given = {key: bound.arguments[key] for key in arguments().model_fields.keys() & bound.arguments.keys()}
         try:
             valid = arguments().model_validate(given)
         except ValidationError as error:
@@ -174,34 +173,25 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
     return checking
 
 
+_PLAIN = (int, float, bool, str, type(None))
+
+
 def _is_plain(hint: Any) -> bool:
     """Whether an annotation holds numbers, texts, truths and lists alone."""
-    if hint in (int, float, bool, str, None, type(None), Ellipsis) or not (isinstance(hint, type) or get_args(hint)):
-        return True
-    parts = get_args(hint)
-    return bool(parts) and all(_is_plain(part) for part in parts)
+    return all(map(_is_plain, get_args(hint))) if get_args(hint) else not isinstance(hint, type) or hint in _PLAIN
 
 
 # --- messages ----------------------------------------------------------------------------------------------------
 
-_NEEDED = {
-    "int_type": "a whole number is needed",
-    "int_from_float": "a whole number is needed",
-    "float_type": "a number is needed",
-    "finite_number": "a finite number is needed",
-    "bool_type": "true or false is needed",
-    "bool_parsing": "true or false is needed",
-    "string_type": "a text is needed",
-    "tuple_type": "a list such as [1, 2] is needed",
-    "union_tag_not_found": "its name is needed",
-    "greater_than": "it must be above {gt:g}",
-    "greater_than_equal": "it must be at least {ge:g}",
-    "less_than": "it must be below {lt:g}",
-    "less_than_equal": "it must be at most {le:g}",
-    "too_short": "at least {min_length} values are needed",
-    "too_long": "at most {max_length} values are possible",
-    **dict.fromkeys(("model_type", "dict_type", "dataclass_type"), "fields with values are needed"),
+_WORDS = {
+    "Input should": "it must",
+    "Tuple should": "it must",
+    "tuple": "list such as [1, 2]",
+    "a valid boolean": "true or false",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
 }
+"""Ours for words of pydantic's messages."""
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 3
@@ -212,17 +202,12 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
     first = error.errors(include_url=False)[0]
     kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
     for part in first["loc"]:
-        below = None
-        if isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):  # a pair may lack one
-            below = value[part]
-        # A part of several kinds adds the name of its kind to the place.
-        if isinstance(value, (int, float, str)):
-            continue
-        if isinstance(value, Mapping):
-            if part not in value and kind != "missing":
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            if kind != "missing":  # a part of several kinds adds the name of its kind to the place
                 continue
-            below = value.get(part)
-        value, path = below, f"{path}[{part}]" if isinstance(part, int) else join(path, part)
+        path = f"{path}[{part}]" if isinstance(part, int) else join(path, part)
     here = path or "configuration"
     match kind:
         case "unknown_field":
@@ -238,7 +223,9 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
         case "literal_error":
             needed = _nearest_of(str(found), facts["expected"])
         case _:
-            needed = _NEEDED[kind].format(**facts) if kind in _NEEDED else first["msg"]
+            needed = first["msg"]
+            for theirs, ours in _WORDS.items():
+                needed = needed.replace(theirs, ours)
     return path, f"{here} is {shown(found)}; {needed}"
 
 
