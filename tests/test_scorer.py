@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from torchcdm import load
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
+from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
 from torchcdm.cli import main
 from torchcdm.cli.scoring import _written
 from torchcdm.data import load_data, save_images
 from torchcdm.data.inputs import parts_of
 from torchcdm.errors import UserError
-from torchcdm.scale import Scorer, normal_data, score_on_ray, start_here
+from torchcdm.scale import Scorer, score_on_ray
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def wines():
     model = load("zoo:table-example")
     source = model.info.read_source(model)
     x = torch.cat([source.split(part).tensors()[0].float() for part in ("train", "validation", "test")])
-    detector = AnomalyDetector.fit(make_score("levels", model), x)
+    detector = AnomalyDetector.fit(AnomalyScore("levels", model), x)
     frame = model.transform.table.decode(x)
-    return frame, Scorer(model, detector, AnomalyMap.fit(model, x), fpr=0.1, device="cpu")
+    return frame, Scorer(model, detector, AnomalyMap(model).fit(x), fpr=0.1, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def two_workers(tmp_path_factory):
     os.environ["DYING"] = str(marker)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(paths)
-    start_here(2)
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield marker
     ray.shutdown()
     del os.environ["DYING"]
@@ -188,7 +188,8 @@ def two_workers(tmp_path_factory):
 
 def test_a_killed_worker_loses_nothing(two_workers, pictures, scorer):
     """Images by two workers, one of which dies."""
-    found = joined(score_on_ray(scorer, [str(pictures)], 2, kind=Dying))
+    dying = Dying(scorer.model, scorer.detector, fpr=scorer.fpr, device="cpu")
+    found = joined(score_on_ray(dying, [str(pictures)], 2))
     assert two_workers.exists()
     whole = scorer.judge(scorer.info.read_inputs(pictures))
     assert found["input"].tolist() == whole["input"].tolist()

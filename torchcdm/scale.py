@@ -19,19 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
+from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
 from torchcdm.apps.anomaly.detector import check_fpr
 from torchcdm.apps.anomaly.maps import top_columns
-from torchcdm.data import Inputs, MemorySplit
+from torchcdm.data import Inputs
 from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_array, read_table
-from torchcdm.errors import UserError, needed
+from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count
 from torchcdm.runtime.devices import chosen_device
-from torchcdm.training.checkpoint import ModelInfo, load
+from torchcdm.training.checkpoint import load
 from torchcdm.units import TableEncoding
 
 PATH, PART = "path", "part"
@@ -40,11 +39,8 @@ PATH, PART = "path", "part"
 ARRAYS = ("image", "data", "x")
 """Columns of a batch of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them."""
 
-REFERENCE_LIMIT = 5000
-"""Normal samples that are used at most."""
-
-STARTS = 3
-"""Attempts to start Ray."""
+NOTHING = {"input": "", "score": np.nan, "percentile": np.nan, "flag": False, "deviating": False, "where": ""}
+"""The row that stands for files of which all was left out: Ray would drop an empty batch, and its note."""
 
 FILES = 64
 """Images that a worker takes at a time."""
@@ -101,9 +97,9 @@ class Scorer:
         self.info, self.fpr, self.skip_bad = self.model.info, fpr, skip_bad
         if detector is None:
             normal, _ = normal_data(self.model, reference, skip_bad)
-            detector = AnomalyDetector.fit(make_score(score, self.model), normal)
+            detector = AnomalyDetector.fit(AnomalyScore(score, self.model), normal)
             rows = len(self.info.transform.shape) == 1
-            explain = AnomalyMap.fit(self.model, normal) if rows and explain is None else explain
+            explain = AnomalyMap(self.model).fit(normal) if rows and explain is None else explain
         elif isinstance(detector, (str, Path)):
             detector = AnomalyDetector.load(detector, self.model)
         for part in detector.score.models:
@@ -123,17 +119,12 @@ class Scorer:
         Raises:
             UserError: A batch that does not fit the model, or a file that cannot be read.
         """
-        columns = self.info.columns or ()
-        if PATH in batch and PATH not in columns:
+        if PATH in batch and PATH not in (self.info.columns or ()):
             parts = batch.get(PART, [WHOLE] * len(batch[PATH]))
             found = self.info.read_inputs([str(p) for p in batch[PATH]], self.skip_bad, parts=[int(p) for p in parts])
-            scored = self.judge(found)
-            if not found.names:
-                text, number, truth = np.array([""], object), np.full(1, np.nan), np.zeros(1, bool)
-                scored = {"input": text, "score": number, "percentile": number, "flag": truth, "deviating": truth,
-                          "where": text}  # fmt: skip
-            note = [" ".join(found.notes), *[""] * (len(scored["input"]) - 1)]
-            return scored | {"note": np.array(note, object)}
+            empty = {name: np.array([value]) for name, value in NOTHING.items()}
+            scored = self.judge(found) if found.names else empty
+            return scored | {"note": np.array([" ".join(found.notes), *[""] * (len(scored["input"]) - 1)], object)}
         found, kept = self._read(batch)
         scored = self.judge(found)
         del scored["input"]
@@ -141,22 +132,17 @@ class Scorer:
 
     def judge(self, found: Inputs) -> Batch:
         """What is said of inputs, as of :meth:`__call__`, beside ``input``, their names."""
-        names, odd = np.array(found.names, object), found.deviating
-        if not len(names):
-            number, truth = np.empty(0), np.empty(0, bool)
-            return {"input": names, "score": number, "percentile": number, "flag": truth, "deviating": truth,
-                    "where": names}  # fmt: skip
-        scores, deviating = self.detector.score(found.x), torch.tensor(list(map(bool, odd)))
+        scores = self.detector.score(found.x) if found.names else torch.empty(0).double()
+        deviating = torch.tensor([bool(columns) for columns in found.deviating], dtype=torch.bool)
         flags = self.detector.flags(scores, self.fpr) | deviating
-        where = [""] * len(names)
+        where = np.full(len(flags), "", object)
         if self.explain is not None and flags.any():
-            top = iter(top_columns(self.explain(found.x[flags]), self.info.columns))
-            where = [next(top) if flag else "" for flag in flags]
-        where = [f"{k} (unlike any in training)" if k else text for k, text in zip(odd, where, strict=True)]
-        percentiles = self.detector.percentile(scores)
-        values = {"score": scores, "percentile": percentiles, "flag": flags, "deviating": deviating}
-        arrays = {name: value.numpy() for name, value in values.items()}
-        return {"input": names, **arrays, "where": np.array(where, object)}
+            where[flags.numpy()] = top_columns(self.explain(found.x[flags]), self.info.columns)
+        for k in deviating.nonzero()[:, 0].tolist():
+            where[k] = f"{found.deviating[k]} (unlike any in training)"
+        values = {"score": scores, "percentile": self.detector.percentile(scores), "flag": flags}
+        arrays = {name: value.numpy() for name, value in (values | {"deviating": deviating}).items()}
+        return {"input": np.array(found.names, object), **arrays, "where": where}
 
     def _read(self, batch: Mapping[str, np.ndarray]) -> tuple[Inputs, np.ndarray]:
         """Samples of arrays or of columns, and which rows they are."""
@@ -168,10 +154,9 @@ class Scorer:
             frame = pd.DataFrame({key: list(value) for key, value in batch.items()})
             table = transform.table or TableEncoding.numbers(frame.columns)
             if transform.shape != (len(table.kept),):
-                needed = f"{', '.join(ARRAYS)} or {PATH}"
-                raise UserError(f"the batch has the columns {', '.join(batch)}; the model takes {needed}")
+                takes = f"{', '.join(ARRAYS)} or {PATH}"
+                raise UserError(f"the batch has the columns {', '.join(batch)}; the model takes {takes}")
             found = read_table(frame, "the batch", table, options)
-            found = found._replace(x=found.x.float())
             return found, np.array([int(row.rpartition(" ")[2]) for row in found.names], int)
         values = np.asarray(batch[name])
         values = np.stack(list(values)) if values.dtype == object else values
@@ -183,39 +168,9 @@ class Scorer:
         return found, np.arange(len(values))
 
 
-def normal_data(
-    model: DensityModel,
-    paths: Sequence[str | Path] | None = None,
-    skip_bad: bool = False,
-    limit: int = REFERENCE_LIMIT,
-) -> tuple[Tensor, str]:
-    """Normal data that did not train the model, data units (N, *shape), and what they are called.
-
-    Args:
-        model: A model that knows its data.
-        paths: Files; the validation split of the model's own data when None.
-        skip_bad: Leaves out what cannot be read.
-        limit: Samples at most, evenly spaced.
-
-    Raises:
-        UserError: Files that do not fit the model; no validation split.
-    """
-    info: ModelInfo = model.info
-    if paths is not None:
-        x = info.read_inputs(paths, skip_bad).x
-        return MemorySplit(x).tensors(limit)[0], ", ".join(map(str, paths))
-    try:
-        source = info.read_source(model)
-        split = source.split("validation")
-    except UserError as error:
-        raise UserError(f"{error}; or give normal data by --reference PATH") from None
-    return split.tensors(limit)[0].float(), f"validation split of {source.name}"
-
-
 def score_on_ray(
-    scorer: Scorer, paths: Sequence[str | Path], workers: int | None = None, progress: bool = False,
-    kind: type[Scorer] = Scorer,
-) -> Iterator[Batch]:  # fmt: skip
+    scorer: Scorer, paths: Sequence[str | Path], workers: int | None = None, progress: bool = False
+) -> Iterator[Batch]:
     """Scores of files by workers of Ray, in the order of one process, as they come.
 
     Workers join the cluster that ``RAY_ADDRESS`` names, which must see the files under the same paths; without it Ray
@@ -226,18 +181,16 @@ def score_on_ray(
         paths: Files and folders. A worker takes 64 images, a row group of a Parquet file, or another file at a time.
         workers: How many; one for each GPU, or where there are none for each processor core, when None.
         progress: Shows a bar, with the time that is left.
-        kind: Class of the workers.
 
     Yields:
         Batches as of :meth:`Scorer.__call__`.
 
     Raises:
-        UserError: Ray is not installed, or what a worker refused.
+        UserError: Ray is not installed or does not start, or what a worker refused.
     """
     if workers is not None:
         check_count("workers", workers, 1, 10**4)
-    options = replace(scorer.info.data, skip_bad=scorer.skip_bad)
-    parts, notes = parts_of(paths, scorer.info.transform, options)
+    parts, notes = parts_of(paths, scorer.info.transform, replace(scorer.info.data, skip_bad=scorer.skip_bad))
     if not parts:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
     size = FILES if all(part == 0 and not path.lower().endswith(".parquet") for path, part in parts) else 1
@@ -252,21 +205,20 @@ def score_on_ray(
         count = min(workers or there, there, -(-len(parts) // size))
         rows = [{PATH: path, PART: part} for path, part in parts]
         scored = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size)).map_batches(
-            kind, fn_constructor_kwargs=arguments, batch_size=size, num_cpus=1, num_gpus=int(gpu),
+            type(scorer), fn_constructor_kwargs=arguments, batch_size=size, num_cpus=1, num_gpus=int(gpu),
             compute=ray.data.ActorPoolStrategy(size=count),
         )  # fmt: skip
-        done = tqdm(total=len(rows), desc=f"{count} workers", unit="image" if size > 1 else "part",
-                    disable=not progress)  # fmt: skip
-        with done:
-            for batch in _unwrapped(scored.iter_batches(batch_size=None, prefetch_batches=0)):
+        unit = "image" if size > 1 else "part"
+        with tqdm(total=len(rows), desc=f"{count} workers", unit=unit, disable=not progress) as bar:
+            for batch in _refusing(scored.iter_batches(batch_size=None, prefetch_batches=0)):
                 batch["note"][0] = " ".join([*notes, batch["note"][0]]).strip()
                 notes = []
                 yield batch
-                done.update(min(size, len(rows) - done.n))
+                bar.update(min(size, len(rows) - bar.n))
 
 
-def _unwrapped(batches: Any) -> Iterator[Batch]:
-    """What a worker refused, as if it had been refused here."""
+def _refusing(batches: Any) -> Iterator[Batch]:
+    """Copies of the batches; what a worker refused, as if it had been refused here."""
     try:
         for batch in batches:
             yield {name: np.array(values) for name, values in batch.items()}
@@ -276,26 +228,6 @@ def _unwrapped(batches: Any) -> Iterator[Batch]:
         if refused:
             raise UserError(refused[-1]) from None
         raise
-
-
-def start_here(workers: int) -> None:
-    """Starts Ray on this machine for so many workers, with a core more in its books: for its own tasks.
-
-    Raises:
-        UserError: It does not start.
-    """
-    import ray
-
-    for attempt in range(STARTS):
-        try:
-            ray.init("local", include_dashboard=False, num_cpus=workers + 1, log_to_driver=False,
-                     logging_level=logging.ERROR)  # fmt: skip
-            return
-        except Exception as error:  # the processes of Ray have half a minute to start, too little where all is busy
-            ray.shutdown()
-            if attempt == STARTS - 1:
-                mend = "start it by `ray start --head`, and set RAY_ADDRESS=auto"
-                raise UserError(f"Ray did not start on this machine ({str(error)[:200]}); {mend}") from None
 
 
 @contextmanager
@@ -308,10 +240,13 @@ def _cluster(workers: int | None) -> Iterator[tuple[Any, int]]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     started = not ray.is_initialized()
     if started:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            start_here(workers or os.cpu_count() or 1)
+        # A core more in its books, for its own tasks.
+        here = {"address": "local", "include_dashboard": False, "num_cpus": (workers or os.cpu_count() or 1) + 1}
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **{} if os.environ.get("RAY_ADDRESS") else here)
+        except Exception as error:  # its processes have half a minute to start, too little where all is busy
+            mend = "start it by `ray start --head`, and set RAY_ADDRESS=auto"
+            raise UserError(f"Ray did not start ({reason(error)}); {mend}") from None
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars, context.execution_options.preserve_order
     context.enable_progress_bars, context.execution_options.preserve_order = False, True

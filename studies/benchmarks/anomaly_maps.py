@@ -10,14 +10,13 @@ split. Pixel AUROC counts the pixels of the patch as positives, over all images;
 images. The squared difference to the mean validation image, standardised and smoothed the same way, is the baseline.
 
 ``--choose`` spoils validation images instead, and tries noise levels, areas and blurs of the maps: those with the
-largest AUROC of the kind that is found worst are the defaults of :class:`torchcdm.apps.anomaly.maps.MapSettings`.
+largest AUROC of the kind that is found worst are the defaults of :class:`torchcdm.apps.anomaly.AnomalyMap`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from studies.benchmarks.outliers import blur
 from torchcdm.apps.anomaly import AnomalyMap
-from torchcdm.apps.anomaly.maps import MapSettings, errors
 from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import stream
@@ -78,19 +76,20 @@ def choose(model: Denoiser, source: DataSource, high: float, count: int) -> list
     """Settings by the pixel AUROC of the kind of patch that they find worst among validation images, best first."""
     everything = source.validation.tensors()[0].float()
     reference, x = everything[0::2][:count], everything[1::2][:count]
-    found = {"normal": errors(model, reference, MapSettings(ALL_RATIOS))}
+    everywhere = AnomalyMap(model, ALL_RATIOS)
+    found = {"normal": everywhere.errors(reference)}
     where = {}
     for kind in KINDS:
         images, where[kind] = spoiled(x, kind, high, seed=1)
-        found[kind] = errors(model, images, MapSettings(ALL_RATIOS))
+        found[kind] = everywhere.errors(images)
     rows = []
     for ratios, areas, blurred in product(RATIOS, AREAS, BLURS):
-        settings, places = MapSettings(ratios, areas=areas, blur=blurred), [ALL_RATIOS.index(r) for r in ratios]
-        maps = AnomalyMap.of_errors(model, found["normal"][:, places], settings)
+        places = [ALL_RATIOS.index(r) for r in ratios]
+        maps = AnomalyMap(model, ratios, areas, blurred).learn(found["normal"][:, places])
         values = {}
         for kind, mask in where.items():
-            values[kind] = float(roc_auc_score(mask.flatten().numpy(), maps.of(found[kind][:, places]).flatten()))
-        rows.append({**asdict(settings), **values})
+            values[kind] = float(roc_auc_score(mask.flatten().numpy(), maps.apply(found[kind][:, places]).flatten()))
+        rows.append({"ratios": ratios, "areas": areas, "blur": blurred, **values})
     return sorted(rows, key=lambda row: -min(row[kind] for kind in KINDS))
 
 
@@ -112,13 +111,13 @@ def main() -> None:
         return
     reference = source.validation.tensors(500)[0].float()
     x = source.test.tensors(options.count)[0].float()
-    maps = AnomalyMap.fit(model, reference)
+    maps = AnomalyMap(model).fit(reference)
     mean, deviation = reference.mean(0), reference.std(0)
     rows = []
     for kind in KINDS:
         images, where = spoiled(x, kind, info.transform.high)
         plain = ((images - mean) / (deviation + 0.1 * deviation.mean())).square().sum(1)
-        baseline = auroc(where, blur(plain[:, None], maps.settings.blur * plain.shape[-1])[:, 0])
+        baseline = auroc(where, blur(plain[:, None], maps.blur * plain.shape[-1])[:, 0])
         rows.append({"patch": kind, "count": len(x), **auroc(where, maps(images)), "baseline": baseline})
         print(rows[-1], flush=True)
     shape, step = list(info.transform.shape), info.selected.get("step")

@@ -39,7 +39,7 @@ import torchcdm
 from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
-from torchcdm.apps.anomaly import SCORES, level_profile, make_score
+from torchcdm.apps.anomaly import SCORES, AnomalyScore, level_profile
 from torchcdm.data import DataOptions, DataSource, from_object, load_data
 from torchcdm.data.images import resize
 
@@ -218,13 +218,11 @@ Scorer = Callable[[Tensor], dict[str, np.ndarray]]
 def own_scorer(setting: Setting) -> Scorer:
     """All scores of the model, from one pass an input."""
     reference = level_profile(setting.model, setting.source.validation.tensors()[0])
-    fitted = {name: make_score(name, setting.model) for name in OWN_SCORES}
-    for score in fitted.values():
-        score.fitted = score.learn(reference)
+    fitted = {name: AnomalyScore(name, setting.model).learn(reference) for name in OWN_SCORES}
 
     def scores(x: Tensor) -> dict[str, np.ndarray]:
         profile = level_profile(setting.model, x)
-        return {name: score.apply(profile, score.fitted or {}).numpy() for name, score in fitted.items()}
+        return {name: score.apply(profile).numpy() for name, score in fitted.items()}
 
     return scores
 

@@ -40,7 +40,7 @@ def smooth_images():
 @pytest.fixture(scope="module")
 def maps(smooth_images):
     model, draw = smooth_images
-    return AnomalyMap.fit(model, draw(400, 0))
+    return AnomalyMap(model).fit(draw(400, 0))
 
 
 def test_a_patch_of_another_image_is_found(smooth_images, maps):
@@ -72,7 +72,7 @@ def test_a_map_depends_on_its_image_alone(smooth_images, maps):
 def test_the_spoiled_column_of_a_row_comes_first():
     correlated = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 4.0]]).double()
     model, draw = gaussian((3,), correlated)
-    maps, x = AnomalyMap.fit(model, draw(500, 0)), draw(60, 1)
+    maps, x = AnomalyMap(model).fit(draw(500, 0)), draw(60, 1)
     for column in range(3):
         spoiled = x.clone()
         spoiled[:, column] += 6 * correlated[column, column].sqrt()
@@ -98,12 +98,12 @@ def test_pictures_show_the_image_and_its_map(tmp_path):
     assert picture[:, 0].T.tolist() == [[0, 0, 0], [255, 255, 255]]
     assert picture[:, 1].T.tolist() == [[178, 50, 50], [240, 10, 10]]
     (path,) = save_maps(maps, x, 1.0, tmp_path, transform)
-    assert path.name == "000000.png" and Image.open(path).size == (256, 128)
+    assert path.name == "000000.png" and Image.open(path).size == (2 * 64 + 2, 64)
 
 
 def test_mistakes_are_named(smooth_images, maps):
     model, draw = smooth_images
     with pytest.raises(UserError, match="the reference holds 1 samples"):
-        AnomalyMap.fit(model, draw(1, 0))
-    with pytest.raises(UserError, match=r"samples of shape \(1, 4, 4\)"):
+        AnomalyMap(model).fit(draw(1, 0))
+    with pytest.raises(UserError, match=r"inputs have shape \(1, 4, 4\)"):
         maps(normal(3, 1, 4, 4))

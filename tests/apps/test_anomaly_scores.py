@@ -9,9 +9,9 @@ from torch import nn
 
 from studies.exact import GaussianMixture
 from torchcdm import ClassificationDiffusion, DenoisingDiffusion, UserError
-from torchcdm.apps.anomaly import SCORES, coarse_level, level_profile, make_score
-from torchcdm.apps.anomaly.increments import DISTANCES, best_kind, fit_increments, log_distances
-from torchcdm.apps.anomaly.profile import NOISE_SEED, log_density
+from torchcdm.apps.anomaly import SCORES, AnomalyScore, coarse_level, level_profile
+from torchcdm.apps.anomaly.levels import DISTANCES, best_kind, fit_increments, log_distances
+from torchcdm.apps.anomaly.profile import NOISE_SEED
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.random import stream
@@ -62,8 +62,8 @@ def test_the_profile_is_in_data_units_where_the_map_to_model_units_is_not_affine
     gaussian = GaussianMarginals.fit(transform.encode(grey.double(), rng(1)), SCHEDULE)
     model = ClassificationDiffusion(ZeroBackbone(SCHEDULE.T + 2), SCHEDULE, transform, gaussian)
     profile = level_profile(model, grey)
-    torch.testing.assert_close(profile[:, 0], log_density(model, grey))
     noisy = transform.add_noise(torch.zeros(1, 2, 2, dtype=torch.float64), stream(NOISE_SEED, "dequantise"))
+    torch.testing.assert_close(profile[:, 0], model.log_prob(grey.double() + noisy))
     stretch = transform.log_det(grey.double() + noisy)
     assert stretch.std() > 0.1
     inside = model.log_prob_levels(transform(grey.double() + noisy))
@@ -74,12 +74,12 @@ def test_typicality_is_the_distance_of_log_p_from_its_mean_over_normal_data(mode
     reference, x = mixture.sample(400, rng(1)), 3 * normal(50, 2)
     truth = mixture_at_level(mixture, SCHEDULE, 0)
     distance = (truth.log_prob(x) - truth.log_prob(reference).mean()).abs()
-    torch.testing.assert_close(make_score("typicality", model).fit(reference)(x), distance)
+    torch.testing.assert_close(AnomalyScore("typicality", model).fit(reference)(x), distance)
 
 
 def test_log_p_is_split_into_the_coarse_picture_and_the_detail(model, mixture):
     reference, x = mixture.sample(20, rng(1)), normal(50, 2)
-    scores = {name: make_score(name, model).fit(reference)(x) for name in ("log_prob", "coarse", "complexity")}
+    scores = {name: AnomalyScore(name, model).fit(reference)(x) for name in ("log_prob", "coarse", "complexity")}
     level = coarse_level(SCHEDULE)
     assert SCHEDULE.ratio[level - 1] < 0.5 <= SCHEDULE.ratio[level]
     torch.testing.assert_close(scores["coarse"], -mixture_at_level(mixture, SCHEDULE, level).log_prob(x))
@@ -98,7 +98,7 @@ def test_the_ratio_is_background_over_model_in_the_units_of_the_data(mixture):
     background = exact_model(broad, UniformSigmaSchedule(7), scaled)
     unlabelled = GaussianMixture(mixture.log_weights.exp(), mixture.means, _covariances(mixture))
     x = normal(50, 2)
-    score = make_score("ratio", exact_model(unlabelled), background).fit(x)
+    score = AnomalyScore("ratio", exact_model(unlabelled), background).fit(x)
     z = (x - 1.0) / scaled.scale
     wide = torch.distributions.MultivariateNormal(torch.zeros(2).double(), 4 * torch.eye(2).double())
     background_log_p = wide.log_prob(z) - scaled.scale.log().sum()
@@ -121,7 +121,7 @@ def test_raw_log_p_misses_what_is_too_likely_and_the_others_do_not(ball):
     mixture, model = ball
     reference, usual = mixture.sample(500, rng(1)), mixture.sample(500, rng(2))
     too_likely = 0.3 * mixture.sample(100, rng(3))
-    found = {name: make_score(name, model).fit(reference) for name in ("log_prob", "typicality", "levels")}
+    found = {name: AnomalyScore(name, model).fit(reference) for name in ("log_prob", "typicality", "levels")}
     found = {name: auroc(score(usual), score(too_likely)) for name, score in found.items()}
     assert found["log_prob"] < 0.01
     assert found["typicality"] > 0.99
@@ -130,14 +130,14 @@ def test_raw_log_p_misses_what_is_too_likely_and_the_others_do_not(ball):
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_far_points_are_anomalous_for_every_score(model, mixture, name):
-    score = make_score(name, model).fit(mixture.sample(500, rng(1)))
+    score = AnomalyScore(name, model).fit(mixture.sample(500, rng(1)))
     usual, far = score(mixture.sample(500, rng(2))), score(12 + normal(100, 2))
     assert far.min() > usual.max()
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_inputs_so_far_out_that_numbers_overflow_are_the_most_anomalous(model, mixture, name):
-    score = make_score(name, model).fit(mixture.sample(100, rng(1)))
+    score = AnomalyScore(name, model).fit(mixture.sample(100, rng(1)))
     values = score(torch.tensor([[0.0, 0.0], [1e200, 0.0], [30.0, 30.0]], dtype=torch.float64))
     assert values.isfinite().all()
     assert values.argmax() == 1
@@ -151,7 +151,7 @@ def test_levels_sees_a_gap_between_the_modes_that_typicality_takes_for_usual():
     reference, usual = mixture.sample(2000, rng(1)), mixture.sample(2000, rng(2))
     # On the far side of a mode, at the same log p as the middle.
     middle = torch.tensor([[0.0, 0.0]]) + 0.02 * normal(200, 2)
-    scores = {name: make_score(name, model).fit(reference) for name in ("typicality", "levels")}
+    scores = {name: AnomalyScore(name, model).fit(reference) for name in ("typicality", "levels")}
     rank = {name: (score(usual)[:, None] < score(middle)).double().mean() for name, score in scores.items()}
     assert rank["levels"] > rank["typicality"]
     assert rank["levels"] > 0.97
@@ -193,10 +193,9 @@ def test_groups_of_increments_have_a_gaussian_each():
 
 def test_levels_does_not_take_its_own_reference_for_more_normal_than_other_normal_data():
     """More levels than samples: the covariance fits the reference alone, whose distances are then too small."""
-    levels = make_score("levels", ClassificationDiffusion(ZeroBackbone(202), UniformSigmaSchedule(200)))
+    levels = AnomalyScore("levels", ClassificationDiffusion(ZeroBackbone(202), UniformSigmaSchedule(200)))
     mixing = normal(202, 202)
-    fitted = levels.learn(normal(60, 202, seed=1) @ mixing)
-    fresh = levels.apply(normal(2000, 202, seed=2) @ mixing, fitted)
+    fresh = levels.learn(normal(60, 202, seed=1) @ mixing).apply(normal(2000, 202, seed=2) @ mixing)
     # All in deviations: one distance 0 on average, and twice the softplus of a standard normal, 0.8. A little less, as
     # four fifths of the reference tell less of the rest than all of it does.
     assert abs(fresh.mean() - 1.6) < 1
@@ -218,7 +217,7 @@ def images():
 def test_a_score_is_a_function_of_the_input_alone(images, name):
     """Not of its place, of the batch, of draws of the dequantisation, or of the type of the values."""
     model, x = images
-    score = make_score(name, model).fit(x[:200])
+    score = AnomalyScore(name, model).fit(x[:200])
     values = score(x[200:])
     torch.testing.assert_close(score(x[200:].flip(0)).flip(0), values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(score(x[200:].float()), values, rtol=1e-5, atol=1e-5)
@@ -260,20 +259,16 @@ def test_dropout_is_off_while_scoring_and_the_mode_is_left_as_it_was(mixture):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda m: make_score("level", m), "unknown anomaly score 'level'; did you mean 'levels'"),
-        (lambda m: make_score("ratio", m), "the score 'ratio' needs a background model"),
-        (lambda m: make_score("levels", m, m), "the score 'levels' takes no background model"),
-        (lambda m: make_score("levels", m).fit(torch.zeros(0, 2)), "the reference holds 0 samples"),
-        (lambda m: make_score("levels", m).fit(torch.zeros(9, 2)), "the reference holds 9 samples; .* at least 10"),
-        (lambda m: make_score("levels", m).fit(torch.zeros(20, 3)), r"shape \(3,\); the model takes \(2,\)"),
-        (lambda m: make_score("log_prob", m).fit(torch.full((5, 2), np.nan)), "sample 0 holds values that are not"),
-        (lambda m: make_score("log_prob", m)(torch.zeros(5, 2)), "is not fitted; call fit"),
-        (lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(0, 2)), "the input holds 0 samples"),
-        (lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(5, 2, 1)), "the input: samples of"),
-        (
-            lambda m: make_score("log_prob", m).fit(torch.zeros(5, 2))(torch.tensor([[0.0, 1.0], [0.0, np.inf]])),
-            "the input: sample 1 holds values that are not finite",
-        ),
+        (lambda m: AnomalyScore("level", m), "unknown anomaly score 'level'; did you mean 'levels'"),
+        (lambda m: AnomalyScore("ratio", m), "the score 'ratio' needs a background model"),
+        (lambda m: AnomalyScore("levels", m, m), "the score 'levels' takes no background model"),
+        (lambda m: AnomalyScore("levels", m).fit(torch.zeros(0, 2)), "inputs have shape .0, 2.; give at least one"),
+        (lambda m: AnomalyScore("levels", m).fit(torch.zeros(9, 2)), "the reference holds 9 samples; .* at least 10"),
+        (lambda m: AnomalyScore("levels", m).fit(torch.zeros(20, 3)), r"shape \(3,\); the model takes \(2,\)"),
+        (lambda m: AnomalyScore("log_prob", m).fit(torch.full((5, 2), np.nan)), "inputs are not finite"),
+        (lambda m: AnomalyScore("log_prob", m)(torch.zeros(5, 2)), "is not fitted; call fit"),
+        (lambda m: AnomalyScore("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(0, 2)), "inputs have shape .0, 2."),
+        (lambda m: AnomalyScore("log_prob", m).fit(torch.zeros(5, 2))(torch.zeros(5, 2, 1)), "inputs have shape"),
     ],
 )
 def test_mistakes_are_named(model, act, message):
@@ -284,14 +279,14 @@ def test_mistakes_are_named(model, act, message):
 def test_a_background_of_another_shape_and_a_model_without_density_are_refused(model):
     other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform.identity((3,)))
     with pytest.raises(UserError, match=r"background takes inputs of shape \(3,\), the model \(2,\)"):
-        make_score("ratio", model, other)
+        AnomalyScore("ratio", model, other)
     ddm = DenoisingDiffusion(nn.Identity(), SCHEDULE)
     for arguments in ((ddm,), (model, ddm)):
         with pytest.raises(UserError, match="needs a density"):
-            make_score("levels" if len(arguments) == 1 else "ratio", *arguments)
+            AnomalyScore("levels" if len(arguments) == 1 else "ratio", *arguments)
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_reference_of_equal_samples_gives_finite_scores(model, name):
-    score = make_score(name, model).fit(torch.zeros(20, 2))
+    score = AnomalyScore(name, model).fit(torch.zeros(20, 2))
     assert score(3 * normal(20, 2)).isfinite().all()

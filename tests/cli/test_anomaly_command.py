@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import small_flags
 
 from torchcdm import load
-from torchcdm.apps.anomaly import SCORES, AnomalyDetector, make_score
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyScore
 from torchcdm.cli import main, scoring
 from torchcdm.data import load_data, save_images
 
@@ -64,7 +64,7 @@ def test_rows_percentiles_and_flags_are_those_of_the_detector(capsys, tmp_path, 
     """Calibrated on the validation split of the run's own data where nothing else is given."""
     words = (run, queries, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
     out = score(capsys, *words)
-    detector = AnomalyDetector.fit(make_score("levels", load(run)), digits.validation.tensors()[0].float())
+    detector = AnomalyDetector.fit(AnomalyScore("levels", load(run)), digits.validation.tensors()[0].float())
     truth = detector.score(torch.from_numpy(np.load(queries))[:, None].float())
 
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
@@ -184,7 +184,7 @@ def test_maps_stand_beside_the_scores(capsys, tmp_path, run, queries):
     pictures = [np.asarray(Image.open(tmp_path / "maps" / row["where"])) for row in rows]
     side = pictures[0].shape[0]
     red = [float((p[:, side:, 0].astype(int) - p[:, side:, 1]).mean()) for p in pictures]
-    assert pictures[0].shape == (side, 2 * side, 3) and min(red[5:]) > max(red[:5])
+    assert pictures[0].shape == (side, 2 * side + 2, 3) and min(red[5:]) > max(red[:5])
     assert "holds" in refuse(capsys, run, queries, "--maps", tmp_path)
 
 

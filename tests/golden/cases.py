@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_config
 from torch import Tensor, nn
 
-from torchcdm.apps.anomaly import make_score
+from torchcdm.apps.anomaly import AnomalyScore
 from torchcdm.apps.denoising import denoise, estimate_noise
 from torchcdm.apps.ratio import DensityRatio
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
@@ -269,7 +269,7 @@ def of_tools() -> dict[str, Tensor]:
     sums = level_sums(model, grey(20), draws=2, seed=1)
     values["evaluation"] = torch.stack([sums.mse, sums.ce, sums.accuracy])
     for name in ("log_prob", "typicality", "coarse"):
-        score = make_score(name, model).fit(grey(30, seed=11))
+        score = AnomalyScore(name, model).fit(grey(30, seed=11))
         values[f"anomaly/{name}"] = score(grey(5, seed=12))
     found = calibrate_levels(model, grey(40, seed=13), copies=400, seed=1)
     values["constants"] = torch.cat([model.level_constants, torch.tensor([found.before, found.after, found.change])])

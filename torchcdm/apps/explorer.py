@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm import compose
-from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, level_profile, make_score
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, AnomalyScore, level_profile
 from torchcdm.apps.anomaly.maps import overlay
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
@@ -75,12 +75,12 @@ class Explorer:
     def detector(self) -> AnomalyDetector:
         """The score among normal data, ``levels`` where there are enough; fitted when it is first asked for."""
         enough = len(self.reference) // 2 >= SCORES["levels"].smallest_reference
-        return AnomalyDetector.fit(make_score("levels" if enough else "log_prob", self.model), self.reference)
+        return AnomalyDetector.fit(AnomalyScore("levels" if enough else "log_prob", self.model), self.reference)
 
     @cached_property
     def map(self) -> AnomalyMap:
         """Where inputs are odd; fitted when it is first asked for."""
-        return AnomalyMap.fit(self.model, self.reference)
+        return AnomalyMap(self.model).fit(self.reference)
 
     @cached_property
     def normal_profiles(self) -> Tensor:

@@ -20,9 +20,6 @@ SCORES = ("levels", "coarse", "complexity", "typicality", "log_prob", "ratio")
 
 ENGINES = ("local", "ray")
 
-REFERENCE_LIMIT = 5000
-"""That of :data:`torchcdm.scale.REFERENCE_LIMIT`, likewise."""
-
 EXAMPLES = 1000
 """Normal samples of the page, and those to choose from."""
 
@@ -46,8 +43,7 @@ def add_commands(commands: Any) -> None:
         help="normal data that RUN was not trained on; its validation split by default",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=count, default=REFERENCE_LIMIT, metavar="N",
-        help=f"at most N reference samples, evenly spaced ({REFERENCE_LIMIT})",
+        "--limit", type=count, default=5000, metavar="N", help="at most N reference samples, evenly spaced (5000)"
     )  # fmt: skip
     parser.add_argument("--csv", metavar="FILE", type=Path, help="score, percentile and flag of every "
                         "input; where it is odd: the columns of flagged rows, the file of a map")  # fmt: skip
@@ -85,12 +81,12 @@ def run_score(options: argparse.Namespace) -> int:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
     import torch
 
-    from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, make_score
+    from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
     from torchcdm.apps.anomaly.detector import check_fpr
     from torchcdm.apps.anomaly.maps import save_maps
     from torchcdm.apps.plots import check_figure, score_histogram
     from torchcdm.runtime.processes import sharing
-    from torchcdm.scale import Scorer, normal_data, score_on_ray
+    from torchcdm.scale import Scorer, score_on_ray
     from torchcdm.training.checkpoint import load, read_info
 
     check_fpr(options.fpr)
@@ -109,13 +105,13 @@ def run_score(options: argparse.Namespace) -> int:
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         background = None if options.background is None else load(options.background, device)
-        score = make_score(options.score, model, background)
+        score = AnomalyScore(options.score, model, background)
         # Before the passes over the reference: a wrong path shall not take a minute to be found.
         given = None if ray else model.info.read_inputs(options.paths, options.skip_bad)
         reference, origin = normal_data(model, options.reference, options.skip_bad, options.limit)
         detector = AnomalyDetector.fit(score, reference)
         explained = options.maps is not None or (not images and options.csv is not None)
-        fitted = AnomalyMap.fit(model, reference) if explained else None
+        fitted = AnomalyMap(model).fit(reference) if explained else None
         words = {"fpr": options.fpr, "skip_bad": options.skip_bad, "device": device}
         scorer = Scorer(model, detector, None if images else fitted, **words)
         if given is not None:
@@ -154,9 +150,9 @@ def run_score(options: argparse.Namespace) -> int:
 
 def run_explore(options: argparse.Namespace) -> int:
     """Serves the page until it is stopped."""
+    from torchcdm.apps.anomaly import normal_data
     from torchcdm.apps.explorer import Explorer, page, serve
     from torchcdm.runtime.devices import chosen_device
-    from torchcdm.scale import normal_data
     from torchcdm.training.checkpoint import load
 
     model = load(options.model, chosen_device(options.device))

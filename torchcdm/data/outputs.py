@@ -79,7 +79,13 @@ def save_grid(
     channels side by side.
     """
     _refuse_vectors(x)
-    images = to_bytes(x, transform)
+    path = Path(path)
+    write_file(path, png(sheet(to_bytes(x, transform), columns, zoom)))
+    return path
+
+
+def sheet(images: Tensor, columns: int | None = None, zoom: int | None = None) -> np.ndarray:
+    """Images, uint8 (N, C, H, W), as one (C', H', W'): with columns and enlargement as of :func:`save_grid`."""
     zoom = zoom or max(1, GRID_SIDE // max(images.shape[2:]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     if images.shape[1] not in (1, 3):
@@ -91,9 +97,7 @@ def save_grid(
     for k, image in enumerate(images):
         top, left = k // columns * (height + GRID_GAP), k % columns * (width + GRID_GAP)
         sheet[:, top : top + height, left : left + width] = image
-    path = Path(path)
-    write_file(path, png(sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()))
-    return path
+    return sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()
 
 
 def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = None, y: Tensor | None = None) -> Path:

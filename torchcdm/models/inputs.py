@@ -109,6 +109,8 @@ def check_count(name: str, value: Any, low: int = 1, high: int | None = None) ->
 def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     if isinstance(values, np.ma.MaskedArray):
         raise UserError(f"{name}: a masked array; fill or drop the masked values first")
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
     try:
         found = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -4,9 +4,9 @@ Higher is more anomalous everywhere. A score sees log p_t(x) at every level t at
 alone, is known to rank simple inputs above the normal ones; the other scores look at what it throws away.
 """
 
-from torchcdm.apps.anomaly.detector import AnomalyDetector
+from torchcdm.apps.anomaly.detector import AnomalyDetector, normal_data
 from torchcdm.apps.anomaly.maps import AnomalyMap
 from torchcdm.apps.anomaly.profile import coarse_level, level_profile
-from torchcdm.apps.anomaly.scores import SCORES, AnomalyScore, make_score
+from torchcdm.apps.anomaly.scores import SCORES, AnomalyScore
 
-__all__ = ["SCORES", "AnomalyDetector", "AnomalyMap", "AnomalyScore", "coarse_level", "level_profile", "make_score"]
+__all__ = ["SCORES", "AnomalyDetector", "AnomalyMap", "AnomalyScore", "coarse_level", "level_profile", "normal_data"]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor
 
-from torchcdm.apps.anomaly.profile import as_numbers, as_samples
-from torchcdm.apps.anomaly.scores import AnomalyScore, make_score
+from torchcdm.apps.anomaly.profile import as_samples
+from torchcdm.apps.anomaly.scores import AnomalyScore
+from torchcdm.data import MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
@@ -24,27 +24,22 @@ FILE, TENSORS = "detector.json", "detector.safetensors"
 
 
 @final
-@dataclass(frozen=True)
 class AnomalyDetector:
     """A fitted score, and the scores of normal data that neither it nor the model has learned from.
 
-    Attributes:
+    Args:
         score: The fitted score.
         calibration: Scores of held-out normal data, sorted, float64 (n,).
-        values: Digest of the weights, constants and readouts that the scores were made with.
 
     Example:
-        >>> detector = AnomalyDetector.fit(make_score("levels", model), normal)
+        >>> detector = AnomalyDetector.fit(AnomalyScore("levels", model), normal)
         >>> flags = detector.flags(detector.score(x), fpr=0.05)
     """
 
-    score: AnomalyScore
-    calibration: Tensor
-    values: str = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, score: AnomalyScore, calibration: Tensor) -> None:
+        self.score, self.calibration = score, calibration
         # Now, not when it is saved: the model may be calibrated in between.
-        object.__setattr__(self, "values", _values(self.score))
+        self._values = _digest(score)
 
     @classmethod
     def fit(cls, score: AnomalyScore, reference: Tensor, seed: int = 0) -> AnomalyDetector:
@@ -59,9 +54,9 @@ class AnomalyDetector:
             UserError: A reference that is too small, or as in :meth:`AnomalyScore.fit`.
         """
         if not isinstance(score, AnomalyScore):
-            raise UserError(f"score is {score!r}; give one that make_score made")
+            raise UserError(f"score is {score!r}; give an AnomalyScore")
         check_count("seed", seed, 0, 2**63 - 1)
-        reference = as_samples(score.model, reference, "the reference", 2)
+        reference = as_samples(score.models[0], reference, 2)
         order = torch.randperm(len(reference), generator=stream(seed, "halves"))
         half = len(reference) // 2
         score.fit(reference[order[:half]])
@@ -73,7 +68,7 @@ class AnomalyDetector:
         The p-value is (1 + number of calibration scores at or above) / (n + 1), so that among normal inputs it is
         below any alpha with a probability of at most alpha, whatever the distribution of the scores.
         """
-        scores = as_numbers(scores, "the scores").double().contiguous()
+        scores = torch.as_tensor(scores).double().contiguous()
         return 100 * torch.searchsorted(self.calibration, scores) / (len(self.calibration) + 1)
 
     def threshold(self, fpr: float) -> float:
@@ -98,7 +93,7 @@ class AnomalyDetector:
 
     def flags(self, scores: Tensor, fpr: float) -> Tensor:
         """Which scores are not at or below :meth:`threshold`, bool (N,)."""
-        return ~(as_numbers(scores, "the scores") <= self.threshold(fpr))
+        return ~(torch.as_tensor(scores) <= self.threshold(fpr))
 
     def save(self, folder: str | Path) -> None:
         """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``.
@@ -106,33 +101,30 @@ class AnomalyDetector:
         Raises:
             UserError: They cannot be written.
         """
-        content = {"score": self.score.name, "model": _sizes(self.score), "values": self.values}
         tensors = {f"fitted.{key}": value for key, value in (self.score.fitted or {}).items()}
-        tensors["calibration"] = self.calibration
-        write_artefact(Path(folder) / FILE, "detector", content, {TENSORS: tensors})
+        content = {"score": self.score.name, "values": self._values}
+        write_artefact(
+            Path(folder) / FILE, "detector", content, {TENSORS: tensors | {"calibration": self.calibration}}
+        )
 
     @classmethod
     def load(cls, folder: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
         Raises:
-            UserError: No detector there, damaged files, or one of a model of another shape or number of levels, or of
-                other weights, constants or readout.
+            UserError: No detector there, damaged files, or one of a model of other weights, constants or readout.
         """
         path = Path(folder) / FILE
         content, (tensors,) = read_artefact(path, "detector", [TENSORS])
-        score = make_score(str(content.get("score")), model, background)
-        if content.get("model") != _sizes(score):
-            raise UserError(f"{path}: was fitted on a model of {content.get('model')}; this one takes {_sizes(score)}")
+        score = AnomalyScore(str(content.get("score")), model, background)
+        if content.get("values") != _digest(score):
+            what = "the model has been trained or calibrated since, or is another"
+            raise UserError(f"{path}: {what}; fit the detector again")
         calibration, prefix = tensors.get("calibration", torch.empty(0)), "fitted."
         if calibration.dtype != torch.float64 or calibration.ndim != 1 or not len(calibration):
             damaged(path.with_name(TENSORS), "'calibration' is missing or wrong")
         score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        detector = cls(score, calibration)
-        if content.get("values") != detector.values:
-            what = "the model has been trained or calibrated since, or is another"
-            raise UserError(f"{path}: {what}; fit the detector again")
-        return detector
+        return cls(score, calibration)
 
 
 def check_fpr(fpr: float) -> None:
@@ -141,15 +133,35 @@ def check_fpr(fpr: float) -> None:
         raise UserError(f"fpr is {fpr:g}; a false-positive rate lies between 0 and 1")
 
 
-def _sizes(score: AnomalyScore) -> str:
-    """What a model has to take and give for a detector to be its."""
-    return f"inputs {json.dumps(score.model.shape)} and {score.model.schedule.T + 2} levels"
-
-
-def _values(score: AnomalyScore) -> str:
+def _digest(score: AnomalyScore) -> str:
     """A digest of the tensors that the models' densities are made of, in single precision."""
     digest = hashlib.sha256()
     for model in score.models:
         for name, value in sorted(model.state_dict().items()):
             digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def normal_data(
+    model: Denoiser, paths: Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
+) -> tuple[Tensor, str]:
+    """Normal data that did not train the model, data units (N, *shape), and what they are called.
+
+    Args:
+        model: A model that knows its data.
+        paths: Files; the validation split of the model's own data when None.
+        skip_bad: Leaves out what cannot be read.
+        limit: Samples at most, evenly spaced.
+
+    Raises:
+        UserError: Files that do not fit the model; no validation split.
+    """
+    if paths is not None:
+        x = model.info.read_inputs(paths, skip_bad).x
+        return MemorySplit(x).tensors(limit)[0], ", ".join(map(str, paths))
+    try:
+        source = model.info.read_source(model)
+        split = source.split("validation")
+    except UserError as error:
+        raise UserError(f"{error}; or give normal data by --reference PATH") from None
+    return split.tensors(limit)[0].float(), f"validation split of {source.name}"

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
 
 from torchcdm.apps.anomaly.profile import as_samples, by_batches
-from torchcdm.data.outputs import png, to_bytes
+from torchcdm.data.outputs import png, sheet, to_bytes
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import stream
 from torchcdm.runtime.files import write_file
@@ -30,83 +28,54 @@ FLOOR = 0.1
 LARGEST = 500
 """Reference samples that are used at most."""
 
-SIDE = 128
-"""Screen pixels up to which pictures of maps enlarge small images, by a whole factor."""
-
 USUAL = 0.95
 """Share of normal inputs whose map stays below the limit everywhere."""
 
 
 @final
-@dataclass(frozen=True)
-class MapSettings:
-    """How maps are made; chosen on validation images with spoiled patches (``studies.benchmarks.anomaly_maps``).
-
-    Attributes:
-        ratios: Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is
-            around it.
-        pairs: Pairs of opposite draws of noise, in whose mean error what is odd in the noise cancels; the same ones
-            for every input. 2 for images and 4 for vectors when None.
-        areas: Deviations of the Gaussians that average an image's errors before they are squared, over its shorter
-            side; 0 for those of single pixels. The largest of these maps counts at each place.
-        blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
-    """
-
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    pairs: int | None = None
-    areas: tuple[float, ...] = (0.0, 1 / 18)
-    blur: float = 1 / 12
-
-
-@final
-@dataclass(frozen=True)
 class AnomalyMap:
     """For each place of an input, by how many deviations of normal data the denoiser errs there beyond their mean.
 
+    Defaults were chosen on validation images with spoiled patches (``studies.benchmarks.anomaly_maps``).
+
+    Args:
+        model: The model of the normal data; put into evaluation mode while it is used.
+        ratios: Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is
+            around it.
+        areas: Deviations of the Gaussians that average an image's errors before they are squared, over its shorter
+            side; 0 for those of single pixels. The largest of these maps counts at each place.
+        blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
+
     Attributes:
-        model: The model of the normal data.
-        settings: How maps are made.
-        mean: Mean squared error among normal data by area, level and place, float64 (areas, levels, *places).
-        deviation: Its deviation, of the same shape.
         limit: The largest value of a map stays below it for 19 of 20 normal inputs.
 
     Example:
-        >>> maps = AnomalyMap.fit(model, normal)
+        >>> maps = AnomalyMap(model).fit(normal)
         >>> odd = maps(x) > maps.limit
     """
 
-    model: Denoiser
-    settings: MapSettings
-    mean: Tensor
-    deviation: Tensor
-    limit: float = math.inf
+    limit: float
 
-    @classmethod
-    def fit(cls, model: Denoiser, reference: Tensor, settings: MapSettings = MapSettings()) -> AnomalyMap:
-        """Learns what errors are normal.
+    def __init__(
+        self,
+        model: Denoiser,
+        ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        areas: Sequence[float] = (0.0, 1 / 18),
+        blur: float = 1 / 12,
+    ) -> None:
+        self.model, self.ratios, self.areas, self.blur = model, ratios, areas, blur
+
+    def fit(self, reference: Tensor) -> AnomalyMap:
+        """Learns what errors are normal, and returns itself.
 
         Args:
-            model: The model; put into evaluation mode while it is used.
             reference: Normal data that the model was not trained on, data units, (N, *shape); at most 500 are used.
-            settings: How maps are made.
 
         Raises:
             UserError: Fewer than two samples, another shape than the model's, values that are not finite.
         """
-        reference = as_samples(model, reference, "the reference", 2)
-        reference = reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]
-        return cls.of_errors(model, errors(model, reference, settings), settings)
-
-    @classmethod
-    def of_errors(cls, model: Denoiser, normal: Tensor, settings: MapSettings) -> AnomalyMap:
-        """The same of :func:`errors` of normal data."""
-        squares = _squares(normal, settings)
-        deviation = squares.std(0)
-        average = deviation.flatten(2).mean(2)
-        deviation = deviation + FLOOR * average.reshape(*average.shape, *[1] * (deviation.ndim - 2))
-        found = cls(model, settings, squares.mean(0), deviation.clamp_min(1e-12))
-        limit = float(found.of(normal).flatten(1).amax(1).quantile(USUAL))
-        return cls(model, settings, found.mean, found.deviation, limit)
+        reference = as_samples(self.model, reference, 2)
+        return self.learn(self.errors(reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors.
@@ -114,45 +83,60 @@ class AnomalyMap:
         Raises:
             UserError: Nothing to look at, another shape than the model's, values that are not finite.
         """
-        return self.of(errors(self.model, as_samples(self.model, x), self.settings))
+        return self.apply(self.errors(x))
 
-    def of(self, found: Tensor) -> Tensor:
-        """Maps of :func:`errors`."""
+    def errors(self, x: Tensor) -> Tensor:
+        """Errors of E[x_0 | x_t], model units, the mean over draws of x_t: float64 (N, levels, *shape).
+
+        Draws come in pairs of opposite noise, in whose mean what is odd in the noise cancels; the same ones for every
+        input. ``x`` is (N, *shape), data units.
+        """
+        x, model, schedule = as_samples(self.model, x), self.model, self.model.schedule
+        levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in self.ratios]
+        pairs = 2 if x.ndim == 4 else 4
+        half = torch.randn(pairs, *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
+        noise = torch.cat([half, -half])
+
+        def of(z: Tensor) -> Tensor:
+            z = z if model.transform is None else model.transform(z)
+            found = []
+            for t in levels:
+                x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in noise.to(z)]
+                found.append((torch.stack(x_0).mean(0) - z).double())
+            return torch.stack(found, 1).cpu()
+
+        return by_batches(model, of, x)
+
+    def learn(self, normal: Tensor) -> AnomalyMap:
+        """As :meth:`fit`, of :meth:`errors` of the reference."""
+        squares = self._squares(normal)
+        deviation = squares.std(0)
+        average = deviation.flatten(2).mean(2)
+        deviation = deviation + FLOOR * average.reshape(*average.shape, *[1] * (deviation.ndim - 2))
+        self._mean, self._deviation = squares.mean(0), deviation.clamp_min(1e-12)
+        self.limit = float(self.apply(normal).flatten(1).amax(1).quantile(USUAL))
+        return self
+
+    def apply(self, errors: Tensor) -> Tensor:
+        """Maps of :meth:`errors`."""
         largest = torch.finfo(torch.float32).max
-        z = ((_squares(found, self.settings) - self.mean) / self.deviation).mean(2).nan_to_num(largest, largest)
-        return z[:, 0] if z.ndim == 3 else _smooth(z, self.settings.blur).amax(1)
+        z = ((self._squares(errors) - self._mean) / self._deviation).mean(2).nan_to_num(largest, largest)
+        return z[:, 0] if z.ndim == 3 else _smooth(z, self.blur).amax(1)
+
+    def _squares(self, errors: Tensor) -> Tensor:
+        """Squared errors by area, those of an image's channels added up: (N, areas, levels, *places)."""
+        if errors.ndim == 3:
+            return errors.square()[:, None]
+        return torch.stack([_smooth(errors, area).square().sum(2) for area in self.areas], 1)
 
 
-def errors(model: Denoiser, x: Tensor, settings: MapSettings) -> Tensor:
-    """Errors of E[x_0 | x_t], model units, the mean over draws of x_t: float64 (N, levels, *shape).
+def _smooth(maps: Tensor, share: float) -> Tensor:
+    """(..., H, W) under a Gaussian, its deviation a share of the shorter side; edges are repeated."""
+    from scipy.ndimage import gaussian_filter
 
-    Args:
-        model: The model.
-        x: Data units, (N, *shape).
-        settings: Levels and draws.
-    """
-    schedule = model.schedule
-    levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in settings.ratios]
-    pairs = settings.pairs or (2 if x.ndim == 4 else 4)
-    half = torch.randn(pairs, *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
-    noise = torch.cat([half, -half])
-
-    def of(z: Tensor) -> Tensor:
-        z = z if model.transform is None else model.transform(z)
-        found = []
-        for t in levels:
-            x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in noise.to(z)]
-            found.append((torch.stack(x_0).mean(0) - z).double())
-        return torch.stack(found, 1).cpu()
-
-    return by_batches(model, of, x)
-
-
-def _squares(found: Tensor, settings: MapSettings) -> Tensor:
-    """Squared errors by area, those of an image's channels added up: (N, areas, levels, *places)."""
-    if found.ndim == 3:
-        return found.square()[:, None]
-    return torch.stack([_smooth(found, area).square().sum(2) for area in settings.areas], 1)
+    deviation = share * min(maps.shape[-2:])
+    sigma = (0.0,) * (maps.ndim - 2) + (deviation, deviation)
+    return torch.from_numpy(gaussian_filter(maps.numpy(), sigma, mode="nearest", radius=math.ceil(2 * deviation)))
 
 
 def top_columns(maps: Tensor, names: Sequence[str] | None = None, most: int = 3) -> list[str]:
@@ -185,29 +169,14 @@ def overlay(maps: Tensor, x: Tensor, limit: float, transform: DataTransform | No
     return torch.lerp(colours, red.expand_as(colours), strength).round().byte()
 
 
-def save_maps(
-    maps: Tensor, x: Tensor, limit: float, folder: Path, transform: DataTransform | None = None
-) -> list[Path]:
+def save_maps(maps: Tensor, x: Tensor, limit: float, folder: Path, transform: DataTransform) -> list[Path]:
     """One PNG for each image, 000000.png and so on: the image, and beside it its map as in :func:`overlay`.
 
     Raises:
         UserError: The folder cannot be written.
     """
-    plain = overlay(torch.zeros_like(maps), x, limit, transform)
-    pairs = torch.cat([plain, overlay(maps, x, limit, transform)], 3)
-    zoom = max(1, SIDE // min(x.shape[2:]))
+    pairs = torch.stack([overlay(torch.zeros_like(maps), x, limit, transform), overlay(maps, x, limit, transform)], 1)
     paths = [folder / f"{k:06d}.png" for k in range(len(x))]
     for path, pair in zip(paths, pairs, strict=True):
-        write_file(path, png(pair.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()), flush=False)
+        write_file(path, png(sheet(pair, 2)), flush=False)
     return paths
-
-
-def _smooth(maps: Tensor, share: float) -> Tensor:
-    """(..., H, W) under a Gaussian, its deviation a share of the shorter side; edges are repeated."""
-    deviation = share * min(maps.shape[-2:])
-    if deviation == 0:
-        return maps
-    reach = math.ceil(2 * deviation)
-    kernel = (-0.5 * (torch.arange(-reach, reach + 1) / deviation) ** 2).exp().double()
-    padded = pad(maps.reshape(-1, 1, *maps.shape[-2:]), [reach] * 4, "replicate")
-    return conv2d(padded, (kernel[:, None] * kernel / kernel.sum() ** 2)[None, None]).reshape(maps.shape)

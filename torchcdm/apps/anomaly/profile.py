@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import codes_of
+from torchcdm.models.inputs import as_numbers, codes_of
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
 
@@ -52,11 +50,6 @@ def level_profile(model: DensityModel, x: Tensor, batch_size: int | None = None)
     return by_batches(model, levels, x, batch_size)
 
 
-def log_density(model: DensityModel, x: Tensor) -> Tensor:
-    """log p_0(x) in data units, float64 (N,) on the CPU; arguments and dequantisation as in :func:`level_profile`."""
-    return by_batches(model, model.log_prob, x)
-
-
 @torch.no_grad()
 def by_batches(
     model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None = None
@@ -75,30 +68,17 @@ def by_batches(
         return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
 
 
-def as_samples(model: Denoiser, x: Any, what: str = "the input", smallest: int = 1) -> Tensor:
-    """Samples (N, *shape) that the model is to score as a tensor; ``what`` they are, for messages.
+def as_samples(model: Denoiser, x: Any, smallest: int = 1) -> Tensor:
+    """Samples (N, *shape) for the model as a tensor on the CPU.
 
     Raises:
-        UserError: No dense array of finite numbers, fewer than ``smallest``, or another shape than the model's.
+        UserError: No finite numbers, another shape than the model's, or a reference of fewer than ``smallest``.
     """
-    x = as_numbers(codes_of(x, model.transform), what)
-    if x.ndim == 0 or len(x) < smallest:
-        raise UserError(f"{what} holds {len(x) if x.ndim else 0} samples; it takes at least {smallest}")
-    if model.shape is not None and tuple(x.shape[1:]) != model.shape:
-        raise UserError(f"{what}: samples of shape {tuple(x.shape[1:])}; the model takes {model.shape}")
-    bad = ~x.isfinite().flatten(1).all(1)
-    if bad.any():
-        raise UserError(f"{what}: sample {int(bad.int().argmax())} holds values that are not finite")
+    x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
+    model.checked(x)
+    if len(x) < smallest:
+        raise UserError(f"the reference holds {len(x)} samples; it takes at least {smallest}")
     return x
-
-
-def as_numbers(x: Any, what: str) -> Tensor:
-    """A tensor, an array or a list of real numbers as a dense tensor on the CPU."""
-    array = as_array(x, what)
-    if array.dtype.kind not in "buif":
-        raise UserError(f"{what}: values of type {array.dtype} are not real numbers")
-    kept = array.dtype.kind in "bf" or array.dtype.itemsize == 1
-    return torch.from_numpy(np.require(array, None if kept else np.float64, "CW"))
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:
