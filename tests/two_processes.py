@@ -28,7 +28,7 @@ def gradients(folder: Path, kind: str) -> tuple[Processes, dict[str, torch.Tenso
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    processes = Processes("cpu", (), folder)
+    processes = Processes("cpu")
     loss = build_loss(config.loss, model)
     batches = Batches(source, 32, 0, labels=False, rank=processes.rank, world=processes.world)
     (batch,) = batches(3, 4, loss, processes.device)

@@ -16,38 +16,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from torchcdm import compose, estimators, likelihood
-    from torchcdm.apps.ratio import DensityRatio, mutual_information
-    from torchcdm.bridges.hub import push
-    from torchcdm.compose import sample
-    from torchcdm.errors import UserError
-    from torchcdm.models.cdm import ClassificationDiffusion
-    from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
-    from torchcdm.models.density import DensityModel
-    from torchcdm.training.checkpoint import load, save
-    from torchcdm.training.fit import fit, train
-
-__all__ = [
-    "ClassificationDiffusion",
-    "Denoiser",
-    "DenoisingDiffusion",
-    "DensityModel",
-    "DensityRatio",
-    "UserError",
-    "__version__",
-    "compose",
-    "estimators",
-    "fit",
-    "likelihood",
-    "load",
-    "mutual_information",
-    "push",
-    "sample",
-    "save",
-    "train",
-]
-
-_MODULES = ("compose", "estimators", "likelihood")
+    from torchcdm import compose as compose
+    from torchcdm import estimators as estimators
+    from torchcdm import likelihood as likelihood
+    from torchcdm.apps.ratio import DensityRatio as DensityRatio
+    from torchcdm.apps.ratio import mutual_information as mutual_information
+    from torchcdm.bridges.hub import push as push
+    from torchcdm.compose import sample as sample
+    from torchcdm.errors import UserError as UserError
+    from torchcdm.models.cdm import ClassificationDiffusion as ClassificationDiffusion
+    from torchcdm.models.denoiser import Denoiser as Denoiser
+    from torchcdm.models.denoiser import DenoisingDiffusion as DenoisingDiffusion
+    from torchcdm.models.density import DensityModel as DensityModel
+    from torchcdm.training.checkpoint import load as load
+    from torchcdm.training.checkpoint import save as save
+    from torchcdm.training.fit import fit as fit
+    from torchcdm.training.fit import train as train
 
 _HOMES = {
     "ClassificationDiffusion": "models.cdm",
@@ -56,7 +40,10 @@ _HOMES = {
     "DensityModel": "models.density",
     "DensityRatio": "apps.ratio",
     "UserError": "errors",
+    "compose": "compose",
+    "estimators": "estimators",
     "fit": "training.fit",
+    "likelihood": "likelihood",
     "load": "training.checkpoint",
     "mutual_information": "apps.ratio",
     "push": "bridges.hub",
@@ -64,17 +51,18 @@ _HOMES = {
     "save": "training.checkpoint",
     "train": "training.fit",
 }
+"""The module that each public name is, or is of."""
 
+__all__ = ["__version__", *_HOMES]
 
 if not TYPE_CHECKING:  # a type checker knows the names from above
 
     def __getattr__(name: str) -> Any:
         # Lazy, so that ``import torchcdm`` stays fast whatever a later name needs.
-        if name in _MODULES:
-            return importlib.import_module(f"torchcdm.{name}")
-        if name in _HOMES:
-            return getattr(importlib.import_module(f"torchcdm.{_HOMES[name]}"), name)
-        raise AttributeError(f"module 'torchcdm' has no attribute '{name}'")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'torchcdm' has no attribute '{name}'")
+        home = importlib.import_module(f"torchcdm.{_HOMES[name]}")
+        return home if name == _HOMES[name] else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    processes = Processes("cpu", (), options.out.parent)
+    processes = Processes("cpu")
     x = torch.randn(options.batch, 1, SIDE, SIDE)[processes.rank :: processes.world]
     steps = {kind: joint_step(config, x, processes) for kind, config in both_models().items()}
     found: dict[str, list[float]] = {kind: [] for kind in steps}

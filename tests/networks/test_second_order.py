@@ -1,7 +1,5 @@
 """A layer with second derivatives by hand: equal to PyTorch's and to finite differences, float64."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import nn
@@ -10,8 +8,8 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import evaluation_mode
+from torchcdm.networks.blocks import SiLU
 from torchcdm.networks.encoder import Encoder
-from torchcdm.networks.second_order import SiLU, second_derivatives
 
 
 @pytest.fixture
@@ -22,26 +20,22 @@ def layer_and_input():
 
 def test_both_derivatives_are_those_of_finite_differences(layer_and_input):
     layer, x = layer_and_input
-
-    def call(x):
-        with second_derivatives():
-            return layer(x)
-
-    assert torch.autograd.gradcheck(call, x.requires_grad_())
-    assert torch.autograd.gradgradcheck(call, x)
+    assert torch.autograd.gradcheck(layer, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(layer, x)
 
 
 def test_a_loss_of_a_gradient_has_the_same_gradients_as_with_the_layers_of_pytorch(layer_and_input):
     layer, x = layer_and_input
     x.requires_grad_()
 
-    def gradients(context):
-        with context:
-            slope = torch.func.grad(lambda z: layer(z).sin().sum())(x)
-            loss = slope.cos().sum() + layer(x).square().sum()
+    def gradients(layer):
+        slope = torch.func.grad(lambda z: layer(z).sin().sum())(x)
+        each = torch.func.vmap(torch.func.grad(lambda z: layer(z).sin().sum()))(x)
+        assert torch.allclose(slope, each)
+        loss = slope.cos().sum() + layer(x).square().sum()
         return torch.autograd.grad(loss, x)[0]
 
-    assert torch.allclose(gradients(second_derivatives()), gradients(nullcontext()), rtol=1e-10, atol=1e-10)
+    assert torch.allclose(gradients(layer), gradients(nn.SiLU()), rtol=1e-10, atol=1e-10)
 
 
 def small_loss(**options):
@@ -63,18 +57,9 @@ def test_the_training_loss_has_the_same_gradients_with_and_without(monkeypatch):
         return [weight.grad.clone() for weight in loss.parameters()]
 
     by_hand = gradients()
-    calls = []
-    monkeypatch.setattr("torchcdm.networks.second_order._by_hand", lambda: calls.append(1))
+    monkeypatch.setattr(SiLU, "forward", nn.SiLU.forward)
     plain = gradients()
-    assert calls and all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(by_hand, plain, strict=True))
-
-
-def test_outside_the_layers_are_those_of_pytorch(layer_and_input, monkeypatch):
-    layer, x = layer_and_input
-    monkeypatch.setattr("torchcdm.networks.second_order._SiLU", None)
-    layer(x)
-    with second_derivatives(), pytest.raises(AttributeError):
-        layer(x)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(by_hand, plain, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,9 +67,7 @@ def test_under_autocast_a_layer_gives_what_that_of_pytorch_gives(layer_and_input
     layer, x = layer_and_input
     x = x.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = layer(x)
-        with second_derivatives():
-            found = layer(x)
+        expected, found = nn.SiLU()(x), layer(x)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
 
@@ -102,7 +85,7 @@ def test_under_autocast_the_gradients_of_a_loss_are_as_near_to_the_true_ones_as_
         return torch.cat([weight.grad.flatten() for weight in loss.parameters()])
 
     true, by_hand = gradients(half=False), gradients(half=True)
-    monkeypatch.setattr("torchcdm.networks.second_order._by_hand", lambda: False)
+    monkeypatch.setattr(SiLU, "forward", nn.SiLU.forward)
     plain = gradients(half=True)
     assert not torch.equal(by_hand, plain)
     error, error_of_pytorch = (float((found - true).norm() / true.norm()) for found in (by_hand, plain))

@@ -118,9 +118,9 @@ def test_without_a_launcher_there_is_no_group():
         assert torch.equal(rows, torch.arange(10))
 
 
-def test_a_training_within_shared_work_is_refused(tmp_path):
+def test_a_training_within_shared_work_is_refused():
     with _shared_by(object()), pytest.raises(UserError, match=r"call it outside of sharing\(\)"):
-        Processes("cpu", (), tmp_path)
+        Processes("cpu")
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Training where something goes wrong: steps that are not finite, patience, changed data, what is not installed."""
 
-import importlib.util
 import re
 from types import SimpleNamespace
 
@@ -139,17 +138,6 @@ def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(UserError, match="device 'cuda:7' cannot be used: ") as caught:
         train(small_config(), tmp_path / "run", device="cuda:7", progress=False)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="tensorbord is unknown or not installed; pip install"):
-        run_training(tmp_path / "run2", train__trackers="[tensorbord]")
-
-
-def test_trackers_that_are_missing_are_told_and_others_are_written(tmp_path):
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(UserError, match="tensorboard is unknown or not installed; pip install tensorboard"):
-            run_training(tmp_path / "run", train__trackers="[tensorboard]")
-    else:
-        run_training(tmp_path / "run", train__trackers="[tensorboard]", train__steps="2")
-        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
 def test_resume_refuses_data_that_have_changed(tmp_path):

@@ -18,7 +18,6 @@ from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, guided, working_dtype
 from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, check_count, codes_of
-from torchcdm.networks.second_order import second_derivatives
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class DensityModel(Denoiser):
             parts = self.corrections(x, y)
             return target(parts, t, guidance), parts
 
-        with torch.enable_grad(), second_derivatives():
+        with torch.enable_grad():
             # torch.func rather than autograd.grad: torch.compile can differentiate through it.
             gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
         return self._evaluation(x_t, t, gradient, parts)

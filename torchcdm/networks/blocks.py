@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from torchcdm.errors import UserError
-from torchcdm.networks.second_order import SiLU
 
 ImageSize = int | Sequence[int]
 """Side of a square image, or (height, width)."""
@@ -113,6 +113,49 @@ def time_embedding(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     rates = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / max(half - 1, 1))
     angle = t.float()[:, None] * rates.exp()
     return nn.functional.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, width % 2)).to(dtype)
+
+
+@final
+class SiLU(nn.SiLU):
+    """:class:`torch.nn.SiLU`, its second derivative by hand: training by it needs 0.7 of the memory of PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The compiler fuses the many elementwise passes of PyTorch's own.
+        return super().forward(x) if torch.compiler.is_compiling() else _SiLU.apply(x)
+
+
+class _SiLU(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return nn.functional.silu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _SiLUGradient.apply(grad, *ctx.saved_tensors)
+
+
+class _SiLUGradient(Function):
+    """``grad * silu'(x)``; with s the sigmoid, silu'' = s (1 - s) (2 + x (1 - 2 s))."""
+
+    generate_vmap_rule = True
+    setup_context = _SiLU.setup_context
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(grad, x)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
+        grad, x = ctx.saved_tensors
+        s = x.sigmoid()
+        slope = torch.ops.aten.sigmoid_backward(v * grad, s)
+        return _SiLUGradient.apply(v, x), slope * torch.addcmul(x + 2, x, s, value=-2)
 
 
 @final

@@ -12,13 +12,13 @@ from torchcdm.networks.blocks import (
     ImageNetwork,
     ImageSize,
     LabelEmbedding,
+    SiLU,
     Step,
     check_images,
     group_norm,
     halved_sizes,
 )
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
-from torchcdm.networks.second_order import SiLU
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, WidthOrZero, Widths, checked
 
 

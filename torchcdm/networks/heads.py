@@ -17,9 +17,6 @@ amount, moves the accumulated logits equally fast for every T."""
 CLASS_KNOTS = 32
 """Evenly spaced levels that carry the effect of a class, which is linear between them."""
 
-FULL_RANK_CLASSES = 64
-"""Up to here :class:`JointHead` gives every class its own rows; above, classes share as many factors."""
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` itself, or its float32 copy where it has half precision."""
@@ -129,8 +126,7 @@ class JointHead(Head):
     """h_{y,t} for all classes at once: a part common to the classes plus a smooth part for each (identity 10).
 
     Both accumulate from the noise end, so all classes agree at level T+1. The class part lives on :data:`CLASS_KNOTS`
-    levels; with more than :data:`FULL_RANK_CLASSES` classes it is a product of so many factors from the features and a
-    table (classes, factors). Arguments as in :class:`CumulativeHead`.
+    levels. Arguments as in :class:`CumulativeHead`.
     """
 
     weights: Tensor
@@ -146,16 +142,10 @@ class JointHead(Head):
         # Accumulated once here: the sum over levels is linear, and (classes, T+2) outputs are the costly part.
         accumulated = from_the_noise((1 - distance).clamp_min(0))
         self.register_buffer("weights", REFERENCE_STEPS / (levels - 1) * accumulated, persistent=False)
-        self.factors: nn.Parameter | None = None
-        rank = min(classes, FULL_RANK_CLASSES)
-        if classes > rank:
-            self.factors = nn.Parameter(torch.randn(classes, rank) / rank**0.5)
-        self.linear = _linear_from_zero(features, rank * self.knots)
+        self.linear = _linear_from_zero(features, classes * self.knots)
 
     def levels_of(self, features: Tensor) -> Tensor:
         effects = self.linear(features).unflatten(1, (-1, self.knots))
-        if self.factors is not None:
-            effects = self.factors.to(effects.dtype) @ effects
         return self.common.levels_of(features)[:, None] + effects @ self.weights.to(effects.dtype)
 
 

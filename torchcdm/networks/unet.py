@@ -13,6 +13,7 @@ from torchcdm.networks.blocks import (
     ImageNetwork,
     ImageSize,
     LabelEmbedding,
+    SiLU,
     Step,
     Upsample,
     check_images,
@@ -21,7 +22,6 @@ from torchcdm.networks.blocks import (
     time_embedding,
 )
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, make_head
-from torchcdm.networks.second_order import SiLU
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
 

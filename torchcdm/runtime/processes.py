@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -20,14 +19,14 @@ from torchcdm.runtime.devices import best_device, chosen_device
 class Processes:
     """One process of one or several that work together, started by ``accelerate launch`` or ``torchrun``.
 
-    Process ``rank`` of ``world`` works on its own ``device``; the ``main`` one writes files. ``trackers`` are names
-    for accelerate's ``log_with``, which write to ``folder``; ``accelerator`` is accelerate's.
+    Process ``rank`` of ``world`` works on its own ``device``; the ``main`` one writes files. ``accelerator`` is
+    accelerate's.
 
     Raises:
-        UserError: A device that is not there, a tracker that is not installed, or a training within :func:`sharing`.
+        UserError: A device that is not there, or a training within :func:`sharing`.
     """
 
-    def __init__(self, device: str | None, trackers: Sequence[str], folder: Path) -> None:
+    def __init__(self, device: str | None) -> None:
         if _SHARED_BY.get() is not None:
             # Only the first process validates, which would wait for the others; and its end is that of their group.
             raise UserError("a training shares its steps itself; call it outside of sharing()")
@@ -37,17 +36,12 @@ class Processes:
         several = _several()
         # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
         on_cpu = (best_device().type if device is None else device) == "cpu"
-        _check_trackers(trackers)
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
         self.accelerator = Accelerator(
             cpu=several and on_cpu,
             mixed_precision="no",
-            log_with=list(trackers) or None,
-            project_dir=str(folder),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if trackers:
-            self.accelerator.init_trackers("torchcdm")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         if several and self.world == 1:
@@ -74,15 +68,6 @@ class Processes:
         values = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that accelerate would leave out with a warning."""
-    from accelerate.tracking import get_available_trackers
-
-    installed = [kind.value for kind in get_available_trackers()]
-    for name in set(names).difference(installed):
-        raise UserError(f"train.trackers: {name} is unknown or not installed; pip install {name}, or leave it out")
 
 
 def is_first() -> bool:
@@ -121,7 +106,7 @@ def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
     if not _several():
         yield chosen_device(device), True
         return
-    processes = Processes(device, (), Path())
+    processes = Processes(device)
     with _shared_by(processes):
         yield processes.device, processes.main
     # Not after a failure: the others may be elsewhere, and the launcher ends them.

@@ -153,7 +153,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = options = config.train
-        self.processes = Processes(device, options.trackers, run.root)
+        self.processes = Processes(device)
         self.device, self.main = self.processes.device, self.processes.main
         self.progress = progress and self.main
 
@@ -296,7 +296,6 @@ class Trainer:
         if line and self.main:
             line = self._counters() | line
             append_metrics(self.run.metrics, line)
-            self.processes.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
         if (step % options.save_every == 0 or validated) and not last:
             self._save_state()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:

@@ -153,7 +153,6 @@ class TrainConfig:
         save_every: Steps between states that a resumed run starts from.
         sample_every: Steps between grids of samples; None for one at the end.
         init: A run whose weights are the start, where they fit.
-        trackers: Names for accelerate's ``log_with``, such as ``tensorboard``.
     """
 
     steps: Count = 10_000
@@ -182,7 +181,6 @@ class TrainConfig:
     save_every: Count = 500
     sample_every: Count | None = None
     init: str | None = None
-    trackers: tuple[str, ...] = ()
 
 
 @validated

@@ -153,7 +153,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 FREE = (
     "preset", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
     "train.validation_samples", "train.patience", "train.fallback", "train.calibration", "train.log_every",
-    "train.save_every", "train.sample_every", "train.trackers", "train.init",
+    "train.save_every", "train.sample_every", "train.init",
 )  # fmt: skip
 """Fields that may differ from the run that is resumed; all others would make it another run."""
 
