@@ -13,12 +13,12 @@ from torchcdm import load
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.apps.anomaly.profile import level_profile
 from torchcdm.cli import main
+from torchcdm.compose import sample
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, elbo, log_normalizer, report
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.processes import sharing
-from torchcdm.samplers import sample
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.loop import NotFinite
 

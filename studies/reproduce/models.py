@@ -14,10 +14,10 @@ from studies.reproduce.result import Figure
 from studies.reproduce.tre import TRELoss
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import neighbours
+from torchcdm.compose import sample
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import encode
-from torchcdm.samplers import sample
 from torchcdm.training.build import load_source
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.samples import balanced_labels

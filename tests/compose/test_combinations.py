@@ -8,12 +8,12 @@ from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, normal
 
 from studies.exact import GaussianMixture
 from torchcdm import compose
+from torchcdm.compose import sample
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
-from torchcdm.samplers import sample
 from torchcdm.units import DataTransform
 
 SCHEDULE = LogSNRSchedule(12, 0.02, 40.0)

@@ -10,8 +10,8 @@ from test_combinations import SCHEDULE, exact, gaussian
 
 from studies.exact import GaussianMixture
 from torchcdm import compose
+from torchcdm.compose import sample
 from torchcdm.errors import UserError
-from torchcdm.samplers import sample
 
 FAR = GaussianMixture(
     torch.tensor([0.8, 0.2]), torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.tensor([0.3, 0.3]), torch.tensor([0, 1])

@@ -49,7 +49,7 @@ def test_common_events_and_composed_densities():
     assert compose.probability(model, first, mean, 400, moves=1).value == pytest.approx(0.5, abs=0.1)
     certain = compose.probability(model, first, -100.0, 100, moves=1)
     assert certain.value == pytest.approx(1.0) and certain.low < 0.99
-    with pytest.raises(UserError, match="compose the class"):
+    with pytest.raises(UserError, match="trained without classes"):
         compose.probability(compose.tilted(model, lambda x: x.sum(1)), first, mean, 100, y=1)
     push = torch.tensor([2.0, 0.0], dtype=torch.float64)
     pushed = compose.probability(compose.tilted(model, lambda x: x.double() @ push), first, mean, 400, moves=1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchcdm.apps.anomaly import AnomalyScore
 from torchcdm.apps.denoising import denoise, estimate_noise
 from torchcdm.apps.ratio import DensityRatio
+from torchcdm.compose import sample
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LinearSchedule, LogSNRSchedule, UniformSigmaSchedule
@@ -40,7 +41,7 @@ from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoise
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.unet import CDMUNet, DDMUNet
-from torchcdm.samplers import DDIM, sample
+from torchcdm.samplers import DDIM
 from torchcdm.training.checkpoint import load
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.level_constants import calibrate_levels

@@ -9,13 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import MixtureClassifier, labelled_mixture, normal
 
+from torchcdm.compose import sample
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.mlp import DDMMLP, MLP
-from torchcdm.samplers import DDIM, sample
+from torchcdm.samplers import DDIM
 from torchcdm.units import DataTransform
 
 T = 12
@@ -87,7 +88,7 @@ def test_losses_of_anything(kind, y, t, eps):
 @many
 @given(st.fixed_dictionaries({}, optional={
     "n": anything, "steps": anything, "y": anything, "guidance": anything, "seed": anything, "batch_size": anything,
-    "levels": anything, "shape": anything, "start": anything, "units": anything, "sampler": anything,
+    "shape": anything, "units": anything, "sampler": anything, "spacing": anything,
 }))  # fmt: skip
 def test_sampling_with_anything(options):
     if not isinstance(options.get("n"), int) or options["n"] < 50:
@@ -155,8 +156,8 @@ def test_numbers_that_float32_cannot_square_are_refused_or_have_no_density():
         ({"seed": 2**63}, "seed is"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"steps": 2.5}, "steps is 2.5"),
-        ({"levels": [12, 6.5, 0]}, "a level is 6.5"),
-        ({"start": normal(3, 3)}, "this model's samples are"),
+        ({"shape": (3,)}, "this model's samples are"),
+        ({"shape": (2.5,)}, "a side of shape is 2.5"),
     ],
 )
 def test_requests_for_samples_that_make_no_sense(options, reason):

@@ -19,13 +19,13 @@ from torch import nn
 from torchcdm import ClassificationDiffusion
 from torchcdm.apps.anomaly.profile import level_profile
 from torchcdm.cli import main
+from torchcdm.compose import sample
 from torchcdm.data import load_data
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, report
 from torchcdm.runtime.batching import map_rows, rows_at_a_time
 from torchcdm.runtime.processes import Processes, _shared_by, sharing
-from torchcdm.samplers import sample
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform

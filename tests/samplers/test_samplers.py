@@ -312,7 +312,7 @@ def test_adaptive_steps_follow_the_flow_better(schedule_name):
     x, errors = normal(256, 3), {}
     for spacing, path in {
         "even": [*denoiser.schedule.time_grid(8), 0],
-        "adaptive": adaptive_levels(denoiser, 8, shape=(3,)),
+        "adaptive": adaptive_levels(denoiser, 8, (3,)),
     }.items():
         assert len(path) == 9 and path[0] == 200 and path[-1] == 0
         errors[spacing] = (run(denoiser, "ddim", path, x)[-1] - denoiser.flow(x, 200, 0)).square().mean().sqrt()

@@ -8,6 +8,7 @@ from denoisers import GaussianDenoiser, mixture_model
 from oracles import MixtureClassifier, ZeroBackbone, covariance, labelled_mixture, normal
 from torch import nn
 
+from torchcdm.compose import sample
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
@@ -24,9 +25,9 @@ from torchcdm.samplers import (
     Step,
     adaptive_levels,
     make_sampler,
-    sample,
     sample_noise,
 )
+from torchcdm.samplers.sampling import trajectories
 from torchcdm.units import DataTransform
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
@@ -50,30 +51,24 @@ def test_visits_exactly_the_steps_asked_for_and_returns_x0(name):
     schedule = CosineSchedule(12)
     for steps in range(1, 13):
         denoiser = GaussianDenoiser(schedule, [0.7, -1.0], [0.25, 2.0])
-        reached, estimates = [], []
-        x = sample(
-            denoiser,
-            3,
-            name,
-            steps,
-            shape=(2,),
-            callback=lambda s, x, prediction: (reached.append(s), estimates.append(prediction.x0)),  # noqa: B023
-        )
-        grid = schedule.time_grid(steps)
-        assert reached == [*grid[1:], 0]
+        x = sample(denoiser, 3, name, steps, shape=(2,))
+        grid, reached = schedule.time_grid(steps), []
         # Heun visits each level but the first twice: at the end of a step and at the start of the next.
         assert sorted(set(denoiser.visited), reverse=True) == grid
         assert len(denoiser.visited) == (2 * steps - 1 if name == "heun" else steps)
-        assert torch.equal(x, estimates[-1])
+        again = trajectories(denoiser, 3, make_sampler(name), [*grid, 0], (2,), units="model",
+                             moved=lambda x, s, *_: reached.append((s, x)))  # fmt: skip
+        assert torch.equal(x, again) and [s for s, _ in reached] == grid[1:]
+        if name == "ddim" and steps > 1:
+            assert torch.equal(x, denoiser.denoise(reached[-1][1], 1).x0)
 
 
 @every_sampler
 def test_stops_where_the_levels_stop(name):
     denoiser = GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
-    seen = {}
-    whole = sample(denoiser, 4, name, levels=[40, 30, 11, 0], shape=(2,), callback=lambda s, x, p: seen.update({s: x}))
-    part = sample(denoiser, 4, name, levels=[40, 30, 11], shape=(2,))
-    assert torch.equal(part, seen[11]) and torch.equal(whole, seen[0])
+    rule, seen = make_sampler(name), {}
+    trajectories(denoiser, 4, rule, [40, 30, 11, 0], (2,), moved=lambda x, s, *_: seen.update({s: x}))
+    assert torch.equal(trajectories(denoiser, 4, rule, [40, 30, 11], (2,)), seen[11])
 
 
 @every_sampler
@@ -108,13 +103,6 @@ def test_noise_of_one_sample_is_independent_of_every_other():
     # One stream is the same in any company.
     alone = torch.stack(list(sample_noise(1, [17], (4, 5), 40)), 1)
     assert torch.equal(alone[0], draws[1, 17])
-
-
-def test_start_continues_from_where_one_stopped():
-    denoiser = GaussianDenoiser(CosineSchedule(40), [0.7, -1.0], [0.25, 2.0])
-    halfway = sample(denoiser, 4, "ddim", levels=[40, 30, 11], shape=(2,))
-    whole = sample(denoiser, 4, "ddim", levels=[40, 30, 11, 0], shape=(2,))
-    assert torch.allclose(sample(denoiser, 4, "ddim", levels=[11, 0], start=halfway), whole, atol=1e-6)
 
 
 def gaussian_models(schedule):
@@ -166,8 +154,8 @@ def test_starts_from_what_level_T_is_of_the_data(kind, guidance):
 def test_samples_come_in_data_units():
     transform = DataTransform((2,), shift=torch.tensor([100.0, -3.0]), scale=torch.tensor([5.0, 0.1]), bin=1.0)
     model = mixture_model(transform=transform)
-    in_model = sample(model, 6, steps=10, units="model")
-    assert torch.allclose(sample(model, 6, steps=10), transform.inverse(in_model))
+    in_model = sample(model, 6, "ddpm", 10, units="model")
+    assert torch.allclose(sample(model, 6, "ddpm", 10), transform.inverse(in_model))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
@@ -178,7 +166,7 @@ def test_guidance_in_one_pass_equals_guidance_in_two(weight):
     one.double_precision = nn.Parameter(torch.zeros(1).double())
     two = mixture_model(schedule)
     y = torch.tensor([0, 1, 1, 0, 1])
-    options = {"steps": 15, "y": y, "guidance": weight, "shape": (2,)}
+    options = {"sampler": "ddpm", "steps": 15, "y": y, "guidance": weight, "shape": (2,)}
     samples = sample(two, 5, **options)
     assert torch.allclose(sample(one, 5, **options), samples, atol=1e-7)
     plain = sample(two, 5, **options | {"guidance": 0.0})
@@ -189,7 +177,7 @@ def test_guidance_pushes_towards_the_class():
     model = mixture_model()
     shares = []
     for weight in (0.0, 1.0, 4.0):
-        x = sample(model, 500, steps=30, y=0, guidance=weight, shape=(2,)).double()
+        x = sample(model, 500, "ddpm", 30, y=0, guidance=weight, shape=(2,)).double()
         log_p = model.mixture.class_log_prob_levels(x, model.schedule)[:, :, 0] + model.mixture.class_prior.log()
         shares.append(float(log_p.softmax(1)[:, 0].log().mean()))
     assert shares[0] < shares[1] < shares[2]
@@ -226,10 +214,6 @@ def test_samples_carry_no_graph():
         ({"steps": 0}, "at least 1"),
         ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
         ({"sampler": "euler"}, "choose from"),
-        ({"levels": [100, 50, 50, 0]}, "decreasing"),
-        ({"levels": [101, 50]}, "from 0 to 100"),
-        ({"levels": [100]}, "at least two"),
-        ({"levels": [50, 0]}, "start"),
         ({"shape": None}, "shape"),
         ({"y": 2}, "classes 0 to 1"),
         ({"y": -1}, "classes 0 to 1"),
@@ -272,13 +256,13 @@ def test_stochastic_step_without_noise_is_a_mistake():
 
 def test_adaptive_steps_are_those_of_model_and_classes():
     model = mixture_model()
-    options = {"steps": 7, "shape": (2,), "spacing": "adaptive"}
-    levels = adaptive_levels(model, 7, torch.tensor([0, 1]), (2,))
+    options = {"sampler": "ddpm", "steps": 7, "shape": (2,), "spacing": "adaptive"}
+    levels = adaptive_levels(model, 7, (2,), torch.tensor([0, 1]))
     y = torch.arange(50) % 2
     samples = sample(model, 50, y=y, **options)
-    assert torch.equal(samples, sample(model, 50, y=y, levels=levels, shape=(2,)))
+    assert torch.equal(samples, trajectories(model, 50, make_sampler("ddpm"), levels, (2,), y))
     assert torch.allclose(samples[:9], sample(model, 9, y=y[:9], **options), atol=1e-6)
-    assert adaptive_levels(model, 100, shape=(2,)) == list(range(100, -1, -1))
-    assert torch.equal(sample(model, 3, **options | {"steps": 100}), sample(model, 3, steps=100, shape=(2,)))
+    assert adaptive_levels(model, 100, (2,)) == list(range(100, -1, -1))
+    assert torch.equal(sample(model, 3, **options | {"steps": 100}), sample(model, 3, "ddpm", 100, shape=(2,)))
     # Other classes have trajectories of their own.
-    assert adaptive_levels(model, 7, torch.tensor([0]), (2,)) != adaptive_levels(model, 7, torch.tensor([1]), (2,))
+    assert adaptive_levels(model, 7, (2,), torch.tensor([0])) != adaptive_levels(model, 7, (2,), torch.tensor([1]))

@@ -17,7 +17,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.models.density import DensityModel
+from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.batching import Rows, map_rows
 from torchcdm.units.normal import log_normal
@@ -91,19 +91,28 @@ class ModelTarget(Target):
     """The density of a model at every level, of one class or of all.
 
     Args:
-        model: The model; its network runs in its own precision, float32 or better.
+        model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision, float32 or
+            better.
         y: A class, or a context (context,), that is given; None for the unconditional density.
         batch_size: Inputs at a time; by their size, and what memory holds, when None.
+        guidance: Weight w of identity 8: the target is (1 + w) log p_t(x|y) - w log p_t(x).
+
+    Attributes:
+        y: Labels, (1,) or (1, context) for all rows, or one for each row of all calls that follow; None for none.
 
     Raises:
-        UserError: A model of unknown shape, or in half precision, which leaves nothing of differences of log p; a
-            class that it does not have.
+        UserError: A model without a density, of unknown shape, or in half precision, which leaves nothing of
+            differences of log p; a class that it does not have.
     """
 
-    def __init__(self, model: DensityModel, y: Tensor | int | None = None, batch_size: int | None = None) -> None:
+    def __init__(
+        self, model: Denoiser, y: Tensor | int | None = None, batch_size: int | None = None, guidance: float = 0.0
+    ) -> None:
+        if not hasattr(model, "at_level"):
+            require_density(model, "a sample by moves or particles")
         reference = reference_gaussian(model)
         super().__init__(model.schedule, tuple(reference.mean.shape), reference)
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.guidance = model, batch_size, guidance
         self.y = as_labels(y, model, 1, one_for_all=True)
         if working_dtype(model, torch.float64).itemsize < 4:
             raise UserError("log p in half precision decides nothing: annealing needs float32, model.float()")
@@ -113,11 +122,10 @@ class ModelTarget(Target):
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
 
         def part(rows: slice) -> tuple[Tensor, ...]:
-            x, at = x_t[rows], levels[rows]
-            y = None if self.y is None else self.y.expand(len(x), *self.y.shape[1:])
-            found = self.model.evaluate(x.to(dtype), at, y)
-            log_p = found.log_prob_levels
-            return log_p.gather(1, at[:, None])[:, 0], found.eps.double(), log_p
+            x, at, y = x_t[rows], levels[rows], self.y
+            if y is not None:
+                y = y.expand(len(x), *y.shape[1:]) if len(y) == 1 else y[rows]
+            return self.model.at_level(x.to(dtype), at, y, self.guidance)
 
         return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.splitting import climb
-from torchcdm.compose.sampling import annealed
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.models.inputs import check_count, check_real
@@ -91,7 +91,7 @@ def probability(
     n = check_count("probability: n", n, FEWEST_PARTICLES, 10**7)
     check_count("probability: moves", moves, 1, 10**4)
     check_real("probability: threshold", threshold, -1e300, 1e300)
-    target = annealed(model, y, "probability")
+    target = ModelTarget(model, y)
     alpha, transform = model.schedule.alpha[1], model.transform
 
     def data(x_1: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -20,26 +21,27 @@ from torchcdm.annealing.kernels import Kernels, denoised
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.particles import effective, smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
-from torchcdm.annealing.target import Evaluated, ModelTarget, Target, reference_gaussian
-from torchcdm.compose.tilted import Tilted
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, guided, working_dtype
-from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_labels, check_count
+from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
+from torchcdm.models.inputs import as_labels, check_count, check_real
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, share, sharers
-from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler, sample_noise
-from torchcdm.samplers import sample as plain_sample
-from torchcdm.samplers.sampling import as_rows, finished
+from torchcdm.samplers.rules import DEFAULT_SAMPLER, Sampler, make_sampler
+from torchcdm.samplers.sampling import (
+    PILOTS,
+    adaptive_levels,
+    as_rows,
+    finished,
+    pilot_labels,
+    sample_noise,
+    trajectories,
+)  # fmt: skip
 
 STEPS = 50
 """Of a sampler without moves; half as many with a move after each, the default where there is a density."""
-
-PILOTS = 16
-"""Draws that go first, on whose acceptance the step sizes of moves adapt; they are frozen then."""
 
 ISLANDS, ISLAND_SIZE = 8, 32
 """Independent populations of particles at most, and particles in each at least."""
@@ -84,84 +86,103 @@ class Draws:
 def sample(
     model: Denoiser,
     n: int,
-    sampler: Any = None,
+    sampler: str | Sampler | None = None,
     steps: int | None = None,
     y: Tensor | int | None = None,
     guidance: float = 0.0,
     seed: int = 0,
     batch_size: int | None = None,
+    spacing: str = "even",
+    shape: Sequence[int] | None = None,
     units: str = "data",
     corrector: int | None = None,
     particles: int = 0,
     sweeps: int = 0,
     details: bool = False,
     progress: bool = False,
-    **options: Any,
 ) -> Any:
     """Draws samples of a model or of a composed density.
 
     By default 25 steps of the reverse chain (``ddpm``), with a move that is accepted or rejected after each: 49
-    evaluations. Without a density, 50 such steps.
+    evaluations. Without a density, 50 such steps. Exactly ``steps`` levels are visited, level T first; level 0 is
+    reached last. Sample i depends on ``seed`` and i alone, so batch size and device leave the samples the same.
 
     Args:
-        model: Any denoiser; corrections need a density.
+        model: Any denoiser, put in eval mode meanwhile; corrections need a density.
         n: Number of samples.
-        sampler: As in :func:`torchcdm.samplers.sample`. Particles are proposed by the reverse kernels, whose density
-            is known, and take no other.
-        steps: Levels visited, 50 when None, 25 with moves; particles visit all.
-        y: Class of each sample, or one for all; particles take one for all.
-        guidance: Weight of classifier-free guidance; moves then leave the guided density as it is. Not for particles.
+        sampler: A name in :data:`torchcdm.samplers.SAMPLERS`, or a sampler with settings of its own. Particles are
+            proposed by the reverse kernels, whose density is known, and take no other.
+        steps: Number of steps, 1 ... T; 50 when None, 25 with moves. Particles visit all levels.
+        y: Class of each sample, long (n,), or one for all; None for the unconditional density. A model with a context
+            takes contexts (n, context), or one for all. Particles take one for all.
+        guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w. Moves then
+            leave the guided density as it is. Not for particles.
         seed: Seed, not negative.
-        batch_size: Samples at a time.
-        units: ``data`` or ``model``.
+        batch_size: Samples at a time; by their size, and what memory holds, when None.
+        spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
+            :func:`torchcdm.samplers.adaptive_levels`.
+        shape: Event shape, for a model that does not know its own.
+        units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
+            data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
         corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 unless a sampler is
             named, and 1 for particles.
         particles: Particles of sequential Monte Carlo, at least n.
         sweeps: Sweeps of replica exchange after it, at least 4; particles are its columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
         progress: Shows a progress bar.
-        **options: Of :func:`torchcdm.samplers.sample`.
 
     Returns:
-        Samples ``(n, *shape)`` on the CPU, or :class:`Draws`. A collapse of the weights is a warning.
+        Samples ``(n, *shape)`` on the CPU, a data frame of a model of a table; or :class:`Draws`. A collapse of the
+        weights is a warning.
 
     Raises:
-        UserError: As :func:`torchcdm.samplers.sample`; a model without a density; weights that vanish everywhere.
+        UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no
+            known shape; a model without a density; weights that vanish everywhere.
     """
-    particles = check_count("particles", particles, 0, 10**7)
+    n, particles = check_count("n", n), check_count("particles", particles, 0, 10**7)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
+    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+    if units not in ("data", "codes", "model"):
+        raise UserError(f"units is '{units}'; choose data, codes or model")
+    if spacing not in ("even", "adaptive"):
+        raise UserError(f"spacing is '{spacing}'; choose even or adaptive")
+    check_real("guidance", guidance, -math.inf, math.inf)
     if corrector is None:
         corrector = int(bool(particles)) or (0 if model.density is None else default_moves(sampler))
     corrector = check_count("corrector", corrector, 0, 10**4)
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
-        if sampler is not None or steps is not None or guidance or options:
+        if sampler is not None or steps is not None or guidance or spacing != "even":
             raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
         found = _by_particles(model, n, y, seed, batch_size, units, corrector or 1, particles, sweeps, progress)
         return found if details else found.x
-    rule = make_sampler(DEFAULT_SAMPLER if sampler is None else sampler)
-    steps = min(STEPS // 2 if corrector else STEPS, model.schedule.T) if steps is None else steps
-    shared = options | {
-        "sampler": rule, "steps": steps, "units": units, "guidance": guidance, "seed": seed,
-        "batch_size": batch_size, "progress": progress,
-    }  # fmt: skip
-    acceptance = None
-    if not corrector:
-        x = plain_sample(model, n, y=y, **shared)
-    else:
-        n = check_count("n", n)
-        labels = as_labels(y, model, n, one_for_all=True)
-        moves = _Moves(model, labels, guidance, corrector, seed)
+    rule, schedule = make_sampler(DEFAULT_SAMPLER if sampler is None else sampler), model.schedule
+    steps = min(STEPS // 2 if corrector else STEPS, schedule.T) if steps is None else check_count("steps", steps)
+    shape = model.shape if shape is None else tuple(check_count("a side of shape", side) for side in shape)
+    if not shape:
+        raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
+    if model.shape not in (None, shape):
+        raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
+    labels = as_labels(y, model, n, one_for_all=True)
+    if guidance and labels is None:
+        raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
+    denoiser = GuidedDenoiser(model, guidance) if guidance else model
+    adaptive = spacing == "adaptive"
+    path = adaptive_levels(denoiser, steps, shape, labels) if adaptive else [*schedule.time_grid(steps), 0]
+    moves = acceptance = None
+    if corrector:
+        moves = _Moves(model, guidance, corrector, seed)
         with alone():
             # Whatever n is: a sample depends on the seed and its number alone.
-            pilots = shared | {"batch_size": None, "progress": False}
-            plain_sample(model, PILOTS, y=moves.pilots(), moved=moves, **pilots)
-        moves.freeze(labels)
-        x = plain_sample(model, n, y=labels, moved=moves, **shared)
-        acceptance = moves.acceptance(n)
-    visited = len(options["levels"]) - 1 if options.get("levels") is not None else steps
-    cost = rule.cost(visited) + corrector * (visited - 1)
-    return Draws(x, float(n), acceptance=acceptance, evaluations=cost) if details else x
+            trajectories(denoiser, PILOTS, rule, path, shape, pilot_labels(labels), seed, moved=moves)
+        moves = _Moves(model, guidance, corrector, seed, moves.steps)
+    x = trajectories(denoiser, n, rule, path, shape, labels, seed, batch_size, units, progress, moves)
+    x = as_rows(model, x, units)
+    if not details:
+        return x
+    acceptance = None if moves is None else moves.acceptance(n)
+    return Draws(x, float(n), acceptance=acceptance, evaluations=rule.cost(steps) + corrector * (steps - 1))
 
 
 def default_moves(sampler: Any, corrector: int | None = None) -> int:
@@ -169,60 +190,20 @@ def default_moves(sampler: Any, corrector: int | None = None) -> int:
     return int(sampler is None) if corrector is None else corrector
 
 
-def annealed(model: Denoiser, y: Any, what: str, batch_size: int | None = None) -> Target:
-    """What particles anneal: a composed density's own target, or that of a model and a class, for ``what``."""
-    if not isinstance(model, Tilted):
-        return ModelTarget(require_density(model, what), y, batch_size)
-    if y is not None:
-        raise UserError(f"{what}: y is for models with classes; compose the class before it is tilted")
-    return model.target
-
-
-def target_of(model: Denoiser, y: Tensor | None = None, guidance: float = 0.0) -> Target:
-    """What the engine anneals: a tilted density, or a model's, whose labels ``y`` are those of the rows."""
-    return model.target if isinstance(model, Tilted) else _Rows(require_density(model, "a corrector"), y, guidance)
-
-
 @final
-class _Rows(Target):
-    """The density of a model, guided or not, for rows of one batch with a label each."""
-
-    def __init__(self, model: DensityModel, y: Tensor | None, guidance: float) -> None:
-        reference = reference_gaussian(model)
-        super().__init__(model.schedule, tuple(reference.mean.shape), reference)
-        self.model, self.y, self.guidance = model, y, guidance
-
-    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        x, w = x_t.to(working_dtype(self.model, torch.float64)), self.guidance
-        at = torch.as_tensor(t, device=x.device).expand(len(x))
-        found = self.model.evaluate(x, at, self.y, w if self.model.joint else 0.0)
-        log_p, eps, other = found.log_prob_levels, found.eps.double(), found.unconditional
-        if w and not self.model.joint:
-            plain = self.model.evaluate(x, at)
-            eps, other = guided(eps, plain.eps, w), plain.log_prob_levels
-        log_p = guided(log_p, other, w) if w else log_p
-        return Evaluated(log_p.gather(1, at[:, None])[:, 0], eps, log_p)
-
-
 class _Moves:
-    """Langevin moves between the steps of a sampler; a sample's noise depends on the seed and its index alone."""
+    """Langevin moves between the steps of a sampler; a sample's noise depends on the seed and its index alone.
 
-    def __init__(self, model: Denoiser, y: Tensor | None, guidance: float, count: int, seed: int) -> None:
-        self.model, self.y, self.guidance, self.count, self.seed = model, y, guidance, count, seed
-        self.kernels = Kernels(target_of(model).reference)
-        self.steps: dict[int, float] = {}
-        self.step, self.frozen, self.accepted, self.tried = FIRST_STEP, False, 0, 0
+    Without ``steps``, their size at each level, they adapt to what is accepted.
+    """
 
-    def pilots(self) -> Tensor | None:
-        """The labels of the draws that go first, which are all that are asked for in turn."""
-        if self.y is not None:
-            known = self.y.unique(dim=0)
-            self.y = known[torch.arange(PILOTS, device=known.device) % len(known)]
-        return self.y
-
-    def freeze(self, y: Tensor | None) -> None:
-        """Ends the adaptation; ``y`` are the labels of the samples."""
-        self.y, self.frozen, self.accepted, self.tried = y, True, 0, 0
+    def __init__(
+        self, model: Denoiser, guidance: float, count: int, seed: int, steps: dict[int, float] | None = None
+    ) -> None:
+        self.target, self.count, self.seed = ModelTarget(model, guidance=guidance), count, seed
+        self.kernels = Kernels(self.target.reference)
+        self.adapts, self.steps, self.step = steps is None, steps or {}, FIRST_STEP
+        self.accepted = self.tried = 0
 
     def acceptance(self, n: int) -> float:
         """Share of the moves of ``n`` samples that were accepted, in all processes that shared them."""
@@ -232,19 +213,19 @@ class _Moves:
         accepted, tried = (sum(parts) for parts in zip(*counts, strict=True))
         return accepted / max(tried, 1)
 
-    def __call__(self, x: Tensor, t: int, rows: slice) -> Prediction:
-        target = target_of(self.model, None if self.y is None else self.y[rows], self.guidance)
-        indices = range(rows.start, rows.stop)
+    def __call__(self, x: Tensor, t: int, rows: slice, y: Tensor | None) -> Prediction:
+        target, indices = self.target, range(rows.start, rows.stop)
+        target.y = y
         noise = sample_noise(derive(self.seed, "corrector", t), indices, target.shape, 2 * self.count, torch.float64)
         states = States.of(target, x.double(), t)
-        step = self.steps.get(t, self.step) if self.frozen else self.step
+        step = self.step if self.adapts else self.steps[t]
         for _ in range(self.count):
             z, u = next(noise).flatten(1).to(x.device), next(noise).flatten(1)[:, 0].to(x.device)
             taken = langevin(target, self.kernels, states, step, None, (z, torch.special.ndtr(u)))
             self.accepted, self.tried = self.accepted + int(taken.sum()), self.tried + len(taken)
-            if not self.frozen:
+            if self.adapts:
                 step = adapted(step, float(taken.double().mean()))
-        if not self.frozen:
+        if self.adapts:
             self.steps[t] = self.step = step
         return Prediction(states.x.to(x.dtype), *target.schedule.at(t, x), states.at.eps.to(x.dtype))
 
@@ -255,10 +236,9 @@ def _by_particles(
     particles: int, sweeps: int, progress: bool,
 ) -> Draws:  # fmt: skip
     """Samples by sequential Monte Carlo, and by replica exchange started from it."""
-    n = check_count("n", n)
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
-    target = annealed(model, y, "particles", batch_size)
+    target = ModelTarget(model, y, batch_size)
     generator = stream(seed, "particles")
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)

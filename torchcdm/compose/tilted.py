@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.target import Evaluated, Target, in_batches, reference_gaussian
+from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_numbers, check_real
 from torchcdm.random import stream
@@ -60,16 +60,14 @@ class Tilted(Denoiser):
         self.slope = Kernels(self.reference).variances / ratio**2 / alpha
 
     @property
-    def target(self) -> Target:
-        """What the engine anneals."""
-        return _TiltedTarget(self)
-
-    @property
     def shape(self) -> tuple[int, ...] | None:
         return self.model.shape
 
-    def evaluate(self, x_t: Tensor, t: Tensor) -> Evaluated:
-        """What the density is at ``x_t`` (B, *shape), the network's precision, and levels ``t`` 1 ... T, long (B,)."""
+    def at_level(self, x_t: Tensor, t: Tensor, y: None = None, guidance: float = 0.0) -> tuple[Tensor, Tensor]:
+        """log gamma_t(x_t), (B,), and -sigma_t times its gradient, (B, *shape), float64.
+
+        Of ``x_t`` in the network's precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to.
+        """
         x = x_t.detach()
         if self.exact:
             with torch.enable_grad():
@@ -90,12 +88,12 @@ class Tilted(Denoiser):
         log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
         sigma = self.schedule.at(t, x)[1].double()
         log_gamma = (log_p + log_known.double()).detach().nan_to_num(-math.inf, math.inf, -math.inf)
-        return Evaluated(log_gamma, found.eps.detach().double() - sigma * pull.double())
+        return log_gamma, found.eps.detach().double() - sigma * pull.double()
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         self.checked(x_t, t, y)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, levels).eps.to(x_t.dtype))
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
     @staticmethod
     def _gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -104,25 +102,6 @@ class Tilted(Denoiser):
             return torch.zeros_like(x)
         (found,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
         return torch.zeros_like(x) if found is None else found.detach().nan_to_num(0, 0, 0)
-
-
-@final
-class _TiltedTarget(Target):
-    """:meth:`Tilted.evaluate` in batches."""
-
-    def __init__(self, tilted: Tilted) -> None:
-        super().__init__(tilted.schedule, tuple(tilted.reference.mean.shape), tilted.reference)
-        self.tilted = tilted
-
-    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        tilted = self.tilted
-        dtype = working_dtype(tilted, torch.float64)
-        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-
-        def part(rows: slice) -> tuple[Tensor, ...]:
-            return tuple(tilted.evaluate(x_t[rows].to(dtype), levels[rows])[:2])
-
-        return Evaluated(*in_batches(tilted, x_t, part))
 
 
 def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = False) -> Tilted:

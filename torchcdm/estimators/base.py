@@ -21,6 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
+from torchcdm.compose import sample
 from torchcdm.data import DataSource, MemorySplit
 from torchcdm.diffusion.mixture import FIT_ROWS
 from torchcdm.diffusion.start import Start, best_start
@@ -32,7 +33,6 @@ from torchcdm.models.inputs import LARGEST
 from torchcdm.random import permutation
 from torchcdm.runtime.batching import labels_of
 from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
-from torchcdm.samplers import sample
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained

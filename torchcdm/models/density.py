@@ -80,6 +80,23 @@ class DensityModel(Denoiser):
         """
         return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), guidance)
 
+    def at_level(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What annealing asks of a density, guided or not, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
+
+        Returns:
+            log p_t(x_t), (B,), E[eps | x_t], (B, *shape), and log p at every level, (B, T+2).
+        """
+        found = self.evaluate(x_t, t, y, guidance if self.joint else 0.0)
+        log_p, eps, other = found.log_prob_levels, found.eps.double(), found.unconditional
+        if guidance:
+            if not self.joint:
+                plain = self.evaluate(x_t, t)
+                eps, other = guided(eps, plain.eps, guidance), plain.log_prob_levels
+            log_p = guided(log_p, other, guidance)
+        return log_p.gather(1, t[:, None])[:, 0], eps, log_p
+
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         """The MMSE denoiser as the gradient of a logit difference (identity 3).
 

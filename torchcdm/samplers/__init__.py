@@ -15,7 +15,7 @@ from torchcdm.samplers.rules import (
     UniPC,
     make_sampler,
 )
-from torchcdm.samplers.sampling import adaptive_levels, sample, sample_noise
+from torchcdm.samplers.sampling import adaptive_levels, sample_noise
 
 __all__ = [
     "DDIM",
@@ -32,6 +32,5 @@ __all__ = [
     "UniPC",
     "adaptive_levels",
     "make_sampler",
-    "sample",
     "sample_noise",
 ]
