@@ -57,7 +57,7 @@ def test_visits_exactly_the_steps_asked_for_and_returns_x0(name):
         assert sorted(set(denoiser.visited), reverse=True) == grid
         assert len(denoiser.visited) == (2 * steps - 1 if name == "heun" else steps)
         again = trajectories(denoiser, 3, make_sampler(name), [*grid, 0], (2,), units="model",
-                             moved=lambda x, s, *_: reached.append((s, x)))  # fmt: skip
+                             moved=lambda x, s, *_: reached.append((s, x)))  # noqa: B023  # fmt: skip
         assert torch.equal(x, again) and [s for s, _ in reached] == grid[1:]
         if name == "ddim" and steps > 1:
             assert torch.equal(x, denoiser.denoise(reached[-1][1], 1).x0)

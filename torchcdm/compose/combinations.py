@@ -253,5 +253,3 @@ def _require_same(one: DensityModel, other: DensityModel) -> None:
         x, y = (model.transform.inverse(z.to(model.schedule.alpha.device)).cpu() for model in (one, other))
         if not torch.allclose(x, y, rtol=1e-6):
             raise UserError("compose: the models' data transforms differ; train them on the same scale of the data")
-
-

@@ -276,5 +276,3 @@ def _by_particles(
         spread = systematic(log_w.exp().cpu()[None].expand(1, -1), offset)[0]
         chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
     return Draws(as_rows(model, x_0[chosen], units), ess, log_z, x_0, log_w.cpu())
-
-
