@@ -18,7 +18,7 @@ KINDS = {
 """What is trained."""
 
 
-def gradients(folder: Path, kind: str) -> tuple[Processes, dict[str, torch.Tensor]]:
+def gradients(kind: str) -> tuple[Processes, dict[str, torch.Tensor]]:
     """The gradients of this process after one backward pass of step 3."""
     config = small_config(**KINDS[kind])
     source = load_source(config.data)
@@ -32,7 +32,7 @@ def gradients(folder: Path, kind: str) -> tuple[Processes, dict[str, torch.Tenso
     loss = build_loss(config.loss, model)
     batches = Batches(source, 32, 0, labels=False, rank=processes.rank, world=processes.world)
     (batch,) = batches(3, 4, loss, processes.device)
-    wrapped = processes.wrap(loss)
+    wrapped = processes.accelerator.prepare_model(loss, device_placement=False)
     value = wrapped(batch.x_0.double(), None, batch.t, batch.eps.double())["loss"].mean()
     processes.accelerator.backward(value + 0 * sum(parameter.sum() for parameter in model.parameters()))
     return processes, {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -41,7 +41,7 @@ def gradients(folder: Path, kind: str) -> tuple[Processes, dict[str, torch.Tenso
 def main(folder: Path) -> None:
     """Leaves ``gradients-KIND-RANK.pt``, and a run that all processes trained."""
     for kind in KINDS:
-        processes, found = gradients(folder, kind)
+        processes, found = gradients(kind)
         torch.save(found, folder / f"gradients-{kind}-{processes.rank}.pt")
     train(small_config(train__steps="4", model__backbone__dropout="0"), folder / "run", device="cpu", progress=False)
 

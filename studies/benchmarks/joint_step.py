@@ -18,7 +18,7 @@ from torchcdm.runtime.files import write_json
 from torchcdm.runtime.processes import Processes
 from torchcdm.training.build import build_loss
 from torchcdm.training.optimizers import build_optimizer
-from torchcdm.training.settings import Config
+from torchcdm.training.settings import Config, TrainConfig
 
 
 def joint_step(config: Config, x: Tensor, processes: Processes) -> Step:
@@ -30,8 +30,9 @@ def joint_step(config: Config, x: Tensor, processes: Processes) -> Step:
         processes: The group.
     """
     loss = build_loss(config.loss, untrained(config, tuple(x.shape[1:])))
-    module, parameters = processes.wrap(loss), list(loss.model.parameters())
-    optimizer = build_optimizer(config.train.optimizer, loss.model, 1e-5, (0.9, 0.99), 0.01)
+    module = processes.accelerator.prepare_model(loss, device_placement=False)
+    parameters = list(loss.model.parameters())
+    optimizer = build_optimizer(TrainConfig(optimizer=config.train.optimizer, lr=1e-5), loss.model)
 
     def run() -> None:
         loss.model.train()

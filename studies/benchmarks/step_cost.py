@@ -44,7 +44,7 @@ from torchcdm.networks.blocks import SiLU
 from torchcdm.training.build import build_loss, build_model, build_schedule, plain_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.optimizers import build_optimizer
-from torchcdm.training.settings import Config
+from torchcdm.training.settings import Config, TrainConfig
 from torchcdm.units import DataTransform
 
 DEFAULT = "encoder"
@@ -108,7 +108,7 @@ def guided_step(model: Denoiser, x: Tensor, y: Tensor) -> Step:
 
 def training_step(loss: CDMLoss | DDMLoss, x: Tensor, mode: Mode, y: Tensor | None = None) -> Step:
     """Loss, gradients and optimiser, as in the trainer; levels and noise are drawn anew."""
-    optimizer = build_optimizer(mode.optimizer, loss.model, 1e-5, (0.9, 0.99), 0.01)
+    optimizer = build_optimizer(TrainConfig(optimizer=mode.optimizer, lr=1e-5), loss.model)
     module: nn.Module = torch.compile(loss, fullgraph=True) if mode.compiled else loss
 
     def run() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from studies.budget import Budget
 from studies.compare.peer import Diverged, Task, Training, dequantised
 from torchcdm.random import derive, stream
-from torchcdm.training.batches import EpochOrder
+from torchcdm.training.batches import shown_at
 from torchcdm.training.optimizers import EMA
 
 MAX_BAD_STEPS = 10
@@ -116,7 +116,6 @@ class _Loop:
         self.model, self.task, self.recipe, self.budget = model, task, recipe, budget
         self.rate = recipe.lr * rate
         self.transform, self.split = task.source.transform, task.source.split("train")
-        self.order = EpochOrder(len(self.split), recipe.batch_size, task.seed)
         self.optimizer = recipe.optimizer(model.parameters(), lr=self.rate, weight_decay=recipe.weight_decay)
         self.ema = None if recipe.ema_decay is None else EMA(model, recipe.ema_decay)
         x, _ = task.source.split("validation").tensors(VALIDATION_SAMPLES)
@@ -134,7 +133,7 @@ class _Loop:
 
     def step(self) -> None:
         """One optimiser step; left out where it is not finite."""
-        x, _ = self.split.batch(self.order.indices(self.steps))
+        x, _ = self.split.batch(shown_at(self.steps, len(self.split), self.recipe.batch_size, self.task.seed))
         z = self.transform.encode(x, stream(self.task.seed, "dequantise", self.steps)).to(self.task.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lowered * self.rate * 0.5 * (1 + math.cos(math.pi * self.budget.share))

@@ -48,6 +48,7 @@ from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.loop import train
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.path_calibration import calibrate_paths
+from torchcdm.training.settings import TrainConfig
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 VALUES = Path(__file__).with_name("values.safetensors")
@@ -212,7 +213,7 @@ def of_step(name: str) -> dict[str, Tensor]:
     finally:
         torch.set_float32_matmul_precision("highest")
     terms["loss"].mean().backward()
-    build_optimizer(optimizer, model, 1e-2, (0.9, 0.99), 0.01).step()
+    build_optimizer(TrainConfig(optimizer=optimizer, lr=1e-2), model).step()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return {f"term/{key}": value for key, value in terms.items()} | {"weights": weights[:: max(1, len(weights) // 64)]}
 

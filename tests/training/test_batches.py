@@ -8,7 +8,7 @@ import torch
 from torchcdm.data import DataSource, LazySplit, MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.random import derive
-from torchcdm.training.batches import Batches, EpochOrder
+from torchcdm.training.batches import Batches, shown_at
 from torchcdm.training.build import build_loss, build_model
 from torchcdm.training.config_files import make_config
 from torchcdm.training.settings import LossConfig
@@ -40,14 +40,13 @@ def steps(batches, first=0, last=5):
 
 
 def test_an_epoch_shows_every_sample_once_whatever_the_batch():
-    order = EpochOrder(count=10, batch_size=4, seed=0)
-    shown = torch.cat([order.indices(step) for step in range(5)])
+    shown = torch.cat([shown_at(step, 10, batch_size=4, seed=0) for step in range(5)])
     first, second = shown[:10], shown[10:]
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
     assert first.tolist() != second.tolist()
-    small = EpochOrder(count=3, batch_size=7, seed=0).indices(0)
+    small = shown_at(0, 3, batch_size=7, seed=0)
     assert sorted(small[:3].tolist()) == sorted(small[3:6].tolist()) == [0, 1, 2]
-    assert EpochOrder(10, 4, seed=1).indices(0).tolist() != order.indices(0).tolist()
+    assert shown_at(0, 10, 4, seed=1).tolist() != shown[:4].tolist()
 
 
 def test_a_step_is_the_same_whichever_step_came_first():
@@ -83,7 +82,7 @@ def test_samples_stay_in_their_cells_and_half_are_mirrored():
     for step in range(20):
         (batch,) = steps(batches, step, step + 1)
         grey = data.transform.quantize(data.transform.inverse(batch.x_0.double())).long()
-        stored = data.train.values(batches.order.indices(step)).long()
+        stored = data.train.values(batches.indices(step)).long()
         flipped = (grey != stored).flatten(1).any(1)
         assert torch.equal(grey, torch.where(flipped[:, None, None, None], stored.flip(-1), stored))
         mirrored += int(flipped.sum())
@@ -124,5 +123,5 @@ def test_seeds_of_different_purposes_do_not_collide():
 
 
 def test_a_training_split_without_samples_is_refused():
-    with pytest.raises(UserError, match="test: the training split is empty"):
+    with pytest.raises(UserError, match="test: the train split is empty"):
         Batches(source(count=0), 4, 0, labels=False)

@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", two_processes.KINDS)
-def test_gradients_are_those_of_the_joint_batch(folder, tmp_path, kind):
-    _, joint = two_processes.gradients(tmp_path, kind)
+def test_gradients_are_those_of_the_joint_batch(folder, kind):
+    _, joint = two_processes.gradients(kind)
     shares = [torch.load(folder / f"gradients-{kind}-{rank}.pt") for rank in range(2)]
     largest = max(float(gradient.abs().max()) for gradient in joint.values())
     assert largest > 1e-3

@@ -8,6 +8,7 @@ from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import MLP
 from torchcdm.networks.unet import DDMUNet
 from torchcdm.training.optimizers import MuonAdamW, build_optimizer, hidden_matrices, orthogonalized
+from torchcdm.training.settings import TrainConfig
 
 
 def names_of(network):
@@ -53,7 +54,7 @@ def test_everything_else_is_moved_as_by_adamw():
     networks = [Encoder(1, 8, levels=12, width=8, multipliers=(1,)).double() for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     optimizers = [
-        build_optimizer(name, network, 1e-2, (0.9, 0.99), 0.1)
+        build_optimizer(TrainConfig(optimizer=name, lr=1e-2, weight_decay=0.1), network)
         for name, network in zip(("muon", "adamw"), networks, strict=True)
     ]
     for _ in range(3):
@@ -68,34 +69,8 @@ def test_everything_else_is_moved_as_by_adamw():
         assert torch.equal(by_muon, by_adamw) != (name in hidden), name
 
 
-def test_a_closure_gives_the_gradients_and_its_loss():
-    torch.manual_seed(0)
-    network = nn.Linear(8, 8).double()
-    twin = nn.Linear(8, 8).double()
-    twin.load_state_dict(network.state_dict())
-    x = torch.randn(4, 8, dtype=torch.float64)
-
-    def closure(layer):
-        layer.zero_grad()
-        loss = layer(x).square().sum()
-        loss.backward()
-        return loss
-
-    closure(twin)
-    MuonAdamW(twin, 1e-2).step()
-    before = float(network(x).square().sum().detach())
-    loss = MuonAdamW(network, 1e-2).step(lambda: closure(network))
-    assert float(loss.detach()) == before
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
-
-
 def test_weights_without_a_gradient_stay():
     network = Encoder(1, 8, levels=12, width=8, multipliers=(1,))
     before = [weight.detach().clone() for weight in network.parameters()]
     MuonAdamW(network, 1e-2).step()
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="sgd"):
-        build_optimizer("sgd", nn.Linear(8, 8), 1e-3, (0.9, 0.99), 0.0)

@@ -94,12 +94,12 @@ def run_sample(options: argparse.Namespace) -> int:
         )  # fmt: skip
     if not main:
         return 0
-    files = None
+    files, pictures = [], drawn.x.ndim == 4
     if options.format in ("grid", "all"):
         save_sheet(drawn, model, out / "samples")
-    if options.format in ("images", "all") and drawn.is_images:
+    if options.format in ("images", "all") and pictures:
         files = save_images(drawn.x, out, model.transform)
-    if options.format == "images" and not drawn.is_images:
+    if options.format == "images" and not pictures:
         raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
     if options.format in ("array", "all"):
         save_array(drawn.x, out / "samples.npz", model.transform, drawn.y)

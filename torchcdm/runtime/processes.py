@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.devices import best_device, chosen_device
@@ -47,10 +47,6 @@ class Processes:
         if several and self.world == 1:
             raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
         self.device = self.accelerator.device if several else chosen_device(device)
-
-    def wrap(self, loss: nn.Module) -> nn.Module:
-        """The module whose gradients are averaged over the processes."""
-        return self.accelerator.prepare_model(loss, device_placement=False)
 
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over the processes: what all of them act on."""

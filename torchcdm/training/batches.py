@@ -20,29 +20,19 @@ from torchcdm.losses import Loss
 from torchcdm.random import stream
 
 
-@final
-class EpochOrder:
-    """The samples of every step: the permutations of the epochs one after the other, cut into batches.
+def shown_at(step: int, count: int, batch_size: int, seed: int) -> Tensor:
+    """Indices (batch_size,) of the samples of a step, counted from 0: the orders of all epochs, cut into batches.
 
     No sample of ``count`` is left out, and data smaller than a batch work too.
     """
+    first, last = step * batch_size, (step + 1) * batch_size
+    epochs = range(first // count, (last - 1) // count + 1)
+    return torch.cat([_order(count, seed, k)[max(0, first - k * count) : last - k * count] for k in epochs])
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self._permutation = lru_cache(maxsize=2)(self._draw)
 
-    def _draw(self, epoch: int) -> Tensor:
-        return torch.randperm(self.count, generator=stream(self.seed, "order", epoch))
-
-    def indices(self, step: int) -> Tensor:
-        """Indices (batch_size,) of the samples of a step, counted from 0."""
-        position, parts, missing = step * self.batch_size, [], self.batch_size
-        while missing:
-            epoch, offset = divmod(position, self.count)
-            part = self._permutation(epoch)[offset : offset + missing]
-            parts.append(part)
-            position, missing = position + len(part), missing - len(part)
-        return torch.cat(parts)
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=stream(seed, "order", epoch))
 
 
 class Batch(NamedTuple):
@@ -77,16 +67,12 @@ class Batches:
     ) -> None:
         if batch_size % world:
             raise UserError(f"train.batch_size is {batch_size}; it must be a multiple of the {world} processes")
-        if not len(source.train):
-            raise UserError(f"{source.name}: the training split is empty")
         if flip and len(source.shape) != 3:
             raise UserError("data.flip mirrors images; these data are vectors")
-        self.source, self.split = source, source.split("train")
-        self.batch_size, self.seed = batch_size, seed
+        self.source, self.split, self.batch_size, self.seed = source, source.split("train"), batch_size, seed
         self.labels, self.flip, self.workers = labels, flip, workers
         share = batch_size // world
         self.mine = slice(rank * share, (rank + 1) * share)
-        self.order = EpochOrder(len(self.split), batch_size, seed)
 
     def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
         """The batches of the steps ``first`` ... ``last`` - 1, on ``device``; ``loss`` draws the levels."""
@@ -95,7 +81,7 @@ class Batches:
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
-        steps = ((self.order.indices(step)[self.mine], self._places(step)) for step in range(first, last))
+        steps = ((self.indices(step)[self.mine], self._places(step)) for step in range(first, last))
         if not isinstance(self.split, LazySplit):
             yield from (self.split.batch_at(*at) for at in steps)
             return
@@ -104,6 +90,10 @@ class Batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+    def indices(self, step: int) -> Tensor:
+        """:func:`shown_at` a step, of all processes."""
+        return shown_at(step, len(self.split), self.batch_size, self.seed)
 
     def _places(self, step: int) -> Tensor | None:
         """Where the crops of a step lie in their images; None for other data."""
@@ -123,11 +113,9 @@ class Batches:
         eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
         if self.labels and y.ndim == 1 and bool((y < 0).any()):
             raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
-        label = y.to(device) if self.labels else None
-        return Batch(x_0.to(device), label, t.to(device), eps.to(device))
+        return Batch(x_0.to(device), y.to(device) if self.labels else None, t.to(device), eps.to(device))
 
 
-@final
 class _BatchReader(Dataset):
     """A split whose items are batches, or errors: one that is raised leaves a worker with its traceback as text."""
 

@@ -29,8 +29,6 @@ from torchcdm.zoo import located
 KINDS = ("run", "estimator")
 """Kinds of artefacts that hold a model."""
 
-_NET = "backbone."
-
 Transform = Annotated[
     InstanceOf[DataTransform],
     BeforeValidator(lambda value: value if isinstance(value, DataTransform) else transform_from_config(value)),
@@ -191,19 +189,18 @@ def load(
         if str(run).startswith("hub:"):
             raise UserError(f"{run}: names code, {code}, and no code is run for hub:; give backbone=module")
         backbone = imported(code)
-    network = backbone
     if custom and backbone is None:
         trusted = f", or trust_code=True, which runs {code}" if code else ""
         raise UserError(f"{run}: has a network of your own; load it by torchcdm.load(path, backbone=module){trusted}")
     if backbone is not None and not custom:
         raise UserError(f"{run}: has the network '{info.model.backbone.name}'; leave backbone out")
-    if network is None:
+    if backbone is None:
         # A network of other sizes than those of the file is refused before it takes memory.
         with torch.device("meta"):
             classes = None if info.model.labels == "none" else info.classes
             network = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
-    held = {key.removeprefix(_NET): value for key, value in tensors.items() if key.startswith(_NET)}
-    _check_shapes(network.state_dict(), held, folder.model, _NET)
+        held = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
+        _check_shapes({f"backbone.{key}": value for key, value in network.state_dict().items()}, held, folder.model)
     model = build_model(info.model, info.transform, info.classes, backbone=backbone)
     model = _fill(model, tensors, folder.model)
     model.info = info
@@ -221,15 +218,15 @@ def _fill(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Denoise
     return calibrated
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mend: str = MEND) -> None:
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fills ``module``; the file must hold exactly its weights, finite where they are no integers."""
     own = module.state_dict()
     _check_shapes(own, tensors, path)
     for key, value in tensors.items():
         if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
-            damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}", mend)
+            damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}")
         if not value.to(own[key].dtype).isfinite().all():
-            damaged(path, f"{key} is not finite", mend)
+            damaged(path, f"{key} is not finite")
     module.load_state_dict(tensors)
 
 
@@ -256,9 +253,9 @@ def _read(
     return folder, *read_artefact(folder.model_info, KINDS, files, form=ModelInfo)
 
 
-def _check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path, prefix: str = "") -> None:
+def _check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> None:
     for key in [*own, *held]:
         shapes = [tuple(state[key].shape) if key in state else "missing" for state in (held, own)]
         if shapes[0] != shapes[1]:
-            what = f"{prefix}{key} is {shapes[0]}, but {shapes[1]} in the model that the run describes"
+            what = f"{key} is {shapes[0]}, but {shapes[1]} in the model that the run describes"
             raise UserError(f"{path}: {what}; {MEND}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -78,34 +78,26 @@ def file_fields(path: str | Path) -> FileFields:
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Flags ``section.field`` with a text as nested fields: YAML values, or the text itself where one is asked for."""
+    """Flags ``section.field`` with a text as nested fields: the text itself where the field takes it, else YAML."""
     fields: dict[str, Any] = {}
     for path, text in flags:
+        literal = nested(path, text)
         try:
-            value = text if _takes_text(path) else _parse(text)[0]
-        except (ValueError, RecursionError, yaml.YAMLError):
-            raise UserError(f"--{path}: '{text}' is not a YAML value") from None
-        for part in reversed(path.split(".")):
-            value = {part: value}
-        fields = merge(fields, value)
+            make_config(literal)
+        except UserError:
+            try:
+                literal = nested(path, _parse(text)[0])
+            except (ValueError, RecursionError, yaml.YAMLError):
+                raise UserError(f"--{path}: '{text}' is not a YAML value") from None
+        fields = merge(fields, literal)
     return fields
 
 
-def _takes_text(path: str) -> bool:
-    """Whether a field holds a text or one of several words, and nothing else but None; unknown fields do."""
-    kinds: list[Any] = [Config]
-    for part in path.split("."):
-        known = [getattr(kind, "__pydantic_fields__", {}) for kind in kinds]
-        kinds = [leaf for fields in known if part in fields for leaf in _leaves(fields[part].annotation)]
-        if any(get_origin(kind) is dict for kind in kinds):
-            return False
-    return all(kind in (str, type(None)) or get_origin(kind) is Literal for kind in kinds)
-
-
-def _leaves(annotation: Any) -> Iterator[Any]:
-    """The alternatives of an annotation."""
-    parts = () if get_origin(annotation) in (Literal, tuple, dict) else get_args(annotation)
-    return (leaf for part in parts for leaf in _leaves(part)) if parts else iter([annotation])
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """The fields that set one field, given by its dotted path."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
@@ -125,7 +117,7 @@ def make_config(*layers: Mapping[str, Any]) -> Config:
     for layer in reversed(layers):
         if isinstance(layer, FileFields) and path in layer.lines:
             raise UserError(f"{layer.path}, line {layer.lines[path]}: {text}")
-        if path.partition("[")[0] in dict(_paths(layer)):
+        if path.partition("[")[0] in dict(paths(layer)):
             break
     raise UserError(text)
 
@@ -151,17 +143,17 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted paths at which two nested dicts differ, with both values; None where one lacks the key."""
-    ours, theirs = dict(_paths(one)), dict(_paths(other))
+    ours, theirs = dict(paths(one)), dict(paths(other))
     pairs = [(path, ours.get(path), theirs.get(path)) for path in ours | theirs]
     return [(path, a, b) for path, a, b in pairs if a != b and not (isinstance(a, Mapping) and isinstance(b, Mapping))]
 
 
-def _paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     """All that nested fields hold, by dotted path, from the outside in."""
     for key, value in fields.items():
         yield join(path, key), value
         if isinstance(value, Mapping):
-            yield from _paths(value, join(path, key))
+            yield from paths(value, join(path, key))
 
 
 # --- YAML --------------------------------------------------------------------------------------------------------

@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.training.checkpoint import load_weights
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.level_constants import calibrate_levels
-from torchcdm.training.outcome import Outcome, compare
+from torchcdm.training.outcome import compare, told
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
+from torchcdm.training.states import Best
+
+if TYPE_CHECKING:
+    from torchcdm.training.loop import Trainer
 
 
-def finish(
-    model: Denoiser,
-    run: RunFolder,
-    config: Config,
-    source: DataSource,
-    start: Mapping[str, Tensor],
-    save: Callable[[float | None], None],
-    say: Callable[[str], None],
-) -> tuple[Path, Outcome | None]:
-    """Calibrates the kept model of a run, compares it with its start, keeps the better one and draws samples.
-
-    ``model``, in eval mode, gets the weights of the kept one; ``start`` are those that the training began with.
-    ``save`` writes it into the run, as the start where that one's validation value is given, and ``say`` shows a
-    message.
+def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
+    """Calibrates the kept model of a training, compares it with its start, keeps the better one and draws samples.
 
     Returns:
-        The sheet of samples, or their folder; and the comparison, of a cdm with validation data.
+        The sheet of samples, or their folder; and what :func:`torchcdm.training.outcome.compare` says, of a cdm with
+        validation data.
     """
-    cdm = config.model.kind == "cdm" and len(source.validation) >= 2
-    copies = config.train.calibration if cdm else 0
-    kept = load_weights(model, run.root)
-    outcome = None
+    model, run, config, source = trainer.ema.model, trainer.run, trainer.config, trainer.source
+    kept, outcome = load_weights(model, run.root), None
     # Values that were calibrated on paths, of a finished run that is resumed, stay.
-    if copies and kept is model:
+    cdm = config.model.kind == "cdm" and len(source.validation) >= 2 and kept is model
+    if cdm and config.train.calibration:
         x, labels = source.validation.tensors()
-        found = calibrate_levels(model, x, labels_for(model, labels), copies, config.train.seed)
+        y = labels_for(model, labels)
+        found = calibrate_levels(model, x, y, config.train.calibration, config.train.seed)
         if found.change:
-            save(None)
+            trainer.save_model()
         change = f"log p_0 {found.change:+.3f} nats" if found.change else "left as they were"
         entropies = f"cross-entropy of held-out halves {found.before:.4f} -> {found.after:.4f}"
-        say(f"constants of the levels: {entropies}, {change}")
-    if cdm and kept is model:
-        outcome = compare(model, config, source, start)
-        if outcome.kept == "start":
-            model.load_state_dict(start)
-            save(outcome.values["start"])
-        say(outcome.text())
-    samples = save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples
-    return samples, outcome
+        trainer.say(f"constants of the levels: {entropies}, {change}")
+    if cdm:
+        outcome = compare(model, config, source, trainer.start)
+        if outcome["kept"] == "start":
+            model.load_state_dict(trainer.start)
+            unit, value = outcome["unit"], outcome["values"]["start"]
+            trainer.selection.best = Best(value="nll", unit=unit, best=value, step=0)
+            trainer.save_model()
+        trainer.say(told(outcome))
+    return save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples, outcome
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:

@@ -25,13 +25,12 @@ from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model, resolve
-from torchcdm.training.checkpoint import ModelInfo, load_matching, load_tensors, save_model
+from torchcdm.training.checkpoint import ModelInfo, load_matching, save_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
-from torchcdm.training.outcome import Outcome
-from torchcdm.training.progress import Window, progress_bar
+from torchcdm.training.progress import Window
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
@@ -44,11 +43,13 @@ from torchcdm.training.states import (
     optimizer_tensors,
     save_state,
     state_folders,
-    way_out,
 )
 
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""
+
+New = Callable[[Config, DataSource], Denoiser]
+"""Makes a model before its training, from the resolved configuration and the data."""
 
 
 class NotFinite(UserError):
@@ -64,7 +65,7 @@ class TrainResult(NamedTuple):
     selected: dict[str, Any]
     samples: Path
     source: DataSource
-    outcome: Outcome | None
+    outcome: dict[str, Any] | None
 
 
 def train(
@@ -76,7 +77,7 @@ def train(
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
     loss: Callable[[Denoiser], Loss] | None = None,
-    new: Callable[[Config, DataSource], Denoiser] | None = None,
+    new: New | None = None,
 ) -> TrainResult:
     """Trains a model and leaves a run folder.
 
@@ -91,7 +92,7 @@ def train(
         clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
         loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None. It may set
             what training leaves as it is, such as the base density.
-        new: Makes the model before its training, from the resolved configuration; by the configuration when None.
+        new: Makes the model before its training; by the configuration when None.
 
     Raises:
         UserError: The folder already holds a run or another training writes to it, the configuration differs from that
@@ -99,7 +100,7 @@ def train(
         NotFinite: Ten steps in a row were not finite.
         Interrupted: A signal came; the state is saved.
     """
-    run = RunFolder(out)
+    run, tell = RunFolder(out), progress and is_first()
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
     with ExitStack() as held:
@@ -108,7 +109,7 @@ def train(
         check_label(config.data.label, config.model)
         if source is None:
             source = load_source(config.data)
-            if progress and is_first():
+            if tell:
                 print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
         if config.data.spec is None:
             config = replace(config, data=replace(config.data, spec=source.name))
@@ -125,7 +126,7 @@ def train(
         known = {name: kept.get(name) for name in FIELDS if getattr(model, name) is None} if kept else {}
         model, notes = choose_base(replace(model, **known), source, config.data.flip)
         config = replace(config, model=model)
-        if progress and is_first():
+        if tell:
             print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
             check_same(config, state.progress.config, run)
@@ -149,7 +150,7 @@ class Trainer:
         watch: SignalWatch,
         clock: Callable[[], float],
         loss: Callable[[Denoiser], Loss] | None,
-        new: Callable[[Config, DataSource], Denoiser] | None,
+        new: New | None,
     ) -> None:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = options = config.train
@@ -167,9 +168,7 @@ class Trainer:
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.ema = EMA(self.model, options.ema_decay)
         self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(
-            options.optimizer, self.model, options.lr, options.betas, options.weight_decay
-        )
+        self.optimizer = build_optimizer(options, self.model)
         self.batches = Batches(
             source, options.batch_size, options.seed, labels=self.model.conditional, flip=config.data.flip,
             workers=config.data.workers, rank=self.processes.rank, world=self.processes.world,
@@ -193,26 +192,37 @@ class Trainer:
         if self.main:
             if not self.run.model.exists():
                 raise NotFinite(f"training: no validation had a finite {self.selection.value}; lower --train.lr")
-            samples, outcome = finish(
-                self.ema.model, self.run, self.config, self.source, self.start, self._save_model, self.say
-            )
-            content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds}
-            write_json(self.run.report, content | {"outcome": outcome and outcome.to_json()})
+            samples, outcome = finish(self)
+            content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
+            write_json(self.run.report, content)
         self.processes.accelerator.wait_for_everyone()
         self.processes.accelerator.end_training()
         selected = self.selection.selected(self.step)
         return TrainResult(self.step, self.seconds, selected, samples, self.source, outcome)
 
+    def say(self, text: str) -> None:
+        """A message above the progress bar."""
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            tqdm.write(text)
+
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        options = self.options
-        wrapped = self._wrap(self.loss)
+        from tqdm.auto import tqdm
+
+        options, loss = self.options, self._wrapped()
         began = self.clock() - self.seconds
         self.model.train()
-        with progress_bar(self.progress, share_done(options, self.step, self.seconds)) as bar:
+        # Over the share of the training that is done, of its steps or its time.
+        with tqdm(
+            total=1.0, initial=self._share(), desc="training", disable=not self.progress, mininterval=0.5,
+            smoothing=0.05, dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        ) as bar:  # fmt: skip
             for batch in self.batches(self.step, options.steps, self.loss, self.device):
-                terms, finite = self._update(wrapped, batch)
+                terms, finite = self._update(loss, batch)
                 self.step += 1
                 # Time decides about rates and the end: all processes take that of the slowest, in milliseconds.
                 elapsed = round(1000 * (self.clock() - began))
@@ -220,7 +230,7 @@ class Trainer:
                 self.seconds = elapsed / 1000
                 self._count(terms, bool(bad))
                 self._after_step(bar)
-                bar.update(share_done(options, self.step, self.seconds) - bar.n)
+                bar.update(self._share() - bar.n)
                 if stop:
                     left = "the state is saved" if self._save_state() else self._last_state()
                     raise Interrupted(stop, f"stopped by a signal after step {self.step}; {left}, go on with --resume")
@@ -231,13 +241,34 @@ class Trainer:
             self.say(f"{stale}: stopped at step {self.step}")
         self._save_state()
 
+    def _wrapped(self) -> nn.Module:
+        """The loss, compiled where asked and possible, and wrapped for several processes."""
+        loss: nn.Module = self.loss
+        if self.options.compile:
+            batch = next(self.batches(self.step, self.step + 1, self.loss, self.device))
+            try:
+                with self._precision():  # as the steps have it: what is compiled for another is compiled anew
+                    compiled = torch.compile(loss, fullgraph=True)
+                    compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
+                loss = compiled
+            except Exception as error:  # the compiler's failures have no common type
+                what = f"torch.compile failed ({reason(error)}); training goes on without it"
+                warnings.warn(what, UserWarning, stacklevel=2)
+            self.optimizer.zero_grad(set_to_none=True)
+        return self.processes.accelerator.prepare_model(loss, device_placement=False)
+
+    def _precision(self) -> torch.autocast:
+        """Half precision where it is asked for."""
+        half = self.options.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
+
     def _update(self, loss: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], bool]:
         """One optimiser step; weights and average stay as they are where it is not finite."""
         options = self.options
         torch.manual_seed(derive(options.seed, "network", self.step, self.processes.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.step, self.seconds)
-        self.loss.advance(share_done(options, self.step, self.seconds))
+        self.loss.advance(self._share())
         with self._precision():
             terms = loss(batch.x_0, batch.y, batch.t, batch.eps)
         value = terms["loss"].mean()
@@ -275,38 +306,37 @@ class Trainer:
 
     def _after_step(self, bar: Any) -> None:
         """Log, validate, save and sample, where the step asks for it."""
-        options, step, last = self.options, self.step, self._spent()
+        options, step, last = self.options, self.step, self._share() >= 1
         logged, validated = step % options.log_every == 0 or last, step % options.validate_every == 0 or last
         line: dict[str, Any] = {}
         if logged:
             line |= self.window.means(self.processes) | {"lr": self.optimizer.param_groups[0]["lr"]}
             best = self.selection.best
             values = {key: line[key] for key in ("mse", "ce") if key in line}
-            values |= {} if best is None else {f"best val {best.value}": best.best}
+            values |= {} if best is None else {f"best val {best['value']}": best["best"]}
             told = "".join(f", {key} {value:.3f}" for key, value in values.items())
             bar.set_postfix_str(f"step {step}{told}", refresh=False)
-        if validated and self.main:
-            # Terms of the loss that do not count yet make no best model.
-            values, keep = self.selection.compare(self.ema.model, step, self.loss.settled)
-            line |= values
-            if keep and _finite(self.ema.model):
-                self._save_model()
         if validated:
+            if self.main:
+                # Terms of the loss that do not count yet make no best model.
+                values, keep = self.selection.compare(self.ema.model, step, self.loss.settled)
+                line |= values
+                if keep and _finite(self.ema.model):
+                    self.save_model()
             (self.selection.stale,) = self.processes.largest(self.selection.stale)
         if line and self.main:
-            line = self._counters() | line
-            append_metrics(self.run.metrics, line)
+            append_metrics(self.run.metrics, self._counters() | line)
         if (step % options.save_every == 0 or validated) and not last:
             self._save_state()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:
             save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}")
 
-    def _spent(self) -> bool:
-        """Whether all steps are done, or all of the time."""
-        return share_done(self.options, self.step, self.seconds) >= 1
+    def _share(self) -> float:
+        """Share of the training that is done, of its steps or its time."""
+        return share_done(self.options, self.step, self.seconds)
 
     def _over(self) -> bool:
-        return self._spent() or self.selection.out_of_patience
+        return self._share() >= 1 or self.selection.out_of_patience
 
     def _counters(self) -> dict[str, Any]:
         return {"step": self.step, "seconds": round(self.seconds, 2), "skipped": self.skipped}
@@ -328,12 +358,12 @@ class Trainer:
         return True
 
     def _restore(self, state: TrainingState) -> None:
-        progress, folder = state.progress, self.run.states / f"step-{state.progress.step}"
-        for module, tensors in ((self.model, state.model), (self.ema.model, state.ema)):
-            load_tensors(module, tensors, folder, way_out(folder))
-        load_optimizer(self.optimizer, state.optimizer, folder)
+        progress = state.progress
         if progress.data != self.fingerprint:
             raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
+        self.model.load_state_dict(state.model)
+        self.ema.model.load_state_dict(state.ema)
+        load_optimizer(self.optimizer, state.optimizer)
         self.step, self.ema.updates = progress.step, progress.ema_updates
         self.seconds, self.skipped = progress.seconds, progress.skipped
         self.selection.best, self.selection.stale = progress.best, progress.stale
@@ -345,53 +375,13 @@ class Trainer:
         states = state_folders(self.run)
         return f"the last good state is kept ({states[-1]})" if states else "no state was saved"
 
-    def _save_model(self, start: float | None = None) -> None:
-        """Writes the averaged weights; ``start``, the validation value of the start, says that it is these."""
+    def save_model(self) -> None:
+        """Writes the averaged weights, and what was selected."""
         config, source = self.config, self.source
-        if start is not None:
-            self.selection.kept_start(start)
-        info = ModelInfo(
-            preset=config.preset, model=config.model, transform=source.transform, data=config.data,
-            class_names=source.class_names,
-            selected=self.selection.selected(self.step),
-        )  # fmt: skip
+        selected = self.selection.selected(self.step)
+        info = ModelInfo(config.preset, config.model, source.transform, config.data, selected, source.class_names)
         save_model(self.run, self.ema.model, info)
-
-    # --- parts ---------------------------------------------------------------------------------------------------
-
-    def _wrap(self, loss: nn.Module) -> nn.Module:
-        """The loss, compiled where asked and possible, and wrapped for several processes."""
-        if self.options.compile:
-            batch = next(self.batches(self.step, self.step + 1, self.loss, self.device))
-            with self._precision():  # as the steps have it: what is compiled for another is compiled anew
-                loss = _compiled(loss, batch)
-            self.optimizer.zero_grad(set_to_none=True)
-        return self.processes.wrap(loss)
-
-    def _precision(self) -> torch.autocast:
-        """Half precision where it is asked for."""
-        half = self.options.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
-
-    def say(self, text: str) -> None:
-        """A message above the progress bar."""
-        if self.progress:
-            from tqdm.auto import tqdm
-
-            tqdm.write(text)
 
 
 def _finite(model: nn.Module) -> bool:
     return all(bool(weights.isfinite().all()) for weights in model.parameters())
-
-
-def _compiled(loss: nn.Module, batch: Batch) -> nn.Module:
-    """The loss under torch.compile; the loss itself, with a warning, where that fails."""
-    compiled = torch.compile(loss, fullgraph=True)
-    try:
-        compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
-    except Exception as error:  # the compiler's failures have no common type
-        what = f"torch.compile failed ({reason(error)}); training goes on without it"
-        warnings.warn(what, UserWarning, stacklevel=2)
-        return loss
-    return compiled

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +39,11 @@ def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float
     return config.lr * warm * factor
 
 
-def build_optimizer(
-    name: str, model: nn.Module, lr: float, betas: Sequence[float], weight_decay: float
-) -> torch.optim.Optimizer:
-    """The optimiser called ``muon``, :class:`MuonAdamW`, or ``adamw``, which is Adam with a weight decay of 0."""
-    if name == "muon":
-        return MuonAdamW(model, lr, tuple(betas), weight_decay)
-    if name != "adamw":
-        raise ValueError(f"unknown optimiser '{name}'")
-    return torch.optim.AdamW(model.parameters(), lr, tuple(betas), weight_decay=weight_decay)
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW, which is Adam with a weight decay of 0, or :class:`MuonAdamW`."""
+    if config.optimizer == "muon":
+        return MuonAdamW(model, config.lr, config.betas, config.weight_decay)
+    return torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -94,12 +89,8 @@ class MuonAdamW(torch.optim.AdamW):
         super().__init__(groups, lr, betas, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: None = None) -> None:
         """One step of all parameters with a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         groups = [group for group in self.param_groups if group["muon"]]
         moved = [(group, w, w.grad) for group in groups for w in group["params"] if w.grad is not None]
         for _, weight, _ in moved:
@@ -108,7 +99,6 @@ class MuonAdamW(torch.optim.AdamW):
         for group, weight, gradient in moved:
             weight.grad = gradient
             self._move(weight, gradient, group["lr"], group["weight_decay"])
-        return loss
 
     def _move(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[weight]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,49 +25,28 @@ COMPARED = 1000
 FAR = 0.1
 """Nats a number by which validation may be worse than training, if that is more than three standard errors."""
 
-
-class Problem(NamedTuple):
-    """What is wrong with a model: a name, what was seen with its likely cause, and the next thing to try."""
-
-    name: str
-    says: str
-    mend: str
-
-
-class Outcome(NamedTuple):
-    """A trained model beside what it has to beat, by one pass on validation data.
-
-    The ``values`` are of the trained ``model``, and of it in ``training``; of its ``start``, the weights that it began
-    with; of one fitted ``gaussian``; of a ``uniform`` density on the data's range. Lower is better. ``kept`` is
-    ``model``, or ``start`` where the trained one was worse.
-    """
-
-    unit: str
-    values: dict[str, float]
-    kept: str
-    problems: tuple[Problem, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return self._asdict() | {"problems": [problem._asdict() for problem in self.problems]}
-
-    def text(self) -> str:
-        """A line of numbers, and one for each problem."""
-        names = {"model": "this model", "training": "on training data", "start": "its start",
-                 "gaussian": "a fitted Gaussian", "uniform": "a uniform density"}  # fmt: skip
-        said = ", ".join(f"{names[key]} {value:.4g}" for key, value in self.values.items())
-        return "\n".join([
-            f"validation, {self.unit}, lower is better: {said}",
-            *(f"{problem.name}: {problem.says}; {problem.mend}" for problem in self.problems),
-        ])  # fmt: skip
+NAMES = {
+    "model": "this model",
+    "training": "on training data",
+    "start": "its start",
+    "gaussian": "a fitted Gaussian",
+    "uniform": "a uniform density",
+}
 
 
 @torch.no_grad()
 def compare(
     model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
-) -> Outcome:
-    """A trained model, which keeps its weights, beside its start, a fitted Gaussian and a uniform density."""
-    transform, limit = model.transform, min(COMPARED, config.train.validation_samples)
+) -> dict[str, Any]:
+    """A trained model, which keeps its weights, beside what it has to beat, by one pass on validation data.
+
+    Returns:
+        The ``unit``; ``values``, lower is better: of the trained ``model``, and of it in ``training``, of its
+        ``start``, the weights that it began with, of one fitted ``gaussian``, of a ``uniform`` density on the data's
+        range; what is ``kept``: ``model``, or ``start`` where the trained one was worse; and ``problems``, each with a
+        ``name``, what it ``says`` with the likely cause, and the ``mend``.
+    """
+    limit = min(COMPARED, config.train.validation_samples)
     splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
 
     def scored(one: ClassificationDiffusion, name: str = "validation") -> Tensor:
@@ -86,47 +65,50 @@ def compare(
         values["gaussian"] = scored(_gaussian(model, config, source))
     means = {name: float(value.mean()) for name, value in values.items()}
     means["uniform"] = _uniform(source, splits["train"][0], splits["validation"][0])
-    unit = "nats" if transform.bin is None else "bits/dim"
-    worse = not means["model"] <= means["start"]
-    problems = _problems(means, unit, own, training, transform.dim, config, worse)
-    return Outcome(unit, means, "start" if worse and config.train.fallback else "model", tuple(problems))
+    unit = "nats" if source.transform.bin is None else "bits/dim"
+    far = FAR * (source.transform.dim if unit == "nats" else 1 / math.log(2))
+    noise = 3 * math.hypot(standard_error(own), standard_error(training))
+    kept = "start" if config.train.fallback and not means["model"] <= means["start"] else "model"
+    return {"unit": unit, "values": means, "kept": kept, "problems": problems(means, unit, max(far, noise), config)}
 
 
-def _problems(
-    values: Mapping[str, float], unit: str, own: Tensor, training: Tensor, dim: int, config: Config, worse: bool
-) -> list[Problem]:
-    """What is wrong by the values; the first of them is what to mend first."""
-    found = []
-    gap, per_nat = values["model"] - values["training"], 1.0 if unit == "nats" else 1 / (dim * math.log(2))
-    noise = math.hypot(standard_error(own), standard_error(training))
-    learned_by_heart = gap > max(FAR * dim * per_nat, 3 * noise)
-    kept = "; the start is kept as the model" if config.train.fallback else ""
+def told(outcome: Mapping[str, Any]) -> str:
+    """What :func:`compare` says as a line of numbers, and one for each problem."""
+    said = ", ".join(f"{NAMES[key]} {value:.4g}" for key, value in outcome["values"].items())
+    lines = [f"{problem['name']}: {problem['says']}; {problem['mend']}" for problem in outcome["problems"]]
+    return "\n".join([f"validation, {outcome['unit']}, lower is better: {said}", *lines])
+
+
+def problems(values: Mapping[str, float], unit: str, far: float, config: Config) -> list[dict[str, str]]:
+    """What is wrong by the values, where training may be better by ``far``; the first is what to mend first."""
+    found: list[dict[str, str]] = []
+
+    def add(name: str, says: str, mend: str) -> None:
+        found.append({"name": name, "says": says, "mend": mend})
+
+    own, best, fallback = values["model"], values["model"], config.train.fallback
+    worse, by_heart = not own <= values["start"], own - values["training"] > far
+    rate = min(0.5, getattr(config.model.backbone, "dropout", 0.0) + 0.15)
+    mend = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
     if worse:
-        cause = "it learned the training data by heart" if learned_by_heart else "the steps were too few or too large"
-        mend = _against_heart(config) if learned_by_heart else "try more --train.steps, or half the --train.lr"
-        said = f"{values['model']:.4g} {unit} on validation data, {values['start']:.4g} before training: {cause}"
-        found.append(Problem("worse than its start", said + kept, mend))
-    elif learned_by_heart:
-        said = f"{values['model']:.4g} {unit} on validation data, {values['training']:.4g} on training data"
-        found.append(Problem("overfitting", said, _against_heart(config)))
-    best = values["start"] if worse and config.train.fallback else values["model"]
+        best = values["start"] if fallback else own
+        cause = "it learned the training data by heart" if by_heart else "the steps were too few or too large"
+        said = f"{own:.4g} {unit} on validation data, {values['start']:.4g} before training: {cause}"
+        mend = mend if by_heart else "try more --train.steps, or half the --train.lr"
+        add("worse than its start", said + "; the start is kept as the model" * fallback, mend)
+    elif by_heart:
+        add("overfitting", f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data", mend)
     if not worse and unit == "bits/dim" and best < 0:
         said = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
-        mend = "see the normalised ones: cdm nll RUN --methods elbo,flow"
-        found.append(Problem("impossible likelihood", said, mend))
+        add("impossible likelihood", said, "see the normalised ones: cdm nll RUN --methods elbo,flow")
     if best > values.get("gaussian", math.inf):
         said = f"{best:.4g} {unit}, a fitted Gaussian has {values['gaussian']:.4g}"
-        found.append(Problem("worse than a Gaussian", said, "leave out --model.gaussian and --model.components"))
+        add("worse than a Gaussian", said, "leave out --model.gaussian and --model.components")
     if best > values["uniform"]:
         said = f"{best:.4g} {unit}, a uniform density on the range of the data has {values['uniform']:.4g}"
         mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
-        found.append(Problem("worse than a uniform density", said, mend))
+        add("worse than a uniform density", said, mend)
     return found
-
-
-def _against_heart(config: Config) -> str:
-    rate = getattr(config.model.backbone, "dropout", 0.0)
-    return f"try --model.backbone.dropout {min(0.5, rate + 0.15):g}, a smaller network, or more data"
 
 
 def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource) -> ClassificationDiffusion:

@@ -1,9 +1,9 @@
-"""What a training tells while it runs: a bar with the time that is left, and means of the loss terms."""
+"""Means of the loss terms, which a training tells while it runs."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Window:
         noisy = ((terms["t"] >= 1) & (terms["t"] <= self.T)).double()
         values |= {"samples": torch.ones_like(noisy), "noisy": noisy, "mse": values["mse"] * noisy}
         for key, term in values.items():
-            self.sums[key] = self.sums.get(key, torch.zeros((), dtype=torch.float64, device=self.device)) + term.sum()
+            self.sums[key] = self.sums.get(key, 0.0) + term.sum()
 
     def means(self, processes: Processes) -> dict[str, float]:
         """Means over all processes; starts a new window. Empty where every step was skipped."""
@@ -48,10 +48,9 @@ class Window:
 
     def restore(self, sums: dict[str, float | None]) -> None:
         """Goes on from what :meth:`to_json` gave."""
-        self.sums = {
-            key: torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=self.device)
-            for key, value in sums.items()
-        }
+        for key, value in sums.items():
+            value = math.nan if value is None else value
+            self.sums[key] = torch.tensor(value, dtype=torch.float64, device=self.device)
 
     def _totals(self, processes: Processes) -> dict[str, float]:
         if not self.sums:
@@ -59,13 +58,3 @@ class Window:
         names = sorted(self.sums)
         totals = processes.total(torch.stack([self.sums[name] for name in names]))
         return dict(zip(names, totals.tolist(), strict=True))
-
-
-def progress_bar(show: bool, share: float) -> Any:
-    """A bar over the share of the training that is done, of its steps or its time; begins at ``share``."""
-    from tqdm.auto import tqdm
-
-    return tqdm(
-        total=1.0, initial=share, desc="training", disable=not show, mininterval=0.5, smoothing=0.05,
-        dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-    )  # fmt: skip

@@ -38,26 +38,11 @@ class RunFolder:
 
     def writes(self, path: Path) -> bool:
         """Whether this is a run, and ``path`` a file or folder that it keeps for itself."""
-        return os.path.exists(self.lock) and path in (*self._kept, self.model, self.lock)
-
-    @property
-    def _kept(self) -> tuple[Path, ...]:
-        return self.config, self.model_info, self.states, self.metrics, self.samples, self.plots, self.report
-
-    def _check_ours(self) -> None:
-        """Refuses a folder with files of another origin under the names of a run's."""
-        if os.path.exists(self.lock) or self.holds_run():
-            return
-        for path in self._kept:
-            if path.exists():
-                what = f"holds {path.name}, which no run wrote"
-                raise UserError(f"{self.root}: {what}; choose another folder, or remove it")
+        return os.path.exists(self.lock) and path in vars(self).values()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the folder, and clears what a crash left half written; no other process writes here meanwhile.
-
-        The end of a process, any end, frees the lock.
 
         Raises:
             UserError: It cannot be made or written to, holds files of another origin under the names of a run's, or
@@ -68,7 +53,11 @@ class RunFolder:
         from torchcdm.runtime.artefact import settle  # loads torch
 
         with writing(self.root):
-            self._check_ours()
+            ours = os.path.exists(self.lock) or self.holds_run()
+            for path in () if ours else vars(self).values():
+                if path != self.root and path.exists():
+                    what = f"holds {path.name}, which no run wrote"
+                    raise UserError(f"{self.root}: {what}; choose another folder, or remove it")
             self.root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.lock, timeout=0)
             try:
@@ -98,16 +87,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; those that a crash cut short or that hold something else are left out."""
     from torchcdm.runtime.artefact import parse_json, read_bytes
 
-    try:
-        text = read_bytes(path).decode(errors="replace")
-    except UserError:
-        return []
     lines = []
-    for line in text.splitlines():
-        with suppress(ValueError, RecursionError):
-            values = parse_json(line)
-            if isinstance(values, dict) and type(values.get("step")) is int:
-                lines += [values] if all(v is None or isinstance(v, (int, float)) for v in values.values()) else []
+    with suppress(UserError):
+        for line in read_bytes(path).decode(errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                values = parse_json(line)
+                numbers = isinstance(values, dict) and all(isinstance(v, int | float | None) for v in values.values())
+                lines += [values] if numbers and type(values.get("step")) is int else []
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcdm.compose.sampling import STEPS, default_moves, sample
+from torchcdm.compose.sampling import default_moves, sample
 from torchcdm.data import save_grid, save_table
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
@@ -29,23 +29,17 @@ class Drawn(NamedTuple):
     evaluations: int
     summary: str
 
-    @property
-    def is_images(self) -> bool:
-        """Whether the events are (C, H, W)."""
-        return self.x.ndim == 4
-
 
 def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> Drawn:
     """Samples and their one-pass log-densities; arguments and ``options`` as in :func:`torchcdm.sample`."""
-    given = y
+    given, log_p, density = y, None, model.density
     if y is not None and options.get("particles"):
         if bool((y != y[0]).any()):
             raise UserError("particles are of one class: give its label, not balanced")
         given = y[:1]
     found = sample(model, n, y=given, seed=seed, units="codes", details=True, **options)
-    x, log_p, density = found.x, None, model.density
+    x, device = found.x, model.schedule.alpha.device
     if density is not None:
-        device = model.schedule.alpha.device
         with torch.no_grad():
             log_p = map_rows(
                 lambda rows: density.log_prob(x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n,
@@ -62,12 +56,6 @@ def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any
     return {"sampler": sampling.sampler, "steps": steps and min(steps, model.schedule.T), "corrector": moves}
 
 
-def evaluations_of(sampling: SamplingConfig) -> int:
-    """About how many evaluations a sample takes."""
-    moves = default_moves(sampling.sampler, sampling.corrector)
-    return STEPS if sampling.steps is None else sampling.steps * (1 + moves)
-
-
 def balanced_labels(n: int, classes: int) -> Tensor:
     """Each class equally often, in turn: long (n,)."""
     return torch.arange(n) % classes
@@ -75,14 +63,14 @@ def balanced_labels(n: int, classes: int) -> Tensor:
 
 def save_sheet(drawn: Drawn, model: Denoiser, stem: Path) -> Path:
     """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table; gives its path."""
-    if drawn.is_images:
+    if drawn.x.ndim == 4:
         return save_grid(drawn.x, stem.with_suffix(".png"), model.transform)
     return save_table(drawn.x, stem.with_suffix(".csv"), model.transform)
 
 
 def save_manifest(
-    drawn: Drawn, path: Path, files: Sequence[Path] | None = None, class_names: Sequence[str] | None = None
-) -> Path:
+    drawn: Drawn, path: Path, files: Sequence[Path] = (), class_names: Sequence[str] | None = None
+) -> None:
     """``manifest.csv``: index, seed, label and log p (nats, data units) of each sample, and its file if it has one.
 
     Labels are ``class_names`` where they are given, and numbers elsewhere.
@@ -95,4 +83,3 @@ def save_manifest(
     columns = {"index": range(count), "seed": [drawn.seed] * count, "label": labels, "log_p": log_p}
     columns |= {"file": [file.name for file in files]} if files else {}
     write_rows(path, list(columns), zip(*columns.values(), strict=True))
-    return path

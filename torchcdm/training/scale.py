@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from torchcdm.compose.sampling import STEPS, default_moves
 from torchcdm.data import DataSource
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
 from torchcdm.runtime.devices import chosen_device
 from torchcdm.training.batches import Batches
 from torchcdm.training.build import build_loss, choose_base, described, new_model, resolve
-from torchcdm.training.config_files import FileFields, make_config, merge
+from torchcdm.training.config_files import FileFields, make_config, paths
 from torchcdm.training.optimizers import build_optimizer
-from torchcdm.training.samples import evaluations_of
 from torchcdm.training.settings import Config
 
 SCALED = "encoder"
@@ -57,8 +57,17 @@ def seconds_of(budget: str | float) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> bool:
+    """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
+    preset, *others = layers
+    given = {path for layer in others for path, _ in paths(layer)}
+    named = preset.get("preset") == SCALED and not isinstance(preset, FileFields)
+    free = budget is not None or given.isdisjoint(("train.steps", "train.max_seconds"))
+    return named and free and "model.backbone" not in given
+
+
 def with_budget(
-    layers: list[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None
+    layers: Sequence[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None
 ) -> tuple[Config, list[str]]:
     """The configuration of these layers for a time: preset first, what a user gave after it.
 
@@ -69,61 +78,38 @@ def with_budget(
     preset, *given = layers
     if source is None or len(source.shape) != 3:
         return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given), []
-    layer, note = _scaled(preset, given, source, seconds or DEFAULT, device)
-    return make_config(preset, layer, *given), [note]
-
-
-def scales(layers: list[Mapping[str, Any]], budget: str | float | None) -> bool:
-    """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
-    given: Mapping[str, Any] = {}
-    for layer in layers[1:]:
-        given = merge(given, layer)
-    free = "steps" not in given.get("train", {}) and "max_seconds" not in given.get("train", {})
-    named = layers[0].get("preset") == SCALED and not isinstance(layers[0], FileFields)
-    return named and "backbone" not in given.get("model", {}) and (free or budget is not None)
-
-
-def multipliers_of(height: int, width: int) -> list[int]:
-    """Multipliers of the widths of an encoder, one a resolution: sides are halved while they are even and large."""
-    found, most = [1], 4 if min(height, width) >= 64 else 3
-    while len(found) < most and height % 2 == width % 2 == 0 and min(height, width) >= 8:
-        found, height, width = [*found, 2], height // 2, width // 2
-    return found
-
-
-def _scaled(
-    preset: Mapping[str, Any], given: list[Mapping[str, Any]], source: DataSource, seconds: float, device: str | None
-) -> tuple[dict[str, Any], str]:
-    """Fields for the largest size that takes enough steps, and what they are in a sentence."""
-    training = TRAINING_SHARE * seconds
+    seconds = seconds or DEFAULT
+    training, asked = TRAINING_SHARE * seconds, make_config(preset, *given)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
-    chosen: tuple[int, int, float] | None = None
-    asked = make_config(preset, *given)
     model, _ = choose_base(resolve(asked.model, source.transform), source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
-    for width, batch in SIZES:
-        if chosen is not None:
-            # Costs grow with the square of the width: a size that is clearly too large is not tried.
-            expected = chosen[2] * batch / chosen[1] * (width / chosen[0]) ** 1.5
-            if training / expected < WANTED_STEPS / 2:
-                break
-        net = {"width": width, "multipliers": multipliers}
-        layer = {"model": {**base, "backbone": net}, "train": {"batch_size": batch}}
-        took = seconds_a_step(make_config(preset, layer, *given), source, device)
-        if chosen is not None and training / took < WANTED_STEPS:
+
+    def seconds_of_size(width: int, batch: int) -> float:
+        network = {**base, "backbone": {"width": width, "multipliers": multipliers}}
+        layer = {"model": network, "train": {"batch_size": batch}}
+        return seconds_a_step(make_config(preset, layer, *given), source, device)
+
+    width, batch = SIZES[0]
+    took = seconds_of_size(width, batch)
+    for wider, larger in SIZES[1:]:
+        # Costs grow with the square of the width: a size that is clearly too large is not tried.
+        expected = took * larger / batch * (wider / width) ** 1.5
+        if training / expected < WANTED_STEPS / 2:
             break
-        chosen = width, batch, took
-    width, batch, took = chosen
+        needed = seconds_of_size(wider, larger)
+        if training / needed < WANTED_STEPS:
+            break
+        width, batch, took = wider, larger, needed
     most = max(WANTED_STEPS, EPOCHS * count // batch)
     steps = min(max(1, int(training / took)), most)
     every = min(max(50, steps // 12), 1000)
+    moves, visited = default_moves(asked.sampling.sampler, asked.sampling.corrector), asked.sampling.steps
+    evaluations = STEPS if visited is None else visited * (1 + moves)
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
-    drawn = int(SAMPLING_SHARE * seconds / (evaluations_of(asked.sampling) * took / batch))
+    drawn = int(SAMPLING_SHARE * seconds / (evaluations * took / batch))
+    dropout = 0.1 if count < 5000 else 0.05
     layer = {
-        "model": {
-            **base,
-            "backbone": {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05},
-        },
+        "model": {**base, "backbone": {"width": width, "multipliers": multipliers, "dropout": dropout}},
         "train": {
             # The time ends it: a machine that was busy when steps were measured takes more of them.
             "batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50,
@@ -135,10 +121,18 @@ def _scaled(
     }  # fmt: skip
     shape = "x".join(map(str, source.shape))
     note = (
-        f"scaled to {count} images of {shape} and {duration(seconds)}: width {width} at {len(multipliers)} "
-        f"resolutions, batches of {batch}, about {steps} steps of {took:.2g} s; starts from {described(model)}"
+        f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} resolutions, "
+        f"batches of {batch}, about {steps} steps of {took:.2g} s; starts from {described(model)}"
     )
-    return layer, note
+    return make_config(preset, layer, *given), [note]
+
+
+def multipliers_of(height: int, width: int) -> list[int]:
+    """Multipliers of the widths of an encoder, one a resolution: sides are halved while they are even and large."""
+    found, most = [1], 4 if min(height, width) >= 64 else 3
+    while len(found) < most and height % 2 == width % 2 == 0 and min(height, width) >= 8:
+        found, height, width = [*found, 2], height // 2, width // 2
+    return found
 
 
 def seconds_a_step(config: Config, source: DataSource, device: str | None) -> float:
@@ -146,10 +140,8 @@ def seconds_a_step(config: Config, source: DataSource, device: str | None) -> fl
     where = chosen_device(device)
     with torch.random.fork_rng(devices=[]):
         model = new_model(resolve(config.model, source.transform), source, config.data.flip).to(where)
-    loss = build_loss(config.loss, model)
-    options, times = config.train, []
-    optimizer = build_optimizer(options.optimizer, model, options.lr, options.betas, options.weight_decay)
-    batches = Batches(source, options.batch_size, options.seed, labels=model.conditional)
+    loss, optimizer, times = build_loss(config.loss, model), build_optimizer(config.train, model), []
+    batches = Batches(source, config.train.batch_size, config.train.seed, labels=model.conditional)
     for batch in batches(0, TIMED_STEPS, loss, where):
         began = time.perf_counter()
         loss(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
@@ -159,11 +151,3 @@ def seconds_a_step(config: Config, source: DataSource, device: str | None) -> fl
             torch.cuda.synchronize(where)
         times.append(time.perf_counter() - began)
     return min(times)
-
-
-def duration(seconds: float) -> str:
-    """A time in words: ``10 min``."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.validation import encode
 from torchcdm.training.evaluation import labels_for, validate
 from torchcdm.training.settings import Config
 from torchcdm.training.states import Best
@@ -19,13 +18,12 @@ from torchcdm.training.states import Best
 class Selection:
     """Compares validation values of a training; the last weights are kept where there is no validation split.
 
-    The best model has the least of the validation value called ``value``; ``stale`` counts the validations since it.
+    The ``best`` model has the least of the validation value called ``value``; ``stale`` counts the validations since.
     """
 
     def __init__(self, config: Config, source: DataSource, model: Denoiser) -> None:
         self.value = config.train.select if config.model.kind == "cdm" else "mse"
-        self.continuous = source.transform.bin is None
-        self.unit = ("nats" if self.continuous else "bits/dim") if self.value == "nll" else ""
+        self.unit = "" if self.value != "nll" else "nats" if source.transform.bin is None else "bits/dim"
         self.loss, self.patience = config.loss, config.train.patience
         self.data: tuple[Tensor, Tensor | None] | None = None
         if source.validation:
@@ -44,20 +42,16 @@ class Selection:
             return {}, True
         values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight)
         value, keep = values[self.value], not settled
-        if settled and math.isfinite(value) and (self.best is None or value < self.best.best):
+        if settled and math.isfinite(value) and (self.best is None or value < self.best["best"]):
             self.best, keep = Best(value=self.value, unit=self.unit, best=value, step=step), True
             self.stale = 0
         elif settled:
             self.stale += 1
         return {f"val_{key}": item for key, item in values.items()}, keep
 
-    def kept_start(self, value: float) -> None:
-        """Notes that the model is what the training began with, and its validation value."""
-        self.best = Best("nll", "nats" if self.continuous else "bits/dim", value, 0)
-
     def selected(self, step: int) -> dict[str, Any]:
         """What ``config.json`` says of the kept weights, after ``step`` steps."""
-        return {"value": "last", "step": step} if self.best is None else encode(self.best)
+        return {"value": "last", "step": step} if self.best is None else dict(self.best)
 
     @property
     def out_of_patience(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
@@ -26,13 +27,9 @@ KEPT = 2
 PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 """Files of tensors in a state."""
 
-MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
-"""Names that an optimiser keeps for a parameter."""
 
-
-@validated
-class Best:
-    """The validation value that named the kept weights the best."""
+class Best(TypedDict):
+    """The validation value that named the kept weights the best, and after how many steps."""
 
     value: str
     unit: str
@@ -69,35 +66,29 @@ class TrainingState(NamedTuple):
 
 
 def save_state(run: RunFolder, state: TrainingState) -> Path:
-    """Writes ``state/step-N``: beside, flushed, then renamed. The last two are kept.
+    """Writes ``state/step-N``, unless it is there: beside, flushed, then renamed. The last two are kept.
 
     Raises:
         UserError: It cannot be written, on a full disk for one; older states are still there.
     """
     final = run.states / f"step-{state.progress.step}"
     temporary = run.states / f"{TEMPORARY}{final.name}"
+    if final.exists():
+        return final
     with writing(final):
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
             tensors = dict(zip(PARTS, state[:-1], strict=True))
             write_artefact(temporary / "progress.json", "state", encode(state.progress), tensors)
-            _remove(final)
             os.replace(temporary, final)
             flush_folder(run.states)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    for old in state_folders(run)[:-KEPT]:
-        _remove(old)
+        for old in state_folders(run)[:-KEPT]:
+            # Renamed first: a crash half way would leave one without all its files.
+            doomed = old.with_name(f"{TEMPORARY}{old.name}")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
     return final
-
-
-def _remove(folder: Path) -> None:
-    """Removes a state; renamed first, because a crash half way would leave one without all its files."""
-    if folder.exists():
-        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def state_folders(run: RunFolder) -> list[Path]:
@@ -112,7 +103,7 @@ def load_state(folder: Path) -> TrainingState:
     Raises:
         UserError: A file is missing, damaged, or of another format version; names it and the way out.
     """
-    mend, path = way_out(folder), folder / "progress.json"
+    mend, path = f"remove {folder} to go on from the state before it", folder / "progress.json"
     try:
         progress, tensors = read_artefact(path, "state", PARTS, mend, Progress)
     except UserError as error:
@@ -122,33 +113,20 @@ def load_state(folder: Path) -> TrainingState:
     return TrainingState(*tensors, progress)
 
 
-def way_out(folder: Path) -> str:
-    """The mend for a damaged state."""
-    return f"remove {folder} to go on from the state before it"
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimiser has learned, ``INDEX.NAME`` of the parameter and the moment; its rates are the training's."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, moments in state.items() for name, value in moments.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The inverse of :func:`optimizer_tensors`; moments of other parameters are damage."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of :func:`optimizer_tensors`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        known = index.isascii() and index.isdigit() and int(index) < len(weights) and value.is_floating_point()
-        if not known or value.shape != (() if name == "step" else weights[int(index)].shape):
-            damaged(folder / PARTS[2], f"{key} is of no weight of this network", way_out(folder))
         state.setdefault(int(index), {})[name] = value
-    if any(set(moments) not in MOMENTS for moments in state.values()):
-        damaged(folder / PARTS[2], "moments are missing", way_out(folder))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
-# --- what may change ---------------------------------------------------------------------------------------------
 
 FREE = (
     "preset", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
