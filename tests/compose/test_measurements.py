@@ -79,6 +79,7 @@ def test_an_unknown_noise_is_integrated_out():
 def test_a_bent_measurement_keeps_its_particles():
     """Linearised at one point alone, a curve that is flat there says that more is known than is."""
     model, base = gaussian()
+
     def cube(x):
         return ((x - base.mean) ** 3)[:, :1]
 

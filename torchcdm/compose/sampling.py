@@ -22,15 +22,7 @@ from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.particles import effective, smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.diffusion.prediction import Prediction
-from torchcdm.errors import UserError
-from torchcdm.likelihood.log_z import LogZ
-from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
-from torchcdm.models.inputs import as_labels, check_count, check_real
-from torchcdm.random import derive, stream
-from torchcdm.runtime.processes import alone, share, sharers
-from torchcdm.samplers.rules import DEFAULT_SAMPLER, Sampler, make_sampler
-from torchcdm.samplers.sampling import (
+from torchcdm.compose.trajectories import (
     PILOTS,
     adaptive_levels,
     as_rows,
@@ -39,6 +31,14 @@ from torchcdm.samplers.sampling import (
     sample_noise,
     trajectories,
 )  # fmt: skip
+from torchcdm.diffusion.prediction import Prediction
+from torchcdm.errors import UserError
+from torchcdm.likelihood.log_z import LogZ
+from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
+from torchcdm.models.inputs import as_labels, check_count, check_real
+from torchcdm.random import derive, stream
+from torchcdm.runtime.processes import alone, share, sharers
+from torchcdm.samplers import DEFAULT_SAMPLER, Sampler, make_sampler
 
 STEPS = 50
 """Of a sampler without moves; half as many with a move after each, the default where there is a density."""
@@ -120,7 +120,7 @@ def sample(
         seed: Seed, not negative.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
-            :func:`torchcdm.samplers.adaptive_levels`.
+            :func:`torchcdm.compose.trajectories.adaptive_levels`.
         shape: Event shape, for a model that does not know its own.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.

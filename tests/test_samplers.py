@@ -8,6 +8,7 @@ from denoisers import GaussianDenoiser
 from oracles import SCHEDULES, normal
 from torch import nn
 
+from torchcdm.compose.trajectories import adaptive_levels
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
@@ -24,7 +25,6 @@ from torchcdm.samplers import (
     SAMPLERS,
     Step,
     UniPC,
-    adaptive_levels,
     make_sampler,
 )
 
@@ -257,9 +257,7 @@ def test_steps_agree_with_diffusers(name, make):
             final_sigmas_type="sigma_min",
         )
     else:
-        scheduler = diffusers.DPMSolverMultistepScheduler(
-            **common, lower_order_final=False, final_sigmas_type="zero"
-        )
+        scheduler = diffusers.DPMSolverMultistepScheduler(**common, lower_order_final=False, final_sigmas_type="zero")
     scheduler.set_timesteps(steps)
     path[-1] = last
 

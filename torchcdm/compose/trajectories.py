@@ -15,7 +15,7 @@ from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.random import stream
 from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.processes import share
-from torchcdm.samplers.rules import DEIS, Sampler, Step
+from torchcdm.samplers import DEIS, Sampler, Step
 
 Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]
 """Called after a step to a level above 0 with x, the level, the rows of the batch among the samples and their labels:

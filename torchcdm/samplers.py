@@ -1,4 +1,4 @@
-r"""Rules that take x_t at level t to x_s at a lower level s.
+r"""Samplers: rules that take x_t at level t to x_s at a lower level s.
 
 All follow from the coordinates in which the probability flow of every schedule is the same equation
 (identity 6 of ``docs/method.md``),
@@ -74,8 +74,7 @@ class Sampler(ABC):
         Raises:
             UserError: No noise for a sampler that adds some.
         """
-        known = step.known or step.denoiser.denoise(step.x_t, step.t, step.y)
-        now = self.corrected(step, known)
+        now = self.corrected(step, step.known or step.denoiser.denoise(step.x_t, step.t, step.y))
         if step.s and self.stochastic and step.noise is None:
             raise UserError("this sampler adds noise at every step; give the step its noise")
         return self.rule(step, now) if step.s else now.x0, ((step.t, now), *step.previous)[: max(1, self.memory)]
@@ -184,16 +183,12 @@ class Heun(Sampler):
     def rule(self, step: Step, now: Prediction) -> Tensor:
         schedule = step.denoiser.schedule
         alpha_s, sigma_s = schedule.at(step.s, step.x_t)
-        there = step.denoiser.denoise(now.carried_to(alpha_s, sigma_s), step.s, step.y)
-        angle = schedule.ratio.atan()
-        slope = (_angular_velocity(now) + _angular_velocity(there)) / 2
-        v_s = step.x_t / torch.hypot(now.alpha_t, now.sigma_t) - (angle[step.t] - angle[step.s]) * slope
-        return torch.hypot(alpha_s, sigma_s) * v_s
-
-
-def _angular_velocity(at: Prediction) -> Tensor:
-    """dv / dtheta of :class:`Heun`, shape of x."""
-    return (at.alpha_t * at.eps - at.sigma_t * at.x0) / torch.hypot(at.alpha_t, at.sigma_t)
+        there, angle = step.denoiser.denoise(now.carried_to(alpha_s, sigma_s), step.s, step.y), schedule.ratio.atan()
+        slopes = [
+            (at.alpha_t * at.eps - at.sigma_t * at.x0) / torch.hypot(at.alpha_t, at.sigma_t) for at in (now, there)
+        ]
+        turn = (angle[step.t] - angle[step.s]) * (sum(slopes) / 2)
+        return torch.hypot(alpha_s, sigma_s) * (step.x_t / torch.hypot(now.alpha_t, now.sigma_t) - turn)
 
 
 @final
@@ -235,10 +230,8 @@ class DEIS(Sampler):
         self.memory = check_count("deis: order", order, 2, 4) - 1
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
-        r, alpha_s = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)[0]
-        visited = ((step.t, now), *step.previous)
-        weights = _polynomial_weights(r, [t for t, _ in visited], step.t, step.s, torch.atan, 1)
-        return alpha_s * (step.x_t / now.alpha_t + sum(w * p.eps for w, (_, p) in zip(weights, visited, strict=True)))
+        change = _integral(step, ((step.t, now), *step.previous), step.t, step.s, torch.atan, 1)
+        return step.denoiser.schedule.at(step.s, step.x_t)[0] * (step.x_t / now.alpha_t + change)
 
 
 @final
@@ -261,39 +254,35 @@ class UniPC(Sampler):
     def corrected(self, step: Step, now: Prediction) -> Prediction:
         if not step.previous:
             return now
-        (q, before), t = step.previous[0], step.t
-        x_t = self._integrated(step, ((t, now), *step.previous), (q, before), t)
+        q, before = step.previous[0]
+        change = _integral(step, ((step.t, now), *step.previous), q, step.t, self.time, -1)
+        x_t = now.sigma_t * (before.x_t / before.sigma_t + change)
         return Prediction.from_x0(x_t, now.alpha_t, now.sigma_t, now.x0)
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         visited = ((step.t, now), *step.previous)[: self.memory]
-        return self._integrated(step, visited, visited[0], step.s)
-
-    def _integrated(self, step: Step, visited: tuple[Visited, ...], start: Visited, s: int) -> Tensor:
-        """x_s from a level that was visited, with the polynomial through all that are given."""
-        (t, at), schedule = start, step.denoiser.schedule
-        weights = _polynomial_weights(schedule.ratio, [level for level, _ in visited], t, s, self.time, -1)
-        change = sum(w * p.x0 for w, (_, p) in zip(weights, visited, strict=True))
-        return schedule.at(s, step.x_t)[1] * (at.x_t / at.sigma_t + change)
+        change = _integral(step, visited, step.t, step.s, self.time, -1)
+        return step.denoiser.schedule.at(step.s, step.x_t)[1] * (now.x_t / now.sigma_t + change)
 
 
-def _polynomial_weights(
-    ratio: Tensor, levels: list[int], t: int, s: int, time: Callable[[Tensor], Tensor], power: int
-) -> list[float]:
-    """Weight of each level: the integral from level t to s, over r to the ``power``, of its polynomial in time.
+def _integral(
+    step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Callable[[Tensor], Tensor], power: int
+) -> Tensor:
+    """The integral from level t to s, over r to the ``power``, of eps (power 1) or x_0 (-1), shape of x.
 
-    By Gauss-Legendre quadrature over log r, which is exact to rounding here.
+    Each is the polynomial in ``time`` of r through what was ``visited``. By Gauss-Legendre quadrature over log r,
+    which is exact to rounding here.
     """
+    ratio = step.denoiser.schedule.ratio
     start, end = ratio[[t, s]].double().cpu().log()
     nodes, weights = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(24))
     r = ((start + end) / 2 + nodes * (end - start) / 2).exp()
     weights = weights * (end - start) / 2 * power * r**power
-    at, known = time(r), time(ratio[levels].double().cpu())
-    polynomials = [
-        math.prod((at - other) / (own - other) for k, other in enumerate(known) if k != j)
-        for j, own in enumerate(known)
-    ]
-    return [float((weights * polynomial).sum()) for polynomial in polynomials]
+    at, known, total = time(r), time(ratio[[level for level, _ in visited]].double().cpu()), 0.0
+    for j, (_, prediction) in enumerate(visited):
+        polynomial = math.prod((at - other) / (known[j] - other) for k, other in enumerate(known) if k != j)
+        total = total + float((weights * polynomial).sum()) * (prediction.eps if power == 1 else prediction.x0)
+    return total
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {

@@ -9,6 +9,7 @@ from oracles import MixtureClassifier, ZeroBackbone, covariance, labelled_mixtur
 from torch import nn
 
 from torchcdm.compose import sample
+from torchcdm.compose.trajectories import adaptive_levels, sample_noise, trajectories
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
@@ -23,11 +24,8 @@ from torchcdm.samplers import (
     SAMPLERS,
     Heun,
     Step,
-    adaptive_levels,
     make_sampler,
-    sample_noise,
 )
-from torchcdm.samplers.sampling import trajectories
 from torchcdm.units import DataTransform
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
