@@ -116,7 +116,7 @@ def run_restore(options: argparse.Namespace) -> int:
 
     from torchcdm.apps.restoring import restore
     from torchcdm.data import save_array, save_grid, save_images
-    from torchcdm.data.inputs import read_measured
+    from torchcdm.data.inputs import read_pictures
     from torchcdm.models.inputs import check_real
     from torchcdm.runtime.devices import chosen_device
     from torchcdm.training.checkpoint import load, read_info
@@ -127,12 +127,12 @@ def run_restore(options: argparse.Namespace) -> int:
     measurement, shape, cut = _measurement(options, info.transform.shape)
     check_output_folder(out, options.paths)
     data = replace(info.data, skip_bad=options.skip_bad)
-    x, names = read_measured(options.paths, info.transform, data, shape)
+    x, names, _ = read_pictures(options.paths, info.transform, data, shape)
     model = load(options.model, chosen_device(options.device))
     means, widths, draws, rows = [], [], [], []
     for k, name in enumerate(names):
         found = restore(
-            model, measurement, cut(x[k : k + 1])[0], options.noise_std, options.n, options.particles, options.seed,
+            model, measurement, cut(x[k][None])[0], options.noise_std, options.n, options.particles, options.seed,
             not options.quiet,
         )  # fmt: skip
         means, widths, draws = [*means, found.mean], [*widths, found.width], [*draws, found.draws]

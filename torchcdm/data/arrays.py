@@ -18,6 +18,9 @@ from torchcdm.data.source import MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
+SUFFIXES = (".npy", ".npz")
+"""Of files of arrays."""
+
 DATA_KEYS = ("x", "images", "data")
 LABEL_KEYS = ("y", "labels")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,23 +119,28 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
     return splits, f"{how}: {counts} (seed {options.seed})." if missing else f"{how}: {counts}."
 
 
+def grey_levels(shape: Sequence[int], grid: Grid, dequantize: bool) -> DataTransform:
+    """The transform of samples of this shape on a grid, which becomes [-1, 1]."""
+    low, high = grid
+    if low == 0:
+        return DataTransform.images(shape, high + 1, dequantize)
+    scale = (high - low + (1 if dequantize else 0)) / 2
+    return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high))
+
+
 def _measure(
     train: Split, grid: Grid | None, dequantize: bool, name: str, table: TableEncoding | None
 ) -> tuple[DataTransform, list[str]]:
     """Transform of a training split, and notes: the grid for grey levels, mean and deviation for continuous data."""
     shape = train[0][0].shape
-    if grid is None:
-        if len(shape) == 1:
-            return _measure_columns(train.tensors()[0], table, dequantize, name)
-        x, _ = train.tensors(limit=10_000)
-        if bool((x == x.flatten()[0]).all()):
-            raise UserError(f"{name}: all values are equal; there is nothing to learn")
-        return DataTransform.standardize(x), []
-    low, high = grid
-    if low == 0:
-        return DataTransform.images(shape, high + 1, dequantize), []
-    scale = (high - low + (1 if dequantize else 0)) / 2
-    return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high)), []
+    if grid is not None:
+        return grey_levels(shape, grid, dequantize), []
+    if len(shape) == 1:
+        return _measure_columns(train.tensors()[0], table, dequantize, name)
+    x, _ = train.tensors(limit=10_000)
+    if bool((x == x.flatten()[0]).all()):
+        raise UserError(f"{name}: all values are equal; there is nothing to learn")
+    return DataTransform.standardize(x), []
 
 
 def _measure_columns(

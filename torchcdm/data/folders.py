@@ -164,7 +164,7 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
     return info, good, [*notes, *left_out(bad)]
 
 
-def left_out(bad: Sequence[Path]) -> tuple[str, ...]:
+def left_out(bad: Sequence[Path | str]) -> tuple[str, ...]:
     """The note on files that cannot be read; none where there are none."""
     return (f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.",) if bad else ()
 

@@ -166,7 +166,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def spec_of(path: str | Path) -> str:
     """The SPEC of a table, an array or a folder; a SPEC as it is."""
     text, path = str(path), Path(path)
-    prefix = "array" if path.suffix.lower() in (".npz", ".npy") else "table" if tables.is_table(path) else None
+    prefix = "array" if path.suffix.lower() in arrays.SUFFIXES else "table" if tables.is_table(path) else None
     prefix = "folder" if os.path.isdir(path) else prefix
     return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.assembly import Samples, assemble
+from torchcdm.data.assembly import Grid, Samples, grey_levels, single
 from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_columns
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import DataSource, MemorySplit, Split
+from torchcdm.data.source import DataSource, MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.runtime.validation import read_as
@@ -34,9 +34,6 @@ MIN_ROWS = 20
 
 HELD_OUT = 0.15
 """Share of each data set that is held out unless another is given."""
-
-WHOLE = {"validation_fraction": 0.0, "test_fraction": 0.0}
-"""Data are split once both are read."""
 
 PAIR = "numerator / denominator"
 
@@ -86,8 +83,9 @@ def pair_up(
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
-    counts = tuple(len(side) if is_frame(side) else len(side.parts["train"]) for side in given)
-    names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(given, SOURCES, strict=True)]
+    sides, grids = [side for side, _ in given], [grid for _, grid in given if grid is not None]
+    counts = (len(sides[0]), len(sides[1]))
+    names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(sides, SOURCES, strict=True)]
     for name, count in zip(names, counts, strict=True):
         if count < MIN_ROWS:
             raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
@@ -97,19 +95,31 @@ def pair_up(
         raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
     cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
     parts = {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
-    words = ["rows of numbers" if is_frame(side) else "images" for side in given]
+    words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
     if words[0] != words[1]:
         raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
-    if is_frame(given[0]):
-        for side, name in zip(given, names, strict=True):
-            side.attrs["name"] = name
-        source, table, warp = _from_tables(*given, parts, discrete, options)
-        return Pair(source, counts, held_out, table, warp)
-    shapes = [tuple(side.parts["train"][0][0].shape) for side in given]
-    if shapes[0] != shapes[1]:
-        both = f"{shapes[1]} and {shapes[0]}"
-        raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
-    return Pair(_from_images(*given, parts, options), counts, held_out, None, None)
+    table = warp = transform = None
+    if isinstance(sides[0], Tensor):
+        shapes = [tuple(side.shape[1:]) for side in sides]
+        if shapes[0] != shapes[1]:
+            both = f"{shapes[1]} and {shapes[0]}"
+            raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
+        if len(grids) == 1:
+            raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
+        if grids:
+            grid = (min(low for low, _ in grids), max(high for _, high in grids))
+            transform = grey_levels(shapes[0], grid, options.dequantize)
+        values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
+    else:
+        values, table, warp, notes = _coded(sides, names, parts["train"], discrete, options.seed)
+    train, validation = (
+        MemorySplit(torch.cat([values[0][low], values[1][high]]), torch.arange(2).repeat_interleave(len(low)))
+        for low, high in parts.values()
+    )
+    train = train.select(permutation(len(train), options.seed))
+    transform = transform or DataTransform.standardize(train.x)
+    source = DataSource(PAIR, train, validation, MemorySplit(train.x[:0]), transform, SOURCES, tuple(notes))
+    return Pair(source, counts, held_out, table, warp)
 
 
 def held_out_count(rows: int, options: DataOptions) -> int:
@@ -120,8 +130,7 @@ def held_out_count(rows: int, options: DataOptions) -> int:
 
 def read_side(data: Any, name: str, options: DataOptions) -> DataFrame | Tensor:
     """All samples of one data set as :func:`pair_up` reads it: a data frame, or images (N, C, H, W)."""
-    found = _read(data, name, options)
-    return found if is_frame(found) else found.parts["train"].tensors()[0]
+    return _read(data, name, options)[0]
 
 
 def read_query(
@@ -142,48 +151,50 @@ def read_query(
     options = options or DataOptions()
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, transform, options)
-    query = _read(x, "query", options, table)
+    query, _ = _read(x, "query", options, table)
     if table is None or warp is None:
-        values = (torch.from_numpy(query.to_numpy()) if is_frame(query) else query.parts["train"].tensors()[0]).float()
-        if tuple(values.shape[1:]) != transform.shape:
-            shape = tuple(values.shape[1:])
+        shape = tuple(query.shape[1:])
+        if shape != transform.shape:
             raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
-        return without_columns(values, [f"sample {i}" for i in range(len(values))])
-    if not is_frame(query):
+        return without_columns(query.float(), [f"sample {i}" for i in range(len(query))])
+    if isinstance(query, Tensor):
         raise UserError(f"query: holds images; rows of {len(table.columns)} numbers are needed")
     found = read_table(query, "query", table, options)
     return found._replace(x=warp(found.x).float())
 
 
-def _read(data: Any, name: str, options: DataOptions, like: TableEncoding | None = None) -> DataFrame | Samples:
+def _read(
+    data: Any, name: str, options: DataOptions, like: TableEncoding | None = None
+) -> tuple[DataFrame | Tensor, Grid | None]:
     """One data set: that of a file or SPEC, of a source, or of an object; all of it, or its training split.
 
-    Vectors become a table, whose columns are those of ``like``, in its order.
+    Vectors become a table, whose columns are those of ``like``, in its order. With the grid of images.
     """
     import pandas as pd
 
-    if isinstance(data, (str, Path)) and (spec := spec_of(data)).startswith("table:"):
-        check_spec(spec)
-        frame = tables.read(Path(spec.removeprefix("table:")), options.skip_bad)
-        return tables.chosen(frame, options, str(data)) if like is None else frame
     if is_frame(data):
-        return as_frame(data)
-    if isinstance(data, (str, Path)):
-        found = read_samples(replace(options, spec=spec, **WHOLE))
-    elif isinstance(data, DataSource):
+        return as_frame(data), None
+    if isinstance(data, DataSource):
         grid = None if data.transform.bin is None else (int(data.transform.low or 0), int(data.transform.high or 0))
         found = Samples(name, {"train": data.train}, grid, table=data.transform.table)
+    elif isinstance(data, (str, Path)):
+        spec = spec_of(data)
+        if spec.startswith("table:"):
+            check_spec(spec)
+            frame = tables.read(Path(spec.removeprefix("table:")), options.skip_bad)
+            return tables.chosen(frame, options, str(data)) if like is None else frame, None
+        found = read_samples(replace(options, spec=spec))
     else:
         found = samples_of(data, None, options, name)
     x, _ = found.parts["train"].tensors()
     if x.ndim > 2:
-        return found
+        return x, found.grid
     if found.table is not None:
-        return found.table.decode(x)
+        return found.table.decode(x), None
     if like is not None and x.shape[1] != len(like.columns):
         raise UserError(f"{name}: rows of {x.shape[1]} numbers; {len(like.columns)} are needed")
     names = [f"c{k}" for k in range(x.shape[1])] if like is None else [column.name for column in like.columns]
-    return pd.DataFrame(x.numpy(), pd.RangeIndex(len(x), name="sample"), names)
+    return pd.DataFrame(x.numpy(), pd.RangeIndex(len(x), name="sample"), names), None
 
 
 def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,59 +203,33 @@ def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[torch.arange(count) % len(a)], b[torch.arange(count) % len(b)]
 
 
-def _from_tables(
-    denominator: DataFrame,
-    numerator: DataFrame,
-    parts: dict[str, tuple[Tensor, Tensor]],
-    discrete: Discrete,
-    options: DataOptions,
-) -> tuple[DataSource, TableEncoding, ColumnWarp]:
+def _coded(
+    frames: list[DataFrame], names: list[str], train: tuple[Tensor, Tensor], discrete: Discrete, seed: int
+) -> tuple[list[Tensor], TableEncoding, ColumnWarp, list[str]]:
+    """Both tables in units of a warp, which is fitted to the rows of ``train``, float32; their columns, and notes."""
     import pandas as pd
 
-    frames, notes = [denominator, numerator], [f"{len(numerator)} rows over {len(denominator)} rows."]
+    notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:
-            names = [frame.attrs["name"] for frame in frames]
             raise UserError(f"{names[other]}: no column '{missing[0]}', which {names[one]} has; give both the same")
     notes += dict.fromkeys(note for frame in frames[::-1] for note in frame.attrs.get("notes", ()))
     notes.append(f"{len(frames[0].columns)} columns: {', '.join(frames[0].columns)}.")
     both = pd.concat([frames[0], frames[1][frames[0].columns]])
     both.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
-    table, more = TableEncoding.fit(both, " / ".join(frame.attrs["name"] for frame in frames[::-1]))
-    codes = [table.encode(frame, PAIR).x for frame in frames]
+    table, more = TableEncoding.fit(both, " / ".join(names[::-1]))
     few = [column.name for column in table.kept if column.values and not column.mixed]
     if few and discrete == "error":
         raise UserError(
             f"few distinct values in the columns {', '.join(few)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
-    trained = torch.cat([x[part] for x, part in zip(codes, parts["train"], strict=True)])
-    table, varying, constant = table.varying(trained, PAIR)
-    codes, noise = [x[:, varying] for x in codes], stream(options.seed, "dequantise")
+    codes = [table.encode(frame, PAIR).x for frame in frames]
+    table, varying, constant = table.varying(torch.cat([x[part] for x, part in zip(codes, train, strict=True)]), PAIR)
+    codes, noise = [x[:, varying] for x in codes], stream(seed, "dequantise")
     codes = [table.spread(x, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
-    chosen = {split: torch.cat([codes[0][low], codes[1][high]]) for split, (low, high) in parts.items()}
-    order = permutation(len(chosen["train"]), options.seed)
-    sources = torch.arange(2).repeat_interleave(len(order) // 2)
-    warp = ColumnWarp.fit(chosen["train"][order], sources[order])
-    joined: dict[str, Split] = {
-        split: MemorySplit(warp(x), torch.arange(2).repeat_interleave(len(x) // 2)) for split, x in chosen.items()
-    }
-    samples = Samples(PAIR, joined, class_names=SOURCES)
-    source = assemble(samples, replace(options, **WHOLE, dequantize=False))
-    return replace(source, notes=(*notes, *more, *constant)), table, warp
-
-
-def _from_images(
-    denominator: Samples, numerator: Samples, parts: dict[str, tuple[Tensor, Tensor]], options: DataOptions
-) -> DataSource:
-    grids = [side.grid for side in (denominator, numerator) if side.grid is not None]
-    if len(grids) == 1:
-        raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
-    grid = (min(low for low, _ in grids), max(high for _, high in grids)) if grids else None
-    below, above = (side.parts["train"].tensors()[0].float() for side in (denominator, numerator))
-    joined: dict[str, Split] = {"test": MemorySplit(below[:0])}
-    for split, (low, high) in parts.items():
-        joined[split] = MemorySplit(torch.cat([below[low], above[high]]), torch.arange(2).repeat_interleave(len(low)))
-    source = assemble(Samples(PAIR, joined, grid, SOURCES), options)
-    return replace(source, notes=(f"{len(above)} images over {len(below)} images.",))
+    trained = torch.cat([x[part] for x, part in zip(codes, train, strict=True)])
+    order, sources = permutation(len(trained), seed), torch.arange(2).repeat_interleave(len(train[0]))
+    warp = ColumnWarp.fit(trained[order], sources[order])
+    return [single(warp(x).numpy(), PAIR) for x in codes], table, warp, [*notes, *more, *constant]
