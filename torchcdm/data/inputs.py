@@ -170,8 +170,7 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
 
 def read_table(frame: DataFrame, name: str, table: TableEncoding, options: DataOptions) -> Inputs:
     """The rows of a table for a model; those that hold what training never had deviate."""
-    problems = frame.attrs.get("problems", ())
-    x, rows, deviating = table.encode(frame, name, options.skip_bad, deviating=True, problems=problems)
+    x, rows, deviating = table.encode(frame, name, options.skip_bad, deviating=True)
     word = frame.index.name or "row"
     names = [f"{word} {frame.index[i]}" for i in rows.tolist()]
     bad = len(frame) - len(rows)

@@ -46,14 +46,18 @@ def read(path: Path, skip_bad: bool = False, group: int | None = None) -> DataFr
     Of a Parquet file the row group number ``group`` is read, all where it is None.
 
     Raises:
-        UserError: Missing, unreadable, or of another kind.
+        UserError: Missing, unreadable, of another kind, or two columns of one name.
     """
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return _read_parquet(path, group)
-    if name.endswith(TEXT_SUFFIXES):
-        return _read_csv(path, skip_bad)
-    raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
+    if not is_table(path):
+        raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
+    parquet = path.suffix.lower() == ".parquet"
+    frame, notes, problems = _read_parquet(path, group) if parquet else _read_csv(path, skip_bad)
+    twice = frame.columns[frame.columns.duplicated() & (frame.columns != "")].unique()
+    problems += [f"two columns are called '{name}'" for name in twice]
+    if len(twice) or "" in frame.columns:
+        raise UserError(f"{path}: {'; '.join(problems)}; name it in the first line, each column by a name of its own")
+    frame.attrs.update(name=str(path), notes=notes, problems=problems)
+    return frame
 
 
 def samples_of(
@@ -77,14 +81,13 @@ def samples_of(
     """
     import pandas as pd
 
-    notes = [note for part in parts.values() for note in part.attrs.get("notes", ())]
-    labelled = all(options.label in part.columns for part in parts.values())
-    if options.label is not None and (labelled or like is None):
-        labels = np.concatenate([select(part, [options.label], name).to_numpy() for part in parts.values()])[:, 0]
+    frames, notes = list(parts.values()), [note for part in parts.values() for note in part.attrs.get("notes", ())]
+    if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
+        labels = np.concatenate([select(frame, [options.label], name).to_numpy() for frame in frames])[:, 0]
     if like is None:
-        parts = {split: chosen(part, options, name) for split, part in parts.items()}
-    whole = pd.concat(list(parts.values()))
-    whole.attrs["problems"] = [problem for part in parts.values() for problem in part.attrs.get("problems", ())]
+        frames = [chosen(frame, options, name) for frame in frames]
+    whole = pd.concat(frames)
+    whole.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
     if not len(whole) or not len(whole.columns):
         raise UserError(f"{name}: no columns of values, or no rows")
     if like is None:
@@ -92,24 +95,22 @@ def samples_of(
         notes += [f"{len(whole)} rows, {len(table.kept)} columns: {', '.join(table.names)}.", *more]
     else:
         table = like.table or TableEncoding.numbers(whole.columns)
-    sizes = [len(part) for part in parts.values()]
-    of_parts, class_names = read_labels(labels, sizes, name, by_value=True)
+    of_parts, class_names = read_labels(labels, list(map(len, frames)), name, by_value=True)
     pools, left_out = {}, 0
-    for (split, part), y in zip(parts.items(), of_parts, strict=True):
-        x, rows, _ = table.encode(part, name, options.skip_bad, problems=part.attrs.get("problems", ()))
+    for split, frame, y in zip(parts, frames, of_parts, strict=True):
+        x, rows, _ = table.encode(frame, name, options.skip_bad)
         pools[split] = MemorySplit(x, None if y is None else y[rows])
-        left_out += len(part) - len(rows)
+        left_out += len(frame) - len(rows)
     if left_out:
         notes.append(f"{left_out} row(s) with cells that cannot be read are left out.")
     return Samples(name, pools, None, class_names, table, tuple(notes))
 
 
 def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:
-    """The columns that the options ask for, without that of the label."""
-    if options.columns is not None:
-        frame = select(frame, options.columns, name)
-    left_out = [*(options.drop or ()), *([] if options.label is None or options.columns else [options.label])]
-    select(frame, options.drop or (), name)
+    """The columns that the options ask for, without that of the label unless it is among them."""
+    select(frame, options.drop, name)
+    left_out = [*options.drop, *([] if options.columns else [options.label])]
+    frame = select(frame, frame.columns if options.columns is None else options.columns, name)
     return frame[[column for column in frame.columns if column not in left_out]]
 
 
@@ -122,7 +123,7 @@ def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
     return frame[list(columns)]
 
 
-def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
+def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[str]]:
     """Comma, semicolon or tab separated; the first line names the columns unless it is all numbers."""
     import pandas as pd
 
@@ -137,66 +138,36 @@ def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
     if not lines:
         raise UserError(f"{path}: the file is empty")
     header, notes, problems = [cell.strip() for cell in lines[0][1]], [], []
-    if not any(np.isnan(_number(cell)) for cell in header):
+    if pd.to_numeric(pd.Series(header), errors="coerce").notna().all():
         header = [f"c{k}" for k in range(len(header))]
         notes.append(f"no line of column names: columns are called c0 ... c{len(header) - 1}.")
     else:
         lines = lines[1:]
     fitting = [(number, row) for number, row in lines if len(row) == len(header)]
-    if len(fitting) < len(lines) and not skip_bad:
-        number, row = next(line for line in lines if len(line[1]) != len(header))
-        more = f" ({len(lines) - len(fitting)} such lines)" if len(lines) - len(fitting) > 1 else ""
-        problems.append(f"line {number} has {len(row)} cells, the first line has {len(header)}{more}")
-    elif len(fitting) < len(lines):
-        notes.append(f"{len(lines) - len(fitting)} line(s) with another number of cells than the first are left out.")
+    bad = [(number, row) for number, row in lines if len(row) != len(header)]
+    if bad and skip_bad:
+        notes.append(f"{len(bad)} line(s) with another number of cells than the first are left out.")
+    elif bad:
+        more = f" ({len(bad)} such lines)" if len(bad) > 1 else ""
+        problems.append(f"line {bad[0][0]} has {len(bad[0][1])} cells, the first line has {len(header)}{more}")
     index = pd.Index([number for number, _ in fitting], name="line", dtype=int)
-    frame = pd.DataFrame([row for _, row in fitting], index, range(len(header)), dtype=str)
-    if header and header[0] == "" and "" not in header[1:] and _counts(frame[0]):
-        frame, header = frame.drop(columns=0), header[1:]
-        notes.append("the first column has no name and counts the rows: left out.")
+    frame = pd.DataFrame([row for _, row in fitting], index, header, dtype=str)
+    if header[0] == "" and "" not in header[1:]:
+        numbers = pd.to_numeric(frame.iloc[:, 0], errors="coerce")
+        if (numbers % 1 == 0).all() and numbers.is_monotonic_increasing and numbers.is_unique:
+            frame, header = frame.iloc[:, 1:], header[1:]
+            notes.append("the first column has no name and counts the rows: left out.")
     problems += [f"column {k + 1} has no name" for k, column in enumerate(header) if column == ""]
-    return _named(frame, header, notes, problems, path)
-
-
-def _named(frame: DataFrame, names: Sequence[str], notes: list[str], problems: list[str], path: Path) -> DataFrame:
-    """A frame with these names of columns, notes and problems; UserError where two are alike or one is empty."""
-    names = [str(name) for name in names]
-    twice = dict.fromkeys(name for k, name in enumerate(names) if name in names[:k] and name)
-    problems += [f"two columns are called '{name}'" for name in twice]
-    if twice or "" in names:
-        raise UserError(f"{path}: {'; '.join(problems)}; name it in the first line, each column by a name of its own")
-    frame = frame.set_axis(names, axis=1)
-    frame.attrs.update(name=str(path), notes=notes, problems=problems)
-    return frame
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def _counts(cells: Sequence[str]) -> bool:
-    """Whether the cells are rising whole numbers, as the index of a data frame that was written with its rows."""
-    try:
-        numbers = [int(cell) for cell in cells]
-    except ValueError:
-        return False
-    return all(low < high for low, high in zip(numbers, numbers[1:], strict=False))
+    return frame, notes, problems
 
 
 def row_groups(path: Path) -> int:
-    """Number of row groups of a Parquet file.
-
-    Raises:
-        UserError: As :func:`read`.
-    """
+    """Number of row groups of a Parquet file; errors as of :func:`read`."""
     with _parquet(path) as file:
         return file.num_row_groups
 
 
-def _read_parquet(path: Path, group: int | None) -> DataFrame:
+def _read_parquet(path: Path, group: int | None) -> tuple[DataFrame, list[str], list[str]]:
     import pandas as pd
 
     with _parquet(path) as file:
@@ -207,9 +178,8 @@ def _read_parquet(path: Path, group: int | None) -> DataFrame:
         kept = [k for k, name in enumerate(table.column_names) if name not in index]
         names = [table.column_names[k] for k in kept]
         frame = table.select(kept).rename_columns([str(k) for k in kept]).to_pandas(ignore_metadata=True)
-        frame.index = pd.RangeIndex(before, before + len(frame))
-    notes = [f"the index of the data frame is left out: {', '.join(index)}."] if index else []
-    return _named(frame, names, notes, [], path)
+        frame = frame.set_axis(pd.RangeIndex(before, before + len(frame))).set_axis(map(str, names), axis=1)
+    return frame, [f"the index of the data frame is left out: {', '.join(index)}."] if index else [], []
 
 
 @contextmanager

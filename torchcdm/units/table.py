@@ -7,15 +7,15 @@ Every column is one number, its *code*:
 - a value that a continuous column takes again and again (zero rain) has a gap of the line to itself: larger values
   move up by the width of the gap. So has a missing number, below the least one. Nothing is imputed.
 
-Levels, columns of few values and gaps are dequantised over their cells, see :class:`torchcdm.units.ColumnTransform`:
-what a model says of them is a probability, and of all other numbers a density in the column's own unit.
+Levels, columns of few values and gaps are dequantised over their cells: what a model says of them is a probability,
+and of all other numbers a density in the column's own unit.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,9 +30,7 @@ from torchcdm.units.lattice import cell_width, discrete_values, frequent_values,
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-OTHER = "other"
-MOST_LEVELS = 100
-LEAST_COUNT = 3
+OTHER, MOST_LEVELS, LEAST_COUNT = "other", 100, 3
 """A level has LEAST_COUNT rows at least; what is rarer, or beyond the most frequent MOST_LEVELS, is OTHER."""
 
 MOST_DECIMALS = 6
@@ -180,16 +178,15 @@ class TableEncoding:
         Raises:
             UserError: All cells that cannot be read, in one line; nothing that varies.
         """
-        columns, notes, problems = [], [], list(frame.attrs.get("problems", ()))
+        columns, notes, problems = [], [], []
         for label in frame.columns:
             try:
-                column, note = _describe(str(label), frame[label], cells)
+                column, note = _describe(label, frame[label], cells)
             except UserError as error:
                 problems.append(str(error))
                 continue
             notes += [note] if note else []
-            if column is not None:
-                columns.append(column)
+            columns += [column] if column else []
         result = cls(tuple(columns))
         x = result.encode(frame, name, skip_bad, problems=problems).x
         if len(x) < 2:
@@ -243,30 +240,31 @@ class TableEncoding:
         """The rows of a table as numbers; columns go by name, in any order, and others are passed over.
 
         Args:
-            frame: Data frame.
+            frame: Data frame; ``attrs["problems"]`` is what was wrong with its lines.
             name: Of the table, for messages.
             skip_bad: Leaves out rows with cells that cannot be read, or that training never had.
             deviating: What training never had is marked, and no problem; constant columns may be missing.
-            problems: What else is wrong, for the message.
+            problems: What else is wrong.
 
         Raises:
             UserError: All that is missing or cannot be read, in one line.
         """
-        problems, codes = list(problems), []
-        absent = [c.name for c in self.kept if c.name not in frame.columns]
+        problems, codes = [*frame.attrs.get("problems", ()), *problems], []
+        absent = [column for column in self.names if column not in frame.columns]
         if absent:
             raise UserError(f"{name}: no column {_listed(absent)} (found: {', '.join(frame.columns)})")
-        out, odd = np.zeros(len(frame), bool), {}
+        out, odd = np.zeros(len(frame), bool), [[] for _ in range(len(frame))]
         for column in self.columns:
             constant = self.constants.get(column.name)
             if constant is not None and column.name not in frame.columns:
                 continue
             cells = frame[column.name]
             code, bad, strange = column.encode(cells)
-            odd[column.name] = strange | (constant is not None and code != constant)
+            for row in np.flatnonzero(strange | (constant is not None and code != constant)):
+                odd[row].append(column.name)
             wrong = bad if deviating or constant is not None else bad | strange
             out |= wrong
-            if wrong.any() and not skip_bad:
+            if wrong.any():
                 problems.append(_problem(column, cells, wrong))
             if constant is None:
                 codes.append(code)
@@ -276,11 +274,7 @@ class TableEncoding:
             raise UserError(f"{name}: {'; '.join(problems[:SHOWN])}{rest}; {mend}")
         rows = np.flatnonzero(~out)
         x = np.stack(codes, 1)[rows] if codes else np.empty((len(rows), 0))
-        names = [""] * len(frame)
-        for label, mask in odd.items():
-            for row in np.flatnonzero(mask):
-                names[row] += f", {label}" if names[row] else label
-        return Encoded(torch.from_numpy(x), torch.from_numpy(rows), [names[row] for row in rows])
+        return Encoded(torch.from_numpy(x), torch.from_numpy(rows), [", ".join(odd[row]) for row in rows])
 
     def decode(self, x: Tensor) -> DataFrame:
         """Rows of the model (N, d) as a table: all columns in the order and the types of training."""
@@ -292,14 +286,9 @@ class TableEncoding:
         return pd.DataFrame({column.name: column.decode(full[column.name]) for column in self.columns})
 
     def varying(self, x: Tensor, name: str) -> tuple[TableEncoding, Tensor, list[str]]:
-        """The same with the columns constant that are so in training, which columns of ``x`` vary, and a note.
+        """The same without columns that are constant in the codes ``x`` (N, d), which of these vary, and a note.
 
-        Args:
-            x: Codes of training (N, d).
-            name: Of the table, for messages.
-
-        Raises:
-            UserError: None varies.
+        UserError, with the ``name`` of the table, where none varies.
         """
         varying = (x != x[:1]).any(0)
         found = {column.name: float(x[0, k]) for k, column in enumerate(self.kept) if not varying[k]}
@@ -315,18 +304,14 @@ def is_frame(data: Any) -> bool:
 
 
 def as_frame(data: Any) -> DataFrame:
-    """A data frame with texts as names; a Series becomes one column.
-
-    Raises:
-        UserError: Two columns of one name.
-    """
+    """A data frame with texts as names, UserError where two are alike; a Series becomes one column."""
     if not hasattr(data, "columns"):
         data = data.to_frame(name="value" if data.name is None else data.name)
-    names = [str(label) for label in data.columns]
-    double = [name for name, count in Counter(names).items() if count > 1]
-    if double:
+    data = data.set_axis([str(label) for label in data.columns], axis=1)
+    if not data.columns.is_unique:
+        double = data.columns[data.columns.duplicated()].unique()
         raise UserError(f"two columns are called {_listed(double)}; column names must differ")
-    return data.set_axis(names, axis=1)
+    return data
 
 
 def beyond_float32(x: np.ndarray) -> bool:
@@ -334,59 +319,68 @@ def beyond_float32(x: np.ndarray) -> bool:
     return bool(x.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(x).max())
 
 
-# --- columns -----------------------------------------------------------------------------------------------------
-
-
 def _describe(name: str, cells: Series, repeated: bool) -> tuple[Column | None, str]:
     """A column from the cells of training, None where it is left out, and what is to be said of it."""
-    kind, what = kind_of(cells), f"column '{name}'"
+    kind = kind_of(cells)
     if kind == "":
-        return None, f"{what} is empty: left out."
-    if kind in ("category", "boolean"):
-        bad = unreadable(cells)
-        if bad.mean() > 1 - MOSTLY:
-            raise UserError(_problem(Column(name, kind), cells, bad))
-        texts = texts_of(cells[~bad], kind)
-        counts = Counter(texts.tolist())
-        if kind == "boolean":
-            return Column(name, kind, tuple(text for text in ("", "False", "True") if counts[text]), mixed=False), ""
-        empty = counts.pop("", 0)
-        common = [level for level, count in counts.most_common(MOST_LEVELS) if count >= LEAST_COUNT]
-        rare = sum(counts.values()) - sum(counts[level] for level in common)
-        if rare > len(texts) / 2:
-            return None, f"{what} holds {len(counts)} texts, most of them rare, as names do: left out."
-        pooled = len(counts) - len(common)
-        levels = [*([""] if empty else []), *sorted({*common, *([OTHER] if pooled else [])})]
-        note = f", {pooled} rare ones as '{OTHER}'" * bool(pooled) + ", missing cells as one more" * bool(empty)
-        return Column(name, kind, tuple(levels), mixed=False), f"{what} holds categories: {len(common)} levels{note}."
-    x, empty = numbers_of(cells) if kind == "number" else dates_of(cells)
+        return None, f"column '{name}' is empty: left out."
+    column, notes = (_levels if kind in ("category", "boolean") else _numbers)(Column(name, kind), cells, repeated)
+    return column, f"column '{name}' {'; '.join(notes)}." if notes else ""
+
+
+def _levels(column: Column, cells: Series, _: bool) -> tuple[Column | None, list[str]]:
+    """A category or a boolean."""
+    bad = unreadable(cells)
+    if bad.mean() > 1 - MOSTLY:
+        raise UserError(_problem(column, cells, bad))
+    texts = texts_of(cells[~bad], column.kind)
+    counts = Counter(texts.tolist())
+    if column.kind == "boolean":
+        levels = tuple(text for text in ("", "False", "True") if counts[text])
+        return replace(column, levels=levels, mixed=False), []
+    empty = counts.pop("", 0)
+    common = [level for level, count in counts.most_common(MOST_LEVELS) if count >= LEAST_COUNT]
+    rare = sum(counts.values()) - sum(counts[level] for level in common)
+    if rare > len(texts) / 2:
+        return None, [f"holds {len(counts)} texts, most of them rare, as names do: left out"]
+    pooled = len(counts) - len(common)
+    levels = (*([""] if empty else []), *sorted({*common, *([OTHER] if pooled else [])}))
+    note = f", {pooled} rare ones as '{OTHER}'" * bool(pooled) + ", missing cells as one more" * bool(empty)
+    return replace(column, levels=levels, mixed=False), [f"holds categories: {len(common)} levels{note}"]
+
+
+def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, list[str]]:
+    """Numbers or dates; ``repeated`` ones get a cell."""
+    is_date, notes = column.kind == "date", []
+    x, empty = dates_of(cells) if is_date else numbers_of(cells)
     if not np.isfinite(x).any():
-        raise UserError(_problem(Column(name, kind), cells, ~empty))
+        raise UserError(_problem(column, cells, ~empty))
     missing, x = bool(empty.any()), x[np.isfinite(x)]
-    notes, decimals = [], next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
+    decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
     with np.errstate(over="ignore", invalid="ignore"):
         deviation = float(x.std()) if varies else 1.0
     if not 1 / LARGEST < deviation < LARGEST:
-        raise UserError(f"{what} has values too large or too small for float64; scale it")
-    few = (discrete_values(x, name) if repeated else None) if varies else (float(x[0]),)
+        raise UserError(f"column '{column.name}' has values too large or too small for float64; scale it")
+    few = (discrete_values(x, column.name) if repeated else None) if varies else (float(x[0]),)
+    frequent = frequent_values(x) if repeated and not few else {}
     steep = varies and beyond_float32(x)
-    offset = float(np.floor(np.median(x))) if kind == "date" or steep else 0.0
-    values = few or tuple(frequent := frequent_values(x) if repeated else {})
-    cell = cell_width(few) if few and len(few) > 1 else float(f"{deviation:.2g}")
-    if kind == "date":
+    offset = float(np.floor(np.median(x))) if is_date or steep else 0.0
+    several = few is not None and len(few) > 1
+    cell = cell_width(few) if several else float(f"{deviation:.2g}")
+    if is_date:
         notes.append("holds dates, in days")
-    if few and len(few) > 1:
+    if several:
         notes.append(f"has {len(few)} distinct values: dequantised with cells of {cell:g}; they have probabilities")
-    elif values and not few:
+    if frequent:
         shares = (f"{value:g} in {100 * share:.0f} % of the rows" for value, share in frequent.items())
         notes.append(f"holds {', '.join(shares)}: such values have a probability, the others a density")
-    if steep and kind == "number":
+    if steep and not is_date:
         notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
     if missing:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
-    column = Column(name, kind, (), values, not few, missing, cell, float(x.min()), offset, decimals)
-    return column, f"{what} {'; '.join(notes)}." if notes else ""
+    found = {"values": few or tuple(frequent), "mixed": not few, "missing": missing, "cell": cell}
+    return replace(column, **found, least=float(x.min()), offset=offset, decimals=decimals), notes
 
 
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
