@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,14 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     y = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays), None)
     if y is not None and not arrays:
         arrays = {key: x for key, x in read_arrays(path).items() if key not in LABEL_KEYS}
-    key = next((key for key in ("", *DATA_KEYS) if key in arrays), None)
-    if key is None and len(arrays) == 1:
-        key = next(iter(arrays))
-        notes.append(f"the only array of the file, '{key}', is taken as the data.")
-    if key is None:
+    keys = [key for key in ("", *DATA_KEYS) if key in arrays]
+    if not keys and len(arrays) == 1:
+        keys = list(arrays)
+        notes.append(f"the only array of the file, '{keys[0]}', is taken as the data.")
+    if not keys:
         found = ", ".join(sorted(arrays)) or "none"
         raise UserError(f"{path}: no array called {' or '.join(DATA_KEYS)} (found: {found}); rename the data to x")
-    return arrays[key], y, notes
+    return arrays[keys[0]], y, notes
 
 
 def as_array(data: Any, name: str) -> np.ndarray:
@@ -114,10 +115,13 @@ def interpret(
     check_numbers(x, name)
     if x.ndim not in (1, 2, 3, 4):
         raise UserError(f"{name}: an array of shape {x.shape} is neither vectors (N, d) nor images (N, C, H, W)")
-    x, axes = _arrange(x, first)
-    kind = "vectors" if x.ndim == 2 else "images"
+    axes = ("(N,)", "(N, d)", "(N, H, W)", "(N, C, H, W)")[x.ndim - 1]
+    if x.ndim in (1, 3):
+        x = x[:, None]
+    elif x.ndim == 4 and not first and not channels_first(x.shape[1:]):
+        x, axes = np.moveaxis(x, 3, 1), "(N, H, W, C)"
     sizes = f"{x.shape[1]} columns" if x.ndim == 2 else "{} channel(s), {} x {} pixels".format(*x.shape[1:])
-    notes = [f"{len(x)} {kind} of {sizes}, read as {axes}."]
+    notes = [f"{len(x)} {'vectors' if x.ndim == 2 else 'images'} of {sizes}, read as {axes}."]
     if x.dtype.kind != "f":
         low, high = int(x.min()), int(x.max())
         if high - low < 2**16:
@@ -145,19 +149,6 @@ def check_numbers(x: np.ndarray, name: str) -> None:
         raise UserError(f"{name}: vectors of {x.shape[1]} numbers; at most {MOST_COLUMNS} are taken")
 
 
-def _arrange(x: np.ndarray, first: bool) -> tuple[np.ndarray, str]:
-    """(N, d) or (N, C, H, W), and the name of the order of axes that was found."""
-    if x.ndim == 1:
-        return x[:, None], "(N,)"
-    if x.ndim == 2:
-        return x, "(N, d)"
-    if x.ndim == 3:
-        return x[:, None], "(N, H, W)"
-    if first or channels_first(x.shape[1:]):
-        return x, "(N, C, H, W)"
-    return np.moveaxis(x, 3, 1), "(N, H, W, C)"
-
-
 def _grid(low: int, high: int, like: DataTransform | None) -> Grid:
     """The grid that whole numbers were stored on: the model's, 8 or 16 bits, or exactly those levels."""
     limits = None if like is None or like.bin != 1 else (like.low, like.high)
@@ -172,14 +163,11 @@ def _grid(low: int, high: int, like: DataTransform | None) -> Grid:
 
 def _lattice_note(values: Tensor) -> list[str]:
     """A warning where floats are grey levels in disguise: their density is unbounded."""
-    sample = values[:1000].double()
     for factor, words in ((1, "whole numbers"), (255, "multiples of 1/255")):
-        levels = sample * factor
+        levels = values[:1000].double() * factor
         if (levels - levels.round()).abs().max() < 1e-3 * min(1.0, float(levels.abs().max()) or 1.0):
-            return [
-                f"floats that are all {words}, taken as continuous: their density has no upper bound; store the "
-                "levels as integers (uint8) to get dequantisation and bits/dim."
-            ]
+            return [f"floats that are all {words}, taken as continuous: their density has no upper bound; store the "
+                    "levels as integers (uint8) to get dequantisation and bits/dim."]  # fmt: skip
     return []
 
 
@@ -215,11 +203,14 @@ def read_labels(
         y = y[:, 0]
     if y.shape != (count,):
         raise UserError(f"{name}: labels have shape {y.shape}; one label for each of the {count} samples is needed")
-    absent = next((i for i, label in enumerate(y.tolist()) if _is_missing(label)), None)
-    if absent is not None:
-        raise UserError(f"{name}: row {absent} (counted from 0) has no label ({y[absent]})")
-    if y.dtype.kind in "USO":
-        y, by_value = _numbers_or_texts(y), True
+    for row, label in enumerate(y.tolist()):
+        if label is None or str(label).strip() in ("", "nan", "NaN", "NaT", "<NA>"):
+            raise UserError(f"{name}: row {row} (counted from 0) has no label ({label})")
+    if y.dtype.kind in "USO":  # a text file gives every cell as text
+        by_value = True
+        with suppress(ValueError):
+            y = np.array([int(label) if isinstance(label, str) else label for label in y])
+        y = y if y.dtype.kind in "buif" else y.astype(str)
     if y.dtype.kind not in "buifU" or (y.dtype.kind == "f" and not np.array_equal(y, y.round())):
         raise UserError(f"{name}: labels must be whole numbers 0, 1, ... or texts")
     if by_value and class_names is None:
@@ -234,17 +225,3 @@ def read_labels(
         raise UserError(f"{name}: label {label} is out of range; classes are numbered 0 ... {limit - 1}")
     names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else class_names
     return list(torch.from_numpy(y).split(list(sizes))), tuple(names)
-
-
-def _is_missing(label: Any) -> bool:
-    """Whether a label is none: nothing, blank, or a missing value of numpy or pandas."""
-    return label is None or str(label).strip() in ("", "nan", "NaN", "NaT", "<NA>")
-
-
-def _numbers_or_texts(y: np.ndarray) -> np.ndarray:
-    """Whole numbers where all labels are such, as text or not: a text file gives every cell as text."""
-    try:
-        numbers = np.array([int(label) if isinstance(label, str) else label for label in y])
-    except ValueError:
-        numbers = y
-    return numbers if numbers.dtype.kind in "buif" else np.array([str(label) for label in y])

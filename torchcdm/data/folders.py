@@ -156,9 +156,6 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
     if options.crop is not None:
         crop = "{} x {}".format(*options.crop)
         notes = [f"crops of {crop} pixels from {len(good)} images of {channels} channel(s), split by images."]
-    reduced = next((path for path in good if good[path].reduced), None)
-    if reduced is not None:
-        notes.append(f"{reduced.name} has 16-bit colours, which Pillow reads as 8 bits.")
     if any(abs(info.size[0] * width / (info.size[1] * height) - 1) > 0.02 for info in good.values()):
         notes.append("resizing changes the aspect ratio of some images.")
     return info, good, [*notes, *left_out(bad)]

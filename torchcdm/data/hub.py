@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,20 +13,14 @@ from torch import Tensor
 from torchcdm.data import images, tables
 from torchcdm.data.arrays import read_labels
 from torchcdm.data.assembly import Samples
+from torchcdm.data.folders import named_splits
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import DAMAGE
 from torchcdm.data.source import LazySplit, Split
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.units import DataTransform
 
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-LABEL_NAMES = ("label", "labels")
-
-ERRORS = (
-    "datasets.exceptions.DatasetsError", "httpx.HTTPError", "pyarrow.ArrowException",
-    "PIL.Image.DecompressionBombError",
-)  # fmt: skip
-"""What the libraries raise beside :data:`torchcdm.data.reading.DAMAGE`."""
+LABELS = ("label", "labels")
+"""Columns of classes."""
 
 
 def load(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
@@ -42,52 +35,44 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, config or None)
-    except (*DAMAGE, *_errors()) as error:
+    except Exception as error:  # of any of the libraries below that one
         raise UserError(f"hf:{argument}: cannot be loaded ({reason(error)})") from error
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    chosen = {
-        split: next(parts[name] for name in names if name in parts)
-        for split, names in SPLIT_NAMES.items()
-        if any(name in parts for name in names)
-    }
-    if "train" not in chosen:
+    rows = named_splits(lambda split: parts.get(split))
+    if "train" not in rows:
         raise UserError(f"hf:{argument}: no split called train (found: {', '.join(parts)})")
-    chosen = {split: part for split, part in chosen.items() if len(part) or split == "train"}
-    features = chosen["train"].features
-    column = next((key for key, feature in features.items() if type(feature).__name__ == "Image"), None)
-    if column is not None and len(chosen["train"]):
-        if hasattr(datasets, "Image"):  # the library would open files of any format
-            kept = datasets.Image(decode=False)
-            chosen = {split: part.cast_column(column, kept) for split, part in chosen.items()}
-        return _images(f"hf:{argument}", chosen, column, options)
-    frames = {split: part.to_pandas() for split, part in chosen.items()}
-    return tables.samples_of(frames, f"hf:{argument}", options, like=like)
+    rows = {split: part for split, part in rows.items() if len(part) or split == "train"}
+    column = next((key for key, kind in rows["train"].features.items() if type(kind).__name__ == "Image"), None)
+    if column is None or not len(rows["train"]):
+        frames = {split: part.to_pandas() for split, part in rows.items()}
+        return tables.samples_of(frames, f"hf:{argument}", options, like=like)
+    if hasattr(datasets, "Image"):  # the library would open files of any format
+        kept = datasets.Image(decode=False)
+        rows = {split: part.cast_column(column, kept) for split, part in rows.items()}
+    return _images(f"hf:{argument}", rows, column, options)
 
 
 def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) -> Samples:
     high = HubReader(rows["train"], column, f"{name}, train", images.pillow_high)(0)
     prepare = partial(_prepared, high=high, size=options.size, channels=options.channels)
-    like = HubReader(rows["train"], column, f"{name}, train", prepare)(0)
-    label, names = _label_column(rows["train"].features, options.label, name)
+    readers = {split: HubReader(part, column, f"{name}, {split}", prepare) for split, part in rows.items()}
+    like, features = readers["train"](0), rows["train"].features
+    if options.label is not None and options.label not in features:
+        raise UserError(f"{name}: no column '{options.label}' for the label (found: {', '.join(features)})")
+    # The column that is asked for, one whose classes the library knows, or one that is called so.
+    known = [key for key, kind in features.items() if hasattr(kind, "names")] + [k for k in LABELS if k in features]
+    label = options.label or next(iter(known), None)
     sizes = [len(part) for part in rows.values()]
     # All splits together: a class must have one number, also where a split has none of it.
-    labels = None if label is None else [value for part in rows.values() for value in part[label][:]]
-    of_parts, class_names = read_labels(labels, sizes, name, names)
+    values = None if label is None else [value for part in rows.values() for value in part[label][:]]
+    labels, class_names = read_labels(values, sizes, name, getattr(features.get(label), "names", None))
     parts: dict[str, Split] = {}
-    for (split, part), of_part in zip(rows.items(), of_parts, strict=True):
-        read = HubReader(part, column, f"{name}, {split}", prepare)
-        lazy = LazySplit(read, range(len(part)), of_part, f"{name}, {split}: row ", like)
+    for (split, reader), size, y in zip(readers.items(), sizes, labels, strict=True):
+        lazy = LazySplit(reader, range(size), y, f"{name}, {split}: row ", like)
         parts[split] = lazy.in_memory_if_small(sum(sizes))
     notes = ["images from the column '{}', {} channel(s), {} x {} pixels.".format(column, *like.shape)]
-    if label is not None:
-        notes.append(f"classes from the column '{label}'.")
+    notes += [] if label is None else [f"classes from the column '{label}'."]
     return Samples(name, parts, None if high is None else (0, high), class_names, notes=tuple(notes))
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """Those of :data:`ERRORS` whose libraries are loaded."""
-    modules = [name.rpartition(".") for name in ERRORS]
-    return tuple(getattr(sys.modules[module], kind) for module, _, kind in modules if module in sys.modules)
 
 
 class HubReader(NamedTuple):
@@ -105,19 +90,9 @@ class HubReader(NamedTuple):
                 return self.read(cell)
             with images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
                 return self.read(image)
-        except (*DAMAGE, *_errors()) as error:
+        except Exception as error:
             raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
 
 
 def _prepared(image: Any, high: int | None, size: tuple[int, int] | None, channels: int | None) -> Tensor:
     return images.conform(images.from_pillow(image), high, size, channels)
-
-
-def _label_column(features: Any, wanted: str | None, name: str) -> tuple[str | None, tuple[str, ...] | None]:
-    """The column of classes, and the names of its classes where the library knows them."""
-    if wanted is not None and wanted not in features:
-        raise UserError(f"{name}: no column '{wanted}' for the label (found: {', '.join(features)})")
-    column = wanted or next((key for key, feature in features.items() if hasattr(feature, "names")), None)
-    column = column or next((key for key in LABEL_NAMES if key in features), None)
-    names = getattr(features[column], "names", None) if column else None
-    return column, tuple(names) if names else None

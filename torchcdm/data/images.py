@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,9 @@ SUFFIXES = frozenset(
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 """What Pillow may take a file for, whatever its name says: others, PostScript for one, start programs."""
 
+IMAGE = ("an image", "; skip-bad leaves such files out")
+"""What a file should be, and what to do about one that is not, for messages."""
+
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 SWAPPED_ORIENTATIONS = (5, 6, 7, 8)
 EXIF_ORIENTATION = 0x0112
@@ -40,13 +42,11 @@ class ImageInfo(NamedTuple):
         channels: Grey 1, grey and alpha 2, colour 3, colour and alpha 4; anything in .npy files.
         size: Height and width in pixels, as the image is meant to be seen (EXIF orientation applied).
         high: Largest value of an unsigned integer file, 255 or 65535; None for floats.
-        reduced: Pillow reads the file's 16-bit colours as 8 bits.
     """
 
     channels: int
     size: tuple[int, int]
     high: int | None
-    reduced: bool = False
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -59,14 +59,10 @@ class ImageInfo(NamedTuple):
 
 
 def describe(path: Path) -> ImageInfo:
-    """The header of an image file; the pixels are not decoded.
-
-    Raises:
-        UserError: Not an image that Pillow or numpy reads.
-    """
+    """The header of an image file, whose pixels are not decoded; UserError for what Pillow and numpy do not read."""
     from PIL import Image
 
-    with _open(path) as file:
+    with reading(path, *IMAGE) as file:
         if path.suffix.lower() == ".npy":
             array = np.lib.format.open_memmap(path, "r")
             channels, *size = _image_shape(array.shape, array.dtype)
@@ -76,18 +72,13 @@ def describe(path: Path) -> ImageInfo:
             # Not image.getexif(): for PNG files that decodes the pixels.
             if Image.Image.getexif(image).get(EXIF_ORIENTATION) in SWAPPED_ORIENTATIONS:
                 width, height = height, width
-            mode, high = _plain_mode(image), pillow_high(image)
-            reduced = mode in ("RGB", "RGBA") and any("16" in str(tile[3]) for tile in image.tile)
-    return ImageInfo({"LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 1), (height, width), high, reduced)
+            channels = {"LA": 2, "RGB": 3, "RGBA": 4}.get(_plain_mode(image), 1)
+            return ImageInfo(channels, (height, width), pillow_high(image))
 
 
 def decode(path: Path) -> Tensor:
-    """The pixels of an image file: (C, H, W), uint8, or float32 where the file has 16 bits or floats.
-
-    Raises:
-        UserError: The file is missing or corrupt.
-    """
-    with _open(path) as file:
+    """The pixels of an image file: (C, H, W), uint8, or float32 of 16 bits or floats; UserError for a corrupt one."""
+    with reading(path, *IMAGE) as file:
         if path.suffix.lower() != ".npy":
             with opened(file) as image:
                 return from_pillow(image)
@@ -135,11 +126,8 @@ def read_image(
     ``high`` is the largest value of the file format, None for floats; ``box`` is cut out first: left, upper, right and
     lower edge in pixels.
     """
-    image = decode(path)
-    if box is not None:
-        left, upper, right, lower = box
-        image = image[:, upper:lower, left:right]
-    return conform(image, high, size, channels)
+    left, upper, right, lower = box or (None, None, None, None)
+    return conform(decode(path)[:, upper:lower, left:right], high, size, channels)
 
 
 def conform(
@@ -157,10 +145,7 @@ def conform(
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with antialiasing to ``size`` (H, W), by Pillow; uint8 stays uint8, float32 is not rounded.
-
-    The aspect ratio follows ``size``: nothing is cropped.
-    """
+    """Bilinear with antialiasing to ``size`` (H, W), by Pillow; uint8 stays uint8, float32 is not rounded."""
     from PIL import Image
 
     if tuple(image.shape[1:]) == tuple(size):
@@ -190,7 +175,7 @@ def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
         value = value[:-1] * alpha + white * (1 - alpha)
     if value.shape[0] == 3 and channels == 1:
         value = torch.einsum("chw,c->hw", value, value.new_tensor(LUMA))[None]
-    elif value.shape[0] == 1 and channels != 1:
+    elif channels > 1:
         value = value.expand(3, -1, -1)
     if channels == 4:
         value = torch.cat([value, torch.full_like(value[:1], white)])
@@ -207,10 +192,7 @@ def flip_horizontally(x: Tensor, generator: torch.Generator | None = None) -> Te
 
 
 def channels_first(shape: Sequence[int]) -> bool:
-    """Whether an image of this shape is (C, H, W) and not (H, W, C).
-
-    Square images decide where only one reading gives them; else few channels do; a tie is (C, H, W).
-    """
+    """Whether a shape is (C, H, W) and not (H, W, C): that with a square image, or else with fewer channels."""
     a, b, c = shape
     return b == c if (a == b) != (b == c) else a <= c
 
@@ -238,9 +220,3 @@ def _image_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
         mend = "write (H, W), (H, W, C) or (C, H, W) as uint8, uint16 or floats"
         raise ValueError(f"an array of shape {shape}, type {dtype} is not one image; {mend}")
     return plain if len(shape) == 2 or channels_first(plain) else (plain[2], *plain[:2])
-
-
-def _open(path: Path) -> AbstractContextManager[BinaryIO]:
-    from PIL import Image
-
-    return reading(path, "an image", "; --skip-bad leaves such files out", (Image.DecompressionBombError,))

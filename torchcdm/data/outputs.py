@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-PNG_CHANNELS = (1, 2, 3, 4)
 GRID_GAP = 2
 """Pixels between the images of a grid."""
 GRID_SIDE = 64
@@ -32,9 +28,12 @@ def to_bytes(x: Tensor, transform: DataTransform | None = None, limits: tuple[fl
     Where the ``transform`` has no range (continuous data), or there is none, ``limits`` are black and white, by
     default the smallest and largest value of ``x``; what is beyond is clipped.
     """
-    low, high = _range(x, transform, limits)
-    x = x if transform is None else transform.quantize(x)
-    return ((x.double() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8).cpu()
+    if transform is not None:
+        x = transform.quantize(x)
+        if transform.low is not None and transform.high is not None:
+            limits = (transform.low, transform.high)
+    low, high = limits or ((float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0))
+    return ((x.double() - low) * (255 / (high - low or 1.0))).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def save_images(
@@ -50,18 +49,13 @@ def save_images(
         UserError: Not images, or the folder cannot be written.
     """
     _refuse_vectors(x)
-    folder = Path(folder)
-    names = [f"{i:06d}" for i in range(len(x))] if names is None else names
+    many = x.shape[1] > 4
     deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
-    if x.shape[1] not in PNG_CHANNELS:
-        values, suffix, packed = _stored(x, transform), ".npy", _npy
-    elif deep:
-        values, suffix, packed = _stored(x, transform), ".png", png
-    else:
-        values, suffix, packed = to_bytes(x, transform).numpy(), ".png", png
-    paths = [folder / f"{name}{suffix}" for name in names]
+    values = _stored(x, transform) if many or deep else to_bytes(x, transform).numpy()
+    names = [f"{i:06d}" for i in range(len(x))] if names is None else names
+    paths = [Path(folder) / f"{name}{'.npy' if many else '.png'}" for name in names]
     for path, image in zip(paths, values, strict=True):
-        write_file(path, packed(image), flush=False)
+        write_file(path, _packed(np.save, image) if many else png(image), flush=False)
     return paths
 
 
@@ -90,14 +84,12 @@ def sheet(images: Tensor, columns: int | None = None, zoom: int | None = None) -
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     if images.shape[1] not in (1, 3):
         images = images.movedim(1, 2).flatten(2)[:, None]  # (N, 1, H, C W)
-    count, channels, height, width = images.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
-    sheet = torch.full((channels, rows * (height + GRID_GAP), columns * (width + GRID_GAP)), 255, dtype=torch.uint8)
-    for k, image in enumerate(images):
-        top, left = k // columns * (height + GRID_GAP), k % columns * (width + GRID_GAP)
-        sheet[:, top : top + height, left : left + width] = image
-    return sheet[:, :-GRID_GAP, :-GRID_GAP].numpy()
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    tiles = pad(images, (0, GRID_GAP, 0, GRID_GAP), value=255)
+    missing = -len(tiles) % columns
+    tiles = torch.cat([tiles, torch.full_like(tiles[:1], 255).expand(missing, -1, -1, -1)])
+    rows = [torch.cat(list(row), 2) for row in tiles.split(columns)]
+    return torch.cat(rows, 1)[:, :-GRID_GAP, :-GRID_GAP].numpy()
 
 
 def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = None, y: Tensor | None = None) -> Path:
@@ -108,49 +100,36 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     Raises:
         UserError: Another suffix, labels for .npy, or the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix not in (".npy", ".npz"):
-        raise UserError(f"{path}: arrays are written as .npy or .npz")
-    values = _stored(x, transform)
+    path, values = Path(path), _stored(x, transform)
     if path.suffix == ".npz":
-        content = io.BytesIO()
-        np.savez(content, x=values, **({} if y is None else {"y": y.cpu().numpy()}))
-        write_file(path, content.getvalue())
+        write_file(path, _packed(np.savez, x=values, **({} if y is None else {"y": y.cpu().numpy()})))
+    elif path.suffix != ".npy":
+        raise UserError(f"{path}: arrays are written as .npy or .npz")
     elif y is not None:
         raise UserError(f"{path}: labels need an .npz file")
     else:
-        write_file(path, _npy(values))
+        write_file(path, _packed(np.save, values))
     return path
 
 
-def save_table(x: Tensor | DataFrame, path: str | Path, transform: DataTransform | None = None) -> Path:
-    """A data frame, or vectors (N, d) in data units, as CSV with column names; ``table:FILE`` reads it back exactly.
+def save_table(x: Tensor, path: str | Path, transform: DataTransform | None = None) -> Path:
+    """Vectors (N, d), data units, as CSV with column names, which ``table:FILE`` reads back exactly.
 
     The ``transform`` has the names, and values to round to; c0, c1, ... where it has none.
     """
     import pandas as pd
 
-    if isinstance(x, Tensor):
-        x = x if transform is None else transform.quantize(x)
-        known = transform is not None and transform.table is not None
-        names = [f"c{k}" for k in range(x.shape[1])]
-        x = transform.table.decode(x) if known else pd.DataFrame(x.cpu().numpy(), columns=names)
-    write_file(Path(path), x.to_csv(index=False))
+    x = x if transform is None else transform.quantize(x)
+    table = None if transform is None else transform.table
+    frame = pd.DataFrame(x.cpu().numpy()).add_prefix("c") if table is None else table.decode(x)
+    write_file(Path(path), frame.to_csv(index=False))
     return Path(path)
-
-
-def _range(x: Tensor, transform: DataTransform | None, limits: tuple[float, float] | None) -> tuple[float, float]:
-    """What becomes black and white."""
-    if transform is not None and transform.low is not None and transform.high is not None:
-        return transform.low, transform.high
-    low, high = limits or ((float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0))
-    return low, high if high > low else low + 1.0
 
 
 def _stored(x: Tensor, transform: DataTransform | None) -> np.ndarray:
     """Values as they are stored: rounded integers of the smallest type on a grid of whole numbers, else float32."""
     if transform is None or transform.bin != 1.0:
-        return x.detach().cpu().numpy() if not x.is_floating_point() else x.detach().float().cpu().numpy()
+        return (x.float() if x.is_floating_point() else x).detach().cpu().numpy()
     values = transform.quantize(x.double()).cpu().numpy()
     low, high = values.min(initial=transform.low or 0), values.max(initial=transform.high or 0)
     types = (np.uint8, np.uint16, np.int16, np.int32)
@@ -167,9 +146,10 @@ def png(image: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def _npy(values: np.ndarray) -> bytes:
+def _packed(save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray) -> bytes:
+    """What ``np.save`` or ``np.savez`` writes."""
     content = io.BytesIO()
-    np.save(content, values)
+    save(content, *arrays, **named)
     return content.getvalue()
 
 

@@ -127,7 +127,7 @@ def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[st
     """Comma, semicolon or tab separated; the first line names the columns unless it is all numbers."""
     import pandas as pd
 
-    with reading(path, "a table in UTF-8", also=(csv.Error,)) as raw:
+    with reading(path, "a table in UTF-8") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
         text = io.TextIOWrapper(io.BufferedReader(binary), "utf-8-sig", newline="")
         first = text.readline()
@@ -185,6 +185,6 @@ def _read_parquet(path: Path, group: int | None) -> tuple[DataFrame, list[str], 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
     """A Parquet file, open."""
-    parquet, pyarrow = (needed(name, "tables", f"{path}: Parquet") for name in ("pyarrow.parquet", "pyarrow"))
-    with reading(path, "Parquet", also=(pyarrow.ArrowException,)) as file:
+    parquet = needed("pyarrow.parquet", "tables", f"{path}: Parquet")
+    with reading(path, "Parquet") as file:
         yield parquet.ParquetFile(file)
