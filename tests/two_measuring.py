@@ -11,6 +11,7 @@ import torch
 
 from torchcdm import load
 from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.apps.anomaly.profile import level_profile
 from torchcdm.cli import main
 from torchcdm.compose import sample
@@ -27,7 +28,7 @@ def measured(run: Path) -> dict:
     """Samples, likelihoods, a profile, and errors by level, in float64."""
     model, split = load(run).double(), load_data("digits").split("test")
     x = split.tensors(11)[0]
-    kernels = Kernels.of_denoiser(model, n=5)
+    kernels = Kernels.of_target(ModelTarget(model), n=5)
     z = log_normalizer(model, scoring=Scoring(level=15), sweeps=4, replicas=2, kernels=kernels)
     return {
         "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],

@@ -32,7 +32,7 @@ from studies.benchmarks.posterior_coverage import exact_mixture
 from studies.exact import GaussianMixture
 from studies.quality.measure import two_sample_accuracy
 from torchcdm import compose
-from torchcdm.annealing.kernels import Kernels, denoised
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.target import ModelTarget, Target
 from torchcdm.models.density import DensityModel
@@ -87,8 +87,7 @@ def descended(target: Target, kernels: Kernels, n: int, way: str, seed: int) -> 
     states = States.of(target, x, schedule.T)
     for s in range(schedule.T - 1, 0, -1):
         noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
-        x0 = denoised(schedule, states.x, states.t, states.at.eps)
-        states = States.of(target, kernels.down(states.x, x0, states.t, s, noise), s)
+        states = States.of(target, kernels.down(states.x, states.at.eps, states.t, s, noise), s)
         if way != "sum of scores":
             noise, uniform = torch.randn(n, d, generator=generator, dtype=torch.float64), torch.zeros(n)
             if way == "accepted":
@@ -151,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def clean(target: Target, x: Tensor) -> Tensor:
     """The step from level 1 that draws of ``torchcdm.sample`` have taken."""
-    return denoised(target.schedule, x, 1, target.evaluate(x, 1).eps)
+    return Kernels(target.reference).x0(x, target.eps(x, 1), 1)
 
 
 if __name__ == "__main__":

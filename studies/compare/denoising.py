@@ -13,6 +13,7 @@ from torch import Tensor
 from studies.budget import Budget
 from studies.compare.peer import SCORING_SEED, Fitted, Samples, Score, Training
 from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.compose import sample
 from torchcdm.likelihood import (
     Row,
@@ -98,7 +99,7 @@ class FittedDenoiser(Fitted):
     def _elbo(self, x: Tensor) -> LogLikelihood:
         levels = self.denoiser.schedule.T - SCORING.level_of(self.denoiser) + 1
         fine = self.denoiser.schedule.T > CALIBRATED_LEVELS
-        kernels = None if fine else Kernels.of_denoiser(self.denoiser, seed=SCORING.seed)
+        kernels = None if fine else Kernels.of_target(ModelTarget(self.denoiser, density=False), SCORING.seed)
         return elbo(self.denoiser, x, None, SCORING, kernels, min(levels, ELBO_EVALUATIONS))
 
     def sample(self, n: int, seed: int) -> Samples:

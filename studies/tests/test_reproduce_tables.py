@@ -15,7 +15,6 @@ from studies.quality import frechet
 from studies.quality.features import Extractor
 from studies.reproduce import Workspace, fig6, models, table1, table2, table3, workspace
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.target import reference_gaussian
 from torchcdm.cli import main as cdm
 from torchcdm.likelihood import Scoring
 from torchcdm.training.config_files import make_config, merge, preset_fields
@@ -182,8 +181,7 @@ def test_class_means_tell_classes_and_their_spread():
 def scored(monkeypatch):
     """Likelihoods and speeds measured with next to no evaluations, and no Gaussian in 3072 dimensions."""
     pytest.importorskip("normflows")
-    kernels = classmethod(lambda cls, model, *_, **__: cls(reference_gaussian(model)))
-    monkeypatch.setattr(Kernels, "of_denoiser", kernels)
+    monkeypatch.setattr(Kernels, "of_target", classmethod(lambda cls, target, *_: cls(target.reference)))
     monkeypatch.setattr("studies.compare.denoising.SCORING", Scoring(steps=2))
     monkeypatch.setattr("studies.compare.denoising.ELBO_EVALUATIONS", 3)
     monkeypatch.setattr("studies.compare.comparison.DRAWN", 2)

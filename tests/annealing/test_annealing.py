@@ -7,7 +7,7 @@ import torch
 from oracles import MixtureClassifier, covariance, labelled_mixture, normal, rng
 
 from studies.exact import GaussianMixture
-from torchcdm.annealing.kernels import Kernels, denoised
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.moves import States, adapted, langevin
 from torchcdm.annealing.particles import smc
 from torchcdm.annealing.replicas import exchange, ladder
@@ -70,8 +70,7 @@ def mixture_of(dim):
 def replicas(target, level, columns, sweeps, seed=0):
     kernels, generator = Kernels.of_target(target, seed), rng(seed)
     rungs = ladder(target, kernels, level, 2 * columns, generator)
-    x = rungs.x[:, :columns]
-    return exchange(target, kernels, rungs.levels, x, sweeps, sweeps // 4, generator, rungs.step)
+    return exchange(target, kernels, rungs._replace(x=rungs.x[:, :columns]), sweeps, generator)
 
 
 # --- works -------------------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def test_works_have_the_means_that_the_identity_says(t):
 
     x_t = exact(t)
     at_t = target.evaluate(x_t, t)
-    x_s = kernels.down(x_t, denoised(schedule, x_t, t, at_t.eps), t, s, normal(n, 2, seed=4))
+    x_s = kernels.down(x_t, at_t.eps, t, s, normal(n, 2, seed=4))
     down = kernels.work(x_s, x_t, target.evaluate(x_s, s), at_t, s, t)
     x_s = exact(s)
     x_t = kernels.up(x_s, s, t, normal(n, 2, seed=5))
@@ -164,7 +163,7 @@ def test_replicas_forget_where_they_started():
     # All in one component, and all far away.
     starts = torch.cat([mixture.means[1].expand(16, 2), torch.full((16, 2), 6.0, dtype=torch.float64)])
     x = torch.stack([schedule.perturb(starts, t, normal(32, 2, seed=t)) for t in rungs.levels])
-    trace = exchange(target, kernels, rungs.levels, x, 80, 40, generator, rungs.step)
+    trace = exchange(target, kernels, rungs._replace(x=x), 80, generator)
     for columns in (slice(0, 16), slice(16, 32)):
         ratios = trace.log_z(columns)
         assert abs(ratios.total) < 4 * ratios.se and ratios.se < 0.15

@@ -224,7 +224,7 @@ def test_calibration_measures_the_posterior_variance():
     model = ClassificationDiffusion(
         MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
     )
-    measured, assumed = Kernels.of_denoiser(model, n=2000).variances, Kernels(base).variances
+    measured, assumed = Kernels.of_target(ModelTarget(model), n=2000).variances, Kernels(base).variances
     assert torch.allclose(measured[:15], assumed[:15], rtol=0.15)
 
 
@@ -254,7 +254,7 @@ def test_elbo_bounds_a_mixture_whatever_the_kernels():
     true = mixture.log_prob(x, 0, schedule)
     narrow = Kernels(model.base, torch.full((40, 2), 1e-3, dtype=torch.float64))
     excess = {}
-    for name, kernels in (("gaussian", None), ("measured", Kernels.of_denoiser(model)), ("narrow", narrow)):
+    for name, kernels in (("gaussian", None), ("measured", Kernels.of_target(ModelTarget(model))), ("narrow", narrow)):
         values = true - elbo(model, x, kernels=kernels).nats
         excess[name] = float(values.mean())
         assert excess[name] > -3 * float(values.std()) / 20

@@ -10,6 +10,7 @@ from oracles import MixtureClassifier, labelled_mixture, normal, rng
 
 from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
@@ -177,7 +178,7 @@ def test_given_the_class_the_chain_is_that_of_the_classes():
     x, y = mixture.sample_labelled(300, rng(1))
     x, y = x[y.argsort()], y.sort().values
     # The same noise in both, so their difference is that of the variances alone.
-    loose = elbo(model, x, y, kernels=Kernels.of_denoiser(model)).mean_and_error()[0]
+    loose = elbo(model, x, y, kernels=Kernels.of_target(ModelTarget(model))).mean_and_error()[0]
     assert report(model, x, y, methods=("elbo",)).row("elbo").value < loose - 0.05
 
 

@@ -41,8 +41,8 @@ class States:
         """Points where the target has been evaluated, by one pass."""
         return cls(x, t, target.evaluate(x, t))
 
-    def take(self, rows: Tensor) -> States:
-        """Those of some rows, long or boolean."""
+    def take(self, rows: Tensor | slice) -> States:
+        """Those of some rows: of a slice they share memory."""
         return States(self.x[rows], self.t if isinstance(self.t, int) else self.t[rows],
                       Evaluated(*(None if part is None else part[rows] for part in self.at)),
                       None if self.origin is None else self.origin[rows])  # fmt: skip

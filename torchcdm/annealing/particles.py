@@ -8,13 +8,12 @@ for any target. Resampling between the steps keeps the mean. The log of a mean e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels, denoised
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.target import Target
 from torchcdm.runtime.processes import alone
@@ -28,12 +27,14 @@ class Particles(NamedTuple):
         log_weights: Of the points within each island, (islands, size).
         log_estimates: Logarithms of unbiased estimates of Z, one of each island, (islands,).
         least: Smallest effective sample size of each island at any level, before resampling, (islands,).
+        visited: The states of every level and the step size of their moves, where the spacing was found by trial.
     """
 
     states: States
     log_weights: Tensor
     log_estimates: Tensor
     least: Tensor
+    visited: list[tuple[States, float]]
 
     def draws(self, generator: torch.Generator) -> Tensor:
         """Equally weighted draws, (n, *shape): resampled within each island, so that few effective ones repeat."""
@@ -51,7 +52,6 @@ def smc(
     moves: int = 1,
     below: float = 0.5,
     spacing: float | None = None,
-    seen: Callable[[States, Tensor, float], None] | None = None,
     progress: bool = False,
 ) -> Particles:
     """Particles from the start density at T down to ``level``.
@@ -68,12 +68,11 @@ def smc(
             which is annealed importance sampling.
         spacing: Steps are as long as the deviation of their works is at most this, nats, and found by trial, so that
             the estimates are only nearly unbiased; of one level each when None.
-        seen: Called at each level with the states, their weights (islands, size), and the step size of the moves.
         progress: Shows a progress bar over the levels.
     """
     from tqdm.auto import tqdm
 
-    schedule, step, length, n = target.schedule, FIRST_STEP, 1, islands * size
+    schedule, step, length, n, visited = target.schedule, FIRST_STEP, 1, islands * size, []
     x, log_start = target.start(n, generator)
     bar = tqdm(total=schedule.T - level, desc="particles", unit="level", disable=not progress, leave=False)
     # Particles depend on each other: were there differences in rounding between processes, resampling would turn
@@ -83,15 +82,16 @@ def smc(
         states.origin = torch.arange(n, device=states.x.device)
         log_w = (states.at.log_gamma - log_start).reshape(islands, size)
         log_z, least = torch.zeros_like(log_w[:, 0]), effective(log_w)
-        if seen is not None:
-            seen(states, log_w, step)
-        while states.t > level:
-            x0 = denoised(schedule, states.x, states.t, states.at.eps)
+        while True:
+            if spacing is not None:
+                visited.append((states, step))
+            if states.t == level:
+                break
             length = min(length, states.t - level)
             while True:
                 noise = torch.randn(n, math.prod(target.shape), generator=generator, dtype=x.dtype).to(x.device)
                 s = states.t - length
-                lower = States.of(target, kernels.down(states.x, x0, states.t, s, noise), s)
+                lower = States.of(target, kernels.down(states.x, states.at.eps, states.t, s, noise), s)
                 works = kernels.work(lower.x, states.x, lower.at, states.at, s, states.t)
                 if spacing is None or length == 1 or float(works.std()) <= spacing:
                     break
@@ -106,9 +106,7 @@ def smc(
             for _ in range(moves):
                 accepted = langevin(target, kernels, states, step, generator)
                 step = adapted(step, float(accepted.double().mean()))
-            if seen is not None:
-                seen(states, log_w, step)
-    return Particles(states, log_w, log_z + log_w.logsumexp(1) - math.log(size), least)
+    return Particles(states, log_w, log_z + log_w.logsumexp(1) - math.log(size), least, visited)
 
 
 def effective(log_w: Tensor) -> Tensor:

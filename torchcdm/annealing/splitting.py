@@ -18,7 +18,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels, denoised
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, chance, langevin
 from torchcdm.annealing.particles import smc, systematic
 from torchcdm.annealing.target import Evaluated, Target
@@ -198,17 +198,12 @@ class _Above(Target):
         return self.inner.start_moments()
 
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        inside = slice(None)
-        if isinstance(t, int) and t == 1 and self.least > -math.inf:
-            inside = _values(self.event, x_t) > self.least
-            if not inside.any():
-                return Evaluated(torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t))
-        found = self.inner.evaluate(x_t[inside], t)
-        self.evaluations += len(found.log_gamma)
-        if isinstance(inside, slice):
-            return Evaluated(*found[:2])
         log_gamma, eps = torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t)
-        log_gamma[inside], eps[inside] = found.log_gamma, found.eps
+        limited = isinstance(t, int) and t == 1 and self.least > -math.inf
+        inside = _values(self.event, x_t) > self.least if limited else log_gamma < 0
+        if inside.any():
+            log_gamma[inside], eps[inside] = self.inner.evaluate(x_t[inside], t)[:2]
+        self.evaluations += int(inside.sum())
         return Evaluated(log_gamma, eps)
 
 
@@ -228,17 +223,16 @@ class _Jumps:
 
     def move(self, states: States, generator: torch.Generator) -> None:
         """One jump of each state, two evaluations or, where it ends below the threshold, one."""
-        kernels, target, x = self.kernels, self.target, states.x
-        n, schedule = len(x), target.schedule
+        kernels, target, x, n = self.kernels, self.target, states.x, len(states.x)
         which = torch.multinomial(self.odds, n, replacement=True, generator=generator)
         noises = [torch.randn(n, self.spread.numel(), generator=generator, dtype=x.dtype).to(x.device)
                   for _ in range(2)]  # fmt: skip
         t, s = self.levels[which].to(x.device), torch.ones(n, dtype=torch.long, device=x.device)
         x_t = kernels.up(x, s, t, noises[0].reshape(x.shape))
-        x0 = denoised(schedule, x_t, t, target.evaluate(x_t, t).eps)
-        proposed = States.of(target, kernels.down(x_t, x0, t, s, noises[1]), states.t)
+        eps = target.evaluate(x_t, t).eps
+        proposed = States.of(target, kernels.down(x_t, eps, t, s, noises[1]), states.t)
         log_ratio = proposed.at.log_gamma - states.at.log_gamma
-        log_ratio = log_ratio + kernels.log_ratio(proposed.x, x_t, x0, s, t) - kernels.log_ratio(x, x_t, x0, s, t)
+        log_ratio = log_ratio + kernels.log_ratio(proposed.x, x_t, eps, s, t) - kernels.log_ratio(x, x_t, eps, s, t)
         accepted = chance(log_ratio, generator)
         way = (target.reference.rotation(proposed.x - x).square() / self.spread).mean(1) * accepted
         self.way.index_add_(0, which, way.cpu())

@@ -5,6 +5,7 @@ A CDM is one (:class:`ModelTarget`), and so is a function of several: a subclass
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ class Target(ABC):
     ) -> None:
         self.schedule, self.shape = schedule, tuple(shape)
         self.reference = _standard(schedule, self.shape) if reference is None else reference
+        self.dtype = torch.float64
 
     @abstractmethod
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
@@ -62,6 +64,11 @@ class Target(ABC):
             x_t: Model units, float64 (B, *shape).
             t: Levels 1 ... T, an int, or long (B,): replicas of all levels are one batch.
         """
+
+    @final
+    def eps(self, x_t: Tensor, t: Level) -> Tensor:
+        """-sigma_t times the gradient at ``x_t``, in the precision of the network, (B, *shape)."""
+        return self.evaluate(x_t, t).eps.to(self.dtype)
 
     def start_moments(self) -> tuple[Tensor, Tensor]:
         """Mean (*shape) and variances (d,), in the reference's eigenbasis, of a Gaussian close to gamma_T.
@@ -96,6 +103,7 @@ class ModelTarget(Target):
         y: A class, or a context (context,), that is given; None for the unconditional density.
         batch_size: Inputs at a time; by their size, and what memory holds, when None.
         guidance: Weight w of identity 8: the target is (1 + w) log p_t(x|y) - w log p_t(x).
+        density: Whether log gamma is asked for. Without it any denoiser will do, in any precision.
 
     Attributes:
         y: Labels, (1,) or (1, context) for all rows, or one for each row of all calls that follow; None for none.
@@ -106,26 +114,34 @@ class ModelTarget(Target):
     """
 
     def __init__(
-        self, model: Denoiser, y: Tensor | int | None = None, batch_size: int | None = None, guidance: float = 0.0
+        self,
+        model: Denoiser,
+        y: Tensor | int | None = None,
+        batch_size: int | None = None,
+        guidance: float = 0.0,
+        density: bool = True,
     ) -> None:
-        if not hasattr(model, "at_level"):
+        self.proposes = not hasattr(model, "at_level")
+        if density and self.proposes:
             require_density(model, "a sample by moves or particles")
         reference = reference_gaussian(model)
         super().__init__(model.schedule, tuple(reference.mean.shape), reference)
         self.model, self.batch_size, self.guidance = model, batch_size, guidance
+        self.dtype = working_dtype(model, torch.float64)
         self.y = as_labels(y, model, 1, one_for_all=True)
-        if working_dtype(model, torch.float64).itemsize < 4:
+        if density and self.dtype.itemsize < 4:
             raise UserError("log p in half precision decides nothing: annealing needs float32, model.float()")
 
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        dtype = working_dtype(self.model, torch.float64)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
 
         def part(rows: slice) -> tuple[Tensor, ...]:
-            x, at, y = x_t[rows], levels[rows], self.y
+            x, at, y = x_t[rows].to(self.dtype), levels[rows], self.y
             if y is not None:
                 y = y.expand(len(x), *y.shape[1:]) if len(y) == 1 else y[rows]
-            return self.model.at_level(x.to(dtype), at, y, self.guidance)
+            if self.proposes:
+                return x_t.new_full((len(x),), math.nan), self.model.denoise(x, at, y).eps.double()
+            return self.model.at_level(x, at, y, self.guidance)
 
         return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
 

@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels, denoised
+from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.particles import effective, smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
@@ -246,10 +246,7 @@ def _by_particles(
         size = -(-particles // islands)
         if sweeps:
             rungs = ladder(target, kernels, 1, max(particles, 2), generator)
-            trace = exchange(
-                target, kernels, rungs.levels, rungs.x, check_count("sweeps", sweeps, 4), -(-sweeps // 4), generator,
-                rungs.step, moves, progress,
-            )  # fmt: skip
+            trace = exchange(target, kernels, rungs, check_count("sweeps", sweeps, 4), generator, moves, progress)
             x, log_w = trace.x.flatten(0, 1), None
             log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()
         else:
@@ -266,7 +263,7 @@ def _by_particles(
                 f"the weights have collapsed: {ess:.1f} of {particles} particles count; use more particles, moves "
                 "(corrector) or sweeps; or the composition asks for what the model hardly has", stacklevel=3,
             )  # fmt: skip
-        x_0 = denoised(target.schedule, x, 1, target.evaluate(x, 1).eps)
+        x_0 = kernels.x0(x, target.eps(x, 1), 1)
         x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
     if log_w is None:
         chosen = torch.randperm(len(x), generator=generator)[:n]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels, denoiser_x0
-from torchcdm.annealing.target import reference_gaussian
+from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.target import ModelTarget, reference_gaussian
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
@@ -55,50 +55,45 @@ def elbo(
         scoring: Level l from which the data are decoded, 1 ... T - 1; seed and batch size.
         kernels: The chain's; with the reference Gaussian's variances when None.
         evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
-            many strata of the levels. One for each level when None.
+            many strata of the levels, a random level of each. One for each level when None.
 
     Raises:
         UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
     (x, y), transform, level = as_data(denoiser, x, y), denoiser.transform, scoring.level_of(denoiser)
-    count = denoiser.schedule.T - level + 1
+    schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))
+    count = schedule.T - level + 1
     evaluations = count if evaluations is None else evaluations
     if not 2 <= evaluations <= count:
         raise UserError(f"elbo: evaluations is {evaluations}; from level {level} this schedule takes 2 to {count}")
-    kernels = kernels or Kernels(reference_gaussian(denoiser))
+    edges = torch.linspace(level + 1, schedule.T + 1, evaluations).round().long().tolist()
+    strata, target = list(zip(edges[:-1], edges[1:], strict=True)), ModelTarget(denoiser, density=False)
 
     def terms(rows: slice) -> tuple[Tensor, ...]:
         batch = Batch(denoiser, x, y, rows, scoring.seed)
-        x_0, change = batch.clean()
-        diffusion = _diffusion(denoiser, kernels, batch, x_0, level, evaluations - 1)
-        parts = kernels.prior_kl(x_0), diffusion, _reconstruction(denoiser, kernels, batch, x_0, level), change
-        return tuple(part.cpu() for part in parts)
+        (x_0, change), target.y = batch.clean(), batch.y
+
+        def noisy(t: int | Tensor, number: int) -> tuple[Tensor, Tensor]:
+            """x_t (B, *shape) by noise of its own, and the denoiser's E[x_0 | x_t]."""
+            x_t = schedule.perturb(x_0, t, batch.normal("chain", number))
+            return x_t, kernels.x0(x_t, target.eps(x_t, t), t)
+
+        prior = kernels.reference.start_kl(schedule.alpha[-2] * x_0, schedule.sigma[-2])
+        diffusion = torch.zeros_like(change)
+        for k, ends in enumerate(strata):
+            t = draw_rows(
+                batch.seed, ("strata", k), rows, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
+            ).to(x_0.device)
+            diffusion = diffusion + (ends[1] - ends[0]) * kernels.kl(x_0 - noisy(t, 1 + k)[1], t)
+        x_t, mean = noisy(level, 0)
+        if transform.bin is None:
+            reconstruction = -log_normal(kernels.reference.rotation(x_0 - mean), kernels.variances[level - 1]).sum(1)
+        else:
+            cells = noisy_cells(transform, schedule, level)
+            normal = (log_normal(batch.normal("chain", 0).flatten(1)) - cells.sigma.log()).sum(1)
+            reconstruction = cells.log_q(x_t, batch.x) - normal - cells.log_decoder(x_t, batch.x, mean)
+        return tuple(part.cpu() for part in (prior, diffusion, reconstruction, change))
 
     prior, diffusion, reconstruction, change = scoring.by_batches(denoiser, x, terms)
     total = prior + diffusion + reconstruction
     return ELBO(change - total, transform.dim, level, transform.log_bin, evaluations, prior, diffusion, reconstruction)
-
-
-def _diffusion(denoiser: Denoiser, kernels: Kernels, batch: Batch, x_0: Tensor, level: int, strata: int) -> Tensor:
-    """Sum of KLs over the levels above ``level``, (B,): one random level for each stratum, times its size."""
-    total = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-    edges = torch.linspace(level + 1, kernels.schedule.T + 1, strata + 1).round().long().tolist()
-    for k, ends in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        t = draw_rows(
-            batch.seed, ("strata", k), batch.rows, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
-        ).to(x_0.device)
-        x_t = kernels.schedule.perturb(x_0, t, batch.normal("chain", 1 + k))
-        total = total + (ends[1] - ends[0]) * kernels.kl(x_0 - denoiser_x0(denoiser, x_t, t, batch.y), t)
-    return total
-
-
-def _reconstruction(denoiser: Denoiser, kernels: Kernels, batch: Batch, x_0: Tensor, level: int) -> Tensor:
-    """From ``level`` to the data, (B,)."""
-    eps = batch.normal("chain", 0)
-    x_t = kernels.schedule.perturb(x_0, level, eps)
-    mean = denoiser_x0(denoiser, x_t, level, batch.y)
-    if batch.transform.bin is None:
-        return -kernels.log_decoder(x_0, mean, level)
-    cells = noisy_cells(batch.transform, kernels.schedule, level)
-    normal = (log_normal(eps.flatten(1)) - cells.sigma.log()).sum(1)
-    return cells.log_q(x_t, batch.x) - normal - cells.log_decoder(x_t, batch.x, mean)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.replicas import Trace, exchange, ladder
+from torchcdm.annealing.replicas import Replicas, exchange, ladder
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Batch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
@@ -73,7 +73,7 @@ class LogZ:
         return cls(float(weights.mean().log() + values.max()), se, estimator, level, dim, x)
 
     @classmethod
-    def of_replicas(cls, trace: Trace, starts: Sequence[str]) -> LogZ:
+    def of_replicas(cls, trace: Replicas, starts: Sequence[str]) -> LogZ:
         """From replica exchange, equally many columns from each of ``starts``; doubted where these disagree.
 
         The standard error is from the columns, which are independent of each other, whatever the autocorrelation
@@ -95,7 +95,7 @@ class LogZ:
         if apart > AGREEMENT:
             doubt = f"runs from {', '.join(starts)} differ by {apart:.1f} standard errors"
         size = f"{len(trace.levels)} levels x {rows.numel()} columns, {len(trace.down)} sweeps"
-        others = None if trace.columns is None else trace.mbar()
+        others = trace.mbar() if trace.densities else None
         check = others and cls(others.total, others.se, f"MBAR, {size}", level, dim)
         x = trace.x.flatten(0, 1)
         name = f"replica exchange, {size}"
@@ -192,7 +192,7 @@ def log_normalizer(
         check_count(name, value, least, LARGEST_COUNT)
     x = None if x is None else as_data(model, x, None)[0]
     target = ModelTarget(model, y, scoring.batch_size)
-    kernels = kernels or Kernels.of_denoiser(model, target.y, scoring.seed, batch_size=scoring.batch_size)
+    kernels = kernels or Kernels.of_target(target, scoring.seed)
     generator, device = stream(scoring.seed, "replicas"), schedule.alpha.device
     rungs = ladder(target, kernels, level, max(DESCENDING, replicas), generator)
     # Particles that were resampled from one are neighbours.
@@ -214,8 +214,6 @@ def log_normalizer(
         signs = 2.0 * torch.randint(0, 2, (replicas, math.prod(target.shape)), generator=generator) - 1
         far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
         starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
-    trace = exchange(
-        target, kernels, rungs.levels, torch.cat(list(starts.values()), 1), sweeps, -(-sweeps // 4), generator,
-        rungs.step, moves, progress,
-    )  # fmt: skip
+    rungs = rungs._replace(x=torch.cat(list(starts.values()), 1))
+    trace = exchange(target, kernels, rungs, sweeps, generator, moves, progress)
     return LogZ.of_replicas(trace, list(starts))

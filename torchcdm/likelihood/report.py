@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
+from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
@@ -117,7 +119,9 @@ class _Table:
     @cached_property
     def kernels(self) -> Kernels:
         """With the variances that the model's own samples have."""
-        return Kernels.of_denoiser(self.model, self.y, self.scoring.seed, batch_size=self.scoring.batch_size)
+        target, n = ModelTarget(self.model, batch_size=self.scoring.batch_size, density=False), CALIBRATION_SAMPLES
+        target.y = None if self.y is None else self.y[torch.arange(n) * len(self.y) // n]
+        return Kernels.of_target(target, self.scoring.seed)
 
     def add_single(self) -> None:
         """published-convention, one-pass, one-pass-level."""

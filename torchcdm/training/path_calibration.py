@@ -137,7 +137,7 @@ def calibrate_paths(
         fit = _Fit(model, data)
         found, shown = [], []
         calibrated = Calibrated(model, fit.readout(shown))
-        kernels = Kernels.of_denoiser(model, None, seed, CHAIN_SAMPLES, batch_size) if rounds else None
+        kernels = Kernels.of_target(ModelTarget(model, None, batch_size), seed, CHAIN_SAMPLES) if rounds else None
         for k in range(rounds):
             generator = stream(derive(seed, "particles", k), "particles")
             ended = smc(
