@@ -56,7 +56,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from studies.compare.own import preset_of
     from torchcdm.likelihood.log_z import FEWEST_SWEEPS
     from torchcdm.runtime.devices import chosen_device
-    from torchcdm.training.build import gaussianized, load_source
+    from torchcdm.training.build import in_units, load_source
     from torchcdm.training.interrupt import Interrupted
 
     if options.seed < 0:
@@ -70,7 +70,8 @@ def run_compare(options: argparse.Namespace) -> int:
     data = _data(options)
     source = load_source(data)
     if preset_of(source).data.gaussianize if options.gaussianize is None else options.gaussianize:
-        data, source = replace(data, gaussianize=True), gaussianized(source)
+        data = replace(data, gaussianize=True)
+        source = in_units(source, data)
     if options.list:
         _list(source)
         return 0

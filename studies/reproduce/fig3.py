@@ -9,10 +9,11 @@ from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps import plots
-from torchcdm.training.evaluation import posterior_curves
+from torchcdm.training.evaluation import log_posteriors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 __all__ = ["SETTINGS", "run"]
 
@@ -24,12 +25,14 @@ def run(work: Workspace) -> Result:
     models = Models(work)
     setting = models.setting
     x, _ = models.source.split("test").tensors(min(setting.test, 256))
-    curves = {variant: posterior_curves(models.classifier(variant), x) for variant in VARIANTS}
+    curves: dict[str, dict[int, Tensor]] = {}
+    for variant in VARIANTS:
+        found = log_posteriors(models.classifier(variant), x)
+        curves[variant] = {t: log_p.mean(0) for t, log_p in found.items()}
     rows = []
-    for i, t in enumerate(curves["both"].levels):
+    for t in curves["both"]:
         cells: list[float | None] = []
-        for found in curves.values():
-            curve = found.log_p[i]
+        for curve in (of_variant[t] for of_variant in curves.values()):
             away = len(curve) // 4
             cells += [float(curve[level]) if 0 <= level < len(curve) else None for level in (t, t - away, t + away)]
         rows.append((t, *cells))
@@ -39,7 +42,7 @@ def run(work: Workspace) -> Result:
 
     def paint(axes: Sequence[Axes]) -> None:
         for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
-            for t, curve in zip(curves[variant].levels, curves[variant].log_p, strict=True):
+            for t, curve in curves[variant].items():
                 (line,) = ax.plot(curve.numpy(), label=f"t = {t}")
                 ax.axvline(t, color=line.get_color(), linestyle="--", linewidth=0.8)
             ax.set_title(title)

@@ -41,7 +41,7 @@ def run(work: Workspace) -> Result:
         def make(model=model) -> dict[str, list[float]]:  # noqa: ANN001
             x, _ = source.split("test").tensors(setting.test)
             sums = level_sums(model, x, draws=DRAWS)
-            return {"mse": sums.mse.tolist(), "count": sums.count.tolist()}
+            return {"mse": sums["mse"].tolist(), "count": sums["count"].tolist()}
 
         settings = {"config": encode(models.config(variant)), "test": setting.test, "draws": DRAWS}
         errors[variant] = grouped(work.numbers(f"fig4-{models.name(variant)}", settings, make))

@@ -16,10 +16,10 @@ from studies.compare.flows import FlowModule
 from studies.compare.peers import PEERS
 from studies.compare.results import NAME_WIDTH, Comparison, Result
 from studies.compare.sklearn_peers import ClassicalPeer
-from torchcdm.data import fingerprint, from_object, load_data
+from torchcdm.data import DataOptions, fingerprint, from_object, load_data
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
-from torchcdm.training.build import gaussianized
+from torchcdm.training.build import in_units
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -47,7 +47,8 @@ def made(tmp_path_factory):
 def test_the_command_leaves_numbers_and_a_figure(made, capsys):
     folder, words = made
     content = json.loads((folder / "all.json").read_text())
-    assert content["protocol"].pop("fingerprint") == fingerprint(gaussianized(load_data("digits")))
+    source = in_units(load_data("digits"), DataOptions(gaussianize=True))
+    assert content["protocol"].pop("fingerprint") == fingerprint(source)
     assert content["protocol"] == {
         "data": "digits", "train": 1300, "validation": 200, "test": 8, "dim": 64, "unit": "bits/dim", "budget": 0.3,
         "clock": "processor", "seed": 0, "gaussianized": True, "log_z": None, "frechet": None,
@@ -88,7 +89,7 @@ def test_bent_columns_are_another_protocol_too(source, tmp_path):
     words = {"seconds": 0.3, "folder": tmp_path, "peers": ("gaussian",), "clock": "processor"}
     assert compare(source, **words).protocol.gaussianized is False
     with pytest.raises(UserError, match="gaussianized = False, not True"):
-        compare(gaussianized(source), **words)
+        compare(in_units(source, DataOptions(gaussianize=True)), **words)
 
 
 def test_what_is_finished_is_not_made_again(made, monkeypatch):

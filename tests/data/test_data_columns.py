@@ -16,7 +16,7 @@ from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, elbo, probability_flow, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.training.build import gaussianized
+from torchcdm.training.build import in_units
 from torchcdm.units import ColumnTransform, cell_width, discrete_values, frequent_values
 
 VALUES, CHANCES = (0.0, 1.0, 2.0, 5.0), (0.4, 0.3, 0.1, 0.2)
@@ -74,7 +74,7 @@ def test_a_table_spreads_discrete_columns_over_their_cells():
 @pytest.mark.parametrize("bend", [False, True])
 def test_gaussianized_tables_bend_continuous_columns_alone(bend):
     source = from_object(table(), validation_fraction=0.1, test_fraction=0.1)
-    source = gaussianized(source) if bend else source
+    source = in_units(source, DataOptions(gaussianize=bend))
     x, _ = source.train.tensors()
     z = source.transform.encode(x, rng()).double()
     skew = ((z - z.mean(0)) / z.std(0)).pow(3).mean(0).abs()

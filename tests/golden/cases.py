@@ -269,7 +269,7 @@ def of_tools() -> dict[str, Tensor]:
     values["noise"] = torch.stack([noise.ratio, noise.level.double(), noise.log_prob])
     values["denoised"] = torch.as_tensor(denoise(model, x_t, units="model")[0])
     sums = level_sums(model, grey(20), draws=2, seed=1)
-    values["evaluation"] = torch.stack([sums.mse, sums.ce, sums.accuracy])
+    values["evaluation"] = torch.stack([sums["mse"], sums["ce"], sums["accuracy"]])
     for name in ("log_prob", "typicality", "coarse"):
         score = AnomalyScore(name, model).fit(grey(30, seed=11))
         values[f"anomaly/{name}"] = score(grey(5, seed=12))

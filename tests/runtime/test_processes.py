@@ -153,7 +153,7 @@ X = torch.randn(50, 2, generator=torch.Generator().manual_seed(1), dtype=torch.f
 WORK = {
     "sample": lambda model: sample(model, 50, "ddpm", 4),
     "profile": lambda model: level_profile(model, X),
-    "levels": lambda model: level_sums(model, X, draws=2).mse,
+    "levels": lambda model: level_sums(model, X, draws=2)["mse"],
     "report": lambda model: torch.tensor(
         [row.value for row in report(model, X, None, Scoring(steps=3), sweeps=4).rows]
     ),

@@ -16,7 +16,7 @@ from torchcdm.likelihood import consistency, single_pass
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
-from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, noisy_batches, posterior_curves, validate
+from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, log_posteriors, noisy_batches, validate
 from torchcdm.units import DataTransform
 
 SCHEDULE = UniformSigmaSchedule(10)
@@ -93,8 +93,8 @@ def test_errors_of_gaussian_data_are_the_posterior_variances():
     truth = (v / (v + r**2)).mean(1)
     for model in (cdm, ddm):
         sums = level_sums(model, x, draws=12)
-        assert sums.count.tolist() == [4000] * 12 and float(sums.mse[-1]) < 1e-9
-        assert torch.allclose((sums.mse / sums.count)[:-1], truth, rtol=0.08)
+        assert sums["count"].tolist() == [4000] * 12 and float(sums["mse"][-1]) < 1e-9
+        assert torch.allclose((sums["mse"] / sums["count"])[:-1], truth, rtol=0.08)
 
 
 def test_posteriors_are_means_over_inputs_of_each_level():
@@ -102,9 +102,9 @@ def test_posteriors_are_means_over_inputs_of_each_level():
     model = ClassificationDiffusion(
         ZeroBackbone(5), schedule, DataTransform.identity((2,)), GaussianMarginals.fit(x, schedule)
     )
-    curves = posterior_curves(model, x)
-    assert curves.levels == [0, 1, 2, 3, 4]
-    p = torch.stack(curves.p)
+    found = log_posteriors(model, x)
+    assert list(found) == [0, 1, 2, 3, 4]
+    p = torch.stack([log_p.exp().mean(0) for log_p in found.values()])
     assert torch.allclose(p.sum(1), torch.ones(5).double())
     # With every level as frequent the mean over all inputs of p(t | x) is that of t: symmetric, as p(s | x_t) is.
     assert torch.allclose(p.mean(0), torch.full((5,), 0.2).double(), atol=0.01) and torch.allclose(p, p.T, atol=0.02)
@@ -125,7 +125,7 @@ def test_validation_is_the_loss_of_training_and_the_density():
 
 @pytest.mark.parametrize(
     "measure",
-    [level_sums, posterior_curves, single_pass, consistency, fig9.confusion, lambda m, x: denoised(m, x, [1, 5])],
+    [level_sums, log_posteriors, single_pass, consistency, fig9.confusion, lambda m, x: denoised(m, x, [1, 5])],
 )
 def test_models_on_another_device_than_the_data(measure):
     with pretended_device() as device:

@@ -17,8 +17,8 @@ from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.finish import _uniform, problems
 from torchcdm.training.loop import train
-from torchcdm.training.outcome import _uniform, problems
 from torchcdm.training.samples import sampling_options
 from torchcdm.units import DataTransform
 

@@ -11,13 +11,13 @@ import torch
 import yaml
 from small_runs import run_training, small_config
 
-from torchcdm.data import from_object
+from torchcdm.data import DataOptions, from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
-from torchcdm.training.build import gaussianized
+from torchcdm.training.build import in_units
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.interrupt import Interrupted, SignalWatch
@@ -264,7 +264,7 @@ def test_vectors_leave_a_table_of_samples(tmp_path):
 
 
 def test_a_source_is_taken_in_the_units_that_it_comes_in(tmp_path, monkeypatch):
-    source = gaussianized(from_object(torch.randn(200, 3).exp()))
+    source = in_units(from_object(torch.randn(200, 3).exp()), DataOptions(gaussianize=True))
     monkeypatch.setattr(ColumnTransform, "fit", lambda *_, **__: pytest.fail("its curves are fitted twice"))
     config = small_config("mlp", model__backbone="{name: mlp, width: 16, depth: 1}", data__gaussianize="true")
     train(config, tmp_path / "run", source, device="cpu", progress=False)

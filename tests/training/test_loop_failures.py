@@ -12,9 +12,8 @@ from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.training import loop as training
 from torchcdm.training.config_files import flag_fields, make_config, preset_fields
-from torchcdm.training.evaluation import LevelSums
-from torchcdm.training.loop import NotFinite, train
-from torchcdm.training.progress import Window
+from torchcdm.training.evaluation import means
+from torchcdm.training.loop import NotFinite, Window, train
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.training.states import load_state, state_folders
 
@@ -93,8 +92,7 @@ def test_the_logged_squared_error_is_of_the_levels_that_validation_counts():
     window, error = Window(3, torch.device("cpu")), torch.tensor([9.0, 1.0, 0.0, 2.0, 0.0])
     window.add({"mse": error, "loss": error, "t": torch.arange(5)})
     processes = SimpleNamespace(total=lambda values: values)
-    zeros = torch.zeros(5)
-    validated = LevelSums(torch.ones(5), error, zeros, zeros).means()["mse"]
+    validated = means({"count": torch.ones(5), "mse": error})["mse"]
     assert window.means(processes) == {"mse": validated, "loss": error.mean()} and validated == 1
 
 

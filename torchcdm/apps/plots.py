@@ -13,7 +13,6 @@ from torch import Tensor
 from torchcdm.data import save_grid
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
-from torchcdm.training.evaluation import PosteriorCurves
 from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
@@ -48,12 +47,15 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         save_panels(path, len(panels), paint)
 
 
-def level_posteriors(curves: PosteriorCurves, path: Path) -> Path:
-    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line."""
+def level_posteriors(found: Mapping[int, Tensor], path: Path) -> Path:
+    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
+
+    ``found`` is what :func:`torchcdm.training.evaluation.log_posteriors` gives.
+    """
 
     def paint(axes: Sequence[Axes]) -> None:
-        for t, curve in zip(curves.levels, curves.p, strict=True):
-            (drawn,) = axes[0].plot(curve.numpy(), label=f"t = {t}")
+        for t, log_p in found.items():
+            (drawn,) = axes[0].plot(log_p.exp().mean(0).numpy(), label=f"t = {t}")
             axes[0].axvline(t, color=drawn.get_color(), **DASHED)
         axes[0].set(yscale="log", ylim=(1e-5, 1.5), xlabel=LEVEL, ylabel="p(t | x)")
         axes[0].legend()

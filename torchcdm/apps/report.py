@@ -23,7 +23,7 @@ from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
-from torchcdm.training.evaluation import evaluate, posterior_curves
+from torchcdm.training.evaluation import evaluate, log_posteriors
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.training.samples import balanced_labels, sampling_options
 from torchcdm.training.settings import Config
@@ -129,7 +129,7 @@ def _figures(
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
     x, _ = (source.test or source.train).tensors(FIGURE_SAMPLES)
     if model.density is not None:
-        plots.level_posteriors(posterior_curves(model.density, x), folder.plots / "posteriors.png")
+        plots.level_posteriors(log_posteriors(model.density, x), folder.plots / "posteriors.png")
     images, plane = len(source.shape) == 3, source.shape == (2,)
     if not images and not plane:
         return

@@ -215,8 +215,8 @@ class TableEstimator(BaseEstimator):
         if config.train.max_seconds is not None:
             left = max(config.train.max_seconds - (self.clock() - began), SHORTEST)
             config = replace(config, train=replace(config.train, max_seconds=left))
-        with trained(config, source, self.device, bool(self.verbose), self.clock) as run:
-            model, info = require_density(load(run, self.device or "cpu"), "an estimator"), read_info(run)
+        model = require_density(trained(config, source, self.device, bool(self.verbose), self.clock), "an estimator")
+        info = model.info
         transform.table = self.columns_ if self._framed and contexts is None else None
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.

@@ -31,39 +31,35 @@ from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 FittedBase = GaussianMarginals | MixtureMarginals | CosineMixture
 """What logits can be a correction to, fitted to data."""
 
-
-def load_source(options: DataOptions, like: DataTransform | None = None) -> DataSource:
-    """The data that options name, in the units that they ask for, or in those of ``like``, the model to score them."""
-    source = load_data(options, like)
-    return in_units(source, options) if like is None else source
-
-
-def check_label(label: str | None, model: ModelConfig) -> None:
-    """Refuses the name of a column of classes for a model that takes none."""
-    if label is not None and model.labels == "none":
-        mend = "add --model.labels joint to learn the classes, or leave the column out by --drop"
-        raise UserError(f"label '{label}' names a column of classes, but this model takes none; {mend}")
-
-
-def in_units(source: DataSource, options: DataOptions) -> DataSource:
-    """Data in the units that options ask for: :func:`gaussianized`, or as they are."""
-    return gaussianized(source, options.flip) if options.gaussianize else source
-
-
 HISTOGRAM_NUMBERS = 2**25
 """Numbers of images that are counted at a time: a quarter of a gibibyte in float64."""
 
+GAUSSIAN_NUMBERS = 2**27
+"""Numbers in a gibibyte of float64: what a base density reads of large data, and 50 000 samples in any case."""
 
-def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
-    """The same data with every dimension brought to a standard normal, or near one, as the training split has it.
+HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = 20_000, 2**24
+"""Validation samples, and numbers in them, that choose a base density or what the Gaussians of classes share."""
 
-    Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each. ``flip`` says that
-    training mirrors images.
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+def load_source(options: DataOptions) -> DataSource:
+    """The data that options name, in the units that they ask for."""
+    return in_units(load_data(options), options)
+
+
+def in_units(source: DataSource, options: DataOptions) -> DataSource:
+    """Data in the units that options ask for: as they are, or, for ``gaussianize``, every dimension near a normal.
+
+    Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each, as the training
+    split has them, mirrored too for ``flip``.
 
     Raises:
         UserError: Images of continuous values.
     """
-    transform, split = source.transform, source.split("train")
+    transform, split = source.transform, source.train
+    if not options.gaussianize:
+        return source
     if transform.bin is None and len(source.shape) == 1:
         x, _ = split.tensors()
         known = isinstance(transform, ColumnTransform)
@@ -75,7 +71,17 @@ def gaussianized(source: DataSource, flip: bool = False) -> DataSource:
         return source
     size = max(1, min(1000, HISTOGRAM_NUMBERS // transform.dim))
     parts = (split.batch(rows)[0] for rows in torch.arange(len(split)).split(size))
-    return replace(source, transform=GaussianizedTransform.fit(transform, parts, flip))
+    return replace(source, transform=GaussianizedTransform.fit(transform, parts, options.flip))
+
+
+def check_label(label: str | None, model: ModelConfig) -> None:
+    """Refuses the name of a column of classes for a model that takes none."""
+    if label is not None and model.labels == "none":
+        mend = "add --model.labels joint to learn the classes, or leave the column out by --drop"
+        raise UserError(f"label '{label}' names a column of classes, but this model takes none; {mend}")
+
+
+# --- base densities ----------------------------------------------------------------------------------------------
 
 
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
@@ -88,28 +94,28 @@ def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
 
 
 def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[ModelConfig, list[str]]:
-    """The same with the base density filled in that :func:`torchcdm.diffusion.start.best_start` finds best.
+    """:func:`resolve`, with the base density that :func:`torchcdm.diffusion.start.best_start` finds best.
 
     Held out is the validation split; every fifth training sample where there is none. Classes with Gaussians of their
     own choose what these share when they are fitted. With what was chosen, in sentences.
     """
-    given = {name: getattr(config, name) for name in FIELDS}
-    if config.class_gaussians and (config.components or 1) == 1:
-        given = given | {"gaussian": True, "components": 1, "shrinkage": 0.0}
-    if config.gaussian is False or None not in (given["components"], given["shrinkage"]):
-        fixed = {"gaussian": True, "components": 1, "shrinkage": 0.0}
-        return replace(config, **fixed | {name: value for name, value in given.items() if value is not None}), []
+    config = resolve(config, source.transform)
+    given = {name: value for name in FIELDS if (value := getattr(config, name)) is not None}
+    fixed = {"gaussian": True, "components": 1, "shrinkage": 0.0}
+    if config.class_gaussians and given.get("components", 1) == 1:
+        given |= fixed
+    if config.gaussian is False or given.keys() >= {"components", "shrinkage"}:
+        return replace(config, **fixed | given), []
     train, _ = base_samples(source, flip)
-    limit = min(HELD_OUT_SAMPLES, max(100, HELD_OUT_NUMBERS // source.transform.dim))
     if source.validation:
-        held_out, _ = source.validation.tensors(limit)
+        limit = min(HELD_OUT_SAMPLES, max(100, HELD_OUT_NUMBERS // source.transform.dim))
         # Copies of a sample, as a small table has them, would count as so many samples.
-        held_out = source.transform.encode(held_out.unique(dim=0), stream(0, "base density held out"))
+        held_out = source.validation.tensors(limit)[0].unique(dim=0)
+        held_out = source.transform.encode(held_out, stream(0, "base density held out"))
     else:
         chosen = torch.arange(len(train)) % 5 == 0
         train, held_out = train[~chosen], train[chosen]
-    start = best_start(train, held_out, base_floor(source.transform), given)
-    config = replace(config, **start.fields)
+    config = replace(config, **best_start(train, held_out, base_floor(source.transform), given).fields)
     return config, [f"starts from {described(config)}, the most probable on held-out data"]
 
 
@@ -135,6 +141,31 @@ def base_floor(transform: DataTransform) -> float:
     return 0.0 if bin_ is None or not transform.dequantize else float(bin_.min()) ** 2 / 12
 
 
+def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
+    """Base density of a resolved configuration, fitted to the training split, mirrored too for ``flip``."""
+    transform, floor, schedule = source.transform, base_floor(source.transform), build_schedule(config.schedule)
+    z, y = base_samples(source, flip)
+    if config.class_gaussians and bool((y < 0).any()):
+        raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
+    if config.components > 1 and z.ndim > 2:
+        if config.class_gaussians:
+            raise UserError("model.class_gaussians with model.components is for vectors; leave components at 1")
+        return CosineMixture.fit(z, schedule, config.components, floor, config.shrinkage)
+    if config.components > 1:
+        common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
+        return common.with_classes(z, y) if config.class_gaussians else common
+    if not config.class_gaussians:
+        return GaussianMarginals.fit(z, schedule, floor, config.form, config.shrinkage)
+    x, labels = source.validation.tensors(HELD_OUT_SAMPLES)
+    held_out = None
+    if set(labels.tolist()) == set(y.tolist()):
+        held_out = transform.encode(x, stream(0, "base density held out")), labels
+    return fit_class_gaussians(z, y, schedule, floor, held_out=held_out)
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
 def plain_model(model: ModelConfig) -> ModelConfig:
     """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
     net = model.backbone
@@ -151,13 +182,18 @@ def build_schedule(config: Any) -> NoiseSchedule:
     return kind(**arguments_for(kind, config))
 
 
+def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
+    """The loss that trains ``model``."""
+    kind = DDMLoss if model.density is None else CDMLoss
+    return kind(model, **arguments_for(kind, config))
+
+
 def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, classes: int | None) -> nn.Module:
     """The network of a configuration for events of this shape."""
-    name, joint = config.backbone.name, config.labels == "joint"
+    name, joint, vectors = config.backbone.name, config.labels == "joint", len(shape) == 1
     if name == "custom":
         how = "torchcdm.fit(data, backbone=module) trains it, torchcdm.load(path, backbone=module) loads it"
         raise UserError(f"model.backbone is custom, a network of your own, which Python gives: {how}")
-    vectors = len(shape) == 1
     if vectors != (name == "mlp"):
         data, fit = ("vectors", "mlp") if vectors else ("images", "encoder")
         raise UserError(f"model.backbone is {name}, but the data are {data} {shape}; use --model.backbone {fit}")
@@ -222,13 +258,13 @@ def build_model(
     if backbone is None:
         backbone = build_backbone(config, transform.shape, schedule.T + 2, classes)
     if gaussian is None and config.gaussian is not False:
-        own = classes or 0 if config.class_gaussians else 0
-        if (config.components or 1) > 1 and len(transform.shape) > 1:
-            gaussian = CosineMixture.blank(schedule, transform.shape, config.components)
-        elif (config.components or 1) > 1:
-            gaussian = MixtureMarginals.blank(schedule, transform.shape, config.components, own)
-        else:
+        components, own = config.components or 1, (classes or 0) if config.class_gaussians else 0
+        if components == 1:
             gaussian = GaussianMarginals.blank(schedule, transform.shape, config.form, own)
+        elif len(transform.shape) > 1:
+            gaussian = CosineMixture.blank(schedule, transform.shape, components)
+        else:
+            gaussian = MixtureMarginals.blank(schedule, transform.shape, components, own)
     transform = copy.deepcopy(transform)
     if config.kind == "ddm":
         return DenoisingDiffusion(backbone, schedule, transform, gaussian)
@@ -254,62 +290,24 @@ def describe(model: Denoiser) -> ModelConfig:
     UserError for a schedule or base density that no setting makes.
     """
     schedule, base = model.schedule, model.base
-    names = [name for name, kind in SCHEDULES.items() if type(schedule) is kind]
-    if not names:
+    name = next((name for name, kind in SCHEDULES.items() if type(schedule) is kind), None)
+    if name is None:
         known = ", ".join(kind.__name__ for kind in SCHEDULES.values())
         raise UserError(f"{type(schedule).__name__}: no setting makes this schedule; choose one of {known}")
     if not (base is None or isinstance(base, StandardNormal | FittedBase)):
         raise UserError(f"{type(base).__name__}: no setting makes this base density; choose a fitted one, or none")
-    settings = SCHEDULE_SETTINGS[names[0]]
-    given = {name: getattr(schedule, name) for name in settings.__dataclass_fields__ if name != "name"}
-    plain = isinstance(base, GaussianMarginals)
-    components = {MixtureMarginals: lambda: len(base.mixture.means), CosineMixture: lambda: len(base.parts)}
-    forms = [form for form, kind in DIAGONAL.items() if plain and isinstance(base.rotation, kind)]
-    of_classes = len(base.classes) > 0 if plain else getattr(base, "class_log_weights", None) is not None
+    given = {key: getattr(schedule, key) for key in SCHEDULE_SETTINGS[name].__dataclass_fields__ if key != "name"}
+    form, components, own = None, 1, False
+    if isinstance(base, GaussianMarginals):
+        form, own = "full", len(base.classes) > 0
+        form = next((key for key, kind in DIAGONAL.items() if isinstance(base.rotation, kind)), form)
+    elif isinstance(base, MixtureMarginals):
+        components, own = len(base.mixture.means), base.class_log_weights is not None
+    elif isinstance(base, CosineMixture):
+        components = len(base.parts)
     return ModelConfig(
         kind="ddm" if model.density is None else "cdm",
         labels="joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none",
-        gaussian=isinstance(base, FittedBase),
-        components=components.get(type(base), lambda: 1)(),
-        shrinkage=0.0,
-        form=(forms or ["full"])[0] if plain else None,
-        class_gaussians=of_classes,
-        backbone=BACKBONES["custom"](),
-        schedule=settings(**given),
-    )
-
-
-def build_loss(config: LossConfig, model: Denoiser) -> CDMLoss | DDMLoss:
-    """The loss that trains ``model``."""
-    kind = DDMLoss if model.density is None else CDMLoss
-    return kind(model, **arguments_for(kind, config))
-
-
-GAUSSIAN_NUMBERS = 2**27
-"""Numbers in a gibibyte of float64: what :func:`fit_gaussian` reads of large data, and 50 000 samples in any case."""
-
-HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = 20_000, 2**24
-"""Validation samples, and numbers in them, that choose a base density or what the Gaussians of classes share."""
-
-
-def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedBase:
-    """Base density of a resolved configuration, fitted to the training split, mirrored too for ``flip``."""
-    transform, floor = source.transform, base_floor(source.transform)
-    z, y = base_samples(source, flip)
-    schedule = build_schedule(config.schedule)
-    if config.class_gaussians and bool((y < 0).any()):
-        raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
-    if config.components > 1 and z.ndim > 2:
-        if config.class_gaussians:
-            raise UserError("model.class_gaussians with model.components is for vectors; leave components at 1")
-        return CosineMixture.fit(z, schedule, config.components, floor, config.shrinkage)
-    if config.components > 1:
-        common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
-        return common.with_classes(z, y) if config.class_gaussians else common
-    if not config.class_gaussians:
-        return GaussianMarginals.fit(z, schedule, floor, config.form, config.shrinkage)
-    held_out_x, held_out_y = source.validation.tensors(HELD_OUT_SAMPLES)
-    held_out = None
-    if set(held_out_y.tolist()) == set(y.tolist()):
-        held_out = transform.encode(held_out_x, stream(0, "base density held out")), held_out_y
-    return fit_class_gaussians(z, y, schedule, floor, held_out=held_out)
+        gaussian=isinstance(base, FittedBase), components=components, shrinkage=0.0, form=form, class_gaussians=own,
+        backbone=BACKBONES["custom"](), schedule=SCHEDULE_SETTINGS[name](**given),
+    )  # fmt: skip

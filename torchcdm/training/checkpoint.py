@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 from torch import Tensor, nn
 
-from torchcdm.data import DataOptions, DataSource, Inputs, read_inputs, renumbered
+from torchcdm.data import DataOptions, DataSource, Inputs, load_data, read_inputs, renumbered
 from torchcdm.data.inputs import read_pictures
 from torchcdm.errors import UserError
 from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
@@ -20,7 +20,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
 from torchcdm.runtime.validation import encode, validated
-from torchcdm.training.build import build_backbone, build_model, describe, imported, load_source
+from torchcdm.training.build import build_backbone, build_model, describe, imported
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
@@ -94,7 +94,7 @@ class ModelInfo:
                 model's; names both.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
-        source = load_source(options, self.transform)
+        source = load_data(options, self.transform)
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
         return source

@@ -9,24 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.artefact import read_bytes
-from torchcdm.runtime.validation import encode, join, mistake, shown
+from torchcdm.runtime.validation import encode, join, read_as, shown
 from torchcdm.training.settings import Config
 
 _PRESETS = files("torchcdm.training") / "presets"
 
 LARGEST = 2**20
 """Bytes of a YAML file beyond which it is not read."""
-
-
-class FileFields(dict[str, Any]):
-    """What the YAML file at ``path`` sets; ``lines`` has the line of each field by its dotted path."""
-
-    path: str | Path
-    lines: dict[str, int]
 
 
 def preset_names() -> list[str]:
@@ -49,7 +41,7 @@ def preset_about(name: str) -> dict[str, str]:
 def _preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"unknown preset {shown(name)}; {nearest(name, preset_names())}")
-    return _parse((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))[0]
+    return yaml.load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
 
 
 def _extended(fields: dict[str, Any]) -> dict[str, Any]:
@@ -58,11 +50,11 @@ def _extended(fields: dict[str, Any]) -> dict[str, Any]:
     return fields if parent is None else merge(preset_fields(parent), fields)
 
 
-def file_fields(path: str | Path) -> FileFields:
-    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on. Errors name the line."""
+def file_fields(path: str | Path) -> dict[str, Any]:
+    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on."""
     content = read_bytes(Path(path), LARGEST)
     try:
-        fields, lines = _parse(content.decode("utf-8-sig"))
+        fields = yaml.load(content.decode("utf-8-sig"), _Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = "" if mark is None else f", line {mark.line + 1}"
@@ -70,11 +62,9 @@ def file_fields(path: str | Path) -> FileFields:
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
     try:
-        found = FileFields(_extended(fields))
+        return _extended(fields)
     except UserError as error:
-        raise UserError(f"{path}, line {lines['extends']}: {error}") from None
-    found.path, found.lines = path, lines
-    return found
+        raise UserError(f"{path}: {error}") from None
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
             make_config(literal)
         except UserError:
             try:
-                literal = nested(path, _parse(text)[0])
+                literal = nested(path, yaml.load(text, _Loader))
             except (ValueError, RecursionError, yaml.YAMLError):
                 raise UserError(f"--{path}: '{text}' is not a YAML value") from None
         fields = merge(fields, literal)
@@ -104,22 +94,12 @@ def make_config(*layers: Mapping[str, Any]) -> Config:
     """The configuration of these fields, laid on the defaults and on each other, the last strongest.
 
     Raises:
-        UserError: An unknown field or a wrong value, by its dotted path and with the nearest name; names the line of
-            the file that sets it.
+        UserError: An unknown field or a wrong value, by its dotted path and with the nearest name.
     """
     fields: dict[str, Any] = encode(Config())
     for layer in layers:
         fields = merge(fields, layer)
-    try:
-        return TypeAdapter(Config).validate_python(fields)
-    except ValidationError as error:
-        path, text = mistake(error, fields)
-    for layer in reversed(layers):
-        if isinstance(layer, FileFields) and path in layer.lines:
-            raise UserError(f"{layer.path}, line {layer.lines[path]}: {text}")
-        if path.partition("[")[0] in dict(paths(layer)):
-            break
-    raise UserError(text)
+    return read_as(Config, fields)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,37 +144,22 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _parse(text: str) -> tuple[Any, dict[str, int]]:
-    """The value of a YAML text, and the line of each field in it by its dotted path."""
-    loader = _Loader(text)
-    node = loader.get_single_node()
-    lines = dict(_lines(node, ""))
-    return None if node is None else loader.construct_document(node), lines
-
-
-def _lines(node: Any, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            yield from _lines(item, f"{path}[{i}]")
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.tag != "tag:yaml.org,2002:str" or key.value in seen:
-                what = f"'{key.value}' is there twice" if key.value in seen else "the name of a field is no text"
-                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
-            seen.add(key.value)
-            yield join(path, key.value), key.start_mark.line + 1
-            yield from _lines(value, join(path, key.value))
-
-
 class _Loader(yaml.SafeLoader):
-    """Plain values alone: no tags and no aliases. Times are texts, and 1e-4 is a number."""
+    """Plain values alone: no tags, no aliases, no key twice. Times are texts, and 1e-4 is a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
             raise yaml.MarkedYAMLError(problem="tags and aliases are not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.tag != "tag:yaml.org,2002:str" or key.value in keys[:i]:
+                what = f"'{key.value}' is there twice" if key.value in keys[:i] else "the name of a field is no text"
+                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

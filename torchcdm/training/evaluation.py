@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from torchcdm.data import Split
 from torchcdm.diffusion.schedules import Level
@@ -45,9 +46,9 @@ def noisy_batches(
 ) -> Iterator[NoisyBatch]:
     """Noisy copies of samples ``x`` (N, *shape), batch by batch: data units, or model units without a transform.
 
-    Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples;
-    no more of them is held than a batch needs. ``t`` is the level of one copy of each sample, or the levels of k
-    copies of each, long (k N,), in which copy j of sample i is entry j N + i. Labels ``y`` are (N, ...), or None.
+    Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples.
+    ``t`` is the level of one copy of each sample, or the levels of k copies of each, long (k N,), in which copy j of
+    sample i is entry j N + i. Labels ``y`` are (N, ...), or None.
     """
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     levels = torch.full((len(x),), t) if isinstance(t, int) else t
@@ -58,12 +59,10 @@ def noisy_batches(
         # Of a whole batch, also where the last one is not: how many rows follow has no influence.
         eps = torch.randn(BATCH, *x.shape[1:], generator=generator, dtype=dtype)[: len(part)].to(device)
         x_0 = x[rows].to("cpu", dtype)
-        if model.transform is None:
-            x_0 = x_0.to(device)
-        else:
-            # Noise comes from the CPU, the constants of the transform are where the model is.
-            x_0 = model.transform(model.transform.add_noise(x_0, generator).to(device))
-        part, label = part.to(device), None if y is None else y[rows].to(device)
+        if model.transform is not None:
+            x_0 = model.transform.add_noise(x_0, generator)
+        x_0, part, label = x_0.to(device), part.to(device), None if y is None else y[rows].to(device)
+        x_0 = x_0 if model.transform is None else model.transform(x_0)
         yield NoisyBatch(rows, model.schedule.perturb(x_0, part, eps), part, eps, label)
 
 
@@ -75,70 +74,54 @@ def at_all_levels(
     return noisy_batches(model, x, t, seed, y)
 
 
-class LevelSums(NamedTuple):
-    """Sums over samples at each level, each (T+2,), float64; without a classifier of the first two alone.
-
-    Squared error of eps (mean over d), cross-entropy of the level in nats, and samples whose most probable level is
-    the true one.
-    """
-
-    count: Tensor
-    mse: Tensor
-    ce: Tensor | None = None
-    accuracy: Tensor | None = None
-
-    def means(self) -> dict[str, float]:
-        """``mse`` without the levels 0 and T+1, where it is constant and zero; ``ce`` and ``accuracy`` with them."""
-        means = {name: float(sums.sum() / self.count.sum()) for name, sums in self._columns().items()}
-        return means | {"mse": float(self.mse[1:-1].sum() / self.count[1:-1].sum())}
-
-    def per_level(self) -> dict[str, list[float | None]]:
-        """The same at each level 0 ... T+1; None where no sample fell on a level."""
-        return {
-            name: [float(s / n) if n else None for s, n in zip(sums, self.count, strict=True)]
-            for name, sums in self._columns().items()
-        }
-
-    def _columns(self) -> dict[str, Tensor]:
-        return {name: sums for name, sums in self._asdict().items() if name != "count" and sums is not None}
-
-
 @torch.no_grad()
-def level_sums(model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0) -> LevelSums:
-    """Denoising error, cross-entropy and accuracy by level with fixed noise; arguments as of :func:`at_all_levels`."""
-    sums = torch.zeros(2 if model.density is None else 4, model.schedule.T + 2, dtype=torch.float64)
+def level_sums(
+    model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0
+) -> dict[str, Tensor]:
+    """Errors with fixed noise; arguments as of :func:`at_all_levels`.
+
+    Returns:
+        Sums over samples at each level, each (T+2,), float64: ``count``; ``mse``, squared error of eps (mean over d);
+        with a density ``ce``, cross-entropy of the level in nats, and ``accuracy``, samples whose most probable level
+        is the true one.
+    """
+    names = ("count", "mse") if model.density is None else ("count", "mse", "ce", "accuracy")
+    sums = torch.zeros(len(names), model.schedule.T + 2, dtype=torch.float64)
     for batch in at_all_levels(model, x, draws, seed, y):
         sums.index_add_(1, batch.t.cpu(), batch.by_parts(partial(_errors, model)).T)
-    return LevelSums(*sums)
+    return dict(zip(names, sums, strict=True))
 
 
 def _errors(model: Denoiser, batch: NoisyBatch) -> Tensor:
-    """What each copy adds to :class:`LevelSums`, float64 (B, 2 or 4)."""
+    """What each copy adds to the sums, float64 (B, 2 or 4)."""
     if model.density is None:
         eps, rest = model.denoise(batch.x_t, batch.t, batch.y).eps, []
     else:
         result = model.density.evaluate(batch.x_t, batch.t, batch.y)
         eps, log_p = result.eps, result.unconditional
-        rest = [torch.nn.functional.cross_entropy(log_p, batch.t, reduction="none"), log_p.argmax(1) == batch.t]
+        rest = [cross_entropy(log_p, batch.t, reduction="none"), log_p.argmax(1) == batch.t]
     mse = (batch.eps - eps).square().flatten(1).mean(1)
     return torch.stack([value.double() for value in (torch.ones_like(mse), mse, *rest)], 1)
 
 
-class PosteriorCurves(NamedTuple):
-    """For inputs noised to some true ``levels`` the means of p(t | x_t) and of its log at every t, each (T+2,)."""
-
-    levels: list[int]
-    p: list[Tensor]
-    log_p: list[Tensor]
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Means of :func:`level_sums`: ``mse`` without the levels 0 and T+1, where it is constant and zero."""
+    inner = {"mse": float(sums["mse"][1:-1].sum() / sums["count"][1:-1].sum())}
+    return inner | {key: float(sums[key].sum() / sums["count"].sum()) for key in ("ce", "accuracy") if key in sums}
 
 
 @torch.no_grad()
-def posterior_curves(model: DensityModel, x: Tensor, seed: int = 0) -> PosteriorCurves:
-    """What the level classifier of a model in eval mode says of ``x`` (N, *shape), data units, at six true levels."""
+def log_posteriors(model: DensityModel, x: Tensor, seed: int = 0) -> dict[int, Tensor]:
+    """What the level classifier of a model in eval mode says of ``x`` (N, *shape), data units, at six true levels.
+
+    By level, log p(t | x_t) at every t, (N, T+2).
+    """
     true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
-    batches = (noisy_batches(model, x, t, seed) for t in true)
-    log_p = [torch.cat([model.log_prob_levels(b.x_t).log_softmax(1).cpu() for b in each]) for each in batches]
-    return PosteriorCurves(true, [curve.exp().mean(0) for curve in log_p], [curve.mean(0) for curve in log_p])
+    batches = {t: noisy_batches(model, x, t, seed) for t in true}
+    return {
+        t: torch.cat([model.log_prob_levels(batch.x_t).log_softmax(1).cpu() for batch in each])
+        for t, each in batches.items()
+    }
 
 
 def validate(
@@ -149,7 +132,7 @@ def validate(
     ``mse`` and ``loss``, and for a cdm ``ce``, ``accuracy`` and ``nll``, in bits/dim for data on a grid and nats for
     continuous data. ``loss`` has the cross-entropy of the level, also for joint models, and no time term.
     """
-    values = level_sums(model, x, y).means()
+    values = means(level_sums(model, x, y))
     if model.density is None:
         return values | {"loss": values["mse"]}
     values["loss"] = mse_weight * values["mse"] + ce_weight / x[0].numel() * values["ce"]
@@ -161,13 +144,18 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
     """Level accuracy, cross-entropy and denoising error on a split, in total and by level.
 
     Of at most ``limit`` samples with ``draws`` copies each: ``count``, ``draws``, ``levels`` (T+2), ``mean`` with
-    ``mse`` (levels 0 and T+1 left out), ``ce`` and ``accuracy``, and ``per_level`` with a list for each. A ddm has
-    ``mse`` alone.
+    ``mse`` (levels 0 and T+1 left out), ``ce`` and ``accuracy``, and ``per_level`` with a list for each, null where no
+    sample fell on a level. A ddm has ``mse`` alone.
     """
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)
+    counts = sums["count"].tolist()
+    per_level = {
+        name: [s / n if n else None for s, n in zip(values.tolist(), counts, strict=True)]
+        for name, values in sums.items() if name != "count"
+    }  # fmt: skip
     numbers = {"count": len(x), "draws": draws, "levels": model.schedule.T + 2}
-    return numbers | {"mean": sums.means(), "per_level": sums.per_level()}
+    return numbers | {"mean": means(sums), "per_level": per_level}
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:

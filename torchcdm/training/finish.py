@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from torchcdm.data import DataSource
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.likelihood import Scoring, single_pass
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.training.build import base_floor, base_samples, choose_base
 from torchcdm.training.checkpoint import load_weights
 from torchcdm.training.evaluation import labels_for
 from torchcdm.training.level_constants import calibrate_levels
-from torchcdm.training.outcome import compare, told
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
 from torchcdm.training.states import Best
+from torchcdm.units import ColumnTransform, standard_error
 
 if TYPE_CHECKING:
     from torchcdm.training.loop import Trainer
+
+COMPARED = 1000
+"""Samples of a split that models are compared on."""
+
+FAR = 0.1
+"""Nats a number by which validation may be worse than training, if that is more than three standard errors."""
+
+NAMES = {
+    "model": "this model",
+    "training": "on training data",
+    "start": "its start",
+    "gaussian": "a fitted Gaussian",
+    "uniform": "a uniform density",
+}
 
 
 def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
     """Calibrates the kept model of a training, compares it with its start, keeps the better one and draws samples.
 
     Returns:
-        The sheet of samples, or their folder; and what :func:`torchcdm.training.outcome.compare` says, of a cdm with
+        The sheet of samples, or their folder; and what :func:`compare` says, of a cdm with
         validation data.
     """
     model, run, config, source = trainer.ema.model, trainer.run, trainer.config, trainer.source
@@ -59,3 +83,115 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
     drawn = draw(model, sampling.n, y, config.train.seed, guidance=guidance, **sampling_options(model, sampling))
     save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
     return save_sheet(drawn, model, run.samples / name)
+
+
+# --- the comparison ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(
+    model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """A trained model, which keeps its weights, beside what it has to beat, by one pass on validation data.
+
+    Returns:
+        The ``unit``; ``values``, lower is better: of the trained ``model``, and of it in ``training``, of its
+        ``start``, the weights that it began with, of one fitted ``gaussian``, of a ``uniform`` density on the data's
+        range; what is ``kept``: ``model``, or ``start`` where the trained one was worse; and ``problems``, each with a
+        ``name``, what it ``says`` with the likely cause, and the ``mend``.
+    """
+    limit = min(COMPARED, config.train.validation_samples)
+    splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
+
+    def scored(one: ClassificationDiffusion, name: str = "validation") -> Tensor:
+        x, labels = splits[name]
+        return single_pass(one, x, labels_for(one, labels), Scoring(level=0)).values()
+
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    own, training = scored(model), scored(model, "train")
+    model.load_state_dict(start)
+    begun = scored(model)
+    model.load_state_dict(trained)
+    values = {"model": own, "training": training, "start": begun}
+    if config.model.gaussian and config.model.components == 1 and config.train.init is None:
+        values["gaussian"] = begun
+    elif not config.model.class_gaussians:
+        values["gaussian"] = scored(_gaussian(model, config, source))
+    means = {name: float(value.mean()) for name, value in values.items()}
+    means["uniform"] = _uniform(source, splits["train"][0], splits["validation"][0])
+    unit = "nats" if source.transform.bin is None else "bits/dim"
+    far = FAR * (source.transform.dim if unit == "nats" else 1 / math.log(2))
+    noise = 3 * math.hypot(standard_error(own), standard_error(training))
+    kept = "start" if config.train.fallback and not means["model"] <= means["start"] else "model"
+    return {"unit": unit, "values": means, "kept": kept, "problems": problems(means, unit, max(far, noise), config)}
+
+
+def told(outcome: Mapping[str, Any]) -> str:
+    """What :func:`compare` says as a line of numbers, and one for each problem."""
+    said = ", ".join(f"{NAMES[key]} {value:.4g}" for key, value in outcome["values"].items())
+    lines = [f"{problem['name']}: {problem['says']}; {problem['mend']}" for problem in outcome["problems"]]
+    return "\n".join([f"validation, {outcome['unit']}, lower is better: {said}", *lines])
+
+
+def problems(values: Mapping[str, float], unit: str, far: float, config: Config) -> list[dict[str, str]]:
+    """What is wrong by the values, where training may be better by ``far``; the first is what to mend first."""
+    found: list[dict[str, str]] = []
+
+    def add(name: str, says: str, mend: str) -> None:
+        found.append({"name": name, "says": says, "mend": mend})
+
+    own, best, fallback = values["model"], values["model"], config.train.fallback
+    worse, by_heart = not own <= values["start"], own - values["training"] > far
+    rate = min(0.5, getattr(config.model.backbone, "dropout", 0.0) + 0.15)
+    mend = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
+    if worse:
+        best = values["start"] if fallback else own
+        cause = "it learned the training data by heart" if by_heart else "the steps were too few or too large"
+        said = f"{own:.4g} {unit} on validation data, {values['start']:.4g} before training: {cause}"
+        mend = mend if by_heart else "try more --train.steps, or half the --train.lr"
+        add("worse than its start", said + "; the start is kept as the model" * fallback, mend)
+    elif by_heart:
+        add("overfitting", f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data", mend)
+    if not worse and unit == "bits/dim" and best < 0:
+        said = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
+        add("impossible likelihood", said, "see the normalised ones: cdm nll RUN --methods elbo,flow")
+    if best > values.get("gaussian", math.inf):
+        said = f"{best:.4g} {unit}, a fitted Gaussian has {values['gaussian']:.4g}"
+        add("worse than a Gaussian", said, "leave out --model.gaussian and --model.components")
+    if best > values["uniform"]:
+        said = f"{best:.4g} {unit}, a uniform density on the range of the data has {values['uniform']:.4g}"
+        mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
+        add("worse than a uniform density", said, mend)
+    return found
+
+
+def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource) -> ClassificationDiffusion:
+    """The best single Gaussian as a model."""
+    free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
+    chosen, _ = choose_base(free, source, config.data.flip)
+    z, _ = base_samples(source, config.data.flip)
+    base = GaussianMarginals.fit(z, model.schedule, base_floor(source.transform), chosen.form, chosen.shrinkage)
+    nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2))
+    nn.init.zeros_(nothing[1].weight), nn.init.zeros_(nothing[1].bias)
+    return ClassificationDiffusion(nothing.to(model.schedule.alpha.device), model.schedule, model.transform, base)
+
+
+def _uniform(source: DataSource, *samples: Tensor) -> float:
+    """What a uniform density on the data's range has: bits/dim on a grid, nats in the box of the samples else.
+
+    In a column with values that have a probability each is as likely as any other, and as all other numbers together.
+    """
+    transform, x = source.transform, torch.cat([part.flatten(1) for part in samples]).double()
+    low, high = x.amin(0), x.amax(0)
+    if transform.bin is None:
+        nats = (high - low).clamp_min(1e-300).log()
+        for k, values in transform.values.items() if isinstance(transform, ColumnTransform) else ():
+            distances = (x[:, k, None] - torch.tensor(values).double()).abs().amin(1)
+            others = x[distances > transform.cells[k] / 2, k]
+            nats[k] = math.log(len(values) + bool(len(others)))
+            if len(others) > 1:
+                nats[k] += len(others) / len(x) * (others.max() - others.min()).clamp_min(1e-300).log()
+        return float(nats.sum())
+    low, high = (float(end) if given is None else given for end, given in
+                 ((low.min(), transform.low), (high.max(), transform.high)))  # fmt: skip
+    return math.log2((high - low) / transform.bin + 1)

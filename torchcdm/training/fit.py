@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,9 +87,7 @@ def fit(
         >>> model.log_prob(torch.zeros(1, 3))
     """
     layer = override_fields(overrides)
-    source = _source(data, labels, read_as(DataOptions, layer.get("data", {}), "data"))
-    if progress:
-        print(*source.notes, sep="\n")
+    source = _source("fit", data, labels, layer, progress)
     layers = [preset_fields(preset or _preset_for(source)), layer]
     scaling = backbone is None and scales(layers, budget)
     ready = in_units(source, DataOptions(**layer.get("data", {}))) if scaling else None
@@ -98,18 +96,15 @@ def fit(
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes))
     if backbone is None:
-        with trained(config, source, device, progress, out=out) as folder:
-            return load(folder, device or "cpu")
-    code, backbone = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
-    custom = BACKBONES["custom"](code=code)
-    config = replace(config, model=replace(config.model, backbone=custom, labels=_labels(backbone)))
-    check_network(backbone, source, config.model.schedule.T + 2)
-
-    def new(resolved: Config, data: DataSource) -> Denoiser:
-        return new_model(resolved.model, data, resolved.data.flip, backbone)
-
-    with trained(config, source, device, progress, new=new, out=out) as folder:
-        return load(folder, device or "cpu", backbone)
+        return trained(config, source, device, progress, out=out)
+    code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
+    seen = "input" if getattr(network, "classes", None) is not None else "none"
+    model = replace(
+        config.model, backbone=BACKBONES["custom"](code=code),
+        labels="joint" if getattr(network, "joint", False) else seen,
+    )  # fmt: skip
+    check_network(network, source, model.schedule.T + 2)
+    return trained(replace(config, model=model), source, device, progress, out=out, backbone=network)
 
 
 def train(
@@ -154,9 +149,7 @@ def train(
     layer = override_fields(overrides, "train")
     if "model" in layer:
         raise UserError("train: the model is made already; its settings have no effect")
-    source = _source(data, labels, read_as(DataOptions, layer.get("data", {}), "data"), "train")
-    if progress:
-        print(*source.notes, sep="\n")
+    source = _source("train", data, labels, layer, progress)
     config = make_config(preset_fields(preset or _preset_for(source)), layer)
     source = in_units(source, config.data)
     if model.transform is None:
@@ -169,10 +162,7 @@ def train(
     config = replace(config, model=describe(model), data=replace(config.data, gaussianize=False))
     if not any(weights.requires_grad for weights in model.parameters()):
         model.requires_grad_(True)  # one that was loaded
-    with trained(config, source, device, progress, new=lambda *_: model, out=out) as folder:
-        load_weights(model, folder)
-        model.info = read_info(folder)
-    return model.eval().to(device or "cpu")
+    return trained(config, source, device, progress, out=out, model=model)
 
 
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
@@ -193,7 +183,7 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         return
     weight = next(network.parameters(), torch.empty(()))
     x = torch.zeros(2, *source.shape, device=weight.device, dtype=weight.dtype)
-    y = (torch.zeros(2, dtype=torch.long, device=weight.device),) if classes is not None else ()
+    y = () if classes is None else (torch.zeros(2, dtype=torch.long, device=weight.device),)
     wanted = (2, classes, levels) if joint else (2, levels)
     try:
         with torch.no_grad():
@@ -206,64 +196,68 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         raise UserError(f"the network gives {found} for two samples; {wanted} is needed, a number a level: {mend}")
 
 
-def _preset_for(source: DataSource) -> str:
-    return "mlp" if len(source.shape) == 1 else "encoder"
-
-
-def _labels(network: nn.Module) -> str:
-    """``model.labels`` of a network of one's own."""
-    if getattr(network, "joint", False):
-        return "joint"
-    return "none" if getattr(network, "classes", None) is None else "input"
-
-
-@contextmanager
 def trained(
     config: Config,
     source: DataSource,
     device: str | None,
     progress: bool,
     clock: Callable[[], float] = time.monotonic,
-    new: Callable[[Config, DataSource], Denoiser] | None = None,
     out: str | Path | None = None,
-) -> Iterator[Path]:
-    """Trains, and gives the run folder; where ``out`` is None one that does not outlive the block, without samples.
+    backbone: nn.Module | None = None,
+    model: Denoiser | None = None,
+) -> Any:
+    """Trains, and gives the model that was kept: a new one, with ``backbone`` if it is given, or ``model``.
 
-    Other arguments as in :func:`torchcdm.training.loop.train`.
+    Where ``out`` is None nothing is left on the disk, and no samples are drawn. Other arguments are those of
+    :func:`torchcdm.training.loop.train`.
 
     Raises:
         Interrupted: A signal stopped the training; nothing is left of it, but for ``out``.
     """
-    options = {"source": in_units(source, config.data), "device": device, "progress": progress, "clock": clock}
-    if out is not None:
-        loop.train(config, out, new=new, **options)
-        yield Path(out)
-        return
-    config = replace(config, sampling=replace(config.sampling, n=0))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
+
+    def new(resolved: Config, data: DataSource) -> Denoiser:
+        return new_model(resolved.model, data, resolved.data.flip, backbone) if model is None else model
+
+    if out is None:
+        config = replace(config, sampling=replace(config.sampling, n=0))
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
+        run = Path(folder) / "run" if out is None else Path(folder)
         try:
-            loop.train(config, folder, new=new, **options)
+            loop.train(config, run, in_units(source, config.data), False, device, progress, clock, new=new)
         except Interrupted as error:
+            if out is not None:
+                raise
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
-        yield folder
+        if model is None:
+            return load(run, device or "cpu", backbone)
+        load_weights(model, run)
+        model.info = read_info(run)
+    return model.eval().to(device or "cpu")
 
 
-def _source(data: Any, labels: Any, options: DataOptions, caller: str = "fit") -> DataSource:
-    """The data by the options; those without effect are refused."""
-    from_files = isinstance(data, (str, Path))
+def _preset_for(source: DataSource) -> str:
+    return "mlp" if len(source.shape) == 1 else "encoder"
+
+
+def _source(caller: str, data: Any, labels: Any, layer: Mapping[str, Any], progress: bool) -> DataSource:
+    """The data by the options of ``layer``; those without effect are refused."""
+    options, from_files = read_as(DataOptions, layer.get("data", {}), "data"), isinstance(data, (str, Path))
     without_effect = {"spec": WITHOUT_EFFECT["spec"]} if from_files else WITHOUT_EFFECT
     if isinstance(data, DataSource):
         without_effect = without_effect | dict.fromkeys(IN_SOURCES, "make the DataSource with it")
     for name, mend in without_effect.items():
         if getattr(options, name) != getattr(DataOptions(), name):
             raise UserError(f"{caller}: data.{name} has no effect here; {mend}")
-    if not from_files:
-        return from_object(data, labels, options)
-    if labels is not None and not isinstance(labels, str):
+    if from_files and labels is not None and not isinstance(labels, str):
         mend = "give the name of a table's column, or none"
         raise UserError(f"{caller}: labels of data from files lie in the files; {mend}")
-    return load_data(options, spec=spec_of(data), label=labels or options.label)
+    if from_files:
+        source = load_data(options, spec=spec_of(data), label=labels or options.label)
+    else:
+        source = from_object(data, labels, options)
+    if progress:
+        print(*source.notes, sep="\n")
+    return source
 
 
 def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:

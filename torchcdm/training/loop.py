@@ -20,17 +20,16 @@ from torchcdm.errors import UserError, reason
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
-from torchcdm.runtime.files import write_file, write_json
+from torchcdm.runtime.files import without_nan, write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model, resolve
+from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model
 from torchcdm.training.checkpoint import ModelInfo, load_matching, save_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
-from torchcdm.training.progress import Window
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
@@ -121,10 +120,10 @@ def train(
         if resume and not states and run.model.exists() and not run.config.exists():
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
         state = load_state(states[-1]) if states else None
-        model, kept = resolve(config.model, source.transform), state and state.progress.config.get("model")
         # What was chosen before the first step stays.
-        known = {name: kept.get(name) for name in FIELDS if getattr(model, name) is None} if kept else {}
-        model, notes = choose_base(replace(model, **known), source, config.data.flip)
+        kept = state.progress.config["model"] if state else {}
+        known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
+        model, notes = choose_base(replace(config.model, **known), source, config.data.flip)
         config = replace(config, model=model)
         if tell:
             print(*notes, sep="\n", end="\n" * bool(notes))
@@ -385,3 +384,51 @@ class Trainer:
 
 def _finite(model: nn.Module) -> bool:
     return all(bool(weights.isfinite().all()) for weights in model.parameters())
+
+
+@final
+class Window:
+    """Means of the loss terms over the steps since the last line of the log, of a schedule with ``T`` noise levels.
+
+    ``mse`` is a mean over the levels 1 ... T, as in validation: that of level 0 is a constant and that of T+1 is zero.
+    """
+
+    def __init__(self, T: int, device: torch.device) -> None:
+        self.T, self.device = T, device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Terms (B,) of one step, with their levels ``t``."""
+        values = {key: term.double() for key, term in terms.items() if key != "t"}
+        noisy = ((terms["t"] >= 1) & (terms["t"] <= self.T)).double()
+        values |= {"samples": torch.ones_like(noisy), "noisy": noisy, "mse": values["mse"] * noisy}
+        for key, term in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + term.sum()
+
+    def means(self, processes: Processes) -> dict[str, float]:
+        """Means over all processes; starts a new window. Empty where every step was skipped."""
+        sums, self.sums = self._totals(processes), {}
+        if not sums:
+            return {}
+        samples, noisy = sums.pop("samples"), sums.pop("noisy")
+        means = {key: value / samples for key, value in sums.items()} | {"mse": sums["mse"] / max(noisy, 1)}
+        if "correct" in means:
+            means["accuracy"] = means.pop("correct")
+        return means
+
+    def to_json(self, processes: Processes) -> dict[str, float | None]:
+        """The sums over all processes; None for those that are not finite."""
+        return without_nan(self._totals(processes))
+
+    def restore(self, sums: dict[str, float | None]) -> None:
+        """Goes on from what :meth:`to_json` gave."""
+        for key, value in sums.items():
+            value = math.nan if value is None else value
+            self.sums[key] = torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def _totals(self, processes: Processes) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        totals = processes.total(torch.stack([self.sums[name] for name in names]))
+        return dict(zip(names, totals.tolist(), strict=True))

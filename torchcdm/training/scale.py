@@ -18,8 +18,8 @@ from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
 from torchcdm.runtime.devices import chosen_device
 from torchcdm.training.batches import Batches
-from torchcdm.training.build import build_loss, choose_base, described, new_model, resolve
-from torchcdm.training.config_files import FileFields, make_config, paths
+from torchcdm.training.build import build_loss, choose_base, described, new_model
+from torchcdm.training.config_files import make_config, paths, preset_fields
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import Config
 
@@ -61,9 +61,8 @@ def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> b
     """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
     preset, *others = layers
     given = {path for layer in others for path, _ in paths(layer)}
-    named = preset.get("preset") == SCALED and not isinstance(preset, FileFields)
     free = budget is not None or given.isdisjoint(("train.steps", "train.max_seconds"))
-    return named and free and "model.backbone" not in given
+    return preset == preset_fields(SCALED) and free and "model.backbone" not in given
 
 
 def with_budget(
@@ -81,7 +80,7 @@ def with_budget(
     seconds = seconds or DEFAULT
     training, asked = TRAINING_SHARE * seconds, make_config(preset, *given)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
-    model, _ = choose_base(resolve(asked.model, source.transform), source, asked.data.flip)
+    model, _ = choose_base(asked.model, source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
 
     def seconds_of_size(width: int, batch: int) -> float:
@@ -139,7 +138,7 @@ def seconds_a_step(config: Config, source: DataSource, device: str | None) -> fl
     """Seconds that a step of a configuration takes: the fastest of some, of an untrained model."""
     where = chosen_device(device)
     with torch.random.fork_rng(devices=[]):
-        model = new_model(resolve(config.model, source.transform), source, config.data.flip).to(where)
+        model = new_model(config.model, source, config.data.flip).to(where)
     loss, optimizer, times = build_loss(config.loss, model), build_optimizer(config.train, model), []
     batches = Batches(source, config.train.batch_size, config.train.seed, labels=model.conditional)
     for batch in batches(0, TIMED_STEPS, loss, where):

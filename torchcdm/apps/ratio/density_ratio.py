@@ -228,8 +228,8 @@ class DensityRatio:
         train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
         layers = (preset_fields(preset), short, LAYERS[self.method], train)
         config = make_config(*layers, override_fields(self.overrides))
-        with trained(config, source, self.device, self.progress) as folder:
-            return _load(folder, self.device)
+        model = require_density(trained(config, source, self.device, self.progress), "a ratio")
+        return model, model.info
 
     def _measure_limits(self, source: DataSource) -> np.ndarray:
         """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator."""
