@@ -13,7 +13,7 @@ from torch import Tensor
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.splitting import climb
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.errors import UserError
+from torchcdm.compose.tilted import of_data, one_each
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.models.inputs import check_count, check_real
 from torchcdm.random import stream
@@ -92,23 +92,16 @@ def probability(
     check_count("probability: moves", moves, 1, 10**4)
     check_real("probability: threshold", threshold, -1e300, 1e300)
     target = ModelTarget(model, y)
-    alpha, transform = model.schedule.alpha[1], model.transform
-
-    def data(x_1: Tensor) -> Tensor:
-        return x_1 / alpha if transform is None else transform.inverse(x_1 / alpha)
+    alpha, of = model.schedule.alpha[1], of_data(model, event)
 
     def checked(x_1: Tensor) -> Tensor:
-        values = event(data(x_1))
-        if not isinstance(values, Tensor) or values.shape != x_1.shape[:1]:
-            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise UserError(f"probability: the event gives {found}; one number a sample is needed, ({len(x_1)},)")
-        return values.detach()
+        return one_each(of(x_1 / alpha), x_1, "probability: the event").detach()
 
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)
         found = climb(target, kernels, checked, threshold, n, stream(seed, "splitting"), moves, progress)
     value, width = math.exp(found.log_p), math.exp(1.96 * math.sqrt(math.log1p(found.variance)))
-    x = data(found.states.x).cpu().to(torch.get_default_dtype())
+    x = of_data(model, Tensor.cpu)(found.states.x / alpha).to(torch.get_default_dtype())
     return Probability(
         value, value / width, min(1.0, value * width), found.evaluations, found.thresholds, found.families, x
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -68,40 +69,40 @@ class Tilted(Denoiser):
 
         Of ``x_t`` in the network's precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to.
         """
-        x = x_t.detach()
-        if self.exact:
-            with torch.enable_grad():
-                x = x.requires_grad_()
-                found = self.model.evaluate_twice_differentiable(x, t)
-                x0 = Prediction(x, *self.schedule.at(t, x), found.eps).x0.double()
-                log_known = self.known(x0, t)
-                pull = self._gradient(log_known, x)
-        else:
-            found = self.model.evaluate(x, t)
+        x = x_t.detach().requires_grad_(self.exact)
+        with torch.enable_grad():
+            found = (self.model.evaluate_twice_differentiable if self.exact else self.model.evaluate)(x, t)
             x0 = Prediction(x, *self.schedule.at(t, x), found.eps).x0.double()
-            with torch.enable_grad():
-                x0 = x0.detach().requires_grad_()
-                log_known = self.known(x0, t)
-                pull = self._gradient(log_known, x0)
+            x0 = x0 if self.exact else x0.detach().requires_grad_()
+            log_known, pulled, pull = self.known(x0, t), x if self.exact else x0, None
+            if log_known.requires_grad:
+                (pull,) = torch.autograd.grad(log_known.sum(), pulled, allow_unused=True)
+        # Zero where what is known has no derivative, or none that is finite.
+        pull = torch.zeros_like(pulled) if pull is None else pull.nan_to_num(0, 0, 0)
+        if not self.exact:
             rotation = self.reference.rotation
             pull = rotation.inverse(rotation(pull) * self.slope.to(pull.device)[t - 1])
         log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
-        sigma = self.schedule.at(t, x)[1].double()
         log_gamma = (log_p + log_known.double()).detach().nan_to_num(-math.inf, math.inf, -math.inf)
-        return log_gamma, found.eps.detach().double() - sigma * pull.double()
+        return log_gamma, found.eps.detach().double() - self.schedule.at(t, x)[1].double() * pull.double()
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         self.checked(x_t, t, y)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
-    @staticmethod
-    def _gradient(value: Tensor, x: Tensor) -> Tensor:
-        """Of a sum in x; zero where what is known has no derivative, or none that is finite."""
-        if not value.requires_grad:
-            return torch.zeros_like(x)
-        (found,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-        return torch.zeros_like(x) if found is None else found.detach().nan_to_num(0, 0, 0)
+
+def of_data(model: Denoiser, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of samples in data units as one of samples in model units."""
+    return function if model.transform is None else lambda z: function(model.transform.inverse(z))
+
+
+def one_each(values: Tensor, x: Tensor, what: str) -> Tensor:
+    """Values (B,) of samples x (B, *shape), or UserError where ``what`` gives something else."""
+    if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"{what} gives {found}; one number a sample is needed, ({len(x)},)")
+    return values
 
 
 def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = False) -> Tilted:
@@ -121,14 +122,8 @@ def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = Fa
         >>> x = torchcdm.sample(heavy, 64, particles=256)
     """
 
-    def known(x0: Tensor, t: Tensor) -> Tensor:
-        value = reward(x0 if model.transform is None else model.transform.inverse(x0))
-        if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"compose: the reward gives {found}; one number a sample is needed, ({len(x0)},)")
-        return value
-
-    return Tilted(model, known, exact)
+    measured = of_data(model, reward)
+    return Tilted(model, lambda x0, t: one_each(measured(x0), x0, "compose: the reward"), exact)
 
 
 def posterior(
@@ -156,57 +151,58 @@ def posterior(
         UserError: A measurement of another shape, noise below the model's first level, or a model of unknown shape.
     """
     dense = require_density(model, "a posterior")
-    reference, schedule, device = reference_gaussian(dense), dense.schedule, dense.schedule.alpha.device
-    y = as_numbers(y[None], device).double()[0]
-
-    def of(z: Tensor) -> Tensor:
-        return measurement(z if dense.transform is None else dense.transform.inverse(z)).flatten(1)
-
-    mean = reference.mean[None].to(device)
-    found = measurement(mean if dense.transform is None else dense.transform.inverse(mean))
+    reference, schedule, of = reference_gaussian(dense), dense.schedule, of_data(dense, measurement)
+    y = as_numbers(y[None], schedule.alpha.device).double()[0]
+    mean = reference.mean.to(y.device)
+    found = of(mean[None])
     if found.shape[1:] != y.shape:
         raise UserError(f"posterior: a sample measures as {tuple(found.shape[1:])}, and y has shape {tuple(y.shape)}")
-    y, d, m = y.flatten(), mean.numel(), found.numel()
+    d, m = mean.numel(), found.numel()
     if max(m, d) > LARGEST_MATRIX:
         raise UserError(f"posterior: {d} numbers a sample and {m} measured; up to {LARGEST_MATRIX} are possible")
     jacobians = [_jacobian(of, mean)]
     scale = float(jacobians[0].square().sum(1).max().sqrt())
-    draws = reference.draw((DRAWS_LINEARISED, *mean.shape[1:]), stream(0, "linearise")).to(mean)
-    others = [_jacobian(of, z[None]) for z in draws[:2]]
+    draws = reference.draw((DRAWS_LINEARISED, *mean.shape), stream(0, "linearise")).to(mean)
+    others = [_jacobian(of, z) for z in draws[:2]]
     if not all(torch.allclose(one, jacobians[0], rtol=1e-3, atol=1e-6 * scale) for one in others):
-        jacobians = others + [_jacobian(of, z[None]) for z in draws[2:]]
-    in_basis = torch.stack([reference.rotation(one.reshape(m, *mean.shape[1:])).double() for one in jacobians])
+        jacobians = others + [_jacobian(of, z) for z in draws[2:]]
+    in_basis = torch.stack([reference.rotation(one.reshape(m, *mean.shape)).double() for one in jacobians])
     least = float(schedule.ratio[1]) * float(torch.stack(jacobians).square().sum(2).mean(0).max().sqrt())
     if noise_std is not None and noise_std < least:
         raise UserError(
             f"posterior: noise_std is {noise_std:g}; the model's first level has {least:.3g} in the units of y: "
             "give at least as much"
         )
-    variances = Kernels(reference).variances
-    known = _Gaussian(of, y, in_basis, variances, noise_std, least)
+    known = _Gaussian(of, y.flatten(), in_basis, Kernels(reference).variances, noise_std, least)
     return Tilted(dense, known, exact)
 
 
-class _Gaussian(nn.Module):
-    """log N(y; A(x0), s² I + A V_t A^T) of a linear or linearised measurement."""
+@dataclass
+class _Gaussian:
+    """log N(y; A(x0), s² I + A V_t A^T) of a linear or linearised measurement ``of`` model units.
 
-    def __init__(
-        self, of: Callable, y: Tensor, basis: Tensor, variances: Tensor, std: float | None, least: float
-    ) -> None:
-        super().__init__()
-        self.of, self.y, self.basis, self.variances, self.std, self.least = of, y, basis, variances, std, least
-        self.factors: dict[int, Tensor] = {}
+    ``basis`` are its matrices in the eigenbasis of the ``variances`` V_t, (draws, m, d); ``std`` is s, or None where
+    only its ``least`` value is known.
+    """
 
-    def forward(self, x0: Tensor, t: Tensor) -> Tensor:
-        rest, value = self.y - self.of(x0).double(), torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    of: Callable[[Tensor], Tensor]
+    y: Tensor
+    basis: Tensor
+    variances: Tensor
+    std: float | None
+    least: float
+    factors: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, x0: Tensor, t: Tensor) -> Tensor:
+        rest, m = self.y - self.of(x0).flatten(1).double(), len(self.y)
+        value = rest.new_zeros(len(x0))
         for level in t.unique().tolist():
             rows = t == level
             part = rest[rows]
             if self.std is None:
                 # The unknown variance s² integrated out under the prior 1 / s, above the least that the model knows.
-                spread = (self.basis.square() @ self.variances[level - 1]).mean(0).sum()
-                spread = spread + len(self.y) * self.least**2
-                found = -0.5 * len(self.y) * ((part.square().sum(1) + spread) / len(self.y)).log()
+                spread = (self.basis.square() @ self.variances[level - 1]).mean(0).sum() + m * self.least**2
+                found = -0.5 * m * ((part.square().sum(1) + spread) / m).log()
             else:
                 factor = self._factor(level)
                 z = torch.linalg.solve_triangular(factor, part.T, upper=False)
@@ -225,11 +221,11 @@ class _Gaussian(nn.Module):
         return self.factors[level]
 
 
-def _jacobian(of: Callable[[Tensor], Tensor], mean: Tensor) -> Tensor:
-    """(m, d) of a measurement of ``mean`` (1, *shape), float64."""
+def _jacobian(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(m, d) of a measurement of one sample ``x`` (*shape), float64."""
     with torch.enable_grad():
-        found = torch.autograd.functional.jacobian(lambda z: of(z[None])[0], mean[0].double())
-    return found.reshape(len(found), -1)
+        found = torch.autograd.functional.jacobian(lambda z: of(z[None]).flatten(), x.double())
+    return found.reshape(-1, x.numel())
 
 
 def mask(kept: Tensor) -> Callable[[Tensor], Tensor]:
