@@ -16,7 +16,7 @@ from torchcdm.diffusion.schedules import (
     UniformSigmaSchedule,
 )
 from torchcdm.errors import UserError
-from torchcdm.losses import CDMLoss, DDMLoss, drop_labels, stratified_levels
+from torchcdm.losses import CDMLoss, DDMLoss, stratified_levels
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.encoder import Encoder
@@ -388,13 +388,14 @@ def test_dropping_every_label_is_training_without_labels():
     assert all(torch.equal(dropped[name], without[name]) for name in without)
 
 
-def test_share_of_dropped_labels():
-    y = torch.arange(20_000) % 3
-    dropped = drop_labels(y, 3, 0.1, rng())
+def test_share_of_dropped_labels(monkeypatch):
+    x, y = normal(20_000, 4), torch.arange(20_000) % 3
+    loss = CDMLoss(ClassificationDiffusion(Embedded(T + 2), CosineSchedule(T)), label_dropout=0.1)
+    monkeypatch.setattr(loss, "terms", lambda x_t, t, y, eps: y)
+    dropped = loss(x, y, generator=rng())
     assert (dropped == 3).double().mean() == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 20_000))
     assert torch.equal(dropped[dropped != 3], y[dropped != 3])
     assert y.max() == 2  # the caller's labels stay as they are
-    assert drop_labels(None, 3, 0.5) is None and drop_labels(y, None, 0.5) is y
 
 
 @pytest.mark.parametrize(("n", "count"), [(42, 14), (128, 1002), (100, 7)])

@@ -58,5 +58,5 @@ def test_time_term_vanishes_for_an_exact_gaussian_and_sees_a_shifted_level():
 
 def test_a_time_weight_needs_a_squared_error():
     model = ClassificationDiffusion(ZeroBackbone(14), CosineSchedule(12))
-    with pytest.raises(UserError, match="time_weight needs an mse_weight"):
+    with pytest.raises(UserError, match="with mse_weight 0"):
         CDMLoss(model, 1.0, 0.0, time_weight=1.0)

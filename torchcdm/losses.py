@@ -38,16 +38,6 @@ def stratified_levels(n: int, count: int, generator: torch.Generator | None = No
     return ((order + offset) * (count / n)).long().clamp_max(count - 1)
 
 
-def drop_labels(
-    y: Tensor | None, null: int | None, rate: float, generator: torch.Generator | None = None
-) -> Tensor | None:
-    """Labels (B,) with a share of ``rate`` replaced by the null label."""
-    if y is None or null is None or rate == 0:
-        return y
-    dropped = torch.rand(len(y), generator=generator, device=y.device) < rate
-    return y.masked_fill(dropped, null)
-
-
 class Loss(nn.Module, ABC):
     """What the training loop asks of a loss, which replaces a share ``label_dropout`` of labels by the null label."""
 
@@ -98,7 +88,9 @@ class Loss(nn.Module, ABC):
             raise UserError("loss: eps must be a tensor of the shape and type of x_0")
         if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
             raise UserError("loss: levels t must be a tensor with a whole number for each sample")
-        y = drop_labels(y, self.model.classes, self.label_dropout, generator)
+        if y is not None and self.model.classes is not None and self.label_dropout:
+            dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_dropout
+            y = y.masked_fill(dropped, self.model.classes)
         return self.terms(self.model.schedule.perturb(x_0, t, eps), t.long(), y, eps)
 
     @abstractmethod
@@ -146,14 +138,10 @@ class CDMLoss(Loss):
         logits_from: SharePair = (0.0, 0.0),
     ) -> None:
         super().__init__(model, label_dropout)
-        if ce_weight + mse_weight == 0:
-            raise UserError("loss: ce_weight and mse_weight must not both be 0")
-        if time_weight and not mse_weight:
-            raise UserError("loss: time_weight needs an mse_weight above 0")
+        if not mse_weight and (not ce_weight or time_weight or logits_from[0]):
+            raise UserError("loss: with mse_weight 0, give ce_weight above 0, time_weight 0, and logits_from [0, ...]")
         if logits_from[0] > logits_from[1]:
             raise UserError("loss: logits_from is two shares of the training, 0 <= start <= end <= 1")
-        if logits_from[0] and not mse_weight:
-            raise UserError("loss: logits_from starts without the cross-entropy, and needs an mse_weight above 0")
         self.ce_weight, self.mse_weight = ce_weight, mse_weight
         self.time_weight, self.logits_from = time_weight, logits_from
         # The share of these weights that counts now. A tensor, not a number: torch.compile would compile anew for it.
@@ -193,12 +181,8 @@ class CDMLoss(Loss):
             ce = ce - self.model.log_prior(y).masked_fill(t == schedule.T + 1, 0)
         d = x_t[0].numel()
         logits = self.ce_weight / d * ce.to(dtype)
-        terms = {
-            "ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype),
-            "mse": mse,
-            "t": t,
-            "correct": (unconditional.argmax(1) == t).to(dtype),
-        }
+        terms = {"ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype), "mse": mse, "t": t,
+                 "correct": (unconditional.argmax(1) == t).to(dtype)}  # fmt: skip
         if self.model.joint:
             terms["ce_joint"] = ce.to(dtype)
         if self.time_weight and self.logits_count:
@@ -233,24 +217,14 @@ def squared_error(
 ) -> tuple[Evaluation, Tensor]:
     """The model at ``x_t``, (B, *shape), and the mean square of eps_hat - eps, (B,), which carries the gradient.
 
-    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one. Two strategies take it:
-    :func:`difference_of_densities` where :func:`differences_suffice`; everywhere else, on any device, in any precision
-    and under the compiler, differentiating twice.
+    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one: by differentiating
+    twice, on any device, in any precision and under the compiler. Where :func:`differences_suffice`, by first
+    derivatives alone: the gradient of the mean square of the error e is that of -2 sigma / d times the derivative of
+    log p_t along e, held fixed, and so of a difference of two values of log p_t.
     """
-    if differences_suffice(x_t):
-        return difference_of_densities(model, x_t, t, y, eps)
-    result = model.evaluate_twice_differentiable(x_t, t, y)
-    return result, (result.eps - eps).square().flatten(1).mean(1)
-
-
-def difference_of_densities(
-    model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-) -> tuple[Evaluation, Tensor]:
-    """:func:`squared_error` by first derivatives alone.
-
-    The gradient of the mean square of the error e is that of -2 sigma / d times the derivative of log p_t along e,
-    held fixed: of a difference of two values of log p_t.
-    """
+    if not differences_suffice(x_t):
+        result = model.evaluate_twice_differentiable(x_t, t, y)
+        return result, (result.eps - eps).square().flatten(1).mean(1)
     random_state = torch.get_rng_state()
     result = model.evaluate_unchecked(x_t, t, y, keep_densities=True)
     error = result.eps - eps

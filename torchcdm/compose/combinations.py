@@ -26,7 +26,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import check_count, check_real
+from torchcdm.models.inputs import as_labels, check_real
 
 Experts = Sequence[tuple[DensityModel, int | None]]
 """Densities: a model, and one of its classes or None."""
@@ -52,13 +52,13 @@ class Combination(DensityModel):
     """A weighted product, or a mixture, of densities with one schedule and one data transform.
 
     Args:
-        experts: The densities; models of one schedule and transform, not in half precision.
+        experts: The densities; models of one schedule and transform, not in half precision, each with one of its
+            classes or None.
         weights: w_i of a product, or pi_i of a mixture, (n,) or, of a mixture, (n, T+2).
         mixture: Whether it is a mixture.
 
     Raises:
-        UserError: No densities, different schedules, transforms or shapes, classes that a model does not have, or
-            exponents whose sum is not positive: no density then.
+        UserError: Different schedules, transforms or shapes, or exponents whose sum is not positive: no density then.
     """
 
     weights: Tensor
@@ -72,12 +72,9 @@ class Combination(DensityModel):
             raise UserError(f"compose: the exponents add up to {total:g}; a density needs a sum above 0")
         for model in models[1:]:
             _require_same(first, model)
-        for model, y in experts:
-            if y is not None:
-                _known_class(model, y)
         schedule, base = first.schedule, first.base
-        if not math.isclose(total, _exponent(first)):
-            share = _exponent(first) / total
+        if not math.isclose(total, exponents[0]):
+            share = exponents[0] / total
             schedule, g = ScaledSchedule(schedule, share**0.5), reference_gaussian(first)
             base = GaussianMarginals(schedule, g.mean, g.variances * share, g.rotation)
         super().__init__(schedule, first.transform, base=base)
@@ -94,19 +91,17 @@ class Combination(DensityModel):
 
     def _log_densities(self, x_t: Tensor) -> list[Tensor]:
         """log p_t of each expert at every level, (B, T+2) each; one pass of each model that gives all its classes."""
-        by_class = {}
-        for k, model in enumerate(self.models):
-            if model.joint and any(i == k and y is not None for i, y in self.experts):
-                by_class[k] = model.class_log_prob_levels(x_t)
-        found = []
+        by_class, found = {}, []
         for k, y in self.experts:
-            if y is None and k in by_class:
-                found.append((by_class[k] + self.models[k].log_class_prior[:, None]).logsumexp(1))
-            elif k in by_class:
-                found.append(by_class[k][:, y])
-            else:
+            model = self.models[k]
+            if not model.joint or all(label is None for i, label in self.experts if i == k):
                 label = None if y is None else torch.full((len(x_t),), y, device=x_t.device)
-                found.append(self.models[k].log_prob_levels(x_t, label))
+                found.append(model.log_prob_levels(x_t, label))
+                continue
+            if k not in by_class:
+                by_class[k] = model.class_log_prob_levels(x_t)
+            prior = model.log_class_prior[:, None]
+            found.append((by_class[k] + prior).logsumexp(1) if y is None else by_class[k][:, y])
         return found
 
 
@@ -154,7 +149,11 @@ def any_of(
         log_z: Logarithms of what the densities integrate to, (n,) or at every level (n, T+2), nats; equal when None.
     """
     experts = _experts(model, classes)
-    pi = _prior(experts) if weights is None else torch.tensor([float(w) for w in weights], dtype=torch.float64)
+    first, pi = experts[0][0], torch.ones(len(experts), dtype=torch.float64)
+    if weights is not None:
+        pi = torch.tensor([float(w) for w in weights], dtype=torch.float64)
+    elif classes is not None and first.joint:
+        pi = first.log_class_prior.exp().cpu().double()[[y for _, y in experts]]
     if len(pi) != len(experts) or not (pi >= 0).all() or not pi.sum() > 0:
         raise UserError(f"compose: weights are {weights}; give {len(experts)} numbers, none below 0")
     pi = pi / pi.sum()
@@ -208,31 +207,15 @@ def _dense(model: Denoiser) -> DensityModel:
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
     if not isinstance(model, nn.Module):
-        models = [_dense(one) for one in model]
-        if not models or classes is not None:
+        if not model or classes is not None:
             raise UserError("compose: give one model and a list of classes, or a list of models alone")
-        return [(one, None) for one in models]
+        return [(_dense(one), None) for one in model]
     if not classes:
         raise UserError("compose: no classes are given; name at least one, such as [3, 8]")
-    chosen = [check_count("compose: a class", y, 0) for y in classes]
+    chosen = as_labels(list(classes), _dense(model), len(classes)).tolist()
     if len(set(chosen)) < len(chosen):
         raise UserError(f"compose: classes {chosen} name one twice")
     return [(_dense(model), y) for y in chosen]
-
-
-def _prior(experts: Experts) -> Tensor:
-    model, y = experts[0]
-    if y is None or not model.joint:
-        return torch.ones(len(experts), dtype=torch.float64)
-    return model.log_class_prior.exp().cpu().double()[[_known_class(model, y) for _, y in experts]]
-
-
-def _known_class(model: DensityModel, y: int) -> int:
-    """Refuses a class that the model does not have."""
-    if model.classes is None or not 0 <= y < model.classes:
-        known = "none" if model.classes is None else f"0 to {model.classes - 1}"
-        raise UserError(f"compose: class {y} is not one of the model's classes ({known})")
-    return y
 
 
 def _exponent(model: DensityModel) -> float:
