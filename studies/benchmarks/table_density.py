@@ -25,7 +25,6 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +36,7 @@ from torch import Tensor
 from studies.benchmarks.flows import score_rows, train_flow
 from studies.budget import Budget
 from studies.compare.sklearn_peers import choose
-from torchcdm.apps.baselines import COMPONENTS, Candidates, kernels, mixtures
+from torchcdm.apps.baselines import Candidates, gaussians, kernels, mixtures
 from torchcdm.estimators import CDMDensity
 from torchcdm.estimators.tables import data_frame, noise_draws, noisy, noisy_copies
 from torchcdm.runtime.files import write_json
@@ -223,6 +222,12 @@ def zuko_flow(kind: str) -> Contender:
     return contender
 
 
+def gaussian_mixtures(train: np.ndarray, floor: float, seed: int) -> Candidates:
+    """Mixtures of one component and more."""
+    yield from gaussians(train, floor, seed)
+    yield from mixtures(train, floor, seed)
+
+
 def as_float(x: np.ndarray) -> Tensor:
     return torch.from_numpy(x).float()
 
@@ -230,7 +235,7 @@ def as_float(x: np.ndarray) -> Tensor:
 PEERS: dict[str, Contender] = {
     "nsf": zuko_flow("nsf"),
     "maf": zuko_flow("maf"),
-    "gmm": classical(partial(mixtures, components={form: (1, *counts) for form, counts in COMPONENTS.items()})),
+    "gmm": classical(gaussian_mixtures),
     "kde": classical(kernels),
 }
 TITLES = {

@@ -67,7 +67,7 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior():
     model = CDMConditional(**{**TINY, "lr": 1e-12, "overrides": {"train": {"validate_every": 3}}}).fit(theta, x)
     covariance, gain = posterior()
     draws = model.sample(2000, x[:2])
-    assert draws.shape == (2, 2000, 2)
+    assert draws.shape == (2, 2000, 2) and draws.flags.writeable
     for k in range(2):
         assert np.allclose(draws[k].mean(0), gain @ x[k], atol=0.04)
         assert np.allclose(np.cov(draws[k].T), covariance, atol=0.1 * np.abs(covariance).max())

@@ -310,7 +310,7 @@ class TableEstimator(BaseEstimator):
     def _decoded(self, codes: Tensor) -> Any:
         """Codes as what was fitted: a data frame, or an array float64 (n, columns)."""
         frame = self.columns_.decode(codes)
-        return frame if self._framed else frame.to_numpy(np.float64)
+        return frame if self._framed else frame.to_numpy(np.float64, copy=True)
 
     def _seed(self, random_state: Any = None) -> int:
         """A seed from ``random_state``, or from the estimator's own when None."""
