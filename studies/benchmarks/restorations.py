@@ -36,7 +36,7 @@ def restorations(model: torchcdm.ClassificationDiffusion, noisy: Tensor) -> dict
     """By name, rounded to grey levels like the originals."""
     binomial = torch.tensor([1.0, 2, 1, 2, 4, 2, 1, 2, 1]) / 16
     found = {
-        "denoiser": denoise(model, noisy, std=NOISE)[0],
+        "denoiser": denoise(model, noisy, noise_std=NOISE)[0],
         "none": noisy,
         "binomial filter": neighbourhoods(noisy) @ binomial,
         "mean filter": neighbourhoods(noisy).mean(-1),

@@ -21,8 +21,7 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
-        run_compare,
-        "compare",
+        "studies.cli.comparing:compare",
         "train other density models and ours for the same time on the same data, and score them alike",
         "python -m studies compare digits --budget 150 --peers cdm,nsf,realnvp --out compared --json compared.json",
         "json device",
@@ -49,7 +48,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def run_compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Trains, measures and prints."""
     from studies.compare.comparison import compare
     from studies.compare.figure import scoring_cost

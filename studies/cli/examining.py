@@ -15,8 +15,7 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
-        run_exam,
-        "exam",
+        "studies.cli.examining:exam",
         "default settings on data sets that nobody tuned for, beside closed forms, flows, trees and neighbours",
         "python -m studies exam --half development --kinds density,ratio --out exam --json exam.json",
         "json",
@@ -29,7 +28,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="keep the scores: what is there is not run again")
 
 
-def run_exam(options: argparse.Namespace) -> int:
+def exam(options: argparse.Namespace) -> int:
     """Runs the contests and prints the marks."""
     import torch
 

@@ -18,8 +18,7 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
-        run_quality,
-        "quality",
+        "studies.cli.measuring:quality",
         "how good images are: Fréchet distance, precision, recall, two-sample test, copies, grain",
         "python -m studies quality runs/fashion samples.npz --n 5000 --steps 50 --json quality.json",
         "seed quiet json device",
@@ -35,7 +34,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep what is measured of the training images")
 
 
-def run_quality(options: argparse.Namespace) -> int:
+def quality(options: argparse.Namespace) -> int:
     """Measures and prints."""
     from studies.quality.frechet import Reference
     from studies.quality.measure import measure, table, to_json

@@ -13,7 +13,8 @@ from torchcdm.cli.arguments import add_command
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, run_reproduce, "reproduce", "a table or figure of the paper, or a check against known truth",
+        commands, "studies.cli.reproducing:reproduce",
+        "a table or figure of the paper, or a check against known truth",
         "python -m studies reproduce fig7 --scale smoke --out reproduced", "device",
     )  # fmt: skip
     parser.add_argument("name", metavar="NAME", nargs="?", help="left out: lists the names")
@@ -26,7 +27,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def run_reproduce(options: argparse.Namespace) -> int:
+def reproduce(options: argparse.Namespace) -> int:
     """The report of a reproduction, made or completed."""
     from studies.reproduce import REPRODUCTIONS, reproduce
     from torchcdm.errors import UserError

@@ -13,14 +13,14 @@ from torchcdm.errors import UserError, nearest
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, run_zoo, "zoo", "make a model that ships with the package: weights, numbers and card",
+        commands, "studies.cli.zoo:zoo", "make a model that ships with the package: weights, numbers and card",
         "python -m studies zoo digits --out runs/zoo-digits",
     )  # fmt: skip
     parser.add_argument("name", metavar="NAME", help="digits, digits-conditional, two-moons or table-example")
     parser.add_argument("--out", metavar="RUN", type=Path, help="folder of the run; a finished one is not made again")
 
 
-def run_zoo(options: argparse.Namespace) -> int:
+def zoo(options: argparse.Namespace) -> int:
     """Writes ``torchcdm/zoo/NAME``."""
     from studies.zoo import MODELS, make
     from torchcdm.zoo import HOME

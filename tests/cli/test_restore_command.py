@@ -10,7 +10,8 @@ from test_cli import pixels, refuse, succeed  # noqa: F401
 import torchcdm
 from torchcdm import compose
 from torchcdm.apps.restoring import restore
-from torchcdm.data import load_data
+from torchcdm.cli import main
+from torchcdm.data import load_data, save_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights have collapsed")
 FEW = ("--n", 3, "--particles", 4, "--device", "cpu", "--quiet")
@@ -50,7 +51,7 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     known = compose.mask(torch.arange(8)[:, None] < torch.full((8,), 6))
     x = load_data("digits").test.tensors(1)[0].double()
     found = restore(model, known, known(x)[0], 1.0, n=8, particles=32)
-    error, width = (found.mean - x[0]).abs(), found.width
+    error, width = (found.mean - x[0]).abs(), found.high - found.low
     assert error[:, :6].mean() < 1.5 and width[:, 6:].mean() > width[:, :6].mean()
 
 
@@ -76,3 +77,14 @@ def test_mistakes_are_one_line(capsys, tmp_path, pixels, files, words, message):
 def test_tables_are_refused(capsys, tmp_path, files):
     words = ["restore", "zoo:two-moons", files / "x.npy", "--blur", "1", "--out", tmp_path / "out"]
     assert "is for images" in refuse(capsys, *words)
+
+
+def test_what_is_skipped_is_said(capsys, tmp_path, pixels, files):  # noqa: F811
+    folder = tmp_path / "given"
+    save_images(load_data("digits").test.tensors(1)[0].float(), folder, torchcdm.load(pixels).transform)
+    (folder / "bad.png").write_bytes(b"no picture")
+    words = ["restore", pixels, folder, "--blur", "1", *FEW, "--out", tmp_path / "out"]
+    assert "bad.png" in refuse(capsys, *words)
+    assert main([*map(str, words), "--skip-bad"]) == 0
+    said = capsys.readouterr()
+    assert "1 file(s) that cannot be read are left out" in said.err and "1 images in" in said.out

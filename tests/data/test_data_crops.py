@@ -88,8 +88,8 @@ def test_tiles_of_a_denoised_picture_leave_no_seams(model):
     """The error's steps across the edges of the tiles are those everywhere else; a cut without overlap shows its."""
     clean = picture((160, 128), 1000).float()[None]
     noisy = clean + 25 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    found, noise = denoise_picture(model, noisy, std=25.0)
-    assert found.shape == clean.shape and noise.level.shape == (1,)
+    found, noise = denoise_picture(model, noisy, noise_std=25.0)
+    assert found.shape == clean.shape and noise.shape == (1,)
     error = (found - clean)[0]
     assert error.square().mean() < 0.3 * 25**2
 
@@ -102,10 +102,10 @@ def test_tiles_of_a_denoised_picture_leave_no_seams(model):
     tops = sorted({top for top, _ in places_of((160, 128), (16, 16), 0.5)} - {0})
     assert abs(seams(error, tops) - 1) < 0.15
     tiles = noisy[0].unfold(0, 16, 16).unfold(1, 16, 16).reshape(-1, 1, 16, 16)
-    cut = denoise(model, tiles, std=25.0)[0].reshape(10, 8, 16, 16).transpose(1, 2).reshape(160, 128)
+    cut = denoise(model, tiles, noise_std=25.0)[0].reshape(10, 8, 16, 16).transpose(1, 2).reshape(160, 128)
     assert seams(cut - clean[0], range(16, 160, 16)) > 1.5
     estimated = denoise_picture(model, noisy)[1]
-    assert 18 < float(estimated.std) < 32
+    assert 18 < float(estimated) * float(model.transform.scale) < 32
     with pytest.raises(UserError, match="the model takes .* or larger"):
         denoise_picture(model, noisy[:, :10])
 

@@ -17,7 +17,7 @@ from small_runs import small_config
 from torch import Tensor, nn
 
 from torchcdm.apps.anomaly import AnomalyScore
-from torchcdm.apps.denoising import denoise, estimate_noise
+from torchcdm.apps.denoising import estimate_noise, nearest_level
 from torchcdm.apps.ratio import DensityRatio
 from torchcdm.compose import sample
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
@@ -37,7 +37,7 @@ from torchcdm.likelihood import (
 )
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoiser
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoiser, working_dtype
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.unet import CDMUNet, DDMUNet
@@ -265,9 +265,11 @@ def of_tools() -> dict[str, Tensor]:
     """What stands on the likelihoods: noise levels, evaluation, calibrations, anomaly scores."""
     model, values = image_model(), {}
     x_t = model.schedule.perturb(model.transform(grey(4)), 4, draws(4, 1, 8, 8, seed=5))
-    noise = estimate_noise(model, x_t, units="model")
-    values["noise"] = torch.stack([noise.ratio, noise.level.double(), noise.log_prob])
-    values["denoised"] = torch.as_tensor(denoise(model, x_t, units="model")[0])
+    x_t = x_t.to(working_dtype(model, x_t.dtype))
+    ratio, log_p = estimate_noise(model, x_t)
+    level = nearest_level(model.schedule, ratio)
+    values["noise"] = torch.stack([ratio, level.double(), log_p])
+    values["denoised"] = model.denoise(model.schedule.at(level, x_t)[0] * x_t, level).x0
     sums = level_sums(model, grey(20), draws=2, seed=1)
     values["evaluation"] = torch.stack([sums["mse"], sums["ce"], sums["accuracy"]])
     for name in ("log_prob", "typicality", "coarse"):

@@ -11,7 +11,7 @@ some x_t is another case: :meth:`ClassificationDiffusion.denoise_blind`.)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,27 +27,8 @@ from torchcdm.units import DataTransform
 COARSE = 12
 """Levels of the first search, evenly spaced in log r."""
 
-TILES, ESTIMATED = 256, 64
-"""Tiles of a picture at a time; those, about, in which its noise is estimated."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The noise of each sample, found or given.
-
-    Attributes:
-        ratio: Standard deviation s of the noise in model units, between the levels too, float64 (B,).
-        std: The same in data units, (B,); (B, *scale) where columns have scales of their own.
-        level: The level nearest in log r, which denoises, long (B,).
-        log_prob: log p(y | s) at the best level, nats in model units, float64 (B,); None where the noise was given.
-        evaluations: Forward passes of the network for each sample to find the noise.
-    """
-
-    ratio: Tensor
-    std: Tensor
-    level: Tensor
-    log_prob: Tensor | None = None
-    evaluations: int = 0
+BATCH, TILES, ESTIMATED = 256, 256, 64
+"""Samples, and tiles of a picture, at a time; those tiles, about, in which its noise is estimated."""
 
 
 def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
@@ -57,9 +38,7 @@ def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def estimate_noise(
-    model: DensityModel, noisy: Tensor, y: Tensor | None = None, units: str = "data"
-) -> Noise:
+def estimate_noise(model: DensityModel, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The noise standard deviation of each sample by maximum likelihood over the levels 1 ... T.
 
     A coarse search evenly spaced in log r, then halved steps around the best level, then a parabola through the
@@ -67,95 +46,104 @@ def estimate_noise(
 
     Args:
         model: A trained model.
-        noisy: Clean data plus white noise, (B, *shape). In data units the noise is white in model units: each
-            column's in proportion to its scale.
+        z: Clean data plus white noise, model units, (B, *shape), in the precision of the network.
         y: Classes, long (B,), or None.
-        units: ``data`` or ``model``.
+
+    Returns:
+        The deviation s, model units, between the levels too, and log p(y | s) at the best level, nats in model units:
+        float64 (B,) each.
 
     Raises:
-        UserError: Unknown units, a shape that is not the model's, or data units of a model of Gaussianised data.
+        UserError: Values at which the density is not finite.
     """
-    z, schedule = _to_model(model, noisy, units), model.schedule
-    T, log_r, d = schedule.T, schedule.ratio.log(), z[0].numel()
+    schedule, T, log_r, d = model.schedule, model.schedule.T, model.schedule.ratio.log(), z[0].numel()
     # What is known of log p(y | r_t): one row a sample, one column a level.
     scores = torch.full((len(z), T + 2), -torch.inf, dtype=torch.float64, device=z.device)
 
-    def look(levels: Tensor) -> int:
+    def look(levels: Tensor) -> None:
         """One forward pass for each column of ``levels``, long (B, k)."""
         for t in levels.unbind(1):
             alpha_t, _ = schedule.at(t, z)
             log_p = model.log_prob_levels(alpha_t * z, y).gather(1, t[:, None])
             scores.scatter_(1, t[:, None], log_p + d * schedule.alpha[t, None].log())
-        return levels.shape[1]
 
     even = torch.linspace(float(log_r[1]), float(log_r[T]), min(COARSE, T), dtype=torch.float64)
     coarse = nearest_level(schedule, even.to(log_r.device).exp()).unique()
-    evaluations = look(coarse.expand(len(z), -1))
+    look(coarse.expand(len(z), -1))
     step = int(torch.diff(torch.cat([coarse.new_tensor([1]), coarse, coarse.new_tensor([T])])).max())
     before = None
     while step > 1 or before is None or not torch.equal(before, scores.argmax(1)):
         step, before = max(1, (step + 1) // 2), scores.argmax(1)
-        evaluations += look(torch.stack([before - step, before + step], 1).clamp(1, T))
+        look(torch.stack([before - step, before + step], 1).clamp(1, T))
     highest, best = scores.max(1)
     if not bool(highest.isfinite().all()):
         raise UserError("log p of the data is not finite: their values are far beyond those of the training data")
-    found = _noise(model, _vertex(log_r, scores, best).exp())
-    return replace(found, log_prob=highest, evaluations=evaluations)
+    return _vertex(log_r, scores, best).exp(), highest
+
+
+def _vertex(log_r: Tensor, scores: Tensor, best: Tensor) -> Tensor:
+    """log s at the top of the parabola through the best level and its neighbours; (B,)."""
+    T = scores.shape[1] - 2
+    middle = best.clamp(2, max(T - 1, 2)).clamp_max(T)
+    at = torch.stack([middle - 1, middle, middle + 1], 1).clamp(1, T)
+    (a, b, c), (fa, fb, fc) = log_r[at].unbind(1), scores.gather(1, at).unbind(1)
+    left, right = (b - a) * (fb - fc), (b - c) * (fb - fa)
+    top = b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
+    # At either end of the levels the maximum may lie outside: the end itself, then.
+    inside = (best > 1) & (best < T) & top.isfinite()
+    return top.where(inside, log_r[best])
 
 
 def denoise(
-    model: Denoiser,
-    noisy: Tensor,
-    level: int | None = None,
-    std: float | None = None,
-    y: Tensor | None = None,
-    units: str = "data",
-) -> tuple[Tensor, Noise]:
-    """Removes white noise: E[x_0 | alpha_t y] at the level of the noise.
+    model: Denoiser, noisy: Tensor, level: int | None = None, noise_std: float | None = None, y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Removes white noise: E[x_0 | alpha_t y] at the level of the noise, the nearest in log r.
 
     Args:
         model: A trained model; one with a density where the noise is to be estimated.
-        noisy: Clean data plus noise, (B, *shape).
+        noisy: Clean data plus noise that is white in model units, data units, (B, *shape).
         level: Level 1 ... T whose noise the data have.
-        std: Standard deviation of the noise in ``units``; the nearest level denoises. Neither given: the noise of
-            each sample is estimated.
+        noise_std: Standard deviation of the noise, data units. Neither given: the noise of each sample is estimated.
         y: Classes, long (B,), or None.
-        units: ``data`` or ``model``.
 
     Returns:
-        Clean data in the same units and in the precision of the network, not rounded, (B, *shape), and the noise.
+        Clean data, data units in the precision of the network, not rounded, (B, *shape); and the deviation of the
+        noise, found or given, model units, float64 (B,).
 
     Raises:
-        UserError: A level or deviation out of range, or both; a deviation in data units of columns that differ in
-            scale; data that do not fit the model, or data units of a model of Gaussianised data.
+        UserError: A level or deviation out of range, or both; a deviation of columns that differ in scale; data that
+            do not fit the model; a model of Gaussianised data.
     """
-    z = _to_model(model, noisy, units)
-    transform = model.transform if units == "data" else None
-    if level is not None and std is not None:
+    x, transform = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device), model.transform
+    model.checked(x)
+    if transform is not None:
+        require_additive_noise(transform)
+    z = x if transform is None else transform(x)
+    z = z.to(working_dtype(model, z.dtype))
+    if level is not None and noise_std is not None:
         raise UserError("a level and a standard deviation of the noise are given; give one of them")
     if level is not None:
-        ratio = model.schedule.ratio[check_count("level", level, 1, model.schedule.T)]
-        noise = _noise(model, ratio.expand(len(z)))
-    elif std is not None:
-        if not 0 < std < math.inf:
-            raise UserError(f"the noise's standard deviation is {std:g}; it must be positive and finite")
+        ratio = model.schedule.ratio[check_count("level", level, 1, model.schedule.T)].expand(len(z))
+    elif noise_std is not None:
+        if not 0 < noise_std < math.inf:
+            raise UserError(f"the noise's standard deviation is {noise_std:g}; it must be positive and finite")
         scale = 1.0 if transform is None else common_scale(transform)
         if scale is None:
             raise UserError("one noise deviation in data units, but the columns differ in scale; give a level instead")
-        noise = _noise(model, torch.full((len(z),), std / scale, dtype=torch.float64, device=z.device))
+        ratio = torch.full((len(z),), noise_std / scale, dtype=torch.float64, device=z.device)
     else:
-        noise = estimate_noise(require_density(model, "estimating the noise"), noisy, y, units)
-    alpha_t, _ = model.schedule.at(noise.level, z)
-    clean = model.denoise(alpha_t * z, noise.level, y).x0
+        ratio, _ = estimate_noise(require_density(model, "estimating the noise"), z, y)
+    t = nearest_level(model.schedule, ratio)
+    clean = model.denoise(model.schedule.at(t, z)[0] * z, t, y).x0
     if not bool(clean.isfinite().all()):
         raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
-    return clean if transform is None else transform.inverse(clean), noise
+    return clean if transform is None else transform.inverse(clean), ratio
 
 
 @torch.no_grad()
 def denoise_picture(
-    model: Denoiser, noisy: Tensor, level: int | None = None, std: float | None = None
-) -> tuple[Tensor, Noise]:
+    model: Denoiser, noisy: Tensor, level: int | None = None, noise_std: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Removes white noise from one image of any size, by overlapping tiles of the model's size.
 
     All tiles are denoised at one level: that of the median of the noise found in them where none is given. Where tiles
@@ -175,21 +163,31 @@ def denoise_picture(
         raise UserError(f"an image of shape {tuple(noisy.shape)}; the model takes {shape} or larger")
     sides, places = shape[1:], places_of(noisy.shape[1:], shape[1:], 0.5)
     tiles = torch.stack([noisy[:, top : top + sides[0], left : left + sides[1]] for top, left in places])
-    if level is None and std is None:
-        chosen = tiles[:: max(1, len(tiles) // ESTIMATED)]
-        ratio = estimate_noise(require_density(model, "estimating the noise"), chosen).ratio.median()
-        noise = _noise(model, ratio[None])
-        level = int(noise.level)
-    else:
-        noise = denoise(model, tiles[:1], level, std)[1]
-    clean = torch.cat([denoise(model, part, level, None if level else std)[0].cpu() for part in tiles.split(TILES)])
+    chosen = tiles[:: max(1, len(tiles) // ESTIMATED)] if level is None and noise_std is None else tiles[:1]
+    ratio = denoise(model, chosen, level, noise_std)[1].median()[None]
+    level = int(nearest_level(model.schedule, ratio))
+    clean = torch.cat([denoise(model, part, level)[0].cpu() for part in tiles.split(TILES)])
     rise, fall = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in sides)
     weight = rise[:, None] * fall
     total, weights = torch.zeros(noisy.shape), torch.zeros(noisy.shape[1:])
     for (top, left), tile in zip(places, clean, strict=True):
         total[:, top : top + sides[0], left : left + sides[1]] += weight * tile
         weights[top : top + sides[0], left : left + sides[1]] += weight
-    return total / weights, noise
+    return total / weights, ratio
+
+
+def denoise_all(
+    model: Denoiser, x: Sequence[Tensor], level: int | None = None, noise_std: float | None = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Clean samples on the CPU, their levels, long (N,), and noise (N,): by :func:`denoise` where all have the model's
+    shape, and by :func:`denoise_picture` else."""
+    if {part.shape for part in x} == {model.shape}:
+        found = [denoise(model, part, level, noise_std) for part in torch.stack(list(x)).split(BATCH)]
+    else:
+        pictures = [denoise_picture(model, part, level, noise_std) for part in x]
+        found = [(clean[None], ratio) for clean, ratio in pictures]
+    ratios = torch.cat([ratio for _, ratio in found])
+    return [x for part, _ in found for x in part.cpu()], nearest_level(model.schedule, ratios).cpu(), ratios.cpu()
 
 
 def common_scale(transform: DataTransform) -> float | None:
@@ -206,35 +204,3 @@ def require_additive_noise(transform: DataTransform) -> None:
             "to denoise data train with --data.gaussianize false (and, for columns of few values, "
             "--data.dequantize false)"
         )
-
-
-def _noise(model: Denoiser, ratio: Tensor) -> Noise:
-    """Noise of the ratios r = ``ratio`` (B,)."""
-    scale = torch.ones((), dtype=torch.float64) if model.transform is None else model.transform.scale
-    std = ratio.reshape(-1, *[1] * scale.ndim) * scale.to(ratio.device)
-    return Noise(ratio, std, nearest_level(model.schedule, ratio))
-
-
-def _vertex(log_r: Tensor, scores: Tensor, best: Tensor) -> Tensor:
-    """log s at the top of the parabola through the best level and its neighbours; (B,)."""
-    T = scores.shape[1] - 2
-    middle = best.clamp(2, max(T - 1, 2)).clamp_max(T)
-    at = torch.stack([middle - 1, middle, middle + 1], 1).clamp(1, T)
-    (a, b, c), (fa, fb, fc) = log_r[at].unbind(1), scores.gather(1, at).unbind(1)
-    left, right = (b - a) * (fb - fc), (b - c) * (fb - fa)
-    top = b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
-    # At either end of the levels the maximum may lie outside: the end itself, then.
-    inside = (best > 1) & (best < T) & top.isfinite()
-    return top.where(inside, log_r[best])
-
-
-def _to_model(model: Denoiser, x: Tensor, units: str) -> Tensor:
-    """Model units, in the precision of the network."""
-    if units not in ("data", "model"):
-        raise UserError(f"units is '{units}'; choose data or model")
-    x = as_numbers(codes_of(x, model.transform), model.schedule.alpha.device)
-    model.checked(x)
-    if units == "data" and model.transform is not None:
-        require_additive_noise(model.transform)
-        x = model.transform(x)
-    return x.to(working_dtype(model, x.dtype))

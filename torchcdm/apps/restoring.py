@@ -33,11 +33,6 @@ class Restored(NamedTuple):
     draws: Tensor
     ess: float
 
-    @property
-    def width(self) -> Tensor:
-        """Of the intervals."""
-        return self.high - self.low
-
 
 def restore(
     model: Denoiser,

@@ -1,4 +1,4 @@
-"""The parser, and arguments that several commands share."""
+"""The parser, arguments that several commands share, and what commands do with their outputs."""
 
 from __future__ import annotations
 
@@ -28,23 +28,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def add_command(
-    commands: Any,
-    run: Callable[[argparse.Namespace], int],
-    name: str,
-    summary: str,
-    example: str,
-    shared: str = "",
-) -> Parser:
-    """A subcommand that calls ``run`` and takes the arguments ``shared``, words of :data:`SHARED`, with an example."""
-    parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
-    parser.set_defaults(command=parser, run=run)
-    for word in shared.split():
-        flag, options = SHARED[word]
-        parser.add_argument(flag, **options)
-    return parser
-
-
 def count(text: str) -> int:
     """A whole number of what there is one of at least; argparse names the flag in its message."""
     if re.fullmatch(r"[0-9]{1,10}", text) and 1 <= int(text) <= LARGEST_COUNT:
@@ -68,12 +51,44 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
 """Arguments that several commands share: how argparse knows them."""
 
 
+def add_command(commands: Any, run: str, summary: str, example: str, shared: str = "") -> Parser:
+    """A subcommand called like the function that it runs, ``module:function``, which is imported when it does.
+
+    It takes the arguments ``shared``, words of :data:`SHARED`; the help shows the ``example``.
+    """
+    name = run.rpartition(":")[2]
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+    parser.set_defaults(command=parser, run=run)
+    for word in shared.split():
+        flag, options = SHARED[word]
+        parser.add_argument(flag, **options)
+    return parser
+
+
+def add(parser: Any, words: str, text: str | None, kind: Callable[[str], Any] | None = None, **options: Any) -> None:
+    """An argument: its name and, after a space, what the help calls its value; bool as ``kind``: it takes none."""
+    name, *metavar = words.split(" ")
+    options |= {"action": "store_true"} if kind is bool else {"type": kind}
+    parser.add_argument(name, help=text, **options, **({"metavar": metavar[0]} if metavar else {}))
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None: the defaults of the others are where they are used."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:
     """:func:`torchcdm.runtime.files.check_output` of a file, which is none that a run keeps; - is the terminal."""
     if path is not None and str(path) != "-":
         check_output(path, inputs)
         if RunFolder(path.resolve().parent).writes(path.resolve()):
             raise UserError(f"{path}: belongs to the run; choose another name")
+
+
+def say(notes: Iterable[str]) -> None:
+    """Notes to stderr, a line each."""
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def tell(path: Path | None, text: str, numbers: Any) -> None:

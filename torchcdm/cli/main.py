@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
 from torchcdm import __version__
-from torchcdm.cli import measuring, ratios, sampling, scoring, sharing, training
+from torchcdm.cli import commands
 from torchcdm.cli.arguments import Parser, check_writable
 from torchcdm.errors import UserError, nearest
 
@@ -30,7 +31,11 @@ FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
 LONGEST = 500
 """Characters of a message; of a longer one the middle is left out."""
 
-GROUPS = (training, sampling, measuring, scoring, ratios, sharing)
+GROUPS = (commands,)
+
+OUTPUTS = ("json", "csv", "plot")
+INPUTS = ("paths", "reference", "numerator", "denominator", "query", "x", "y")
+"""Arguments that name files which commands write, and which they read: these are not to be replaced."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +55,9 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
-        commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+        subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
         for group in groups:
-            group.add_commands(commands)
+            group.add_commands(subparsers)
         return _run(parser, sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
@@ -79,8 +84,11 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         if rest:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
         options.fields = fields
-        check_writable(getattr(options, "json", None))
-        code = options.run(options) or 0
+        read = [getattr(options, name, None) or () for name in INPUTS]
+        inputs = [path for paths in read for path in ([paths] if isinstance(paths, str) else paths)]
+        for name in OUTPUTS:
+            check_writable(getattr(options, name, None), inputs)
+        code = pkgutil.resolve_name(options.run)(options) or 0
         sys.stdout.flush()
         return code
     except OSError as error:

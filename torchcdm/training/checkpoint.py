@@ -80,9 +80,11 @@ class ModelInfo:
         """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
         return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), noisy, parts)
 
-    def read_pictures(self, paths: Sequence[str | Path], skip_bad: bool) -> tuple[list[Tensor], list[str], list[str]]:
-        """Images of the model's size or larger, see :func:`torchcdm.data.inputs.read_pictures`."""
-        return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad))
+    def read_pictures(
+        self, paths: Sequence[str | Path], skip_bad: bool = False, shape: tuple[int, ...] | None = None
+    ) -> tuple[list[Tensor], list[str], list[str]]:
+        """Images of the model's size or larger, or of a ``shape``: :func:`torchcdm.data.inputs.read_pictures`."""
+        return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad), shape)
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
         """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``.

@@ -1,0 +1,87 @@
+"""``cdm presets``, ``cdm zoo``, ``cdm info`` and ``cdm push``."""
+
+from __future__ import annotations
+
+import argparse
+
+from torchcdm.bridges.hub import push as pushed
+from torchcdm.cli.arguments import tell
+from torchcdm.runtime.artefact import read_bytes
+from torchcdm.training.build import described
+from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
+from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.training.states import state_folders
+from torchcdm.zoo import HOME, about, located, names
+
+LABELS = {
+    "none": "of the data; the model does not use them",
+    "input": "an input of the network",
+    "joint": "all in one pass",
+}
+"""``model.labels`` as ``cdm info`` says it."""
+
+
+def presets(options: argparse.Namespace) -> int:
+    """One line a preset."""
+    for name in preset_names():
+        config, about = make_config(preset_fields(name)), preset_about(name)
+        model = config.model
+        reaches = f"; {about['reaches']} ({about['source']})" if "reaches" in about else ""
+        print(
+            f"{name:26} {config.data.spec or 'your data'}: {about['description']}; {model.kind} "
+            f"{model.backbone.name}, {model.schedule.name} T={model.schedule.T}, {config.train.steps} steps{reaches}"
+        )
+    return 0
+
+
+def zoo(options: argparse.Namespace) -> int:
+    """What each model is, its size, and what it reaches."""
+    models = {}
+    for name in names():
+        size = sum(path.stat().st_size for path in (HOME / name).iterdir())
+        models[f"zoo:{name}"] = about(name) | {"bytes": size}
+    lines = [
+        f"{name:24}{model['bytes'] / 2**20:5.2f} MiB  {model['description']}; {model['reaches']}"
+        for name, model in models.items()
+    ]
+    lines.append("use them wherever a command takes a model: cdm sample zoo:digits --n 64 --out samples")
+    tell(options.json, "\n".join(lines), models)
+    return 0
+
+
+def info(options: argparse.Namespace) -> int:
+    """Architecture, data and training of a run."""
+    info = read_info(options.model)
+    model = load(options.model)
+    run = RunFolder(located(options.model))
+    config = info.model
+    lines = read_metrics(run.metrics)
+    kept, shape = info.selected, "x".join(map(str, info.transform.shape))
+    what = {"cdm": "a classification diffusion model", "ddm": "a plain diffusion model"}[config.kind]
+    best = f": {kept['value']} {kept['best']:.4g} {kept['unit']}".rstrip() + " on validation" if "best" in kept else ""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    grid = info.transform
+    values = {
+        "model": f"{what} of samples {shape}, preset {info.preset}",
+        "network": f"{config.backbone.name}, {count:,} parameters; starts from {described(config)}",
+        "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
+        "data": info.data.spec or "given in Python",
+        "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",
+        "columns": info.columns and ", ".join(info.columns),
+        "classes": info.class_names and f"{', '.join(info.class_names)} ({LABELS[config.labels]})",
+        "kept": f"step {kept['step']}{best}" if "step" in kept else None,
+        "calibrated": None if model.uncalibrated is model else "on paths",
+        "last step": lines[-1]["step"] if lines else None,
+        "states": ", ".join(path.name for path in state_folders(run)),
+    }
+    text = "\n".join(f"{name:12} {value}" for name, value in values.items() if value)
+    tell(options.json, text, values | {"parameters": count, "selected": kept})
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Uploads weights, configuration and card."""
+    card = "" if options.card is None else read_bytes(options.card).decode(errors="replace")
+    print(pushed(options.model, options.repository, options.private, card=card))
+    return 0
