@@ -53,7 +53,7 @@ def test_decoder_sums_to_one_for_any_mean(kind, level):
 def test_decoder_reaches_as_far_on_every_grid(kind):
     cells = noisy_cells(grid(kind, (1,), 256), LogSNRSchedule(20, 0.05, 80), 1)
     x = torch.full((1, 1), 100.0)
-    middle = cells.transform.place(x, torch.full((1, 1), 0.5))
+    middle = cells.transform(cells.transform.spread(x.double(), torch.full((1, 1), 0.5)))
     z = cells.alpha * middle + (REACH - 0.5) * cells.sigma
     assert bool(cells.log_decoder(z, x, z / cells.alpha).isfinite())
 
@@ -66,7 +66,7 @@ def test_encoder_is_the_density_of_its_own_draws(kind, level):
     z = torch.linspace(-3, 3, 200_001, dtype=torch.float64)[:, None]
     density = cells.log_q(z, torch.full_like(z, 5.0)).exp()
     assert float(torch.trapezoid(density, z[:, 0])) == pytest.approx(1, abs=1e-6)
-    x_0 = transform.place(torch.full((20_000, 1), 5.0), torch.rand(20_000, 1, generator=rng()))
+    x_0 = transform(transform.spread(torch.full((20_000, 1), 5.0).double(), torch.rand(20_000, 1, generator=rng())))
     drawn = CosineSchedule(30).perturb(x_0, level, normal(20_000, 1))
     mean, square = (float(torch.trapezoid(density * z[:, 0] ** k, z[:, 0])) for k in (1, 2))
     deviation = math.sqrt(square - mean**2)
@@ -118,7 +118,7 @@ def test_bound_through_a_level_is_a_bound(dequantize, level):
     assert mean > -3 * error
     assert mean < {1: 0.03, 3: 0.08, 8: 0.45}[level], "far from tight"
     # Averaging inside the logarithm tightens each sample's bound, and keeps it one.
-    assert bool((weighted.values() <= plain.bits_per_dim() + 1e-12).all())
+    assert bool((weighted.values() <= plain.values() + 1e-12).all())
     mean, error = above(weighted.values(), true)
     assert mean > -3 * error - 1e-12
     assert plain.nfe == 4 and plain.level == level and len(plain.nats) == 600

@@ -63,7 +63,8 @@ def seen(cells: NormalCells, n: int) -> tuple[Tensor, Tensor]:
     x = torch.randint(0, LEVELS, (n, DIM), generator=rng(1)).double()
     empty = cells.transform.log_mass.expand(n, -1, -1).gather(2, x.long()[..., None])[..., 0].isinf()
     x = torch.where(empty, torch.tensor(0.0), x)
-    x_0 = cells.transform.place(x, torch.rand(n, DIM, generator=rng(2), dtype=torch.float64))
+    noise = torch.rand(n, DIM, generator=rng(2), dtype=torch.float64)
+    x_0 = cells.transform(cells.transform.spread(x.double(), noise))
     return x, cells.alpha * x_0 + cells.sigma * normal(n, DIM)
 
 

@@ -163,7 +163,8 @@ class Batch:
             noisy = self.dithered()
             return self.transform(noisy), self.transform.log_det(noisy)
         change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
-        return self.transform.place(self.x, self._drawn(torch.rand, ("cell",))), change.to(self.x.device)
+        x = self.transform.spread(self.x.double(), self._drawn(torch.rand, ("cell",)))
+        return self.transform(x), change.to(self.x.device)
 
     def noised(self, level: int) -> Tensor:
         """x_t at a level above 0, model units, float64 (B, *shape): the same for all likelihoods of one seed."""

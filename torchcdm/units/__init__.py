@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 from torchcdm.runtime.validation import read_as
 from torchcdm.units.affine import DataTransform
-from torchcdm.units.checks import construct
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
 from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
@@ -44,15 +43,11 @@ def transform_from_config(config: Any) -> DataTransform:
     Raises:
         UserError: Anything that no transform writes.
     """
-    if not isinstance(config, dict):
-        raise UserError(f"data transform is {config!r:.60}; named values are needed")
-    arguments = {"kind": "affine", "table": None} | config
-    name, table = arguments.pop("kind"), arguments.pop("table")
-    if not isinstance(name, str) or name not in KINDS:
-        raise UserError(f"data transform: unknown kind {name!r:.60}; choose from: {', '.join(KINDS)}")
-    transform = construct(KINDS[name], arguments, "data transform")
-    if table is not None:
-        transform.table = read_as(TableEncoding, table, "table")
-        if len(transform.table.kept) != transform.dim:
-            raise UserError(f"table: {len(transform.table.kept)} columns; the data have {transform.dim}")
+    try:
+        arguments = {"kind": "affine", "table": None, **config}
+        kind, table = KINDS[arguments.pop("kind")], arguments.pop("table")
+        transform = kind(**arguments)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"data transform: {reason(error)}") from None
+    transform.table = None if table is None else read_as(TableEncoding, table, "table")
     return transform

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import Count, Float, Positive, checked, encode
-from torchcdm.units.checks import MOST_NUMBERS, numbers
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import spread
 from torchcdm.units.table import TableEncoding
@@ -68,15 +67,15 @@ class DataTransform(Float64Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        if self.dim > MOST_NUMBERS:
-            raise UserError(f"data transform: shape {shape} has too many numbers")
-        for name, value in (("shift", numbers(shift, "shift")), ("scale", numbers(scale, "scale"))):
+        for name, value in (("shift", shift), ("scale", scale)):
             try:
-                value.expand(shape)
-            except RuntimeError:
-                what = f"data transform: {name} has the shape {tuple(value.shape)}, the data {shape}"
-                raise UserError(what) from None
-            self.register_buffer(name, value, persistent=False)
+                found = torch.as_tensor(value, dtype=torch.float64)
+                found.expand(shape)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"data transform: {name} must be numbers for the shape {shape}; {error}") from None
+            if not bool(found.isfinite().all()):
+                raise UserError(f"data transform: {name} is not finite")
+            self.register_buffer(name, found, persistent=False)
         if not bool((self.scale > 0).all()):
             raise UserError("data transform: every scale must be positive; is a column constant?")
         if low is not None and high is not None and low > high:
@@ -87,21 +86,15 @@ class DataTransform(Float64Module):
 
     @classmethod
     def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True) -> DataTransform:
-        """Grey levels 0 ... levels - 1 to [-1, 1].
-
-        With ``dequantize`` the cells fill [-1, 1], a bin of 2 / levels; without, the grey levels do, as in the
-        paper, a bin of 2 / (levels - 1).
-        """
+        """Grey levels 0 ... levels - 1 to [-1, 1]; with ``dequantize`` it is their cells that fill it."""
         scale = levels / 2 if dequantize else (levels - 1) / 2
         return cls(shape, (levels - 1) / 2, scale, 1.0, dequantize, 0.0, levels - 1.0)
 
     @classmethod
     def standardize(cls, x: Tensor) -> DataTransform:
         """Zero mean and unit deviation for each column of ``x`` (N, d); over all pixels of images (N, C, H, W)."""
-        values = x.double()
-        over = 0 if x.ndim == 2 else None
-        mean, deviation = values.mean(over), values.std(over, correction=0)
-        return cls(x.shape[1:], mean, deviation)
+        values, over = x.double(), 0 if x.ndim == 2 else None
+        return cls(x.shape[1:], values.mean(over), values.std(over, correction=0))
 
     @classmethod
     def identity(cls, shape: Sequence[int]) -> DataTransform:
@@ -114,10 +107,7 @@ class DataTransform(Float64Module):
         return math.prod(self.shape)
 
     def log_det(self, x: Tensor) -> Tensor:
-        """log |d model / d data| at ``x`` (B, *shape), data units: float64 (B,), nats.
-
-        log p(data) = log p(model) + log_det.
-        """
+        """log |d model / d data| at ``x`` (B, *shape), data units: float64 (B,), nats; log p(data) - log p(model)."""
         return -self.scale.log().expand(self.shape).sum().expand(x.shape[0])
 
     @property
@@ -139,12 +129,7 @@ class DataTransform(Float64Module):
         return (z.double() * self.scale + self.shift).to(z.dtype)
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
-        """Dequantise: each number at its ``position`` on [0, 1] of its cell, data units; ``x`` where it has none.
-
-        Args:
-            x: Data units, (..., *shape).
-            position: Broadcasts to ``x``.
-        """
+        """Dequantise ``x`` (..., *shape), data units: each number at its ``position`` in its cell, on [0, 1]."""
         return spread(x.to(floating(x)), self.cells.to(position), position) if self.dequantize else x
 
     def add_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -157,17 +142,12 @@ class DataTransform(Float64Module):
         """What the network trains on: dequantised, in model units."""
         return self(self.add_noise(x, generator))
 
-    def place(self, x: Tensor, cell: Tensor) -> Tensor:
-        """Grey levels, each at the position ``cell`` on [0, 1] of its cell where the model sees cells: model units."""
-        return self(self.spread(x.double(), cell))
-
     def quantize(self, x: Tensor) -> Tensor:
         """Data units rounded to the nearest grey level and clipped to the range; continuous data unchanged."""
         if self.bin is None:
             return x
-        low = -math.inf if self.low is None else self.low
-        high = math.inf if self.high is None else self.high
-        return ((x / self.bin).round() * self.bin).clamp(low, high)
+        x = (x / self.bin).round() * self.bin
+        return x if self.low is None and self.high is None else x.clamp(self.low, self.high)
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python values, exact: floats survive JSON to the last bit."""
@@ -176,15 +156,8 @@ class DataTransform(Float64Module):
 
     def arguments(self) -> dict[str, Any]:
         """Those of the constructor, and ``kind`` for subclasses."""
-        return {
-            "shape": list(self.shape),
-            "shift": self.shift.tolist(),
-            "scale": self.scale.tolist(),
-            "bin": self.bin,
-            "dequantize": self.dequantize,
-            "low": self.low,
-            "high": self.high,
-        }
+        units = {"shape": list(self.shape), "shift": self.shift.tolist(), "scale": self.scale.tolist()}
+        return units | {"bin": self.bin, "dequantize": self.dequantize, "low": self.low, "high": self.high}
 
 
 def floating(x: Tensor) -> torch.dtype:

@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchcdm.errors import UserError
-from torchcdm.runtime.validation import Float, Positive, checked
 from torchcdm.units.affine import DataTransform, floating
-from torchcdm.units.checks import construct, numbers, rising
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, cell_width, spread
 from torchcdm.units.normal import log_normal
@@ -44,31 +41,23 @@ class ColumnTransform(DataTransform):
             Elsewhere a cell is as wide as the least distance of two values, and edges are those of the cells and gaps.
         dequantize: Whether training and scoring add uniform noise over the cells; not where the rows bring it along.
 
-    Raises:
-        UserError: A value of the wrong type, number or order, or one that is not finite.
-
     Attributes:
         cells: Width of the cell of each column, (d,), data units; 0 for continuous ones.
     """
 
     gaussianized = True
 
-    @checked
     def __init__(
         self,
         warp: Mapping[str, Any],
-        histograms: Mapping[str | int, tuple[Sequence[Float], Sequence[Float]]],
+        histograms: Mapping[str | int, tuple[Sequence[float], Sequence[float]]],
         dequantize: bool = True,
-        mixed: Mapping[str | int, tuple[Positive, Sequence[Float]]] = NONE,
+        mixed: Mapping[str | int, tuple[float, Sequence[float]]] = NONE,
     ) -> None:
-        warp = construct(ColumnWarp, warp, "data transform: warp")
+        warp = ColumnWarp(**warp)
         super().__init__(warp.scale.shape)
-        if ({str(k) for k in histograms} - {str(k) for k in range(self.dim)}) or set(mixed) - set(histograms):
-            raise UserError(f"data transform: histograms of {list(histograms)!r:.60}; numbers of columns are needed")
         self.warp = warp
-        self.histograms = nn.ModuleDict({
-            str(k): Histogram(*found, mixed.get(k), f"histogram {k}") for k, found in histograms.items()
-        })  # fmt: skip
+        self.histograms = nn.ModuleDict({str(k): Histogram(*h, mixed.get(k)) for k, h in histograms.items()})
         self.dequantize = dequantize and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
         for k, histogram in self._columns():
@@ -165,16 +154,13 @@ class Histogram(Float64Module):
     log_unit: Tensor
 
     def __init__(
-        self, values: Sequence[float], cumulative: Sequence[float], mixed: tuple[float, Sequence[float]] | None,
-        what: str,
-    ) -> None:  # fmt: skip
+        self, values: Sequence[float], cumulative: Sequence[float], mixed: tuple[float, Sequence[float]] | None
+    ) -> None:
         super().__init__()
         self.mixed = mixed is not None
-        values = numbers(values, what) if self.mixed else rising(values, what)
+        values, cumulative = (torch.tensor(found, dtype=torch.float64) for found in (values, cumulative))
         self.cell, edges = mixed or (cell_width(values), _edges(values))
-        edges, cumulative = rising(edges, f"cells of {what}"), rising(cumulative, what)
-        if len(cumulative) != len(edges) or cumulative[0] <= 0 or cumulative[-1] >= 1:
-            raise UserError(f"data transform: {what} needs {len(edges)} probabilities between 0 and 1")
+        edges = torch.as_tensor(edges, dtype=torch.float64)
         # What the density of each bin is per: a cell, or a unit of the column.
         middles = (edges[1:] + edges[:-1]) / 2
         of_values = ((middles[:, None] - values).abs().amin(1) < self.cell / 2) | (not self.mixed)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform, floating
-from torchcdm.units.checks import MOST_NUMBERS
 from torchcdm.units.normal import log_normal
+
+MOST_NUMBERS = 2**28
+"""Numbers of the histograms of all dimensions: 2 GiB of float64."""
 
 PSEUDO_COUNT = 10.0
 """Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible."""
@@ -60,12 +62,9 @@ class GaussianizedTransform(DataTransform):
 
     @classmethod
     def fit(cls, transform: DataTransform, batches: Iterable[Tensor], flip: bool = False) -> GaussianizedTransform:
-        """From histograms of the training data.
+        """From histograms of the training data, ``batches`` (B, *shape), on the grid of a ``transform``.
 
-        Args:
-            transform: Tells shape and grid.
-            batches: Training data, data units, each (B, *shape).
-            flip: Count each image and its mirror image.
+        With ``flip`` the mirror image of each image counts, too.
         """
         if transform.bin is not None and not transform.dequantize:
             raise UserError("gaussianized data must be dequantised; set data.dequantize to true")
@@ -107,9 +106,9 @@ class GaussianizedTransform(DataTransform):
 
     @property
     def cell_width(self) -> Tensor:
-        """Typical width of a cell in model units, (*shape): sqrt(2 pi e) exp(-H), with the histogram's entropy H.
+        """Typical width of a cell in model units, (*shape): a normal cut into such cells has the histogram's entropy.
 
-        A normal cut into cells of this width has about that entropy; above 4 where one grey level has all the mass.
+        sqrt(2 pi e) exp(-H), above 4 where one grey level has all the mass.
         """
         entropy = torch.special.entr(self.cumulative.diff(dim=-1)).sum(-1)
         return (0.5 * math.log(2 * math.pi * math.e) - entropy).exp()

@@ -15,8 +15,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchcdm.errors import UserError
-from torchcdm.units.checks import numbers
 from torchcdm.units.float64 import Float64Module
 
 ROWS = 2000
@@ -40,8 +38,7 @@ FIELDS = ("least", "location", "scale", "skew", "tail", "bent")
 class ColumnWarp(Float64Module):
     r"""The map of all columns, increasing in each and onto the real numbers.
 
-    Bent columns become :math:`\sinh(\delta\,\operatorname{arsinh}((x - \xi) / \eta) - \epsilon)`, all others
-    :math:`(x - \xi) / \eta`; some of either kind have their logarithm taken first.
+    Columns that are not bent become :math:`(x - \xi) / \eta`; some of either kind have their logarithm taken first.
     Every argument holds a number for each column, (d,).
 
     Args:
@@ -51,9 +48,6 @@ class ColumnWarp(Float64Module):
         skew: epsilon; 0 for columns that are not bent.
         tail: delta; 1 for columns that are not bent.
         bent: Whether the column is bent.
-
-    Raises:
-        UserError: A value of the wrong type, number or sign, or one that is not finite.
     """
 
     least: Tensor
@@ -65,13 +59,8 @@ class ColumnWarp(Float64Module):
 
     def __init__(self, least: Any, location: Any, scale: Any, skew: Any, tail: Any, bent: Any) -> None:
         super().__init__()
-        count = max(numbers(scale, "scale").numel(), 1)
         for name, value in zip(FIELDS, (least, location, scale, skew, tail, bent), strict=True):
-            self.register_buffer(name, numbers(value, name, count), persistent=False)
-        if not bool((self.scale > 0).all() and (self.tail > 0).all() and (self.least >= 0).all()):
-            raise UserError("data transform: scale and tail of a column must be positive, least not negative")
-        if not bool(((self.bent == 0) | (self.bent == 1)).all()):
-            raise UserError("data transform: bent is true or false for each column")
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64), persistent=False)
         self.bent = self.bent.bool()
 
     @classmethod
@@ -117,7 +106,9 @@ class ColumnWarp(Float64Module):
         """(N, d) to (N, d), float64."""
         z = z.double()
         u = torch.where(self.bent, ((z.asinh() + self.skew) / self.tail).sinh(), z)
-        return _exponential(u * self.scale + self.location, self.least)
+        y, floor = u * self.scale + self.location, _floor(self.least)
+        below = (y - floor.log()).clamp_max(0) * floor
+        return torch.where(self.least > 0, torch.maximum(y, floor.log()).exp() + below, y)
 
     def log_slope(self, x: Tensor) -> Tensor:
         """log dz/dx of each number, (N, d), float64."""
@@ -140,8 +131,7 @@ def _bend(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
 def _log_slope(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
     """log of the derivative of :func:`_bend`."""
     bent = (tail * u.asinh() - skew).abs()
-    # log cosh without overflow.
-    log_cosh = bent + torch.log1p((-2 * bent).exp()) - math.log(2)
+    log_cosh = bent + torch.log1p((-2 * bent).exp()) - math.log(2)  # without overflow
     return tail.log() + log_cosh - 0.5 * torch.log1p(u.square())
 
 
@@ -154,13 +144,6 @@ def _logarithm(x: Tensor, least: Tensor) -> Tensor:
     """log x where ``least`` is positive, below it the tangent; x elsewhere."""
     floor = _floor(least)
     return torch.where(least > 0, torch.maximum(x, floor).log() + (x - floor).clamp_max(0) / floor, x)
-
-
-def _exponential(y: Tensor, least: Tensor) -> Tensor:
-    """The inverse of :func:`_logarithm`."""
-    floor = _floor(least)
-    below = (y - floor.log()).clamp_max(0) * floor
-    return torch.where(least > 0, torch.maximum(y, floor.log()).exp() + below, y)
 
 
 def _deviation(x: Tensor) -> Tensor:
