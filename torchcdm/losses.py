@@ -223,10 +223,10 @@ def squared_error(
     log p_t along e, held fixed, and so of a difference of two values of log p_t.
     """
     if not differences_suffice(x_t):
-        result = model.evaluate_twice_differentiable(x_t, t, y)
+        result = model.evaluate_unchecked(x_t, t, y, graph="all")
         return result, (result.eps - eps).square().flatten(1).mean(1)
     random_state = torch.get_rng_state()
-    result = model.evaluate_unchecked(x_t, t, y, keep_densities=True)
+    result = model.evaluate_unchecked(x_t, t, y, graph="densities")
     error = result.eps - eps
     sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
     # Every other sample goes the other way: what is left of the curvature is of second order.

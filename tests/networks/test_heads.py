@@ -85,7 +85,7 @@ def test_autocast_and_half_precision_compute_in_float32():
 
 @pytest.mark.parametrize("build, message", [
     (lambda: CumulativeHead(4, 9, "nosie"), "did you mean 'noise'"),
-    (lambda: CumulativeHead(4, 2), "T [+] 2"),
+    (lambda: CumulativeHead(4, 2), "levels is 2; it must be at least 3"),
     (lambda: JointHead(4, 9, classes=1), "at least 2"),
     (lambda: make_head(4, 9, None, joint=True), "number of classes"),
 ])  # fmt: skip

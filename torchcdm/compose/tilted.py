@@ -71,7 +71,7 @@ class Tilted(Denoiser):
         """
         x = x_t.detach().requires_grad_(self.exact)
         with torch.enable_grad():
-            found = (self.model.evaluate_twice_differentiable if self.exact else self.model.evaluate)(x, t)
+            found = self.model.evaluate_unchecked(x, t, None, graph="all" if self.exact else "none")
             x0 = Prediction(x, *self.schedule.at(t, x), found.eps).x0.double()
             x0 = x0 if self.exact else x0.detach().requires_grad_()
             log_known, pulled, pull = self.known(x0, t), x if self.exact else x0, None

@@ -64,15 +64,6 @@ class ClassificationDiffusion(DensityModel):
 
     # --- densities -------------------------------------------------------------------------------------------
 
-    def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """:meth:`log_prob_levels` of ``y``, and of no label where the same pass gives it (joint backbones).
-
-        For losses: ``y`` may hold the null label ``classes``, and is not checked.
-        """
-        base = self.base.log_prob_levels(x_t)
-        chosen, unconditional = self.corrections(x_t, y)
-        return base + chosen.double(), base + unconditional.double()
-
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
         """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
 
@@ -118,7 +109,9 @@ class ClassificationDiffusion(DensityModel):
         """As of any denoiser; with joint logits the gradient of one scalar, (1 + w) log p_t(x|y) - w log p_t(x)."""
         if not self.joint:
             return super().guided_eps(x_t, t, y, weight, graph)
-        return (self.evaluate_twice_differentiable if graph else self.evaluate)(x_t, t, y, weight).eps
+        if graph:
+            return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), weight, "all").eps
+        return self.evaluate(x_t, t, y, weight).eps
 
     # --- the network's part ----------------------------------------------------------------------------------
 

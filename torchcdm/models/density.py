@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -66,8 +66,11 @@ class DensityModel(Denoiser):
         Returns:
             Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
         """
-        y = self.checked(x_t, y=y)
-        return self.base.log_prob_levels(x_t) + self.corrections(x_t, y)[0].double()
+        return self.conditional_and_marginal(x_t, self.checked(x_t, y=y))[0]
+
+    def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`log_prob_levels` of ``y``, unchecked, and of no label where the same pass gives it (joint)."""
+        return self._with_base(x_t, self.corrections(x_t, y))
 
     def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.
@@ -105,23 +108,41 @@ class DensityModel(Denoiser):
         """
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
-    def evaluate_twice_differentiable(
-        self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0
+    def evaluate_unchecked(
+        self,
+        x_t: Tensor,
+        t: Level,
+        y: Tensor | None,
+        guidance: float = 0.0,
+        graph: Literal["none", "densities", "all"] = "none",
     ) -> Evaluation:
-        """:meth:`evaluate` for losses, unchecked: all of it with a graph in the weights and in ``x_t``."""
+        """:meth:`evaluate` for losses; the ``densities`` keep a graph in the weights, or ``all`` in ``x_t`` too."""
         refuse_inference_mode()
+        rows = torch.arange(len(x_t), device=x_t.device)
+        levels = torch.as_tensor(t, device=x_t.device).expand(len(rows))
 
         def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            """The scalar whose gradient in x_t is that of log p_t less the base's, guided or not."""
             parts = self.corrections(x, y)
-            return target(parts, t, guidance), parts
+            value, plain = (part[rows, levels] for part in parts)
+            return (guided(value, plain, guidance) if guidance else value).sum(), parts
 
         with torch.enable_grad():
-            # torch.func rather than autograd.grad: torch.compile can differentiate through it.
-            gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
-        return self._evaluation(x_t, t, gradient, parts)
+            if graph == "all":
+                # torch.func rather than autograd.grad: torch.compile can differentiate through it.
+                gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
+            else:
+                x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
+                x = x_t.detach().requires_grad_()
+                value, parts = of(x)
+                (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
+        if graph == "none":
+            parts = tuple(part.detach() for part in parts)
+        eps = self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
+        return Evaluation(eps, *self._with_base(x_t, parts))
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self.evaluate_twice_differentiable(x_t, t, self.checked(x_t, t, y)).eps
+        return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), graph="all").eps
 
     def log_prob(self, x: Any, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.
@@ -164,34 +185,10 @@ class DensityModel(Denoiser):
         """
         return ModelDistribution(self, y, **options)
 
-    def evaluate_unchecked(
-        self, x_t: Tensor, t: Level, y: Tensor | None, guidance: float = 0.0, keep_densities: bool = False
-    ) -> Evaluation:
-        """:meth:`evaluate` for losses; ``keep_densities``: with their graph in the weights, the denoiser without."""
-        refuse_inference_mode()
-        x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            parts = self.corrections(x, y)
-            (gradient,) = torch.autograd.grad(target(parts, t, guidance), x, retain_graph=keep_densities)
-        return self._evaluation(x_t, t, gradient, parts if keep_densities else tuple(part.detach() for part in parts))
-
-    def _evaluation(self, x_t: Tensor, t: Level, gradient: Tensor, parts: tuple[Tensor, Tensor]) -> Evaluation:
-        """From corrections to the base density and the gradient of :func:`target` (identity 3)."""
-        _, sigma_t = self.schedule.at(t, x_t)
+    def _with_base(self, x_t: Tensor, corrections: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         base = self.base.log_prob_levels(x_t)
-        chosen, unconditional = (base + part.double() for part in parts)
-        return Evaluation(self.base.eps(x_t, t) - sigma_t * gradient, chosen, unconditional)
-
-
-def target(parts: tuple[Tensor, Tensor], t: Level, guidance: float) -> Tensor:
-    """The scalar whose gradient in x_t is that of log p_t less the base's, guided or not."""
-    rows = torch.arange(len(parts[0]), device=parts[0].device)
-    levels = torch.as_tensor(t, device=parts[0].device).expand(len(rows))
-    value = parts[0][rows, levels]
-    if guidance:
-        value = guided(value, parts[1][rows, levels], guidance)
-    return value.sum()
+        chosen, unconditional = (base + correction.double() for correction in corrections)
+        return chosen, unconditional
 
 
 def refuse_inference_mode() -> None:

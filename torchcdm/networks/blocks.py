@@ -40,10 +40,10 @@ def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int
     return [(size[0] // 2**i, size[1] // 2**i) for i in range(resolutions)]
 
 
-def check_images(x: Tensor, channels: int, size: tuple[int, int]) -> None:
-    """Refuses images (B, C, H, W) of another shape than the network's."""
-    if tuple(x.shape[1:]) != (channels, *size):
-        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; this network takes images of {(channels, *size)}")
+def check_shape(x: Tensor, *shape: int) -> None:
+    """Refuses inputs (B, *shape) of another shape."""
+    if tuple(x.shape[1:]) != shape:
+        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; this network takes {shape}")
 
 
 class ImageNetwork(nn.Module):
@@ -77,8 +77,6 @@ class LabelEmbedding(nn.Embedding):
     """A vector (B, width) for each class and for the null label, index ``classes``."""
 
     def __init__(self, classes: int, width: int) -> None:
-        if classes < 1:
-            raise UserError(f"network: classes is {classes}; give at least 1, or none at all")
         super().__init__(classes + 1, width)
 
     def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
@@ -93,8 +91,6 @@ class ContextEmbedding(nn.Module):
     """A vector (B, width) from the numbers (B, context) that a density is conditional on."""
 
     def __init__(self, context: int, width: int) -> None:
-        if context < 1:
-            raise UserError(f"network: context is {context}; give at least 1, or none at all")
         super().__init__()
         self.context = context
         self.layers = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width))

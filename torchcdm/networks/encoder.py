@@ -14,7 +14,7 @@ from torchcdm.networks.blocks import (
     LabelEmbedding,
     SiLU,
     Step,
-    check_images,
+    check_shape,
     group_norm,
     halved_sizes,
 )
@@ -107,7 +107,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""
-        check_images(x, self.in_channels, self.size)
+        check_shape(x, self.in_channels, *self.size)
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
         if self.positions is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
+from torchcdm.runtime.validation import Count, Int, checked
 
 REFERENCE_STEPS = 100
 """Increments are multiplied by this over their number, so that Adam, which moves every weight by the same
@@ -105,12 +107,11 @@ class CumulativeHead(Head):
             a plain linear layer, h_t the sum of the increments 0 ... t.
     """
 
-    def __init__(self, features: int, levels: int, direction: Literal["noise", "data"] = "noise") -> None:
+    @checked
+    def __init__(
+        self, features: Count, levels: Annotated[Int, Ge(3)], direction: Literal["noise", "data"] = "noise"
+    ) -> None:
         super().__init__()
-        if levels < 3:
-            raise UserError(f"head: levels is {levels}; it is T + 2, at least 3")
-        if direction not in ("noise", "data"):
-            raise UserError(f"head: unknown direction '{direction}'; {nearest(direction, ['noise', 'data'])}")
         self.direction = direction
         self.linear = _Linear(features, levels) if direction == "data" else _linear_from_zero(features, levels - 1)
 
@@ -131,10 +132,9 @@ class JointHead(Head):
 
     weights: Tensor
 
-    def __init__(self, features: int, levels: int, classes: int) -> None:
+    @checked
+    def __init__(self, features: Count, levels: Count, classes: Annotated[Int, Ge(2)]) -> None:
         super().__init__()
-        if classes < 2:
-            raise UserError(f"joint head: classes is {classes}; at least 2 are needed")
         self.common = CumulativeHead(features, levels)
         self.knots = min(CLASS_KNOTS, levels - 1)
         position = torch.linspace(0, self.knots - 1, levels - 1, dtype=torch.float64)

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError
-from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, time_embedding
+from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, check_shape, time_embedding
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.runtime.validation import Count, Rate, Width, WidthOrZero, checked
-
-
-def check_vectors(x: Tensor, dim: int) -> None:
-    """Refuses anything but vectors (B, dim)."""
-    if tuple(x.shape[1:]) != (dim,):
-        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; this network takes vectors of {dim} numbers")
 
 
 @final
@@ -97,7 +91,7 @@ class MLP(HeadedBackbone):
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""
-        check_vectors(x, self.dim)
+        check_shape(x, self.dim)
         embedding = None if self.label is None else self.label(y, x)
         h = self.linear_in(x)
         for block in self.blocks:
@@ -133,7 +127,7 @@ class DDMMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, dim) from noisy vectors ``x`` (B, dim), levels ``t`` (B,) and classes ``y`` (B,)."""
-        check_vectors(x, self.dim)
+        check_shape(x, self.dim)
         embedding = self.time(time_embedding(t, self.width, x.dtype))
         if self.label is not None:
             embedding = embedding + self.label(y, x)

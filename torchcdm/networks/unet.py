@@ -16,7 +16,7 @@ from torchcdm.networks.blocks import (
     SiLU,
     Step,
     Upsample,
-    check_images,
+    check_shape,
     group_norm,
     halved_sizes,
     time_embedding,
@@ -84,7 +84,7 @@ class UNet(ImageNetwork):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the vector (B, embedding) to (B, features, H, W)."""
-        check_images(x, self.in_channels, self.size)
+        check_shape(x, self.in_channels, *self.size)
         h = self.conv_in(x)
         skips = [h]
         for i, stage in enumerate(self.down_stages):
