@@ -49,8 +49,7 @@ def read(path: Path, settings: Mapping[str, Any]) -> Made | None:
     """
     if not path.exists():
         return None
-    mend = "delete it to make it again"
-    content, parts = read_artefact(path, KIND, None, mend)
+    content, parts = read_artefact(path, KIND, None)
     for field, own, other in differences(json.loads(json.dumps(settings)), content["settings"]):
         raise UserError(f"{path}: was made with {field} = {other}, not {own}; remove it, or choose another --out")
     return content["values"], parts[0] if parts else {}

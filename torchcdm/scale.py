@@ -29,7 +29,7 @@ from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_arr
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count
-from torchcdm.runtime.devices import chosen_device
+from torchcdm.runtime.processes import chosen_device
 from torchcdm.training.checkpoint import load
 from torchcdm.units import TableEncoding
 

@@ -54,7 +54,7 @@ def compare(options: argparse.Namespace) -> int:
     from studies.compare.figure import scoring_cost
     from studies.compare.own import preset_of
     from torchcdm.likelihood.log_z import FEWEST_SWEEPS
-    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.runtime.processes import chosen_device
     from torchcdm.training.build import in_units, load_source
     from torchcdm.training.interrupt import Interrupted
 

@@ -38,7 +38,7 @@ def quality(options: argparse.Namespace) -> int:
     """Measures and prints."""
     from studies.quality.frechet import Reference
     from studies.quality.measure import measure, table, to_json
-    from torchcdm.runtime.devices import chosen_device
+    from torchcdm.runtime.processes import chosen_device
 
     source, device = _training_images(options), chosen_device(options.device)
     reference = Reference(source, device, options.cache)

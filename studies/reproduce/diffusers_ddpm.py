@@ -19,12 +19,11 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.blocks import time_embedding
 from torchcdm.networks.unet import DDMUNet
-from torchcdm.runtime.artefact import read_json, read_tensors
+from torchcdm.runtime.artefact import read_bytes, read_json, unpacked
 from torchcdm.runtime.validation import Rate, Width, WidthPair, Widths, read_as, shown, validated
 from torchcdm.units import DataTransform
 
 WEIGHTS, NETWORK, SCHEDULER = "diffusion_pytorch_model.safetensors", "config.json", "scheduler_config.json"
-MEND = "give a folder that diffusers saved"
 
 DOWN = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
 """Blocks on the way down, and theirs on the way up."""
@@ -104,8 +103,8 @@ def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
     folder = Path(folder)
     pipeline = (folder / "unet").is_dir()
     network, timing = (folder / "unet", folder / "scheduler" / SCHEDULER) if pipeline else (folder, folder / SCHEDULER)
-    config, state = read_json(network / NETWORK, MEND), read_tensors(network / WEIGHTS, MEND)
-    scheduler = read_json(timing, MEND) if timing.exists() else {}
+    config, state = read_json(network / NETWORK), unpacked(read_bytes(network / WEIGHTS), network / WEIGHTS)
+    scheduler = read_json(timing) if timing.exists() else {}
     try:
         _check(scheduler, FIXED_SCHEDULER)
         schedule = LinearSchedule(1000, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))

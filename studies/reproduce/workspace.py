@@ -15,7 +15,7 @@ from studies import cache
 from torchcdm.data import DataSource
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.devices import chosen_device
+from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import encode
 from torchcdm.training.checkpoint import load
 from torchcdm.training.loop import train

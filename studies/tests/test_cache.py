@@ -34,5 +34,5 @@ def test_a_flipped_bit_is_found(tmp_path, name):
     content = bytearray((tmp_path / name).read_bytes())
     content[-8] ^= 1
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: damaged, .*; delete it to make it again"):
+    with pytest.raises(UserError, match=f"{name}: damaged, .*; restore it from a copy, or make it again"):
         cache.read(tmp_path / "a.json", SETTINGS)

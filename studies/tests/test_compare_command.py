@@ -139,7 +139,7 @@ def test_results_of_another_protocol_are_not_mixed(source, tmp_path):
 def test_a_spoiled_result_is_named(source, tmp_path):
     compare(source, 5, tmp_path, ["gaussian"])
     (tmp_path / "gaussian.json").write_text("{")
-    with pytest.raises(UserError, match="gaussian.json: damaged, .*; delete it to make it again"):
+    with pytest.raises(UserError, match="gaussian.json: damaged, .*; restore it from a copy, or make it again"):
         compare(source, 5, tmp_path, ["gaussian"])
 
 

@@ -11,7 +11,7 @@ from damage import resealed
 
 from torchcdm.errors import UserError
 from torchcdm.runtime import artefact
-from torchcdm.runtime.artefact import read_artefact, read_bytes, read_json, read_tensors, write_artefact
+from torchcdm.runtime.artefact import read_artefact, read_bytes, read_json, unpacked, write_artefact
 from torchcdm.runtime.files import TEMPORARY, write_json
 
 TENSORS = {"a.safetensors": {"x": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}}
@@ -96,12 +96,11 @@ def test_files_that_are_missing_or_none(tmp_path):
     assert "a.safetensors: cannot be read" in refused(lambda: read_artefact(path, "thing", ["a.safetensors"]))
     os.mkfifo(tmp_path / "pipe")
     assert "pipe: is no file" in refused(lambda: read_json(tmp_path / "pipe"))
-    assert "is no file" in refused(lambda: read_tensors(tmp_path))
+    assert "is no file" in refused(lambda: read_bytes(tmp_path))
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(artefact.LARGEST_JSON + 1)
     assert "larger than 128 MiB" in refused(lambda: read_json(tmp_path / "large.json"))
-    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 8)
-    assert "no safetensors" in refused(lambda: read_tensors(tmp_path / "bad.safetensors"))
+    assert "no safetensors" in refused(lambda: unpacked(b"\xff" * 8, tmp_path / "bad.safetensors"))
 
 
 class Killed(BaseException):

@@ -11,7 +11,7 @@ from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
-from torchcdm.runtime.devices import chosen_device
+from torchcdm.runtime.processes import chosen_device
 
 TABLE = np.random.RandomState(0).normal(size=(120, 3))
 SCHEDULE = "{name: log-snr, T: 10, r_min: 0.05, r_max: 20.0}"
@@ -28,7 +28,7 @@ def test_devices_that_are_not_there_are_refused_in_one_line(name, recwarn):
 def cdm(tmp_path, monkeypatch):
     """A command on the device, in a folder of its own that holds a table and twelve digits."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchcdm.runtime.devices.chosen_device", torch.device)
+    monkeypatch.setattr("torchcdm.runtime.processes.chosen_device", torch.device)
     np.savetxt("table.csv", TABLE, delimiter=",", header="a,b,c", comments="")
     np.save("digits.npy", load_data("digits").test.tensors(12)[0][:, 0].numpy())
 
@@ -94,7 +94,7 @@ def test_tables(cdm, components):
 
 
 def test_estimators_and_ratios(monkeypatch):
-    monkeypatch.setattr("torchcdm.runtime.devices.chosen_device", torch.device)
+    monkeypatch.setattr("torchcdm.runtime.processes.chosen_device", torch.device)
     with pretended_device() as device:
         options = {"random_state": 0, "device": str(device), "steps": 6}
         for likelihood in ("one-pass", "flow"):

@@ -12,8 +12,8 @@ from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_
 from torchcdm.apps.ratio.checks import check_clip
 from torchcdm.cli.arguments import given, tell
 from torchcdm.data import check_spec, parse_size, spec_of
-from torchcdm.runtime.devices import chosen_device
 from torchcdm.runtime.files import check_output, write_rows
+from torchcdm.runtime.processes import chosen_device
 
 
 def ratio(options: argparse.Namespace) -> int:

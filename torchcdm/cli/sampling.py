@@ -17,9 +17,8 @@ from torchcdm.data.reading import read_arrays
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_real
-from torchcdm.runtime.devices import chosen_device
 from torchcdm.runtime.files import check_output_folder, write_rows, writing
-from torchcdm.runtime.processes import sharing
+from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.samples import balanced_labels, draw, save_manifest, save_sheet
 

@@ -22,9 +22,8 @@ from torchcdm.apps.plots import check_figure, score_histogram
 from torchcdm.cli.arguments import given, say, tell
 from torchcdm.data import save_array, save_images, save_table
 from torchcdm.errors import UserError
-from torchcdm.runtime.devices import chosen_device
 from torchcdm.runtime.files import check_output_folder, write_rows, written
-from torchcdm.runtime.processes import sharing
+from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.scale import Scorer, score_on_ray
 from torchcdm.training.checkpoint import load, read_info
 

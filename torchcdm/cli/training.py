@@ -15,8 +15,7 @@ from torchcdm.cli.commands import SHORT
 from torchcdm.data import DataSource, parse_size
 from torchcdm.errors import UserError
 from torchcdm.likelihood import check_methods
-from torchcdm.runtime.devices import chosen_device
-from torchcdm.runtime.processes import is_first
+from torchcdm.runtime.processes import chosen_device, is_first
 from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
 from torchcdm.training.build import build_model, load_source, plain_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, save_model

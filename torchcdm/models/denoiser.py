@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+import torchcdm
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
@@ -105,27 +106,18 @@ class Denoiser(nn.Module, ABC):
         """Weights and constants by name, as they are saved."""
         return self.state_dict()
 
-    # Conveniences: each is a public function of the package, looked up when it is called, as it needs upper floors.
+    # Conveniences: public functions of the package, looked up when they are called, as they need upper floors.
 
     def sample(self, n: int, **options: Any) -> Any:
         """``n`` samples in data units, (n, *shape): :func:`torchcdm.sample`, whose options and results it has."""
-        import torchcdm
-
         return torchcdm.sample(self, n, **options)
 
     def save(self, path: str | Path) -> None:
         """Writes the model into a folder, for :func:`torchcdm.load`; see :func:`torchcdm.training.checkpoint.save`."""
-        import torchcdm
-
         torchcdm.save(self, path)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Uploads the model to ``owner/name`` on the Hugging Face Hub, with a card; gives the address.
-
-        Options as in :func:`torchcdm.push`.
-        """
-        import torchcdm
-
+        """Uploads the model to ``owner/name`` on the Hugging Face Hub, as :func:`torchcdm.push`; gives the address."""
         return torchcdm.push(self, repository, **options)
 
     @abstractmethod
@@ -154,10 +146,8 @@ class Denoiser(nn.Module, ABC):
 
     def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float, graph: bool) -> Tensor:
         """(1 + w) E[eps | x_t, y] - w E[eps | x_t], (B, *shape), by two evaluations; ``graph`` keeps theirs."""
-        conditional, plain = (
-            self.differentiable_eps(x_t, t, label) if graph else self.denoise(x_t, t, label).eps for label in (y, None)
-        )
-        return guided(conditional, plain, weight)
+        eps = self.differentiable_eps if graph else lambda *given: self.denoise(*given).eps
+        return guided(eps(x_t, t, y), eps(x_t, t, None), weight)
 
 
 def guided(conditional: Tensor, plain: Tensor, weight: float) -> Tensor:
@@ -169,11 +159,8 @@ def guided(conditional: Tensor, plain: Tensor, weight: float) -> Tensor:
 class DenoisingDiffusion(Denoiser):
     """A plain denoising diffusion model (DDM): the network estimates eps itself.
 
-    Args:
-        backbone: ``(x_t (B, *shape), t (B,), y (B,) or None) -> eps (B, *shape)``.
-        schedule: The noise schedule.
-        transform: Data units to model units.
-        base: A closed-form density whose eps the network corrects; None for none.
+    The ``backbone`` maps x_t (B, *shape), t (B,) and y, (B,) or None, to eps (B, *shape), which corrects that of the
+    ``base`` where there is one; other arguments as in :class:`Denoiser`.
     """
 
     def __init__(

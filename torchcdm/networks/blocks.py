@@ -93,7 +93,7 @@ class ContextEmbedding(nn.Module):
     def __init__(self, context: int, width: int) -> None:
         super().__init__()
         self.context = context
-        self.layers = nn.Sequential(nn.Linear(context, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = two_layers(context, width)
 
     def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
         """Embeds ``y`` (B, context), one row for each sample of the batch ``x``."""
@@ -101,6 +101,11 @@ class ContextEmbedding(nn.Module):
             found = "none was given" if y is None else f"y has shape {tuple(y.shape)}"
             raise UserError(f"this density is conditional on {self.context} numbers a sample, and {found}")
         return self.layers(y.to(self.layers[0].weight.dtype))
+
+
+def two_layers(inputs: int, width: int) -> nn.Sequential:
+    """What a context, or an embedded label or level, passes before the blocks see it: (B, inputs) to (B, width)."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def time_embedding(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:

@@ -97,11 +97,9 @@ class Encoder(ImageNetwork, HeadedBackbone):
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
             if i:
                 self.downs.append(Downsample(channels))
-            stage = nn.ModuleList()
-            for _ in range(blocks):
-                stage.append(Step(channels, width * multiplier, max(size) in attention, dropout, embedding))
-                channels = width * multiplier
-            self.stages.append(stage)
+            inputs, channels = [channels, *[width * multiplier] * (blocks - 1)], width * multiplier
+            attend = max(size) in attention
+            self.stages.append(nn.ModuleList(Step(c, channels, attend, dropout, embedding) for c in inputs))
             self.summaries.append(Summary(channels, in_channels, energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint)
 

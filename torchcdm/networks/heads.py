@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal, final
+from typing import Annotated, Literal, TypeVar, final
 
 import torch
 from annotated_types import Ge
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import Count, Int, checked
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 REFERENCE_STEPS = 100
 """Increments are multiplied by this over their number, so that Adam, which moves every weight by the same
@@ -88,12 +90,11 @@ class _Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-def _linear_from_zero(features: int, outputs: int) -> _Linear:
-    """Zero at first, so that a model starts as its base density."""
-    linear = _Linear(features, outputs)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+def from_zero(layer: Layer) -> Layer:
+    """The layer, zero at first, so that a model starts as its base density."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 @final
@@ -113,7 +114,7 @@ class CumulativeHead(Head):
     ) -> None:
         super().__init__()
         self.direction = direction
-        self.linear = _Linear(features, levels) if direction == "data" else _linear_from_zero(features, levels - 1)
+        self.linear = _Linear(features, levels) if direction == "data" else from_zero(_Linear(features, levels - 1))
 
     def levels_of(self, features: Tensor) -> Tensor:
         increments = self.linear(features)
@@ -142,7 +143,7 @@ class JointHead(Head):
         # Accumulated once here: the sum over levels is linear, and (classes, T+2) outputs are the costly part.
         accumulated = from_the_noise((1 - distance).clamp_min(0))
         self.register_buffer("weights", REFERENCE_STEPS / (levels - 1) * accumulated, persistent=False)
-        self.linear = _linear_from_zero(features, classes * self.knots)
+        self.linear = from_zero(_Linear(features, classes * self.knots))
 
     def levels_of(self, features: Tensor) -> Tensor:
         effects = self.linear(features).unflatten(1, (-1, self.knots))

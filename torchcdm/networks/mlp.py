@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError
-from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, check_shape, time_embedding
-from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
+from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, check_shape, time_embedding, two_layers
+from torchcdm.networks.heads import HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Width, WidthOrZero, checked
 
 
@@ -116,14 +116,12 @@ class DDMMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.width, self.classes = dim, width, classes
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.time = two_layers(width, width)
         self.label = None if classes is None else LabelEmbedding(classes, width)
         self.linear_in = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.linear_out = nn.Linear(width, dim)
-        nn.init.zeros_(self.linear_out.weight)
-        nn.init.zeros_(self.linear_out.bias)
+        self.linear_out = from_zero(nn.Linear(width, dim))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, dim) from noisy vectors ``x`` (B, dim), levels ``t`` (B,) and classes ``y`` (B,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, final
 
 import torch
@@ -20,8 +21,9 @@ from torchcdm.networks.blocks import (
     group_norm,
     halved_sizes,
     time_embedding,
+    two_layers,
 )
-from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, make_head
+from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
 
@@ -50,6 +52,7 @@ class UNet(ImageNetwork):
         self.in_channels, self.size = in_channels, sizes[0]
         widths = [channels * m for m in multipliers]
         attend = [max(size) in attention for size in sizes]
+        step = partial(Step, dropout=dropout, embedding=embedding, groups=groups)
 
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_stages, self.downs = nn.ModuleList(), nn.ModuleList()
@@ -58,23 +61,20 @@ class UNet(ImageNetwork):
             if i:
                 self.downs.append(Downsample(current))
                 skips.append(current)
-            stage = nn.ModuleList()
-            for _ in range(blocks):
-                stage.append(Step(current, width, attend[i], dropout, embedding, groups))
-                skips.append(width)
-                current = width
-            self.down_stages.append(stage)
+            inputs, current = [current, *[width] * (blocks - 1)], width
+            self.down_stages.append(nn.ModuleList(step(channels, width, attend[i]) for channels in inputs))
+            skips += [width] * blocks
 
         self.middle = nn.ModuleList([
-            Step(current, current, True, dropout, embedding, groups),
-            Step(current, current, False, dropout, embedding, groups),
+            step(current, current, True),
+            step(current, current, False),
         ])
 
         self.up_stages, self.ups = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(len(widths))):
             stage = nn.ModuleList()
             for _ in range(blocks + 1):
-                stage.append(Step(current + skips.pop(), widths[i], attend[i], dropout, embedding, groups))
+                stage.append(step(current + skips.pop(), widths[i], attend[i]))
                 current = widths[i]
             self.up_stages.append(stage)
             if i:
@@ -138,7 +138,7 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
         self.classes, self.joint = classes, joint
         conditional = classes is not None and not joint
         self.label = LabelEmbedding(classes, channels) if conditional else None
-        self.embed = embedding_layers(channels) if conditional else None
+        self.embed = two_layers(channels, 4 * channels) if conditional else None
         self.unet = UNet(
             in_channels, image_size, channels, multipliers, blocks, attention, dropout,
             4 * channels if conditional else None, groups,
@@ -180,14 +180,12 @@ class DDMUNet(ImageNetwork):
     ) -> None:
         super().__init__()
         self.channels, self.classes = channels, classes
-        self.embed = embedding_layers(channels)
+        self.embed = two_layers(channels, 4 * channels)
         self.label = None if classes is None else LabelEmbedding(classes, 4 * channels)
         self.unet = UNet(
             in_channels, image_size, channels, multipliers, blocks, attention, dropout, 4 * channels, groups
         )
-        self.conv_out = nn.Conv2d(self.unet.features, in_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = from_zero(nn.Conv2d(self.unet.features, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, C, H, W) from noisy images ``x``, levels ``t`` (B,) and classes ``y`` (B,) or None."""
@@ -195,8 +193,3 @@ class DDMUNet(ImageNetwork):
         if self.label is not None:
             embedding = embedding + self.label(y, x)
         return self.conv_out(self.unet(x, embedding))
-
-
-def embedding_layers(channels: int) -> nn.Sequential:
-    """What an embedded label or level (B, channels) passes before the blocks see it, (B, 4 channels)."""
-    return nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))

@@ -59,83 +59,74 @@ def write_artefact(
         UserError: It cannot be written, or no artefact of this ``kind`` lies there; nothing that was there is lost.
     """
     check_replaced(path, kind)
-    with writing(path):
-        settle(path)
     packed = {
-        name: pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
+        path.with_name(name): pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
         for name, part in (tensors or {}).items()
     }
-    files = {name: _digest(data) for name, data in packed.items()}
+    files = {file.name: _digest(data) for file, data in packed.items()}
     head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
     # As JSON has them: the checksum is of what a reader sees.
     sealed = json.loads(json.dumps(without_nan({**head, **content, "files": files}), allow_nan=False))
-    sealed["sha256"] = seal(sealed)
     with writing(path):
+        settle(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pending = {path.with_name(name): beside(path.with_name(name)) for name in packed}
         try:
-            for temporary, data in zip(pending.values(), packed.values(), strict=True):
-                with new_file(temporary) as file:
-                    file.write(data)
-            write_file(path, json.dumps(sealed, indent=1) + "\n")
+            for file, data in packed.items():
+                with new_file(beside(file)) as opened:
+                    opened.write(data)
+            write_file(path, json.dumps(sealed | {"sha256": seal(sealed)}, indent=1) + "\n")
         except (OSError, UserError):
-            for temporary in pending.values():
-                temporary.unlink(missing_ok=True)
+            for file in packed:
+                beside(file).unlink(missing_ok=True)
             raise
-        for final, temporary in pending.items():
-            os.replace(temporary, os.path.realpath(final))
+        for file in packed:
+            os.replace(beside(file), os.path.realpath(file))
         flush_folder(path.parent)
 
 
 def read_artefact(
-    path: Path,
-    kind: str | Sequence[str],
-    files: Sequence[str] | None = (),
-    mend: str = MEND,
-    form: Any = dict[str, Any],
+    path: Path, kind: str | Sequence[str], files: Sequence[str] | None = (), form: Any = dict[str, Any]
 ) -> tuple[Any, list[dict[str, Tensor]]]:
     """What :func:`write_artefact` wrote: the content, and the tensors of each of the ``files``, of all when None.
 
-    ``kind`` is what it must be, or may be; ``mend`` the way out, the end of a message about damage. The content is
-    read as ``form``, such as a dataclass: its fields are checked.
+    ``kind`` is what it must be, or may be. The content is read as ``form``, such as a dataclass: its fields are
+    checked.
 
     Raises:
         UserError: Missing, not readable, damaged, or of another kind or version.
     """
     for _ in range(ATTEMPTS):
-        content = _read_sealed(path, kind, mend)
-        paths = [path.with_name(name) for name in (content["files"] if files is None else files)]
-        found = [_matching(file, content["files"].get(file.name)) for file in paths]
-        if None not in found:
-            content = {key: value for key, value in content.items() if key not in SEAL}
-            try:
-                content = read_as(form, content)
-            except UserError as error:
-                damaged(path, str(error), mend)
-            return content, [_unpack(data, file, mend) for data, file in zip(found, paths, strict=True)]
-    wrong = paths[found.index(None)]
-    read_bytes(wrong)
-    damaged(wrong, f"it does not match its checksum in {path.name}", mend)
+        content = _read_sealed(path, kind)
+        digests = content["files"]
+        wanted = digests if files is None else files
+        found = {path.with_name(name): _matching(path.with_name(name), digests.get(name)) for name in wanted}
+        if None not in found.values():
+            break
+    tensors = []
+    for file, data in found.items():
+        if data is None:
+            read_bytes(file)  # says why it cannot be read
+            damaged(file, f"it does not match its checksum in {path.name}")
+        tensors.append(unpacked(data, file))
+    try:
+        return read_as(form, {key: value for key, value in content.items() if key not in SEAL}), tensors
+    except UserError as error:
+        damaged(path, str(error))
 
 
-def read_json(path: Path, mend: str = MEND) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of finite numbers; UserError where the file is none."""
     data = read_bytes(path, LARGEST_JSON)
     try:
         content = parse_json(data)
     except (ValueError, RecursionError) as error:
-        damaged(path, f"not JSON ({error})", mend)
-    return content if isinstance(content, dict) else damaged(path, "not a JSON object", mend)
+        damaged(path, f"not JSON ({error})")
+    return content if isinstance(content, dict) else damaged(path, "not a JSON object")
 
 
 def parse_json(text: bytes | str) -> Any:
     """JSON without NaN and infinite numbers, which it does not have and Python would take: ValueError."""
     return json.loads(text, parse_constant=_finite, parse_float=_finite)
-
-
-def read_tensors(path: Path, mend: str = MEND) -> dict[str, Tensor]:
-    """A safetensors file that stands alone, without a checksum."""
-    return _unpack(read_bytes(path), path, mend)
 
 
 def read_bytes(path: Path, largest: int | None = None) -> bytes:
@@ -162,9 +153,6 @@ def seal(content: Mapping[str, Any]) -> str:
     return _digest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
-# --- parts -------------------------------------------------------------------------------------------------------
-
-
 def settle(path: Path) -> None:
     """Renames the tensors of an artefact that a crash left complete beside their place."""
     try:
@@ -178,23 +166,20 @@ def settle(path: Path) -> None:
             os.replace(temporary, os.path.realpath(final))
 
 
-def _read_sealed(path: Path, kind: str | Sequence[str], mend: str) -> dict[str, Any]:
+def _read_sealed(path: Path, kind: str | Sequence[str]) -> dict[str, Any]:
     """A JSON file whose checksum holds."""
-    content = read_json(path, mend)
-    version = content.get("format")
+    content = read_json(path)
+    version, found, files = content.get("format"), content.get("kind"), content.get("files")
     if version != FORMAT:
-        raise UserError(
-            f"{path}: format version {version!r}, but this torchcdm ({__version__}) reads {FORMAT}; "
-            "use the torchcdm that wrote it"
-        )
+        what = f"format version {version!r}, but this torchcdm ({__version__}) reads {FORMAT}"
+        raise UserError(f"{path}: {what}; use the torchcdm that wrote it")
     if content.get("sha256") != seal(content):
-        damaged(path, "its content does not match its checksum", mend)
+        damaged(path, "its content does not match its checksum")
     kinds = (kind,) if isinstance(kind, str) else kind
-    if content.get("kind") not in kinds:
-        raise UserError(f"{path}: holds a {content.get('kind')}, not a {' or '.join(kinds)}")
-    files = content.get("files")
+    if found not in kinds:
+        raise UserError(f"{path}: holds a {found}, not a {' or '.join(kinds)}")
     if not isinstance(files, dict) or any(not name or Path(name).name != name for name in files):
-        damaged(path, "'files' is missing or wrong", mend)
+        damaged(path, "'files' is missing or wrong")
     return content
 
 
@@ -210,11 +195,12 @@ def _matching(path: Path, digest: Any) -> bytes | None:
     return None
 
 
-def _unpack(data: bytes, path: Path, mend: str) -> dict[str, Tensor]:
+def unpacked(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors in the bytes of a safetensors file; ``path`` is for the message."""
     try:
         return unpack(data)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        damaged(path, f"or no safetensors ({reason(error)})", mend)
+        damaged(path, f"or no safetensors ({reason(error)})")
 
 
 def _finite(text: str) -> float:

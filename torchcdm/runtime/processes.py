@@ -1,8 +1,9 @@
-"""Processes that share a training step or the samples of a measurement, on accelerate."""
+"""Devices by name, and processes that share a training step or the samples of a measurement, on accelerate."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -11,8 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from torchcdm.errors import UserError
-from torchcdm.runtime.devices import best_device, chosen_device
+from torchcdm.errors import UserError, reason
 
 
 @final
@@ -35,7 +35,7 @@ class Processes:
 
         several = _several()
         # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
-        on_cpu = (best_device().type if device is None else device) == "cpu"
+        on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
         self.accelerator = Accelerator(
             cpu=several and on_cpu,
@@ -64,6 +64,22 @@ class Processes:
         values = [None] * self.world
         torch.distributed.all_gather_object(values, value)
         return values
+
+
+def chosen_device(name: str | torch.device | None) -> torch.device:
+    """The device asked for; when None the GPU where there is one: not Apple's, which have no float64.
+
+    UserError where it is not there, holds no values (``meta``), or has no float64, in which densities are kept.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            torch.zeros(1, device=name, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        why = reason(error).split(". ")[0]
+        raise UserError(f"device {str(name)!r} cannot be used: {why}; leave --device out, or give cpu") from None
+    return torch.device(name)
 
 
 def is_first() -> bool:

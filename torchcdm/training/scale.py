@@ -16,7 +16,7 @@ from torchcdm.compose.sampling import STEPS, default_moves
 from torchcdm.data import DataSource
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
-from torchcdm.runtime.devices import chosen_device
+from torchcdm.runtime.processes import chosen_device
 from torchcdm.training.batches import Batches
 from torchcdm.training.build import build_loss, choose_base, described, new_model
 from torchcdm.training.config_files import make_config, paths, preset_fields

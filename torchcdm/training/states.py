@@ -105,9 +105,9 @@ def load_state(folder: Path) -> TrainingState:
     """
     mend, path = f"remove {folder} to go on from the state before it", folder / "progress.json"
     try:
-        progress, tensors = read_artefact(path, "state", PARTS, mend, Progress)
+        progress, tensors = read_artefact(path, "state", PARTS, Progress)
     except UserError as error:
-        raise error if mend in str(error) else UserError(f"{error}; {mend}") from None
+        raise UserError(f"{error}; {mend}") from None
     if folder.name != f"step-{progress.step}":
         damaged(path, f"it is of step {progress.step}", mend)
     return TrainingState(*tensors, progress)
