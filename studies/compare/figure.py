@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from studies.compare.results import Comparison
-from torchcdm.apps.plots import save_panels
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from torchcdm.apps.plots import panels
 
 
 def scoring_cost(comparison: Comparison, path: Path) -> Path:
@@ -21,7 +16,7 @@ def scoring_cost(comparison: Comparison, path: Path) -> Path:
         path: The PNG file.
     """
 
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path, 2) as axes:
         ax, legend = axes
         rows = [(normalised, *pair) for normalised in (True, False) for pair in comparison.ranked(normalised)]
         for place, (normalised, result, row) in enumerate(rows):
@@ -39,4 +34,4 @@ def scoring_cost(comparison: Comparison, path: Path) -> Path:
         handles, labels = ax.get_legend_handles_labels()
         legend.legend(handles, labels, loc="center left", fontsize=7, frameon=False, ncols=1 + (len(rows) > 18))
 
-    return save_panels(path, 2, paint)
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from studies.reproduce.models import SETTINGS, Models
@@ -12,7 +11,6 @@ from torchcdm.apps import plots
 from torchcdm.training.evaluation import log_posteriors
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from torch import Tensor
 
 __all__ = ["SETTINGS", "run"]
@@ -40,7 +38,8 @@ def run(work: Workspace) -> Result:
     columns = ("true level t", *(f"{name}, {title}" for title in VARIANTS.values() for name in names))
     table = Table(f"{setting.data}, mean of log p(t|x) in nats over {len(x)} test images", columns, tuple(rows))
 
-    def paint(axes: Sequence[Axes]) -> None:
+    path = work.figure("fig3")
+    with plots.panels(path, len(VARIANTS)) as axes:
         for ax, (variant, title) in zip(axes, VARIANTS.items(), strict=True):
             for t, curve in curves[variant].items():
                 (line,) = ax.plot(curve.numpy(), label=f"t = {t}")
@@ -50,7 +49,6 @@ def run(work: Workspace) -> Result:
             ax.set_ylabel("log p(t | x)")
             ax.legend(fontsize=7)
 
-    path = plots.save_panels(work.figure("fig3"), len(VARIANTS), paint)
     figure = Figure(path, "log p(t|x), mean over images noised to the level of the dashed line.")
     notes = (
         "The cross-entropy sees only the neighbourhood of the true level; far from it the curve is right only where "

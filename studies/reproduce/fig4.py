@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.workspace import Workspace
-from torchcdm.apps.plots import save_panels
+from torchcdm.apps.plots import panels
 from torchcdm.runtime.validation import encode
 from torchcdm.training.evaluation import level_sums
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["SETTINGS", "run"]
 
@@ -54,7 +48,8 @@ def run(work: Workspace) -> Result:
     title = f"{setting.data}, squared error of eps, mean over d, {DRAWS} noisy copies of {setting.test} test images"
     table = Table(title, ("levels", "DDM", "CDM", "CDM / DDM"), tuple(rows))
 
-    def paint(axes: Sequence[Axes]) -> None:
+    path = work.figure("fig4")
+    with panels(path, 2) as axes:
         middle = [(low + high) / 2 for low, high in edges]
         for name, values in (("DDM", ddm), ("CDM", cdm)):
             axes[0].plot(middle, values.numpy(), marker=".", label=name)
@@ -67,7 +62,6 @@ def run(work: Workspace) -> Result:
         for ax in axes:
             ax.set_xlabel("level t")
 
-    path = save_panels(work.figure("fig4"), 2, paint)
     figure = Figure(path, "Denoising error by level, and the ratio of the two models.")
     notes = (
         f"DDM: {sizes['ddm']} parameters, {seconds['ddm']} s of training; CDM: {sizes['both']} parameters, "

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,12 @@ from studies.exact import BoxMixture, ExactMixture, GaussianMixture
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.truth import exact_source, level_errors, spread_levels
 from studies.reproduce.workspace import Workspace
-from torchcdm.apps.plots import save_panels
+from torchcdm.apps.plots import panels
 from torchcdm.data import load_data
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.validation import encode
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.settings import Config
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 3.0)
 SHARES = (0.0, 1e-5, 1e-3, 1e-1)
@@ -211,7 +208,8 @@ def _row(name: str, residual: bool, values: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _paint(points: Sequence[tuple[str, bool, list[float], list[float]]], work: Workspace) -> Any:
-    def paint(axes: Sequence[Axes]) -> None:
+    path = work.figure("fig7")
+    with panels(path, 2) as axes:
         for ax, residual in zip(axes, (False, True), strict=True):
             for name, state, exact, predicted in points:
                 if state == residual:
@@ -223,7 +221,7 @@ def _paint(points: Sequence[tuple[str, bool, list[float], list[float]]], work: W
             ax.set_ylabel("one pass, nats per dimension")
             ax.legend(fontsize=7)
 
-    return save_panels(work.figure("fig7"), 2, paint)
+    return path
 
 
 def _smallest(sigma: Tensor) -> Tensor:

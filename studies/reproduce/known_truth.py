@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from studies.exact import GaussianMixture
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.truth import CHUNK, LevelErrors, exact_source, level_errors, noisy_copies, spread_levels
 from studies.reproduce.workspace import Workspace
-from torchcdm.apps.plots import save_panels
+from torchcdm.apps.plots import panels
 from torchcdm.apps.ratio import best_share
 from torchcdm.data import DataSource
 from torchcdm.diffusion.mixture import best_mixture, fit_gaussians
@@ -37,9 +37,6 @@ from torchcdm.runtime.validation import encode
 from torchcdm.training.build import build_loss
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.settings import Config
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MIXTURES = ((2, 2), (2, 8), (2, 40), (16, 2), (16, 8), (16, 40), (128, 2), (128, 8), (128, 40))
 """Dimensions and modes."""
@@ -339,7 +336,8 @@ def _paint(found: Sequence[tuple[int, int, str, dict[str, Any]]], work: Workspac
     dims, counts = (sorted({item[k] for item in found}) for k in range(2))
     styles = dict(zip(STARTS, ("-", ":"), strict=True))
 
-    def paint(axes: Sequence[Axes]) -> None:
+    path = work.figure("known-truth")
+    with panels(path, len(dims)) as axes:
         for ax, dim in zip(axes, dims, strict=True):
             for _, modes, start, values in (item for item in found if item[0] == dim):
                 color, label = f"C{counts.index(modes)}", f"{modes} modes, {start}"
@@ -350,4 +348,4 @@ def _paint(found: Sequence[tuple[int, int, str, dict[str, Any]]], work: Workspac
             ax.set_ylabel("mean |error| of log p, nats per dimension")
             ax.legend(fontsize=7)
 
-    return save_panels(work.figure("known-truth"), len(dims), paint)
+    return path

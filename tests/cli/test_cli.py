@@ -485,7 +485,7 @@ def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, 
     out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
     table = out[out.index("density model, same test samples") :]
     assert "something classical, Gaussianised" in table
-    assert "one forward pass, level 0" in table and "normalised" not in table
+    assert "this model, one-pass, level 0" in table and "normalized" not in table
 
 
 def test_a_report_estimates_log_z_by_the_sweeps_asked_for(capsys, tmp_path):

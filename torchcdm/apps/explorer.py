@@ -15,7 +15,9 @@ from torch import Tensor
 from torchcdm import compose
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, AnomalyScore, level_profile
 from torchcdm.apps.anomaly.maps import overlay
-from torchcdm.errors import UserError
+from torchcdm.apps.plots import row_of_axes
+from torchcdm.data.outputs import sheet
+from torchcdm.errors import UserError, needed
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.training.checkpoint import ModelInfo
@@ -60,16 +62,10 @@ class Explorer:
         self.model = require_density(self.model, "the page")
         if self.model.context is not None:
             raise UserError("the page shows models of classes or of nothing; this one is conditional on a vector")
-
-    @property
-    def images(self) -> bool:
-        """Whether inputs are images, not rows."""
-        return len(self.info.transform.shape) == 3
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns of rows."""
-        return list(self.info.columns or (f"c{k}" for k in range(self.info.transform.dim)))
+        self.images = len(self.info.transform.shape) == 3
+        self.columns = list(self.info.columns or (f"c{k}" for k in range(self.info.transform.dim)))
+        names = self.info.class_names or map(str, range(self.model.classes or 0))
+        self.labels = list(names) if self.model.classes else []
 
     @cached_property
     def detector(self) -> AnomalyDetector:
@@ -99,9 +95,10 @@ class Explorer:
         transform = self.info.transform
         channels, height, width = transform.shape
         small = Image.fromarray(strokes).resize((width, height), Image.Resampling.BILINEAR)
-        image = torch.from_numpy(np.array(small))[None] / 255
-        low, high = self.limits
-        return transform.quantize(low + (high - low) * image).expand(channels, -1, -1)[None].float()
+        low = self.reference.min() if transform.low is None else transform.low
+        high = self.reference.max() if transform.high is None else transform.high
+        image = low + (high - low) * torch.from_numpy(np.array(small))[None] / 255
+        return transform.quantize(image).expand(channels, -1, -1)[None].float()
 
     def uploaded(self, path: str) -> Tensor:
         """The first input of a file, data units (1, *shape); errors as of :meth:`ModelInfo.read_inputs`."""
@@ -114,47 +111,37 @@ class Explorer:
         """A row that was typed, data units (1, d)."""
         import pandas as pd
 
-        table, values = self.info.transform.table or TableEncoding.numbers(self.columns), []
-        for column, cell in zip(table.kept, np.asarray(cells, dtype=object).ravel(), strict=True):
-            code, bad, strange = column.encode(pd.Series([cell], dtype=object))
-            if bad[0] or strange[0]:
-                known = "no number" if column.kind == "number" else f"not a {column.kind} that the model knows"
-                raise UserError(f"column '{column.name}': '{cell}' is {known}")
-            values.append(float(code[0]))
-        return torch.tensor([values])
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """Black and white in data units."""
-        transform = self.info.transform
-        if transform.low is not None and transform.high is not None:
-            return transform.low, transform.high
-        return float(self.reference.min()), float(self.reference.max())
+        table = self.info.transform.table or TableEncoding.numbers(self.columns)
+        frame = pd.DataFrame(np.asarray(cells, dtype=object).reshape(1, -1), columns=list(table.names))
+        return TableEncoding(table.kept).encode(frame, "the row").x.float()
 
     # --- what is shown ---------------------------------------------------------------------------------------------
 
     def picture(self, x: Tensor) -> np.ndarray:
         """Images side by side in rows, enlarged: uint8 (H, W, 3)."""
-        return self._enlarged(overlay(torch.zeros(len(x), *x.shape[2:]), x, 1.0, self.info.transform))
+        return _sheet(overlay(torch.zeros(len(x), *x.shape[2:]), x, 1.0, self.info.transform))
 
-    def cells(self, x: Tensor) -> list[list[float]]:
+    def cells(self, x: Tensor) -> list[list[Any]]:
         """Rows as a table: numbers of six digits, texts and dates as they are."""
         table = self.info.transform.table
         rows = x.tolist() if table is None else table.decode(x)[self.columns].to_numpy(object).tolist()
         # What is True is a number, too, but no cell of the table.
-        number = (int, float)
-        return [[float(f"{v:.6g}") if isinstance(v, number) and not isinstance(v, bool) else str(v) for v in row]
-                for row in rows]  # fmt: skip
+        numbers = [[isinstance(v, (int, float)) and not isinstance(v, bool) for v in row] for row in rows]
+        return [[float(f"{v:.6g}") if number else str(v) for v, number in zip(*pair, strict=True)]
+                for pair in zip(rows, numbers, strict=True)]  # fmt: skip
 
     def levels(self, x: Tensor) -> Figure:
         """log p at every level beside that of normal data, and p(t | x), of one input."""
         profile = level_profile(self.model, x)[0].numpy()
         low, median, high = self.normal_profiles.numpy()
-        first, second = _axes(2)
+        least, most = float(low.min()), float(high.max())
+        first, second = row_of_axes(2)
         first.fill_between(range(len(profile)), low, high, alpha=0.25, label="90 % of normal data")
         first.plot(median, linewidth=0.8)
         first.plot(profile, color="C3", label="this input")
-        first.set(xlabel="level t", ylabel="log p_t(x), nats", ylim=_around(low, high, profile))
+        # The band of normal data, and at most three times its height below.
+        bottom = max(float(profile.min()), least - 3 * (most - least)) - 1
+        first.set(xlabel="level t", ylabel="log p_t(x), nats", ylim=(bottom, max(most, float(profile.max())) + 1))
         first.legend()
         second.plot(np.exp(profile - np.logaddexp.reduce(profile)), color="C3")
         second.set(xlabel="level t", ylabel="p(t | x)", ylim=(0, None))
@@ -162,15 +149,14 @@ class Explorer:
 
     def oddness(self, x: Tensor) -> tuple[str, np.ndarray | Figure]:
         """How anomalous one input is in words, and where: its map over the image, or a bar for each column."""
-        score = self.detector.score(x)
-        percentile = float(self.detector.percentile(score)[0])
-        score_name, count = self.detector.score.name, len(self.detector.calibration)
-        words = f"more anomalous than **{percentile:.1f} %** of {count} normal inputs (score {score_name})"
-        where = self.map(x)
+        score, where = self.detector.score(x), self.map(x)
+        percentile, count = float(self.detector.percentile(score)[0]), len(self.detector.calibration)
+        name = self.detector.score.name
+        words = f"more anomalous than **{percentile:.1f} %** of {count} normal inputs (score {name})"
         if self.images:
-            return words, self._enlarged(overlay(where, x, self.map.limit, self.info.transform))
+            return words, _sheet(overlay(where, x, self.map.limit, self.info.transform))
         order = where[0].argsort()[-20:]
-        (axis,) = _axes(1, max(2.0, 0.3 * len(order)))
+        (axis,) = row_of_axes(1, max(2.0, 0.3 * len(order)))
         axis.barh([self.columns[k] for k in order], where[0][order].numpy(), color="C3")
         axis.axvline(self.map.limit, linestyle="--", linewidth=0.8)
         axis.set(xlabel="deviations beyond what is normal")
@@ -190,16 +176,10 @@ class Explorer:
         self, n: int, classes: Sequence[str] = (), how: str = "", guidance: float = 0.0, moves: int = 0,
         steps: int = 30, seed: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Draws of the model, data units (n, *shape).
+        """``n`` draws of the model, data units (n, *shape).
 
-        Args:
-            n: Number of samples.
-            classes: Names of classes; of all where none is chosen.
-            how: What the samples are of them, of :data:`COMBINED`.
-            guidance: Weight of classifier-free guidance, for one class.
-            moves: Accepted Langevin moves after each step.
-            steps: Sampling steps.
-            seed: Of all draws.
+        They are of the ``classes``, by name, as ``how`` says, a name in :data:`COMBINED`; of all where none is chosen.
+        ``guidance`` is for one class. ``moves`` are accepted Langevin moves after each step.
         """
         n, chosen = min(max(int(n), 1), MOST_SAMPLES), [self.labels.index(label) for label in classes]
         single = len(chosen) == 1 and COMBINED.get(how) is not compose.none_of
@@ -209,49 +189,21 @@ class Explorer:
         return compose.sample(target, n, steps=steps, y=y, guidance=guidance, seed=int(seed), units="codes",
                               corrector=moves)  # fmt: skip
 
-    @property
-    def labels(self) -> list[str]:
-        """Names of the classes that the model knows."""
-        return list(self.info.class_names or map(str, range(self.model.classes))) if self.model.classes else []
 
-    def _enlarged(self, images: Tensor) -> np.ndarray:
-        """uint8 images (N, 3, H, W) in rows."""
-        columns = int(np.ceil(np.sqrt(len(images))))
-        zoom = max(1, 2 * PICTURE // (columns * max(images.shape[2:])))
-        blank = images.new_zeros(-len(images) % columns, *images.shape[1:])
-        sheet = torch.cat([images, blank]).unflatten(0, (-1, columns))
-        rows = sheet.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-        return rows.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
-
-
-def _axes(count: int, height: float = 3.0) -> list[Any]:
-    """Panels of a figure side by side, without pyplot, which is not made for threads."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * count, height), layout="constrained")
-    return list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def _around(low: np.ndarray, high: np.ndarray, profile: np.ndarray) -> tuple[float, float]:
-    """Limits that show the band of normal data and at most three times its height below."""
-    least, most = float(low.min()), float(high.max())
-    return max(float(profile.min()), least - 3 * (most - least)) - 1, max(most, float(profile.max())) + 1
+def _sheet(images: Tensor) -> np.ndarray:
+    """uint8 images (N, 3, H, W) in rows, enlarged: (H', W', 3)."""
+    columns = int(np.ceil(np.sqrt(len(images))))
+    zoom = max(1, 2 * PICTURE // (columns * max(images.shape[2:])))
+    return np.moveaxis(sheet(images, columns, zoom), 0, 2)
 
 
 # --- the page ------------------------------------------------------------------------------------------------------
 
 
 def page(explorer: Explorer, title: str) -> gradio.Blocks:
-    """The page, not yet served.
-
-    Args:
-        explorer: What it shows.
-        title: Name of the model.
-
-    Raises:
-        UserError: gradio is not installed.
-    """
-    gr = _gradio()
+    """The page, not yet served, with the ``title`` of the model; UserError where gradio is not installed."""
+    gr, images = _gradio(), explorer.images
+    shape = explorer.picture if images else explorer.cells
 
     def told(function: Callable[..., Any]) -> Callable[..., Any]:
         """A user's mistake becomes a message in the page, which stays until it is closed."""
@@ -265,32 +217,34 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
 
         return safe
 
-    shape = explorer.picture if explorer.images else explorer.cells
+    def look(x: Tensor, level: int) -> tuple[Any, ...]:
+        return tuple(map(shape, explorer.noised(x, level)))
 
-    def show(x: Tensor, level: int) -> list[Any]:
-        words, where = explorer.oddness(x)
-        return [x, shape(x), words, where, explorer.levels(x), *look(x, level)]
+    def showing(read: Callable[[Any], Tensor]) -> Callable[..., Any]:
+        """What is shown of the input that ``read`` makes of what was chosen, at a level."""
 
-    def look(x: Tensor, level: int) -> tuple[Any, Any]:
-        noisy, clean = explorer.noised(x, level)
-        return shape(noisy), shape(clean)
+        def show(chosen: Any, level: int) -> list[Any]:
+            x = read(chosen)
+            return [x, shape(x), *explorer.oddness(x), explorer.levels(x), *look(x, level)]
+
+        return told(show)
 
     def result(label: str, name: str) -> Any:
-        if explorer.images:
+        if images:
             return gr.Image(label=label, elem_id=name, height=PICTURE + 40, interactive=False, format="png")
         return gr.Dataframe(headers=explorer.columns, label=label, elem_id=name, interactive=False)
 
-    examples, first = explorer.examples, explorer.examples[:1]
+    examples, last = explorer.examples, explorer.model.schedule.T
     with gr.Blocks(title=f"torchcdm: {title}", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}\nA classification diffusion model: its density, its denoiser, and what it finds odd.")
-        current = gr.State(first)
+        current = gr.State(examples[:1])
         with gr.Row():
             with gr.Column():
                 with gr.Tab("Choose"):
                     number = gr.Slider(0, len(examples) - 1, 0, step=1, label="example", elem_id="example")
                 with gr.Tab("Upload"):
                     file = gr.File(label="a file, as cdm score takes them; its first input counts", elem_id="upload")
-                if explorer.images:
+                if images:
                     with gr.Tab("Draw"):
                         brush = gr.Brush(colors=["#000000"], default_size=24, color_mode="fixed")
                         size = (PICTURE, PICTURE)
@@ -305,12 +259,10 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                     edited = gr.Button("Look at the edited row", elem_id="edited")
             with gr.Column():
                 words = gr.Markdown(elem_id="words")
-                images = explorer.images
                 where = result("where it is odd", "where") if images else gr.Plot(show_label=False, elem_id="where")
         with gr.Tab("Density"):
             levels = gr.Plot(show_label=False, elem_id="levels")
         with gr.Tab("Noise"):
-            last = explorer.model.schedule.T
             level = gr.Slider(0, last, last // 2, step=1, label="noise level t", elem_id="level")
             with gr.Row():
                 noisy, clean = result("with noise", "noisy"), result("denoised: E[x_0 | x_t]", "clean")
@@ -329,52 +281,33 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
 
         shown = [current, own, words, where, levels, noisy, clean]
         gr.on(
-            [blocks.load, number.change], told(lambda k, t: show(examples[int(k)][None], t)), [number, level], shown,
+            [blocks.load, number.change], showing(lambda k: examples[int(k)][None]), [number, level], shown,
             show_progress="minimal",
         )  # fmt: skip
-        file.upload(told(lambda path, t: show(explorer.uploaded(path), t)), [file, level], shown)
-        if explorer.images:
-            ink.click(told(lambda sketch, t: show(explorer.drawn(sketch["layers"]), t)), [pad, level], shown)
+        file.upload(showing(explorer.uploaded), [file, level], shown)
+        if images:
+            ink.click(showing(lambda sketch: explorer.drawn(sketch["layers"])), [pad, level], shown)
         else:
-            edited.click(told(lambda cells, t: show(explorer.row(cells), t)), [own, level], shown)
+            edited.click(showing(explorer.row), [own, level], shown)
         level.change(told(look), [current, level], [noisy, clean], show_progress="hidden")
-
         asked = [count, classes, how, guidance, moves, steps, seed]
         go.click(told(lambda *given: shape(explorer.samples(*given))), asked, drawn)
     return blocks
 
 
-def serve(blocks: gradio.Blocks, port: int = 0, ready: Callable[[str], None] | None = None) -> str:
-    """Serves the page on this machine alone, without any other connection.
+def serve(blocks: gradio.Blocks, port: int = 0) -> str:
+    """Serves the page on this machine alone, without any other connection, until ``blocks.close()``; its address.
 
-    Args:
-        blocks: The page.
-        port: Port of 127.0.0.1; 0 for the first free one from 7860 on.
-        ready: Called with the address; the call then waits until the page is stopped. Returns at once when None.
-
-    Returns:
-        The address.
-
-    Raises:
-        UserError: A port that is taken.
+    ``port`` is of 127.0.0.1; 0 for the first free one from 7860 on. UserError where it is taken.
     """
     theme = _gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     options = {"server_name": "127.0.0.1", "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
     try:
-        _, address, _ = blocks.queue().launch(server_port=port or None, theme=theme, **options)
+        return blocks.queue().launch(server_port=port or None, theme=theme, **options)[1]
     except (OSError, OverflowError) as error:
         raise UserError(f"the page cannot be served at port {port} ({error}); choose another by --port") from None
-    if ready is not None:
-        ready(address)
-        blocks.block_thread()
-    return address
 
 
 def _gradio() -> Any:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        import gradio
-    except ImportError:
-        raise UserError("the page needs gradio; pip install 'torchcdm[app]'") from None
-    return gradio
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    return needed("gradio", "app", "the page")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,13 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     No figure where none of them was logged.
     """
-    panels = {"mse": "squared error of eps", "ce": "cross-entropy of the level, nats", "nll": "one-pass NLL"}
+    labels = {"mse": "squared error of eps", "ce": "cross-entropy of the level, nats", "nll": "one-pass NLL"}
     found = {name for line in lines for name, value in line.items() if value is not None}
-    panels = {key: label for key, label in panels.items() if found & {key, f"val_{key}"}}
-
-    def paint(axes: Sequence[Axes]) -> None:
-        for ax, (key, label) in zip(axes, panels.items(), strict=True):
+    labels = {key: label for key, label in labels.items() if found & {key, f"val_{key}"}}
+    if not labels:
+        return
+    with panels(path, len(labels)) as axes:
+        for ax, (key, label) in zip(axes, labels.items(), strict=True):
             for name, style in ((key, "training"), (f"val_{key}", "validation")):
                 points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                 if points:
@@ -43,42 +45,32 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
             ax.set(xlabel="step", ylabel=label)
             ax.legend()
 
-    if panels:
-        save_panels(path, len(panels), paint)
 
-
-def level_posteriors(found: Mapping[int, Tensor], path: Path) -> Path:
+def level_posteriors(found: Mapping[int, Tensor], path: Path) -> None:
     """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
 
     ``found`` is what :func:`torchcdm.training.evaluation.log_posteriors` gives.
     """
-
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path) as axes:
         for t, log_p in found.items():
             (drawn,) = axes[0].plot(log_p.exp().mean(0).numpy(), label=f"t = {t}")
             axes[0].axvline(t, color=drawn.get_color(), **DASHED)
         axes[0].set(yscale="log", ylim=(1e-5, 1.5), xlabel=LEVEL, ylabel="p(t | x)")
         axes[0].legend()
 
-    return save_panels(path, 1, paint)
 
-
-def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> Path:
+def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> None:
     """Denoising error, cross-entropy and accuracy at each level, as ``training.evaluation.evaluate`` gives them."""
-
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path, len(per_level)) as axes:
         for ax, (name, values) in zip(axes, per_level.items(), strict=True):
             inner = list(enumerate(values))[1:-1] if name == "mse" else list(enumerate(values))
             ax.plot(*zip(*[point for point in inner if point[1] is not None], strict=True))
             ax.set(xlabel=LEVEL, ylabel=name)
 
-    return save_panels(path, len(per_level), paint)
 
-
-def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> Path:
+def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> None:
     """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap of one pass and flow, by level."""
-
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path, 1 if gaps is None else 2) as axes:
         levels = torch.arange(len(ratios.down)) + 0.5
         # Not a logarithmic axis: ratios of a poor model may be all that float64 holds.
         axes[0].plot(levels, ratios.down.log10(), label="E[p(t-1) / p(t)] at level t")
@@ -92,17 +84,14 @@ def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> Path
         for ax in axes:
             ax.axhline(0, color="0.7", linestyle="--")
 
-    return save_panels(path, 1 if gaps is None else 2, paint)
 
-
-def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> Path:
+def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> None:
     """Scores of inputs (N,) beside those of held-out ``normal`` data (n,); the threshold of flags as a dashed line."""
     together = torch.cat([normal, scores])
     # Far outliers would squeeze everything else into one bar: they share the last one.
     high = min(float(together.max()), float(normal.min()) + 3 * (threshold - float(normal.min())))
     edges = torch.linspace(float(together.min()), high, 50).tolist()
-
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path) as axes:
         for values, label in ((normal, "held-out normal"), (scores, "inputs")):
             shares = torch.full((len(values),), 1 / len(values)).tolist()
             axes[0].hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
@@ -111,13 +100,10 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
         axes[0].set(xlabel=f"score '{name}'{beyond}", ylabel="share")
         axes[0].legend()
 
-    return save_panels(path, 1, paint)
-
 
 def two_samples(log_ratios: Sequence[Any], columns: Sequence[tuple[str, float]], path: Path) -> Path:
     """Log ratios of numerator and denominator, and by how much a statistic falls without each of the first columns."""
-
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path, 2 if columns else 1) as axes:
         for values, label in zip(log_ratios, ("numerator", "denominator"), strict=True):
             axes[0].hist(values, 50, alpha=0.6, density=True, label=label)
         axes[0].set(xlabel="log p/q, nats", ylabel="density")
@@ -127,21 +113,17 @@ def two_samples(log_ratios: Sequence[Any], columns: Sequence[tuple[str, float]],
             axes[1].barh(names, falls)
             axes[1].invert_yaxis()
             axes[1].set(xlabel="fall of the statistic without the column")
+    return path
 
-    return save_panels(path, 2 if columns else 1, paint)
 
-
-def scatter(samples: Tensor, data: Tensor, path: Path) -> Path:
+def scatter(samples: Tensor, data: Tensor, path: Path) -> None:
     """Samples beside data, first two columns of vectors in data units."""
-
-    def paint(axes: Sequence[Axes]) -> None:
+    with panels(path, 2) as axes:
         for ax, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
             ax.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5)
             ax.set_title(title)
         axes[1].set_xlim(axes[0].get_xlim())
         axes[1].set_ylim(axes[0].get_ylim())
-
-    return save_panels(path, 2, paint)
 
 
 def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:
@@ -163,13 +145,18 @@ def check_figure(path: Path) -> None:
         raise UserError(f"{path}: figures are written as {', '.join(FORMATS)}; choose one of these suffixes")
 
 
-def save_panels(path: Path, panels: int, paint: Callable[[Sequence[Axes]], None]) -> Path:
-    """A row of panels, painted and written in the format of the path's suffix."""
+def row_of_axes(count: int, height: float = 3.6) -> list[Axes]:
+    """Panels of a figure side by side, inches; without pyplot, which is not made for threads."""
     from matplotlib.figure import Figure
 
+    return list(Figure(figsize=(5 * count, height), layout="constrained").subplots(1, count, squeeze=False)[0])
+
+
+@contextmanager
+def panels(path: Path, count: int = 1) -> Iterator[list[Axes]]:
+    """A row of panels to draw on, then written in the format of the path's suffix."""
     check_figure(path)
-    figure, content = Figure(figsize=(5 * panels, 3.6), layout="constrained"), io.BytesIO()
-    paint([figure.add_subplot(1, panels, i + 1) for i in range(panels)])
-    figure.savefig(content, dpi=120, format=path.suffix[1:])
+    axes, content = row_of_axes(count), io.BytesIO()
+    yield axes
+    axes[0].figure.savefig(content, dpi=120, format=path.suffix[1:])
     write_file(path, content.getvalue())
-    return path

@@ -150,7 +150,8 @@ def explore(options: argparse.Namespace) -> int:
     reference, _ = normal_data(model, options.reference, limit=EXAMPLES)
     examples = reference if options.reference else model.info.read_source(model).test.tensors(EXAMPLES)[0].float()
     blocks = page(Explorer(model, model.info, reference, examples), options.model)
-    serve(blocks, options.port, lambda address: print(f"{options.model}: {address} (Ctrl+C stops it)", flush=True))
+    print(f"{options.model}: {serve(blocks, options.port)} (Ctrl+C stops it)", flush=True)
+    blocks.block_thread()
     return 0
 
 

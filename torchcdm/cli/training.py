@@ -44,7 +44,7 @@ def train(options: argparse.Namespace) -> int:
     if tell:
         print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
     if is_first() and not options.no_report:
-        text = write_report(options.out, result.source, device, progress=tell).text
+        text = write_report(options.out, result.source, device, progress=tell)
         if tell:
             print(text)
     return 0
