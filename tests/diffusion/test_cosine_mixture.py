@@ -5,8 +5,8 @@ import torch
 from oracles import normal
 from torch import Tensor
 
-from torchcdm.diffusion.cosine_mixture import CosineMixture, fit_cosines
 from torchcdm.diffusion.gaussian import CosineRotation
+from torchcdm.diffusion.mixture import MixtureMarginals, fit_cosines
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.diffusion.start import best_start
 from torchcdm.errors import UserError
@@ -21,17 +21,16 @@ def images(n: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def mixture() -> CosineMixture:
-    return CosineMixture.fit(images(400), SCHEDULE, components=2)
+def mixture() -> MixtureMarginals:
+    return MixtureMarginals.fit(images(400), SCHEDULE, components=2)
 
 
-def brute(mixture: CosineMixture, x: Tensor, t: int) -> Tensor:
+def brute(mixture: MixtureMarginals, x: Tensor, t: int) -> Tensor:
     """log density at a level from the definition, (B,)."""
     alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
     z, parts = CosineRotation(x.shape[1:])(x), []
-    for log_weight, part in zip(mixture.log_weights, mixture.parts, strict=True):
-        mean = CosineRotation(x.shape[1:])(part.mean[None])
-        deviation = (alpha**2 * part.variances + sigma**2).sqrt()
+    for log_weight, mean, variances in zip(*mixture.mixture.state_dict().values(), strict=True):
+        deviation = (alpha**2 * variances + sigma**2).sqrt()
         parts.append(log_weight + torch.distributions.Normal(alpha * mean, deviation).log_prob(z).sum(1))
     return torch.stack(parts).logsumexp(0)
 
@@ -51,7 +50,7 @@ def test_density_and_noise_are_those_of_the_definition(mixture):
 
 def test_the_change_along_levels_is_the_slope():
     fine = UniformSigmaSchedule(2000)
-    mixture, x = CosineMixture.fit(images(400), fine, components=2), 0.5 * normal(5, 2, 4, 4, seed=4)
+    mixture, x = MixtureMarginals.fit(images(400), fine, components=2), 0.5 * normal(5, 2, 4, 4, seed=4)
     t = torch.tensor([300, 700, 1000, 1400, 1800])
     levels, rows = mixture.log_prob_levels(x), torch.arange(5)
     expected = levels[rows, t + 1] - levels[rows, t - 1]
@@ -70,7 +69,7 @@ def test_fitting_finds_the_two_kinds_and_drawing_gives_them_back(mixture):
 
 
 def test_a_saved_state_comes_back(mixture):
-    again = CosineMixture.blank(SCHEDULE, (2, 4, 4), 2)
+    again = MixtureMarginals.blank(SCHEDULE, (2, 4, 4), 2)
     again.load_state_dict(mixture.state_dict())
     x = images(3, seed=5)
     assert torch.equal(again.log_prob_levels(x), mixture.log_prob_levels(x))

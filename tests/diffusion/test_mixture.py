@@ -85,8 +85,6 @@ def test_validation_finds_the_number_of_components_and_the_shrinkage():
     # The truth is round, and the covariance of 40 samples in 30 dimensions is anything but.
     assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (1,))[:2] == (1, 0.7)
     assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,))[:2] == (2, 0.0)
-    with pytest.raises(UserError, match="vectors"):
-        MixtureMarginals.fit(torch.zeros(10, 1, 4, 4), SCHEDULE, 2)
 
 
 def test_of_many_samples_some_come_first_and_all_count(monkeypatch):

@@ -23,21 +23,22 @@ class GaussianMixture(Float64Module):
     Args:
         weights: w_k, (K,), normalised here.
         means: mu_k, (K, *shape).
-        covariances: Sigma_k of the flattened event, (K, d, d); or variances (K,) of round components.
+        covariances: Sigma_k of the flattened event, (K, d, d); or variances, (K, d), or (K,) of round components.
     """
 
     log_weights: Tensor
     means: Tensor
     variances: Tensor
-    vectors: Tensor
+    vectors: Tensor | None
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         super().__init__()
         self.shape = tuple(means.shape[1:])
         means = means.double().flatten(1)
-        if covariances.ndim == 1:
-            covariances = covariances[:, None, None] * torch.eye(means.shape[1], dtype=torch.float64)
-        variances, vectors = torch.linalg.eigh(covariances.double())
+        if covariances.ndim == 3:
+            variances, vectors = torch.linalg.eigh(covariances.double())
+        else:
+            variances, vectors = covariances.double().reshape(len(means), -1).expand_as(means).clone(), None
         self.register_buffer("log_weights", (weights / weights.sum()).double().log())
         self.register_buffer("means", means)
         self.register_buffer("variances", variances)
@@ -60,17 +61,18 @@ class GaussianMixture(Float64Module):
 
     def component_log_prob_levels(self, x: Tensor, schedule: NoiseSchedule) -> Tensor:
         """log density of every component at every level: (B, K, T+2)."""
-        # As in gaussian.py, the square is expanded about the mean, so that no (B, K, T+2, d) array is made.
         z = self._rotate(x.double().flatten(1)[:, None] - self.means)
         m = self._rotate(self.means[None])[0]
-        variances = schedule.alpha**2 * self.variances[..., None] + schedule.sigma**2
-        rest, precision = 1 - schedule.alpha, 1 / variances
-        square = (
-            torch.einsum("bkd,kdt->bkt", z.square(), precision)
-            + 2 * rest * torch.einsum("bkd,kdt->bkt", z * m, precision)
-            + rest**2 * torch.einsum("kd,kdt->kt", m.square(), precision)
-        )
-        return -0.5 * (square + (2 * math.pi * variances).log().sum(1))
+        rest, parts = 1 - schedule.alpha, []
+        # One component after the other, whose (d, T+2) array stays in the cache. As in gaussian.py, the square is
+        # expanded about the mean, so that no (B, T+2, d) array is made.
+        for k, spread in enumerate(self.variances):
+            variances = schedule.alpha**2 * spread[:, None] + schedule.sigma**2
+            precision = variances.reciprocal()
+            squares, products = torch.stack([z[:, k].square(), z[:, k] * m[k]]) @ precision
+            constant = rest**2 * (m[k].square() @ precision) + (2 * math.pi * variances).log().sum(0)
+            parts.append(squares + 2 * rest * products + constant)
+        return -0.5 * torch.stack(parts, 1)
 
     def component_log_prob(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
         """log density of every component at one level, an int or long (B,): (B, K)."""
@@ -80,20 +82,21 @@ class GaussianMixture(Float64Module):
     def component_scores(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
         """Gradient of :meth:`component_log_prob` with respect to the flattened ``x``: (B, K, d)."""
         z, variances = self._standardise(x, t, schedule)
-        return -torch.einsum("bkd,ked->bke", z / variances, self.vectors)
+        scores = -z / variances
+        return scores if self.vectors is None else torch.einsum("bkd,ked->bke", scores, self.vectors)
 
     def draw(self, components: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One draw from each component of ``components``, long (n,): (n, *shape)."""
         noise = torch.randn(len(components), self.means.shape[1], generator=generator, dtype=torch.float64)
-        scaled = noise.to(components.device) * self.variances[components].sqrt()
-        spread = torch.empty_like(scaled)
-        for k in components.unique():  # not by one (n, d, d) array of all their axes
-            spread[components == k] = scaled[components == k] @ self.vectors[k].T
+        spread = noise.to(components.device) * self.variances[components].sqrt()
+        if self.vectors is not None:
+            for k in components.unique():  # not by one (n, d, d) array of all their axes
+                spread[components == k] = spread[components == k] @ self.vectors[k].T
         return (self.means[components] + spread).reshape(-1, *self.shape)
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Coordinates of ``x`` (B, K, d) in the eigenbasis of each component."""
-        return torch.einsum("bke,ked->bkd", x, self.vectors)
+        return x if self.vectors is None else torch.einsum("bke,ked->bkd", x, self.vectors)
 
     def _standardise(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         """x - alpha_t mu_k in the eigenbasis, and the variances along it: each (B or 1, K, d)."""

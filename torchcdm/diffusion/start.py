@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.cosine_mixture import fit_cosines
 from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, mean_and_spread, within_error
-from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture
+from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture, fit_cosines
 from torchcdm.units.normal import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, load_data
 from torchcdm.diffusion.base import StandardNormal
-from torchcdm.diffusion.cosine_mixture import CosineMixture
 from torchcdm.diffusion.gaussian import DIAGONAL, GaussianMarginals, fit_class_gaussians
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import NoiseSchedule
@@ -28,7 +27,7 @@ from torchcdm.runtime.validation import arguments_for
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
-FittedBase = GaussianMarginals | MixtureMarginals | CosineMixture
+FittedBase = GaussianMarginals | MixtureMarginals
 """What logits can be a correction to, fitted to data."""
 
 HISTOGRAM_NUMBERS = 2**25
@@ -147,11 +146,9 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     z, y = base_samples(source, flip)
     if config.class_gaussians and bool((y < 0).any()):
         raise UserError(f"{source.name}: model.class_gaussians needs a class for every training sample")
-    if config.components > 1 and z.ndim > 2:
-        if config.class_gaussians:
-            raise UserError("model.class_gaussians with model.components is for vectors; leave components at 1")
-        return CosineMixture.fit(z, schedule, config.components, floor, config.shrinkage)
     if config.components > 1:
+        if config.class_gaussians and z.ndim > 2:
+            raise UserError("model.class_gaussians with model.components is for vectors; leave components at 1")
         common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
         return common.with_classes(z, y) if config.class_gaussians else common
     if not config.class_gaussians:
@@ -261,8 +258,6 @@ def build_model(
         components, own = config.components or 1, (classes or 0) if config.class_gaussians else 0
         if components == 1:
             gaussian = GaussianMarginals.blank(schedule, transform.shape, config.form, own)
-        elif len(transform.shape) > 1:
-            gaussian = CosineMixture.blank(schedule, transform.shape, components)
         else:
             gaussian = MixtureMarginals.blank(schedule, transform.shape, components, own)
     transform = copy.deepcopy(transform)
@@ -303,8 +298,6 @@ def describe(model: Denoiser) -> ModelConfig:
         form = next((key for key, kind in DIAGONAL.items() if isinstance(base.rotation, kind)), form)
     elif isinstance(base, MixtureMarginals):
         components, own = len(base.mixture.means), base.class_log_weights is not None
-    elif isinstance(base, CosineMixture):
-        components = len(base.parts)
     return ModelConfig(
         kind="ddm" if model.density is None else "cdm",
         labels="joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none",
