@@ -134,7 +134,7 @@ def _measurement(
     if options.mask.suffix.lower() == ".npy":
         known = torch.from_numpy(read_arrays(options.mask)[""] != 0)
     else:
-        known = (read_image(options.mask, None) > 0).any(0)
+        known = (read_image(options.mask) > 0).any(0)
     if tuple(known.shape) not in (shape, shape[1:]):
         raise UserError(f"--mask {options.mask}: has shape {tuple(known.shape)}; the model takes {shape}")
     if not known.any():

@@ -94,7 +94,7 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     above = {path: path.relative_to(folders[split]).parts[:-1] for split, part in files.items() for path in part}
     class_names = _class_names(files["train"], above)
     info, good, more = inspect(list(above), options)
-    read = partial(read_image, high=info.high, size=options.size, channels=options.channels)
+    read = partial(read_image, size=options.size, channels=options.channels)
     splits = {}
     for split, part in files.items():
         kept = [path for path in part if path in good]
@@ -140,7 +140,7 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
             if options.crop is not None and min(info.size[0] - options.crop[0], info.size[1] - options.crop[1]) < 0:
                 raise UserError(f"{path}: has {info}, smaller than the crop; --skip-bad leaves such files out")
             if options.skip_bad:
-                read_image(path, info.high, options.size, options.channels)
+                read_image(path, options.size, options.channels)
         except UserError:
             if not options.skip_bad:
                 raise

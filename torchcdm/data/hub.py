@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -53,10 +51,8 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
 
 
 def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) -> Samples:
-    high = HubReader(rows["train"], column, f"{name}, train", images.pillow_high)(0)
-    prepare = partial(_prepared, high=high, size=options.size, channels=options.channels)
-    readers = {split: HubReader(part, column, f"{name}, {split}", prepare) for split, part in rows.items()}
-    like, features = readers["train"](0), rows["train"].features
+    readers = {split: HubReader(part, column, f"{name}, {split}", options) for split, part in rows.items()}
+    (like, high), features = readers["train"].decoded(0), rows["train"].features
     if options.label is not None and options.label not in features:
         raise UserError(f"{name}: no column '{options.label}' for the label (found: {', '.join(features)})")
     # The column that is asked for, one whose classes the library knows, or one that is called so.
@@ -81,18 +77,18 @@ class HubReader(NamedTuple):
     rows: Any
     column: str
     name: str
-    read: Callable[[Any], Any]
+    options: DataOptions
 
-    def __call__(self, index: int) -> Any:
+    def __call__(self, index: int) -> Tensor:
+        return self.decoded(index)[0]
+
+    def decoded(self, index: int) -> tuple[Tensor, int | None]:
+        """The image, and the largest value that its pixels can have, None for floats."""
         try:
             cell = self.rows[index][self.column]
-            if not isinstance(cell, dict):
-                return self.read(cell)
-            with images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
-                return self.read(image)
+            if isinstance(cell, dict):
+                cell = images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+            pixels, high = images.from_pillow(cell)
+            return images.conform(pixels, high, self.options.size, self.options.channels), high
         except Exception as error:
             raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
-
-
-def _prepared(image: Any, high: int | None, size: tuple[int, int] | None, channels: int | None) -> Tensor:
-    return images.conform(images.from_pillow(image), high, size, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
 
 IMAGE = ("an image", "; skip-bad leaves such files out")
 """What a file should be, and what to do about one that is not, for messages."""
+
+HIGHS = {"u1": 255, "u2": 65535}
+"""Largest value of unsigned integers in .npy files."""
 
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 SWAPPED_ORIENTATIONS = (5, 6, 7, 8)
@@ -66,18 +70,21 @@ def describe(path: Path) -> ImageInfo:
         if path.suffix.lower() == ".npy":
             array = np.lib.format.open_memmap(path, "r")
             channels, *size = _image_shape(array.shape, array.dtype)
-            return ImageInfo(channels, tuple(size), {"u1": 255, "u2": 65535}.get(array.dtype.str[1:]))
+            return ImageInfo(channels, tuple(size), HIGHS.get(array.dtype.str[1:]))
         with opened(file) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
             if Image.Image.getexif(image).get(EXIF_ORIENTATION) in SWAPPED_ORIENTATIONS:
                 width, height = height, width
-            channels = {"LA": 2, "RGB": 3, "RGBA": 4}.get(_plain_mode(image), 1)
-            return ImageInfo(channels, (height, width), pillow_high(image))
+            mode = _plain_mode(image)
+            return ImageInfo({"LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 1), (height, width), _high(mode))
 
 
-def decode(path: Path) -> Tensor:
-    """The pixels of an image file: (C, H, W), uint8, or float32 of 16 bits or floats; UserError for a corrupt one."""
+def decode(path: Path) -> tuple[Tensor, int | None]:
+    """The pixels of an image file, and the largest value that they can have, None for floats.
+
+    (C, H, W), uint8, or float32 of 16 bits or floats; UserError for a corrupt file.
+    """
     with reading(path, *IMAGE) as file:
         if path.suffix.lower() != ".npy":
             with opened(file) as image:
@@ -86,7 +93,7 @@ def decode(path: Path) -> Tensor:
         shape = _image_shape(array.shape, array.dtype)
         if array.ndim == 3 and shape != array.shape:
             array = np.moveaxis(array, 2, 0)
-        return _pixels(array.reshape(shape))
+        return _pixels(array.reshape(shape)), HIGHS.get(array.dtype.str[1:])
 
 
 def opened(file: Any) -> Image:
@@ -96,7 +103,7 @@ def opened(file: Any) -> Image:
     return Image.open(file, formats=FORMATS)
 
 
-def from_pillow(image: Image) -> Tensor:
+def from_pillow(image: Image) -> tuple[Tensor, int | None]:
     """The pixels of a Pillow image, as :func:`decode` gives them. Orientation from EXIF is applied."""
     from PIL import ImageOps
 
@@ -105,29 +112,21 @@ def from_pillow(image: Image) -> Tensor:
     array = np.asarray(upright if upright.mode == mode else upright.convert(mode))
     if mode in WIDE_MODES and (array.min() < 0 or array.max() > 65535):
         raise ValueError("32-bit integers beyond 0 ... 65535")
-    return _pixels(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0))
-
-
-def pillow_high(image: Image) -> int | None:
-    """Largest value that the pixels of a Pillow image can have; None for floats."""
-    mode = _plain_mode(image)
-    return None if mode == "F" else 65535 if mode in WIDE_MODES else 255
+    return _pixels(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)), _high(mode)
 
 
 def read_image(
     path: Path,
-    high: int | None,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
-    box: tuple[int, int, int, int] | None = None,
+    box: tuple[int, int, int, int] = (0, 0, sys.maxsize, sys.maxsize),
 ) -> Tensor:
     """An image file in the size and with the channels asked for, see :func:`conform`.
 
-    ``high`` is the largest value of the file format, None for floats; ``box`` is cut out first: left, upper, right and
-    lower edge in pixels.
+    ``box`` is cut out first: left, upper, right and lower edge in pixels.
     """
-    left, upper, right, lower = box or (None, None, None, None)
-    return conform(decode(path)[:, upper:lower, left:right], high, size, channels)
+    (pixels, high), (left, upper, right, lower) = decode(path), box
+    return conform(pixels[:, upper:lower, left:right], high, size, channels)
 
 
 def conform(
@@ -202,6 +201,10 @@ def _pixels(array: np.ndarray) -> Tensor:
     if not np.isfinite(array).all():
         raise ValueError("values that are not finite numbers of float32")
     return torch.from_numpy(array)
+
+
+def _high(mode: str) -> int | None:
+    return None if mode == "F" else 65535 if mode in WIDE_MODES else 255
 
 
 def _plain_mode(image: Image) -> str:

@@ -199,15 +199,15 @@ def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: 
         suffix = path.suffix.lower()
         raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
     try:
-        info = images.describe(path)
-        x = images.read_image(path, info.high, options.size, options.channels)
+        x, high = images.decode(path)
+        x = images.conform(x, high, options.size, options.channels)
     except UserError:
         if not options.skip_bad:
             raise
         return None
     if len(shape) != 3 or x.shape[0] != shape[0] or x.shape[1] < shape[1] or x.shape[2] < shape[2]:
         _check_shape(tuple(x.shape), shape, path)
-    return x.float() if path.suffix.lower() == ".npy" else on_grid(x.float(), info.high, transform, path)
+    return x.float() if path.suffix.lower() == ".npy" else on_grid(x.float(), high, transform, path)
 
 
 def on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:

@@ -183,7 +183,7 @@ class DatasetReader:
         if isinstance(value, (tuple, list)) and len(value) == 1:
             value = value[0]
         if hasattr(value, "getbands"):
-            value = from_pillow(value)
+            value, _ = from_pillow(value)
         elif not isinstance(value, (Tensor, np.ndarray)):
             raise UserError(f"{what} is a {type(value).__name__}; give tensors or images")
         last = isinstance(value, np.ndarray) and value.ndim == 3 and not channels_first(value.shape)

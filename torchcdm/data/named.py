@@ -156,7 +156,7 @@ def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
     if info.size != CELEBA_FILE_SIZE:
         raise UserError(f"{everything[0]}: {info}; the aligned and cropped CelebA has 218 x 178 pixels")
     size = options.size or CELEBA_SIZE
-    read = partial(read_image, high=info.high, size=size, channels=options.channels, box=CELEBA_BOX)
+    read = partial(read_image, size=size, channels=options.channels, box=CELEBA_BOX)
     parts: dict[str, Split] = {
         split: LazySplit(read, part).in_memory_if_small(len(everything))
         for split, part in zip(("train", "validation", "test"), paths, strict=True)
