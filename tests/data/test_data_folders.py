@@ -240,7 +240,7 @@ def test_resize_averages_and_does_not_mix_channels():
 
 @pytest.mark.parametrize(
     ("other", "mend"),
-    [(picture(1, (5, 8, 3)), "--size HxW"), (picture(1, (5, 7)), "--channels"), (None, "one depth")],
+    [(picture(1, (5, 8, 3)), "give size (HxW)"), (picture(1, (5, 7)), "give channels"), (None, "one depth")],
     ids=["size", "channels", "depth"],
 )
 def test_mixed_images_name_two_files_and_the_option(tmp_path, other, mend):

@@ -91,37 +91,27 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     if not files["train"]:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folders['train']}: no image files in this folder or below it (looked for {suffixes})")
-    above = {path: path.relative_to(folders[split]).parts[:-1] for split, part in files.items() for path in part}
-    class_names = _class_names(files["train"], above)
+    # The first folder below that of the split; "" for images in that itself.
+    above = {
+        path: (*path.relative_to(folders[split]).parts[:-1], "")[0] for split, part in files.items() for path in part
+    }
+    names = sorted({above[path] for path in files["train"]})
+    class_names = tuple(names) if len(names) > 1 and "" not in names else None
+    strange = [path for path, name in above.items() if name not in names]
+    if class_names and strange:
+        raise UserError(f"{strange[0]}: not in one of the class folders of the training images ({', '.join(names)})")
     info, good, more = inspect(list(above), options)
     read = partial(read_image, size=options.size, channels=options.channels)
     splits = {}
     for split, part in files.items():
         kept = [path for path in part if path in good]
-        labels = torch.tensor([class_names.index(above[path][0]) if class_names else NO_LABEL for path in kept])
+        labels = torch.tensor([names.index(above[path]) if class_names else NO_LABEL for path in kept])
         if options.crop is not None:
             splits[split] = CropSplit(read, [(path, good[path].size) for path in kept], options.crop, labels)
         elif kept or split == "train":
             splits[split] = LazySplit(read, kept, labels).in_memory_if_small(len(good))
-    if class_names:
-        notes.append(f"{len(class_names)} classes, from the names of the sub-folders.")
+    notes += [f"{len(names)} classes, from the names of the sub-folders."] if class_names else []
     return Samples(f"folder:{argument}", splits, info.grid, class_names, notes=(*notes, *more))
-
-
-def _class_names(train: Sequence[Path], above: dict[Path, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """Names of the class sub-folders, the first of those above each file; None where there are none.
-
-    UserError where validation or test have a class that training has not.
-    """
-    if not all(above[path] for path in train):
-        return None
-    names = tuple(sorted({above[path][0] for path in train}))
-    if len(names) < 2:
-        return None
-    for path, folders in above.items():
-        if not folders or folders[0] not in names:
-            raise UserError(f"{path}: not in one of the class folders of the training images ({', '.join(names)})")
-    return names
 
 
 def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dict[Path, ImageInfo], list[str]]:
@@ -147,7 +137,14 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
             bad.append(path)
             continue
         good[path] = info
-        _refuse_mixture(next(iter(good.items())), (path, info), options)
+        other, first = next(iter(good.items()))
+        mends = {
+            "convert the files to one depth": info.high != first.high,
+            "give channels to convert": options.channels is None and info.channels != first.channels,
+            "give size (HxW) to resize": options.size is None and options.crop is None and info.size != first.size,
+        }
+        for mend in (mend for mend, wrong in mends.items() if wrong):
+            raise UserError(f"images differ: {other} has {first}; {path} has {info}; {mend}")
     if not good:
         raise UserError(f"{paths[0]}: neither this nor any other of the {len(paths)} image files can be read")
     info = next(iter(good.values()))
@@ -164,16 +161,3 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
 def left_out(bad: Sequence[Path | str]) -> tuple[str, ...]:
     """The note on files that cannot be read; none where there are none."""
     return (f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.",) if bad else ()
-
-
-def _refuse_mixture(first: tuple[Path, ImageInfo], second: tuple[Path, ImageInfo], options: DataOptions) -> None:
-    (path, info), (other, found) = first, second
-    if info.high != found.high:
-        mend = "convert the files to one depth"
-    elif options.channels is None and info.channels != found.channels:
-        mend = "give --channels to convert"
-    elif options.size is None and options.crop is None and info.size != found.size:
-        mend = "give --size HxW to resize"
-    else:
-        return
-    raise UserError(f"images differ: {path} has {info}; {other} has {found}; {mend}")

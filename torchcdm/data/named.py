@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,16 @@ DATA_VARIABLE = "TORCHCDM_DATA"
 """Environment variable that names a folder with data sets."""
 
 FASHION_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
-FASHION_FILES = {"train": "train", "test": "t10k"}
+FASHION_FILES = [
+    (f"{split}-{kind}-ubyte.gz", f"{split}-{kind}-ubyte")
+    for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]  # fmt: skip
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 CIFAR_FOLDER = "cifar-10-batches-bin"
 CIFAR_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
-CIFAR_RECORD = 1 + 3 * 32 * 32
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 CELEBA_BOX = (25, 57, 153, 185)
@@ -95,18 +97,15 @@ def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples
     PATH holds the four idx files, packed or not; without it they are looked for in TORCHCDM_DATA and where Debian
     puts them.
     """
-    folder = _located(
-        argument, "fashion-mnist", lambda place: os.path.exists(_idx_path(place, "train-images-idx3-ubyte")),
+    paths = _located(
+        argument, "fashion-mnist", FASHION_FILES,
         "install Debian's dataset-fashion-mnist, or name the folder of its four idx files", (FASHION_SYSTEM_FOLDER,),
     )  # fmt: skip
-    images, labels = [], []
-    for prefix in FASHION_FILES.values():
-        images.append(read_idx(_idx_path(folder, f"{prefix}-images-idx3-ubyte")))
-        labels.append(read_idx(_idx_path(folder, f"{prefix}-labels-idx1-ubyte")))
-        if images[-1].ndim != 3 or labels[-1].shape != images[-1].shape[:1]:
-            shapes = f"{images[-1].shape} and {labels[-1].shape}"
-            raise UserError(f"{folder}: the {prefix} images and labels do not belong together ({shapes})")
-        read_labels(labels[-1], [len(labels[-1])], f"{folder}, {prefix}", FASHION_CLASSES)
+    images, labels = [read_idx(path) for path in paths[::2]], [read_idx(path) for path in paths[1::2]]
+    for path, x, y in zip(paths[1::2], images, labels, strict=True):
+        if x.ndim != 3 or y.shape != x.shape[:1]:
+            raise UserError(f"{path}: images and labels do not belong together ({x.shape} and {y.shape})")
+        read_labels(y, [len(y)], str(path), FASHION_CLASSES)
     pool = MemorySplit(torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)))
     trainable = len(images[0])
     return fixed("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES)
@@ -117,12 +116,17 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
     The Python version of the archive consists of pickles, which can run any code when they are opened: not read.
     """
-    folder = _located(
-        argument, CIFAR_FOLDER, lambda place: os.path.isfile(place / CIFAR_FILES[0]),
+    paths = _located(
+        argument, CIFAR_FOLDER, [(name,) for name in CIFAR_FILES],
         "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html (the pickles of the Python "
         "version are not opened), and name its folder",
     )  # fmt: skip
-    batches = [_read_cifar(folder / name) for name in CIFAR_FILES]
+    batches = []
+    for path in paths:
+        with reading(path, "a batch of CIFAR-10", f"; the binary version has {', '.join(CIFAR_FILES)}") as file:
+            # A record is a label, then 1024 bytes each of red, green and blue.
+            batches.append(np.frombuffer(bytearray(file.read()), np.uint8).reshape(-1, 1 + 3 * 32 * 32))
+        read_labels(batches[-1][:, 0], [len(batches[-1])], str(path), CIFAR_CLASSES)
     records = np.concatenate(batches)
     pool = MemorySplit(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(records[:, 0]))
     trainable = len(records) - len(batches[-1])
@@ -135,15 +139,14 @@ def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
     PATH holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them.
     Images are cropped and resized to 64 x 64 unless another size is given. Files are read when they are asked for.
     """
-    root = _located(
-        argument, "celeba", lambda place: _first(place, CELEBA_IMAGES) and _first(place, CELEBA_PARTITION),
+    images, listing = _located(
+        argument, "celeba", [CELEBA_IMAGES, CELEBA_PARTITION],
         "name the folder of img_align_celeba and list_eval_partition.txt of "
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     )  # fmt: skip
-    images, listing = _first(root, CELEBA_IMAGES), _first(root, CELEBA_PARTITION)
     paths, absent = _celeba_partition(listing, images)
     if absent and not options.skip_bad:
-        raise UserError(f"{images}: {len(absent)} listed file(s) are missing, {absent[0]} first; --skip-bad goes on")
+        raise UserError(f"{images}: {len(absent)} listed file(s) are missing, {absent[0]} first; skip-bad goes on")
     everything = [path for part in paths for path in part]
     if not paths[0]:
         raise UserError(f"{listing}: no image of the training partition (0) is in {images}")
@@ -157,12 +160,9 @@ def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
         raise UserError(f"{everything[0]}: {info}; the aligned and cropped CelebA has 218 x 178 pixels")
     size = options.size or CELEBA_SIZE
     read = partial(read_image, size=size, channels=options.channels, box=CELEBA_BOX)
-    parts: dict[str, Split] = {
-        split: LazySplit(read, part).in_memory_if_small(len(everything))
-        for split, part in zip(("train", "validation", "test"), paths, strict=True)
-    }
-    if absent:
-        notes.append(f"{len(absent)} listed file(s) are missing, {absent[0]} the first.")
+    splits = [LazySplit(read, part).in_memory_if_small(len(everything)) for part in paths]
+    parts = dict(zip(("train", "validation", "test"), splits, strict=True))
+    notes += [f"{len(absent)} listed file(s) are missing, {absent[0]} the first."] if absent else []
     notes.append("cropped to 128 x 128 pixels around (89, 121), resized to {} x {}.".format(*size))
     return Samples("celeba", parts, info.grid, notes=tuple(notes))
 
@@ -207,50 +207,27 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _located(
-    argument: str, name: str, is_there: Callable[[Path], Any], mend: str, system: Sequence[str] = ()
-) -> Path:
-    """Where a data set lies: PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the system's."""
+    argument: str, name: str, files: Sequence[Sequence[str]], mend: str, system: Sequence[str] = ()
+) -> list[Path]:
+    """The files of a data set, each by the first of its names that is there, or its first name.
+
+    They lie in PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the system's folder.
+    """
     root = argument or os.environ.get(DATA_VARIABLE, "")
     places = [Path(root) / name, Path(root)] if root else []
     places += [] if argument else map(Path, system)
     for place in places:
-        if is_there(place):
-            return place
+        found = [[place / name for name in names if os.path.exists(place / name)] for names in files]
+        if found[0]:
+            return [there[0] if there else place / names[0] for there, names in zip(found, files, strict=True)]
     looked = " or ".join(map(str, places)) or f"{DATA_VARIABLE} (not set)"
     raise UserError(f"{name} not found in {looked}: {mend} by SPEC:PATH or by the variable {DATA_VARIABLE}")
-
-
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of the paths below a folder that is there."""
-    return next((folder / name for name in names if os.path.exists(folder / name)), None)
-
-
-def _idx_path(folder: Path, name: str) -> Path:
-    """The packed file, or else the plain one where it is there."""
-    return _first(folder, (f"{name}.gz", name)) or folder / f"{name}.gz"
-
-
-def _read_cifar(path: Path) -> np.ndarray:
-    """Records (N, 3073) of a binary batch: label, then 1024 bytes each of red, green and blue."""
-    with reading(path, "a batch of CIFAR-10", f"; the binary version has {', '.join(CIFAR_FILES)}") as file:
-        content = np.frombuffer(bytearray(file.read()), np.uint8)
-    if len(content) == 0 or len(content) % CIFAR_RECORD:
-        raise UserError(f"{path}: truncated: {len(content)} bytes are not whole records of {CIFAR_RECORD}")
-    records = content.reshape(-1, CIFAR_RECORD)
-    if records[:, 0].max() > 9:
-        wrong = int(np.argmax(records[:, 0] > 9))
-        raise UserError(f"{path}: label {records[wrong, 0]} of record {wrong} is out of range 0 ... 9")
-    return records
 
 
 def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], list[str]]:
     """Paths of the three splits as the partition file lists them, and the names of listed files that are missing."""
     with reading(listing, "a list of files") as file:
-        lines = file.read().decode(errors="replace").splitlines()
-    try:
-        present = set(os.listdir(images))
-    except OSError as error:
-        raise UserError(f"{images}: cannot be read ({error.strerror})") from None
+        lines, present = file.read().decode(errors="replace").splitlines(), set(os.listdir(images))
     paths: list[list[Path]] = [[], [], []]
     absent = []
     for number, line in enumerate(lines, 1):
