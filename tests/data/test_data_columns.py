@@ -17,7 +17,8 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, elbo, probability_flow, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import in_units
-from torchcdm.units import ColumnTransform, cell_width, discrete_values, frequent_values
+from torchcdm.units import ColumnTransform
+from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
 
 VALUES, CHANCES = (0.0, 1.0, 2.0, 5.0), (0.4, 0.3, 0.1, 0.2)
 

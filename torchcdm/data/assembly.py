@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +13,8 @@ from torchcdm.data.options import DataOptions
 from torchcdm.data.source import CropSplit, DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
-from torchcdm.units import (
-    ColumnTransform,
-    DataTransform,
-    TableEncoding,
-    cell_width,
-    discrete_values,
-    frequent_values,
-)
+from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
+from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
 from torchcdm.units.table import beyond_float32
 
 Grid = tuple[int, int]
@@ -61,8 +54,8 @@ class Samples:
 def assemble(samples: Samples, options: DataOptions, like: DataTransform | None = None) -> DataSource:
     """The source of samples; columns of a table that are constant in training are left out.
 
-    The ``options`` have seed and shares of the splits that the data do not have, and say whether they are dequantised.
-    ``like`` is that of the model that scores the data; None to measure the units on the training split.
+    The ``options`` have seed and shares of missing splits, and say whether samples are dequantised. ``like`` is that
+    of the model that scores the data; None to measure the units on the training split.
 
     Raises:
         UserError: Too few samples, nothing that varies, or data that do not fit the model.
@@ -79,15 +72,25 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
             splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
     first = splits[0][0][0]
     if first.dtype == torch.float64:
-        if like is None:
-            _check_resolution(splits[0].tensors()[0].numpy(), _names(table, len(first)), name)
+        for k, column in enumerate(splits[0].tensors()[0].numpy().T if like is None else ()):
+            what = f"{name}: column '{f'c{k}' if table is None else table.names[k]}'"
+            if (single(column, what).numpy() - column).std() > ROUNDING * column.std():
+                raise UserError(f"{what} varies less than float32 resolves; subtract an offset")
         splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
-    if like is None:
-        transform, more = _measure(splits[0], samples.grid, options.dequantize, name, table)
-        transform.table = table
+    if like is not None:
+        _check_units(tuple(first.shape), samples.grid, like, name)
+        return DataSource(name, *splits, like, samples.class_names, tuple(notes))
+    shape, more = tuple(first.shape), []
+    if samples.grid is not None:
+        transform = grey_levels(shape, samples.grid, options.dequantize)
+    elif len(shape) == 1:
+        transform, more = _measure_columns(splits[0].tensors()[0], table, options.dequantize, name)
     else:
-        transform, more = like, []
-        _check_units(tuple(first.shape), samples.grid, transform, name)
+        x, _ = splits[0].tensors(limit=10_000)
+        if bool((x == x.flatten()[0]).all()):
+            raise UserError(f"{name}: all values are equal; there is nothing to learn")
+        transform = DataTransform.standardize(x)
+    transform.table = table
     return DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
 
 
@@ -128,21 +131,6 @@ def grey_levels(shape: Sequence[int], grid: Grid, dequantize: bool) -> DataTrans
     return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high))
 
 
-def _measure(
-    train: Split, grid: Grid | None, dequantize: bool, name: str, table: TableEncoding | None
-) -> tuple[DataTransform, list[str]]:
-    """Transform of a training split, and notes: the grid for grey levels, mean and deviation for continuous data."""
-    shape = train[0][0].shape
-    if grid is not None:
-        return grey_levels(shape, grid, dequantize), []
-    if len(shape) == 1:
-        return _measure_columns(train.tensors()[0], table, dequantize, name)
-    x, _ = train.tensors(limit=10_000)
-    if bool((x == x.flatten()[0]).all()):
-        raise UserError(f"{name}: all values are equal; there is nothing to learn")
-    return DataTransform.standardize(x), []
-
-
 def _measure_columns(
     x: Tensor, table: TableEncoding | None, dequantize: bool, data: str
 ) -> tuple[DataTransform, list[str]]:
@@ -157,30 +145,18 @@ def _measure_columns(
         if beyond_float32(column):
             notes.append(f"{what} varies little beside its size, beyond float32: subtract an offset.")
         found, frequent = discrete_values(column, f"c{k}"), frequent_values(column)
-        if found is None and frequent:
-            often = ", ".join(f"{value:g} in {100 * share:.0f} %" for value, share in frequent.items())
-            notes.append(f"{what} holds {often} of the rows: its density has no upper bound there; give a data frame.")
-        elif found is not None and dequantize:
+        if found and dequantize:
             values[k] = found
             has = f"has {len(found)} distinct values: dequantised with cells of {cell_width(found):g}"
             notes.append(f"{what} {has}; they have probabilities.")
-        elif found is not None:
+        elif found:
             notes.append(f"{what} has {len(found)} distinct values: its density has no upper bound.")
+        elif frequent:
+            often = ", ".join(f"{value:g} in {100 * share:.0f} %" for value, share in frequent.items())
+            notes.append(f"{what} holds {often} of the rows: its density has no upper bound there; give a data frame.")
     if not values or not dequantize:
         return DataTransform.standardize(x), notes
     return ColumnTransform.fit(x, values, mixed, bend=False), notes
-
-
-def _names(table: TableEncoding | None, count: int) -> tuple[str, ...]:
-    return tuple(f"c{k}" for k in range(count)) if table is None else table.names
-
-
-def _check_resolution(x: np.ndarray, names: tuple[str, ...], data: str) -> None:
-    """Refuses training rows (N, d), float64, with a column whose values or differences float32 does not hold."""
-    for column, name in zip(x.T, names, strict=True):
-        lost = single(column, f"{data}: column '{name}'").numpy() - column
-        if lost.std() > ROUNDING * column.std():
-            raise UserError(f"{data}: column '{name}' varies less than float32 resolves; subtract an offset")
 
 
 def single(x: np.ndarray, name: str) -> Tensor:
@@ -198,14 +174,8 @@ def _check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTrans
         raise UserError(f"{name}: has shape {shape}; the model takes {transform.shape}")
     found = None if grid is None else (*grid, 1)
     taken = None if transform.bin is None else (transform.low, transform.high, transform.bin)
-    if found == taken:
-        return
-    if taken is None:
-        mend = "give floats in the units of the training data"
-    else:
-        mend = "give whole numbers" if found is None else "rescale them"
-    raise UserError(f"{name}: {_levels(found)}; the model takes {_levels(taken)}; {mend}")
-
-
-def _levels(grid: Any) -> str:
-    return "continuous values" if grid is None else "grey levels {:g} ... {:g}".format(*grid)
+    if found != taken:
+        mend = "give floats in the units of the training data" if taken is None else "rescale them"
+        mend = "give whole numbers" if found is None else mend
+        has, takes = ("grey levels {:g} ... {:g}".format(*at) if at else "continuous values" for at in (found, taken))
+        raise UserError(f"{name}: {has}; the model takes {takes}; {mend}")

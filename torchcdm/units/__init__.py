@@ -15,7 +15,6 @@ from torchcdm.runtime.validation import read_as
 from torchcdm.units.affine import DataTransform
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
-from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
 from torchcdm.units.log_likelihood import LogLikelihood, standard_error
 from torchcdm.units.table import TableEncoding
 from torchcdm.units.warp import ColumnWarp
@@ -27,9 +26,6 @@ __all__ = [
     "GaussianizedTransform",
     "LogLikelihood",
     "TableEncoding",
-    "cell_width",
-    "discrete_values",
-    "frequent_values",
     "standard_error",
     "transform_from_config",
 ]
