@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from torchcdm.data import arrays, folders, hub, named, tables
 from torchcdm.data.assembly import Samples, assemble
@@ -95,24 +94,19 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
     return assemble(samples_of(data, labels, options), options)
 
 
-def samples_of(
-    data: Any, labels: Any, options: DataOptions, name: str | None = None, like: DataTransform | None = None
-) -> Samples:
-    """All samples of an object that is no DataSource; ``data`` and ``labels`` as for :func:`from_object`.
-
-    ``name`` is for messages; ``like`` is that of the model that scores the data.
-    """
+def samples_of(data: Any, labels: Any, options: DataOptions, name: str | None = None) -> Samples:
+    """All samples of an object, as :func:`from_object` takes it, that is no DataSource; ``name`` is for messages."""
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
     if isinstance(data, (Tensor, np.ndarray, list)):
         first = isinstance(data, Tensor)
         name = name or ("tensor" if first else "array")
-        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=first, like=like)
+        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=first)
     if is_frame(data):
         column = labels if isinstance(labels, str) else None
         labels, options = None if column else labels, replace(options, label=column)
-        return tables.samples_of({"train": as_frame(data)}, name or "data frame", options, labels, like)
-    known = isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+        return tables.samples_of({"train": as_frame(data)}, name or "data frame", options, labels)
+    known = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if not known or isinstance(data, (str, bytes, Mapping)) or hasattr(data, "tocsr"):
         kind = type(data).__name__
         raise UserError(f"data of type {kind} are not understood; give a tensor, an array, a data frame or a Dataset")
@@ -126,9 +120,9 @@ def read_samples(options: DataOptions, like: DataTransform | None = None) -> Sam
         raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
     check_spec(spec)
     kind, _, argument = spec.partition(":")
-    named_columns = (options.label, *(options.columns or ()), *options.drop)
-    if any(named_columns) and kind not in ("table", "hf"):
-        raise UserError(f"'{next(filter(None, named_columns))}' names a column of a table; {spec} has no columns")
+    columns = [*([options.label] if options.label else []), *(options.columns or ()), *options.drop]
+    if columns and kind not in ("table", "hf"):
+        raise UserError(f"'{columns[0]}' names a column of a table; {spec} has no columns")
     if options.crop is not None and (kind != "folder" or options.size is not None):
         raise UserError("crop is for folders of images of any size (folder:PATH), which are not resized")
     return LOADERS[kind][0](argument, options, like)

@@ -188,9 +188,9 @@ class CropSplit(LazySplit):
 
 
 def places_of(size: tuple[int, int], crop: tuple[int, int], share: float | None = None) -> list[tuple[int, int]]:
-    """Top and left edges of crops evenly spread over an image.
+    """Top and left edges of crops evenly spread over an image: as many as fit side by side.
 
-    As many as fit side by side; with a ``share`` enough to cover the image, neighbours at most that of a crop apart.
+    With a ``share`` enough to cover the image, neighbours at most that of a crop apart.
     """
     sides = []
     for whole, part in zip(size, crop, strict=True):
@@ -261,13 +261,10 @@ class DataSource:
 
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
-    """The same source with its classes numbered as those of a model, whose ``names`` are given.
+    """The same source with its classes numbered as those of a model of these ``names``; UserError for any other class.
 
     Classes go by name. Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, the
     numbers count the names.
-
-    Raises:
-        UserError: A class that is none of the model's, with both.
     """
     own = source.class_names
     present = torch.cat([split.labels for split in source.splits]).unique()
