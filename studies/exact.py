@@ -11,21 +11,20 @@ each coordinate the difference of two normal distribution functions. All named t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import final
 
 import torch
 from torch import Tensor
 
 from torchcdm.data.toys import TOYS
-from torchcdm.diffusion import exact as diffusion
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.normal import log_normal
 
 
-class ExactMixture(Float64Module):
+class ExactMixture(Float64Module, ABC):
     """A mixture whose components have a closed form at every level of every schedule, in float64.
 
     A subclass has the ``shape`` of its events, the logarithms of its normalised weights, (K,), the class of each
@@ -48,17 +47,21 @@ class ExactMixture(Float64Module):
 
     # --- components ------------------------------------------------------------------------------------------
 
-    component_log_prob: Callable[[Tensor, Level, NoiseSchedule], Tensor]
-    """log density of every component at one level, an int or long (B,): (B, K)."""
+    @abstractmethod
+    def component_log_prob(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
+        """log density of every component at one level, an int or long (B,): (B, K)."""
 
-    component_scores: Callable[[Tensor, Level, NoiseSchedule], Tensor]
-    """Gradient of ``component_log_prob`` with respect to the flattened ``x``: (B, K, d)."""
+    @abstractmethod
+    def component_scores(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
+        """Gradient of :meth:`component_log_prob` with respect to the flattened ``x``: (B, K, d)."""
 
-    component_log_prob_levels: Callable[[Tensor, NoiseSchedule], Tensor]
-    """log density of every component at every level: (B, K, T+2)."""
+    @abstractmethod
+    def draw(self, components: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One draw from each component of ``components``, long (n,): (n, *shape)."""
 
-    draw: Callable[..., Tensor]
-    """One draw from each component of ``components``, long (n,): (n, *shape)."""
+    def component_log_prob_levels(self, x: Tensor, schedule: NoiseSchedule) -> Tensor:
+        """log density of every component at every level: (B, K, T+2)."""
+        return torch.stack([self.component_log_prob(x, t, schedule) for t in range(schedule.T + 2)], 2)
 
     # --- densities -------------------------------------------------------------------------------------------
 
@@ -122,7 +125,7 @@ class ExactMixture(Float64Module):
 
 
 @final
-class GaussianMixture(ExactMixture, diffusion.GaussianMixture):
+class GaussianMixture(ExactMixture):
     """Sum over k of w_k N(mu_k, Sigma_k).
 
     Args:
@@ -132,9 +135,61 @@ class GaussianMixture(ExactMixture, diffusion.GaussianMixture):
         labels: Class of each component, long (K,), from 0 without gaps; None for an unlabelled mixture.
     """
 
+    means: Tensor
+    variances: Tensor
+    vectors: Tensor
+
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, labels: Tensor | None = None) -> None:
-        diffusion.GaussianMixture.__init__(self, weights, means, covariances)
+        super().__init__()
+        self.shape = tuple(means.shape[1:])
+        means = means.double().flatten(1)
+        if covariances.ndim == 1:
+            covariances = covariances[:, None, None] * torch.eye(means.shape[1], dtype=torch.float64)
+        variances, vectors = torch.linalg.eigh(covariances.double())
+        self.register_buffer("log_weights", (weights / weights.sum()).double().log())
         self.register_buffer("labels", labels)
+        self.register_buffer("means", means)
+        self.register_buffer("variances", variances)
+        self.register_buffer("vectors", vectors)
+
+    def component_log_prob_levels(self, x: Tensor, schedule: NoiseSchedule) -> Tensor:
+        # As in gaussian.py, the square is expanded about the mean, so that no (B, K, T+2, d) array is made.
+        z = self._rotate(x.double().flatten(1)[:, None] - self.means)
+        m = self._rotate(self.means[None])[0]
+        variances = schedule.alpha**2 * self.variances[..., None] + schedule.sigma**2
+        rest, precision = 1 - schedule.alpha, 1 / variances
+        square = (
+            torch.einsum("bkd,kdt->bkt", z.square(), precision)
+            + 2 * rest * torch.einsum("bkd,kdt->bkt", z * m, precision)
+            + rest**2 * torch.einsum("kd,kdt->kt", m.square(), precision)
+        )
+        return -0.5 * (square + (2 * math.pi * variances).log().sum(1))
+
+    def component_log_prob(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
+        z, variances = self._standardise(x, t, schedule)
+        return log_normal(z, variances).sum(2)
+
+    def component_scores(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> Tensor:
+        z, variances = self._standardise(x, t, schedule)
+        return -torch.einsum("bkd,ked->bke", z / variances, self.vectors)
+
+    def draw(self, components: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(len(components), self.means.shape[1], generator=generator, dtype=torch.float64)
+        scaled = noise.to(components.device) * self.variances[components].sqrt()
+        spread = torch.empty_like(scaled)
+        for k in components.unique():  # not by one (n, d, d) array of all their axes
+            spread[components == k] = scaled[components == k] @ self.vectors[k].T
+        return (self.means[components] + spread).reshape(-1, *self.shape)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Coordinates of ``x`` (B, K, d) in the eigenbasis of each component."""
+        return torch.einsum("bke,ked->bkd", x, self.vectors)
+
+    def _standardise(self, x: Tensor, t: Level, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+        """x - alpha_t mu_k in the eigenbasis, and the variances along it: each (B or 1, K, d)."""
+        flat = x.double().flatten(1)
+        alpha_t, sigma_t = schedule.at(t, flat[:, None])
+        return self._rotate(flat[:, None] - alpha_t * self.means), alpha_t**2 * self.variances + sigma_t**2
 
 
 _NARROW = 1e-4
@@ -177,9 +232,6 @@ class BoxMixture(ExactMixture):
         between = _log_normal_between(lower, upper)
         ratio = (log_normal(upper) - between).exp() - (log_normal(lower) - between).exp()
         return ratio.where(upper - lower > _NARROW, -(lower + upper) / 2) / sigma_t
-
-    def component_log_prob_levels(self, x: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return torch.stack([self.component_log_prob(x, t, schedule) for t in range(schedule.T + 2)], 2)
 
     def draw(self, components: Tensor, generator: torch.Generator | None = None) -> Tensor:
         share = torch.rand(len(components), self.low.shape[1], generator=generator, dtype=torch.float64)

@@ -44,7 +44,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 def at_level_1(model: DensityModel) -> Parts:
     """What an exact mixture is at level 1."""
-    mixture, alpha, sigma = model.base.mixture, model.schedule.alpha[1], model.schedule.sigma[1]
+    mixture, alpha, sigma = model.base, model.schedule.alpha[1], model.schedule.sigma[1]
     return mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.variances[:, 0] + sigma**2
 
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 x = clean(target, x)
             real = clean(target, truth[0])
             accuracy, se = two_sample_accuracy(x, real[:n])
-            near = [torch.cdist(part, one.base.mixture.means).argmin(1) for part in (x, real)]
+            near = [torch.cdist(part, one.base.means).argmin(1) for part in (x, real)]
             shares = [torch.bincount(part, minlength=4) / len(part) for part in near]
             rows.append({
                 "d": d, "case": case, "method": way, "n": n, "c2st": accuracy, "c2st_se": se,

@@ -30,7 +30,7 @@ from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import panels
 from torchcdm.apps.ratio import best_share
 from torchcdm.data import DataSource
-from torchcdm.diffusion.mixture import best_mixture, fit_gaussians
+from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.validation import encode
@@ -240,7 +240,7 @@ def _on_all_samples(source: DataSource, config: Config, model: ClassificationDif
     x, options = source.train.tensors()[0], config.model
     if options.components > 1:
         fitted = fit_gaussians(x, options.components, shrinkage=options.shrinkage, rows=len(x))
-        model.base.mixture.load_state_dict(GaussianMixture(*fitted).state_dict())
+        model.base = MixtureMarginals(model.schedule, *fitted, model.base.common)
     return build_loss(config.loss, model)
 
 

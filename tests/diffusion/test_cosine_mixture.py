@@ -29,7 +29,7 @@ def brute(mixture: MixtureMarginals, x: Tensor, t: int) -> Tensor:
     """log density at a level from the definition, (B,)."""
     alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
     z, parts = CosineRotation(x.shape[1:])(x), []
-    for log_weight, mean, variances in zip(*mixture.mixture.state_dict().values(), strict=True):
+    for log_weight, mean, variances in zip(mixture.log_weights, mixture.means, mixture.variances, strict=True):
         deviation = (alpha**2 * variances + sigma**2).sqrt()
         parts.append(log_weight + torch.distributions.Normal(alpha * mean, deviation).log_prob(z).sum(1))
     return torch.stack(parts).logsumexp(0)

@@ -6,6 +6,7 @@ components with one variance a cosine costs seconds to fit and next to nothing a
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,10 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import SHRINKAGES, CosineRotation, GaussianMarginals, shrunk, within_error
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
+from torchcdm.units.normal import log_normal
 
 FIT_ROWS = 10_000
 """A mixture is fitted to at most so many samples, unless more are asked for."""
@@ -41,29 +42,44 @@ TOLERANCE, ROUGH = 1e-5, 1e-3
 
 @final
 class MixtureMarginals(BaseDensity):
-    """A mixture of Gaussians at every level, those of images with one variance a cosine.
+    """Sum over k of w_k N(alpha_t mu_k, alpha_t² Sigma_k + sigma_t² I) at every level; of images in the cosine basis.
 
     Args:
         schedule: The noise schedule.
-        mixture: The mixture at level 0, in model units; of images in the cosine basis.
+        weights: w_k, (K,), normalised here.
+        means: mu_k in model units, (K, d).
+        covariances: Sigma_k, (K, d, d), or, as for images, their diagonals, (K, d).
         common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
-        class_weights: Weights of the same Gaussians in each class, (classes, components); None where the classes have
-            none of their own. What tells classes apart in the weights of modes far from each other, no gradient and
-            no smooth function sees.
+        class_weights: Weights of the same Gaussians in each class, (classes, K); None where the classes have none of
+            their own. What tells classes apart in the weights of modes far from each other, no gradient and no smooth
+            function sees.
     """
 
+    log_weights: Tensor
+    means: Tensor
+    variances: Tensor
+    vectors: Tensor | None
     class_log_weights: Tensor | None
 
     def __init__(
         self,
         schedule: NoiseSchedule,
-        mixture: GaussianMixture,
+        weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
         common: GaussianMarginals,
         class_weights: Tensor | None = None,
     ) -> None:
         super().__init__(schedule)
-        self.mixture, self.common = mixture, common
+        self.common = common
         self.rotation = CosineRotation(common.mean.shape) if common.mean.ndim > 1 else None
+        variances, vectors = covariances.double(), None
+        if covariances.ndim == 3:
+            variances, vectors = torch.linalg.eigh(variances)
+        self.register_buffer("log_weights", (weights / weights.sum()).double().log())
+        self.register_buffer("means", means.double())
+        self.register_buffer("variances", variances)
+        self.register_buffer("vectors", vectors)
         log_weights = None
         if class_weights is not None:
             log_weights = (class_weights / class_weights.sum(1, keepdim=True)).double().log()
@@ -75,9 +91,10 @@ class MixtureMarginals(BaseDensity):
     ) -> MixtureMarginals:
         """Standard normals, to load a saved state into."""
         images, zeros = len(shape) > 1, torch.zeros(components, math.prod(shape))
-        mixture = GaussianMixture(torch.ones(components), zeros, zeros + 1 if images else torch.diag_embed(zeros + 1))
+        covariances = zeros + 1 if images else torch.diag_embed(zeros + 1)
+        common = GaussianMarginals.blank(schedule, shape, "cosine" if images else None)
         weights = torch.ones(classes, components) if classes else None
-        return cls(schedule, mixture, GaussianMarginals.blank(schedule, shape, "cosine" if images else None), weights)
+        return cls(schedule, torch.ones(components), zeros, covariances, common, weights)
 
     @classmethod
     def fit(
@@ -97,44 +114,47 @@ class MixtureMarginals(BaseDensity):
             UserError: Fewer samples than components.
         """
         if samples.ndim == 2:
-            mixture = GaussianMixture(*fit_gaussians(samples, components, floor, shrinkage, rows))
-            return cls(schedule, mixture, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
+            fitted = fit_gaussians(samples, components, floor, shrinkage, rows)
+            return cls(schedule, *fitted, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
         weights, means, variances = fit_cosines(samples, components, floor)
         moved = torch.lerp(variances, variances.mean(1, keepdim=True), shrinkage).clamp_min(floor)
         common = GaussianMarginals.fit(samples, schedule, floor, "cosine", shrinkage)
-        return cls(schedule, GaussianMixture(weights, means, moved), common)
+        return cls(schedule, weights, means, moved, common)
 
     @property
     def gaussian(self) -> GaussianMarginals:
         return self.common
 
     def log_prob_levels(self, x: Tensor) -> Tensor:
-        return self.mixture.log_prob_levels(self._rotated(x), self.schedule)
+        return (self._log_prob_levels(x) + self.log_weights[:, None]).logsumexp(1)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        eps = self.mixture.eps(self._rotated(x_t), t, self.schedule)
-        return eps if self.rotation is None else self.rotation.inverse(eps).to(x_t.dtype)
+        shares, scores, _ = self._at(x_t, t)
+        score = (shares[..., None] * scores).sum(1)
+        score = score.reshape(x_t.shape) if self.rotation is None else self.rotation.inverse(score)
+        return -self.schedule.at(t, x_t)[1] * score.to(x_t.dtype)
 
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
-        mixture, schedule, x_t = self.mixture, self.schedule, self._rotated(x_t)
-        share = (mixture.component_log_prob(x_t, t, schedule) + mixture.log_weights).softmax(1)
-        alpha, sigma = (values[t, None, None] for values in (schedule.alpha, schedule.sigma))
-        eps = -sigma * mixture.component_scores(x_t, t, schedule)
+        shares, scores, variances = self._at(x_t, t)
+        sigma = self.schedule.sigma[t, None, None]
+        eps = -sigma * scores
         # Of each component as in GaussianMarginals: the covariance of eps beside its mean.
-        spread = (1 - sigma**2 / (alpha**2 * mixture.variances + sigma**2)).sum(2)
-        energy = (share * (eps.square().sum(2) + spread)).sum(1)
-        return schedule.log_prob_change(x_t, t, (share[..., None] * eps).sum(1), energy)
+        spread = (1 - sigma**2 / variances).sum(2)
+        energy = (shares * (eps.square().sum(2) + spread)).sum(1)
+        return self.schedule.log_prob_change(self._flat(x_t), t, (shares[..., None] * eps).sum(1), energy)
 
     def start(self, eps: Tensor) -> Tensor:
         return self.common.start(eps)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        drawn = self.mixture.sample(shape[0], generator)
+        chosen = torch.multinomial(self.log_weights.cpu().exp(), shape[0], True, generator=generator)
+        chosen = chosen.to(self.means.device)
+        spread = self._noise((len(chosen), self.means.shape[1]), generator) * self.variances[chosen].sqrt()
+        if self.vectors is not None:
+            for k in chosen.unique():  # not by one (n, d, d) array of all their axes
+                spread[chosen == k] = spread[chosen == k] @ self.vectors[k].T
+        drawn = self.means[chosen] + spread
         return drawn if self.rotation is None else self.rotation.inverse(drawn)
-
-    def _rotated(self, x: Tensor) -> Tensor:
-        """``x`` in the coordinates of the mixture: of images in float64, (B, d)."""
-        return x if self.rotation is None else self.rotation(x.double())
 
     def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
         """The same, with weights for each class: the mean responsibilities of its samples.
@@ -142,21 +162,56 @@ class MixtureMarginals(BaseDensity):
         ``samples`` (N, d) are training data, model units, dequantised, of classes ``labels``, long (N,).
         """
         # Half a sample in all for each class, spread as the components are: no weight is 0.
-        counts = 0.5 * self.mixture.log_weights.exp().repeat(int(labels.max()) + 1, 1)
+        counts = 0.5 * self.log_weights.exp().repeat(int(labels.max()) + 1, 1)
         for part in torch.arange(len(samples)).split(1000):
-            logits = self.mixture.component_log_prob(samples[part], 0, self.schedule) + self.mixture.log_weights
-            counts.index_add_(0, labels[part], logits.softmax(1))
-        return MixtureMarginals(self.schedule, self.mixture, self.common, counts)
+            counts.index_add_(0, labels[part], self._at(samples[part], 0)[0])
+        found = copy.deepcopy(self)
+        found.class_log_weights = (counts / counts.sum(1, keepdim=True)).log()
+        return found
 
     def class_effects(self, x: Tensor) -> Tensor | None:
         if self.class_log_weights is None:
             return None
-        parts = self.mixture.component_log_prob_levels(x, self.schedule)
+        parts = self._log_prob_levels(x)
         # No weight is near 0, so one exponential, with the largest component taken out, serves all classes.
         parts = (parts - parts.detach().amax(1, keepdim=True)).exp()
-        weights = torch.cat([self.class_log_weights, self.mixture.log_weights[None]]).exp()
+        weights = torch.cat([self.class_log_weights, self.log_weights[None]]).exp()
         *by_class, common = torch.einsum("bkt,yk->ybt", parts, weights).log()
         return torch.stack([values - common for values in by_class], 1)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """The coordinates of the Gaussians, float64 (B, d)."""
+        return x.double() if self.rotation is None else self.rotation(x.double())
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Coordinates (B, K, d) in the eigenbasis of each component."""
+        return x if self.vectors is None else torch.einsum("bke,ked->bkd", x, self.vectors)
+
+    def _log_prob_levels(self, x: Tensor) -> Tensor:
+        """log density of every component at every level, (B, K, T+2)."""
+        z = self._rotate(self._flat(x)[:, None] - self.means)
+        m = self._rotate(self.means[None])[0]
+        alpha, rest, parts = self.schedule.alpha, 1 - self.schedule.alpha, []
+        # One component after the other, whose (d, T+2) array stays in the cache. As in gaussian.py, the square is
+        # expanded about the mean, so that no (B, T+2, d) array is made.
+        for k, spread in enumerate(self.variances):
+            variances = alpha**2 * spread[:, None] + self.schedule.sigma**2
+            precision = variances.reciprocal()
+            squares, products = torch.stack([z[:, k].square(), z[:, k] * m[k]]) @ precision
+            constant = rest**2 * (m[k].square() @ precision) + (2 * math.pi * variances).log().sum(0)
+            parts.append(squares + 2 * rest * products + constant)
+        return -0.5 * torch.stack(parts, 1)
+
+    def _at(self, x: Tensor, t: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """p(k | x) at a level, (B, K), the score of each component, (B, K, d), and variances, (B or 1, K, d)."""
+        flat = self._flat(x)[:, None]
+        alpha_t, sigma_t = self.schedule.at(t, flat)
+        z, variances = self._rotate(flat - alpha_t * self.means), alpha_t**2 * self.variances + sigma_t**2
+        shares = (log_normal(z, variances).sum(2) + self.log_weights).softmax(1)
+        scores = -z / variances
+        if self.vectors is not None:
+            scores = torch.einsum("bkd,ked->bke", scores, self.vectors)
+        return shares, scores, variances
 
 
 def best_mixture(
