@@ -16,14 +16,13 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.compose import sample
 from torchcdm.likelihood import (
-    Row,
     Scoring,
     elbo,
     log_normalizer,
     probability_flow,
     single_pass,
 )
-from torchcdm.likelihood.summary import judge
+from torchcdm.likelihood.report import Row, judge
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel
 from torchcdm.units import LogLikelihood

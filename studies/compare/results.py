@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchcdm.likelihood.summary import finite
+from torchcdm.likelihood.report import finite
 
 NOT_NORMALISED = "~"
 """Marks a density that need not integrate to one."""

@@ -18,14 +18,12 @@ from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import (
     LogZ,
-    NLLGap,
-    Row,
     Scoring,
     consistency,
     elbo,
     log_normalizer,
 )
-from torchcdm.likelihood.summary import judge
+from torchcdm.likelihood.report import NLLGap, Row, judge
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 

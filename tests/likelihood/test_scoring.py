@@ -11,13 +11,13 @@ from oracles import MixtureClassifier, labelled_mixture, normal
 import torchcdm
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import Scoring, gap_by_level, published_convention, scoring_level
+from torchcdm.likelihood import Scoring, gap_by_level, scoring_level
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform, LogLikelihood
 
 SINGLE = ("single_pass", "elbo", "probability_flow")
-OTHERS = ("report", "consistency", "gap_by_level", "published_convention", "log_normalizer")
+OTHERS = ("report", "consistency", "gap_by_level", "log_normalizer")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_labels_of_a_model_without_classes_are_refused(lattice):
 
 def test_a_model_without_density_says_so():
     ddm = DenoisingDiffusion(torch.nn.Module(), UniformSigmaSchedule(12), DataTransform.identity((2,)))
-    for call in (torchcdm.likelihood.single_pass, published_convention, gap_by_level):
+    for call in (torchcdm.likelihood.single_pass, gap_by_level):
         with pytest.raises(UserError, match="needs a density"):
             call(ddm, normal(3, 2))
     with pytest.raises(UserError, match="needs a density"):

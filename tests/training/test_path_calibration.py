@@ -102,17 +102,17 @@ def test_particles_find_what_no_data_show():
 
 def test_what_is_not_finite_is_left_out_of_particles_and_refused_of_data(monkeypatch):
     model, mixture = bent_by(3.0)
-    x, follow = mixture.sample(100, rng(1)), FlowSolver.path
+    x, follow = mixture.sample(100, rng(1)), FlowSolver.log_prob
     samples = []
 
     def with_a_hole(solver, x_t, *arguments, **choices):
-        log_prob, seen = follow(solver, x_t, *arguments, **choices)
+        found = follow(solver, x_t, *arguments, **choices)
         samples.append(len(x_t))
         if len(x_t) == spoiled:
-            log_prob[3, 5] = torch.inf
-        return log_prob, seen
+            found.path[3, 5] = torch.inf
+        return found
 
-    monkeypatch.setattr(FlowSolver, "path", with_a_hole)
+    monkeypatch.setattr(FlowSolver, "log_prob", with_a_hole)
     spoiled = 32
     found = calibrate_paths(model, x, rounds=1, particles=32)
     assert samples == [100, 32] and found.model.log_prob_levels(x).isfinite().all()

@@ -70,7 +70,7 @@ def write_report(
         plots.level_posteriors(log_posteriors(model.density, x), folder.plots / "posteriors.png")
     _picture(folder, model, source, config)
     last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
-    found = {"nll": nll, "consistency": ratios, "gap_to_flow_by_level": gaps}
+    by_level = {"consistency": ratios, "gap_to_flow_by_level": gaps}
     write_json(folder.report, {
         "preset": config.preset,
         "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
@@ -82,7 +82,9 @@ def write_report(
         "levels": evaluation["mean"],
         # What the training found of its model and of what it has to beat.
         "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
-        **{name: None if value is None else value.to_json() for name, value in found.items()},
+        "nll": nll and nll.to_json(),
+        **{name: found and {key: torch.as_tensor(value).tolist() for key, value in found._asdict().items()}
+           for name, found in by_level.items()},
     })  # fmt: skip
     return _text(nll, beside, evaluation)
 

@@ -3,27 +3,19 @@
 Every likelihood takes ``(model, x, y=None, scoring=Scoring())``, so that their numbers compare.
 """
 
-from torchcdm.likelihood.diagnostics import Consistency, LevelGaps, consistency, gap_by_level
-from torchcdm.likelihood.elbo import ELBO, elbo
-from torchcdm.likelihood.flow import FlowLikelihood, FlowResult, FlowSolver, probability_flow
+from torchcdm.likelihood.elbo import elbo
+from torchcdm.likelihood.flow import FlowSolver, LevelGaps, gap_by_level, probability_flow
 from torchcdm.likelihood.log_z import LogZ, log_normalizer
-from torchcdm.likelihood.one_pass import published_convention, single_pass
-from torchcdm.likelihood.report import METHODS, check_methods, methods_of, report
+from torchcdm.likelihood.one_pass import Consistency, consistency, single_pass
+from torchcdm.likelihood.report import NLLReport, check_methods, methods_of, report
 from torchcdm.likelihood.scoring import Scoring, scoring_level
-from torchcdm.likelihood.summary import NLLGap, NLLReport, Row
 
 __all__ = [
-    "ELBO",
-    "METHODS",
     "Consistency",
-    "FlowLikelihood",
-    "FlowResult",
     "FlowSolver",
     "LevelGaps",
     "LogZ",
-    "NLLGap",
     "NLLReport",
-    "Row",
     "Scoring",
     "check_methods",
     "consistency",
@@ -32,7 +24,6 @@ __all__ = [
     "log_normalizer",
     "methods_of",
     "probability_flow",
-    "published_convention",
     "report",
     "scoring_level",
     "single_pass",

@@ -7,10 +7,10 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torchcdm.annealing.target import reference_gaussian
 from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 from torchcdm.units.normal import log_normal
@@ -32,17 +33,22 @@ class FlowResult:
     """Log densities by the probability flow, and how far they can be trusted.
 
     Attributes:
-        log_prob: log density of each input at its level, nats in model units, (B,).
+        path: log density at each level of the path, nats in model units, (levels, B).
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
-        x_T: Where the path ended, at the last level, model units, (B, *shape).
         start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats, from the inputs; the one error that neither
             more steps nor more probes remove.
+        seen: What was looked at on the way, (levels, B, ...) each.
     """
 
-    log_prob: Tensor
+    path: Tensor
     probe_gap: Tensor
-    x_T: Tensor
     start_kl_bound: float
+    seen: list[Tensor]
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log density of each input at its level, (B,)."""
+        return self.path[0]
 
 
 @dataclass(frozen=True)
@@ -105,84 +111,55 @@ class FlowSolver:
         self.levels = [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
         self.nfe = 2 * steps + 1
 
-    def log_prob(self, x_t: Tensor, y: Tensor | None = None) -> FlowResult:
-        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,)."""
-        log_prob, probe_gap, x_T = self._rise(x_t, y)
-        flat = x_t.double()
-        a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
-        return FlowResult(log_prob[:, 0], probe_gap, x_T, float(self.reference.start_kl(a * flat, b).mean()))
-
-    def path(
-        self, x_t: Tensor, look: Look, y: Tensor | None = None, progress: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What :meth:`log_prob` integrates, level by level.
+    def log_prob(
+        self, x_t: Tensor, y: Tensor | None = None, look: Look | None = None, progress: bool = False
+    ) -> FlowResult:
+        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,).
 
         ``look`` is asked at each level, as whole paths of images are more than memory may hold.
-
-        Returns:
-            The flow's log density at each level, nats in model units, (levels, N), and what ``look`` said there,
-            (levels, N, ...).
         """
-        log_prob, _, _, *seen = self._rise(x_t, y, look, progress)
-        return log_prob.T, [column.transpose(0, 1) for column in seen]
-
-    def _rise(
-        self, x_t: Tensor, y: Tensor | None, look: Look | None = None, progress: bool = False
-    ) -> tuple[Tensor, ...]:
-        """:meth:`_Flow.rise` of all inputs."""
         from tqdm.auto import tqdm
 
         def follow(rows: slice) -> tuple[Tensor, ...]:
-            found = _Flow(self, labels_of(y, rows, x_t.device), rows).rise(x_t[rows], look)
+            found = self._rise(x_t[rows], labels_of(y, rows, x_t.device), rows, look)
             bar.update(len(found[0]))
             return found
 
         with tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar:
-            return self.scoring.by_batches(self.denoiser, x_t, follow)
+            path, probe_gap, *seen = self.scoring.by_batches(self.denoiser, x_t, follow)
+        flat = x_t.double()
+        a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
+        kl = float(self.reference.start_kl(a * flat, b).mean())
+        return FlowResult(path.T, probe_gap, kl, [column.transpose(0, 1) for column in seen])
 
-
-class _Flow:
-    """One batch on its way: state w (B, d) and the accumulated divergence of both probe halves (2, B)."""
-
-    def __init__(self, solver: FlowSolver, y: Tensor | None, rows: slice) -> None:
-        self.denoiser, self.reference, self.schedule = solver.denoiser, solver.reference, solver.schedule
-        self.scoring, self.levels, self.dtype, self.y, self.rows = solver.scoring, solver.levels, solver.dtype, y, rows
-
-    def rise(self, x_t: Tensor, look: Look | None = None) -> tuple[Tensor, ...]:
-        """log density by level, (B, levels), gap of the probe halves, x_T, what ``look`` says, (B, levels, ...)."""
-        start, totals, seen = self.levels[0], [], []
-        u = self.reference.rotation(x_t.double() / self.schedule.alpha[start] - self.reference.mean)
-        for t, w, total in self._travel(u / self._scale(start), self.levels):
-            totals.append(total)
-            if look is not None:
-                seen.append(look(self._x(w, t).to(self.dtype), t, self.y))
-        rest = (total - torch.stack(totals)).mean(1)
-        log_prob = [self._log_density(w, from_t, t) for t, from_t in zip(self.levels, rest, strict=True)]
-        columns = (torch.stack(column, 1) for column in zip(*seen, strict=True))
-        return torch.stack(log_prob, 1), total[0] - total[1], self._x(w, t), *columns
-
-    def _travel(self, w: Tensor, levels: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each level, w there (B, d), and the divergence integrated up to it by either half of the probes, (2, B)."""
+    def _rise(self, x_t: Tensor, y: Tensor | None, rows: slice, look: Look | None) -> tuple[Tensor, ...]:
+        """log density by level, (B, levels), gap of the probe halves, (B,), what ``look`` says, (B, levels, ...)."""
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
-        angle = torch.atan(self.schedule.ratio)
-        slope, divergence = self._slope_and_divergence(w, levels[0])
-        total = torch.zeros_like(divergence)
-        yield levels[0], w, total
-        for t, s in pairwise(levels):
+        t, angle = self.levels[0], torch.atan(self.schedule.ratio)
+        u = self.reference.rotation(x_t.double() / self.schedule.alpha[t] - self.reference.mean)
+        w = u / self._scale(t)
+        slope, divergence = self._slope_and_divergence(w, t, y, rows)
+        # Of both halves of the probes, (2, B).
+        totals = [torch.zeros_like(divergence)]
+        seen = [] if look is None else [look(self._x(w, t).to(self.dtype), t, y)]
+        for t, s in pairwise(self.levels):
             step = angle[s] - angle[t]
-            ahead = self._slope(w + step * slope, s)
+            ahead = self._slope(w + step * slope, s, y)
             w = w + step / 2 * (slope + ahead)
             before = divergence
-            slope, divergence = self._slope_and_divergence(w, s)
-            total = total + step / 2 * (before + divergence)
-            yield s, w, total
-
-    def _log_density(self, w_T: Tensor, total: Tensor, t: int) -> Tensor:
-        """log p_t from where the path is at T and its divergence from t to T."""
-        d = w_T.shape[1]
+            slope, divergence = self._slope_and_divergence(w, s, y, rows)
+            totals.append(totals[-1] + step / 2 * (before + divergence))
+            if look is not None:
+                seen.append(look(self._x(w, s).to(self.dtype), s, y))
+        rest, start, d = (totals[-1] - torch.stack(totals)).mean(1), log_normal(w).sum(1), w.shape[1]
         # log p_u = log p_w - sum log scale, and log p_x = log p_u - d log alpha.
-        return log_normal(w_T).sum(1) + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
+        log_prob = [
+            start + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
+            for t, total in zip(self.levels, rest, strict=True)
+        ]
+        columns = (torch.stack(column, 1) for column in zip(*seen, strict=True))
+        return torch.stack(log_prob, 1), totals[-1][0] - totals[-1][1], *columns
 
     def _scale(self, t: int) -> Tensor:
         return (self.reference.variances + self.schedule.ratio[t] ** 2).sqrt()
@@ -191,18 +168,17 @@ class _Flow:
         u = self.reference.mean + self.reference.rotation.inverse(w * self._scale(t))
         return self.schedule.alpha[t] * u
 
-    def _slope(self, w: Tensor, t: int) -> Tensor:
+    def _slope(self, w: Tensor, t: int, y: Tensor | None) -> Tensor:
         """dw/d(angle), (B, d)."""
         x_t = self._x(w, t).to(self.dtype)
-        excess = self.denoiser.denoise(x_t, t, self.y).eps - self.reference.eps(x_t, t)
-        return self._in_angle(excess, t)
+        return self._in_angle(self.denoiser.denoise(x_t, t, y).eps - self.reference.eps(x_t, t), t)
 
-    def _slope_and_divergence(self, w: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def _slope_and_divergence(self, w: Tensor, t: int, y: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
         """The same, with its divergence by either half of the probes, (2, B): the one place that takes one."""
         with torch.enable_grad():
             x = self._x(w, t).to(self.dtype).detach().requires_grad_()
-            excess = self.denoiser.differentiable_eps(x, t, self.y) - self.reference.eps(x, t)
-            vectors = self._probe_vectors(x, t)
+            excess = self.denoiser.differentiable_eps(x, t, y) - self.reference.eps(x, t)
+            vectors = self._probe_vectors(x, t, rows)
             traces = []
             for i, probe in enumerate(vectors):
                 (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(vectors))
@@ -219,13 +195,39 @@ class _Flow:
         """dw/d(angle) of E[eps | x_t] less the reference's: dr = (1 + r²) d(angle)."""
         return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
 
-    def _probe_vectors(self, x: Tensor, t: int) -> list[Tensor]:
+    def _probe_vectors(self, x: Tensor, t: int, rows: slice) -> list[Tensor]:
         """Unit vectors (exact trace) or fresh random signs, drawn anew for each sample and level."""
         d = x[0].numel()
         if d <= EXACT_DIMENSIONS:
             units = torch.eye(d, dtype=x.dtype, device=x.device)
             return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
-        shape = (self.scoring.probes, *x.shape[1:])
-        seed = self.scoring.seed
-        signs = draw_rows(seed, ("probes", t), self.rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+        shape, seed = (self.scoring.probes, *x.shape[1:]), self.scoring.seed
+        signs = draw_rows(seed, ("probes", t), rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
         return list((2.0 * signs - 1).to(x).movedim(1, 0))
+
+
+class LevelGaps(NamedTuple):
+    """NLL by one pass minus NLL by the flow, along the paths of noisy data; above 0 one pass finds them less likely.
+
+    Attributes:
+        levels: Visited levels, rising.
+        mean: Mean over samples, nats, at each of them.
+        sd: Standard deviation over samples; the probes' noise included.
+    """
+
+    levels: list[int]
+    mean: Tensor
+    sd: Tensor
+
+
+def gap_by_level(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> LevelGaps:
+    """The accumulated gap of NLL between one pass and flow at every level that the flow visits; N at least 2.
+
+    Arguments as in :func:`torchcdm.likelihood.probability_flow`, whose paths begin at the level of ``scoring``.
+    """
+    model, (x, y) = require_density(model, "a gap to the flow"), as_data(model, x, y)
+    solver = FlowSolver(model, scoring)
+    z = scoring.by_batches(model, x, lambda rows: Batch(model, x, y, rows, scoring.seed).noised(solver.levels[0]))
+    found = solver.log_prob(z, y, lambda x_t, t, labels: (model.log_prob_levels(x_t, labels)[:, t],))
+    gaps = found.path - found.seen[0]
+    return LevelGaps(solver.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

@@ -117,13 +117,19 @@ class LogZ:
         return 1 / max(self.se, 1e-9) ** 2
 
     @property
-    def usable(self) -> bool:
-        """Whether it normalises: an effective sample size of at least :data:`SMALLEST_ESS`, and no doubt."""
-        return self.ess >= SMALLEST_ESS and not self.doubt
+    def lacking(self) -> str:
+        """Why it normalises nothing, a clause; empty where it does."""
+        if not self.doubt and self.ess < SMALLEST_ESS:
+            return f"the effective sample size of log Z is {self.ess:.1f}, below {SMALLEST_ESS}"
+        if not self.doubt and self.check and (self.check.low > self.high or self.check.high < self.low):
+            said = (f"{z['value']:+.4f} ({z['estimator']})" for z in (self.to_json(), self.check.to_json()))
+            return f"two estimators of log2 Z / d disagree, {' and '.join(said)}"
+        return self.doubt
 
-    def contradicts(self, other: LogZ) -> bool:
-        """Whether the intervals are apart."""
-        return other.low > self.high or other.high < self.low
+    @property
+    def usable(self) -> bool:
+        """Whether it normalises: nothing is :attr:`lacking`."""
+        return not self.lacking
 
     def to_json(self) -> dict[str, Any]:
         """In bits per dimension, under the keys of the NLL contract."""

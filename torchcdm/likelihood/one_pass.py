@@ -15,12 +15,16 @@ from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
-from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood
 
 
 def single_pass(
-    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(), importance: bool = False
+    model: DensityModel,
+    x: Tensor,
+    y: Tensor | None = None,
+    scoring: Scoring = Scoring(),
+    importance: bool = False,
+    dither: bool = True,
 ) -> LogLikelihood:
     """log-likelihood of data by the classifier's logits, one network evaluation a draw.
 
@@ -34,11 +38,15 @@ def single_pass(
         y: Classes, long (N,), or None.
         scoring: Level 0 ... T, draws, seed and batch size.
         importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
+        dither: Without it grey levels are scored as they are at level 0, as in the paper: no bound on a code length.
     """
-    return combine(model, single_draws(model, x, y, scoring), scoring.level_of(model, 0, model.schedule.T), importance)
+    draws = single_draws(model, x, y, scoring, dither)
+    return combine(model, draws, scoring.level_of(model, 0, model.schedule.T), importance)
 
 
-def single_draws(model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scoring) -> Tensor:
+def single_draws(
+    model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scoring, dither: bool = True
+) -> Tensor:
     """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
     model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
     level = scoring.level_of(model, 0, model.schedule.T)
@@ -46,7 +54,8 @@ def single_draws(model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scor
     def one(rows: slice, seed: int) -> Tensor:
         batch = Batch(model, x, y, rows, seed)
         if level == 0:
-            return model.log_prob(batch.dithered(), y=batch.y).cpu()
+            x_0 = batch.dithered() if dither else batch.x.to(working_dtype(model, torch.float64))
+            return model.log_prob(x_0, y=batch.y).cpu()
         scored = score_noisy(model, batch, level)
         return (scored.log_prob + scored.offset).cpu()
 
@@ -55,7 +64,7 @@ def single_draws(model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scor
     return torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds])
 
 
-def combine(model: DensityModel, values: Tensor, level: int, importance: bool) -> LogLikelihood:
+def combine(model: DensityModel, values: Tensor, level: int, importance: bool = False) -> LogLikelihood:
     """Draws (K, N) to one likelihood: the mean of their logarithms, or with ``importance`` the log of their mean."""
     draws = len(values)
     nats = values.logsumexp(0) - math.log(draws) if importance else values.mean(0)
@@ -95,18 +104,42 @@ def score_noisy(model: Denoiser, batch: Batch, level: int) -> ScoredNoise:
     return ScoredNoise(z, log_prob, decoded - cells.log_q(z, batch.x) + change)
 
 
-def published_convention(
-    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
-) -> LogLikelihood:
-    """The published number: grey levels scored without dequantisation at level 0. No bound on a code length.
+class Consistency(NamedTuple):
+    """One number for each pair of neighbouring levels, entry i for the pair (i, i + 1); all float64 (T+1,).
 
-    Arguments as in :func:`single_pass`; of ``scoring`` the batch size is used.
+    Attributes:
+        down: Mean of p_i / p_{i+1} on data noised to level i + 1; 1 for a perfect classifier.
+        up: Mean of p_{i+1} / p_i on data noised to level i; 1 for a perfect classifier.
+        down_se: Standard error of ``down``; no guide where a few samples dominate the mean.
+        up_se: Standard error of ``up``.
     """
-    model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
-    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
 
-    def log_prob(rows: slice) -> Tensor:
-        return model.log_prob(x[rows].to(device, dtype), y=labels_of(y, rows, device)).cpu()
+    down: Tensor
+    up: Tensor
+    down_se: Tensor
+    up_se: Tensor
 
-    values = scoring.by_batches(model, x, log_prob)
-    return LogLikelihood(values, model.transform.dim, 0, model.transform.log_bin, 1)
+
+def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> Consistency:
+    """Ratios of neighbouring levels (identity 1) on noised data, N at least 2; T + 2 forward passes.
+
+    Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
+    """
+    model, (x, y) = require_density(model, "consistency"), as_data(model, x, y)
+    dtype = working_dtype(model, torch.float64)
+
+    def ratios(rows: slice) -> tuple[Tensor, Tensor]:
+        batch, down, up = Batch(model, x, y, rows, scoring.seed), [], []
+        x_0 = model.transform(batch.dithered())
+        for t in range(model.schedule.T + 2):
+            x_t = model.schedule.perturb(x_0, t, batch.normal("levels", t))
+            log_p = model.log_prob_levels(x_t.to(dtype), batch.y).double().cpu()
+            if t > 0:
+                down.append((log_p[:, t - 1] - log_p[:, t]).exp())
+            if t <= model.schedule.T:
+                up.append((log_p[:, t + 1] - log_p[:, t]).exp())
+        return torch.stack(down, 1), torch.stack(up, 1)
+
+    down, up = scoring.by_batches(model, x, ratios)
+    root = len(x) ** 0.5
+    return Consistency(down.mean(0), up.mean(0), down.std(0) / root, up.std(0) / root)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,30 +17,157 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS, LogZ, log_normalizer
-from torchcdm.likelihood.one_pass import combine, published_convention, single_draws
+from torchcdm.likelihood.one_pass import combine, single_draws
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
-from torchcdm.likelihood.summary import REMARKS, NLLGap, NLLReport, Row, Verdict, judge
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
 from torchcdm.runtime.batching import labels_of
 from torchcdm.units import LogLikelihood, standard_error
 
 METHODS = ("single", "elbo", "flow", "logz")
-"""Groups of rows that can be asked for."""
-
-OF_DENSITIES = ("single", "logz")
-"""Those that need a density in one pass."""
+"""Groups of rows that can be asked for; the first and the last need a density in one pass."""
 
 HALVED_SAMPLES = 64
 """So many samples show what the flow's steps cost in accuracy."""
 
+CONSISTENT = 0.02
+"""Largest difference to the flow, and largest excess over the ELBO, of a number that is to be believed; bits/dim."""
+
 BY_CONSTRUCTION = "ELBO and flow integrate to one by construction; the flow up to its step and probe errors."
 """What is to be said of a plain diffusion model."""
+
+NOT_ESTIMATED = "log Z was not estimated"
+"""Why there is no headline where nobody asked for one."""
+
+REMARKS = {
+    "published-convention": "undithered at level 0: for comparison with published numbers, no bound",
+    "one-pass": "uniform dequantisation at level 0; a bound if exp(log p) integrates to one",
+    "one-pass-importance": "the same draws, averaged inside the logarithm",
+    "one-pass-level": "through a noisy level, decoder from the denoiser's mean; a bound if normalised",
+    "one-pass-normalized": "one-pass-level + log2 Z / d: the headline",
+    "elbo": "reverse chain of the same network down to that level, discretised decoder; a bound",
+    "flow": "probability flow of the same network through the same noisy inputs; a bound up to its own error",
+}
+"""The rows, in the order of the table; ``one-pass-importance`` is there when there are several draws."""
+
+CONTINUOUS_REMARKS = REMARKS | {
+    "published-convention": "density at level 0",
+    "one-pass": "density at level 0",
+    "one-pass-level": "density of the data with the level's noise",
+    "one-pass-normalized": "one-pass-level + log Z: the headline",
+    "elbo": "reverse chain of the same network; a bound for the density of the data",
+    "flow": "probability flow of the same network at the same noisy inputs",
+}
+
+
+class Row(NamedTuple):
+    """One number of the table; ``value`` None where it cannot be given."""
+
+    name: str
+    value: float | None
+    se: float | None
+    nfe: int
+    level: int
+
+
+class NLLGap(NamedTuple):
+    """NLL by one pass minus NLL by the flow on the same noisy inputs, in the report's unit.
+
+    Above 0 one pass finds the data less likely. The deviation over the samples, ``sd``, has the variance of the flow's
+    random probes removed; the standard error of the mean, ``se``, includes it.
+    """
+
+    mean: float
+    sd: float
+    level: int
+    se: float
+
+
+@dataclass(frozen=True)
+class NLLReport:
+    """The likelihood of a model on a data set, with what is needed to judge it.
+
+    Attributes:
+        name: Name of the data.
+        split: Name of their split.
+        count: Samples scored.
+        dim: Dimensions of a sample.
+        unit: ``bits/dim``, or ``nats`` for continuous data.
+        rows: The table.
+        log_z: Estimate of log Z at the level of the headline; None where not asked for.
+        gap: One pass and the flow; None where not asked for.
+        believe: Whether the headline is to be believed.
+        why: The reason, one sentence.
+        notes: Further sentences: errors of the estimators, terms of the ELBO.
+    """
+
+    name: str
+    split: str
+    count: int
+    dim: int
+    unit: str
+    rows: tuple[Row, ...]
+    log_z: LogZ | None
+    gap: NLLGap | None
+    believe: bool
+    why: str
+    notes: list[str]
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name, where there is one."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values under the keys of the NLL contract; None for what was not asked for or cannot be given."""
+        return {
+            "data": {"name": self.name, "split": self.split, "count": self.count, "dim": self.dim},
+            "unit": self.unit,
+            "rows": [row._asdict() | {"se": finite(row.se)} for row in self.rows],
+            "log2_z_per_dim": self.log_z and self.log_z.to_json(),
+            "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
+            "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
+            "believe": self.believe,
+            "why": self.why,
+        }
+
+    def table(self) -> str:
+        """The report as text."""
+        what = "negative log-likelihood, lower is better"
+        title = f"{self.name} {self.split}".strip() or "data"
+        lines = [f"{title}: {self.count} samples of {self.dim} dimensions; {what}, {self.unit}", ""]
+        lines.append(f"{'row':22}{'value':>10}{'s.e.':>9}{'NFE':>7}{'level':>7}")
+        for row in self.rows:
+            if row.name == "one-pass-normalized" and self.log_z is not None:
+                value = self.log_z.to_json()["value"]
+                lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
+            remark = (CONTINUOUS_REMARKS if self.unit == "nats" else REMARKS)[row.name]
+            value = "-" if row.value is None else f"{row.value:.4f}"
+            error = "-" if finite(row.se) is None else f"{row.se:.4f}"
+            lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
+        lines.append("")
+        if self.gap is not None:
+            lines.append(
+                f"one pass - flow at level {self.gap.level}, same noisy inputs: {self.gap.mean:+.4f} +- "
+                f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance removed)"
+            )
+        verdict = f"To be believed: {'yes' if self.believe else 'no'}. {self.why}"
+        if NOT_ESTIMATED in self.why:
+            normalized = "".join(f"; {n}, which is normalised" for n in ("elbo", "flow") if self.row(n) is not None)
+            verdict = (
+                f"Measured: one pass, which may be off by log Z{normalized}. For a normalised one pass: "
+                "cdm nll RUN --methods single,elbo,flow,logz"
+            )
+        return "\n".join([*lines, *self.notes, verdict])
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON does not know."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def methods_of(model: Denoiser) -> tuple[str, ...]:
     """Those of :data:`METHODS` that a model has: a plain diffusion model none that need a density in one pass."""
-    return tuple(method for method in METHODS if model.density is not None or method not in OF_DENSITIES)
+    return METHODS if model.density is not None else METHODS[1:3]
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -85,22 +213,18 @@ def report(
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     x, y = as_data(model, x, y)
-    table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
     check_count("sweeps", sweeps, FEWEST_SWEEPS, LARGEST_COUNT)
     from tqdm.auto import tqdm
 
-    stages = [stage for stage in METHODS if stage in methods]
+    table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
+    stages = [stage for stage in METHODS if stage in methods and (stage != "logz" or y is None)]
     # Without the time that is left: the stages take from a second to minutes.
     form = "{desc}: stage {n} of {total}, {elapsed}"
     for stage in tqdm(stages, desc="likelihood", bar_format=form, disable=not progress):
-        if stage == "single":
-            table.add_single()
-        elif stage == "elbo":
-            table.add_elbo()
-        elif stage == "flow":
-            table.add_flow()
-        elif y is None:
+        if stage == "logz":
             table.add_log_z(sweeps, progress)
+        else:
+            {"single": table.add_single, "elbo": table.add_elbo, "flow": table.add_flow}[stage]()
     return table.finish(name, split)
 
 
@@ -118,19 +242,19 @@ class _Table:
 
     @cached_property
     def kernels(self) -> Kernels:
-        """With the variances that the model's own samples have."""
+        """With the variances that the model's own samples have, of all classes that are given."""
         target, n = ModelTarget(self.model, batch_size=self.scoring.batch_size, density=False), CALIBRATION_SAMPLES
         target.y = None if self.y is None else self.y[torch.arange(n) * len(self.y) // n]
         return Kernels.of_target(target, self.scoring.seed)
 
     def add_single(self) -> None:
         """published-convention, one-pass, one-pass-level."""
-        arguments = self.model, self.x, self.y
-        self.likelihoods["published-convention"] = published_convention(*arguments, self.scoring)
-        for name, level in (("one-pass", 0), ("one-pass-level", self.scoring.level)):
-            values = single_draws(*arguments, replace(self.scoring, level=level))
-            self.likelihoods[name] = combine(self.model, values, level, importance=False)
-            if level == 0 and self.scoring.draws > 1:
+        for name, level in (("published-convention", 0), ("one-pass", 0), ("one-pass-level", self.scoring.level)):
+            published = name == "published-convention"
+            scoring = replace(self.scoring, level=level, draws=1 if published else self.scoring.draws)
+            values = single_draws(self.model, self.x, self.y, scoring, dither=not published)
+            self.likelihoods[name] = combine(self.model, values, level)
+            if name == "one-pass" and scoring.draws > 1:
                 self.likelihoods["one-pass-importance"] = combine(self.model, values, level, importance=True)
 
     def add_elbo(self) -> None:
@@ -169,29 +293,85 @@ class _Table:
         )
         self.notes += self.log_z.notes()
 
-    def _over_elbo(self) -> tuple[float, float] | None:
-        """NLL by one-pass-level minus NLL by the ELBO on the same samples: mean and standard error."""
-        if not {"one-pass-level", "elbo"} <= self.likelihoods.keys():
-            return None
-        difference = self.likelihoods["one-pass-level"].values() - self.likelihoods["elbo"].values()
-        return float(difference.mean()), standard_error(difference)
-
     def finish(self, name: str, split: str) -> NLLReport:
         """The report."""
-        rows = {
-            key: Row(key, *likelihood.mean_and_error(), likelihood.nfe, likelihood.level)
-            for key, likelihood in self.likelihoods.items()
-        }
-        verdict = Verdict(None, True, BY_CONSTRUCTION)
+        found, transform, over_elbo = self.likelihoods, self.model.transform, None
+        rows = {key: Row(key, *one.mean_and_error(), one.nfe, one.level) for key, one in found.items()}
+        if {"one-pass-level", "elbo"} <= found.keys():
+            difference = found["one-pass-level"].values() - found["elbo"].values()
+            over_elbo = float(difference.mean()), standard_error(difference)
+        believe, why, notes = True, BY_CONSTRUCTION, []
         if self.model.density is not None:
-            verdict = judge(
-                self.per_nat, self.scoring.level, rows.get("one-pass-level"), self.log_z, self.gap,
-                self._over_elbo(), self.y is not None,
+            rows["one-pass-normalized"], believe, why, notes = judge(
+                self.per_nat, self.scoring.level, rows.get("one-pass-level"), self.log_z, self.gap, over_elbo,
+                self.y is not None,
             )  # fmt: skip
-            rows["one-pass-normalized"] = verdict.headline
-        transform = self.model.transform
         return NLLReport(
             name, split, len(self.x), transform.dim, "nats" if transform.bin is None else "bits/dim",
-            tuple(rows[key] for key in REMARKS if key in rows), self.log_z, self.gap, verdict.believe, verdict.why,
-            (*self.notes, *verdict.notes),
+            tuple(rows[key] for key in REMARKS if key in rows), self.log_z, self.gap, believe, why,
+            self.notes + notes,
         )  # fmt: skip
+
+
+class Verdict(NamedTuple):
+    """The headline, a row without a value where there is none, and what to think of it."""
+
+    headline: Row
+    believe: bool
+    why: str
+    notes: list[str]
+
+
+def judge(
+    per_nat: float,
+    level: int,
+    one_pass: Row | None,
+    log_z: LogZ | None,
+    gap: NLLGap | None = None,
+    over_elbo: tuple[float, float] | None = None,
+    conditional: bool = False,
+) -> Verdict:
+    """Gives the headline where that can be done, and compares it with the flow and the ELBO.
+
+    The rows have ``per_nat`` units in a nat of a sample: 1, or 1 / (d log 2) for bits/dim. ``one_pass`` is the row at
+    the ``level`` of ``log_z``, not normalised; None where it was not asked for. NLL by one pass is compared with the
+    flow's by ``gap``, and with the ELBO's by ``over_elbo``, the mean difference and its standard error.
+    ``conditional`` rows are given a class.
+    """
+    if conditional:
+        lacking = "log Z of a class-conditional density is not estimated here"
+    elif log_z is None:
+        lacking = NOT_ESTIMATED
+    else:
+        lacking = "one pass was not asked for" if one_pass is None else log_z.lacking
+    if lacking:
+        why = f"No normalised number can be given: {lacking}."
+        return Verdict(Row("one-pass-normalized", None, None, 1, level), False, why, [])
+    shift, z_error = per_nat * log_z.value, per_nat * log_z.se
+    headline = Row("one-pass-normalized", one_pass.value + shift, math.hypot(one_pass.se, z_error), 1, log_z.level)
+    tolerance = CONSISTENT * per_nat * log_z.dim * math.log(2)
+    against, notes = [], []
+    if gap is not None:
+        difference = gap.mean + shift
+        against.append((abs(difference), f"is {abs(difference):.4f} {_side(difference)} the flow"))
+    if over_elbo is not None:
+        excess, error = over_elbo[0] + shift, over_elbo[1]
+        notes = [f"The headline is {abs(excess):.4f} +- {error:.4f} {_side(excess)} the ELBO."]
+        # The bound is an estimate, each level with noise of its own.
+        against.append((excess - 2 * error, f"is {excess:+.4f} from the ELBO, a bound"))
+    failed = [text for size, text in against if size > tolerance]
+    believe = bool(against) and not failed and 1.96 * z_error <= tolerance
+    if believe:
+        agreement = " and ".join(text for _, text in against)
+        why = f"log Z has an effective sample size of {log_z.ess:.0f} and the headline {agreement}."
+    elif not against:
+        why = "The headline was compared with nothing: ask for the flow or the ELBO too."
+    elif failed:
+        why = f"The headline {' and '.join(failed)}: more than the {tolerance:.3g} of a consistent model."
+    else:
+        why = f"log Z is known to {1.96 * z_error:.4f} only, more than {tolerance:.3g}."
+    return Verdict(headline, believe, why, notes)
+
+
+def _side(difference: float) -> str:
+    return "above" if difference > 0 else "below"

@@ -82,8 +82,9 @@ def _paths(model: ClassificationDiffusion, x: Tensor, scoring: Scoring, progress
         return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
 
     solver = FlowSolver(model, replace(scoring, steps=FLOW_STEPS, probes=FLOW_PROBES))
-    log_prob, (features, base) = solver.path(x, look, progress=progress)
-    wanted = log_prob - base
+    found = solver.log_prob(x, None, look, progress)
+    features, base = found.seen
+    wanted = found.path - base
     finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
     return _Paths(solver.levels, features[:, finite], wanted[:, finite])
 
