@@ -81,8 +81,6 @@ def test_samples_too_few_to_tell_leave_the_model_as_it_is():
     model, mixture = off_by(0.0)
     found = calibrate_levels(model, mixture.sample(4, rng(3)), copies=1)
     assert found.change == 0 and found.after >= found.before and not model.level_constants.any()
-    with pytest.raises(UserError, match="1 held-out samples"):
-        calibrate_levels(model, mixture.sample(1, rng(3)))
 
 
 def test_a_training_ends_with_constants_that_lower_the_cross_entropy(tmp_path):

@@ -14,7 +14,6 @@ from torchcdm.likelihood import FlowSolver, LogZ
 from torchcdm.losses import CDMLoss
 from torchcdm.models.calibrated import LIMIT, Calibrated, Readout
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.training import path_calibration
 from torchcdm.training.path_calibration import calibrate_paths
 from torchcdm.units import DataTransform
 
@@ -119,13 +118,6 @@ def test_what_is_not_finite_is_left_out_of_particles_and_refused_of_data(monkeyp
     spoiled = 100
     with pytest.raises(UserError, match="is not finite"):
         calibrate_paths(model, x, rounds=0)
-
-
-def test_between_levels_the_ends_and_the_line():
-    between = path_calibration._between([2, 4, 9], 12)
-    values = between @ torch.tensor([1.0, 3.0, 8.0]).double()
-    assert values.tolist() == pytest.approx([1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8])
-    assert path_calibration._between([1, 2], 4).tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
 
 
 def test_calibrated_values_are_not_differentiated():

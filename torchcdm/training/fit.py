@@ -29,14 +29,8 @@ from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
 
-WITHOUT_EFFECT = {
-    "spec": "the data themselves are the first argument",
-    "size": "resize the images before",
-    "channels": "convert the images before",
-    "limit": "give fewer samples",
-    "label": "give the classes, or the name of a data frame's column, as labels",
-}
-"""Fields of the data without effect on Python objects, and what to do instead."""
+OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
+"""Fields of the data without effect on Python objects."""
 
 IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize")
 """Fields that a :class:`DataSource` was made with."""
@@ -128,11 +122,9 @@ def train(
         preset: Name of the preset whose optimiser and loss are taken; ``encoder`` for images and ``mlp`` for vectors
             when None.
         out: Folder of the run; when None nothing is kept.
-        device: Where it is trained; the best there is when None. The model is on the CPU afterwards, or on the device
-            that is given.
+        device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
-        **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections other than ``model`` with their
-            fields.
+        **overrides: As for :func:`fit`, without ``model``.
 
     Returns:
         The same model, in eval mode.
@@ -242,12 +234,9 @@ def _preset_for(source: DataSource) -> str:
 def _source(caller: str, data: Any, labels: Any, layer: Mapping[str, Any], progress: bool) -> DataSource:
     """The data by the options of ``layer``; those without effect are refused."""
     options, from_files = read_as(DataOptions, layer.get("data", {}), "data"), isinstance(data, (str, Path))
-    without_effect = {"spec": WITHOUT_EFFECT["spec"]} if from_files else WITHOUT_EFFECT
-    if isinstance(data, DataSource):
-        without_effect = without_effect | dict.fromkeys(IN_SOURCES, "make the DataSource with it")
-    for name, mend in without_effect.items():
+    for name in ("spec",) if from_files else OF_FILES + IN_SOURCES * isinstance(data, DataSource):
         if getattr(options, name) != getattr(DataOptions(), name):
-            raise UserError(f"{caller}: data.{name} has no effect here; {mend}")
+            raise UserError(f"{caller}: data.{name} has no effect here; change the data that you give instead")
     if from_files and labels is not None and not isinstance(labels, str):
         mend = "give the name of a table's column, or none"
         raise UserError(f"{caller}: labels of data from files lie in the files; {mend}")

@@ -49,15 +49,12 @@ def calibrate_levels(
     :data:`FEWEST_COPIES` of each level.
 
     Raises:
-        UserError: Fewer than two samples, or log probabilities that are not finite.
+        UserError: Log probabilities that are not finite.
     """
-    if len(x) < 2:
-        raise UserError(f"calibration: {len(x)} held-out samples; two halves are needed")
-    needed = max(copies, FEWEST_COPIES * (model.schedule.T + 2))
-    batches = at_all_levels(model, x, -(-needed // len(x)), seed, y)
+    draws = -(-max(copies, FEWEST_COPIES * (model.schedule.T + 2)) // len(x))
     parts = [
         (batch.by_parts(lambda one: model.conditional_and_marginal(one.x_t, one.y)[1]), batch.t.cpu(), batch.rows % 2)
-        for batch in batches
+        for batch in at_all_levels(model, x, draws, seed, y)
     ]
     log_p, t, half = (torch.cat(column) for column in zip(*parts, strict=True))
     if not bool(log_p.isfinite().all()):

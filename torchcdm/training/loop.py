@@ -129,7 +129,7 @@ def train(
             print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
             check_same(config, state.progress.config, run)
-        return Trainer(config, run, source, device, progress, watch, clock, loss, new).run_to_end(state)
+        return Trainer(config, run, source, device, tell, watch, clock, loss, new).run_to_end(state)
 
 
 @final
@@ -154,8 +154,7 @@ class Trainer:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = options = config.train
         self.processes = Processes(device)
-        self.device, self.main = self.processes.device, self.processes.main
-        self.progress = progress and self.main
+        self.device, self.main, self.progress = self.processes.device, self.processes.main, progress
 
         torch.manual_seed(derive(options.seed, "weights"))
         model = new_model(config.model, source, config.data.flip) if new is None else new(config, source)
@@ -200,11 +199,9 @@ class Trainer:
         return TrainResult(self.step, self.seconds, selected, samples, self.source, outcome)
 
     def say(self, text: str) -> None:
-        """A message above the progress bar."""
+        """A message beside the progress bar."""
         if self.progress:
-            from tqdm.auto import tqdm
-
-            tqdm.write(text)
+            print(text)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -75,20 +74,6 @@ class _Paths(NamedTuple):
     wanted: Tensor
 
 
-def _paths(model: ClassificationDiffusion, x: Tensor, scoring: Scoring, progress: bool) -> _Paths:
-    """One path from each sample ``x`` (n, *shape) at the level of ``scoring``, model units."""
-
-    def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
-
-    solver = FlowSolver(model, replace(scoring, steps=FLOW_STEPS, probes=FLOW_PROBES))
-    found = solver.log_prob(x, None, look, progress)
-    features, base = found.seen
-    wanted = found.path - base
-    finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
-    return _Paths(solver.levels, features[:, finite], wanted[:, finite])
-
-
 @torch.no_grad()
 def calibrate_paths(
     model: ClassificationDiffusion,
@@ -97,7 +82,6 @@ def calibrate_paths(
     particles: int = 128,
     level: int | None = None,
     seed: int = 0,
-    batch_size: int | None = None,
     progress: bool = False,
 ) -> PathCalibration:
     """Values of log p that agree with the flow of the same model.
@@ -111,7 +95,6 @@ def calibrate_paths(
         particles: Particles in each round.
         level: Lowest level; that through which data are scored when None. Values below it change by as much as its.
         seed: Seed of all noise.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
         progress: Shows progress bars.
 
     Raises:
@@ -124,33 +107,38 @@ def calibrate_paths(
     if len(x) < FEWEST_SAMPLES:
         raise UserError(f"calibration on paths: {len(x)} held-out samples; at least {FEWEST_SAMPLES} are needed")
     x, _ = as_data(model, x, None)
-    scoring = Scoring(level, seed=seed, batch_size=batch_size)
-    scoring = replace(scoring, level=scoring.level_of(model))
+    level = Scoring(level).level_of(model)
 
-    def drawn(*purpose: str | int) -> Scoring:
-        return replace(scoring, seed=derive(seed, *purpose))
+    def look(x_t: Tensor, t: int, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        return model.backbone.features(x_t).float(), model.base.log_prob_levels(x_t)[:, t]
+
+    def paths_of(x_t: Tensor, *purpose: str | int) -> _Paths:
+        """One path from each ``x_t`` (n, *shape) at the lowest level, model units."""
+        scoring = Scoring(level, seed=derive(seed, *purpose), steps=FLOW_STEPS, probes=FLOW_PROBES)
+        solver = FlowSolver(model, scoring)
+        found = solver.log_prob(x_t, None, look, progress)
+        features, base = found.seen
+        wanted = found.path - base
+        finite = wanted.isfinite().all(0) & features.isfinite().all(2).all(0)
+        return _Paths(solver.levels, features[:, finite], wanted[:, finite])
 
     with evaluation_mode(model):
-        start = Batch(model, x, None, slice(0, len(x)), seed).noised(scoring.level)
-        data = _paths(model, start, drawn("data-paths"), progress)
+        data = paths_of(Batch(model, x, None, slice(0, len(x)), seed).noised(level), "data-paths")
         if data.wanted.shape[1] < len(x):
             raise UserError("calibration on paths: log p or what the flow says of it is not finite")
         fit = _Fit(model, data)
         found, shown = [], []
         calibrated = Calibrated(model, fit.readout(shown))
-        kernels = Kernels.of_target(ModelTarget(model, None, batch_size), seed, CHAIN_SAMPLES) if rounds else None
+        kernels = Kernels.of_target(ModelTarget(model), seed, CHAIN_SAMPLES) if rounds else None
         for k in range(rounds):
-            generator = stream(derive(seed, "particles", k), "particles")
-            ended = smc(
-                ModelTarget(calibrated, batch_size=batch_size), kernels, scoring.level, ISLANDS, particles // ISLANDS,
-                generator, progress=progress,
-            )  # fmt: skip
+            generator, target = stream(derive(seed, "particles", k), "particles"), ModelTarget(calibrated)
+            ended = smc(target, kernels, level, ISLANDS, particles // ISLANDS, generator, progress=progress)
             name = f"smc, {particles} particles"
-            found.append(LogZ.of_weights(ended.log_estimates, name, scoring.level, model.transform.dim))
-            shown.append(_paths(model, ended.draws(generator), drawn("particle-paths", k), progress))
+            found.append(LogZ.of_weights(ended.log_estimates, name, level, model.transform.dim))
+            shown.append(paths_of(ended.draws(generator), "particle-paths", k))
             calibrated = Calibrated(model, fit.readout(shown))
     calibrated.train(model.training)
-    return PathCalibration(calibrated, scoring.level, fit.before, fit.after, tuple(found))
+    return PathCalibration(calibrated, level, fit.before, fit.after, tuple(found))
 
 
 class _Fit:
@@ -175,8 +163,7 @@ class _Fit:
         self.scale = torch.maximum(scales, 1e-3 * scales.median(1, keepdim=True).values).clamp_min(1e-9)
 
         z, error = self._of(data, 0)
-        folds = torch.arange(len(z), device=z.device) % FOLDS
-        errors = {}
+        folds, errors = torch.arange(len(z), device=z.device) % FOLDS, {}
         for ridge in RIDGES:
             left = error.clone()
             for k in range(FOLDS):
@@ -195,12 +182,15 @@ class _Fit:
             z, error = (torch.cat(column) for column in zip(*parts, strict=True))
             n = len(parts[0][1])
             share = [torch.full_like(e, PARTICLE_SHARE * n / max(1, len(e))) for _, e in parts[1:]]
-            counts = torch.cat([error.new_ones(n), *share])
-            fitted.append(_ridge(z, error, counts, self.ridge))
+            fitted.append(_ridge(z, error, torch.cat([error.new_ones(n), *share]), self.ridge))
         weight, offset = (torch.stack(column) for column in zip(*fitted, strict=True))
-        # What was fitted at the lowest level is added to the network's own values below it too; nothing at T+1.
-        between = _between(self.data.levels, len(self.bias)).to(weight)
-        mean, scale, weight, offset = (between @ value for value in (self.mean, self.scale, weight, offset))
+        # Linear between levels. What was fitted at the lowest one is added to the network's own values below it too;
+        # nothing at T+1.
+        every, levels = np.arange(len(self.bias)), self.data.levels
+        between = torch.from_numpy(np.stack([np.interp(every, levels, unit) for unit in np.eye(len(levels))], 1))
+        mean, scale, weight, offset = (
+            between.to(weight) @ value for value in (self.mean, self.scale, weight, offset)
+        )
         weight[-1], offset[-1] = 0, 0
         own = self.bias + (mean * self.slope).sum(1)
         return Readout(mean, scale, scale * self.slope + weight, own + offset)
@@ -210,12 +200,6 @@ class _Fit:
         z = ((paths.features[k].double() - self.mean[k]) / self.scale[k]).clamp(-LIMIT, LIMIT)
         slope, bias = self.slope[paths.levels[k]], self.bias[paths.levels[k]]
         return z, paths.wanted[k] - (z @ (self.scale[k] * slope) + self.mean[k] @ slope + bias)
-
-
-def _between(levels: Sequence[int], count: int) -> Tensor:
-    """Linear interpolation from rising levels to the levels 0 ... count - 1, and the ends beyond, (count, levels)."""
-    shares = [np.interp(np.arange(count), levels, unit) for unit in np.eye(len(levels))]
-    return torch.from_numpy(np.stack(shares, 1))
 
 
 def _ridge(z: Tensor, y: Tensor, counts: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
