@@ -34,7 +34,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     poisoned(monkeypatch, {3, 5})
     run_training(tmp_path / "run", train__steps="6")
     state = load_state(state_folders(RunFolder(tmp_path / "run"))[-1])
-    assert state.progress.skipped == 2 and state.progress.ema_updates == 4
+    assert state.progress["skipped"] == 2 and state.progress["ema_updates"] == 4
     assert all(value.isfinite().all() for value in state.model.values())
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 2
 

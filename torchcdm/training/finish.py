@@ -23,7 +23,6 @@ from torchcdm.training.level_constants import calibrate_levels
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
-from torchcdm.training.states import Best
 from torchcdm.units import ColumnTransform, standard_error
 
 if TYPE_CHECKING:
@@ -68,8 +67,8 @@ def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
         outcome = compare(model, config, source, trainer.start)
         if outcome["kept"] == "start":
             model.load_state_dict(trainer.start)
-            unit, value = outcome["unit"], outcome["values"]["start"]
-            trainer.selection.best = Best(value="nll", unit=unit, best=value, step=0)
+            value = outcome["values"]["start"]
+            trainer.selection.best = {"value": "nll", "unit": outcome["unit"], "best": value, "step": 0}
             trainer.save_model()
         trainer.say(told(outcome))
     return save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples, outcome

@@ -20,7 +20,7 @@ from torchcdm.errors import UserError, reason
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
-from torchcdm.runtime.files import without_nan, write_file, write_json
+from torchcdm.runtime.files import write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
@@ -34,7 +34,6 @@ from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 from torchcdm.training.states import (
-    Progress,
     TrainingState,
     check_same,
     load_optimizer,
@@ -121,14 +120,14 @@ def train(
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
         state = load_state(states[-1]) if states else None
         # What was chosen before the first step stays.
-        kept = state.progress.config["model"] if state else {}
+        kept = state.progress["config"]["model"] if state else {}
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
         model, notes = choose_base(replace(config.model, **known), source, config.data.flip)
         config = replace(config, model=model)
         if tell:
             print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
-            check_same(config, state.progress.config, run)
+            check_same(config, state.progress["config"], run)
         return Trainer(config, run, source, device, tell, watch, clock, loss, new).run_to_end(state)
 
 
@@ -343,11 +342,11 @@ class Trainer:
         """Saves what a resumed run starts from, and says whether it did: nothing of a training that is going wrong."""
         if self.bad_in_a_row or not _finite(self.model):
             return False
-        progress = Progress(
-            step=self.step, ema_updates=self.ema.updates, seconds=self.seconds, skipped=self.skipped,
-            best=self.selection.best, stale=self.selection.stale, window=self.window.to_json(self.processes),
-            data=self.fingerprint, config=encode(self.config),
-        )  # fmt: skip
+        progress = {
+            "step": self.step, "ema_updates": self.ema.updates, "seconds": self.seconds, "skipped": self.skipped,
+            "best": self.selection.best, "stale": self.selection.stale, "window": self.window.totals(self.processes),
+            "data": self.fingerprint, "config": encode(self.config),
+        }  # fmt: skip
         if self.main:
             weights, average = self.model.state_dict(), self.ema.model.state_dict()
             save_state(self.run, TrainingState(weights, average, optimizer_tensors(self.optimizer), progress))
@@ -355,16 +354,16 @@ class Trainer:
 
     def _restore(self, state: TrainingState) -> None:
         progress = state.progress
-        if progress.data != self.fingerprint:
+        if progress["data"] != self.fingerprint:
             raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
         self.model.load_state_dict(state.model)
         self.ema.model.load_state_dict(state.ema)
         load_optimizer(self.optimizer, state.optimizer)
-        self.step, self.ema.updates = progress.step, progress.ema_updates
-        self.seconds, self.skipped = progress.seconds, progress.skipped
-        self.selection.best, self.selection.stale = progress.best, progress.stale
+        self.step, self.seconds, self.skipped = progress["step"], progress["seconds"], progress["skipped"]
+        self.ema.updates = progress["ema_updates"]
+        self.selection.best, self.selection.stale = progress["best"], progress["stale"]
         # The sums are those of all processes: the first goes on from them, the others from zero.
-        self.window.restore(progress.window if self.main else dict.fromkeys(progress.window, 0.0))
+        self.window.restore(progress["window"] if self.main else dict.fromkeys(progress["window"], 0.0))
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:
@@ -404,7 +403,7 @@ class Window:
 
     def means(self, processes: Processes) -> dict[str, float]:
         """Means over all processes; starts a new window. Empty where every step was skipped."""
-        sums, self.sums = self._totals(processes), {}
+        sums, self.sums = self.totals(processes), {}
         if not sums:
             return {}
         samples, noisy = sums.pop("samples"), sums.pop("noisy")
@@ -413,17 +412,14 @@ class Window:
             means["accuracy"] = means.pop("correct")
         return means
 
-    def to_json(self, processes: Processes) -> dict[str, float | None]:
-        """The sums over all processes; None for those that are not finite."""
-        return without_nan(self._totals(processes))
-
     def restore(self, sums: dict[str, float | None]) -> None:
-        """Goes on from what :meth:`to_json` gave."""
+        """Goes on from what :meth:`totals` gave; None stands for what was not finite."""
         for key, value in sums.items():
             value = math.nan if value is None else value
             self.sums[key] = torch.tensor(value, dtype=torch.float64, device=self.device)
 
-    def _totals(self, processes: Processes) -> dict[str, float]:
+    def totals(self, processes: Processes) -> dict[str, float]:
+        """The sums over all processes."""
         if not self.sums:
             return {}
         names = sorted(self.sums)

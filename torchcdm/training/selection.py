@@ -11,7 +11,6 @@ from torchcdm.data import DataSource
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.training.evaluation import labels_for, validate
 from torchcdm.training.settings import Config
-from torchcdm.training.states import Best
 
 
 @final
@@ -29,7 +28,7 @@ class Selection:
         if source.validation:
             x, labels = source.validation.tensors(config.train.validation_samples)
             self.data = x, labels_for(model, labels)
-        self.best: Best | None = None
+        self.best: dict[str, Any] | None = None
         self.stale = 0
 
     def compare(self, model: Denoiser, step: int, settled: bool) -> tuple[dict[str, float], bool]:
@@ -43,15 +42,15 @@ class Selection:
         values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight)
         value, keep = values[self.value], not settled
         if settled and math.isfinite(value) and (self.best is None or value < self.best["best"]):
-            self.best, keep = Best(value=self.value, unit=self.unit, best=value, step=step), True
-            self.stale = 0
+            self.best = {"value": self.value, "unit": self.unit, "best": value, "step": step}
+            keep, self.stale = True, 0
         elif settled:
             self.stale += 1
         return {f"val_{key}": item for key, item in values.items()}, keep
 
     def selected(self, step: int) -> dict[str, Any]:
         """What ``config.json`` says of the kept weights, after ``step`` steps."""
-        return {"value": "last", "step": step} if self.best is None else dict(self.best)
+        return {"value": "last", "step": step} if self.best is None else self.best
 
     @property
     def out_of_patience(self) -> bool:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
-from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
+from torchcdm.runtime.validation import encode
 from torchcdm.training.config_files import differences
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.training.settings import Config
@@ -28,41 +27,17 @@ PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 """Files of tensors in a state."""
 
 
-class Best(TypedDict):
-    """The validation value that named the kept weights the best, and after how many steps."""
-
-    value: str
-    unit: str
-    best: Float
-    step: CountOrZero
-
-
-@validated
-class Progress:
-    """Counters of a training beside its weights; ``progress.json``.
-
-    ``stale`` counts the validations since the best one, ``window`` has the sums of the loss terms since the last line
-    of the log, ``data`` is the fingerprint of the data, and ``config`` the resolved configuration.
-    """
-
-    step: CountOrZero
-    ema_updates: CountOrZero
-    seconds: NotNegative
-    skipped: CountOrZero
-    best: Best | None
-    stale: CountOrZero
-    window: dict[str, Float | None]
-    data: str
-    config: dict[str, Any]
-
-
 class TrainingState(NamedTuple):
-    """What a resumed run starts from: raw and averaged weights, :func:`optimizer_tensors`, and counters."""
+    """What a resumed run starts from: raw and averaged weights, :func:`optimizer_tensors`, and ``progress.json``.
+
+    The last has the counters of the trainer, the sums of the loss terms since the last line of the log, ``data``, the
+    fingerprint of the data, and ``config``, the resolved configuration.
+    """
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    progress: Progress
+    progress: dict[str, Any]
 
 
 def save_state(run: RunFolder, state: TrainingState) -> Path:
@@ -71,14 +46,14 @@ def save_state(run: RunFolder, state: TrainingState) -> Path:
     Raises:
         UserError: It cannot be written, on a full disk for one; older states are still there.
     """
-    final = run.states / f"step-{state.progress.step}"
+    final = run.states / f"step-{state.progress['step']}"
     temporary = run.states / f"{TEMPORARY}{final.name}"
     if final.exists():
         return final
     with writing(final):
         try:
             tensors = dict(zip(PARTS, state[:-1], strict=True))
-            write_artefact(temporary / "progress.json", "state", encode(state.progress), tensors)
+            write_artefact(temporary / "progress.json", "state", state.progress, tensors)
             os.replace(temporary, final)
             flush_folder(run.states)
         finally:
@@ -105,11 +80,11 @@ def load_state(folder: Path) -> TrainingState:
     """
     mend, path = f"remove {folder} to go on from the state before it", folder / "progress.json"
     try:
-        progress, tensors = read_artefact(path, "state", PARTS, Progress)
+        progress, tensors = read_artefact(path, "state", PARTS)
+        if folder.name != f"step-{progress['step']}":
+            damaged(path, f"it is of step {progress['step']}")
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
-    if folder.name != f"step-{progress.step}":
-        damaged(path, f"it is of step {progress.step}", mend)
     return TrainingState(*tensors, progress)
 
 
