@@ -44,9 +44,9 @@ def samples_of(
     first: bool = False,
     like: DataTransform | None = None,
 ) -> Samples:
-    """All samples of an array, resized and converted.
+    """All samples of an array, resized and converted, with ``notes`` on its file.
 
-    ``y`` as in :func:`read_labels`, ``notes`` what was read off the file, the rest as in :func:`interpret`.
+    ``y`` as in :func:`read_labels`, the rest as in :func:`interpret`.
     """
     values, grid, more = interpret(x, name, first, like)
     if values.ndim == 4:
@@ -56,11 +56,7 @@ def samples_of(
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Data, labels and notes of an .npy or .npz file.
-
-    Raises:
-        UserError: Missing, unreadable, or without a key that is understood.
-    """
+    """Data, labels and notes of an .npy or .npz file; UserError without a key that is understood."""
     arrays, notes = read_arrays(path, (*DATA_KEYS, *LABEL_KEYS)), []
     y = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays), None)
     if y is not None and not arrays:
@@ -78,8 +74,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
 def as_array(data: Any, name: str) -> np.ndarray:
     """A tensor, a list or an array as an array of numbers or texts; objects that are numbers as float64.
 
-    Raises:
-        UserError: Rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense.
+    UserError for rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense.
     """
     if isinstance(data, Tensor):
         if data.layout != torch.strided or data.is_meta or data.is_quantized:
@@ -102,15 +97,13 @@ def interpret(
     """Samples with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
     On a grid they are uint8 or float32; else images are float32, and vectors float64 until their columns are measured.
+    UserError for other numbers of axes, values that are not finite numbers, or no samples.
 
     Args:
         x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
         name: The data, for messages.
         first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
         like: That of the model that takes the samples, whose grid whole numbers have that lie on it.
-
-    Raises:
-        UserError: Other numbers of axes, values that are not finite numbers, no samples.
     """
     check_numbers(x, name)
     if x.ndim not in (1, 2, 3, 4):
@@ -184,16 +177,15 @@ def read_labels(
 ) -> tuple[list[Tensor | None], tuple[str, ...] | None]:
     """Labels as long tensors, one for each part of the data, and the names of the classes.
 
+    UserError for a label that is missing or out of range, another number of labels than samples, or nearly as many
+    classes as samples.
+
     Args:
         y: Labels of all samples, one part after the other: whole numbers 0 ... classes - 1, or texts. None: no labels.
         sizes: Number of samples in each part.
         name: The data, for messages.
         class_names: Names of the classes where they are known.
         by_value: Numbers may be any whole ones, and those that occur are the classes in rising order, as texts are.
-
-    Raises:
-        UserError: A label that is missing or out of range, another number of labels than samples, or nearly as many
-            classes as samples.
     """
     count = sum(sizes)
     if y is None:

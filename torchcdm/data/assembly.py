@@ -55,10 +55,8 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
     """The source of samples; columns of a table that are constant in training are left out.
 
     The ``options`` have seed and shares of missing splits, and say whether samples are dequantised. ``like`` is that
-    of the model that scores the data; None to measure the units on the training split.
-
-    Raises:
-        UserError: Too few samples, nothing that varies, or data that do not fit the model.
+    of the model that scores the data; None to measure the units on the training split. UserError for too few samples,
+    nothing that varies, or data that do not fit the model.
     """
     name, table = samples.name, samples.table
     if not samples.parts["train"]:

@@ -35,10 +35,8 @@ def named_splits(find: Callable[[str], T | None]) -> dict[str, T]:
 def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]], list[str]]:
     """The image files below each folder, in the order of their paths, and what is to be said of the others.
 
-    Each file is found once, by whatever links it can be reached; hidden files and folders are passed over.
-
-    Raises:
-        UserError: A folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
+    Each file is found once, by whatever links it can be reached; hidden files and folders are passed over. UserError
+    for a folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
     """
     seen: set[tuple[int, int]] = set()  # device and number
     found, notes, others, twice = [], [], 0, 0
@@ -117,10 +115,7 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
 def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dict[Path, ImageInfo], list[str]]:
     """What the first good file holds, all that can be read, and notes; their headers must tell of one shape.
 
-    With ``skip_bad`` every file is decoded.
-
-    Raises:
-        UserError: A file that cannot be read, or two files that differ.
+    With ``skip_bad`` every file is decoded. UserError for one that cannot be read, or two that differ.
     """
     good: dict[Path, ImageInfo] = {}
     bad: list[Path] = []

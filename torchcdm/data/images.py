@@ -155,13 +155,10 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
-    """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha converted into each other.
+    """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha; UserError for any other.
 
     Alpha, the last of 2 or 4 channels, is blended over ``white``, the data value that is opaque, too; grey to colour
     repeats; colour to grey takes :data:`LUMA`; an alpha channel that is asked for is opaque.
-
-    Raises:
-        UserError: A conversion that has no meaning, such as 5 channels to 3.
     """
     have = image.shape[0]
     if have == channels:

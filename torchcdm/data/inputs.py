@@ -97,10 +97,8 @@ def parts_of(
     """The paths as files and parts of files that :func:`read_inputs` reads one at a time, in its order; and notes.
 
     Folders hold images, or tables for a model of rows. The part of a Parquet file is a row group, unless not
-    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`.
-
-    Raises:
-        UserError: A path that is not there, or a Parquet file that cannot be read.
+    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`. UserError for a path that
+    is not there, or a Parquet file that cannot be read.
     """
     found, notes = [], []
     for path in map(Path, paths):

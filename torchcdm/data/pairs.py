@@ -143,10 +143,8 @@ def read_query(
     """Samples to be scored, in the data units of ``transform``, that of the data that were fitted.
 
     ``x`` is as one data set of :func:`pair_up`; a table may have its columns in any order, and further ones. ``table``
-    and ``warp`` are those of the pair, None for images, which the ``options`` are for.
-
-    Raises:
-        UserError: Missing columns, another number of columns, another shape, or cells that cannot be read.
+    and ``warp`` are those of the pair, None for images, which the ``options`` are for. UserError for missing columns,
+    another shape, or cells that cannot be read.
     """
     options = options or DataOptions()
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):

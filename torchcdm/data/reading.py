@@ -30,10 +30,8 @@ def file_status(path: Path) -> os.stat_result:
 def reading(path: Path, kind: str, mend: str = "") -> Iterator[BinaryIO]:
     """Opens a regular file for a decoder; pipes, devices and sockets, which can block for ever, are never opened.
 
-    ``kind`` is what it should be, ``an image``, and ``mend`` what to do about a damaged one, for the message.
-
-    Raises:
-        UserError: No regular file, or the decoder in the block failed.
+    ``kind`` is what it should be, ``an image``, and ``mend`` what to do about a damaged one, for the UserError where
+    it is no regular file, or the decoder in the block failed.
     """
     mode = file_status(path).st_mode
     if not stat.S_ISREG(mode):
@@ -54,11 +52,7 @@ def printable(path: Path | str) -> str:
 
 
 def read_arrays(path: Path, wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Arrays of an .npy file, called ``""``, or of an .npz file by their names: those ``wanted``, all if it has none.
-
-    Raises:
-        UserError: Not a file of arrays, or a damaged one.
-    """
+    """Arrays of an .npy file, called ``""``, or of an .npz file by name: those ``wanted``, all if it has none."""
     with reading(path, "a numpy array without pickled objects") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)

@@ -43,10 +43,8 @@ def read(path: Path, skip_bad: bool = False, group: int | None = None) -> DataFr
 
     What is wrong with its lines stands in ``attrs["problems"]``, for one message with what is wrong with its cells;
     ``attrs["notes"]`` says what was read off the file. ``skip_bad`` leaves out lines with another number of cells.
-    Of a Parquet file the row group number ``group`` is read, all where it is None.
-
-    Raises:
-        UserError: Missing, unreadable, of another kind, or two columns of one name.
+    Of a Parquet file the row group number ``group`` is read, all where it is None. UserError for a file that cannot be
+    read, or two columns of one name.
     """
     if not is_table(path):
         raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
@@ -69,15 +67,14 @@ def samples_of(
 ) -> Samples:
     """The codes of the columns; for a model that is to score them of its columns.
 
+    UserError for columns that are not there, cells that cannot be read, all in one line, or nothing that varies.
+
     Args:
         parts: ``train``, and ``validation`` and ``test`` where they are apart.
         name: Name of the source.
         options: ``label`` names the column of classes, which is no column of the data; others choose columns.
         labels: Classes (N,) that are no column of the table; for ``train`` alone.
         like: That of the model that scores the data.
-
-    Raises:
-        UserError: Columns that are not there, cells that cannot be read, all in one line; nothing that varies.
     """
     import pandas as pd
 

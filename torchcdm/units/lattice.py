@@ -33,17 +33,9 @@ LARGE_SHARE = 0.1
 
 
 def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:
-    """The distinct values of a column, rising, where they are those of a discrete one.
+    """The distinct values, at least two, rising, of a discrete column ``x`` (N,), float64; None of any other.
 
-    Args:
-        x: The column, float64 (N,).
-        name: Its name, for the message.
-
-    Returns:
-        At least two values; None for continuous and for constant columns.
-
-    Raises:
-        UserError: Two of them nearly coincide.
+    UserError, with the ``name`` of the column, where two of them nearly coincide.
     """
     values = np.unique(x)
     if len(values) == 1:
