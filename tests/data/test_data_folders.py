@@ -122,7 +122,8 @@ def test_large_folders_are_read_when_asked_and_survive_a_worker(tmp_path, monkey
     indices = torch.tensor([7, 0, 7])
     for split in (lazy.train, pickle.loads(pickle.dumps(lazy.train))):
         assert torch.equal(split.batch(indices)[0], whole.train.x[indices])
-    assert torch.equal(lazy.limited(2).train.tensors()[0], whole.train.x[[0, 15]])
+    limited = load_data(f"folder:{tmp_path}", limit=2)
+    assert torch.equal(limited.train.tensors()[0], whole.train.x[[0, 15]])
 
 
 # --- formats ---------------------------------------------------------------------------------------------------

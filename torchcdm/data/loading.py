@@ -19,7 +19,7 @@ from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.images import channels_first, from_pillow
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status
-from torchcdm.data.source import DataSource, LazySplit, MemorySplit
+from torchcdm.data.source import DataSource, LazySplit, MemorySplit, evenly_spaced
 from torchcdm.errors import UserError, nearest
 from torchcdm.units import DataTransform
 from torchcdm.units.table import as_frame, is_frame
@@ -60,7 +60,8 @@ def load_data(data: str | DataOptions, like: DataTransform | None = None, **fiel
     """
     options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
     source = assemble(read_samples(options, like), options, like)
-    source = source if options.limit is None else source.limited(options.limit)
+    if options.limit is not None:
+        source = source.mapped(lambda split: split.select(evenly_spaced(len(split), options.limit)))
     if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
         raise UserError(f"size and channels are for images; {source.name} holds vectors of {source.shape[0]} numbers")
     return source

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.assembly import Grid, Samples, grey_levels, single
+from torchcdm.data.assembly import Grid, grey_levels, single
 from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_columns
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
@@ -164,18 +164,15 @@ def read_query(
 def _read(
     data: Any, name: str, options: DataOptions, like: TableEncoding | None = None
 ) -> tuple[DataFrame | Tensor, Grid | None]:
-    """One data set: that of a file or SPEC, of a source, or of an object; all of it, or its training split.
+    """One data set: that of a file, a SPEC or an object; all of it, or its training split. With the grid of images.
 
-    Vectors become a table, whose columns are those of ``like``, in its order. With the grid of images.
+    Vectors become a table, whose columns are those of ``like``, in its order.
     """
     import pandas as pd
 
     if is_frame(data):
         return as_frame(data), None
-    if isinstance(data, DataSource):
-        grid = None if data.transform.bin is None else (int(data.transform.low or 0), int(data.transform.high or 0))
-        found = Samples(name, {"train": data.train}, grid, table=data.transform.table)
-    elif isinstance(data, (str, Path)):
+    if isinstance(data, (str, Path)):
         spec = spec_of(data)
         if spec.startswith("table:"):
             check_spec(spec)

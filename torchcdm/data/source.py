@@ -52,9 +52,8 @@ class Split(Dataset, ABC):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)  # ends iteration over the split
-        return self.values(torch.tensor([index % len(self)]))[0], int(self.labels[index])
+        index = range(len(self))[index]  # IndexError ends iteration over the split
+        return self.values(torch.tensor([index]))[0], int(self.labels[index])
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples."""
@@ -254,10 +253,6 @@ class DataSource:
     def mapped(self, change: Callable[[Split], Split]) -> DataSource:
         """The same source with changed splits; the transform stays."""
         return replace(self, **{name: change(getattr(self, name)) for name in ("train", "validation", "test")})
-
-    def limited(self, limit: int) -> DataSource:
-        """The same source with at most ``limit`` samples, evenly spaced, in every split."""
-        return self.mapped(lambda split: split.select(evenly_spaced(len(split), limit)))
 
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
