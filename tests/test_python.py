@@ -223,7 +223,7 @@ def test_train_a_model_that_was_made_by_hand(tmp_path):
 
 
 def test_a_model_made_by_hand_is_saved_untrained(tmp_path):
-    transform = DataTransform.identity((3,))
+    transform = DataTransform((3,))
     model = torchcdm.ClassificationDiffusion(network(52), UniformSigmaSchedule(50), transform).eval()
     model.save(tmp_path / "kept")
     again = torchcdm.load(tmp_path / "kept", backbone=network(52))

@@ -187,7 +187,7 @@ def _paper_models(batch: int, mode: Mode) -> list[Contender]:
     rows = _rows("paper", config, _labelled(config), x, y, mode, "paper-ddm", rival)
     rows += _rows("paper-ddm", ddm, _labelled(ddm), x, y, mode, "paper-ddm", rival)
     if diffusers is not None:
-        model = DenoisingDiffusion(diffusers, build_schedule(config.model.schedule), DataTransform.identity(shape))
+        model = DenoisingDiffusion(diffusers, build_schedule(config.model.schedule), DataTransform(shape))
         loss = DDMLoss(model)
         rows += [
             Contender("paper-diffusers/denoising-step", denoising_step(model, x), "paper-ddm/denoising-step"),
@@ -248,7 +248,7 @@ def untrained(config: Config, shape: tuple[int, ...], classes: int = CLASSES) ->
     """An untrained model, its Gaussian that of noise: neither has any influence on the cost."""
     schedule: NoiseSchedule = build_schedule(config.model.schedule)
     gaussian = GaussianMarginals.fit(torch.randn(500, *shape), schedule, 1e-3) if config.model.gaussian else None
-    return build_model(config.model, DataTransform.identity(shape), classes, gaussian)
+    return build_model(config.model, DataTransform(shape), classes, gaussian)
 
 
 def _diffusers_unet() -> nn.Module | None:

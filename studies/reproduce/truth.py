@@ -37,7 +37,7 @@ def exact_source(
         generator = torch.Generator().manual_seed(3 * seed + number)
         sizes = [min(CHUNK, count - first) for first in range(0, count, CHUNK)]
         splits.append(MemorySplit(torch.cat([mixture.sample(size, generator).float() for size in sizes])))
-    return DataSource(f"{name}, {train} samples", *splits, DataTransform.identity(mixture.shape))
+    return DataSource(f"{name}, {train} samples", *splits, DataTransform(mixture.shape))
 
 
 @dataclass(frozen=True)

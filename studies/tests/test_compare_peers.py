@@ -132,7 +132,7 @@ class Heavier(nn.Module):
 def test_one_pass_of_a_density_with_too_much_mass_is_normalised():
     mixture, schedule, mass = ring_mixture(4), UniformSigmaSchedule(12), 0.7
     backbone = Heavier(MixtureClassifier(mixture, schedule), mass)
-    model = ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,))).eval()
+    model = ClassificationDiffusion(backbone, schedule, DataTransform((2,))).eval()
     fitted = FittedDenoiser(model, Training(0, 0.0, None, 0, ""), with_elbo=False, log_z=512)
     x = mixture.sample(200, rng())
     scores = {score.name: score for score in fitted.scores(x, Budget(1.0))}

@@ -44,7 +44,7 @@ def source():
 
 def exact_model(mixture, T=12):
     schedule = LogSNRSchedule(T, 0.05, 10)
-    transform = DataTransform.identity(mixture.shape)
+    transform = DataTransform(mixture.shape)
     return ClassificationDiffusion(MixtureClassifier(mixture, schedule), schedule, transform).double()
 
 

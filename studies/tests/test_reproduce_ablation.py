@@ -40,7 +40,7 @@ class Tilted(nn.Module):
 def exact(slope=0.0, T=8):
     mixture, schedule = ring_mixture(4), UniformSigmaSchedule(T)
     backbone = Tilted(MixtureClassifier(mixture, schedule), slope)
-    return mixture, ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,)))
+    return mixture, ClassificationDiffusion(backbone, schedule, DataTransform((2,)))
 
 
 def test_the_ratio_estimators_loss_is_least_at_the_exact_ratios():
@@ -66,7 +66,7 @@ def test_the_ratio_estimators_loss_of_a_blind_classifier():
 
 def test_bound_weights_are_those_of_the_reverse_chain():
     schedule, shape = LinearSchedule(30), (5,)
-    model = DenoisingDiffusion(nn.Identity(), schedule, DataTransform.identity(shape))
+    model = DenoisingDiffusion(nn.Identity(), schedule, DataTransform(shape))
     chain = Kernels(reference_gaussian(model), torch.zeros(30, 5, dtype=torch.float64))
     eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
     t = torch.arange(2, 31)
@@ -80,7 +80,7 @@ def test_the_bound_loss_is_l_simple_but_for_its_weights():
             return 0.3 * x
 
     schedule = LinearSchedule(30)
-    model = DenoisingDiffusion(Network(), schedule, DataTransform.identity((5,)))
+    model = DenoisingDiffusion(Network(), schedule, DataTransform((5,)))
     x, eps = (torch.randn(30, 5, dtype=torch.float64, generator=rng(seed)) for seed in (0, 1))
     t = torch.arange(1, 31)
     bound, simple = BoundLoss(model)(x, None, t, eps), DDMLoss(model)(x, None, t, eps)

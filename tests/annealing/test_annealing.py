@@ -183,7 +183,7 @@ def test_a_target_without_mass_somewhere():
 def test_a_model_is_a_target_and_so_is_one_of_its_classes():
     mixture, schedule = labelled_mixture(), CosineSchedule(10)
     backbone = MixtureClassifier(mixture, schedule, joint=True)
-    model = ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,)))
+    model = ClassificationDiffusion(backbone, schedule, DataTransform((2,)))
     x, t = normal(6, 2), torch.tensor([1, 3, 3, 5, 9, 10])
     for y in (None, 1):
         exact, found = (one.evaluate(x, t) for one in (MixtureTarget(mixture, schedule, y), ModelTarget(model, y)))
@@ -196,7 +196,7 @@ def test_a_model_is_a_target_and_so_is_one_of_its_classes():
 
 def test_refusals():
     schedule = CosineSchedule(10)
-    model = ClassificationDiffusion(torch.nn.Linear(2, 12).bfloat16(), schedule, DataTransform.identity((2,)))
+    model = ClassificationDiffusion(torch.nn.Linear(2, 12).bfloat16(), schedule, DataTransform((2,)))
     with pytest.raises(UserError, match="needs float32"):
         ModelTarget(model)
     with pytest.raises(UserError, match="trained without classes"):

@@ -20,7 +20,7 @@ NAMES = ["log_prob", "typicality", "coarse", "complexity", "levels"]
 
 
 def model_of(mixture):
-    transform = DataTransform.identity(mixture.shape)
+    transform = DataTransform(mixture.shape)
     return ClassificationDiffusion(MixtureClassifier(mixture, SCHEDULE), SCHEDULE, transform)
 
 
@@ -158,7 +158,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
     with pytest.raises(UserError, match="cannot be read"):
         AnomalyDetector.load(path, model)
     AnomalyDetector.fit(AnomalyScore("levels", model), mixture.sample(100, rng(1))).save(path)
-    other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform.identity((3,)))
+    other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform((3,)))
     with pytest.raises(UserError, match="or is another"):
         AnomalyDetector.load(path, other)
     with pytest.raises(UserError, match="takes no background model"):

@@ -20,7 +20,7 @@ def gaussian(shape, covariance):
     schedule = LogSNRSchedule(60, r_min=0.01)
     variances, vectors = torch.linalg.eigh(covariance)
     base = GaussianMarginals(schedule, torch.zeros(shape), variances, MatrixRotation(shape, vectors))
-    model = ClassificationDiffusion(ZeroBackbone(62), schedule, DataTransform.identity(shape), base).double()
+    model = ClassificationDiffusion(ZeroBackbone(62), schedule, DataTransform(shape), base).double()
 
     def draw(n, seed):
         return base.draw((n, *shape), rng(seed))

@@ -22,7 +22,7 @@ SINGLE = [name for name in SCORES if name != "ratio"]
 
 
 def exact_model(mixture, schedule=SCHEDULE, transform=None):
-    transform = transform or DataTransform.identity(mixture.shape)
+    transform = transform or DataTransform(mixture.shape)
     return ClassificationDiffusion(MixtureClassifier(mixture, schedule), schedule, transform)
 
 
@@ -247,7 +247,7 @@ def test_dropout_is_off_while_scoring_and_the_mode_is_left_as_it_was(mixture):
         def forward(self, x):
             return self.dropout(x).sum(1, keepdim=True) * torch.arange(22.0)
 
-    model = ClassificationDiffusion(Dropping(), SCHEDULE, DataTransform.identity((2,))).train()
+    model = ClassificationDiffusion(Dropping(), SCHEDULE, DataTransform((2,))).train()
     x = normal(30, 2).float()
     assert torch.equal(level_profile(model, x), level_profile(model, x, batch_size=30))
     assert model.backbone.dropout.training
@@ -277,7 +277,7 @@ def test_mistakes_are_named(model, act, message):
 
 
 def test_a_background_of_another_shape_and_a_model_without_density_are_refused(model):
-    other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform.identity((3,)))
+    other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform((3,)))
     with pytest.raises(UserError, match=r"background takes inputs of shape \(3,\), the model \(2,\)"):
         AnomalyScore("ratio", model, other)
     ddm = DenoisingDiffusion(nn.Identity(), SCHEDULE)

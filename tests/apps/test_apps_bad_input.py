@@ -14,7 +14,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.units import DataTransform
 
 TENSOR = torch.from_numpy(GOOD)
-MODEL = ClassificationDiffusion(ZeroBackbone(22), UniformSigmaSchedule(20), DataTransform.identity((3,)))
+MODEL = ClassificationDiffusion(ZeroBackbone(22), UniformSigmaSchedule(20), DataTransform((3,)))
 many = settings(max_examples=200, deadline=None)
 
 

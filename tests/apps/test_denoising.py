@@ -216,7 +216,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_mistakes_are_named(message):
-    model = exact(UniformSigmaSchedule(T), DataTransform.identity((DIM,)))
+    model = exact(UniformSigmaSchedule(T), DataTransform((DIM,)))
     with pytest.raises(UserError, match=message):
         denoise(model, **{"noisy": normal(2, DIM)} | MISTAKES[message])
 

@@ -141,7 +141,7 @@ def test_arrays_in_either_layout_and_single_samples(tmp_path):
         assert names[-1] == f"{tmp_path / f'{k}.npy'}[{len(y) - 1}]"
     np.save(tmp_path / "grey.npy", np.full((6, 5), 9, np.uint8))
     assert bool((read_inputs(tmp_path / "grey.npy", GREY)[0] == torch.full((1, 1, 6, 5), 9.0)).all())
-    vector = DataTransform.identity((4,))
+    vector = DataTransform((4,))
     np.save(tmp_path / "one.npy", np.arange(4.0))
     assert read_inputs(tmp_path / "one.npy", vector)[0].tolist() == [[0, 1, 2, 3]]
 
@@ -174,8 +174,8 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
-        (DataTransform.identity((1, 6, 5)), "grey levels 0 ... 255; the model's data are continuous: give an array"),
-        (DataTransform.identity((7,)), "1 channel.*; the model takes vectors of 7"),
+        (DataTransform((1, 6, 5)), "grey levels 0 ... 255; the model's data are continuous: give an array"),
+        (DataTransform((7,)), "1 channel.*; the model takes vectors of 7"),
     ],
 )
 def test_images_for_models_without_grey_levels(tmp_path, transform, message):

@@ -116,7 +116,7 @@ def labels_of(names, model_names):
     labels = torch.arange(len(names)).repeat(10)
     x = torch.rand(len(labels), 2)
     parts = MemorySplit(x, labels), MemorySplit(x[:1]), MemorySplit(x[:0])
-    source = DataSource("data", *parts, DataTransform.identity((2,)), tuple(names))
+    source = DataSource("data", *parts, DataTransform((2,)), tuple(names))
     result = renumbered(source, tuple(model_names))
     assert result.validation.labels.tolist() == [-1]
     return result.train.labels[: len(names)].tolist()

@@ -185,7 +185,7 @@ def test_read_inputs_finds_the_columns_by_name(tmp_path, values):
     assert torch.equal(x, torch.from_numpy(values).float())
     assert names[0] == f"{path}: line 2"
     with pytest.raises(UserError, match="vectors of 4; the model takes vectors of 3"):
-        read_inputs(path, DataTransform.identity((3,)))
+        read_inputs(path, DataTransform((3,)))
     with pytest.raises(UserError, match=r"no column 'b', 'c' \(found: a\)"):
         read_inputs(write(tmp_path / "less.csv", ["a"], values[:, :1]), source.transform)
 

@@ -30,7 +30,7 @@ def three_clouds(n=3000):
 
 def model_of(base):
     backbone = MLP(2, SCHEDULE.T + 2, width=16, depth=1, energy_maps=2)
-    return ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base).double()
+    return ClassificationDiffusion(backbone, SCHEDULE, DataTransform((2,)), base).double()
 
 
 def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
@@ -150,7 +150,7 @@ def test_classes_have_their_own_weights_of_common_components_at_every_level():
     assert base.class_effects(query)[..., -1].abs().max() < 1e-9
     # The flow of such a model starts from the Gaussian of all data.
     backbone = MLP(2, SCHEDULE.T + 2, width=4, depth=1, energy_maps=1, classes=2, joint=True)
-    model = ClassificationDiffusion(backbone, SCHEDULE, DataTransform.identity((2,)), base)
+    model = ClassificationDiffusion(backbone, SCHEDULE, DataTransform((2,)), base)
     assert reference_gaussian(model) is base.common
 
 

@@ -20,7 +20,7 @@ from torchcdm.units import DataTransform
 def exact_model(mixture, schedule, residual=True):
     base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule) if residual else None
     return ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity(mixture.shape), base
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform(mixture.shape), base
     )
 
 
@@ -56,7 +56,7 @@ def test_a_gaussian_needs_no_steps():
     base = GaussianMarginals.fit(mixture.sample(100, rng()), schedule)
     base.mean, (base.variances, base.rotation.matrix) = mean, torch.linalg.eigh(spread)
     backbone = MixtureClassifier(mixture, schedule, base)
-    model = ClassificationDiffusion(backbone, schedule, DataTransform.identity((5,)), base)
+    model = ClassificationDiffusion(backbone, schedule, DataTransform((5,)), base)
     z = schedule.perturb(mixture.sample(20, rng(1)), 1, normal(20, 5))
     one_step = solver(model, steps=1)
     assert torch.allclose(one_step.log_prob(z).log_prob, mixture.log_prob(z, 1, schedule), atol=1e-8)
@@ -124,7 +124,7 @@ def test_any_denoiser_has_a_flow():
         def forward(self, x, t, y=None):
             return mixture.eps(x, t, schedule)
 
-    ddm = DenoisingDiffusion(Exact(), schedule, DataTransform.identity((2,)))
+    ddm = DenoisingDiffusion(Exact(), schedule, DataTransform((2,)))
     z, _ = noisy(mixture, schedule, 1, n=10)
     cdm = exact_model(mixture, schedule, residual=False)
     assert torch.allclose(solver(ddm).log_prob(z).log_prob, solver(cdm).log_prob(z).log_prob, atol=1e-8)

@@ -48,7 +48,7 @@ def tilted_model(schedule, constant=0.0, slope=None):
     mixture = labelled_mixture()
     base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
     backbone = Tilted(MixtureClassifier(mixture, schedule, base), constant, slope)
-    return ClassificationDiffusion(backbone, schedule, DataTransform.identity((2,)), base)
+    return ClassificationDiffusion(backbone, schedule, DataTransform((2,)), base)
 
 
 def log_z_above(model, x_s, level):
@@ -130,7 +130,7 @@ def test_images_and_batches():
     mixture = GaussianMixture(torch.ones(2), normal(2, 1, 2, 2), torch.tensor([0.3, 0.5]))
     base = GaussianMarginals.fit(mixture.sample(1000, rng()), schedule)
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((1, 2, 2)), base
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform((1, 2, 2)), base
     )
     whole, parts = (by_replicas(model, scoring=Scoring(batch_size=size), sweeps=4) for size in (None, 7))
     assert whole.x.shape[1:] == (1, 2, 2)
@@ -186,7 +186,7 @@ def test_mass_that_data_never_showed_is_found_and_said():
 def test_of_a_class():
     mixture, schedule = labelled_mixture(), CosineSchedule(20)
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,))
     )
     found = by_replicas(model, y=1, sweeps=20, replicas=60)
     assert abs(found.value) < 4 * found.se + 0.01
@@ -220,7 +220,7 @@ def test_calibration_measures_the_posterior_variance():
     mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.tensor([0.5]))
     base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform((2,)), base
     )
     measured, assumed = Kernels.of_target(ModelTarget(model), n=2000).variances, Kernels(base).variances
     assert torch.allclose(measured[:15], assumed[:15], rtol=0.15)
@@ -234,7 +234,7 @@ def test_elbo_approaches_the_density_of_a_gaussian():
         mixture = GaussianMixture(torch.ones(1), normal(1, 2), torch.tensor([0.4]))
         base = GaussianMarginals.fit(mixture.sample(20_000, rng()), schedule)
         model = ClassificationDiffusion(
-            MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
+            MixtureClassifier(mixture, schedule, base), schedule, DataTransform((2,)), base
         )
         x = mixture.sample(2000, rng(1))
         bound = elbo(model, x)

@@ -27,7 +27,7 @@ def vectors():
     schedule, mixture = LogSNRSchedule(40, 0.01, 80), labelled_mixture()
     base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, base), schedule, DataTransform.identity((2,)), base
+        MixtureClassifier(mixture, schedule, base), schedule, DataTransform((2,)), base
     )
     return model, mixture.sample(60, rng(1))
 
@@ -104,7 +104,7 @@ def test_the_spread_is_freed_of_the_probes(monkeypatch):
             one = MixtureClassifier(mixture, schedule)
             return sum(one(x[:, 2 * i : 2 * i + 2]) for i in range(9))
 
-    model = ClassificationDiffusion(Nine(), schedule, DataTransform.identity((18,)))
+    model = ClassificationDiffusion(Nine(), schedule, DataTransform((18,)))
     x = mixture.sample(9 * 60, rng(2)).reshape(60, 18)
     result = report(model, x, methods=("single", "flow"))
     z = torch.randn(60, 18, generator=rng(1), dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_the_mode_of_the_model_is_left_alone(vectors):
 def test_given_the_class():
     schedule, mixture = LogSNRSchedule(40, 0.05, 80), labelled_mixture()
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,))
     )
     x, y = mixture.sample_labelled(40, rng(1))
     result = report(model, x, y, methods=("single", "flow", "logz"))
@@ -173,7 +173,7 @@ def test_given_the_class_the_chain_is_that_of_the_classes():
     schedule, means = LogSNRSchedule(20, 0.05, 80), torch.tensor([[-4.0, 0.0], [4.0, 0.0]])
     mixture = GaussianMixture(torch.ones(2), means, torch.tensor([0.2, 0.2]), torch.arange(2))
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,))
     )
     x, y = mixture.sample_labelled(300, rng(1))
     x, y = x[y.argsort()], y.sort().values
@@ -200,7 +200,7 @@ class AroundContext(torch.nn.Module):
 
 def test_given_a_context():
     schedule = LogSNRSchedule(60, 0.05, 80)
-    model = ClassificationDiffusion(AroundContext(schedule), schedule, DataTransform.identity((3,)))
+    model = ClassificationDiffusion(AroundContext(schedule), schedule, DataTransform((3,)))
     context = 2 * normal(300, 3)
     x = context + math.sqrt(0.2) * normal(300, 3, seed=1)
     result = report(model, x, context, methods=("single", "elbo"))

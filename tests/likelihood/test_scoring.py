@@ -114,7 +114,7 @@ def test_arrays_and_numbers_of_any_type(lattice, name):
 def test_bad_labels_are_refused(y):
     schedule, mixture = LogSNRSchedule(12, 0.05, 80), labelled_mixture()
     model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform.identity((2,))
+        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,))
     )
     for name in SINGLE:
         with pytest.raises((ValueError, TypeError)):
@@ -128,7 +128,7 @@ def test_labels_of_a_model_without_classes_are_refused(lattice):
 
 
 def test_a_model_without_density_says_so():
-    ddm = DenoisingDiffusion(torch.nn.Module(), UniformSigmaSchedule(12), DataTransform.identity((2,)))
+    ddm = DenoisingDiffusion(torch.nn.Module(), UniformSigmaSchedule(12), DataTransform((2,)))
     for call in (torchcdm.likelihood.single_pass, gap_by_level):
         with pytest.raises(UserError, match="needs a density"):
             call(ddm, normal(3, 2))

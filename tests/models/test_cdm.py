@@ -344,7 +344,7 @@ def test_low_precision_networks_give_full_precision_logits():
 
 
 def test_mistakes_are_named():
-    model = exact_model(UniformSigmaSchedule(T), transform=DataTransform.identity((2,)))
+    model = exact_model(UniformSigmaSchedule(T), transform=DataTransform((2,)))
     with pytest.raises(UserError, match="data or model"):
         model.log_prob(normal(2, 2), units="bits")
     with pytest.raises(UserError, match=f"from 0 to {T + 1}"):

@@ -132,7 +132,7 @@ def test_a_strangers_run_calls_nothing(tmp_path, monkeypatch):
         load(run)
     info = read_as(ModelConfig, content["model"])
     with pytest.raises(UserError, match="'checkpoint_path' is no option"):
-        build_model(info, DataTransform.identity((1, 8, 8)))
+        build_model(info, DataTransform((1, 8, 8)))
 
 
 def test_labels_need_joint():

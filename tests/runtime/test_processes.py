@@ -145,7 +145,7 @@ class Limited(nn.Module):
 
 def limited(holds: int, error: Exception | None = None) -> ClassificationDiffusion:
     schedule = LogSNRSchedule(10, 0.05, 20.0)
-    return ClassificationDiffusion(Limited(holds, error), schedule, DataTransform.identity((2,))).double()
+    return ClassificationDiffusion(Limited(holds, error), schedule, DataTransform((2,))).double()
 
 
 X = torch.randn(50, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

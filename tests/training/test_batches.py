@@ -108,7 +108,7 @@ def test_what_cannot_be_trained_on_is_refused():
     with pytest.raises(UserError, match="train.batch_size is 7; it must be a multiple of the 2 processes"):
         Batches(source(), 7, seed=0, labels=True, world=2)
     vectors = MemorySplit(torch.zeros(8, 3))
-    table = DataSource("table", vectors, vectors, vectors, DataTransform.identity((3,)))
+    table = DataSource("table", vectors, vectors, vectors, DataTransform((3,)))
     with pytest.raises(UserError, match="data.flip mirrors images"):
         Batches(table, 4, seed=0, labels=False, flip=True)
     unlabelled = dataclasses.replace(source(), train=MemorySplit(torch.zeros(8, 1, 4, 4, dtype=torch.uint8)))

@@ -87,8 +87,8 @@ def test_errors_of_gaussian_data_are_the_posterior_variances():
     # eps given x_t has variance alpha² v / (alpha² v + sigma²), whoever denoises.
     x = 0.5 * normal(4000, 2)
     base = GaussianMarginals.fit(x, SCHEDULE)
-    cdm = ClassificationDiffusion(ZeroBackbone(12), SCHEDULE, DataTransform.identity((2,)), base)
-    ddm = DenoisingDiffusion(lambda x, t, y: torch.zeros_like(x), SCHEDULE, DataTransform.identity((2,)), base)
+    cdm = ClassificationDiffusion(ZeroBackbone(12), SCHEDULE, DataTransform((2,)), base)
+    ddm = DenoisingDiffusion(lambda x, t, y: torch.zeros_like(x), SCHEDULE, DataTransform((2,)), base)
     v, r = base.variances, SCHEDULE.ratio[:-1, None]
     truth = (v / (v + r**2)).mean(1)
     for model in (cdm, ddm):
@@ -100,7 +100,7 @@ def test_errors_of_gaussian_data_are_the_posterior_variances():
 def test_posteriors_are_means_over_inputs_of_each_level():
     schedule, x = UniformSigmaSchedule(3), 0.5 * normal(4000, 2)
     model = ClassificationDiffusion(
-        ZeroBackbone(5), schedule, DataTransform.identity((2,)), GaussianMarginals.fit(x, schedule)
+        ZeroBackbone(5), schedule, DataTransform((2,)), GaussianMarginals.fit(x, schedule)
     )
     found = log_posteriors(model, x)
     assert list(found) == [0, 1, 2, 3, 4]
@@ -114,7 +114,7 @@ def test_validation_is_the_loss_of_training_and_the_density():
     # A standard normal is one at every level, so that the cross-entropy is the same at all of them: validation, whose
     # squared error leaves out both ends, has the loss of the levels between them.
     x = normal(500, 3).double()
-    model = ClassificationDiffusion(ZeroBackbone(12), SCHEDULE, DataTransform.identity((3,)))
+    model = ClassificationDiffusion(ZeroBackbone(12), SCHEDULE, DataTransform((3,)))
     values, loss = validate(model, x, None, 2.0, 3.0), CDMLoss(model, 2.0, 3.0)
     terms = [loss(x[batch.rows], t=batch.t, eps=batch.eps) for batch in at_all_levels(model, x)]
     each, t = (torch.cat([part[name] for part in terms]) for name in ("loss", "t"))

@@ -195,7 +195,7 @@ def test_the_ladder_begins_at_half_a_grey_level():
 def test_models_that_do_not_fit_are_refused(flags, shape, classes, message):
     config = make_config({"model": flags}).model
     with pytest.raises(UserError, match=message):
-        build_model(config, DataTransform.identity(shape), classes)
+        build_model(config, DataTransform(shape), classes)
 
 
 @pytest.mark.parametrize("kind", ["cdm", "ddm"])
@@ -207,7 +207,7 @@ def test_every_kind_of_model_denoises(kind, labels, backbone, shape):
     small = {"unet": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "groups": 4},
              "mlp": {"width": 8, "depth": 1}, "encoder": {"width": 8, "multipliers": [1, 2], "blocks": 1}}  # fmt: skip
     fields = {"kind": kind, "labels": labels, "backbone": {"name": backbone} | small[backbone]}
-    model = build_model(make_config({"model": fields}).model, DataTransform.identity(shape), 3)
+    model = build_model(make_config({"model": fields}).model, DataTransform(shape), 3)
     assert model.classes == (None if labels == "none" else 3)
     y = None if labels == "none" else torch.tensor([0, 2])
     # Before training the model is its Gaussian base, a standard normal here: E[eps|x] = sigma x / (alpha² + sigma²).

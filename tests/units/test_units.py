@@ -17,7 +17,7 @@ def transforms():
         "paper": DataTransform.images((3, 4, 5), dequantize=False),
         "digits": DataTransform.images((1, 8, 8), levels=17),
         "table": DataTransform.standardize(normal(50, 6) * torch.tensor([1, 1e3, 1e-3, 7, 50, 0.2]) + 5),
-        "identity": DataTransform.identity((2,)),
+        "identity": DataTransform((2,)),
         "channels": DataTransform((3, 2, 2), shift=normal(3, 1, 1), scale=normal(3, 1, 1).abs() + 0.1),
     }
 
@@ -89,7 +89,7 @@ def test_quantize_rounds_and_clips_to_what_range_there_is():
     assert DataTransform.images((4,), levels=17).quantize(x).tolist() == [0, 0, 1, 16]
     assert DataTransform((4,), bin=1.0).quantize(x).tolist() == [-3, 0, 1, 99]
     assert DataTransform((4,), bin=0.5, low=0.0).quantize(x).tolist() == [0, 0.5, 0.5, 99]
-    assert DataTransform.identity((4,)).quantize(x) is x
+    assert DataTransform((4,)).quantize(x) is x
 
 
 def test_standardised_columns_and_pixels():

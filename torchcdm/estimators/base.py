@@ -208,7 +208,7 @@ class TableEstimator(BaseEstimator):
             given = [torch.from_numpy(part).float() for part in (contexts[0], np.tile(contexts[1], (repeats, 1)))]
         splits = [MemorySplit(part, context=context) for part, context in zip(parts, given, strict=True)]
         empty = MemorySplit(parts[0][:0])
-        source = DataSource("table", splits[0], splits[1], empty, DataTransform.identity(transform.shape))
+        source = DataSource("table", splits[0], splits[1], empty, DataTransform(transform.shape))
         if contexts is not None:
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
         config = make_config(preset_fields(self.preset), override_fields(layer))

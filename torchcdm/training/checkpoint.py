@@ -138,7 +138,7 @@ def described(model: Denoiser) -> ModelInfo:
     UserError where it has no transform, or a schedule or base density that no setting makes.
     """
     if model.transform is None:
-        raise UserError("the model has no transform; give it one, such as units.DataTransform.identity(shape)")
+        raise UserError("the model has no transform; give it one, such as units.DataTransform(shape)")
     names = None if model.classes is None else tuple(map(str, range(model.classes)))
     return ModelInfo(None, describe(model), model.transform, DataOptions(), {"value": "given"}, names)
 

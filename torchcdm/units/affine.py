@@ -21,7 +21,7 @@ Shape = Annotated[tuple[Count, ...], Len(1, 16)]
 
 
 class DataTransform(Float64Module):
-    """The affine map from data units to model units, with the grid that the data lie on.
+    """The affine map from data units to model units, the identity by default, with the grid that the data lie on.
 
     Args:
         shape: Event shape, (C, H, W) for images, (d,) for tables.
@@ -95,11 +95,6 @@ class DataTransform(Float64Module):
         """Zero mean and unit deviation for each column of ``x`` (N, d); over all pixels of images (N, C, H, W)."""
         values, over = x.double(), 0 if x.ndim == 2 else None
         return cls(x.shape[1:], values.mean(over), values.std(over, correction=0))
-
-    @classmethod
-    def identity(cls, shape: Sequence[int]) -> DataTransform:
-        """Model units are data units."""
-        return cls(shape)
 
     @property
     def dim(self) -> int:
