@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -216,20 +217,12 @@ class Attention(nn.Module):
 
 @final
 class Step(nn.Module):
-    """A residual block, followed by attention where asked for; see both for the arguments."""
+    """A residual block, followed by attention where asked for; ``options`` of :class:`ResidualBlock`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        attend: bool,
-        dropout: float = 0.0,
-        embedding: int | None = None,
-        groups: int | None = None,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, attend: bool, **options: Any) -> None:
         super().__init__()
-        self.block = ResidualBlock(in_channels, out_channels, dropout, embedding, groups)
-        self.attention = Attention(out_channels, groups) if attend else None
+        self.block = ResidualBlock(in_channels, out_channels, **options)
+        self.attention = Attention(out_channels, options.get("groups")) if attend else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
@@ -237,27 +230,13 @@ class Step(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
-@final
-class Downsample(nn.Module):
+def downsampling(channels: int) -> nn.Sequential:
     """Halves both sides by a strided 3x3 convolution; pads on the right and below only, as DDPM does."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H/2, W/2)."""
-        return self.conv(nn.functional.pad(x, (0, 1, 0, 1)))
+    convolution = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=convolution))
 
 
-@final
-class Upsample(nn.Module):
+def upsampling(channels: int) -> nn.Sequential:
     """Doubles both sides by repetition and a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, 2H, 2W)."""
-        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    convolution = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=convolution))

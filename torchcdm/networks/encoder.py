@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.networks.blocks import (
-    Downsample,
     ImageNetwork,
     ImageSize,
     LabelEmbedding,
     SiLU,
     Step,
     check_shape,
+    downsampling,
     group_norm,
     halved_sizes,
 )
@@ -87,6 +87,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         self.classes, self.joint = classes, joint
         embedding = 4 * width if classes is not None and not joint else None
         self.label = None if embedding is None else LabelEmbedding(classes, embedding)
+        options = {"dropout": dropout, "embedding": embedding}
 
         channels = width * multipliers[0]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -96,10 +97,10 @@ class Encoder(ImageNetwork, HeadedBackbone):
         self.summaries = nn.ModuleList()
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
             if i:
-                self.downs.append(Downsample(channels))
+                self.downs.append(downsampling(channels))
             inputs, channels = [channels, *[width * multiplier] * (blocks - 1)], width * multiplier
             attend = max(size) in attention
-            self.stages.append(nn.ModuleList(Step(c, channels, attend, dropout, embedding) for c in inputs))
+            self.stages.append(nn.ModuleList(Step(c, channels, attend, **options) for c in inputs))
             self.summaries.append(Summary(channels, in_channels, energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint)
 

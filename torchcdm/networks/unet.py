@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.networks.blocks import (
-    Downsample,
     ImageNetwork,
     ImageSize,
     LabelEmbedding,
     SiLU,
     Step,
-    Upsample,
     check_shape,
+    downsampling,
     group_norm,
     halved_sizes,
     time_embedding,
     two_layers,
+    upsampling,
 )
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
@@ -59,7 +59,7 @@ class UNet(ImageNetwork):
         skips, current = [channels], channels
         for i, width in enumerate(widths):
             if i:
-                self.downs.append(Downsample(current))
+                self.downs.append(downsampling(current))
                 skips.append(current)
             inputs, current = [current, *[width] * (blocks - 1)], width
             self.down_stages.append(nn.ModuleList(step(channels, width, attend[i]) for channels in inputs))
@@ -78,7 +78,7 @@ class UNet(ImageNetwork):
                 current = widths[i]
             self.up_stages.append(stage)
             if i:
-                self.ups.append(Upsample(current))
+                self.ups.append(upsampling(current))
         self.norm_out, self.activation = group_norm(current, groups), SiLU()
         self.features = current
 
