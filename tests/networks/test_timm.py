@@ -96,11 +96,11 @@ def test_a_missing_timm_is_told_with_the_command(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {"checkpoint_path": "evil.pt"}, {"pretrained": True}, {"pretrained_cfg": {"url": "http://x"}}, {"cache_dir": "x"},
-    {"pretrained_cfg_overlay": {"file": "evil.pt"}}, {"in_chans": 1}, {"act_layer": "../evil"}, {"depth": {"a": 1}},
+    {"pretrained_cfg_overlay": {"file": "evil.pt"}}, {"in_chans": 1},
 ])  # fmt: skip
 def test_options_that_name_files_or_hubs_are_refused_before_timm_is_called(monkeypatch, options):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match="no option that timm's models take here|numbers and plain names"):
+    with pytest.raises(UserError, match="no option that timm's models take here"):
         TimmBackbone(1, 8, 7, options=options)
 
 
