@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from torchcdm.cli.arguments import Parser
-from torchcdm.cli.main import GROUPS
+from torchcdm.cli.commands import add_commands
 from torchcdm.losses import CDMLoss
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, SCHEDULES, Config
 
@@ -99,8 +99,7 @@ def commands() -> str:
     """The page of commands: the help of each."""
     os.environ["COLUMNS"] = "100"
     subparsers = Parser(prog="cdm").add_subparsers(parser_class=Parser)
-    for group in GROUPS:
-        group.add_commands(subparsers)
+    add_commands(subparsers)
     helps = ((name, parser.format_help().strip()) for name, parser in subparsers.choices.items())
     return COMMANDS + "".join(f"\n## cdm {name}\n\n```text\n{text}\n```\n" for name, text in helps)
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import torchcdm
-from torchcdm.apps.denoising import denoise, denoise_picture
+from torchcdm.apps.denoising import denoise, denoise_all
 from torchcdm.cli import main
 from torchcdm.data import CropSplit, DataOptions, load_data, read_inputs
 from torchcdm.data.source import places_of
@@ -88,7 +88,7 @@ def test_tiles_of_a_denoised_picture_leave_no_seams(model):
     """The error's steps across the edges of the tiles are those everywhere else; a cut without overlap shows its."""
     clean = picture((160, 128), 1000).float()[None]
     noisy = clean + 25 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    found, noise = denoise_picture(model, noisy, noise_std=25.0)
+    (found,), noise = denoise_all(model, [noisy], noise_std=25.0)
     assert found.shape == clean.shape and noise.shape == (1,)
     error = (found - clean)[0]
     assert error.square().mean() < 0.3 * 25**2
@@ -104,10 +104,10 @@ def test_tiles_of_a_denoised_picture_leave_no_seams(model):
     tiles = noisy[0].unfold(0, 16, 16).unfold(1, 16, 16).reshape(-1, 1, 16, 16)
     cut = denoise(model, tiles, noise_std=25.0)[0].reshape(10, 8, 16, 16).transpose(1, 2).reshape(160, 128)
     assert seams(cut - clean[0], range(16, 160, 16)) > 1.5
-    estimated = denoise_picture(model, noisy)[1]
+    estimated = denoise_all(model, [noisy])[1]
     assert 18 < float(estimated) * float(model.transform.scale) < 32
     with pytest.raises(UserError, match="the model takes .* or larger"):
-        denoise_picture(model, noisy[:, :10])
+        denoise_all(model, [noisy[:, :10]])
 
 
 def test_commands_take_pictures_of_any_size(folder, tmp_path_factory, capsys):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_runs import small_config, small_flags
 
 from torchcdm.cli.arguments import Parser
-from torchcdm.cli.main import GROUPS
+from torchcdm.cli.commands import add_commands
 from torchcdm.training.loop import train
 
 TEXTS = (
@@ -34,8 +34,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command."""
     root = Parser(prog="cdm")
     commands = root.add_subparsers(parser_class=Parser)
-    for group in GROUPS:
-        group.add_commands(commands)
+    add_commands(commands)
     return dict(commands.choices)
 
 

@@ -70,8 +70,7 @@ def smallest_variance(transform: DataTransform) -> float:
 
 
 def gaussians(train: np.ndarray, floor: float, seed: int) -> Candidates:
-    """The Gaussian of the data's mean and covariance, moved by several shares to a round one, as a start is; arguments
-    as in :func:`mixtures`."""
+    """The Gaussian of the data, moved by several shares to a round one; arguments as in :func:`mixtures`."""
     fitted = maximised(train, 1, covariance_type="full", reg_covar=floor, random_state=seed)
     covariance, identity = fitted.covariances_[0], np.eye(train.shape[1])
     for share in SHRINKAGES:

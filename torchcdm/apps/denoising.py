@@ -27,8 +27,8 @@ from torchcdm.units import DataTransform
 COARSE = 12
 """Levels of the first search, evenly spaced in log r."""
 
-BATCH, TILES, ESTIMATED = 256, 256, 64
-"""Samples, and tiles of a picture, at a time; those tiles, about, in which its noise is estimated."""
+BATCH, ESTIMATED = 256, 64
+"""Samples, or tiles of an image, at a time; those tiles, about, in which its noise is estimated."""
 
 
 def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
@@ -141,53 +141,43 @@ def denoise(
 
 
 @torch.no_grad()
-def denoise_picture(
-    model: Denoiser, noisy: Tensor, level: int | None = None, noise_std: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Removes white noise from one image of any size, by overlapping tiles of the model's size.
-
-    All tiles are denoised at one level: that of the median of the noise found in them where none is given. Where tiles
-    overlap, by a half and more, they are averaged with weights that fall to the edges of each, sin² of the place, so
-    that no seam is left.
-
-    ``noisy`` is the image, (C, H, W) in data units, at least of the model's size; the rest as in :func:`denoise`.
-
-    Returns:
-        The clean image (C, H, W), not rounded, and the noise of all of it, as that of a batch of one.
-
-    Raises:
-        UserError: What :func:`denoise` refuses; another number of channels, or an image that is smaller.
-    """
-    shape = model.shape
-    if shape is None or len(shape) != 3 or tuple(noisy[: shape[0] + 1, : shape[1], : shape[2]].shape) != shape:
-        raise UserError(f"an image of shape {tuple(noisy.shape)}; the model takes {shape} or larger")
-    sides, places = shape[1:], places_of(noisy.shape[1:], shape[1:], 0.5)
-    tiles = torch.stack([noisy[:, top : top + sides[0], left : left + sides[1]] for top, left in places])
-    chosen = tiles[:: max(1, len(tiles) // ESTIMATED)] if level is None and noise_std is None else tiles[:1]
-    ratio = denoise(model, chosen, level, noise_std)[1].median()[None]
-    level = int(nearest_level(model.schedule, ratio))
-    clean = torch.cat([denoise(model, part, level)[0].cpu() for part in tiles.split(TILES)])
-    rise, fall = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in sides)
-    weight = rise[:, None] * fall
-    total, weights = torch.zeros(noisy.shape), torch.zeros(noisy.shape[1:])
-    for (top, left), tile in zip(places, clean, strict=True):
-        total[:, top : top + sides[0], left : left + sides[1]] += weight * tile
-        weights[top : top + sides[0], left : left + sides[1]] += weight
-    return total / weights, ratio
-
-
 def denoise_all(
     model: Denoiser, x: Sequence[Tensor], level: int | None = None, noise_std: float | None = None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Clean samples on the CPU, their levels, long (N,), and noise (N,): by :func:`denoise` where all have the model's
-    shape, and by :func:`denoise_picture` else."""
+) -> tuple[list[Tensor], Tensor]:
+    """Removes white noise from many samples, or from images of any size, by tiles that overlap by a half and more.
+
+    All tiles of an image are denoised at one level: that of the median of the noise found in them where none is given.
+    They are averaged with weights that fall to the edges of each, sin² of the place, so that no seam is left.
+
+    Arguments, units and errors as of :func:`denoise`; ``x`` holds samples (*shape), or images (C, H, W) at least as
+    large. Returns clean ones on the CPU, and the noise of each, (N,).
+    """
     if {part.shape for part in x} == {model.shape}:
         found = [denoise(model, part, level, noise_std) for part in torch.stack(list(x)).split(BATCH)]
     else:
-        pictures = [denoise_picture(model, part, level, noise_std) for part in x]
-        found = [(clean[None], ratio) for clean, ratio in pictures]
-    ratios = torch.cat([ratio for _, ratio in found])
-    return [x for part, _ in found for x in part.cpu()], nearest_level(model.schedule, ratios).cpu(), ratios.cpu()
+        found = [_by_tiles(model, part, level, noise_std) for part in x]
+    return [one for part, _ in found for one in part.cpu()], torch.cat([ratio for _, ratio in found])
+
+
+def _by_tiles(model: Denoiser, noisy: Tensor, level: int | None, noise_std: float | None) -> tuple[Tensor, Tensor]:
+    """As :func:`denoise` of one image (C, H, W), as a batch of one."""
+    shape = model.shape
+    if shape is None or len(shape) != 3 or tuple(noisy[: shape[0] + 1, : shape[1], : shape[2]].shape) != shape:
+        raise UserError(f"an image of shape {tuple(noisy.shape)}; the model takes {shape} or larger")
+    height, width = shape[1:]
+    places = places_of(noisy.shape[1:], shape[1:], 0.5)
+    tiles = torch.stack([noisy[:, top : top + height, left : left + width] for top, left in places])
+    chosen = tiles[:: max(1, len(tiles) // ESTIMATED)] if level is None and noise_std is None else tiles[:1]
+    ratio = denoise(model, chosen, level, noise_std)[1].median()[None]
+    level = int(nearest_level(model.schedule, ratio))
+    clean = torch.cat([denoise(model, part, level)[0].cpu() for part in tiles.split(BATCH)])
+    rise, fall = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in (height, width))
+    weight = rise[:, None] * fall
+    total, weights = torch.zeros(noisy.shape), torch.zeros(noisy.shape[1:])
+    for (top, left), tile in zip(places, clean, strict=True):
+        total[:, top : top + height, left : left + width] += weight * tile
+        weights[top : top + height, left : left + width] += weight
+    return (total / weights)[None], ratio
 
 
 def common_scale(transform: DataTransform) -> float | None:

@@ -35,34 +35,15 @@ class Restored(NamedTuple):
 
 
 def restore(
-    model: Denoiser,
-    measurement: Callable[[Tensor], Tensor],
-    y: Tensor,
-    noise_std: float | None = None,
-    n: int = 64,
-    particles: int = 512,
-    seed: int = 0,
-    progress: bool = False,
-) -> Restored:
-    """Draws from p(x | y), y = A(x) + noise, by :func:`torchcdm.compose.posterior` and particles.
+    model: Denoiser, measurement: Callable[[Tensor], Tensor], y: Tensor, noise_std: float | None = None, n: int = 64,
+    particles: int = 512, seed: int = 0, progress: bool = False,
+) -> Restored:  # fmt: skip
+    """``n`` draws from p(x | y), y = A(x) + noise, by :func:`torchcdm.compose.posterior` and particles.
 
-    Args:
-        model: A model with a density.
-        measurement: A, of samples (B, *shape) in data units.
-        y: What was measured, (*m).
-        noise_std: Deviation of the noise, data units; not known when None.
-        n: Draws.
-        particles: Particles, at least n; one evaluation a level to come down and one to move, each.
-        seed: Seed, not negative.
-        progress: Shows a progress bar.
-
-    Raises:
-        UserError: As :func:`torchcdm.compose.posterior` and :func:`torchcdm.sample`.
+    Arguments up to ``noise_std`` and errors are as of that function, the others as of :func:`torchcdm.sample`.
     """
-    found = sample(
-        posterior(model, measurement, y, noise_std), n, particles=particles, seed=seed, details=True,
-        progress=progress,
-    )  # fmt: skip
+    target = posterior(model, measurement, y, noise_std)
+    found = sample(target, n, particles=particles, seed=seed, details=True, progress=progress)
     weights = found.log_weights.exp()
     mean = (weights @ found.particles.double().flatten(1)).reshape(found.particles.shape[1:])
     # The k-th of n draws in their order has k / (n + 1) of the mass below it.

@@ -22,7 +22,7 @@ LABELS = {
 """``model.labels`` as ``cdm info`` says it."""
 
 
-def presets(options: argparse.Namespace) -> int:
+def presets(options: argparse.Namespace) -> None:
     """One line a preset."""
     for name in preset_names():
         config, about = make_config(preset_fields(name)), preset_about(name)
@@ -32,10 +32,9 @@ def presets(options: argparse.Namespace) -> int:
             f"{name:26} {config.data.spec or 'your data'}: {about['description']}; {model.kind} "
             f"{model.backbone.name}, {model.schedule.name} T={model.schedule.T}, {config.train.steps} steps{reaches}"
         )
-    return 0
 
 
-def zoo(options: argparse.Namespace) -> int:
+def zoo(options: argparse.Namespace) -> None:
     """What each model is, its size, and what it reaches."""
     models = {}
     for name in names():
@@ -47,10 +46,9 @@ def zoo(options: argparse.Namespace) -> int:
     ]
     lines.append("use them wherever a command takes a model: cdm sample zoo:digits --n 64 --out samples")
     tell(options.json, "\n".join(lines), models)
-    return 0
 
 
-def info(options: argparse.Namespace) -> int:
+def info(options: argparse.Namespace) -> None:
     """Architecture, data and training of a run."""
     info = read_info(options.model)
     model = load(options.model)
@@ -77,11 +75,9 @@ def info(options: argparse.Namespace) -> int:
     }
     text = "\n".join(f"{name:12} {value}" for name, value in values.items() if value)
     tell(options.json, text, values | {"parameters": count, "selected": kept})
-    return 0
 
 
-def push(options: argparse.Namespace) -> int:
+def push(options: argparse.Namespace) -> None:
     """Uploads weights, configuration and card."""
     card = "" if options.card is None else read_bytes(options.card).decode(errors="replace")
     print(pushed(options.model, options.repository, options.private, card=card))
-    return 0

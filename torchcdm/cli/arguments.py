@@ -66,8 +66,12 @@ def add_command(commands: Any, run: str, summary: str, example: str, shared: str
 
 
 def add(parser: Any, words: str, text: str | None, kind: Callable[[str], Any] | None = None, **options: Any) -> None:
-    """An argument: its name and, after a space, what the help calls its value; bool as ``kind``: it takes none."""
+    """An argument: its name and, after a space, what the help calls its value; bool as ``kind``: it takes none.
+
+    The help says its default.
+    """
     name, *metavar = words.split(" ")
+    text = f"{text} ({options['default']})" if "default" in options else text
     options |= {"action": "store_true"} if kind is bool else {"type": kind}
     parser.add_argument(name, help=text, **options, **({"metavar": metavar[0]} if metavar else {}))
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import add, add_command, count
-
-HERE = "torchcdm.cli"
+from torchcdm.cli.arguments import Parser, add, add_command, count
 
 SHORT = {
     "data": ("data.spec", "SPEC", "digits, folder:PATH, array:FILE, table:FILE, toy:NAME ..."),
@@ -28,15 +26,12 @@ SHORT = {
 
 def add_commands(commands: Any) -> None:
     """Adds all commands."""
-    for group in (_training, _sampling, _measuring, _scoring, _ratios, _sharing):
-        group(commands)
 
+    def command(run: str, summary: str, example: str, shared: str = "") -> Parser:
+        return add_command(commands, f"torchcdm.cli.{run}", summary, example, shared)
 
-def _training(commands: Any) -> None:
-    parser = add_command(
-        commands, f"{HERE}.training:train", "train a model from a preset or a YAML file",
-        "cdm train digits --out runs/digits", "skip-bad device",
-    )  # fmt: skip
+    parser = command("training:train", "train a model from a preset or a YAML file",
+                     "cdm train digits --out runs/digits", "skip-bad device")  # fmt: skip
     add(parser, "preset PRESET", "see cdm presets", nargs="?")
     add(parser, "--config FILE", "YAML file instead of, or on top of, a preset")
     add(parser, "--out RUN", "folder of the run", required=True)
@@ -51,12 +46,19 @@ def _training(commands: Any) -> None:
     add(parser, "--section.field VALUE", "any field of the configuration, such as --train.lr 1e-3 or "
         "--model.backbone.width 48; RUN/config.yaml lists them", dest="_")  # fmt: skip
     parser.set_defaults(takes_fields=True)
-    add_command(commands, f"{HERE}.about:presets", "list the presets", "cdm presets")
-    add_command(commands, f"{HERE}.about:info", "what a run holds", "cdm info runs/digits", "model json")
-    parser = add_command(
-        commands, f"{HERE}.training:convert", "a checkpoint of the published CDM code as a run",
-        "cdm convert cifar10.pt runs/published --preset cifar10",
-    )  # fmt: skip
+
+    command("about:presets", "list the presets", "cdm presets")
+    command("about:info", "what a run holds", "cdm info runs/digits", "model json")
+    command("about:zoo", "the models that ship with the package", "cdm zoo", "json")
+
+    parser = command("about:push", "a model to the Hugging Face Hub, with a card",
+                     "cdm push runs/photos me/photos", "model")  # fmt: skip
+    add(parser, "repository OWNER/NAME", "on the Hub; made where it does not exist")
+    add(parser, "--private", "make a new repository private", bool)
+    add(parser, "--card FILE", "Markdown of your own as the card", Path)
+
+    parser = command("training:convert", "a checkpoint of the published CDM code as a run",
+                     "cdm convert cifar10.pt runs/published --preset cifar10")  # fmt: skip
     add(parser, "checkpoint OFFICIAL.pt", None, Path)
     add(parser, "out RUN", None, Path)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -65,23 +67,20 @@ def _training(commands: Any) -> None:
     add(parser, "--shape CxHxW", "of the images; data.channels and data.size, or 3x32x32")
     add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
-
-def _sampling(commands: Any) -> None:
-    parser = add_command(
-        commands, f"{HERE}.sampling:sample", "draw samples",
-        "cdm sample runs/digits --n 64 --out samples\n"
+    parser = command(
+        "sampling:sample", "draw samples", "cdm sample runs/digits --n 64 --out samples\n"
         "  cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both\n"
         "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --format array --out samples",
         "model seed quiet device",
     )  # fmt: skip
-    add(parser, "--n", "number of samples (64)", count, default=64)
+    add(parser, "--n", "number of samples", count, default=64)
     add(parser, "--sampler", "ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one evaluation a "
         "step; heun: two (ddpm, with moves)")  # fmt: skip
     add(parser, "--steps N", "sampling steps, up to T (25 with moves, 50 without)", count)
     add(parser, "--spacing", "even, or adaptive: steps placed where the model's trajectories bend, found by 64 "
-        "evaluations of 16 of them (even)", default="even")  # fmt: skip
+        "evaluations of 16 of them", default="even")  # fmt: skip
     add(parser, "--label K|balanced", "class by number or name, or all in turn")
-    add(parser, "--guidance W", "classifier-free guidance (0)", float, default=0.0)
+    add(parser, "--guidance W", "classifier-free guidance", float, default="0")
     add(parser, "--all-of A,B", "what is all of these classes at once: a product")
     add(parser, "--any-of A,B", "what is one of these classes: a mixture")
     add(parser, "--none-of A,B", "what is none of these classes")
@@ -89,32 +88,27 @@ def _sampling(commands: Any) -> None:
     add(parser, "--corrector N", "Langevin moves with accept-reject after each step, an evaluation each (1 without "
         "--sampler, 0 with it)", int)  # fmt: skip
     add(parser, "--particles N", "weighted particles, at least --n, instead of a sampler: what a composed density "
-        "needs to be exact (0)", int, default=0)  # fmt: skip
-    add(parser, "--format", "what to write (grid)", default="grid", choices=("grid", "images", "array", "all"))
+        "needs to be exact", int, default=0)  # fmt: skip
+    add(parser, "--format", "what to write", default="grid", choices=("grid", "images", "array", "all"))
     add(parser, "--out DIR", None, Path, required=True)
-    parser = add_command(
-        commands, f"{HERE}.sampling:restore",
-        "images from a part of them, a blurred or a smaller one: posterior samples",
+
+    parser = command(
+        "sampling:restore", "images from a part of them, a blurred or a smaller one: posterior samples",
         "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored\n"
-        "  cdm restore runs/photos small.png --scale 2 --out larger",
-        "model paths seed skip-bad quiet device",
+        "  cdm restore runs/photos small.png --scale 2 --out larger", "model paths seed skip-bad quiet device",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     add(what, "--mask FILE", "an image or .npy of the model's size, not 0 where the pixels of PATH are known", Path)
     add(what, "--blur S", "PATH is blurred by a Gaussian of S pixels", float)
     add(what, "--scale K", "PATH is K times smaller, each pixel a mean", count)
     add(parser, "--noise-std S", "deviation of the noise of PATH, data units; not known by default", float)
-    add(parser, "--n", "draws of each (64)", count, default=64)
-    add(parser, "--particles N", "weighted particles that they are drawn from, at least --n (512)", count, default=512)
+    add(parser, "--n", "draws of each", count, default=64)
+    add(parser, "--particles N", "weighted particles that they are drawn from, at least --n", count, default=512)
     add(parser, "--out DIR", "for images and arrays of the mean, the width of 90 %% credible intervals, and the "
         "draws, and restored.csv", Path, required=True)  # fmt: skip
 
-
-def _measuring(commands: Any) -> None:
-    parser = add_command(
-        commands, f"{HERE}.measuring:nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json",
-        "model data split limit quiet json device",
-    )  # fmt: skip
+    parser = command("measuring:nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json",
+                     "model data split limit quiet json device")  # fmt: skip
     add(parser, "--methods", "of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
     add(parser, "--draws K", "noise draws of the one-pass rows (1)", int)
     add(parser, "--level T", "level of the bounds and the flow; chosen by default", int)
@@ -123,33 +117,31 @@ def _measuring(commands: Any) -> None:
     add(parser, "--flow-probes P", "probes of its divergence, even (2)", int)
     add(parser, "--sweeps N", "sweeps of the replica exchange for log Z (200)", int)
     add(parser, "--seed", None, int)
-    parser = add_command(
-        commands, f"{HERE}.measuring:evaluate", "level accuracy, cross-entropy and denoising error per level",
-        "cdm evaluate runs/digits --json levels.json", "model data split limit json device",
-    )  # fmt: skip
-    add(parser, "--draws", "noisy copies of each sample (4)", count, default=4)
-    parser = add_command(
-        commands, f"{HERE}.measuring:calibrate", "make one pass agree with the probability flow of the same network: "
-        "changes values of log p in RUN and what is made of them, such as anomaly scores; no sample, ELBO or flow",
+
+    parser = command("measuring:evaluate", "level accuracy, cross-entropy and denoising error per level",
+                     "cdm evaluate runs/digits --json levels.json", "model data split limit json device")  # fmt: skip
+    add(parser, "--draws", "noisy copies of each sample", count, default=4)
+
+    parser = command(
+        "measuring:calibrate", "make one pass agree with the probability flow of the same network: changes values of "
+        "log p in RUN and what is made of them, such as anomaly scores; no sample, ELBO or flow",
         "cdm calibrate runs/digits --samples 200 --rounds 1", "model seed quiet json device",
     )  # fmt: skip
-    add(parser, "--samples N", "validation samples (1024), a flow of 25 steps for each", count, default=1024)
-    add(parser, "--rounds K", "of particles, which find what log p gives too much to (2)", int, default=2)
-    add(parser, "--particles N", "in each round (128), two passes a level and a flow for each", int, default=128)
+    add(parser, "--samples N", "validation samples, a flow of 25 steps for each", count, default=1024)
+    add(parser, "--rounds K", "of particles, which find what log p gives too much to", int, default=2)
+    add(parser, "--particles N", "in each round, two passes a level and a flow for each", int, default=128)
     add(parser, "--level T", "lowest level; that of `cdm nll` by default", int)
     add(parser, "--remove", "take back what an earlier call has set", bool)
 
-
-def _scoring(commands: Any) -> None:
-    parser = add_command(
-        commands, f"{HERE}.scoring:score", "how anomalous images, arrays or rows of tables are",
+    parser = command(
+        "scoring:score", "how anomalous images, arrays or rows of tables are",
         "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
         "model paths skip-bad quiet json device",
     )  # fmt: skip
     scores = "levels, coarse, complexity, typicality, log_prob, ratio"
-    add(parser, "--score NAME", f"of {scores} (levels)", default="levels")
+    add(parser, "--score NAME", f"of {scores}", default="levels")
     add(parser, "--background RUN", "model of broader data, for the score 'ratio'")
-    add(parser, "--fpr P", "share of normal inputs to flag (0.05)", float, default=0.05)
+    add(parser, "--fpr P", "share of normal inputs to flag", float, default=0.05)
     add(parser, "--reference PATH", "normal data that RUN was not trained on; its validation split by default",
         nargs="+")  # fmt: skip
     add(parser, "--limit N", "at most N reference samples, evenly spaced (5000)", count)
@@ -158,17 +150,16 @@ def _scoring(commands: Any) -> None:
     add(parser, "--plot FILE", "histogram of the scores, a PNG", Path)
     add(parser, "--maps DIR", "a PNG for each image: beside it, where it is not what is normal", Path)
     add(parser, "--engine", "this process, or workers on Ray for what no memory holds: Parquet by its row groups, "
-        "folders of images (local)", default="local", choices=("local", "ray"))  # fmt: skip
+        "folders of images", default="local", choices=("local", "ray"))  # fmt: skip
     add(parser, "--workers N", "workers on Ray; one for each GPU or core", count)
-    parser = add_command(
-        commands, f"{HERE}.scoring:explore", "a page in the browser on a model", "cdm explore zoo:digits",
-        "model device",
-    )  # fmt: skip
-    add(parser, "--port P", "the first free one from 7860 on by default", int, default=0)
+
+    parser = command("scoring:explore", "a page in the browser on a model", "cdm explore zoo:digits", "model device")
+    add(parser, "--port P", "the first free one from 7860 on by default", int)
     add(parser, "--reference PATH", "normal data to compare with and to choose from; the splits of MODEL's own data "
         "by default", nargs="+")  # fmt: skip
-    parser = add_command(
-        commands, f"{HERE}.scoring:denoise", "remove white noise from images, arrays or tables",
+
+    parser = command(
+        "scoring:denoise", "remove white noise from images, arrays or tables",
         "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean", "model paths skip-bad device",
     )  # fmt: skip
     strength = parser.add_mutually_exclusive_group()
@@ -179,39 +170,25 @@ def _scoring(commands: Any) -> None:
         "noise_ratio, the noise of every column over the column's own deviation in training", Path,
         required=True)  # fmt: skip
 
-
-def _ratios(commands: Any) -> None:
-    parser = add_command(
-        commands, f"{HERE}.ratios:ratio", "density ratio of two data sets: numerator over denominator, at the query",
+    parser = command(
+        "ratios:ratio", "density ratio of two data sets: numerator over denominator, at the query",
         "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
         "skip-bad seed quiet json device",
     )  # fmt: skip
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
         add(parser, f"{name} {name.upper()}", f"{what}: a table, an array, a folder of images, or a SPEC")
-    add(parser, "--method", "joint or separate (joint)", default="joint")
+    add(parser, "--method", "joint or separate", default="joint")
     add(parser, "--clip P", "weights above this quantile are set to it: 0.999", float)
-    add(parser, "--discrete", "columns of few values: dequantize or error (dequantize)", default="dequantize")
+    add(parser, "--discrete", "columns of few values: dequantize or error", default="dequantize")
     add(parser, "--size HxW", "images are resized to this")
     add(parser, "--channels N", "images are converted to so many channels", int)
     add(parser, "--steps N", "most training steps", int)
     add(parser, "--csv FILE", "log ratio, weight and flag of every sample", Path)
     add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", Path)
     add(parser, "--test", "also test whether the two sets differ, on halves of both", bool)
-    parser = add_command(
-        commands, f"{HERE}.ratios:mi", "mutual information of two tables, row by row",
-        "cdm mi weather.csv sales.csv", "seed quiet json device",
-    )  # fmt: skip
+
+    parser = command("ratios:mi", "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv",
+                     "seed quiet json device")  # fmt: skip
     for name in ("x", "y"):
         add(parser, f"{name} {name.upper()}", "a table, an array, or a SPEC")
     add(parser, "--steps N", "most training steps", int)
-
-
-def _sharing(commands: Any) -> None:
-    add_command(commands, f"{HERE}.about:zoo", "the models that ship with the package", "cdm zoo", "json")
-    parser = add_command(
-        commands, f"{HERE}.about:push", "a model to the Hugging Face Hub, with a card",
-        "cdm push runs/photos me/photos", "model",
-    )  # fmt: skip
-    add(parser, "repository OWNER/NAME", "on the Hub; made where it does not exist")
-    add(parser, "--private", "make a new repository private", bool)
-    add(parser, "--card FILE", "Markdown of your own as the card", Path)

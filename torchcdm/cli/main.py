@@ -31,8 +31,6 @@ FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
 LONGEST = 500
 """Characters of a message; of a longer one the middle is left out."""
 
-GROUPS = (commands,)
-
 OUTPUTS = ("json", "csv", "plot")
 INPUTS = ("paths", "reference", "numerator", "denominator", "query", "x", "y")
 """Arguments that name files which commands write, and which they read: these are not to be replaced."""
@@ -42,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``cdm``: runs one command and returns its exit code."""
     parser = Parser(prog="cdm", description="Classification diffusion models.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"torchcdm {__version__}")
-    return run_command(parser, GROUPS, arguments)
+    return run_command(parser, (commands,), arguments)
 
 
 def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequence[str] | None) -> int:
@@ -51,7 +49,6 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
     The ``groups`` are modules whose ``add_commands`` adds commands; ``arguments`` the words after the program's name,
     those of the process when None.
     """
-    name = parser.prog
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
@@ -63,10 +60,10 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
         if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
             text = " ".join(str(error).split())
             text = text if len(text) <= LONGEST else f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
-            print(f"{name}: {text}", file=sys.stderr)
+            print(f"{parser.prog}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -76,14 +73,14 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         # The parser would take the values of flags that it does not know for arguments without a name.
         words, fields = _without_fields(words)
         options, rest = parser.parse_known_args(words)
-        takes_fields = getattr(options, "takes_fields", False)
-        rest += [] if takes_fields else [f"--{field}" for field, _ in fields]
+        options.fields = fields
+        if not getattr(options, "takes_fields", False):
+            rest += [f"--{field}" for field, _ in fields]
         if rest and rest[0].startswith("--"):
             flags = re.findall(r"^ +--([a-z-]+)(?![\w.-])", options.command.format_help(), re.MULTILINE)
             raise UserError(f"unknown argument '{rest[0]}'; {nearest(rest[0][2:].partition('=')[0], flags)}")
         if rest:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
-        options.fields = fields
         read = [getattr(options, name, None) or () for name in INPUTS]
         inputs = [path for paths in read for path in ([paths] if isinstance(paths, str) else paths)]
         for name in OUTPUTS:

@@ -19,7 +19,7 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import DataTransform
 
 
-def nll(options: argparse.Namespace) -> int:
+def nll(options: argparse.Namespace) -> None:
     """Likelihood of a split."""
     scoring = Scoring(**given(
         level=options.level, draws=options.draws, seed=options.seed, steps=options.flow_steps,
@@ -43,10 +43,9 @@ def nll(options: argparse.Namespace) -> int:
         )  # fmt: skip
     if main:
         tell(options.json, result.table(), result.to_json())
-    return 0
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace) -> None:
     """Classifier and denoiser by level."""
     info = read_info(options.model)
     with sharing(options.device) as (device, main):
@@ -56,10 +55,9 @@ def evaluate(options: argparse.Namespace) -> int:
     if main:
         text = "\n".join(f"{name:10} {value:.4f}" for name, value in values["mean"].items())
         tell(options.json, text, {"data": {"name": source.name, "split": options.split}} | values)
-    return 0
 
 
-def calibrate(options: argparse.Namespace) -> int:
+def calibrate(options: argparse.Namespace) -> None:
     """Fits a readout and keeps it with the model, or takes it back."""
     info = read_info(options.model)
     found, run = None, RunFolder(options.model)
@@ -76,7 +74,6 @@ def calibrate(options: argparse.Namespace) -> int:
             save_model(run, model, info)
     if main and found is not None:
         _tell(options, found, model.transform)
-    return 0
 
 
 def _tell(options: argparse.Namespace, found: PathCalibration, transform: DataTransform) -> None:

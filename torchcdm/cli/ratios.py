@@ -16,7 +16,7 @@ from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device
 
 
-def ratio(options: argparse.Namespace) -> int:
+def ratio(options: argparse.Namespace) -> None:
     """Fits, scores, and says how far to trust it."""
     check_clip(options.clip)
     check_spec(spec_of(options.query))
@@ -62,17 +62,15 @@ def ratio(options: argparse.Namespace) -> int:
         shown = ("p_value", "statistic", "numerator_rows", "denominator_rows", "columns")
         values["test"], text = {name: getattr(test, name) for name in shown}, f"{text}\n\n{test.text()}"
     tell(options.json, text, values)
-    return 0
 
 
-def mi(options: argparse.Namespace) -> int:
+def mi(options: argparse.Namespace) -> None:
     """Says what the rows of one table tell of those of the other, and how far to trust it."""
     found = mutual_information(
         options.x, options.y, options.seed, device=str(chosen_device(options.device)), progress=not options.quiet,
         **given(steps=options.steps),
     )  # fmt: skip
     tell(options.json, found.text("mutual information"), asdict(found))
-    return 0
 
 
 def _text(ratio: DensityRatio, query: dict[str, Any]) -> str:

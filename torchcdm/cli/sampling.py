@@ -23,7 +23,7 @@ from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.samples import balanced_labels, draw, save_manifest, save_sheet
 
 
-def sample(options: argparse.Namespace) -> int:
+def sample(options: argparse.Namespace) -> None:
     """Samples to files, with a manifest."""
     info = read_info(options.model)
     out = options.out
@@ -42,7 +42,7 @@ def sample(options: argparse.Namespace) -> int:
             progress=main and not options.quiet, **(spacing if options.spacing != "even" else {}),
         )  # fmt: skip
     if not main:
-        return 0
+        return
     files, pictures = [], drawn.x.ndim == 4
     if options.format in ("grid", "all"):
         save_sheet(drawn, model, out / "samples")
@@ -56,7 +56,6 @@ def sample(options: argparse.Namespace) -> int:
     cost = f"{drawn.evaluations} evaluation{'s' * (drawn.evaluations > 1)} of the denoiser each"
     parts = [f"{options.n} samples in {out}", cost if drawn.evaluations else "", drawn.summary]
     print("; ".join(part for part in parts if part))
-    return 0
 
 
 def _composed(model: Denoiser, known: dict[str, int], options: argparse.Namespace) -> Denoiser:
@@ -86,7 +85,7 @@ def _labels(label: str | None, n: int, model: Denoiser, known: dict[str, int]) -
     return torch.full((n,), known[label])
 
 
-def restore(options: argparse.Namespace) -> int:
+def restore(options: argparse.Namespace) -> None:
     """Means, widths and draws to files."""
     info, out = read_info(options.model), options.out
     if options.noise_std is not None:
@@ -115,7 +114,6 @@ def restore(options: argparse.Namespace) -> int:
     save_array(torch.cat(draws), out / "draws.npz", info.transform, which)
     write_rows(out / "restored.csv", ["input", "file", "ess", "mean_width"], rows)
     print(f"{len(names)} images in {out}, {options.n} draws of each")
-    return 0
 
 
 def _measurement(

@@ -16,7 +16,7 @@ import torch
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
 from torchcdm.apps.anomaly.detector import check_fpr
 from torchcdm.apps.anomaly.maps import save_maps
-from torchcdm.apps.denoising import common_scale, denoise_all, require_additive_noise
+from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, require_additive_noise
 from torchcdm.apps.explorer import Explorer, page, serve
 from torchcdm.apps.plots import check_figure, score_histogram
 from torchcdm.cli.arguments import given, say, tell
@@ -37,7 +37,7 @@ KEPT = ("score", "percentile", "flag", "deviating")
 """What is kept of every input."""
 
 
-def score(options: argparse.Namespace) -> int:
+def score(options: argparse.Namespace) -> None:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
     check_fpr(options.fpr)
     if options.plot is not None:
@@ -67,7 +67,7 @@ def score(options: argparse.Namespace) -> int:
         if options.maps is not None:
             maps = explain(inputs.x)
     if not main:
-        return 0
+        return
     if options.maps is not None:
         files = save_maps(maps, inputs.x, explain.limit, options.maps, model.info.transform)
         judged["where"] = [path.name for path in files]
@@ -90,7 +90,6 @@ def score(options: argparse.Namespace) -> int:
         "flags": flags,
     }
     tell(options.json, _summary(numbers, names), numbers)
-    return 0
 
 
 def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[dict[str, Any], dict[int, str]]:
@@ -144,18 +143,17 @@ def _summary(numbers: dict[str, Any], names: dict[int, str]) -> str:
     return "\n".join(lines)
 
 
-def explore(options: argparse.Namespace) -> int:
+def explore(options: argparse.Namespace) -> None:
     """Serves the page until it is stopped."""
     model = load(options.model, chosen_device(options.device))
     reference, _ = normal_data(model, options.reference, limit=EXAMPLES)
     examples = reference if options.reference else model.info.read_source(model).test.tensors(EXAMPLES)[0].float()
     blocks = page(Explorer(model, model.info, reference, examples), options.model)
-    print(f"{options.model}: {serve(blocks, options.port)} (Ctrl+C stops it)", flush=True)
+    print(f"{options.model}: {serve(blocks, options.port or 0)} (Ctrl+C stops it)", flush=True)
     blocks.block_thread()
-    return 0
 
 
-def denoise(options: argparse.Namespace) -> int:
+def denoise(options: argparse.Namespace) -> None:
     """Clean files, and a table of the noise that was found."""
     check_output_folder(options.out, options.paths)
     model = load(options.model, chosen_device(options.device))
@@ -167,7 +165,8 @@ def denoise(options: argparse.Namespace) -> int:
         x, names, notes = info.read_pictures(options.paths, options.skip_bad)
     else:
         x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
-    clean, levels, noise = denoise_all(model, list(x), options.level, options.noise_std)
+    clean, noise = denoise_all(model, list(x), options.level, options.noise_std)
+    levels = nearest_level(model.schedule, noise)
     scale = common_scale(model.transform)
     noise = noise if scale is None else scale * noise
     if images:
@@ -184,4 +183,3 @@ def denoise(options: argparse.Namespace) -> int:
     found = "{:.3g} of each column's" if scale is None else "of standard deviation {:.3g}"
     say(notes)
     print(f"{len(clean)} samples in {out}; noise {found.format(float(noise.median()))} (median)")
-    return 0

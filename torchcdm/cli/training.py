@@ -88,7 +88,7 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
     return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config, source
 
 
-def convert(options: argparse.Namespace) -> int:
+def convert(options: argparse.Namespace) -> None:
     """A run folder that every other command reads."""
     run = RunFolder(options.out)
     if run.holds_run():
@@ -118,7 +118,6 @@ def convert(options: argparse.Namespace) -> int:
     with run.locked():
         save_model(run, model, info)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")
-    return 0
 
 
 def _shape(text: str) -> tuple[int, ...]:

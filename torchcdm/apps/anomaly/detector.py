@@ -96,16 +96,10 @@ class AnomalyDetector:
         return ~(torch.as_tensor(scores) <= self.threshold(fpr))
 
     def save(self, folder: str | Path) -> None:
-        """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``.
-
-        Raises:
-            UserError: They cannot be written.
-        """
-        tensors = {f"fitted.{key}": value for key, value in (self.score.fitted or {}).items()}
-        content = {"score": self.score.name, "values": self._values}
-        write_artefact(
-            Path(folder) / FILE, "detector", content, {TENSORS: tensors | {"calibration": self.calibration}}
-        )
+        """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``."""
+        content, tensors = {"score": self.score.name, "values": self._values}, {"calibration": self.calibration}
+        tensors |= {f"fitted.{key}": value for key, value in (self.score.fitted or {}).items()}
+        write_artefact(Path(folder) / FILE, "detector", content, {TENSORS: tensors})
 
     @classmethod
     def load(cls, folder: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
@@ -145,13 +139,10 @@ def _digest(score: AnomalyScore) -> str:
 def normal_data(
     model: Denoiser, paths: Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
 ) -> tuple[Tensor, str]:
-    """Normal data that did not train the model, data units (N, *shape), and what they are called.
+    """Normal data that did not train a model of known data, data units (N, *shape), and what they are called.
 
-    Args:
-        model: A model that knows its data.
-        paths: Files; the validation split of the model's own data when None.
-        skip_bad: Leaves out what cannot be read.
-        limit: Samples at most, evenly spaced.
+    From the files ``paths``, without what cannot be read where ``skip_bad`` says so; the validation split of the
+    model's own data when None. At most ``limit`` samples, evenly spaced.
 
     Raises:
         UserError: Files that do not fit the model; no validation split.

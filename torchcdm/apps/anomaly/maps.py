@@ -140,12 +140,9 @@ def _smooth(maps: Tensor, share: float) -> Tensor:
 
 
 def top_columns(maps: Tensor, names: Sequence[str] | None = None, most: int = 3) -> list[str]:
-    """The columns that contribute most to each row and by how many deviations, such as ``flow 6.2, volt 3.1``.
+    """The columns that contribute ``most`` to maps of rows (N, d), with their values, such as ``flow 6.2, volt 3.1``.
 
-    Args:
-        maps: Maps of rows, (N, d).
-        names: Names of the columns; c0, c1, ... when None.
-        most: Number of columns named.
+    Columns without ``names`` are c0, c1, ...
     """
     names = names or [f"c{k}" for k in range(maps.shape[1])]
     found = maps.topk(min(most, maps.shape[1]))
@@ -154,14 +151,8 @@ def top_columns(maps: Tensor, names: Sequence[str] | None = None, most: int = 3)
 
 
 def overlay(maps: Tensor, x: Tensor, limit: float, transform: DataTransform | None = None) -> Tensor:
-    """Images with their maps in red, from half the limit on: uint8 (N, 3, H, W).
-
-    Args:
-        maps: Maps of images, (N, H, W).
-        x: The images, data units, (N, C, H, W).
-        limit: :attr:`AnomalyMap.limit`.
-        transform: The model's: range and grid.
-    """
+    """Images ``x`` (N, C, H, W), data units, with their maps (N, H, W) in red, from half the ``limit`` on: uint8
+    (N, 3, H, W). The ``transform`` is the model's: range and grid."""
     colours = to_bytes(x, transform).double()
     colours = colours if x.shape[1] == 3 else colours.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     red = torch.tensor([255.0, 0.0, 0.0]).double().reshape(3, 1, 1)
@@ -170,11 +161,7 @@ def overlay(maps: Tensor, x: Tensor, limit: float, transform: DataTransform | No
 
 
 def save_maps(maps: Tensor, x: Tensor, limit: float, folder: Path, transform: DataTransform) -> list[Path]:
-    """One PNG for each image, 000000.png and so on: the image, and beside it its map as in :func:`overlay`.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
+    """One PNG for each image, 000000.png and so on: the image, and beside it its map as in :func:`overlay`."""
     pairs = torch.stack([overlay(torch.zeros_like(maps), x, limit, transform), overlay(maps, x, limit, transform)], 1)
     paths = [folder / f"{k:06d}.png" for k in range(len(x))]
     for path, pair in zip(paths, pairs, strict=True):
