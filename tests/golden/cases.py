@@ -43,7 +43,7 @@ from torchcdm.networks.unet import CDMUNet, DDMUNet
 from torchcdm.samplers import DDIM
 from torchcdm.training.checkpoint import load
 from torchcdm.training.evaluation import level_sums
-from torchcdm.training.level_constants import calibrate_levels
+from torchcdm.training.finish import calibrate_levels
 from torchcdm.training.loop import train
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.path_calibration import calibrate_paths
@@ -274,8 +274,8 @@ def of_tools() -> dict[str, Tensor]:
     for name in ("log_prob", "typicality", "coarse"):
         score = AnomalyScore(name, model).fit(grey(30, seed=11))
         values[f"anomaly/{name}"] = score(grey(5, seed=12))
-    found = calibrate_levels(model, grey(40, seed=13), copies=400, seed=1)
-    values["constants"] = torch.cat([model.level_constants, torch.tensor([found.before, found.after, found.change])])
+    found = torch.tensor(calibrate_levels(model, grey(40, seed=13), copies=400, seed=1))
+    values["constants"] = torch.cat([model.level_constants, found])
     model = calibrate_paths(model, grey(24, seed=14), rounds=1, particles=32, seed=1).model
     values["calibrated"] = model.log_prob_levels(model.transform(grey(4)))
     return values

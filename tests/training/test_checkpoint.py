@@ -14,14 +14,18 @@ from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.files import TEMPORARY, write_json
 from torchcdm.training.build import load_source, new_model, resolve
-from torchcdm.training.checkpoint import ModelInfo, load, load_matching, read_info, save_model
-from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics, read_metrics
-from torchcdm.training.states import (
+from torchcdm.training.checkpoint import (
+    ModelInfo,
     TrainingState,
+    load,
+    load_matching,
     load_state,
+    read_info,
+    save_model,
     save_state,
     state_folders,
 )
+from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics, read_metrics
 
 
 def randomised(model):
@@ -162,7 +166,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):
         import resource, sys
         from pathlib import Path
         import torch
-        from torchcdm.training.states import TrainingState, load_state, save_state, state_folders
+        from torchcdm.training.checkpoint import TrainingState, load_state, save_state, state_folders
         from torchcdm.errors import UserError
         from torchcdm.runtime.files import write_file
         from torchcdm.training.run_folder import RunFolder

@@ -15,10 +15,9 @@ from torchcdm.cli import main
 from torchcdm.errors import UserError
 from torchcdm.runtime.artefact import seal
 from torchcdm.runtime.validation import encode
-from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.states import load_state, state_folders
 
 MODEL = ("config.json", "model.safetensors")
 STATE = ("progress.json", "model.safetensors", "ema.safetensors", "optimizer.safetensors")

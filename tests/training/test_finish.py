@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pretended_device import pretended_device
 from sklearn.covariance import LedoitWolf
 from small_runs import small_config
 
@@ -16,8 +17,9 @@ from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.training.build import load_source, new_model
 from torchcdm.training.checkpoint import load, read_info
-from torchcdm.training.finish import _uniform, problems
+from torchcdm.training.finish import _uniform, compare, problems
 from torchcdm.training.loop import train
 from torchcdm.training.samples import sampling_options
 from torchcdm.units import DataTransform
@@ -64,6 +66,16 @@ def test_without_fallback_the_trained_one_stays(tmp_path):
     )  # fmt: skip
     result = train(config, tmp_path / "run", device="cpu", progress=False)
     assert result.outcome["kept"] == "model" and read_info(tmp_path / "run").selected["step"] > 0
+
+
+def test_what_is_compared_lies_where_the_model_does():
+    config = small_config(model__gaussian="false")
+    source = load_source(config.data)
+    model = new_model(config.model, source, flip=False).eval()
+    with pretended_device() as device:
+        model = model.to(device)
+        outcome = compare(model, config, source, {key: value.clone() for key, value in model.state_dict().items()})
+    assert outcome["values"]["gaussian"] < outcome["values"]["start"] < outcome["values"]["uniform"] + 1
 
 
 def named(unit="bits/dim", **values):

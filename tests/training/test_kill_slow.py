@@ -13,8 +13,8 @@ import torch
 from small_runs import small_flags
 
 from torchcdm.runtime.files import TEMPORARY
+from torchcdm.training.checkpoint import load_state, state_folders
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.states import load_state, state_folders
 
 KILLS = 12
 COMMAND = "import sys; from torchcdm.cli import main; sys.exit(main())"

@@ -13,7 +13,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.config_files import make_config, preset_fields
-from torchcdm.training.level_constants import calibrate_levels
+from torchcdm.training.finish import calibrate_levels
 from torchcdm.training.loop import train
 
 T = 30
@@ -44,15 +44,15 @@ def test_constants_of_an_exact_model_that_was_shifted_are_found(joint, labelled)
     (x, y), fresh = mixture.sample_labelled(4000, rng(1)), mixture.sample(50, rng(2))
     y = y if labelled else None
     eps, wrong = model.denoise(fresh, 3).eps, model.log_prob(fresh)
-    found = calibrate_levels(model, x, y, copies=40_000)
+    before, after, change = calibrate_levels(model, x, y, copies=40_000)
     exact = mixture.log_prob_levels(fresh, model.schedule)
     # 31 steps of 0.2 nats; 40 000 copies tell each ratio of neighbours to about a hundredth.
-    assert found.change == pytest.approx(31 * 0.2, abs=0.15) and found.after < found.before - 0.05
+    assert change == pytest.approx(31 * 0.2, abs=0.15) and after < before - 0.05
     assert (exact[:, 0] - wrong).mean() > 6 and (exact[:, 0] - model.log_prob(fresh)).abs().max() < 0.15
     # With joint logits the constants go through a sum over the classes, which rounds.
     assert torch.allclose(model.denoise(fresh, 3).eps, eps, rtol=0, atol=1e-12 if joint else 0)
     # Once more finds nothing.
-    assert abs(calibrate_levels(model, x, y, copies=40_000).change) < 1e-5
+    assert abs(calibrate_levels(model, x, y, copies=40_000)[2]) < 1e-5
 
 
 def test_the_best_constants_make_the_mean_posterior_the_share_of_each_level():
@@ -79,8 +79,8 @@ def test_log_probabilities_that_are_not_finite_are_refused(value):
 
 def test_samples_too_few_to_tell_leave_the_model_as_it_is():
     model, mixture = off_by(0.0)
-    found = calibrate_levels(model, mixture.sample(4, rng(3)), copies=1)
-    assert found.change == 0 and found.after >= found.before and not model.level_constants.any()
+    before, after, change = calibrate_levels(model, mixture.sample(4, rng(3)), copies=1)
+    assert change == 0 and after >= before and not model.level_constants.any()
 
 
 def test_a_training_ends_with_constants_that_lower_the_cross_entropy(tmp_path):

@@ -18,12 +18,11 @@ from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
 from torchcdm.training.build import in_units
-from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.states import load_state, state_folders
 from torchcdm.units import ColumnTransform
 
 SAME = ("model.safetensors", "state/step-12/model.safetensors", "state/step-12/ema.safetensors",

@@ -11,11 +11,11 @@ from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.training import loop as training
+from torchcdm.training.checkpoint import load_state, state_folders
 from torchcdm.training.config_files import flag_fields, make_config, preset_fields
 from torchcdm.training.evaluation import means
 from torchcdm.training.loop import NotFinite, Window, train
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.states import load_state, state_folders
 
 
 def poisoned(monkeypatch, steps):

@@ -10,9 +10,9 @@ import torch
 import two_processes
 from small_runs import small_config
 
+from torchcdm.training.checkpoint import load_state, state_folders
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.states import load_state, state_folders
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ from torchcdm.bridges.hub import push as pushed
 from torchcdm.cli.arguments import tell
 from torchcdm.runtime.artefact import read_bytes
 from torchcdm.training.build import described
-from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.checkpoint import load, read_info, state_folders
 from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.states import state_folders
 from torchcdm.zoo import HOME, about, located, names
 
 LABELS = {

@@ -22,7 +22,7 @@ class ClassificationDiffusion(DensityModel):
     ``log p_t(x) = base_t(x) + h_t(x) - h_{T+1}(x)``. With the standard normal as base this is identity 1; with
     fitted Gaussian marginals the network learns only what is not Gaussian. The classifier's logits are the
     same numbers: ``p(t | x) = softmax_t(log p_t(x))`` under the uniform prior over levels of training. Constants of
-    the levels, 0 unless :mod:`torchcdm.training.level_constants` has set them, are added to h.
+    the levels, 0 unless :mod:`torchcdm.training.finish` has set them, are added to h.
 
     A *joint* backbone gives (B, classes, T+2): log p_t(x|y) for all classes at once (identity 10).
 

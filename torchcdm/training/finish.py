@@ -1,4 +1,13 @@
-"""What happens at the end of a training: constants of the levels, the comparison with the start, and samples."""
+r"""What happens at the end of a training: constants of the levels, the comparison with the start, and samples.
+
+A level classifier is calibrated as a whole where the mean of p(t | x) over noisy copies of all levels is the share of
+the level,
+
+.. math:: \frac{1}{T+2} \sum_s E_{x \sim p_s}[p(t \mid x)] = \frac{1}{T+2} \quad \text{for every } t,
+
+as it is for the true densities. Constants added to the logits that minimise the cross-entropy make it so, and no
+gradient in x, and so no sample, changes. The errors of all levels add up in log p_0.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from torchcdm.annealing.ratios import best_constants
 from torchcdm.data import DataSource
-from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.training.build import base_floor, base_samples, choose_base
+from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.checkpoint import load_weights
-from torchcdm.training.evaluation import labels_for
-from torchcdm.training.level_constants import calibrate_levels
+from torchcdm.training.evaluation import at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
@@ -27,6 +37,9 @@ from torchcdm.units import ColumnTransform, standard_error
 
 if TYPE_CHECKING:
     from torchcdm.training.loop import Trainer
+
+FEWEST_COPIES = 20
+"""Noisy copies at each level, of all samples together."""
 
 COMPARED = 1000
 """Samples of a split that models are compared on."""
@@ -56,13 +69,12 @@ def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
     cdm = config.model.kind == "cdm" and len(source.validation) >= 2 and kept is model
     if cdm and config.train.calibration:
         x, labels = source.validation.tensors()
-        y = labels_for(model, labels)
-        found = calibrate_levels(model, x, y, config.train.calibration, config.train.seed)
-        if found.change:
+        y, copies = labels_for(model, labels), config.train.calibration
+        before, after, change = calibrate_levels(model, x, y, copies, config.train.seed)
+        if change:
             trainer.save_model()
-        change = f"log p_0 {found.change:+.3f} nats" if found.change else "left as they were"
-        entropies = f"cross-entropy of held-out halves {found.before:.4f} -> {found.after:.4f}"
-        trainer.say(f"constants of the levels: {entropies}, {change}")
+        said = f"log p_0 {change:+.3f} nats" if change else "left as they were"
+        trainer.say(f"constants of the levels: cross-entropy of held-out halves {before:.4f} -> {after:.4f}, {said}")
     if cdm:
         outcome = compare(model, config, source, trainer.start)
         if outcome["kept"] == "start":
@@ -82,6 +94,47 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
     drawn = draw(model, sampling.n, y, config.train.seed, guidance=guidance, **sampling_options(model, sampling))
     save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
     return save_sheet(drawn, model, run.samples / name)
+
+
+# --- constants of the levels -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibrate_levels(
+    model: ClassificationDiffusion, x: Tensor, y: Tensor | None = None, copies: int = 20_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Sets ``model.level_constants`` to those that minimise the cross-entropy of the level on noisy copies of ``x``.
+
+    Each half of the samples, (N, *shape) in data units, which the model was not trained on, is scored with the
+    constants of the other half first: where that does not lower the cross-entropy, the samples are too few to tell,
+    and the model stays as it is. The ``copies`` are spread over samples and levels; at least one of each sample, and
+    :data:`FEWEST_COPIES` of each level.
+
+    Returns:
+        Cross-entropy of the level on the halves, before and with the constants of the other half, nats; and what log
+        p_0 has gained at every input, nats: 0 where the constants did not help.
+
+    Raises:
+        UserError: Log probabilities that are not finite.
+    """
+    draws = -(-max(copies, FEWEST_COPIES * (model.schedule.T + 2)) // len(x))
+    parts = [
+        (batch.by_parts(lambda one: model.conditional_and_marginal(one.x_t, one.y)[1]), batch.t.cpu(), batch.rows % 2)
+        for batch in at_all_levels(model, x, draws, seed, y)
+    ]
+    log_p, t, half = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not bool(log_p.isfinite().all()):
+        raise UserError("calibration: the model's log probabilities of the levels are not finite")
+    before, after = float(cross_entropy(log_p, t)), 0.0
+    for k in (0, 1):
+        scored = half == k
+        others = best_constants(log_p[~scored], t[~scored])
+        after += float(scored.sum() * cross_entropy(log_p[scored] + others, t[scored])) / len(t)
+    if not after < before:
+        return before, after, 0.0
+    constants = best_constants(log_p, t)
+    model.level_constants += constants.to(model.level_constants)
+    return before, after, float(constants[0])
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------
@@ -168,11 +221,11 @@ def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource
     """The best single Gaussian as a model."""
     free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
     chosen, _ = choose_base(free, source, config.data.flip)
-    z, _ = base_samples(source, config.data.flip)
-    base = GaussianMarginals.fit(z, model.schedule, base_floor(source.transform), chosen.form, chosen.shrinkage)
-    nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2))
-    nn.init.zeros_(nothing[1].weight), nn.init.zeros_(nothing[1].bias)
-    return ClassificationDiffusion(nothing.to(model.schedule.alpha.device), model.schedule, model.transform, base)
+    base = fit_gaussian(chosen, source, config.data.flip)
+    nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2)).requires_grad_(False)
+    nothing[1].weight.zero_(), nothing[1].bias.zero_()
+    gaussian = ClassificationDiffusion(nothing, base.schedule, model.transform, base)
+    return gaussian.to(model.schedule.alpha.device)
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:

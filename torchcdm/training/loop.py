@@ -25,7 +25,18 @@ from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model
-from torchcdm.training.checkpoint import ModelInfo, load_matching, save_model
+from torchcdm.training.checkpoint import (
+    ModelInfo,
+    TrainingState,
+    check_same,
+    load_matching,
+    load_optimizer,
+    load_state,
+    optimizer_tensors,
+    save_model,
+    save_state,
+    state_folders,
+)
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
@@ -33,15 +44,6 @@ from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, sh
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
-from torchcdm.training.states import (
-    TrainingState,
-    check_same,
-    load_optimizer,
-    load_state,
-    optimizer_tensors,
-    save_state,
-    state_folders,
-)
 
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""

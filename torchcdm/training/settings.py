@@ -148,7 +148,7 @@ class TrainConfig:
         patience: Stop after so many validations without a new best; None never stops early.
         fallback: Keep what the training began with as the model where the trained one is worse on validation data.
         calibration: Noisy copies of the validation split by which the constants of a cdm's levels are set at the end,
-            where that lowers the cross-entropy (:mod:`torchcdm.training.level_constants`); 0 leaves them as they are.
+            where that lowers the cross-entropy (:mod:`torchcdm.training.finish`); 0 leaves them as they are.
         log_every: Steps between lines of metrics.jsonl.
         save_every: Steps between states that a resumed run starts from.
         sample_every: Steps between grids of samples; None for one at the end.
