@@ -54,20 +54,20 @@ def smc(
     spacing: float | None = None,
     progress: bool = False,
 ) -> Particles:
-    """Particles from the start density at T down to ``level``.
+    """Particles from the start density at T down to ``level``, 1 ... T, proposed by r.
 
     Args:
         target: The target.
-        kernels: r proposes.
-        level: 1 ... T.
+        kernels: The kernels of its levels.
+        level: Where they end.
         islands: Independent populations but for the step size of their moves, which is adapted to all of them.
         size: Particles in each.
         generator: A CPU generator.
-        moves: Langevin moves after each step, an evaluation each. Without any the particles see only what r proposes.
-        below: An island is resampled where its effective sample size is below that share of its size; 0 for never,
+        moves: Langevin moves after each step, an evaluation each.
+        below: Share of its size below which an island's effective sample size lets it be resampled; 0 for never,
             which is annealed importance sampling.
-        spacing: Steps are as long as the deviation of their works is at most this, nats, and found by trial, so that
-            the estimates are only nearly unbiased; of one level each when None.
+        spacing: Largest deviation of the works of a step, nats. Steps are found by trial, so that the estimates are
+            only nearly unbiased; of one level each when None.
         progress: Shows a progress bar over the levels.
     """
     from tqdm.auto import tqdm
@@ -119,12 +119,8 @@ def resampled(
 ) -> tuple[States, Tensor, Tensor]:
     """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size.
 
-    Args:
-        states: Points of all islands.
-        log_w: Their weights, (islands, size).
-        log_z: What earlier resampling has taken out of the weights, (islands,).
-        below: The share; infinite for all islands.
-        generator: A CPU generator.
+    Points of all islands have weights ``log_w``, (islands, size); ``log_z`` is what earlier resampling has taken out
+    of them, (islands,).
     """
     (islands, size), weights, device = log_w.shape, log_w.softmax(1), log_w.device
     poor = effective(log_w) < below * size

@@ -65,9 +65,8 @@ def exchange(
 
     Args:
         target: The target.
-        kernels: The kernels between the rungs.
-        rungs: The levels, and where the replicas start: each of the points of a rung in a column of its own, at least
-            two.
+        kernels: The kernels of its levels.
+        rungs: The levels, and where the replicas start: the points of a rung each in a column of its own, at least two.
         sweeps: Sweeps that count, at least 4. A quarter as many come before them, in which step sizes adapt.
         generator: A CPU generator.
         moves: Langevin moves in a sweep.
@@ -81,12 +80,11 @@ def exchange(
         counted = range(-burn_in, sweeps)
         for sweep in tqdm(counted, desc="replicas", unit="sweep", disable=not progress, leave=False):
             for _ in range(moves):
-                accepted = run.move(step, sweep)
+                accepted = run.move(step)
                 step = adapted(step, accepted) if sweep < 0 else step
             run.swap(sweep, 0)
             run.swap(sweep, 1)
             run.record(sweep)
-    run.moved /= max(1, moves)
     return run
 
 
@@ -101,7 +99,6 @@ class Replicas:
         down: w of every attempted swap of a rung and the next, downwards, nats, float64 (sweeps, rungs, columns).
         up: The same upwards.
         swapped: Share of swaps accepted, (rungs,); the last one is that of fresh draws of the start density.
-        moved: Share of moves accepted, (rungs,).
         log_gamma: log gamma at the lowest rung, (sweeps, columns).
         arrivals: Replicas that came from the start density all the way to the lowest rung, (columns,).
         densities: For MBAR, thinned: log density of all rungs and the start at the replicas of all rungs and fresh
@@ -121,7 +118,7 @@ class Replicas:
         self.arrivals = torch.zeros(self.columns, dtype=torch.long)
         self.down, self.up = torch.empty(2, sweeps, self.count, self.columns, dtype=torch.float64)
         self.log_gamma = torch.empty(sweeps, self.columns, dtype=torch.float64)
-        self.swapped, self.moved = torch.zeros(2, self.count, dtype=torch.float64)
+        self.swapped = torch.zeros(self.count, dtype=torch.float64)
         self.densities: list[Tensor] = []
         size = (len(x) + self.columns) * (self.count + 1)
         self.every = math.ceil(sweeps * size / KEPT_VALUES)
@@ -152,14 +149,11 @@ class Replicas:
         """Independent draws at the lowest rung, by the autocorrelation of log gamma."""
         return self.log_gamma.numel() / autocorrelation_time(self.log_gamma)
 
-    def move(self, step: Tensor, sweep: int) -> Tensor:
+    def move(self, step: Tensor) -> Tensor:
         """Moves all, with step sizes (rungs,); the share accepted in each rung."""
         each = step.repeat_interleave(self.columns)
         accepted = langevin(self.target, self.kernels, self.states, each, self.generator)
-        share = accepted.view(self.count, -1).double().mean(1).cpu()
-        if sweep >= 0:
-            self.moved += share / len(self.down)
-        return share
+        return accepted.view(self.count, -1).double().mean(1).cpu()
 
     def swap(self, sweep: int, parity: int) -> None:
         """Tries every other pair of neighbouring rungs, and the start density where it is the upper one of a pair."""

@@ -71,17 +71,10 @@ def climb(
     moves: int = 2,
     progress: bool = False,
 ) -> Climb:
-    """P(f(x_1) > threshold) under the normalised target at level 1.
+    """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles.
 
-    Args:
-        target: The target.
-        kernels: The kernels of its levels.
-        event: f.
-        threshold: tau.
-        n: Particles.
-        generator: A CPU generator.
-        moves: Langevin moves and jumps after each threshold, as many of both.
-        progress: Shows progress bars.
+    After each threshold they make as many jumps as Langevin ``moves``. ``generator`` is a CPU generator; ``progress``
+    shows progress bars.
 
     Raises:
         UserError: f has nothing above some value, its values are no numbers, or the probability is below 1e-30.
@@ -193,9 +186,6 @@ class _Above(Target):
     def __init__(self, inner: Target, event: Event) -> None:
         super().__init__(inner.schedule, inner.shape, inner.reference)
         self.inner, self.event, self.least, self.evaluations = inner, event, -math.inf, 0
-
-    def start_moments(self) -> tuple[Tensor, Tensor]:
-        return self.inner.start_moments()
 
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
         log_gamma, eps = torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t)

@@ -45,8 +45,8 @@ class Target(ABC):
     Args:
         schedule: The noise schedule.
         shape: Event shape.
-        reference: A Gaussian with about the spread of the data at every level, in whose eigenbasis proposals are
-            scaled; that of standard normal data when None.
+        reference: A Gaussian with about the spread of the data at every level: the start at level T, and the
+            eigenbasis in which proposals are scaled. That of standard normal data when None.
     """
 
     def __init__(
@@ -70,18 +70,10 @@ class Target(ABC):
         """-sigma_t times the gradient at ``x_t``, in the precision of the network, (B, *shape)."""
         return self.evaluate(x_t, t).eps.to(self.dtype)
 
-    def start_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean (*shape) and variances (d,), in the reference's eigenbasis, of a Gaussian close to gamma_T.
-
-        The reference's own at level T. Override it where gamma_T is another: a tempered target starts from
-        N(0, I / beta), a product of n without a prior from N(0, I / n).
-        """
-        return self.reference.moments(self.schedule.T)
-
     @final
     def start(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``n`` draws x_T of the Gaussian of :meth:`start_moments`, float64 (n, *shape), and its log density (n,)."""
-        mean, variances = self.start_moments()
+        """``n`` draws x_T of the reference at level T, float64 (n, *shape), and its log density, nats (n,)."""
+        mean, variances = self.reference.moments(self.schedule.T)
         noise = torch.randn(n, len(variances), generator=generator, dtype=torch.float64).to(variances.device)
         x_T = mean + self.reference.rotation.inverse(noise * variances.sqrt())
         return x_T, (log_normal(noise) - 0.5 * variances.log()).sum(1)
@@ -89,7 +81,7 @@ class Target(ABC):
     @final
     def log_start(self, x_T: Tensor) -> Tensor:
         """Log density of :meth:`start`, nats (B,)."""
-        mean, variances = self.start_moments()
+        mean, variances = self.reference.moments(self.schedule.T)
         return log_normal(self.reference.rotation(x_T - mean), variances).sum(1)
 
 

@@ -37,20 +37,18 @@ SMALLEST_ESS = 20
 
 @dataclass(frozen=True)
 class LogZ:
-    """An estimate of log Z.
+    """An estimate of log Z, nats.
 
     Attributes:
-        value: Logarithm of the estimate of Z, nats.
-        se: Its standard error, nats.
+        value: Logarithm of the estimate of Z.
+        se: Its standard error.
         estimator: How it was obtained.
         level: The level whose density is integrated.
         dim: Dimensions of a sample.
         x: Draws of the normalised density at the level, model units, (n, *shape); None where there are none.
         check: A second estimate: by MBAR on the states of replica exchange, which checks the works.
-        convergence: Of replica exchange: estimates by start with standard errors, bits/dim, and the root mean square
-            of their differences in standard errors; the quarters of the run and their trend likewise; levels, shares
-            of swaps and moves accepted, replicas that came from the start density to the lowest level, and the
-            sweeps that make one independent draw there.
+        convergence: Of replica exchange: estimates by start and by quarter of the run, bits/dim, how far they are
+            apart in standard errors, and shares of swaps accepted.
         doubt: Why the estimate is not to be used, a clause; empty where nothing speaks against it.
     """
 
@@ -65,45 +63,43 @@ class LogZ:
     doubt: str = ""
 
     @classmethod
-    def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int, x: Tensor | None = None) -> LogZ:
+    def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int) -> LogZ:
         """From the logarithms of K independent unbiased estimates of Z, (K,). The log of a mean errs low."""
         values = log_weights.cpu()
         weights = (values - values.max()).exp()
         se = float(weights.std() / weights.mean()) / len(weights) ** 0.5
-        return cls(float(weights.mean().log() + values.max()), se, estimator, level, dim, x)
+        return cls(float(weights.mean().log() + values.max()), se, estimator, level, dim)
 
     @classmethod
-    def of_replicas(cls, trace: Replicas, starts: Sequence[str]) -> LogZ:
+    def of_replicas(cls, run: Replicas, starts: Sequence[str]) -> LogZ:
         """From replica exchange, equally many columns from each of ``starts``; doubted where these disagree.
 
         The standard error is from the columns, which are independent of each other, whatever the autocorrelation
         within them.
         """
-        level, dim = trace.levels[0], trace.x[0, 0].numel()
-        unit, rows = 1 / (dim * math.log(2)), torch.arange(len(trace.arrivals)).view(len(starts), -1)
-        runs, ratios, (quarters, trend) = [trace.log_z(row) for row in rows], trace.log_z(), trace.trend()
-        values, errors = torch.tensor([[run.total, run.se] for run in runs], dtype=torch.float64).T
+        level, dim, columns = run.levels[0], math.prod(run.target.shape), run.columns
+        unit, ratios, (quarters, trend) = 1 / (dim * math.log(2)), run.log_z(), run.trend()
+        parts = [run.log_z(rows) for rows in torch.arange(columns).view(len(starts), -1)]
+        values, errors = torch.tensor([[part.total, part.se] for part in parts], dtype=torch.float64).T
         middle = (values / errors**2).sum() / (1 / errors**2).sum()
-        apart = float((((values - middle) / errors).square().sum() / max(1, len(runs) - 1)).sqrt())
+        apart = float((((values - middle) / errors).square().sum() / max(1, len(parts) - 1)).sqrt())
         convergence = {
-            "starts": {name: [run.total * unit, run.se * unit] for name, run in zip(starts, runs, strict=True)},
+            "starts": {name: [part.total * unit, part.se * unit] for name, part in zip(starts, parts, strict=True)},
             "disagreement": apart, "quarters": [value * unit for value in quarters], "trend": trend,
-            "levels": trace.levels, "swapped": trace.swapped.tolist(), "moved": trace.moved.tolist(),
-            "arrivals": int(trace.arrivals.sum()), "autocorrelation": trace.log_gamma.numel() / trace.ess(),
+            "levels": run.levels, "swapped": run.swapped.tolist(), "arrivals": int(run.arrivals.sum()),
         }  # fmt: skip
         doubt = f"the quarters of the run show a trend of {trend:+.1f} standard errors" * (abs(trend) > AGREEMENT)
         if apart > AGREEMENT:
             doubt = f"runs from {', '.join(starts)} differ by {apart:.1f} standard errors"
-        size = f"{len(trace.levels)} levels x {rows.numel()} columns, {len(trace.down)} sweeps"
-        others = trace.mbar() if trace.densities else None
+        size = f"{len(run.levels)} levels x {columns} columns, {len(run.down)} sweeps"
+        others = run.mbar() if run.densities else None
         check = others and cls(others.total, others.se, f"MBAR, {size}", level, dim)
-        x = trace.x.flatten(0, 1)
-        name = f"replica exchange, {size}"
+        name, x = f"replica exchange, {size}", run.x.flatten(0, 1)
         return cls(ratios.total, ratios.se, name, level, dim, x, check, convergence, doubt)
 
     @property
     def low(self) -> float:
-        """Lower end of a 95 % confidence interval, nats."""
+        """Lower end of a 95 % confidence interval."""
         return self.value - 1.96 * self.se
 
     @property
@@ -128,7 +124,7 @@ class LogZ:
 
     @property
     def usable(self) -> bool:
-        """Whether it normalises: nothing is :attr:`lacking`."""
+        """Whether it normalises."""
         return not self.lacking
 
     def to_json(self) -> dict[str, Any]:
@@ -196,30 +192,26 @@ def log_normalizer(
     level, schedule, transform = scoring.level_of(model), model.schedule, model.transform
     for name, value, least in (("sweeps", sweeps, FEWEST_SWEEPS), ("replicas", replicas, 2), ("moves", moves, 0)):
         check_count(name, value, least, LARGEST_COUNT)
-    x = None if x is None else as_data(model, x, None)[0]
+    given = {} if x is None else {"data": as_data(model, x, None)[0]}
     target = ModelTarget(model, y, scoring.batch_size)
+    reference, generator = target.reference, stream(scoring.seed, "replicas")
     kernels = kernels or Kernels.of_target(target, scoring.seed)
-    generator, device = stream(scoring.seed, "replicas"), schedule.alpha.device
     rungs = ladder(target, kernels, level, max(DESCENDING, replicas), generator)
     # Particles that were resampled from one are neighbours.
     starts = {"samples": rungs.x[:, torch.arange(replicas) * rungs.x.shape[1] // replicas]}
 
     def noised(x_0: Tensor) -> Tensor:
-        noise = torch.randn(len(rungs.levels), *x_0.shape, generator=generator, dtype=torch.float64).to(device)
+        noise = torch.randn(len(rungs.levels), *x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
         return torch.stack([schedule.perturb(x_0, t, eps) for t, eps in zip(rungs.levels, noise, strict=True)])
 
-    def placed(x: Tensor) -> Tensor:
-        return noised(Batch(model, x, None, slice(0, replicas), scoring.seed).clean()[0])
-
-    if x is not None:
-        starts["data"] = placed(x[torch.arange(replicas) * len(x) // replicas])
     if transform is not None and transform.high is not None:
-        starts["white"] = placed(torch.full((replicas, *target.shape), float(transform.high)).double())
-    else:
-        reference = target.reference
+        given["white"] = torch.full((1, *target.shape), float(transform.high), dtype=torch.float64)
+    for name, points in given.items():
+        points = points[torch.arange(replicas) * len(points) // replicas]
+        starts[name] = noised(Batch(model, points, None, slice(0, replicas), scoring.seed).clean()[0])
+    if "white" not in given:
         signs = 2.0 * torch.randint(0, 2, (replicas, math.prod(target.shape)), generator=generator) - 1
         far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
         starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
     rungs = rungs._replace(x=torch.cat(list(starts.values()), 1))
-    trace = exchange(target, kernels, rungs, sweeps, generator, moves, progress)
-    return LogZ.of_replicas(trace, list(starts))
+    return LogZ.of_replicas(exchange(target, kernels, rungs, sweeps, generator, moves, progress), list(starts))
