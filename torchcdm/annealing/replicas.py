@@ -66,7 +66,7 @@ def exchange(
     Args:
         target: The target.
         kernels: The kernels of its levels.
-        rungs: The levels, and where the replicas start: the points of a rung each in a column of its own, at least two.
+        rungs: The levels, and where the replicas start: each point of a rung in a column of its own, at least two.
         sweeps: Sweeps that count, at least 4. A quarter as many come before them, in which step sizes adapt.
         generator: A CPU generator.
         moves: Langevin moves in a sweep.

@@ -40,16 +40,8 @@ def single_pass(
         importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
         dither: Without it grey levels are scored as they are at level 0, as in the paper: no bound on a code length.
     """
-    draws = single_draws(model, x, y, scoring, dither)
-    return combine(model, draws, scoring.level_of(model, 0, model.schedule.T), importance)
-
-
-def single_draws(
-    model: DensityModel, x: Tensor, y: Tensor | None, scoring: Scoring, dither: bool = True
-) -> Tensor:
-    """The log-likelihood under each noise draw, nats in data units, float64 (draws, N) on the CPU."""
     model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
-    level = scoring.level_of(model, 0, model.schedule.T)
+    level, transform = scoring.level_of(model, 0, model.schedule.T), model.transform
 
     def one(rows: slice, seed: int) -> Tensor:
         batch = Batch(model, x, y, rows, seed)
@@ -61,14 +53,9 @@ def single_draws(
 
     # The first draw is the flow's too: both score the same noisy inputs.
     seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
-    return torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds])
-
-
-def combine(model: DensityModel, values: Tensor, level: int, importance: bool = False) -> LogLikelihood:
-    """Draws (K, N) to one likelihood: the mean of their logarithms, or with ``importance`` the log of their mean."""
-    draws = len(values)
-    nats = values.logsumexp(0) - math.log(draws) if importance else values.mean(0)
-    return LogLikelihood(nats, model.transform.dim, level, model.transform.log_bin, draws)
+    values = torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds])
+    nats = values.logsumexp(0) - math.log(len(values)) if importance else values.mean(0)
+    return LogLikelihood(nats, transform.dim, level, transform.log_bin, scoring.draws)
 
 
 class ScoredNoise(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
-from torchcdm.likelihood.flow import FlowSolver, probability_flow
+from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS, LogZ, log_normalizer
-from torchcdm.likelihood.one_pass import combine, single_draws
+from torchcdm.likelihood.one_pass import single_pass
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
@@ -216,101 +215,76 @@ def report(
     check_count("sweeps", sweeps, FEWEST_SWEEPS, LARGEST_COUNT)
     from tqdm.auto import tqdm
 
-    table = _Table(model, x, y, replace(scoring, level=scoring.level_of(model)))
+    level, transform = scoring.level_of(model), model.transform
+    scoring, at_zero = replace(scoring, level=level), replace(scoring, level=0)
     stages = [stage for stage in METHODS if stage in methods and (stage != "logz" or y is None)]
+    # From nats of a sample to the unit of the report.
+    per_nat = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
+    found: dict[str, LogLikelihood] = {}
+    kernels = gap = log_z = over_elbo = None
+    notes: list[str] = []
+    if "elbo" in stages or "logz" in stages:
+        # With the variances that the model's own samples have, of all classes that are given.
+        target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
+        target.y = None if y is None else y[torch.arange(n) * len(y) // n]
+        kernels = Kernels.of_target(target, scoring.seed)
     # Without the time that is left: the stages take from a second to minutes.
     form = "{desc}: stage {n} of {total}, {elapsed}"
     for stage in tqdm(stages, desc="likelihood", bar_format=form, disable=not progress):
-        if stage == "logz":
-            table.add_log_z(sweeps, progress)
+        if stage == "single":
+            found["published-convention"] = single_pass(model, x, y, replace(at_zero, draws=1), dither=False)
+            found["one-pass"] = single_pass(model, x, y, at_zero)
+            if scoring.draws > 1:
+                found["one-pass-importance"] = single_pass(model, x, y, at_zero, importance=True)
+            found["one-pass-level"] = single_pass(model, x, y, scoring)
+        elif stage == "elbo":
+            found["elbo"] = bound = elbo(model, x, y, scoring, kernels)
+            terms = {"prior": bound.prior, "diffusion": bound.diffusion, "reconstruction": bound.reconstruction}
+            said = (f"{name} {float(per_nat * term.mean()):+.4f}" for name, term in terms.items())
+            notes.append(f"elbo: {', '.join(said)}")
+        elif stage == "flow":
+            found["flow"] = flow = probability_flow(model, x, y, scoring)
+            gap, note = _errors(model, y, scoring, flow, per_nat)
+            notes.append(note)
         else:
-            {"single": table.add_single, "elbo": table.add_elbo, "flow": table.add_flow}[stage]()
-    return table.finish(name, split)
+            log_z = log_normalizer(model, x, None, scoring, sweeps, kernels=kernels, progress=progress)
+            notes += log_z.notes()
+    if {"one-pass-level", "elbo"} <= found.keys():
+        difference = found["one-pass-level"].values() - found["elbo"].values()
+        over_elbo = float(difference.mean()), standard_error(difference)
+    rows = {key: Row(key, *one.mean_and_error(), one.nfe, one.level) for key, one in found.items()}
+    believe, why, further = True, BY_CONSTRUCTION, []
+    if model.density is not None:
+        verdict = judge(per_nat, level, rows.get("one-pass-level"), log_z, gap, over_elbo, y is not None)
+        rows["one-pass-normalized"], believe, why, further = verdict
+    return NLLReport(
+        name, split, len(x), transform.dim, "nats" if transform.bin is None else "bits/dim",
+        tuple(rows[key] for key in REMARKS if key in rows), log_z, gap, believe, why, notes + further,
+    )  # fmt: skip
 
 
-class _Table:
-    """A report in the making."""
-
-    def __init__(self, model: Denoiser, x: Tensor, y: Tensor | None, scoring: Scoring) -> None:
-        self.model, self.x, self.y, self.scoring = model, x, y, scoring
-        self.likelihoods: dict[str, LogLikelihood] = {}
-        self.gap: NLLGap | None = None
-        self.log_z: LogZ | None = None
-        self.notes: list[str] = []
-        # From nats of a sample to the unit of the report.
-        self.per_nat = 1.0 if model.transform.bin is None else 1 / (model.transform.dim * math.log(2))
-
-    @cached_property
-    def kernels(self) -> Kernels:
-        """With the variances that the model's own samples have, of all classes that are given."""
-        target, n = ModelTarget(self.model, batch_size=self.scoring.batch_size, density=False), CALIBRATION_SAMPLES
-        target.y = None if self.y is None else self.y[torch.arange(n) * len(self.y) // n]
-        return Kernels.of_target(target, self.scoring.seed)
-
-    def add_single(self) -> None:
-        """published-convention, one-pass, one-pass-level."""
-        for name, level in (("published-convention", 0), ("one-pass", 0), ("one-pass-level", self.scoring.level)):
-            published = name == "published-convention"
-            scoring = replace(self.scoring, level=level, draws=1 if published else self.scoring.draws)
-            values = single_draws(self.model, self.x, self.y, scoring, dither=not published)
-            self.likelihoods[name] = combine(self.model, values, level)
-            if name == "one-pass" and scoring.draws > 1:
-                self.likelihoods["one-pass-importance"] = combine(self.model, values, level, importance=True)
-
-    def add_elbo(self) -> None:
-        """elbo, over all levels above the scored one."""
-        self.likelihoods["elbo"] = bound = elbo(self.model, self.x, self.y, self.scoring, self.kernels)
-        terms = {"prior": bound.prior, "diffusion": bound.diffusion, "reconstruction": bound.reconstruction}
-        said = (f"{name} {float(self.per_nat * term.mean()):+.4f}" for name, term in terms.items())
-        self.notes.append(f"elbo: {', '.join(said)}")
-
-    def add_flow(self) -> None:
-        """flow, and how far one pass reads above it on the first draw of the noisy inputs."""
-        self.likelihoods["flow"] = found = probability_flow(self.model, self.x, self.y, self.scoring)
-        flow, z = found.flow, found.scored.z
-        # The mean of two independent halves has a quarter of the variance of their difference.
-        probe_variance = (self.per_nat * flow.probe_gap.cpu()).square().mean() / 4
-        if self.model.density is not None:
-            gap = self.per_nat * (flow.log_prob - found.scored.log_prob).cpu()
-            spread = (gap.var() - probe_variance).clamp_min(0).sqrt() if len(gap) > 1 else math.nan
-            self.gap = NLLGap(float(gap.mean()), float(spread), self.scoring.level, standard_error(gap))
-        # By halving the steps on the first samples: of second order, so half the steps have four times the error.
-        first, steps, step_error = slice(0, HALVED_SAMPLES), found.nfe // 2, "unknown"
-        if steps > 1:
-            coarse = FlowSolver(self.model, replace(self.scoring, steps=(steps + 1) // 2))
-            halved = coarse.log_prob(z[first], labels_of(self.y, first, z.device)).log_prob
-            step_error = f"{abs(float(self.per_nat * (flow.log_prob[first] - halved).mean())) / 3:.4f}"
-        probe_error, kl = float((probe_variance / len(z)).sqrt()), self.per_nat * flow.start_kl_bound
-        self.notes.append(
-            f"flow: error of its mean {step_error} from the steps ({steps}) and {probe_error:.4f} from the probes; "
-            f"KL of its start density at most {kl:.1g}"
-        )
-
-    def add_log_z(self, sweeps: int, progress: bool) -> None:
-        """log Z, and what speaks for it."""
-        self.log_z = log_normalizer(
-            self.model, self.x, None, self.scoring, sweeps, kernels=self.kernels, progress=progress
-        )
-        self.notes += self.log_z.notes()
-
-    def finish(self, name: str, split: str) -> NLLReport:
-        """The report."""
-        found, transform, over_elbo = self.likelihoods, self.model.transform, None
-        rows = {key: Row(key, *one.mean_and_error(), one.nfe, one.level) for key, one in found.items()}
-        if {"one-pass-level", "elbo"} <= found.keys():
-            difference = found["one-pass-level"].values() - found["elbo"].values()
-            over_elbo = float(difference.mean()), standard_error(difference)
-        believe, why, notes = True, BY_CONSTRUCTION, []
-        if self.model.density is not None:
-            rows["one-pass-normalized"], believe, why, notes = judge(
-                self.per_nat, self.scoring.level, rows.get("one-pass-level"), self.log_z, self.gap, over_elbo,
-                self.y is not None,
-            )  # fmt: skip
-        return NLLReport(
-            name, split, len(self.x), transform.dim, "nats" if transform.bin is None else "bits/dim",
-            tuple(rows[key] for key in REMARKS if key in rows), self.log_z, self.gap, believe, why,
-            self.notes + notes,
-        )  # fmt: skip
+def _errors(
+    model: Denoiser, y: Tensor | None, scoring: Scoring, found: FlowLikelihood, per_nat: float
+) -> tuple[NLLGap | None, str]:
+    """How far one pass reads above the flow on the same noisy inputs, and a sentence on the flow's own errors."""
+    flow, z, gap = found.flow, found.scored.z, None
+    # The mean of two independent halves has a quarter of the variance of their difference.
+    probe_variance = (per_nat * flow.probe_gap.cpu()).square().mean() / 4
+    if model.density is not None:
+        gaps = per_nat * (flow.log_prob - found.scored.log_prob).cpu()
+        spread = (gaps.var() - probe_variance).clamp_min(0).sqrt() if len(gaps) > 1 else math.nan
+        gap = NLLGap(float(gaps.mean()), float(spread), found.level, standard_error(gaps))
+    # By halving the steps on the first samples: of second order, so half the steps have four times the error.
+    first, steps, step_error = slice(0, HALVED_SAMPLES), found.nfe // 2, "unknown"
+    if steps > 1:
+        coarse = FlowSolver(model, replace(scoring, steps=(steps + 1) // 2))
+        halved = coarse.log_prob(z[first], labels_of(y, first, z.device)).log_prob
+        step_error = f"{abs(float(per_nat * (flow.log_prob[first] - halved).mean())) / 3:.4f}"
+    probe_error, kl = float((probe_variance / len(z)).sqrt()), per_nat * flow.start_kl_bound
+    return gap, (
+        f"flow: error of its mean {step_error} from the steps ({steps}) and {probe_error:.4f} from the probes; "
+        f"KL of its start density at most {kl:.1g}"
+    )
 
 
 class Verdict(NamedTuple):
