@@ -290,7 +290,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4), "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4),
     "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
 }  # fmt: skip
-"""What :func:`sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
+"""What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 DEFAULT_SAMPLER = "ddpm"
 

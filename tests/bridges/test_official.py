@@ -41,15 +41,15 @@ def test_a_converted_file_computes_what_the_published_network_does(tmp_path, cla
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"channels": 64}, "channels is 32 in the file, 64 in the configuration"),
-    ({"multipliers": (1, 2, 2)}, r"multipliers is \(1, 2\) in the file"),
-    ({"blocks": 2}, "blocks is 1 in the file, 2 in the configuration"),
-    ({"attention": (8,)}, r"attention is \(4,\) in the file, \(8,\) in the configuration"),
-    ({"classes": CLASSES}, "classes is None in the file, 3 in the configuration"),
-    ({"head_channels": 512}, "head_channels is 64 in the file, 512 in the configuration"),
-    ({"levels": 1002}, "levels is 12 in the file, 1002 in the configuration"),
-    ({"in_channels": 3}, "in_channels is 1 in the file, 3 in the configuration"),
-    ({"classes": 10, "joint": True}, "levels"),
+    ({"channels": 64}, r"conv_in.weight is \(32, 1, 3, 3\) in the file, \(64, 1, 3, 3\) in the configuration"),
+    ({"multipliers": (1, 2, 2)}, "is missing in the file"),
+    ({"blocks": 2}, r"unet.down_stages.0.1.block.*is missing in the file"),
+    ({"attention": (8,)}, "attention.norm.weight is missing in the file"),
+    ({"classes": CLASSES}, "label.weight is missing in the file"),
+    ({"head_channels": 512}, r"conv_out.weight is \(64, .*; channels, multipliers, blocks, attention, head_channels"),
+    ({"levels": 1002}, r"head.linear.weight is \(12, 64\) in the file, \(1002, 64\)"),
+    ({"in_channels": 3}, r"conv_in.weight is \(32, 1, 3, 3\) in the file, \(32, 3, 3, 3\)"),
+    ({"classes": 10, "joint": True}, "head.common.linear.weight is missing"),
 ])  # fmt: skip
 def test_a_configuration_that_is_not_the_files_is_named(tmp_path, change, message):
     write_checkpoint(tmp_path / "model.pt")
@@ -77,7 +77,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path):
         "absent.pt": "no such file",
         "pipe.pt": "a pipe, a device or a socket",
         "numbers.pt": "no weights",
-        "scalar.pt": r"conv_in.weight has shape \(\)",
+        "scalar.pt": r"conv_in.weight is \(\) in the file",
         "digit.pt": "is no weight of the published network",
         "text.pt": "cannot read",
         "other.pt": "ema_model_state_dict",

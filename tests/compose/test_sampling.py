@@ -207,7 +207,7 @@ def test_samples_carry_no_graph():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0}, "at least 1"),
+        ({"n": 0}, "n is 0; it must be at least 1"),
         ({"steps": 101}, "1 to 100"),
         ({"steps": 0}, "at least 1"),
         ({"sampler": "ddmp"}, "did you mean 'ddpm'"),
@@ -218,9 +218,9 @@ def test_samples_carry_no_graph():
         ({"y": torch.tensor([0, 1])}, "one for each sample"),
         ({"guidance": 1.0}, "labels"),
         ({"batch_size": 0}, "batch_size"),
-        ({"spacing": "odd"}, "even or adaptive"),
+        ({"spacing": "odd"}, "choose from: adaptive, even"),
         ({"spacing": "adaptive", "shape": None}, "shape"),
-        ({"units": "pixels"}, "data, codes or model"),
+        ({"units": "pixels"}, "choose from: codes, data, model"),
         ({"seed": -1}, "seed"),
     ],
 )

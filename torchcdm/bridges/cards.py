@@ -39,31 +39,19 @@ def model_card(
     """
     model, shape = info.model, "x".join(map(str, info.transform.shape))
     nll = (report or {}).get("nll")
-    reaches = _reaches(nll) if nll else ""
-    head = {
-        "license": "mit",
-        "library_name": "torchcdm",
-        "tags": "[density-estimation, diffusion, classification-diffusion]",
-        "description": f'"{description}"' if description else "",
-        "reaches": f'"{reaches}"' if reaches else "",
-    }
-    parts = ["---", *(f"{key}: {value}" for key, value in head.items() if value), "---", "", f"# {title}", ""]
+    fields = (("description", description), ("reaches", _reaches(nll) if nll else ""))
+    parts = ["---", "license: mit", "library_name: torchcdm",
+             "tags: [density-estimation, diffusion, classification-diffusion]",
+             *(f'{key}: "{value}"' for key, value in fields if value), "---", "", f"# {title}", ""]  # fmt: skip
     kind = "classification diffusion model" if model.kind == "cdm" else "plain denoising diffusion model"
     parts += [
         f"{description}. " * bool(description)
         + f"A {kind} of {shape} inputs: network `{model.backbone.name}` with {parameters:,} weights, schedule "
         f"`{model.schedule.name}` with {model.schedule.T} levels, labels `{model.labels}`.",
-        "",
-        "```python",
-        "import torchcdm",
-        "",
-        f'model = torchcdm.load("{use}")',
+        f'\n```python\nimport torchcdm\n\nmodel = torchcdm.load("{use}")',
         "x = model.sample(16)                 # in the units of the data",
         *(["log_p = model.log_prob(x)            # nats, one forward pass"] if model.kind == "cdm" else []),
-        "```",
-        "",
-        "## Data",
-        "",
+        "```\n\n## Data\n",
         data or f"{info.data.spec or 'not recorded'}. The licence of the data is not recorded.",
         "",
     ]

@@ -16,10 +16,8 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.zoo import CARD, located
 
 
-def push(
-    model: str | Path | Denoiser, repository: str, private: bool = False, token: str | None = None, card: str = ""
-) -> str:
-    """Uploads a model: ``config.json``, ``model.safetensors`` and ``README.md``, the card.
+def push(model: str | Path | Denoiser, repository: str, private: bool = False, card: str = "") -> str:
+    """Uploads a model: ``config.json``, ``model.safetensors`` and ``README.md``, the card; see ``hf auth login``.
 
     Paths of the data that the model was trained on are cut to their last part.
 
@@ -27,7 +25,6 @@ def push(
         model: A model, or what :func:`torchcdm.load` takes.
         repository: ``owner/name`` on the Hub; it is made where it does not exist.
         private: Whether a new repository is private.
-        token: Of the Hub; the one that ``hf auth login`` has kept when None.
         card: Text of the card; that of a model of the zoo, or one made of what is known of the model, when empty.
 
     Returns:
@@ -57,7 +54,7 @@ def push(
         save(model, folder, info)
         write_file(folder / "README.md", text)
         try:
-            api = hub.HfApi(token=token)
+            api = hub.HfApi()
             address = str(api.create_repo(repository, private=private, exist_ok=True))
             api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message="A model of torchcdm",

@@ -35,6 +35,8 @@ NAMES = {
 
 MEND = "; give a checkpoint saved by the published CDM code"
 
+TOLD = "channels, multipliers, blocks, attention, head_channels, classes and schedule.T must be those of its training"
+
 
 def load_official(path: str | Path, backbone: CDMUNet) -> None:
     """Copies the averaged (EMA) weights of a published checkpoint into ``backbone``.
@@ -43,7 +45,7 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
     may begin with ``module.``; conditional weights are included.
 
     Raises:
-        UserError: Not such a file, or one of another architecture; names the options that differ.
+        UserError: Not such a file, or one of another architecture; names the first weight that differs.
     """
     with reading(Path(path), "weights", MEND) as file:
         try:
@@ -64,51 +66,14 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
             renamed(up.sub(lambda stage: str(last - int(stage[0])), key), NAMES, PARTS): value
             for key, value in averaged.items()
         }
-        _check_fit(state, backbone)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    backbone.load_state_dict(state)
-
-
-def _check_fit(state: Mapping[str, Tensor], backbone: CDMUNet) -> None:
-    """Refuses converted weights that are not those of ``backbone``, naming the options that differ."""
     target = backbone.state_dict()
-    size = max(backbone.unet.size)
-    found, told = _architecture(state, size), _architecture(target, size)
-    differing = [key for key in told if found[key] != told[key]]
-    if differing:
-        raise UserError(
-            "; ".join(f"{key} is {found[key]} in the file, {told[key]} in the configuration" for key in differing)
-        )
     for key in [*target, *state]:
-        shapes = [tuple(s[key].shape) if key in s else "missing" for s in (state, target)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{key} is {shapes[0]} in the file, {shapes[1]} in the configuration")
-
-
-def _architecture(state: Mapping[str, Tensor], size: int) -> dict[str, object]:
-    """The options of :class:`CDMUNet` that show in its weights; ``size`` is the longer side of the images."""
-    for key, ndim in (("unet.conv_in.weight", 4), ("conv_out.weight", 4), ("head.linear.weight", 2)):
-        if key not in state:
-            raise UserError(f"the weight {key} is missing; only unconditional and label-conditional CDMs convert")
-        if state[key].ndim != ndim or 0 in state[key].shape:
-            raise UserError(f"the weight {key} has shape {tuple(state[key].shape)}; {ndim} positive sizes are needed")
-    state = {key: value for key, value in state.items() if value.ndim}
-    channels, in_channels = state["unet.conv_in.weight"].shape[:2]
-    firsts = [re.fullmatch(r"unet\.down_stages\.(\d{1,3})\.0\.block\.conv2\.weight", key) for key in state]
-    widths = {int(m[1]): len(state[m[0]]) for m in firsts if m}
-    steps = [re.fullmatch(r"unet\.down_stages\.0\.(\d+)\.block\.conv2\.weight", key) for key in state]
-    attended = [re.match(r"unet\.down_stages\.(\d{1,2})\.0\.attention\.", key) for key in state]
-    return {
-        "in_channels": in_channels,
-        "channels": channels,
-        "multipliers": tuple(widths[i] // channels for i in sorted(widths)),
-        "blocks": sum(m is not None for m in steps),
-        "attention": tuple(sorted({size >> int(m[1]) for m in attended if m}, reverse=True)),
-        "classes": len(state["label.weight"]) - 1 if "label.weight" in state else None,
-        "head_channels": len(state["conv_out.weight"]),
-        "levels": len(state["head.linear.weight"]),
-    }
+        found, needed = (tuple(part[key].shape) if key in part else "missing" for part in (state, target))
+        if found != needed:
+            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the configuration; {TOLD}")
+    backbone.load_state_dict(state)
 
 
 def renamed(key: str, names: Mapping[str, str], parts: Mapping[str, str]) -> str:

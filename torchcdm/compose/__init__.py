@@ -1,15 +1,13 @@
 """What only a density can do: densities made of densities, tilted and measured ones, samples that are accepted."""
 
-from torchcdm.compose.combinations import Combination, all_of, any_of, none_of, tempered
+from torchcdm.compose.combinations import all_of, any_of, none_of, tempered
 from torchcdm.compose.rare import Probability, probability
 from torchcdm.compose.sampling import Draws, sample
-from torchcdm.compose.tilted import Tilted, blur, downsampling, mask, posterior, tilted
+from torchcdm.compose.tilted import blur, downsampling, mask, posterior, tilted
 
 __all__ = [
-    "Combination",
     "Draws",
     "Probability",
-    "Tilted",
     "all_of",
     "any_of",
     "blur",

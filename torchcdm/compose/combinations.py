@@ -140,7 +140,7 @@ def any_of(
     weights: Sequence[float] | None = None,
     log_z: Tensor | None = None,
 ) -> Combination:
-    """What is one of these: a mixture, exact at every level. Arguments as in :func:`all_of`, and
+    """What is one of these: a mixture, exact at every level. Errors are those of :func:`all_of`.
 
     Args:
         model: A model with classes, or a list of models.
@@ -151,7 +151,7 @@ def any_of(
     experts = _experts(model, classes)
     first, pi = experts[0][0], torch.ones(len(experts), dtype=torch.float64)
     if weights is not None:
-        pi = torch.tensor([float(w) for w in weights], dtype=torch.float64)
+        pi = torch.tensor(list(map(float, weights)), dtype=torch.float64)
     elif classes is not None and first.joint:
         pi = first.log_class_prior.exp().cpu().double()[[y for _, y in experts]]
     if len(pi) != len(experts) or not (pi >= 0).all() or not pi.sum() > 0:
@@ -191,12 +191,7 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: fl
 
 
 def tempered(model: Denoiser, beta: float) -> Combination:
-    """p^beta: above 1 what is typical of the model, below 1 what is rare too.
-
-    Args:
-        model: The density.
-        beta: The exponent, above 0.
-    """
+    """p^beta of a density, beta above 0: above 1 what is typical of it, below 1 what is rare too."""
     check_real("compose: beta", beta, 1e-3, 1e3)
     return Combination([(_dense(model), None)], torch.tensor([float(beta)]))
 

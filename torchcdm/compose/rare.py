@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Annotated, final
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
@@ -15,11 +16,11 @@ from torchcdm.annealing.splitting import climb
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.compose.tilted import of_data, one_each
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
-from torchcdm.models.inputs import check_count, check_real
 from torchcdm.random import stream
+from torchcdm.runtime.validation import Count, Float, Seed, checked
 
-FEWEST_PARTICLES, FEWEST_FAMILIES = 50, 10
-"""Particles at least; and effective number of first particles, below which the interval is said to be unreliable."""
+FEWEST_FAMILIES = 10
+"""Effective number of first particles, below which the interval is said to be unreliable."""
 
 
 @final
@@ -55,14 +56,15 @@ class Probability:
         return f"{self.value:.3g} [{self.low:.2g}, {self.high:.2g}], {self.evaluations} evaluations{doubt}"
 
 
+@checked
 def probability(
     model: Denoiser,
     event: Callable[[Tensor], Tensor],
-    threshold: float,
-    n: int = 1000,
-    moves: int = 4,
+    threshold: Float,
+    n: Annotated[Count, Ge(50)] = 1000,
+    moves: Count = 4,
     y: int | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = False,
 ) -> Probability:
     """P(f(x) > threshold) where this may be as small as 1e-30, with a 95 % interval.
@@ -88,9 +90,6 @@ def probability(
         >>> bright = torchcdm.compose.probability(model, lambda x: x.flatten(1).sum(1), 600.0)
         >>> print(bright)
     """
-    n = check_count("probability: n", n, FEWEST_PARTICLES, 10**7)
-    check_count("probability: moves", moves, 1, 10**4)
-    check_real("probability: threshold", threshold, -1e300, 1e300)
     target = ModelTarget(model, y)
     alpha, of = model.schedule.alpha[1], of_data(model, event)
 

@@ -8,11 +8,9 @@ exchange between the levels, started from such particles.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -35,9 +33,10 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
-from torchcdm.models.inputs import as_labels, check_count, check_real
+from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, share, sharers
+from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, checked
 from torchcdm.samplers import DEFAULT_SAMPLER, Sampler, make_sampler
 
 STEPS = 50
@@ -83,21 +82,22 @@ class Draws:
         )
 
 
+@checked
 def sample(
     model: Denoiser,
-    n: int,
+    n: Count,
     sampler: str | Sampler | None = None,
-    steps: int | None = None,
+    steps: Count | None = None,
     y: Tensor | int | None = None,
-    guidance: float = 0.0,
-    seed: int = 0,
-    batch_size: int | None = None,
-    spacing: str = "even",
-    shape: Sequence[int] | None = None,
-    units: str = "data",
-    corrector: int | None = None,
-    particles: int = 0,
-    sweeps: int = 0,
+    guidance: Float = 0.0,
+    seed: Seed = 0,
+    batch_size: Count | None = None,
+    spacing: Literal["even", "adaptive"] = "even",
+    shape: tuple[Count, ...] | None = None,
+    units: Literal["data", "codes", "model"] = "data",
+    corrector: CountOrZero | None = None,
+    particles: CountOrZero = 0,
+    sweeps: CountOrZero = 0,
     details: bool = False,
     progress: bool = False,
 ) -> Any:
@@ -127,7 +127,7 @@ def sample(
         corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 unless a sampler is
             named, and 1 for particles.
         particles: Particles of sequential Monte Carlo, at least n.
-        sweeps: Sweeps of replica exchange after it, at least 4; particles are its columns.
+        sweeps: Sweeps of replica exchange after it, 4 where fewer are given; particles are its columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
         progress: Shows a progress bar.
 
@@ -139,17 +139,8 @@ def sample(
         UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no
             known shape; a model without a density; weights that vanish everywhere.
     """
-    n, particles = check_count("n", n), check_count("particles", particles, 0, 10**7)
-    seed = check_count("seed", seed, 0, 2**63 - 1)
-    batch_size = None if batch_size is None else check_count("batch_size", batch_size)
-    if units not in ("data", "codes", "model"):
-        raise UserError(f"units is '{units}'; choose data, codes or model")
-    if spacing not in ("even", "adaptive"):
-        raise UserError(f"spacing is '{spacing}'; choose even or adaptive")
-    check_real("guidance", guidance, -math.inf, math.inf)
     if corrector is None:
         corrector = int(bool(particles)) or (0 if model.density is None else default_moves(sampler))
-    corrector = check_count("corrector", corrector, 0, 10**4)
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
@@ -158,19 +149,17 @@ def sample(
         found = _by_particles(model, n, y, seed, batch_size, units, corrector or 1, particles, sweeps, progress)
         return found if details else found.x
     rule, schedule = make_sampler(DEFAULT_SAMPLER if sampler is None else sampler), model.schedule
-    steps = min(STEPS // 2 if corrector else STEPS, schedule.T) if steps is None else check_count("steps", steps)
-    shape = model.shape if shape is None else tuple(check_count("a side of shape", side) for side in shape)
+    steps = min(STEPS // 2 if corrector else STEPS, schedule.T) if steps is None else steps
+    shape = shape or model.shape
     if not shape:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
     if model.shape not in (None, shape):
         raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
     labels = as_labels(y, model, n, one_for_all=True)
-    if guidance and labels is None:
-        raise UserError("guidance needs a class-conditional model and labels; give y, or set guidance to 0")
     denoiser = GuidedDenoiser(model, guidance) if guidance else model
     adaptive = spacing == "adaptive"
     path = adaptive_levels(denoiser, steps, shape, labels) if adaptive else [*schedule.time_grid(steps), 0]
-    moves = acceptance = None
+    moves = None
     if corrector:
         moves = _Moves(model, guidance, corrector, seed)
         with alone():
@@ -246,8 +235,9 @@ def _by_particles(
         size = -(-particles // islands)
         if sweeps:
             rungs = ladder(target, kernels, 1, max(particles, 2), generator)
-            trace = exchange(target, kernels, rungs, check_count("sweeps", sweeps, 4), generator, moves, progress)
-            x, log_w = trace.x.flatten(0, 1), None
+            trace = exchange(target, kernels, rungs, max(sweeps, 4), generator, moves, progress)
+            x = trace.x.flatten(0, 1)
+            log_w = torch.zeros(len(x), dtype=torch.float64).log_softmax(0)
             log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()
         else:
             found = smc(target, kernels, 1, islands, size, generator, moves, progress=progress)
@@ -265,11 +255,7 @@ def _by_particles(
             )  # fmt: skip
         x_0 = kernels.x0(x, target.eps(x, 1), 1)
         x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
-    if log_w is None:
-        chosen = torch.randperm(len(x), generator=generator)[:n]
-        log_w = torch.full((len(x),), -math.log(len(x)), dtype=torch.float64)
-    else:
-        offset = torch.rand(1, generator=generator, dtype=torch.float64)
-        spread = systematic(log_w.exp().cpu()[None].expand(1, -1), offset)[0]
-        chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
+    offset = torch.rand(1, generator=generator, dtype=torch.float64)
+    spread = systematic(log_w.exp().cpu()[None], offset)[0]
+    chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
     return Draws(as_rows(model, x_0[chosen], units), ess, log_z, x_0, log_w.cpu())

@@ -3,10 +3,9 @@ r"""Densities tilted by something known of x_0: a reward, or a measurement.
 .. math:: \log\gamma_t(x) = \log p_t(x) + \ell_t(\hat x_0(x)), \qquad \hat x_0 = E[x_0 | x_t]
 
 The path ends at level 1, where :math:`\hat x_0` is x but for the noise of that level. The gradient of the second term
-goes through the denoiser. By default it takes the reference Gaussian's derivative of it,
+goes through the denoiser, by default as that of the reference Gaussian,
 :math:`\partial\hat x_0 / \partial x \approx \alpha_t V_t / \sigma_t^2`, at no cost: it only proposes, and
-accept-reject and weights mend what it lacks. The exact one is a second derivative of the network, about twice the time
-of an evaluation.
+accept-reject and weights mend what it lacks. The exact one, a second derivative, takes about twice the time.
 """
 
 from __future__ import annotations
@@ -59,10 +58,6 @@ class Tilted(Denoiser):
         # Of the reference Gaussian: V_t alpha_t / sigma_t², in its eigenbasis, (T, d).
         ratio, alpha = model.schedule.ratio[1:-1, None], model.schedule.alpha[1:-1, None]
         self.slope = Kernels(self.reference).variances / ratio**2 / alpha
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        return self.model.shape
 
     def at_level(self, x_t: Tensor, t: Tensor, y: None = None, guidance: float = 0.0) -> tuple[Tensor, Tensor]:
         """log gamma_t(x_t), (B,), and -sigma_t times its gradient, (B, *shape), float64.
@@ -169,10 +164,8 @@ def posterior(
     in_basis = torch.stack([reference.rotation(one.reshape(m, *mean.shape)).double() for one in jacobians])
     least = float(schedule.ratio[1]) * float(torch.stack(jacobians).square().sum(2).mean(0).max().sqrt())
     if noise_std is not None and noise_std < least:
-        raise UserError(
-            f"posterior: noise_std is {noise_std:g}; the model's first level has {least:.3g} in the units of y: "
-            "give at least as much"
-        )
+        raise UserError(f"posterior: noise_std is {noise_std:g}; the model's first level has {least:.3g} in the units "
+                        "of y: give at least as much")  # fmt: skip
     known = _Gaussian(of, y.flatten(), in_basis, Kernels(reference).variances, noise_std, least)
     return Tilted(dense, known, exact)
 

@@ -41,32 +41,19 @@ def trajectories(
     progress: bool = False,
     moved: Moved | None = None,
 ) -> Tensor:
-    """Samples that come down from noise by a sampler's steps; arguments as in :func:`torchcdm.sample`, checked before.
+    """Samples (n, *shape) on the CPU that come down from noise by a sampler's steps.
 
-    The noise of sample i depends on ``seed`` and i alone, so batch size and device leave the samples the same.
-
-    Args:
-        denoiser: Any denoiser; put in eval mode meanwhile.
-        n: Number of samples.
-        sampler: The rule of a step.
-        path: Strictly decreasing levels to visit, from T on; the last is where they end.
-        shape: Event shape.
-        y: Classes, long (n,), or contexts (n, context); None for none.
-        seed: Seed.
-        batch_size: Samples at a time; by their size, and what memory holds, when None.
-        units: As in :func:`finished`.
-        progress: Shows a progress bar.
-        moved: See :data:`Moved`. A batch that memory did not hold begins anew with half as many.
-
-    Returns:
-        (n, *shape) on the CPU.
+    The noise of sample i depends on ``seed`` and i alone, so batch size and device leave samples the same. Arguments
+    are those of :func:`torchcdm.sample`, checked before: ``path`` are strictly decreasing levels, from T on, at the
+    last of which samples end; ``y`` is one label each, (n,) or (n, context). A batch that memory did not hold begins
+    anew with half as many, for ``moved`` too.
     """
     from tqdm.auto import tqdm
 
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
-    total = len(share(n)) * (len(path) - 1)
-    bar = tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not progress)
+    bar = tqdm(total=len(share(n)) * (len(path) - 1), desc="sampling", unit="sample step", unit_scale=True,
+               disable=not progress)  # fmt: skip
 
     def draw(rows: slice) -> Tensor:
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if sampler.stochastic else 1, dtype)

@@ -149,26 +149,30 @@ def arguments_for(kind: type, settings: Any) -> dict[str, Any]:
     return {key: getattr(settings, key) for key in settings.__dataclass_fields__ if key in parameters}
 
 
-def checked(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor whose numbers, texts and lists are checked by their annotations; a wrong one is a UserError."""
-    signature = inspect.signature(init)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def checked(function: Function) -> Function:
+    """A constructor or function whose numbers, texts and lists are checked by their annotations, or UserError."""
+    signature = inspect.signature(function)
 
     @functools.cache
     def arguments() -> type[BaseModel]:
-        hints = get_type_hints(init, include_extras=True)
-        fields = {key: (hint, None) for key, hint in hints.items() if _is_plain(hint)}
+        hints = get_type_hints(function, include_extras=True)
+        fields = {key: (hint, None) for key, hint in hints.items() if key != "return" and _is_plain(hint)}
         return create_model("Arguments", __config__=CHECKS, **fields)
 
-    @functools.wraps(init)
-    def checking(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
+    @functools.wraps(function)
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
         given = {key: bound.arguments[key] for key in arguments().model_fields.keys() & bound.arguments.keys()}
         try:
             valid = arguments().model_validate(given)
         except ValidationError as error:
-            raise UserError(f"{type(self).__name__}: {mistake(error, given)[1]}") from None
+            name = type(args[0]).__name__ if "self" in signature.parameters else function.__name__
+            raise UserError(f"{name}: {mistake(error, given)[1]}") from None
         bound.arguments.update({key: getattr(valid, key) for key in given})
-        init(*bound.args, **bound.kwargs)
+        return function(*bound.args, **bound.kwargs)
 
     return checking
 
