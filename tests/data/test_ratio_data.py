@@ -105,8 +105,6 @@ def test_data_that_do_not_go_together_are_refused(numerator, message):
 
 def test_options_are_checked():
     x = normal(60, 2)
-    with pytest.raises(UserError, match="discrete is 'dequantise'; did you mean 'dequantize'"):
-        pair_up(x, x, discrete="dequantise")
     with pytest.raises(UserError, match="validation_fraction is 0"):
         pair_up(x, x, DataOptions(validation_fraction=0))
     with pytest.raises(UserError, match="every column is constant"):

@@ -18,7 +18,6 @@ from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
-from torchcdm.runtime.validation import read_as
 from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete
 from torchcdm.units.table import as_frame, is_frame
@@ -59,10 +58,7 @@ class Pair:
 
 
 def pair_up(
-    numerator: Any,
-    denominator: Any,
-    options: DataOptions | None = None,
-    discrete: Discrete = "dequantize",
+    numerator: Any, denominator: Any, options: DataOptions | None = None, discrete: Discrete = "dequantize"
 ) -> Pair:
     """Both data sets, split into training and validation and scaled alike.
 
@@ -78,7 +74,6 @@ def pair_up(
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
     """
-    read_as(Discrete, discrete, "discrete")
     options = options or DataOptions()
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")

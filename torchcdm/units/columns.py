@@ -42,6 +42,8 @@ class ColumnTransform(DataTransform):
         dequantize: Whether training and scoring add uniform noise over the cells; not where the rows bring it along.
 
     Attributes:
+        values: Values that have a probability, rising, by column.
+        mixed: Width of their cells, by column that has other numbers too.
         cells: Width of the cell of each column, (d,), data units; 0 for continuous ones.
     """
 
@@ -58,6 +60,8 @@ class ColumnTransform(DataTransform):
         super().__init__(warp.scale.shape)
         self.warp = warp
         self.histograms = nn.ModuleDict({str(k): Histogram(*h, mixed.get(k)) for k, h in histograms.items()})
+        self.values = {int(k): tuple(values) for k, (values, _) in histograms.items()}
+        self.mixed = {int(k): cell for k, (cell, _) in mixed.items()}
         self.dequantize = dequantize and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
         for k, histogram in self._columns():
@@ -90,20 +94,10 @@ class ColumnTransform(DataTransform):
         cells = {k: (cell, edges[k].tolist()) for k, cell in mixed.items()}
         return cls(warp.to_config(), histograms, dequantize, cells)
 
-    @property
-    def values(self) -> dict[int, tuple[float, ...]]:
-        """Values that have a probability, rising, by column."""
-        return {k: tuple(histogram.values.tolist()) for k, histogram in self._columns()}
-
-    @property
-    def mixed(self) -> dict[int, float]:
-        """Width of a value's cell, by column that has other numbers too."""
-        return {k: histogram.cell for k, histogram in self._columns() if histogram.mixed}
-
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
         if not self.dequantize:
             return x
-        mixed = {k: histogram.values for k, histogram in self._columns() if histogram.mixed}
+        mixed = {k: self.values[k] for k in self.mixed}
         return spread(x.to(floating(x)), self.cells.to(position), position, mixed)
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -132,12 +126,10 @@ class ColumnTransform(DataTransform):
         return slopes.sum(1)
 
     def arguments(self) -> dict[str, Any]:
-        found = dict(self._columns())
-        histograms = {str(k): [h.values.tolist(), h.cumulative.tolist()] for k, h in found.items()}
-        mixed = {str(k): [h.cell, h.edges.tolist()] for k, h in found.items() if h.mixed}
-        warp = self.warp.to_config()
-        arguments = {"kind": "columns", "warp": warp, "histograms": histograms, "dequantize": self.dequantize}
-        return arguments | ({"mixed": mixed} if mixed else {})
+        histograms = {k: [h.values.tolist(), h.cumulative.tolist()] for k, h in self.histograms.items()}
+        mixed = {k: [h.cell, h.edges.tolist()] for k, h in self.histograms.items() if h.mixed}
+        arguments = {"kind": "columns", "warp": self.warp.to_config(), "histograms": histograms}
+        return arguments | {"dequantize": self.dequantize} | ({"mixed": mixed} if mixed else {})
 
     def _columns(self) -> list[tuple[int, Histogram]]:
         """The columns with values."""
