@@ -74,15 +74,16 @@ def test_sixteen_bits_and_many_channels_keep_their_values(tmp_path):
 
 
 def test_grid_holds_every_image_in_reading_order(tmp_path):
-    x = bytes_like(5, 3, 6, 5)
-    sheet = np.moveaxis(np.asarray(Image.open(save_grid(x, tmp_path / "grid.png", COLOUR, columns=3, zoom=1))), 2, 0)
-    assert sheet.shape == (3, 2 * 6 + 2, 3 * 5 + 2 * 2)
+    x = bytes_like(5, 3, 40, 33)
+    sheet = np.moveaxis(np.asarray(Image.open(save_grid(x, tmp_path / "grid.png", COLOUR, columns=3))), 2, 0)
+    assert sheet.shape == (3, 2 * 40 + 2, 3 * 33 + 2 * 2)
     for k, image in enumerate(x.numpy()):
-        top, left = k // 3 * 8, k % 3 * 7
-        assert np.array_equal(sheet[:, top : top + 6, left : left + 5], image)
-    side_by_side = np.asarray(Image.open(save_grid(bytes_like(1, 5, 6, 5), tmp_path / "five.png", zoom=1)))
-    assert side_by_side.shape == (6, 25)
-    enlarged = np.asarray(Image.open(save_grid(x[:1], tmp_path / "large.png", COLOUR)))
+        top, left = k // 3 * 42, k % 3 * 35
+        assert np.array_equal(sheet[:, top : top + 40, left : left + 33], image)
+    side_by_side = np.asarray(Image.open(save_grid(bytes_like(1, 5, 40, 33), tmp_path / "five.png")))
+    assert side_by_side.shape == (40, 165)
+    x = bytes_like(1, 3, 6, 5)
+    enlarged = np.asarray(Image.open(save_grid(x, tmp_path / "large.png", COLOUR)))
     assert np.array_equal(enlarged[5::10, 5::10], np.moveaxis(x[0].numpy(), 0, 2))
 
 

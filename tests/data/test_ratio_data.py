@@ -39,7 +39,7 @@ def test_columns_of_frames_go_by_name_in_any_order():
     shifted = frame[["mass", "height"]] + 1
     pair = pair_up(shifted, frame)
     assert pair.table.names == ("height", "mass")
-    layout = (pair.source.transform, pair.table, pair.warp)
+    layout = (pair.source.transform, pair.table, pair.warp, DataOptions())
     x, names, *_ = read_query(frame, *layout)
     assert len(names) == 60
     extra = frame.assign(age=1.0)[["age", "mass", "height"]]
@@ -57,7 +57,7 @@ def test_constant_columns_are_left_out_with_a_note():
     pair = pair_up(x + [1, 0, 0], x)
     assert pair.table.names == ("c0", "c2") and pair.source.shape == (2,)
     assert any("constant" in note and "c1" in note for note in pair.source.notes)
-    layout = (pair.source.transform, pair.table, pair.warp)
+    layout = (pair.source.transform, pair.table, pair.warp, DataOptions())
     values, _, differs, _ = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
     assert values.shape == (61, 2) and differs == 60 * [""] + ["c1"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,19 @@ MOST_COLUMNS = 2**17
 def load(path: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
     """``array:FILE.npz`` or ``array:FILE.npy``, split at random."""
     x, y, notes = read(Path(path))
-    return samples_of(x, y, f"array:{path}", options, notes, like=like)
+    found = samples_of(x, y, f"array:{path}", options, like=like)
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def samples_of(
-    x: np.ndarray,
-    y: Any,
-    name: str,
-    options: DataOptions,
-    notes: Sequence[str] = (),
-    first: bool = False,
-    like: DataTransform | None = None,
+    x: np.ndarray, y: Any, name: str, options: DataOptions, first: bool = False, like: DataTransform | None = None
 ) -> Samples:
-    """All samples of an array, resized and converted, with ``notes`` on its file.
-
-    ``y`` as in :func:`read_labels`, the rest as in :func:`interpret`.
-    """
-    values, grid, more = interpret(x, name, first, like)
+    """All samples of an array, resized and converted; ``y`` as in :func:`read_labels`, the rest of :func:`interpret`."""
+    values, grid, notes = interpret(x, name, first, like)
     if values.ndim == 4:
         values = convert_images(values, grid, options)
     (labels,), class_names = read_labels(y, [len(values)], name)
-    return Samples(name, {"train": MemorySplit(values, labels)}, grid, class_names, notes=(*notes, *more))
+    return Samples(name, {"train": MemorySplit(values, labels)}, grid, class_names, notes=tuple(notes))
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:

@@ -105,7 +105,7 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
         kept = [path for path in part if path in good]
         labels = torch.tensor([names.index(above[path]) if class_names else NO_LABEL for path in kept])
         if options.crop is not None:
-            splits[split] = CropSplit(read, [(path, good[path].size) for path in kept], options.crop, labels)
+            splits[split] = CropSplit(read, {path: good[path].size for path in kept}, options.crop, labels)
         elif kept or split == "train":
             splits[split] = LazySplit(read, kept, labels).in_memory_if_small(len(good))
     notes += [f"{len(names)} classes, from the names of the sub-folders."] if class_names else []

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data.reading import read_array, reading
+from torchcdm.data.reading import reading
+from torchcdm.data.source import Size
 from torchcdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue, as in Pillow."""
 
 
+WHOLE = (0, 0, sys.maxsize, sys.maxsize)
+"""Left, upper, right and lower edge of all of an image."""
+
+
 class ImageInfo(NamedTuple):
     """What an image file holds, read from its header.
 
@@ -49,7 +54,7 @@ class ImageInfo(NamedTuple):
     """
 
     channels: int
-    size: tuple[int, int]
+    size: Size
     high: int | None
 
     @property
@@ -89,7 +94,7 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
         if path.suffix.lower() != ".npy":
             with opened(file) as image:
                 return from_pillow(image)
-        array = read_array(file)
+        array = np.lib.format.read_array(file, allow_pickle=False)
         shape = _image_shape(array.shape, array.dtype)
         if array.ndim == 3 and shape != array.shape:
             array = np.moveaxis(array, 2, 0)
@@ -116,10 +121,7 @@ def from_pillow(image: Image) -> tuple[Tensor, int | None]:
 
 
 def read_image(
-    path: Path,
-    size: tuple[int, int] | None = None,
-    channels: int | None = None,
-    box: tuple[int, int, int, int] = (0, 0, sys.maxsize, sys.maxsize),
+    path: Path, size: Size | None = None, channels: int | None = None, box: Sequence[int] = WHOLE
 ) -> Tensor:
     """An image file in the size and with the channels asked for, see :func:`conform`.
 
@@ -129,9 +131,7 @@ def read_image(
     return conform(pixels[:, upper:lower, left:right], high, size, channels)
 
 
-def conform(
-    image: Tensor, high: float | None, size: tuple[int, int] | None, channels: int | None, white: float = 1.0
-) -> Tensor:
+def conform(image: Tensor, high: float | None, size: Size | None, channels: int | None, white: float = 1.0) -> Tensor:
     """An image (C, H, W), data units, of ``size`` (H, W) and with so many ``channels``; None leaves them.
 
     It is put on the grid of ``high``, its largest grey level and white; None for continuous data of this ``white``.
@@ -143,7 +143,7 @@ def conform(
     return image.round() if high is not None and image.is_floating_point() else image
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(image: Tensor, size: Size) -> Tensor:
     """Bilinear with antialiasing to ``size`` (H, W), by Pillow; uint8 stays uint8, float32 is not rounded."""
     from PIL import Image
 

@@ -16,7 +16,7 @@ import torch
 
 from torchcdm.data import tables
 from torchcdm.data.arrays import convert_images, read_labels
-from torchcdm.data.assembly import Grid, Samples
+from torchcdm.data.assembly import Samples
 from torchcdm.data.folders import inspect
 from torchcdm.data.images import describe, read_image
 from torchcdm.data.options import DataOptions
@@ -67,7 +67,7 @@ def digits(argument: str, options: DataOptions, _: Any = None) -> Samples:
     pool = MemorySplit(torch.from_numpy(data.images).to(torch.uint8)[:, None], torch.from_numpy(data.target))
     # The rows are ordered by writer: taken as they come, the test split is by other hands than the training split.
     pool = pool.select(permutation(len(pool), POOL_SEED))
-    return fixed("digits", pool, 1500, 200, (0, 16), options, tuple(str(k) for k in range(10)))
+    return fixed("digits", pool, (1500, 200), 16, options, [str(k) for k in range(10)])
 
 
 def wine(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
@@ -108,7 +108,7 @@ def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples
         read_labels(y, [len(y)], str(path), FASHION_CLASSES)
     pool = MemorySplit(torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)))
     trainable = len(images[0])
-    return fixed("fashion-mnist", pool, trainable, trainable // 12, (0, 255), options, FASHION_CLASSES)
+    return fixed("fashion-mnist", pool, (trainable, trainable // 12), 255, options, FASHION_CLASSES)
 
 
 def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
@@ -130,7 +130,7 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
     records = np.concatenate(batches)
     pool = MemorySplit(torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32)), torch.from_numpy(records[:, 0]))
     trainable = len(records) - len(batches[-1])
-    return fixed("cifar10", pool, trainable, trainable // 10, (0, 255), options, CIFAR_CLASSES)
+    return fixed("cifar10", pool, (trainable, trainable // 10), 255, options, CIFAR_CLASSES)
 
 
 def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
@@ -168,19 +168,14 @@ def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 
 def fixed(
-    name: str,
-    pool: MemorySplit,
-    trainable: int,
-    validation: int,
-    grid: Grid,
-    options: DataOptions,
-    class_names: tuple[str, ...],
+    name: str, pool: MemorySplit, counts: tuple[int, int], high: int, options: DataOptions, names: Sequence[str]
 ) -> Samples:
     """Samples whose splits are part of the data set, whatever seed and test fraction the options give.
 
-    The ``pool`` holds ``trainable`` samples, of which ``validation`` in number are taken unless the options give a
-    fraction, then those of test.
+    The ``pool`` holds those of training, then those of test. ``counts`` are the former, and how many of them are for
+    validation unless the options give a fraction.
     """
+    (trainable, validation), grid = counts, (0, high)
     if options.validation_fraction is not None:
         validation = round(options.validation_fraction * trainable)
     if trainable - validation < 2:
@@ -188,7 +183,7 @@ def fixed(
     pool = MemorySplit(convert_images(pool.x, grid, options), pool.labels)
     order = permutation(trainable, POOL_SEED)
     rows = {"train": order[validation:], "validation": order[:validation], "test": torch.arange(trainable, len(pool))}
-    return Samples(name, {split: pool.select(part) for split, part in rows.items()}, grid, class_names)
+    return Samples(name, {split: pool.select(part) for split, part in rows.items()}, grid, tuple(names))
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -59,28 +59,20 @@ def save_images(
     return paths
 
 
-def save_grid(
-    x: Tensor,
-    path: str | Path,
-    transform: DataTransform | None = None,
-    columns: int | None = None,
-    zoom: int | None = None,
-) -> Path:
+def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = None, columns: int | None = None) -> Path:
     """All images (N, C, H, W), data units, in one PNG, to look at; grey levels as by :func:`to_bytes`.
 
-    They stand in so many ``columns``, as square as possible when None, ``zoom`` screen pixels for each of theirs, by
-    default as many as bring small ones to :data:`GRID_SIDE`. Those that are neither grey nor colour show their
-    channels side by side.
+    They stand in so many ``columns``, as square as possible when None; small ones are enlarged to :data:`GRID_SIDE`.
+    Those that are neither grey nor colour show their channels side by side.
     """
     _refuse_vectors(x)
-    path = Path(path)
-    write_file(path, png(sheet(to_bytes(x, transform), columns, zoom)))
-    return path
+    write_file(Path(path), png(sheet(to_bytes(x, transform), columns)))
+    return Path(path)
 
 
-def sheet(images: Tensor, columns: int | None = None, zoom: int | None = None) -> np.ndarray:
+def sheet(images: Tensor, columns: int | None = None) -> np.ndarray:
     """Images, uint8 (N, C, H, W), as one (C', H', W'): with columns and enlargement as of :func:`save_grid`."""
-    zoom = zoom or max(1, GRID_SIDE // max(images.shape[2:]))
+    zoom = max(1, GRID_SIDE // max(images.shape[2:]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     if images.shape[1] not in (1, 3):
         images = images.movedim(1, 2).flatten(2)[:, None]  # (N, 1, H, C W)

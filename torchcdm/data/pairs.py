@@ -129,11 +129,7 @@ def read_side(data: Any, name: str, options: DataOptions) -> DataFrame | Tensor:
 
 
 def read_query(
-    x: Any,
-    transform: DataTransform,
-    table: TableEncoding | None = None,
-    warp: ColumnWarp | None = None,
-    options: DataOptions | None = None,
+    x: Any, transform: DataTransform, table: TableEncoding | None, warp: ColumnWarp | None, options: DataOptions
 ) -> Inputs:
     """Samples to be scored, in the data units of ``transform``, that of the data that were fitted.
 
@@ -141,7 +137,6 @@ def read_query(
     and ``warp`` are those of the pair, None for images, which the ``options`` are for. UserError for missing columns,
     another shape, or cells that cannot be read.
     """
-    options = options or DataOptions()
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, transform, options)
     query, _ = _read(x, "query", options, table)

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -56,18 +56,13 @@ def read_arrays(path: Path, wanted: Sequence[str] = ()) -> dict[str, np.ndarray]
     with reading(path, "a numpy array without pickled objects") as file:
         if not zipfile.is_zipfile(file):
             file.seek(0)
-            return {"": read_array(file)}
+            return {"": np.lib.format.read_array(file, allow_pickle=False)}
         with zipfile.ZipFile(file) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             names = [name for name in members if name in wanted] or list(members)
             found = {}
             for name in names:
                 with archive.open(members[name]) as member:
-                    found[name] = read_array(member)
+                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
                     member.read(1)  # at its end the checksum is compared
             return found
-
-
-def read_array(file: IO[bytes]) -> np.ndarray:
-    """An array in the .npy format; numpy takes no more memory than the file fills. ValueError for pickled objects."""
-    return np.lib.format.read_array(file, allow_pickle=False)

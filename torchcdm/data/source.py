@@ -29,6 +29,9 @@ FINGERPRINT = 100
 
 NO_LABEL = -1
 
+Size = tuple[int, int]
+"""Height and width, pixels."""
+
 
 class Split(Dataset, ABC):
     """One split: a map-style data set of ``(x, label)``.
@@ -150,7 +153,7 @@ class CropSplit(LazySplit):
 
     Args:
         read: Gives the image of one path, data units, (C, H, W).
-        images: Path of each image, its height and width; those that are small together stay in memory.
+        images: Size of the image of each path; those that are small together stay in memory.
         crop: Height and width of the crops.
         labels: Class of each image.
 
@@ -158,20 +161,14 @@ class CropSplit(LazySplit):
         wholes: Indices of the crops of each image, which overlap: they belong into one split.
     """
 
-    def __init__(
-        self,
-        read: Callable[[Any], Tensor],
-        images: Sequence[tuple[Any, tuple[int, int]]],
-        crop: tuple[int, int],
-        labels: Tensor,
-    ) -> None:
-        total = sum(4 * height * width for _, (height, width) in images)  # channels, at most
-        self.held = {path: read(path) for path, _ in images} if total <= MEMORY_LIMIT else {}
-        self.crop, places = crop, [places_of(size, crop) for _, size in images]
-        items = [(path, *place) for (path, _), found in zip(images, places, strict=True) for place in found]
-        counts = torch.tensor([len(found) for found in places], dtype=torch.long)
+    def __init__(self, read: Callable[[Any], Tensor], images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
+        total = sum(4 * height * width for height, width in images.values())  # channels, at most
+        self.held = {path: read(path) for path in images} if total <= MEMORY_LIMIT else {}
+        places = {path: places_of(size, crop) for path, size in images.items()}
+        counts = torch.tensor([len(found) for found in places.values()], dtype=torch.long)
+        items = [(path, *place) for path, found in places.items() for place in found]
         super().__init__(read, items, labels.repeat_interleave(counts), like=torch.empty(0))
-        self.wholes = torch.arange(len(items)).split(counts.tolist())
+        self.crop, self.wholes = crop, torch.arange(len(items)).split(counts.tolist())
 
     def batch_at(self, indices: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         pairs = zip(indices.tolist(), places, strict=True)
@@ -186,7 +183,7 @@ class CropSplit(LazySplit):
         return image[:, top : top + height, left : left + width]
 
 
-def places_of(size: tuple[int, int], crop: tuple[int, int], share: float | None = None) -> list[tuple[int, int]]:
+def places_of(size: Size, crop: Size, share: float | None = None) -> list[tuple[int, int]]:
     """Top and left edges of crops evenly spread over an image: as many as fit side by side.
 
     With a ``share`` enough to cover the image, neighbours at most that of a crop apart.
