@@ -40,7 +40,7 @@ def load(path: str, options: DataOptions, like: DataTransform | None = None) -> 
 def samples_of(
     x: np.ndarray, y: Any, name: str, options: DataOptions, first: bool = False, like: DataTransform | None = None
 ) -> Samples:
-    """All samples of an array, resized and converted; ``y`` as in :func:`read_labels`, the rest of :func:`interpret`."""
+    """All samples of an array, resized and converted; arguments as in :func:`read_labels` and :func:`interpret`."""
     values, grid, notes = interpret(x, name, first, like)
     if values.ndim == 4:
         values = convert_images(values, grid, options)
