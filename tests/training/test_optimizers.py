@@ -39,7 +39,7 @@ def test_a_first_step_moves_a_kernel_like_adamw_would_in_the_mean_square_and_shr
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 32, 3, bias=False).double()
     before = layer.weight.detach().clone()
-    optimizer = MuonAdamW(layer, lr=0.1, weight_decay=0.5)
+    optimizer = MuonAdamW(layer, TrainConfig(lr=0.1, weight_decay=0.5))
     layer.weight.grad = torch.randn_like(layer.weight) * 1e-6
     optimizer.step()
     change = layer.weight.detach() - before * (1 - 0.1 * 0.5)
@@ -72,5 +72,5 @@ def test_everything_else_is_moved_as_by_adamw():
 def test_weights_without_a_gradient_stay():
     network = Encoder(1, 8, levels=12, width=8, multipliers=(1,))
     before = [weight.detach().clone() for weight in network.parameters()]
-    MuonAdamW(network, 1e-2).step()
+    MuonAdamW(network, TrainConfig(lr=1e-2)).step()
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))

@@ -228,7 +228,7 @@ def test_files_name_the_field_or_the_line(tmp_path):
     file = tmp_path / "mine.yaml"
     for text, message in {
         "train: {steps: 3}\ntrain: {steps: 4}\n": "mine.yaml, line 2: not valid YAML \\('train' is there twice",
-        "train: {1: 3}\n": "mine.yaml, line 1: not valid YAML \\(the name of a field is no text",
+        "train: {1: 3}\n": "^unknown field 'train.1'",
         "a: &x [*x]\n": "mine.yaml, line 1: not valid YAML \\(tags and aliases are not read",
         "a: !!python/object/apply:os.system [ls]\n": "tags and aliases are not read",
         "extends: [digits]\n": "mine.yaml: unknown preset",

@@ -48,10 +48,8 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of a training, from any step on.
 
-    ``batch_size`` counts all processes together; ``labels`` says whether the model sees classes or contexts.
-
-    Raises:
-        UserError: A batch that does not divide over the processes, no samples, or vectors to mirror.
+    ``batch_size`` counts all processes together; ``labels`` says whether the model sees classes or contexts. UserError
+    for a batch that does not divide over the processes, no samples, or vectors to mirror.
     """
 
     def __init__(

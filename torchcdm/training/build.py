@@ -51,10 +51,7 @@ def in_units(source: DataSource, options: DataOptions) -> DataSource:
     """Data in the units that options ask for: as they are, or, for ``gaussianize``, every dimension near a normal.
 
     Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each, as the training
-    split has them, mirrored too for ``flip``.
-
-    Raises:
-        UserError: Images of continuous values.
+    split has them, mirrored too for ``flip``. UserError for images of continuous values.
     """
     transform, split = source.transform, source.train
     if not options.gaussianize:
@@ -211,10 +208,7 @@ def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, cla
 def imported(code: str) -> nn.Module:
     """The network that ``FILE.py:NAME`` makes: what NAME gives when it is called without arguments.
 
-    The file is run, with all that it says: only for code that its reader trusts.
-
-    Raises:
-        UserError: No such file or name, or one that gives no module.
+    The file is run, with all that it says: only for code that its reader trusts. UserError for no such file or name.
     """
     path, _, name = str(code).rpartition(":")
     if not (path.endswith(".py") and name.isidentifier()):
@@ -243,10 +237,7 @@ def build_model(
 
     ``gaussian`` are fitted marginals; when None and the configuration has some, the model gets a blank to load a saved
     state into. ``class_prior`` is p(y) for joint logits. ``backbone`` is the network, instead of one by the
-    configuration.
-
-    Raises:
-        UserError: Labels asked of data without classes, and what :func:`build_backbone` refuses.
+    configuration. UserError for labels asked of data without classes, and what :func:`build_backbone` refuses.
     """
     if config.labels != "none" and classes is None:
         raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")

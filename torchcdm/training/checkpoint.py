@@ -94,10 +94,7 @@ class ModelInfo:
         """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``.
 
         ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own.
-
-        Raises:
-            UserError: Data that cannot be read, or of another shape, other columns, grey levels or classes than the
-                model's; names both.
+        UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
         source = load_data(options, self.transform)
@@ -109,9 +106,8 @@ class ModelInfo:
 def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
     """Writes ``model.safetensors`` and ``config.json``.
 
-    Raises:
-        UserError: They cannot be written, or a run is to replace an estimator or the other way round; the old files
-            are still there.
+    UserError where they cannot be written, or a run is to replace an estimator or the other way round; the old files
+    are still there.
     """
     kind = KINDS[info.estimator is not None]
     write_artefact(run.model_info, kind, encode(info), {run.model.name: model.tensors()})
@@ -215,16 +211,16 @@ def load(
 
 def _fill(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Denoiser:
     readout = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
-    load_tensors(model, {key: value for key, value in tensors.items() if not key.startswith(PREFIX)}, path)
+    _load_tensors(model, {key: value for key, value in tensors.items() if not key.startswith(PREFIX)}, path)
     if not readout:
         return model
     features = readout["weight"].shape[-1] if readout.get("weight", torch.empty(())).ndim else 1
     calibrated = Calibrated(model, Readout.blank(model.schedule.T + 2, features).to(model.schedule.alpha.device))
-    load_tensors(calibrated.readout, readout, path)
+    _load_tensors(calibrated.readout, readout, path)
     return calibrated
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fills ``module``; the file must hold exactly its weights, finite where they are no integers."""
     own = module.state_dict()
     _check_shapes(own, tensors, path)
@@ -277,7 +273,8 @@ PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 class TrainingState(NamedTuple):
-    """What a resumed run starts from: raw and averaged weights, :func:`optimizer_tensors`, and ``progress.json``.
+    """What a resumed run starts from: raw and averaged weights, what the optimiser knows of each parameter, by its
+    number, and ``progress.json``.
 
     The last has the counters of the trainer, the sums of the loss terms since the last line of the log, ``data``, the
     fingerprint of the data, and ``config``, the resolved configuration.
@@ -285,23 +282,23 @@ class TrainingState(NamedTuple):
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    optimizer: Mapping[int, Mapping[str, Tensor]]
     progress: dict[str, Any]
 
 
 def save_state(run: RunFolder, state: TrainingState) -> Path:
     """Writes ``state/step-N``, unless it is there: beside, flushed, then renamed. The last two are kept.
 
-    Raises:
-        UserError: It cannot be written, on a full disk for one; older states are still there.
+    UserError where it cannot be written, on a full disk for one; older states are still there.
     """
     final = run.states / f"step-{state.progress['step']}"
     temporary = run.states / f"{TEMPORARY}{final.name}"
     if final.exists():
         return final
+    moments = {f"{index}.{name}": value for index, of in state.optimizer.items() for name, value in of.items()}
     with writing(final):
         try:
-            tensors = dict(zip(PARTS, state[:-1], strict=True))
+            tensors = dict(zip(PARTS, (state.model, state.ema, moments), strict=True))
             write_artefact(temporary / "progress.json", "state", state.progress, tensors)
             os.replace(temporary, final)
             flush_folder(run.states)
@@ -322,34 +319,19 @@ def state_folders(run: RunFolder) -> list[Path]:
 
 
 def load_state(folder: Path) -> TrainingState:
-    """One saved state.
-
-    Raises:
-        UserError: A file is missing, damaged, or of another format version; names it and the way out.
-    """
+    """One saved state; UserError where a file is missing, damaged, or of another format version, with the way out."""
     mend, path = f"remove {folder} to go on from the state before it", folder / "progress.json"
     try:
-        progress, tensors = read_artefact(path, "state", PARTS)
+        progress, (model, ema, moments) = read_artefact(path, "state", PARTS)
         if folder.name != f"step-{progress['step']}":
             damaged(path, f"it is of step {progress['step']}")
     except UserError as error:
         raise UserError(f"{error}; {mend}") from None
-    return TrainingState(*tensors, progress)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser has learned, ``INDEX.NAME`` of the parameter and the moment; its rates are the training's."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, moments in state.items() for name, value in moments.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.setdefault(int(index), {})[name] = value
+    return TrainingState(model, ema, optimizer, progress)
 
 
 FREE = (

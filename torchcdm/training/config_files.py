@@ -93,8 +93,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 def make_config(*layers: Mapping[str, Any]) -> Config:
     """The configuration of these fields, laid on the defaults and on each other, the last strongest.
 
-    Raises:
-        UserError: An unknown field or a wrong value, by its dotted path and with the nearest name.
+    UserError for an unknown field or a wrong value, by its dotted path and with the nearest name.
     """
     fields: dict[str, Any] = encode(Config())
     for layer in layers:
@@ -155,10 +154,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.tag != "tag:yaml.org,2002:str" or key.value in keys[:i]:
-                what = f"'{key.value}' is there twice" if key.value in keys[:i] else "the name of a field is no text"
-                raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+        for key, _ in reversed(node.value):
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' is there twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 

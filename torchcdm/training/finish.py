@@ -59,9 +59,7 @@ NAMES = {
 def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
     """Calibrates the kept model of a training, compares it with its start, keeps the better one and draws samples.
 
-    Returns:
-        The sheet of samples, or their folder; and what :func:`compare` says, of a cdm with
-        validation data.
+    Gives the sheet of samples, or their folder; and what :func:`compare` says, of a cdm with validation data.
     """
     model, run, config, source = trainer.ema.model, trainer.run, trainer.config, trainer.source
     kept, outcome = load_weights(model, run.root), None
@@ -108,14 +106,11 @@ def calibrate_levels(
     Each half of the samples, (N, *shape) in data units, which the model was not trained on, is scored with the
     constants of the other half first: where that does not lower the cross-entropy, the samples are too few to tell,
     and the model stays as it is. The ``copies`` are spread over samples and levels; at least one of each sample, and
-    :data:`FEWEST_COPIES` of each level.
+    :data:`FEWEST_COPIES` of each level. UserError for log probabilities that are not finite.
 
     Returns:
         Cross-entropy of the level on the halves, before and with the constants of the other half, nats; and what log
         p_0 has gained at every input, nats: 0 where the constants did not help.
-
-    Raises:
-        UserError: Log probabilities that are not finite.
     """
     draws = -(-max(copies, FEWEST_COPIES * (model.schedule.T + 2)) // len(x))
     parts = [

@@ -22,7 +22,7 @@ from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
 from torchcdm.training.build import check_label, describe, imported, in_units, new_model
 from torchcdm.training.checkpoint import load, load_weights, read_info
-from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.interrupt import Interrupted
 from torchcdm.training.scale import scales, with_budget
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
@@ -161,10 +161,8 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
     """Refuses a network of one's own whose output does not fit, before it is trained.
 
     ``levels`` are T + 2. A ``denoiser``, which estimates the noise and is called with the level, is not called here.
-
-    Raises:
-        UserError: Another shape than (2, levels), or (2, classes, levels), from two samples; another number of classes
-            than that of the data; or batch normalisation, which mixes samples.
+    UserError for another shape than (2, levels), or (2, classes, levels), from two samples; another number of classes
+    than that of the data; or batch normalisation, which mixes samples.
     """
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
@@ -200,11 +198,8 @@ def trained(
 ) -> Any:
     """Trains, and gives the model that was kept: a new one, with ``backbone`` if it is given, or ``model``.
 
-    Where ``out`` is None nothing is left on the disk, and no samples are drawn. Other arguments are those of
-    :func:`torchcdm.training.loop.train`.
-
-    Raises:
-        Interrupted: A signal stopped the training; nothing is left of it, but for ``out``.
+    Where ``out`` is None nothing is left on the disk, and no samples are drawn. Other arguments and errors are those
+    of :func:`torchcdm.training.loop.train`.
     """
 
     def new(resolved: Config, data: DataSource) -> Denoiser:
@@ -255,8 +250,9 @@ def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[s
     UserError for a name that is neither, with the nearest.
     """
     sections, training = [{field.name for field in fields(kind)} for kind in (Config, TrainConfig)]
-    layer = {name: value for name, value in overrides.items() if name in sections}
-    train_fields = {name: value for name, value in overrides.items() if name not in sections}
-    if unknown := sorted(train_fields.keys() - training):
-        raise UserError(f"{caller}: unknown override '{unknown[0]}'; {nearest(unknown[0], sections | training)}")
-    return layer | {"train": {**layer.get("train", {}), **train_fields}}
+    layer: dict[str, Any] = {"train": {}}
+    for name, value in overrides.items():
+        if name not in sections | training:
+            raise UserError(f"{caller}: unknown override '{name}'; {nearest(name, sections | training)}")
+        layer = merge(layer, {name: value} if name in sections else {"train": {name: value}})
+    return layer

@@ -23,20 +23,9 @@ from torchcdm.random import derive
 from torchcdm.runtime.files import write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
+from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model
-from torchcdm.training.checkpoint import (
-    ModelInfo,
-    TrainingState,
-    check_same,
-    load_matching,
-    load_optimizer,
-    load_state,
-    optimizer_tensors,
-    save_model,
-    save_state,
-    state_folders,
-)
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.interrupt import Interrupted, SignalWatch
@@ -57,8 +46,8 @@ class NotFinite(UserError):
 
 
 class TrainResult(NamedTuple):
-    """How a training ended: steps and seconds over all resumes, what ``config.json`` says of the kept weights, the
-    last sheet of samples, the data, and the comparison with what the model has to beat."""
+    """Steps and seconds of a training over all resumes, what ``config.json`` says of the kept weights, the last sheet
+    of samples, the data, and the comparison with what the model has to beat."""
 
     step: int
     seconds: float
@@ -117,10 +106,10 @@ def train(
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
         watch = held.enter_context(SignalWatch())
-        states = state_folders(run) if resume else []
+        states = checkpoint.state_folders(run) if resume else []
         if resume and not states and run.model.exists() and not run.config.exists():
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
-        state = load_state(states[-1]) if states else None
+        state = checkpoint.load_state(states[-1]) if states else None
         # What was chosen before the first step stays.
         kept = state.progress["config"]["model"] if state else {}
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
@@ -129,7 +118,7 @@ def train(
         if tell:
             print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
-            check_same(config, state.progress["config"], run)
+            checkpoint.check_same(config, state.progress["config"], run)
         return Trainer(config, run, source, device, tell, watch, clock, loss, new).run_to_end(state)
 
 
@@ -160,7 +149,7 @@ class Trainer:
         torch.manual_seed(derive(options.seed, "weights"))
         model = new_model(config.model, source, config.data.flip) if new is None else new(config, source)
         if options.init is not None:
-            left = load_matching(model, options.init)
+            left = checkpoint.load_matching(model, options.init)
             self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
         self.model = model.to(self.device)
         self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
@@ -177,7 +166,7 @@ class Trainer:
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.window = Window(self.model.schedule.T, self.device)
 
-    def run_to_end(self, state: TrainingState | None) -> TrainResult:
+    def run_to_end(self, state: checkpoint.TrainingState | None) -> TrainResult:
         """The steps that are left after those of a saved state, or all, then the end."""
         self.processes.accelerator.wait_for_everyone()
         if state is not None:
@@ -234,8 +223,8 @@ class Trainer:
                 if self._over():
                     break
         if self.selection.out_of_patience:
-            stale = f"no better {self.selection.value} for {self.selection.stale} validations"
-            self.say(f"{stale}: stopped at step {self.step}")
+            value, stale = self.selection.value, self.selection.stale
+            self.say(f"no better {value} for {stale} validations: stopped at step {self.step}")
         self._save_state()
 
     def _wrapped(self) -> nn.Module:
@@ -255,7 +244,6 @@ class Trainer:
         return self.processes.accelerator.prepare_model(loss, device_placement=False)
 
     def _precision(self) -> torch.autocast:
-        """Half precision where it is asked for."""
         half = self.options.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
 
@@ -329,7 +317,6 @@ class Trainer:
             save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}")
 
     def _share(self) -> float:
-        """Share of the training that is done, of its steps or its time."""
         return share_done(self.options, self.step, self.seconds)
 
     def _over(self) -> bool:
@@ -350,17 +337,18 @@ class Trainer:
             "data": self.fingerprint, "config": encode(self.config),
         }  # fmt: skip
         if self.main:
-            weights, average = self.model.state_dict(), self.ema.model.state_dict()
-            save_state(self.run, TrainingState(weights, average, optimizer_tensors(self.optimizer), progress))
+            weights, average, moments = (of.state_dict() for of in (self.model, self.ema.model, self.optimizer))
+            checkpoint.save_state(self.run, checkpoint.TrainingState(weights, average, moments["state"], progress))
         return True
 
-    def _restore(self, state: TrainingState) -> None:
+    def _restore(self, state: checkpoint.TrainingState) -> None:
         progress = state.progress
         if progress["data"] != self.fingerprint:
             raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
         self.model.load_state_dict(state.model)
         self.ema.model.load_state_dict(state.ema)
-        load_optimizer(self.optimizer, state.optimizer)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
         self.step, self.seconds, self.skipped = progress["step"], progress["seconds"], progress["skipped"]
         self.ema.updates = progress["ema_updates"]
         self.selection.best, self.selection.stale = progress["best"], progress["stale"]
@@ -369,15 +357,15 @@ class Trainer:
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:
-        states = state_folders(self.run)
+        states = checkpoint.state_folders(self.run)
         return f"the last good state is kept ({states[-1]})" if states else "no state was saved"
 
     def save_model(self) -> None:
         """Writes the averaged weights, and what was selected."""
-        config, source = self.config, self.source
-        selected = self.selection.selected(self.step)
-        info = ModelInfo(config.preset, config.model, source.transform, config.data, selected, source.class_names)
-        save_model(self.run, self.ema.model, info)
+        config, source, selected = self.config, self.source, self.selection.selected(self.step)
+        units, names = source.transform, source.class_names
+        info = checkpoint.ModelInfo(config.preset, config.model, units, config.data, selected, names)
+        checkpoint.save_model(self.run, self.ema.model, info)
 
 
 def _finite(model: nn.Module) -> bool:
@@ -424,6 +412,5 @@ class Window:
         """The sums over all processes."""
         if not self.sums:
             return {}
-        names = sorted(self.sums)
-        totals = processes.total(torch.stack([self.sums[name] for name in names]))
-        return dict(zip(names, totals.tolist(), strict=True))
+        totals = processes.total(torch.stack([self.sums[name] for name in sorted(self.sums)]))
+        return dict(zip(sorted(self.sums), totals.tolist(), strict=True))

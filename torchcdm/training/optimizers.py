@@ -21,6 +21,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 """Applications of the quintic: singular values are then within 0.7 ... 1.2."""
 
+MOMENTUM = 0.95
+
 
 def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
     """Share of the training, 0 ... 1, that is done before a step: of its steps or its time, whichever is more."""
@@ -42,7 +44,7 @@ def learning_rate(config: TrainConfig, step: int, seconds: float = 0.0) -> float
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW, which is Adam with a weight decay of 0, or :class:`MuonAdamW`."""
     if config.optimizer == "muon":
-        return MuonAdamW(model, config.lr, config.betas, config.weight_decay)
+        return MuonAdamW(model, config)
     return torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
 
 
@@ -55,13 +57,13 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 def orthogonalized(matrix: Tensor) -> Tensor:
     """A matrix (M, N) with the singular vectors of ``matrix`` and singular values near 1, by Newton-Schulz steps."""
-    a, b, c = COEFFICIENTS
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    (a, b, c), wide = COEFFICIENTS, matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(ITERATIONS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x if wide else x.T
 
 
 @final
@@ -69,24 +71,16 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, but for the hidden matrices, which move by their orthogonalised momentum (Muon).
 
     An update has the root mean square of one of AdamW's at the same rate (arXiv 2502.16982), so that both share a
-    learning rate. A convolution is the matrix (outputs, inputs x kernel); the ``momentum`` looks ahead (Nesterov).
+    learning rate. A convolution is the matrix (outputs, inputs x kernel); the momentum looks ahead (Nesterov).
     torch.optim.Muon, from torch 2.9, takes matrices alone.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        betas: tuple[float, ...] = (0.9, 0.99),
-        weight_decay: float = 0.01,
-        momentum: float = 0.95,
-    ) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         hidden = hidden_matrices(model)
         known = {id(weight) for weight in hidden}
         others = [weight for weight in model.parameters() if id(weight) not in known]
         groups = [{"params": weights, "muon": muon} for weights, muon in ((hidden, True), (others, False)) if weights]
-        self.momentum = momentum
-        super().__init__(groups, lr, betas, weight_decay=weight_decay)
+        super().__init__(groups, config.lr, config.betas, weight_decay=config.weight_decay)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -97,21 +91,16 @@ class MuonAdamW(torch.optim.AdamW):
             weight.grad = None  # AdamW passes it by
         super().step()
         for group, weight, gradient in moved:
-            weight.grad = gradient
-            self._move(weight, gradient, group["lr"], group["weight_decay"])
-
-    def _move(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[weight]
-        if not state:
-            # AdamW looks for a count in every state that it loads.
-            state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(gradient)
-        state["step"] += 1
-        average = state["momentum"]
-        average.lerp_(gradient, 1 - self.momentum)
-        direction = gradient.lerp(average, self.momentum).flatten(1)
-        scale = 0.2 * max(direction.shape) ** 0.5
-        weight.mul_(1 - lr * weight_decay)
-        weight.add_(orthogonalized(direction).view_as(weight), alpha=-lr * scale)
+            weight.grad, state = gradient, self.state[weight]
+            if not state:
+                # AdamW looks for a count in every state that it loads.
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(gradient)
+            state["step"] += 1
+            average = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+            direction = gradient.lerp(average, MOMENTUM).flatten(1)
+            scale = 0.2 * max(direction.shape) ** 0.5
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(orthogonalized(direction).view_as(weight), alpha=-group["lr"] * scale)
 
 
 @final
@@ -119,15 +108,13 @@ class EMA:
     """A copy of ``model``, in eval mode, whose weights trail those of the model.
 
     The decay is ramped, min(decay, (1 + n) / (10 + n)) after n updates: with a fixed decay of 0.9999 the average
-    would be made of the initial noise for the first ten thousand steps. Buffers are constants in these models.
-
-    The averaged copy is ``model``; the number of ``updates`` so far is part of a saved state.
+    would be made of the initial noise for the first ten thousand steps. The number of ``updates`` so far is part of a
+    saved state. Buffers are constants in these models.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
+        self.decay, self.updates = decay, 0
 
     def update(self, model: nn.Module) -> None:
         """One step towards the weights of ``model``."""

@@ -188,9 +188,7 @@ class _Fit:
         # nothing at T+1.
         every, levels = np.arange(len(self.bias)), self.data.levels
         between = torch.from_numpy(np.stack([np.interp(every, levels, unit) for unit in np.eye(len(levels))], 1))
-        mean, scale, weight, offset = (
-            between.to(weight) @ value for value in (self.mean, self.scale, weight, offset)
-        )
+        mean, scale, weight, offset = (between.to(weight) @ value for value in (self.mean, self.scale, weight, offset))
         weight[-1], offset[-1] = 0, 0
         own = self.bias + (mean * self.slope).sum(1)
         return Readout(mean, scale, scale * self.slope + weight, own + offset)

@@ -54,5 +54,5 @@ class Selection:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the training is to end."""
+        """Whether there were too many validations without a new best."""
         return self.patience is not None and self.stale >= self.patience

@@ -8,14 +8,7 @@ from annotated_types import Ge, Le
 from pydantic import model_validator
 
 from torchcdm.data import DataOptions
-from torchcdm.diffusion.schedules import (
-    CosineSchedule,
-    LinearSchedule,
-    LogSNRSchedule,
-    NoiseSchedule,
-    OptimalTransportSchedule,
-    UniformSigmaSchedule,
-)
+from torchcdm.diffusion import schedules
 from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
@@ -58,12 +51,12 @@ NETWORKS: dict[str, tuple[type, type | None]] = {
 }
 """The networks by name: as a classifier of levels, and as a plain denoiser, which takes part of its settings."""
 
-SCHEDULES: dict[str, type[NoiseSchedule]] = {
-    "linear": LinearSchedule,
-    "cosine": CosineSchedule,
-    "uniform-sigma": UniformSigmaSchedule,
-    "optimal-transport": OptimalTransportSchedule,
-    "log-snr": LogSNRSchedule,
+SCHEDULES: dict[str, type[schedules.NoiseSchedule]] = {
+    "linear": schedules.LinearSchedule,
+    "cosine": schedules.CosineSchedule,
+    "uniform-sigma": schedules.UniformSigmaSchedule,
+    "optimal-transport": schedules.OptimalTransportSchedule,
+    "log-snr": schedules.LogSNRSchedule,
 }
 
 FROM_DATA = ("classes", "joint")

@@ -41,18 +41,13 @@ def located(model: str | Path) -> Path:
         if name not in names():
             raise UserError(f"{model}: not in the zoo; {nearest(name, names())}")
         return HOME / name
-    if colon and kind == "hub":
-        return _downloaded(name)
-    return Path(model)
-
-
-def _downloaded(name: str) -> Path:
-    """The folder of a repository of the Hub, in the cache of ``huggingface_hub``."""
-    hub = needed("huggingface_hub", "hub", f"hub:{name}:")
+    if not colon or kind != "hub":
+        return Path(model)
+    hub = needed("huggingface_hub", "hub", f"{model}:")
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1:
-        raise UserError(f"hub:{name}: write hub:OWNER/NAME")
+        raise UserError(f"{model}: write hub:OWNER/NAME")
     try:
         return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # a wrong name, no such repository, no network: they have no common type
-        raise UserError(f"hub:{name}: cannot be downloaded ({reason(error)})") from None
+        raise UserError(f"{model}: cannot be downloaded ({reason(error)})") from None
