@@ -9,10 +9,10 @@ from pretended_device import pretended_device
 from studies.exact import GaussianMixture
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians, merged
+from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
-from torchcdm.estimators.density import importance_normalizer
+from torchcdm.estimators.density import importance_normalizers
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.networks.mlp import MLP
@@ -80,26 +80,11 @@ def test_the_change_over_the_levels_is_the_slope_of_the_density():
 def test_validation_finds_the_number_of_components_and_the_shrinkage():
     _, x = three_clouds()
     components, shrinkage, log_prob = best_mixture(x[:2000], x[2000:], (1, 2, 3, 5, 8))
-    assert components == 3 and shrinkage <= 0.001 and len(log_prob) == len(x) - 2000
+    assert components == 3 and shrinkage <= 0.1 and len(log_prob) == len(x) - 2000
     assert best_mixture(normal(60, 3), normal(2000, 3, seed=1), (1, 8, 12))[0] == 1
     # The truth is round, and the covariance of 40 samples in 30 dimensions is anything but.
     assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (1,))[:2] == (1, 0.7)
     assert best_mixture(normal(40, 30), normal(2000, 30, seed=1), (2,), (0.0,))[:2] == (2, 0.0)
-
-
-def test_of_many_samples_some_come_first_and_all_count(monkeypatch):
-    _, x = three_clouds()
-    whole = fit_gaussians(x, 3)
-    monkeypatch.setattr("torchcdm.diffusion.mixture.FIRST_ROWS", 300)
-    found, first = fit_gaussians(x, 3), fit_gaussians(x[:: -(-len(x) // 300)], 3)
-
-    def gap(one, other):
-        nearest = torch.cdist(one[1], other[1]).min(1)
-        assert len(nearest.indices.unique()) == 3
-        return nearest.values.max()
-
-    # EM ends by its gain, so that another start ends a little elsewhere: far nearer than the first samples alone.
-    assert gap(found, whole) < 0.1 * gap(first, whole)
 
 
 def test_every_far_mode_gets_a_component():
@@ -123,18 +108,6 @@ def test_far_modes_of_few_rows_get_a_component_each():
     fitted = MixtureMarginals.fit(x, SCHEDULE, 30, shrinkage=0.1)
     nearest = torch.cdist(centres, fitted.means).min(1)
     assert nearest.values.max() < 0.5 and len(nearest.indices.unique()) == 30
-
-
-def test_merging_keeps_moments_and_takes_the_cheapest_pair():
-    weights, means = np.array([0.4, 0.1, 0.5]), np.array([[0.0, 0.0], [0.2, 0.0], [9.0, 0.0]])
-    covariances = np.stack([np.eye(2), 2 * np.eye(2), np.eye(2)])
-    w, m, c = merged(weights, means, covariances, 2)
-    np.testing.assert_allclose((w, m[0], m[1]), ([0.5, 0.5], [0.04, 0], [9, 0]))
-    np.testing.assert_allclose(c[0], np.diag([1.2 + 0.16 * 0.04, 1.2]))
-    w, m, c = merged(weights, means, covariances, 1)
-    second = sum(a * (k + np.outer(mu, mu)) for a, mu, k in zip(weights, means, covariances, strict=True))
-    np.testing.assert_allclose((w[0], *m[0]), (1, *(weights @ means)))
-    np.testing.assert_allclose(c[0] + np.outer(m[0], m[0]), second)
 
 
 def test_classes_have_their_own_weights_of_common_components_at_every_level():
@@ -194,11 +167,11 @@ def test_the_integral_of_one_pass_agrees_with_quadrature(components):
     _, x = three_clouds()
     base = MixtureMarginals.fit(x, SCHEDULE, components)
     model = model_of(base)
-    assert importance_normalizer(model).value == pytest.approx(0, abs=0.02)
+    assert importance_normalizers(model)[0].value == pytest.approx(0, abs=0.02)
     torch.manual_seed(0)
     for parameter in model.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    found = importance_normalizer(model, seed=1)
+    found = importance_normalizers(model, seed=1)[0]
     axis = torch.linspace(-8, 8, 321, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     assert components == 1 or found.usable
@@ -209,7 +182,7 @@ def test_the_integral_of_one_pass_agrees_with_quadrature(components):
 
 
 def test_the_integral_of_a_model_without_fitted_base():
-    assert importance_normalizer(model_of(None)).value == pytest.approx(0, abs=0.02)
+    assert importance_normalizers(model_of(None))[0].value == pytest.approx(0, abs=0.02)
 
 
 def test_an_estimate_that_few_draws_carry_is_not_used():
@@ -217,5 +190,5 @@ def test_an_estimate_that_few_draws_carry_is_not_used():
     model = model_of(MixtureMarginals.fit(x, SCHEDULE, 3))
     for parameter in model.backbone.head.parameters():
         torch.nn.init.normal_(parameter, std=30.0)
-    few = importance_normalizer(model, draws=100)
+    few = importance_normalizers(model, draws=100)[0]
     assert not few.usable and np.isfinite(few.value)

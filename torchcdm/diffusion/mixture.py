@@ -26,15 +26,12 @@ from torchcdm.units.normal import log_normal
 FIT_ROWS = 10_000
 """A mixture is fitted to at most so many samples, unless more are asked for."""
 
-FIRST_ROWS = 20_000
-"""Of more samples EM takes so many first, and all from where that ends: a few iterations instead of a hundred."""
-
 VARIANCE_FLOOR = 1e-5
 """Least variance of a component along any direction, model units: no component shrinks onto one sample."""
 
 PIECES, PIECE_ROWS = 3, 5
-"""EM starts from so many pieces for each component, merged in pairs; where pieces have not so many rows for each
-number, all are merged as round ones of the same variance."""
+"""EM starts from so many pieces for each component, in groups; pieces need so many rows, and so many for each number
+where groups are to have covariances of their own."""
 
 TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
@@ -226,7 +223,7 @@ def best_mixture(
 
     More components need more shrinkage, so the two are chosen together. Fewer components win where they are within one
     standard error of the best: few validation samples would choose among many settings by luck. Stops after two
-    numbers that are worse.
+    numbers that are not better by as much.
 
     Samples are (N, d) in model units, those of ``validation`` without copies. The ``counts`` rise, and the first is
     tried however few the samples. Other arguments as of :func:`fit_gaussians`: a rough ``tolerance`` is unjust to few
@@ -234,18 +231,17 @@ def best_mixture(
     """
     variance, watched = _variance(train), validation[:, None].double()
     found: list[tuple[int, float, Tensor]] = []
-    best, worse = -math.inf, 0
+    worse = 0
     for number, count in enumerate(counts):
         if (number and 2 * count > len(train)) or worse == 2:
             break
         weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=tolerance)
         trials = []
         for share in shares:
-            parts = MultivariateNormal(means, shrunk(covariances, variance, share)).log_prob(watched)
+            parts = MultivariateNormal(means, _shrunk(weights, covariances, variance, share)).log_prob(watched)
             trials.append((count, share, (parts + weights.log()).logsumexp(1)))
         found.append(max(trials, key=lambda trial: float(trial[2].mean())))
-        value = float(found[-1][2].mean())
-        best, worse = max(best, value), 0 if value > best else worse + 1
+        worse = 0 if all(not within_error(found[-1][2] - trial[2]) for trial in found[:-1]) else worse + 1
     highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
     return next(trial for trial in found if within_error(highest - trial[2]))
 
@@ -269,7 +265,8 @@ def fit_gaussians(
         samples: (N, d).
         components: K.
         floor: Least variance; :data:`VARIANCE_FLOOR` where that is more.
-        shrinkage: Share by which each covariance is moved towards a round one of the variance of all samples.
+        shrinkage: Share by which each covariance is moved towards their mean, and its square by which that is moved
+            towards a round one of the variance of all samples, as one alone is by this share.
         rows: At most so many samples, evenly spaced ones.
         tolerance: EM ends where an iteration gains less, nats a sample.
 
@@ -279,16 +276,23 @@ def fit_gaussians(
     if components > len(samples):
         raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
     x = samples[:: math.ceil(len(samples) / rows)].double().cpu().numpy()
-    first = x[:: math.ceil(len(x) / FIRST_ROWS)]
     floor = max(floor, VARIANCE_FLOOR)
     options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
-    trials = [maximised(first, components, **options, **start) for start in _starts(first, components, floor)]
+    trials = [maximised(x, components, **options, **start) for start in _starts(x, components, floor)]
     fitted = max(trials, key=lambda trial: trial.lower_bound_)
-    if len(first) < len(x):
-        start = _start(fitted.weights_, fitted.means_, fitted.covariances_)
-        fitted = maximised(x, components, **options, **start)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
-    return weights, means, shrunk(covariances, _variance(samples), shrinkage)
+    return weights, means, _shrunk(weights, covariances, _variance(samples), shrinkage)
+
+
+def _shrunk(weights: Tensor, covariances: Tensor, variance: float, share: float) -> Tensor:
+    """Covariances (K, d, d) moved by ``share`` to their mean, and that by the square of ``share`` to a round one.
+
+    One alone is moved to a round one by ``share``.
+    """
+    if len(weights) == 1:
+        return shrunk(covariances, variance, share)
+    mean = torch.einsum("k,kij->ij", weights, covariances)
+    return torch.lerp(covariances, shrunk(mean, variance, share**2).expand_as(covariances), share)
 
 
 def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
@@ -302,76 +306,33 @@ def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
 
 
 def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
-    """Where EM starts: many pieces by k-means, merged down to the components.
+    """Where EM starts: many pieces by k-means, grouped to the components.
 
-    As many pieces as modes leave out some modes, which EM does not mend; thrice as many hardly do. Those that share a
-    mode are the cheapest to merge. Where pieces have few rows scikit-learn's own start, the empty one, is tried too.
+    As many pieces as modes leave out some modes, which EM does not mend; thrice as many hardly do. Where pieces have
+    few rows scikit-learn's own start, the empty one, is tried too.
     """
     from sklearn.cluster import AgglomerativeClustering, KMeans
 
     pieces = PIECES * components
     if components == 1 or len(x) < PIECE_ROWS * pieces:
         return [{}]
-    labels = KMeans(pieces, n_init=1, max_iter=30, random_state=0).fit_predict(x)
-    parts = [x[labels == k] for k in range(pieces)]
-    parts = [part for part in parts if len(part)]
-    if len(parts) < components:
+    found = KMeans(pieces, n_init=1, max_iter=30, random_state=0).fit(x)
+    groups = AgglomerativeClustering(components, linkage="ward").fit_predict(found.cluster_centers_)[found.labels_]
+    parts = [x[groups == k] for k in range(components)]
+    if not all(map(len, parts)):
         return [{}]
-    weights = np.array([len(part) / len(x) for part in parts])
-    means = np.stack([part.mean(0) for part in parts])
-    if len(x) >= PIECE_ROWS * pieces * x.shape[1]:
-        covariances = np.stack([np.atleast_2d(np.cov(part.T, bias=True)) for part in parts])
-        weights, means, covariances = merged(weights, means, covariances + floor * np.eye(x.shape[1]), components)
-        return [_start(weights, means, covariances)]
-    groups = AgglomerativeClustering(components, linkage="ward").fit_predict(means)
-    shares = weights * (groups == np.arange(components)[:, None])
-    variance = floor + weights @ [part.var(0).mean() for part in parts]
-    round_ones = np.stack([variance * np.eye(x.shape[1])] * components)
-    return [{}, _start(shares.sum(1), shares @ means / shares.sum(1, keepdims=True), round_ones)]
-
-
-def _start(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> dict[str, Any]:
-    return {"weights_init": weights, "means_init": means, "precisions_init": np.linalg.inv(covariances)}
-
-
-def merged(
-    weights: np.ndarray, means: np.ndarray, covariances: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A mixture of fewer Gaussians: pairs become the Gaussian of their moments, the cheapest pair first.
-
-    Of ``weights`` (K,), ``means`` (K, d) and ``covariances`` (K, d, d) at most ``count`` are left. The cost bounds the
-    KL divergence from the mixture before to that after (Runnalls 2007).
-    """
-    weights, means, covariances = weights.copy(), means.copy(), covariances.copy()
-
-    def unions(i: int, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        total = weights[i] + weights[others]
-        a, b = weights[i] / total, weights[others] / total
-        apart = means[i] - means[others]
-        spread = a[:, None, None] * covariances[i] + b[:, None, None] * covariances[others]
-        spread += (a * b)[:, None, None] * apart[:, :, None] * apart[:, None]
-        return total, a[:, None] * means[i] + b[:, None] * means[others], spread
-
-    def prices(i: int, others: np.ndarray) -> np.ndarray:
-        total, _, spread = unions(i, others)
-        volume = np.linalg.slogdet(spread)[1]
-        return 0.5 * (total * volume - weights[i] * volumes[i] - weights[others] * volumes[others])
-
-    volumes = np.linalg.slogdet(covariances)[1]
-    left = np.arange(len(weights))
-    costs = np.full((len(weights), len(weights)), np.inf)
-    for i in left[1:]:
-        costs[i, :i] = prices(i, left[:i])
-    while len(left) > count:
-        i, j = np.unravel_index(costs.argmin(), costs.shape)
-        weights[i], means[i], covariances[i] = (part[0] for part in unions(i, np.array([j])))
-        volumes[i] = np.linalg.slogdet(covariances[i])[1]
-        costs[j], costs[:, j] = np.inf, np.inf
-        left = left[left != j]
-        others = left[left != i]
-        if len(others):
-            costs[np.maximum(i, others), np.minimum(i, others)] = prices(i, others)
-    return weights[left], means[left], covariances[left]
+    few, identity = len(x) < PIECE_ROWS * pieces * x.shape[1], np.eye(x.shape[1])
+    if few:
+        inside = (x - found.cluster_centers_[found.labels_]).var()
+        covariances = [(inside + floor) * identity] * components
+    else:
+        covariances = [np.cov(part.T, bias=True) + floor * identity for part in parts]
+    start = {
+        "weights_init": np.bincount(groups) / len(x),
+        "means_init": np.stack([part.mean(0) for part in parts]),
+        "precisions_init": np.linalg.inv(np.stack(covariances)),
+    }
+    return [{}, start] if few else [start]
 
 
 def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

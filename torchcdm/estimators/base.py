@@ -198,7 +198,7 @@ class TableEstimator(BaseEstimator):
         began = self.clock()
         layer = merge({"train": {"select": "loss"}}, self._fields(rows))
         layer = merge(layer, {"train": {"seed": seed}, "data": {"gaussianize": False}})
-        transform, parts, start = self._bent_or_straight(train, validation, contexts is None, layer["model"])
+        transform, parts, start = self._best_start(train, validation, contexts is None, layer["model"])
         layer = merge(layer, {"model": start.fields})
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
         repeats = math.ceil(WATCHED_ROWS / len(validation))
@@ -224,30 +224,32 @@ class TableEstimator(BaseEstimator):
         self._info: ModelInfo = replace(info, transform=transform)
         self.validation_loss_ = float(info.selected.get("best", np.nan))
 
-    def _bent_or_straight(
+    def _best_start(
         self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any]
     ) -> tuple[ColumnTransform, list[Tensor], Start]:
         """The transform of the columns, those with ``cells`` by histogram, the rows in its units, and a base density.
 
-        Continuous columns are bent near a normal, unless held-out rows are more probable as they are: bending takes
-        the ellipses from columns whose tails are heavy together.
+        Continuous columns are bent near a normal, and go by histogram where their density has steps, unless held-out
+        rows are more probable otherwise: bending takes the ellipses from columns whose tails are heavy together.
         """
-        found = []
         # Residuals of a regression lie on no values.
         table = self.columns_ if cells else TableEncoding.numbers(range(train.shape[1]))
-        # Without copies of the same row, and no more than a start counts: both halves are of the same rows.
+        # Without copies of the same row, and no more than a start counts: all candidates see the same rows.
         rows = len(self.validation_indices_)
         counted = slice(0, rows, math.ceil(rows / FIT_ROWS))
-        for bend in (True, False):
+
+        def candidate(step: bool, bend: bool) -> tuple[float, ColumnTransform, list[Tensor], Start]:
             # They come dequantised: the transform must not add noise a second time.
-            transform = ColumnTransform.fit(train, table.values, table.mixed, bend, dequantize=False)
+            transform = ColumnTransform.fit(train, table.values, table.mixed, bend, dequantize=False, step=step)
             # In float64 here and not by the model in training: a column may have any offset.
             parts = [transform(x).float() for x in (train, validation)]
             start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)
-            log_det = transform.log_det(validation[counted]).mean()
-            found.append((start.value + float(log_det), transform, parts, start))
-        bent, straight = found
-        return (straight if straight[0] > bent[0] else bent)[1:]
+            return start.value + float(transform.log_det(validation[counted]).mean()), transform, parts, start
+
+        found = [candidate(step=True, bend=True), candidate(step=False, bend=False)]
+        if len(found[0][1].histograms) > len(found[1][1].histograms):
+            found.append(candidate(step=False, bend=True))
+        return max(found, key=lambda trial: trial[0])[1:]
 
     def _fields(self, rows: int) -> dict[str, Any]:
         """The configuration on top of the preset."""

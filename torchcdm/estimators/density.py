@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
-from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
+from torchcdm.estimators.tables import data_frame, noise_draws, noisy, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.models.inputs import check_count
@@ -30,6 +31,9 @@ TABLE = "the table"
 """What messages call it."""
 
 DRAWS = 20_000
+
+SHARES = (1.0, 0.5, 0.25, 0.0)
+"""Of what the network adds to the log density of its start, so much is tried."""
 
 ESTIMATES = 200
 """Independent estimates of Z from all draws, from whose spread the error comes."""
@@ -128,10 +132,20 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         log_p = self._log_density(self._encoded(X))
         return log_p - self.normalizer_.value if self.likelihood == "one-pass" and self.normalizer_.usable else log_p
 
+    @torch.no_grad()
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
-        self.normalizer_ = importance_normalizer(self.model_, seed)
-        if not self.normalizer_.usable:
-            self._say("one pass could not be normalised: log p is off by an unknown constant; use likelihood='flow'")
+        """Keeps the share of what the network adds under which held-out rows are most probable, normalised."""
+        model, shares = self.model_, torch.tensor(SHARES, dtype=torch.float64)
+        z = model.transform(noisy(self.columns_, held_out, self._noise[0]).to(model.schedule.alpha.device))
+        found = importance_normalizers(model, seed)
+        added = map_rows(lambda rows: _base_and_network(model, z[rows])[1], len(z), dim=z.shape[1], device=z.device)
+        values = shares * added.mean() - torch.tensor([log_z.value if log_z.usable else torch.inf for log_z in found])
+        best = int(values.argmax())
+        self.normalizer_ = found[best]
+        for part in (*model.backbone.head.parameters(), model.level_constants):
+            part.mul_(SHARES[best])
+        if SHARES[best] < 1:
+            self._say(f"{SHARES[best]:.0%} of what the network learned is kept: held-out rows are most probable so")
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.
@@ -158,13 +172,16 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
 
 
 @torch.no_grad()
-def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> LogZ:
+def importance_normalizers(
+    model: DensityModel, seed: int = 0, draws: int = DRAWS, shares: Sequence[float] = SHARES
+) -> list[LogZ]:
     """Z = E_q[p(x) / q(x)], q half the base density and half its blurred copy, both known in closed form.
 
     Args:
         model: Unconditional, of vectors.
         seed: Seed of the draws.
         draws: Number of draws, rounded up so that each estimate has as many from either half of q.
+        shares: Shares of what the network adds to the log density of the base; an estimate for each.
     """
     schedule, generator, dim = model.schedule, stream(seed, "normaliser"), model.transform.dim
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
@@ -174,10 +191,19 @@ def importance_normalizer(model: DensityModel, seed: int = 0, draws: int = DRAWS
     x[half:] += schedule.ratio[wide] * torch.randn(half, dim, generator=generator, dtype=x.dtype).to(x.device)
 
     def log_weights(rows: slice) -> Tensor:
-        base = model.base.log_prob_levels(x[rows])[:, 0]
+        base, added = _base_and_network(model, x[rows])
         blurred = model.base.log_prob_levels(schedule.alpha[wide] * x[rows])[:, wide] + dim * log_alpha
-        return (model.log_prob(x[rows], units="model") - torch.logaddexp(base, blurred) + math.log(2)).cpu()
+        return torch.stack([base - torch.logaddexp(base, blurred) + math.log(2), added], 1).cpu()
 
-    log_w = map_rows(log_weights, len(x), dim=dim, device=x.device)
-    estimates = log_w.view(2, -1, ESTIMATES).logsumexp((0, 1)) - math.log(len(x) / ESTIMATES)
-    return LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim)
+    of_base, added = map_rows(log_weights, len(x), dim=dim, device=x.device).T
+    found = []
+    for share in shares:
+        estimates = (of_base + share * added).view(2, -1, ESTIMATES).logsumexp((0, 1)) - math.log(len(x) / ESTIMATES)
+        found.append(LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim))
+    return found
+
+
+def _base_and_network(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log density of the base and what the network adds to it, at level 0, of ``z`` (N, d), each (N,)."""
+    base = model.base.log_prob_levels(z)[:, 0]
+    return base, model.log_prob(z, units="model") - base

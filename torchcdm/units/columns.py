@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -13,13 +14,16 @@ from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, cell_width, spread
 from torchcdm.units.normal import log_normal
-from torchcdm.units.warp import ColumnWarp
+from torchcdm.units.warp import LEAST_GAIN, ColumnWarp
 
 OUTSIDE = 1e-4
 """Probability that a histogram leaves on either side of the known values: z = 3.7 at their ends."""
 
 KNOTS, KNOT_ROWS = 50, 20
 """Cells of the histogram of the other numbers of a mixed column, at most, and training rows in each, at least."""
+
+STEP_ROWS = 2000
+"""Rows that the steps of a column are fitted to: the time grows with their square."""
 
 
 @final
@@ -28,15 +32,17 @@ class ColumnTransform(DataTransform):
 
     A dequantised column of few values is a row of boxes, whose edges a smooth density would spend itself on. Its
     histogram takes it to a normal, as in :class:`GaussianizedTransform`; what is left to learn is how columns hang
-    together. So does that of a mixed column, where some values have a cell each and all other numbers are continuous.
-    Beyond the known values the map goes on as a line of the column's deviation: what is far out stays so.
+    together. So does that of a mixed column, where some values have a cell each and all other numbers are continuous,
+    and that of a continuous column whose density has steps and gaps. Beyond the known values the map goes on as a line
+    of the column's deviation: what is far out stays so.
 
     ``log_det`` counts the cells: a density in data units is the probability of a value that has one, and a density of
     all other numbers.
 
     Args:
         warp: Arguments of the :class:`ColumnWarp` of all columns; shifts and scales the columns with a histogram.
-        histograms: By column with values: these, rising, data units, and the cumulative probability at the edges.
+        histograms: By column that has one: its values, rising, data units, none where all numbers are continuous; and
+            the cumulative probability at the edges.
         mixed: By column where other numbers are continuous: width of a value's cell, and the edges of the histogram.
             Elsewhere a cell is as wide as the least distance of two values, and edges are those of the cells and gaps.
         dequantize: Whether training and scoring add uniform noise over the cells; not where the rows bring it along.
@@ -60,8 +66,8 @@ class ColumnTransform(DataTransform):
         super().__init__(warp.scale.shape)
         self.warp = warp
         self.histograms = nn.ModuleDict({str(k): Histogram(*h, mixed.get(k)) for k, h in histograms.items()})
-        self.values = {int(k): tuple(values) for k, (values, _) in histograms.items()}
-        self.mixed = {int(k): cell for k, (cell, _) in mixed.items()}
+        self.values = {int(k): tuple(values) for k, (values, _) in histograms.items() if len(values)}
+        self.mixed = {int(k): cell for k, (cell, _) in mixed.items() if cell}
         self.dequantize = dequantize and bool(histograms)
         self.cells = torch.zeros(self.shape, dtype=torch.float64)
         for k, histogram in self._columns():
@@ -75,6 +81,7 @@ class ColumnTransform(DataTransform):
         mixed: Mapping[int, float] = NONE,
         bend: bool = True,
         dequantize: bool = True,
+        step: bool = False,
     ) -> ColumnTransform:
         """From the training rows; columns with values dequantised, or as they are.
 
@@ -84,6 +91,8 @@ class ColumnTransform(DataTransform):
             mixed: Those of these columns that have other numbers too: width of a value's cell.
             bend: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
             dequantize: As for the class.
+            step: Whether continuous columns get a histogram whose steps make the rows more probable than bending, by
+                more than the logarithm of their number for each step (Schwarz 1978).
         """
         x, edges = x.double(), {}
         for k, found in values.items():
@@ -92,6 +101,14 @@ class ColumnTransform(DataTransform):
         histograms = {k: (found, _cumulative(x[:, k], edges[k])) for k, found in values.items()}
         warp = ColumnWarp.fit(x, straight=tuple(values) if bend else range(x.shape[1]))
         cells = {k: (cell, edges[k].tolist()) for k, cell in mixed.items()}
+        if step:
+            evenly = torch.linspace(0, len(x) - 1, min(STEP_ROWS, len(x)), dtype=torch.float64).round().long()
+            rows = x.sort(0).values[evenly]  # the least and the largest number of each column too
+            least = (log_normal(warp(rows)) + warp.log_slope(rows)).mean(0) + LEAST_GAIN
+            for k in set(range(x.shape[1])) - set(values):
+                steps, value = _steps(rows[:, k])
+                if value > least[k]:
+                    histograms[k], cells[k] = ((), _cumulative(x[:, k], steps)), (0.0, steps.tolist())
         return cls(warp.to_config(), histograms, dequantize, cells)
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
@@ -103,8 +120,8 @@ class ColumnTransform(DataTransform):
     def quantize(self, x: Tensor) -> Tensor:
         """Columns of values alone rounded to the nearest one, and what is in a cell to its value, data units."""
         x = x.clone()
-        for k, histogram in self._columns():
-            x[:, k] = histogram.quantize(x[:, k])
+        for k in self.values:
+            x[:, k] = self.histograms[str(k)].quantize(x[:, k])
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,13 +149,13 @@ class ColumnTransform(DataTransform):
         return arguments | {"dequantize": self.dequantize} | ({"mixed": mixed} if mixed else {})
 
     def _columns(self) -> list[tuple[int, Histogram]]:
-        """The columns with values."""
+        """The columns with a histogram."""
         return [(int(k), histogram) for k, histogram in self.histograms.items()]
 
 
 @final
 class Histogram(Float64Module):
-    """One column of values, or of values and other numbers, to a standard normal; arguments as of the transform."""
+    """One column of values, other numbers, or both, to a standard normal; arguments as of the transform."""
 
     values: Tensor
     edges: Tensor
@@ -155,8 +172,8 @@ class Histogram(Float64Module):
         edges = torch.as_tensor(edges, dtype=torch.float64)
         # What the density of each bin is per: a cell, or a unit of the column.
         middles = (edges[1:] + edges[:-1]) / 2
-        of_values = ((middles[:, None] - values).abs().amin(1) < self.cell / 2) | (not self.mixed)
-        log_unit = of_values.double() * torch.tensor(self.cell, dtype=torch.float64).log()
+        of_values = ((middles[:, None] - values).abs() < self.cell / 2).any(1) | (not self.mixed)
+        log_unit = torch.where(of_values, torch.tensor(self.cell, dtype=torch.float64).log(), 0.0)
         buffers = {"values": values, "edges": edges, "cumulative": cumulative, "log_unit": log_unit}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
@@ -207,6 +224,28 @@ def _knots(x: Tensor, centres: Tensor, cell: float) -> Tensor:
 def _apart(edges: Tensor, gap: float) -> Tensor:
     """Those of the rising ``edges`` that lie further than the gap above the one before."""
     return edges[edges.diff(prepend=edges.new_tensor([-torch.inf])) > gap]
+
+
+def _steps(x: Tensor) -> tuple[Tensor, float]:
+    """Edges of the steps of the density of ``x`` (N,), and its mean log density less the price of the steps.
+
+    The most probable ones of any number at that price, by dynamic programming (Scargle et al. 2013).
+    """
+    values, counts = np.unique(x.numpy(), return_counts=True)
+    if len(values) < 3:
+        return x, -math.inf
+    ends = np.concatenate([values[:1], values[1:] / 2 + values[:-1] / 2, values[-1:]])
+    below = np.concatenate([[0], counts.cumsum()])
+    best, first = np.zeros(len(values) + 1), np.zeros(len(values), int)
+    for last in range(len(values)):
+        count, width = below[last + 1] - below[: last + 1], ends[last + 1] - ends[: last + 1]
+        value = best[: last + 1] + count * np.log(count / (len(x) * width)) - math.log(len(x))
+        first[last] = value.argmax()
+        best[last + 1] = value[first[last]]
+    chosen = [len(values)]
+    while chosen[-1]:
+        chosen.append(first[chosen[-1] - 1])
+    return torch.from_numpy(np.unique(ends[chosen])), float(best[-1] / len(x))
 
 
 def _cumulative(x: Tensor, edges: Tensor) -> list[float]:
