@@ -81,15 +81,7 @@ class Kernels:
         return keep * x_s + added * noise
 
     def down(self, x_t: Tensor, eps: Tensor, t: Level, s: Level, noise: Tensor) -> Tensor:
-        """x_s from r(x_s | x_t).
-
-        Args:
-            x_t: Model units, float64 (B, *shape).
-            eps: E[eps | x_t] of the target or of a denoiser.
-            t: Level of ``x_t``.
-            s: Level to reach, from 1 to t - 1.
-            noise: Standard normal in the eigenbasis, (B, d).
-        """
+        """x_s (B, *shape), 1 <= s < t, from r(x_s | x_t) by standard normal ``noise`` in the eigenbasis, (B, d)."""
         mean, variance = self._reverse(x_t, eps, t, s)
         return mean + self.reference.rotation.inverse(noise * variance.sqrt())
 

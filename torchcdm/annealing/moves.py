@@ -66,17 +66,11 @@ def langevin(
 ) -> Tensor:
     """One Langevin move of each state, accepted or rejected; one evaluation. The states are changed.
 
-    The move is scaled by direction in the eigenbasis of the reference: E[eps²] = 1 - V_t / r_t² is the information of
-    a Gaussian with as much posterior variance.
-
-    Args:
-        target: The target.
-        kernels: Their variances scale the move.
-        states: Points at levels 1 ... T.
-        step: Step size in units of each direction's squared scale, one or (B,).
-        generator: A CPU generator; None where ``draws`` are given.
-        draws: Standard normal (B, d) and uniform (B,) numbers of the move and its acceptance.
-        metric: Another eigenbasis, and the squared scales of its directions, (d,), at the states' level.
+    Of points at levels 1 ... T. The move is scaled by direction in the eigenbasis of the reference:
+    E[eps²] = 1 - V_t / r_t² is the information of a Gaussian with as much posterior variance. Another eigenbasis, with
+    the squared scales of its directions, (d,), is a ``metric``. The ``step`` is in units of each direction's squared
+    scale, one or (B,). Standard normal (B, d) and uniform (B,) numbers of the move and its acceptance may be given as
+    ``draws``.
 
     Returns:
         Which moves were accepted, boolean (B,).

@@ -56,19 +56,11 @@ def smc(
 ) -> Particles:
     """Particles from the start density at T down to ``level``, 1 ... T, proposed by r.
 
-    Args:
-        target: The target.
-        kernels: The kernels of its levels.
-        level: Where they end.
-        islands: Independent populations but for the step size of their moves, which is adapted to all of them.
-        size: Particles in each.
-        generator: A CPU generator.
-        moves: Langevin moves after each step, an evaluation each.
-        below: Share of its size below which an island's effective sample size lets it be resampled; 0 for never,
-            which is annealed importance sampling.
-        spacing: Largest deviation of the works of a step, nats. Steps are found by trial, so that the estimates are
-            only nearly unbiased; of one level each when None.
-        progress: Shows a progress bar over the levels.
+    ``islands`` populations of ``size`` particles are independent but for the step size of their moves, adapted to all
+    of them. Langevin ``moves`` follow each step, an evaluation each. An island is resampled where its effective sample
+    size is ``below`` that share of its size; 0 for never, which is annealed importance sampling. A step is of one
+    level, or as long as the deviation of its works is at most ``spacing`` nats: these are found by trial, so that the
+    estimates are only nearly unbiased.
     """
     from tqdm.auto import tqdm
 

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-BISECTIONS = 60
-
-NEWTON_STEPS = 30
-
-CONVERGED = 1e-9
-"""Newton's method ends where a step gains less, nats."""
+BISECTIONS, NEWTON_STEPS, CONVERGED = 60, 30, 1e-9
+"""Steps of the two solvers, and nats: Newton's method ends where a step gains less."""
 
 
 class Ratios(NamedTuple):
@@ -34,8 +30,10 @@ class Ratios(NamedTuple):
         return float(self.log_ratio.sum())
 
     def errors(self) -> Tensor:
-        """What the columns, independent of each other, contribute to the total, (columns,): squares sum to its
-        variance. Independent columns have all autocorrelation within them."""
+        """What the columns contribute to the total, (columns,): squares sum to its variance.
+
+        Columns are independent of each other, whatever the autocorrelation within them.
+        """
         count, shifts = len(self.without), self.without.sum(1)
         return math.sqrt((count - 1) / count) * (shifts - shifts.mean())
 
@@ -48,9 +46,8 @@ class Ratios(NamedTuple):
 def bar(down: Tensor, up: Tensor) -> Ratios:
     """Bennett's acceptance ratio (Bennett 1976) for equally many works of both directions.
 
-    Args:
-        down: w of x_t from the upper rung's density and x_s from r, (sweeps, pairs, columns), nats.
-        up: w of x_s from the lower rung's density and x_t from q; infinite where x_t has no density.
+    They are (sweeps, pairs, columns), nats: ``down`` of x_t from the upper rung's density and x_s from r, ``up`` of
+    x_s from the lower rung's density and x_t from q; infinite where x_t has no density.
     """
     reach = math.log(down[:, 0].numel()) + 10
     works = torch.cat([down, up]).movedim(1, 0).flatten(1)
@@ -76,12 +73,9 @@ def bar(down: Tensor, up: Tensor) -> Ratios:
 def mbar(log_gamma: Tensor, rung: Tensor, column: Tensor) -> Ratios:
     """The multistate acceptance ratio (Shirts and Chodera 2008), from points of every rung.
 
-    The constants that make the rung of a point most probable given the point: a logistic regression.
-
-    Args:
-        log_gamma: Log density of every rung at every point, nats, (n, rungs).
-        rung: Which one the point is from, long (n,).
-        column: Which column it is from, long (n,); each has the same share of its points in every rung.
+    The constants that make the rung of a point most probable given the point: a logistic regression. Of each point
+    ``log_gamma`` has the log density of every rung, nats, (n, rungs), ``rung`` and ``column`` where it is from, long
+    (n,). Each column has the same share of its points in every rung.
     """
     counts = torch.bincount(rung, minlength=log_gamma.shape[1]).to(log_gamma)
     constants, columns = best_constants(log_gamma, rung), int(column.max()) + 1
@@ -97,11 +91,8 @@ def mbar(log_gamma: Tensor, rung: Tensor, column: Tensor) -> Ratios:
 def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
     """Constants that minimise the cross-entropy of ``log_p`` plus them, by Newton's method, as it is convex in them.
 
+    ``log_p`` are log probabilities of levels up to constants, (N, levels), finite; true levels ``t`` are long (N,).
     A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on that level.
-
-    Args:
-        log_p: Log probabilities of the levels up to constants, (N, levels), finite.
-        t: True levels, long (N,).
 
     Returns:
         The constants, (levels,), the last of them 0.
@@ -128,12 +119,9 @@ def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
 
 
 def autocorrelation_time(values: Tensor) -> float:
-    """Sweeps that make one independent draw, 1 + 2 times the sum of the autocorrelations, at least 1.
+    """Sweeps that make one independent draw of ``values`` (sweeps, columns): 1 + 2 times the sum of autocorrelations.
 
-    The sum ends where it is a fifth of the lags that it covers (Sokal 1997).
-
-    Args:
-        values: One number a sweep of each column, (sweeps, columns).
+    At least 1. The sum ends where it is a fifth of the lags that it covers (Sokal 1997).
     """
     centred = values.double() - values.double().mean()
     spectrum = torch.fft.rfft(centred, 2 * len(centred), dim=0).abs().square()

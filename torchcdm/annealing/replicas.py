@@ -30,12 +30,9 @@ KEPT_VALUES = 2**23
 
 
 class Ladder(NamedTuple):
-    """Levels that follow each other at about equal works, and where replicas start.
+    """At least two levels that follow each other at about equal works, rising to T, and where replicas start.
 
-    Attributes:
-        levels: Rising, the last one T; at least two.
-        step: Step sizes of moves that suited, (rungs,).
-        x: Equally weighted points at each, model units, float64 (rungs, n, *shape).
+    ``step`` has the step sizes of moves that suited, (rungs,), and ``x`` equally weighted points, (rungs, n, *shape).
     """
 
     levels: list[int]
@@ -63,14 +60,8 @@ def exchange(
 ) -> Replicas:
     """Replica exchange over the rungs of a ladder. A sweep takes ``moves`` + 2 evaluations of each replica.
 
-    Args:
-        target: The target.
-        kernels: The kernels of its levels.
-        rungs: The levels, and where the replicas start: each point of a rung in a column of its own, at least two.
-        sweeps: Sweeps that count, at least 4. A quarter as many come before them, in which step sizes adapt.
-        generator: A CPU generator.
-        moves: Langevin moves in a sweep.
-        progress: Shows a progress bar.
+    Each point of a rung starts in a column of its own, at least two of them. At least 4 ``sweeps`` count; a quarter as
+    many come before them, in which step sizes adapt.
     """
     from tqdm.auto import tqdm
 
@@ -96,7 +87,7 @@ class Replicas:
 
     Attributes:
         levels: The rungs, rising; above the last one is the start density.
-        down: w of every attempted swap of a rung and the next, downwards, nats, float64 (sweeps, rungs, columns).
+        down: w of every attempted swap of a rung and the next, downwards, nats, (sweeps, rungs, columns).
         up: The same upwards.
         swapped: Share of swaps accepted, (rungs,); the last one is that of fresh draws of the start density.
         log_gamma: log gamma at the lowest rung, (sweeps, columns).

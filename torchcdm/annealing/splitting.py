@@ -41,15 +41,10 @@ FORGET = 0.7
 
 
 class Climb(NamedTuple):
-    """What splitting found.
+    """What splitting found: the logarithm of the probability, and its relative variance.
 
-    Attributes:
-        log_p: Logarithm of the estimate of the probability.
-        variance: Its relative variance.
-        thresholds: All of them, rising, the last one the one that was asked for.
-        states: Particles where f is above it.
-        families: Effective number of first particles that these descend from.
-        evaluations: Of the target, one a point.
+    With the thresholds, rising, the particles above the last one, the effective number of first particles that these
+    descend from, and the evaluations of the target, one a point.
     """
 
     log_p: float
@@ -73,11 +68,10 @@ def climb(
 ) -> Climb:
     """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles.
 
-    After each threshold they make as many jumps as Langevin ``moves``. ``generator`` is a CPU generator; ``progress``
-    shows progress bars.
+    After each threshold they make as many jumps as Langevin ``moves``.
 
     Raises:
-        UserError: f has nothing above some value, its values are no numbers, or the probability is below 1e-30.
+        UserError: f has nothing above some value, or the probability is below 1e-30.
     """
     from tqdm.auto import tqdm
 
@@ -93,7 +87,7 @@ def climb(
     jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
     bar = tqdm(desc="thresholds", disable=not progress, leave=False)
     while True:
-        values = _values(event, states.x)
+        values = event(states.x)
         least = min(threshold, _quantile(values, weights.flatten()))
         alive = values > least
         share = float(weights.flatten()[alive].sum())
@@ -157,14 +151,6 @@ def _resampled(states: States, weights: Tensor, generator: torch.Generator) -> t
     return states.take(torch.cat(chosen)), (mass[:, None] / half).expand(-1, half).clone(), spurious
 
 
-def _values(event: Event, x: Tensor) -> Tensor:
-    """f, refused where it is no number."""
-    values = event(x).double()
-    if values.isnan().any():
-        raise UserError("probability: the event's values are not numbers (nan)")
-    return values
-
-
 def _metric(target: Target, states: States) -> tuple[MatrixRotation, Tensor]:
     """Axes and squared scales of moves that suit the states: the inverse of the scores' second moments there.
 
@@ -190,7 +176,7 @@ class _Above(Target):
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
         log_gamma, eps = torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t)
         limited = isinstance(t, int) and t == 1 and self.least > -math.inf
-        inside = _values(self.event, x_t) > self.least if limited else log_gamma < 0
+        inside = self.event(x_t) > self.least if limited else log_gamma < 0
         if inside.any():
             log_gamma[inside], eps[inside] = self.inner.evaluate(x_t[inside], t)[:2]
         self.evaluations += int(inside.sum())

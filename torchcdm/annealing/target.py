@@ -58,11 +58,9 @@ class Target(ABC):
 
     @abstractmethod
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        """The target at ``x_t``, from one pass of a network, in evaluation mode.
+        """The target at ``x_t`` (B, *shape), from one pass of a network, in evaluation mode.
 
-        Args:
-            x_t: Model units, float64 (B, *shape).
-            t: Levels 1 ... T, an int, or long (B,): replicas of all levels are one batch.
+        Levels ``t`` are 1 ... T, an int, or long (B,): replicas of all levels are one batch.
         """
 
     @final

@@ -15,6 +15,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.splitting import climb
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.compose.tilted import of_data, one_each
+from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, Float, Seed, checked
@@ -94,7 +95,10 @@ def probability(
     alpha, of = model.schedule.alpha[1], of_data(model, event)
 
     def checked(x_1: Tensor) -> Tensor:
-        return one_each(of(x_1 / alpha), x_1, "probability: the event").detach()
+        values = one_each(of(x_1 / alpha), x_1, "probability: the event").detach().double()
+        if values.isnan().any():
+            raise UserError("probability: the event's values are not numbers (nan)")
+        return values
 
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)

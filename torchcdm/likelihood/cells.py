@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import cached_property
 from typing import final
 
 import torch
@@ -20,11 +19,8 @@ from torchcdm.errors import UserError
 from torchcdm.units import DataTransform, GaussianizedTransform
 from torchcdm.units.normal import log_normal
 
-NEWTON_STEPS = 12
-"""Enough for a decoder's tilt to converge to rounding error from the flat one, unless one cell has nearly all mass."""
-
-LARGEST_TILT = 20.0
-"""Nats a cell."""
+NEWTON_STEPS, LARGEST_TILT = 12, 20.0
+"""Of a decoder's tilt, nats a cell: enough to converge to rounding error, unless one cell has nearly all mass."""
 
 REACH = 9.0
 """Deviations of the noise within which a decoder weighs cells; exp(-REACH²/2) is below the rounding of float64."""
@@ -88,16 +84,11 @@ class EqualCells(NoisyCells):
     units on a last axis: (B, *shape, n).
     """
 
-    @property
-    def unit(self) -> Tensor:
-        """Width of a cell, what the tilt is measured in: model units."""
-        return self.transform.model_bin.min()
-
     def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
         return self._posterior(z, x[..., None])[0][..., 0]
 
     def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        reach = math.ceil(REACH * float(self.sigma / self.alpha / self.unit)) + 1
+        reach = math.ceil(REACH * float(self.sigma / self.alpha / self.transform.model_bin.min())) + 1
         offsets = self.transform.bin * torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
         rows = max(1, LARGEST_TABLE // (z[0].numel() * len(offsets)))
         parts = zip(z.split(rows), x.split(rows), x0.split(rows), strict=True)
@@ -112,7 +103,7 @@ class EqualCells(NoisyCells):
         high = math.inf if transform.high is None else transform.high + transform.bin / 4
         flat = log_q.masked_fill((candidates < low) | (candidates > high), -math.inf)
         other = (x[..., None] - candidates).abs() > transform.bin / 4
-        return tilted(flat, means, x0, self.unit).masked_fill(other, -math.inf).amax(-1)
+        return tilted(flat, means, x0, transform.model_bin.min()).masked_fill(other, -math.inf).amax(-1)
 
     def _posterior(self, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """log q(z|k) and E[x_0 | z, k], model units, for each dimension and candidate, (B, *shape, n)."""
@@ -130,7 +121,12 @@ class EqualCells(NoisyCells):
 
 @final
 class NormalCells(NoisyCells):
-    """x a standard normal cut to the cell, the cells as likely as in the histogram: Gaussianised grey levels."""
+    """x a standard normal cut to the cell, the cells as likely as in the histogram: Gaussianised grey levels.
+
+    Attributes:
+        edges: Edges of the cells, model units, (d, levels + 1).
+        unit: Typical width of a cell, what the tilt is measured in: model units, (d,).
+    """
 
     transform: GaussianizedTransform
 
@@ -139,16 +135,7 @@ class NormalCells(NoisyCells):
         # z is N(0, v), and x given z is N(mean_weight * z, deviation²).
         self.v = self.alpha**2 + self.sigma**2
         self.mean_weight, self.deviation = self.alpha / self.v, self.sigma / self.v.sqrt()
-
-    @cached_property
-    def edges(self) -> Tensor:
-        """Edges of the cells, model units, (d, levels + 1)."""
-        return self.transform.cell_edges.flatten(0, -2)
-
-    @cached_property
-    def unit(self) -> Tensor:
-        """Typical width of a cell, what the tilt is measured in: model units, (d,)."""
-        return self.transform.cell_width.flatten()
+        self.edges, self.unit = transform.cell_edges.flatten(0, -2), transform.cell_width.flatten()
 
     def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
         dimension, index = self._dimensions(z), self._indices(x)

@@ -53,12 +53,7 @@ class FlowResult:
 
 @dataclass(frozen=True)
 class FlowLikelihood(LogLikelihood):
-    """A likelihood by the flow, and what it came from.
-
-    Attributes:
-        flow: The integration.
-        scored: The noisy inputs, (N, *shape), the model's own density of them, and the offset.
-    """
+    """A likelihood by the flow, and what it came from: the integration, and the noisy inputs (N, *shape) scored."""
 
     flow: FlowResult
     scored: ScoredNoise
@@ -178,41 +173,34 @@ class FlowSolver:
         with torch.enable_grad():
             x = self._x(w, t).to(self.dtype).detach().requires_grad_()
             excess = self.denoiser.differentiable_eps(x, t, y) - self.reference.eps(x, t)
-            vectors = self._probe_vectors(x, t, rows)
+            shape, seed = (self.scoring.probes, *x.shape[1:]), self.scoring.seed
+            exact = w.shape[1] <= EXACT_DIMENSIONS
+            if exact:
+                units = torch.eye(w.shape[1], dtype=x.dtype, device=x.device)
+                probes = [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
+            else:
+                # Random signs, drawn anew for each sample and level.
+                signs = draw_rows(seed, ("probes", t), rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+                probes = list((2.0 * signs - 1).to(x).movedim(1, 0))
             traces = []
-            for i, probe in enumerate(vectors):
-                (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(vectors))
+            for i, probe in enumerate(probes):
+                (product,) = torch.autograd.grad(excess, x, probe, retain_graph=i + 1 < len(probes))
                 traces.append((product * probe).flatten(1).sum(1))
-        if x[0].numel() <= EXACT_DIMENSIONS:
-            halves = torch.stack(traces).sum(0).expand(2, -1)
-        else:
-            halves = torch.stack([torch.stack(traces[half::2]).mean(0) for half in (0, 1)])
+        halves = [torch.stack(traces).sum(0)] * 2 if exact else [torch.stack(traces[k::2]).mean(0) for k in (0, 1)]
         # The trace of a map does not depend on the basis: alpha * div_x of the excess.
         speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
-        return self._in_angle(excess.detach(), t), speed * halves.double()
+        return self._in_angle(excess.detach(), t), speed * torch.stack(halves).double()
 
     def _in_angle(self, excess: Tensor, t: int) -> Tensor:
         """dw/d(angle) of E[eps | x_t] less the reference's: dr = (1 + r²) d(angle)."""
         return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
 
-    def _probe_vectors(self, x: Tensor, t: int, rows: slice) -> list[Tensor]:
-        """Unit vectors (exact trace) or fresh random signs, drawn anew for each sample and level."""
-        d = x[0].numel()
-        if d <= EXACT_DIMENSIONS:
-            units = torch.eye(d, dtype=x.dtype, device=x.device)
-            return [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
-        shape, seed = (self.scoring.probes, *x.shape[1:]), self.scoring.seed
-        signs = draw_rows(seed, ("probes", t), rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
-        return list((2.0 * signs - 1).to(x).movedim(1, 0))
-
 
 class LevelGaps(NamedTuple):
     """NLL by one pass minus NLL by the flow, along the paths of noisy data; above 0 one pass finds them less likely.
 
-    Attributes:
-        levels: Visited levels, rising.
-        mean: Mean over samples, nats, at each of them.
-        sd: Standard deviation over samples; the probes' noise included.
+    Mean over samples, nats, at each of the visited ``levels``, which rise, and standard deviation, the noise of the
+    probes included.
     """
 
     levels: list[int]

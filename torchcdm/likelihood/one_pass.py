@@ -94,11 +94,8 @@ def score_noisy(model: Denoiser, batch: Batch, level: int) -> ScoredNoise:
 class Consistency(NamedTuple):
     """One number for each pair of neighbouring levels, entry i for the pair (i, i + 1); all float64 (T+1,).
 
-    Attributes:
-        down: Mean of p_i / p_{i+1} on data noised to level i + 1; 1 for a perfect classifier.
-        up: Mean of p_{i+1} / p_i on data noised to level i; 1 for a perfect classifier.
-        down_se: Standard error of ``down``; no guide where a few samples dominate the mean.
-        up_se: Standard error of ``up``.
+    Means of p_i / p_{i+1} on data noised to level i + 1, ``down``, and of p_{i+1} / p_i on data noised to level i,
+    ``up``: 1 for a perfect classifier. Their standard errors are no guide where a few samples dominate a mean.
     """
 
     down: Tensor

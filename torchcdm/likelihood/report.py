@@ -86,12 +86,9 @@ class NLLGap(NamedTuple):
 class NLLReport:
     """The likelihood of a model on a data set, with what is needed to judge it.
 
+    Of ``count`` samples of ``dim`` dimensions, in the ``unit`` bits/dim, or nats for continuous data.
+
     Attributes:
-        name: Name of the data.
-        split: Name of their split.
-        count: Samples scored.
-        dim: Dimensions of a sample.
-        unit: ``bits/dim``, or ``nats`` for continuous data.
         rows: The table.
         log_z: Estimate of log Z at the level of the headline; None where not asked for.
         gap: One pass and the flow; None where not asked for.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +100,16 @@ def scoring_level(model: Denoiser) -> int:
     if transform is None or transform.bin is None:
         return 1
     if isinstance(transform, GaussianizedTransform):
-        enough = ratio >= SCORING_NOISE_GAUSSIANIZED * float(transform.cell_width.min())
+        least = SCORING_NOISE_GAUSSIANIZED * float(transform.cell_width.min())
     else:
-        enough = ratio >= SCORING_NOISE * float(transform.model_bin.max())
+        least = SCORING_NOISE * float(transform.model_bin.max())
     # Below T, as a flow and a chain need somewhere to go.
-    return min(int(enough.double().argmax()) + 1, max(1, model.schedule.T - 1))
+    return min(int((ratio >= least).double().argmax()) + 1, max(1, model.schedule.T - 1))
 
 
-Purpose = tuple[str | int, ...]
-"""What noise is drawn for, and for which level where there is one for each."""
-
-
-def draw_rows(seed: int, purpose: Purpose, rows: slice, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+def draw_rows(
+    seed: int, purpose: Sequence[str | int], rows: slice, draw: Callable[[int, torch.Generator], Tensor]
+) -> Tensor:
     """``draw(index, generator)`` for each sample, stacked (B, ...), each with a CPU generator of its own.
 
     The generator is that of (seed, purpose, index), so that batches do not change the noise.
@@ -170,7 +168,7 @@ class Batch:
         """x_t at a level above 0, model units, float64 (B, *shape): the same for all likelihoods of one seed."""
         return self.schedule.perturb(self.clean()[0], level, self.normal("noise"))
 
-    def _drawn(self, kind: Callable[..., Tensor], purpose: Purpose) -> Tensor:
+    def _drawn(self, kind: Callable[..., Tensor], purpose: Sequence[str | int]) -> Tensor:
         shape = self.x.shape[1:]
         drawn = draw_rows(self.seed, purpose, self.rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
         return drawn.to(self.x.device)
