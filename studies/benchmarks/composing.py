@@ -33,7 +33,7 @@ from studies.exact import GaussianMixture
 from studies.quality.measure import two_sample_accuracy
 from torchcdm import compose
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
+from torchcdm.annealing.particles import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.target import ModelTarget, Target
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream

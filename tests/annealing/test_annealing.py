@@ -8,8 +8,7 @@ from oracles import MixtureClassifier, covariance, labelled_mixture, normal, rng
 
 from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.moves import States, adapted, langevin
-from torchcdm.annealing.particles import smc
+from torchcdm.annealing.particles import States, adapted, langevin, smc
 from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import Evaluated, ModelTarget, Target
 from torchcdm.diffusion.schedules import CosineSchedule

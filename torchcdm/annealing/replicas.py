@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.moves import States, adapted, chance, langevin
-from torchcdm.annealing.particles import smc
+from torchcdm.annealing.particles import States, adapted, chance, langevin, smc
 from torchcdm.annealing.ratios import Ratios, autocorrelation_time, bar, mbar
 from torchcdm.annealing.target import Target
 from torchcdm.runtime.processes import alone

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.moves import FIRST_STEP, States, adapted, chance, langevin
-from torchcdm.annealing.particles import smc, systematic
+from torchcdm.annealing.particles import FIRST_STEP, States, adapted, chance, langevin, smc, systematic
 from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import MatrixRotation
 from torchcdm.diffusion.prediction import Prediction

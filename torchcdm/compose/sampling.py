@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.moves import FIRST_STEP, States, adapted, langevin
-from torchcdm.annealing.particles import effective, smc, systematic
+from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective, langevin, smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.compose.trajectories import (
