@@ -28,7 +28,6 @@ from torchcdm.data import Inputs
 from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_array, read_table
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import check_count
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.training.checkpoint import load
 from torchcdm.units import TableEncoding
@@ -57,7 +56,7 @@ class Scorer:
 
     Args:
         model: A run folder, ``zoo:NAME``, ``hub:OWNER/NAME``, or a model that was loaded.
-        detector: A fitted detector of this model, or the folder of a saved one; fitted to ``reference`` when None.
+        detector: A fitted detector of this model; fitted to ``reference`` when None.
         explain: A fitted map: of flagged rows the columns that contribute most are named. Fitted, for rows, where the
             detector is.
         score: Name of the score that is fitted, of :data:`torchcdm.apps.anomaly.SCORES`.
@@ -79,7 +78,7 @@ class Scorer:
     def __init__(
         self,
         model: str | Path | DensityModel,
-        detector: AnomalyDetector | str | Path | None = None,
+        detector: AnomalyDetector | None = None,
         explain: AnomalyMap | None = None,
         *,
         score: str = "levels",
@@ -98,10 +97,8 @@ class Scorer:
         if detector is None:
             normal, _ = normal_data(self.model, reference, skip_bad)
             detector = AnomalyDetector.fit(AnomalyScore(score, self.model), normal)
-            rows = len(self.info.transform.shape) == 1
-            explain = AnomalyMap(self.model).fit(normal) if rows and explain is None else explain
-        elif isinstance(detector, (str, Path)):
-            detector = AnomalyDetector.load(detector, self.model)
+            if explain is None and len(self.info.transform.shape) == 1:
+                explain = AnomalyMap(self.model).fit(normal)
         for part in detector.score.models:
             part.to(place)
         self.detector, self.explain = detector, explain
@@ -188,8 +185,6 @@ def score_on_ray(
     Raises:
         UserError: Ray is not installed or does not start, or what a worker refused.
     """
-    if workers is not None:
-        check_count("workers", workers, 1, 10**4)
     parts, notes = parts_of(paths, scorer.info.transform, replace(scorer.info.data, skip_bad=scorer.skip_bad))
     if not parts:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
@@ -209,25 +204,17 @@ def score_on_ray(
             compute=ray.data.ActorPoolStrategy(size=count),
         )  # fmt: skip
         unit = "image" if size > 1 else "part"
-        with tqdm(total=len(rows), desc=f"{count} workers", unit=unit, disable=not progress) as bar:
-            for batch in _refusing(scored.iter_batches(batch_size=None, prefetch_batches=0)):
-                batch["note"][0] = " ".join([*notes, batch["note"][0]]).strip()
-                notes = []
-                yield batch
-                bar.update(min(size, len(rows) - bar.n))
-
-
-def _refusing(batches: Any) -> Iterator[Batch]:
-    """Copies of the batches; what a worker refused, as if it had been refused here."""
-    try:
-        for batch in batches:
-            yield {name: np.array(values) for name, values in batch.items()}
-    except Exception as error:
-        # By its text: Ray wraps what workers raise, in another way in each of its versions.
-        refused = re.findall(r"torchcdm\.errors\.UserError: (.+)", str(error))
-        if refused:
-            raise UserError(refused[-1]) from None
-        raise
+        try:
+            with tqdm(total=len(rows), desc=f"{count} workers", unit=unit, disable=not progress) as bar:
+                for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
+                    first, *rest = batch["note"]
+                    yield batch | {"note": np.array([" ".join([*notes, first]).strip(), *rest], object)}
+                    notes = []
+                    bar.update(min(size, len(rows) - bar.n))
+        except Exception as error:
+            # By its text: Ray wraps what workers raise, in another way in each of its versions.
+            refused = re.findall(r"torchcdm\.errors\.UserError: (.+)", str(error))
+            raise (UserError(refused[-1]) if refused else error) from None
 
 
 @contextmanager

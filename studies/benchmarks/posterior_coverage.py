@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import torchcdm
 from studies.exact import GaussianMixture
 from torchcdm import compose
-from torchcdm.apps.restoring import CREDIBLE, restore
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule
@@ -37,7 +36,7 @@ from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
 from torchcdm.units import DataTransform
 
-DRAWS = 64
+DRAWS, CREDIBLE = 64, 0.9
 
 
 class _Nothing(nn.Module):
@@ -106,11 +105,13 @@ def measure(name: str, truths: int, particles: int, std: float, azula: bool) -> 
         y = y + std * torch.randn(y.shape, generator=stream(0, "measured"), dtype=torch.float64)
         covered, sizes, errors, before = [], [], {}, time.process_time()
         for k in range(truths):
-            found = restore(model, part, y[k], std, DRAWS, particles, seed=k)
-            inside = (found.low <= x[k]) & (x[k] <= found.high)
+            target = compose.posterior(model, part, y[k], std)
+            found = torchcdm.sample(target, DRAWS, particles=particles, seed=k, details=True)
+            low, high = found.interval(CREDIBLE)
+            inside = (low <= x[k]) & (x[k] <= high)
             covered.append(float(inside[~known].double().mean()))
             sizes.append(found.ess)
-            errors.setdefault("particles", []).append(_psnr(found.mean, x[k], model))
+            errors.setdefault("particles", []).append(_psnr(found.mean(), x[k], model))
             if azula:
                 for rival, mean in by_azula(model, part, y[k], std).items():
                     errors.setdefault(rival, []).append(_psnr(mean, x[k], model))

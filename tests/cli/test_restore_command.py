@@ -5,11 +5,10 @@ import csv
 import numpy as np
 import pytest
 import torch
-from test_cli import pixels, refuse, succeed  # noqa: F401
+from cdm_calls import refuse, succeed
 
 import torchcdm
 from torchcdm import compose
-from torchcdm.apps.restoring import restore
 from torchcdm.cli import main
 from torchcdm.data import load_data, save_images
 
@@ -32,7 +31,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name, words", [
     ("x.npy", ["--mask", "upper.npy"]), ("small.npy", ["--scale", 2, "--noise-std", 2]), ("x.npy", ["--blur", 0.7]),
 ])  # fmt: skip
-def test_means_widths_and_draws_are_written(capsys, tmp_path, pixels, files, name, words):  # noqa: F811
+def test_means_widths_and_draws_are_written(capsys, tmp_path, pixels, files, name, words):
     words = [files / word if str(word).endswith("npy") else word for word in words]
     said = succeed(capsys, "restore", pixels, files / name, *words, *FEW, "--out", tmp_path)
     assert "2 images" in said
@@ -50,8 +49,9 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     model = torchcdm.load("zoo:digits")
     known = compose.mask(torch.arange(8)[:, None] < torch.full((8,), 6))
     x = load_data("digits").test.tensors(1)[0].double()
-    found = restore(model, known, known(x)[0], 1.0, n=8, particles=32)
-    error, width = (found.mean - x[0]).abs(), found.high - found.low
+    found = torchcdm.sample(compose.posterior(model, known, known(x)[0], 1.0), 8, particles=32, details=True)
+    low, high = found.interval()
+    error, width = (found.mean() - x[0]).abs(), high - low
     assert error[:, :6].mean() < 1.5 and width[:, 6:].mean() > width[:, :6].mean()
 
 
@@ -68,7 +68,7 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     (["x.npy", "--blur", "1", "--noise-std", "1e-9"], "give at least as much"),
     (["x.npy", "--blur", "1", "--n", "9"], "at least as many particles"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(capsys, tmp_path, pixels, files, words, message):  # noqa: F811
+def test_mistakes_are_one_line(capsys, tmp_path, pixels, files, words, message):
     words = [files / word if word.endswith("npy") else word for word in words]
     assert message in refuse(capsys, "restore", pixels, *words, *([] if "--n" in words else FEW[:2]), *FEW[2:],
                              "--out", tmp_path / "out")  # fmt: skip
@@ -79,7 +79,7 @@ def test_tables_are_refused(capsys, tmp_path, files):
     assert "is for images" in refuse(capsys, *words)
 
 
-def test_what_is_skipped_is_said(capsys, tmp_path, pixels, files):  # noqa: F811
+def test_what_is_skipped_is_said(capsys, tmp_path, pixels, files):
     folder = tmp_path / "given"
     save_images(load_data("digits").test.tensors(1)[0].float(), folder, torchcdm.load(pixels).transform)
     (folder / "bad.png").write_bytes(b"no picture")

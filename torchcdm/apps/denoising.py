@@ -38,7 +38,7 @@ def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def estimate_noise(model: DensityModel, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def estimate_noise(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
     """The noise standard deviation of each sample by maximum likelihood over the levels 1 ... T.
 
     A coarse search evenly spaced in log r, then halved steps around the best level, then a parabola through the
@@ -47,7 +47,6 @@ def estimate_noise(model: DensityModel, z: Tensor, y: Tensor | None = None) -> t
     Args:
         model: A trained model.
         z: Clean data plus white noise, model units, (B, *shape), in the precision of the network.
-        y: Classes, long (B,), or None.
 
     Returns:
         The deviation s, model units, between the levels too, and log p(y | s) at the best level, nats in model units:
@@ -64,7 +63,7 @@ def estimate_noise(model: DensityModel, z: Tensor, y: Tensor | None = None) -> t
         """One forward pass for each column of ``levels``, long (B, k)."""
         for t in levels.unbind(1):
             alpha_t, _ = schedule.at(t, z)
-            log_p = model.log_prob_levels(alpha_t * z, y).gather(1, t[:, None])
+            log_p = model.log_prob_levels(alpha_t * z).gather(1, t[:, None])
             scores.scatter_(1, t[:, None], log_p + d * schedule.alpha[t, None].log())
 
     even = torch.linspace(float(log_r[1]), float(log_r[T]), min(COARSE, T), dtype=torch.float64)
@@ -95,7 +94,7 @@ def _vertex(log_r: Tensor, scores: Tensor, best: Tensor) -> Tensor:
 
 
 def denoise(
-    model: Denoiser, noisy: Tensor, level: int | None = None, noise_std: float | None = None, y: Tensor | None = None
+    model: Denoiser, noisy: Tensor, level: int | None = None, noise_std: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Removes white noise: E[x_0 | alpha_t y] at the level of the noise, the nearest in log r.
 
@@ -104,7 +103,6 @@ def denoise(
         noisy: Clean data plus noise that is white in model units, data units, (B, *shape).
         level: Level 1 ... T whose noise the data have.
         noise_std: Standard deviation of the noise, data units. Neither given: the noise of each sample is estimated.
-        y: Classes, long (B,), or None.
 
     Returns:
         Clean data, data units in the precision of the network, not rounded, (B, *shape); and the deviation of the
@@ -132,9 +130,9 @@ def denoise(
             raise UserError("one noise deviation in data units, but the columns differ in scale; give a level instead")
         ratio = torch.full((len(z),), noise_std / scale, dtype=torch.float64, device=z.device)
     else:
-        ratio, _ = estimate_noise(require_density(model, "estimating the noise"), z, y)
+        ratio, _ = estimate_noise(require_density(model, "estimating the noise"), z)
     t = nearest_level(model.schedule, ratio)
-    clean = model.denoise(model.schedule.at(t, z)[0] * z, t, y).x0
+    clean = model.denoise(model.schedule.at(t, z)[0] * z, t).x0
     if not bool(clean.isfinite().all()):
         raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
     return clean if transform is None else transform.inverse(clean), ratio

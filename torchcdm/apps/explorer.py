@@ -123,12 +123,9 @@ class Explorer:
 
     def cells(self, x: Tensor) -> list[list[Any]]:
         """Rows as a table: numbers of six digits, texts and dates as they are."""
-        table = self.info.transform.table
+        table, numbers = self.info.transform.table, (int, float)
         rows = x.tolist() if table is None else table.decode(x)[self.columns].to_numpy(object).tolist()
-        # What is True is a number, too, but no cell of the table.
-        numbers = [[isinstance(v, (int, float)) and not isinstance(v, bool) for v in row] for row in rows]
-        return [[float(f"{v:.6g}") if number else str(v) for v, number in zip(*pair, strict=True)]
-                for pair in zip(rows, numbers, strict=True)]  # fmt: skip
+        return [[float(f"{v:.6g}") if type(v) in numbers else str(v) for v in row] for row in rows]
 
     def levels(self, x: Tensor) -> Figure:
         """log p at every level beside that of normal data, and p(t | x), of one input."""
@@ -162,12 +159,12 @@ class Explorer:
         axis.set(xlabel="deviations beyond what is normal")
         return words, axis.figure
 
-    def noised(self, x: Tensor, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def noised(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """One input at level ``t``, and E[x_0 | x_t], both data units."""
         transform, schedule = self.info.transform, self.model.schedule
         t = min(max(int(t), 0), schedule.T)
         z = transform(x.to(schedule.alpha.device, torch.float32))
-        x_t = schedule.perturb(z, t, torch.randn(z.shape, generator=stream(seed, "explorer")).to(z))
+        x_t = schedule.perturb(z, t, torch.randn(z.shape, generator=stream(0, "explorer")).to(z))
         with torch.no_grad():
             x_0 = self.model.denoise(x_t.to(next(self.model.parameters()).dtype), t).x0
         return transform.inverse(x_t).cpu().float(), transform.inverse(x_0).cpu().float()

@@ -64,7 +64,6 @@ def add_commands(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     add(what, "--config FILE", "YAML file with the model and the data of the training")
     add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
-    add(parser, "--shape CxHxW", "of the images; data.channels and data.size, or 3x32x32")
     add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
     parser = command(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchcdm import compose
-from torchcdm.apps.restoring import restore as restored
 from torchcdm.cli.arguments import say
 from torchcdm.data import save_array, save_grid, save_images
 from torchcdm.data.images import read_image
@@ -98,14 +97,16 @@ def restore(options: argparse.Namespace) -> None:
     means, widths, draws, rows = [], [], [], []
     for k, (y, name) in enumerate(zip(x, names, strict=True)):
         y = measurement(y[None])[0] if options.mask is not None else y
-        found = restored(
-            model, measurement, y, options.noise_std, options.n, options.particles, options.seed, not options.quiet
-        )
-        width = found.high - found.low
-        means, widths, draws = [*means, found.mean], [*widths, width], [*draws, found.draws]
-        save_images(found.mean[None], out, info.transform, [f"{k:06d}-mean"])
+        found = compose.sample(
+            compose.posterior(model, measurement, y, options.noise_std), options.n, particles=options.particles,
+            seed=options.seed, details=True, progress=not options.quiet,
+        )  # fmt: skip
+        mean, (low, high) = found.mean(), found.interval()
+        width = high - low
+        means, widths, draws = [*means, mean], [*widths, width], [*draws, found.x]
+        save_images(mean[None], out, info.transform, [f"{k:06d}-mean"])
         save_images(width[None], out, None, [f"{k:06d}-width"])
-        save_grid(found.draws, out / f"{k:06d}-draws.png", info.transform)
+        save_grid(found.x, out / f"{k:06d}-draws.png", info.transform)
         rows.append([name, f"{k:06d}", f"{found.ess:.1f}", f"{float(width.mean()):.4g}"])
         say([f"{name}: effective sample size {found.ess:.0f} of {options.particles}"])
     save_array(torch.stack(means), out / "mean.npy")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from dataclasses import replace
 
@@ -101,8 +100,7 @@ def convert(options: argparse.Namespace) -> None:
             "such as preset cifar10"
         )
     # The published code maps 0 ... 255 to [-1, 1] and adds no noise to grey levels.
-    size = "x".join(map(str, config.data.size or (32, 32)))
-    shape = _shape(options.shape or f"{config.data.channels or 3}x{size}")
+    shape = (config.data.channels or 3, *(config.data.size or (32, 32)))
     transform = DataTransform.images(shape, dequantize=False)
     model_config = resolve(config.model, transform)
     if (model_config.labels != "none") != (options.classes is not None):
@@ -118,9 +116,3 @@ def convert(options: argparse.Namespace) -> None:
     with run.locked():
         save_model(run, model, info)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}){2}", text.lower()):
-        raise UserError(f"--shape {text}: write channels x height x width, such as 3x32x32")
-    return tuple(map(int, text.lower().split("x")))

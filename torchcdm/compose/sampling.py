@@ -70,6 +70,24 @@ class Draws:
     acceptance: float | None = None
     evaluations: int = 0
 
+    def mean(self) -> Tensor:
+        """Mean of the weighted particles, or of the samples where there are none, (*shape), not rounded."""
+        if self.particles is None:
+            return self.x.double().mean(0).float()
+        flat = self.log_weights.exp() @ self.particles.double().flatten(1)
+        return flat.reshape(self.particles.shape[1:]).float()
+
+    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends, (*shape) each, number by number, between two samples in their order.
+
+        Another draw lies within as often as ``mass`` says: the k-th of n has k / (n + 1) of the mass below it.
+        """
+        n = len(self.x)
+        places = ((1 + sign * mass) / 2 * (n + 1) - 1 for sign in (-1, 1))
+        shares = (min(max(place / max(n - 1, 1), 0.0), 1.0) for place in places)
+        low, high = (self.x.double().quantile(share, 0).float() for share in shares)
+        return low, high
+
     def summary(self) -> str:
         """One line for a reader; empty where nothing was corrected."""
         if self.particles is None:

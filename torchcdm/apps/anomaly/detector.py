@@ -16,7 +16,6 @@ from torchcdm.apps.anomaly.scores import AnomalyScore
 from torchcdm.data import MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
 
@@ -42,22 +41,20 @@ class AnomalyDetector:
         self._values = _digest(score)
 
     @classmethod
-    def fit(cls, score: AnomalyScore, reference: Tensor, seed: int = 0) -> AnomalyDetector:
+    def fit(cls, score: AnomalyScore, reference: Tensor) -> AnomalyDetector:
         """One half of the reference, drawn at random, fits the score, the other is what it is compared with.
 
         Args:
             score: Not yet fitted.
             reference: Normal data that the model was not trained on, data units, (N, *shape).
-            seed: Of the draw.
 
         Raises:
             UserError: A reference that is too small, or as in :meth:`AnomalyScore.fit`.
         """
         if not isinstance(score, AnomalyScore):
             raise UserError(f"score is {score!r}; give an AnomalyScore")
-        check_count("seed", seed, 0, 2**63 - 1)
         reference = as_samples(score.models[0], reference, 2)
-        order = torch.randperm(len(reference), generator=stream(seed, "halves"))
+        order = torch.randperm(len(reference), generator=stream(0, "halves"))
         half = len(reference) // 2
         score.fit(reference[order[:half]])
         return cls(score, score(reference[order[half:]]).sort().values)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_numbers, codes_of
 from torchcdm.random import stream
-from torchcdm.runtime.batching import map_rows
 
 COARSE_NOISE = 0.5
 """Noise, in model units, that leaves the coarse picture: data have a scale of about one."""
@@ -50,7 +50,6 @@ def level_profile(model: DensityModel, x: Tensor, batch_size: int | None = None)
     return by_batches(model, levels, x, batch_size)
 
 
-@torch.no_grad()
 def by_batches(
     model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int | None = None
 ) -> Tensor:
@@ -64,8 +63,7 @@ def by_batches(
         noisy = clean if model.transform is None else model.transform.spread(clean, places)
         return function(noisy.to(device, dtype)).cpu()
 
-    with evaluation_mode(model):
-        return map_rows(one, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    return in_batches(model, x, one, batch_size)
 
 
 def as_samples(model: Denoiser, x: Any, smallest: int = 1) -> Tensor:
