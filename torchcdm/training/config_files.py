@@ -28,20 +28,15 @@ def preset_names() -> list[str]:
 
 def preset_fields(name: str) -> dict[str, Any]:
     """What a preset sets, with what it extends; UserError where there is none of that name."""
-    fields = _preset(name)
-    fields.pop("about")
-    return _extended(fields | {"preset": name})
+    if name not in preset_names():
+        raise UserError(f"unknown preset {shown(name)}; {nearest(name, preset_names())}")
+    fields = yaml.load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
+    return _extended({key: value for key, value in fields.items() if key != "about"} | {"preset": name})
 
 
 def preset_about(name: str) -> dict[str, str]:
     """Its ``description``, what it ``reaches``, and the ``source`` of that: ``measured`` or ``published``."""
-    return _preset(name)["about"]
-
-
-def _preset(name: str) -> dict[str, Any]:
-    if name not in preset_names():
-        raise UserError(f"unknown preset {shown(name)}; {nearest(name, preset_names())}")
-    return yaml.load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
+    return yaml.load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)["about"]
 
 
 def _extended(fields: dict[str, Any]) -> dict[str, Any]:

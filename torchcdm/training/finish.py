@@ -47,14 +47,6 @@ COMPARED = 1000
 FAR = 0.1
 """Nats a number by which validation may be worse than training, if that is more than three standard errors."""
 
-NAMES = {
-    "model": "this model",
-    "training": "on training data",
-    "start": "its start",
-    "gaussian": "a fitted Gaussian",
-    "uniform": "a uniform density",
-}
-
 
 def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
     """Calibrates the kept model of a training, compares it with its start, keeps the better one and draws samples.
@@ -175,7 +167,7 @@ def compare(
 
 def told(outcome: Mapping[str, Any]) -> str:
     """What :func:`compare` says as a line of numbers, and one for each problem."""
-    said = ", ".join(f"{NAMES[key]} {value:.4g}" for key, value in outcome["values"].items())
+    said = ", ".join(f"{key} {value:.4g}" for key, value in outcome["values"].items())
     lines = [f"{problem['name']}: {problem['says']}; {problem['mend']}" for problem in outcome["problems"]]
     return "\n".join([f"validation, {outcome['unit']}, lower is better: {said}", *lines])
 

@@ -24,7 +24,7 @@ from torchcdm.training.build import check_label, describe, imported, in_units, n
 from torchcdm.training.checkpoint import load, load_weights, read_info
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.interrupt import Interrupted
-from torchcdm.training.scale import scales, with_budget
+from torchcdm.training.scale import with_budget
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
@@ -83,9 +83,7 @@ def fit(
     layer = override_fields(overrides)
     source = _source("fit", data, labels, layer, progress)
     layers = [preset_fields(preset or _preset_for(source)), layer]
-    scaling = backbone is None and scales(layers, budget)
-    ready = in_units(source, DataOptions(**layer.get("data", {}))) if scaling else None
-    config, notes = with_budget(layers, ready, budget, device)
+    config, notes = with_budget(layers, source if backbone is None else None, budget, device)
     check_label(labels if isinstance(labels, str) else None, config.model)
     if progress:
         print(*notes, sep="\n", end="\n" * bool(notes))

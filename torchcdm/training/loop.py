@@ -164,7 +164,7 @@ class Trainer:
         self.selection = Selection(config, source, self.model)
         self.fingerprint = fingerprint(source)
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
-        self.window = Window(self.model.schedule.T, self.device)
+        self.window = Window(self.model.schedule.T)
 
     def run_to_end(self, state: checkpoint.TrainingState | None) -> TrainResult:
         """The steps that are left after those of a saved state, or all, then the end."""
@@ -352,8 +352,9 @@ class Trainer:
         self.step, self.seconds, self.skipped = progress["step"], progress["seconds"], progress["skipped"]
         self.ema.updates = progress["ema_updates"]
         self.selection.best, self.selection.stale = progress["best"], progress["stale"]
-        # The sums are those of all processes: the first goes on from them, the others from zero.
-        self.window.restore(progress["window"] if self.main else dict.fromkeys(progress["window"], 0.0))
+        # The sums are those of all processes: the first goes on from them, the others from zero. None was not finite.
+        sums = {key: math.nan if value is None else value for key, value in progress["window"].items()}
+        self.window.sums = sums if self.main else dict.fromkeys(sums, 0.0)
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:
@@ -377,19 +378,25 @@ class Window:
     """Means of the loss terms over the steps since the last line of the log, of a schedule with ``T`` noise levels.
 
     ``mse`` is a mean over the levels 1 ... T, as in validation: that of level 0 is a constant and that of T+1 is zero.
+    The ``sums`` are those of this process.
     """
 
-    def __init__(self, T: int, device: torch.device) -> None:
-        self.T, self.device = T, device
-        self.sums: dict[str, Tensor] = {}
+    def __init__(self, T: int) -> None:
+        self.T = T
+        self.sums: dict[str, float] = {}
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Terms (B,) of one step, with their levels ``t``."""
         values = {key: term.double() for key, term in terms.items() if key != "t"}
         noisy = ((terms["t"] >= 1) & (terms["t"] <= self.T)).double()
         values |= {"samples": torch.ones_like(noisy), "noisy": noisy, "mse": values["mse"] * noisy}
-        for key, term in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + term.sum()
+        sums = torch.stack([term.sum() for term in values.values()]).tolist()
+        self.sums |= {key: self.sums.get(key, 0.0) + value for key, value in zip(values, sums, strict=True)}
+
+    def totals(self, processes: Processes) -> dict[str, float]:
+        """The sums over all processes."""
+        sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=processes.device)
+        return dict(zip(self.sums, processes.total(sums).tolist(), strict=True)) if self.sums else {}
 
     def means(self, processes: Processes) -> dict[str, float]:
         """Means over all processes; starts a new window. Empty where every step was skipped."""
@@ -401,16 +408,3 @@ class Window:
         if "correct" in means:
             means["accuracy"] = means.pop("correct")
         return means
-
-    def restore(self, sums: dict[str, float | None]) -> None:
-        """Goes on from what :meth:`totals` gave; None stands for what was not finite."""
-        for key, value in sums.items():
-            value = math.nan if value is None else value
-            self.sums[key] = torch.tensor(value, dtype=torch.float64, device=self.device)
-
-    def totals(self, processes: Processes) -> dict[str, float]:
-        """The sums over all processes."""
-        if not self.sums:
-            return {}
-        totals = processes.total(torch.stack([self.sums[name] for name in sorted(self.sums)]))
-        return dict(zip(sorted(self.sums), totals.tolist(), strict=True))

@@ -18,7 +18,7 @@ from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.training.batches import Batches
-from torchcdm.training.build import build_loss, choose_base, described, new_model
+from torchcdm.training.build import build_loss, choose_base, described, in_units, new_model
 from torchcdm.training.config_files import make_config, paths, preset_fields
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import Config
@@ -70,15 +70,16 @@ def with_budget(
 ) -> tuple[Config, list[str]]:
     """The configuration of these layers for a time: preset first, what a user gave after it.
 
-    ``source`` are the data of a preset that scales, None of others; ``budget`` is as in :func:`seconds_of`, None for
-    none. With what was chosen, in sentences.
+    A preset that :func:`scales` does so to ``source``, unless that is None; ``budget`` is as in :func:`seconds_of`,
+    None for none. With what was chosen, in sentences.
     """
     seconds = None if budget is None else seconds_of(budget)
     preset, *given = layers
-    if source is None or len(source.shape) != 3:
+    if source is None or len(source.shape) != 3 or not scales(layers, budget):
         return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given), []
     seconds = seconds or DEFAULT
     training, asked = TRAINING_SHARE * seconds, make_config(preset, *given)
+    source = in_units(source, asked.data)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
     model, _ = choose_base(asked.model, source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
