@@ -225,8 +225,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Dropout off and no gradient for the weights meanwhile; every part's own mode afterwards."""
     training = [part for part in module.modules() if part.training]
     learning = [weight for weight in module.parameters() if weight.requires_grad]
-    module.eval()
-    module.requires_grad_(False)
+    for part in training:
+        part.training = False
+    for weight in learning:
+        weight.requires_grad_(False)
     try:
         yield
     finally:
