@@ -28,6 +28,9 @@ def to_bytes(x: Tensor, transform: DataTransform | None = None, limits: tuple[fl
     Where the ``transform`` has no range (continuous data), or there is none, ``limits`` are black and white, by
     default the smallest and largest value of ``x``; what is beyond is clipped.
     """
+    if x.ndim != 4:
+        shape = tuple(x.shape[1:])
+        raise UserError(f"samples of shape {shape} are no images; save them with save_array or save_table")
     if transform is not None:
         x = transform.quantize(x)
         if transform.low is not None and transform.high is not None:
@@ -48,8 +51,7 @@ def save_images(
     Raises:
         UserError: Not images, or the folder cannot be written.
     """
-    _refuse_vectors(x)
-    many = x.shape[1] > 4
+    many = x.ndim == 4 and x.shape[1] > 4
     deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
     values = _stored(x, transform) if many or deep else to_bytes(x, transform).numpy()
     names = [f"{i:06d}" for i in range(len(x))] if names is None else names
@@ -65,7 +67,6 @@ def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = Non
     They stand in so many ``columns``, as square as possible when None; small ones are enlarged to :data:`GRID_SIDE`.
     Those that are neither grey nor colour show their channels side by side.
     """
-    _refuse_vectors(x)
     write_file(Path(path), png(sheet(to_bytes(x, transform), columns)))
     return Path(path)
 
@@ -143,9 +144,3 @@ def _packed(save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray)
     content = io.BytesIO()
     save(content, *arrays, **named)
     return content.getvalue()
-
-
-def _refuse_vectors(x: Tensor) -> None:
-    if x.ndim != 4:
-        shape = tuple(x.shape[1:])
-        raise UserError(f"samples of shape {shape} are no images; save them with save_array or save_table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,9 @@ def pair_up(
         fraction = options.validation_fraction
         raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
     cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
-    parts = {"train": _repeated(cut[0][1], cut[1][1]), "validation": _repeated(cut[0][0], cut[1][0])}
+    # Both as long as the longer one, the shorter one repeated.
+    longest = [max(map(len, pair)) for pair in zip(*cut, strict=True)]
+    held, kept = ([part[k][torch.arange(n) % len(part[k])] for part in cut] for k, n in enumerate(longest))
     words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
     if words[0] != words[1]:
         raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
@@ -106,10 +109,10 @@ def pair_up(
             transform = grey_levels(shapes[0], grid, options.dequantize)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
     else:
-        values, table, warp, notes = _coded(sides, names, parts["train"], discrete, options.seed)
+        values, table, warp, notes = _coded(sides, names, kept, discrete, options.seed)
     train, validation = (
         MemorySplit(torch.cat([values[0][low], values[1][high]]), torch.arange(2).repeat_interleave(len(low)))
-        for low, high in parts.values()
+        for low, high in (kept, held)
     )
     train = train.select(permutation(len(train), options.seed))
     transform = transform or DataTransform.standardize(train.x)
@@ -182,14 +185,8 @@ def _read(
     return pd.DataFrame(x.numpy(), pd.RangeIndex(len(x), name="sample"), names), None
 
 
-def _repeated(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as long as the longer one, the shorter one repeated."""
-    count = max(len(a), len(b))
-    return a[torch.arange(count) % len(a)], b[torch.arange(count) % len(b)]
-
-
 def _coded(
-    frames: list[DataFrame], names: list[str], train: tuple[Tensor, Tensor], discrete: Discrete, seed: int
+    frames: list[DataFrame], names: list[str], train: Sequence[Tensor], discrete: Discrete, seed: int
 ) -> tuple[list[Tensor], TableEncoding, ColumnWarp, list[str]]:
     """Both tables in units of a warp, which is fitted to the rows of ``train``, float32; their columns, and notes."""
     import pandas as pd
