@@ -194,9 +194,10 @@ class MixtureMarginals(BaseDensity):
         for k, spread in enumerate(self.variances):
             variances = alpha**2 * spread[:, None] + self.schedule.sigma**2
             precision = variances.reciprocal()
-            squares, products = torch.stack([z[:, k].square(), z[:, k] * m[k]]) @ precision
-            constant = rest**2 * (m[k].square() @ precision) + (2 * math.pi * variances).log().sum(0)
-            parts.append(squares + 2 * rest * products + constant)
+            pair = torch.stack([z[:, k].square(), z[:, k] * m[k]])
+            squares, products = torch.einsum("abd,dt->abt", pair, precision)
+            square = squares + 2 * rest * products + rest**2 * torch.einsum("d,dt->t", m[k].square(), precision)
+            parts.append(square + (2 * math.pi * variances).log().sum(0))
         return -0.5 * torch.stack(parts, 1)
 
     def _at(self, x: Tensor, t: Level) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,9 @@ class DensityModel(Denoiser):
 
     def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`log_prob_levels` of ``y``, unchecked, and of no label where the same pass gives it (joint)."""
-        return self._with_base(x_t, self.corrections(x_t, y))
+        base = self.base.log_prob_levels(x_t)
+        chosen, unconditional = (base + correction.double() for correction in self.corrections(x_t, y))
+        return chosen, unconditional
 
     def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.
@@ -138,8 +140,9 @@ class DensityModel(Denoiser):
                 (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
         if graph == "none":
             parts = tuple(part.detach() for part in parts)
+        base = self.base.log_prob_levels(x_t)
         eps = self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
-        return Evaluation(eps, *self._with_base(x_t, parts))
+        return Evaluation(eps, *(base + part.double() for part in parts))
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), graph="all").eps
@@ -184,11 +187,6 @@ class DensityModel(Denoiser):
             UserError: The model does not know the shape of its events, or has no such class.
         """
         return ModelDistribution(self, y, **options)
-
-    def _with_base(self, x_t: Tensor, corrections: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        base = self.base.log_prob_levels(x_t)
-        chosen, unconditional = (base + correction.double() for correction in corrections)
-        return chosen, unconditional
 
 
 def refuse_inference_mode() -> None:
