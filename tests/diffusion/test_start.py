@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
-from torchcdm.diffusion.start import best_gaussian, best_start
+from torchcdm.diffusion.start import best_shrunk, best_start
 
 
 def correlated(n: int, d: int, factors: int, seed: int = 0) -> Tensor:
@@ -20,7 +20,7 @@ def correlated(n: int, d: int, factors: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("form", ["full", "cosine", "diagonal"])
 def test_what_is_chosen_is_what_the_fitted_gaussian_gives(form):
     train, held_out = normal(30, 1, 4, 4), normal(50, 1, 4, 4, seed=5)
-    start = best_gaussian(train, held_out, form, shares=(0.2,))
+    start = best_shrunk(train, held_out, 1, form, shares=(0.2,))
     fitted = GaussianMarginals.fit(train, UniformSigmaSchedule(5), form=form, shrinkage=0.2)
     assert torch.allclose(start.log_prob, fitted.log_prob_levels(held_out)[:, 0])
 

@@ -226,11 +226,9 @@ class GaussianMarginals(BaseDensity):
 
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
         eps = self.eps(x_t.double(), t)
-        return self.schedule.log_prob_change(x_t, t, eps, eps.square().flatten(1).sum(1) + self.noise_spread(t))
-
-    def noise_spread(self, t: Tensor) -> Tensor:
-        """Trace of the covariance of eps given x_t, alpha² Sigma (alpha² Sigma + sigma²)^-1, at levels (B,)."""
-        return (1 - self.schedule.sigma[t, None] ** 2 / self._variances_at(t)).sum(1)
+        # The trace of the covariance of eps given x_t, alpha² Sigma (alpha² Sigma + sigma²)^-1, beside its mean.
+        spread = (1 - self.schedule.sigma[t, None] ** 2 / self._variances_at(t)).sum(1)
+        return self.schedule.log_prob_change(x_t, t, eps, eps.square().flatten(1).sum(1) + spread)
 
     def moments(self, t: int) -> tuple[Tensor, Tensor]:
         """Mean (*shape) and eigenvalues (d,) of the marginal at level ``t``."""

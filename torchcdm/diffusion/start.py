@@ -7,7 +7,7 @@ density, its number of Gaussians and its shrinkage are chosen by the likelihood 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,49 +85,37 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
             fields = {"gaussian": True, "components": components, "shrinkage": shrinkage, "form": form}
             found.append(Start(fields, log_prob.to(nothing.log_prob)))
         elif form == "cosine" and not vectors:
-            found += [best_cosines(train, held_out, k, floor, shares) for k in counts if k == 1 or 8 * k <= len(train)]
+            fewest = [k for k in counts if k == 1 or 8 * k <= len(train)]
+            found += [best_shrunk(train, held_out, k, form, floor, shares) for k in fewest]
         elif 1 in counts:
-            found.append(best_gaussian(train, held_out, form, floor, shares))
+            found.append(best_shrunk(train, held_out, 1, form, floor, shares))
     best = max(found, key=lambda start: start.value)
     preferred = [start for start in found if start.fields["form"] == "full"]
     return next((one for one in preferred if within_error(best.log_prob - one.log_prob)), best)
 
 
-def best_cosines(train: Tensor, held_out: Tensor, count: int, floor: float, shares: Sequence[float]) -> Start:
-    """The shrinkage of a mixture of so many Gaussians of images, as in :func:`best_gaussian`."""
-    if count == 1:
-        return best_gaussian(train, held_out, "cosine", floor, shares)
-    weights, means, variances = fit_cosines(train, count, floor)
-    z = DIAGONAL["cosine"](train.shape[1:])(held_out.double().cpu())[:, None]
-
-    def log_prob(share: float) -> Tensor:
-        moved = torch.lerp(variances, variances.mean(1, keepdim=True), share).clamp_min(floor)
-        return (log_normal(z - means, moved).sum(2) + weights.log()).logsumexp(1).to(held_out.device)
-
-    return _best_shrunk(count, "cosine", shares, log_prob)
-
-
-def best_gaussian(
-    train: Tensor, held_out: Tensor, form: str, floor: float = 0.0, shares: Sequence[float] = SHRINKAGES
+def best_shrunk(
+    train: Tensor, held_out: Tensor, count: int, form: str, floor: float = 0.0, shares: Sequence[float] = SHRINKAGES
 ) -> Start:
-    """The shrinkage of one Gaussian of a form; arguments as in :func:`best_start`."""
-    mean, spread = mean_and_spread(train, form)
-    centred = held_out.double() - mean
-    if form == "full":
-        # A round covariance has every basis: that of the samples serves all shares.
-        variances, basis = torch.linalg.eigh(spread)
-        squares = (centred.flatten(1) @ basis).square()
+    """The shrinkage of one Gaussian of a form, or of several of images; other arguments as in :func:`best_start`."""
+    if count > 1:
+        weights, means, variances = (part.to(held_out.device) for part in fit_cosines(train, count, floor))
+        z = DIAGONAL[form](train.shape[1:]).to(held_out.device)(held_out.double())
     else:
-        variances, squares = spread, DIAGONAL[form](mean.shape).to(mean.device)(centred).square()
+        mean, spread = mean_and_spread(train, form)
+        centred = held_out.double() - mean
+        if form == "full":
+            # A round covariance has every basis: that of the samples serves all shares.
+            spread, basis = torch.linalg.eigh(spread)
+            z = centred.flatten(1) @ basis
+        else:
+            z = DIAGONAL[form](mean.shape).to(mean.device)(centred)
+        weights, means, variances = torch.ones_like(spread[:1]), torch.zeros_like(spread)[None], spread[None]
 
-    def log_prob(share: float) -> Tensor:
-        moved = torch.lerp(variances, variances.mean(), share)
+    def candidate(share: float) -> Start:
+        moved = torch.lerp(variances, variances.mean(1, keepdim=True), share)
         moved = moved.clamp_min(max(floor, 1e-9 * float(moved.max())))
-        return -0.5 * (squares @ moved.reciprocal() + moved.log().sum() + len(moved) * math.log(2 * math.pi))
+        log_prob = (log_normal(z[:, None] - means, moved).sum(2) + weights.log()).logsumexp(1)
+        return Start({"gaussian": True, "components": count, "form": form, "shrinkage": share}, log_prob)
 
-    return _best_shrunk(1, form, shares, log_prob)
-
-
-def _best_shrunk(components: int, form: str, shares: Sequence[float], log_prob: Callable[[float], Tensor]) -> Start:
-    fields = {"gaussian": True, "components": components, "form": form}
-    return max((Start(fields | {"shrinkage": share}, log_prob(share)) for share in shares), key=lambda one: one.value)
+    return max(map(candidate, shares), key=lambda one: one.value)

@@ -28,7 +28,7 @@ from torchcdm.diffusion.start import Start, best_start
 from torchcdm.errors import UserError
 from torchcdm.estimators.tables import noisy
 from torchcdm.likelihood import FlowSolver, Scoring
-from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
 from torchcdm.random import permutation
 from torchcdm.runtime.batching import labels_of
@@ -76,12 +76,6 @@ SAMPLING_STEPS = 25
 """Twice as many move draws by 0.004 of a deviation in the mean."""
 
 Likelihood = Literal["one-pass", "flow"]
-
-FLOW_STEPS = 50
-"""Steps of the probability flow, Heun: two evaluations each, of the network and of its divergence."""
-
-SHORTEST = 1e-3
-"""Seconds of a training for which no time is left: one step."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -154,10 +148,6 @@ class TableEstimator(BaseEstimator):
 
     # --- training ------------------------------------------------------------------------------------------------
 
-    def _check_parameters(self) -> None:
-        """Refuses parameters that training would notice late, or never."""
-        read_as(type(self), self.get_params(deep=False))
-
     def _describe(self, frame: DataFrame, name: str, has_density: bool = True) -> TableEncoding:
         """The columns of a training table; what is to be known of them goes into the notes."""
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
@@ -213,7 +203,7 @@ class TableEstimator(BaseEstimator):
             layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
         config = make_config(preset_fields(self.preset), override_fields(layer))
         if config.train.max_seconds is not None:
-            left = max(config.train.max_seconds - (self.clock() - began), SHORTEST)
+            left = max(config.train.max_seconds - (self.clock() - began), 1e-3)  # one step at least
             config = replace(config, train=replace(config.train, max_seconds=left))
         model = require_density(trained(config, source, self.device, bool(self.verbose), self.clock), "an estimator")
         info = model.info
@@ -253,15 +243,13 @@ class TableEstimator(BaseEstimator):
 
     def _fields(self, rows: int) -> dict[str, Any]:
         """The configuration on top of the preset."""
-        given = {
-            "model": {"backbone": self._given("width", "depth", "dropout"), **self._given("components")},
-            "train": self._given("steps", "batch_size", "lr", "patience", "max_seconds"),
-        }
-        return merge(merge(size_fields(rows), given), self.overrides or {})
 
-    def _given(self, *names: str) -> dict[str, Any]:
-        """Those of the parameters that are set."""
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        def given(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+        model = {"backbone": given("width", "depth", "dropout"), **given("components")}
+        train = given("steps", "batch_size", "lr", "patience", "max_seconds")
+        return merge(merge(size_fields(rows), {"model": model, "train": train}), self.overrides or {})
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -329,50 +317,36 @@ class DensityEstimator(TableEstimator):
     def _log_density(
         self, found: Encoded, centre: float | Tensor = 0.0, context: np.ndarray | None = None
     ) -> np.ndarray:
-        """log p of rows less a ``centre`` (N, kept): where they have cells the mean over the noise."""
+        """log p of rows less a ``centre`` (N, kept), given contexts (N, q); of cells the mean over the noise.
+
+        The flow's is the normalised density at level 1 taken at the row itself: that of the data blurred by r_1, a
+        hundredth of a column's deviation.
+        """
         read_as(Likelihood, self.likelihood, "likelihood")
         if differ := sum(map(bool, found.deviating)):
             what = "rows differ in a column that was constant in training, where this density knows nothing"
             warnings.warn(f"{differ} {what}", UserWarning, stacklevel=3)
-        draws = [
-            log_density(self.model_, noisy(self.columns_, found.x, noise) - centre, self.likelihood, context)
-            for noise in self._noise
-        ]
-        log_p = np.mean(draws, axis=0)
-        if context is None:
-            return log_p
-        # The units of rows count their cells; those of residuals know none.
-        inside = noisy(self.columns_, found.x, np.ones(1)) != found.x
-        return log_p + torch.where(inside, self.columns_.cells.log(), 0.0).sum(1).numpy()
+        model, transform, alpha = self.model_, self.model_.transform, self.model_.schedule.alpha[1]
+        y = None if context is None else torch.tensor(context)
+        scoring = Scoring(level=1, steps=50)
+        solver = FlowSolver(model, scoring) if self.likelihood == "flow" else None
 
+        def one(rows: Tensor, batch: slice) -> Tensor:
+            z, label = rows[batch].to(alpha.device), labels_of(y, batch, alpha.device)
+            # Where a model refuses rows, as their squares overflow, the density is zero.
+            far = ~(transform(z).abs().amax(1, keepdim=True) <= LARGEST)
+            z = torch.where(far, transform.inverse(torch.zeros_like(z)), z)
+            if solver is None:
+                log_p = model.log_prob(z, y=label)
+            else:
+                log_p = solver.log_prob(alpha * transform(z), label).log_prob.double()
+                log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
+            return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
 
-def log_density(model: DensityModel, rows: Tensor, likelihood: str, context: np.ndarray | None = None) -> np.ndarray:
-    """log p of each row, nats in data units, float64 (N,).
-
-    The flow's is the normalised density at level 1 taken at the row itself: that of the data blurred by r_1, a
-    hundredth of a column's deviation.
-
-    Args:
-        model: In float64, with a transform.
-        rows: Data units, float64 (N, d).
-        likelihood: ``one-pass`` or ``flow``.
-        context: Contexts of a conditional model, (N, q).
-    """
-    transform, alpha = model.transform, model.schedule.alpha[1]
-    y = None if context is None else torch.tensor(context)
-    scoring = Scoring(level=1, steps=FLOW_STEPS)
-    solver = FlowSolver(model, scoring) if likelihood == "flow" else None
-
-    def one(batch: slice) -> Tensor:
-        z, label = rows[batch].to(alpha.device), labels_of(y, batch, alpha.device)
-        # Where a model refuses rows, as their squares overflow, the density is zero.
-        far = ~(transform(z).abs().amax(1, keepdim=True) <= LARGEST)
-        z = torch.where(far, transform.inverse(torch.zeros_like(z)), z)
-        if solver is None:
-            log_p = model.log_prob(z, y=label)
-        else:
-            log_p = solver.log_prob(alpha * transform(z), label).log_prob.double()
-            log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
-        return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
-
-    return scoring.by_batches(model, rows, one).numpy()
+        draws = [noisy(self.columns_, found.x, noise) - centre for noise in self._noise]
+        log_p = torch.stack([scoring.by_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0)
+        if context is not None:
+            # The units of rows count their cells; those of residuals know none.
+            inside = noisy(self.columns_, found.x, np.ones(1)) != found.x
+            log_p = log_p + torch.where(inside, self.columns_.cells.log(), 0.0).sum(1)
+        return log_p.numpy()

@@ -74,7 +74,7 @@ class CDMConditional(DensityEstimator):
             UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
         """
         with all_or_nothing(self):
-            self._check_parameters()
+            read_as(type(self), self.get_params(deep=False))
             self._framed = hasattr(theta, "iloc")
             frames = [_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x"))]
             check_consistent_length(*frames)

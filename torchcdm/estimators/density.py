@@ -22,6 +22,7 @@ from torchcdm.models.density import DensityModel
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.validation import read_as
 from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class TableDensity(TableEstimator):
             UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
         """
         with all_or_nothing(self):
-            self._check_parameters()
+            read_as(type(self), self.get_params(deep=False))
             self._framed = hasattr(X, "iloc")
             if self._framed:
                 validate_data(self, X, skip_check_array=True)

@@ -57,19 +57,28 @@ def data_frame(
     """A data frame as it comes, and anything else that scikit-learn takes as a table of finite numbers.
 
     Args:
-        table: Data frame, or what :func:`checked` takes.
+        table: Data frame, array, list or tensor.
         name: Of the table, for messages.
         smallest: Rows, at least.
         like: Columns of the fit. They go by name; by their place where the fit or the table has no names.
-        check: As for :func:`checked`.
+        check: ``check_array``, or ``validate_data`` of an estimator.
 
     Raises:
-        UserError: Fewer rows, or another number of columns without names; errors of :func:`checked`.
+        UserError: Fewer rows, or another number of columns without names.
+        ValueError: Cells of an array that are no finite numbers, another shape.
+        TypeError: A sparse matrix.
     """
     import pandas as pd
 
     named = hasattr(table, "iloc")
-    frame = as_frame(table if named else pd.DataFrame(checked(check, table, ensure_min_samples=smallest)))
+    if not named:
+        if isinstance(table, Tensor) or np.ma.is_masked(table):
+            table = as_array(table, "the table")  # the check would drop the mask of an array
+        try:
+            table = pd.DataFrame(check(table, dtype=np.float64, ensure_min_samples=smallest))
+        except OverflowError:
+            raise UserError("the table has numbers beyond float64 (1.8e308)") from None
+    frame = as_frame(table)
     if len(frame) < smallest:
         raise UserError(f"{name}: {len(frame)} sample(s); a minimum of {smallest} is required")
     names = None if like is None else [column.name for column in like.columns]
@@ -78,23 +87,3 @@ def data_frame(
     if len(frame.columns) != len(names):
         raise UserError(f"{name} has {len(frame.columns)} columns; the fit had {len(names)}")
     return frame.set_axis(names, axis=1)
-
-
-def checked(check: Callable[..., np.ndarray], table: Any, **options: Any) -> np.ndarray:
-    """A table as float64 (N, columns) by a check of scikit-learn, which would drop the mask of an array.
-
-    Args:
-        check: ``check_array``, or ``validate_data`` of an estimator.
-        table: Array, data frame, list or tensor.
-        **options: Further arguments of the check.
-
-    Raises:
-        ValueError: Cells that are no finite numbers, another shape.
-        TypeError: A sparse matrix.
-    """
-    if isinstance(table, Tensor) or np.ma.is_masked(table):
-        table = as_array(table, "the table")
-    try:
-        return check(table, dtype=np.float64, **options)
-    except OverflowError:
-        raise UserError("the table has numbers beyond float64 (1.8e308)") from None
