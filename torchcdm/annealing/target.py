@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -53,7 +52,7 @@ class Target(ABC):
         self, schedule: NoiseSchedule, shape: Sequence[int], reference: GaussianMarginals | None = None
     ) -> None:
         self.schedule, self.shape = schedule, tuple(shape)
-        self.reference = _standard(schedule, self.shape) if reference is None else reference
+        self.reference = round_gaussian(schedule, self.shape) if reference is None else reference
         self.dtype = torch.float64
 
     @abstractmethod
@@ -146,33 +145,28 @@ def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
         return denoiser.gaussian
     if denoiser.shape is None:
         raise UserError("the event shape is not known: give the model a DataTransform")
-    return _standard(denoiser.schedule, denoiser.shape)
+    return round_gaussian(denoiser.schedule, denoiser.shape)
 
 
-def _standard(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMarginals:
-    """Of standard normal data: isotropic, so that the cosine form needs no matrix."""
+def round_gaussian(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMarginals:
+    """Marginals of standard normal data: isotropic, so that the cosine form needs no matrix."""
     return GaussianMarginals.blank(schedule, shape, "cosine").to(schedule.alpha.device)
-
-
-@contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autocast meanwhile: differences of log p are a few nats of thousands."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
 
 
 def in_batches(
     model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None
 ) -> Rows:
-    """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients."""
-    device = model.schedule.alpha.device
-    with evaluation_mode(model), torch.no_grad(), exact_arithmetic(device):
-        return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients.
+
+    Without TF32 and autocast: differences of log p are a few nats of thousands.
+    """
+    device, flags = model.schedule.alpha.device, (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        with evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
