@@ -155,9 +155,9 @@ def test_settings_that_make_no_schedule():
 @pytest.mark.parametrize(
     ("alpha", "sigma", "message"),
     [
-        ([0.9, 0.8], [0.1, 0.2], r"of shapes \(2,\) and \(2,\); both must be \(3,\)"),
+        ([0.9, 0.8], [0.1, 0.2], r"of shape \(3,\)"),
         ([0.9, 0.8, 0.7], [0.3, 0.2, 0.1], "rising from level to level"),
-        ([0.9, 0.8, -0.7], [0.1, 0.2, 0.3], "alpha must be positive"),
+        ([0.9, 0.8, -0.7], [0.1, 0.2, 0.3], "both positive"),
         ([0.9, 0.8, 0.7], [0.1, 0.2, float("nan")], "rising from level to level"),
     ],
 )

@@ -51,12 +51,10 @@ class NoiseSchedule(Float64Module, ABC):
         super().__init__()
         self.T = T
         alpha, sigma = self.inner_levels(torch.arange(1, T + 1, dtype=torch.float64))
-        if alpha.shape != (T,) or sigma.shape != (T,):
-            shapes = f"{tuple(alpha.shape)} and {tuple(sigma.shape)}"
-            raise UserError(f"schedule: inner_levels gives alpha and sigma of shapes {shapes}; both must be ({T},)")
-        ratio = sigma / alpha
-        if not (alpha > 0).all() or not (ratio[0] > 0 and ratio.isfinite().all() and (ratio.diff() > 0).all()):
-            raise UserError("schedule: alpha must be positive; sigma / alpha positive, and rising from level to level")
+        log_ratio = sigma.log() - alpha.log()
+        if not alpha.shape == sigma.shape == (T,) or not log_ratio.isfinite().all() or (log_ratio.diff() <= 0).any():
+            what = f"alpha and sigma of shape ({T},), both positive, and sigma / alpha rising from level to level"
+            raise UserError(f"schedule: inner_levels must give {what}")
         one, zero = alpha.new_ones(1), alpha.new_zeros(1)
         self.register_buffer("alpha", torch.cat([one, alpha, zero]), persistent=False)
         self.register_buffer("sigma", torch.cat([zero, sigma, one]), persistent=False)

@@ -33,12 +33,11 @@ class Denoiser(nn.Module, ABC):
 
     Args:
         schedule: The noise schedule.
-        transform: Data units to model units; None where the caller works in model units.
+        transform: Data units to model units; None where the caller works in model units, which the type leaves out.
         backbone: The network, where there is one.
         base: A density in closed form that the network corrects; None for none.
 
     Attributes:
-        transform: Data units to model units. Its type is said for the usual case; None where none was given.
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
     """
 

@@ -68,19 +68,17 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
     if not model.conditional:
         raise UserError("labels y are given, but the model was trained without classes; leave y out")
     labels = _as_tensor(y, "y", model.schedule.alpha.device)
-    of_classes = model.context is None
-    shape = (n,) if of_classes else (n, model.context)
+    shape = (n,) if model.context is None else (n, model.context)
     if one_for_all and labels.ndim == len(shape) - 1:
         labels = labels.expand(n, *[-1] * labels.ndim)
     if tuple(labels.shape) != shape:
         raise UserError(f"y has shape {tuple(labels.shape)}; this model takes {shape}, one for each sample")
     look = readable(labels) and not (training and labels.device.type != "cpu")
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not of_classes:
+    if model.context is not None:
         if labels.is_complex() or (look and not (labels.double().abs() <= LARGEST).all()):
             raise UserError(f"y is not finite, not real or beyond {LARGEST:g}; contexts are real numbers")
         return labels
-    if not whole:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UserError(f"y holds {labels.dtype}; classes are integers")
     wrong = labels[(labels < 0) | (labels >= model.classes + training)] if look else ()
     if len(wrong):
