@@ -259,10 +259,7 @@ def differences_suffice(x: Tensor) -> bool:
 
 @final
 class DDMLoss(Loss):
-    """Squared error of the noise at a random level: L_simple of arXiv 2006.11239.
-
-    Arguments as in :class:`Loss`.
-    """
+    """Squared error of the noise at a random level: L_simple of arXiv 2006.11239; arguments as in :class:`Loss`."""
 
     model: DenoisingDiffusion
 

@@ -13,8 +13,6 @@ from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
 
-EMA_KEY = "ema_model_state_dict"
-
 PARTS = {"block_1": "0.block", "block_2": "1.block", "attn_1": "0.attention", "attn": "attention",
          "temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value",
          "proj_out": "out"}  # fmt: skip
@@ -52,11 +50,11 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch reports a foreign file by many exceptions, over many lines.
             raise UserError(f"{path}: torch cannot read it as weights ({type(error).__name__}){MEND}") from error
-    averaged = content.get(EMA_KEY) if isinstance(content, Mapping) else None
+    averaged = content.get("ema_model_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(averaged, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in averaged.items()
     ):
-        raise UserError(f"{path}: no weights '{EMA_KEY}' in it{MEND}")
+        raise UserError(f"{path}: no weights 'ema_model_state_dict' in it{MEND}")
     averaged = {key.removeprefix("module."): value for key, value in averaged.items()}
     # Their way up counts from full resolution, ours from the coarsest.
     up = re.compile(r"(?<=^up\.)\d{1,3}(?=\.)", re.ASCII)

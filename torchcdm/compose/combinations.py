@@ -66,7 +66,7 @@ class Combination(DensityModel):
     def __init__(self, experts: Experts, weights: Tensor, mixture: bool = False) -> None:
         models = list(dict.fromkeys(model for model, _ in experts))
         first = models[0]
-        exponents = [_exponent(model) for model, _ in experts]
+        exponents = [getattr(model, "exponent", 1.0) for model, _ in experts]  # 1 of a plain density
         total = min(exponents) if mixture else sum(w * e for w, e in zip(weights.tolist(), exponents, strict=True))
         if not 1e-4 <= total <= LARGEST_EXPONENT:
             raise UserError(f"compose: the exponents add up to {total:g}; a density needs a sum above 0")
@@ -187,41 +187,32 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: fl
     kappa = 1.0 if kappa is None else kappa
     check_real("compose: kappa", kappa, 1e-6, LARGEST_EXPONENT)
     weights = torch.tensor([1 + len(away) * kappa, *[-kappa] * len(away)], dtype=torch.float64)
-    return Combination([(_dense(model), None), *away], weights)
+    return Combination([(require_density(model, "compose"), None), *away], weights)
 
 
 def tempered(model: Denoiser, beta: float) -> Combination:
     """p^beta of a density, beta above 0: above 1 what is typical of it, below 1 what is rare too."""
     check_real("compose: beta", beta, 1e-3, 1e3)
-    return Combination([(_dense(model), None)], torch.tensor([float(beta)]))
-
-
-def _dense(model: Denoiser) -> DensityModel:
-    return require_density(model, "compose")
+    return Combination([(require_density(model, "compose"), None)], torch.tensor([float(beta)]))
 
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
     if not isinstance(model, nn.Module):
         if not model or classes is not None:
             raise UserError("compose: give one model and a list of classes, or a list of models alone")
-        return [(_dense(one), None) for one in model]
+        return [(require_density(one, "compose"), None) for one in model]
     if not classes:
         raise UserError("compose: no classes are given; name at least one, such as [3, 8]")
-    chosen = as_labels(list(classes), _dense(model), len(classes)).tolist()
+    chosen = as_labels(list(classes), require_density(model, "compose"), len(classes)).tolist()
     if len(set(chosen)) < len(chosen):
         raise UserError(f"compose: classes {chosen} name one twice")
-    return [(_dense(model), y) for y in chosen]
-
-
-def _exponent(model: DensityModel) -> float:
-    """What the exponents of a composed density add up to; 1 of any other."""
-    return model.exponent if isinstance(model, Combination) else 1.0
+    return [(require_density(model, "compose"), y) for y in chosen]
 
 
 def _require_same(one: DensityModel, other: DensityModel) -> None:
     """Refuses models of different levels, shapes or units."""
     a, b = one.schedule, other.schedule
-    scale = (_exponent(one) / _exponent(other)) ** 0.5
+    scale = (getattr(one, "exponent", 1.0) / getattr(other, "exponent", 1.0)) ** 0.5
     if a.T != b.T or not (torch.allclose(a.alpha, b.alpha) and torch.allclose(a.sigma * scale, b.sigma)):
         raise UserError(f"compose: the models' schedules differ (T = {a.T} and {b.T}); densities meet level by level")
     if one.shape != other.shape:

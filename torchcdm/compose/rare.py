@@ -94,7 +94,7 @@ def probability(
     target = ModelTarget(model, y)
     alpha, of = model.schedule.alpha[1], of_data(model, event)
 
-    def checked(x_1: Tensor) -> Tensor:
+    def values_of(x_1: Tensor) -> Tensor:
         values = one_each(of(x_1 / alpha), x_1, "probability: the event").detach().double()
         if values.isnan().any():
             raise UserError("probability: the event's values are not numbers (nan)")
@@ -102,9 +102,8 @@ def probability(
 
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)
-        found = climb(target, kernels, checked, threshold, n, stream(seed, "splitting"), moves, progress)
+        found = climb(target, kernels, values_of, threshold, n, stream(seed, "splitting"), moves, progress)
     value, width = math.exp(found.log_p), math.exp(1.96 * math.sqrt(math.log1p(found.variance)))
     x = of_data(model, Tensor.cpu)(found.states.x / alpha).to(torch.get_default_dtype())
-    return Probability(
-        value, value / width, min(1.0, value * width), found.evaluations, found.thresholds, found.families, x
-    )
+    interval = value / width, min(1.0, value * width)
+    return Probability(value, *interval, found.evaluations, found.thresholds, found.families, x)

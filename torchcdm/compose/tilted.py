@@ -10,9 +10,9 @@ accept-reject and weights mend what it lacks. The exact one, a second derivative
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -166,52 +166,44 @@ def posterior(
     if noise_std is not None and noise_std < least:
         raise UserError(f"posterior: noise_std is {noise_std:g}; the model's first level has {least:.3g} in the units "
                         "of y: give at least as much")  # fmt: skip
-    known = _Gaussian(of, y.flatten(), in_basis, Kernels(reference).variances, noise_std, least)
+    known = _gaussian(of, y.flatten(), in_basis, Kernels(reference).variances, noise_std, least)
     return Tilted(dense, known, exact)
 
 
-@dataclass
-class _Gaussian:
+def _gaussian(
+    of: Callable[[Tensor], Tensor], y: Tensor, basis: Tensor, variances: Tensor, std: float | None, least: float
+) -> Known:
     """log N(y; A(x0), s² I + A V_t A^T) of a linear or linearised measurement ``of`` model units.
 
     ``basis`` are its matrices in the eigenbasis of the ``variances`` V_t, (draws, m, d); ``std`` is s, or None where
     only its ``least`` value is known.
     """
+    m = len(y)
 
-    of: Callable[[Tensor], Tensor]
-    y: Tensor
-    basis: Tensor
-    variances: Tensor
-    std: float | None
-    least: float
-    factors: dict[int, Tensor] = field(default_factory=dict)
+    @functools.lru_cache(max(1, 2**24 // m**2))
+    def factor(level: int) -> Tensor:
+        """Cholesky factor of the covariance at a level."""
+        covariance = (basis * variances[level - 1] @ basis.mT).mean(0)
+        covariance.diagonal().add_(std**2)
+        return torch.linalg.cholesky(covariance)
 
-    def __call__(self, x0: Tensor, t: Tensor) -> Tensor:
-        rest, m = self.y - self.of(x0).flatten(1).double(), len(self.y)
+    def known(x0: Tensor, t: Tensor) -> Tensor:
+        rest = y - of(x0).flatten(1).double()
         value = rest.new_zeros(len(x0))
         for level in t.unique().tolist():
             rows = t == level
             part = rest[rows]
-            if self.std is None:
+            if std is None:
                 # The unknown variance s² integrated out under the prior 1 / s, above the least that the model knows.
-                spread = (self.basis.square() @ self.variances[level - 1]).mean(0).sum() + m * self.least**2
+                spread = (basis.square() @ variances[level - 1]).mean(0).sum() + m * least**2
                 found = -0.5 * m * ((part.square().sum(1) + spread) / m).log()
             else:
-                factor = self._factor(level)
-                z = torch.linalg.solve_triangular(factor, part.T, upper=False)
-                found = -0.5 * z.square().sum(0) - factor.diagonal().log().sum()
+                z = torch.linalg.solve_triangular(factor(level), part.T, upper=False)
+                found = -0.5 * z.square().sum(0) - factor(level).diagonal().log().sum()
             value = value.masked_scatter(rows, found)
         return value
 
-    def _factor(self, level: int) -> Tensor:
-        """Cholesky factor of the covariance at a level; those of the last few levels are kept."""
-        if level not in self.factors:
-            if len(self.factors) > 2**24 // len(self.y) ** 2:
-                self.factors.pop(next(iter(self.factors)))
-            covariance = (self.basis * self.variances[level - 1] @ self.basis.mT).mean(0)
-            covariance.diagonal().add_(self.std**2)
-            self.factors[level] = torch.linalg.cholesky(covariance)
-        return self.factors[level]
+    return known
 
 
 def _jacobian(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

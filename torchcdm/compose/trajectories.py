@@ -113,9 +113,8 @@ def adaptive_levels(denoiser: Denoiser, steps: int, shape: Sequence[int], y: Ten
     A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
     in units of the spread of x at its end; dynamic programming finds the steps of least total cost. It takes
     :data:`FINE` evaluations of :data:`PILOTS` samples of event ``shape``. The same model, steps and classes give the
-    same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones from :data:`FINE` steps on.
-
-    ``y`` are classes, long (n,), or contexts (n, context), that samples are asked for; None for none.
+    same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones from :data:`FINE` steps on. ``y``
+    are classes, long (n,), or contexts (n, context), that samples are asked for; None for none.
 
     Raises:
         UserError: More steps than T.
