@@ -91,10 +91,10 @@ def dates_of(cells: Series) -> tuple[np.ndarray, np.ndarray]:
     from pandas.api import types
 
     if types.is_datetime64_any_dtype(cells.dtype):
-        texts, found = cells, pd.to_datetime(cells, utc=True)
+        found, empty = pd.to_datetime(cells, utc=True), cells.isna()
     else:
         texts = pd.Series(texts_of(cells, "date"))
-        texts = texts.where(texts.str.match(DATE), None)
+        empty, texts = texts == "", texts.where(texts.str.match(DATE), None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tried = [pd.to_datetime(texts, utc=True, errors="coerce", dayfirst=first) for first in (False, True)]
@@ -102,8 +102,7 @@ def dates_of(cells: Series) -> tuple[np.ndarray, np.ndarray]:
             if (found.isna() & texts.notna()).any():
                 found = pd.to_datetime(texts, utc=True, errors="coerce", format="mixed")
     days = (found - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
-    empty = cells.isna().to_numpy() if texts is cells else texts_of(cells, "date") == ""
-    return days.to_numpy(np.float64), empty
+    return days.to_numpy(np.float64), empty.to_numpy()
 
 
 def unreadable(cells: Series) -> np.ndarray:
