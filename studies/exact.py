@@ -17,7 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchcdm.data.toys import TOYS
+from torchcdm.data.named import TOYS
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.units.float64 import Float64Module

@@ -7,7 +7,7 @@ import torch
 from oracles import SCHEDULES, MixtureClassifier, covariance, labelled_mixture, mixture_at_level, normal, rng
 
 from studies.exact import BoxMixture, GaussianMixture, named, ring_mixture
-from torchcdm.data.toys import TOYS
+from torchcdm.data.named import TOYS
 from torchcdm.diffusion.schedules import OptimalTransportSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion

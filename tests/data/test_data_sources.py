@@ -14,7 +14,7 @@ from torchcdm.data import (
     parse_size,
     renumbered,
 )
-from torchcdm.data.toys import TOYS
+from torchcdm.data.named import TOYS
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
 from torchcdm.units import DataTransform
