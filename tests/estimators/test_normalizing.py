@@ -5,7 +5,7 @@ import torch
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
-from torchcdm.estimators.density import WIDE, importance_normalizers
+from torchcdm.estimators.density import WIDE, CDMDensity, importance_normalizers
 
 
 class Normal:
@@ -25,3 +25,16 @@ class Normal:
 def test_log_z_is_unbiased_whatever_the_number_of_draws(draws):
     (found,) = importance_normalizers(Normal(), draws=draws, shares=(1.0,))
     assert abs(found.value) < 4 * found.se < 0.15 and found.usable
+
+
+def test_a_network_that_says_nothing_true_does_not_count():
+    rows = torch.randn(60, 2, generator=torch.Generator().manual_seed(1)).numpy()
+    density = CDMDensity(random_state=0, device="cpu", steps=1).fit(rows)
+    model, codes = density.model_, torch.from_numpy(rows).double()
+    start = model.base.log_prob_levels(model.transform(codes))[:, 0] + model.transform.log_det(codes)
+    with torch.no_grad():
+        for weight in model.backbone.head.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    density._after_training(codes, codes, 0)
+    assert density.share_ == 0 and density.normalizer_.usable and "counts 0%" in density.notes_[-1]
+    assert density.score_samples(rows) == pytest.approx(start.detach().numpy(), abs=0.02)

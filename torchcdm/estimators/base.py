@@ -109,8 +109,6 @@ class TableEstimator(BaseEstimator):
         columns_: The columns and their codes, a :class:`torchcdm.units.TableEncoding`.
         notes_: What was read off the table, one sentence each.
         validation_indices_: Rows of the training table that early stopping watched.
-        validation_loss_: Their training loss at the step that was kept. It and not log p chooses, because a density
-            that is not normalised can give every row a large log p.
         n_features_in_: Columns of the table.
     """
 
@@ -121,7 +119,6 @@ class TableEstimator(BaseEstimator):
     _saved: ClassVar[Readers] = {
         "columns_": partial(read_as, TableEncoding),
         "notes_": list,
-        "validation_loss_": float,
         "validation_indices_": np.array,
         "n_features_in_": int,
         "_noise": np.array,
@@ -186,6 +183,7 @@ class TableEstimator(BaseEstimator):
         ``rows`` counts those of training without their noisy copies.
         """
         began = self.clock()
+        # The loss chooses, not log p: a density that is not normalised can give every row a large one.
         layer = merge({"train": {"select": "loss"}}, self._fields(rows))
         layer = merge(layer, {"train": {"seed": seed}, "data": {"gaussianize": False}})
         transform, parts, start = self._best_start(train, validation, contexts is None, layer["model"])
@@ -206,13 +204,11 @@ class TableEstimator(BaseEstimator):
             left = max(config.train.max_seconds - (self.clock() - began), 1e-3)  # one step at least
             config = replace(config, train=replace(config.train, max_seconds=left))
         model = require_density(trained(config, source, self.device, bool(self.verbose), self.clock), "an estimator")
-        info = model.info
         transform.table = self.columns_ if self._framed and contexts is None else None
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()
-        self._info: ModelInfo = replace(info, transform=transform)
-        self.validation_loss_ = float(info.selected.get("best", np.nan))
+        self._info: ModelInfo = replace(model.info, transform=transform)
 
     def _best_start(
         self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any]
@@ -312,6 +308,9 @@ class TableEstimator(BaseEstimator):
 class DensityEstimator(TableEstimator):
     """An estimator that gives the log-density of rows; parameters as in :class:`CDMDensity`."""
 
+    share_: ClassVar[float] = 1.0
+    """Of what the network adds to its start, so much counts in one pass."""
+
     likelihood: Likelihood = "one-pass"
 
     def _log_density(
@@ -338,6 +337,9 @@ class DensityEstimator(TableEstimator):
             z = torch.where(far, transform.inverse(torch.zeros_like(z)), z)
             if solver is None:
                 log_p = model.log_prob(z, y=label)
+                if self.share_ < 1:
+                    start = model.base.log_prob_levels(transform(z))[:, 0] + transform.log_det(z)
+                    log_p = torch.lerp(start, log_p, self.share_)
             else:
                 log_p = solver.log_prob(alpha * transform(z), label).log_prob.double()
                 log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)

@@ -101,12 +101,14 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
 
     Args:
         likelihood: How rows are scored; may be changed after fitting (``set_params``). ``one-pass``: one network pass
-            a row, less the estimate of log Z where it is usable. ``flow``: the probability flow of the same network,
-            normalised by construction, some hundred passes a row.
+            a row, less the estimate of log Z. ``flow``: the probability flow of the same network, normalised by
+            construction, some hundred passes a row.
         preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
-        normalizer_: The estimated integral of the one-pass density, a :class:`torchcdm.likelihood.LogZ`.
+        share_: Of what the network adds to its start, one pass counts the share, 0 to 1, under which held-out rows are
+            most probable.
+        normalizer_: The estimated integral of that density, a :class:`torchcdm.likelihood.LogZ`.
         feature_names_in_: Names of the columns of a data frame.
         model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
@@ -116,7 +118,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         >>> new_rows = density.sample(100, random_state=1)
     """
 
-    _saved: ClassVar = TableDensity._saved | {"normalizer_": lambda fields: LogZ(**fields)}
+    _saved: ClassVar = TableDensity._saved | {"normalizer_": lambda fields: LogZ(**fields), "share_": float}
 
     def score_samples(self, X: Any) -> np.ndarray:
         """log p of each row, nats in the units of the table.
@@ -131,22 +133,20 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
             float64 (N,).
         """
         log_p = self._log_density(self._encoded(X))
-        return log_p - self.normalizer_.value if self.likelihood == "one-pass" and self.normalizer_.usable else log_p
+        return log_p - self.normalizer_.value if self.likelihood == "one-pass" else log_p
 
     @torch.no_grad()
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
-        """Keeps the share of what the network adds under which held-out rows are most probable, normalised."""
+        """Finds the share of what the network adds under which held-out rows are most probable, normalised."""
         model, shares = self.model_, torch.tensor(SHARES, dtype=torch.float64)
         z = model.transform(noisy(self.columns_, held_out, self._noise[0]).to(model.schedule.alpha.device))
         found = importance_normalizers(model, seed)
         added = map_rows(lambda rows: _base_and_network(model, z[rows])[1], len(z), dim=z.shape[1], device=z.device)
         values = shares * added.mean() - torch.tensor([log_z.value if log_z.usable else torch.inf for log_z in found])
         best = int(values.argmax())
-        self.normalizer_ = found[best]
-        for part in (*model.backbone.head.parameters(), model.level_constants):
-            part.mul_(SHARES[best])
-        if SHARES[best] < 1:
-            self._say(f"{SHARES[best]:.0%} of what the network learned is kept: held-out rows are most probable so")
+        self.normalizer_, self.share_ = found[best], SHARES[best]
+        if self.share_ < 1:
+            self._say(f"one pass counts {self.share_:.0%} of what the network adds, as held-out rows have it")
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.

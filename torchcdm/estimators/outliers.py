@@ -16,7 +16,6 @@ from torchcdm.apps.anomaly import AnomalyDetector, AnomalyScore
 from torchcdm.estimators.density import TableDensity
 from torchcdm.estimators.tables import noisy
 from torchcdm.runtime.validation import Float
-from torchcdm.units.table import Encoded
 
 FALSE_ALARMS = 0.05
 """Share of held-out normal rows that ``contamination="auto"`` flags."""
@@ -68,7 +67,10 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         Returns:
             float64 (N,).
         """
-        return self._normality(self._encoded(X, deviating=True))
+        found = self._encoded(X, deviating=True)
+        scores = self._scores(found.x)
+        scores[np.array(found.deviating, bool)] = LOWEST
+        return scores
 
     def decision_function(self, X: Any) -> np.ndarray:
         """:meth:`score_samples` less the threshold: negative for outliers, float64 (N,)."""
@@ -93,11 +95,6 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         else:
             self.offset_ = -float(scores.max())
         self.offset_ -= ROUNDING * max(1.0, abs(self.offset_))
-
-    def _normality(self, found: Encoded) -> np.ndarray:
-        scores = self._scores(found.x)
-        scores[np.array(found.deviating, bool)] = LOWEST
-        return scores
 
     def _scores(self, codes: Tensor) -> np.ndarray:
         return -torch.stack([self.detector_.score(rows) for rows in self._noisy(codes)]).mean(0).numpy()
