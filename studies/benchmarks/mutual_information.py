@@ -97,7 +97,7 @@ def rung(kind: str, residual: str, dim: int, options: argparse.Namespace) -> Row
     exact, mean = float(truth.mean()), float(estimate.mean())
     gaussians = float(Gaussians(numerator, denominator).log_ratio(move(test)).mean())
     return Row(
-        kind, residual, dim, exact, mean, mean / exact - 1, rmse(estimate, truth), gaussians, ratio.shares[0],
+        kind, residual, dim, exact, mean, mean / exact - 1, rmse(estimate, truth), gaussians, ratio.blend["network"],
         options.rows, options.steps, seconds,
     )  # fmt: skip
 

@@ -192,7 +192,7 @@ def compare(case: str, estimators: Sequence[str], seed: int, points: int = 10_00
         began, note = time.process_time(), ""
         if name == "ours":
             ratio = DensityRatio(seed, device="cpu").fit(p, q)
-            log_ratio, note = ratio.log_ratio, " ".join(ratio.notes[3:])
+            log_ratio, note = ratio.log_ratio, " ".join(f"{name} {weight:.2f}" for name, weight in ratio.blend.items())
         else:
             log_ratio = Gaussians(p, q).log_ratio if name == "gaussians" else classifier(p, q, seed)
         seconds = time.process_time() - began

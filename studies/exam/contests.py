@@ -272,7 +272,8 @@ def _cdm_ratio(train: np.ndarray, sides: np.ndarray, test: np.ndarray, asked: np
 
     ratio = DensityRatio(random_state=0, device="cpu").fit(train[sides == 1], train[sides == 0])
     prior = math.log(sides.mean() / (1 - sides.mean()))
-    return _log_loss(ratio.log_ratio(test) + prior, asked), f"shares {ratio.shares}"
+    note = ", ".join(f"{name} {weight:.2f}" for name, weight in ratio.blend.items())
+    return _log_loss(ratio.log_ratio(test) + prior, asked), note
 
 
 def _classifier(build: Callable[[], Any]) -> Contender:

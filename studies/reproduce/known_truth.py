@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from studies.exact import GaussianMixture
 from studies.reproduce.result import Figure, Result, Table
+from studies.reproduce.shares import best_share
 from studies.reproduce.truth import CHUNK, LevelErrors, exact_source, level_errors, noisy_copies, spread_levels
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps.plots import panels
-from torchcdm.apps.ratio import best_share
 from torchcdm.data import DataSource
 from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
@@ -209,7 +209,7 @@ def _measure(work: Workspace, setting: Setting, dim: int, modes: int, start: str
         model, trained = work.model(name, config, source(), loss, clock)
         seconds = chosen["seconds"] + max(clock() - began, trained["seconds"])
         assert isinstance(model, ClassificationDiffusion)
-        kept = best_share(model, source().validation.tensors()[0], torch.zeros(VALIDATION, dtype=torch.long))
+        kept = best_share(model, source().validation.tensors()[0])
         for parameter in model.backbone.head.parameters():
             parameter.data *= kept
         x = source().test.tensors()[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from studies.tables.reading import markdown, read
 
-START, SHARES = re.compile(r"its start has (-?[0-9.]+)"), re.compile(r"shares \(([0-9.]+)")
+START, WEIGHTS = re.compile(r"its start has (-?[0-9.]+)"), re.compile(r"(\w+) (0\.\d+|1\.00)")
 """What the CDM of the exam notes of its network."""
 
 
@@ -66,8 +66,10 @@ def exam() -> str:
     lines = []
     for kind, data, own, other, lead, error in exam_sets():
         said = f"**{lead:+.3f}** ± {error:.3f}" if lead >= -error else f"{lead:+.3f} ± {error:.3f}"
-        start, shares = START.match(own["note"]), SHARES.match(own["note"])
-        network = f"{own['value'] - float(start[1]):+.3f}" if start else f"{float(shares[1]):.0%}" if shares else ""
+        start, weights = START.match(own["note"]), WEIGHTS.findall(own["note"]) if kind == "ratio" else ()
+        shown = [(float(value), name) for name, value in weights if name != "offset"]
+        said_of = ", ".join(f"{value:.0%} {name}" for value, name in shown if value)
+        network = f"{own['value'] - float(start[1]):+.3f}" if start else said_of
         lines.append([kind, data, f"{own['value']:.3f}", f"{other['value']:.3f}, {other['contender']}", said, network,
                       f"{own['seconds']:.0f}"])  # fmt: skip
     return markdown(["asked", "data", "CDM", "best of the others", "lead", "of the network", "s"], lines)

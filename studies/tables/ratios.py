@@ -55,7 +55,7 @@ def ratio_peers() -> str:
     values = {(row["estimator"], row["dim"]): row["rmse"] for row in rows}
     best = {dim: min(values[name, dim] for name in names) for dim in dims}
     titles = {
-        "joint": "torchcdm, `joint`", "separate": "torchcdm, `separate`", "gaussians": "two Gaussians",
+        "joint": "torchcdm", "gaussians": "two Gaussians",
         "logistic": "logistic regression", "boosting": "gradient-boosted trees", "kliep": "KLIEP", "rulsif": "RuLSIF",
         "constant": "log ratio 0",
     }  # fmt: skip

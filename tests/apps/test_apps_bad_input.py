@@ -62,7 +62,6 @@ def test_bad_numbers_are_refused(ratio, bad):
         lambda: DensityRatio(random_state=bad),
         lambda: DensityRatio(data={"validation_fraction": bad}).fit(GOOD, GOOD + 1),
         lambda: ratio.importance_weights(GOOD, clip=bad),
-        lambda: ratio.calibration(GOOD, GOOD, bins=bad),
         lambda: detector.threshold(bad),
         lambda: detector.flags(torch.zeros(3), bad),
         lambda: effective_sample_size(bad),

@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import torch
 from damage import resealed
-from oracles import MixtureClassifier, labelled_mixture, normal, rng
+from oracles import normal, rng
 from scipy.stats import multivariate_normal
 from sklearn.base import clone
 
 from torchcdm import DensityRatio
-from torchcdm.apps.ratio import Calibration, best_share, effective_sample_size, importance_weights
-from torchcdm.apps.ratio.correction import tempering
+from torchcdm.apps.ratio import Calibration, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.blending import blend
 from torchcdm.diffusion.gaussian import fit_class_gaussians
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.units import DataTransform
 
 P = multivariate_normal([1.0, 0.5], [[0.8, 0.3], [0.3, 0.5]], seed=0)
 Q = multivariate_normal([0.0, 0.0], [[1.0, -0.2], [-0.2, 1.5]], seed=1)
@@ -35,9 +33,9 @@ def exact(x):
     return P.logpdf(x) - Q.logpdf(x)
 
 
-@pytest.fixture(scope="module", params=["joint", "separate"])
-def ratio(request):
-    return DensityRatio(0, request.param, **CPU).fit(*samples(2500))
+@pytest.fixture(scope="module")
+def ratio():
+    return DensityRatio(0, **CPU).fit(*samples(2500))
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +54,6 @@ def test_log_ratio_of_two_gaussians(ratio):
     assert math.sqrt(np.mean((estimate - exact(x)) ** 2)) < 0.2
     assert np.array_equal(ratio.ratio(x), np.exp(estimate))
     assert ratio.counts == (2500, 2500)
-
-
-def test_the_share_of_the_correction_is_chosen_in_the_units_of_the_model():
-    """All of an exact correction, none of its opposite; data units far from model units."""
-    mixture, schedule = labelled_mixture(), LogSNRSchedule(20, 0.05, 10.0)
-    network = MixtureClassifier(mixture, schedule, joint=True)
-    transform = DataTransform((2,), shift=30.0, scale=5.0)
-    z, y = mixture.sample_labelled(500, rng())
-    for sign, share in ((1, 1.0), (-1, 0.0)):
-        opposite = copy.deepcopy(network)
-        opposite.forward = lambda x, y=None, sign=sign: sign * network(x, y)
-        model = ClassificationDiffusion(opposite, schedule, transform, class_prior=torch.ones(2))
-        assert best_share(model, transform.inverse(z), y) == share
 
 
 def test_swapped_sources_have_the_opposite_sign(joint):
@@ -172,16 +157,6 @@ def test_gaussians_of_few_samples_of_many_columns_are_shrunk():
     assert loss < 0.65 < np.log(2)
 
 
-def test_copies_of_a_sample_say_no_more_of_the_share():
-    mixture, schedule = labelled_mixture(), LogSNRSchedule(20, 0.05, 10.0)
-    model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, joint=True), schedule, DataTransform((2,)), class_prior=torch.ones(2)
-    )
-    z, y = mixture.sample_labelled(12, rng(3))
-    y[:4] = 1 - y[:4]
-    assert best_share(model, z.repeat(100, 1), y.repeat(100)) == 0.0
-
-
 def test_copies_of_a_sample_do_not_choose_the_covariances():
     """A class repeated to the size of the other: its own copies would always bear out its own covariance."""
     schedule = LogSNRSchedule(10, 0.02, 10.0)
@@ -276,8 +251,6 @@ def test_calibration_of_a_fitted_ratio(joint):
     assert abs(check.mean_ratio - 1) < 0.25
     assert joint.held_out.denominator == round(0.15 * 1500)
     assert f"calibration error                 {check.calibration_error:.3f}" in check.table()
-    with pytest.raises(UserError, match="bins is 0"):
-        joint.calibration(*samples(30), bins=0)
     with pytest.raises(UserError, match="at least two held-out samples"):
         joint.calibration(samples(3)[0][:1], samples(3)[1])
 
@@ -295,15 +268,31 @@ def test_what_lies_outside_both_sources_is_flagged(joint):
     assert apart.log_ratio(both[0]).min() > 20 and apart.log_ratio(both[1]).max() < -20
 
 
-def test_a_log_ratio_that_is_too_certain_is_tempered_and_a_right_one_is_left_alone():
-    numerator, denominator = (exact(x) for x in samples(1000, seed=7))
-    assert tempering(numerator, denominator) == (1.0, 0.0)
-    scale, offset = tempering(3 * numerator + 1, 3 * denominator + 1)
+def blended(*estimates):
+    """Weights and offset for estimates of each side, (N,) and (M,)."""
+    return blend(*(np.stack(side, 1) for side in zip(*estimates, strict=True)))
+
+
+def test_the_best_estimate_gets_the_weight_and_one_that_is_too_certain_is_scaled():
+    right, draw = [exact(x) for x in samples(1000, seed=7)], np.random.RandomState(0)
+    assert blended(right) == [1.0, 0.0]
+    scale, offset = blended([3 * side + 1 for side in right])
     assert scale == pytest.approx(1 / 3, abs=0.05) and offset == pytest.approx(-scale, abs=0.1)
-    assert tempering(0.5 * numerator, 0.5 * denominator)[0] == 1.0
-    # Where the sources hardly overlap a few samples would decide, and where a density overflows none can.
-    assert tempering(numerator + 20, denominator - 20) == (1.0, 0.0)
-    assert tempering(np.append(numerator, -np.inf), denominator) == (1.0, 0.0)
+    assert blended([0.5 * side for side in right])[0] == 1.0, "never made more certain"
+    noise = [draw.normal(size=1000) for _ in right]
+    weights = blended(noise, right)
+    assert weights[1] > 0.9 and weights[0] < 0.1
+    assert blended(right, noise)[:2] == [1.0, 0.0]
+    # Two halves of the truth are worth more than either, and what adds nothing is left out.
+    halves = [[2 * side * (k == (draw.uniform(size=1000) < 0.5)) for side in right] for k in (0, 1)]
+    assert min(blended(*halves)[:2]) > 0.2
+
+
+def test_sources_that_hardly_overlap_keep_the_first_estimate():
+    """A few samples would decide; and where a density overflows none can."""
+    numerator, denominator = (exact(x) for x in samples(1000, seed=7))
+    assert blended([numerator + 20, denominator - 20]) == [1.0, 0.0]
+    assert blended([np.append(numerator, -np.inf), denominator]) == [1.0, 0.0]
 
 
 def test_few_samples_of_many_columns_give_weights_that_are_not_extreme():
@@ -323,8 +312,9 @@ def test_a_saved_ratio_comes_back(ratio, tmp_path):
     x = np.concatenate([*samples(50, seed=3), [[50.0, 50.0]]])
     assert np.array_equal(again.log_ratio(x), ratio.log_ratio(x))
     assert np.array_equal(again.outside_support(x), ratio.outside_support(x))
-    assert (again.method, again.counts, again.notes) == (ratio.method, ratio.counts, ratio.notes)
-    assert (again.held_out, again.tempered) == (ratio.held_out, ratio.tempered)
+    assert (again.counts, again.notes) == (ratio.counts, ratio.notes)
+    assert (again.held_out, again.blend) == (ratio.held_out, ratio.blend)
+    assert again.divergence("kl") == ratio.divergence("kl")
     assert not list((tmp_path / "ratio").rglob("*.pkl")) and not list((tmp_path / "ratio").rglob("*.pt"))
 
 
@@ -352,7 +342,7 @@ def test_damaged_files_are_refused(joint, tmp_path):
         DensityRatio.load(tmp_path)
     with pytest.raises(UserError, match="format version 99"):
         DensityRatio.load(with_content({"format": 99}))
-    for change in ({"_warp": {"scale": [1.0]}}, {"counts": 3}, {"held_out": None}, {"_limits": ["a"]}, {"method": []}):
+    for change in ({"_warp": {"scale": [1.0]}}, {"counts": 3}, {"held_out": None}, {"_limits": ["a"]}, {"blend": 1}):
         with pytest.raises(UserError):
             DensityRatio.load(with_content(change))
     del content["_limits"]
@@ -365,8 +355,6 @@ def test_damaged_files_are_refused(joint, tmp_path):
 
 def test_mistakes(joint):
     p, q = samples(60)
-    with pytest.raises(UserError, match="method is 'join'; did you mean 'joint'"):
-        DensityRatio(method="join")
     with pytest.raises(UserError, match="unknown override 'stesp'; did you mean 'steps'"):
         DensityRatio(stesp=3).fit(p, q)
     with pytest.raises(UserError, match="not fitted; call fit"):
@@ -379,15 +367,14 @@ def test_mistakes(joint):
         DensityRatio(discrete="error").fit(*(np.stack([x[:, 0], x[:, 1].round()], 1) for x in (p, q)))
 
 
-@pytest.mark.parametrize("method", ["joint", "separate"])
-def test_fewer_rows_than_columns_and_a_column_that_one_source_holds_constant(method):
+def test_fewer_rows_than_columns_and_a_column_that_one_source_holds_constant():
     """Their Gaussians are singular; the ratio is still a number."""
     draw = np.random.RandomState(0)
-    wide = DensityRatio(0, method, device="cpu", steps=2).fit(draw.normal(size=(20, 40)), draw.normal(size=(20, 40)))
+    wide = DensityRatio(0, device="cpu", steps=2).fit(draw.normal(size=(20, 40)), draw.normal(size=(20, 40)))
     assert np.isfinite(wide.log_ratio(draw.normal(size=(10, 40)))).all()
     p, q = samples(100)
     q[:, 1] = 0.25
-    ratio = DensityRatio(0, method, device="cpu", steps=2).fit(p, q)
+    ratio = DensityRatio(0, device="cpu", steps=2).fit(p, q)
     assert np.isfinite(ratio.log_ratio(p)).all() and ratio.log_ratio(p).mean() > 0 > ratio.log_ratio(q).mean()
 
 
@@ -399,7 +386,7 @@ def test_an_interrupted_fit_leaves_what_was_there(monkeypatch):
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchcdm.apps.ratio.density_ratio.best_share", stopped)
+    monkeypatch.setattr("torchcdm.apps.ratio.density_ratio.blend", stopped)
     with pytest.raises(KeyboardInterrupt):
         ratio.fit(100 * x + 1, 100 * x)
     assert np.array_equal(ratio.log_ratio(x), before)
@@ -450,7 +437,7 @@ def test_a_clone_has_the_settings_and_is_not_fitted():
 
 
 def test_every_setting_is_cloned():
-    other = {"random_state": 1, "method": "separate", "discrete": "error", "device": "cpu", "progress": True,
+    other = {"random_state": 1, "discrete": "error", "device": "cpu", "progress": True,
              "preset": "mlp", "steps": 5}
     ratio, cloned = vars(DensityRatio(**other)), vars(clone(DensityRatio(**other)))
     assert ratio == cloned, "neither has been fitted"

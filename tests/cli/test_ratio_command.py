@@ -58,7 +58,7 @@ def test_the_table_and_the_numbers_are_those_of_the_python_call(capsys, tmp_path
     assert float(rows[0]["log_ratio"]) > 1 > -1 > float(rows[1]["log_ratio"])
 
     numbers = json.loads((tmp_path / "w.json").read_text())
-    assert numbers["counts"] == {"numerator": 150, "denominator": 200} and numbers["method"] == "joint"
+    assert numbers["counts"] == {"numerator": 150, "denominator": 200} and numbers["blend"] == ratio.blend
     assert numbers["query"]["count"] == 3 and numbers["query"]["outside"] == 1
     assert numbers["query"]["effective_sample_size"] == pytest.approx(ratio.effective_sample_size(weights), rel=1e-4)
     assert numbers["query"]["log_ratio"]["max"] == pytest.approx(truth.log_ratio.max(), rel=1e-4)
@@ -70,13 +70,13 @@ def test_the_table_and_the_numbers_are_those_of_the_python_call(capsys, tmp_path
     np.testing.assert_allclose(again.log_ratio(str(query)), truth.log_ratio, rtol=1e-6)
 
 
-def test_arrays_and_the_other_method(capsys, tmp_path, files):
+def test_arrays(capsys, tmp_path, files):
     draw = np.random.RandomState(0)
     for name, mean in (("a.npy", 2.0), ("b.npy", 0.0)):
         np.save(tmp_path / name, draw.normal(mean, 1, (60, 3)))
     a, b = tmp_path / "a.npy", tmp_path / "b.npy"
-    numbers = json.loads(run(capsys, a, b, a, "--method", "separate", "--json", "-"))
-    assert numbers["method"] == "separate" and numbers["query"]["log_ratio"]["median"] > 2
+    numbers = json.loads(run(capsys, a, b, a, "--json", "-"))
+    assert numbers["query"]["log_ratio"]["median"] > 2
 
 
 def test_mistakes(capsys, tmp_path, files):
@@ -91,7 +91,6 @@ def test_mistakes(capsys, tmp_path, files):
     assert "holes.csv" in (error := refuse(capsys, holes, denominator, query)) and "line 152" in error
     assert "missing.csv" in refuse(capsys, tmp_path / "missing.csv", denominator, query)
     assert "missing.csv" in refuse(capsys, numerator, denominator, tmp_path / "missing.csv")
-    assert "did you mean 'joint'" in refuse(capsys, *files, "--method", "jont")
     assert "discrete is 'drop'" in refuse(capsys, *files, "--discrete", "drop")
     assert "clip is 2.0; it is a quantile" in refuse(capsys, *files, "--clip", "2")
     assert "steps is 0" in refuse(capsys, *files, "--steps", "0")

@@ -9,7 +9,6 @@ from pretended_device import pretended_device
 
 from studies.reproduce import fig9
 from studies.reproduce.denoised import denoised
-from torchcdm.apps.ratio import best_share
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.likelihood import consistency, single_pass
@@ -130,8 +129,3 @@ def test_validation_is_the_loss_of_training_and_the_density():
 def test_models_on_another_device_than_the_data(measure):
     with pretended_device() as device:
         measure(model_of_images().to(device), images())
-
-
-def test_shares_of_a_ratio_on_another_device_than_the_data():
-    with pretended_device() as device:
-        best_share(model_of_images().to(device), images(), torch.zeros(N).long())

@@ -52,7 +52,7 @@ def restoring(file: Path) -> Iterator[None]:
     """Says of what is missing or wrong in a ``file`` that was read that the file is damaged."""
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         damaged(file, f"missing or wrong: {error}")
 
 

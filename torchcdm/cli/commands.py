@@ -176,7 +176,6 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
         add(parser, f"{name} {name.upper()}", f"{what}: a table, an array, a folder of images, or a SPEC")
-    add(parser, "--method", "joint or separate", default="joint")
     add(parser, "--clip P", "weights above this quantile are set to it: 0.999", float)
     add(parser, "--discrete", "columns of few values: dequantize or error", default="dequantize")
     add(parser, "--size HxW", "images are resized to this")

@@ -25,7 +25,6 @@ def ratio(options: argparse.Namespace) -> None:
     size = None if options.size is None else parse_size(options.size)
     ratio = DensityRatio(
         options.seed,
-        options.method,
         options.discrete,
         device=str(chosen_device(options.device)),
         progress=not options.quiet,
@@ -45,7 +44,7 @@ def ratio(options: argparse.Namespace) -> None:
         )
     low, median, high = np.quantile(scores.log_ratio, [0, 0.5, 1]).tolist()
     values = {
-        "method": ratio.method,
+        "blend": ratio.blend,
         "counts": {"numerator": ratio.counts[1], "denominator": ratio.counts[0]},
         "query": {
             "count": len(scores.names),

@@ -1,7 +1,6 @@
 """Density ratios of two data sets, what a ratio is worth, and what it tells of the two."""
 
 from torchcdm.apps.ratio.checks import Calibration, effective_sample_size, importance_weights
-from torchcdm.apps.ratio.correction import best_share
 from torchcdm.apps.ratio.density_ratio import DensityRatio, Scores
 from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, mutual_information
 
@@ -11,7 +10,6 @@ __all__ = [
     "Estimate",
     "Scores",
     "TwoSampleTest",
-    "best_share",
     "effective_sample_size",
     "importance_weights",
     "mutual_information",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +19,7 @@ FEWEST = 10
 
 
 def effective_sample_size(weights: Any) -> float:
-    """(sum w)² / sum w²: so many samples of equal weight estimate a mean as well (Kish, 1965).
-
-    Args:
-        weights: Not negative, (N,).
+    """(sum w)² / sum w² of weights (N,): so many samples of equal weight estimate a mean as well (Kish, 1965).
 
     Raises:
         UserError: Negative or infinite weights, none, or only zeros.
@@ -35,13 +32,13 @@ def effective_sample_size(weights: Any) -> float:
 
 
 def donsker_varadhan(log_ratio: np.ndarray, other: np.ndarray) -> float:
-    """Lower bound on the KL divergence to another distribution, nats, whatever the log ratios' scale and constant.
-
-    Args:
-        log_ratio: Of samples of the distribution, (N,).
-        other: Of samples of the other one, (M,).
-    """
+    """Lower bound on a KL divergence, nats, by log ratios at samples of the one (N,) and the other (M,)."""
     return float(log_ratio.mean() - logsumexp(other) + np.log(len(other)))
+
+
+def log_loss(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    """Nats of the classifier sigmoid(log ratio), both sources as frequent: log ratios at samples of each."""
+    return 0.5 * float(np.logaddexp(0, -numerator).mean() + np.logaddexp(0, denominator).mean())
 
 
 def check_clip(clip: float | None) -> None:
@@ -51,11 +48,7 @@ def check_clip(clip: float | None) -> None:
 
 
 def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
-    """exp(log ratio) over its mean: float64 (N,) with mean 1.
-
-    Args:
-        log_ratio: Nats, finite, (N,).
-        clip: Weights above this quantile of them are set to it; none when None.
+    """exp(log ratio) over its mean, of finite log ratios (N,): float64 (N,) with mean 1; ``clip`` as in the method.
 
     Raises:
         UserError: ``clip`` is no share, or log ratios that are no finite numbers.
@@ -77,6 +70,14 @@ def as_floats(values: Any, name: str) -> np.ndarray:
     if values.dtype.kind not in "buif" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise UserError(f"{name} must be finite numbers of shape (N,); got {values.dtype} of shape {values.shape}")
     return values.astype(np.float64)
+
+
+def both_sides(numerator: Any, denominator: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Log ratios at samples of either source, at least two of each."""
+    sides = as_floats(numerator, "the numerator's"), as_floats(denominator, "the denominator's")
+    if min(map(len, sides)) < 2:
+        raise UserError("at least two held-out samples of numerator and of denominator are needed")
+    return sides
 
 
 class Bin(NamedTuple):
@@ -120,28 +121,18 @@ class Calibration:
     bins: tuple[Bin, ...]
 
     @classmethod
-    def of(cls, numerator: np.ndarray, denominator: np.ndarray, bins: int = 10) -> Calibration:
-        """From log ratios at held-out samples.
-
-        Args:
-            numerator: Log ratios at samples of the numerator, finite, (N,).
-            denominator: Log ratios at samples of the denominator, finite, (M,).
-            bins: Number of lines of the reliability table.
+    def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> Calibration:
+        """From log ratios at held-out samples of numerator (N,) and denominator (M,).
 
         Raises:
             UserError: Fewer than two samples of one of them, or log ratios that are no finite numbers.
         """
-        numerator, denominator = as_floats(numerator, "the numerator's"), as_floats(denominator, "the denominator's")
-        if isinstance(bins, bool) or not isinstance(bins, Integral) or bins < 1:
-            raise UserError(f"bins is {bins!r}; a whole number of at least 1 is needed")
-        if len(numerator) < 2 or len(denominator) < 2:
-            raise UserError("calibration needs at least two held-out samples of numerator and denominator")
-        log_loss = 0.5 * (np.logaddexp(0, -numerator).mean() + np.logaddexp(0, denominator).mean())
-        table = _reliability(numerator, denominator, bins)
+        numerator, denominator = both_sides(numerator, denominator)
+        table = _reliability(numerator, denominator)
         error = sum(line.mass * abs(line.predicted - line.observed) for line in table)
         size = effective_sample_size(importance_weights(denominator))
         means = (*_mean_exp(denominator), *_mean_exp(-numerator))
-        return cls(*means, size, len(denominator), float(log_loss), float(error), tuple(table))
+        return cls(*means, size, len(denominator), log_loss(numerator, denominator), float(error), tuple(table))
 
     def warnings(self) -> list[str]:
         """One line for each check that fails, with its name and what to do."""
@@ -158,7 +149,7 @@ class Calibration:
             if not abs(mean - 1) <= max(3 * error, 0.2):
                 found.append(
                     f"{name}: the mean of {over} is {mean:.2g} +- {error:.1g} instead of 1, large ratios are "
-                    f"too {'small' if mean < 1 else 'large'}; give more samples, or try method='separate'"
+                    f"too {'small' if mean < 1 else 'large'}; give more samples"
                 )
         if self.effective_sample_size < FEWEST:
             found.append(
@@ -192,7 +183,7 @@ def _mean_exp(values: np.ndarray) -> tuple[float, float]:
         return float(exp.mean()), float(exp.std(ddof=1) / len(exp) ** 0.5)
 
 
-def _reliability(numerator: np.ndarray, denominator: np.ndarray, bins: int) -> list[Bin]:
+def _reliability(numerator: np.ndarray, denominator: np.ndarray, bins: int = 10) -> list[Bin]:
     counts = [len(numerator), len(denominator)]
     is_numerator, weights = np.repeat([1.0, 0.0], counts), np.repeat(0.5 / np.array(counts), counts)
     predicted = expit(np.concatenate([numerator, denominator]))

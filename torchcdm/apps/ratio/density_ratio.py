@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
-from torchcdm.apps.ratio.checks import Calibration, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.blending import blend
+from torchcdm.apps.ratio.checks import SEPARATE, Calibration, effective_sample_size, importance_weights, log_loss
+from torchcdm.apps.ratio.classifiers import Classifiers
 from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
-from torchcdm.apps.ratio.correction import base_and_correction, best_share, tempering
-from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, divergence, two_sample_test
+from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, Variate, divergence, two_sample_test
 from torchcdm.data import DataOptions, DataSource, MemorySplit
-from torchcdm.data.pairs import SOURCES, Pair, pair_up, read_query
-from torchcdm.data.source import NO_LABEL
+from torchcdm.data.pairs import Pair, pair_up, read_query
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
@@ -27,10 +28,11 @@ from torchcdm.random import permutation
 from torchcdm.runtime.artefact import read_artefact, write_artefact
 from torchcdm.runtime.batching import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
-from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
+from torchcdm.training.checkpoint import load, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
+from torchcdm.training.settings import Config
 from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete
 
@@ -42,19 +44,15 @@ RARE = 1e-3
 LIMIT_ROWS = 20_000
 """Training samples on which that is measured."""
 
-MODELS = {"joint": ("joint",), "separate": SOURCES}
-"""Folders of the models in a saved ratio."""
+MODEL, TENSORS = "joint", "classifiers.safetensors"
+"""Folder and file of a saved ratio."""
 
-SHARE_ROWS = 8000
-"""Held-out samples that say how much of a network's correction is kept."""
+LAYER = {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}}
+"""What is set on top of the preset for vectors or images."""
 
-LAYERS: dict[str, dict[str, Any]] = {
-    "joint": {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}},
-    "separate": {"model": {"labels": "none"}},
-}
-"""What each method sets on top of the preset for vectors or images."""
+SPLITS = ("train", "validation")
 
-SETTINGS = ("random_state", "method", "discrete", "preset", "overrides")
+SETTINGS = ("random_state", "discrete", "preset", "overrides")
 """Arguments that a saved ratio keeps."""
 
 VECTORS = {"train": {"steps": 600, "lr": 2e-3, "patience": 4}}
@@ -76,14 +74,13 @@ class Scores(NamedTuple):
 class DensityRatio:
     """log p(x) / q(x) of two data sets: the numerator's density p over the denominator's q.
 
-    ``joint`` trains one network whose logits run over (source, level) (identity 10), each source starting from a
-    Gaussian of its own: the log ratio is a difference of two logits at level 0, from one pass. ``separate`` trains
-    a model on each data set and subtracts their log densities. Either way held-out samples tell how much of what the
-    network adds to the fitted Gaussians is kept: between Gaussians it can only add noise.
+    One network's logits run over (source, level) (identity 10), each source starting from a Gaussian of its own: the
+    log ratio is a difference of two logits at level 0, from one pass. Vectors whose sources overlap need no levels in
+    between: unless the network has settings of one's own, only classifiers of the source are trained there. Held-out
+    samples tell how far each is followed, see :func:`torchcdm.apps.ratio.blending.blend`.
 
     Args:
         random_state: Seed of everything random.
-        method: ``joint`` or ``separate``.
         discrete: Columns with few distinct values: ``dequantize`` or ``error``, see
             :func:`torchcdm.data.pairs.pair_up`.
         preset: ``mlp`` for vectors and ``encoder`` for images when None.
@@ -99,9 +96,8 @@ class DensityRatio:
     Attributes:
         notes: What was read off the data, one sentence each.
         counts: Samples of denominator and numerator.
-        shares: How much of the network's correction to the base density is kept, 0 ... 1; of each model, that of the
-            denominator first.
-        tempered: Scale and offset of the log ratio, see :func:`torchcdm.apps.ratio.correction.tempering`.
+        blend: Weight of each estimate in the log ratio: of the ``gaussians``, the ``network`` that corrects them, the
+            ``committee`` of small classifiers, boosted ``trees``; and an ``offset`` in nats.
         held_out: Checks on the share held out for early stopping, a little optimistic for that.
 
     Example:
@@ -112,17 +108,19 @@ class DensityRatio:
 
     notes: tuple[str, ...]
     counts: tuple[int, int]
-    shares: tuple[float, ...]
-    tempered: tuple[float, float]
+    blend: dict[str, float]
     held_out: Calibration
     _held_out: tuple[list[float], list[float]]
+    _variates: list[Variate]
     _limits: np.ndarray
     _table: TableEncoding | None = None
     _warp: ColumnWarp | None = None
     _steps: Steps
 
     _saved: ClassVar[Readers] = {
-        **dict.fromkeys(("notes", "counts", "shares", "tempered", "_held_out"), tuple),
+        **dict.fromkeys(("notes", "counts", "_held_out"), tuple),
+        "blend": dict,
+        "_variates": lambda found: [Variate(*parts) for parts in found],
         "held_out": partial(read_as, Calibration),
         "_limits": partial(np.array, dtype=np.float64),
         "_table": partial(read_as, TableEncoding),
@@ -134,16 +132,16 @@ class DensityRatio:
     def __init__(
         self,
         random_state: Seed = 0,
-        method: Literal["joint", "separate"] = "joint",
         discrete: Discrete = "dequantize",
         preset: str | None = None,
         device: str | None = None,
         progress: bool = False,
         **overrides: Any,
     ) -> None:
-        self.random_state, self.method, self.discrete, self.preset = random_state, method, discrete, preset
+        self.random_state, self.discrete, self.preset = random_state, discrete, preset
         self.device, self.progress, self.overrides = device, progress, overrides
-        self._models: list[tuple[DensityModel, ModelInfo]] = []
+        self._model: DensityModel | None = None
+        self._classifiers: Classifiers | None = None
         self._data: tuple[Any, Any] | None = None
 
     def __sklearn_clone__(self) -> DensityRatio:
@@ -182,54 +180,58 @@ class DensityRatio:
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
         source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair)
-        sources = [source] if self.method == "joint" else [_only(source, label) for label in range(2)]
-        self._models = [self._train(part) for part in sources]
-        self.shares = tuple(
-            best_share(model, *_held_out(part)) for (model, _), part in zip(self._models, sources, strict=True)
-        )
-        kept = " and ".join(f"{100 * share:.0f} %" for share in self.shares)
+        x, y = _without_copies(pair, "validation")
+        held_out, config = [x[y == label] for label in (1, 0)], self._config(source)
+        self._classifiers, self._variates, network = None, [], True
+        if pair.warp is not None:
+            train = _without_copies(pair, "train")
+            self._classifiers = Classifiers.fit(*train, config.train.steps, self.random_state)
+            sides = [self._classifiers(part).numpy() for part in held_out]
+            self._variates = [
+                Variate(side[:, 0].tolist(), *unseen)
+                for side, unseen in zip(sides, self._classifiers.unseen, strict=True)
+            ]
+            overlap = min(log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)) > SEPARATE
+            network = bool(self.overrides.keys() - {"data"}) or not overlap
+        if not network:
+            config = replace(config, train=replace(config.train, steps=1))
+        self._model = require_density(trained(config, source, self.device, self.progress), "a ratio")
+        estimates = [self._estimates(part) for part in held_out]
+        names = [name for name in estimates[0] if network or name != "network"]
+        weights = blend(*(np.stack([side[name] for name in names], 1) for side in estimates))
+        self.blend = dict(zip((*names, "offset"), weights, strict=True))
+        found = " ".join(f"{weight:+.2f} {name}" for name, weight in self.blend.items() if weight)
         self.counts = pair.counts
-        self.notes = (*source.notes, f"{kept} of the network's correction to the fitted Gaussians is kept.")
-        numerator, denominator = self._held_out_log_ratios(pair, source)
-        self.tempered = tempering(numerator, denominator)
-        if self.tempered != (1.0, 0.0):
-            times, plus = self.tempered
-            self.notes += (f"the log ratio is {times:.2f} of the model's {plus:+.2f} nats: held-out samples said so.",)
-        numerator, denominator = self._temper(numerator), self._temper(denominator)
+        self.notes = (*source.notes, f"log ratio by what held-out samples bear out: {found}.")
+        numerator, denominator = map(self._blended, estimates)
         self._held_out = numerator.tolist(), denominator.tolist()
         self.held_out = Calibration.of(numerator, denominator)
         self.notes += tuple(self.held_out.warnings())
-        if self.shares == (0.0,) and pair.warp is not None:
-            self._fit_gaussians_again(pair, source)
-        self._limits = self._measure_limits(source)
+        if not any(self.blend.get(name) for name in ("committee", "trees")):
+            self._classifiers = None
+        if not self.blend.get("network") and pair.warp is not None:
+            self._fit_gaussians_again(pair)
+        self._limits = self._measure_limits(pair.source)
 
-    def _fit_gaussians_again(self, pair: Pair, source: DataSource) -> None:
-        """The Gaussians are all of the ratio: from all samples, once the held-out ones have judged it."""
-        model, _ = self._models[0]
+    def _fit_gaussians_again(self, pair: Pair) -> None:
+        """From all samples, once the held-out ones have judged them and no network stands on them."""
+        model = self._model
         if not (isinstance(model.base, GaussianMarginals) and len(model.base.classes)):
             return
-        parts = []
-        for label in range(2):
-            for split, held in ((source.train, pair.counts[label] - pair.held_out[label]),
-                                (source.validation, pair.held_out[label])):
-                x, y = split.tensors()
-                parts.append((x[y == label][:held], torch.full((held,), label)))
-        x, y = (torch.cat(part) for part in zip(*parts, strict=True))
+        x, y = (torch.cat(part) for part in zip(*(_without_copies(pair, name) for name in SPLITS), strict=True))
         # Every fifth sample chooses what the two have in common: not by their source.
-        order = permutation(len(x), self.random_state)
+        order = y.argsort(stable=True)[permutation(len(x), self.random_state)]
         device = model.schedule.alpha.device
-        base = fit_class_gaussians(model.transform(x[order].to(device)), y[order].to(device), model.schedule)
-        model.base = base.to(device)
+        z = model.transform(self._coordinates(x[order]).to(device))
+        model.base = fit_class_gaussians(z, y[order].to(device), model.schedule).to(device)
 
-    def _train(self, source: DataSource) -> tuple[DensityModel, ModelInfo]:
+    def _config(self, source: DataSource) -> Config:
+        """Of the network."""
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
         short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= LARGE else {}
-        # Not by the likelihood of either source: best_share judges by what the ratio gains.
+        # Not by the likelihood of either source: the blend judges by what the ratio gains.
         train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
-        layers = (preset_fields(preset), short, LAYERS[self.method], train)
-        config = make_config(*layers, override_fields(self.overrides))
-        model = require_density(trained(config, source, self.device, self.progress), "a ratio")
-        return model, model.info
+        return make_config(preset_fields(preset), short, LAYER, train, override_fields(self.overrides))
 
     def _measure_limits(self, source: DataSource) -> np.ndarray:
         """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator."""
@@ -241,16 +243,12 @@ class DensityRatio:
             limits[:, label] = rare - (median - rare)
         return limits
 
-    def _held_out_log_ratios(self, pair: Pair, source: DataSource) -> tuple[np.ndarray, np.ndarray]:
-        """Of numerator and denominator, as the models have them."""
-        x, y = source.validation.tensors()
-        sides = (self._log_probs(x[y == label][:count])[:, 0] for label, count in enumerate(pair.held_out))
-        denominator, numerator = (side[:, 1] - side[:, 0] for side in sides)
-        return numerator, denominator
-
-    def _temper(self, log_ratio: np.ndarray) -> np.ndarray:
-        scale, offset = self.tempered
-        return scale * log_ratio + offset
+    def _blended(self, estimates: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The log ratio (N,)."""
+        log_ratio = np.full(len(estimates["gaussians"]), self.blend["offset"])
+        for name in estimates.keys() & self.blend.keys():
+            log_ratio += self.blend[name] * estimates[name]
+        return log_ratio
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -264,12 +262,10 @@ class DensityRatio:
             UserError: Not fitted, or data that do not go with the fitted ones.
         """
         self._check_fitted()
-        info = self._models[0][1]
-        values, names, deviating, _ = read_query(x, info.transform, self._table, self._warp, self._options)
-        log_probs = self._log_probs(through(self._steps, values)[0].float() if self._steps else values)
-        below = log_probs < self._limits
-        log_ratio = self._temper(log_probs[:, 0, 1] - log_probs[:, 0, 0])
-        return Scores(tuple(names), log_ratio, below.all(2).any(1) | np.array(deviating, dtype=bool))
+        values, names, deviating, _ = read_query(x, self._model.info.transform, self._table, self._warp, self._options)
+        log_probs = self._log_probs(values)
+        outside = (log_probs < self._limits).all(2).any(1) | np.array(deviating, dtype=bool)
+        return Scores(tuple(names), self._blended(self._estimates(values, log_probs)), outside)
 
     def log_ratio(self, x: Any) -> np.ndarray:
         """log p(x) - log q(x) in nats, float64 (N,); ``x`` as for :meth:`scores`."""
@@ -301,15 +297,9 @@ class DensityRatio:
         """
         return self.scores(x).outside
 
-    def calibration(self, numerator: Any, denominator: Any, bins: int = 10) -> Calibration:
-        """What can be checked without knowing the ratio, on samples that were not fitted.
-
-        Args:
-            numerator: Held-out samples of p.
-            denominator: Held-out samples of q.
-            bins: Of the reliability table.
-        """
-        return Calibration.of(self.log_ratio(numerator), self.log_ratio(denominator), bins)
+    def calibration(self, numerator: Any, denominator: Any) -> Calibration:
+        """What can be checked without knowing the ratio, on samples of p and q that were not fitted."""
+        return Calibration.of(self.log_ratio(numerator), self.log_ratio(denominator))
 
     effective_sample_size = staticmethod(effective_sample_size)
 
@@ -331,7 +321,7 @@ class DensityRatio:
         if (numerator is None) != (denominator is None):
             raise UserError("divergence: give samples of numerator and denominator, or of neither")
         if numerator is None:
-            return divergence(kind, *map(np.array, self._held_out))
+            return divergence(kind, *map(np.array, self._held_out), self._variates)
         return divergence(kind, self.log_ratio(numerator), self.log_ratio(denominator))
 
     def two_sample_test(
@@ -367,11 +357,11 @@ class DensityRatio:
         """
         self._check_fitted()
         folder = Path(path)
-        for name, (model, info) in zip(MODELS[self.method], self._models, strict=True):
-            run = RunFolder(folder / name)
-            with run.locked():
-                save_model(run, model, info)
-        write_artefact(folder / FILE, "ratio", plain_fields(self, (*SETTINGS, *self._saved)))
+        run = RunFolder(folder / MODEL)
+        with run.locked():
+            save_model(run, self._model, self._model.info)
+        tensors = {} if self._classifiers is None else {TENSORS: self._classifiers.state_dict()}
+        write_artefact(folder / FILE, "ratio", plain_fields(self, (*SETTINGS, *self._saved)), tensors)
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
@@ -383,36 +373,44 @@ class DensityRatio:
         file = Path(path) / FILE
         if not file.is_file():
             raise UserError(f"{path}: holds no density ratio ({FILE} is missing)")
-        content = read_artefact(file, "ratio")[0]
+        content, tensors = read_artefact(file, "ratio", None)
         with restoring(file):
             settings = {key: content[key] for key in SETTINGS}
             overrides = settings.pop("overrides")
             ratio = cls(**settings, device=device, **overrides)
             restore(ratio, cls._saved, content, ("_table", "_warp"))
-        ratio._models = [_load(Path(path) / name, device) for name in MODELS[ratio.method]]
+            ratio._classifiers = Classifiers.of(*tensors) if tensors else None
+        ratio._model = require_density(load(Path(path) / MODEL, device or "cpu"), "a ratio")
         return ratio
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _check_fitted(self) -> None:
-        if not self._models:
+        if self._model is None:
             raise UserError("this DensityRatio is not fitted; call fit(numerator, denominator), or load one")
 
+    def _coordinates(self, x: Tensor) -> Tensor:
+        return through(self._steps, x)[0].float() if self._steps else x
+
     def _log_probs(self, x: Tensor) -> np.ndarray:
-        """log density of models and of Gaussians at level 0, float64 (N, 2, 2), denominator first; model units."""
-        model, info = self._models[0]
-        device = model.schedule.alpha.device
-        z = info.transform(x).clamp(-FARTHEST, FARTHEST)
+        """log density of Gaussians and network at level 0, float64 (N, 2, 2), denominator first; model units."""
+        model, device = self._model, self._model.schedule.alpha.device
+        z = self._model.info.transform(self._coordinates(x)).clamp(-FARTHEST, FARTHEST)
 
         def one(rows: slice) -> Tensor:
-            parts = [base_and_correction(model, z[rows].to(device)) for model, _ in self._models]
-            base = torch.cat([base[:, :, 0] for base, _ in parts], 1)
-            corrections = zip(self.shares, parts, strict=True)
-            correction = torch.cat([share * network[:, :, 0] for share, (_, network) in corrections], 1)
-            return torch.stack([base + correction, base], 1).cpu()
+            part = z[rows].to(device)
+            learned, effects = model.class_log_prob_levels(part)[:, :, 0], model.base.class_effects(part)
+            base = model.base.log_prob_levels(part)[:, :1] + (0.0 if effects is None else effects[:, :, 0])
+            return torch.stack([base.expand_as(learned), learned], 1).cpu()
 
         with torch.no_grad():
             return map_rows(one, len(z), dim=z.shape[1:].numel(), device=device).numpy()
+
+    def _estimates(self, x: Tensor, log_probs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Log ratios of samples by each estimate, float64 (N,)."""
+        gaussians, network = np.diff(self._log_probs(x) if log_probs is None else log_probs)[:, :, 0].T
+        others = () if self._classifiers is None else self._classifiers(x).numpy().T
+        return {"gaussians": gaussians, "network": network, **dict(zip(("committee", "trees"), others, strict=False))}
 
 
 def _in_coordinates(pair: Pair) -> tuple[DataSource, Steps]:
@@ -431,20 +429,9 @@ def _in_coordinates(pair: Pair) -> tuple[DataSource, Steps]:
     return replace(source, train=train, validation=validation, transform=transform, notes=notes), steps
 
 
-def _held_out(source: DataSource) -> tuple[Tensor, Tensor]:
-    """Validation samples and their sources; zeros without labels."""
-    x, y = source.validation.tensors(SHARE_ROWS)
-    return x, y.clamp_min(0)
-
-
-def _load(run: Path, device: str | None) -> tuple[DensityModel, ModelInfo]:
-    """A model with what its folder says of it."""
-    return require_density(load(run, device or "cpu"), "a ratio"), read_info(run)
-
-
-def _only(source: DataSource, label: int) -> DataSource:
-    """The samples of one class, without labels, under the transform of both."""
-    parts = [split.select((split.labels == label).nonzero()[:, 0]) for split in (source.train, source.validation)]
-    for part in parts:
-        part.labels = torch.full_like(part.labels, NO_LABEL)
-    return replace(source, train=parts[0], validation=parts[1], class_names=None)
+def _without_copies(pair: Pair, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
+    """Samples of a split and their sources, those of the smaller source once."""
+    x, y = getattr(pair.source, split).tensors()
+    counts = [held if split == "validation" else n - held for n, held in zip(pair.counts, pair.held_out, strict=True)]
+    rows = torch.cat([(y == label).nonzero()[:count, 0] for label, count in enumerate(counts)])
+    return x[rows], y[rows]

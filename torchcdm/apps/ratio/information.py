@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from torchcdm.apps.ratio.checks import as_floats, donsker_varadhan, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.checks import both_sides, donsker_varadhan, effective_sample_size, importance_weights
 from torchcdm.data.pairs import MIN_ROWS, held_out_count, read_side
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.inputs import check_count
@@ -27,6 +28,9 @@ FEW = 30
 
 COVERED = 0.9
 """... and share of the numerator that must have a log ratio which the denominator reaches too."""
+
+TINY = 1e-12
+"""Least variance of a control variate."""
 
 SHOWN = 10
 """Rows that a test names of either source."""
@@ -63,22 +67,37 @@ class Estimate:
         return "\n".join([f"{name}: {self.value:.4g} +- {self.se:.2g}{unit}{beside}", *self.notes])
 
 
-def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+class Variate(NamedTuple):
+    """A control variate: log ratios by the committee of :mod:`torchcdm.apps.ratio.classifiers`.
+
+    Attributes:
+        values: At the held-out samples of a source, (N,).
+        mean: At its training samples, each by the member that was not trained on it.
+        square: Squared standard error of this mean.
+    """
+
+    values: list[float]
+    mean: float
+    square: float
+
+
+def divergence(
+    kind: str, numerator: np.ndarray, denominator: np.ndarray, variates: Sequence[Variate] = ()
+) -> Estimate:
     """A divergence of p from q, by log ratios at samples that were not fitted.
 
     Args:
         kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` that of Jensen and Shannon, ``chi2`` E_p p/q - 1.
-        numerator: Log ratios at samples of p, (N,), at least two.
-        denominator: Log ratios at samples of q, (M,), at least two.
+        numerator: Log ratios at two or more samples of p, (N,).
+        denominator: Log ratios at two or more samples of q, (M,).
+        variates: Of p and of q, where there are any: KL divergences are then those of the training samples too.
 
     Raises:
         UserError: An unknown kind, or log ratios that are no finite numbers.
     """
     if kind not in KINDS:
         raise UserError(f"unknown divergence '{kind}'; {nearest(str(kind), KINDS)}")
-    up, down = as_floats(numerator, "the numerator's"), as_floats(denominator, "the denominator's")
-    if min(len(up), len(down)) < 2:
-        raise UserError("a divergence needs at least two samples of numerator and denominator")
+    up, down = both_sides(numerator, denominator)
     bound = None
     with np.errstate(over="ignore", invalid="ignore"):
         if kind == "js":
@@ -90,6 +109,12 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
             value, variance = terms.mean(), terms.var(ddof=1) / len(terms)
         if kind.endswith("kl"):
             bound = donsker_varadhan(up, down) if kind == "kl" else donsker_varadhan(-down, -up)
+            apart = abs(value - bound) > max(3 * variance**0.5, 0.1 * abs(value))
+            if variates:
+                beside, mean, square = variates[0 if kind == "kl" else 1]
+                slope = np.cov(terms, beside)[0, 1] / max(np.var(beside, ddof=1), TINY)
+                value = value + slope * (mean - np.mean(beside))
+                variance = np.var(terms - slope * np.array(beside), ddof=1) / len(terms) + slope**2 * square
     size = effective_sample_size(importance_weights(down))
     coverage = float((up <= down.max()).mean())
     notes = []
@@ -100,7 +125,7 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
         )
     if size < FEW:
         notes.append(f"effective_sample_size: {size:.0f} samples carry the weights p/q; give more of the denominator")
-    if bound is not None and abs(value - bound) > max(3 * variance**0.5, 0.1 * abs(value)):
+    if bound is not None and apart:
         notes.append(f"bound: the ratio is not normalised, Donsker and Varadhan's value is {bound:.3g} nats")
     if kind == "chi2" and variance**0.5 > 0.2 * abs(value):
         notes.append("chi2: a few samples carry the mean, which may be infinite; take js, which is bounded")
@@ -111,7 +136,8 @@ def mutual_information(x: Any, y: Any, random_state: int = 0, **settings: Any) -
     """I(X; Y) = KL(p(x, y), p(x) p(y)) of paired samples, nats: a density ratio of the pairs over shuffled ones.
 
     Pairs are shuffled within the rows that train and within those that are held out, so that no held-out row is seen
-    in training, and the value is the mean over the held-out pairs.
+    in training. The value is the mean over the held-out pairs, with what classifiers say of training pairs that they
+    have not seen as its control variate.
 
     Args:
         x: (N,) or (N, d): array, tensor, data frame, the path of a table or a SPEC; at least 20 rows.

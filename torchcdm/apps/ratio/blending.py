@@ -1,0 +1,55 @@
+"""How far each estimate of a log ratio is followed: as far as held-out samples bear it out."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
+
+ERRORS = 2.0
+"""Standard errors by which a blend has to gain on its first estimate alone."""
+
+
+def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
+    """Weights of several estimates of a log ratio, and an offset in nats: (C + 1,).
+
+    The weights are those of a logistic regression of the source on the estimates (stacking, Wolpert 1992; of one
+    estimate, Platt 1999), none negative and their sum at most 1: from few training samples a log ratio is too certain.
+    The first estimate alone stays where that gains no more than two standard errors, and where the sources hardly
+    overlap it stays unless the bounds of Donsker and Varadhan on KL(p, q) and KL(q, p) rise as well: a classifier that
+    tells the sources apart with certainty learns nothing from a log ratio of 5 or of 10.
+
+    Args:
+        numerator: Estimates at held-out samples of the numerator, (N, C).
+        denominator: Estimates at held-out samples of the denominator, (M, C).
+    """
+    count = numerator.shape[1]
+    plain = np.eye(count + 1)[0]
+    rows = np.pad(np.concatenate([numerator, denominator]), ((0, 0), (0, 1)), constant_values=1.0)
+    if not np.isfinite(rows).all():
+        return plain.tolist()
+    sizes = [len(numerator), len(denominator)]
+    sign, share = np.repeat([1.0, -1.0], sizes), np.repeat(0.5 / np.array(sizes), sizes)
+
+    def losses(weights: np.ndarray) -> np.ndarray:
+        return np.logaddexp(0, -sign * (rows @ weights))
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        return float(share @ losses(weights)), -(share * sign * expit(-sign * (rows @ weights))) @ rows
+
+    def divergence(weights: np.ndarray) -> float:
+        up, down = np.split(rows @ weights, sizes[:1])
+        return donsker_varadhan(up, down) + donsker_varadhan(-down, -up)
+
+    found = minimize(
+        loss, plain, jac=True, method="SLSQP", bounds=[(0, 1)] * count + [(None, None)],
+        constraints={"type": "ineq", "fun": lambda weights: 1 - weights[:count].sum()},
+    ).x.round(3)  # fmt: skip
+    gains = losses(plain) - losses(found)
+    gain = float(share @ gains)
+    better = gain > ERRORS * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
+    if better and (loss(plain)[0] > SEPARATE or divergence(found) >= divergence(plain)):
+        return found.tolist()
+    return plain.tolist()
