@@ -189,16 +189,16 @@ class MixtureMarginals(BaseDensity):
         z = self._rotate(self._flat(x)[:, None] - self.means)
         m = self._rotate(self.means[None])[0]
         alpha, rest, parts = self.schedule.alpha, 1 - self.schedule.alpha, []
-        # One component after the other, whose (d, T+2) array stays in the cache. As in gaussian.py, the square is
-        # expanded about the mean, so that no (B, T+2, d) array is made.
+        # One component after the other, whose (2d, T+2) array stays in the cache. As in gaussian.py, the square is
+        # expanded about the mean, so that no (B, T+2, d) array is made; all of x in it is one product of matrices.
         for k, spread in enumerate(self.variances):
             variances = alpha**2 * spread[:, None] + self.schedule.sigma**2
             precision = variances.reciprocal()
-            pair = torch.stack([z[:, k].square(), z[:, k] * m[k]])
-            squares, products = torch.einsum("abd,dt->abt", pair, precision)
-            square = squares + 2 * rest * products + rest**2 * torch.einsum("d,dt->t", m[k].square(), precision)
-            parts.append(square + (2 * math.pi * variances).log().sum(0))
-        return -0.5 * torch.stack(parts, 1)
+            constant = rest**2 * (m[k].square() @ precision) + (2 * math.pi * variances).log().sum(0)
+            terms = torch.cat([z[:, k].square(), z[:, k] * m[k]], 1)
+            factors = torch.cat([precision, 2 * rest * precision])
+            parts.append(torch.addmm(constant, terms, factors, beta=-0.5, alpha=-0.5))
+        return torch.stack(parts, 1)
 
     def _at(self, x: Tensor, t: Level) -> tuple[Tensor, Tensor, Tensor]:
         """p(k | x) at a level, (B, K), the score of each component, (B, K, d), and variances, (B or 1, K, d)."""
