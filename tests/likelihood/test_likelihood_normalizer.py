@@ -358,6 +358,6 @@ def test_refusals():
     model = tilted_model(CosineSchedule(10))
     with pytest.raises(UserError, match="level 0 cannot be scored"):
         log_normalizer(model, scoring=Scoring(level=0))
-    for options in ({"sweeps": 3}, {"replicas": 1}, {"moves": -1}):
+    for options in ({"sweeps": 3}, {"replicas": 1}):
         with pytest.raises(UserError, match=f"{next(iter(options))} is .*; it must be an integer from"):
             log_normalizer(model, **options)

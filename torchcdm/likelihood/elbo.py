@@ -75,7 +75,7 @@ def elbo(
 
         def noisy(t: int | Tensor, number: int) -> tuple[Tensor, Tensor]:
             """x_t (B, *shape) by noise of its own, and the denoiser's E[x_0 | x_t]."""
-            x_t = schedule.perturb(x_0, t, batch.normal("chain", number))
+            x_t = schedule.perturb(x_0, t, batch.noise("chain", number))
             return x_t, kernels.x0(x_t, target.eps(x_t, t), t)
 
         prior = kernels.reference.start_kl(schedule.alpha[-2] * x_0, schedule.sigma[-2])
@@ -90,7 +90,7 @@ def elbo(
             reconstruction = -log_normal(kernels.reference.rotation(x_0 - mean), kernels.variances[level - 1]).sum(1)
         else:
             cells = noisy_cells(transform, schedule, level)
-            normal = (log_normal(batch.normal("chain", 0).flatten(1)) - cells.sigma.log()).sum(1)
+            normal = (log_normal(batch.noise("chain", 0).flatten(1)) - cells.sigma.log()).sum(1)
             reconstruction = cells.log_q(x_t, batch.x) - normal - cells.log_decoder(x_t, batch.x, mean)
         return tuple(part.cpu() for part in (prior, diffusion, reconstruction, change))
 

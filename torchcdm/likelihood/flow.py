@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.target import reference_gaussian
-from torchcdm.likelihood.one_pass import ScoredNoise, score_noisy
+from torchcdm.likelihood.one_pass import score_noisy
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
@@ -53,10 +53,12 @@ class FlowResult:
 
 @dataclass(frozen=True)
 class FlowLikelihood(LogLikelihood):
-    """A likelihood by the flow, and what it came from: the integration, and the noisy inputs (N, *shape) scored."""
+    """A likelihood by the flow, and what it came from: the integration, and what ``score_noisy`` says of inputs."""
 
     flow: FlowResult
-    scored: ScoredNoise
+    z: Tensor
+    one_pass: Tensor
+    offset: Tensor
 
 
 def probability_flow(
@@ -72,13 +74,12 @@ def probability_flow(
     """
     (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]
-    columns = scoring.by_batches(
+    z, one_pass, offset = scoring.by_batches(
         denoiser, x, lambda rows: score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
     )
-    scored = ScoredNoise(*columns)
-    flow = solver.log_prob(scored.z, labels_of(y, slice(None), scored.z.device))
-    nats = (flow.log_prob + scored.offset).cpu()
-    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, scored)
+    flow = solver.log_prob(z, labels_of(y, slice(None), z.device))
+    nats = (flow.log_prob + offset).cpu()
+    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, z, one_pass, offset)
 
 
 Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]

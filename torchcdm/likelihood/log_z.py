@@ -164,7 +164,6 @@ def log_normalizer(
     scoring: Scoring = Scoring(),
     sweeps: int = SWEEPS,
     replicas: int = REPLICAS,
-    moves: int = 1,
     kernels: Kernels | None = None,
     progress: bool = False,
 ) -> LogZ:
@@ -178,20 +177,19 @@ def log_normalizer(
         x: Held-out data, data units (N, *shape), N at least 1.
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
         scoring: Level 1 ... T - 1, seed and batch size.
-        sweeps: Sweeps that count, at least 4; a quarter as many come before them. Each takes ``moves`` + 2
-            evaluations of each replica.
+        sweeps: Sweeps that count, at least 4; a quarter as many come before them. Each takes three evaluations of
+            each replica.
         replicas: Replicas of each level from each start, at least 2.
-        moves: Langevin steps with accept-reject in each sweep.
         kernels: The proposals; measured on samples of the model when None.
         progress: Shows a progress bar over the sweeps.
 
     Raises:
-        UserError: A level or data that do not fit the model, or too few sweeps, replicas or moves.
+        UserError: A level or data that do not fit the model, or too few sweeps or replicas.
     """
     model = require_density(model, "log Z")
     level, schedule, transform = scoring.level_of(model), model.schedule, model.transform
-    for name, value, least in (("sweeps", sweeps, FEWEST_SWEEPS), ("replicas", replicas, 2), ("moves", moves, 0)):
-        check_count(name, value, least, LARGEST_COUNT)
+    check_count("sweeps", sweeps, FEWEST_SWEEPS, LARGEST_COUNT)
+    check_count("replicas", replicas, 2, LARGEST_COUNT)
     given = {} if x is None else {"data": as_data(model, x, None)[0]}
     target = ModelTarget(model, y, scoring.batch_size)
     reference, generator = target.reference, stream(scoring.seed, "replicas")
@@ -214,4 +212,5 @@ def log_normalizer(
         far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
         starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
     rungs = rungs._replace(x=torch.cat(list(starts.values()), 1))
-    return LogZ.of_replicas(exchange(target, kernels, rungs, sweeps, generator, moves, progress), list(starts))
+    found = exchange(target, kernels, rungs, sweeps, generator, progress=progress)
+    return LogZ.of_replicas(found, list(starts))

@@ -48,8 +48,8 @@ def single_pass(
         if level == 0:
             x_0 = batch.dithered() if dither else batch.x.to(working_dtype(model, torch.float64))
             return model.log_prob(x_0, y=batch.y).cpu()
-        scored = score_noisy(model, batch, level)
-        return (scored.log_prob + scored.offset).cpu()
+        _, log_prob, offset = score_noisy(model, batch, level)
+        return (log_prob + offset).cpu()
 
     # The first draw is the flow's too: both score the same noisy inputs.
     seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
@@ -58,26 +58,17 @@ def single_pass(
     return LogLikelihood(nats, transform.dim, level, transform.log_bin, scoring.draws)
 
 
-class ScoredNoise(NamedTuple):
-    """Noisy inputs of a batch, and what any density at their level needs to become a likelihood of the data.
-
-    Attributes:
-        z: x_t, model units, float64 (B, *shape).
-        log_prob: The classifier's log p_t(z), (B,); nan for a denoiser without density.
-        offset: ``log p_t(z) + offset`` is the log-likelihood in data units, (B,): on a grid log P(k|z) - log q(z|k)
-            less the log bin, so that it is a density; for continuous data the change of units.
-    """
-
-    z: Tensor
-    log_prob: Tensor
-    offset: Tensor
-
-
 @torch.no_grad()
-def score_noisy(model: Denoiser, batch: Batch, level: int) -> ScoredNoise:
-    """The samples at a level above 0, scored by one network evaluation."""
+def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples at a level above 0, scored by one network evaluation.
+
+    Returns:
+        x_t, model units, float64 (B, *shape); the classifier's log p_t there, (B,), nan for a denoiser without
+        density; what, added to any log p_t, makes it the log-likelihood in data units, (B,): on a grid log P(k|x_t) -
+        log q(x_t|k) less the log bin, so that it is a density; for continuous data the change of units.
+    """
     transform, schedule, (x_0, change) = batch.transform, batch.schedule, batch.clean()
-    z = schedule.perturb(x_0, level, batch.normal("noise"))
+    z = schedule.perturb(x_0, level, batch.noise("noise"))
     x_t = z.to(working_dtype(model, torch.float64))
     if model.density is None:
         eps, log_prob = model.denoise(x_t, level, batch.y).eps, torch.full_like(change, math.nan)
@@ -85,10 +76,10 @@ def score_noisy(model: Denoiser, batch: Batch, level: int) -> ScoredNoise:
         found = model.density.evaluate(x_t, level, batch.y)
         eps, log_prob = found.eps, found.log_prob_levels[:, level]
     if transform.bin is None:
-        return ScoredNoise(z, log_prob, transform.dim * float(schedule.alpha[level].log()) + change)
+        return z, log_prob, transform.dim * float(schedule.alpha[level].log()) + change
     cells = noisy_cells(transform, schedule, level)
     decoded = cells.log_decoder(z, batch.x, Prediction(z, *schedule.at(level, z), eps).x0)
-    return ScoredNoise(z, log_prob, decoded - cells.log_q(z, batch.x) + change)
+    return z, log_prob, decoded - cells.log_q(z, batch.x) + change
 
 
 class Consistency(NamedTuple):
@@ -116,7 +107,7 @@ def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring
         batch, down, up = Batch(model, x, y, rows, scoring.seed), [], []
         x_0 = model.transform(batch.dithered())
         for t in range(model.schedule.T + 2):
-            x_t = model.schedule.perturb(x_0, t, batch.normal("levels", t))
+            x_t = model.schedule.perturb(x_0, t, batch.noise("levels", t))
             log_p = model.log_prob_levels(x_t.to(dtype), batch.y).double().cpu()
             if t > 0:
                 down.append((log_p[:, t - 1] - log_p[:, t]).exp())

@@ -261,11 +261,11 @@ def _errors(
     model: Denoiser, y: Tensor | None, scoring: Scoring, found: FlowLikelihood, per_nat: float
 ) -> tuple[NLLGap | None, str]:
     """How far one pass reads above the flow on the same noisy inputs, and a sentence on the flow's own errors."""
-    flow, z, gap = found.flow, found.scored.z, None
+    flow, z, gap = found.flow, found.z, None
     # The mean of two independent halves has a quarter of the variance of their difference.
     probe_variance = (per_nat * flow.probe_gap.cpu()).square().mean() / 4
     if model.density is not None:
-        gaps = per_nat * (flow.log_prob - found.scored.log_prob).cpu()
+        gaps = per_nat * (flow.log_prob - found.one_pass).cpu()
         spread = (gaps.var() - probe_variance).clamp_min(0).sqrt() if len(gaps) > 1 else math.nan
         gap = NLLGap(float(gaps.mean()), float(spread), found.level, standard_error(gaps))
     # By halving the steps on the first samples: of second order, so half the steps have four times the error.

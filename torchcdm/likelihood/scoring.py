@@ -142,9 +142,11 @@ class Batch:
         device = model.schedule.alpha.device
         self.x, self.y = x[rows].to(device).double(), labels_of(y, rows, device)
 
-    def normal(self, *purpose: str | int) -> Tensor:
-        """Standard normal noise, float64 (B, *shape)."""
-        return self._drawn(torch.randn, purpose)
+    def noise(self, *purpose: str | int, kind: Callable[..., Tensor] = torch.randn) -> Tensor:
+        """Standard normal noise, or that of another ``kind``, float64 (B, *shape)."""
+        shape = self.x.shape[1:]
+        drawn = draw_rows(self.seed, purpose, self.rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
+        return drawn.to(self.x.device)
 
     def dithered(self) -> Tensor:
         """:func:`dithered` samples."""
@@ -161,14 +163,9 @@ class Batch:
             noisy = self.dithered()
             return self.transform(noisy), self.transform.log_det(noisy)
         change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
-        x = self.transform.spread(self.x.double(), self._drawn(torch.rand, ("cell",)))
+        x = self.transform.spread(self.x.double(), self.noise("cell", kind=torch.rand))
         return self.transform(x), change.to(self.x.device)
 
     def noised(self, level: int) -> Tensor:
         """x_t at a level above 0, model units, float64 (B, *shape): the same for all likelihoods of one seed."""
-        return self.schedule.perturb(self.clean()[0], level, self.normal("noise"))
-
-    def _drawn(self, kind: Callable[..., Tensor], purpose: Sequence[str | int]) -> Tensor:
-        shape = self.x.shape[1:]
-        drawn = draw_rows(self.seed, purpose, self.rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
-        return drawn.to(self.x.device)
+        return self.schedule.perturb(self.clean()[0], level, self.noise("noise"))
