@@ -43,8 +43,6 @@ class Loss(nn.Module, ABC):
 
     def __init__(self, model: Denoiser, label_dropout: float = 0.0) -> None:
         super().__init__()
-        if model.uncalibrated is not model:
-            raise UserError("loss: the model was calibrated on paths; train `.model`, the model without calibration")
         self.model, self.label_dropout = model, label_dropout
 
     def advance(self, share: float) -> None:

@@ -69,10 +69,8 @@ def digits_seeds() -> str:
 
 
 def fashion() -> str:
-    """The likelihood report of the Fashion-MNIST preset, and one pass after its calibration on paths."""
-    nll, calibrated = read("fashion"), read("fashion_calibrated")
-    one_pass = [row for row in calibrated["rows"] if row["name"].startswith("one-pass")]
-    rows = likelihood_rows(nll) + likelihood_rows({"rows": one_pass}, "after `cdm calibrate`")
-    lines = [cells for _, cells in sorted(rows)]
+    """The likelihood report of the Fashion-MNIST preset."""
+    nll = read("fashion")
+    lines = [cells for _, cells in sorted(likelihood_rows(nll))]
     head = [f"Fashion-MNIST, {nll['data']['count']} test images", nll["unit"], "s.e.", "network passes"]
     return markdown(head, lines)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +40,8 @@ def test_an_output_that_is_full_and_a_rank_that_is_not_the_first():
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "No space left" in result.stderr
     result = run("info", "nowhere", env=os.environ | {"RANK": "1"})
     assert (result.returncode, result.stderr) == (2, "")
-    result = run("calibrate", "--help", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert result.returncode == 0 and "--rounds" in result.stdout
+    result = run("nll", "--help", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == 0 and "--sweeps" in result.stdout
 
 
 @pytest.mark.parametrize("command", ["train", "presets", "sample", "nll", "evaluate", "denoise", "info", "convert"])
@@ -133,31 +132,6 @@ def test_nll_writes_the_contract(capsys, tmp_path, run):
     assert {"published-convention", "one-pass", "one-pass-level", "flow"} <= {row["name"] for row in content["rows"]}
     assert "one-pass-level" in out
     assert json.loads(succeed(capsys, *words, "--json", "-")) == content
-
-
-def test_calibrate_changes_the_values_of_a_run_and_no_sample(capsys, tmp_path, run):
-    copy = shutil.copytree(run, tmp_path / "run")
-    words = ["calibrate", copy, "--samples", "40", "--rounds", "1", "--particles", "16", "--device", "cpu", "--quiet"]
-    found = json.loads(succeed(capsys, *words, "--json", "-"))
-    assert found["unit"] == "bits/dim" and found["after"] < found["before"] and len(found["log_z"]) == 1
-    (old, new), x = (torchcdm.load(folder) for folder in (run, copy)), load_data("digits").test.tensors(4)[0]
-    assert old.uncalibrated is old and new.uncalibrated is not new
-    assert not torch.equal(new.log_prob(x), old.log_prob(x))
-    z = new.transform(x.float())
-    assert torch.equal(new.denoise(z, 3).eps, old.denoise(z, 3).eps)
-    # A finished run that is resumed keeps it; it can be taken back.
-    succeed(capsys, "train", "digits", "--out", copy, "--resume", "--device", "cpu", "--quiet", *small_flags())
-    torch.testing.assert_close(torchcdm.load(copy).log_prob(x), new.log_prob(x))
-    assert "root mean square" in succeed(capsys, *words)
-    succeed(capsys, "calibrate", copy, "--remove")
-    assert torch.equal(torchcdm.load(copy).log_prob(x), old.log_prob(x))
-
-
-def test_calibrate_refuses(capsys, tmp_path, run, conditional):
-    assert "classes or a context" in refuse(capsys, "calibrate", conditional, "--device", "cpu", "--quiet")
-    assert "argument --samples: '0' is no" in refuse(capsys, "calibrate", run, "--samples", "0")
-    assert "holds no trained model" in refuse(capsys, "calibrate", tmp_path)
-    assert "level 0 cannot be scored through" in refuse(capsys, "calibrate", run, "--level", "0", "--quiet")
 
 
 def nll_of(capsys, run, *words):
@@ -310,7 +284,7 @@ def test_info(capsys, run):
 def test_training_without_a_report_says_what_it_kept(capsys, tmp_path):
     flags = small_flags(train__steps="3", sampling__n="0")
     out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--no-report", *flags)
-    assert "validation, bits/dim, lower is better: this model" in out and "row" not in out
+    assert "validation, bits/dim, lower is better: model" in out and "row" not in out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 3 and set(report["outcome"]["values"]) >= {"model", "start", "gaussian", "uniform"}
 
@@ -350,7 +324,6 @@ def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(capsys, tmp_path):
     assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
     model = torchcdm.load(tmp_path / "r")
     assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
-    assert "calibration needs a density" in refuse(capsys, "calibrate", tmp_path / "r")
     # The preset asks for one pass and log Z too, which take a classifier.
     rows = json.loads((tmp_path / "r" / "report.json").read_text())["nll"]["rows"]
     assert [row["name"] for row in rows] == ["elbo", "flow"] and all(1 < row["value"] < 9 for row in rows)

@@ -45,7 +45,7 @@ def test_inputs_are_not_replaced(capsys, tmp_path, run):
 @pytest.mark.parametrize("name", ["config.json", "config.yaml", "model.safetensors", "metrics.jsonl"])
 def test_files_of_a_run_are_not_replaced(capsys, tmp_path, run, name):
     right = (run / name).read_bytes()
-    for words in (["info", run], ["evaluate", run, "--limit", "2"], ["calibrate", run]):
+    for words in (["info", run], ["evaluate", run, "--limit", "2"]):
         refused(capsys, *words, "--json", run / name)
     (tmp_path / "link").symlink_to(run / name)
     refused(capsys, "info", run, "--json", tmp_path / "link")
@@ -72,7 +72,6 @@ def test_a_second_training_is_refused_and_a_killed_one_does_not_block(capsys, tm
         error = refused(capsys, "train", "digits", "--out", run, "--resume", *missing, *small_flags())
         assert "another process is writing to it" in error, "before the data are read"
         assert main(["info", str(run)]) == 0, "readers take no lock"
-        assert "another process" in refused(capsys, "calibrate", run)
     script = (
         "import os, signal; from pathlib import Path; from torchcdm.training.run_folder import RunFolder\n"
         f"with RunFolder(Path({str(tmp_path / 'new')!r})).locked(): os.kill(os.getpid(), signal.SIGKILL)"

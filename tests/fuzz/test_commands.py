@@ -67,7 +67,6 @@ def valid(place: Path) -> dict[str, list[str]]:
         "sample": [run, "--n", "1", "--steps", "1", "--out", str(place / "samples"), "--quiet", *quick],
         "nll": [run, "--limit", "2", "--methods", "single", "--quiet", *quick],
         "evaluate": [run, "--limit", "2", "--draws", "1", *quick],
-        "calibrate": [run, "--samples", "2", "--rounds", "0", "--quiet", *quick],
         "score": [run, str(place / "noise.npy"), "--limit", "20", *quick],
         "ratio": [str(place / "a.npy"), str(place / "b.npy"), str(place / "a.npy"), "--steps", "1", "--quiet", *quick],
         "denoise": [run, str(place / "noise.npy"), "--level", "1", "--out", str(place / "clean"), *quick],
@@ -109,7 +108,7 @@ def check(place: Path, command: str, option: str, value: str) -> None:
         ending(call(place, command, option, value))
     finally:
         os.chdir(before)
-        if command in ("calibrate", "train", "convert"):
+        if command in ("train", "convert"):
             shutil.rmtree(place / "run")
             shutil.copytree(place / "kept", place / "run")
             shutil.rmtree(place / "new", ignore_errors=True)

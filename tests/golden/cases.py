@@ -46,7 +46,6 @@ from torchcdm.training.evaluation import level_sums
 from torchcdm.training.finish import calibrate_levels
 from torchcdm.training.loop import train
 from torchcdm.training.optimizers import build_optimizer
-from torchcdm.training.path_calibration import calibrate_paths
 from torchcdm.training.settings import TrainConfig
 from torchcdm.units import DataTransform, GaussianizedTransform
 
@@ -276,8 +275,6 @@ def of_tools() -> dict[str, Tensor]:
         values[f"anomaly/{name}"] = score(grey(5, seed=12))
     found = torch.tensor(calibrate_levels(model, grey(40, seed=13), copies=400, seed=1))
     values["constants"] = torch.cat([model.level_constants, found])
-    model = calibrate_paths(model, grey(24, seed=14), rounds=1, particles=32, seed=1).model
-    values["calibrated"] = model.log_prob_levels(model.transform(grey(4)))
     return values
 
 

@@ -68,7 +68,6 @@ def info(options: argparse.Namespace) -> None:
         "columns": info.columns and ", ".join(info.columns),
         "classes": info.class_names and f"{', '.join(info.class_names)} ({LABELS[config.labels]})",
         "kept": f"step {kept['step']}{best}" if "step" in kept else None,
-        "calibrated": None if model.uncalibrated is model else "on paths",
         "last step": lines[-1]["step"] if lines else None,
         "states": ", ".join(path.name for path in state_folders(run)),
     }

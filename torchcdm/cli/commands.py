@@ -122,17 +122,6 @@ def add_commands(commands: Any) -> None:
     add(parser, "--draws", "noisy copies of each sample", count, default=4)
 
     parser = command(
-        "measuring:calibrate", "make one pass agree with the probability flow of the same network: changes values of "
-        "log p in RUN and what is made of them, such as anomaly scores; no sample, ELBO or flow",
-        "cdm calibrate runs/digits --samples 200 --rounds 1", "model seed quiet json device",
-    )  # fmt: skip
-    add(parser, "--samples N", "validation samples, a flow of 25 steps for each", count, default=1024)
-    add(parser, "--rounds K", "of particles, which find what log p gives too much to", int, default=2)
-    add(parser, "--particles N", "in each round, two passes a level and a flow for each", int, default=128)
-    add(parser, "--level T", "lowest level; that of `cdm nll` by default", int)
-    add(parser, "--remove", "take back what an earlier call has set", bool)
-
-    parser = command(
         "scoring:score", "how anomalous images, arrays or rows of tables are",
         "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
         "model paths skip-bad quiet json device",

@@ -80,11 +80,6 @@ class Denoiser(nn.Module, ABC):
         return None
 
     @property
-    def uncalibrated(self) -> Denoiser:
-        """The model without calibrated values of log p; itself, but for a calibrated one."""
-        return self
-
-    @property
     def gaussian(self) -> GaussianMarginals | None:
         """The Gaussian fitted to the data, at every level; None where there is none."""
         return None if self.base is None else self.base.gaussian

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchcdm.data import DataOptions, DataSource, Inputs, load_data, read_inputs, renumbered
 from torchcdm.data.inputs import read_pictures
 from torchcdm.errors import UserError
-from torchcdm.models.calibrated import PREFIX, Calibrated, Readout
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
@@ -148,10 +147,10 @@ def read_info(run: str | Path) -> ModelInfo:
     return _read(run, ())[1]
 
 
-def load_weights(model: Denoiser, run: str | Path) -> Denoiser:
-    """A model with the weights of a run, within a :class:`Calibrated` where the run was calibrated on paths."""
+def load_weights(model: Denoiser, run: str | Path) -> None:
+    """Fills a model with the weights of a run."""
     folder, _, (tensors,) = _read(run)
-    return _fill(model, tensors, folder.model)
+    _load_tensors(model, tensors, folder.model)
 
 
 def load(
@@ -173,7 +172,7 @@ def load(
 
     Returns:
         The model. Its type is said for the usual case: a plain diffusion model (``ddm``) is a
-        :class:`torchcdm.DenoisingDiffusion`, a calibrated one a :class:`torchcdm.models.calibrated.Calibrated`.
+        :class:`torchcdm.DenoisingDiffusion`.
 
     Raises:
         UserError: No run there, a name that is not known, files that are damaged or of another format version, or a
@@ -204,20 +203,9 @@ def load(
         held = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
         _check_shapes({f"backbone.{key}": value for key, value in network.state_dict().items()}, held, folder.model)
     model = build_model(info.model, info.transform, info.classes, backbone=backbone)
-    model = _fill(model, tensors, folder.model)
+    _load_tensors(model, tensors, folder.model)
     model.info = info
     return model.eval().requires_grad_(False).to(device)
-
-
-def _fill(model: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Denoiser:
-    readout = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
-    _load_tensors(model, {key: value for key, value in tensors.items() if not key.startswith(PREFIX)}, path)
-    if not readout:
-        return model
-    features = readout["weight"].shape[-1] if readout.get("weight", torch.empty(())).ndim else 1
-    calibrated = Calibrated(model, Readout.blank(model.schedule.T + 2, features).to(model.schedule.alpha.device))
-    _load_tensors(calibrated.readout, readout, path)
-    return calibrated
 
 
 def _load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -54,9 +54,8 @@ def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
     Gives the sheet of samples, or their folder; and what :func:`compare` says, of a cdm with validation data.
     """
     model, run, config, source = trainer.ema.model, trainer.run, trainer.config, trainer.source
-    kept, outcome = load_weights(model, run.root), None
-    # Values that were calibrated on paths, of a finished run that is resumed, stay.
-    cdm = config.model.kind == "cdm" and len(source.validation) >= 2 and kept is model
+    load_weights(model, run.root)
+    outcome, cdm = None, config.model.kind == "cdm" and len(source.validation) >= 2
     if cdm and config.train.calibration:
         x, labels = source.validation.tensors()
         y, copies = labels_for(model, labels), config.train.calibration
@@ -73,7 +72,7 @@ def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
             trainer.selection.best = {"value": "nll", "unit": outcome["unit"], "best": value, "step": 0}
             trainer.save_model()
         trainer.say(told(outcome))
-    return save_samples(kept, run, config, source, "final") if config.sampling.n else run.samples, outcome
+    return save_samples(model, run, config, source, "final") if config.sampling.n else run.samples, outcome
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:

@@ -37,7 +37,7 @@ class AnomalyDetector:
 
     def __init__(self, score: AnomalyScore, calibration: Tensor) -> None:
         self.score, self.calibration = score, calibration
-        # Now, not when it is saved: the model may be calibrated in between.
+        # Now, not when it is saved: the model may be trained in between.
         self._values = _digest(score)
 
     @classmethod
@@ -103,13 +103,13 @@ class AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
         Raises:
-            UserError: No detector there, damaged files, or one of a model of other weights, constants or readout.
+            UserError: No detector there, damaged files, or one of a model of other weights or constants.
         """
         path = Path(folder) / FILE
         content, (tensors,) = read_artefact(path, "detector", [TENSORS])
         score = AnomalyScore(str(content.get("score")), model, background)
         if content.get("values") != _digest(score):
-            what = "the model has been trained or calibrated since, or is another"
+            what = "the model has been trained since, or is another"
             raise UserError(f"{path}: {what}; fit the detector again")
         calibration, prefix = tensors.get("calibration", torch.empty(0)), "fitted."
         if calibration.dtype != torch.float64 or calibration.ndim != 1 or not len(calibration):
