@@ -257,7 +257,7 @@ class UniPC(Sampler):
         q, before = step.previous[0]
         change = _integral(step, ((step.t, now), *step.previous), q, step.t, self.time, -1)
         x_t = now.sigma_t * (before.x_t / before.sigma_t + change)
-        return Prediction.from_x0(x_t, now.alpha_t, now.sigma_t, now.x0)
+        return Prediction(x_t, now.alpha_t, now.sigma_t, (x_t - now.alpha_t * now.x0) / now.sigma_t)
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         visited = ((step.t, now), *step.previous)[: self.memory]

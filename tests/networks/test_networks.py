@@ -180,7 +180,7 @@ def test_head_channels_and_direction_of_the_unet():
     (lambda: MLP(2, LEVELS, classes=0), "at least 1"),
     (lambda: MLP(2, LEVELS, width=-3), "MLP: width is -3; it must be at least 1"),
     (lambda: MLP(2, LEVELS, dropout=float("nan")), "dropout is nan; it must be a finite number"),
-    (lambda: Encoder(1, 8, LEVELS, energy_maps=-2), "energy_maps is -2; it must be at least 0"),
+    (lambda: Encoder(1, 8, LEVELS, energy_maps=-2), "energy_maps is -2; it must be at least 1"),
     (lambda: Encoder(1, 8, LEVELS, multipliers=[1, "x"]), r"multipliers\[1\] is 'x'; it must be a valid integer"),
     (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="dat"), "did you mean 'data'"),
     (lambda: make_head(4, 2, None, joint=False), "levels is 2; it must be at least 3"),

@@ -19,7 +19,7 @@ from torchcdm.networks.blocks import (
     halved_sizes,
 )
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
-from torchcdm.runtime.validation import Count, Rate, Sides, Width, WidthOrZero, Widths, checked
+from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
 
 @final
@@ -35,15 +35,13 @@ class Summary(nn.Module):
         self.energy_maps = energy_maps
         self.norm, self.activation = group_norm(channels), SiLU()
         self.pooled = nn.Conv2d(channels, 2 * channels, 1)
-        self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1) if energy_maps else None
+        self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1)
         self.features = 2 * channels + energy_maps
 
     def forward(self, h: Tensor, image: Tensor) -> Tensor:
         """Features (B, channels, H, W) and the image averaged to their size, to (B, features)."""
         h = self.activation(self.norm(h))
         pooled = at_least_float32(self.activation(self.pooled(h))).mean((2, 3))
-        if self.energy is None:
-            return pooled
         maps = self.energy(h).unflatten(1, (self.energy_maps, -1))
         energies = at_least_float32(maps * image[:, None]).sum((2, 3, 4))
         return torch.cat([pooled, energies.to(pooled.dtype)], 1)
@@ -57,7 +55,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
 
     Args:
         width: Channels at the first resolution, before its multiplier.
-        energy_maps: Inner products with the image at each resolution; 0 for none.
+        energy_maps: Inner products with the image at each resolution.
         positions: Adds a learned map after the first convolution, for images in which the place of a pixel matters.
 
     Example:
@@ -76,7 +74,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         blocks: Width = 2,
         dropout: Rate = 0.0,
         attention: Sides = (),
-        energy_maps: WidthOrZero = 32,
+        energy_maps: Width = 32,
         classes: Count | None = None,
         joint: bool = False,
         positions: bool = False,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchcdm.errors import UserError
 from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, check_shape, time_embedding, two_layers
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, from_zero, make_head
-from torchcdm.runtime.validation import Count, Rate, Width, WidthOrZero, checked
+from torchcdm.runtime.validation import Count, Rate, Width, checked
 
 
 @final
@@ -45,7 +45,7 @@ class MLP(HeadedBackbone):
         width: Width of the hidden layers.
         depth: Residual blocks.
         dropout: Rate inside the blocks.
-        energy_maps: Inner products with the input, ``width * dim`` weights each; 0 for none. None: 32, and fewer for
+        energy_maps: Inner products with the input, ``width * dim`` weights each. None: 32, and fewer for
             more than a hundred numbers, where they cost most.
         context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
 
@@ -65,7 +65,7 @@ class MLP(HeadedBackbone):
         width: Width = 256,
         depth: Width = 4,
         dropout: Rate = 0.0,
-        energy_maps: WidthOrZero | None = None,
+        energy_maps: Width | None = None,
         classes: Count | None = None,
         joint: bool = False,
         context: Width | None = None,
@@ -86,7 +86,7 @@ class MLP(HeadedBackbone):
         embedding = None if self.label is None else width
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.energy = nn.Linear(width, energy_maps * dim) if energy_maps else None
+        self.energy = nn.Linear(width, energy_maps * dim)
         self.head = make_head(width + energy_maps, levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -97,8 +97,6 @@ class MLP(HeadedBackbone):
         for block in self.blocks:
             h = block(h, embedding)
         features = nn.functional.silu(self.norm(h))
-        if self.energy is None:
-            return features
         maps = self.energy(features).unflatten(1, (self.energy_maps, self.dim))
         energies = at_least_float32(maps * x[:, None]).sum(2)
         return torch.cat([at_least_float32(features), energies], 1)

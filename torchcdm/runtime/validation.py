@@ -50,7 +50,6 @@ Count = Annotated[Int, Ge(1), Le(10**9)]
 CountOrZero = Annotated[Int, Ge(0), Le(10**9)]
 Width = Annotated[Int, Ge(1), Le(2**14)]
 """Width of a layer, or number of layers."""
-WidthOrZero = Annotated[Int, Ge(0), Le(2**14)]
 Widths = Annotated[tuple[Width, ...], Len(1, 32)]
 Sides = tuple[Width, ...]
 """Sides of images, in pixels; none where there are no such images."""
