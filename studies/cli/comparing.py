@@ -56,7 +56,7 @@ def compare(options: argparse.Namespace) -> int:
     from torchcdm.likelihood.log_z import FEWEST_SWEEPS
     from torchcdm.runtime.processes import chosen_device
     from torchcdm.training.build import in_units, load_source
-    from torchcdm.training.interrupt import Interrupted
+    from torchcdm.training.loop import Interrupted
 
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}; it must not be negative")

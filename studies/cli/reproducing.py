@@ -31,7 +31,7 @@ def reproduce(options: argparse.Namespace) -> int:
     """The report of a reproduction, made or completed."""
     from studies.reproduce import REPRODUCTIONS, reproduce
     from torchcdm.errors import UserError
-    from torchcdm.training.interrupt import Interrupted
+    from torchcdm.training.loop import Interrupted
 
     if options.name is None:
         for name, entry in REPRODUCTIONS.items():

@@ -9,7 +9,7 @@ import torch
 import torchcdm
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
-from torchcdm.training.interrupt import Interrupted
+from torchcdm.training.loop import Interrupted
 
 TINY = {"device": "cpu", "progress": False}
 

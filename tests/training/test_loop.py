@@ -20,8 +20,7 @@ from torchcdm.training import loop as training
 from torchcdm.training.build import in_units
 from torchcdm.training.checkpoint import load, load_state, read_info, state_folders
 from torchcdm.training.config_files import file_fields, make_config
-from torchcdm.training.interrupt import Interrupted, SignalWatch
-from torchcdm.training.loop import train
+from torchcdm.training.loop import Interrupted, train
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.units import ColumnTransform
 
@@ -110,9 +109,9 @@ def test_signals_save_and_leave(whole, tmp_path, monkeypatch, request, number):
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        with SignalWatch() as watch:
+        with training.signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
-        assert not watch.received
+        assert not received
     finally:
         signal.signal(signal.SIGHUP, before)
 

@@ -19,7 +19,7 @@ from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
 from torchcdm.training.build import build_model, load_source, plain_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, save_model
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
-from torchcdm.training.interrupt import Interrupted
+from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.scale import scales, with_budget

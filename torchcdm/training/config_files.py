@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -135,11 +134,11 @@ def paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 def to_yaml(config: Config) -> str:
     """The text that :func:`file_fields` reads."""
-    return yaml.dump(encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(encode(config), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values alone: no tags, no aliases, no key twice. Times are texts, and 1e-4 is a number."""
+    """Plain values alone: no tags, no aliases, no key twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -153,16 +152,3 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key.value) > 1:
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' is there twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what :class:`_Loader` would read as a number."""
-
-
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))

@@ -23,7 +23,7 @@ from torchcdm.training import loop
 from torchcdm.training.build import check_label, describe, imported, in_units, new_model
 from torchcdm.training.checkpoint import load, load_weights, read_info
 from torchcdm.training.config_files import make_config, merge, preset_fields
-from torchcdm.training.interrupt import Interrupted
+from torchcdm.training.loop import Interrupted
 from torchcdm.training.scale import with_budget
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 

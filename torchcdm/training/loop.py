@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -28,7 +30,6 @@ from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.finish import finish, save_samples
-from torchcdm.training.interrupt import Interrupted, SignalWatch
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.selection import Selection
@@ -39,6 +40,17 @@ MAX_BAD_STEPS = 10
 
 New = Callable[[Config, DataSource], Denoiser]
 """Makes a model before its training, from the resolved configuration and the data."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the training to stop; its state is saved. No ``Exception``, so that nothing swallows it.
+
+    A process that the signal ``number`` ends exits with 128 + number.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class NotFinite(UserError):
@@ -105,7 +117,7 @@ def train(
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
-        watch = held.enter_context(SignalWatch())
+        watch = held.enter_context(signals())
         states = checkpoint.state_folders(run) if resume else []
         if resume and not states and run.model.exists() and not run.config.exists():
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
@@ -126,7 +138,7 @@ def train(
 class Trainer:
     """One training: model, optimiser and counters, and what happens at each step.
 
-    Arguments as in :func:`train`; the configuration is resolved, and ``watch`` tells of signals.
+    Arguments as in :func:`train`; the configuration is resolved, and ``watch`` is of :func:`signals`.
     """
 
     def __init__(
@@ -136,7 +148,7 @@ class Trainer:
         source: DataSource,
         device: str | None,
         progress: bool,
-        watch: SignalWatch,
+        watch: list[int],
         clock: Callable[[], float],
         loss: Callable[[Denoiser], Loss] | None,
         new: New | None,
@@ -201,7 +213,6 @@ class Trainer:
         options, loss = self.options, self._wrapped()
         began = self.clock() - self.seconds
         self.model.train()
-        # Over the share of the training that is done, of its steps or its time.
         with tqdm(
             total=1.0, initial=self._share(), desc="training", disable=not self.progress, mininterval=0.5,
             smoothing=0.05, dynamic_ncols=True,
@@ -212,7 +223,7 @@ class Trainer:
                 self.step += 1
                 # Time decides about rates and the end: all processes take that of the slowest, in milliseconds.
                 elapsed = round(1000 * (self.clock() - began))
-                bad, stop, elapsed = self.processes.largest(not finite, self.watch.received, elapsed)
+                bad, stop, elapsed = self.processes.largest(not finite, sum(self.watch), elapsed)
                 self.seconds = elapsed / 1000
                 self._count(terms, bool(bad))
                 self._after_step(bar)
@@ -371,6 +382,34 @@ class Trainer:
 
 def _finite(model: nn.Module) -> bool:
     return all(bool(weights.isfinite().all()) for weights in model.parameters())
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """The first signal meanwhile that would end the process: SIGTERM, SIGINT or SIGHUP; a second has its usual effect.
+
+    Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread, where Python takes no
+    handlers, nothing is watched.
+    """
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def remember(number: int, _: Any) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is threading.main_thread() else ():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, remember)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 @final
