@@ -142,8 +142,8 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         z = model.transform(noisy(self.columns_, held_out, self._noise[0]).to(model.schedule.alpha.device))
         found = importance_normalizers(model, seed)
         added = map_rows(lambda rows: _base_and_network(model, z[rows])[1], len(z), dim=z.shape[1], device=z.device)
-        values = shares * added.mean() - torch.tensor([log_z.value if log_z.usable else torch.inf for log_z in found])
-        best = int(values.argmax())
+        log_z = torch.tensor([one.value if one.usable else torch.inf for one in found])
+        best = int((shares * float(added.mean()) - log_z).argmax())
         self.normalizer_, self.share_ = found[best], SHARES[best]
         if self.share_ < 1:
             self._say(f"one pass counts {self.share_:.0%} of what the network adds, as held-out rows have it")
