@@ -314,7 +314,7 @@ def test_unreadable_parts_are_named_or_said(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert f"{tmp_path / 'dog'}: cannot be read (Permission denied); --skip-bad" in refusal(f"folder:{tmp_path}")
+    assert f"{tmp_path / 'dog'}: cannot be read (Permission denied); skip-bad" in refusal(f"folder:{tmp_path}")
     with pytest.raises(UserError, match="dog: cannot be read"):
         read_inputs(tmp_path, MODEL)
     assert "dog: cannot be read" in read_inputs(tmp_path, MODEL, DataOptions(skip_bad=True)).notes[0]

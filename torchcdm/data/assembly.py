@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +79,8 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
         return DataSource(name, *splits, like, samples.class_names, tuple(notes))
     shape, more = tuple(first.shape), []
     if samples.grid is not None:
-        transform = grey_levels(shape, samples.grid, options.dequantize)
+        low, high = samples.grid
+        transform = DataTransform.images(shape, high - low + 1, options.dequantize, low)
     elif len(shape) == 1:
         transform, more = _measure_columns(splits[0].tensors()[0], table, options.dequantize, name)
     else:
@@ -118,15 +118,6 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
     splits = (parts["train"], parts["validation"], parts["test"])
     counts = "{} for training, {} for validation, {} for test".format(*map(len, splits))
     return splits, f"{how}: {counts} (seed {options.seed})." if missing else f"{how}: {counts}."
-
-
-def grey_levels(shape: Sequence[int], grid: Grid, dequantize: bool) -> DataTransform:
-    """The transform of samples of this shape on a grid, which becomes [-1, 1]."""
-    low, high = grid
-    if low == 0:
-        return DataTransform.images(shape, high + 1, dequantize)
-    scale = (high - low + (1 if dequantize else 0)) / 2
-    return DataTransform(shape, (low + high) / 2, scale, 1.0, dequantize, float(low), float(high))
 
 
 def _measure_columns(

@@ -65,7 +65,7 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
             except OSError as error:
                 problem = f"{path}: cannot be read ({reason(error)})"
                 if not skip_bad:
-                    raise UserError(f"{problem}; --skip-bad goes on without it") from None
+                    raise UserError(f"{problem}; skip-bad goes on without it") from None
                 notes.append(f"{problem}: left out.")
         found.append(sorted(files, key=lambda path: path.relative_to(root).parts))
     if twice:
@@ -123,7 +123,7 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
         try:
             info = describe(path)
             if options.crop is not None and min(info.size[0] - options.crop[0], info.size[1] - options.crop[1]) < 0:
-                raise UserError(f"{path}: has {info}, smaller than the crop; --skip-bad leaves such files out")
+                raise UserError(f"{path}: has {info}, smaller than the crop; skip-bad leaves such files out")
             if options.skip_bad:
                 read_image(path, options.size, options.channels)
         except UserError:
@@ -148,8 +148,8 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
     if options.crop is not None:
         crop = "{} x {}".format(*options.crop)
         notes = [f"crops of {crop} pixels from {len(good)} images of {channels} channel(s), split by images."]
-    if any(abs(info.size[0] * width / (info.size[1] * height) - 1) > 0.02 for info in good.values()):
-        notes.append("resizing changes the aspect ratio of some images.")
+    turned = (abs(info.size[0] * width / (info.size[1] * height) - 1) > 0.02 for info in good.values())
+    notes += ["resizing changes the aspect ratio of some images."] if options.size and any(turned) else []
     return info, good, [*notes, *left_out(bad)]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.assembly import Grid, grey_levels, single
+from torchcdm.data.assembly import Grid, single
 from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_columns
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
@@ -105,8 +105,8 @@ def pair_up(
         if len(grids) == 1:
             raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
         if grids:
-            grid = (min(low for low, _ in grids), max(high for _, high in grids))
-            transform = grey_levels(shapes[0], grid, options.dequantize)
+            low, high = min(low for low, _ in grids), max(high for _, high in grids)
+            transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
     else:
         values, table, warp, notes = _coded(sides, names, kept, discrete, options.seed)

@@ -85,10 +85,12 @@ class DataTransform(Float64Module):
         self.dequantize = dequantize and bin is not None
 
     @classmethod
-    def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True) -> DataTransform:
-        """Grey levels 0 ... levels - 1 to [-1, 1]; with ``dequantize`` it is their cells that fill it."""
+    def images(
+        cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True, low: float = 0.0
+    ) -> DataTransform:
+        """Grey levels low ... low + levels - 1 to [-1, 1]; with ``dequantize`` it is their cells that fill it."""
         scale = levels / 2 if dequantize else (levels - 1) / 2
-        return cls(shape, (levels - 1) / 2, scale, 1.0, dequantize, 0.0, levels - 1.0)
+        return cls(shape, low + (levels - 1) / 2, scale, 1.0, dequantize, low, low + levels - 1)
 
     @classmethod
     def standardize(cls, x: Tensor) -> DataTransform:
