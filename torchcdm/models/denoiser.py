@@ -96,10 +96,6 @@ class Denoiser(nn.Module, ABC):
             self.schedule.check_levels(t, x_t)
         return as_labels(y, self, x_t.shape[0])  # no len: torch.export would fix the number
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights and constants by name, as they are saved."""
-        return self.state_dict()
-
     # Conveniences: public functions of the package, looked up when they are called, as they need upper floors.
 
     def sample(self, n: int, **options: Any) -> Any:

@@ -109,7 +109,7 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
     are still there.
     """
     kind = KINDS[info.estimator is not None]
-    write_artefact(run.model_info, kind, encode(info), {run.model.name: model.tensors()})
+    write_artefact(run.model_info, kind, encode(info), {run.model.name: model.state_dict()})
 
 
 def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> None:
@@ -126,9 +126,8 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
     run = RunFolder(path)
     if run.config.exists() or run.states.exists():
         raise UserError(f"{path}: holds a training; choose another folder")
-    info = info or model.info or described(model)
     with run.locked():
-        save_model(run, model, info)
+        save_model(run, model, info or model.info or described(model))
 
 
 def described(model: Denoiser) -> ModelInfo:

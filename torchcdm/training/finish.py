@@ -38,11 +38,8 @@ from torchcdm.units import ColumnTransform, standard_error
 if TYPE_CHECKING:
     from torchcdm.training.loop import Trainer
 
-FEWEST_COPIES = 20
-"""Noisy copies at each level, of all samples together."""
-
-COMPARED = 1000
-"""Samples of a split that models are compared on."""
+FEWEST_COPIES, COMPARED = 20, 1000
+"""Noisy copies at each level, of all samples together; samples of a split that models are compared on."""
 
 FAR = 0.1
 """Nats a number by which validation may be worse than training, if that is more than three standard errors."""

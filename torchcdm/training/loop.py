@@ -43,10 +43,8 @@ New = Callable[[Config, DataSource], Denoiser]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the training to stop; its state is saved. No ``Exception``, so that nothing swallows it.
-
-    A process that the signal ``number`` ends exits with 128 + number.
-    """
+    """The signal ``number`` asked the training to stop; its state is saved. No ``Exception``, so that nothing swallows
+    it. A process that a signal ends exits with 128 + number."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -91,8 +89,7 @@ def train(
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar and messages.
         clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
-        loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None. It may set
-            what training leaves as it is, such as the base density.
+        loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None.
         new: Makes the model before its training; by the configuration when None.
 
     Raises:
@@ -307,8 +304,7 @@ class Trainer:
         line: dict[str, Any] = {}
         if logged:
             line |= self.window.means(self.processes) | {"lr": self.optimizer.param_groups[0]["lr"]}
-            best = self.selection.best
-            values = {key: line[key] for key in ("mse", "ce") if key in line}
+            values, best = {key: line[key] for key in ("mse", "ce") if key in line}, self.selection.best
             values |= {} if best is None else {f"best val {best['value']}": best["best"]}
             told = "".join(f", {key} {value:.3f}" for key, value in values.items())
             bar.set_postfix_str(f"step {step}{told}", refresh=False)

@@ -23,11 +23,8 @@ from torchcdm.training.config_files import make_config, paths, preset_fields
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import Config
 
-SCALED = "encoder"
-"""The preset that scales itself, where neither a number of steps nor a network is given."""
-
-DEFAULT = 1800.0
-"""Seconds of a training for which no time is given."""
+SCALED, DEFAULT = "encoder", 1800.0
+"""The preset that scales itself, where neither steps nor a network are given, and its seconds where no time is."""
 
 SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))
 """Widths and batches, from the cheapest on."""
@@ -38,10 +35,8 @@ WANTED_STEPS = 2500
 TRAINING_SHARE, SAMPLING_SHARE, REPORT_SHARE = 0.8, 0.04, 0.04
 """Shares of the time: for the training, for its samples, and for the flow of the report."""
 
-FLOW_COST = 70
-"""Passes of training that the flow of one sample takes as long as."""
-
-TIMED_STEPS = 6
+FLOW_COST, TIMED_STEPS = 70, 6
+"""Passes of training that the flow of one sample takes as long as; steps that are timed."""
 
 EPOCHS = 300
 """Most times that a sample is seen."""
