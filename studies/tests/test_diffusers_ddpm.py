@@ -130,7 +130,7 @@ def test_missing_and_foreign_files_are_named(saved, tmp_path):
     with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: cannot be read"):
         load_diffusers(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: damaged.* that diffusers saved"):
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model.safetensors: damaged"):
         load_diffusers(tmp_path)
     name = "diffusion_pytorch_model.safetensors"
     (tmp_path / name).write_bytes((folder / name).read_bytes())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.neural_nets.ratio_estimators import RatioEstimator
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchcdm.random import permutation
 
@@ -82,9 +82,8 @@ class SbiRatio(RatioEstimator):
     """
 
     def __init__(self, ratio: DensityRatio, parameters: int) -> None:
-        models = nn.ModuleList(model for model, _ in ratio._models)
-        columns = models[0].transform.dim
-        super().__init__(models, (parameters,), (columns - parameters,))
+        ratio._check_fitted()
+        super().__init__(ratio._model, (parameters,), (ratio._model.transform.dim - parameters,))
         self.ratio = ratio
 
     def unnormalized_log_ratio(self, theta: Tensor, x: Tensor) -> Tensor:
