@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,11 +166,10 @@ def spec_of(path: str | Path) -> str:
     return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
 
 
-class DatasetReader:
+class DatasetReader(NamedTuple):
     """One sample of a torch Dataset as a tensor of event shape, without its label."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    dataset: Any
 
     def __call__(self, index: int) -> Tensor:
         value, _ = self.pair(index)

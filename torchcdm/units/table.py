@@ -324,11 +324,14 @@ def _describe(name: str, cells: Series, repeated: bool) -> tuple[Column | None, 
     kind = kind_of(cells)
     if kind == "":
         return None, f"column '{name}' is empty: left out."
-    column, notes = (_levels if kind in ("category", "boolean") else _numbers)(Column(name, kind), cells, repeated)
+    if kind in ("category", "boolean"):
+        column, notes = _levels(Column(name, kind), cells)
+    else:
+        column, notes = _numbers(Column(name, kind), cells, repeated)
     return column, f"column '{name}' {'; '.join(notes)}." if notes else ""
 
 
-def _levels(column: Column, cells: Series, _: bool) -> tuple[Column | None, list[str]]:
+def _levels(column: Column, cells: Series) -> tuple[Column | None, list[str]]:
     """A category or a boolean."""
     bad = unreadable(cells)
     if bad.mean() > 1 - MOSTLY:
@@ -386,17 +389,15 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
     """The first wrong cell, and how many there are."""
     at = int(wrong.argmax())
-    cell, row = cells.iloc[at], f"{cells.index.name or 'row'} {cells.index[at]}"
-    text = str(cell).strip()
+    text, needed = str(cells.iloc[at]).strip(), {"number": "finite number", "date": "date"}
     if text.lower() in EMPTY:
         what = "is empty, which no row of training was"
-    elif not column.levels:
-        needed = {"number": "finite number", "date": "date"}.get(column.kind, "text or a number")
-        what = f"holds '{text:.60}', not a {needed}"
-    else:
+    elif column.levels:
         what = f"holds '{text:.60}', none of the {len(column.levels)} levels of training"
+    else:
+        what = f"holds '{text:.60}', not a {needed.get(column.kind, 'text or a number')}"
     more = f" ({int(wrong.sum())} such cells)" if wrong.sum() > 1 else ""
-    return f"column '{column.name}', {row} {what}{more}"
+    return f"column '{column.name}', {cells.index.name or 'row'} {cells.index[at]} {what}{more}"
 
 
 def _listed(names: Sequence[str]) -> str:
