@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from torchcdm import load
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
+from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.cli import main
 from torchcdm.cli.scoring import _written
 from torchcdm.data import load_data, save_images
@@ -37,7 +37,7 @@ def wines():
     model = load("zoo:table-example")
     source = model.info.read_source(model)
     x = torch.cat([source.split(part).tensors()[0].float() for part in ("train", "validation", "test")])
-    detector = AnomalyDetector.fit(AnomalyScore("levels", model), x)
+    detector = AnomalyDetector("levels", model).fit(x)
     frame = model.transform.table.decode(x)
     return frame, Scorer(model, detector, AnomalyMap(model).fit(x), fpr=0.1, device="cpu")
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
+from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.apps.anomaly.detector import check_fpr
 from torchcdm.apps.anomaly.maps import top_columns
 from torchcdm.data import Inputs
@@ -56,12 +56,11 @@ class Scorer:
 
     Args:
         model: A run folder, ``zoo:NAME``, ``hub:OWNER/NAME``, or a model that was loaded.
-        detector: A fitted detector of this model; fitted to ``reference`` when None.
+        detector: A fitted detector of this model; when None one of the ``score`` is fitted to ``reference``.
         explain: A fitted map: of flagged rows the columns that contribute most are named. Fitted, for rows, where the
             detector is.
-        score: Name of the score that is fitted, of :data:`torchcdm.apps.anomaly.SCORES`.
-        reference: Files of normal data that the model was not trained on; the validation split of its own data when
-            None.
+        score: Of :data:`torchcdm.apps.anomaly.SCORES`.
+        reference: Files of normal data that the model was not trained on; None: the validation split of its own data.
         fpr: Share of normal inputs to flag.
         skip_bad: Leaves out files and rows that cannot be read.
         device: Of the network; the best there is when None.
@@ -96,10 +95,10 @@ class Scorer:
         self.info, self.fpr, self.skip_bad = self.model.info, fpr, skip_bad
         if detector is None:
             normal, _ = normal_data(self.model, reference, skip_bad)
-            detector = AnomalyDetector.fit(AnomalyScore(score, self.model), normal)
+            detector = AnomalyDetector(score, self.model).fit(normal)
             if explain is None and len(self.info.transform.shape) == 1:
                 explain = AnomalyMap(self.model).fit(normal)
-        for part in detector.score.models:
+        for part in detector.models:
             part.to(place)
         self.detector, self.explain = detector, explain
         detector.threshold(fpr)
@@ -110,11 +109,8 @@ class Scorer:
         Returns:
             ``score``, ``percentile`` among normal data, ``flag``, ``deviating`` (holds what training never had) and
             ``where`` beside the columns of the batch; of files, which may hold many rows, beside ``input`` and
-            ``note``: what was left out is said in the first row, which is an empty one, its ``input`` "", where all
-            was.
-
-        Raises:
-            UserError: A batch that does not fit the model, or a file that cannot be read.
+            ``note``: the first row says what was left out, an empty one, its ``input`` "", where all was. UserError
+            for a batch that does not fit the model, or a file that cannot be read.
         """
         if PATH in batch and PATH not in (self.info.columns or ()):
             parts = batch.get(PART, [WHOLE] * len(batch[PATH]))
@@ -137,9 +133,11 @@ class Scorer:
             where[flags.numpy()] = top_columns(self.explain(found.x[flags]), self.info.columns)
         for k in deviating.nonzero()[:, 0].tolist():
             where[k] = f"{found.deviating[k]} (unlike any in training)"
-        values = {"score": scores, "percentile": self.detector.percentile(scores), "flag": flags}
-        arrays = {name: value.numpy() for name, value in (values | {"deviating": deviating}).items()}
-        return {"input": np.array(found.names, object), **arrays, "where": where}
+        return {
+            "input": np.array(found.names, object), "score": scores.numpy(),
+            "percentile": self.detector.percentile(scores).numpy(), "flag": flags.numpy(),
+            "deviating": deviating.numpy(), "where": where,
+        }  # fmt: skip
 
     def _read(self, batch: Mapping[str, np.ndarray]) -> tuple[Inputs, np.ndarray]:
         """Samples of arrays or of columns, and which rows they are."""
@@ -168,7 +166,7 @@ class Scorer:
 def score_on_ray(
     scorer: Scorer, paths: Sequence[str | Path], workers: int | None = None, progress: bool = False
 ) -> Iterator[Batch]:
-    """Scores of files by workers of Ray, in the order of one process, as they come.
+    """Scores of files by workers of Ray, in the order of one process, as they come: as of :meth:`Scorer.__call__`.
 
     Workers join the cluster that ``RAY_ADDRESS`` names, which must see the files under the same paths; without it Ray
     is started on this machine, and stopped at the end.
@@ -179,9 +177,6 @@ def score_on_ray(
         workers: How many; one for each GPU, or where there are none for each processor core, when None.
         progress: Shows a bar, with the time that is left.
 
-    Yields:
-        Batches as of :meth:`Scorer.__call__`.
-
     Raises:
         UserError: Ray is not installed or does not start, or what a worker refused.
     """
@@ -191,7 +186,7 @@ def score_on_ray(
     size = FILES if all(part == 0 and not path.lower().endswith(".parquet") for path, part in parts) else 1
     gpu = scorer.model.schedule.alpha.device.type == "cuda"
     scorer = deepcopy(scorer)
-    for model in scorer.detector.score.models:
+    for model in scorer.detector.models:
         model.cpu()
     arguments = {"model": scorer.model.cpu(), "detector": scorer.detector, "explain": scorer.explain,
                  "fpr": scorer.fpr, "skip_bad": scorer.skip_bad, "device": "cuda" if gpu else "cpu"}  # fmt: skip

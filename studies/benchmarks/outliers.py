@@ -39,7 +39,7 @@ import torchcdm
 from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
-from torchcdm.apps.anomaly import SCORES, AnomalyScore, level_profile
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, level_profile
 from torchcdm.data import DataOptions, DataSource, from_object, load_data
 from torchcdm.data.images import resize
 
@@ -218,7 +218,7 @@ Scorer = Callable[[Tensor], dict[str, np.ndarray]]
 def own_scorer(setting: Setting) -> Scorer:
     """All scores of the model, from one pass an input."""
     reference = level_profile(setting.model, setting.source.validation.tensors()[0])
-    fitted = {name: AnomalyScore(name, setting.model).learn(reference) for name in OWN_SCORES}
+    fitted = {name: AnomalyDetector(name, setting.model).learn(reference) for name in OWN_SCORES}
 
     def scores(x: Tensor) -> dict[str, np.ndarray]:
         profile = level_profile(setting.model, x)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import torchcdm
-from torchcdm.apps.anomaly import SCORES, AnomalyScore
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector
 from torchcdm.apps.denoising import denoise
 from torchcdm.data import load_data
 
@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:18} root mean square error {float(error):.2f}")
     print(f"\n{'score':12}{'correlation':>13}{'best found':>13}{'without denoiser':>19}")
     for name in (name for name in SCORES if name != "ratio"):
-        score = AnomalyScore(name, model).fit(source.validation.tensors()[0])
-        scores = torch.stack([score(candidate) for candidate in candidates.values()], 1)
+        detector = AnomalyDetector(name, model)
+        detector.learn(detector.features(source.validation.tensors()[0]))
+        scores = torch.stack([detector.score(candidate) for candidate in candidates.values()], 1)
         best = float((scores.argmin(1) == errors.argmin(1)).double().mean())
         values = rank_correlation(scores, errors), best, rank_correlation(scores[:, 1:], errors[:, 1:])
         print(f"{name:12}{values[0]:13.2f}{values[1]:13.3f}{values[2]:19.2f}")

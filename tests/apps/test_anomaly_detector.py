@@ -10,7 +10,7 @@ from scipy.stats import betabinom
 
 from studies.exact import GaussianMixture
 from torchcdm import ClassificationDiffusion, UserError
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyScore
+from torchcdm.apps.anomaly import AnomalyDetector
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.units import DataTransform
 
@@ -38,7 +38,13 @@ def model(mixture):
 @pytest.fixture
 def blank(model):
     """A detector of given calibration scores."""
-    return lambda scores: AnomalyDetector(AnomalyScore("log_prob", model), scores.double().sort().values)
+
+    def of(scores):
+        detector = AnomalyDetector("log_prob", model)
+        detector.calibration = scores.double().sort().values
+        return detector
+
+    return of
 
 
 # --- calibration -----------------------------------------------------------------------------------------------
@@ -47,7 +53,7 @@ def blank(model):
 @pytest.mark.parametrize("name", NAMES)
 def test_fresh_normal_data_are_flagged_at_the_rate_asked_for(model, mixture, name):
     """Half of 2000 calibrates, so the count of 4000 fresh ones is beta-binomial; bounds of one in a million."""
-    detector = AnomalyDetector.fit(AnomalyScore(name, model), mixture.sample(2000, rng(1)))
+    detector = AnomalyDetector(name, model).fit(mixture.sample(2000, rng(1)))
     fresh = detector.score(mixture.sample(4000, rng(2)))
     for fpr in (0.01, 0.05, 0.2):
         above = 1001 - math.ceil(1001 * (1 - fpr) - 1e-9)
@@ -84,23 +90,23 @@ def test_percentiles_by_counting(blank):
 def test_the_score_is_fitted_on_other_samples_than_the_threshold(model, mixture):
     """Typicality: the mean is that of one half, the calibration that of the other, and all samples are used."""
     reference = mixture.sample(50, rng(1))
-    detector = AnomalyDetector.fit(AnomalyScore("typicality", model), reference)
-    raw = -AnomalyScore("log_prob", model).fit(reference)(reference)
-    distance = (raw - detector.score.fitted["mean"]).abs()
+    detector = AnomalyDetector("typicality", model).fit(reference)
+    raw = -AnomalyDetector("log_prob", model).fit(reference).score(reference)
+    distance = (raw - detector.fitted["mean"]).abs()
     calibrated = torch.isclose(distance[:, None], detector.calibration).any(1)
     assert calibrated.sum() == len(detector.calibration) == 25
-    torch.testing.assert_close(raw[~calibrated].mean(), detector.score.fitted["mean"])
+    torch.testing.assert_close(raw[~calibrated].mean(), detector.fitted["mean"])
 
 
 def test_the_reference_is_divided_at_random_and_alike_each_time(model, mixture):
     """A reference that is sorted must not be halved in the middle."""
     reference = mixture.sample(400, rng(1))
     reference = reference[reference[:, 0].argsort()]
-    first = AnomalyDetector.fit(AnomalyScore("log_prob", model), reference)
-    low, high = AnomalyScore("log_prob", model).fit(reference)(reference).chunk(2)
+    first = AnomalyDetector("log_prob", model).fit(reference)
+    low, high = first.score(reference).chunk(2)
     halves = [torch.isin(first.calibration, half).double().mean() for half in (low, high)]
     assert min(halves) > 0.35
-    assert torch.equal(first.calibration, AnomalyDetector.fit(AnomalyScore("log_prob", model), reference).calibration)
+    assert torch.equal(first.calibration, AnomalyDetector("log_prob", model).fit(reference).calibration)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_rates_that_cannot_be_kept_are_refused(blank, n, fpr, message):
 
 def test_a_reference_without_two_parts_is_refused(model):
     with pytest.raises(UserError, match="the reference holds 1 samples"):
-        AnomalyDetector.fit(AnomalyScore("log_prob", model), torch.zeros(1, 2))
+        AnomalyDetector("log_prob", model).fit(torch.zeros(1, 2))
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -130,11 +136,11 @@ def test_a_reference_without_two_parts_is_refused(model):
 def test_a_saved_detector_gives_the_same_scores_and_thresholds(tmp_path, model, mixture, name):
     broad = model_of(GaussianMixture(torch.ones(1), torch.zeros(1, 2), 4 * torch.eye(2)[None]))
     background = broad if name == "ratio" else None
-    detector = AnomalyDetector.fit(AnomalyScore(name, model, background), mixture.sample(100, rng(1)))
+    detector = AnomalyDetector(name, model, background).fit(mixture.sample(100, rng(1)))
     detector.save(tmp_path / "saved")
     again = AnomalyDetector.load(tmp_path / "saved", model, background)
     x = 2 * normal(20, 2)
-    assert again.score.name == name
+    assert again.name == name
     assert torch.equal(again.score(x), detector.score(x))
     assert again.threshold(0.1) == detector.threshold(0.1)
     assert torch.equal(again.percentile(again.score(x)), detector.percentile(detector.score(x)))
@@ -148,7 +154,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
     path = tmp_path / "saved"
     with pytest.raises(UserError, match="cannot be read"):
         AnomalyDetector.load(path, model)
-    AnomalyDetector.fit(AnomalyScore("levels", model), mixture.sample(100, rng(1))).save(path)
+    AnomalyDetector("levels", model).fit(mixture.sample(100, rng(1))).save(path)
     other = ClassificationDiffusion(ZeroBackbone(22), SCHEDULE, DataTransform((3,)))
     with pytest.raises(UserError, match="or is another"):
         AnomalyDetector.load(path, other)
@@ -160,7 +166,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path, model, mixture):
         AnomalyDetector.load(path, since)
     AnomalyDetector.load(path, copy.deepcopy(model).double())
     changed = copy.deepcopy(model)
-    detector = AnomalyDetector.fit(AnomalyScore("levels", changed), mixture.sample(100, rng(1)))
+    detector = AnomalyDetector("levels", changed).fit(mixture.sample(100, rng(1)))
     changed.level_constants[3] += 0.1
     detector.save(tmp_path / "late")
     with pytest.raises(UserError, match="trained since"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracles import ZeroBackbone
 
 from torchcdm import ClassificationDiffusion, DensityRatio
-from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyScore, level_profile
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, level_profile
 from torchcdm.apps.ratio import Calibration, effective_sample_size, importance_weights
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.units import DataTransform
@@ -19,7 +19,7 @@ many = settings(max_examples=200, deadline=None)
 
 
 def score(name):
-    return AnomalyScore(name, MODEL, MODEL if name == "ratio" else None)
+    return AnomalyDetector(name, MODEL, MODEL if name == "ratio" else None)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_fit_that_fails_leaves_the_ratio(ratio, name, first):
 
 @pytest.mark.parametrize("bad", NUMBERS.values(), ids=NUMBERS)
 def test_bad_numbers_are_refused(ratio, bad):
-    detector = AnomalyDetector.fit(score("log_prob"), TENSOR)
+    detector = score("log_prob").fit(TENSOR)
     for call in (
         lambda: DensityRatio(random_state=bad),
         lambda: DensityRatio(data={"validation_fraction": bad}).fit(GOOD, GOOD + 1),
@@ -71,13 +71,11 @@ def test_bad_numbers_are_refused(ratio, bad):
 
 
 SCORE_CALLS = {
-    "score": lambda name, bad: score(name).fit(TENSOR)(bad),
+    "score": lambda name, bad: score(name).fit(TENSOR).score(bad),
     "fit": lambda name, bad: score(name).fit(bad),
-    "detector": lambda name, bad: AnomalyDetector.fit(score(name), bad),
     "profile": lambda name, bad: level_profile(MODEL, bad),
-    "no score": lambda name, bad: AnomalyDetector.fit(bad, TENSOR),
-    "no name": lambda name, bad: AnomalyScore(bad, MODEL),
-    "no model": lambda name, bad: AnomalyScore("levels", bad),
+    "no name": lambda name, bad: AnomalyDetector(bad, MODEL),
+    "no model": lambda name, bad: AnomalyDetector("levels", bad),
 }
 
 
@@ -89,12 +87,12 @@ def test_an_anomaly_score_refuses(call, kind, name):
 
 
 def test_a_score_that_is_nan_is_no_normal_one():
-    detector = AnomalyDetector.fit(score("log_prob"), TENSOR)
+    detector = score("log_prob").fit(TENSOR)
     assert detector.flags([0.0, float("nan")], 0.1)[1]
 
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_arrays_and_lists_are_scored_as_tensors(kind):
-    fitted = score(kind).fit(GOOD)
+    fitted = score(kind).fit(GOOD).score
     assert torch.equal(fitted(GOOD), fitted(TENSOR))
     torch.testing.assert_close(fitted(GOOD.tolist()), fitted(TENSOR), rtol=1e-3, atol=1e-3)  # lists are float32

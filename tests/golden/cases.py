@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import small_config
 from torch import Tensor, nn
 
-from torchcdm.apps.anomaly import AnomalyScore
+from torchcdm.apps.anomaly import AnomalyDetector
 from torchcdm.apps.denoising import estimate_noise, nearest_level
 from torchcdm.apps.ratio import DensityRatio
 from torchcdm.compose import sample
@@ -271,8 +271,9 @@ def of_tools() -> dict[str, Tensor]:
     sums = level_sums(model, grey(20), draws=2, seed=1)
     values["evaluation"] = torch.stack([sums["mse"], sums["ce"], sums["accuracy"]])
     for name in ("log_prob", "typicality", "coarse"):
-        score = AnomalyScore(name, model).fit(grey(30, seed=11))
-        values[f"anomaly/{name}"] = score(grey(5, seed=12))
+        score = AnomalyDetector(name, model)
+        score.learn(score.features(grey(30, seed=11)))
+        values[f"anomaly/{name}"] = score.score(grey(5, seed=12))
     found = torch.tensor(calibrate_levels(model, grey(40, seed=13), copies=400, seed=1))
     values["constants"] = torch.cat([model.level_constants, found])
     return values

@@ -16,8 +16,7 @@ from torchcdm.diffusion.mixture import maximised
 from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
-LARGEST_DIM = 256
-LARGEST_COUNT = 5000
+LARGEST_DIM, LARGEST_COUNT = 256, 5000
 """More dimensions or training samples would take longer than the network."""
 
 COMPONENTS = {"full": (2, 5, 10, 15), "diag": (10, 20, 40, 80)}

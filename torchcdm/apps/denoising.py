@@ -44,16 +44,11 @@ def estimate_noise(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
     A coarse search evenly spaced in log r, then halved steps around the best level, then a parabola through the
     best three. Each sample searches for itself: 12 forward passes and about two for each halving.
 
-    Args:
-        model: A trained model.
-        z: Clean data plus white noise, model units, (B, *shape), in the precision of the network.
+    ``z`` is clean data plus white noise, model units, (B, *shape), in the precision of the network.
 
     Returns:
         The deviation s, model units, between the levels too, and log p(y | s) at the best level, nats in model units:
-        float64 (B,) each.
-
-    Raises:
-        UserError: Values at which the density is not finite.
+        float64 (B,) each. UserError where the density is not finite.
     """
     schedule, T, log_r, d = model.schedule, model.schedule.T, model.schedule.ratio.log(), z[0].numel()
     # What is known of log p(y | r_t): one row a sample, one column a level.

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from torchcdm import compose
-from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, AnomalyScore, level_profile
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, AnomalyMap, level_profile
 from torchcdm.apps.anomaly.maps import overlay
 from torchcdm.apps.plots import row_of_axes
+from torchcdm.data.images import resize
 from torchcdm.data.outputs import sheet
 from torchcdm.errors import UserError, needed
 from torchcdm.models.density import DensityModel, require_density
@@ -71,7 +72,7 @@ class Explorer:
     def detector(self) -> AnomalyDetector:
         """The score among normal data, ``levels`` where there are enough; fitted when it is first asked for."""
         enough = len(self.reference) // 2 >= SCORES["levels"].smallest_reference
-        return AnomalyDetector.fit(AnomalyScore("levels" if enough else "log_prob", self.model), self.reference)
+        return AnomalyDetector("levels" if enough else "log_prob", self.model).fit(self.reference)
 
     @cached_property
     def map(self) -> AnomalyMap:
@@ -87,18 +88,15 @@ class Explorer:
 
     def drawn(self, layers: list[np.ndarray]) -> Tensor:
         """Strokes, RGBA layers (H, W, 4), as an image of the model: white on black; data units (1, C, H, W)."""
-        from PIL import Image
-
         strokes = np.max([layer[..., 3] for layer in layers], axis=0) if layers else np.zeros((1, 1), np.uint8)
         if not strokes.any():
             raise UserError("nothing is drawn; draw with the brush first")
         transform = self.info.transform
         channels, height, width = transform.shape
-        small = Image.fromarray(strokes).resize((width, height), Image.Resampling.BILINEAR)
+        ink = resize(torch.from_numpy(strokes)[None], (height, width))
         low = self.reference.min() if transform.low is None else transform.low
         high = self.reference.max() if transform.high is None else transform.high
-        image = low + (high - low) * torch.from_numpy(np.array(small))[None] / 255
-        return transform.quantize(image).expand(channels, -1, -1)[None].float()
+        return transform.quantize(low + (high - low) * ink / 255).expand(channels, -1, -1)[None].float()
 
     def uploaded(self, path: str) -> Tensor:
         """The first input of a file, data units (1, *shape); errors as of :meth:`ModelInfo.read_inputs`."""
@@ -148,7 +146,7 @@ class Explorer:
         """How anomalous one input is in words, and where: its map over the image, or a bar for each column."""
         score, where = self.detector.score(x), self.map(x)
         percentile, count = float(self.detector.percentile(score)[0]), len(self.detector.calibration)
-        name = self.detector.score.name
+        name = self.detector.name
         words = f"more anomalous than **{percentile:.1f} %** of {count} normal inputs (score {name})"
         if self.images:
             return words, _sheet(overlay(where, x, self.map.limit, self.info.transform))
@@ -161,8 +159,7 @@ class Explorer:
 
     def noised(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """One input at level ``t``, and E[x_0 | x_t], both data units."""
-        transform, schedule = self.info.transform, self.model.schedule
-        t = min(max(int(t), 0), schedule.T)
+        transform, schedule, t = self.info.transform, self.model.schedule, int(t)
         z = transform(x.to(schedule.alpha.device, torch.float32))
         x_t = schedule.perturb(z, t, torch.randn(z.shape, generator=stream(0, "explorer")).to(z))
         with torch.no_grad():
@@ -178,13 +175,12 @@ class Explorer:
         They are of the ``classes``, by name, as ``how`` says, a name in :data:`COMBINED`; of all where none is chosen.
         ``guidance`` is for one class. ``moves`` are accepted Langevin moves after each step.
         """
-        n, chosen = min(max(int(n), 1), MOST_SAMPLES), [self.labels.index(label) for label in classes]
+        chosen = [self.labels.index(label) for label in classes]
         single = len(chosen) == 1 and COMBINED.get(how) is not compose.none_of
         target = self.model if single or not chosen else COMBINED.get(how, compose.any_of)(self.model, chosen)
         y, guidance = (chosen[0], guidance) if single else (None, 0.0)
-        steps, moves = min(max(int(steps), 1), self.model.schedule.T), min(max(int(moves), 0), MOST_MOVES)
-        return compose.sample(target, n, steps=steps, y=y, guidance=guidance, seed=int(seed), units="codes",
-                              corrector=moves)  # fmt: skip
+        return compose.sample(target, int(n), steps=int(steps), y=y, guidance=guidance, seed=int(seed), units="codes",
+                              corrector=int(moves))  # fmt: skip
 
 
 def _sheet(images: Tensor) -> np.ndarray:

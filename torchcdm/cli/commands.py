@@ -76,18 +76,15 @@ def add_commands(commands: Any) -> None:
     add(parser, "--sampler", "ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one evaluation a "
         "step; heun: two (ddpm, with moves)")  # fmt: skip
     add(parser, "--steps N", "sampling steps, up to T (25 with moves, 50 without)", count)
-    add(parser, "--spacing", "even, or adaptive: steps placed where the model's trajectories bend, found by 64 "
-        "evaluations of 16 of them", default="even")  # fmt: skip
+    add(parser, "--spacing", "even, or adaptive: steps where trajectories bend, as 16 pilots find", default="even")
     add(parser, "--label K|balanced", "class by number or name, or all in turn")
     add(parser, "--guidance W", "classifier-free guidance", float, default="0")
     add(parser, "--all-of A,B", "what is all of these classes at once: a product")
     add(parser, "--any-of A,B", "what is one of these classes: a mixture")
     add(parser, "--none-of A,B", "what is none of these classes")
     add(parser, "--beta B", "density to the power B: above 1 more typical samples", float)
-    add(parser, "--corrector N", "Langevin moves with accept-reject after each step, an evaluation each (1 without "
-        "--sampler, 0 with it)", int)  # fmt: skip
-    add(parser, "--particles N", "weighted particles, at least --n, instead of a sampler: what a composed density "
-        "needs to be exact", int, default=0)  # fmt: skip
+    add(parser, "--corrector N", "accepted Langevin moves after each step (1 without --sampler, 0 with it)", int)
+    add(parser, "--particles N", "weighted particles, at least --n: exact for composed densities", int, default=0)
     add(parser, "--format", "what to write", default="grid", choices=("grid", "images", "array", "all"))
     add(parser, "--out DIR", None, Path, required=True)
 
@@ -126,25 +123,20 @@ def add_commands(commands: Any) -> None:
         "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
         "model paths skip-bad quiet json device",
     )  # fmt: skip
-    scores = "levels, coarse, complexity, typicality, log_prob, ratio"
-    add(parser, "--score NAME", f"of {scores}", default="levels")
+    add(parser, "--score NAME", "levels, coarse, complexity, typicality, log_prob or ratio", default="levels")
     add(parser, "--background RUN", "model of broader data, for the score 'ratio'")
     add(parser, "--fpr P", "share of normal inputs to flag", float, default=0.05)
-    add(parser, "--reference PATH", "normal data that RUN was not trained on; its validation split by default",
-        nargs="+")  # fmt: skip
+    add(parser, "--reference PATH", "normal data that RUN was not trained on (its validation split)", nargs="+")
     add(parser, "--limit N", "at most N reference samples, evenly spaced (5000)", count)
-    add(parser, "--csv FILE", "score, percentile and flag of every input; where it is odd: the columns of flagged "
-        "rows, the file of a map", Path)  # fmt: skip
+    add(parser, "--csv FILE", "score, percentile, flag, and where it is odd: columns, or the file of a map", Path)
     add(parser, "--plot FILE", "histogram of the scores, a PNG", Path)
     add(parser, "--maps DIR", "a PNG for each image: beside it, where it is not what is normal", Path)
-    add(parser, "--engine", "this process, or workers on Ray for what no memory holds: Parquet by its row groups, "
-        "folders of images", default="local", choices=("local", "ray"))  # fmt: skip
+    add(parser, "--engine", "or workers on Ray, for what no memory holds", default="local", choices=("local", "ray"))
     add(parser, "--workers N", "workers on Ray; one for each GPU or core", count)
 
     parser = command("scoring:explore", "a page in the browser on a model", "cdm explore zoo:digits", "model device")
     add(parser, "--port P", "the first free one from 7860 on by default", int)
-    add(parser, "--reference PATH", "normal data to compare with and to choose from; the splits of MODEL's own data "
-        "by default", nargs="+")  # fmt: skip
+    add(parser, "--reference PATH", "normal data to compare with and to choose from (MODEL's own splits)", nargs="+")
 
     parser = command(
         "scoring:denoise", "remove white noise from images, arrays or tables",
@@ -152,8 +144,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     strength = parser.add_mutually_exclusive_group()
     add(strength, "--level T", "noise of this level", int)
-    add(strength, "--noise-std S", "noise of this deviation, data units; for data whose values share a scale, as "
-        "images do", float)  # fmt: skip
+    add(strength, "--noise-std S", "noise of this deviation, data units, where all values share a scale", float)
     add(parser, "--out DIR", "for the clean data, and noise.csv: level and noise_std of each input; for tables "
         "noise_ratio, the noise of every column over the column's own deviation in training", Path,
         required=True)  # fmt: skip

@@ -33,12 +33,11 @@ def sample(options: argparse.Namespace) -> None:
         # The classes of the model by number and by name.
         known = {str(k): k for k in range(model.classes or 0)}
         known |= {name: k for k, name in enumerate(info.class_names or ())}
-        y = _labels(options.label, options.n, model, known)
-        density, spacing = _composed(model, known, options), {"spacing": options.spacing}
+        y = _labels(options, model, known)
         drawn = draw(
-            density, options.n, y, options.seed, sampler=options.sampler, steps=options.steps,
-            guidance=options.guidance, corrector=options.corrector, particles=options.particles,
-            progress=main and not options.quiet, **(spacing if options.spacing != "even" else {}),
+            _composed(model, known, options), options.n, y, options.seed, sampler=options.sampler,
+            steps=options.steps, guidance=options.guidance, corrector=options.corrector, spacing=options.spacing,
+            particles=options.particles, progress=main and not options.quiet,
         )  # fmt: skip
     if not main:
         return
@@ -63,25 +62,26 @@ def _composed(model: Denoiser, known: dict[str, int], options: argparse.Namespac
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} contradict each other: give one".replace("_", "-"))
     for name, text in asked.items():
-        chosen = [part.strip() for part in text.split(",")]
-        for part in chosen:
-            if part not in known:
-                raise UserError(f"--{name.replace('_', '-')} {text}: {nearest(part, known)}")
-        model = getattr(compose, name)(model, [known[part] for part in chosen])
+        chosen = [_known(name, part.strip(), known) for part in text.split(",")]
+        model = getattr(compose, name)(model, chosen)
     return model if options.beta is None else compose.tempered(model, options.beta)
 
 
-def _labels(label: str | None, n: int, model: Denoiser, known: dict[str, int]) -> Tensor | None:
+def _labels(options: argparse.Namespace, model: Denoiser, known: dict[str, int]) -> Tensor | None:
     """The classes that ``--label`` asks for."""
-    if label is None:
+    if options.label is None:
         return None
     if model.classes is None:
-        raise UserError(f"--label {label}: this model was trained without classes")
-    if label == "balanced":
-        return balanced_labels(n, model.classes)
-    if label not in known:
-        raise UserError(f"--label {label}: {nearest(label, ['balanced', *known])}")
-    return torch.full((n,), known[label])
+        raise UserError(f"--label {options.label}: this model was trained without classes")
+    if options.label == "balanced":
+        return balanced_labels(options.n, model.classes)
+    return torch.full((options.n,), _known("label", options.label, known, "balanced"))
+
+
+def _known(flag: str, name: str, known: dict[str, int], *others: str) -> int:
+    if name not in known:
+        raise UserError(f"--{flag.replace('_', '-')} {name}: {nearest(name, [*known, *others])}")
+    return known[name]
 
 
 def restore(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, AnomalyScore, normal_data
+from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.apps.anomaly.detector import check_fpr
 from torchcdm.apps.anomaly.maps import save_maps
 from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, require_additive_noise
@@ -53,11 +53,11 @@ def score(options: argparse.Namespace) -> None:
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         background = None if options.background is None else load(options.background, device)
-        kind = AnomalyScore(options.score, model, background)
+        detector = AnomalyDetector(options.score, model, background)
         # Before the passes over the reference: a wrong path shall not take a minute to be found.
         inputs = None if ray else model.info.read_inputs(options.paths, options.skip_bad)
         reference, origin = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
-        detector = AnomalyDetector.fit(kind, reference)
+        detector.fit(reference)
         explained = options.maps is not None or (not images and options.csv is not None)
         explain = AnomalyMap(model).fit(reference) if explained else None
         words = {"fpr": options.fpr, "skip_bad": options.skip_bad, "device": device}

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torchcdm.apps.report import write_report
 from torchcdm.bridges.official import load_official
+from torchcdm.cli.arguments import given
 from torchcdm.cli.commands import SHORT
 from torchcdm.data import DataSource, parse_size
 from torchcdm.errors import UserError
@@ -62,14 +63,12 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
         if not (options.resume and os.path.exists(saved)):
             raise UserError("give a preset or --config FILE; cdm presets lists the presets")
         layers.append(file_fields(saved))
-    for name in ("size", "crop"):
-        if getattr(options, name) is not None:
-            setattr(options, name, str(list(parse_size(getattr(options, name)))))
-    for name in ("columns", "drop"):
-        if getattr(options, name) is not None:
-            setattr(options, name, json.dumps(getattr(options, name).split(",")))
-    given = [(path, getattr(options, name)) for name, (path, *_) in SHORT.items()]
-    flags = [(path, text) for path, text in given if text is not None]
+    texts = given(**{name: getattr(options, name) for name in SHORT})
+    for name in texts.keys() & {"size", "crop"}:
+        texts[name] = str(list(parse_size(texts[name])))
+    for name in texts.keys() & {"columns", "drop"}:
+        texts[name] = json.dumps(texts[name].split(","))
+    flags = [(SHORT[name][0], text) for name, text in texts.items()]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
     layers.append(flag_fields(flags + options.fields))
     run, source = RunFolder(options.out), None
@@ -109,10 +108,7 @@ def convert(options: argparse.Namespace) -> None:
     load_official(options.checkpoint, model.backbone)
     names = None if options.classes is None else tuple(map(str, range(options.classes)))
     selected = {"value": "converted", "source": options.checkpoint.name}
-    info = ModelInfo(
-        preset=config.preset, model=model_config, transform=transform, data=config.data, class_names=names,
-        selected=selected,
-    )  # fmt: skip
+    info = ModelInfo(config.preset, model_config, transform, config.data, selected, names)
     with run.locked():
         save_model(run, model, info)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")

@@ -12,7 +12,7 @@ from annotated_types import Gt, Le
 from sklearn.base import OutlierMixin
 from torch import Tensor
 
-from torchcdm.apps.anomaly import AnomalyDetector, AnomalyScore
+from torchcdm.apps.anomaly import AnomalyDetector
 from torchcdm.estimators.density import TableDensity
 from torchcdm.estimators.tables import noisy
 from torchcdm.runtime.validation import Float
@@ -83,11 +83,11 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         # What learns of the held-out rows must not be calibrated on the same ones.
         half = max(2, len(held_out) // 2)
-        score = AnomalyScore(self.anomaly_score, self.model_)
-        score.fit(torch.cat(list(self._noisy(held_out[:half]))))
-        calibration = held_out[half:] if score.fitted and len(held_out) > half else held_out
-        scores = torch.stack([score(rows) for rows in self._noisy(calibration)]).mean(0)
-        self.detector_ = AnomalyDetector(score, scores.sort().values)
+        self.detector_ = detector = AnomalyDetector(self.anomaly_score, self.model_)
+        detector.learn(detector.features(torch.cat(list(self._noisy(held_out[:half])))))
+        calibration = held_out[half:] if detector.fitted and len(held_out) > half else held_out
+        scores = torch.stack([detector.score(rows) for rows in self._noisy(calibration)]).mean(0)
+        detector.calibration = scores.sort().values
         if not isinstance(self.contamination, str):
             self.offset_ = float(np.percentile(self._scores(codes), 100 * self.contamination))
         elif len(scores) + 1 >= 1 / FALSE_ALARMS:

@@ -1,4 +1,4 @@
-"""Thresholds and percentiles of a score, calibrated on held-out normal data."""
+"""Anomaly scores with thresholds and percentiles, calibrated on held-out normal data."""
 
 from __future__ import annotations
 
@@ -11,53 +11,100 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchcdm.apps.anomaly.profile import as_samples
-from torchcdm.apps.anomaly.scores import AnomalyScore
+from torchcdm.apps.anomaly.profile import as_samples, coarse_level, level_profile
+from torchcdm.apps.anomaly.scores import SCORES, Fitted
 from torchcdm.data import MemorySplit
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
+HIGHEST = torch.finfo(torch.float64).max
+"""Score of inputs for which numbers overflow."""
+
 
 @final
 class AnomalyDetector:
-    """A fitted score, and the scores of normal data that neither it nor the model has learned from.
+    """A number for each input, higher for the more anomalous, compared with normal data that did not train the model.
 
     Args:
-        score: The fitted score.
-        calibration: Scores of held-out normal data, sorted, float64 (n,).
+        name: Of :data:`torchcdm.apps.anomaly.SCORES`.
+        model: The model of the normal data; put into evaluation mode while it is used.
+        background: A model of broader data of the same shape; for ``ratio`` alone.
+
+    Attributes:
+        models: All whose densities the score is made of.
+        fitted: What the score learned; None before.
+        calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,).
+
+    Raises:
+        UserError: An unknown name, a model without density, ``ratio`` without background or a background without it,
+            models of inputs of different shapes.
 
     Example:
-        >>> detector = AnomalyDetector.fit(AnomalyScore("levels", model), normal)
+        >>> detector = AnomalyDetector("levels", model).fit(normal)
         >>> flags = detector.flags(detector.score(x), fpr=0.05)
     """
 
-    def __init__(self, score: AnomalyScore, calibration: Tensor) -> None:
-        self.score, self.calibration = score, calibration
-        # Now, not when it is saved: the model may be trained in between.
-        self._values = _digest(score)
+    calibration: Tensor
 
-    @classmethod
-    def fit(cls, score: AnomalyScore, reference: Tensor) -> AnomalyDetector:
+    def __init__(self, name: str, model: Denoiser, background: Denoiser | None = None) -> None:
+        if name not in SCORES:
+            raise UserError(f"unknown anomaly score '{name}'; {nearest(name, SCORES)}")
+        if (name == "ratio") != (background is not None):
+            problem = "needs a background model" if background is None else "takes no background model"
+            raise UserError(f"the score '{name}' {problem}; 'ratio' is the one that compares two models")
+        given = (model,) if background is None else (model, background)
+        self.name, self.models = name, tuple(require_density(one, "an anomaly score") for one in given)
+        if self.models[-1].shape != model.shape:
+            raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
+        self.fitted: Fitted | None = None
+        self._coarse = coarse_level(model.schedule)
+
+    def fit(self, reference: Tensor) -> AnomalyDetector:
         """One half of the reference, drawn at random, fits the score, the other is what it is compared with.
 
-        Args:
-            score: Not yet fitted.
-            reference: Normal data that the model was not trained on, data units, (N, *shape).
-
-        Raises:
-            UserError: A reference that is too small, or as in :meth:`AnomalyScore.fit`.
+        The ``reference`` is normal data that the model was not trained on, data units, (N, *shape). UserError where it
+        is too small, of another shape than the model's, or not finite.
         """
-        if not isinstance(score, AnomalyScore):
-            raise UserError(f"score is {score!r}; give an AnomalyScore")
-        reference = as_samples(score.models[0], reference, 2)
+        reference = as_samples(self.models[0], reference, 2)
         order = torch.randperm(len(reference), generator=stream(0, "halves"))
         half = len(reference) // 2
-        score.fit(reference[order[:half]])
-        return cls(score, score(reference[order[half:]]).sort().values)
+        self.learn(self.features(reference[order[:half]]))
+        self.calibration = self.score(reference[order[half:]]).sort().values
+        return self
+
+    def score(self, x: Tensor) -> Tensor:
+        """Scores of ``x`` (N, *shape), data units: finite, float64 (N,) on the CPU; UserError as in :meth:`fit`."""
+        return self.apply(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The profile of each input, float64 (N, T+2); of two models log p_0 of both, (N, 2)."""
+        profiles = [level_profile(model, x) for model in self.models]
+        return profiles[0] if len(profiles) == 1 else torch.stack([profile[:, 0] for profile in profiles], 1)
+
+    def learn(self, features: Tensor) -> AnomalyDetector:
+        """Fits the score alone, to :meth:`features` of normal data."""
+        kind = SCORES[self.name]
+        if len(features) < kind.smallest_reference:
+            least = kind.smallest_reference
+            raise UserError(f"the reference holds {len(features)} samples; '{self.name}' takes at least {least}")
+        # Contiguous as they are read from a file: rounding depends on the layout in memory.
+        learned = kind.learn(features, self._coarse)
+        self.fitted = {key: value.contiguous() for key, value in learned.items()}
+        # Now, not when it is saved: the model may be trained in between.
+        self._values = self._digest()
+        return self
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Scores of :meth:`features`."""
+        if self.fitted is None:
+            raise UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
+        # Far outside the data a density overflows; what it is then, inf or nan, must not pass for normal.
+        return SCORES[self.name].apply(features, self._coarse, self.fitted).nan_to_num(nan=HIGHEST, posinf=HIGHEST)
 
     def percentile(self, scores: Tensor) -> Tensor:
         """Share of normal data that would score lower, in percent, float64 (N,): 100 (1 - conformal p-value).
@@ -82,10 +129,8 @@ class AnomalyDetector:
         rank = math.ceil(round((n + 1) * (1 - fpr), 9))
         if rank > n:
             needed = math.ceil(round(1 / fpr, 9)) - 1
-            raise UserError(
-                f"{n} held-out normal samples cannot calibrate a false-positive rate of {fpr:g}; "
-                f"it takes {needed}, or a larger rate"
-            )
+            what = f"{n} held-out normal samples cannot calibrate a false-positive rate of {fpr:g}"
+            raise UserError(f"{what}; it takes {needed}, or a larger rate")
         return float(self.calibration[rank - 1])
 
     def flags(self, scores: Tensor, fpr: float) -> Tensor:
@@ -94,43 +139,43 @@ class AnomalyDetector:
 
     def save(self, folder: str | Path) -> None:
         """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``."""
-        content, tensors = {"score": self.score.name, "values": self._values}, {"calibration": self.calibration}
-        tensors |= {f"fitted.{key}": value for key, value in (self.score.fitted or {}).items()}
+        content, tensors = {"score": self.name, "values": self._values}, {"calibration": self.calibration}
+        tensors |= {f"fitted.{key}": value for key, value in (self.fitted or {}).items()}
         write_artefact(Path(folder) / FILE, "detector", content, {TENSORS: tensors})
 
     @classmethod
     def load(cls, folder: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
-        Raises:
-            UserError: No detector there, damaged files, or one of a model of other weights or constants.
+        UserError where none is there, files are damaged, or the model has other weights, constants or readout.
         """
         path = Path(folder) / FILE
         content, (tensors,) = read_artefact(path, "detector", [TENSORS])
-        score = AnomalyScore(str(content.get("score")), model, background)
-        if content.get("values") != _digest(score):
+        detector = cls(str(content.get("score")), model, background)
+        detector._values = detector._digest()
+        if content.get("values") != detector._values:
             what = "the model has been trained since, or is another"
             raise UserError(f"{path}: {what}; fit the detector again")
-        calibration, prefix = tensors.get("calibration", torch.empty(0)), "fitted."
-        if calibration.dtype != torch.float64 or calibration.ndim != 1 or not len(calibration):
+        scores, prefix = tensors.get("calibration", torch.empty(0)), "fitted."
+        if scores.dtype != torch.float64 or scores.ndim != 1 or not len(scores):
             damaged(path.with_name(TENSORS), "'calibration' is missing or wrong")
-        score.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        return cls(score, calibration)
+        detector.calibration = scores
+        detector.fitted = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+        return detector
+
+    def _digest(self) -> str:
+        """A digest of the tensors that the models' densities are made of, in single precision."""
+        digest = hashlib.sha256()
+        for model in self.models:
+            for name, value in sorted(model.state_dict().items()):
+                digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def check_fpr(fpr: float) -> None:
     """Refuses a false-positive rate outside (0, 1)."""
     if not 0 < fpr < 1:
         raise UserError(f"fpr is {fpr:g}; a false-positive rate lies between 0 and 1")
-
-
-def _digest(score: AnomalyScore) -> str:
-    """A digest of the tensors that the models' densities are made of, in single precision."""
-    digest = hashlib.sha256()
-    for model in score.models:
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def normal_data(

@@ -1,8 +1,7 @@
 """Where an input is odd: the pixels of an image, or the columns of a row, at which the denoiser errs more than usual.
 
-log p falls short where E[x_0 | x_t] is not x_0: the ELBO is a sum of these squared errors over levels and places. Each
-is compared with that of normal data at its place. Errors of single pixels show what is rough; errors of small areas,
-in which those of pixels cancel, show what is smooth but out of place.
+The ELBO is a sum of these squared errors over levels and places. Each is compared with that of normal data at its
+place. Errors of single pixels show what is rough; errors of small areas show what is smooth but out of place.
 """
 
 from __future__ import annotations
@@ -68,21 +67,14 @@ class AnomalyMap:
     def fit(self, reference: Tensor) -> AnomalyMap:
         """Learns what errors are normal, and returns itself.
 
-        Args:
-            reference: Normal data that the model was not trained on, data units, (N, *shape); at most 500 are used.
-
-        Raises:
-            UserError: Fewer than two samples, another shape than the model's, values that are not finite.
+        The ``reference`` is normal data that the model was not trained on, data units, (N, *shape); at most 500 are
+        used. UserError for fewer than two samples, another shape than the model's, or values that are not finite.
         """
         reference = as_samples(self.model, reference, 2)
         return self.learn(self.errors(reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors.
-
-        Raises:
-            UserError: Nothing to look at, another shape than the model's, values that are not finite.
-        """
+        """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors."""
         return self.apply(self.errors(x))
 
     def errors(self, x: Tensor) -> Tensor:
