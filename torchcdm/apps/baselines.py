@@ -88,10 +88,9 @@ def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
 
 
 def mixtures(train: np.ndarray, floor: float, seed: int) -> Candidates:
-    """Gaussian mixtures of several sizes, by expectation maximisation, of ``train`` (N, d), model units.
+    """Gaussian mixtures of several sizes, of ``train`` (N, d), model units; ``floor`` is added to all variances.
 
-    ``floor`` is added to all variances; the components begin by ``seed``. Sizes that have fewer than two samples each
-    are left out.
+    The components begin by ``seed``. Sizes that have fewer than two samples each are left out.
     """
     for form, counts in COMPONENTS.items():
         for count in (count for count in counts if count < len(train) // 2):

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES, MOST_MOVES = 64, 10
 
-COMBINED = {
-    "one of these": compose.any_of, "all of these at once": compose.all_of, "none of these": compose.none_of,
-}  # fmt: skip
+COMBINED = {"one of these": compose.any_of, "all of these at once": compose.all_of, "none of these": compose.none_of}
 """What can be made of several classes."""
 
 BAND = (0.05, 0.5, 0.95)
@@ -245,10 +243,9 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                         ink = gr.Button("Look at the drawing", elem_id="ink")
                     own = result("input", "input")
                 else:
-                    own = gr.Dataframe(
-                        headers=explorer.columns, label="the row; edit its cells", elem_id="input", interactive=True,
-                        row_count=1, column_count=len(explorer.columns),
-                    )  # fmt: skip
+                    sizes = {"row_count": 1, "column_count": len(explorer.columns)}
+                    own = gr.Dataframe(headers=explorer.columns, label="the row; edit its cells", elem_id="input",
+                                       interactive=True, **sizes)  # fmt: skip
                     edited = gr.Button("Look at the edited row", elem_id="edited")
             with gr.Column():
                 words = gr.Markdown(elem_id="words")

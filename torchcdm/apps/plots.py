@@ -122,8 +122,7 @@ def scatter(samples: Tensor, data: Tensor, path: Path) -> None:
         for ax, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
             ax.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5)
             ax.set_title(title)
-        axes[1].set_xlim(axes[0].get_xlim())
-        axes[1].set_ylim(axes[0].get_ylim())
+        axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
 
 
 def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:

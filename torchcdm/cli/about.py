@@ -13,13 +13,6 @@ from torchcdm.training.config_files import make_config, preset_about, preset_fie
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.zoo import HOME, about, located, names
 
-LABELS = {
-    "none": "of the data; the model does not use them",
-    "input": "an input of the network",
-    "joint": "all in one pass",
-}
-"""``model.labels`` as ``cdm info`` says it."""
-
 
 def presets(options: argparse.Namespace) -> None:
     """One line a preset."""
@@ -58,7 +51,7 @@ def info(options: argparse.Namespace) -> None:
     what = {"cdm": "a classification diffusion model", "ddm": "a plain diffusion model"}[config.kind]
     best = f": {kept['value']} {kept['best']:.4g} {kept['unit']}".rstrip() + " on validation" if "best" in kept else ""
     count = sum(parameter.numel() for parameter in model.parameters())
-    grid = info.transform
+    grid, how = info.transform, {"none": "not used by the model", "input": "an input", "joint": "all in one pass"}
     values = {
         "model": f"{what} of samples {shape}, preset {info.preset}",
         "network": f"{config.backbone.name}, {count:,} parameters; starts from {described(config)}",
@@ -66,7 +59,7 @@ def info(options: argparse.Namespace) -> None:
         "data": info.data.spec or "given in Python",
         "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",
         "columns": info.columns and ", ".join(info.columns),
-        "classes": info.class_names and f"{', '.join(info.class_names)} ({LABELS[config.labels]})",
+        "classes": info.class_names and f"{', '.join(info.class_names)} ({how[config.labels]})",
         "kept": f"step {kept['step']}{best}" if "step" in kept else None,
         "last step": lines[-1]["step"] if lines else None,
         "states": ", ".join(path.name for path in state_folders(run)),

@@ -89,12 +89,10 @@ class AnomalyDetector:
     def learn(self, features: Tensor) -> AnomalyDetector:
         """Fits the score alone, to :meth:`features` of normal data."""
         kind = SCORES[self.name]
-        if len(features) < kind.smallest_reference:
-            least = kind.smallest_reference
+        if len(features) < (least := kind.smallest_reference):
             raise UserError(f"the reference holds {len(features)} samples; '{self.name}' takes at least {least}")
         # Contiguous as they are read from a file: rounding depends on the layout in memory.
-        learned = kind.learn(features, self._coarse)
-        self.fitted = {key: value.contiguous() for key, value in learned.items()}
+        self.fitted = {key: value.contiguous() for key, value in kind.learn(features, self._coarse).items()}
         # Now, not when it is saved: the model may be trained in between.
         self._values = self._digest()
         return self
