@@ -103,10 +103,10 @@ def test_resampling_keeps_the_mean_of_the_estimate():
     assert float(ratio.std()) < 0.4
 
 
-def test_draws_of_particles_come_from_the_normalised_density():
-    schedule, generator = CosineSchedule(30), rng()
+def test_weighted_particles_are_those_of_the_normalised_density():
+    schedule = CosineSchedule(30)
     target = ModelTarget(tilted_model(schedule, slope=SLOPE))
-    x = smc(target, Kernels.of_target(target), 1, 4, 1000, generator).draws(generator)
+    x = smc(target, Kernels.of_target(target), 1, 4, 1000, rng(), below=math.inf).states.x
     drawn = schedule.perturb(labelled_mixture().sample(100_000, rng(2)), 1, normal(100_000, 2))
     weights = (drawn @ SLOPE).softmax(0)
     assert torch.allclose(x.mean(0), weights @ drawn, atol=0.12)

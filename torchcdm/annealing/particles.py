@@ -134,10 +134,6 @@ class Particles(NamedTuple):
     least: Tensor
     visited: list[tuple[States, Tensor | float]]
 
-    def draws(self, generator: torch.Generator) -> Tensor:
-        """Equally weighted draws, (n, *shape): resampled within each island, so that few effective ones repeat."""
-        return resampled(self.states, self.log_weights, self.log_estimates, math.inf, generator)[0].x
-
 
 @torch.no_grad()
 def smc(

@@ -7,7 +7,6 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, final
@@ -34,16 +33,16 @@ class FlowResult:
 
     Attributes:
         path: log density at each level of the path, nats in model units, (levels, B).
+        one_pass: The same by one pass of the network, where it was asked for; no levels else.
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
         start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats, from the inputs; the one error that neither
             more steps nor more probes remove.
-        seen: What was looked at on the way, (levels, B, ...) each.
     """
 
     path: Tensor
+    one_pass: Tensor
     probe_gap: Tensor
     start_kl_bound: float
-    seen: list[Tensor]
 
     @property
     def log_prob(self) -> Tensor:
@@ -82,10 +81,6 @@ def probability_flow(
     return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, z, one_pass, offset)
 
 
-Look = Callable[[Tensor, int, Tensor | None], tuple[Tensor, ...]]
-"""What is wanted of x_t (B, *shape), in the precision of the network, at level t, of classes y: tensors (B, ...)."""
-
-
 @final
 class FlowSolver:
     """The probability flow of any denoiser between one level and the last, by Heun steps, in model units.
@@ -107,29 +102,23 @@ class FlowSolver:
         self.levels = [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
         self.nfe = 2 * steps + 1
 
-    def log_prob(
-        self, x_t: Tensor, y: Tensor | None = None, look: Look | None = None, progress: bool = False
-    ) -> FlowResult:
+    def log_prob(self, x_t: Tensor, y: Tensor | None = None, beside: bool = False) -> FlowResult:
         """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,).
 
-        ``look`` is asked at each level, as whole paths of images are more than memory may hold.
+        With that of one pass ``beside`` it, at each level, where the denoiser is a density.
         """
-        from tqdm.auto import tqdm
 
         def follow(rows: slice) -> tuple[Tensor, ...]:
-            found = self._rise(x_t[rows], labels_of(y, rows, x_t.device), rows, look)
-            bar.update(len(found[0]))
-            return found
+            return self._rise(x_t[rows], labels_of(y, rows, x_t.device), rows, beside)
 
-        with tqdm(total=len(x_t), desc="flow", unit="sample", disable=not progress, leave=False) as bar:
-            path, probe_gap, *seen = self.scoring.by_batches(self.denoiser, x_t, follow)
+        path, one_pass, probe_gap = self.scoring.by_batches(self.denoiser, x_t, follow)
         flat = x_t.double()
         a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
         kl = float(self.reference.start_kl(a * flat, b).mean())
-        return FlowResult(path.T, probe_gap, kl, [column.transpose(0, 1) for column in seen])
+        return FlowResult(path.T, one_pass.T, probe_gap, kl)
 
-    def _rise(self, x_t: Tensor, y: Tensor | None, rows: slice, look: Look | None) -> tuple[Tensor, ...]:
-        """log density by level, (B, levels), gap of the probe halves, (B,), what ``look`` says, (B, levels, ...)."""
+    def _rise(self, x_t: Tensor, y: Tensor | None, rows: slice, beside: bool) -> tuple[Tensor, ...]:
+        """log density by flow and by one pass, (B, levels) each, and the gap of the probe halves, (B,)."""
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         t, angle = self.levels[0], torch.atan(self.schedule.ratio)
@@ -138,7 +127,7 @@ class FlowSolver:
         slope, divergence = self._slope_and_divergence(w, t, y, rows)
         # Of both halves of the probes, (2, B).
         totals = [torch.zeros_like(divergence)]
-        seen = [] if look is None else [look(self._x(w, t).to(self.dtype), t, y)]
+        one_pass = [self._one_pass(w, t, y)] if beside else []
         for t, s in pairwise(self.levels):
             step = angle[s] - angle[t]
             ahead = self._slope(w + step * slope, s, y)
@@ -146,16 +135,19 @@ class FlowSolver:
             before = divergence
             slope, divergence = self._slope_and_divergence(w, s, y, rows)
             totals.append(totals[-1] + step / 2 * (before + divergence))
-            if look is not None:
-                seen.append(look(self._x(w, s).to(self.dtype), s, y))
+            if beside:
+                one_pass.append(self._one_pass(w, s, y))
         rest, start, d = (totals[-1] - torch.stack(totals)).mean(1), log_normal(w).sum(1), w.shape[1]
         # log p_u = log p_w - sum log scale, and log p_x = log p_u - d log alpha.
         log_prob = [
             start + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
             for t, total in zip(self.levels, rest, strict=True)
         ]
-        columns = (torch.stack(column, 1) for column in zip(*seen, strict=True))
-        return torch.stack(log_prob, 1), totals[-1][0] - totals[-1][1], *columns
+        by_one_pass = torch.stack(one_pass, 1) if beside else w.new_empty(len(w), 0)
+        return torch.stack(log_prob, 1), by_one_pass, totals[-1][0] - totals[-1][1]
+
+    def _one_pass(self, w: Tensor, t: int, y: Tensor | None) -> Tensor:
+        return self.denoiser.log_prob_levels(self._x(w, t).to(self.dtype), y)[:, t]
 
     def _scale(self, t: int) -> Tensor:
         return (self.reference.variances + self.schedule.ratio[t] ** 2).sqrt()
@@ -217,6 +209,6 @@ def gap_by_level(model: DensityModel, x: Tensor, y: Tensor | None = None, scorin
     model, (x, y) = require_density(model, "a gap to the flow"), as_data(model, x, y)
     solver = FlowSolver(model, scoring)
     z = scoring.by_batches(model, x, lambda rows: Batch(model, x, y, rows, scoring.seed).noised(solver.levels[0]))
-    found = solver.log_prob(z, y, lambda x_t, t, labels: (model.log_prob_levels(x_t, labels)[:, t],))
-    gaps = found.path - found.seen[0]
+    found = solver.log_prob(z, y, beside=True)
+    gaps = found.path - found.one_pass
     return LevelGaps(solver.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())
