@@ -95,11 +95,13 @@ def mixture_weights() -> str:
 def mi_tasks() -> str:
     """Mutual information of the benchmark's tasks, and how many marks each estimator has."""
     content = read("mi_tasks")["marks"]
-    names = list(dict.fromkeys(row["estimator"] for row in content))
+    given = dict.fromkeys(row["estimator"] for row in content)
+    names = sorted(given, key=lambda name: (name != "cdm", not name.startswith("cdm")))
     found = {(row["task"], row["estimator"]): row for row in content}
     rows = []
     for task, truth in dict.fromkeys((row["task"], row["truth"]) for row in content):
-        cells = [f"**{r['mean']:.2f}**" if r["mark"] else f"{r['mean']:.2f}" for r in (found[task, n] for n in names)]
+        own = [found.get((task, name)) for name in names]
+        cells = ["–" if r is None else f"**{r['mean']:.2f}**" if r["mark"] else f"{r['mean']:.2f}" for r in own]
         rows.append([task, f"{truth:.2f}", *cells])
     own = [[row for row in content if row["estimator"] == name] for name in names]
     counts = [f"{sum(r['mark'] for r in of)} of {len(of)}" for of in own]
