@@ -14,8 +14,9 @@ EXACT = os.environ.get("GOLDEN") == "exact"
 """Bit for bit, on the machine that wrote the values; elsewhere sums round in another order."""
 
 
-OPTIMISED = ("step", "training", "ratio")
-"""Adam and Muon divide gradients by their own size: rounding that is no matter elsewhere shows in the weights."""
+OPTIMISED = ("step", "training", "ratio", "log-z")
+"""Adam and Muon divide gradients by their own size, and moves are accepted or not: rounding that is no matter
+elsewhere shows in weights and states."""
 
 with safe_open(VALUES, "pt") as file:
     TORCH = file.metadata()["torch"]

@@ -248,8 +248,6 @@ def of_likelihoods() -> dict[str, Tensor]:
                 values[f"{which}/single-{level}"] = single_pass(model, x, y, Scoring(level, draws=3, seed=1)).nats
             values[f"{which}/importance"] = single_pass(model, x, y, Scoring(3, draws=3, seed=1), True).nats
     model = vector_model()
-    z = log_normalizer(model, scoring=Scoring(seed=2), sweeps=6, replicas=4)
-    values["log-z"], values["log-z-x"] = torch.tensor([z.value, z.se, z.check.value]), z.x[:8]
     neighbours = consistency(model, inputs(model, 8), None, Scoring(seed=1))
     values["consistency"] = torch.stack([neighbours.down, neighbours.up])
     gaps = gap_by_level(model, inputs(model, 8), None, Scoring(level=1, seed=1))
@@ -311,11 +309,17 @@ def of_ratio() -> dict[str, Tensor]:
     return {"log_ratio": torch.from_numpy(np.asarray(ratio.log_ratio(draws(8, 2, seed=23).numpy())))}
 
 
+def of_log_z() -> dict[str, Tensor]:
+    z = log_normalizer(vector_model(), scoring=Scoring(seed=2), sweeps=6, replicas=4)
+    return {"estimates": torch.tensor([z.value, z.se, z.check.value]), "x": z.x[:8]}
+
+
 CASES: dict[str, Case] = {
     **{f"model/{name}": (lambda name=name: of_model(name)) for name in MODELS},
     **{f"step/{name}": (lambda name=name: of_step(name)) for name in STEPS},
     "samplers": of_samplers,
     "likelihoods": of_likelihoods,
+    "log-z": of_log_z,
     "tools": of_tools,
     "training": of_training,
     "ratio": of_ratio,

@@ -87,6 +87,7 @@ def test_a_training_ends_with_constants_that_lower_the_cross_entropy(tmp_path):
     layers = [preset_fields("mlp"), {"data": {"spec": "toy:two-moons"}, "sampling": {"n": 0}}]
     layers.append({"model": {"gaussian": False}})
     steps = {"steps": 150, "batch_size": 64, "validate_every": 150, "validation_samples": 200, "lr": 3e-3}
+    steps["fallback"] = False
     # The logits come so late that they are not trained.
     loss = {"logits_from": [0.99, 1.0]}
     models = {}

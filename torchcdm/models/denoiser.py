@@ -230,4 +230,5 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 def working_dtype(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     """Precision of the network's weights, of its inputs therefore; ``otherwise`` where it has none."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), otherwise)
+    # A list: what ``next`` does with a second argument is not exported by every PyTorch.
+    return [*(p.dtype for p in module.parameters() if p.is_floating_point()), otherwise][0]
