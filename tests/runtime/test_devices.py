@@ -25,10 +25,16 @@ def test_devices_that_are_not_there_are_refused_in_one_line(name, recwarn):
 
 
 @pytest.fixture
-def cdm(tmp_path, monkeypatch):
+def any_device(monkeypatch):
+    """Takes every device, also where a module has the function that refuses it: imported, so that none keeps ours."""
+    for module in ("cli.sampling", "cli.training", "cli.scoring", "cli.ratios", "training.scale", "runtime.processes"):
+        monkeypatch.setattr(f"torchcdm.{module}.chosen_device", torch.device)
+
+
+@pytest.fixture
+def cdm(tmp_path, monkeypatch, any_device):
     """A command on the device, in a folder of its own that holds a table and twelve digits."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchcdm.runtime.processes.chosen_device", torch.device)
     np.savetxt("table.csv", TABLE, delimiter=",", header="a,b,c", comments="")
     np.save("digits.npy", load_data("digits").test.tensors(12)[0][:, 0].numpy())
 
@@ -93,8 +99,7 @@ def test_tables(cdm, components):
     cdm("denoise affine table.csv --out clean")
 
 
-def test_estimators_and_ratios(monkeypatch):
-    monkeypatch.setattr("torchcdm.runtime.processes.chosen_device", torch.device)
+def test_estimators_and_ratios(any_device):
     with pretended_device() as device:
         options = {"random_state": 0, "device": str(device), "steps": 6}
         for likelihood in ("one-pass", "flow"):

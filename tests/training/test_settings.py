@@ -228,15 +228,16 @@ def test_files_name_the_field_or_the_line(tmp_path):
     file = tmp_path / "mine.yaml"
     for text, message in {
         "train: {steps: 3}\ntrain: {steps: 4}\n": "mine.yaml, line 2: not valid YAML \\('train' is there twice",
-        "train: {1: 3}\n": "^unknown field 'train.1'",
+        "train: {1: 3}\n": "mine.yaml, line 1: unknown field 'train.1'",
         "a: &x [*x]\n": "mine.yaml, line 1: not valid YAML \\(tags and aliases are not read",
         "a: !!python/object/apply:os.system [ls]\n": "tags and aliases are not read",
-        "extends: [digits]\n": "mine.yaml: unknown preset",
-        "\nextends: mine\n": "mine.yaml: unknown preset",
+        "extends: [digits]\n": "mine.yaml, line 1: unknown preset",
+        "\nextends: mine\n": "mine.yaml, line 2: unknown preset",
         "[" * 3000: "mine.yaml: not valid YAML",
         "train: {steps: 0b_}\n": "mine.yaml: not valid YAML",
-        "extends: digits\ntrain:\n  lr: 1e-3\n  steps: many\n": "^train.steps is 'many'",
-        "model:\n  class_gaussians: true\n": "^model: class_gaussians needs gaussian, and labels joint",
+        "extends: digits\ntrain:\n  lr: 1e-3\n  steps: many\n": "mine.yaml, line 4: train.steps is 'many'",
+        "train:\n  stesp: 3\n": "mine.yaml, line 2: unknown field 'train.stesp'; did you mean 'steps'",
+        "model:\n  class_gaussians: true\n": "line 1: model: class_gaussians needs gaussian, and labels joint",
     }.items():
         file.write_text(text)
         with pytest.raises(UserError, match=message) as caught:
@@ -247,6 +248,8 @@ def test_files_name_the_field_or_the_line(tmp_path):
         file_fields(file)
     # What a flag sets instead is not the file's mistake.
     file.write_text("train: {steps: many}\nmodel: {class_gaussians: true}\n")
+    with pytest.raises(UserError, match="^train.steps is 'few'"):
+        make_config(file_fields(file), flag_fields([("train.steps", "few"), ("model.labels", "joint")]))
     flags = [("train.steps", "3"), ("model.labels", "joint")]
     assert make_config(file_fields(file), flag_fields(flags)).train.steps == 3
 

@@ -105,7 +105,7 @@ def validated(kind: type[T]) -> type[T]:
             init(self, *args, **fields)
         except ValidationError as error:
             names = dict(zip(checked.__dataclass_fields__, args, strict=False))
-            raise UserError(_mistake(error, names | fields)) from None
+            raise UserError(mistake(error, names | fields)[1]) from None
 
     checked.__init__ = initialise
     return checked
@@ -121,7 +121,7 @@ def read_as(kind: type[T], value: Any, path: str = "") -> T:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise UserError(_mistake(error, value, path)) from None
+        raise UserError(mistake(error, value, path)[1]) from None
 
 
 def named(*kinds: type) -> Any:
@@ -174,7 +174,7 @@ def checked(function: Function) -> Function:
             valid = arguments().model_validate(given)
         except ValidationError as error:
             name = type(args[0]).__name__ if "self" in signature.parameters else function.__name__
-            raise UserError(f"{name}: {_mistake(error, given)}") from None
+            raise UserError(f"{name}: {mistake(error, given)[1]}") from None
         bound.arguments.update({key: getattr(valid, key) for key in given})
         return function(*bound.args, **bound.kwargs)
 
@@ -205,8 +205,8 @@ _SHOWN = reprlib.Repr()
 _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 3
 
 
-def _mistake(error: ValidationError, value: Any, path: str = "") -> str:
-    """The first mistake in ``value``, which lies at the dotted ``path``, in a line that names its place."""
+def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, str]:
+    """The first mistake in ``value``, which lies at the dotted ``path``: its place, and a line that names it."""
     first = error.errors(include_url=False)[0]
     kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
     for part in first["loc"]:
@@ -219,21 +219,22 @@ def _mistake(error: ValidationError, value: Any, path: str = "") -> str:
     here = path or "configuration"
     match kind:
         case "unknown_field":
-            return f"unknown field '{join(path, facts['key'])}'; {facts['hint']}"
+            path = join(path, facts["key"])
+            return path, f"unknown field '{path}'; {facts['hint']}"
         case "union_tag_invalid":
             needed = _nearest_of(facts["tag"], facts["expected_tags"])
-            return f"{join(path, 'name')} is {shown(facts['tag'])}; {needed}"
+            return path, f"{join(path, 'name')} is {shown(facts['tag'])}; {needed}"
         case "missing":
-            return f"{here} is missing"
+            return path, f"{here} is missing"
         case "value_error":
-            return f"{here}: {facts['error']}"
+            return path, f"{here}: {facts['error']}"
         case "literal_error":
             needed = _nearest_of(str(found), facts["expected"])
         case _:
             needed = first["msg"]
             for theirs, ours in _WORDS.items():
                 needed = needed.replace(theirs, ours)
-    return f"{here} is {shown(found)}; {needed}"
+    return path, f"{here} is {shown(found)}; {needed}"
 
 
 def shown(value: Any) -> str:

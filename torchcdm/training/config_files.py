@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.artefact import read_bytes
-from torchcdm.runtime.validation import encode, join, read_as, shown
+from torchcdm.runtime.validation import encode, join, mistake, shown
 from torchcdm.training.settings import Config
 
 _PRESETS = files("torchcdm.training") / "presets"
@@ -44,37 +45,60 @@ def _extended(fields: dict[str, Any]) -> dict[str, Any]:
     return fields if parent is None else merge(preset_fields(parent), fields)
 
 
-def file_fields(path: str | Path) -> dict[str, Any]:
-    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on."""
+class FileFields(dict[str, Any]):
+    """The fields of a YAML file, and the ``lines`` of its name and of each field in it, by its dotted path."""
+
+    lines: dict[str, str]
+
+
+def file_fields(path: str | Path) -> FileFields:
+    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on. Errors name the line."""
     content = read_bytes(Path(path), LARGEST)
     try:
-        fields = yaml.load(content.decode("utf-8-sig"), _Loader)
+        loader = _Loader(content.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        fields = None if node is None else loader.construct_document(node)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = "" if mark is None else f", line {mark.line + 1}"
         raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
+    lines = {key: f"{path}, line {line}" for key, line in _lines(node)}
     try:
-        return _extended(fields)
+        found = FileFields(_extended(fields))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{lines['extends']}: {error}") from None
+    found.lines = lines
+    return found
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Flags ``section.field`` with a text as nested fields: the text itself where the field takes it, else YAML."""
+    """Flags ``section.field`` with a text as nested fields: YAML values, or the text itself where one is asked for."""
     fields: dict[str, Any] = {}
     for path, text in flags:
-        literal = nested(path, text)
         try:
-            make_config(literal)
-        except UserError:
-            try:
-                literal = nested(path, yaml.load(text, _Loader))
-            except (ValueError, RecursionError, yaml.YAMLError):
-                raise UserError(f"--{path}: '{text}' is not a YAML value") from None
-        fields = merge(fields, literal)
+            fields = merge(fields, nested(path, text if _takes_text(path) else yaml.load(text, _Loader)))
+        except (ValueError, RecursionError, yaml.YAMLError):
+            raise UserError(f"--{path}: '{text}' is not a YAML value") from None
     return fields
+
+
+def _takes_text(path: str) -> bool:
+    """Whether a field holds a text or one of several words, and nothing else but None; unknown fields do."""
+    kinds: list[Any] = [Config]
+    for part in path.split("."):
+        known = [getattr(kind, "__pydantic_fields__", {}) for kind in kinds]
+        kinds = [leaf for fields in known if part in fields for leaf in _leaves(fields[part].annotation)]
+        if any(get_origin(kind) is dict for kind in kinds):
+            return False
+    return all(kind in (str, type(None)) or get_origin(kind) is Literal for kind in kinds)
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The alternatives of an annotation."""
+    parts = () if get_origin(annotation) in (Literal, tuple, dict) else get_args(annotation)
+    return (leaf for part in parts for leaf in _leaves(part)) if parts else iter([annotation])
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -87,12 +111,20 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 def make_config(*layers: Mapping[str, Any]) -> Config:
     """The configuration of these fields, laid on the defaults and on each other, the last strongest.
 
-    UserError for an unknown field or a wrong value, by its dotted path and with the nearest name.
+    UserError for an unknown field or a wrong value, by its dotted path and with the nearest name; names the line of
+    the file that sets it.
     """
     fields: dict[str, Any] = encode(Config())
     for layer in layers:
         fields = merge(fields, layer)
-    return read_as(Config, fields)
+    try:
+        return TypeAdapter(Config).validate_python(fields)
+    except ValidationError as error:
+        path, text = mistake(error, fields)
+    place = path.partition("[")[0]
+    setter: Any = next((layer for layer in reversed(layers) if place in dict(paths(layer))), None)
+    line = getattr(setter, "lines", {}).get(place)
+    raise UserError(text if line is None else f"{line}: {text}")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +167,14 @@ def paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 def to_yaml(config: Config) -> str:
     """The text that :func:`file_fields` reads."""
     return yaml.safe_dump(encode(config), sort_keys=False, allow_unicode=True)
+
+
+def _lines(node: yaml.MappingNode, path: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted paths of the fields of a document, and the lines that they are on."""
+    for key, value in node.value:
+        yield join(path, key.value), key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, join(path, key.value))
 
 
 class _Loader(yaml.SafeLoader):
