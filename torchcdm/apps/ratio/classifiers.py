@@ -2,7 +2,7 @@
 
 The logits of a classifier are the log ratio where both sources are as frequent: identity 1 without noise. They say
 little where the sources hardly overlap, so that held-out samples decide how far they are followed, see
-:func:`torchcdm.apps.ratio.correction.blend`.
+:func:`torchcdm.apps.ratio.blending.blend`.
 """
 
 from __future__ import annotations
