@@ -21,17 +21,23 @@ def mutual_information() -> str:
 
 
 def ratio_pairs() -> str:
-    """A row for each case: means and RMSE of points of the numerator, by three estimators."""
+    """A row for each case: means and RMSE of points of the numerator, by three estimators; a dash without a blend."""
+
+    def weights(note: str) -> str:
+        parts = note.split()
+        found = dict(zip(parts[::2], parts[1::2], strict=False))
+        return ", ".join(f"{name} {w}" for name, w in found.items() if float(w)) if "gaussians" in found else "–"
+
     cases: dict[tuple[str, float, int], dict[str, dict[str, Any]]] = {}
     for r in read("ratio_pairs")["rows"]:
         cases.setdefault((r["kind"], r["nats"], r["rows"]), {})[r["estimator"]] = r
     names = ("ours", "gaussians", "classifier")
     head = ["pairs", "rows", "exact, nats", "torchcdm", "two Gaussians", "classifier", "RMSE, torchcdm",
-            "two Gaussians", "classifier", "s"]  # fmt: skip
+            "two Gaussians", "classifier", "s", "blend"]  # fmt: skip
     lines = [
         [kind, str(rows), f"{by['ours']['exact']:.2f}",
          *(f"{by[name]['estimate']:.2f} ({100 * by[name]['error']:+.1f} %)" for name in names),
-         *(f"{by[name]['rmse']:.2f}" for name in names), f"{by['ours']['seconds']:.0f}"]
+         *(f"{by[name]['rmse']:.2f}" for name in names), f"{by['ours']['seconds']:.0f}", weights(by["ours"]["note"])]
         for (kind, _, rows), by in cases.items()
     ]  # fmt: skip
     return markdown(head, lines)
