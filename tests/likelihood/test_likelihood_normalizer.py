@@ -22,7 +22,9 @@ from torchcdm.likelihood import (
     consistency,
     elbo,
     log_normalizer,
+    single_pass,
 )
+from torchcdm.likelihood.one_pass import restricted_pass
 from torchcdm.likelihood.report import NLLGap, Row, judge
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
@@ -169,18 +171,39 @@ class Island(torch.nn.Module):
         return torch.cat([inner, h[:, -1:]], 1)
 
 
-def test_mass_that_data_never_showed_is_found_and_said():
+def island_model():
     schedule, mixture = CosineSchedule(25), labelled_mixture()
     base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
     backbone = Island(MixtureClassifier(mixture, schedule, base), schedule)
     model = ClassificationDiffusion(backbone, schedule, DataTransform([2], scale=1.0), base)
     # The far start is at four deviations; some of its replicas are at the island, none of the data's.
     model.transform.high = 6.0
-    found = by_replicas(model, mixture.sample(300, rng(2)))
+    return model, mixture.sample(300, rng(2))
+
+
+def test_mass_that_data_never_showed_is_found_and_said():
+    model, x = island_model()
+    found = by_replicas(model, x)
     starts = found.convergence["starts"]
     assert starts["white"][0] > starts["data"][0] + 0.5
     assert found.doubt and not found.usable and "differ" in found.doubt
     assert verdict_on(found).why == f"No normalised number can be given: {found.doubt}."
+
+
+def test_a_restricted_density_has_none_of_it_and_bounds_every_input():
+    model, x = island_model()
+    found = by_replicas(model, x, restricted=True)
+    side = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    levels, cell = model.log_prob_levels(grid), float(side[1] - side[0]) ** 2
+    truth = math.log(float(found.fence.restricted(levels)[:, 1].exp().sum()) * cell)
+    # The island is outside, and hardly anything else is.
+    assert abs(truth) < 0.02 and float(levels[:, 1].exp().sum()) * cell > 1.5
+    assert found.usable and abs(found.value - truth) < 4 * found.se + 0.01
+    one_pass, exact = (one.nats for one in (restricted_pass(model, x, found), single_pass(model, x)))
+    assert float((one_pass - exact).abs().median()) < 0.1 and float((one_pass - exact).mean()) > -0.2
+    island = torch.full((5, 2), 6.0)
+    assert float(restricted_pass(model, island, found).nats.max()) < float(single_pass(model, island).nats.min())
 
 
 def test_of_a_class():

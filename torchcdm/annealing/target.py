@@ -135,6 +135,35 @@ class ModelTarget(Target):
         return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
 
 
+@final
+class Fenced(Target):
+    """A target without mass where the profile of log gamma over the levels is not what is usual at a level.
+
+    Args:
+        inner: It tells log gamma at every level.
+        levels: Levels that are visited, and compared.
+        middle: Row t has the usual log gamma of all of them at points of the t-th one, nats, (levels, levels).
+        reach: Largest distance from it.
+    """
+
+    def __init__(self, inner: Target, levels: Sequence[int], middle: Tensor, reach: Tensor) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.reference)
+        self.inner, self.levels, self.middle, self.reach = inner, levels, middle, reach
+
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        found, at = self.inner.evaluate(x_t, t), torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        levels = self.restricted(found.levels)
+        return Evaluated(levels.gather(1, at[:, None])[:, 0], found.eps, levels)
+
+    def restricted(self, levels: Tensor) -> Tensor:
+        """log gamma at every level (B, T+2) where it has mass at the level, -inf elsewhere."""
+        seen = levels[:, self.levels]
+        inside = ((seen[:, None] - self.middle).abs() <= self.reach).all(2)
+        return torch.full_like(levels, -math.inf).index_copy(
+            1, torch.tensor(self.levels, device=levels.device), seen.masked_fill(~inside, -math.inf)
+        )
+
+
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     """The denoiser's own Gaussian marginals, or those of standard normal data.
 

@@ -73,12 +73,13 @@ def probability_flow(
     """
     (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]
-    z, one_pass, offset = scoring.by_batches(
+    z, levels, offset = scoring.by_batches(
         denoiser, x, lambda rows: score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
     )
     flow = solver.log_prob(z, labels_of(y, slice(None), z.device))
     nats = (flow.log_prob + offset).cpu()
-    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, z, one_pass, offset)
+    own = levels[:, level]
+    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, z, own, offset)
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.replicas import Replicas, exchange, ladder
-from torchcdm.annealing.target import ModelTarget
+from torchcdm.annealing.target import Fenced, ModelTarget
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Batch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import check_count
@@ -23,6 +23,9 @@ FEWEST_SWEEPS, SWEEPS, REPLICAS = 4, 200, 12
 
 DESCENDING = 128
 """Particles that come down first, at least: the levels are chosen by their works."""
+
+REACH = 6.0
+"""Deviations of the model's own samples within which a restricted density has all of its mass: of log p, by level."""
 
 FAR = 4.0
 """Deviations of continuous data at which replicas start that start far from all data."""
@@ -50,6 +53,7 @@ class LogZ:
         convergence: Of replica exchange: estimates by start and by quarter of the run, bits/dim, how far they are
             apart in standard errors, and shares of swaps accepted.
         doubt: Why the estimate is not to be used, a clause; empty where nothing speaks against it.
+        fence: Of a restricted density: tells where it has mass.
     """
 
     value: float
@@ -61,6 +65,7 @@ class LogZ:
     check: LogZ | None = None
     convergence: dict[str, Any] | None = None
     doubt: str = ""
+    fence: Fenced | None = None
 
     @classmethod
     def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int) -> LogZ:
@@ -165,6 +170,7 @@ def log_normalizer(
     sweeps: int = SWEEPS,
     replicas: int = REPLICAS,
     kernels: Kernels | None = None,
+    restricted: bool = False,
     progress: bool = False,
 ) -> LogZ:
     """log of the integral of exp(log p_t), over all inputs, by replica exchange from several starts.
@@ -181,6 +187,8 @@ def log_normalizer(
             each replica.
         replicas: Replicas of each level from each start, at least 2.
         kernels: The proposals; measured on samples of the model when None.
+        restricted: Only over inputs whose log p_s, at this level and those above, is within :data:`REACH` deviations
+            of what the model's own samples have: without the last of the starts.
         progress: Shows a progress bar over the sweeps.
 
     Raises:
@@ -202,15 +210,25 @@ def log_normalizer(
         noise = torch.randn(len(rungs.levels), *x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
         return torch.stack([schedule.perturb(x_0, t, eps) for t, eps in zip(rungs.levels, noise, strict=True)])
 
-    if transform is not None and transform.high is not None:
+    if restricted:
+        profiles = [target.evaluate(x, t).levels[:, rungs.levels] for x, t in zip(rungs.x, rungs.levels, strict=True)]
+        own = torch.stack(profiles, 1)
+        target = Fenced(target, rungs.levels, own.mean(0), REACH * own.std(0))
+    elif transform is not None and transform.high is not None:
         given["white"] = torch.full((1, *target.shape), float(transform.high), dtype=torch.float64)
     for name, points in given.items():
         points = points[torch.arange(replicas) * len(points) // replicas]
         starts[name] = noised(Batch(model, points, None, slice(0, replicas), scoring.seed).clean()[0])
-    if "white" not in given:
+    if "white" not in given and not restricted:
         signs = 2.0 * torch.randint(0, 2, (replicas, math.prod(target.shape)), generator=generator) - 1
         far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
         starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
-    rungs = rungs._replace(x=torch.cat(list(starts.values()), 1))
-    found = exchange(target, kernels, rungs, sweeps, generator, progress=progress)
-    return LogZ.of_replicas(found, list(starts))
+    x = torch.cat(list(starts.values()), 1)
+    if restricted:
+        # Replicas start where the density has mass: what is outside is replaced by samples.
+        for t, points, own in zip(rungs.levels, x, rungs.x, strict=True):
+            outside = target.evaluate(points, t).log_gamma.isinf().nonzero()[:, 0]
+            points[outside] = own[outside % len(own)]
+    found = exchange(target, kernels, rungs._replace(x=x), sweeps, generator, progress=progress)
+    z = LogZ.of_replicas(found, list(starts))
+    return replace(z, fence=target) if restricted else z

@@ -9,13 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.cells import noisy_cells
+from torchcdm.likelihood.log_z import LogZ
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
 from torchcdm.units import LogLikelihood
+
+COVER = 1e-3
+"""Share of the Gaussian that covers what a restricted density leaves out: it costs as many nats of a sample."""
 
 
 def single_pass(
@@ -49,7 +54,7 @@ def single_pass(
             x_0 = batch.dithered() if dither else batch.x.to(working_dtype(model, torch.float64))
             return model.log_prob(x_0, y=batch.y).cpu()
         _, log_prob, offset = score_noisy(model, batch, level)
-        return (log_prob + offset).cpu()
+        return (log_prob[:, level] + offset).cpu()
 
     # The first draw is the flow's too: both score the same noisy inputs.
     seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
@@ -58,23 +63,41 @@ def single_pass(
     return LogLikelihood(nats, transform.dim, level, transform.log_bin, scoring.draws)
 
 
+def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scoring = Scoring()) -> LogLikelihood:
+    """log-likelihood of data by one pass, a bound for every input: a share of a Gaussian covers what has no mass.
+
+    The density at the level of ``log_z``, that of a restricted density, is (1 - delta) p_t 1_A / Z_A + delta N, with
+    the upper end of Z_A's interval and delta = :data:`COVER`. Of ``scoring`` seed and batch size are used.
+    """
+    model, (x, _) = require_density(model, "one pass"), as_data(model, x, None)
+    level, transform, wide = log_z.level, model.transform, reference_gaussian(model)
+
+    def one(rows: slice) -> Tensor:
+        z, log_p, offset = score_noisy(model, Batch(model, x, None, rows, scoring.seed), level)
+        inside = log_z.fence.restricted(log_p)[:, level] - log_z.high + math.log1p(-COVER)
+        return (torch.logaddexp(inside, wide.log_prob_levels(z)[:, level] + math.log(COVER)) + offset).cpu()
+
+    nats = scoring.by_batches(model, x, one)
+    return LogLikelihood(nats, transform.dim, level, transform.log_bin, 1)
+
+
 @torch.no_grad()
 def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tensor, Tensor]:
     """The samples at a level above 0, scored by one network evaluation.
 
     Returns:
-        x_t, model units, float64 (B, *shape); the classifier's log p_t there, (B,), nan for a denoiser without
-        density; what, added to any log p_t, makes it the log-likelihood in data units, (B,): on a grid log P(k|x_t) -
-        log q(x_t|k) less the log bin, so that it is a density; for continuous data the change of units.
+        x_t, model units, float64 (B, *shape); the classifier's log p there at every level, (B, T+2), nan for a
+        denoiser without density; what, added to any log p_t, makes it the log-likelihood in data units, (B,): on a
+        grid log P(k|x_t) - log q(x_t|k) less the log bin, a density; for continuous data the change of units.
     """
     transform, schedule, (x_0, change) = batch.transform, batch.schedule, batch.clean()
     z = schedule.perturb(x_0, level, batch.noise("noise"))
     x_t = z.to(working_dtype(model, torch.float64))
     if model.density is None:
-        eps, log_prob = model.denoise(x_t, level, batch.y).eps, torch.full_like(change, math.nan)
+        eps, log_prob = model.denoise(x_t, level, batch.y).eps, z.new_full((len(z), schedule.T + 2), math.nan)
     else:
         found = model.density.evaluate(x_t, level, batch.y)
-        eps, log_prob = found.eps, found.log_prob_levels[:, level]
+        eps, log_prob = found.eps, found.log_prob_levels
     if transform.bin is None:
         return z, log_prob, transform.dim * float(schedule.alpha[level].log()) + change
     cells = noisy_cells(transform, schedule, level)
