@@ -186,7 +186,7 @@ class CDMLoss(Loss):
         if self.time_weight and self.logits_count:
             terms["time"] = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(dtype)
             logits = logits + self.time_weight / d * terms["time"]
-        return {"loss": self.mse_weight * mse + self.logits_share.to(dtype) * logits} | terms
+        return {"loss": self.mse_weight * mse + self.logits_share.to(dtype) * logits, **terms}
 
     def _time_error(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, mse: Tensor, log_p: Tensor) -> Tensor:
         """Squared error of d log p / d log r at a fixed point, over 2 d (identity 11): float64 (B,).
