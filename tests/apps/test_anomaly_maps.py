@@ -105,5 +105,7 @@ def test_mistakes_are_named(smooth_images, maps):
     model, draw = smooth_images
     with pytest.raises(UserError, match="the reference holds 1 samples"):
         AnomalyMap(model).fit(draw(1, 0))
+    with pytest.raises(UserError, match="the map is not fitted"):
+        AnomalyMap(model)(draw(1, 0))
     with pytest.raises(UserError, match=r"inputs have shape \(1, 4, 4\)"):
         maps(normal(3, 1, 4, 4))

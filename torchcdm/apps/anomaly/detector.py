@@ -38,7 +38,8 @@ class AnomalyDetector:
     Attributes:
         models: All whose densities the score is made of.
         fitted: What the score learned; None before.
-        calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,).
+        calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,); none
+            before :meth:`fit`.
 
     Raises:
         UserError: An unknown name, a model without density, ``ratio`` without background or a background without it,
@@ -48,8 +49,6 @@ class AnomalyDetector:
         >>> detector = AnomalyDetector("levels", model).fit(normal)
         >>> flags = detector.flags(detector.score(x), fpr=0.05)
     """
-
-    calibration: Tensor
 
     def __init__(self, name: str, model: Denoiser, background: Denoiser | None = None) -> None:
         if name not in SCORES:
@@ -62,6 +61,7 @@ class AnomalyDetector:
         if self.models[-1].shape != model.shape:
             raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
         self.fitted: Fitted | None = None
+        self.calibration = torch.empty(0, dtype=torch.float64)
         self._coarse = coarse_level(model.schedule)
 
     def fit(self, reference: Tensor) -> AnomalyDetector:
@@ -70,7 +70,9 @@ class AnomalyDetector:
         The ``reference`` is normal data that the model was not trained on, data units, (N, *shape). UserError where it
         is too small, of another shape than the model's, or not finite.
         """
-        reference = as_samples(self.models[0], reference, 2)
+        reference, least = as_samples(self.models[0], reference, 2), 2 * SCORES[self.name].smallest_reference
+        if len(reference) < least:
+            raise UserError(f"the reference holds {len(reference)} samples; '{self.name}' takes at least {least}")
         order = torch.randperm(len(reference), generator=stream(0, "halves"))
         half = len(reference) // 2
         self.learn(self.features(reference[order[:half]]))
@@ -88,11 +90,9 @@ class AnomalyDetector:
 
     def learn(self, features: Tensor) -> AnomalyDetector:
         """Fits the score alone, to :meth:`features` of normal data."""
-        kind = SCORES[self.name]
-        if len(features) < (least := kind.smallest_reference):
-            raise UserError(f"the reference holds {len(features)} samples; '{self.name}' takes at least {least}")
+        found = SCORES[self.name].learn(features, self._coarse)
         # Contiguous as they are read from a file: rounding depends on the layout in memory.
-        self.fitted = {key: value.contiguous() for key, value in kind.learn(features, self._coarse).items()}
+        self.fitted = {key: value.contiguous() for key, value in found.items()}
         # Now, not when it is saved: the model may be trained in between.
         self._values = self._digest()
         return self
@@ -100,9 +100,18 @@ class AnomalyDetector:
     def apply(self, features: Tensor) -> Tensor:
         """Scores of :meth:`features`."""
         if self.fitted is None:
-            raise UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
+            raise self._not_fitted()
         # Far outside the data a density overflows; what it is then, inf or nan, must not pass for normal.
         return SCORES[self.name].apply(features, self._coarse, self.fitted).nan_to_num(nan=HIGHEST, posinf=HIGHEST)
+
+    def _not_fitted(self) -> UserError:
+        return UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
+
+    def _normal(self) -> Tensor:
+        """:attr:`calibration`, once there is any."""
+        if not len(self.calibration):
+            raise self._not_fitted()
+        return self.calibration
 
     def percentile(self, scores: Tensor) -> Tensor:
         """Share of normal data that would score lower, in percent, float64 (N,): 100 (1 - conformal p-value).
@@ -110,8 +119,8 @@ class AnomalyDetector:
         The p-value is (1 + number of calibration scores at or above) / (n + 1), so that among normal inputs it is
         below any alpha with a probability of at most alpha, whatever the distribution of the scores.
         """
-        scores = torch.as_tensor(scores).double().contiguous()
-        return 100 * torch.searchsorted(self.calibration, scores) / (len(self.calibration) + 1)
+        scores, normal = torch.as_tensor(scores).double().contiguous(), self._normal()
+        return 100 * torch.searchsorted(normal, scores) / (len(normal) + 1)
 
     def threshold(self, fpr: float) -> float:
         """The score above which an input is flagged, for a false-positive rate of at most ``fpr``.
@@ -122,14 +131,15 @@ class AnomalyDetector:
             UserError: A rate outside (0, 1), or one that the calibration is too small for.
         """
         check_fpr(fpr)
-        n = len(self.calibration)
+        normal = self._normal()
+        n = len(normal)
         # Rounded first: 0.95 * 20 must not become 20 for its last bit.
         rank = math.ceil(round((n + 1) * (1 - fpr), 9))
         if rank > n:
             needed = math.ceil(round(1 / fpr, 9)) - 1
             what = f"{n} held-out normal samples cannot calibrate a false-positive rate of {fpr:g}"
             raise UserError(f"{what}; it takes {needed}, or a larger rate")
-        return float(self.calibration[rank - 1])
+        return float(normal[rank - 1])
 
     def flags(self, scores: Tensor, fpr: float) -> Tensor:
         """Which scores are not at or below :meth:`threshold`, bool (N,)."""
@@ -137,7 +147,8 @@ class AnomalyDetector:
 
     def save(self, folder: str | Path) -> None:
         """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``."""
-        content, tensors = {"score": self.name, "values": self._values}, {"calibration": self.calibration}
+        tensors = {"calibration": self._normal()}
+        content = {"score": self.name, "values": self._values}
         tensors |= {f"fitted.{key}": value for key, value in (self.fitted or {}).items()}
         write_artefact(Path(folder) / FILE, "detector", content, {TENSORS: tensors})
 
@@ -145,7 +156,7 @@ class AnomalyDetector:
     def load(cls, folder: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
         """A saved detector, with the model it was fitted on.
 
-        UserError where none is there, files are damaged, or the model has other weights, constants or readout.
+        UserError where none is there, files are damaged, or the model has other weights or constants.
         """
         path = Path(folder) / FILE
         content, (tensors,) = read_artefact(path, "detector", [TENSORS])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchcdm.apps.anomaly.profile import as_samples, by_batches
 from torchcdm.data.outputs import png, sheet, to_bytes
+from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import stream
 from torchcdm.runtime.files import write_file
@@ -54,6 +55,7 @@ class AnomalyMap:
     """
 
     limit: float
+    _mean: Tensor | None = None
 
     def __init__(
         self,
@@ -111,6 +113,8 @@ class AnomalyMap:
 
     def apply(self, errors: Tensor) -> Tensor:
         """Maps of :meth:`errors`."""
+        if self._mean is None:
+            raise UserError("the map is not fitted; call fit with normal data first")
         largest = torch.finfo(torch.float32).max
         z = ((self._squares(errors) - self._mean) / self._deviation).mean(2).nan_to_num(largest, largest)
         return z[:, 0] if z.ndim == 3 else _smooth(z, self.blur).amax(1)
