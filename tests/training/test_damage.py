@@ -144,6 +144,21 @@ def test_keys_that_are_missing_or_foreign(run):
     refused(lambda: load(run), "colour")
 
 
+def test_every_counter_of_a_foreign_state_is_refused_or_read(run):
+    path = state_of(run) / "progress.json"
+    right = json.loads(path.read_text())
+    for key in right.keys() - {"sha256", "torchcdm", "config", "data"}:
+        for wrong in (None, -1, "x", [], {}, [1], 2.5):
+            resealed(path, lambda content, key=key, wrong=wrong: content.update({key: wrong}))
+            try:
+                load_state(path.parent)
+            except UserError as error:
+                assert "progress.json" in str(error) and "remove" in str(error)
+            else:
+                assert (key, wrong) in [("seconds", 2.5), ("best", None), ("window", {})]
+            path.write_text(json.dumps(right))
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.complex64, "nan", "inf", "shape", "fewer", "more"])
 def test_foreign_weights_are_refused(run, kind):
     """With a right checksum: no numbers, not finite, of another shape, too few or too many."""
@@ -169,6 +184,25 @@ def seal_again(path, *files):
 
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     resealed(path, lambda content: content["files"].update(digests))
+
+
+def test_moments_of_other_weights_are_refused(run):
+    folder = state_of(run)
+    path = folder / "optimizer.safetensors"
+    right = load_file(path)
+    first = next(key for key in right if key.endswith(".exp_avg"))
+    for edit in (
+        lambda moments: moments.pop(first),
+        lambda moments: moments.update({"9999.step": torch.tensor(1.0)}),
+        lambda moments: moments.update({"²": torch.tensor(1.0)}),
+        lambda moments: moments.update({first: torch.zeros(99)}),
+        lambda moments: moments.update({first: right[first].long()}),
+    ):
+        moments = dict(right)
+        edit(moments)
+        save_file(moments, path)
+        seal_again(folder / "progress.json", path)
+        refused(lambda: again(run), "optimizer.safetensors", "remove")
 
 
 def again(run, **changes):

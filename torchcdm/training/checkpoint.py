@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -21,7 +22,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
-from torchcdm.runtime.validation import encode, validated
+from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
 from torchcdm.training.build import build_backbone, build_model, describe, imported
 from torchcdm.training.config_files import differences
 from torchcdm.training.run_folder import RunFolder, read_metrics
@@ -258,14 +259,42 @@ KEPT = 2
 PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 """Files of tensors in a state."""
 
+MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
+"""Names that an optimiser keeps for a parameter."""
+
+
+@validated
+class Best:
+    """The validation value that named the kept weights the best."""
+
+    value: str
+    unit: str
+    best: Float
+    step: CountOrZero
+
+
+@validated
+class Progress:
+    """What ``progress.json`` holds: the counters of the trainer.
+
+    ``stale`` counts the validations since the best one, ``window`` has the sums of the loss terms since the last line
+    of the log, ``data`` is the fingerprint of the data, ``config`` the resolved configuration.
+    """
+
+    step: CountOrZero
+    ema_updates: CountOrZero
+    seconds: NotNegative
+    skipped: CountOrZero
+    best: Best | None
+    stale: CountOrZero
+    window: dict[str, Float | None]
+    data: str
+    config: dict[str, Any]
+
 
 class TrainingState(NamedTuple):
     """What a resumed run starts from: raw and averaged weights, what the optimiser knows of each parameter, by its
-    number, and ``progress.json``.
-
-    The last has the counters of the trainer, the sums of the loss terms since the last line of the log, ``data``, the
-    fingerprint of the data, and ``config``, the resolved configuration.
-    """
+    number, and the plain values of :class:`Progress`."""
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
@@ -307,18 +336,45 @@ def state_folders(run: RunFolder) -> list[Path]:
 
 def load_state(folder: Path) -> TrainingState:
     """One saved state; UserError where a file is missing, damaged, or of another format version, with the way out."""
-    mend, path = f"remove {folder} to go on from the state before it", folder / "progress.json"
+    path, optimizer = folder / "progress.json", dict[int, dict[str, Tensor]]()
+    with _way_out(folder):
+        progress, (model, ema, moments) = read_artefact(path, "state", PARTS, Progress)
+        if folder.name != f"step-{progress.step}":
+            damaged(path, f"it is of step {progress.step}")
+        for key, value in moments.items():
+            index, _, name = key.partition(".")
+            if not (index.isascii() and index.isdigit()):
+                damaged(folder / PARTS[2], f"{key} is of no weight")
+            optimizer.setdefault(int(index), {})[name] = value
+    return TrainingState(model, ema, optimizer, encode(progress))
+
+
+def restore(
+    state: TrainingState, folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Fills weights, their average and the optimiser; UserError where a file of ``folder`` is of another network."""
+    groups = optimizer.state_dict()["param_groups"]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    with _way_out(folder):
+        for file, module, tensors in zip(PARTS, (model, average), (state.model, state.ema), strict=False):
+            _load_tensors(module, tensors, folder / file)
+        for index, moments in state.optimizer.items():
+            wanted = weights[index].shape if index < len(weights) else None
+            if set(moments) not in MOMENTS or any(
+                not value.is_floating_point() or value.shape != (() if name == "step" else wanted)
+                for name, value in moments.items()
+            ):
+                damaged(folder / PARTS[2], f"moments of weight {index} are missing, or of no weight of this network")
+        optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
+
+
+@contextmanager
+def _way_out(folder: Path) -> Iterator[None]:
+    """Adds the mend to what is said of a damaged state."""
     try:
-        progress, (model, ema, moments) = read_artefact(path, "state", PARTS)
-        if folder.name != f"step-{progress['step']}":
-            damaged(path, f"it is of step {progress['step']}")
+        yield
     except UserError as error:
-        raise UserError(f"{error}; {mend}") from None
-    optimizer: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        index, _, name = key.partition(".")
-        optimizer.setdefault(int(index), {})[name] = value
-    return TrainingState(model, ema, optimizer, progress)
+        raise UserError(f"{error}; remove {folder} to go on from the state before it") from None
 
 
 FREE = (

@@ -352,10 +352,8 @@ class Trainer:
         progress = state.progress
         if progress["data"] != self.fingerprint:
             raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
-        self.model.load_state_dict(state.model)
-        self.ema.model.load_state_dict(state.ema)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
+        folder = self.run.states / f"step-{progress['step']}"
+        checkpoint.restore(state, folder, self.model, self.ema.model, self.optimizer)
         self.step, self.seconds, self.skipped = progress["step"], progress["seconds"], progress["skipped"]
         self.ema.updates = progress["ema_updates"]
         self.selection.best, self.selection.stale = progress["best"], progress["stale"]

@@ -15,7 +15,7 @@ from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 
 
 class RunFolder:
-    """Paths inside the folder ``root`` of a run: what each file is, docs/architecture.md says.
+    """Paths inside the folder ``root`` of a run.
 
     The process that writes here holds ``lock``; once there, it stays, and says that the folder is a run's.
     """
