@@ -75,3 +75,16 @@ def test_trees_are_those_of_scikit_learn():
     fitted.load_state_dict(state | {f"committee.{k}": v for k, v in fitted.committee.state_dict().items()})
     start = np.log(made[0].init_.class_prior_[1] / made[0].init_.class_prior_[0])
     np.testing.assert_allclose(fitted(x)[:, 1], made[0].decision_function(x.numpy()) - start, atol=1e-9)
+
+
+def test_a_rare_source_keeps_its_rows_beside_many():
+    draw = np.random.RandomState(0)
+    x = torch.from_numpy(np.concatenate([draw.normal(2, 1, (20, 2)), draw.normal(0, 1, (60_000, 2))])).float()
+    y = (torch.arange(len(x)) < 20).long()
+    found = Classifiers.fit(x, y, 4, 0)
+    assert found.unseen[0][1] > 0 and all(math.isfinite(value) for side in found.unseen for value in side)
+
+
+def test_a_preset_of_ones_own_trains_the_network():
+    p, q = chequers(100)
+    assert "network" in DensityRatio(0, device="cpu", preset="mlp", steps=4).fit(p, q).blend

@@ -113,7 +113,9 @@ class Committee(nn.Module):
 
         groups = [{"params": committee.weights}, {"params": committee.biases, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, RATE, weight_decay=DECAY)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+        # A rise of a single step would be a division by zero there.
+        rise = min(1.0, max(0.1, 2 / steps))
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=rise)
         with torch.no_grad():
             least = losses(apart)
         best = [parameter.detach().clone() for parameter in committee.parameters()]
@@ -196,7 +198,11 @@ class Classifiers(nn.Module):
     @classmethod
     def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int) -> Classifiers:
         """Of rows (N, d) and their sources (N,), none of them a copy; ``steps`` are those of the ratio's network."""
-        order = torch.randperm(len(x), generator=stream(seed, "classifiers"))[:MOST_ROWS]
+        order = torch.randperm(len(x), generator=stream(seed, "classifiers"))
+        if len(x) > MOST_ROWS:  # all of a source that is rare
+            of_rare = y[order] == y.bincount().argmin()
+            rare = order[of_rare][: MOST_ROWS // 2]
+            order = torch.cat([rare, order[~of_rare][: MOST_ROWS - len(rare)]])
         x, y = x[order].float(), y[order]
         committee = Committee.fit(x, y, min(STEPS, 5 * steps // 2), seed)
         state = {f"committee.{name}": value for name, value in committee.state_dict().items()} | grown(x, y, seed)

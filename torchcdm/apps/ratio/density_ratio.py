@@ -74,10 +74,11 @@ class Scores(NamedTuple):
 class DensityRatio:
     """log p(x) / q(x) of two data sets: the numerator's density p over the denominator's q.
 
-    One network's logits run over (source, level) (identity 10), each source starting from a Gaussian of its own: the
-    log ratio is a difference of two logits at level 0, from one pass. Vectors whose sources overlap need no levels in
-    between: unless the network has settings of one's own, only classifiers of the source are trained there. Held-out
-    samples tell how far each is followed, see :func:`torchcdm.apps.ratio.blending.blend`.
+    One network's logits run over (source, level) (identity 10), each source starting from a Gaussian of its own: their
+    difference at level 0 is a log ratio. Vectors whose sources overlap need no levels in between: unless the network
+    has a preset or settings of one's own, only classifiers of the source are trained there. The log ratio is a blend
+    of Gaussians, network and classifiers: held-out samples tell how far each is followed, see
+    :func:`torchcdm.apps.ratio.blending.blend`. An override ``max_seconds`` bounds the training of the network alone.
 
     Args:
         random_state: Seed of everything random.
@@ -192,7 +193,7 @@ class DensityRatio:
                 for side, unseen in zip(sides, self._classifiers.unseen, strict=True)
             ]
             overlap = min(log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)) > SEPARATE
-            network = bool(self.overrides.keys() - {"data"}) or not overlap
+            network = bool(self.preset or self.overrides.keys() - {"data"}) or not overlap
         if not network:
             config = replace(config, train=replace(config.train, steps=1))
         self._model = require_density(trained(config, source, self.device, self.progress), "a ratio")
