@@ -25,7 +25,7 @@ from torchcdm.likelihood import (
     single_pass,
 )
 from torchcdm.likelihood.one_pass import restricted_pass
-from torchcdm.likelihood.report import NLLGap, Row, judge
+from torchcdm.likelihood.report import NLLGap, Row, judge, report
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -203,7 +203,20 @@ def test_a_restricted_density_has_none_of_it_and_bounds_every_input():
     one_pass, exact = (one.nats for one in (restricted_pass(model, x, found), single_pass(model, x)))
     assert float((one_pass - exact).abs().median()) < 0.1 and float((one_pass - exact).mean()) > -0.2
     island = torch.full((5, 2), 6.0)
-    assert float(restricted_pass(model, island, found).nats.max()) < float(single_pass(model, island).nats.min())
+    covered = restricted_pass(model, island, found).nats
+    assert covered.isfinite().all() and float(covered.max()) < float(single_pass(model, island).nats.min())
+    with pytest.raises(UserError, match="log_z is of the whole density"):
+        restricted_pass(model, x, by_replicas(model, x))
+    assert "most of the data lie outside" in by_replicas(model, island, restricted=True).doubt
+
+
+def test_a_report_falls_back_to_the_restricted_density():
+    model, x = island_model()
+    found = report(model, x, methods=["single", "logz"], scoring=Scoring(level=1), sweeps=100)
+    row = {row.name: row for row in found.rows}["one-pass-restricted"]
+    assert not found.believe and "one-pass-restricted" in found.why
+    assert row.value == pytest.approx(-float(single_pass(model, x, scoring=Scoring(1)).nats.mean()), abs=0.2)
+    assert found.to_json()["log2_z_per_dim"] is not None
 
 
 def test_of_a_class():

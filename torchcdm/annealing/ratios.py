@@ -91,8 +91,9 @@ def mbar(log_gamma: Tensor, rung: Tensor, column: Tensor) -> Ratios:
 def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
     """Constants that minimise the cross-entropy of ``log_p`` plus them, by Newton's method, as it is convex in them.
 
-    ``log_p`` are log probabilities of levels up to constants, (N, levels), finite; true levels ``t`` are long (N,).
-    A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on that level.
+    ``log_p`` are log probabilities of levels up to constants, (N, levels), finite at the true level; true levels ``t``
+    are long (N,). A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on
+    that level.
 
     Returns:
         The constants, (levels,), the last of them 0.

@@ -120,7 +120,7 @@ class LogZ:
     @property
     def lacking(self) -> str:
         """Why it normalises nothing, a clause; empty where it does."""
-        if not self.doubt and self.ess < SMALLEST_ESS:
+        if not self.doubt and not self.ess >= SMALLEST_ESS:  # not a number is no evidence either
             return f"the effective sample size of log Z is {self.ess:.1f}, below {SMALLEST_ESS}"
         if not self.doubt and self.check and (self.check.low > self.high or self.check.high < self.low):
             said = (f"{z['value']:+.4f} ({z['estimator']})" for z in (self.to_json(), self.check.to_json()))
@@ -225,10 +225,18 @@ def log_normalizer(
         starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
     x = torch.cat(list(starts.values()), 1)
     if restricted:
-        # Replicas start where the density has mass: what is outside is replaced by samples.
+        # Replicas start where the density has mass: what is outside is replaced by samples that are not.
+        replaced, empty = [], False
         for t, points, own in zip(rungs.levels, x, rungs.x, strict=True):
+            within = own[target.evaluate(own, t).log_gamma.isfinite()]
+            empty = empty or not len(within)
             outside = target.evaluate(points, t).log_gamma.isinf().nonzero()[:, 0]
-            points[outside] = own[outside % len(own)]
+            points[outside] = (within if len(within) else own)[outside % (len(within) or len(own))]
+            replaced.append(int((outside >= replicas).sum()))
     found = exchange(target, kernels, rungs._replace(x=x), sweeps, generator, progress=progress)
     z = LogZ.of_replicas(found, list(starts))
-    return replace(z, fence=target) if restricted else z
+    if not restricted:
+        return z
+    unseen = "data" in given and 2 * replaced[0] > replicas
+    what = "all samples of a level" if empty else "most of the data" if unseen else ""
+    return replace(z, fence=target, doubt=f"{what} lie outside the restricted density" if what else z.doubt)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.prediction import Prediction
+from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.log_z import LogZ
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
@@ -64,11 +65,17 @@ def single_pass(
 
 
 def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scoring = Scoring()) -> LogLikelihood:
-    """log-likelihood of data by one pass, a bound for every input: a share of a Gaussian covers what has no mass.
+    """log-likelihood of data by one pass, a bound where Z is below the upper end of its interval, for every input.
 
     The density at the level of ``log_z``, that of a restricted density, is (1 - delta) p_t 1_A / Z_A + delta N, with
-    the upper end of Z_A's interval and delta = :data:`COVER`. Of ``scoring`` seed and batch size are used.
+    the upper end of Z_A's interval and delta = :data:`COVER`, the share of a Gaussian that covers what has no mass. Of
+    ``scoring`` seed and batch size are used.
+
+    Raises:
+        UserError: ``log_z`` of the whole density, or data that are none of the model.
     """
+    if log_z.fence is None:
+        raise UserError("log_z is of the whole density; give that of log_normalizer(..., restricted=True)")
     model, (x, _) = require_density(model, "one pass"), as_data(model, x, None)
     level, transform, wide = log_z.level, model.transform, reference_gaussian(model)
 

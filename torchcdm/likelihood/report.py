@@ -15,7 +15,7 @@ from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, probability_flow
-from torchcdm.likelihood.log_z import FEWEST_SWEEPS, REPLICAS, SWEEPS, LogZ, log_normalizer
+from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS, LogZ, log_normalizer
 from torchcdm.likelihood.one_pass import restricted_pass, single_pass
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
@@ -41,7 +41,7 @@ REMARKS = {
     "one-pass-importance": "the same draws, averaged inside the logarithm",
     "one-pass-level": "through a noisy level, decoder from the denoiser's mean; a bound if normalised",
     "one-pass-normalized": "one-pass-level + log2 Z / d: the headline",
-    "one-pass-restricted": "log p within what samples have, and its own log Z; a bound for every input",
+    "one-pass-restricted": "log p within what samples have, upper end of its own log Z; a bound if Z is below",
     "elbo": "reverse chain of the same network down to that level, discretised decoder; a bound",
     "flow": "probability flow of the same network through the same noisy inputs; a bound up to its own error",
 }
@@ -52,6 +52,7 @@ CONTINUOUS_REMARKS = REMARKS | {
     "one-pass": "density at level 0",
     "one-pass-level": "density of the data with the level's noise",
     "one-pass-normalized": "one-pass-level + log Z: the headline",
+    "one-pass-restricted": "the same within what samples have, covered elsewhere, with the upper end of its own log Z",
     "elbo": "reverse chain of the same network; a bound for the density of the data",
     "flow": "probability flow of the same network at the same noisy inputs",
 }
@@ -246,7 +247,9 @@ def report(
             notes += log_z.notes()
             if log_z.lacking:
                 # Mass that data never showed: without it there may be a normaliser.
-                fenced = log_normalizer(model, x, None, scoring, sweeps, REPLICAS, kernels, True, progress)
+                fenced = log_normalizer(
+                    model, x, None, scoring, sweeps, kernels=kernels, restricted=True, progress=progress
+                )
                 notes += [f"restricted: {note}" for note in fenced.notes()]
                 if fenced.usable:
                     found["one-pass-restricted"] = restricted_pass(model, x, fenced, scoring)
@@ -258,6 +261,8 @@ def report(
     if model.density is not None:
         verdict = judge(per_nat, level, rows.get("one-pass-level"), log_z, gap, over_elbo, y is not None)
         rows["one-pass-normalized"], believe, why, further = verdict
+        if "one-pass-restricted" in rows:
+            why += " That of one-pass-restricted is, over what the model's own samples look like."
     return NLLReport(
         name, split, len(x), transform.dim, "nats" if transform.bin is None else "bits/dim",
         tuple(rows[key] for key in REMARKS if key in rows), log_z, gap, believe, why, notes + further,
