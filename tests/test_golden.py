@@ -14,9 +14,11 @@ EXACT = os.environ.get("GOLDEN") == "exact"
 """Bit for bit, on the machine that wrote the values; elsewhere sums round in another order."""
 
 
-OPTIMISED = ("step", "training", "ratio", "log-z")
-"""Adam and Muon divide gradients by their own size, and moves are accepted or not: rounding that is no matter
-elsewhere shows in weights and states."""
+OPTIMISED = ("step", "training", "ratio")
+"""Adam and Muon divide gradients by their own size: rounding that is no matter elsewhere shows in the weights."""
+
+CHAOTIC = (*OPTIMISED, "log-z")
+"""Moves are accepted or not besides: with another torch, whose rounding differs, they go another way."""
 
 with safe_open(VALUES, "pt") as file:
     TORCH = file.metadata()["torch"]
@@ -25,8 +27,8 @@ with safe_open(VALUES, "pt") as file:
 @pytest.mark.parametrize("name", CASES)
 def test_the_numbers_are_those_of_the_commit_that_wrote_them(name: str) -> None:
     optimised = name.startswith(OPTIMISED)
-    if optimised and torch.__version__.split("+")[0] != TORCH:
-        pytest.skip(f"dropout draws other masks than torch {TORCH} does")
+    if name.startswith(CHAOTIC) and torch.__version__.split("+")[0] != TORCH:
+        pytest.skip(f"dropout and moves draw otherwise than with torch {TORCH}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
