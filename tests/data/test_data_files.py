@@ -201,3 +201,8 @@ def test_nothing_to_read(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             read_inputs(paths, GREY)
+
+
+def test_labels_of_bytes_are_texts(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.random.RandomState(0).normal(size=(40, 2)), y=np.array([b"\xff", b"a"] * 20))
+    assert load_data(f"array:{tmp_path / 'a.npz'}").class_names == ("\\xff", "a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,10 @@ def _measurement(
             raise UserError(f"--scale {K}: must divide the model's {shape[1]} x {shape[2]} pixels")
         return compose.downsampling(K), (shape[0], shape[1] // K, shape[2] // K)
     if options.mask.suffix.lower() == ".npy":
-        known = torch.from_numpy(read_arrays(options.mask)[""] != 0)
+        array = read_arrays(options.mask).get("")
+        if array is None or array.dtype.kind not in "buif" or not np.isfinite(array).all():
+            raise UserError(f"--mask {options.mask}: is no array of finite numbers, 0 where nothing is known")
+        known = torch.from_numpy(array != 0)
     else:
         known = (read_image(options.mask) > 0).any(0)
     if tuple(known.shape) not in (shape, shape[1:]):

@@ -191,7 +191,9 @@ def read_labels(
     for row, label in enumerate(y.tolist()):
         if label is None or str(label).strip() in ("", "nan", "NaN", "NaT", "<NA>"):
             raise UserError(f"{name}: row {row} (counted from 0) has no label ({label})")
-    if y.dtype.kind in "USO":  # a text file gives every cell as text
+    if y.dtype.kind == "S":
+        y = np.char.decode(y, "utf-8", "backslashreplace")
+    if y.dtype.kind in "UO":  # a text file gives every cell as text
         by_value = True
         with suppress(ValueError):
             y = np.array([int(label) if isinstance(label, str) else label for label in y])
