@@ -148,7 +148,8 @@ def compare(
     begun = scored(model)
     model.load_state_dict(trained)
     values = {"model": own, "training": training, "start": begun}
-    if config.model.gaussian and config.model.components == 1 and config.train.init is None:
+    untouched = config.train.init is None and config.model.backbone.name != "custom"
+    if config.model.gaussian and config.model.components == 1 and not config.model.class_gaussians and untouched:
         values["gaussian"] = begun
     elif not config.model.class_gaussians:
         values["gaussian"] = scored(_gaussian(model, config, source))
