@@ -10,11 +10,7 @@ from torch import nn
 
 from torchcdm import losses
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
-from torchcdm.diffusion.schedules import (
-    CosineSchedule,
-    OptimalTransportSchedule,
-    UniformSigmaSchedule,
-)
+from torchcdm.diffusion.schedules import CosineSchedule, OptimalTransportSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss, stratified_levels
 from torchcdm.models.cdm import ClassificationDiffusion
