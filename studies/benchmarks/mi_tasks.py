@@ -7,7 +7,7 @@
 
 One protocol for every task: ``torchcdm.mutual_information(x, y, random_state=seed)`` with its defaults. These were
 settled on the development tasks alone: other seeds and other parameters of the same families. Beside it, on the same
-pairs, scikit-learn's canonical correlations (the information of a Gaussian) and Kraskov's estimator with 5 neighbours
+pairs, canonical correlations (the information of a Gaussian) and Kraskov's estimator with 5 neighbours
 on standardised columns.
 
 A mark is given if the mean of the seeds, rounded to a tenth of a nat, is within 0.1 of the truth or within two

@@ -97,8 +97,8 @@ def rung(kind: str, residual: str, dim: int, options: argparse.Namespace) -> Row
     exact, mean = float(truth.mean()), float(estimate.mean())
     gaussians = float(Gaussians(numerator, denominator).log_ratio(move(test)).mean())
     return Row(
-        kind, residual, dim, exact, mean, mean / exact - 1, rmse(estimate, truth), gaussians, ratio.blend["network"],
-        options.rows, options.steps, seconds,
+        kind, residual, dim, exact, mean, mean / exact - 1, rmse(estimate, truth), gaussians,
+        ratio.blend.get("network", 0.0), options.rows, options.steps, seconds,
     )  # fmt: skip
 
 

@@ -46,13 +46,6 @@ def passes(row: dict[str, Any]) -> int:
     return 1 if row["name"].startswith("one-pass") else row["nfe"]
 
 
-def cell(value: Any) -> str:
-    """A value of a reproduction's table, numbers in four digits."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def rate(per_second: float) -> str:
     """Samples a second in three digits."""
     return f"{float(f'{per_second:.3g}'):,.6g}" if per_second < 1000 else f"{float(f'{per_second:.3g}'):,.0f}"

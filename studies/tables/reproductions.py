@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from studies.tables.reading import cell, markdown, rate, read
+from studies.reproduce.result import cell_text
+from studies.tables.reading import markdown, rate, read
 
 
 def table2_seeds() -> str:
@@ -32,7 +33,7 @@ def reproduction(name: str) -> str:
     report = read(name)
     parts = [f"    {report['command']}\n"]
     for table in report["tables"]:
-        rows = ([cell(value) for value in row] for row in table["rows"])
+        rows = ([cell_text(value) for value in row] for row in table["rows"])
         title = textwrap.fill(f"{table['title']}:", 120, break_long_words=False, break_on_hyphens=False)
         parts.append(f"{title}\n\n{markdown(table['columns'], rows)}")
     return "\n" + "\n".join(parts)
@@ -68,7 +69,8 @@ def beside_ddm() -> str:
     lines.append(["likelihoods a second, 28x28", rate(speed["one-pass"]), f"{rate(speed['flow'])} (flow)"])
     lines.append(["squared error of eps, same steps", f"{everywhere[2]:.4f}", f"{everywhere[1]:.4f}"])
     names = (name for name in main["columns"] if "steps" in name)
-    lines += [[f"Fréchet distance, {name}", cell(a), cell(b)] for name, a, b in zip(names, cdm, ddm, strict=True)]
+    pairs = zip(names, cdm, ddm, strict=True)
+    lines += [[f"Fréchet distance, {name}", cell_text(a), cell_text(b)] for name, a, b in pairs]
     return markdown(["Fashion-MNIST", "CDM", "DDM"], lines)
 
 
