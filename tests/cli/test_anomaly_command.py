@@ -167,7 +167,8 @@ def test_mistakes(capsys, tmp_path, run, queries):
     np.save(tmp_path / "wide.npy", np.zeros((3, 9, 9)))
     assert "9 x 9 pixels" in refuse(capsys, run, tmp_path / "wide.npy")
     np.save(tmp_path / "few.npy", np.zeros((12, 8, 8)))
-    assert "the reference holds 6 samples" in refuse(capsys, run, queries, "--reference", tmp_path / "few.npy")
+    refused = refuse(capsys, run, queries, "--reference", tmp_path / "few.npy")
+    assert "the reference holds 12 samples; 'levels' takes at least 20" in refused
 
 
 def test_a_run_whose_data_have_no_validation_split_asks_for_a_reference(capsys, tmp_path, run, queries):

@@ -115,7 +115,8 @@ def test_no_run(tmp_path):
 
 
 def progress(step):
-    return {"step": step, "best": None, "seconds": 1.5, "window": {"loss": None}, "config": {"train": {"lr": 1e-3}}}
+    counters = {"step": step, "ema_updates": step, "seconds": 1.5, "skipped": 0, "best": None, "stale": 0}
+    return counters | {"window": {"loss": None}, "data": "x", "config": {"train": {"lr": 1e-3}}}
 
 
 def state(step, value=1.0):
@@ -173,7 +174,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):
 
         run = RunFolder({str(tmp_path)!r})
         def state(step):
-            return TrainingState({{"w": torch.ones(50000)}}, {{"w": torch.ones(3)}}, {{}}, {{"step": step}})
+            progress = {progress(0)!r} | {{"step": step}}
+            return TrainingState({{"w": torch.ones(50000)}}, {{"w": torch.ones(3)}}, {{}}, progress)
         save_state(run, state(1))
         write_file(run.model, b"old")
         resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
