@@ -57,7 +57,8 @@ def exact_mixture(d: int = 4, components: int = 4, seed: int = 0) -> DensityMode
     weights, spread = torch.rand(2, components, generator=generator, dtype=torch.float64)
     mixture = GaussianMixture(weights + 0.3, means, 0.1 + 0.3 * spread)
     common = GaussianMarginals.fit(mixture.sample(20000, generator), schedule)
-    base = MixtureMarginals(schedule, weights + 0.3, means, (0.1 + 0.3 * spread)[:, None].expand(-1, d), common)
+    covariances = (0.1 + 0.3 * spread)[:, None, None] * torch.eye(d, dtype=torch.float64)
+    base = MixtureMarginals(schedule, weights + 0.3, means, covariances, common)
     return ClassificationDiffusion(_Nothing(schedule.T + 2), schedule, DataTransform((d,)), base).double()
 
 

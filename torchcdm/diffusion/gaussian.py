@@ -9,7 +9,6 @@ the network's output: before the first training step the model *is* the fitted G
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import final
 
@@ -20,21 +19,26 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.random import stream
 from torchcdm.units.float64 import Float64Module
+from torchcdm.units.normal import log_normal
 
 FULL_COVARIANCE_LIMIT = 4096
 """Above this many dimensions ``fit`` takes the diagonal form in a cosine basis."""
 
 
-class Rotation(Float64Module, ABC):
-    """An orthogonal change of basis of the flattened event."""
+class Rotation(Float64Module):
+    """An orthogonal change of basis of the flattened event; here none, for a Gaussian without correlations."""
 
-    @abstractmethod
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
     def forward(self, x: Tensor) -> Tensor:
         """Coordinates (B, d) of ``x`` (B, *shape) in the basis."""
+        return x.flatten(1)
 
-    @abstractmethod
     def inverse(self, z: Tensor) -> Tensor:
         """``x`` (B, *shape) from its coordinates (B, d)."""
+        return z.reshape(-1, *self.shape)
 
 
 @final
@@ -44,8 +48,7 @@ class MatrixRotation(Rotation):
     matrix: Tensor
 
     def __init__(self, shape: Sequence[int], matrix: Tensor) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
+        super().__init__(shape)
         # eigh gives a transposed layout and a loaded state a plain one: products would differ in the last bit.
         self.register_buffer("matrix", matrix.double().contiguous())
 
@@ -53,7 +56,7 @@ class MatrixRotation(Rotation):
         return x.flatten(1) @ self.matrix
 
     def inverse(self, z: Tensor) -> Tensor:
-        return (z @ self.matrix.T).reshape(-1, *self.shape)
+        return super().inverse(z @ self.matrix.T)
 
 
 @final
@@ -64,41 +67,23 @@ class CosineRotation(Rotation):
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
+        super().__init__(shape)
         for axis, size in enumerate(self.shape):
             self.register_buffer(f"axis_{axis}", cosine_matrix(size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._along_axes(x, transpose=False).flatten(1)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        return self._along_axes(z.reshape(-1, *self.shape), transpose=True)
-
-    def _along_axes(self, x: Tensor, transpose: bool) -> Tensor:
         for axis in range(len(self.shape)):
-            matrix = getattr(self, f"axis_{axis}")
-            matrix = matrix if transpose else matrix.T
-            x = torch.movedim(torch.movedim(x, axis + 1, -1) @ matrix, -1, axis + 1)
-        return x
-
-
-@final
-class NoRotation(Rotation):
-    """The event's own numbers: of a Gaussian without correlations."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-
-    def forward(self, x: Tensor) -> Tensor:
+            x = torch.movedim(torch.movedim(x, axis + 1, -1) @ getattr(self, f"axis_{axis}").T, -1, axis + 1)
         return x.flatten(1)
 
     def inverse(self, z: Tensor) -> Tensor:
-        return z.reshape(-1, *self.shape)
+        x = super().inverse(z)
+        for axis in range(len(self.shape)):
+            x = torch.movedim(torch.movedim(x, axis + 1, -1) @ getattr(self, f"axis_{axis}"), -1, axis + 1)
+        return x
 
 
-DIAGONAL = {"cosine": CosineRotation, "diagonal": NoRotation}
+DIAGONAL = {"cosine": CosineRotation, "diagonal": Rotation}
 """Forms of a Gaussian with one variance a number in a basis that is known."""
 
 
@@ -224,11 +209,20 @@ class GaussianMarginals(BaseDensity):
         z = self.rotation(x_t.double() - alpha_t * self.mean)
         return (sigma_t * self.rotation.inverse(z / self._variances_at(t))).to(x_t.dtype)
 
-    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def log_prob(self, x_t: Tensor, t: Level) -> Tensor:
+        """log density of ``x_t`` (B, *shape) at one level, or at one for each: float64 (B,), nats in model units."""
+        alpha_t, _ = self.schedule.at(t, x_t.double())
+        return log_normal(self.rotation(x_t.double() - alpha_t * self.mean), self._variances_at(t)).sum(1)
+
+    def noise(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[eps | x_t], (B, *shape), and E[|eps|² | x_t], (B,); float64."""
         eps = self.eps(x_t.double(), t)
         # The trace of the covariance of eps given x_t, alpha² Sigma (alpha² Sigma + sigma²)^-1, beside its mean.
         spread = (1 - self.schedule.sigma[t, None] ** 2 / self._variances_at(t)).sum(1)
-        return self.schedule.log_prob_change(x_t, t, eps, eps.square().flatten(1).sum(1) + spread)
+        return eps, eps.square().flatten(1).sum(1) + spread
+
+    def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.schedule.log_prob_change(x_t, t, *self.noise(x_t, t))
 
     def moments(self, t: int) -> tuple[Tensor, Tensor]:
         """Mean (*shape) and eigenvalues (d,) of the marginal at level ``t``."""

@@ -14,14 +14,13 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import SHRINKAGES, CosineRotation, GaussianMarginals, shrunk, within_error
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.units.normal import log_normal
 
 FIT_ROWS = 10_000
 """A mixture is fitted to at most so many samples, unless more are asked for."""
@@ -39,13 +38,13 @@ TOLERANCE, ROUGH = 1e-5, 1e-3
 
 @final
 class MixtureMarginals(BaseDensity):
-    """Sum over k of w_k N(alpha_t mu_k, alpha_t² Sigma_k + sigma_t² I) at every level; of images in the cosine basis.
+    """Sum over k of w_k N(alpha_t mu_k, alpha_t² Sigma_k + sigma_t² I) at every level.
 
     Args:
         schedule: The noise schedule.
         weights: w_k, (K,), normalised here.
-        means: mu_k in model units, (K, d).
-        covariances: Sigma_k, (K, d, d), or, as for images, their diagonals, (K, d).
+        means: mu_k in model units, (K, *shape).
+        spreads: Sigma_k, (K, d, d); of images its diagonal in the cosine basis, (K, d).
         common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
         class_weights: Weights of the same Gaussians in each class, (classes, K); None where the classes have none of
             their own. What tells classes apart in the weights of modes far from each other, no gradient and no smooth
@@ -53,9 +52,6 @@ class MixtureMarginals(BaseDensity):
     """
 
     log_weights: Tensor
-    means: Tensor
-    variances: Tensor
-    vectors: Tensor | None
     class_log_weights: Tensor | None
 
     def __init__(
@@ -63,20 +59,17 @@ class MixtureMarginals(BaseDensity):
         schedule: NoiseSchedule,
         weights: Tensor,
         means: Tensor,
-        covariances: Tensor,
+        spreads: Tensor,
         common: GaussianMarginals,
         class_weights: Tensor | None = None,
     ) -> None:
         super().__init__(schedule)
         self.common = common
-        self.rotation = CosineRotation(common.mean.shape) if common.mean.ndim > 1 else None
-        variances, vectors = covariances.double(), None
-        if covariances.ndim == 3:
-            variances, vectors = torch.linalg.eigh(variances)
+        self.parts = nn.ModuleList(
+            GaussianMarginals.of_spread(schedule, mean, spread.double())
+            for mean, spread in zip(means, spreads, strict=True)
+        )
         self.register_buffer("log_weights", (weights / weights.sum()).double().log())
-        self.register_buffer("means", means.double())
-        self.register_buffer("variances", variances)
-        self.register_buffer("vectors", vectors)
         log_weights = None
         if class_weights is not None:
             log_weights = (class_weights / class_weights.sum(1, keepdim=True)).double().log()
@@ -87,11 +80,11 @@ class MixtureMarginals(BaseDensity):
         cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int = 0
     ) -> MixtureMarginals:
         """Standard normals, to load a saved state into."""
-        images, zeros = len(shape) > 1, torch.zeros(components, math.prod(shape))
-        covariances = zeros + 1 if images else torch.diag_embed(zeros + 1)
-        common = GaussianMarginals.blank(schedule, shape, "cosine" if images else None)
+        ones = torch.ones(components, math.prod(shape))
+        common = GaussianMarginals.blank(schedule, shape, "cosine" if len(shape) > 1 else None)
         weights = torch.ones(classes, components) if classes else None
-        return cls(schedule, torch.ones(components), zeros, covariances, common, weights)
+        spreads = ones if len(shape) > 1 else torch.diag_embed(ones)
+        return cls(schedule, torch.ones(components), torch.zeros(components, *shape), spreads, common, weights)
 
     @classmethod
     def fit(
@@ -111,47 +104,44 @@ class MixtureMarginals(BaseDensity):
             UserError: Fewer samples than components.
         """
         if samples.ndim == 2:
-            fitted = fit_gaussians(samples, components, floor, shrinkage, rows)
-            return cls(schedule, *fitted, GaussianMarginals.fit(samples, schedule, floor, shrinkage=shrinkage))
-        weights, means, variances = fit_cosines(samples, components, floor)
-        moved = torch.lerp(variances, variances.mean(1, keepdim=True), shrinkage).clamp_min(floor)
-        common = GaussianMarginals.fit(samples, schedule, floor, "cosine", shrinkage)
-        return cls(schedule, weights, means, moved, common)
+            fitted, form = fit_gaussians(samples, components, floor, shrinkage, rows), None
+        else:
+            weights, means, variances = fit_cosines(samples, components, floor)
+            moved = torch.lerp(variances, variances.mean(1, keepdim=True), shrinkage).clamp_min(floor)
+            fitted, form = (weights, CosineRotation(samples.shape[1:]).inverse(means), moved), "cosine"
+        return cls(schedule, *fitted, GaussianMarginals.fit(samples, schedule, floor, form, shrinkage))
 
     @property
     def gaussian(self) -> GaussianMarginals:
         return self.common
 
+    @property
+    def means(self) -> Tensor:
+        """mu_k, (K, *shape)."""
+        return torch.stack([part.mean for part in self.parts])
+
     def log_prob_levels(self, x: Tensor) -> Tensor:
         return (self._log_prob_levels(x) + self.log_weights[:, None]).logsumexp(1)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        shares, scores, _ = self._at(x_t, t)
-        score = (shares[..., None] * scores).sum(1)
-        score = score.reshape(x_t.shape) if self.rotation is None else self.rotation.inverse(score)
-        return -self.schedule.at(t, x_t)[1] * score.to(x_t.dtype)
+        found = torch.stack([part.eps(x_t.double(), t) for part in self.parts], 1)
+        return torch.einsum("bk,bk...->b...", self._shares(x_t, t), found).to(x_t.dtype)
 
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
-        shares, scores, variances = self._at(x_t, t)
-        sigma = self.schedule.sigma[t, None, None]
-        eps = -sigma * scores
-        # Of each component as in GaussianMarginals: the covariance of eps beside its mean.
-        spread = (1 - sigma**2 / variances).sum(2)
-        energy = (shares * (eps.square().sum(2) + spread)).sum(1)
-        return self.schedule.log_prob_change(self._flat(x_t), t, (shares[..., None] * eps).sum(1), energy)
+        shares, parts = self._shares(x_t, t), [part.noise(x_t, t) for part in self.parts]
+        eps, energy = (torch.stack(found, 1) for found in zip(*parts, strict=True))
+        eps = torch.einsum("bk,bk...->b...", shares, eps)
+        return self.schedule.log_prob_change(x_t, t, eps, (shares * energy).sum(1))
 
     def start(self, eps: Tensor) -> Tensor:
         return self.common.start(eps)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(self.log_weights.cpu().exp(), shape[0], True, generator=generator)
-        chosen = chosen.to(self.means.device)
-        spread = self._noise((len(chosen), self.means.shape[1]), generator) * self.variances[chosen].sqrt()
-        if self.vectors is not None:
-            for k in chosen.unique():  # not by one (n, d, d) array of all their axes
-                spread[chosen == k] = spread[chosen == k] @ self.vectors[k].T
-        drawn = self.means[chosen] + spread
-        return drawn if self.rotation is None else self.rotation.inverse(drawn)
+        drawn = self._noise(shape, generator)
+        for k in chosen.unique().tolist():
+            drawn[chosen == k] = self.parts[k].sample(drawn[chosen == k], 0)
+        return drawn
 
     def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
         """The same, with weights for each class: the mean responsibilities of its samples.
@@ -161,7 +151,7 @@ class MixtureMarginals(BaseDensity):
         # Half a sample in all for each class, spread as the components are: no weight is 0.
         counts = 0.5 * self.log_weights.exp().repeat(int(labels.max()) + 1, 1)
         for part in torch.arange(len(samples)).split(1000):
-            counts.index_add_(0, labels[part], self._at(samples[part], 0)[0])
+            counts.index_add_(0, labels[part], self._shares(samples[part], 0))
         found = copy.deepcopy(self)
         found.class_log_weights = (counts / counts.sum(1, keepdim=True)).log()
         return found
@@ -176,40 +166,13 @@ class MixtureMarginals(BaseDensity):
         *by_class, common = torch.einsum("bkt,yk->ybt", parts, weights).log()
         return torch.stack([values - common for values in by_class], 1)
 
-    def _flat(self, x: Tensor) -> Tensor:
-        """The coordinates of the Gaussians, float64 (B, d)."""
-        return x.double() if self.rotation is None else self.rotation(x.double())
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Coordinates (B, K, d) in the eigenbasis of each component."""
-        return x if self.vectors is None else torch.einsum("bke,ked->bkd", x, self.vectors)
-
     def _log_prob_levels(self, x: Tensor) -> Tensor:
         """log density of every component at every level, (B, K, T+2)."""
-        z = self._rotate(self._flat(x)[:, None] - self.means)
-        m = self._rotate(self.means[None])[0]
-        alpha, rest, parts = self.schedule.alpha, 1 - self.schedule.alpha, []
-        # One component after the other, whose (2d, T+2) array stays in the cache. As in gaussian.py, the square is
-        # expanded about the mean, so that no (B, T+2, d) array is made; all of x in it is one product of matrices.
-        for k, spread in enumerate(self.variances):
-            variances = alpha**2 * spread[:, None] + self.schedule.sigma**2
-            precision = variances.reciprocal()
-            constant = rest**2 * (m[k].square() @ precision) + (2 * math.pi * variances).log().sum(0)
-            terms = torch.cat([z[:, k].square(), z[:, k] * m[k]], 1)
-            factors = torch.cat([precision, 2 * rest * precision])
-            parts.append(torch.addmm(constant, terms, factors, beta=-0.5, alpha=-0.5))
-        return torch.stack(parts, 1)
+        return torch.stack([part.log_prob_levels(x) for part in self.parts], 1)
 
-    def _at(self, x: Tensor, t: Level) -> tuple[Tensor, Tensor, Tensor]:
-        """p(k | x) at a level, (B, K), the score of each component, (B, K, d), and variances, (B or 1, K, d)."""
-        flat = self._flat(x)[:, None]
-        alpha_t, sigma_t = self.schedule.at(t, flat)
-        z, variances = self._rotate(flat - alpha_t * self.means), alpha_t**2 * self.variances + sigma_t**2
-        shares = (log_normal(z, variances).sum(2) + self.log_weights).softmax(1)
-        scores = -z / variances
-        if self.vectors is not None:
-            scores = torch.einsum("bkd,ked->bke", scores, self.vectors)
-        return shares, scores, variances
+    def _shares(self, x_t: Tensor, t: Level) -> Tensor:
+        """p(k | x_t), (B, K)."""
+        return (torch.stack([part.log_prob(x_t, t) for part in self.parts], 1) + self.log_weights).softmax(1)
 
 
 def best_mixture(
@@ -274,15 +237,19 @@ def fit_gaussians(
     Raises:
         UserError: Fewer samples than components.
     """
-    if components > len(samples):
-        raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
-    x = samples[:: math.ceil(len(samples) / rows)].double().cpu().numpy()
-    floor = max(floor, VARIANCE_FLOOR)
+    x, floor = _some(samples, components, rows).numpy(), max(floor, VARIANCE_FLOOR)
     options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
     trials = [maximised(x, components, **options, **start) for start in _starts(x, components, floor)]
     fitted = max(trials, key=lambda trial: trial.lower_bound_)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
     return weights, means, _shrunk(weights, covariances, _variance(samples), shrinkage)
+
+
+def _some(samples: Tensor, components: int, rows: int) -> Tensor:
+    """At most so many rows to fit to, float64 on the CPU; UserError for fewer samples than components."""
+    if components > len(samples):
+        raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
+    return samples[:: math.ceil(len(samples) / rows)].double().cpu()
 
 
 def _shrunk(weights: Tensor, covariances: Tensor, variance: float, share: float) -> Tensor:
@@ -344,9 +311,7 @@ def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[T
     Raises:
         UserError: Fewer images than components.
     """
-    if components > len(samples):
-        raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
-    z = CosineRotation(samples.shape[1:])(samples[:: math.ceil(len(samples) / FIT_ROWS)].double().cpu()).numpy()
+    z = CosineRotation(samples.shape[1:])(_some(samples, components, FIT_ROWS)).numpy()
     floor = max(floor, VARIANCE_FLOOR)
     contrast = ((z - z.mean(0)) ** 2 / (z.var(0) + floor)).mean(1)
     groups = np.argsort(np.argsort(contrast)) * components // len(z)

@@ -286,9 +286,9 @@ def describe(model: Denoiser) -> ModelConfig:
     form, components, own = None, 1, False
     if isinstance(base, GaussianMarginals):
         form, own = "full", len(base.classes) > 0
-        form = next((key for key, kind in DIAGONAL.items() if isinstance(base.rotation, kind)), form)
+        form = next((key for key, kind in DIAGONAL.items() if type(base.rotation) is kind), form)
     elif isinstance(base, MixtureMarginals):
-        components, own = len(base.means), base.class_log_weights is not None
+        components, own = len(base.parts), base.class_log_weights is not None
     return ModelConfig(
         kind="ddm" if model.density is None else "cdm",
         labels="joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none",
