@@ -36,6 +36,13 @@ def stream(seed: int, purpose: str, *index: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, purpose, *index))
 
 
+def evenly_spaced(count: int, limit: int | None) -> Tensor:
+    """``limit`` indices spread over ``range(count)``, so that data sorted by class keep their balance."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
+
+
 def permutation(count: int, seed: int) -> Tensor:
     """A random order of ``count`` samples, long (count,), by which data are split.
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from studies.cache import Made, kept
 from studies.quality.features import BATCH, Extractor, extractor_for, in_batches
 from torchcdm.data import DataSource, fingerprint
-from torchcdm.data.source import evenly_spaced
 from torchcdm.errors import UserError
+from torchcdm.random import evenly_spaced
 
 SMALLEST_COUNT = 2000
 """Below so many samples a Fréchet distance says little and is not printed in tables."""

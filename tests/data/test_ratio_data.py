@@ -38,8 +38,8 @@ def test_columns_of_frames_go_by_name_in_any_order():
     frame["mass"] += 100
     shifted = frame[["mass", "height"]] + 1
     pair = pair_up(shifted, frame)
-    assert pair.table.names == ("height", "mass")
-    layout = (pair.source.transform, pair.table, pair.warp, DataOptions())
+    assert pair.warp.table.names == ("height", "mass")
+    layout = (pair.source.transform, pair.warp, DataOptions())
     x, names, *_ = read_query(frame, *layout)
     assert len(names) == 60
     extra = frame.assign(age=1.0)[["age", "mass", "height"]]
@@ -55,9 +55,9 @@ def test_constant_columns_are_left_out_with_a_note():
     x = normal(60, 3)
     x[:, 1] = 7
     pair = pair_up(x + [1, 0, 0], x)
-    assert pair.table.names == ("c0", "c2") and pair.source.shape == (2,)
+    assert pair.warp.table.names == ("c0", "c2") and pair.source.shape == (2,)
     assert any("constant" in note and "c1" in note for note in pair.source.notes)
-    layout = (pair.source.transform, pair.table, pair.warp, DataOptions())
+    layout = (pair.source.transform, pair.warp, DataOptions())
     values, _, differs, _ = read_query(np.concatenate([x, x[:1] + [0, 0.5, 0]]), *layout)
     assert values.shape == (61, 2) and differs == 60 * [""] + ["c1"]
 
@@ -76,7 +76,7 @@ def test_columns_of_few_values_are_dequantised_or_refused():
 def test_images_go_by_shape_and_by_kind():
     grey = np.random.RandomState(0).randint(0, 17, (30, 8, 8)).astype(np.uint8)
     pair = pair_up(grey, grey)
-    assert pair.source.shape == (1, 8, 8) and pair.table is None and pair.source.class_names is not None
+    assert pair.source.shape == (1, 8, 8) and pair.warp is None and pair.source.class_names is not None
     with pytest.raises(UserError, match=r"shapes \(1, 6, 6\) and \(1, 8, 8\); give size and channels"):
         pair_up(grey[:, :6, :6], grey)
     with pytest.raises(UserError, match="grey levels, the other fractions"):

@@ -145,7 +145,7 @@ def _measure_columns(
             notes.append(f"{what} holds {often} of the rows: its density has no upper bound there; give a data frame.")
     if not values or not dequantize:
         return DataTransform.standardize(x), notes
-    return ColumnTransform.fit(x, values, mixed, bend=False), notes
+    return ColumnTransform.fit(x, values, mixed, bent=False), notes
 
 
 def single(x: np.ndarray, name: str) -> Tensor:

@@ -19,8 +19,9 @@ from torchcdm.data.assembly import Samples, assemble
 from torchcdm.data.images import channels_first, from_pillow
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status
-from torchcdm.data.source import DataSource, LazySplit, MemorySplit, evenly_spaced
+from torchcdm.data.source import DataSource, LazySplit, MemorySplit
 from torchcdm.errors import UserError, nearest
+from torchcdm.random import evenly_spaced
 from torchcdm.units import DataTransform
 from torchcdm.units.table import as_frame, is_frame
 

@@ -19,7 +19,7 @@ from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
-from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
+from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete
 from torchcdm.units.table import as_frame, is_frame
 
@@ -47,15 +47,13 @@ class Pair:
             repeated; no test split.
         counts: Samples of denominator and numerator as they were given.
         held_out: How many of each are held out; the first ones of their class in the validation split.
-        table: What becomes of the cells of a table, or of vectors; None for images.
-        warp: What brings its codes to the units of ``source``; None for images.
+        warp: What brings the codes of a table, or of vectors, to the units of ``source``; None for images.
     """
 
     source: DataSource
     counts: tuple[int, int]
     held_out: tuple[int, int]
-    table: TableEncoding | None
-    warp: ColumnWarp | None
+    warp: ColumnTransform | None
 
 
 def pair_up(
@@ -96,7 +94,7 @@ def pair_up(
     words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
     if words[0] != words[1]:
         raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
-    table = warp = transform = None
+    warp = transform = None
     if isinstance(sides[0], Tensor):
         shapes = [tuple(side.shape[1:]) for side in sides]
         if shapes[0] != shapes[1]:
@@ -109,7 +107,7 @@ def pair_up(
             transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
     else:
-        values, table, warp, notes = _coded(sides, names, kept, discrete, options.seed)
+        values, warp, notes = _coded(sides, names, kept, discrete, options.seed)
     train, validation = (
         MemorySplit(torch.cat([values[0][low], values[1][high]]), torch.arange(2).repeat_interleave(len(low)))
         for low, high in (kept, held)
@@ -117,7 +115,7 @@ def pair_up(
     train = train.select(permutation(len(train), options.seed))
     transform = transform or DataTransform.standardize(train.x)
     source = DataSource(PAIR, train, validation, MemorySplit(train.x[:0]), transform, SOURCES, tuple(notes))
-    return Pair(source, counts, held_out, table, warp)
+    return Pair(source, counts, held_out, warp)
 
 
 def held_out_count(rows: int, options: DataOptions) -> int:
@@ -131,19 +129,18 @@ def read_side(data: Any, name: str, options: DataOptions) -> DataFrame | Tensor:
     return _read(data, name, options)[0]
 
 
-def read_query(
-    x: Any, transform: DataTransform, table: TableEncoding | None, warp: ColumnWarp | None, options: DataOptions
-) -> Inputs:
+def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, options: DataOptions) -> Inputs:
     """Samples to be scored, in the data units of ``transform``, that of the data that were fitted.
 
-    ``x`` is as one data set of :func:`pair_up`; a table may have its columns in any order, and further ones. ``table``
-    and ``warp`` are those of the pair, None for images, which the ``options`` are for. UserError for missing columns,
-    another shape, or cells that cannot be read.
+    ``x`` is as one data set of :func:`pair_up`; a table may have its columns in any order, and further ones. ``warp``
+    is that of the pair, None for images, which the ``options`` are for. UserError for missing columns, another shape,
+    or cells that cannot be read.
     """
+    table = None if warp is None else warp.table
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, transform, options)
     query, _ = _read(x, "query", options, table)
-    if table is None or warp is None:
+    if table is None:
         shape = tuple(query.shape[1:])
         if shape != transform.shape:
             raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
@@ -187,8 +184,8 @@ def _read(
 
 def _coded(
     frames: list[DataFrame], names: list[str], train: Sequence[Tensor], discrete: Discrete, seed: int
-) -> tuple[list[Tensor], TableEncoding, ColumnWarp, list[str]]:
-    """Both tables in units of a warp, which is fitted to the rows of ``train``, float32; their columns, and notes."""
+) -> tuple[list[Tensor], ColumnTransform, list[str]]:
+    """Both tables in units of a warp, which is fitted to the rows of ``train``, float32, and notes."""
     import pandas as pd
 
     notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
@@ -213,5 +210,6 @@ def _coded(
     codes = [table.spread(x, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
     trained = torch.cat([x[part] for x, part in zip(codes, train, strict=True)])
     order, sources = permutation(len(trained), seed), torch.arange(2).repeat_interleave(len(train[0]))
-    warp = ColumnWarp.fit(trained[order], sources[order])
-    return [single(warp(x).numpy(), PAIR) for x in codes], table, warp, [*notes, *more, *constant]
+    warp = ColumnTransform.fit(trained[order], sources=sources[order])
+    warp.table = table
+    return [single(warp(x).numpy(), PAIR) for x in codes], warp, [*notes, *more, *constant]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchcdm.errors import UserError, nearest
+from torchcdm.random import evenly_spaced
 from torchcdm.units import DataTransform
 
 MEMORY_LIMIT = 512 * 2**20
@@ -37,11 +38,13 @@ class Split(Dataset, ABC):
     """One split: a map-style data set of ``(x, label)``.
 
     ``x`` is in data units with the event shape, uint8 or float32; the label is an int, -1 where there is none: they
-    are ``labels``, long (N,). An empty split is false.
+    are ``labels``, long (N,), or the numbers that each sample is conditional on, float32 (N, q). An empty split is
+    false.
     """
 
     def __init__(self, count: int, labels: Tensor | None) -> None:
-        self.labels = torch.full((count,), NO_LABEL) if labels is None else labels.long()
+        labels = torch.full((count,), NO_LABEL) if labels is None else labels
+        self.labels = labels if labels.is_floating_point() else labels.long()
 
     @abstractmethod
     def values(self, indices: Tensor) -> Tensor:
@@ -83,23 +86,18 @@ class MemorySplit(Split):
 
     Args:
         x: Data units, (N, *shape), uint8 or float32.
-        labels: Long (N,); none when None.
-        context: Float32 (N, q), the numbers that each sample is conditional on: they take the place of its class.
+        labels: As of :class:`Split`; none when None.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor | None = None, context: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
         super().__init__(len(x), labels)
-        self.x, self.context = x, context
+        self.x = x
 
     def values(self, indices: Tensor) -> Tensor:
         return self.x[indices]
 
     def select(self, indices: Tensor) -> MemorySplit:
-        context = None if self.context is None else self.context[indices]
-        return MemorySplit(self.x[indices], self.labels[indices], context)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.x[indices], (self.labels if self.context is None else self.context)[indices]
+        return MemorySplit(self.x[indices], self.labels[indices])
 
 
 class LazySplit(Split):
@@ -286,10 +284,3 @@ def fingerprint(source: DataSource) -> str:
         digest.update(f"{len(split)} {tuple(x.shape)}".encode())
         digest.update(x.double().contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def evenly_spaced(count: int, limit: int | None) -> Tensor:
-    """``limit`` indices spread over ``range(count)``, so that data sorted by class keep their balance."""
-    if limit is None or limit >= count:
-        return torch.arange(count)
-    return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()

@@ -194,7 +194,7 @@ class TableEstimator(BaseEstimator):
         given: list[Tensor | None] = [None, None]
         if contexts is not None:
             given = [torch.from_numpy(part).float() for part in (contexts[0], np.tile(contexts[1], (repeats, 1)))]
-        splits = [MemorySplit(part, context=context) for part, context in zip(parts, given, strict=True)]
+        splits = [MemorySplit(part, context) for part, context in zip(parts, given, strict=True)]
         empty = MemorySplit(parts[0][:0])
         source = DataSource("table", splits[0], splits[1], empty, DataTransform(transform.shape))
         if contexts is not None:

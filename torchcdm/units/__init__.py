@@ -17,11 +17,9 @@ from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
 from torchcdm.units.log_likelihood import LogLikelihood, standard_error
 from torchcdm.units.table import TableEncoding
-from torchcdm.units.warp import ColumnWarp
 
 __all__ = [
     "ColumnTransform",
-    "ColumnWarp",
     "DataTransform",
     "GaussianizedTransform",
     "LogLikelihood",

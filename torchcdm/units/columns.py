@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchcdm.random import evenly_spaced
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, cell_width, spread
 from torchcdm.units.normal import log_normal
-from torchcdm.units.warp import LEAST_GAIN, ColumnWarp
+from torchcdm.units.warp import LEAST_GAIN, bend, bend_log_slope, fit_warp, floor_of, logarithm
+
+WARP = ("least", "location", "scale", "skew", "tail", "bent")
 
 OUTSIDE = 1e-4
 """Probability that a histogram leaves on either side of the known values: z = 3.7 at their ends."""
@@ -30,6 +33,8 @@ STEP_ROWS = 2000
 class ColumnTransform(DataTransform):
     r"""Columns to model units, each more nearly normal: continuous ones bent, those with values by histogram.
 
+    The bent ones by the curve of :mod:`torchcdm.units.warp`, after their logarithm where that is more nearly normal.
+
     A dequantised column of few values is a row of boxes, whose edges a smooth density would spend itself on. Its
     histogram takes it to a normal, as in :class:`GaussianizedTransform`; what is left to learn is how columns hang
     together. So does that of a mixed column, where some values have a cell each and all other numbers are continuous,
@@ -40,7 +45,9 @@ class ColumnTransform(DataTransform):
     all other numbers.
 
     Args:
-        warp: Arguments of the :class:`ColumnWarp` of all columns; shifts and scales the columns with a histogram.
+        warp: A number for each column, (d,), by name. ``least``: value below which its logarithm goes on as a line; 0
+            where none is taken. ``location`` and ``scale``: xi and eta, in the column's unit or that of its logarithm.
+            ``bent``: whether the curve is taken, and its ``skew`` and ``tail``, epsilon and delta.
         histograms: By column that has one: its values, rising, data units, none where all numbers are continuous; and
             the cumulative probability at the edges.
         mixed: By column where other numbers are continuous: width of a value's cell, and the edges of the histogram.
@@ -55,6 +62,11 @@ class ColumnTransform(DataTransform):
 
     gaussianized = True
 
+    least: Tensor
+    skew: Tensor
+    tail: Tensor
+    bent: Tensor
+
     def __init__(
         self,
         warp: Mapping[str, Any],
@@ -62,9 +74,10 @@ class ColumnTransform(DataTransform):
         dequantize: bool = True,
         mixed: Mapping[str | int, tuple[float, Sequence[float]]] = NONE,
     ) -> None:
-        warp = ColumnWarp(**warp)
-        super().__init__(warp.scale.shape)
-        self.warp = warp
+        least, location, scale, skew, tail, bent = (torch.as_tensor(warp[key], dtype=torch.float64) for key in WARP)
+        super().__init__(tuple(scale.shape), location, scale)
+        for name, value in (("least", least), ("skew", skew), ("tail", tail), ("bent", bent.bool())):
+            self.register_buffer(name, value, persistent=False)
         self.histograms = nn.ModuleDict({str(k): Histogram(*h, mixed.get(k)) for k, h in histograms.items()})
         self.values = {int(k): tuple(values) for k, (values, _) in histograms.items() if len(values)}
         self.mixed = {int(k): cell for k, (cell, _) in mixed.items() if cell}
@@ -79,9 +92,10 @@ class ColumnTransform(DataTransform):
         x: Tensor,
         values: Mapping[int, Sequence[float]] = NONE,
         mixed: Mapping[int, float] = NONE,
-        bend: bool = True,
+        bent: bool = True,
         dequantize: bool = True,
         step: bool = False,
+        sources: Tensor | None = None,
     ) -> ColumnTransform:
         """From the training rows; columns with values dequantised, or as they are.
 
@@ -89,27 +103,28 @@ class ColumnTransform(DataTransform):
             x: Rows (N, d), data units.
             values: Values that have a probability, rising, by column.
             mixed: Those of these columns that have other numbers too: width of a value's cell.
-            bend: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
+            bent: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
             dequantize: As for the class.
             step: Whether continuous columns get a histogram whose steps make the rows more probable than bending, by
                 more than the logarithm of their number for each step (Schwarz 1978).
+            sources: As of :func:`torchcdm.units.warp.fit_warp`.
         """
         x, edges = x.double(), {}
         for k, found in values.items():
             centres = torch.tensor(found, dtype=torch.float64)
             edges[k] = _knots(x[:, k], centres, mixed[k]) if k in mixed else _edges(centres)
         histograms = {k: (found, _cumulative(x[:, k], edges[k])) for k, found in values.items()}
-        warp = ColumnWarp.fit(x, straight=tuple(values) if bend else range(x.shape[1]))
+        warp = fit_warp(x, sources, tuple(values) if bent else range(x.shape[1]))
         cells = {k: (cell, edges[k].tolist()) for k, cell in mixed.items()}
         if step:
-            evenly = torch.linspace(0, len(x) - 1, min(STEP_ROWS, len(x)), dtype=torch.float64).round().long()
-            rows = x.sort(0).values[evenly]  # the least and the largest number of each column too
-            least = (log_normal(warp(rows)) + warp.log_slope(rows)).mean(0) + LEAST_GAIN
+            rows = x.sort(0).values[evenly_spaced(len(x), STEP_ROWS)]  # the least and largest of each column too
+            plain = cls(warp, {})
+            least = (log_normal(plain(rows)) + plain.log_slopes(rows)).mean(0) + LEAST_GAIN
             for k in set(range(x.shape[1])) - set(values):
                 steps, value = _steps(rows[:, k])
                 if value > least[k]:
                     histograms[k], cells[k] = ((), _cumulative(x[:, k], steps)), (0.0, steps.tolist())
-        return cls(warp.to_config(), histograms, dequantize, cells)
+        return cls(warp, histograms, dequantize, cells)
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
         if not self.dequantize:
@@ -125,28 +140,45 @@ class ColumnTransform(DataTransform):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.warp(x)
+        u = self._scaled(x)
+        # sinh(arcsinh(u)) is u, but not to the last bit, and far out not even nearly.
+        z = torch.where(self.bent, bend(u, self.skew, self.tail), u)
         for k, histogram in self._columns():
-            z[:, k] = histogram(x[:, k].double(), self.warp.scale[k])[0]
+            z[:, k] = histogram(x[:, k].double(), self.scale[k])[0]
         return z.to(floating(x))
 
     def inverse(self, z: Tensor) -> Tensor:
-        x = self.warp.inverse(z)
+        u, floor = z.double(), floor_of(self.least)
+        u = torch.where(self.bent, ((u.asinh() + self.skew) / self.tail).sinh(), u)
+        y = u * self.scale + self.shift
+        below = (y - floor.log()).clamp_max(0) * floor
+        x = torch.where(self.least > 0, torch.maximum(y, floor.log()).exp() + below, y)
         for k, histogram in self._columns():
-            x[:, k] = histogram.inverse(z[:, k].double(), self.warp.scale[k])
+            x[:, k] = histogram.inverse(z[:, k].double(), self.scale[k])
         return x.to(z.dtype)
 
-    def log_det(self, x: Tensor) -> Tensor:
-        slopes = self.warp.log_slope(x)
+    def log_slopes(self, x: Tensor) -> Tensor:
+        """log dz/dx of each number of ``x`` (N, d), float64."""
+        of_bend = torch.where(self.bent, bend_log_slope(self._scaled(x), self.skew, self.tail), 0.0)
+        of_logarithm = torch.where(self.least > 0, -torch.maximum(x.double(), floor_of(self.least)).log(), 0.0)
+        slopes = of_bend + of_logarithm - self.scale.log()
         for k, histogram in self._columns():
-            slopes[:, k] = histogram(x[:, k].double(), self.warp.scale[k])[1]
-        return slopes.sum(1)
+            slopes[:, k] = histogram(x[:, k].double(), self.scale[k])[1]
+        return slopes
+
+    def log_det(self, x: Tensor) -> Tensor:
+        return self.log_slopes(x).sum(1)
 
     def arguments(self) -> dict[str, Any]:
         histograms = {k: [h.values.tolist(), h.cumulative.tolist()] for k, h in self.histograms.items()}
         mixed = {k: [h.cell, h.edges.tolist()] for k, h in self.histograms.items() if h.mixed}
-        arguments = {"kind": "columns", "warp": self.warp.to_config(), "histograms": histograms}
+        values = (self.least, self.shift, self.scale, self.skew, self.tail, self.bent)
+        warp = {key: value.tolist() for key, value in zip(WARP, values, strict=True)}
+        arguments = {"kind": "columns", "warp": warp, "histograms": histograms}
         return arguments | {"dequantize": self.dequantize} | ({"mixed": mixed} if mixed else {})
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (logarithm(x.double(), self.least) - self.shift) / self.scale
 
     def _columns(self) -> list[tuple[int, Histogram]]:
         """The columns with a histogram."""

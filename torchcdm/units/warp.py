@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from torchcdm.units.float64 import Float64Module
+from torchcdm.random import evenly_spaced
 
 ROWS = 2000
 """Rows that the curves are fitted to."""
@@ -31,118 +30,63 @@ TINY = 1e-9
 LEAST_GAIN = 0.02
 """Nats a row that bending a column must add to the likelihood of a normal for each source; else it keeps its shape."""
 
-FIELDS = ("least", "location", "scale", "skew", "tail", "bent")
 
+def fit_warp(x: Tensor, sources: Tensor | None = None, straight: Collection[int] = ()) -> dict[str, Tensor]:
+    """The curves of columns by maximum likelihood, each by itself: ``warp`` of :class:`ColumnTransform`.
 
-@final
-class ColumnWarp(Float64Module):
-    r"""The map of all columns, increasing in each and onto the real numbers.
-
-    Columns that are not bent become :math:`(x - \xi) / \eta`; some of either kind have their logarithm taken first.
-    Every argument holds a number for each column, (d,).
+    The curve is that of all rows together, but it is used only where each source is more nearly normal for it: two
+    normals side by side look skewed together, and bending them would be the end of their simple ratio.
 
     Args:
-        least: Value below which the logarithm goes on as a line, positive; 0 for columns whose logarithm is not taken.
-        location: xi, in the column's unit, or in that of its logarithm.
-        scale: eta, in the same unit, positive.
-        skew: epsilon; 0 for columns that are not bent.
-        tail: delta; 1 for columns that are not bent.
-        bent: Whether the column is bent.
+        x: (N, d), float64.
+        sources: The source of each row, (N,); all of one when None.
+        straight: Columns that are only shifted and scaled.
     """
-
-    least: Tensor
-    location: Tensor
-    scale: Tensor
-    skew: Tensor
-    tail: Tensor
-    bent: Tensor
-
-    def __init__(self, least: Any, location: Any, scale: Any, skew: Any, tail: Any, bent: Any) -> None:
-        super().__init__()
-        for name, value in zip(FIELDS, (least, location, scale, skew, tail, bent), strict=True):
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64), persistent=False)
-        self.bent = self.bent.bool()
-
-    @classmethod
-    def fit(cls, x: Tensor, sources: Tensor | None = None, straight: Collection[int] = ()) -> ColumnWarp:
-        """By maximum likelihood, for each column by itself.
-
-        The curve is that of all rows together, but it is used only where each source is more nearly normal for it: two
-        normals side by side look skewed together, and bending them would be the end of their simple ratio.
-
-        Args:
-            x: (N, d), float64.
-            sources: The source of each row, (N,); all of one when None.
-            straight: Columns that are only shifted and scaled.
-        """
-        allowed = torch.ones(x.shape[1], dtype=torch.bool)
-        allowed[list(straight)] = False
-        sources = torch.zeros(len(x)) if sources is None else sources
-        rows = torch.linspace(0, len(x) - 1, min(ROWS, len(x)), dtype=torch.float64).round().long()
-        least, scaled, of_rows = x.amin(0), x[rows] / _deviation(x), sources[rows]
-        positive = torch.where(least > 0, scaled, 1.0)
-        gain = log_spread(scaled, of_rows) - log_spread(positive.log(), of_rows) - positive.log().mean(0)
-        least = torch.where((least > 0) & (gain > LEAST_GAIN) & allowed, BELOW * least, 0.0)
-        x = _logarithm(x, least)
-        mean, deviation = x.mean(0), _deviation(x)
-        y = (x[rows] - mean) / deviation
-        location, scale, skew, tail = _maximum_likelihood(y)
-        bent = _bend((y - location) / scale, skew, tail)
-        slopes = _log_slope((y - location) / scale, skew, tail) - scale.log()
-        gain = log_spread(y, of_rows) - log_spread(bent, of_rows) + slopes.mean(0)
-        used = (gain > LEAST_GAIN) & allowed
-        location, scale, skew, tail = (
-            torch.where(used, value, other) for value, other in ((location, 0), (scale, 1), (skew, 0), (tail, 1))
-        )
-        return cls(least, mean + deviation * location, deviation * scale, skew, tail, used)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, d) to (N, d), float64."""
-        u = self._scaled(x)
-        # sinh(arcsinh(u)) is u, but not to the last bit, and far out not even nearly.
-        return torch.where(self.bent, _bend(u, self.skew, self.tail), u)
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """(N, d) to (N, d), float64."""
-        z = z.double()
-        u = torch.where(self.bent, ((z.asinh() + self.skew) / self.tail).sinh(), z)
-        y, floor = u * self.scale + self.location, _floor(self.least)
-        below = (y - floor.log()).clamp_max(0) * floor
-        return torch.where(self.least > 0, torch.maximum(y, floor.log()).exp() + below, y)
-
-    def log_slope(self, x: Tensor) -> Tensor:
-        """log dz/dx of each number, (N, d), float64."""
-        of_bend = torch.where(self.bent, _log_slope(self._scaled(x), self.skew, self.tail), 0.0)
-        of_logarithm = torch.where(self.least > 0, -torch.maximum(x.double(), _floor(self.least)).log(), 0.0)
-        return of_bend + of_logarithm - self.scale.log()
-
-    def to_config(self) -> dict[str, Any]:
-        """Plain Python values, exact; arguments of the class."""
-        return {name: self.get_buffer(name).tolist() for name in FIELDS}
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        return (_logarithm(x.double(), self.least) - self.location) / self.scale
+    allowed = torch.ones(x.shape[1], dtype=torch.bool)
+    allowed[list(straight)] = False
+    sources = torch.zeros(len(x)) if sources is None else sources
+    rows = evenly_spaced(len(x), ROWS)
+    least, scaled, of_rows = x.amin(0), x[rows] / _deviation(x), sources[rows]
+    positive = torch.where(least > 0, scaled, 1.0)
+    gain = log_spread(scaled, of_rows) - log_spread(positive.log(), of_rows) - positive.log().mean(0)
+    least = torch.where((least > 0) & (gain > LEAST_GAIN) & allowed, BELOW * least, 0.0)
+    x = logarithm(x, least)
+    mean, deviation = x.mean(0), _deviation(x)
+    y = (x[rows] - mean) / deviation
+    location, scale, skew, tail = _maximum_likelihood(y)
+    bent = bend((y - location) / scale, skew, tail)
+    slopes = bend_log_slope((y - location) / scale, skew, tail) - scale.log()
+    gain = log_spread(y, of_rows) - log_spread(bent, of_rows) + slopes.mean(0)
+    used = (gain > LEAST_GAIN) & allowed
+    location, scale, skew, tail = (
+        torch.where(used, value, other) for value, other in ((location, 0), (scale, 1), (skew, 0), (tail, 1))
+    )
+    return {
+        "least": least, "location": mean + deviation * location, "scale": deviation * scale,
+        "skew": skew, "tail": tail, "bent": used,
+    }  # fmt: skip
 
 
-def _bend(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
+def bend(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
+    """z of u, (N, d)."""
     return (tail * u.asinh() - skew).sinh()
 
 
-def _log_slope(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
-    """log of the derivative of :func:`_bend`."""
+def bend_log_slope(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
+    """log of the derivative of it."""
     bent = (tail * u.asinh() - skew).abs()
     log_cosh = bent + torch.log1p((-2 * bent).exp()) - math.log(2)  # without overflow
     return tail.log() + log_cosh - 0.5 * torch.log1p(u.square())
 
 
-def _floor(least: Tensor) -> Tensor:
+def floor_of(least: Tensor) -> Tensor:
     """Where the logarithm ends; 1, as good as any, in columns without one."""
     return torch.where(least > 0, least, 1.0)
 
 
-def _logarithm(x: Tensor, least: Tensor) -> Tensor:
+def logarithm(x: Tensor, least: Tensor) -> Tensor:
     """log x where ``least`` is positive, below it the tangent; x elsewhere."""
-    floor = _floor(least)
+    floor = floor_of(least)
     return torch.where(least > 0, torch.maximum(x, floor).log() + (x - floor).clamp_max(0) / floor, x)
 
 
@@ -172,7 +116,7 @@ def _maximum_likelihood(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             optimizer.zero_grad()
             scale, tail = log_scale.exp(), log_tail.exp()
             u = (y - location) / scale
-            log_density = -0.5 * _bend(u, skew, tail).square() + _log_slope(u, skew, tail) - log_scale
+            log_density = -0.5 * bend(u, skew, tail).square() + bend_log_slope(u, skew, tail) - log_scale
             (-log_density.mean(0).sum()).backward()
             optimizer.step()
             # Light tails, those of a uniform or of two modes, are not stretched: only heavy ones do harm.

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 from torch.nn.functional import silu
 
-from torchcdm.data.source import evenly_spaced
-from torchcdm.random import derive, stream
+from torchcdm.random import derive, evenly_spaced, stream
 from torchcdm.runtime.batching import map_rows
 
 MEMBERS, WIDTH, LAYERS = 4, 64, 3

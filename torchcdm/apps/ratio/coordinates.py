@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from torchcdm.data.source import evenly_spaced
-from torchcdm.units import ColumnWarp
+from torchcdm.random import evenly_spaced
+from torchcdm.units import ColumnTransform, transform_from_config
 from torchcdm.units.warp import log_spread
 
 KNOTS = 24
@@ -50,19 +50,19 @@ class Unmixing:
     Args:
         matrix: (d, d).
         centre: (d,).
-        warp: Arguments of the :class:`ColumnWarp`.
+        warp: Configuration of the :class:`ColumnTransform`.
     """
 
     NOTE: ClassVar = "independent components"
 
     def __init__(self, matrix: Any, centre: Any, warp: Mapping[str, Any]) -> None:
         self.matrix, self.centre = (torch.as_tensor(value, dtype=torch.float64) for value in (matrix, centre))
-        self.warp = ColumnWarp(**warp)
+        self.warp = transform_from_config(warp)
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Values (N, d) and log of the volume's change (N,)."""
         x = self.warp.inverse(z)
-        change = torch.linalg.slogdet(self.matrix)[1] - self.warp.log_slope(x).sum(1)
+        change = torch.linalg.slogdet(self.matrix)[1] - self.warp.log_det(x)
         return (x - self.centre) @ self.matrix.T, change
 
     def to_config(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Unmixing:
         return {"matrix": self.matrix.tolist(), "centre": self.centre.tolist(), "warp": self.warp.to_config()}
 
     @classmethod
-    def fit(cls, z: Tensor, warp: ColumnWarp) -> Unmixing:
+    def fit(cls, z: Tensor, warp: ColumnTransform) -> Unmixing:
         """The components of the rows that ``warp`` took to ``z`` (N, d)."""
         from sklearn.decomposition import FastICA
         from sklearn.exceptions import ConvergenceWarning
@@ -178,7 +178,7 @@ def through(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor]:
     return z.nan_to_num(0.0, FARTHEST, -FARTHEST), change
 
 
-def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnWarp) -> Steps:
+def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform) -> Steps:
     """The steps under which held-out rows are most probable; none where no step is worth its noise.
 
     Args:

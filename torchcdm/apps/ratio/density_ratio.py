@@ -33,7 +33,7 @@ from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config
-from torchcdm.units import ColumnWarp, DataTransform, TableEncoding
+from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
 from torchcdm.units.lattice import Discrete
 
 FILE = "ratio.json"
@@ -114,8 +114,7 @@ class DensityRatio:
     _held_out: tuple[list[float], list[float]]
     _variates: list[Variate]
     _limits: np.ndarray
-    _table: TableEncoding | None = None
-    _warp: ColumnWarp | None = None
+    _warp: ColumnTransform | None = None
     _steps: Steps
 
     _saved: ClassVar[Readers] = {
@@ -124,8 +123,7 @@ class DensityRatio:
         "_variates": lambda found: [Variate(*parts) for parts in found],
         "held_out": partial(read_as, Calibration),
         "_limits": partial(np.array, dtype=np.float64),
-        "_table": partial(read_as, TableEncoding),
-        "_warp": lambda arguments: ColumnWarp(**arguments),
+        "_warp": transform_from_config,
         "_steps": lambda steps: {name: STEPS[name](**arguments) for name, arguments in steps.items()},
     }
 
@@ -177,7 +175,7 @@ class DensityRatio:
 
     def _learn(self, pair: Pair) -> None:
         """Everything that :meth:`fit` sets."""
-        self._table, self._warp = pair.table, pair.warp
+        self._warp = pair.warp
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
         source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair)
@@ -263,7 +261,7 @@ class DensityRatio:
             UserError: Not fitted, or data that do not go with the fitted ones.
         """
         self._check_fitted()
-        values, names, deviating, _ = read_query(x, self._model.info.transform, self._table, self._warp, self._options)
+        values, names, deviating, _ = read_query(x, self._model.info.transform, self._warp, self._options)
         log_probs = self._log_probs(values)
         outside = (log_probs < self._limits).all(2).any(1) | np.array(deviating, dtype=bool)
         return Scores(tuple(names), self._blended(self._estimates(values, log_probs)), outside)
@@ -379,7 +377,7 @@ class DensityRatio:
             settings = {key: content[key] for key in SETTINGS}
             overrides = settings.pop("overrides")
             ratio = cls(**settings, device=device, **overrides)
-            restore(ratio, cls._saved, content, ("_table", "_warp"))
+            restore(ratio, cls._saved, content, ["_warp"])
             ratio._classifiers = Classifiers.of(*tensors) if tensors else None
         ratio._model = require_density(load(Path(path) / MODEL, device or "cpu"), "a ratio")
         return ratio
