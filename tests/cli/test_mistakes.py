@@ -68,6 +68,12 @@ def test_mistakes_without_a_run(capsys, tmp_path, monkeypatch, words, message):
     assert not (tmp_path / "R" / "model.safetensors").exists()
 
 
+def test_images_of_a_model_of_vectors_are_refused_before_they_are_drawn(capsys, tmp_path):
+    words = ["sample", "zoo:two-moons", "--format", "images", "--out", tmp_path / "S"]
+    assert "--format images: this model makes vectors; choose grid" in refuse(capsys, *words)
+    assert not (tmp_path / "S").exists()
+
+
 def test_long_values_are_cut_in_messages(capsys, tmp_path):
     for words in (["train", 5000 * "x"], ["train", "digits", "--data", 5000 * "x"]):
         error = refuse(capsys, *words, "--out", tmp_path / "R")

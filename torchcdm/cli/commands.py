@@ -150,7 +150,7 @@ def add_commands(commands: Any) -> None:
         required=True)  # fmt: skip
 
     parser = command(
-        "ratios:ratio", "density ratio of two data sets: numerator over denominator, at the query",
+        "measuring:ratio", "density ratio of two data sets: numerator over denominator, at the query",
         "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
         "skip-bad seed quiet json device",
     )  # fmt: skip
@@ -165,7 +165,7 @@ def add_commands(commands: Any) -> None:
     add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", Path)
     add(parser, "--test", "also test whether the two sets differ, on halves of both", bool)
 
-    parser = command("ratios:mi", "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv",
+    parser = command("measuring:mi", "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv",
                      "seed quiet json device")  # fmt: skip
     for name in ("x", "y"):
         add(parser, f"{name} {name.upper()}", "a table, an array, or a SPEC")

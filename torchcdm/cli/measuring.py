@@ -1,14 +1,21 @@
-"""``cdm nll`` and ``cdm evaluate``."""
+"""``cdm nll``, ``cdm evaluate``, ``cdm ratio`` and ``cdm mi``."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
+import numpy as np
+
+from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights, mutual_information
+from torchcdm.apps.ratio.checks import check_clip
 from torchcdm.cli.arguments import given, tell
+from torchcdm.data import check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
-from torchcdm.runtime.processes import sharing
-from torchcdm.training.checkpoint import load, read_info
+from torchcdm.runtime.files import check_output, write_rows
+from torchcdm.runtime.processes import chosen_device, sharing
+from torchcdm.training.checkpoint import load
 from torchcdm.training.evaluation import evaluate as evaluated
 from torchcdm.training.evaluation import labels_for
 
@@ -19,14 +26,13 @@ def nll(options: argparse.Namespace) -> None:
         level=options.level, draws=options.draws, seed=options.seed, steps=options.flow_steps,
         probes=options.flow_probes,
     ))  # fmt: skip
-    info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # log Z takes longer than all others.
         methods = [method for method in methods_of(model) if method != "logz"]
         if options.methods is not None:
             methods = [method for method in map(str.strip, options.methods.split(",")) if method]
-        source = info.read_source(model, options.data, labelled=options.conditional)
+        source = model.info.read_source(model, options.data, labelled=options.conditional)
         x, labels = source.split(options.split).tensors(options.limit)
         y = labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
@@ -41,11 +47,65 @@ def nll(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Classifier and denoiser by level."""
-    info = read_info(options.model)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
-        source = info.read_source(model, options.data, labelled=True)
+        source = model.info.read_source(model, options.data, labelled=True)
         values = evaluated(model, source.split(options.split), options.limit, options.draws)
     if main:
         text = "\n".join(f"{name:10} {value:.4f}" for name, value in values["mean"].items())
         tell(options.json, text, {"data": {"name": source.name, "split": options.split}} | values)
+
+
+def ratio(options: argparse.Namespace) -> None:
+    """Fits, scores, and says how far to trust it."""
+    check_clip(options.clip)
+    check_spec(spec_of(options.query))
+    if options.save is not None:
+        check_output(options.save / "ratio.json", kind="ratio")
+    size = None if options.size is None else parse_size(options.size)
+    ratio = DensityRatio(
+        options.seed, options.discrete, device=str(chosen_device(options.device)), progress=not options.quiet,
+        data={"size": size, "channels": options.channels, "skip_bad": options.skip_bad}, **given(steps=options.steps),
+    ).fit(options.numerator, options.denominator)  # fmt: skip
+    scores = ratio.scores(options.query)
+    weights = importance_weights(scores.log_ratio, options.clip)
+    if options.save is not None:
+        ratio.save(options.save)
+    if options.csv is not None:
+        rows = zip(scores.names, scores.log_ratio, weights, scores.outside, strict=True)
+        cells = ((k, name, f"{log:.6g}", f"{weight:.6g}", int(out)) for k, (name, log, weight, out) in enumerate(rows))
+        write_rows(options.csv, ("row", "input", "log_ratio", "weight", "outside"), cells)
+    low, median, high = np.quantile(scores.log_ratio, [0, 0.5, 1]).tolist()
+    count, outside, effective = len(scores.names), int(scores.outside.sum()), effective_sample_size(weights)
+    values = {
+        "blend": ratio.blend,
+        "counts": {"numerator": ratio.counts[1], "denominator": ratio.counts[0]},
+        "query": {
+            "count": count,
+            "outside": outside,
+            "log_ratio": {"mean": float(scores.log_ratio.mean()), "min": low, "median": median, "max": high},
+            "effective_sample_size": effective,
+        },
+        "held_out": asdict(ratio.held_out),
+        "notes": list(ratio.notes),
+    }
+    lines = [*ratio.notes, "", "on held-out samples:", ratio.held_out.table(), "", f"query: {count} samples"]
+    lines.append(f"log p/q from {low:.3g} to {high:.3g} nats, median {median:.3g}")
+    lines.append(f"weights: effective sample size {effective:.0f} ({100 * effective / count:.0f} %)")
+    if outside:
+        lines.append(f"{outside} samples lie outside both data sets: their ratio is extrapolation")
+    if options.test:
+        test = ratio.two_sample_test(seed=options.seed)
+        shown = ("p_value", "statistic", "numerator_rows", "denominator_rows", "columns")
+        values["test"] = {name: getattr(test, name) for name in shown}
+        lines += ["", test.text()]
+    tell(options.json, "\n".join(lines), values)
+
+
+def mi(options: argparse.Namespace) -> None:
+    """Says what the rows of one table tell of those of the other, and how far to trust it."""
+    found = mutual_information(
+        options.x, options.y, options.seed, device=str(chosen_device(options.device)), progress=not options.quiet,
+        **given(steps=options.steps),
+    )  # fmt: skip
+    tell(options.json, found.text("mutual information"), asdict(found))

@@ -25,8 +25,10 @@ from torchcdm.training.samples import balanced_labels, draw, save_manifest, save
 
 def sample(options: argparse.Namespace) -> None:
     """Samples to files, with a manifest."""
-    info = read_info(options.model)
-    out = options.out
+    info, out = read_info(options.model), options.out
+    pictures = len(info.transform.shape) == 3
+    if options.format == "images" and not pictures:
+        raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with sharing(options.device) as (device, main):
@@ -42,13 +44,9 @@ def sample(options: argparse.Namespace) -> None:
         )  # fmt: skip
     if not main:
         return
-    files, pictures = [], drawn.x.ndim == 4
     if options.format in ("grid", "all"):
         save_sheet(drawn, model, out / "samples")
-    if options.format in ("images", "all") and pictures:
-        files = save_images(drawn.x, out, model.transform)
-    if options.format == "images" and not pictures:
-        raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
+    files = save_images(drawn.x, out, model.transform) if options.format in ("images", "all") and pictures else []
     if options.format in ("array", "all"):
         save_array(drawn.x, out / "samples.npz", model.transform, drawn.y)
     save_manifest(drawn, out / "manifest.csv", files, info.class_names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import heapq
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ EXAMPLES = 1000
 SHOWN = 10
 """Rows that are printed: the most anomalous ones."""
 
-KEPT = ("score", "percentile", "flag", "deviating")
+KEPT = ("score", "percentile", "flag", "deviating", "input")
 """What is kept of every input."""
 
 
@@ -72,31 +71,24 @@ def score(options: argparse.Namespace) -> None:
         files = save_maps(maps, inputs.x, explain.limit, options.maps, model.info.transform)
         judged["where"] = [path.name for path in files]
     batches = score_on_ray(scorer, options.paths, options.workers, not options.quiet) if ray else [judged]
-    found, names = _written(batches, options.csv)
-    scores, percentiles, flags, deviating = (found[name].tolist() for name in KEPT)
+    found = _written(batches, options.csv)
+    scores, percentiles, flags, deviating = (found[name].tolist() for name in KEPT[:4])
     threshold = detector.threshold(options.fpr)
     if options.plot is not None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
     numbers = {
-        "score": options.score,
-        "fpr": options.fpr,
-        "threshold": threshold,
+        "score": options.score, "fpr": options.fpr, "threshold": threshold,
         "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
-        "count": len(scores),
-        "flagged": sum(flags),
-        "deviating": sum(deviating),
-        "scores": scores,
-        "percentiles": percentiles,
-        "flags": flags,
-    }
-    tell(options.json, _summary(numbers, names), numbers)
+        "count": len(scores), "flagged": sum(flags), "deviating": sum(deviating),
+        "scores": scores, "percentiles": percentiles, "flags": flags,
+    }  # fmt: skip
+    tell(options.json, _summary(numbers, found["input"]), numbers)
 
 
-def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[dict[str, Any], dict[int, str]]:
-    """Rows to a CSV file as they come; numbers of all inputs, and the names of the most anomalous ones by row."""
+def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> dict[str, np.ndarray]:
+    """Rows to a CSV file as they come; the columns :data:`KEPT` of all of them."""
     kept: dict[str, list[Any]] = {name: [] for name in KEPT}
-    top: list[tuple[float, int, str]] = []
-    count, said = 0, set()
+    said, row = set(), 0
     with written(Path(os.devnull) if path is None else path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("row", "input", "score", "percentile", "flag", "where"))
@@ -105,27 +97,25 @@ def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[d
             say(note for note in notes if note and note not in said)
             said |= set(notes)
             read = np.asarray(batch["input"], object) != ""
-            batch = {name: np.asarray(batch[name])[read] for name in (*KEPT, "input", "where")}
+            batch = {name: np.asarray(batch[name])[read] for name in (*KEPT, "where")}
+            columns = (batch[name] for name in ("input", "score", "percentile", "flag", "where"))
+            for name, score, percentile, flag, where in zip(*columns, strict=True):
+                writer.writerow((row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), where))
+                row += 1
             for name, values in kept.items():
                 values.append(batch[name])
-            columns = (batch[name] for name in ("input", "score", "percentile", "flag", "where"))
-            rows = list(enumerate(zip(*columns, strict=True), count))
-            for row, (name, score, percentile, flag, where) in rows:
-                writer.writerow((row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), where))
-            top = heapq.nsmallest(SHOWN, [*top, *((-float(score), row, name) for row, (name, score, *_) in rows)])
-            count += len(rows)
-    if not count:
+    if not row:
         raise UserError("there is nothing to score: nothing could be read")
-    return {name: np.concatenate(values) for name, values in kept.items()}, {row: name for _, row, name in top}
+    return {name: np.concatenate(values) for name, values in kept.items()}
 
 
-def _summary(numbers: dict[str, Any], names: dict[int, str]) -> str:
+def _summary(numbers: dict[str, Any], names: np.ndarray) -> str:
     """The most anomalous inputs, and what the flags mean."""
     scores, count = numbers["scores"], numbers["count"]
     lines = [f"{'score':>12}{'percentile':>12}  input"]
-    for i, name in names.items():
+    for i in np.argsort(-np.asarray(scores), kind="stable")[:SHOWN]:
         mark = "*" if numbers["flags"][i] else " "
-        lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {name}")
+        lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {names[i]}")
     if count > SHOWN:
         lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
     lines.append(
