@@ -27,7 +27,8 @@ def test_devices_that_are_not_there_are_refused_in_one_line(name, recwarn):
 @pytest.fixture
 def any_device(monkeypatch):
     """Takes every device, also where a module has the function that refuses it: imported, so that none keeps ours."""
-    for module in ("cli.sampling", "cli.training", "cli.scoring", "cli.measuring", "training.scale", "runtime.processes"):
+    commands = (f"cli.{name}" for name in ("sampling", "training", "scoring", "measuring"))
+    for module in (*commands, "training.scale", "runtime.processes"):
         monkeypatch.setattr(f"torchcdm.{module}.chosen_device", torch.device)
 
 

@@ -192,7 +192,7 @@ def test_training_learns_and_the_best_average_is_kept(tmp_path):
     state, kept = load_state(tmp_path / "state" / f"step-{best}"), dict(load(tmp_path).named_parameters())
     assert all(torch.equal(kept[key], state.ema[key]) for key in kept)
     assert not torch.equal(kept["backbone.conv_in.weight"], state.model["backbone.conv_in.weight"])
-    assert state.progress["ema_updates"] == best
+    assert state.progress.ema_updates == best
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     poisoned(monkeypatch, {3, 5})
     run_training(tmp_path / "run", train__steps="6")
     state = load_state(state_folders(RunFolder(tmp_path / "run"))[-1])
-    assert state.progress["skipped"] == 2 and state.progress["ema_updates"] == 4
+    assert state.progress.skipped == 2 and state.progress.ema_updates == 4
     assert all(value.isfinite().all() for value in state.model.values())
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["skipped"] == 2
 
@@ -75,7 +75,7 @@ def test_weights_that_are_not_finite_leave_no_state_and_no_model(tmp_path, monke
 
 
 def test_a_run_whose_validations_are_never_finite_ends_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchcdm.training.selection.validate", lambda *_: {"nll": float("nan")})
+    monkeypatch.setattr("torchcdm.training.evaluation.validate", lambda *_: {"nll": float("nan")})
     with pytest.raises(NotFinite, match="no validation had a finite nll; lower --train.lr"):
         run_training(tmp_path / "run")
 
@@ -113,7 +113,7 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
 def test_validations_before_the_logits_count_choose_no_model_and_stop_nothing(tmp_path, monkeypatch):
     # Every validation is worse than the one before.
     values = iter(range(100))
-    monkeypatch.setattr("torchcdm.training.selection.validate", lambda *_: {"nll": float(next(values))})
+    monkeypatch.setattr("torchcdm.training.evaluation.validate", lambda *_: {"nll": float(next(values))})
     result = run_training(tmp_path / "run", train__steps="20", train__validate_every="2", train__patience="2",
                           loss__logits_from="[0.3, 0.6]")  # fmt: skip
     # Thirteen steps are the first after which one has counted in full: validated at 14, and twice worse by 18.

@@ -25,6 +25,7 @@ from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
 from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
 from torchcdm.training.build import build_backbone, build_model, describe, imported
 from torchcdm.training.config_files import differences
+from torchcdm.training.evaluation import Best
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.training.settings import Config, ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
@@ -147,12 +148,6 @@ def read_info(run: str | Path) -> ModelInfo:
     return _read(run, ())[1]
 
 
-def load_weights(model: Denoiser, run: str | Path) -> None:
-    """Fills a model with the weights of a run."""
-    folder, _, (tensors,) = _read(run)
-    _load_tensors(model, tensors, folder.model)
-
-
 def load(
     run: str | Path,
     device: str | torch.device = "cpu",
@@ -184,40 +179,34 @@ def load(
         torch.Size([1])
     """
     folder, info, (tensors,) = _read(run)
-    custom = info.model.backbone.name == "custom"
-    code = info.model.backbone.code if custom else None
-    if code and trust_code and backbone is None:
-        if str(run).startswith("hub:"):
-            raise UserError(f"{run}: names code, {code}, and no code is run for hub:; give backbone=module")
-        backbone = imported(code)
-    if custom and backbone is None:
-        trusted = f", or trust_code=True, which runs {code}" if code else ""
-        raise UserError(f"{run}: has a network of your own; load it by torchcdm.load(path, backbone=module){trusted}")
-    if backbone is not None and not custom:
-        raise UserError(f"{run}: has the network '{info.model.backbone.name}'; leave backbone out")
-    if backbone is None:
+    network = info.model.backbone
+    if network.name != "custom":
+        if backbone is not None:
+            raise UserError(f"{run}: has the network '{network.name}'; leave backbone out")
         # A network of other sizes than those of the file is refused before it takes memory.
         with torch.device("meta"):
             classes = None if info.model.labels == "none" else info.classes
-            network = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
+            blank = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
         held = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
-        _check_shapes({f"backbone.{key}": value for key, value in network.state_dict().items()}, held, folder.model)
+        _check({f"backbone.{key}": value for key, value in blank.state_dict().items()}, held, folder.model)
+    elif backbone is None:
+        if not (network.code and trust_code):
+            trusted = f", or trust_code=True, which runs {network.code}" if network.code else ""
+            mend = f"load it by torchcdm.load(path, backbone=module){trusted}"
+            raise UserError(f"{run}: has a network of your own; {mend}")
+        if str(run).startswith("hub:"):
+            raise UserError(f"{run}: names code, {network.code}, and no code is run for hub:; give backbone=module")
+        backbone = imported(network.code)
     model = build_model(info.model, info.transform, info.classes, backbone=backbone)
-    _load_tensors(model, tensors, folder.model)
+    _fill(model, tensors, folder.model)
     model.info = info
     return model.eval().requires_grad_(False).to(device)
 
 
-def _load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fills ``module``; the file must hold exactly its weights, finite where they are no integers."""
-    own = module.state_dict()
-    _check_shapes(own, tensors, path)
-    for key, value in tensors.items():
-        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
-            damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}")
-        if not value.to(own[key].dtype).isfinite().all():
-            damaged(path, f"{key} is not finite")
-    module.load_state_dict(tensors)
+def load_weights(model: Denoiser, run: str | Path) -> None:
+    """Fills a model with the weights of a run."""
+    folder, _, (tensors,) = _read(run)
+    _fill(model, tensors, folder.model)
 
 
 def load_matching(model: Denoiser, run: str | Path) -> list[str]:
@@ -226,9 +215,7 @@ def load_matching(model: Denoiser, run: str | Path) -> list[str]:
     fitting = {key: value for key, value in tensors.items() if key in own and own[key].shape == value.shape}
     if not fitting:
         raise UserError(f"{run}: none of its weights fits this network")
-    with torch.no_grad():
-        for key, value in fitting.items():
-            own[key].copy_(value)
+    model.load_state_dict(fitting, strict=False)
     return [key for key in own if key not in fitting]
 
 
@@ -243,12 +230,23 @@ def _read(
     return folder, *read_artefact(folder.model_info, KINDS, files, form=ModelInfo)
 
 
-def _check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> None:
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    _check(module.state_dict(), tensors, path)
+    module.load_state_dict(tensors)
+
+
+def _check(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses tensors of a file that are not finite, or have not the names, shapes and kind of one's own."""
     for key in [*own, *held]:
         shapes = [tuple(state[key].shape) if key in state else "missing" for state in (held, own)]
         if shapes[0] != shapes[1]:
             what = f"{key} is {shapes[0]}, but {shapes[1]} in the model that the run describes"
             raise UserError(f"{path}: {what}; {MEND}")
+    for key, value in held.items():
+        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+            damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}")
+        if not value.to(own[key].dtype).isfinite().all():
+            damaged(path, f"{key} is not finite")
 
 
 # --- states of a training ----------------------------------------------------------------------------------------
@@ -258,19 +256,6 @@ KEPT = 2
 
 PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 """Files of tensors in a state."""
-
-MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"})
-"""Names that an optimiser keeps for a parameter."""
-
-
-@validated
-class Best:
-    """The validation value that named the kept weights the best."""
-
-    value: str
-    unit: str
-    best: Float
-    step: CountOrZero
 
 
 @validated
@@ -293,13 +278,12 @@ class Progress:
 
 
 class TrainingState(NamedTuple):
-    """What a resumed run starts from: raw and averaged weights, what the optimiser knows of each parameter, by its
-    number, and the plain values of :class:`Progress`."""
+    """What a resumed run starts from: raw and averaged weights, what the optimiser knows of weight k as ``k.name``."""
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
-    optimizer: Mapping[int, Mapping[str, Tensor]]
-    progress: dict[str, Any]
+    optimizer: Mapping[str, Tensor]
+    progress: Progress
 
 
 def save_state(run: RunFolder, state: TrainingState) -> Path:
@@ -307,24 +291,20 @@ def save_state(run: RunFolder, state: TrainingState) -> Path:
 
     UserError where it cannot be written, on a full disk for one; older states are still there.
     """
-    final = run.states / f"step-{state.progress['step']}"
+    final = run.states / f"step-{state.progress.step}"
     temporary = run.states / f"{TEMPORARY}{final.name}"
     if final.exists():
         return final
-    moments = {f"{index}.{name}": value for index, of in state.optimizer.items() for name, value in of.items()}
     with writing(final):
         try:
-            tensors = dict(zip(PARTS, (state.model, state.ema, moments), strict=True))
-            write_artefact(temporary / "progress.json", "state", state.progress, tensors)
+            tensors = dict(zip(PARTS, state[:3], strict=True))
+            write_artefact(temporary / "progress.json", "state", encode(state.progress), tensors)
             os.replace(temporary, final)
             flush_folder(run.states)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in state_folders(run)[:-KEPT]:
-            # Renamed first: a crash half way would leave one without all its files.
-            doomed = old.with_name(f"{TEMPORARY}{old.name}")
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -336,36 +316,30 @@ def state_folders(run: RunFolder) -> list[Path]:
 
 def load_state(folder: Path) -> TrainingState:
     """One saved state; UserError where a file is missing, damaged, or of another format version, with the way out."""
-    path, optimizer = folder / "progress.json", dict[int, dict[str, Tensor]]()
+    path = folder / "progress.json"
     with _way_out(folder):
-        progress, (model, ema, moments) = read_artefact(path, "state", PARTS, Progress)
+        progress, tensors = read_artefact(path, "state", PARTS, Progress)
         if folder.name != f"step-{progress.step}":
             damaged(path, f"it is of step {progress.step}")
-        for key, value in moments.items():
-            index, _, name = key.partition(".")
-            if not (index.isascii() and index.isdigit()):
-                damaged(folder / PARTS[2], f"{key} is of no weight")
-            optimizer.setdefault(int(index), {})[name] = value
-    return TrainingState(model, ema, optimizer, encode(progress))
+    return TrainingState(*tensors, progress)
 
 
 def restore(
     state: TrainingState, folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Fills weights, their average and the optimiser; UserError where a file of ``folder`` is of another network."""
-    groups = optimizer.state_dict()["param_groups"]
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments, wanted = state.optimizer, dict[str, Tensor]()
+    parts: dict[int, dict[str, Tensor]] = {}
+    for k, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"]):
+        if f"{k}.step" in moments:  # a weight that was moved, by Muon or by Adam
+            names = ("momentum",) if f"{k}.momentum" in moments else ("exp_avg", "exp_avg_sq")
+            wanted |= {f"{k}.step": torch.zeros(())} | {f"{k}.{name}": weight for name in names}
+            parts[k] = {name: moments.get(f"{k}.{name}") for name in ("step", *names)}
     with _way_out(folder):
-        for file, module, tensors in zip(PARTS, (model, average), (state.model, state.ema), strict=False):
-            _load_tensors(module, tensors, folder / file)
-        for index, moments in state.optimizer.items():
-            wanted = weights[index].shape if index < len(weights) else None
-            if set(moments) not in MOMENTS or any(
-                not value.is_floating_point() or value.shape != (() if name == "step" else wanted)
-                for name, value in moments.items()
-            ):
-                damaged(folder / PARTS[2], f"moments of weight {index} are missing, or of no weight of this network")
-        optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
+        _fill(model, state.model, folder / PARTS[0])
+        _fill(average, state.ema, folder / PARTS[1])
+        _check(wanted, moments, folder / PARTS[2])
+    optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @contextmanager

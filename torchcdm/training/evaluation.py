@@ -1,16 +1,17 @@
-"""Measurements on held-out data: the training terms with fixed noise, and the same level by level."""
+"""Measurements on held-out data, in total and level by level, and which weights of a training they name the best."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torchcdm.data import Split
+from torchcdm.data import DataSource, Split
 from torchcdm.diffusion.schedules import Level
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.losses import stratified_levels
@@ -18,6 +19,8 @@ from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
 from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
+from torchcdm.training.settings import Config
 
 BATCH = 256
 """Noisy copies at a time. Their noise is drawn by batch, so that this is part of every seed."""
@@ -163,3 +166,60 @@ def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:
     if model.context is not None:
         return labels
     return labels if model.classes is not None and len(labels) and bool((labels >= 0).all()) else None
+
+
+# --- the best model ----------------------------------------------------------------------------------------------
+
+
+@validated
+class Best:
+    """The validation value, after so many steps, that named the kept weights the best."""
+
+    value: str
+    unit: str
+    best: Float
+    step: CountOrZero
+
+
+@final
+class Selection:
+    """Compares validation values of a training; the last weights are kept where there is no validation split.
+
+    The ``best`` model has the least of the validation value called ``value``; ``stale`` counts the validations since.
+    """
+
+    def __init__(self, config: Config, source: DataSource, model: Denoiser) -> None:
+        self.value = config.train.select if config.model.kind == "cdm" else "mse"
+        self.unit = "" if self.value != "nll" else "nats" if source.transform.bin is None else "bits/dim"
+        self.loss, self.patience = config.loss, config.train.patience
+        self.data: tuple[Tensor, Tensor | None] | None = None
+        if source.validation:
+            x, labels = source.validation.tensors(config.train.validation_samples)
+            self.data = x, labels_for(model, labels)
+        self.best: Best | None = None
+        self.stale = 0
+
+    def compare(self, model: Denoiser, step: int, settled: bool) -> tuple[dict[str, float], bool]:
+        """Validation values of a model in eval mode after ``step`` steps, and whether it is to be kept.
+
+        Unless ``settled``, which says that all terms of the loss count in full, a model is kept for want of a better
+        one, but is no best model and no reason to stop.
+        """
+        if self.data is None:
+            return {}, True
+        values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight)
+        value, keep = values[self.value], not settled
+        if settled and math.isfinite(value) and (self.best is None or value < self.best.best):
+            self.best, self.stale, keep = Best(self.value, self.unit, value, step), 0, True
+        elif settled:
+            self.stale += 1
+        return {f"val_{key}": item for key, item in values.items()}, keep
+
+    def selected(self, step: int) -> dict[str, Any]:
+        """What ``config.json`` says of the kept weights, after ``step`` steps."""
+        return {"value": "last", "step": step} if self.best is None else encode(self.best)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether there were too many validations without a new best."""
+        return self.patience is not None and self.stale >= self.patience

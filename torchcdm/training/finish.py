@@ -29,7 +29,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.checkpoint import load_weights
-from torchcdm.training.evaluation import at_all_levels, labels_for
+from torchcdm.training.evaluation import Best, at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
@@ -65,8 +65,7 @@ def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
         outcome = compare(model, config, source, trainer.start)
         if outcome["kept"] == "start":
             model.load_state_dict(trainer.start)
-            value = outcome["values"]["start"]
-            trainer.selection.best = {"value": "nll", "unit": outcome["unit"], "best": value, "step": 0}
+            trainer.selection.best = Best("nll", outcome["unit"], outcome["values"]["start"], 0)
             trainer.save_model()
         trainer.say(told(outcome))
     return save_samples(model, run, config, source, "final") if config.sampling.n else run.samples, outcome

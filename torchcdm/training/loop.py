@@ -22,17 +22,17 @@ from torchcdm.errors import UserError, reason
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
-from torchcdm.runtime.files import write_file, write_json
+from torchcdm.runtime.files import without_nan, write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model
 from torchcdm.training.config_files import to_yaml
+from torchcdm.training.evaluation import Selection
 from torchcdm.training.finish import finish, save_samples
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
-from torchcdm.training.selection import Selection
 from torchcdm.training.settings import Config
 
 MAX_BAD_STEPS = 10
@@ -120,14 +120,14 @@ def train(
             raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
         state = checkpoint.load_state(states[-1]) if states else None
         # What was chosen before the first step stays.
-        kept = state.progress["config"]["model"] if state else {}
+        kept = state.progress.config["model"] if state else {}
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
         model, notes = choose_base(replace(config.model, **known), source, config.data.flip)
         config = replace(config, model=model)
         if tell:
             print(*notes, sep="\n", end="\n" * bool(notes))
         if state is not None:
-            checkpoint.check_same(config, state.progress["config"], run)
+            checkpoint.check_same(config, state.progress.config, run)
         return Trainer(config, run, source, device, tell, watch, clock, loss, new).run_to_end(state)
 
 
@@ -305,7 +305,7 @@ class Trainer:
         if logged:
             line |= self.window.means(self.processes) | {"lr": self.optimizer.param_groups[0]["lr"]}
             values, best = {key: line[key] for key in ("mse", "ce") if key in line}, self.selection.best
-            values |= {} if best is None else {f"best val {best['value']}": best["best"]}
+            values |= {} if best is None else {f"best val {best.value}": best.best}
             told = "".join(f", {key} {value:.3f}" for key, value in values.items())
             bar.set_postfix_str(f"step {step}{told}", refresh=False)
         if validated:
@@ -338,27 +338,28 @@ class Trainer:
         """Saves what a resumed run starts from, and says whether it did: nothing of a training that is going wrong."""
         if self.bad_in_a_row or not _finite(self.model):
             return False
-        progress = {
-            "step": self.step, "ema_updates": self.ema.updates, "seconds": self.seconds, "skipped": self.skipped,
-            "best": self.selection.best, "stale": self.selection.stale, "window": self.window.totals(self.processes),
-            "data": self.fingerprint, "config": encode(self.config),
-        }  # fmt: skip
+        progress = checkpoint.Progress(
+            step=self.step, ema_updates=self.ema.updates, seconds=self.seconds, skipped=self.skipped,
+            best=self.selection.best, stale=self.selection.stale, data=self.fingerprint, config=encode(self.config),
+            window=without_nan(self.window.totals(self.processes)),
+        )  # fmt: skip
         if self.main:
-            weights, average, moments = (of.state_dict() for of in (self.model, self.ema.model, self.optimizer))
-            checkpoint.save_state(self.run, checkpoint.TrainingState(weights, average, moments["state"], progress))
+            weights, average, optimizer = (of.state_dict() for of in (self.model, self.ema.model, self.optimizer))
+            moments = {f"{k}.{name}": value for k, of in optimizer["state"].items() for name, value in of.items()}
+            checkpoint.save_state(self.run, checkpoint.TrainingState(weights, average, moments, progress))
         return True
 
     def _restore(self, state: checkpoint.TrainingState) -> None:
         progress = state.progress
-        if progress["data"] != self.fingerprint:
+        if progress.data != self.fingerprint:
             raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
-        folder = self.run.states / f"step-{progress['step']}"
+        folder = self.run.states / f"step-{progress.step}"
         checkpoint.restore(state, folder, self.model, self.ema.model, self.optimizer)
-        self.step, self.seconds, self.skipped = progress["step"], progress["seconds"], progress["skipped"]
-        self.ema.updates = progress["ema_updates"]
-        self.selection.best, self.selection.stale = progress["best"], progress["stale"]
+        self.step, self.seconds, self.skipped = progress.step, progress.seconds, progress.skipped
+        self.selection.best, self.selection.stale = progress.best, progress.stale
+        self.ema.updates = progress.ema_updates
         # The sums are those of all processes: the first goes on from them, the others from zero. None was not finite.
-        sums = {key: math.nan if value is None else value for key, value in progress["window"].items()}
+        sums = {key: math.nan if value is None else value for key, value in progress.window.items()}
         self.window.sums = sums if self.main else dict.fromkeys(sums, 0.0)
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
