@@ -1,9 +1,11 @@
 """The preset for images scales itself to the images and the time."""
 
+import numpy as np
 import pytest
 import torch
 
 import torchcdm
+from torchcdm.cli import main
 from torchcdm.data import DataSource, from_object
 from torchcdm.errors import UserError
 from torchcdm.training import scale
@@ -30,8 +32,7 @@ def sized(monkeypatch, budget, cost, n=2000):
     monkeypatch.setattr(
         scale, "seconds_a_step", lambda config, *_: cost * config.model.backbone.width**2 * config.train.batch_size
     )
-    config, _ = scale.with_budget([preset_fields("encoder"), {}], images(n, 4), budget, "cpu")
-    return config
+    return scale.with_budget([preset_fields("encoder"), {}], images(n, 4), budget, "cpu")
 
 
 def test_more_time_takes_a_larger_network_and_less_a_smaller_one(monkeypatch):
@@ -53,7 +54,7 @@ def test_what_the_user_gives_is_not_chosen(monkeypatch):
     assert scale.scales([preset, {"train": {"steps": 7}}], "5m")
     assert not scale.scales([preset, {"model": {"backbone": {"width": 8}}}], "5m")
     assert not scale.scales([preset_fields("mlp"), {}], "5m")
-    config, _ = scale.with_budget([preset_fields("mlp"), {}], None, "5m", None)
+    config = scale.with_budget([preset_fields("mlp"), {}], None, "5m", None)
     assert config.train.max_seconds == 300
 
 
@@ -74,3 +75,13 @@ def test_fit_within_a_time_ends_in_it_and_says_what_it_chose(capsys):
     said = capsys.readouterr().out
     assert "scaled to 32 images of 1x6x6 and 4 s: width 16 at 1 resolutions" in said and "steps of" in said
     assert model.log_prob(pixels[:3].float()).isfinite().all()
+
+
+def test_a_scaled_run_goes_on_within_its_own_time_alone(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (40, 6, 6), dtype=np.uint8))
+    words = ["train", "encoder", "--data", f"array:{tmp_path / 'x.npy'}", "--out", str(tmp_path / "run")]
+    words += ["--device", "cpu", "--no-report", "--quiet", "--resume"]
+    assert main([*words, "--budget", "2s"]) == 0
+    assert main([*words, "--budget", "9m"]) == 2
+    assert "was trained with train.max_seconds = 1.6, not 432.0; resume with the same" in capsys.readouterr().err
+    assert main([*words, "--budget", "2s"]) == main(words) == 0

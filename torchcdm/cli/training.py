@@ -23,7 +23,7 @@ from torchcdm.training.config_files import file_fields, flag_fields, make_config
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.scale import scales, with_budget
+from torchcdm.training.scale import TRAINING_SHARE, scales, seconds_of, with_budget
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
 
@@ -74,15 +74,14 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
     run, source = RunFolder(options.out), None
     saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
     if scales(layers, options.budget) and saved.get("preset") == options.preset:
-        # What was scaled stays as it was: times differ from one measurement to the next.
-        layers.insert(1, saved)
+        # What was scaled stays as it was: times differ from one measurement to the next. Another time is refused.
+        time = {} if options.budget is None else {"max_seconds": TRAINING_SHARE * seconds_of(options.budget)}
+        layers[1:1] = saved, {"train": time}
     elif scales(layers, options.budget) and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not run.holds_run():
         source = load_source(make_config(*layers).data)
         if tell:
             print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
-    config, notes = with_budget(layers, source, options.budget, options.device)
-    if tell:
-        print(*notes, sep="\n", end="\n" * bool(notes))
+    config = with_budget(layers, source, options.budget, options.device, tell)
     return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config, source
 
 

@@ -89,11 +89,11 @@ def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
     return replace(config, schedule=schedule)
 
 
-def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[ModelConfig, list[str]]:
+def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> ModelConfig:
     """:func:`resolve`, with the base density that :func:`torchcdm.diffusion.start.best_start` finds best.
 
     Held out is the validation split; every fifth training sample where there is none. Classes with Gaussians of their
-    own choose what these share when they are fitted. With what was chosen, in sentences.
+    own choose what these share when they are fitted.
     """
     config = resolve(config, source.transform)
     given = {name: value for name in FIELDS if (value := getattr(config, name)) is not None}
@@ -101,7 +101,7 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[Mo
     if config.class_gaussians and given.get("components", 1) == 1:
         given |= fixed
     if config.gaussian is False or given.keys() >= {"components", "shrinkage"}:
-        return replace(config, **fixed | given), []
+        return replace(config, **fixed | given)
     train, _ = base_samples(source, flip)
     if source.validation:
         limit = min(HELD_OUT_SAMPLES, max(100, HELD_OUT_NUMBERS // source.transform.dim))
@@ -111,8 +111,7 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> tuple[Mo
     else:
         chosen = torch.arange(len(train)) % 5 == 0
         train, held_out = train[~chosen], train[chosen]
-    config = replace(config, **best_start(train, held_out, base_floor(source.transform), given).fields)
-    return config, [f"starts from {described(config)}, the most probable on held-out data"]
+    return replace(config, **best_start(train, held_out, base_floor(source.transform), given).fields)
 
 
 def described(config: ModelConfig) -> str:
@@ -262,7 +261,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
 
     Other arguments as in :func:`fit_gaussian`.
     """
-    config, _ = choose_base(config, source, flip)
+    config = choose_base(config, source, flip)
     gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
     prior = None
     if config.labels == "joint" and source.classes is not None:

@@ -203,7 +203,7 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
 def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource) -> ClassificationDiffusion:
     """The best single Gaussian as a model."""
     free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
-    chosen, _ = choose_base(free, source, config.data.flip)
+    chosen = choose_base(free, source, config.data.flip)
     base = fit_gaussian(chosen, source, config.data.flip)
     nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2)).requires_grad_(False)
     nothing[1].weight.zero_(), nothing[1].bias.zero_()

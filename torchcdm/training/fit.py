@@ -20,7 +20,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
-from torchcdm.training.build import check_label, describe, imported, in_units, new_model
+from torchcdm.training.build import check_label, describe, imported, in_units
 from torchcdm.training.checkpoint import load, load_weights, read_info
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.loop import Interrupted
@@ -80,23 +80,17 @@ def fit(
         >>> model = fit(torch.randn(1000, 3), steps=500)
         >>> model.log_prob(torch.zeros(1, 3))
     """
-    layer = override_fields(overrides)
-    source = _source("fit", data, labels, layer, progress)
-    layers = [preset_fields(preset or _preset_for(source)), layer]
-    config, notes = with_budget(layers, source if backbone is None else None, budget, device)
+    source, layers = _prepared("fit", data, labels, preset, overrides, progress)
+    config = with_budget(layers, source if backbone is None else None, budget, device, progress)
     check_label(labels if isinstance(labels, str) else None, config.model)
-    if progress:
-        print(*notes, sep="\n", end="\n" * bool(notes))
-    if backbone is None:
-        return trained(config, source, device, progress, out=out)
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
-    seen = "input" if getattr(network, "classes", None) is not None else "none"
-    model = replace(
-        config.model, backbone=BACKBONES["custom"](code=code),
-        labels="joint" if getattr(network, "joint", False) else seen,
-    )  # fmt: skip
-    check_network(network, source, model.schedule.T + 2)
-    return trained(replace(config, model=model), source, device, progress, out=out, backbone=network)
+    if network is not None:
+        seen = "input" if getattr(network, "classes", None) is not None else "none"
+        custom = BACKBONES["custom"](code=code)
+        labels = "joint" if getattr(network, "joint", False) else seen
+        config = replace(config, model=replace(config.model, backbone=custom, labels=labels))
+        check_network(network, source, config.model.schedule.T + 2)
+    return trained(config, source, device, progress, out=out, backbone=network)
 
 
 def train(
@@ -136,11 +130,10 @@ def train(
         >>> model = ClassificationDiffusion(MLP(3, levels=102), schedule)
         >>> model = train(model, torch.randn(1000, 3), steps=500)
     """
-    layer = override_fields(overrides, "train")
-    if "model" in layer:
+    if "model" in overrides:
         raise UserError("train: the model is made already; its settings have no effect")
-    source = _source("train", data, labels, layer, progress)
-    config = make_config(preset_fields(preset or _preset_for(source)), layer)
+    source, layers = _prepared("train", data, labels, preset, overrides, progress)
+    config = make_config(*layers)
     source = in_units(source, config.data)
     if model.transform is None:
         model.transform = copy.deepcopy(source.transform)
@@ -199,16 +192,13 @@ def trained(
     Where ``out`` is None nothing is left on the disk, and no samples are drawn. Other arguments and errors are those
     of :func:`torchcdm.training.loop.train`.
     """
-
-    def new(resolved: Config, data: DataSource) -> Denoiser:
-        return new_model(resolved.model, data, resolved.data.flip, backbone) if model is None else model
-
     if out is None:
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
         run = Path(folder) / "run" if out is None else Path(folder)
         try:
-            loop.train(config, run, in_units(source, config.data), False, device, progress, clock, new=new)
+            source = in_units(source, config.data)
+            loop.train(config, run, source, False, device, progress, clock, backbone=backbone, model=model)
         except Interrupted as error:
             if out is not None:
                 raise
@@ -220,12 +210,11 @@ def trained(
     return model.eval().to(device or "cpu")
 
 
-def _preset_for(source: DataSource) -> str:
-    return "mlp" if len(source.shape) == 1 else "encoder"
-
-
-def _source(caller: str, data: Any, labels: Any, layer: Mapping[str, Any], progress: bool) -> DataSource:
-    """The data by the options of ``layer``; those without effect are refused."""
+def _prepared(
+    caller: str, data: Any, labels: Any, preset: str | None, overrides: Mapping[str, Any], progress: bool
+) -> tuple[DataSource, list[dict[str, Any]]]:
+    """The data, and the fields of preset and overrides; those of the data without effect are refused."""
+    layer = override_fields(overrides, caller)
     options, from_files = read_as(DataOptions, layer.get("data", {}), "data"), isinstance(data, (str, Path))
     for name in ("spec",) if from_files else OF_FILES + IN_SOURCES * isinstance(data, DataSource):
         if getattr(options, name) != getattr(DataOptions(), name):
@@ -239,7 +228,7 @@ def _source(caller: str, data: Any, labels: Any, layer: Mapping[str, Any], progr
         source = from_object(data, labels, options)
     if progress:
         print(*source.notes, sep="\n")
-    return source
+    return source, [preset_fields(preset or ("mlp" if len(source.shape) == 1 else "encoder")), layer]
 
 
 def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:

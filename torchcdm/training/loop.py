@@ -27,7 +27,7 @@ from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, check_label, choose_base, load_source, new_model
+from torchcdm.training.build import build_loss, check_label, choose_base, described, load_source, new_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.evaluation import Selection
 from torchcdm.training.finish import finish, save_samples
@@ -37,9 +37,6 @@ from torchcdm.training.settings import Config
 
 MAX_BAD_STEPS = 10
 """Steps in a row without a finite gradient that end the training."""
-
-New = Callable[[Config, DataSource], Denoiser]
-"""Makes a model before its training, from the resolved configuration and the data."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,7 +73,8 @@ def train(
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
     loss: Callable[[Denoiser], Loss] | None = None,
-    new: New | None = None,
+    backbone: nn.Module | None = None,
+    model: Denoiser | None = None,
 ) -> TrainResult:
     """Trains a model and leaves a run folder.
 
@@ -90,7 +88,8 @@ def train(
         progress: Shows a progress bar and messages.
         clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
         loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None.
-        new: Makes the model before its training; by the configuration when None.
+        backbone: Network of a model by the configuration, instead of the one that it names.
+        model: The model before its training; by the configuration when None.
 
     Raises:
         UserError: The folder already holds a run or another training writes to it, the configuration differs from that
@@ -122,13 +121,12 @@ def train(
         # What was chosen before the first step stays.
         kept = state.progress.config["model"] if state else {}
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
-        model, notes = choose_base(replace(config.model, **known), source, config.data.flip)
-        config = replace(config, model=model)
+        config = replace(config, model=choose_base(replace(config.model, **known), source, config.data.flip))
         if tell:
-            print(*notes, sep="\n", end="\n" * bool(notes))
+            print(f"starts from {described(config.model)}")
         if state is not None:
             checkpoint.check_same(config, state.progress.config, run)
-        return Trainer(config, run, source, device, tell, watch, clock, loss, new).run_to_end(state)
+        return Trainer(config, run, source, device, tell, watch, clock, loss, backbone, model).run_to_end(state)
 
 
 @final
@@ -148,7 +146,8 @@ class Trainer:
         watch: list[int],
         clock: Callable[[], float],
         loss: Callable[[Denoiser], Loss] | None,
-        new: New | None,
+        backbone: nn.Module | None,
+        model: Denoiser | None,
     ) -> None:
         self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
         self.options = options = config.train
@@ -156,7 +155,8 @@ class Trainer:
         self.device, self.main, self.progress = self.processes.device, self.processes.main, progress
 
         torch.manual_seed(derive(options.seed, "weights"))
-        model = new_model(config.model, source, config.data.flip) if new is None else new(config, source)
+        if model is None:
+            model = new_model(config.model, source, config.data.flip, backbone)
         if options.init is not None:
             left = checkpoint.load_matching(model, options.init)
             self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))

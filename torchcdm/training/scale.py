@@ -18,7 +18,7 @@ from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.training.batches import Batches
-from torchcdm.training.build import build_loss, choose_base, described, in_units, new_model
+from torchcdm.training.build import build_loss, choose_base, in_units, new_model
 from torchcdm.training.config_files import make_config, paths, preset_fields
 from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import Config
@@ -61,38 +61,36 @@ def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> b
 
 
 def with_budget(
-    layers: Sequence[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None
-) -> tuple[Config, list[str]]:
+    layers: Sequence[Mapping[str, Any]],
+    source: DataSource | None,
+    budget: str | float | None,
+    device: str | None,
+    progress: bool = False,
+) -> Config:
     """The configuration of these layers for a time: preset first, what a user gave after it.
 
-    A preset that :func:`scales` does so to ``source``, unless that is None; ``budget`` is as in :func:`seconds_of`,
-    None for none. With what was chosen, in sentences.
+    A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose where ``progress``
+    is shown; ``budget`` is as in :func:`seconds_of`, None for none.
     """
     seconds = None if budget is None else seconds_of(budget)
     preset, *given = layers
     if source is None or len(source.shape) != 3 or not scales(layers, budget):
-        return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given), []
+        return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
     seconds = seconds or DEFAULT
     training, asked = TRAINING_SHARE * seconds, make_config(preset, *given)
     source = in_units(source, asked.data)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
-    model, _ = choose_base(asked.model, source, asked.data.flip)
+    model = choose_base(asked.model, source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
-
-    def seconds_of_size(width: int, batch: int) -> float:
-        network = {**base, "backbone": {"width": width, "multipliers": multipliers}}
-        layer = {"model": network, "train": {"batch_size": batch}}
-        return seconds_a_step(make_config(preset, layer, *given), source, device)
-
-    width, batch = SIZES[0]
-    took = seconds_of_size(width, batch)
-    for wider, larger in SIZES[1:]:
+    width, batch, took = 0, 0, 0.0
+    for wider, larger in SIZES:  # the first is taken however long it takes
         # Costs grow with the square of the width: a size that is clearly too large is not tried.
-        expected = took * larger / batch * (wider / width) ** 1.5
-        if training / expected < WANTED_STEPS / 2:
+        if took and training / (took * larger / batch * (wider / width) ** 1.5) < WANTED_STEPS / 2:
             break
-        needed = seconds_of_size(wider, larger)
-        if training / needed < WANTED_STEPS:
+        network = {**base, "backbone": {"width": wider, "multipliers": multipliers}}
+        sized = make_config(preset, {"model": network, "train": {"batch_size": larger}}, *given)
+        needed = seconds_a_step(sized, source, device)
+        if took and training / needed < WANTED_STEPS:
             break
         width, batch, took = wider, larger, needed
     most = max(WANTED_STEPS, EPOCHS * count // batch)
@@ -114,12 +112,13 @@ def with_budget(
         "report": {"limit": min(max(8, report), asked.report.limit)},
         "sampling": {"n": min(max(9, drawn), asked.sampling.n)},
     }  # fmt: skip
-    shape = "x".join(map(str, source.shape))
-    note = (
-        f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} resolutions, "
-        f"batches of {batch}, about {steps} steps of {took:.2g} s; starts from {described(model)}"
-    )
-    return make_config(preset, layer, *given), [note]
+    if progress:
+        shape = "x".join(map(str, source.shape))
+        print(
+            f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} resolutions, "
+            f"batches of {batch}, about {steps} steps of {took:.2g} s"
+        )
+    return make_config(preset, layer, *given)
 
 
 def multipliers_of(height: int, width: int) -> list[int]:
