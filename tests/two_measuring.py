@@ -18,8 +18,7 @@ from torchcdm.compose import sample
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, elbo, log_normalizer, report
-from torchcdm.runtime.batching import map_rows
-from torchcdm.runtime.processes import sharing
+from torchcdm.runtime.processes import map_rows, sharing
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.loop import NotFinite
 

@@ -24,8 +24,7 @@ from torchcdm.data import load_data
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, report
-from torchcdm.runtime.batching import map_rows, rows_at_a_time
-from torchcdm.runtime.processes import Processes, _shared_by, sharing
+from torchcdm.runtime.processes import Processes, _shared_by, map_rows, rows_at_a_time, sharing
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform

@@ -19,7 +19,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
-from torchcdm.runtime.batching import Rows, map_rows
+from torchcdm.runtime.processes import Rows, map_rows
 from torchcdm.units.normal import log_normal
 
 

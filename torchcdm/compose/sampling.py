@@ -34,7 +34,7 @@ from torchcdm.likelihood.log_z import LogZ
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
-from torchcdm.runtime.processes import alone, share, sharers
+from torchcdm.runtime.processes import alone, gathered
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, checked
 from torchcdm.samplers import DEFAULT_SAMPLER, Sampler, make_sampler
 
@@ -213,10 +213,7 @@ class _Moves:
 
     def acceptance(self, n: int) -> float:
         """Share of the moves of ``n`` samples that were accepted, in all processes that shared them."""
-        counts, processes = [(self.accepted, self.tried)], sharers()
-        if processes is not None and len(share(n)) < n:
-            counts = processes.gather(counts[0])
-        accepted, tried = (sum(parts) for parts in zip(*counts, strict=True))
+        accepted, tried = (sum(parts) for parts in zip(*gathered((self.accepted, self.tried), n), strict=True))
         return accepted / max(tried, 1)
 
     def __call__(self, x: Tensor, t: int, rows: slice, y: Tensor | None) -> Prediction:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.random import stream
-from torchcdm.runtime.batching import labels_of, map_rows
-from torchcdm.runtime.processes import share
+from torchcdm.runtime.processes import labels_of, map_rows, share
 from torchcdm.samplers import DEIS, Sampler, Step
 
 Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]

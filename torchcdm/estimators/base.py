@@ -31,7 +31,7 @@ from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
 from torchcdm.random import permutation
-from torchcdm.runtime.batching import labels_of
+from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
 from torchcdm.training.config_files import make_config, merge, preset_fields

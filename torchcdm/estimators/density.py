@@ -21,7 +21,7 @@ from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
-from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import read_as
 from torchcdm.units.table import Encoded
 

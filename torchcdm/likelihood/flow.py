@@ -19,7 +19,7 @@ from torchcdm.likelihood.one_pass import score_noisy
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.runtime.batching import labels_of
+from torchcdm.runtime.processes import labels_of
 from torchcdm.units import LogLikelihood
 from torchcdm.units.normal import log_normal
 

@@ -20,7 +20,7 @@ from torchcdm.likelihood.one_pass import restricted_pass, single_pass
 from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import check_count
-from torchcdm.runtime.batching import labels_of
+from torchcdm.runtime.processes import labels_of
 from torchcdm.units import LogLikelihood, standard_error
 
 METHODS = ("single", "elbo", "flow", "logz")

@@ -14,7 +14,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import as_numbers, check_count, codes_of
 from torchcdm.random import stream
-from torchcdm.runtime.batching import Rows, labels_of
+from torchcdm.runtime.processes import Rows, labels_of
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 SCORING_NOISE = 0.5

@@ -1,18 +1,28 @@
-"""Devices by name, and processes that share a training step or the samples of a measurement, on accelerate."""
+"""Devices by name; processes that share a training step or the samples of a measurement; batches that memory holds."""
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError, reason
+
+CPU_VALUES, CPU_ROWS = 2**15, (16, 4096)
+"""Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long."""
+
+OTHER_VALUES, OTHER_ROWS = 2**18, 64
+"""Values and least samples of a batch on a GPU, if its memory holds as many."""
+
+Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
+"""Results with one entry per sample: a tensor, or several."""
 
 
 @final
@@ -59,12 +69,6 @@ class Processes:
         """Sums over the processes."""
         return values if self.world == 1 else self.accelerator.reduce(values, "sum")
 
-    def gather(self, value: Any) -> list[Any]:
-        """What each process has, by rank; tensors in it must be on the CPU."""
-        values = [None] * self.world
-        torch.distributed.all_gather_object(values, value)
-        return values
-
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
     """The device asked for; when None the GPU where there is one: not Apple's, which have no float64.
@@ -99,7 +103,7 @@ _SHARED_BY: ContextVar[Processes | None] = ContextVar("shared_by", default=None)
 
 @contextmanager
 def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
-    """The processes of a launcher share what :func:`torchcdm.runtime.batching.map_rows` does within.
+    """The processes of a launcher share what :func:`map_rows` does within.
 
     All processes must do the same work within, and all have all results. Their group ends with it: once in a program,
     one within another is part of it. Trainings share their steps themselves, and are refused within. Without a
@@ -139,14 +143,104 @@ def _shared_by(processes: Processes | None) -> Iterator[None]:
         _SHARED_BY.reset(token)
 
 
-def sharers() -> Processes | None:
-    """Those that share the work; None where each does all of its own."""
-    return _SHARED_BY.get()
-
-
 def share(n: int) -> range:
     """Those of ``n`` rows that are this process's: all where nothing is shared, or there are fewer than processes."""
-    processes = sharers()
+    processes = _SHARED_BY.get()
     if processes is None or n < processes.world:
         return range(n)
     return range(n * processes.rank // processes.world, n * (processes.rank + 1) // processes.world)
+
+
+def gathered(value: Any, n: int) -> list[Any]:
+    """What each process that shares ``n`` rows has, by rank; tensors in it must be on the CPU."""
+    if len(share(n)) == n:
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def rows_at_a_time(dim: int, device: torch.device) -> int:
+    """Samples of ``dim`` values in a batch for a network on ``device``."""
+    if device.type != "cpu":
+        return max(OTHER_ROWS, OTHER_VALUES // dim)
+    least, most = CPU_ROWS
+    return min(max(least, CPU_VALUES // dim), most)
+
+
+def map_rows(
+    function: Callable[[slice], Rows], n: int, size: int | None = None, *, dim: int, device: torch.device
+) -> Rows:
+    """Applies ``function`` to ``n`` samples, batch by batch, and joins the results in the samples' order.
+
+    A sample's result must not depend on the rest of its batch. Under :func:`sharing` each process does its share of
+    the samples; a failure of one process is a failure of all.
+
+    Args:
+        function: Takes the slice of a batch among the samples; gives a tensor or a tuple of them, (B, ...).
+        n: Number of samples.
+        size: Samples in a batch. None for :func:`rows_at_a_time`, halved with a warning whenever memory runs out.
+        dim: Values of a sample.
+        device: Where ``function`` works, and leaves the results (n, ...) in every process.
+
+    Raises:
+        UserError: No samples, a size below 1, or a UserError of another process.
+        RuntimeError: Another process failed otherwise.
+    """
+    if n < 1:
+        raise UserError("there is nothing to score: the data are empty")
+    if size is not None and size < 1:
+        raise UserError(f"batch_size is {size}; it must be at least 1")
+    rows, at_most = share(n), rows_at_a_time(dim, device)
+    if len(rows) == n:
+        return _in_batches(function, rows, size, at_most)
+    mine = failure = None
+    try:
+        with alone():
+            mine = _in_batches(function, rows, size, at_most)
+    except Exception as error:  # whatever it is, the others wait for this process
+        failure = error
+    # As text: not every exception can be sent.
+    what = UserError(str(failure)) if isinstance(failure, UserError) else failure and repr(failure)
+    shares = gathered((None, what) if mine is None else (_each(lambda one: one[0].cpu(), [mine]), None), n)
+    if failure is not None:
+        raise failure
+    for rank, (_, what) in enumerate(shares):
+        if what is not None:
+            raise what if isinstance(what, UserError) else RuntimeError(f"process {rank} failed: {what}")
+    return _each(torch.cat, [_each(lambda pair: pair[0].to(pair[1].device), (theirs, mine)) for theirs, _ in shares])
+
+
+def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None, at_first: int) -> Rows:
+    """``function`` of ``size`` rows at a time; None: of ``at_first``, and of fewer where memory runs out."""
+    asked = at_most = min(at_first if size is None else size, len(rows))
+    parts: list[Rows] = []
+    while not parts:
+        try:
+            starts = range(rows.start, rows.stop, at_most)
+            parts = [function(slice(start, min(start + at_most, rows.stop))) for start in starts]
+        except RuntimeError as error:
+            from accelerate.utils.memory import should_reduce_batch_size
+
+            full = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+            if size is not None or at_most == 1 or not full:
+                raise
+            at_most //= 2
+        if not parts:  # after the handler: until then the error holds the frames, and these what is to be freed
+            gc.collect()
+            torch.cuda.empty_cache()
+    if at_most < asked:
+        warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
+    return _each(torch.cat, parts)
+
+
+def _each(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Rows]) -> Rows:
+    """``function`` of the parts, or of the first tensors of all of them, of the second ones, and so on."""
+    if isinstance(parts[0], Tensor):
+        return function(parts)
+    return tuple(function(column) for column in zip(*parts, strict=True))
+
+
+def labels_of(y: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:
+    """The classes of a batch, where there are any."""
+    return None if y is None else y[rows].to(device)

@@ -18,7 +18,7 @@ from torchcdm.losses import stratified_levels
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
-from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
 

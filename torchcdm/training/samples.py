@@ -13,8 +13,8 @@ from torchcdm.compose.sampling import default_moves, sample
 from torchcdm.data import save_grid, save_table
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.batching import labels_of, map_rows
 from torchcdm.runtime.files import write_rows
+from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.training.settings import SamplingConfig
 
 

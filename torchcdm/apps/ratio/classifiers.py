@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.functional import silu
 
 from torchcdm.random import derive, evenly_spaced, stream
-from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import map_rows
 
 MEMBERS, WIDTH, LAYERS = 4, 64, 3
 

@@ -26,7 +26,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import permutation
 from torchcdm.runtime.artefact import read_artefact, write_artefact
-from torchcdm.runtime.batching import map_rows
+from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
 from torchcdm.training.checkpoint import load, save_model
 from torchcdm.training.config_files import make_config, preset_fields
