@@ -315,7 +315,7 @@ def compare(name: str, contenders: Sequence[str], budget: float, seed: int, fold
             record("cdm-flow", density.score_samples(x_test[:FLOW_ROWS]), took)
         codes = lambda rows, table=density.columns_: table.encode(data_frame(rows, name, like=table)).x  # noqa: E731
         train = noisy_copies(columns, codes(np.delete(x, held_out, 0)), seed + fold)
-        transform = ColumnTransform.fit(train, columns.values, columns.mixed)
+        transform = ColumnTransform.fit(train, columns.cells)
         prepare = lambda rows, transform=transform: transform(rows).numpy()  # noqa: E731
         log_det = lambda rows, transform=transform: transform.log_det(rows).numpy()  # noqa: E731
         held_out_rows = noisy_copies(columns, codes(x[held_out]), seed + fold + 1)

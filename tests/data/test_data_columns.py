@@ -18,9 +18,10 @@ from torchcdm.likelihood import Scoring, elbo, probability_flow, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import in_units
 from torchcdm.units import ColumnTransform
-from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
+from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
 VALUES, CHANCES = (0.0, 1.0, 2.0, 5.0), (0.4, 0.3, 0.1, 0.2)
+CELLS = {0: Cells(VALUES, 1.0), 2: Cells((0.0, 1.0), 1.0)}
 
 
 def table(rows=4000, seed=0):
@@ -63,7 +64,7 @@ def test_a_table_spreads_discrete_columns_over_their_cells():
     source = from_object(table(), validation_fraction=0.1, test_fraction=0.1)
     text = " ".join(source.notes)
     assert "'c0' has 4 distinct values: dequantised with cells of 1" in text and "'c2' has 2 distinct values" in text
-    assert isinstance(source.transform, ColumnTransform) and source.transform.values == {0: VALUES, 2: (0.0, 1.0)}
+    assert isinstance(source.transform, ColumnTransform) and source.transform.cells == CELLS
     x, _ = source.train.tensors()
     noisy = source.transform.add_noise(x, rng())
     moved = (noisy - x).abs()
@@ -80,7 +81,7 @@ def test_gaussianized_tables_bend_continuous_columns_alone(bend):
     z = source.transform.encode(x, rng()).double()
     skew = ((z - z.mean(0)) / z.std(0)).pow(3).mean(0).abs()
     assert skew[[0, 2]].max() < 0.1 and (float(skew[1]) < 0.2) == bend
-    assert source.transform.values == {0: VALUES, 2: (0.0, 1.0)}
+    assert source.transform.cells == CELLS
 
 
 def test_without_dequantisation_they_stay_as_they_are():

@@ -117,7 +117,7 @@ def test_a_discrete_column_is_scored_as_a_probability():
     for low, high in ((0.0, 1.0), (-3.0, 997.0)):
         x = np.c_[np.where(coin, high, low), draw.normal(size=600)]
         density = CDMDensity(random_state=0, device="cpu", steps=150, batch_size=128, width=32, lr=4e-3).fit(x)
-        (cell,) = density.columns_.cells[density.columns_.cells > 0].tolist()
+        (cell,) = (found.width for found in density.columns_.cells.values())
         assert cell == high - low
         normal = torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor(x[:, 1])).numpy()
         per_row = density.score_samples(x) - normal

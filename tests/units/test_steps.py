@@ -15,7 +15,7 @@ def stepped(n=1000):
 def test_a_column_of_boxes_goes_by_a_histogram_and_a_normal_does_not():
     x = stepped()
     transform = ColumnTransform.fit(x, step=True, dequantize=False)
-    assert list(transform.histograms) == ["0"] and not transform.values and not transform.mixed
+    assert list(transform.histograms) == ["0"] and not transform.cells
     assert not ColumnTransform.fit(x, dequantize=False).histograms
     z, new = transform(x), stepped(2000)
     assert torch.allclose(transform.inverse(z), x, atol=1e-6) and float(z[:, 0].std()) < 1.1

@@ -9,6 +9,7 @@ from scipy.stats import kstest
 from torchcdm.apps.denoising import require_additive_noise
 from torchcdm.errors import UserError
 from torchcdm.units import ColumnTransform, transform_from_config
+from torchcdm.units.lattice import Cells
 
 FAR = [[0.0, 0.0, 0.0, -9.0], [-5.0, -5.0, -5.0, 3.3], [1e4, 1e4, 1e4, 40.0]]
 """Zero and below in a column of positive numbers; beyond, in a gap between, and above the known values."""
@@ -31,7 +32,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def transform(x):
-    return ColumnTransform.fit(x, {3: (0.0, 1.0, 2.0, 5.0)})
+    return ColumnTransform.fit(x, {3: Cells((0.0, 1.0, 2.0, 5.0), 1.0)})
 
 
 def distance(column):
@@ -70,7 +71,7 @@ def test_log_det_is_the_log_of_the_slopes(x, transform):
 
 def test_a_density_in_data_units_integrates_to_one(x):
     """Of each column by itself, a standard normal in model units: over the cells, the gap and what is beyond."""
-    for k, values in ((0, {}), (1, {}), (3, {0: (0.0, 1.0, 2.0, 5.0)})):
+    for k, values in ((0, {}), (1, {}), (3, {0: Cells((0.0, 1.0, 2.0, 5.0), 1.0)})):
         transform = ColumnTransform.fit(x[:, [k]], values)
         z = torch.linspace(-9, 9, 200_001, dtype=torch.float64)[:, None]
         grid = transform.inverse(z)
@@ -88,7 +89,7 @@ def test_it_survives_json_and_single_precision(x, transform):
 
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_rows_that_come_dequantised_get_no_second_noise(x, dequantize):
-    transform = ColumnTransform.fit(x, {3: (0.0, 1.0, 2.0, 5.0)}, dequantize=dequantize)
+    transform = ColumnTransform.fit(x, {3: Cells((0.0, 1.0, 2.0, 5.0), 1.0)}, dequantize=dequantize)
     for one in (transform, transform_from_config(json.loads(json.dumps(transform.to_config())))):
         moved = one.add_noise(x, torch.Generator().manual_seed(1)) - x
         assert bool(moved[:, 3].any()) == dequantize and not moved[:, :3].any()
@@ -96,7 +97,7 @@ def test_rows_that_come_dequantised_get_no_second_noise(x, dequantize):
 
 def test_a_column_of_few_values_is_not_bent_however_skewed_it_is():
     x = (2.0 ** torch.arange(8, dtype=torch.float64)).repeat(50)[:, None]
-    transform = ColumnTransform.fit(x, {0: tuple((2.0 ** torch.arange(8)).tolist())})
+    transform = ColumnTransform.fit(x, {0: Cells(tuple((2.0 ** torch.arange(8)).tolist()), 1.0)})
     assert not transform.bent.any() and not transform.least.any()
 
 

@@ -13,7 +13,7 @@ from torchcdm.data.source import CropSplit, DataSource, MemorySplit, Split
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
-from torchcdm.units.lattice import cell_width, discrete_values, frequent_values
+from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 from torchcdm.units.table import beyond_float32
 
 Grid = tuple[int, int]
@@ -124,9 +124,8 @@ def _measure_columns(
     x: Tensor, table: TableEncoding | None, dequantize: bool, data: str
 ) -> tuple[DataTransform, list[str]]:
     """The transform of the training rows (N, d) of vectors or a table, and notes on columns of vectors."""
-    rows, notes, values, mixed = x.double().numpy(), [], {}, {}
-    if table is not None:  # whose encoding has said the rest
-        values, mixed = table.values, table.mixed
+    rows, notes = x.double().numpy(), []
+    cells = {} if table is None else table.cells  # whose encoding has said the rest
     for k, column in enumerate(rows.T if table is None else ()):
         what = f"column 'c{k}'"
         if (column == column[0]).all():
@@ -135,17 +134,17 @@ def _measure_columns(
             notes.append(f"{what} varies little beside its size, beyond float32: subtract an offset.")
         found, frequent = discrete_values(column, f"c{k}"), frequent_values(column)
         if found and dequantize:
-            values[k] = found
-            has = f"has {len(found)} distinct values: dequantised with cells of {cell_width(found):g}"
+            cells[k] = Cells(found, cell_width(found))
+            has = f"has {len(found)} distinct values: dequantised with cells of {cells[k].width:g}"
             notes.append(f"{what} {has}; they have probabilities.")
         elif found:
             notes.append(f"{what} has {len(found)} distinct values: its density has no upper bound.")
         elif frequent:
             often = ", ".join(f"{value:g} in {100 * share:.0f} %" for value, share in frequent.items())
             notes.append(f"{what} holds {often} of the rows: its density has no upper bound there; give a data frame.")
-    if not values or not dequantize:
+    if not cells or not dequantize:
         return DataTransform.standardize(x), notes
-    return ColumnTransform.fit(x, values, mixed, bent=False), notes
+    return ColumnTransform.fit(x, cells, bent=False), notes
 
 
 def single(x: np.ndarray, name: str) -> Tensor:

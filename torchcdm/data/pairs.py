@@ -20,7 +20,7 @@ from torchcdm.data.source import DataSource, MemorySplit
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
-from torchcdm.units.lattice import Discrete
+from torchcdm.units.lattice import Discrete, spread
 from torchcdm.units.table import as_frame, is_frame
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _coded(
     codes = [table.encode(frame, PAIR).x for frame in frames]
     table, varying, constant = table.varying(torch.cat([x[part] for x, part in zip(codes, train, strict=True)]), PAIR)
     codes, noise = [x[:, varying] for x in codes], stream(seed, "dequantise")
-    codes = [table.spread(x, torch.rand(x.shape, generator=noise, dtype=x.dtype)) for x in codes]
+    codes = [spread(x, torch.rand(x.shape, generator=noise, dtype=x.dtype), table.cells) for x in codes]
     trained = torch.cat([x[part] for x, part in zip(codes, train, strict=True)])
     order, sources = permutation(len(trained), seed), torch.arange(2).repeat_interleave(len(train[0]))
     warp = ColumnTransform.fit(trained[order], sources=sources[order])

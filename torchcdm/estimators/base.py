@@ -226,7 +226,7 @@ class TableEstimator(BaseEstimator):
 
         def candidate(step: bool, bend: bool) -> tuple[float, ColumnTransform, list[Tensor], Start]:
             # They come dequantised: the transform must not add noise a second time.
-            transform = ColumnTransform.fit(train, table.values, table.mixed, bend, dequantize=False, step=step)
+            transform = ColumnTransform.fit(train, table.cells, bend, dequantize=False, step=step)
             # In float64 here and not by the model in training: a column may have any offset.
             parts = [transform(x).float() for x in (train, validation)]
             start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)
@@ -349,6 +349,6 @@ class DensityEstimator(TableEstimator):
         log_p = torch.stack([scoring.by_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0)
         if context is not None:
             # The units of rows count their cells; those of residuals know none.
-            inside = noisy(self.columns_, found.x, np.ones(1)) != found.x
-            log_p = log_p + torch.where(inside, self.columns_.cells.log(), 0.0).sum(1)
+            half = noisy(self.columns_, found.x, np.ones(1)) - found.x
+            log_p = log_p + torch.where(half > 0, (2 * half).log(), 0.0).sum(1)
         return log_p.numpy()

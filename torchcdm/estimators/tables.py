@@ -14,6 +14,7 @@ from torchcdm.data.arrays import as_array
 from torchcdm.errors import UserError
 from torchcdm.random import stream
 from torchcdm.units import TableEncoding
+from torchcdm.units.lattice import spread
 from torchcdm.units.table import as_frame
 
 if TYPE_CHECKING:
@@ -28,19 +29,19 @@ DRAWS = 8
 
 def noisy(table: TableEncoding, codes: Tensor, position: np.ndarray) -> Tensor:
     """Codes (N, kept), those with a cell at the ``position`` in it: on [0, 1), broadcastable to (N, kept)."""
-    return table.spread(codes, torch.from_numpy(position))
+    return spread(codes, torch.from_numpy(position), table.cells)
 
 
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:
     """What to train on: several dequantised copies of codes (N, kept), one after the other, where some have a cell."""
-    copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if any(table.cells) else 1
+    copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if table.cells else 1
     repeated, generator = codes.repeat(copies, 1), stream(seed, "dequantise")
     return noisy(table, repeated, torch.rand(repeated.shape, generator=generator, dtype=torch.float64).numpy())
 
 
 def noise_draws(table: TableEncoding, seed: int) -> np.ndarray:
     """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""
-    if not any(table.cells):
+    if not table.cells:
         return np.full((1, 1), 0.5)
     from scipy.stats import qmc
 

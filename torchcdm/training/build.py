@@ -58,9 +58,7 @@ def in_units(source: DataSource, options: DataOptions) -> DataSource:
         return source
     if transform.bin is None and len(source.shape) == 1:
         x, _ = split.tensors()
-        known = isinstance(transform, ColumnTransform)
-        cells = (transform.values, transform.mixed) if known else ()
-        bent = ColumnTransform.fit(x, *cells, dequantize=not known or transform.dequantize)
+        bent = ColumnTransform.fit(x, transform.cells, dequantize=transform.dequantize)
         bent.table = transform.table
         return replace(source, transform=bent)
     if transform.gaussianized:

@@ -33,7 +33,7 @@ from torchcdm.training.evaluation import Best, at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
 from torchcdm.training.settings import Config
-from torchcdm.units import ColumnTransform, standard_error
+from torchcdm.units import standard_error
 
 if TYPE_CHECKING:
     from torchcdm.training.loop import Trainer
@@ -220,9 +220,9 @@ def _uniform(source: DataSource, *samples: Tensor) -> float:
     low, high = x.amin(0), x.amax(0)
     if transform.bin is None:
         nats = (high - low).clamp_min(1e-300).log()
-        for k, values in transform.values.items() if isinstance(transform, ColumnTransform) else ():
+        for k, (values, width, _) in transform.cells.items():
             distances = (x[:, k, None] - torch.tensor(values).double()).abs().amin(1)
-            others = x[distances > transform.cells[k] / 2, k]
+            others = x[distances > width / 2, k]
             nats[k] = math.log(len(values) + bool(len(others)))
             if len(others) > 1:
                 nats[k] += len(others) / len(x) * (others.max() - others.min()).clamp_min(1e-300).log()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import Count, Float, Positive, checked, encode
 from torchcdm.units.float64 import Float64Module
-from torchcdm.units.lattice import spread
+from torchcdm.units.lattice import NONE, Cells
 from torchcdm.units.table import TableEncoding
 
 Shape = Annotated[tuple[Count, ...], Len(1, 16)]
@@ -36,7 +36,7 @@ class DataTransform(Float64Module):
         UserError: A value of the wrong type or shape, one that is not finite, or a scale or bin that is not positive.
 
     Attributes:
-        cells: Width of the cell of each number, data units, broadcastable to ``shape``; 0 for continuous data.
+        cells: Values of columns that have a probability, by the place of the column; none in other data.
         table: What becomes of the cells of a table, whose codes are the data; None elsewhere.
 
     Example:
@@ -48,11 +48,11 @@ class DataTransform(Float64Module):
     gaussianized: ClassVar[bool] = False
     """Whether dimensions are bent towards normals, so that noise on the data is no additive noise in model units."""
 
+    cells: Mapping[int, Cells] = NONE
     table: TableEncoding | None = None
 
     shift: Tensor
     scale: Tensor
-    cells: Tensor
 
     @checked
     def __init__(
@@ -80,7 +80,6 @@ class DataTransform(Float64Module):
             raise UserError("data transform: every scale must be positive; is a column constant?")
         if low is not None and high is not None and low > high:
             raise UserError(f"data transform: low is {low:g} and high {high:g}; low must not be above it")
-        self.register_buffer("cells", torch.tensor(bin or 0.0, dtype=torch.float64), persistent=False)
         self.bin, self.low, self.high = bin, low, high
         self.dequantize = dequantize and bin is not None
 
@@ -127,7 +126,7 @@ class DataTransform(Float64Module):
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
         """Dequantise ``x`` (..., *shape), data units: each number at its ``position`` in its cell, on [0, 1]."""
-        return spread(x.to(floating(x)), self.cells.to(position), position) if self.dequantize else x
+        return x.to(floating(x)) + self.bin * (position - 0.5) if self.dequantize else x
 
     def add_noise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """:meth:`spread` to random places; ``x`` itself where there is nothing to do."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchcdm.random import evenly_spaced
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.float64 import Float64Module
-from torchcdm.units.lattice import NONE, cell_width, spread
+from torchcdm.units.lattice import NONE, Cells, spread
 from torchcdm.units.normal import log_normal
 from torchcdm.units.warp import LEAST_GAIN, bend, bend_log_slope, fit_warp, floor_of, logarithm
 
@@ -48,16 +48,8 @@ class ColumnTransform(DataTransform):
         warp: A number for each column, (d,), by name. ``least``: value below which its logarithm goes on as a line; 0
             where none is taken. ``location`` and ``scale``: xi and eta, in the column's unit or that of its logarithm.
             ``bent``: whether the curve is taken, and its ``skew`` and ``tail``, epsilon and delta.
-        histograms: By column that has one: its values, rising, data units, none where all numbers are continuous; and
-            the cumulative probability at the edges.
-        mixed: By column where other numbers are continuous: width of a value's cell, and the edges of the histogram.
-            Elsewhere a cell is as wide as the least distance of two values, and edges are those of the cells and gaps.
+        histograms: Arguments of the :class:`Histogram` of each column that has one, by its place.
         dequantize: Whether training and scoring add uniform noise over the cells; not where the rows bring it along.
-
-    Attributes:
-        values: Values that have a probability, rising, by column.
-        mixed: Width of their cells, by column that has other numbers too.
-        cells: Width of the cell of each column, (d,), data units; 0 for continuous ones.
     """
 
     gaussianized = True
@@ -70,28 +62,22 @@ class ColumnTransform(DataTransform):
     def __init__(
         self,
         warp: Mapping[str, Any],
-        histograms: Mapping[str | int, tuple[Sequence[float], Sequence[float]]],
+        histograms: Mapping[str | int, tuple[Sequence[Any], Sequence[float], Sequence[float]]],
         dequantize: bool = True,
-        mixed: Mapping[str | int, tuple[float, Sequence[float]]] = NONE,
     ) -> None:
         least, location, scale, skew, tail, bent = (torch.as_tensor(warp[key], dtype=torch.float64) for key in WARP)
         super().__init__(tuple(scale.shape), location, scale)
         for name, value in (("least", least), ("skew", skew), ("tail", tail), ("bent", bent.bool())):
             self.register_buffer(name, value, persistent=False)
-        self.histograms = nn.ModuleDict({str(k): Histogram(*h, mixed.get(k)) for k, h in histograms.items()})
-        self.values = {int(k): tuple(values) for k, (values, _) in histograms.items() if len(values)}
-        self.mixed = {int(k): cell for k, (cell, _) in mixed.items() if cell}
+        self.histograms = nn.ModuleDict({str(k): Histogram(*h) for k, h in histograms.items()})
+        self.cells = {k: histogram.cells for k, histogram in self._columns() if histogram.cells.values}
         self.dequantize = dequantize and bool(histograms)
-        self.cells = torch.zeros(self.shape, dtype=torch.float64)
-        for k, histogram in self._columns():
-            self.cells[k] = histogram.cell
 
     @classmethod
     def fit(
         cls,
         x: Tensor,
-        values: Mapping[int, Sequence[float]] = NONE,
-        mixed: Mapping[int, float] = NONE,
+        cells: Mapping[int, Cells] = NONE,
         bent: bool = True,
         dequantize: bool = True,
         step: bool = False,
@@ -101,41 +87,34 @@ class ColumnTransform(DataTransform):
 
         Args:
             x: Rows (N, d), data units.
-            values: Values that have a probability, rising, by column.
-            mixed: Those of these columns that have other numbers too: width of a value's cell.
+            cells: Values that have a probability, by the place of the column.
             bent: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
             dequantize: As for the class.
             step: Whether continuous columns get a histogram whose steps make the rows more probable than bending, by
                 more than the logarithm of their number for each step (Schwarz 1978).
             sources: As of :func:`torchcdm.units.warp.fit_warp`.
         """
-        x, edges = x.double(), {}
-        for k, found in values.items():
-            centres = torch.tensor(found, dtype=torch.float64)
-            edges[k] = _knots(x[:, k], centres, mixed[k]) if k in mixed else _edges(centres)
-        histograms = {k: (found, _cumulative(x[:, k], edges[k])) for k, found in values.items()}
-        warp = fit_warp(x, sources, tuple(values) if bent else range(x.shape[1]))
-        cells = {k: (cell, edges[k].tolist()) for k, cell in mixed.items()}
+        x = x.double()
+        found = {k: (one, _knots(x[:, k], one) if one.mixed else _edges(one)) for k, one in cells.items()}
+        warp = fit_warp(x, sources, tuple(cells) if bent else range(x.shape[1]))
         if step:
             rows = x.sort(0).values[evenly_spaced(len(x), STEP_ROWS)]  # the least and largest of each column too
             plain = cls(warp, {})
             least = (log_normal(plain(rows)) + plain.log_slopes(rows)).mean(0) + LEAST_GAIN
-            for k in set(range(x.shape[1])) - set(values):
+            for k in set(range(x.shape[1])) - set(cells):
                 steps, value = _steps(rows[:, k])
                 if value > least[k]:
-                    histograms[k], cells[k] = ((), _cumulative(x[:, k], steps)), (0.0, steps.tolist())
-        return cls(warp, histograms, dequantize, cells)
+                    found[k] = Cells((), 0.0, True), steps
+        histograms = {k: (one, edges.tolist(), _cumulative(x[:, k], edges)) for k, (one, edges) in found.items()}
+        return cls(warp, histograms, dequantize)
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
-        if not self.dequantize:
-            return x
-        mixed = {k: self.values[k] for k in self.mixed}
-        return spread(x.to(floating(x)), self.cells.to(position), position, mixed)
+        return spread(x.to(floating(x)), position, self.cells) if self.dequantize else x
 
     def quantize(self, x: Tensor) -> Tensor:
         """Columns of values alone rounded to the nearest one, and what is in a cell to its value, data units."""
         x = x.clone()
-        for k in self.values:
+        for k in self.cells:
             x[:, k] = self.histograms[str(k)].quantize(x[:, k])
         return x
 
@@ -170,12 +149,10 @@ class ColumnTransform(DataTransform):
         return self.log_slopes(x).sum(1)
 
     def arguments(self) -> dict[str, Any]:
-        histograms = {k: [h.values.tolist(), h.cumulative.tolist()] for k, h in self.histograms.items()}
-        mixed = {k: [h.cell, h.edges.tolist()] for k, h in self.histograms.items() if h.mixed}
+        histograms = {k: [h.cells, h.edges.tolist(), h.cumulative.tolist()] for k, h in self.histograms.items()}
         values = (self.least, self.shift, self.scale, self.skew, self.tail, self.bent)
         warp = {key: value.tolist() for key, value in zip(WARP, values, strict=True)}
-        arguments = {"kind": "columns", "warp": warp, "histograms": histograms}
-        return arguments | {"dequantize": self.dequantize} | ({"mixed": mixed} if mixed else {})
+        return {"kind": "columns", "warp": warp, "histograms": histograms, "dequantize": self.dequantize}
 
     def _scaled(self, x: Tensor) -> Tensor:
         return (logarithm(x.double(), self.least) - self.shift) / self.scale
@@ -187,25 +164,28 @@ class ColumnTransform(DataTransform):
 
 @final
 class Histogram(Float64Module):
-    """One column of values, other numbers, or both, to a standard normal; arguments as of the transform."""
+    """One column of values, other numbers, or both, to a standard normal.
+
+    Args:
+        cells: Arguments of its :class:`Cells`, without values where all numbers are continuous.
+        edges: Of the cells, the gaps between them and the bins of other numbers, rising, data units.
+        cumulative: Probability below each of the edges.
+    """
 
     values: Tensor
     edges: Tensor
     cumulative: Tensor
     log_unit: Tensor
 
-    def __init__(
-        self, values: Sequence[float], cumulative: Sequence[float], mixed: tuple[float, Sequence[float]] | None
-    ) -> None:
+    def __init__(self, cells: Sequence[Any], edges: Sequence[float], cumulative: Sequence[float]) -> None:
         super().__init__()
-        self.mixed = mixed is not None
-        values, cumulative = (torch.tensor(found, dtype=torch.float64) for found in (values, cumulative))
-        self.cell, edges = mixed or (cell_width(values), _edges(values))
-        edges = torch.as_tensor(edges, dtype=torch.float64)
+        of_cells, width, mixed = cells
+        self.cells = Cells(tuple(of_cells), width, mixed)
+        values, edges, cumulative = (torch.tensor(a, dtype=torch.float64) for a in (of_cells, edges, cumulative))
         # What the density of each bin is per: a cell, or a unit of the column.
         middles = (edges[1:] + edges[:-1]) / 2
-        of_values = ((middles[:, None] - values).abs() < self.cell / 2).any(1) | (not self.mixed)
-        log_unit = torch.where(of_values, torch.tensor(self.cell, dtype=torch.float64).log(), 0.0)
+        of_values = ((middles[:, None] - values).abs() < width / 2).any(1) | (not mixed)
+        log_unit = torch.where(of_values, torch.tensor(width, dtype=torch.float64).log(), 0.0)
         buffers = {"values": values, "edges": edges, "cumulative": cumulative, "log_unit": log_unit}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
@@ -231,18 +211,19 @@ class Histogram(Float64Module):
         """The nearest value; other numbers of a mixed column as they are."""
         borders = (self.values[1:] + self.values[:-1]) / 2
         found = self.values[torch.searchsorted(borders, x.double().contiguous())].to(x)
-        return torch.where((x - found).abs() < (self.cell / 2 if self.mixed else torch.inf), found, x)
+        return torch.where((x - found).abs() < (self.cells.width / 2 if self.cells.mixed else torch.inf), found, x)
 
 
-def _edges(centres: Tensor) -> Tensor:
-    """Edges of the cells around the rising ``centres`` and of the gaps between them, rising."""
-    half = cell_width(centres) / 2
+def _edges(cells: Cells) -> Tensor:
+    """Edges of the cells and of the gaps between them, rising."""
+    centres, half = torch.tensor(cells.values, dtype=torch.float64), cells.width / 2
     edges = torch.stack([centres - half, centres + half], 1).flatten()
     return _apart(edges, 1e-6 * half)  # neighbouring cells share an edge, to rounding
 
 
-def _knots(x: Tensor, centres: Tensor, cell: float) -> Tensor:
-    """Edges of the cells of that width around ``centres``, and between them of bins of equally many rows."""
+def _knots(x: Tensor, cells: Cells) -> Tensor:
+    """Edges of the cells, and between them of bins of equally many rows of ``x`` (N,)."""
+    centres, cell = torch.tensor(cells.values, dtype=torch.float64), cells.width
     near = (x[:, None] - centres).abs().amin(1) <= cell / 2 * (1 + 1e-6)
     edges, others = torch.cat([centres - cell / 2, centres + cell / 2]).sort().values, x[~near]
     if len(others):

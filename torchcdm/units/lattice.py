@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,20 @@ NEAREST = 1e-6
 
 LARGE_SHARE = 0.1
 """Share of the rows in which one value of a continuous column comes back, above which it has a probability."""
+
+
+class Cells(NamedTuple):
+    """What has a probability in a column.
+
+    Attributes:
+        values: Rising.
+        width: Of the cell of each.
+        mixed: Whether there are other numbers too, which have a density.
+    """
+
+    values: tuple[float, ...]
+    width: float
+    mixed: bool = False
 
 
 def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:
@@ -64,13 +78,13 @@ def cell_width(values: Sequence[float] | Tensor) -> float:
     return float(torch.as_tensor(values, dtype=torch.float64).diff().min())
 
 
-def spread(x: Tensor, width: Tensor, position: Tensor, mixed: Mapping[int, Sequence[float]] = NONE) -> Tensor:
-    """Each number of ``x`` (..., d) at the ``position`` on [0, 1] of the cell of that ``width`` around it.
-
-    In columns that are ``mixed`` only these values have a cell, and other numbers stay. All shapes broadcast.
-    """
-    noisy = x + width * (position - 0.5)
-    for k, values in mixed.items():
-        apart = (x[..., k, None] - torch.as_tensor(values).to(x)).abs().amin(-1)
-        noisy[..., k] = torch.where(apart < 1e-3 * width[k], noisy[..., k], x[..., k])
+def spread(x: Tensor, position: Tensor, cells: Mapping[int, Cells]) -> Tensor:
+    """The numbers of ``x`` (..., d) that have a cell at the ``position`` in it, on [0, 1]; the shapes broadcast."""
+    x, position = torch.broadcast_tensors(x, position)
+    noisy = x.clone()
+    for k, (values, width, mixed) in cells.items():
+        noisy[..., k] += width * (position[..., k] - 0.5)
+        if mixed:
+            apart = (x[..., k, None] - torch.as_tensor(values).to(x)).abs().amin(-1)
+            noisy[..., k] = torch.where(apart < 1e-3 * width, noisy[..., k], x[..., k])
     return noisy

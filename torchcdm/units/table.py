@@ -25,7 +25,7 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
 from torchcdm.units.cells import EMPTY, MOSTLY, Kind, dates_of, kind_of, numbers_of, texts_of, unreadable
-from torchcdm.units.lattice import cell_width, discrete_values, frequent_values, spread
+from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -210,24 +210,10 @@ class TableEncoding:
         return tuple(column.name for column in self.kept)
 
     @property
-    def values(self) -> dict[int, tuple[float, ...]]:
-        """Codes that have a cell, by the place of their column."""
-        return {k: column.codes for k, column in enumerate(self.kept) if column.codes}
-
-    @property
-    def mixed(self) -> dict[int, float]:
-        """Width of these cells where other numbers have none."""
-        return {k: self.kept[k].cell for k in self.values if self.kept[k].mixed}
-
-    @property
-    def cells(self) -> Tensor:
-        """Width of the cell of each column, float64 (d,); 0 where no number has a cell."""
-        return torch.tensor([column.cell if column.codes else 0.0 for column in self.kept], dtype=torch.float64)
-
-    def spread(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Codes (N, d), those with a cell at the ``position`` in it: on [0, 1), broadcastable to (N, d)."""
-        values = self.values
-        return spread(codes, self.cells, position, {k: values[k] for k in self.mixed})
+    def cells(self) -> dict[int, Cells]:
+        """Codes that have a probability, by the place of their column."""
+        columns = enumerate(self.kept)
+        return {k: Cells(codes, column.cell, column.mixed) for k, column in columns if (codes := column.codes)}
 
     def encode(
         self,
