@@ -101,7 +101,7 @@ def test_log_prob_is_exported(name):
 
     x = model.sample(4, steps=2)
     sizes = {"x": {0: torch.export.Dim("n", min=1, max=4096)}}
-    exported = torch.export.export(LogProb(), (x,), dynamic_shapes=sizes).module()
+    exported = torch.export.export(LogProb(), (x,), dynamic_shapes=sizes, strict=False).module()
     many = torch.cat([x, x.flip(0), x])
     torch.testing.assert_close(exported(many), model.log_prob(many))
 

@@ -171,10 +171,9 @@ class Dying(Scorer):
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
-    """Ray on this machine, once for all tests; says its version."""
+    """Ray on this machine, once for all tests."""
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    print("ray", ray.__version__)
     marker = tmp_path_factory.mktemp("dying") / "killed"
     os.environ["DYING"] = str(marker)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

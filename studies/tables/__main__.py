@@ -23,6 +23,7 @@ REPRODUCTIONS = ("known-truth", "table1", "table2", "table3", "fig3", "fig4", "f
 
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(reproductions.reproduction, name.replace("-", "_")) for name in REPRODUCTIONS},
+    "anomaly-maps": estimators.anomaly_maps,
     "beside-ddm": reproductions.beside_ddm,
     "beside-others": reproductions.beside_others,
     "compare-digits": partial(reproductions.compared, "compare_digits"),

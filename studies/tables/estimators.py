@@ -122,6 +122,16 @@ def outliers(name: str, group: str) -> str:
     return markdown(["outliers", *titles, "FPR@95 of `levels`"], lines)
 
 
+def anomaly_maps() -> str:
+    """Pixel AUROC of the maps of replaced patches, beside the squared difference to the mean image."""
+    patches = {"image": "a patch of another image", "flat": "one grey level", "noise": "random grey levels"}
+    rows = []
+    for row in read("anomaly_maps")["rows"]:
+        values = (of[key] for key in ("pixel", "image-wise") for of in (row, row["baseline"]))
+        rows.append([patches[row["patch"]], *(f"{value:.3f}" for value in values)])
+    return markdown(["replaced by", "maps", "mean image", "maps, each image", "mean image, each image"], rows)
+
+
 def own_network() -> str:
     """A plain CNN beside the encoder of the preset."""
     found, shown = read("own_network")["networks"], ("one-pass-level", "elbo", "flow")

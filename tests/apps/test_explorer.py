@@ -148,7 +148,7 @@ def test_mistakes_are_named(digits, wines, tmp_path):
 @pytest.fixture
 def browse():
     """Opens the page of a model in headless Chromium; afterwards no other host must have been asked for anything."""
-    print(f"gradio {pytest.importorskip('gradio').__version__}")
+    pytest.importorskip("gradio")
     playwright = pytest.importorskip("playwright.sync_api")
     hosts, served = set(), []
     with playwright.sync_playwright() as driver:

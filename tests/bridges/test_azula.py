@@ -17,10 +17,6 @@ from azula.sample import DDIMSampler, HeunSampler, zEABSampler  # noqa: E402
 from torchcdm.bridges.azula import AzulaDenoiser  # noqa: E402
 
 
-def test_version() -> None:
-    print(f"azula {azula.__version__}")
-
-
 def mixture_model(T: int = 40) -> ClassificationDiffusion:
     schedule = LogSNRSchedule(T)
     return ClassificationDiffusion(MixtureClassifier(labelled_mixture(), schedule), schedule).double()

@@ -28,10 +28,6 @@ def images(schedule) -> ClassificationDiffusion:
     return ClassificationDiffusion(ZeroBackbone(schedule.T + 2), schedule, transform, base).double().eval()
 
 
-def test_version() -> None:
-    print(f"diffusers {diffusers.__version__}")
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ddim_of_diffusers_is_ours(name: str) -> None:
     model = images(SCHEDULES[name](40))

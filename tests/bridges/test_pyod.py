@@ -30,12 +30,6 @@ def fitted(data):
     return PyodDetector(TINY, contamination=0.1).fit(data[0])
 
 
-def test_version():
-    from pyod.version import __version__
-
-    print(f"pyod {__version__}")
-
-
 def test_scores_labels_and_threshold_follow_the_conventions(data, fitted, capsys):
     X, X_test, y, y_test = data
     assert np.array_equal(fitted.decision_scores_, fitted.decision_function(X))

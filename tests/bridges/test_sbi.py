@@ -42,10 +42,6 @@ def estimator():
     )
 
 
-def test_version():
-    print(f"sbi {sbi.__version__}")
-
-
 def test_log_p_and_draws_are_those_of_the_posterior(estimator):
     posterior = DirectPosterior(SbiDensity(estimator), PRIOR)
     theta, x = simulate(6, 1)
