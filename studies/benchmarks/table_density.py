@@ -38,9 +38,10 @@ from studies.budget import Budget
 from studies.compare.sklearn_peers import choose
 from torchcdm.apps.baselines import Candidates, gaussians, kernels, mixtures
 from torchcdm.estimators import CDMDensity
-from torchcdm.estimators.tables import data_frame, noise_draws, noisy, noisy_copies
+from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
 from torchcdm.runtime.files import write_json
 from torchcdm.units import ColumnTransform
+from torchcdm.units.lattice import spread
 
 FLOW_ROWS = 300
 """The probability flow scores at most so many test rows: it takes some hundred passes."""
@@ -325,7 +326,7 @@ def compare(name: str, contenders: Sequence[str], budget: float, seed: int, fold
             clock = Budget(budget, "processor")
             fitted = PEERS[peer](rows, clock, seed + fold)
             took = clock.elapsed
-            draws = [noisy(columns, codes(x_test), draw) for draw in noise]
+            draws = [spread(codes(x_test), draw, columns.cells) for draw in noise]
             scores = np.mean([fitted.log_prob(prepare(rows)) + log_det(rows) for rows in draws], axis=0)
             watched = fitted.validation + float(log_det(held_out_rows).mean())
             record(peer, scores, took, watched, fitted.setting)

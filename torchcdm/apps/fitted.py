@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from pydantic_core import from_json, to_json
+from torch import Tensor
 
 from torchcdm.runtime.artefact import damaged
 
@@ -57,6 +58,6 @@ def restoring(file: Path) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
         return value.tolist()
     return value.to_config() if hasattr(value, "to_config") else None

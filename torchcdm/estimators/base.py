@@ -26,7 +26,6 @@ from torchcdm.data import DataSource, MemorySplit
 from torchcdm.diffusion.mixture import FIT_ROWS
 from torchcdm.diffusion.start import Start, best_start
 from torchcdm.errors import UserError
-from torchcdm.estimators.tables import noisy
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
@@ -38,7 +37,7 @@ from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
-from torchcdm.units.lattice import Discrete
+from torchcdm.units.lattice import Discrete, spread
 from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ class TableEstimator(BaseEstimator):
         "notes_": list,
         "validation_indices_": np.array,
         "n_features_in_": int,
-        "_noise": np.array,
+        "_noise": partial(torch.tensor, dtype=torch.float64),
         "_framed": bool,
     }
     """What was fitted beside the model."""
@@ -142,8 +141,6 @@ class TableEstimator(BaseEstimator):
     device: Any = None
     random_state: Any = None
     verbose: Any = 0
-
-    # --- training ------------------------------------------------------------------------------------------------
 
     def _describe(self, frame: DataFrame, name: str, has_density: bool = True) -> TableEncoding:
         """The columns of a training table; what is to be known of them goes into the notes."""
@@ -182,24 +179,19 @@ class TableEstimator(BaseEstimator):
 
         ``rows`` counts those of training without their noisy copies.
         """
-        began = self.clock()
-        # The loss chooses, not log p: a density that is not normalised can give every row a large one.
-        layer = merge({"train": {"select": "loss"}}, self._fields(rows))
-        layer = merge(layer, {"train": {"seed": seed}, "data": {"gaussianize": False}})
-        transform, parts, start = self._best_start(train, validation, contexts is None, layer["model"])
-        layer = merge(layer, {"model": start.fields})
+        began, fields = self.clock(), self._fields(rows)
+        transform, parts, start = self._best_start(train, validation, contexts is None, fields["model"])
+        given = [None, None] if contexts is None else [torch.from_numpy(part).float() for part in contexts]
+        learned, watched = (MemorySplit(part, context) for part, context in zip(parts, given, strict=True))
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
-        repeats = math.ceil(WATCHED_ROWS / len(validation))
-        parts[1] = parts[1].repeat(repeats, 1)
-        given: list[Tensor | None] = [None, None]
-        if contexts is not None:
-            given = [torch.from_numpy(part).float() for part in (contexts[0], np.tile(contexts[1], (repeats, 1)))]
-        splits = [MemorySplit(part, context) for part, context in zip(parts, given, strict=True)]
-        empty = MemorySplit(parts[0][:0])
-        source = DataSource("table", splits[0], splits[1], empty, DataTransform(transform.shape))
-        if contexts is not None:
-            layer = merge(layer, {"model": {"backbone": {"context": contexts[0].shape[1]}}})
-        config = make_config(preset_fields(self.preset), override_fields(layer))
+        watched = watched.select(torch.arange(len(watched)).repeat(math.ceil(WATCHED_ROWS / len(watched))))
+        source = DataSource("table", learned, watched, MemorySplit(parts[0][:0]), DataTransform(transform.shape))
+        model = start.fields | ({} if contexts is None else {"backbone": {"context": contexts[0].shape[1]}})
+        # The loss chooses, not log p: a density that is not normalised can give every row a large one.
+        config = make_config(
+            preset_fields(self.preset), {"train": {"select": "loss"}}, override_fields(fields),
+            {"train": {"seed": seed}, "data": {"gaussianize": False}, "model": model},
+        )  # fmt: skip
         if config.train.max_seconds is not None:
             left = max(config.train.max_seconds - (self.clock() - began), 1e-3)  # one step at least
             config = replace(config, train=replace(config.train, max_seconds=left))
@@ -224,17 +216,17 @@ class TableEstimator(BaseEstimator):
         rows = len(self.validation_indices_)
         counted = slice(0, rows, math.ceil(rows / FIT_ROWS))
 
-        def candidate(step: bool, bend: bool) -> tuple[float, ColumnTransform, list[Tensor], Start]:
+        def candidate(step: bool, bent: bool) -> tuple[float, ColumnTransform, list[Tensor], Start]:
             # They come dequantised: the transform must not add noise a second time.
-            transform = ColumnTransform.fit(train, table.cells, bend, dequantize=False, step=step)
+            transform = ColumnTransform.fit(train, table.cells, bent, dequantize=False, step=step)
             # In float64 here and not by the model in training: a column may have any offset.
             parts = [transform(x).float() for x in (train, validation)]
             start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)
             return start.value + float(transform.log_det(validation[counted]).mean()), transform, parts, start
 
-        found = [candidate(step=True, bend=True), candidate(step=False, bend=False)]
+        found = [candidate(step=True, bent=True), candidate(step=False, bent=False)]
         if len(found[0][1].histograms) > len(found[1][1].histograms):
-            found.append(candidate(step=False, bend=True))
+            found.append(candidate(step=False, bent=True))
         return max(found, key=lambda trial: trial[0])[1:]
 
     def _fields(self, rows: int) -> dict[str, Any]:
@@ -246,8 +238,6 @@ class TableEstimator(BaseEstimator):
         model = {"backbone": given("width", "depth", "dropout"), **given("components")}
         train = given("steps", "batch_size", "lr", "patience", "max_seconds")
         return merge(merge(size_fields(rows), {"model": model, "train": train}), self.overrides or {})
-
-    # --- files -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
@@ -282,8 +272,6 @@ class TableEstimator(BaseEstimator):
             restore(self, self._saved, content["fitted"], ["feature_names_in_"])
         self.model_, self._info = load(folder, device).double(), info
         return self
-
-    # --- parts -----------------------------------------------------------------------------------------------------
 
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> Tensor:
         """Codes that the model draws, float64 (n, kept)."""
@@ -345,10 +333,11 @@ class DensityEstimator(TableEstimator):
                 log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
             return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
 
-        draws = [noisy(self.columns_, found.x, noise) - centre for noise in self._noise]
+        cells = self.columns_.cells
+        draws = [spread(found.x, noise, cells) - centre for noise in self._noise]
         log_p = torch.stack([scoring.by_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0)
         if context is not None:
             # The units of rows count their cells; those of residuals know none.
-            half = noisy(self.columns_, found.x, np.ones(1)) - found.x
+            half = spread(found.x, torch.ones(1).double(), cells) - found.x
             log_p = log_p + torch.where(half > 0, (2 * half).log(), 0.0).sum(1)
         return log_p.numpy()

@@ -148,8 +148,6 @@ class CDMConditional(DensityEstimator):
 
         return theta.set_index(pd.MultiIndex.from_product([range(len(theta) // n), range(n)]))
 
-    # --- parts ---------------------------------------------------------------------------------------------------
-
     def _observations(self, x: Any) -> Tensor:
         """The codes of x: a vector is one observation, unless x has one column."""
         if np.ndim(x) < 2:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
-from torchcdm.estimators.tables import data_frame, noise_draws, noisy, noisy_copies
+from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import read_as
+from torchcdm.units.lattice import spread
 from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         """Finds the share of what the network adds under which held-out rows are most probable, normalised."""
         model, shares = self.model_, torch.tensor(SHARES, dtype=torch.float64)
-        z = model.transform(noisy(self.columns_, held_out, self._noise[0]).to(model.schedule.alpha.device))
+        z = model.transform(spread(held_out, self._noise[0], self.columns_.cells).to(model.schedule.alpha.device))
         found = importance_normalizers(model, seed)
         added = map_rows(lambda rows: _base_and_network(model, z[rows])[1], len(z), dim=z.shape[1], device=z.device)
         log_z = torch.tensor([one.value if one.usable else torch.inf for one in found])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torchcdm.apps.anomaly import AnomalyDetector
 from torchcdm.estimators.density import TableDensity
-from torchcdm.estimators.tables import noisy
 from torchcdm.runtime.validation import Float
+from torchcdm.units.lattice import spread
 
 FALSE_ALARMS = 0.05
 """Share of held-out normal rows that ``contamination="auto"`` flags."""
@@ -102,7 +102,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     def _noisy(self, codes: Tensor) -> list[Tensor]:
         """The codes under each draw of the dequantisation noise, for the model."""
         device = self.model_.schedule.alpha.device
-        return [noisy(self.columns_, codes, noise).to(device) for noise in self._noise]
+        return [spread(codes, noise, self.columns_.cells).to(device) for noise in self._noise]
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as :meth:`TableDensity.save` does, and what its score learned."""

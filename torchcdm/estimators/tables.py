@@ -27,25 +27,20 @@ DRAWS = 8
 """Draws of the dequantisation noise that a score is averaged over."""
 
 
-def noisy(table: TableEncoding, codes: Tensor, position: np.ndarray) -> Tensor:
-    """Codes (N, kept), those with a cell at the ``position`` in it: on [0, 1), broadcastable to (N, kept)."""
-    return spread(codes, torch.from_numpy(position), table.cells)
-
-
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:
     """What to train on: several dequantised copies of codes (N, kept), one after the other, where some have a cell."""
     copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if table.cells else 1
     repeated, generator = codes.repeat(copies, 1), stream(seed, "dequantise")
-    return noisy(table, repeated, torch.rand(repeated.shape, generator=generator, dtype=torch.float64).numpy())
+    return spread(repeated, torch.rand(repeated.shape, generator=generator, dtype=torch.float64), table.cells)
 
 
-def noise_draws(table: TableEncoding, seed: int) -> np.ndarray:
+def noise_draws(table: TableEncoding, seed: int) -> Tensor:
     """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""
     if not table.cells:
-        return np.full((1, 1), 0.5)
+        return torch.full((1, 1), 0.5, dtype=torch.float64)
     from scipy.stats import qmc
 
-    return qmc.Sobol(len(table.kept), seed=seed).random(DRAWS)
+    return torch.from_numpy(qmc.Sobol(len(table.kept), seed=seed).random(DRAWS))
 
 
 def data_frame(
