@@ -90,13 +90,10 @@ def interpret(
     """Samples with event shape (C, H, W) or (d,), their grid, and how they were understood.
 
     On a grid they are uint8 or float32; else images are float32, and vectors float64 until their columns are measured.
-    UserError for other numbers of axes, values that are not finite numbers, or no samples.
-
-    Args:
-        x: (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W); integers, booleans or floats.
-        name: The data, for messages.
-        first: Channels are known to come first, as in torch tensors; otherwise it is read off the sizes.
-        like: That of the model that takes the samples, whose grid whole numbers have that lie on it.
+    ``x`` is (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W), integers, booleans or floats. Channels are known to
+    come ``first``, as in torch tensors, or it is read off the sizes. Whole numbers on the grid of the transform
+    ``like``, that of a model that takes the samples, have that grid. UserError for other numbers of axes, values that
+    are not finite numbers, or no samples.
     """
     check_numbers(x, name)
     if x.ndim not in (1, 2, 3, 4):
@@ -168,17 +165,12 @@ def convert_images(x: Tensor, grid: Grid | None, options: DataOptions) -> Tensor
 def read_labels(
     y: Any, sizes: Sequence[int], name: str, class_names: Sequence[str] | None = None, by_value: bool = False
 ) -> tuple[list[Tensor | None], tuple[str, ...] | None]:
-    """Labels as long tensors, one for each part of the data, and the names of the classes.
+    """Labels as long tensors, one for each part of the data of these ``sizes``, and the names of the classes.
 
-    UserError for a label that is missing or out of range, another number of labels than samples, or nearly as many
-    classes as samples.
-
-    Args:
-        y: Labels of all samples, one part after the other: whole numbers 0 ... classes - 1, or texts. None: no labels.
-        sizes: Number of samples in each part.
-        name: The data, for messages.
-        class_names: Names of the classes where they are known.
-        by_value: Numbers may be any whole ones, and those that occur are the classes in rising order, as texts are.
+    ``y`` holds whole numbers 0 ... classes - 1, or texts, one part after the other; None where there are no labels.
+    Texts that occur are the classes in rising order, and with ``by_value`` so are whole numbers, unless
+    ``class_names`` are known. UserError for a label that is missing or out of range, another number of labels than
+    samples, or nearly as many classes as samples.
     """
     count = sum(sizes)
     if y is None:

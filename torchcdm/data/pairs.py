@@ -62,13 +62,12 @@ def pair_up(
     """Both data sets, split into training and validation and scaled alike.
 
     Args:
-        numerator: As :func:`torchcdm.data.from_object` takes them, a SPEC as :func:`torchcdm.data.load_data` takes
-            them, or the path of a table, an array or a folder of images. Of a data set with splits, the training one.
-        denominator: Likewise, with the same columns or the same shape.
+        numerator: As :func:`torchcdm.data.from_object` takes them, a SPEC, or the path of a table, an array or a
+            folder of images. Of a data set with splits, the training one.
+        denominator: Another, with the same columns or the same shape.
         options: ``validation_fraction`` is the share of each that is held out, :data:`HELD_OUT` when None; ``seed`` is
             that of the split and of the dequantisation; ``size``, ``channels`` and ``skip_bad`` are for images.
-        discrete: Columns with few values: ``dequantize`` adds uniform noise between neighbouring values, ``error``
-            names them in an error.
+        discrete: Columns with few values: ``dequantize`` adds uniform noise over their cells, ``error`` names them.
 
     Raises:
         UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
@@ -76,7 +75,7 @@ def pair_up(
     options = options or DataOptions()
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
-    given = [_read(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
+    given = [read_side(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
     sides, grids = [side for side, _ in given], [grid for _, grid in given if grid is not None]
     counts = (len(sides[0]), len(sides[1]))
     names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(sides, SOURCES, strict=True)]
@@ -124,11 +123,6 @@ def held_out_count(rows: int, options: DataOptions) -> int:
     return max(2, round(fraction * rows))
 
 
-def read_side(data: Any, name: str, options: DataOptions) -> DataFrame | Tensor:
-    """All samples of one data set as :func:`pair_up` reads it: a data frame, or images (N, C, H, W)."""
-    return _read(data, name, options)[0]
-
-
 def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, options: DataOptions) -> Inputs:
     """Samples to be scored, in the data units of ``transform``, that of the data that were fitted.
 
@@ -139,7 +133,7 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
     table = None if warp is None else warp.table
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, transform, options)
-    query, _ = _read(x, "query", options, table)
+    query, _ = read_side(x, "query", options, table)
     if table is None:
         shape = tuple(query.shape[1:])
         if shape != transform.shape:
@@ -151,12 +145,12 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
     return found._replace(x=warp(found.x).float())
 
 
-def _read(
+def read_side(
     data: Any, name: str, options: DataOptions, like: TableEncoding | None = None
 ) -> tuple[DataFrame | Tensor, Grid | None]:
-    """One data set: that of a file, a SPEC or an object; all of it, or its training split. With the grid of images.
+    """One data set as :func:`pair_up` reads it, all or its training split: a data frame, or images and their grid.
 
-    Vectors become a table, whose columns are those of ``like``, in its order.
+    Images are (N, C, H, W); vectors become a table, whose columns are those of ``like``, in its order.
     """
     import pandas as pd
 
@@ -186,8 +180,6 @@ def _coded(
     frames: list[DataFrame], names: list[str], train: Sequence[Tensor], discrete: Discrete, seed: int
 ) -> tuple[list[Tensor], ColumnTransform, list[str]]:
     """Both tables in units of a warp, which is fitted to the rows of ``train``, float32, and notes."""
-    import pandas as pd
-
     notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
@@ -195,9 +187,7 @@ def _coded(
             raise UserError(f"{names[other]}: no column '{missing[0]}', which {names[one]} has; give both the same")
     notes += dict.fromkeys(note for frame in frames[::-1] for note in frame.attrs.get("notes", ()))
     notes.append(f"{len(frames[0].columns)} columns: {', '.join(frames[0].columns)}.")
-    both = pd.concat([frames[0], frames[1][frames[0].columns]])
-    both.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
-    table, more = TableEncoding.fit(both, " / ".join(names[::-1]))
+    table, more = TableEncoding.fit(tables.joined(frames), " / ".join(names[::-1]))
     few = [column.name for column in table.kept if column.values and not column.mixed]
     if few and discrete == "error":
         raise UserError(

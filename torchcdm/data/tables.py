@@ -65,26 +65,18 @@ def samples_of(
     labels: Any = None,
     like: DataTransform | None = None,
 ) -> Samples:
-    """The codes of the columns; for a model that is to score them of its columns.
+    """The codes of the columns; of those of a model that scores the data, where its transform ``like`` is given.
 
-    UserError for columns that are not there, cells that cannot be read, all in one line, or nothing that varies.
-
-    Args:
-        parts: ``train``, and ``validation`` and ``test`` where they are apart.
-        name: Name of the source.
-        options: ``label`` names the column of classes, which is no column of the data; others choose columns.
-        labels: Classes (N,) that are no column of the table; for ``train`` alone.
-        like: That of the model that scores the data.
+    ``parts`` are ``train``, and ``validation`` and ``test`` where they are apart; ``labels`` classes (N,) of ``train``
+    that are no column of the table. UserError for columns that are not there, cells that cannot be read, all in one
+    line, or nothing that varies.
     """
-    import pandas as pd
-
     frames, notes = list(parts.values()), [note for part in parts.values() for note in part.attrs.get("notes", ())]
     if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
         labels = np.concatenate([select(frame, [options.label], name).to_numpy() for frame in frames])[:, 0]
     if like is None:
         frames = [chosen(frame, options, name) for frame in frames]
-    whole = pd.concat(frames)
-    whole.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
+    whole = joined(frames)
     if not len(whole) or not len(whole.columns):
         raise UserError(f"{name}: no columns of values, or no rows")
     if like is None:
@@ -101,6 +93,15 @@ def samples_of(
     if left_out:
         notes.append(f"{left_out} row(s) with cells that cannot be read are left out.")
     return Samples(name, pools, None, class_names, table, tuple(notes))
+
+
+def joined(frames: Sequence[DataFrame]) -> DataFrame:
+    """Tables of the same columns, one below the other, with all that is wrong with their lines."""
+    import pandas as pd
+
+    whole = pd.concat(frames)[list(frames[0].columns)]
+    whole.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
+    return whole
 
 
 def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:

@@ -157,19 +157,14 @@ class GaussianMarginals(BaseDensity):
         form: str | None = None,
         shrinkage: float = 0.0,
     ) -> GaussianMarginals:
-        """Mean and covariance of ``samples`` (N, *shape), model units, dequantised; ``form`` as in
-        :func:`mean_and_spread`.
+        """Mean and spread of ``samples`` (N, *shape), model units, dequantised, as by :func:`mean_and_spread`.
 
         ``floor`` is the smallest eigenvalue, model units squared: bin² / 12 for dequantised data. ``shrinkage`` is the
         share by which the eigenvalues are moved towards their mean (Ledoit and Wolf 2004): those of few samples spread
         too far, and without samples in a direction they are zero.
         """
         mean, spread = mean_and_spread(samples, form)
-        if spread.ndim == 2:
-            spread = shrunk(spread, float(spread.diagonal().mean()), shrinkage)
-        else:
-            spread = torch.lerp(spread, spread.mean(), shrinkage)
-        return cls.of_spread(schedule, mean, spread, floor, form=form)
+        return cls.of_spread(schedule, mean, shrunk(spread, mean_variance(spread), shrinkage), floor, form=form)
 
     @classmethod
     def of_spread(
@@ -273,10 +268,15 @@ def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, T
     return mean, DIAGONAL[form](shape).to(samples.device)(centred).square().mean(0)
 
 
-def shrunk(covariances: Tensor, variance: float, share: float) -> Tensor:
-    """Covariances (..., d, d) moved by ``share`` towards the round one of ``variance``."""
-    round_one = variance * torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
-    return torch.lerp(covariances, round_one.expand_as(covariances), share)
+def mean_variance(spread: Tensor) -> float:
+    """Mean of the variances of a covariance (d, d), or of variances (d,)."""
+    return float((spread if spread.ndim == 1 else spread.diagonal()).mean())
+
+
+def shrunk(spread: Tensor, variance: float, share: float) -> Tensor:
+    """Covariances (..., d, d), or variances (d,), moved by ``share`` towards the round one of ``variance``."""
+    round_one = torch.full_like(spread[..., 0] if spread.ndim > 1 else spread, variance)
+    return torch.lerp(spread, round_one if spread.ndim == 1 else round_one.diag_embed(), share)
 
 
 def default_form(shape: Sequence[int]) -> str:
@@ -311,16 +311,15 @@ def fit_class_gaussians(
 ) -> GaussianMarginals:
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 
-    A covariance has d²/2 numbers, and the log ratio of two classes sees the error of both. Where the classes
-    differ in the mean alone it is best taken from all of them (regularised discriminant analysis, Friedman 1989).
-    Held-out samples choose the share that the classes have in common, and how far all are moved to a round one: by
+    Where classes differ in the mean alone, the covariance is best taken from all of them (regularised discriminant
+    analysis, Friedman 1989). Held-out samples choose the share in common, and how far all are moved to a round one: by
     how well they tell their class at all noise levels, among those under which they are as probable as under the best,
     to a standard error. Their likelihood alone would hardly see what makes a ratio of few samples wrong; without noise
     classes that are far apart would be told by any share.
 
     ``samples`` (N, *shape) are in model units, dequantised, at least two of each of the classes ``labels``, long (N,).
-    ``held_out`` are samples and classes that choose, every fifth of the training data when None. Training data that
-    repeat the samples of a small class need some: a copy of a sample would choose its own fit.
+    ``held_out`` are samples and classes that choose, every fifth of the training data when None: not for data that
+    repeat samples of a small class, as a copy of a sample would choose its own fit.
     """
     classes = range(int(labels.max()) + 1)
     if held_out is None:
@@ -364,11 +363,8 @@ def _blended(
 ) -> list[GaussianMarginals]:
     """A Gaussian for each class, its spread moved by ``share`` to the mean spread, and further to a round one."""
     common = torch.stack([spread for _, spread in classes]).mean(0)
-    spreads = [torch.lerp(spread, common, share) for _, spread in classes]
-    if shrinkage:
-        variance = float(common.diagonal().mean())
-        spreads = [shrunk(spread, variance, shrinkage) for spread in spreads]
-    return [
-        GaussianMarginals.of_spread(schedule, mean, spread, floor)
-        for (mean, _), spread in zip(classes, spreads, strict=True)
-    ]
+    found = []
+    for mean, spread in classes:
+        spread = shrunk(torch.lerp(spread, common, share), mean_variance(common), shrinkage)
+        found.append(GaussianMarginals.of_spread(schedule, mean, spread, floor))
+    return found

@@ -185,15 +185,13 @@ def best_mixture(
 ) -> tuple[int, float, Tensor]:
     """The number of components and the shrinkage, by the likelihood of validation data, and log p of these (N,).
 
-    More components need more shrinkage, so the two are chosen together. Fewer components win where they are within one
-    standard error of the best: few validation samples would choose among many settings by luck. Stops after two
-    numbers that are not better by as much.
+    The two are chosen together. Fewer components win where they are within one standard error of the best: few
+    validation samples would choose among many settings by luck. Stops after two that are no better.
 
     Samples are (N, d) in model units, those of ``validation`` without copies. The ``counts`` rise, and the first is
-    tried however few the samples. Other arguments as of :func:`fit_gaussians`: a rough ``tolerance`` is unjust to few
-    components on many samples.
+    tried however few the samples. Other arguments as of :func:`fit_gaussians`.
     """
-    variance, watched = _variance(train), validation[:, None].double()
+    variance, watched = float(train.double().var(0, correction=0).mean()), validation[:, None].double()
     found: list[tuple[int, float, Tensor]] = []
     worse = 0
     for number, count in enumerate(counts):
@@ -208,11 +206,6 @@ def best_mixture(
         worse = 0 if all(not within_error(found[-1][2] - trial[2]) for trial in found[:-1]) else worse + 1
     highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
     return next(trial for trial in found if within_error(highest - trial[2]))
-
-
-def _variance(samples: Tensor) -> float:
-    """Mean over the numbers of their variance."""
-    return float(samples.double().var(0, correction=0).mean())
 
 
 def fit_gaussians(
@@ -242,7 +235,8 @@ def fit_gaussians(
     trials = [maximised(x, components, **options, **start) for start in _starts(x, components, floor)]
     fitted = max(trials, key=lambda trial: trial.lower_bound_)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
-    return weights, means, _shrunk(weights, covariances, _variance(samples), shrinkage)
+    variance = float(samples.double().var(0, correction=0).mean())
+    return weights, means, _shrunk(weights, covariances, variance, shrinkage)
 
 
 def _some(samples: Tensor, components: int, rows: int) -> Tensor:
@@ -253,10 +247,7 @@ def _some(samples: Tensor, components: int, rows: int) -> Tensor:
 
 
 def _shrunk(weights: Tensor, covariances: Tensor, variance: float, share: float) -> Tensor:
-    """Covariances (K, d, d) moved by ``share`` to their mean, and that by the square of ``share`` to a round one.
-
-    One alone is moved to a round one by ``share``.
-    """
+    """Covariances (K, d, d) as :func:`fit_gaussians` shrinks them."""
     if len(weights) == 1:
         return shrunk(covariances, variance, share)
     mean = torch.einsum("k,kij->ij", weights, covariances)
@@ -274,10 +265,9 @@ def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
 
 
 def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
-    """Where EM starts: many pieces by k-means, grouped to the components.
+    """Where EM starts: thrice as many pieces by k-means, grouped: as many pieces as modes would leave out some.
 
-    As many pieces as modes leave out some modes, which EM does not mend; thrice as many hardly do. Where pieces have
-    few rows scikit-learn's own start, the empty one, is tried too.
+    Where pieces have few rows scikit-learn's own start, the empty one, is tried too.
     """
     from sklearn.cluster import AgglomerativeClustering, KMeans
 

@@ -155,7 +155,7 @@ def mutual_information(x: Any, y: Any, random_state: int = 0, **settings: Any) -
     from torchcdm.apps.ratio.density_ratio import DensityRatio
 
     ratio = DensityRatio(random_state, **settings)
-    sides = [read_side(part, name, ratio._options) for part, name in ((x, "x"), (y, "y"))]
+    sides = [read_side(part, name, ratio._options)[0] for part, name in ((x, "x"), (y, "y"))]
     rows = len(sides[0])
     for side, name in zip(sides, ("x", "y"), strict=True):
         if isinstance(side, Tensor):
@@ -231,7 +231,7 @@ def two_sample_test(
 
     check_count("permutations", permutations, 19, 10**6)
     given = {"numerator": numerator, "denominator": denominator}
-    values = [read_side(data, name, ratio._options) for name, data in given.items()]
+    values = [read_side(data, name, ratio._options)[0] for name, data in given.items()]
     places = [np.arange(len(part)) for part in values]
     if fitted:
         orders = [permutation(len(part), seed + k).numpy() for k, part in enumerate(values)]
