@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.apps.report import write_report
-from torchcdm.bridges.cards import model_card
+from torchcdm.bridges.hub import model_card
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
 from torchcdm.training.checkpoint import load, read_info, save_model

@@ -8,7 +8,6 @@ from denoisers import GaussianDenoiser
 from oracles import SCHEDULES, normal
 from torch import nn
 
-from torchcdm.compose.trajectories import adaptive_levels
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
@@ -25,6 +24,7 @@ from torchcdm.samplers import (
     SAMPLERS,
     Step,
     UniPC,
+    adaptive_levels,
     make_sampler,
 )
 

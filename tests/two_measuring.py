@@ -12,7 +12,7 @@ import torch
 from torchcdm import load
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.apps.anomaly.profile import level_profile
+from torchcdm.apps.anomaly import level_profile
 from torchcdm.cli import main
 from torchcdm.compose import sample
 from torchcdm.data import load_data

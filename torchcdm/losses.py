@@ -27,10 +27,9 @@ Terms = dict[str, Tensor]
 
 
 def stratified_levels(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``n`` levels, each uniform on 0 ... ``count`` - 1, spread evenly over the batch: long (n,), on its device.
+    """``n`` levels, each uniform on 0 ... ``count`` - 1, one draw from each n-th part of the range: long (n,).
 
-    One draw from each n-th part of the range, in random order: the same expectation as independent draws, with
-    less variance between batches.
+    In random order: the same expectation as independent draws, with less variance between batches.
     """
     device = torch.device("cpu") if generator is None else generator.device
     order = torch.randperm(n, generator=generator, device=device)
@@ -65,17 +64,11 @@ class Loss(nn.Module, ABC):
         eps: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Terms:
-        """The terms on one noisy copy of each sample.
+        """The terms on one noisy copy of each of the dequantised samples ``x_0`` (B, *shape), model units.
 
-        Args:
-            x_0: Dequantised data, model units, (B, *shape).
-            y: Classes, long (B,), or None; a share of them is dropped.
-            t: Levels, whole numbers (B,); stratified over the batch when None.
-            eps: Noise, shape of ``x_0``; drawn when None.
-            generator: Source of the draws, on the device of ``x_0``.
-
-        Raises:
-            UserError: Labels, levels or noise of another shape, labels or levels that do not exist.
+        A share of the classes ``y``, long (B,), is dropped. Levels ``t``, whole numbers (B,), are stratified over the
+        batch when None, and the noise ``eps`` is drawn, both by the ``generator``, on the device of ``x_0``. UserError
+        for other shapes, and labels or levels that do not exist.
         """
         y = as_labels(y, self.model, len(x_0), training=True)
         if t is None:
@@ -84,8 +77,6 @@ class Loss(nn.Module, ABC):
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         if not isinstance(eps, Tensor) or eps.shape != x_0.shape or eps.dtype != x_0.dtype:
             raise UserError("loss: eps must be a tensor of the shape and type of x_0")
-        if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
-            raise UserError("loss: levels t must be a tensor with a whole number for each sample")
         if y is not None and self.model.classes is not None and self.label_dropout:
             dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_dropout
             y = y.masked_fill(dropped, self.model.classes)
@@ -95,8 +86,7 @@ class Loss(nn.Module, ABC):
     def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
         """The terms on x_t, (B, *shape), at levels ``t``, with the noise ``eps`` in it; ``y`` may be the null label.
 
-        Returns:
-            ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``, at least.
+        At least ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``.
         """
 
 
@@ -111,7 +101,6 @@ class CDMLoss(Loss):
     (identity 10); the reported ``ce`` of levels is the marginal's.
 
     Args:
-        model: The model to train.
         ce_weight: Weight of the cross-entropy.
         mse_weight: Weight of the squared error.
         label_dropout: Share of labels replaced by the null label.
@@ -158,12 +147,9 @@ class CDMLoss(Loss):
         return bool(self.logits_share == 1)
 
     def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
-        """As :meth:`Loss.terms`.
+        """As :meth:`Loss.terms`, with ``ce`` (nats) and ``correct``, whether the most probable level is the true one.
 
-        Returns:
-            ``loss``, ``ce`` (nats), ``mse`` (mean over d; constant at level 0, 0 at level T+1), ``t``,
-            ``correct`` (whether the most probable level is the true one); joint models add ``ce_joint``; ``time``
-            where it has a weight.
+        Joint models add ``ce_joint``; ``time`` where it has a weight. The ``mse`` is a constant at level 0, 0 at T+1.
         """
         schedule, dtype = self.model.schedule, x_t.dtype
         if self.mse_weight:
@@ -176,7 +162,9 @@ class CDMLoss(Loss):
         # at level T+1 the classes are one outcome, so that its probability carries no class prior.
         ce = unconditional.logsumexp(1) - log_p.gather(1, t[:, None])[:, 0]
         if self.model.joint and y is not None:
-            ce = ce - self.model.log_prior(y).masked_fill(t == schedule.T + 1, 0)
+            # Nothing for the null label, which stands for all classes.
+            prior = nn.functional.pad(self.model.log_class_prior, (0, 1))[y]
+            ce = ce - prior.masked_fill(t == schedule.T + 1, 0)
         d = x_t[0].numel()
         logits = self.ce_weight / d * ce.to(dtype)
         terms = {"ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype), "mse": mse, "t": t,
@@ -221,10 +209,10 @@ def squared_error(
     log p_t along e, held fixed, and so of a difference of two values of log p_t.
     """
     if not differences_suffice(x_t):
-        result = model.evaluate_unchecked(x_t, t, y, graph="all")
+        result = model.evaluate(x_t, t, y, graph="all", checked=False)
         return result, (result.eps - eps).square().flatten(1).mean(1)
     random_state = torch.get_rng_state()
-    result = model.evaluate_unchecked(x_t, t, y, graph="densities")
+    result = model.evaluate(x_t, t, y, graph="densities", checked=False)
     error = result.eps - eps
     sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
     # Every other sample goes the other way: what is left of the curvature is of second order.
@@ -244,10 +232,9 @@ def squared_error(
 
 
 def differences_suffice(x: Tensor) -> bool:
-    """Whether a difference of two log densities at ``x`` stands for a derivative.
+    """Whether a difference of two log densities at ``x`` stands for a derivative: it saves a sixth of a step on a CPU.
 
-    It saves a sixth of a step on a CPU. Half precision, and the shortened float32 of GPUs, are too coarse for it; the
-    compiler wants ``torch.func``.
+    Half precision and the shortened float32 of GPUs are too coarse for it; the compiler wants ``torch.func``.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False

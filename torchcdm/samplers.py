@@ -12,33 +12,34 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, final
+from itertools import pairwise
+from typing import Annotated, ClassVar, final
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
-from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import check_count, check_real
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.random import stream
+from torchcdm.runtime.validation import Int, Share, checked
 
 Visited = tuple[int, Prediction]
 """A level that the sampler has been to, and what the denoiser said there."""
 
+Order = Annotated[Int, Ge(2), Le(4)]
+
 
 @dataclass(frozen=True)
 class Step:
-    """One step, from level t to level s.
+    """One step, from x_t (B, *shape), model units, at level t, 1 ... T, to level s, 0 ... t - 1.
 
     Attributes:
-        denoiser: Any denoiser.
-        x_t: Model units, (B, *shape).
-        t: The level of ``x_t``, 1 ... T.
-        s: The level to reach, 0 ... t - 1.
         y: Classes, long (B,), or None.
         noise: Standard normal, shape of ``x_t``; for stochastic samplers alone.
         previous: What the step before returned, for multistep rules: the levels before, the latest first.
@@ -116,8 +117,8 @@ class DDIM(Sampler):
         eta: Share of fresh noise, 0 ... 1.
     """
 
-    def __init__(self, eta: float = 0.0) -> None:
-        check_real("ddim: eta", eta, 0, 1)
+    @checked
+    def __init__(self, eta: Share = 0.0) -> None:
         self.eta, self.stochastic = eta, eta > 0
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
@@ -204,8 +205,9 @@ class IPNDM(Sampler):
 
     WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
-    def __init__(self, order: int = 4) -> None:
-        self.memory = check_count("ipndm: order", order, 2, 4) - 1
+    @checked
+    def __init__(self, order: Order = 4) -> None:
+        self.memory = order - 1
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         noises = [now.eps, *(before.eps for _, before in step.previous)]
@@ -226,8 +228,9 @@ class DEIS(Sampler):
         order: 2, 3 or 4.
     """
 
-    def __init__(self, order: int = 3) -> None:
-        self.memory = check_count("deis: order", order, 2, 4) - 1
+    @checked
+    def __init__(self, order: Order = 3) -> None:
+        self.memory = order - 1
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         change = _integral(step, ((step.t, now), *step.previous), step.t, step.s, torch.atan, 1)
@@ -248,8 +251,9 @@ class UniPC(Sampler):
             steps cover decades of r; the angle suits every schedule.
     """
 
-    def __init__(self, order: int = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
-        self.memory, self.time = check_count("unipc: order", order, 1, 4), time
+    @checked
+    def __init__(self, order: Annotated[Int, Ge(1), Le(4)] = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
+        self.memory, self.time = order, time
 
     def corrected(self, step: Step, now: Prediction) -> Prediction:
         if not step.previous:
@@ -296,10 +300,62 @@ DEFAULT_SAMPLER = "ddpm"
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of a name in :data:`SAMPLERS`, or a sampler itself; ``dpmpp`` is ``dpm++``. UserError for others."""
+    """The sampler of a name in :data:`SAMPLERS`, or a sampler itself; UserError for others."""
     if isinstance(sampler, Sampler):
         return sampler
-    sampler = str(sampler).replace("dpmpp", "dpm++")
-    if sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}'; {nearest(sampler, SAMPLERS)}")
-    return SAMPLERS[sampler]()
+    if str(sampler) not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}'; {nearest(str(sampler), SAMPLERS)}")
+    return SAMPLERS[str(sampler)]()
+
+
+PILOTS = 16
+"""Trajectories that go first, to place steps or to adapt moves."""
+
+FINE = 64
+"""Levels at most on which they are solved to place steps, and among which the steps are chosen."""
+
+
+def pilot_labels(y: Tensor | None) -> Tensor | None:
+    """Labels of :data:`PILOTS` trajectories that go first, spread over all different ones of ``y``; None for none."""
+    if y is None:
+        return None
+    known = y.unique(dim=0)
+    return known[torch.arange(PILOTS, device=y.device) * max(1, len(known) // PILOTS) % len(known)]
+
+
+def adaptive_levels(denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None) -> list[int]:
+    """The levels of ``steps`` steps that leave the curved parts of trajectories short (GITS, arXiv 2405.11326).
+
+    A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
+    in units of the spread of x at its end; dynamic programming finds the steps of least total cost. It takes
+    :data:`FINE` evaluations of :data:`PILOTS` samples of event ``shape``. The same model, steps and classes give the
+    same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones from :data:`FINE` steps on. ``y``
+    are classes or contexts that samples are asked for, (n, ...). UserError for more steps than T.
+    """
+    schedule = denoiser.schedule
+    fine = schedule.time_grid(min(FINE, schedule.T))
+    if steps >= len(fine):
+        return [*schedule.time_grid(steps), 0]
+    noise = torch.randn(PILOTS, *shape, generator=stream(0, "pilots"), dtype=working_dtype(denoiser, torch.float32))
+    rule, y, previous, points, noises = DEIS(3), pilot_labels(y), (), [], []
+    with evaluation_mode(denoiser), torch.no_grad():
+        x = denoiser.start(noise.to(schedule.alpha.device))
+        for t, s in pairwise([*fine, 0]):
+            points.append(x / schedule.at(t, x)[0])
+            x, previous = rule.step(Step(denoiser, x, t, s, y, previous=previous))
+            noises.append(previous[0][1].eps)
+    u, eps = torch.stack([*points, x]).flatten(2), torch.stack(noises).flatten(2)
+    r, count = schedule.ratio[[*fine, 0]].to(u), len(fine) + 1
+    spread = u.std(1).square().mean(1).sqrt()
+    cost = torch.full((count, count), torch.inf)
+    for i in range(count - 1):
+        reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]
+        cost[i, i + 1 :] = ((reached - u[i + 1 :]).square().mean((1, 2)).sqrt() / spread[i + 1 :]).cpu()
+    best, choices = cost[0], []
+    for _ in range(steps - 1):
+        best, choice = (best[:, None] + cost).min(0)
+        choices.append(choice)
+    path = [count - 1]
+    for choice in reversed(choices):
+        path.append(int(choice[path[-1]]))
+    return [[*fine, 0][k] for k in (0, *reversed(path))]

@@ -36,14 +36,17 @@ def contenders(model: ClassificationDiffusion, x: Tensor) -> dict[str, Callable[
     level, solver = scoring.level_of(model), FlowSolver(model, scoring)
     batch = Batch(model, x, None, slice(0, len(x)), 0)
 
+    def noisy() -> Tensor:
+        return model.schedule.perturb(batch.clean()[0], level, batch.noise("noise"))
+
     def one_pass_noisy() -> Tensor:
         with torch.no_grad():
-            return model.log_prob(noisy.float(), t=level, units="model")
+            return model.log_prob(x_t.float(), t=level, units="model")
 
     def by_flow() -> Tensor:
-        return solver.log_prob(batch.noised(level)).log_prob
+        return solver.log_prob(noisy()).log_prob
 
-    noisy = batch.noised(level)
+    x_t = noisy()
     return {
         "one-pass": lambda: single_pass(model, x, None, replace(scoring, level=0)).nats,
         "one-pass-level": lambda: single_pass(model, x, None, scoring).nats,

@@ -53,8 +53,9 @@ def compare(options: argparse.Namespace) -> int:
     from studies.compare.comparison import compare
     from studies.compare.figure import scoring_cost
     from studies.compare.own import preset_of
-    from torchcdm.likelihood.log_z import FEWEST_SWEEPS
+    from torchcdm.likelihood.log_z import Sweeps
     from torchcdm.runtime.processes import chosen_device
+    from torchcdm.runtime.validation import read_as
     from torchcdm.training.build import in_units, load_source
     from torchcdm.training.loop import Interrupted
 
@@ -62,8 +63,8 @@ def compare(options: argparse.Namespace) -> int:
         raise UserError(f"--seed is {options.seed}; it must not be negative")
     if options.limit is not None and options.limit < 2:
         raise UserError(f"--limit is {options.limit}; at least 2 are needed")
-    if options.log_z is not None and options.log_z < FEWEST_SWEEPS:
-        raise UserError(f"--log-z is {options.log_z}; at least {FEWEST_SWEEPS} sweeps are needed")
+    if options.log_z is not None:
+        read_as(Sweeps, options.log_z, "--log-z")
     if options.budget is None and not options.list:
         raise UserError("the following arguments are required: --budget; see python -m studies compare --help")
     data = _data(options)

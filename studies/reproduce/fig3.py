@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
 from studies.reproduce.models import SETTINGS, Models
 from studies.reproduce.result import Figure, Result, Table
 from studies.reproduce.workspace import Workspace
 from torchcdm.apps import plots
-from torchcdm.training.evaluation import log_posteriors
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torchcdm.models.density import DensityModel
+from torchcdm.training.evaluation import noisy_batches
 
 __all__ = ["SETTINGS", "run"]
 
@@ -55,3 +54,17 @@ def run(work: Workspace) -> Result:
         "the squared error of the gradient shapes it.",
     )
     return Result((table,), (figure,), setting.scaled_down, notes)
+
+
+@torch.no_grad()
+def log_posteriors(model: DensityModel, x: Tensor, seed: int = 0) -> dict[int, Tensor]:
+    """What the level classifier of a model in eval mode says of ``x`` (N, *shape), data units, at six true levels.
+
+    By level, log p(t | x_t) at every t, (N, T+2).
+    """
+    true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
+    batches = {t: noisy_batches(model, x, t, seed) for t in true}
+    return {
+        t: torch.cat([model.log_prob_levels(batch.x_t).log_softmax(1).cpu() for batch in each])
+        for t, each in batches.items()
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -13,8 +14,8 @@ from studies.reproduce.bound import BoundLoss
 from studies.reproduce.result import Figure
 from studies.reproduce.tre import TRELoss
 from studies.reproduce.workspace import Workspace
-from torchcdm.apps.plots import neighbours
 from torchcdm.compose import sample
+from torchcdm.data import save_grid
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import encode
@@ -22,6 +23,7 @@ from torchcdm.training.build import load_source
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.samples import balanced_labels
 from torchcdm.training.settings import Config
+from torchcdm.units import DataTransform
 
 CHUNK = 250
 """Samples that are kept together."""
@@ -248,3 +250,13 @@ class Models:
         pool = self.source.train.tensors(POOL)[0]
         path = neighbours(x[:SHOWN], pool, self.work.figure(name), self.source.transform)
         return Figure(path, f"Samples, {what}; below each its nearest of {len(pool)} training images.")
+
+
+def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform) -> Path:
+    """Samples (N, C, H, W), and below each the nearest training image, data units: what was learned by heart shows."""
+    columns = min(16, len(samples))
+    rows = len(samples) // columns
+    samples = samples[: rows * columns].float().cpu()
+    nearest = train[torch.cdist(samples.flatten(1), train.float().flatten(1)).argmin(1)].float()
+    pairs = torch.stack([samples.unflatten(0, (rows, columns)), nearest.unflatten(0, (rows, columns))], 1)
+    return save_grid(pairs.flatten(0, 2), path, transform, columns)

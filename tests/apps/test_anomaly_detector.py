@@ -114,9 +114,9 @@ def test_the_reference_is_divided_at_random_and_alike_each_time(model, mixture):
     [
         (18, 0.05, "18 held-out normal samples cannot calibrate a false-positive rate of 0.05; it takes 19"),
         (98, 0.01, "it takes 99"),
-        (50, 0.0, "fpr is 0; a false-positive rate lies between 0 and 1"),
-        (50, 1.0, "lies between 0 and 1"),
-        (50, float("nan"), "lies between 0 and 1"),
+        (50, 0.0, "fpr is 0.0; it must be greater than 0"),
+        (50, 1.0, "it must be less than 1"),
+        (50, float("nan"), "it must be a finite number"),
     ],
 )
 def test_rates_that_cannot_be_kept_are_refused(blank, n, fpr, message):

@@ -9,9 +9,15 @@ from torch import nn
 
 from studies.exact import GaussianMixture
 from torchcdm import ClassificationDiffusion, DenoisingDiffusion, UserError
-from torchcdm.apps.anomaly import SCORES, AnomalyDetector, coarse_level, level_profile
-from torchcdm.apps.anomaly.profile import NOISE_SEED
-from torchcdm.apps.anomaly.scores import DISTANCES, best_kind, fit_increments, log_distances
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector, level_profile
+from torchcdm.apps.anomaly.scores import (
+    DISTANCES,
+    NOISE_SEED,
+    best_kind,
+    coarse_level,
+    fit_increments,
+    log_distances,
+)
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.random import stream
@@ -255,7 +261,7 @@ def test_dropout_is_off_while_scoring_and_the_mode_is_left_as_it_was(mixture):
 
     model = ClassificationDiffusion(Dropping(), SCHEDULE, DataTransform((2,))).train()
     x = normal(30, 2).float()
-    assert torch.equal(level_profile(model, x), level_profile(model, x, batch_size=30))
+    assert torch.equal(level_profile(model, x), level_profile(model, x))
     assert model.backbone.dropout.training
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import SCHEDULES, MixtureClassifier, labelled_mixture, normal, rng
+from oracles import SCHEDULES, MixtureClassifier, normal, rng
 
 from studies.exact import GaussianMixture
 from torchcdm.apps.denoising import denoise, estimate_noise, nearest_level
@@ -92,40 +92,6 @@ def test_denoises_nearly_as_well_as_with_the_noise_known(name):
         assert error < 1.05 * best < 1.05 * (noisy - clean).square().mean()
 
 
-@every_schedule
-def test_blind_denoiser_is_the_mean_over_levels(name):
-    mixture, schedule = labelled_mixture(), SCHEDULES[name](40)
-    x, y = 1.5 * normal(9, 2), torch.arange(9) % 2
-    for joint, label in [(False, None), (True, None), (True, y)]:
-        model = exact(schedule, mixture=mixture, joint=joint)
-        log_p = torch.stack([mixture.log_prob(x, t, schedule, label) for t in range(41)], 1)
-        means = torch.stack(
-            [
-                (x + schedule.sigma[t] ** 2 * mixture.score(x, t, schedule, label)) / schedule.alpha[t]
-                for t in range(41)
-            ],
-            1,
-        )
-        truth = (log_p.softmax(1)[..., None] * means).sum(1)
-        with torch.no_grad():
-            assert torch.allclose(model.denoise_blind(x, label), truth, atol=1e-8)
-
-
-@every_schedule
-def test_blind_denoiser_comes_close_to_the_oracle(name):
-    schedule, n = SCHEDULES[name](T), 300
-    model, clean = exact(schedule), DATA.sample(n, rng(3))
-    t = 1 + torch.arange(n) % T
-    x_t = schedule.perturb(clean, t, normal(n, DIM))
-    error = (model.denoise_blind(x_t) - clean).square().mean()
-    assert error < 1.1 * (model.denoise(x_t, t).x0 - clean).square().mean()
-
-
-def test_blind_denoising_needs_its_gradient():
-    with torch.inference_mode(), pytest.raises(UserError, match="no_grad"):
-        exact(UniformSigmaSchedule(T)).denoise_blind(normal(2, DIM))
-
-
 def test_units():
     transform = DataTransform((DIM,), shift=50.0, scale=20.0)
     schedule = LogSNRSchedule(T)
@@ -192,10 +158,10 @@ MISTAKES = {
     "takes": {"noisy": normal(2, 3)},
     "are not finite": {"noisy": spoiled(math.nan)},
     "not finite": {"noisy": spoiled(math.inf)},
-    "standard deviation is 0": {"noise_std": 0.0},
-    "standard deviation is -1": {"noise_std": -1.0},
-    "standard deviation is nan": {"noise_std": math.nan},
-    "standard deviation is inf": {"noise_std": math.inf},
+    "noise_std is 0": {"noise_std": 0.0},
+    "noise_std is -1": {"noise_std": -1.0},
+    "noise_std is nan": {"noise_std": math.nan},
+    "noise_std is inf": {"noise_std": math.inf},
     "level is 0": {"level": 0},
     "level is 201": {"level": T + 1},
     "one of them": {"level": 3, "noise_std": 0.5},

@@ -10,8 +10,7 @@ import torch
 from hub_server import HubServer
 
 import torchcdm
-from torchcdm.bridges.cards import model_card
-from torchcdm.bridges.hub import push
+from torchcdm.bridges.hub import model_card, push
 from torchcdm.errors import UserError
 from torchcdm.zoo import located
 

@@ -76,7 +76,7 @@ def test_a_run_ends_in_a_report(run):
     ratios, gaps = report["consistency"], report["gap_to_flow_by_level"]
     assert len(ratios["down"]) == len(ratios["up"]) == 21 and min(ratios["down"]) > 0
     assert gaps["levels"][0] == report["nll"]["gap_to_flow"]["level"] and len(gaps["mean"]) == len(gaps["levels"])
-    for name in ("training", "levels", "posteriors", "consistency", "neighbours"):
+    for name in ("training", "levels", "consistency"):
         assert Image.open(run / "plots" / f"{name}.png").size[0] > 20
     assert Image.open(run / "samples" / "final.png").size == (130, 130)  # 2 x 2 digits, 64 wide, and the gap
 

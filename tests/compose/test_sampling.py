@@ -9,7 +9,7 @@ from oracles import MixtureClassifier, ZeroBackbone, covariance, labelled_mixtur
 from torch import nn
 
 from torchcdm.compose import sample
-from torchcdm.compose.trajectories import adaptive_levels, sample_noise, trajectories
+from torchcdm.compose.sampling import sample_noise, trajectories
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
@@ -24,6 +24,7 @@ from torchcdm.samplers import (
     SAMPLERS,
     Heun,
     Step,
+    adaptive_levels,
     make_sampler,
 )
 from torchcdm.units import DataTransform
@@ -241,7 +242,7 @@ def test_labels_and_guidance_need_a_conditional_model():
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5])
 def test_eta_is_a_share(eta):
-    with pytest.raises(UserError, match="from 0 to 1"):
+    with pytest.raises(UserError, match="eta is .*; it must be at"):
         DDIM(eta)
 
 

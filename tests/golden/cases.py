@@ -28,7 +28,6 @@ from torchcdm.likelihood import (
     Scoring,
     consistency,
     elbo,
-    gap_by_level,
     log_normalizer,
     probability_flow,
     report,
@@ -165,7 +164,6 @@ def of_model(name: str) -> dict[str, Tensor]:
             values[f"log_prob/{y is None}"] = log_p
             values[f"gradient/{y is None}"] = torch.autograd.grad(log_p.sum(), x)[0]
             values[f"levels/{y is None}"] = model.log_prob_levels(x_t, y)
-        values["blind"] = model.denoise_blind(x_t)
         if model.joint:
             values["posterior"] = model.class_posterior(x_t, 5)
             values["guided"] = GuidedDenoiser(model, 1.5).denoise(x_t, 5, label).eps
@@ -246,11 +244,10 @@ def of_likelihoods() -> dict[str, Tensor]:
             values[f"{which}/published"] = single_pass(model, x, y, Scoring(0), dither=False).nats
             for level in (0, 3):
                 values[f"{which}/single-{level}"] = single_pass(model, x, y, Scoring(level, draws=3, seed=1)).nats
-            values[f"{which}/importance"] = single_pass(model, x, y, Scoring(3, draws=3, seed=1), True).nats
     model = vector_model()
     neighbours = consistency(model, inputs(model, 8), None, Scoring(seed=1))
     values["consistency"] = torch.stack([neighbours.down, neighbours.up])
-    gaps = gap_by_level(model, inputs(model, 8), None, Scoring(level=1, seed=1))
+    gaps = probability_flow(model, inputs(model, 8), None, Scoring(level=1, seed=1)).flow.gaps()
     values["gap-by-level"] = torch.stack([-gaps.mean, gaps.sd])
     table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1), sweeps=8).to_json()
     kept = [row for row in table["rows"] if row["name"] != "one-pass-restricted"]

@@ -102,9 +102,7 @@ def test_gaussianized_independent_pixels_cost_their_histogram_at_every_level(lev
 def test_dequantised_density_of_the_exact_model_is_the_code_length():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(30))
     x, true = draw(cells, log_probs, 50)
-    for importance in (False, True):
-        bits = single_pass(model, x, None, Scoring(0, draws=3), importance).values()
-        assert torch.allclose(bits, true, atol=1e-9)
+    assert torch.allclose(single_pass(model, x, None, Scoring(0, draws=3)).values(), true, atol=1e-9)
 
 
 @pytest.mark.parametrize("dequantize", [True, False])
@@ -113,14 +111,9 @@ def test_bound_through_a_level_is_a_bound(dequantize, level):
     model, cells, log_probs = lattice_model(CosineSchedule(40), dequantize=dequantize)
     x, true = draw(cells, log_probs, 600)
     plain = single_pass(model, x, None, Scoring(level, draws=4))
-    weighted = single_pass(model, x, None, Scoring(level, draws=4), importance=True)
     mean, error = above(plain.values(), true)
     assert mean > -3 * error
     assert mean < {1: 0.03, 3: 0.08, 8: 0.45}[level], "far from tight"
-    # Averaging inside the logarithm tightens each sample's bound, and keeps it one.
-    assert bool((weighted.values() <= plain.values() + 1e-12).all())
-    mean, error = above(weighted.values(), true)
-    assert mean > -3 * error - 1e-12
     assert plain.nfe == 4 and plain.level == level and len(plain.nats) == 600
 
 
@@ -178,7 +171,8 @@ def test_draws_of_neighbouring_seeds_are_independent():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
     x, _ = draw(cells, log_probs, 500)
     signal = model.schedule.alpha[6] * model.transform(x)
-    one, two = (Batch(model, x, None, slice(0, 500), seed).noised(6) - signal for seed in (0, 1))
+    batches = (Batch(model, x, None, slice(0, 500), seed) for seed in (0, 1))
+    one, two = (model.schedule.perturb(b.clean()[0], 6, b.noise("noise")) - signal for b in batches)
     correlation = torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]
     assert abs(float(correlation)) < 4 / math.sqrt(1000)
 

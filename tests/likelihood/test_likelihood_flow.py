@@ -11,7 +11,7 @@ from studies.exact import GaussianMixture
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import FlowSolver, Scoring, gap_by_level
+from torchcdm.likelihood import FlowSolver, Scoring, probability_flow
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform
@@ -143,7 +143,7 @@ def test_a_path_has_the_density_of_each_level_that_it_visits():
     mixture, schedule = labelled_mixture(), UniformSigmaSchedule(100)
     model, (z, _) = exact_model(mixture, schedule), noisy(mixture, schedule, 20)
     forty = solver(model, 20, 40, batch_size=7)
-    found = forty.log_prob(z, beside=True)
+    found = forty.log_prob(z)
     whole = solver(model, 20, 40).log_prob(z)
     assert forty.levels[0] == 20 and forty.levels[-1] == schedule.T and len(forty.levels) == 41
     torch.testing.assert_close(found.path[0], whole.log_prob)
@@ -152,11 +152,11 @@ def test_a_path_has_the_density_of_each_level_that_it_visits():
     assert float((found.path - found.one_pass).abs().mean(1).max()) < 0.004
 
 
-def test_gap_by_level_shows_where_a_model_is_inconsistent():
+def test_gaps_by_level_show_where_a_model_is_inconsistent():
     mixture, schedule = labelled_mixture(), CosineSchedule(40)
     model = exact_model(mixture, schedule)
     x = mixture.sample(20, rng(3))
-    right = gap_by_level(model, x)
+    right = probability_flow(model, x).flow.gaps()
     assert right.levels == list(range(1, 41))
     assert float(right.mean.abs().max()) < 0.02
     backbone = model.backbone.forward
@@ -164,7 +164,7 @@ def test_gap_by_level_shows_where_a_model_is_inconsistent():
     lift[:11] = 0.7
     # A constant changes no gradient, so the flow stays and one pass moves: at the levels up to 10.
     model.backbone.forward = lambda x, y=None: backbone(x, y) + lift
-    wrong = gap_by_level(model, x)
+    wrong = probability_flow(model, x).flow.gaps()
     assert torch.allclose(wrong.mean - right.mean, -lift[1:41], atol=1e-9)
 
 

@@ -85,7 +85,7 @@ def flow_log_prob(model, x_1):
 
     def slope(v, t):
         x = (scale[t] * v).requires_grad_()
-        eps = model.evaluate_unchecked(x, t, None, graph="all").eps
+        eps = model.evaluate(x, t, None, graph="all").eps
         rate = (alpha[t] * eps - sigma[t] * (x - sigma[t] * eps) / alpha[t]) / scale[t]
         rows = [torch.autograd.grad(rate[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(2)]
         return rate.detach(), -scale[t] * sum(rows)
@@ -166,7 +166,7 @@ def test_null_label_of_losses_is_no_label(joint):
     model = exact_model(LogSNRSchedule(T), joint=joint)
     x, null = normal(5, 2), torch.full((5,), 2)
     assert torch.allclose(model.conditional_and_marginal(x, null)[0], model.log_prob_levels(x), atol=1e-12)
-    assert torch.allclose(model.evaluate_unchecked(x, 9, null).eps, model.denoise(x, 9).eps, atol=1e-12)
+    assert torch.allclose(model.evaluate(x, 9, null, checked=False).eps, model.denoise(x, 9).eps, atol=1e-12)
 
 
 def test_class_prior_of_unequal_classes():
@@ -280,7 +280,7 @@ def test_guidance_in_one_pass_equals_guidance_in_two(name, weight):
     for model in (one, two):
         model.backbone.register_forward_hook(lambda *_: passes.append(1))
         GuidedDenoiser(model, weight).denoise(x, 3, y)
-    assert len(passes) == 1 + 2
+    assert len(passes) == 1 + (2 if weight else 1)
     for t in (1, 10, T):
         marginal = lambda x, t=t: mixture_at_level(MIXTURE, schedule, t).log_prob(x)  # noqa: E731
         eps = GuidedDenoiser(one, weight).denoise(x, t, y).eps
@@ -324,7 +324,7 @@ def test_denoising_keeps_no_graph_and_works_without_gradients():
 def test_both_ways_to_the_gradient_agree(joint):
     model = exact_model(LogSNRSchedule(T), fitted=True, joint=joint)
     x, y = normal(5, 2), torch.tensor([0, 1, 1, 0, 1])
-    kept, plain = model.evaluate_unchecked(x, 7, y, graph="all"), model.evaluate(x, 7, y)
+    kept, plain = model.evaluate(x, 7, y, graph="all"), model.evaluate(x, 7, y)
     for name in ("eps", "log_prob_levels", "unconditional"):
         assert torch.allclose(getattr(kept, name), getattr(plain, name), atol=1e-10)
         assert not getattr(plain, name).requires_grad
@@ -347,7 +347,7 @@ def test_mistakes_are_named():
     model = exact_model(UniformSigmaSchedule(T), transform=DataTransform((2,)))
     with pytest.raises(UserError, match="data or model"):
         model.log_prob(normal(2, 2), units="bits")
-    with pytest.raises(UserError, match=f"from 0 to {T + 1}"):
+    with pytest.raises(UserError, match=f"levels are 0 ... {T + 1}"):
         model.log_prob(normal(2, 2), t=T + 2)
     with pytest.raises(UserError, match="takes"):
         model.log_prob(normal(2, 3))

@@ -17,13 +17,13 @@ from small_runs import small_config
 from torch import nn
 
 from torchcdm import ClassificationDiffusion
-from torchcdm.apps.anomaly.profile import level_profile
+from torchcdm.apps.anomaly import level_profile
 from torchcdm.cli import main
 from torchcdm.compose import sample
 from torchcdm.data import load_data
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import Scoring, report
+from torchcdm.likelihood import Scoring, report, single_pass
 from torchcdm.runtime.processes import Processes, _shared_by, map_rows, rows_at_a_time, sharing
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.loop import train
@@ -186,7 +186,7 @@ def test_a_halved_batch_is_noticed_once():
 )
 def test_what_halving_cannot_mend_fails(model, size, error):
     with pytest.raises(error):
-        level_profile(model, X, batch_size=size)
+        single_pass(model, X, None, Scoring(level=0, batch_size=size))
 
 
 @pytest.mark.parametrize(

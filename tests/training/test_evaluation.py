@@ -9,13 +9,14 @@ from pretended_device import pretended_device
 
 from studies.reproduce import fig9
 from studies.reproduce.denoised import denoised
+from studies.reproduce.fig3 import log_posteriors
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.likelihood import consistency, single_pass
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
-from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, log_posteriors, noisy_batches, validate
+from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, noisy_batches, validate
 from torchcdm.units import DataTransform
 
 SCHEDULE = UniformSigmaSchedule(10)

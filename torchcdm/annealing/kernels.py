@@ -32,12 +32,10 @@ CALIBRATION_SAMPLES = 256
 
 @final
 class Kernels:
-    """q and r between the levels of a schedule.
+    """q and r between the levels of the schedule of a ``reference`` Gaussian, whose eigenbasis is used.
 
-    Args:
-        reference: The Gaussian whose eigenbasis is used; it has the schedule.
-        variances: V_t for the levels 1 ... T in the eigenbasis, (T, d); those of the reference Gaussian's posterior,
-            lambda r² / (lambda + r²), when None.
+    The ``variances`` are V_t for the levels 1 ... T in it, (T, d); those of the Gaussian's posterior,
+    lambda r² / (lambda + r²), when None.
     """
 
     def __init__(self, reference: GaussianMarginals, variances: Tensor | None = None) -> None:
@@ -49,10 +47,7 @@ class Kernels:
 
     @classmethod
     def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> Kernels:
-        """Variances measured at every level on ``n`` samples, by 2 T evaluations of each: T draw it.
-
-        A target with a class for each point has as many.
-        """
+        """Variances measured at every level on ``n`` samples, by 2 T evaluations of each: T draw it."""
         kernels, schedule, generator = cls(target.reference), target.schedule, stream(seed, "chain")
         (x, _), rotation, dim = target.start(n, generator), target.reference.rotation, kernels.variances.shape[1]
 

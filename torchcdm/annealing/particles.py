@@ -75,14 +75,11 @@ def langevin(
 ) -> Tensor:
     """One Langevin move of each state, accepted or rejected; one evaluation. The states are changed.
 
-    Of points at levels 1 ... T. The move is scaled by direction in the eigenbasis of the reference:
-    E[eps²] = 1 - V_t / r_t² is the information of a Gaussian with as much posterior variance. Another eigenbasis, with
-    the squared scales of its directions, (d,), is a ``metric``. The ``step`` is in units of each direction's squared
-    scale, one or (B,). Standard normal (B, d) and uniform (B,) numbers of the move and its acceptance may be given as
-    ``draws``.
-
-    Returns:
-        Which moves were accepted, boolean (B,).
+    Of points at levels 1 ... T. Gives which moves were accepted, boolean (B,). The move is scaled by direction in the
+    eigenbasis of the reference: E[eps²] = 1 - V_t / r_t² is the information of a Gaussian with as much posterior
+    variance. Another eigenbasis, with the squared scales of its directions, (d,), is a ``metric``. The ``step`` is in
+    units of each direction's squared scale, one or (B,). Standard normal (B, d) and uniform (B,) numbers of the move
+    and its acceptance may be given as ``draws``.
     """
     rotation, schedule, t, x = target.reference.rotation, target.schedule, states.t, states.x
     level = torch.as_tensor(t, device=x.device).expand(len(x))
@@ -118,10 +115,9 @@ def adapted(step: Tensor | float, accepted: Tensor | float) -> Tensor:
 
 
 class Particles(NamedTuple):
-    """Particles at the level where they ended; those of one island are neighbours.
+    """Particles at the level where they ended, islands times size; those of one island are neighbours.
 
     Attributes:
-        states: Islands times size points.
         log_weights: Of the points within each island, (islands, size).
         log_estimates: Logarithms of unbiased estimates of Z, one of each island, (islands,).
         least: Smallest effective sample size of each island at any level, before resampling, (islands,).

@@ -93,10 +93,7 @@ def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
 
     ``log_p`` are log probabilities of levels up to constants, (N, levels), finite at the true level; true levels ``t``
     are long (N,). A level that is nowhere in ``t`` counts as if half a sample of it had come with all probability on
-    that level.
-
-    Returns:
-        The constants, (levels,), the last of them 0.
+    that level. The constants are (levels,), the last of them 0.
     """
     count = log_p.shape[1]
     share = torch.bincount(t, minlength=count).to(log_p).clamp_min(0.5) / len(t)

@@ -39,13 +39,10 @@ class Evaluated(NamedTuple):
 
 
 class Target(ABC):
-    """A path of unnormalised densities gamma_T ... gamma_1, from noise to what is wanted.
+    """A path of unnormalised densities gamma_T ... gamma_1 of events of a ``shape``, from noise to what is wanted.
 
-    Args:
-        schedule: The noise schedule.
-        shape: Event shape.
-        reference: A Gaussian with about the spread of the data at every level: the start at level T, and the
-            eigenbasis in which proposals are scaled. That of standard normal data when None.
+    The ``reference`` is a Gaussian with about the spread of the data at every level: the start at level T, and the
+    eigenbasis in which proposals are scaled. That of standard normal data when None.
     """
 
     def __init__(
@@ -89,13 +86,11 @@ class ModelTarget(Target):
     Args:
         model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision, float32 or
             better.
-        y: A class, or a context (context,), that is given; None for the unconditional density.
+        y: A class, or a context (context,), that is given; None for the unconditional density. As an attribute it
+            may be set to one label for each row of all calls that follow.
         batch_size: Inputs at a time; by their size, and what memory holds, when None.
         guidance: Weight w of identity 8: the target is (1 + w) log p_t(x|y) - w log p_t(x).
         density: Whether log gamma is asked for. Without it any denoiser will do, in any precision.
-
-    Attributes:
-        y: Labels, (1,) or (1, context) for all rows, or one for each row of all calls that follow; None for none.
 
     Raises:
         UserError: A model without a density, of unknown shape, or in half precision, which leaves nothing of
@@ -139,11 +134,8 @@ class ModelTarget(Target):
 class Fenced(Target):
     """A target without mass where the profile of log gamma over the levels is not what is usual at a level.
 
-    Args:
-        inner: It tells log gamma at every level.
-        levels: Levels that are visited, and compared.
-        middle: Row t has the usual log gamma of all of them at points of the t-th one, nats, (levels, levels).
-        reach: Largest distance from it.
+    Of the ``levels`` that are visited, and compared, row t of ``middle`` (levels, levels) has the usual log gamma at
+    points of the t-th one, nats, and ``reach`` the largest distances. The ``inner`` target tells it at every level.
     """
 
     def __init__(self, inner: Target, levels: Sequence[int], middle: Tensor, reach: Tensor) -> None:
@@ -182,9 +174,7 @@ def round_gaussian(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMar
     return GaussianMarginals.blank(schedule, shape, "cosine").to(schedule.alpha.device)
 
 
-def in_batches(
-    model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None
-) -> Rows:
+def in_batches(model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None) -> Rows:
     """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients.
 
     Without TF32 and autocast: differences of log p are a few nats of thousands.

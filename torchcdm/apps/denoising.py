@@ -4,13 +4,11 @@ For y = x_0 + s n with unknown s, level t with r_t = s explains y with the log-d
 
 .. math:: \log p(y | s) = \log p_t(\alpha_t y) + d \log \alpha_t,
 
-and the classifier gives it without any model of the noise beside the one it was trained on. (An input known to be
-some x_t is another case: :meth:`ClassificationDiffusion.denoise_blind`.)
+and the classifier gives it without any model of the noise beside the one it was trained on.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +19,8 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_numbers, check_count, codes_of
+from torchcdm.models.inputs import as_numbers, codes_of
+from torchcdm.runtime.validation import Count, Positive, checked
 from torchcdm.units import DataTransform
 
 COARSE = 12
@@ -44,11 +43,8 @@ def estimate_noise(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
     A coarse search evenly spaced in log r, then halved steps around the best level, then a parabola through the
     best three. Each sample searches for itself: 12 forward passes and about two for each halving.
 
-    ``z`` is clean data plus white noise, model units, (B, *shape), in the precision of the network.
-
-    Returns:
-        The deviation s, model units, between the levels too, and log p(y | s) at the best level, nats in model units:
-        float64 (B,) each. UserError where the density is not finite.
+    Of ``z``, clean data plus white noise, model units, (B, *shape), in the precision of the network: s, model units,
+    and log p(y | s) at the best level, nats, float64 (B,) each. UserError where the density is not finite.
     """
     schedule, T, log_r, d = model.schedule, model.schedule.T, model.schedule.ratio.log(), z[0].numel()
     # What is known of log p(y | r_t): one row a sample, one column a level.
@@ -88,8 +84,9 @@ def _vertex(log_r: Tensor, scores: Tensor, best: Tensor) -> Tensor:
     return top.where(inside, log_r[best])
 
 
+@checked
 def denoise(
-    model: Denoiser, noisy: Tensor, level: int | None = None, noise_std: float | None = None
+    model: Denoiser, noisy: Tensor, level: Count | None = None, noise_std: Positive | None = None
 ) -> tuple[Tensor, Tensor]:
     """Removes white noise: E[x_0 | alpha_t y] at the level of the noise, the nearest in log r.
 
@@ -104,8 +101,7 @@ def denoise(
         noise, found or given, model units, float64 (B,).
 
     Raises:
-        UserError: A level or deviation out of range, or both; a deviation of columns that differ in scale; data that
-            do not fit the model; a model of Gaussianised data.
+        UserError: A level and a deviation; a deviation of columns that differ in scale; a model of Gaussianised data.
     """
     x, transform = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device), model.transform
     model.checked(x)
@@ -116,10 +112,10 @@ def denoise(
     if level is not None and noise_std is not None:
         raise UserError("a level and a standard deviation of the noise are given; give one of them")
     if level is not None:
-        ratio = model.schedule.ratio[check_count("level", level, 1, model.schedule.T)].expand(len(z))
+        if level > model.schedule.T:
+            raise UserError(f"level is {level}; it must be at most {model.schedule.T}")
+        ratio = model.schedule.ratio[level].expand(len(z))
     elif noise_std is not None:
-        if not 0 < noise_std < math.inf:
-            raise UserError(f"the noise's standard deviation is {noise_std:g}; it must be positive and finite")
         scale = 1.0 if transform is None else common_scale(transform)
         if scale is None:
             raise UserError("one noise deviation in data units, but the columns differ in scale; give a level instead")

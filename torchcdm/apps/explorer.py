@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import gradio
     from matplotlib.figure import Figure
 
-MOST_SAMPLES, MOST_MOVES = 64, 10
-
 COMBINED = {"one of these": compose.any_of, "all of these at once": compose.all_of, "none of these": compose.none_of}
 """What can be made of several classes."""
 
@@ -45,11 +43,8 @@ PICTURE = 256
 class Explorer:
     """What the page shows, as numbers and pictures; nothing here needs a browser.
 
-    Attributes:
-        model: The model; conditional on classes or on nothing.
-        info: What its folder says of it.
-        reference: Normal data that did not train it, data units (N, *shape).
-        examples: Inputs to choose from, data units (M, *shape).
+    Of a model that is conditional on classes or on nothing, with what its folder says of it, normal data that did not
+    train it, and inputs to choose from, both data units (N, *shape).
     """
 
     model: DensityModel
@@ -168,10 +163,9 @@ class Explorer:
         self, n: int, classes: Sequence[str] = (), how: str = "", guidance: float = 0.0, moves: int = 0,
         steps: int = 30, seed: int = 0,
     ) -> Tensor:  # fmt: skip
-        """``n`` draws of the model, data units (n, *shape).
+        """``n`` draws of the ``classes``, by name, as ``how`` says, a name in :data:`COMBINED`; of all where none is.
 
-        They are of the ``classes``, by name, as ``how`` says, a name in :data:`COMBINED`; of all where none is chosen.
-        ``guidance`` is for one class. ``moves`` are accepted Langevin moves after each step.
+        ``guidance`` is for one class, ``moves`` are accepted Langevin moves after each step. Data units (n, *shape).
         """
         chosen = [self.labels.index(label) for label in classes]
         single = len(chosen) == 1 and COMBINED.get(how) is not compose.none_of
@@ -258,14 +252,14 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                 noisy, clean = result("with noise", "noisy"), result("denoised: E[x_0 | x_t]", "clean")
         with gr.Tab("Sample"):
             with gr.Row():
-                count = gr.Slider(1, MOST_SAMPLES, 16, step=1, label="samples", elem_id="count")
+                count = gr.Slider(1, 64, 16, step=1, label="samples", elem_id="count")
                 steps = gr.Slider(1, min(last, 200), min(last, 30), step=1, label="steps", elem_id="steps")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
             with gr.Row(visible=bool(explorer.labels)):
                 classes = gr.CheckboxGroup(explorer.labels, label="classes; all where none is", elem_id="classes")
                 how = gr.Radio(list(COMBINED), value="one of these", label="samples are", elem_id="how")
                 guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance, of one class", elem_id="guidance")
-                moves = gr.Slider(0, MOST_MOVES, 0, step=1, label="Langevin moves a step", elem_id="moves")
+                moves = gr.Slider(0, 10, 0, step=1, label="Langevin moves a step", elem_id="moves")
             go = gr.Button("Draw samples", elem_id="sample")
             drawn = result("samples", "samples")
 

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchcdm.data import save_grid
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file
-from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from torchcdm.likelihood import Consistency, LevelGaps
+    from torchcdm.likelihood.flow import LevelGaps
+    from torchcdm.likelihood.one_pass import Consistency
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
 DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8}
@@ -27,10 +26,7 @@ LEVEL = "level t"
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Denoising error, cross-entropy and validation NLL of the ``lines`` of ``metrics.jsonl`` over the steps.
-
-    No figure where none of them was logged.
-    """
+    """Denoising error, cross-entropy and validation NLL over the steps, where ``metrics.jsonl`` has them."""
     labels = {"mse": "squared error of eps", "ce": "cross-entropy of the level, nats", "nll": "one-pass NLL"}
     found = {name for line in lines for name, value in line.items() if value is not None}
     labels = {key: label for key, label in labels.items() if found & {key, f"val_{key}"}}
@@ -44,19 +40,6 @@ def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
                     ax.plot(*zip(*points, strict=True), label=style, marker="." if len(points) < 40 else None)
             ax.set(xlabel="step", ylabel=label)
             ax.legend()
-
-
-def level_posteriors(found: Mapping[int, Tensor], path: Path) -> None:
-    """Curves p(t | x_t), each the mean over inputs noised to one true level, marked by a dashed line.
-
-    ``found`` is what :func:`torchcdm.training.evaluation.log_posteriors` gives.
-    """
-    with panels(path) as axes:
-        for t, log_p in found.items():
-            (drawn,) = axes[0].plot(log_p.exp().mean(0).numpy(), label=f"t = {t}")
-            axes[0].axvline(t, color=drawn.get_color(), **DASHED)
-        axes[0].set(yscale="log", ylim=(1e-5, 1.5), xlabel=LEVEL, ylabel="p(t | x)")
-        axes[0].legend()
 
 
 def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) -> None:
@@ -114,28 +97,6 @@ def two_samples(log_ratios: Sequence[Any], columns: Sequence[tuple[str, float]],
             axes[1].invert_yaxis()
             axes[1].set(xlabel="fall of the statistic without the column")
     return path
-
-
-def scatter(samples: Tensor, data: Tensor, path: Path) -> None:
-    """Samples beside data, first two columns of vectors in data units."""
-    with panels(path, 2) as axes:
-        for ax, points, title in zip(axes, (data, samples), ("data", "samples"), strict=True):
-            ax.scatter(points[:, 0], points[:, 1], s=3, alpha=0.5)
-            ax.set_title(title)
-        axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
-
-
-def neighbours(samples: Tensor, train: Tensor, path: Path, transform: DataTransform | None = None) -> Path:
-    """Samples (N, C, H, W) in the odd rows of a PNG, below each the nearest training image: all in data units.
-
-    What was learned by heart shows. The model's ``transform`` scales grey levels.
-    """
-    columns = min(16, len(samples))
-    rows = len(samples) // columns
-    samples = samples[: rows * columns].float().cpu()
-    nearest = train[torch.cdist(samples.flatten(1), train.float().flatten(1)).argmin(1)].float()
-    pairs = torch.stack([samples.unflatten(0, (rows, columns)), nearest.unflatten(0, (rows, columns))], 1)
-    return save_grid(pairs.flatten(0, 2), path, transform, columns)
 
 
 def check_figure(path: Path) -> None:

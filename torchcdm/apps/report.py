@@ -13,25 +13,20 @@ import torch
 from torchcdm import __version__
 from torchcdm.apps import plots
 from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
-from torchcdm.compose import sample
 from torchcdm.data import DataSource
-from torchcdm.likelihood import NLLReport, Scoring, consistency, gap_by_level, methods_of
+from torchcdm.likelihood import NLLReport, Scoring, consistency, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.scoring import dithered
-from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
-from torchcdm.training.evaluation import evaluate, log_posteriors
+from torchcdm.training.evaluation import evaluate
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.training.samples import balanced_labels, sampling_options
-from torchcdm.training.settings import Config
 from torchcdm.units import GaussianizedTransform
 
-DIAGNOSED, FIGURED, POOL = 32, 256, 10_000
-"""Samples on which levels are compared with each other and with the flow, T passes each; of p(t | x); and training
-images among which the nearest are looked for."""
+DIAGNOSED = 32
+"""Samples on which levels are compared with each other, T passes each."""
 
 
 def write_report(
@@ -46,7 +41,7 @@ def write_report(
     split_name = next(name for name in ("test", "validation", "train") if getattr(source, name))
     split, limit = getattr(source, split_name), config.report.limit
     evaluation = evaluate(model, split, limit)
-    nll, beside, ratios, gaps = None, [], None, None
+    nll, beside, ratios = None, [], None
     methods = [method for method in config.report.methods if method in methods_of(model)]
     if methods:
         x, _ = split.tensors(limit)
@@ -60,17 +55,12 @@ def write_report(
         few, _ = split.tensors(min(DIAGNOSED, max(2, limit // 4)))
         if model.density is not None and len(few) >= 2:
             ratios = consistency(model.density, few)
-            gaps = gap_by_level(model.density, few, None, scoring) if "flow" in methods else None
-            plots.consistency(ratios, gaps, folder.plots / "consistency.png")
+            plots.consistency(ratios, nll.gaps, folder.plots / "consistency.png")
     lines = read_metrics(folder.metrics)
     plots.training_curves(lines, folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
-    if model.density is not None:
-        x, _ = (source.test or source.train).tensors(FIGURED)
-        plots.level_posteriors(log_posteriors(model.density, x), folder.plots / "posteriors.png")
-    _picture(folder, model, source, config)
     last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
-    by_level = {"consistency": ratios, "gap_to_flow_by_level": gaps}
+    by_level = {"consistency": ratios, "gap_to_flow_by_level": nll and nll.gaps}
     write_json(folder.report, {
         "preset": config.preset,
         "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
@@ -90,10 +80,7 @@ def write_report(
 
 
 def _beside(source: DataSource, x: torch.Tensor) -> list[Baseline]:
-    """Baselines on the very dequantised samples that one pass was scored on; none of data with many dimensions.
-
-    Where the model sees Gaussianised grey levels, in the plain units too: what is the network's, and what the map's.
-    """
+    """Baselines on the dequantised samples that one pass was scored on, of Gaussianised data in plain units too."""
     transform = source.transform
     if transform.dim > LARGEST_DIM or not source.validation:
         return []
@@ -104,22 +91,6 @@ def _beside(source: DataSource, x: torch.Tensor) -> list[Baseline]:
     if isinstance(transform, GaussianizedTransform):
         found += baselines(replace(source, transform=transform.affine), noisy)
     return found
-
-
-def _picture(folder: RunFolder, model: Denoiser, source: DataSource, config: Config) -> None:
-    """Samples of images beside the nearest ones in training, and of points in a plane beside the data's."""
-    images, plane = len(source.shape) == 3 and source.shape[0] in (1, 3), source.shape == (2,)
-    if not images and not plane:
-        return
-    n = min(32, config.sampling.n or 32) if images else 2000
-    y = None if model.classes is None else balanced_labels(n, model.classes)
-    options = sampling_options(model, config.sampling)
-    drawn = sample(model, n, y=y, seed=config.train.seed, units="codes", **options)
-    train, _ = source.train.tensors(POOL if images else n)
-    if plane:
-        plots.scatter(drawn, train, folder.plots / "samples.png")
-    else:
-        plots.neighbours(drawn, train, folder.plots / "neighbours.png", model.transform)
 
 
 def _text(nll: NLLReport | None, beside: list[Baseline], evaluation: dict[str, Any]) -> str:

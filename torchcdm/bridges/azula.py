@@ -47,9 +47,6 @@ class AzulaDenoiser(Azula):
     covariance is. A measurement of data in their own units is ``lambda z: A(model.transform.inverse(z))``; results
     come back to data units by ``model.transform.inverse``.
 
-    Args:
-        model: What ``torchcdm.load`` gives, or any other :class:`torchcdm.Denoiser`.
-
     Example:
         >>> denoiser = AzulaDenoiser(torchcdm.load("runs/digits"))
         >>> sampler = DPSSampler(denoiser, y=y, A=A, steps=100)
@@ -64,13 +61,8 @@ class AzulaDenoiser(Azula):
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, **_: Any) -> DiracPosterior:
         """E[x_0 | x_t] as a posterior without spread.
 
-        Args:
-            x_t: Noisy input, model units, (B, *shape).
-            t: Time in [0, 1], () or (B,).
-            label: Classes, long (B,), or contexts; None for none.
-
-        Raises:
-            UserError: A shape, label or device that the model does not take.
+        From ``x_t`` (B, *shape), model units, at times ``t`` in [0, 1], () or (B,); the ``label`` is a class of each,
+        long (B,), or a context. UserError for what the model does not take.
         """
         x = x_t.to(working_dtype(self.model, x_t.dtype))
         level = self.schedule.level(t).to(x.device).expand(len(x))

@@ -33,17 +33,13 @@ NAMES = {
 
 MEND = "; give a checkpoint saved by the published CDM code"
 
-TOLD = "channels, multipliers, blocks, attention, head_channels, classes and schedule.T must be those of its training"
-
 
 def load_official(path: str | Path, backbone: CDMUNet) -> None:
     """Copies the averaged (EMA) weights of a published checkpoint into ``backbone``.
 
     The file, a ``.pt``, stores no configuration: ``backbone`` must have been built with that of the training. Names
-    may begin with ``module.``; conditional weights are included.
-
-    Raises:
-        UserError: Not such a file, or one of another architecture; names the first weight that differs.
+    may begin with ``module.``; conditional weights are included. UserError for other files names the first weight that
+    differs.
     """
     with reading(Path(path), "weights", MEND) as file:
         try:
@@ -70,7 +66,8 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
     for key in [*target, *state]:
         found, needed = (tuple(part[key].shape) if key in part else "missing" for part in (state, target))
         if found != needed:
-            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the configuration; {TOLD}")
+            told = "channels, multipliers, blocks, attention, head_channels, classes, schedule.T: give its training's"
+            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the configuration; {told}")
     backbone.load_state_dict(state)
 
 

@@ -43,13 +43,8 @@ class DiffusersNetwork(nn.Module):
 def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **options: Any) -> Any:
     """A scheduler of diffusers with the levels of ours.
 
-    Args:
-        schedule: Our schedule.
-        kind: Class of diffusers that takes ``trained_betas``, such as ``DPMSolverMultistepScheduler``.
-        **options: Its further options; unclipped, and from the last level on, unless they say otherwise.
-
-    Raises:
-        UserError: A class that does not take the levels.
+    The class ``kind`` takes ``trained_betas``, such as ``DPMSolverMultistepScheduler``; UserError for others. It is
+    unclipped, and from the last level on, unless its further ``options`` say otherwise.
     """
     taken = inspect.signature(kind).parameters
     if "trained_betas" not in taken:
@@ -63,11 +58,7 @@ def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **o
 
 @final
 class CDMPipeline(DiffusionPipeline):
-    """Samples of a model of images by a scheduler of diffusers.
-
-    Args:
-        unet: :class:`DiffusersNetwork` of the model.
-        scheduler: What :func:`diffusers_scheduler` gives.
+    """Samples of a model of images, its :class:`DiffusersNetwork`, by what :func:`diffusers_scheduler` gives.
 
     Example:
         >>> pipeline = CDMPipeline.of(torchcdm.load("runs/digits"), DPMSolverMultistepScheduler)
@@ -94,19 +85,11 @@ class CDMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput:
-        """Draws images.
+        """Draws ``batch_size`` images in at most T steps of the scheduler; arguments are those of diffusers.
 
-        Args:
-            batch_size: Number of images.
-            generator: Source of all noise, or one for each image.
-            num_inference_steps: Steps of the scheduler, at most T.
-            class_labels: Classes, long (batch_size,).
-            guidance: Weight w of classifier-free guidance; 0 for none.
-            output_type: ``pil``, ``np`` (batch, H, W, C) in [0, 1], or ``pt``: data units, (batch, *shape).
-            return_dict: False for a plain tuple.
-
-        Returns:
-            ``images`` as ``output_type`` says; its type is said for the usual case.
+        The ``generator`` is the source of all noise, or there is one for each image; ``class_labels`` are long
+        (batch_size,), and ``guidance`` is the weight w of classifier-free guidance. Of ``output_type`` ``np`` images
+        are (batch, H, W, C) in [0, 1], of ``pt`` (batch, *shape) in data units.
         """
         model = self.unet.model
         device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float32)

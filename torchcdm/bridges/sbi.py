@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 @final
 class SbiDensity(ConditionalDensityEstimator):
-    """p(theta | x) of a fitted estimator, as what sbi calls a neural posterior. It is trained already.
-
-    Args:
-        estimator: Fitted on pairs of theta, drawn from the prior, and x.
+    """p(theta | x) of an ``estimator`` that was fitted on pairs of theta, drawn from the prior, and x.
 
     Example:
         >>> estimator = CDMConditional(random_state=0).fit(theta, x)
@@ -39,14 +36,9 @@ class SbiDensity(ConditionalDensityEstimator):
         self.estimator = estimator
 
     def log_prob(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
-        """log p(theta | x), nats; without a gradient.
+        """log p(theta | x), nats (samples, batch), without a gradient.
 
-        Args:
-            input: theta, (samples, batch, p) or (batch, p).
-            condition: x, (batch, q) or (samples, batch, q); batches are broadcast.
-
-        Returns:
-            (samples, batch).
+        Theta is ``input``, (samples, batch, p) or (batch, p), and x ``condition``, likewise with q; both broadcast.
         """
         self._check_input_shape(input)
         self._check_condition_shape(condition)
@@ -70,11 +62,8 @@ class SbiDensity(ConditionalDensityEstimator):
 class SbiRatio(RatioEstimator):
     """log p(theta, x) / (p(theta) p(x)) of a fitted ratio, up to a constant: what ``RatioBasedPotential`` takes.
 
-    It has no gradient in theta: sbi's slice samplers and importance sampling work, HMC and NUTS do not.
-
-    Args:
-        ratio: Fitted on what :func:`pairs_and_strangers` gives.
-        parameters: Number of parameters theta; the rest of the columns is x.
+    The ``ratio`` was fitted on what :func:`pairs_and_strangers` gives, whose first columns are the ``parameters``
+    theta. It has no gradient in theta: sbi's slice samplers and importance sampling work, HMC and NUTS do not.
 
     Example:
         >>> ratio = DensityRatio().fit(*pairs_and_strangers(theta, x))

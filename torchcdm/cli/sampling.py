@@ -16,9 +16,9 @@ from torchcdm.data.images import read_image
 from torchcdm.data.reading import read_arrays
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import check_real
 from torchcdm.runtime.files import check_output_folder, write_rows, writing
 from torchcdm.runtime.processes import chosen_device, sharing
+from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.samples import balanced_labels, draw, save_manifest, save_sheet
 
@@ -87,7 +87,7 @@ def restore(options: argparse.Namespace) -> None:
     """Means, widths and draws to files."""
     info, out = read_info(options.model), options.out
     if options.noise_std is not None:
-        check_real("--noise-std", options.noise_std, 1e-12, 1e12)
+        read_as(Positive, options.noise_std, "--noise-std")
     measurement, shape = _measurement(options, info.transform.shape)
     check_output_folder(out, options.paths)
     x, names, notes = info.read_pictures(options.paths, options.skip_bad, shape)

@@ -7,17 +7,17 @@ a path that ends there, and :mod:`torchcdm.compose.sampling` corrects for the re
 is N(0, I / W) at the noise end, so that its noise is scaled by W^-1/2: its denoiser then is the weighted mean of the
 parts' denoisers, and a Gaussian's path is exact.
 
-What the parts integrate to is not known. It does not matter for products and powers; in a mixture it acts as a prior
-weight, taken as equal unless ``log_z`` says more.
+What the parts integrate to does not matter for products and powers; in a mixture it acts as a prior weight.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import Annotated, final
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from torchcdm.annealing.target import reference_gaussian
@@ -26,12 +26,13 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_labels, check_real
+from torchcdm.models.inputs import as_labels
+from torchcdm.runtime.validation import Float, checked
 
 Experts = Sequence[tuple[DensityModel, int | None]]
 """Densities: a model, and one of its classes or None."""
 
-LARGEST_EXPONENT = 1e4
+Exponent = Annotated[Float, Ge(1e-4), Le(1e4)]
 
 
 @final
@@ -49,16 +50,10 @@ class ScaledSchedule(NoiseSchedule):
 
 @final
 class Combination(DensityModel):
-    """A weighted product, or a mixture, of densities with one schedule and one data transform.
+    """A weighted product, or a mixture, of densities: ``experts`` of one schedule and data transform.
 
-    Args:
-        experts: The densities; models of one schedule and transform, not in half precision, each with one of its
-            classes or None.
-        weights: w_i of a product, or pi_i of a mixture, (n,) or, of a mixture, (n, T+2).
-        mixture: Whether it is a mixture.
-
-    Raises:
-        UserError: Different schedules, transforms or shapes, or exponents whose sum is not positive: no density then.
+    The ``weights`` are w_i of a product, (n,), or pi_i of a mixture, (n,) or (n, T+2). UserError for different
+    schedules, transforms or shapes, or exponents whose sum is not positive: no density then.
     """
 
     weights: Tensor
@@ -68,7 +63,7 @@ class Combination(DensityModel):
         first = models[0]
         exponents = [getattr(model, "exponent", 1.0) for model, _ in experts]  # 1 of a plain density
         total = min(exponents) if mixture else sum(w * e for w, e in zip(weights.tolist(), exponents, strict=True))
-        if not 1e-4 <= total <= LARGEST_EXPONENT:
+        if not 1e-4 <= total <= 1e4:
             raise UserError(f"compose: the exponents add up to {total:g}; a density needs a sum above 0")
         for model in models[1:]:
             _require_same(first, model)
@@ -116,11 +111,8 @@ def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:
     classes are independent given x; of models their plain product.
 
     Args:
-        model: A model with classes, or a list of models of one schedule and transform.
+        model: A model with classes, or a list of models of one schedule and transform; UserError for others.
         classes: Classes of a single model.
-
-    Raises:
-        UserError: As :class:`Combination`.
 
     Example:
         >>> both = torchcdm.compose.all_of(model, [3, 8])
@@ -162,7 +154,8 @@ def any_of(
     return Combination(experts, pi, mixture=True)
 
 
-def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: float | None = None) -> Combination:
+@checked
+def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Exponent | None = None) -> Combination:
     """What is none of these.
 
     Of a model's classes the mixture of all others. With ``kappa``, or of other models, the repulsion
@@ -173,9 +166,6 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: fl
         model: The density to take from; with classes where ``what`` holds classes.
         what: Classes of the model, or models, to keep away from.
         kappa: Strength of the repulsion, above 0; 1 for models when None.
-
-    Raises:
-        UserError: As :class:`Combination`, or classes of which none is left.
     """
     of_models = any(isinstance(one, nn.Module) for one in what)
     away = _experts(what, None) if of_models else _experts(model, what)
@@ -185,15 +175,14 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: fl
             raise UserError(f"compose: none of the classes {list(what)} leaves nothing; leave one of them out")
         return any_of(model, left)
     kappa = 1.0 if kappa is None else kappa
-    check_real("compose: kappa", kappa, 1e-6, LARGEST_EXPONENT)
     weights = torch.tensor([1 + len(away) * kappa, *[-kappa] * len(away)], dtype=torch.float64)
     return Combination([(require_density(model, "compose"), None), *away], weights)
 
 
-def tempered(model: Denoiser, beta: float) -> Combination:
+@checked
+def tempered(model: Denoiser, beta: Exponent) -> Combination:
     """p^beta of a density, beta above 0: above 1 what is typical of it, below 1 what is rare too."""
-    check_real("compose: beta", beta, 1e-3, 1e3)
-    return Combination([(require_density(model, "compose"), None)], torch.tensor([float(beta)]))
+    return Combination([(require_density(model, "compose"), None)], torch.tensor([beta]))
 
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:

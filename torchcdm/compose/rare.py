@@ -27,12 +27,9 @@ FEWEST_FAMILIES = 10
 @final
 @dataclass(frozen=True)
 class Probability:
-    """An estimate of P(f(x) > threshold).
+    """An estimate of P(f(x) > threshold), and the ends of its 95 % interval, of a log-normal distribution.
 
     Attributes:
-        value: The estimate.
-        low: Lower end of a 95 % interval, of a log-normal distribution.
-        high: Its upper end.
         evaluations: Evaluations of the model, one a point.
         thresholds: The ladder that was climbed.
         families: Effective number of first particles that the last ones descend from.
@@ -83,9 +80,6 @@ def probability(
         y: A class that is given.
         seed: Seed, not negative.
         progress: Shows progress bars.
-
-    Raises:
-        UserError: A model without a density, values of another shape or not numbers, or an event that cannot happen.
 
     Example:
         >>> bright = torchcdm.compose.probability(model, lambda x: x.flatten(1).sum(1), 600.0)

@@ -8,8 +8,11 @@ exchange between the levels, started from such particles.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, final
 
 import torch
@@ -19,24 +22,15 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective, langevin, smc, systematic
 from torchcdm.annealing.replicas import exchange, ladder
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.compose.trajectories import (
-    PILOTS,
-    adaptive_levels,
-    as_rows,
-    finished,
-    pilot_labels,
-    sample_noise,
-    trajectories,
-)  # fmt: skip
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
-from torchcdm.runtime.processes import alone, gathered
+from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, share
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, checked
-from torchcdm.samplers import DEFAULT_SAMPLER, Sampler, make_sampler
+from torchcdm.samplers import DEFAULT_SAMPLER, PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
 STEPS = 50
 """Of a sampler without moves; half as many with a move after each, the default where there is a density."""
@@ -137,7 +131,7 @@ def sample(
         seed: Seed, not negative.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
-            :func:`torchcdm.compose.trajectories.adaptive_levels`.
+            :func:`torchcdm.samplers.adaptive_levels`.
         shape: Event shape, for a model that does not know its own.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
@@ -182,7 +176,7 @@ def sample(
         with alone():
             # Whatever n is: a sample depends on the seed and its number alone.
             trajectories(denoiser, PILOTS, rule, path, shape, pilot_labels(labels), seed, moved=moves)
-        moves = _Moves(model, guidance, corrector, seed, moves.steps)
+        moves.adapts, moves.accepted, moves.tried = False, 0, 0
     x = trajectories(denoiser, n, rule, path, shape, labels, seed, batch_size, units, progress, moves)
     x = as_rows(model, x, units)
     if not details:
@@ -196,19 +190,92 @@ def default_moves(sampler: Any, corrector: int | None = None) -> int:
     return int(sampler is None) if corrector is None else corrector
 
 
+Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]
+"""Called after a step to a level above 0 with x, the level, the rows of the batch among the samples and their labels:
+where to go on from and what the denoiser says there, or None for no change."""
+
+
+def trajectories(
+    denoiser: Denoiser,
+    n: int,
+    sampler: Sampler,
+    path: Sequence[int],
+    shape: Sequence[int],
+    y: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    units: str = "data",
+    progress: bool = False,
+    moved: Moved | None = None,
+) -> Tensor:
+    """Samples (n, *shape) on the CPU that come down from noise by a sampler's steps.
+
+    Arguments are those of :func:`torchcdm.sample`, checked before: ``path`` are strictly decreasing levels, from T on,
+    at the last of which samples end; ``y`` is one label each. A batch that memory did not hold begins anew with half
+    as many, for ``moved`` too.
+    """
+    from tqdm.auto import tqdm
+
+    device = denoiser.schedule.alpha.device
+    dtype = working_dtype(denoiser, torch.get_default_dtype())
+    bar = tqdm(total=len(share(n)) * (len(path) - 1), desc="sampling", unit="sample step", unit_scale=True,
+               disable=not progress)  # fmt: skip
+
+    def draw(rows: slice) -> Tensor:
+        draws = sample_noise(seed, range(n)[rows], shape, len(path) if sampler.stochastic else 1, dtype)
+        x, label, previous, known = denoiser.start(next(draws).to(device)), labels_of(y, rows, device), (), None
+        for t, s in pairwise(path):
+            noise = next(draws).to(device) if sampler.stochastic else None
+            x, previous = sampler.step(Step(denoiser, x, t, s, label, noise, previous, known))
+            known = moved(x, s, rows, label) if moved is not None and s > 0 else None
+            x = x if known is None else known.x_t
+            bar.update(len(x))
+        return finished(denoiser, x, units)
+
+    with evaluation_mode(denoiser), torch.no_grad(), bar:
+        return map_rows(draw, n, batch_size, dim=math.prod(shape), device=device)
+
+
+def finished(denoiser: Denoiser, x: Tensor, units: str) -> Tensor:
+    """Samples in model units in the ``units`` of :func:`torchcdm.sample`, on the CPU; a table's as numbers."""
+    if units != "model" and denoiser.transform is not None:
+        x = denoiser.transform.inverse(x)
+        x = denoiser.transform.quantize(x) if units == "data" and denoiser.transform.bin is None else x
+    return x.cpu()
+
+
+def as_rows(denoiser: Denoiser, x: Tensor, units: str) -> Any:
+    """What :func:`finished` gives, as a data frame where the model is one of a table and ``units`` are the data's."""
+    table = None if denoiser.transform is None or units != "data" else denoiser.transform.table
+    return x if table is None else table.decode(x)
+
+
+def sample_noise(
+    seed: int, samples: Sequence[int], shape: Sequence[int], draws: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample.
+
+    Row k depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch.
+    """
+    generators = [stream(seed, "sample", i) for i in samples]
+    # A block of draws at once: for small events a call for each draw would take longer than the network.
+    block = min(draws, max(1, 2**12 // math.prod(shape)))
+    for first in range(0, draws, block):
+        rows = [torch.randn(block, *shape, generator=generator, dtype=dtype) for generator in generators]
+        yield from torch.stack(rows, 1)[: draws - first]
+
+
 @final
 class _Moves:
     """Langevin moves between the steps of a sampler; a sample's noise depends on the seed and its index alone.
 
-    Without ``steps``, their size at each level, they adapt to what is accepted.
+    While it ``adapts``, the size of moves at each level follows from what is accepted.
     """
 
-    def __init__(
-        self, model: Denoiser, guidance: float, count: int, seed: int, steps: dict[int, float] | None = None
-    ) -> None:
+    def __init__(self, model: Denoiser, guidance: float, count: int, seed: int) -> None:
         self.target, self.count, self.seed = ModelTarget(model, guidance=guidance), count, seed
         self.kernels = Kernels(self.target.reference)
-        self.adapts, self.steps, self.step = steps is None, steps or {}, FIRST_STEP
+        self.adapts, self.steps, self.step = True, dict[int, float](), FIRST_STEP
         self.accepted = self.tried = 0
 
     def acceptance(self, n: int) -> float:

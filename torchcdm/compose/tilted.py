@@ -13,9 +13,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import final
+from typing import Annotated, final
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from torchcdm.annealing.kernels import Kernels
@@ -25,8 +26,9 @@ from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
-from torchcdm.models.inputs import as_numbers, check_real
+from torchcdm.models.inputs import as_numbers
 from torchcdm.random import stream
+from torchcdm.runtime.validation import Float, checked
 
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
@@ -40,15 +42,10 @@ LARGEST_MATRIX = 4096
 
 @final
 class Tilted(Denoiser):
-    """p_t(x) exp(ell_t(x0_hat)) as a denoiser.
+    """p_t(x) exp(ell_t(x0_hat)) as a denoiser, of the density of a ``model`` and ell_t, what is ``known``.
 
-    Args:
-        model: The density that is tilted.
-        known: ell_t; need not be differentiable.
-        exact: Whether the gradient goes through the denoiser itself.
-
-    Raises:
-        UserError: A model without a density, or of unknown shape.
+    The latter need not be differentiable; where ``exact`` the gradient goes through the denoiser itself. UserError for
+    a model without a density, or of unknown shape.
     """
 
     def __init__(self, model: Denoiser, known: Known, exact: bool = False) -> None:
@@ -66,7 +63,7 @@ class Tilted(Denoiser):
         """
         x = x_t.detach().requires_grad_(self.exact)
         with torch.enable_grad():
-            found = self.model.evaluate_unchecked(x, t, None, graph="all" if self.exact else "none")
+            found = self.model.evaluate(x, t, graph="all" if self.exact else "none", checked=False)
             x0 = Prediction(x, *self.schedule.at(t, x), found.eps).x0.double()
             x0 = x0 if self.exact else x0.detach().requires_grad_()
             log_known, pulled, pull = self.known(x0, t), x if self.exact else x0, None
@@ -109,14 +106,10 @@ def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = Fa
             weighs and accepts, and proposes nothing.
         exact: Whether the gradient goes through the denoiser itself: a second derivative, about twice the time.
 
-    Raises:
-        UserError: A model without a density; in calls, a reward of another shape.
-
     Example:
         >>> heavy = torchcdm.compose.tilted(model, lambda x: x.flatten(1).sum(1) / 50)
         >>> x = torchcdm.sample(heavy, 64, particles=256)
     """
-
     measured = of_data(model, reward)
     return Tilted(model, lambda x0, t: one_each(measured(x0), x0, "compose: the reward"), exact)
 
@@ -143,7 +136,7 @@ def posterior(
         exact: As in :func:`tilted`.
 
     Raises:
-        UserError: A measurement of another shape, noise below the model's first level, or a model of unknown shape.
+        UserError: A measurement of another shape, noise below the model's first level.
     """
     dense = require_density(model, "a posterior")
     reference, schedule, of = reference_gaussian(dense), dense.schedule, of_data(dense, measurement)
@@ -173,10 +166,9 @@ def posterior(
 def _gaussian(
     of: Callable[[Tensor], Tensor], y: Tensor, basis: Tensor, variances: Tensor, std: float | None, least: float
 ) -> Known:
-    """log N(y; A(x0), s² I + A V_t A^T) of a linear or linearised measurement ``of`` model units.
+    """log N(y; A(x0), s² I + A V_t A^T); ``basis`` are matrices A in the eigenbasis of V_t, (draws, m, d).
 
-    ``basis`` are its matrices in the eigenbasis of the ``variances`` V_t, (draws, m, d); ``std`` is s, or None where
-    only its ``least`` value is known.
+    ``std`` is s, or None where only its ``least`` value is known.
     """
     m = len(y)
 
@@ -218,9 +210,9 @@ def mask(kept: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: x.flatten(1)[:, kept.to(x.device).bool().expand(x.shape[1:]).flatten()]
 
 
-def blur(std: float) -> Callable[[Tensor], Tensor]:
+@checked
+def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Callable[[Tensor], Tensor]:
     """Images (B, C, H, W) blurred by a Gaussian of ``std`` pixels, zero beyond the borders."""
-    check_real("blur: std", std, 0.05, 100)
     reach = math.ceil(3 * std)
     kernel = (-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2).exp()
     kernel = kernel / kernel.sum()

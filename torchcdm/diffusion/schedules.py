@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class NoiseSchedule(Float64Module, ABC):
 
         With ``wait`` levels on a GPU are looked at too, for which the call waits.
         """
-        if isinstance(t, int) and not isinstance(t, bool):
+        if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
             wrong = [] if 0 <= t <= self.T + 1 else [t]
         elif not isinstance(t, Tensor):
             raise UserError(f"the level is {t!r}; give an int, or a long tensor with one for each sample")

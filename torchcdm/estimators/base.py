@@ -20,6 +20,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
 from torchcdm.compose import sample
 from torchcdm.data import DataSource, MemorySplit
@@ -335,7 +336,7 @@ class DensityEstimator(TableEstimator):
 
         cells = self.columns_.cells
         draws = [spread(found.x, noise, cells) - centre for noise in self._noise]
-        log_p = torch.stack([scoring.by_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0)
+        log_p = torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0)
         if context is not None:
             # The units of rows count their cells; those of residuals know none.
             half = spread(found.x, torch.ones(1).double(), cells) - found.x

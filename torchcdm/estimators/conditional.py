@@ -18,8 +18,7 @@ from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
 from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
-from torchcdm.models.inputs import check_count
-from torchcdm.runtime.validation import read_as
+from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import TableEncoding
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ class CDMConditional(DensityEstimator):
             several with rows (observation, draw).
         """
         check_is_fitted(self)
-        check_count("n", n, 1, 10**6)
+        read_as(Count, n, "n")
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
         context = np.repeat(self._context(self._observations(x)), n, axis=0)
         residuals = self._draws(len(context), random_state, torch.from_numpy(context))

@@ -19,10 +19,9 @@ from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEsti
 from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
-from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
 from torchcdm.runtime.processes import map_rows
-from torchcdm.runtime.validation import read_as
+from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units.lattice import spread
 from torchcdm.units.table import Encoded
 
@@ -169,7 +168,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
             A data frame where one was fitted, float64 (n_samples, columns) else.
         """
         check_is_fitted(self)
-        check_count("n_samples", n_samples, 1, 10**6)
+        read_as(Count, n_samples, "n_samples")
         return self._decoded(self._draws(n_samples, random_state))
 
 

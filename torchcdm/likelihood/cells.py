@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import NoiseSchedule
-from torchcdm.errors import UserError
 from torchcdm.units import DataTransform, GaussianizedTransform
 from torchcdm.units.normal import log_normal
 
@@ -30,15 +29,7 @@ LARGEST_TABLE = 2**16
 
 
 def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -> NoisyCells:
-    """The cells of a transform with a bin at a noise level 1 ... T.
-
-    Raises:
-        UserError: Continuous data, or a level without both signal and noise.
-    """
-    if transform.bin is None:
-        raise UserError("code lengths through a noisy level need data on a grid; these are continuous")
-    if not 1 <= level <= schedule.T:
-        raise UserError(f"level {level} cannot carry a code length; choose 1 ... {schedule.T}")
+    """The cells of a transform with a bin at a noise level 1 ... T."""
     return (NormalCells if isinstance(transform, GaussianizedTransform) else EqualCells)(transform, schedule, level)
 
 
@@ -65,13 +56,10 @@ class NoisyCells(ABC):
         """log P(k|z), nats, (B,): the flat decoder tilted to the denoiser's mean.
 
         Among the grey levels k' near z, P(k'|z) is proportional to q(z|k') exp(tilt * k'), times the histogram where
-        there is one, with the tilt for which the mean of the data given z is ``x0``: the flat decoder where the
-        denoiser agrees with it, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
-        far below a cell networks don't know the mean well enough for more. On equally spaced levels those further than
-        :data:`REACH` deviations count as impossible.
-
-        Noisy inputs ``z`` and E[x_0 | z] of the model, ``x0``, are in model units, grey levels ``x`` in data units:
-        all (B, *shape).
+        there is one, with the tilt for which the mean of the data given z is ``x0``, E[x_0 | z] of the model: the flat
+        decoder where they agree, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
+        far below a cell networks don't know the mean well enough for more. Of equally spaced levels those further than
+        :data:`REACH` deviations count as impossible. Model units, but data units of the grey levels ``x``.
         """
         return self.log_decoder_each(z.double(), x.double(), x0.double()).flatten(1).sum(1)
 
@@ -123,9 +111,7 @@ class EqualCells(NoisyCells):
 class NormalCells(NoisyCells):
     """x a standard normal cut to the cell, the cells as likely as in the histogram: Gaussianised grey levels.
 
-    Attributes:
-        edges: Edges of the cells, model units, (d, levels + 1).
-        unit: Typical width of a cell, what the tilt is measured in: model units, (d,).
+    ``edges`` of the cells are (d, levels + 1), and ``unit`` is their typical width, (d,), both model units.
     """
 
     transform: GaussianizedTransform

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.target import ModelTarget, reference_gaussian
+from torchcdm.annealing.target import ModelTarget, in_batches, reference_gaussian
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
@@ -19,12 +19,10 @@ from torchcdm.units.normal import log_normal
 
 @dataclass(frozen=True)
 class ELBO(LogLikelihood):
-    """A lower bound on log p(data) and what it is made of: terms in nats, (N,), the negative bound in model units.
+    """A lower bound on log p(data), and the terms that make up the negative one, nats in model units, (N,).
 
-    Attributes:
-        prior: KL of the last level's marginal from the chain's start.
-        diffusion: Sum over the levels of the KL of one step.
-        reconstruction: From the first level to the data: the code length of the grey levels, or the density.
+    The KL of the last level's marginal from the chain's start, the sum over the levels of the KL of one step, and from
+    the first level to the data the code length of the grey levels, or the density.
     """
 
     prior: Tensor
@@ -56,9 +54,6 @@ def elbo(
         kernels: The chain's; with the reference Gaussian's variances when None.
         evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
             many strata of the levels, a random level of each. One for each level when None.
-
-    Raises:
-        UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
     (x, y), transform, level = as_data(denoiser, x, y), denoiser.transform, scoring.level_of(denoiser)
     schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))
@@ -94,6 +89,6 @@ def elbo(
             reconstruction = cells.log_q(x_t, batch.x) - normal - cells.log_decoder(x_t, batch.x, mean)
         return tuple(part.cpu() for part in (prior, diffusion, reconstruction, change))
 
-    prior, diffusion, reconstruction, change = scoring.by_batches(denoiser, x, terms)
+    prior, diffusion, reconstruction, change = in_batches(denoiser, x, terms, scoring.batch_size)
     total = prior + diffusion + reconstruction
     return ELBO(change - total, transform.dim, level, transform.log_bin, evaluations, prior, diffusion, reconstruction)

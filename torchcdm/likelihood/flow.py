@@ -7,6 +7,7 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, final
@@ -14,11 +15,10 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.target import reference_gaussian
+from torchcdm.annealing.target import in_batches, reference_gaussian
 from torchcdm.likelihood.one_pass import score_noisy
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
-from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.processes import labels_of
 from torchcdm.units import LogLikelihood
 from torchcdm.units.normal import log_normal
@@ -32,13 +32,15 @@ class FlowResult:
     """Log densities by the probability flow, and how far they can be trusted.
 
     Attributes:
-        path: log density at each level of the path, nats in model units, (levels, B).
-        one_pass: The same by one pass of the network, where it was asked for; no levels else.
+        levels: Levels of the path, rising to T.
+        path: log density at each of them, nats in model units, (levels, B).
+        one_pass: The same by one pass of the network, nan for a denoiser without density.
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
         start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats, from the inputs; the one error that neither
             more steps nor more probes remove.
     """
 
+    levels: list[int]
     path: Tensor
     one_pass: Tensor
     probe_gap: Tensor
@@ -49,15 +51,29 @@ class FlowResult:
         """log density of each input at its level, (B,)."""
         return self.path[0]
 
+    def gaps(self) -> LevelGaps:
+        """How far one pass is from the flow, level by level."""
+        gaps = (self.path - self.one_pass).cpu()
+        return LevelGaps(self.levels, gaps.mean(1), gaps.std(1, correction=int(gaps.shape[1] > 1)))
+
+
+class LevelGaps(NamedTuple):
+    """NLL by one pass minus NLL by the flow along the paths; above 0 one pass finds them less likely.
+
+    Mean over samples, nats, at each of the visited ``levels``, and standard deviation, probe noise included.
+    """
+
+    levels: list[int]
+    mean: Tensor
+    sd: Tensor
+
 
 @dataclass(frozen=True)
 class FlowLikelihood(LogLikelihood):
-    """A likelihood by the flow, and what it came from: the integration, and what ``score_noisy`` says of inputs."""
+    """A likelihood by the flow, the integration that it came from, and its inputs."""
 
     flow: FlowResult
     z: Tensor
-    one_pass: Tensor
-    offset: Tensor
 
 
 def probability_flow(
@@ -73,13 +89,14 @@ def probability_flow(
     """
     (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]
-    z, levels, offset = scoring.by_batches(
-        denoiser, x, lambda rows: score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
-    )
+
+    def noisy(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
+
+    z, _, offset = in_batches(denoiser, x, noisy, scoring.batch_size)
     flow = solver.log_prob(z, labels_of(y, slice(None), z.device))
     nats = (flow.log_prob + offset).cpu()
-    own = levels[:, level]
-    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, z, own, offset)
+    return FlowLikelihood(nats, transform.dim, level, transform.log_bin, solver.nfe, flow, z)
 
 
 @final
@@ -87,11 +104,7 @@ class FlowSolver:
     """The probability flow of any denoiser between one level and the last, by Heun steps, in model units.
 
     The ``denoiser`` is put into evaluation mode meanwhile; of ``scoring`` level 1 ... T - 1, steps, probes, seed and
-    batch size are used.
-
-    Attributes:
-        levels: Visited levels, rising to T.
-        nfe: Network evaluations for each sample; a denoiser by gradient counts once.
+    batch size are used. Visited ``levels`` rise to T; ``nfe`` are evaluations of each sample.
     """
 
     def __init__(self, denoiser: Denoiser, scoring: Scoring = Scoring()) -> None:
@@ -103,52 +116,44 @@ class FlowSolver:
         self.levels = [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
         self.nfe = 2 * steps + 1
 
-    def log_prob(self, x_t: Tensor, y: Tensor | None = None, beside: bool = False) -> FlowResult:
-        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,).
-
-        With that of one pass ``beside`` it, at each level, where the denoiser is a density.
-        """
+    def log_prob(self, x_t: Tensor, y: Tensor | None = None) -> FlowResult:
+        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,)."""
 
         def follow(rows: slice) -> tuple[Tensor, ...]:
-            return self._rise(x_t[rows], labels_of(y, rows, x_t.device), rows, beside)
+            return self._rise(x_t[rows], labels_of(y, rows, x_t.device), rows)
 
-        path, one_pass, probe_gap = self.scoring.by_batches(self.denoiser, x_t, follow)
+        path, one_pass, probe_gap = in_batches(self.denoiser, x_t, follow, self.scoring.batch_size)
         flat = x_t.double()
         a, b = self.schedule.forward_kernel(self.levels[0], self.schedule.T, flat)
         kl = float(self.reference.start_kl(a * flat, b).mean())
-        return FlowResult(path.T, one_pass.T, probe_gap, kl)
+        return FlowResult(self.levels, path.T, one_pass.T, probe_gap, kl)
 
-    def _rise(self, x_t: Tensor, y: Tensor | None, rows: slice, beside: bool) -> tuple[Tensor, ...]:
+    def _rise(self, x_t: Tensor, y: Tensor | None, rows: slice) -> tuple[Tensor, ...]:
         """log density by flow and by one pass, (B, levels) each, and the gap of the probe halves, (B,)."""
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         t, angle = self.levels[0], torch.atan(self.schedule.ratio)
         u = self.reference.rotation(x_t.double() / self.schedule.alpha[t] - self.reference.mean)
         w = u / self._scale(t)
-        slope, divergence = self._slope_and_divergence(w, t, y, rows)
+        slope, divergence, log_p = self._slope_and_divergence(w, t, y, rows)
         # Of both halves of the probes, (2, B).
-        totals = [torch.zeros_like(divergence)]
-        one_pass = [self._one_pass(w, t, y)] if beside else []
+        totals, one_pass = [torch.zeros_like(divergence)], [log_p]
         for t, s in pairwise(self.levels):
             step = angle[s] - angle[t]
-            ahead = self._slope(w + step * slope, s, y)
+            x_s = self._x(w + step * slope, s).to(self.dtype)
+            ahead = self._in_angle(self.denoiser.denoise(x_s, s, y).eps - self.reference.eps(x_s, s), s)
             w = w + step / 2 * (slope + ahead)
             before = divergence
-            slope, divergence = self._slope_and_divergence(w, s, y, rows)
+            slope, divergence, log_p = self._slope_and_divergence(w, s, y, rows)
             totals.append(totals[-1] + step / 2 * (before + divergence))
-            if beside:
-                one_pass.append(self._one_pass(w, s, y))
+            one_pass.append(log_p)
         rest, start, d = (totals[-1] - torch.stack(totals)).mean(1), log_normal(w).sum(1), w.shape[1]
         # log p_u = log p_w - sum log scale, and log p_x = log p_u - d log alpha.
         log_prob = [
             start + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log()
             for t, total in zip(self.levels, rest, strict=True)
         ]
-        by_one_pass = torch.stack(one_pass, 1) if beside else w.new_empty(len(w), 0)
-        return torch.stack(log_prob, 1), by_one_pass, totals[-1][0] - totals[-1][1]
-
-    def _one_pass(self, w: Tensor, t: int, y: Tensor | None) -> Tensor:
-        return self.denoiser.log_prob_levels(self._x(w, t).to(self.dtype), y)[:, t]
+        return torch.stack(log_prob, 1), torch.stack(one_pass, 1), totals[-1][0] - totals[-1][1]
 
     def _scale(self, t: int) -> Tensor:
         return (self.reference.variances + self.schedule.ratio[t] ** 2).sqrt()
@@ -157,16 +162,17 @@ class FlowSolver:
         u = self.reference.mean + self.reference.rotation.inverse(w * self._scale(t))
         return self.schedule.alpha[t] * u
 
-    def _slope(self, w: Tensor, t: int, y: Tensor | None) -> Tensor:
-        """dw/d(angle), (B, d)."""
-        x_t = self._x(w, t).to(self.dtype)
-        return self._in_angle(self.denoiser.denoise(x_t, t, y).eps - self.reference.eps(x_t, t), t)
-
-    def _slope_and_divergence(self, w: Tensor, t: int, y: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
-        """The same, with its divergence by either half of the probes, (2, B): the one place that takes one."""
+    def _slope_and_divergence(self, w: Tensor, t: int, y: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """dw/d(angle), (B, d), its divergence by either half of the probes, (2, B), and log p by one pass, (B,)."""
+        density, log_p = self.denoiser.density, w.new_full((len(w),), math.nan)
         with torch.enable_grad():
             x = self._x(w, t).to(self.dtype).detach().requires_grad_()
-            excess = self.denoiser.differentiable_eps(x, t, y) - self.reference.eps(x, t)
+            if density is None:
+                eps = self.denoiser.differentiable_eps(x, t, y)
+            else:
+                found = density.evaluate(x, t, y, graph="all")
+                eps, log_p = found.eps, found.log_prob_levels[:, t].detach()
+            excess = eps - self.reference.eps(x, t)
             shape, seed = (self.scoring.probes, *x.shape[1:]), self.scoring.seed
             exact = w.shape[1] <= EXACT_DIMENSIONS
             if exact:
@@ -183,33 +189,8 @@ class FlowSolver:
         halves = [torch.stack(traces).sum(0)] * 2 if exact else [torch.stack(traces[k::2]).mean(0) for k in (0, 1)]
         # The trace of a map does not depend on the basis: alpha * div_x of the excess.
         speed = (1 + self.schedule.ratio[t] ** 2) * self.schedule.alpha[t]
-        return self._in_angle(excess.detach(), t), speed * torch.stack(halves).double()
+        return self._in_angle(excess.detach(), t), speed * torch.stack(halves).double(), log_p
 
     def _in_angle(self, excess: Tensor, t: int) -> Tensor:
         """dw/d(angle) of E[eps | x_t] less the reference's: dr = (1 + r²) d(angle)."""
         return (1 + self.schedule.ratio[t] ** 2) * self.reference.rotation(excess.double()) / self._scale(t)
-
-
-class LevelGaps(NamedTuple):
-    """NLL by one pass minus NLL by the flow, along the paths of noisy data; above 0 one pass finds them less likely.
-
-    Mean over samples, nats, at each of the visited ``levels``, which rise, and standard deviation, the noise of the
-    probes included.
-    """
-
-    levels: list[int]
-    mean: Tensor
-    sd: Tensor
-
-
-def gap_by_level(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> LevelGaps:
-    """The accumulated gap of NLL between one pass and flow at every level that the flow visits; N at least 2.
-
-    Arguments as in :func:`torchcdm.likelihood.probability_flow`, whose paths begin at the level of ``scoring``.
-    """
-    model, (x, y) = require_density(model, "a gap to the flow"), as_data(model, x, y)
-    solver = FlowSolver(model, scoring)
-    z = scoring.by_batches(model, x, lambda rows: Batch(model, x, y, rows, scoring.seed).noised(solver.levels[0]))
-    found = solver.log_prob(z, y, beside=True)
-    gaps = found.path - found.one_pass
-    return LevelGaps(solver.levels, gaps.mean(1).cpu(), gaps.std(1).cpu())

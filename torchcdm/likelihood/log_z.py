@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.replicas import Replicas, exchange, ladder
 from torchcdm.annealing.target import Fenced, ModelTarget
-from torchcdm.likelihood.scoring import LARGEST_COUNT, Batch, Scoring, as_data
+from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import check_count
 from torchcdm.random import stream
+from torchcdm.runtime.validation import Count, checked
 
-FEWEST_SWEEPS, SWEEPS, REPLICAS = 4, 200, 12
-"""Sweeps that count, at least and by default, and replicas of each level from each start."""
+Sweeps = Annotated[Count, Ge(4)]
+SWEEPS, REPLICAS = 200, 12
+"""Sweeps that count, and replicas of each level from each start."""
 
 DESCENDING = 128
 """Particles that come down first, at least: the levels are chosen by their works."""
@@ -161,14 +163,15 @@ class LogZ:
         return lines
 
 
+@checked
 @torch.no_grad()
 def log_normalizer(
     model: DensityModel,
     x: Tensor | None = None,
     y: int | None = None,
     scoring: Scoring = Scoring(),
-    sweeps: int = SWEEPS,
-    replicas: int = REPLICAS,
+    sweeps: Sweeps = SWEEPS,
+    replicas: Annotated[Count, Ge(2)] = REPLICAS,
     kernels: Kernels | None = None,
     restricted: bool = False,
     progress: bool = False,
@@ -196,8 +199,6 @@ def log_normalizer(
     """
     model = require_density(model, "log Z")
     level, schedule, transform = scoring.level_of(model), model.schedule, model.transform
-    check_count("sweeps", sweeps, FEWEST_SWEEPS, LARGEST_COUNT)
-    check_count("replicas", replicas, 2, LARGEST_COUNT)
     given = {} if x is None else {"data": as_data(model, x, None)[0]}
     target = ModelTarget(model, y, scoring.batch_size)
     reference, generator = target.reference, stream(scoring.seed, "replicas")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.target import reference_gaussian
+from torchcdm.annealing.target import in_batches, reference_gaussian
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
@@ -25,12 +25,7 @@ COVER = 1e-3
 
 
 def single_pass(
-    model: DensityModel,
-    x: Tensor,
-    y: Tensor | None = None,
-    scoring: Scoring = Scoring(),
-    importance: bool = False,
-    dither: bool = True,
+    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(), dither: bool = True
 ) -> LogLikelihood:
     """log-likelihood of data by the classifier's logits, one network evaluation a draw.
 
@@ -43,7 +38,6 @@ def single_pass(
         x: Data units, (N, *shape).
         y: Classes, long (N,), or None.
         scoring: Level 0 ... T, draws, seed and batch size.
-        importance: Average the draws inside the logarithm (the importance-weighted bound) instead of outside.
         dither: Without it grey levels are scored as they are at level 0, as in the paper: no bound on a code length.
     """
     model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
@@ -59,9 +53,8 @@ def single_pass(
 
     # The first draw is the flow's too: both score the same noisy inputs.
     seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
-    values = torch.stack([scoring.by_batches(model, x, partial(one, seed=seed)) for seed in seeds])
-    nats = values.logsumexp(0) - math.log(len(values)) if importance else values.mean(0)
-    return LogLikelihood(nats, transform.dim, level, transform.log_bin, scoring.draws)
+    draws = [in_batches(model, x, partial(one, seed=seed), scoring.batch_size) for seed in seeds]
+    return LogLikelihood(torch.stack(draws).mean(0), transform.dim, level, transform.log_bin, scoring.draws)
 
 
 def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scoring = Scoring()) -> LogLikelihood:
@@ -70,9 +63,6 @@ def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scorin
     The density at the level of ``log_z``, that of a restricted density, is (1 - delta) p_t 1_A / Z_A + delta N, with
     the upper end of Z_A's interval and delta = :data:`COVER`, the share of a Gaussian that covers what has no mass. Of
     ``scoring`` seed and batch size are used.
-
-    Raises:
-        UserError: ``log_z`` of the whole density, or data that are none of the model.
     """
     if log_z.fence is None:
         raise UserError("log_z is of the whole density; give that of log_normalizer(..., restricted=True)")
@@ -84,7 +74,7 @@ def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scorin
         inside = log_z.fence.restricted(log_p)[:, level] - log_z.high + math.log1p(-COVER)
         return (torch.logaddexp(inside, wide.log_prob_levels(z)[:, level] + math.log(COVER)) + offset).cpu()
 
-    nats = scoring.by_batches(model, x, one)
+    nats = in_batches(model, x, one, scoring.batch_size)
     return LogLikelihood(nats, transform.dim, level, transform.log_bin, 1)
 
 
@@ -92,10 +82,9 @@ def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scorin
 def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tensor, Tensor]:
     """The samples at a level above 0, scored by one network evaluation.
 
-    Returns:
-        x_t, model units, float64 (B, *shape); the classifier's log p there at every level, (B, T+2), nan for a
-        denoiser without density; what, added to any log p_t, makes it the log-likelihood in data units, (B,): on a
-        grid log P(k|x_t) - log q(x_t|k) less the log bin, a density; for continuous data the change of units.
+    Gives x_t, model units, float64 (B, *shape); the classifier's log p there at every level, (B, T+2), nan for a
+    denoiser without density; what, added to any log p_t, makes it the log-likelihood in data units, (B,): on a grid
+    log P(k|x_t) - log q(x_t|k) less the log bin, a density; for continuous data the change of units.
     """
     transform, schedule, (x_0, change) = batch.transform, batch.schedule, batch.clean()
     z = schedule.perturb(x_0, level, batch.noise("noise"))
@@ -116,13 +105,11 @@ class Consistency(NamedTuple):
     """One number for each pair of neighbouring levels, entry i for the pair (i, i + 1); all float64 (T+1,).
 
     Means of p_i / p_{i+1} on data noised to level i + 1, ``down``, and of p_{i+1} / p_i on data noised to level i,
-    ``up``: 1 for a perfect classifier. Their standard errors are no guide where a few samples dominate a mean.
+    ``up``: 1 for a perfect classifier.
     """
 
     down: Tensor
     up: Tensor
-    down_se: Tensor
-    up_se: Tensor
 
 
 def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> Consistency:
@@ -145,6 +132,5 @@ def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring
                 up.append((log_p[:, t + 1] - log_p[:, t]).exp())
         return torch.stack(down, 1), torch.stack(up, 1)
 
-    down, up = scoring.by_batches(model, x, ratios)
-    root = len(x) ** 0.5
-    return Consistency(down.mean(0), up.mean(0), down.std(0) / root, up.std(0) / root)
+    down, up = in_batches(model, x, ratios, scoring.batch_size)
+    return Consistency(down.mean(0), up.mean(0))

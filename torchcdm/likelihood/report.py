@@ -14,13 +14,13 @@ from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError, nearest
 from torchcdm.likelihood.elbo import elbo
-from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, probability_flow
-from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS, LogZ, log_normalizer
+from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, LevelGaps, probability_flow
+from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
 from torchcdm.likelihood.one_pass import restricted_pass, single_pass
-from torchcdm.likelihood.scoring import LARGEST_COUNT, Scoring, as_data
+from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import check_count
 from torchcdm.runtime.processes import labels_of
+from torchcdm.runtime.validation import checked
 from torchcdm.units import LogLikelihood, standard_error
 
 METHODS = ("single", "elbo", "flow", "logz")
@@ -36,26 +36,20 @@ NOT_ESTIMATED = "log Z was not estimated"
 """Why there is no headline where nobody asked for one."""
 
 REMARKS = {
-    "published-convention": "undithered at level 0: for comparison with published numbers, no bound",
-    "one-pass": "uniform dequantisation at level 0; a bound if exp(log p) integrates to one",
-    "one-pass-importance": "the same draws, averaged inside the logarithm",
-    "one-pass-level": "through a noisy level, decoder from the denoiser's mean; a bound if normalised",
-    "one-pass-normalized": "one-pass-level + log2 Z / d: the headline",
-    "one-pass-restricted": "log p within what samples have, upper end of its own log Z; a bound if Z is below",
-    "elbo": "reverse chain of the same network down to that level, discretised decoder; a bound",
-    "flow": "probability flow of the same network through the same noisy inputs; a bound up to its own error",
-}
-"""The rows, in the order of the table; ``one-pass-importance`` is there when there are several draws."""
-
-CONTINUOUS_REMARKS = REMARKS | {
-    "published-convention": "density at level 0",
-    "one-pass": "density at level 0",
-    "one-pass-level": "density of the data with the level's noise",
-    "one-pass-normalized": "one-pass-level + log Z: the headline",
-    "one-pass-restricted": "the same within what samples have, covered elsewhere, with the upper end of its own log Z",
-    "elbo": "reverse chain of the same network; a bound for the density of the data",
-    "flow": "probability flow of the same network at the same noisy inputs",
-}
+    "published-convention": ("undithered at level 0: for comparison with published numbers, no bound",
+                             "density at level 0"),
+    "one-pass": ("uniform dequantisation at level 0; a bound if exp(log p) integrates to one", "density at level 0"),
+    "one-pass-level": ("through a noisy level, decoder from the denoiser's mean; a bound if normalised",
+                       "density of the data with the level's noise"),
+    "one-pass-normalized": ("one-pass-level + log2 Z / d: the headline", "one-pass-level + log Z: the headline"),
+    "one-pass-restricted": ("log p within what samples have, upper end of its own log Z; a bound if Z is below",
+                            "the same within what samples have, covered elsewhere, upper end of its own log Z"),
+    "elbo": ("reverse chain of the same network down to that level, discretised decoder; a bound",
+             "reverse chain of the same network; a bound for the density of the data"),
+    "flow": ("probability flow of the same network through the same noisy inputs; a bound up to its own error",
+             "probability flow of the same network at the same noisy inputs"),
+}  # fmt: skip
+"""The rows, in the order of the table, and what they are for data on a grid and for continuous ones."""
 
 
 class Row(NamedTuple):
@@ -69,10 +63,9 @@ class Row(NamedTuple):
 
 
 class NLLGap(NamedTuple):
-    """NLL by one pass minus NLL by the flow on the same noisy inputs, in the report's unit.
+    """NLL by one pass minus NLL by the flow on the same noisy inputs, in the report's unit; above 0 one pass is worse.
 
-    Above 0 one pass finds the data less likely. The deviation over the samples, ``sd``, has the variance of the flow's
-    random probes removed; the standard error of the mean, ``se``, includes it.
+    The deviation over samples, ``sd``, is without the variance of the flow's probes, which that of the mean includes.
     """
 
     mean: float
@@ -88,11 +81,9 @@ class NLLReport:
     Of ``count`` samples of ``dim`` dimensions, in the ``unit`` bits/dim, or nats for continuous data.
 
     Attributes:
-        rows: The table.
         log_z: Estimate of log Z at the level of the headline; None where not asked for.
-        gap: One pass and the flow; None where not asked for.
-        believe: Whether the headline is to be believed.
-        why: The reason, one sentence.
+        gap: One pass and the flow; None where not asked for; ``gaps`` are the same by level, nats.
+        believe: Whether the headline is to be believed, and ``why``, one sentence.
         notes: Further sentences: errors of the estimators, terms of the ELBO.
     """
 
@@ -104,6 +95,7 @@ class NLLReport:
     rows: tuple[Row, ...]
     log_z: LogZ | None
     gap: NLLGap | None
+    gaps: LevelGaps | None
     believe: bool
     why: str
     notes: list[str]
@@ -135,7 +127,7 @@ class NLLReport:
             if row.name == "one-pass-normalized" and self.log_z is not None:
                 value = self.log_z.to_json()["value"]
                 lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
-            remark = (CONTINUOUS_REMARKS if self.unit == "nats" else REMARKS)[row.name]
+            remark = REMARKS[row.name][self.unit == "nats"]
             value = "-" if row.value is None else f"{row.value:.4f}"
             error = "-" if finite(row.se) is None else f"{row.se:.4f}"
             lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
@@ -174,13 +166,14 @@ def check_methods(methods: Sequence[str]) -> None:
             raise UserError(f"unknown likelihood method '{method}'; {nearest(str(method), METHODS)}")
 
 
+@checked
 def report(
     model: Denoiser,
     x: Tensor,
     y: Tensor | None = None,
     scoring: Scoring = Scoring(),
     methods: Sequence[str] | None = None,
-    sweeps: int = SWEEPS,
+    sweeps: Sweeps = SWEEPS,
     name: str = "",
     split: str = "",
     progress: bool = False,
@@ -192,7 +185,6 @@ def report(
         x: Data units, (N, *shape).
         y: Classes, long (N,), for the conditional density, whose log Z is not estimated; None for the unconditional.
         scoring: Level of the headline, of log Z, and of all that is compared with them; the rest for all methods.
-            Several draws add the importance-weighted bound.
         methods: Some of :data:`METHODS`; all that the model has when None. A plain diffusion model has ELBO and flow.
         sweeps: Sweeps of the replica exchange that estimates log Z, at least 4.
         name: Name of the data.
@@ -208,7 +200,6 @@ def report(
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     x, y = as_data(model, x, y)
-    check_count("sweeps", sweeps, FEWEST_SWEEPS, LARGEST_COUNT)
     from tqdm.auto import tqdm
 
     level, transform = scoring.level_of(model), model.transform
@@ -217,7 +208,7 @@ def report(
     # From nats of a sample to the unit of the report.
     per_nat = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
     found: dict[str, LogLikelihood] = {}
-    kernels = gap = log_z = over_elbo = None
+    kernels = gap = gaps = log_z = over_elbo = None
     notes: list[str] = []
     # Without the time that is left: the stages take from a second to minutes.
     form = "{desc}: stage {n} of {total}, {elapsed}"
@@ -230,8 +221,6 @@ def report(
         if stage == "single":
             found["published-convention"] = single_pass(model, x, y, replace(at_zero, draws=1), dither=False)
             found["one-pass"] = single_pass(model, x, y, at_zero)
-            if scoring.draws > 1:
-                found["one-pass-importance"] = single_pass(model, x, y, at_zero, importance=True)
             found["one-pass-level"] = single_pass(model, x, y, scoring)
         elif stage == "elbo":
             found["elbo"] = bound = elbo(model, x, y, scoring, kernels)
@@ -241,6 +230,7 @@ def report(
         elif stage == "flow":
             found["flow"] = flow = probability_flow(model, x, y, scoring)
             gap, note = _errors(model, y, scoring, flow, per_nat)
+            gaps = None if gap is None else flow.flow.gaps()
             notes.append(note)
         else:
             log_z = log_normalizer(model, x, None, scoring, sweeps, kernels=kernels, progress=progress)
@@ -257,15 +247,15 @@ def report(
         difference = found["one-pass-level"].values() - found["elbo"].values()
         over_elbo = float(difference.mean()), standard_error(difference)
     rows = {key: Row(key, *one.mean_and_error(), one.nfe, one.level) for key, one in found.items()}
-    believe, why, further = True, "ELBO and flow integrate to one by construction; the flow up to its errors.", []
+    believe, why = True, "ELBO and flow integrate to one by construction; the flow up to its errors."
     if model.density is not None:
         verdict = judge(per_nat, level, rows.get("one-pass-level"), log_z, gap, over_elbo, y is not None)
-        rows["one-pass-normalized"], believe, why, further = verdict
+        rows["one-pass-normalized"], believe, why = verdict
         if "one-pass-restricted" in rows:
             why += " That of one-pass-restricted is, over what the model's own samples look like."
     return NLLReport(
         name, split, len(x), transform.dim, "nats" if transform.bin is None else "bits/dim",
-        tuple(rows[key] for key in REMARKS if key in rows), log_z, gap, believe, why, notes + further,
+        tuple(rows[key] for key in REMARKS if key in rows), log_z, gap, gaps, believe, why, notes,
     )  # fmt: skip
 
 
@@ -277,7 +267,7 @@ def _errors(
     # The mean of two independent halves has a quarter of the variance of their difference.
     probe_variance = (per_nat * flow.probe_gap.cpu()).square().mean() / 4
     if model.density is not None:
-        gaps = per_nat * (flow.log_prob - found.one_pass).cpu()
+        gaps = per_nat * (flow.log_prob - flow.one_pass[0]).cpu()
         spread = (gaps.var() - probe_variance).clamp_min(0).sqrt() if len(gaps) > 1 else math.nan
         gap = NLLGap(float(gaps.mean()), float(spread), found.level, standard_error(gaps))
     # By halving the steps on the first samples: of second order, so half the steps have four times the error.
@@ -299,7 +289,6 @@ class Verdict(NamedTuple):
     headline: Row
     believe: bool
     why: str
-    notes: list[str]
 
 
 def judge(
@@ -326,19 +315,19 @@ def judge(
         lacking = "one pass was not asked for" if one_pass is None else log_z.lacking
     if lacking:
         why = f"No normalised number can be given: {lacking}."
-        return Verdict(Row("one-pass-normalized", None, None, 1, level), False, why, [])
+        return Verdict(Row("one-pass-normalized", None, None, 1, level), False, why)
     shift, z_error = per_nat * log_z.value, per_nat * log_z.se
     headline = Row("one-pass-normalized", one_pass.value + shift, math.hypot(one_pass.se, z_error), 1, log_z.level)
     tolerance = CONSISTENT * per_nat * log_z.dim * math.log(2)
-    against, notes = [], []
+    against = []
     if gap is not None:
         difference = gap.mean + shift
-        against.append((abs(difference), f"is {abs(difference):.4f} {_side(difference)} the flow"))
+        side = "above" if difference > 0 else "below"
+        against.append((abs(difference), f"is {abs(difference):.4f} {side} the flow"))
     if over_elbo is not None:
         excess, error = over_elbo[0] + shift, over_elbo[1]
-        notes = [f"The headline is {abs(excess):.4f} +- {error:.4f} {_side(excess)} the ELBO."]
         # The bound is an estimate, each level with noise of its own.
-        against.append((excess - 2 * error, f"is {excess:+.4f} from the ELBO, a bound"))
+        against.append((excess - 2 * error, f"is {excess:+.4f} +- {error:.4f} from the ELBO, a bound"))
     failed = [text for size, text in against if size > tolerance]
     believe = bool(against) and not failed and 1.96 * z_error <= tolerance
     if believe:
@@ -350,8 +339,4 @@ def judge(
         why = f"The headline {' and '.join(failed)}: more than the {tolerance:.3g} of a consistent model."
     else:
         why = f"log Z is known to {1.96 * z_error:.4f} only, more than {tolerance:.3g}."
-    return Verdict(headline, believe, why, notes)
-
-
-def _side(difference: float) -> str:
-    return "above" if difference > 0 else "below"
+    return Verdict(headline, believe, why)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le, MultipleOf
 from torch import Tensor
 
-from torchcdm.annealing.target import in_batches
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import as_numbers, check_count, codes_of
+from torchcdm.models.inputs import as_numbers, codes_of
 from torchcdm.random import stream
-from torchcdm.runtime.processes import Rows, labels_of
+from torchcdm.runtime.processes import labels_of
+from torchcdm.runtime.validation import Count, CountOrZero, Int, validated
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 SCORING_NOISE = 0.5
@@ -24,11 +24,7 @@ SCORING_NOISE_GAUSSIANIZED = 1 / 3
 """The same for Gaussianised data, in typical cells of the pixel whose cells are narrowest. There are no edges to
 stay away from; one pass on digits is lowest there."""
 
-LARGEST_COUNT = 10**6
-"""Largest level, number of draws, steps, probes and samples at a time."""
-
-
-@dataclass(frozen=True)
+@validated
 class Scoring:
     """How data are scored.
 
@@ -41,47 +37,31 @@ class Scoring:
         batch_size: Samples at a time; by their size, and what memory holds, when None.
 
     Raises:
-        UserError: A value that is no whole number or out of range, or an odd number of probes.
+        UserError: A value that is no whole number or out of range, or an odd number of probes, whose halves compare.
     """
 
-    level: int | None = None
-    draws: int = 1
-    seed: int = 0
-    steps: int = 40
-    probes: int = 2
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, low in {"level": 0, "draws": 1, "steps": 1, "probes": 2, "batch_size": 1}.items():
-            value = getattr(self, name)
-            if value is not None or name not in ("level", "batch_size"):
-                object.__setattr__(self, name, check_count(name, value, low, LARGEST_COUNT))
-        object.__setattr__(self, "seed", check_count("seed", self.seed, -(2**63), 2**63 - 1))
-        if self.probes % 2:
-            raise UserError(f"probes is {self.probes}; give an even number, so that two halves can be compared")
+    level: CountOrZero | None = None
+    draws: Annotated[Count, Le(10**6)] = 1
+    seed: Annotated[Int, Ge(-(2**63)), Le(2**63 - 1)] = 0
+    steps: Count = 40
+    probes: Annotated[Count, MultipleOf(2)] = 2
+    batch_size: Count | None = None
 
     def level_of(self, model: Denoiser, first: int = 1, last: int | None = None) -> int:
-        """The level at which ``model`` is scored.
+        """The level at which ``model`` is scored; UserError where it is not one of ``first`` ... ``last``.
 
-        Raises:
-            UserError: It is not one of ``first`` ... ``last``; T - 1 when None, as a flow and a chain go on above it.
+        The last is T - 1 when None, as a flow and a chain go on above it.
         """
         level, last = scoring_level(model) if self.level is None else self.level, last or model.schedule.T - 1
         if not first <= level <= last:
             raise UserError(f"level {level} cannot be scored through; choose {first} ... {last}")
         return level
 
-    def by_batches(self, model: Denoiser, x: Tensor, function: Callable[[slice], Rows]) -> Rows:
-        """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients."""
-        return in_batches(model, x, function, self.batch_size)
-
 
 def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
     """Samples (N, *shape), where they were, and labels as tensors that the model can score.
 
-    Raises:
-        UserError: A model without transform; samples that are empty, of another shape, not finite or no real numbers;
-            other labels.
+    UserError for a model without transform, samples that are empty, not finite or of another shape, and other labels.
     """
     if model.transform is None:
         raise UserError("likelihoods are in data units: give the model a DataTransform (identity will do)")
@@ -110,18 +90,12 @@ def scoring_level(model: Denoiser) -> int:
 def draw_rows(
     seed: int, purpose: Sequence[str | int], rows: slice, draw: Callable[[int, torch.Generator], Tensor]
 ) -> Tensor:
-    """``draw(index, generator)`` for each sample, stacked (B, ...), each with a CPU generator of its own.
-
-    The generator is that of (seed, purpose, index), so that batches do not change the noise.
-    """
+    """``draw(index, generator)`` for each sample, stacked (B, ...), by the generators of (seed, purpose, index)."""
     return torch.stack([draw(i, stream(seed, *purpose, i)) for i in range(rows.start, rows.stop)])
 
 
 def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> Tensor:
-    """Samples ``x`` (B, *shape) with noise over their cells where they are discrete: data units, float64.
-
-    The noise is that of ``seed`` and a sample's index, which is ``first`` of the first one.
-    """
+    """Samples ``x`` (B, *shape), numbered from ``first``, with noise over their cells where discrete; float64."""
     if not transform.dequantize:
         return x.double()
     rows = slice(first, first + len(x))
@@ -155,9 +129,8 @@ class Batch:
     def clean(self) -> tuple[Tensor, Tensor]:
         """x_0 as a noisy level sees it, and what makes its log density one in data units.
 
-        Returns:
-            Draws from the cells of data on a grid, dithered values else: model units, float64 (B, *shape). And nats to
-            add, (B,): code lengths need no change of units, but as densities they are given less the log bin.
+        Draws from the cells of data on a grid, dithered values else: model units, float64 (B, *shape). And nats to
+        add, (B,): code lengths need no change of units, but as densities they are given less the log bin.
         """
         if self.transform.bin is None:
             noisy = self.dithered()
@@ -165,7 +138,3 @@ class Batch:
         change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
         x = self.transform.spread(self.x.double(), self.noise("cell", kind=torch.rand))
         return self.transform(x), change.to(self.x.device)
-
-    def noised(self, level: int) -> Tensor:
-        """x_t at a level above 0, model units, float64 (B, *shape): the same for all likelihoods of one seed."""
-        return self.schedule.perturb(self.clean()[0], level, self.noise("noise"))

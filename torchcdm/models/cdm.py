@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.density import DensityModel, refuse_inference_mode
+from torchcdm.models.density import DensityModel
 from torchcdm.units import DataTransform
 
 
@@ -62,8 +62,6 @@ class ClassificationDiffusion(DensityModel):
     def joint(self) -> bool:
         return getattr(self.backbone, "joint", False)
 
-    # --- densities -------------------------------------------------------------------------------------------
-
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
         """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
 
@@ -75,10 +73,6 @@ class ClassificationDiffusion(DensityModel):
         self.checked(x_t)
         return self.base.log_prob_levels(x_t)[:, None] + self._class_corrections(x_t).double()
 
-    def log_prior(self, y: Tensor) -> Tensor:
-        """log p(y) of a joint model, (B,); 0 for the null label ``classes``, which stands for all of them."""
-        return torch.cat([self.log_class_prior, self.log_class_prior.new_zeros(1)])[y]
-
     def class_posterior(self, x_t: Tensor, t: Level) -> Tensor:
         """p(y | x_t, t), (B, classes): the classifier that the joint logits contain (identity 10)."""
         self.checked(x_t, t)
@@ -86,46 +80,14 @@ class ClassificationDiffusion(DensityModel):
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
 
-    # --- denoising -------------------------------------------------------------------------------------------
-
-    def denoise_blind(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """E[x_0 | x], (B, *shape), of an ``x`` known to be some x_t, the level not (identity 9); no graph.
-
-        The denoisers of levels 0 ... T, weighted by p(t | x): the gradient of one scalar, one pass each way. Arguments
-        as in :meth:`denoise`.
-        """
-        refuse_inference_mode()
-        y = self.checked(x, y=y)
-        alpha, sigma = self.schedule.alpha[:-1], self.schedule.sigma[:-1]
-        with torch.enable_grad():
-            z = x.detach().double().requires_grad_()
-            levels = self.conditional_and_marginal(z.to(x.dtype), y)[0][:, :-1]
-            weights = levels.detach().softmax(1)
-            (pull,) = torch.autograd.grad((weights * sigma**2 / alpha * levels).sum(), z)
-        share = (weights / alpha).sum(1).reshape(-1, *[1] * (x.ndim - 1))
-        return (share * x.double() + pull).to(x.dtype)
-
-    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float, graph: bool) -> Tensor:
-        """As of any denoiser; with joint logits the gradient of one scalar, (1 + w) log p_t(x|y) - w log p_t(x)."""
-        if not self.joint:
-            return super().guided_eps(x_t, t, y, weight, graph)
-        if graph:
-            return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), weight, "all").eps
-        return self.evaluate(x_t, t, y, weight).eps
-
-    # --- the network's part ----------------------------------------------------------------------------------
-
-    def correction(self, h: Tensor) -> Tensor:
-        """h - h_{T+1} with the constants of the levels, at least float32, from the network's ``h`` (..., T+2)."""
+    def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
+        """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""
+        h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
         if h.dtype in (torch.float16, torch.bfloat16):
             h = h.float()
         return h - h[..., -1:] + self.level_constants.to(h.dtype)
-
-    def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
-        """:meth:`correction` at x_t, (B, [classes,] T+2)."""
-        return self.correction(self.backbone(x_t, y) if self.conditional else self.backbone(x_t))
 
     def _class_corrections(self, x_t: Tensor) -> Tensor:
         """log p_t(x|y) - base_t(x), (B, classes, T+2), of a joint backbone; all classes agree at level T+1."""

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 import torchcdm
@@ -17,15 +18,13 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.inputs import as_labels, check_real
+from torchcdm.models.inputs import as_labels
+from torchcdm.runtime.validation import Float, checked
 from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
     from torchcdm.models.density import DensityModel
     from torchcdm.training.checkpoint import ModelInfo
-
-LARGEST_WEIGHT = 1000.0
-"""Weights beyond it leave nothing of a sample."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -96,7 +95,7 @@ class Denoiser(nn.Module, ABC):
             self.schedule.check_levels(t, x_t)
         return as_labels(y, self, x_t.shape[0])  # no len: torch.export would fix the number
 
-    # Conveniences: public functions of the package, looked up when they are called, as they need upper floors.
+    # Public functions of the package, looked up when they are called, as they need upper floors.
 
     def sample(self, n: int, **options: Any) -> Any:
         """``n`` samples in data units, (n, *shape): :func:`torchcdm.sample`, whose options and results it has."""
@@ -134,10 +133,9 @@ class Denoiser(nn.Module, ABC):
         """
         return noise if self.base is None else self.base.start(noise)
 
-    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float, graph: bool) -> Tensor:
-        """(1 + w) E[eps | x_t, y] - w E[eps | x_t], (B, *shape), by two evaluations; ``graph`` keeps theirs."""
-        eps = self.differentiable_eps if graph else lambda *given: self.denoise(*given).eps
-        return guided(eps(x_t, t, y), eps(x_t, t, None), weight)
+    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float) -> Tensor:
+        """(1 + w) E[eps | x_t, y] - w E[eps | x_t], (B, *shape)."""
+        return guided(self.denoise(x_t, t, y).eps, self.denoise(x_t, t).eps, weight)
 
 
 def guided(conditional: Tensor, plain: Tensor, weight: float) -> Tensor:
@@ -174,21 +172,17 @@ class DenoisingDiffusion(Denoiser):
 
 @final
 class GuidedDenoiser(Denoiser):
-    """A class-conditional model, pushed towards its class by :meth:`Denoiser.guided_eps`.
+    """A class-conditional ``model``, trained with dropped labels, pushed towards its class by a ``weight`` w.
 
-    Args:
-        model: A class-conditional model that was trained with dropped labels.
-        weight: w; 0 is the plain conditional model (diffusers' ``guidance_scale`` is 1 + w).
-
-    Raises:
-        UserError: A model without classes, or no weight; in calls, no labels.
+    See :meth:`Denoiser.guided_eps`; 0 is the plain conditional model (diffusers' ``guidance_scale`` is 1 + w).
+    UserError for a model without classes, or no weight; in calls, for no labels.
     """
 
-    def __init__(self, model: Denoiser, weight: float) -> None:
+    @checked
+    def __init__(self, model: Denoiser, weight: Annotated[Float, Ge(-1000), Le(1000)]) -> None:
         super().__init__(model.schedule, model.transform)
         if model.classes is None:
             raise UserError("guidance needs a class-conditional model; this one was trained without labels")
-        check_real("guidance", weight, -LARGEST_WEIGHT, LARGEST_WEIGHT)
         self.model, self.weight = model, weight
 
     @property
@@ -199,15 +193,9 @@ class GuidedDenoiser(Denoiser):
         return self.model.start(noise)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        return Prediction(x_t, *self.schedule.at(t, x_t), self._eps(x_t, t, y, graph=False))
-
-    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self._eps(x_t, t, y, graph=True)
-
-    def _eps(self, x_t: Tensor, t: Level, y: Tensor | None, graph: bool) -> Tensor:
         if y is None:
             raise UserError("guidance needs labels: give y")
-        return self.model.guided_eps(x_t, t, y, self.weight, graph)
+        return Prediction(x_t, *self.schedule.at(t, x_t), self.model.guided_eps(x_t, t, y, self.weight))
 
 
 @contextmanager

@@ -17,18 +17,15 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, guided, working_dtype
-from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, check_count, codes_of
+from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, codes_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """All that one forward and one backward pass tell.
 
-    Attributes:
-        eps: E[eps | x_t], (B, *shape).
-        log_prob_levels: log p_t(x_t | y) at every level, or log p_t(x_t) without labels; float64 (B, T+2).
-        unconditional: log p_t(x_t) at every level where the same pass gives it (joint backbones);
-            ``log_prob_levels`` itself elsewhere.
+    E[eps | x_t], (B, *shape); log p_t(x_t | y) at every level, or log p_t(x_t) without labels, float64 (B, T+2); and
+    ``unconditional`` the latter where the same pass gives it (joint backbones), the same as before elsewhere.
     """
 
     eps: Tensor
@@ -54,10 +51,7 @@ class DensityModel(Denoiser):
     def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log p_t(x_t | y) less the base density at every level, and that of no label where the same pass gives it.
 
-        Unchecked; ``y`` may hold the null label ``classes``.
-
-        Returns:
-            Each (B, T+2), the first one twice where the pass gives no other.
+        Each (B, T+2), the first one twice where the pass gives no other. Unchecked; ``y`` may hold the null label.
         """
 
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -74,52 +68,33 @@ class DensityModel(Denoiser):
         chosen, unconditional = (base + correction.double() for correction in self.corrections(x_t, y))
         return chosen, unconditional
 
-    def evaluate(self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0) -> Evaluation:
-        """The denoiser at level ``t`` and the density at every level, from one pass each way; no graph.
+    def evaluate(
+        self,
+        x_t: Tensor,
+        t: Level,
+        y: Tensor | None = None,
+        guidance: float = 0.0,
+        graph: Literal["none", "densities", "all"] = "none",
+        checked: bool = True,
+    ) -> Evaluation:
+        """The denoiser at level ``t`` and the density at every level, from one pass each way.
 
-        Arguments as in :meth:`denoise`; for joint models ``guidance`` is the weight w of identity 8: the denoiser is
-        that of (1 + w) log p_t(x|y) - w log p_t(x).
+        Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
+        (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. The ``densities`` keep a
+        ``graph`` in the weights, or ``all`` does, in ``x_t`` too. Losses are not ``checked``: ``y`` may hold the null
+        label, and no GPU waits.
 
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
         """
-        return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), guidance)
-
-    def at_level(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What annealing asks of a density, guided or not, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
-
-        Returns:
-            log p_t(x_t), (B,), E[eps | x_t], (B, *shape), and log p at every level, (B, T+2).
-        """
-        found = self.evaluate(x_t, t, y, guidance if self.joint else 0.0)
-        log_p, eps, other = found.log_prob_levels, found.eps.double(), found.unconditional
-        if guidance:
-            if not self.joint:
-                plain = self.evaluate(x_t, t)
-                eps, other = guided(eps, plain.eps, guidance), plain.log_prob_levels
-            log_p = guided(log_p, other, guidance)
-        return log_p.gather(1, t[:, None])[:, 0], eps, log_p
-
-    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        """The MMSE denoiser as the gradient of a logit difference (identity 3).
-
-        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``, and raises UserError under
-        ``torch.inference_mode()``, which forbids the gradient.
-        """
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
-
-    def evaluate_unchecked(
-        self,
-        x_t: Tensor,
-        t: Level,
-        y: Tensor | None,
-        guidance: float = 0.0,
-        graph: Literal["none", "densities", "all"] = "none",
-    ) -> Evaluation:
-        """:meth:`evaluate` for losses; the ``densities`` keep a graph in the weights, or ``all`` in ``x_t`` too."""
-        refuse_inference_mode()
+        # The compiler cannot trace the question; the gradient fails under inference mode all the same.
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
+        y = self.checked(x_t, t, y) if checked else y
+        if guidance and not self.joint:
+            given, plain = (self.evaluate(x_t, t, label, graph=graph, checked=False) for label in (y, None))
+            log_p = guided(given.log_prob_levels, plain.log_prob_levels, guidance)
+            return Evaluation(guided(given.eps, plain.eps, guidance), log_p, plain.log_prob_levels)
         rows = torch.arange(len(x_t), device=x_t.device)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(rows))
 
@@ -142,36 +117,57 @@ class DensityModel(Denoiser):
             parts = tuple(part.detach() for part in parts)
         base = self.base.log_prob_levels(x_t)
         eps = self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
-        return Evaluation(eps, *(base + part.double() for part in parts))
+        log_p, unconditional = (base + part.double() for part in parts)
+        return Evaluation(eps, guided(log_p, unconditional, guidance) if guidance else log_p, unconditional)
+
+    def at_level(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What annealing asks of a density, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
+
+        Returns:
+            log p_t(x_t), (B,), E[eps | x_t], (B, *shape), and log p at every level, (B, T+2).
+        """
+        found = self.evaluate(x_t, t, y, guidance)
+        return found.log_prob_levels.gather(1, t[:, None])[:, 0], found.eps.double(), found.log_prob_levels
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        """The MMSE denoiser as the gradient of a logit difference (identity 3).
+
+        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``; errors as in
+        :meth:`evaluate`.
+        """
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self.evaluate_unchecked(x_t, t, self.checked(x_t, t, y), graph="all").eps
+        return self.evaluate(x_t, t, y, graph="all").eps
 
-    def log_prob(self, x: Any, t: int = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
+    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float) -> Tensor:
+        return self.evaluate(x_t, t, y, weight).eps
+
+    def log_prob(self, x: Any, t: Level = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.
 
         Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
 
         Args:
             x: (B, *shape), a tensor or an array of any number type; of a model of a table also a data frame.
-            t: Level of the density; 0 is the data.
+            t: Level of the density, an int or long (B,); 0 is the data.
             y: Classes, long (B,); None for the unconditional density.
             units: ``data``, or ``model`` for inputs that are already transformed.
 
         Returns:
             Nats in the units asked for, float64 (B,); -inf where an input is so far away that its square overflows.
-
-        Raises:
-            UserError: Unknown units, a level outside 0 ... T+1, a shape that is not the model's, inputs that are not
-                finite, or labels that the model does not have.
+            UserError for levels, shapes or labels that are none of the model's, and inputs that are not finite.
         """
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
-        t = check_count("the level t", t, 0, self.schedule.T + 1)
         x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
         self.checked(x)
+        self.schedule.check_levels(t, x)
         z = x if units == "model" or self.transform is None else self.transform(x)
-        log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y)[:, t]
+        levels = torch.as_tensor(t, device=z.device).expand(z.shape[:1])
+        log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y).gather(1, levels[:, None])[:, 0]
         far = (z.abs() > LARGEST).flatten(1).any(1)
         log_p = log_p.masked_fill(far & log_p.isnan(), -math.inf)
         return log_p if z is x else log_p + self.transform.log_det(x)
@@ -179,21 +175,10 @@ class DensityModel(Denoiser):
     def distribution(self, y: Any = None, **options: Any) -> ModelDistribution:
         """The model as a ``torch.distributions.Distribution``, with ``log_prob``, ``sample`` and ``event_shape``.
 
-        Args:
-            y: One class, or one context, of a model that knows some; None for the unconditional density.
-            **options: Of :func:`torchcdm.sample`, such as ``steps=50``.
-
-        Raises:
-            UserError: The model does not know the shape of its events, or has no such class.
+        Given one class, or one context, ``y``, where it is not None; with ``options`` of :func:`torchcdm.sample`, such
+        as ``steps=50``. UserError for a model that does not know the shape of its events, or has no such class.
         """
         return ModelDistribution(self, y, **options)
-
-
-def refuse_inference_mode() -> None:
-    """Refuses ``torch.inference_mode()``, which forbids the gradient that a density denoises by."""
-    # The compiler cannot trace the question; the gradient fails under inference mode all the same.
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
 
 
 def require_density(model: Denoiser, what: str) -> DensityModel:
@@ -206,10 +191,7 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
 
 @final
 class ModelDistribution(Distribution):
-    """p_0(x) or p_0(x | y) in data units; nothing makes its log_prob integrate to exactly one.
-
-    Arguments and errors as in :meth:`DensityModel.distribution`.
-    """
+    """p_0(x) or p_0(x | y) in data units, not exactly normalised: see :meth:`DensityModel.distribution`."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}
 

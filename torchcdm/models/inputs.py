@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,8 +35,7 @@ def codes_of(x: Any, transform: DataTransform | None) -> Any:
 def as_numbers(x: Any, device: torch.device) -> Tensor:
     """Inputs (B, *shape) as a tensor of a float type, float32 at least; its gradient is kept.
 
-    Raises:
-        UserError: Not an array of real numbers, masked, without rows or a row's numbers, or not finite.
+    UserError where they are masked, empty, not finite or no array of real numbers.
     """
     values = _as_tensor(x, "inputs", device)
     if values.is_complex() or values.dtype == torch.bool:
@@ -58,10 +55,7 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
     """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context); None for no labels.
 
     ``one_for_all`` lets a single label, or context, stand for all samples. In ``training`` the null label ``classes``
-    is one too, and labels on a GPU are not looked at: it would wait.
-
-    Raises:
-        UserError: Labels of a model without, another shape or type, or classes out of range.
+    is one too, and labels on a GPU are not looked at: it would wait. UserError for all other labels.
     """
     if y is None or torch.compiler.is_compiling():
         return y
@@ -84,24 +78,6 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
     return labels.long()
-
-
-def check_real(name: str, value: Any, low: float, high: float) -> None:
-    """Refuses what is no number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-        raise UserError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
-
-
-def check_count(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
-    """``value`` as an int; UserError where it is no integer from ``low`` to ``high``, as True and False are none."""
-    try:
-        count = low - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = low - 1
-    if count < low or (high is not None and count > high):
-        bound = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise UserError(f"{name} is {value!r}; it must be an integer {bound}")
-    return count
 
 
 def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:

@@ -87,23 +87,6 @@ class LabelEmbedding(nn.Embedding):
         return super().forward(y)
 
 
-@final
-class ContextEmbedding(nn.Module):
-    """A vector (B, width) from the numbers (B, context) that a density is conditional on."""
-
-    def __init__(self, context: int, width: int) -> None:
-        super().__init__()
-        self.context = context
-        self.layers = two_layers(context, width)
-
-    def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
-        """Embeds ``y`` (B, context), one row for each sample of the batch ``x``."""
-        if y is None or tuple(y.shape) != (len(x), self.context):
-            found = "none was given" if y is None else f"y has shape {tuple(y.shape)}"
-            raise UserError(f"this density is conditional on {self.context} numbers a sample, and {found}")
-        return self.layers(y.to(self.layers[0].weight.dtype))
-
-
 def two_layers(inputs: int, width: int) -> nn.Sequential:
     """What a context, or an embedded label or level, passes before the blocks see it: (B, inputs) to (B, width)."""
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))

@@ -26,8 +26,7 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, check
 class Summary(nn.Module):
     """What one resolution tells the head: pooled features and ``energy_maps`` inner products with the input.
 
-    An inner product sum(s(x) * x) over pixels and channels has s(x) itself in its gradient, so that the denoiser
-    contains the features directly.
+    As sum(s(x) * x) has s(x) itself in its gradient, the denoiser contains the features directly.
     """
 
     def __init__(self, channels: int, in_channels: int, energy_maps: int) -> None:

@@ -58,9 +58,6 @@ class HeadedBackbone(nn.Module, ABC):
 
     Raises:
         UserError: A joint head without classes.
-
-    Attributes:
-        head: Linear in the features.
     """
 
     head: Head
@@ -70,15 +67,10 @@ class HeadedBackbone(nn.Module, ABC):
         """What the head sees, (B, features); arguments as in :meth:`forward`."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h of ``x``.
+        """h, (B, T+2), of images (B, channels, height, width) or vectors (B, dim); joint: (B, classes, T+2).
 
-        Args:
-            x: Images (B, channels, height, width), or vectors (B, dim).
-            y: Classes, long (B,), null label ``classes``; None for the null label. Or the context, (B, context), of a
-                network that takes one.
-
-        Returns:
-            (B, T+2); joint: (B, classes, T+2), whatever ``y`` is.
+        Classes ``y``, long (B,), have the null label ``classes``, which None stands for; or they are the context,
+        (B, context), of a network that takes one. A joint network ignores them.
         """
         return self.head(self.features(x, y))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError
-from torchcdm.networks.blocks import ContextEmbedding, LabelEmbedding, check_shape, time_embedding, two_layers
+from torchcdm.networks.blocks import LabelEmbedding, check_shape, time_embedding, two_layers
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Width, checked
 
@@ -49,9 +49,6 @@ class MLP(HeadedBackbone):
             more than a hundred numbers, where they cost most.
         context: Numbers that the density is conditional on, added inside the blocks as a label is; None: none.
 
-    Raises:
-        UserError: A joint head without classes, or classes and a context at once.
-
     Example:
         >>> MLP(2, levels=102)(torch.zeros(5, 2)).shape
         torch.Size([5, 102])
@@ -77,13 +74,10 @@ class MLP(HeadedBackbone):
             energy_maps = 32 if dim <= 100 else max(4, 3200 // dim)
         self.dim, self.energy_maps = dim, energy_maps
         self.classes, self.joint, self.context = classes, joint, context
-        self.label: LabelEmbedding | ContextEmbedding | None = None
-        if context is not None:
-            self.label = ContextEmbedding(context, width)
-        elif classes is not None and not joint:
-            self.label = LabelEmbedding(classes, width)
+        self.label = LabelEmbedding(classes, width) if classes is not None and not joint else None
+        self.given = None if context is None else two_layers(context, width)
         self.linear_in = nn.Linear(dim, width)
-        embedding = None if self.label is None else width
+        embedding = width if self.label or self.given else None
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.energy = nn.Linear(width, energy_maps * dim)
@@ -92,7 +86,10 @@ class MLP(HeadedBackbone):
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""
         check_shape(x, self.dim)
-        embedding = None if self.label is None else self.label(y, x)
+        if self.context is not None and y is None:
+            raise UserError(f"this density is conditional on {self.context} numbers a sample, and none was given")
+        given = None if self.given is None else self.given(y.to(self.linear_in.weight.dtype))
+        embedding = given if self.label is None else self.label(y, x)
         h = self.linear_in(x)
         for block in self.blocks:
             h = block(h, embedding)

@@ -72,9 +72,6 @@ class TimmBackbone(HeadedBackbone):
         model: Model name of timm, such as ``vit_tiny_patch16_224`` or ``convnext_atto``.
         options: Arguments of the architecture, of :data:`OPTIONS`: ``patch_size: 4``, ``act_layer: silu`` ...
         classes: Number of classes; needs ``joint``, for these networks take no label.
-
-    Raises:
-        UserError: timm is not installed, the name or an option is unknown, or the model has no second derivative.
     """
 
     @checked

@@ -29,11 +29,7 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, check
 
 @final
 class UNet(ImageNetwork):
-    """The part that classifier and denoiser share: images to features at full resolution.
-
-    ``embedding`` is the width of a conditioning vector for all blocks, None for none; the rest as in
-    :class:`ImageNetwork`.
-    """
+    """What classifier and denoiser share: images, and a vector of width ``embedding``, to features of each pixel."""
 
     def __init__(
         self,
@@ -65,10 +61,7 @@ class UNet(ImageNetwork):
             self.down_stages.append(nn.ModuleList(step(channels, width, attend[i]) for channels in inputs))
             skips += [width] * blocks
 
-        self.middle = nn.ModuleList([
-            step(current, current, True),
-            step(current, current, False),
-        ])
+        self.middle = nn.ModuleList([step(current, current, True), step(current, current, False)])
 
         self.up_stages, self.ups = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(len(widths))):
@@ -155,12 +148,9 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
 
 @final
 class DDMUNet(ImageNetwork):
-    """The DDPM baseline: the same U-Net, told the level, estimates the noise itself.
+    """The DDPM baseline: the same U-Net, told the level, estimates the noise itself; arguments as of the CDM's.
 
-    Other arguments as in :class:`ImageNetwork`.
-
-    Args:
-        classes: Number of classes; the embedded label is added to the embedded level. None: unconditional.
+    The embedded label is added to the embedded level.
     """
 
     joint = False

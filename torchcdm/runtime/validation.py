@@ -101,11 +101,12 @@ def validated(kind: type[T]) -> type[T]:
 
     @functools.wraps(init)
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
+        # By name, which a message then has.
+        fields |= zip(checked.__dataclass_fields__, args, strict=False)
         try:
-            init(self, *args, **fields)
+            init(self, **fields)
         except ValidationError as error:
-            names = dict(zip(checked.__dataclass_fields__, args, strict=False))
-            raise UserError(mistake(error, names | fields)[1]) from None
+            raise UserError(mistake(error, fields)[1]) from None
 
     checked.__init__ = initialise
     return checked

@@ -16,7 +16,6 @@ from torchcdm.diffusion.schedules import Level
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.losses import stratified_levels
 from torchcdm.models.denoiser import Denoiser, working_dtype
-from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
@@ -111,20 +110,6 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     """Means of :func:`level_sums`: ``mse`` without the levels 0 and T+1, where it is constant and zero."""
     inner = {"mse": float(sums["mse"][1:-1].sum() / sums["count"][1:-1].sum())}
     return inner | {key: float(sums[key].sum() / sums["count"].sum()) for key in ("ce", "accuracy") if key in sums}
-
-
-@torch.no_grad()
-def log_posteriors(model: DensityModel, x: Tensor, seed: int = 0) -> dict[int, Tensor]:
-    """What the level classifier of a model in eval mode says of ``x`` (N, *shape), data units, at six true levels.
-
-    By level, log p(t | x_t) at every t, (N, T+2).
-    """
-    true = sorted({round(share * (model.schedule.T + 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
-    batches = {t: noisy_batches(model, x, t, seed) for t in true}
-    return {
-        t: torch.cat([model.log_prob_levels(batch.x_t).log_softmax(1).cpu() for batch in each])
-        for t, each in batches.items()
-    }
 
 
 def validate(

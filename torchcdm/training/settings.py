@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Le
 from pydantic import model_validator
 
 from torchcdm.data import DataOptions
 from torchcdm.diffusion import schedules
-from torchcdm.likelihood.log_z import FEWEST_SWEEPS, SWEEPS
+from torchcdm.likelihood.log_z import SWEEPS, Sweeps
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
@@ -212,7 +212,7 @@ class ReportConfig:
     limit: Count = 500
     draws: Count = 1
     flow_steps: Count = 50
-    sweeps: Annotated[Count, Ge(FEWEST_SWEEPS)] = SWEEPS
+    sweeps: Sweeps = SWEEPS
     baselines: bool = False
 
 

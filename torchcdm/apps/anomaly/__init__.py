@@ -6,7 +6,6 @@ alone, is known to rank simple inputs above the normal ones; the other scores lo
 
 from torchcdm.apps.anomaly.detector import AnomalyDetector, normal_data
 from torchcdm.apps.anomaly.maps import AnomalyMap
-from torchcdm.apps.anomaly.profile import coarse_level, level_profile
-from torchcdm.apps.anomaly.scores import SCORES
+from torchcdm.apps.anomaly.scores import SCORES, level_profile
 
-__all__ = ["SCORES", "AnomalyDetector", "AnomalyMap", "coarse_level", "level_profile", "normal_data"]
+__all__ = ["SCORES", "AnomalyDetector", "AnomalyMap", "level_profile", "normal_data"]

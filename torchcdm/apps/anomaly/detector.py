@@ -6,21 +6,25 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import Annotated, Any, final
 
 import torch
+from annotated_types import Gt, Lt
 from torch import Tensor
 
-from torchcdm.apps.anomaly.profile import as_samples, coarse_level, level_profile
-from torchcdm.apps.anomaly.scores import SCORES, Fitted
+from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_level, level_profile
 from torchcdm.data import MemorySplit
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
+from torchcdm.runtime.validation import Float, checked
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
+
+FalseAlarms = Annotated[Float, Gt(0), Lt(1)]
+"""A false-positive rate."""
 
 HIGHEST = torch.finfo(torch.float64).max
 """Score of inputs for which numbers overflow."""
@@ -36,14 +40,12 @@ class AnomalyDetector:
         background: A model of broader data of the same shape; for ``ratio`` alone.
 
     Attributes:
-        models: All whose densities the score is made of.
         fitted: What the score learned; None before.
-        calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,); none
+        calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,); None
             before :meth:`fit`.
 
     Raises:
-        UserError: An unknown name, a model without density, ``ratio`` without background or a background without it,
-            models of inputs of different shapes.
+        UserError: An unknown name, a model without density, ``ratio`` without background of the same shape.
 
     Example:
         >>> detector = AnomalyDetector("levels", model).fit(normal)
@@ -61,7 +63,7 @@ class AnomalyDetector:
         if self.models[-1].shape != model.shape:
             raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
         self.fitted: Fitted | None = None
-        self.calibration = torch.empty(0, dtype=torch.float64)
+        self.calibration: Tensor | None = None
         self._coarse = coarse_level(model.schedule)
 
     def fit(self, reference: Tensor) -> AnomalyDetector:
@@ -99,19 +101,15 @@ class AnomalyDetector:
 
     def apply(self, features: Tensor) -> Tensor:
         """Scores of :meth:`features`."""
-        if self.fitted is None:
-            raise self._not_fitted()
+        scores = SCORES[self.name].apply(features, self._coarse, self._known(self.fitted))
         # Far outside the data a density overflows; what it is then, inf or nan, must not pass for normal.
-        return SCORES[self.name].apply(features, self._coarse, self.fitted).nan_to_num(nan=HIGHEST, posinf=HIGHEST)
+        return scores.nan_to_num(nan=HIGHEST, posinf=HIGHEST)
 
-    def _not_fitted(self) -> UserError:
-        return UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
-
-    def _normal(self) -> Tensor:
-        """:attr:`calibration`, once there is any."""
-        if not len(self.calibration):
-            raise self._not_fitted()
-        return self.calibration
+    def _known(self, part: Any) -> Any:
+        """What a fit gives, once there was one."""
+        if part is None:
+            raise UserError(f"the score '{self.name}' is not fitted; call fit with normal data first")
+        return part
 
     def percentile(self, scores: Tensor) -> Tensor:
         """Share of normal data that would score lower, in percent, float64 (N,): 100 (1 - conformal p-value).
@@ -119,19 +117,17 @@ class AnomalyDetector:
         The p-value is (1 + number of calibration scores at or above) / (n + 1), so that among normal inputs it is
         below any alpha with a probability of at most alpha, whatever the distribution of the scores.
         """
-        scores, normal = torch.as_tensor(scores).double().contiguous(), self._normal()
+        scores, normal = torch.as_tensor(scores).double().contiguous(), self._known(self.calibration)
         return 100 * torch.searchsorted(normal, scores) / (len(normal) + 1)
 
-    def threshold(self, fpr: float) -> float:
+    @checked
+    def threshold(self, fpr: FalseAlarms) -> float:
         """The score above which an input is flagged, for a false-positive rate of at most ``fpr``.
 
-        The conformal quantile: the ceil((n+1)(1 - fpr))-th smallest calibration score.
-
-        Raises:
-            UserError: A rate outside (0, 1), or one that the calibration is too small for.
+        The conformal quantile: the ceil((n+1)(1 - fpr))-th smallest calibration score; UserError where there are
+        fewer.
         """
-        check_fpr(fpr)
-        normal = self._normal()
+        normal = self._known(self.calibration)
         n = len(normal)
         # Rounded first: 0.95 * 20 must not become 20 for its last bit.
         rank = math.ceil(round((n + 1) * (1 - fpr), 9))
@@ -147,24 +143,20 @@ class AnomalyDetector:
 
     def save(self, folder: str | Path) -> None:
         """Writes what was learned, without the models: ``detector.json`` and ``detector.safetensors``."""
-        tensors = {"calibration": self._normal()}
+        tensors = {f"fitted.{key}": value for key, value in self._known(self.fitted).items()}
         content = {"score": self.name, "values": self._values}
-        tensors |= {f"fitted.{key}": value for key, value in (self.fitted or {}).items()}
+        tensors["calibration"] = self._known(self.calibration)
         write_artefact(Path(folder) / FILE, "detector", content, {TENSORS: tensors})
 
     @classmethod
     def load(cls, folder: str | Path, model: Denoiser, background: Denoiser | None = None) -> AnomalyDetector:
-        """A saved detector, with the model it was fitted on.
-
-        UserError where none is there, files are damaged, or the model has other weights or constants.
-        """
+        """A saved detector, with the model it was fitted on: UserError where it has other weights or constants."""
         path = Path(folder) / FILE
         content, (tensors,) = read_artefact(path, "detector", [TENSORS])
         detector = cls(str(content.get("score")), model, background)
         detector._values = detector._digest()
         if content.get("values") != detector._values:
-            what = "the model has been trained since, or is another"
-            raise UserError(f"{path}: {what}; fit the detector again")
+            raise UserError(f"{path}: the model has been trained since, or is another; fit the detector again")
         scores, prefix = tensors.get("calibration", torch.empty(0)), "fitted."
         if scores.dtype != torch.float64 or scores.ndim != 1 or not len(scores):
             damaged(path.with_name(TENSORS), "'calibration' is missing or wrong")
@@ -181,12 +173,6 @@ class AnomalyDetector:
         return digest.hexdigest()[:16]
 
 
-def check_fpr(fpr: float) -> None:
-    """Refuses a false-positive rate outside (0, 1)."""
-    if not 0 < fpr < 1:
-        raise UserError(f"fpr is {fpr:g}; a false-positive rate lies between 0 and 1")
-
-
 def normal_data(
     model: Denoiser, paths: Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
 ) -> tuple[Tensor, str]:
@@ -194,9 +180,6 @@ def normal_data(
 
     From the files ``paths``, without what cannot be read where ``skip_bad`` says so; the validation split of the
     model's own data when None. At most ``limit`` samples, evenly spaced.
-
-    Raises:
-        UserError: Files that do not fit the model; no validation split.
     """
     if paths is not None:
         x = model.info.read_inputs(paths, skip_bad).x

@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchcdm.apps.anomaly.profile import as_samples, by_batches
+from torchcdm.apps.anomaly.scores import as_samples, by_batches
 from torchcdm.data.outputs import png, sheet, to_bytes
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
@@ -46,8 +46,7 @@ class AnomalyMap:
             side; 0 for those of single pixels. The largest of these maps counts at each place.
         blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
 
-    Attributes:
-        limit: The largest value of a map stays below it for 19 of 20 normal inputs.
+    The largest value of a map stays below its ``limit`` for 19 of 20 normal inputs.
 
     Example:
         >>> maps = AnomalyMap(model).fit(normal)
@@ -67,10 +66,9 @@ class AnomalyMap:
         self.model, self.ratios, self.areas, self.blur = model, ratios, areas, blur
 
     def fit(self, reference: Tensor) -> AnomalyMap:
-        """Learns what errors are normal, and returns itself.
+        """Learns what errors are normal of a ``reference`` that the model was not trained on, data units, (N, *shape).
 
-        The ``reference`` is normal data that the model was not trained on, data units, (N, *shape); at most 500 are
-        used. UserError for fewer than two samples, another shape than the model's, or values that are not finite.
+        At most 500 samples are used. Returns itself; errors as of :func:`torchcdm.apps.anomaly.scores.as_samples`.
         """
         reference = as_samples(self.model, reference, 2)
         return self.learn(self.errors(reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]))
@@ -82,8 +80,7 @@ class AnomalyMap:
     def errors(self, x: Tensor) -> Tensor:
         """Errors of E[x_0 | x_t], model units, the mean over draws of x_t: float64 (N, levels, *shape).
 
-        Draws come in pairs of opposite noise, in whose mean what is odd in the noise cancels; the same ones for every
-        input. ``x`` is (N, *shape), data units.
+        Draws, the same for every input, come in pairs of opposite noise, in whose mean what is odd in it cancels.
         """
         x, model, schedule = as_samples(self.model, x), self.model, self.model.schedule
         levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in self.ratios]
@@ -136,10 +133,7 @@ def _smooth(maps: Tensor, share: float) -> Tensor:
 
 
 def top_columns(maps: Tensor, names: Sequence[str] | None = None, most: int = 3) -> list[str]:
-    """The columns that contribute ``most`` to maps of rows (N, d), with their values, such as ``flow 6.2, volt 3.1``.
-
-    Columns without ``names`` are c0, c1, ...
-    """
+    """The columns that contribute ``most`` to maps of rows (N, d), with values, such as ``flow 6.2, volt 3.1``."""
     names = names or [f"c{k}" for k in range(maps.shape[1])]
     found = maps.topk(min(most, maps.shape[1]))
     pairs = (zip(*row, strict=True) for row in zip(found.indices.tolist(), found.values.tolist(), strict=True))

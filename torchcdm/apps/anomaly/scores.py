@@ -1,4 +1,4 @@
-"""Anomaly scores: a number for each input from its profile over the levels, higher for the more anomalous.
+"""Profiles of inputs, log p at every level from one pass, and anomaly scores, a number made of each.
 
 ``levels`` is how far a profile is from those of normal data: the one-pass kin of multi-scale score matching analysis
 (arXiv 2010.13132), which fits a density to the norms of ten scores. It is the sum of two distances of the increments
@@ -12,14 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import softplus
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.mixture import ROUGH, best_mixture, fit_gaussians
+from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.errors import UserError
+from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.density import DensityModel, require_density
+from torchcdm.models.inputs import as_numbers, codes_of
+from torchcdm.random import stream
+
+COARSE_NOISE = 0.5
+"""Noise, in model units, that leaves the coarse picture: data have a scale of about one."""
+
+NOISE_SEED = 0
 
 Fitted = Mapping[str, Tensor]
 """What a score learned from the reference, by name."""
@@ -35,6 +47,56 @@ MOST_INCREMENTS = 512
 
 DISTANCES = ("distance", "rarity")
 """Names of :func:`log_distances`."""
+
+
+def level_profile(model: DensityModel, x: Tensor) -> Tensor:
+    """log p_t(x) at every level, the input itself unchanged from level to level: one forward pass.
+
+    Inputs ``x`` (N, *shape) are in data units. Those on a grid are dequantised by one fixed draw of the noise for all,
+    so that the profile is a function of the input alone. Nats, float64 (N, T+2) on the CPU; in data units where the
+    model has a transform, as what it stretches may differ between inputs. Errors as of :func:`as_samples`; UserError
+    for a model without density.
+    """
+    model = require_density(model, "a profile of log p")
+
+    def levels(x: Tensor) -> Tensor:
+        if model.transform is None:
+            return model.log_prob_levels(x)
+        return model.log_prob_levels(model.transform(x)) + model.transform.log_det(x)[:, None]
+
+    return by_batches(model, levels, x)
+
+
+def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function`` of dequantised batches in data units, on the model's device and in its precision; a CPU tensor."""
+    x = as_samples(model, x)
+    device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
+    places = torch.rand(x.shape[1:], generator=stream(NOISE_SEED, "dequantise"), dtype=torch.float64)
+
+    def one(rows: slice) -> Tensor:
+        clean = x[rows].double()
+        noisy = clean if model.transform is None else model.transform.spread(clean, places)
+        return function(noisy.to(device, dtype)).cpu()
+
+    return in_batches(model, x, one)
+
+
+def as_samples(model: Denoiser, x: Any, smallest: int = 1) -> Tensor:
+    """Samples (N, *shape) for the model as a tensor on the CPU.
+
+    UserError where they are no finite numbers, have another shape, or are fewer than ``smallest``.
+    """
+    x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
+    model.checked(x)
+    if len(x) < smallest:
+        raise UserError(f"the reference holds {len(x)} samples; it takes at least {smallest}")
+    return x
+
+
+def coarse_level(schedule: NoiseSchedule) -> int:
+    """The first level whose noise-to-signal ratio is at least :data:`COARSE_NOISE`; the last where none is."""
+    enough = schedule.ratio[1:-1] >= COARSE_NOISE
+    return int(enough.int().argmax()) + 1 if bool(enough.any()) else schedule.T
 
 
 def learn_levels(profile: Tensor, coarse: int) -> dict[str, Tensor]:
@@ -82,9 +144,9 @@ def fit_increments(profile: Tensor, components: int, shrinkage: float) -> dict[s
 def log_distances(profile: Tensor, fitted: Fitted) -> dict[str, Tensor]:
     """Two logarithms of squared distances from normal increments, (N,) each, by the names of :data:`DISTANCES`.
 
-    The first is Mahalanobis' under Ledoit and Wolf's covariance, which shrinks most where increments hardly vary: it
-    sees what they do together. The second is twice how far the log density of a mixture of Gaussians lies below its
-    peak: it sees details and groups, and in many dimensions takes what lies near the centre for usual, whatever it is.
+    The first is Mahalanobis' under Ledoit and Wolf's covariance: it sees what increments do together. The second is
+    twice how far the log density of a mixture of Gaussians lies below its peak: it sees details and groups, and in
+    many dimensions takes what lies near the centre for usual.
     """
     white = _white(profile, fitted)
     squares = white.square().sum(1), 2 * (fitted["peak"] - _log_density(white, fitted))
@@ -128,10 +190,8 @@ def deviation(values: Tensor) -> Tensor:
 class Kind(NamedTuple):
     """How a score is made of profiles, log p_t(x) in nats, float64 (N, T+2), and of the coarse level.
 
-    Attributes:
-        apply: From profiles, the coarse level and what was learned to scores (N,).
-        learn: From profiles of the reference and the coarse level to what :attr:`apply` needs.
-        smallest_reference: Samples that it takes to learn.
+    From profiles of the reference, at least ``smallest_reference``, and the coarse level ``learn`` makes what
+    ``apply`` needs beside profiles and the coarse level to give scores (N,).
     """
 
     apply: Callable[[Tensor, int, Fitted], Tensor]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchcdm.apps.ratio.checks import both_sides, donsker_varadhan, effective_sample_size, importance_weights
 from torchcdm.data.pairs import MIN_ROWS, held_out_count, read_side
 from torchcdm.errors import UserError, nearest
-from torchcdm.models.inputs import check_count
 from torchcdm.random import permutation
+from torchcdm.runtime.validation import Count, read_as
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -229,7 +229,8 @@ def two_sample_test(
     """See :meth:`DensityRatio.two_sample_test`; ``fitted``: on fresh halves of data that the ratio was fitted to."""
     import pandas as pd
 
-    check_count("permutations", permutations, 19, 10**6)
+    if read_as(Count, permutations, "permutations") < 19:
+        raise UserError(f"permutations is {permutations}; it must be at least 19, which tell p-values of 0.05")
     given = {"numerator": numerator, "denominator": denominator}
     values = [read_side(data, name, ratio._options)[0] for name, data in given.items()]
     places = [np.arange(len(part)) for part in values]
