@@ -38,7 +38,7 @@ from studies.budget import Budget
 from studies.compare.sklearn_peers import choose
 from torchcdm.apps.baselines import Candidates, gaussians, kernels, mixtures
 from torchcdm.estimators import CDMDensity
-from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
+from torchcdm.estimators.base import data_frame, noise_draws, noisy_copies
 from torchcdm.runtime.files import write_json
 from torchcdm.units import ColumnTransform
 from torchcdm.units.lattice import spread

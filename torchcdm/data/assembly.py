@@ -31,15 +31,12 @@ ROUNDING = 0.01
 
 @dataclass(frozen=True)
 class Samples:
-    """What a reader gives.
+    """What a reader gives: fields as of :class:`DataSource`, and
 
     Attributes:
-        name: The SPEC, or what kind of object.
         parts: The split ``train``, and ``validation`` and ``test`` where the data have them.
         grid: Grey levels; None for continuous data.
-        class_names: Names of the classes 0, 1, ...; None without labels.
         table: What the codes of a table are; None elsewhere.
-        notes: What was read off the data, one sentence each.
     """
 
     name: str

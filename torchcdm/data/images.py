@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,10 +37,6 @@ EXIF_ORIENTATION = 0x0112
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue, as in Pillow."""
-
-
-WHOLE = (0, 0, sys.maxsize, sys.maxsize)
-"""Left, upper, right and lower edge of all of an image."""
 
 
 class ImageInfo(NamedTuple):
@@ -121,7 +116,7 @@ def from_pillow(image: Image) -> tuple[Tensor, int | None]:
 
 
 def read_image(
-    path: Path, size: Size | None = None, channels: int | None = None, box: Sequence[int] = WHOLE
+    path: Path, size: Size | None = None, channels: int | None = None, box: Sequence[int | None] = (None,) * 4
 ) -> Tensor:
     """An image file in the size and with the channels asked for, see :func:`conform`.
 

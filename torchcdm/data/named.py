@@ -245,11 +245,8 @@ def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], li
 class Toy:
     """A toy distribution in the plane, as likely in each class: Gaussians along curves, or squares of a board.
 
-    Closer than 1.3 deviations, the Gaussians of a curve sum to one that is smooth to 1e-4.
-
-    Attributes:
-        classes: Points of each class, float64 (K, 2): the middles of Gaussians, or the lower corners of unit squares.
-        deviation: Of the Gaussians; None for squares.
+    ``classes`` are the points of each, float64 (K, 2): middles of Gaussians of the ``deviation``, whose sum is smooth
+    to 1e-4 where they are closer than 1.3 of it; lower corners of unit squares where it is None.
     """
 
     classes: list[Tensor]

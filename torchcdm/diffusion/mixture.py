@@ -96,12 +96,8 @@ class MixtureMarginals(BaseDensity):
         shrinkage: float = 0.0,
         rows: int = FIT_ROWS,
     ) -> MixtureMarginals:
-        """By expectation maximisation, of samples (N, *shape) in model units, dequantised.
-
-        Arguments as of :func:`fit_gaussians` and, for images, :func:`fit_cosines`.
-
-        Raises:
-            UserError: Fewer samples than components.
+        """Of samples (N, *shape) in model units, dequantised, by :func:`fit_gaussians` or, for images,
+        :func:`fit_cosines`; UserError for fewer samples than components.
         """
         if samples.ndim == 2:
             fitted, form = fit_gaussians(samples, components, floor, shrinkage, rows), None
@@ -216,19 +212,16 @@ def fit_gaussians(
     rows: int = FIT_ROWS,
     tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (K,), means (K, d) and full covariances (K, d, d) by expectation maximisation; float64.
+    """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
     Args:
         samples: (N, d).
-        components: K.
+        components: K, at most N.
         floor: Least variance; :data:`VARIANCE_FLOOR` where that is more.
         shrinkage: Share by which each covariance is moved towards their mean, and its square by which that is moved
             towards a round one of the variance of all samples, as one alone is by this share.
         rows: At most so many samples, evenly spaced ones.
         tolerance: EM ends where an iteration gains less, nats a sample.
-
-    Raises:
-        UserError: Fewer samples than components.
     """
     x, floor = _some(samples, components, rows).numpy(), max(floor, VARIANCE_FLOOR)
     options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
@@ -294,12 +287,9 @@ def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]
 
 
 def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (K,), means and variances (K, d) in the cosine basis of images (N, *shape), by EM; float64.
+    """Weights (K,), means and variances (K, d) in the cosine basis of images (N, *shape), float64.
 
-    It starts from groups of equal size by contrast.
-
-    Raises:
-        UserError: Fewer images than components.
+    By expectation maximisation from groups of equal size by contrast.
     """
     z = CosineRotation(samples.shape[1:])(_some(samples, components, FIT_ROWS)).numpy()
     floor = max(floor, VARIANCE_FLOOR)

@@ -34,12 +34,7 @@ FIELDS = ("gaussian", "components", "shrinkage", "form")
 
 
 class Start(NamedTuple):
-    """A base density, :data:`FIELDS` of :class:`torchcdm.training.settings.ModelConfig`, and what it says of data.
-
-    Attributes:
-        fields: By name.
-        log_prob: Of the held-out samples, nats in model units, (N,).
-    """
+    """:data:`FIELDS` of :class:`torchcdm.training.settings.ModelConfig`, and log p of held-out samples (N,), nats."""
 
     fields: dict[str, Any]
     log_prob: Tensor
@@ -54,9 +49,8 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     """The base density under which held-out samples are most probable.
 
     Vectors: mixtures of Gaussians, Gaussians without correlations. Images: mixtures with variances in the cosine
-    basis, or a covariance where there are as many images as numbers. Nothing, the standard normal, for both.
-    One with covariances gives way to the others where those are better by more than the standard error of the
-    difference.
+    basis, or a covariance where there are as many images as numbers. For both the standard normal. One with
+    covariances gives way where others are better by more than the standard error of the difference.
 
     Args:
         train: Samples (N, *shape), model units, dequantised.
@@ -68,10 +62,8 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     held_out = held_out[:: math.ceil(len(held_out) / FIT_ROWS)]
     dim, vectors = train[0].numel(), train.ndim == 2
     shares: Sequence[float] = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
-    nothing = Start(
-        {"gaussian": False, "components": 1, "shrinkage": 0.0, "form": None},
-        log_normal(held_out.flatten(1).double()).sum(1),
-    )
+    log_prob = log_normal(held_out.flatten(1).double()).sum(1)
+    nothing = Start({"gaussian": False, "components": 1, "shrinkage": 0.0, "form": None}, log_prob)
     if given.get("gaussian") is False:
         return nothing
     counts: Sequence[int] = COMPONENTS if vectors else CONTRASTS

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from annotated_types import Gt, Le, Lt
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
@@ -24,13 +24,14 @@ from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
 from torchcdm.compose import sample
 from torchcdm.data import DataSource, MemorySplit
+from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.mixture import FIT_ROWS
 from torchcdm.diffusion.start import Start, best_start
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
-from torchcdm.random import permutation
+from torchcdm.random import permutation, stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
@@ -39,11 +40,17 @@ from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete, spread
-from torchcdm.units.table import Encoded
+from torchcdm.units.table import Encoded, as_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from typing_extensions import Self
+
+COPIES, COPIED_ROWS = 20, 200_000
+"""A table with cells is trained on so many noisy copies, or so many rows in all, whichever is less."""
+
+DRAWS = 8
+"""Draws of the dequantisation noise that a score is averaged over."""
 
 SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
@@ -342,3 +349,50 @@ class DensityEstimator(TableEstimator):
             half = spread(found.x, torch.ones(1).double(), cells) - found.x
             log_p = log_p + torch.where(half > 0, (2 * half).log(), 0.0).sum(1)
         return log_p.numpy()
+
+
+def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:
+    """What to train on: several dequantised copies of codes (N, kept), one after the other, where some have a cell."""
+    copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if table.cells else 1
+    repeated, generator = codes.repeat(copies, 1), stream(seed, "dequantise")
+    return spread(repeated, torch.rand(repeated.shape, generator=generator, dtype=torch.float64), table.cells)
+
+
+def noise_draws(table: TableEncoding, seed: int) -> Tensor:
+    """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""
+    if not table.cells:
+        return torch.full((1, 1), 0.5, dtype=torch.float64)
+    from scipy.stats import qmc
+
+    return torch.from_numpy(qmc.Sobol(len(table.kept), seed=seed).random(DRAWS))
+
+
+def data_frame(
+    table: Any, name: str, like: TableEncoding | None = None, check: Callable[..., np.ndarray] = check_array
+) -> DataFrame:
+    """A data frame as it comes, and anything else that scikit-learn takes as a table of finite numbers.
+
+    Columns ``like`` those of the fit go by name; by their place where the fit or the table has no names. ``check`` is
+    ``check_array``, or ``validate_data`` of an estimator, for what is no data frame: their ValueError and TypeError.
+    UserError for no rows, fewer than :data:`SMALLEST_TABLE` to fit, or another number of columns without names.
+    """
+    import pandas as pd
+
+    smallest = SMALLEST_TABLE if like is None else 1
+    named = hasattr(table, "iloc")
+    if not named:
+        if isinstance(table, Tensor) or np.ma.is_masked(table):
+            table = as_array(table, "the table")  # the check would drop the mask of an array
+        try:
+            table = pd.DataFrame(check(table, dtype=np.float64, ensure_min_samples=smallest))
+        except OverflowError:
+            raise UserError("the table has numbers beyond float64 (1.8e308)") from None
+    frame = as_frame(table)
+    if len(frame) < smallest:
+        raise UserError(f"{name}: {len(frame)} sample(s); a minimum of {smallest} is required")
+    names = None if like is None else [column.name for column in like.columns]
+    if names is None or (named and names != [str(k) for k in range(len(names))]):
+        return frame
+    if len(frame.columns) != len(names):
+        raise UserError(f"{name} has {len(frame.columns)} columns; the fit had {len(names)}")
+    return frame.set_axis(names, axis=1)

@@ -16,8 +16,7 @@ from torch.nn.functional import one_hot
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
-from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
-from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
+from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noise_draws, noisy_copies
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import TableEncoding
 
@@ -75,7 +74,7 @@ class CDMConditional(DensityEstimator):
         with all_or_nothing(self):
             read_as(type(self), self.get_params(deep=False))
             self._framed = hasattr(theta, "iloc")
-            frames = [_table(part, name, SMALLEST_TABLE) for part, name in ((theta, "theta"), (x, "x"))]
+            frames = [_table(part, name) for part, name in ((theta, "theta"), (x, "x"))]
             check_consistent_length(*frames)
             self.notes_, self.n_features_in_ = [], frames[0].shape[1]
             seed = self._seed()
@@ -171,8 +170,8 @@ class CDMConditional(DensityEstimator):
         return torch.from_numpy(context @ self._weights.T + self._intercept)
 
 
-def _table(values: Any, name: str, smallest: int = 1, like: TableEncoding | None = None) -> DataFrame:
+def _table(values: Any, name: str, like: TableEncoding | None = None) -> DataFrame:
     """A table as :func:`data_frame` gives it; a vector is one column."""
     if not hasattr(values, "iloc"):
         values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
-    return data_frame(values, name, smallest, like, partial(check_array, input_name=name))
+    return data_frame(values, name, like, partial(check_array, input_name=name))

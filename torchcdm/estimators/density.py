@@ -15,8 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from torchcdm.apps.fitted import all_or_nothing
-from torchcdm.estimators.base import SMALLEST_TABLE, DensityEstimator, TableEstimator
-from torchcdm.estimators.tables import data_frame, noise_draws, noisy_copies
+from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noise_draws, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
@@ -71,7 +70,7 @@ class TableDensity(TableEstimator):
             self._framed = hasattr(X, "iloc")
             if self._framed:
                 validate_data(self, X, skip_check_array=True)
-            frame = data_frame(X, TABLE, SMALLEST_TABLE, check=partial(validate_data, self))
+            frame = data_frame(X, TABLE, check=partial(validate_data, self))
             self.notes_ = []
             seed = self._seed()
             self.columns_ = self._describe(frame, TABLE)
@@ -90,7 +89,7 @@ class TableDensity(TableEstimator):
     def _encoded(self, X: Any, deviating: bool = False) -> Encoded:
         """The codes of a table to score; ``deviating`` cells are marked, and no error."""
         check_is_fitted(self)
-        frame = data_frame(X, TABLE, 1, self.columns_, partial(validate_data, self, reset=False))
+        frame = data_frame(X, TABLE, self.columns_, partial(validate_data, self, reset=False))
         return self.columns_.encode(frame, TABLE, deviating=deviating)
 
 

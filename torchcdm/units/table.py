@@ -131,13 +131,10 @@ class Column:
 
 
 class Encoded(NamedTuple):
-    """Rows as numbers.
+    """Rows as numbers: codes of the columns that vary, float64 (N, d), and which rows of the table they are (N,).
 
-    Attributes:
-        x: Codes of the columns that vary, float64 (N, d).
-        rows: Which rows of the table they are, long (N,).
-        deviating: Names of the columns in which a row holds what training never had: another value in a constant
-            column, a new level, a missing number. Empty for most.
+    ``deviating`` names the columns in which a row holds what training never had: another value in a constant column, a
+    new level, a missing number. Empty for most.
     """
 
     x: Tensor
@@ -169,14 +166,9 @@ class TableEncoding:
     ) -> tuple[TableEncoding, list[str]]:
         """The encoding of a table, and what is to be said of its columns.
 
-        Args:
-            frame: The table; cells of text are read as numbers, booleans, dates or categories.
-            name: Of the table, for messages.
-            skip_bad: Rows with cells that cannot be read do not count.
-            cells: Whether numbers that come back get a cell; not where nobody asks for their density.
-
-        Raises:
-            UserError: All cells that cannot be read, in one line; nothing that varies.
+        Cells of text are read as numbers, booleans, dates or categories; with ``skip_bad`` rows with cells that cannot
+        be read do not count. Numbers that come back get ``cells``, unless nobody asks for their density. UserError for
+        all cells that cannot be read, in one line, or nothing that varies.
         """
         columns, notes, problems = [], [], []
         for label in frame.columns:
@@ -225,15 +217,9 @@ class TableEncoding:
     ) -> Encoded:
         """The rows of a table as numbers; columns go by name, in any order, and others are passed over.
 
-        Args:
-            frame: Data frame; ``attrs["problems"]`` is what was wrong with its lines.
-            name: Of the table, for messages.
-            skip_bad: Leaves out rows with cells that cannot be read, or that training never had.
-            deviating: What training never had is marked, and no problem; constant columns may be missing.
-            problems: What else is wrong.
-
-        Raises:
-            UserError: All that is missing or cannot be read, in one line.
+        ``skip_bad`` leaves out rows with cells that cannot be read, or that training never had. With ``deviating``
+        these are marked, and no problem; constant columns may be missing. UserError tells in one line all that cannot
+        be read, the ``problems`` and those of ``frame.attrs`` too.
         """
         problems, codes = [*frame.attrs.get("problems", ()), *problems], []
         absent = [column for column in self.names if column not in frame.columns]

@@ -34,13 +34,9 @@ LEAST_GAIN = 0.02
 def fit_warp(x: Tensor, sources: Tensor | None = None, straight: Collection[int] = ()) -> dict[str, Tensor]:
     """The curves of columns by maximum likelihood, each by itself: ``warp`` of :class:`ColumnTransform`.
 
-    The curve is that of all rows together, but it is used only where each source is more nearly normal for it: two
-    normals side by side look skewed together, and bending them would be the end of their simple ratio.
-
-    Args:
-        x: (N, d), float64.
-        sources: The source of each row, (N,); all of one when None.
-        straight: Columns that are only shifted and scaled.
+    The curve is that of all rows (N, d), float64, but it is used only where each of the ``sources`` (N,) is more
+    nearly normal for it: two normals side by side look skewed together, and bending them would be the end of their
+    simple ratio. Columns that are ``straight`` are only shifted and scaled.
     """
     allowed = torch.ones(x.shape[1], dtype=torch.bool)
     allowed[list(straight)] = False
