@@ -220,7 +220,7 @@ def test_our_own_divergence_counts_like_any(source, tmp_path, monkeypatch):
         (["compare", "digits"], "required: --budget"),
         (["compare", "digits", "--budget", "0"], "budget is 0 seconds; it must be positive"),
         (["compare", "digits", "--budget", "-5"], "budget is -5 seconds"),
-        (["compare", "digits", "--budget", "1", "--log-z", "3"], "--log-z is 3; at least 4 sweeps"),
+        (["compare", "digits", "--budget", "1", "--log-z", "3"], "--log-z is 3; it must be at least 4"),
         (["compare", "digits", "--budget", "soon"], "invalid float value: 'soon'"),
         (["compare", "digits", "--budget", "1", "--peers", "nfs"], "unknown peer 'nfs'; did you mean 'nsf'"),
         (["compare", "digits", "--budget", "1", "--peers", ""], "unknown peer ''"),

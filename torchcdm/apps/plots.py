@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from torchcdm.likelihood.flow import LevelGaps
-    from torchcdm.likelihood.one_pass import Consistency
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
 DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8}
@@ -51,13 +50,13 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
             ax.set(xlabel=LEVEL, ylabel=name)
 
 
-def consistency(ratios: Consistency, gaps: LevelGaps | None, path: Path) -> None:
+def consistency(down: Tensor, up: Tensor, gaps: LevelGaps | None, path: Path) -> None:
     """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap of one pass and flow, by level."""
     with panels(path, 1 if gaps is None else 2) as axes:
-        levels = torch.arange(len(ratios.down)) + 0.5
+        levels = torch.arange(len(down)) + 0.5
         # Not a logarithmic axis: ratios of a poor model may be all that float64 holds.
-        axes[0].plot(levels, ratios.down.log10(), label="E[p(t-1) / p(t)] at level t")
-        axes[0].plot(levels, ratios.up.log10(), label="E[p(t+1) / p(t)] at level t")
+        axes[0].plot(levels, down.log10(), label="E[p(t-1) / p(t)] at level t")
+        axes[0].plot(levels, up.log10(), label="E[p(t+1) / p(t)] at level t")
         axes[0].set(xlabel=LEVEL, ylabel="log10 of the mean ratio")
         axes[0].legend(fontsize=7)
         if gaps is not None:

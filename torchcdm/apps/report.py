@@ -54,13 +54,13 @@ def write_report(
         beside = _beside(source, x) if config.report.baselines else []
         few, _ = split.tensors(min(DIAGNOSED, max(2, limit // 4)))
         if model.density is not None and len(few) >= 2:
-            ratios = consistency(model.density, few)
-            plots.consistency(ratios, nll.gaps, folder.plots / "consistency.png")
+            ratios = dict(zip(("down", "up"), consistency(model.density, few), strict=True))
+            plots.consistency(*ratios.values(), nll.gaps, folder.plots / "consistency.png")
     lines = read_metrics(folder.metrics)
     plots.training_curves(lines, folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
     last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
-    by_level = {"consistency": ratios, "gap_to_flow_by_level": nll and nll.gaps}
+    by_level = {"consistency": ratios, "gap_to_flow_by_level": nll and nll.gaps and nll.gaps._asdict()}
     write_json(folder.report, {
         "preset": config.preset,
         "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
@@ -73,7 +73,7 @@ def write_report(
         # What the training found of its model and of what it has to beat.
         "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
         "nll": nll and nll.to_json(),
-        **{name: found and {key: torch.as_tensor(value).tolist() for key, value in found._asdict().items()}
+        **{name: found and {key: torch.as_tensor(value).tolist() for key, value in found.items()}
            for name, found in by_level.items()},
     })  # fmt: skip
     return _text(nll, beside, evaluation)

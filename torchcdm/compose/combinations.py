@@ -166,6 +166,9 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Ex
         model: The density to take from; with classes where ``what`` holds classes.
         what: Classes of the model, or models, to keep away from.
         kappa: Strength of the repulsion, above 0; 1 for models when None.
+
+    Raises:
+        UserError: As :func:`all_of`, or classes of which none is left.
     """
     of_models = any(isinstance(one, nn.Module) for one in what)
     away = _experts(what, None) if of_models else _experts(model, what)

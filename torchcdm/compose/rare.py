@@ -81,6 +81,9 @@ def probability(
         seed: Seed, not negative.
         progress: Shows progress bars.
 
+    Raises:
+        UserError: A model without a density, values of another shape or not numbers, or an event that cannot happen.
+
     Example:
         >>> bright = torchcdm.compose.probability(model, lambda x: x.flatten(1).sum(1), 600.0)
         >>> print(bright)

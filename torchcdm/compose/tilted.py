@@ -106,6 +106,9 @@ def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = Fa
             weighs and accepts, and proposes nothing.
         exact: Whether the gradient goes through the denoiser itself: a second derivative, about twice the time.
 
+    Raises:
+        UserError: A model without a density; in calls, a reward of another shape.
+
     Example:
         >>> heavy = torchcdm.compose.tilted(model, lambda x: x.flatten(1).sum(1) / 50)
         >>> x = torchcdm.sample(heavy, 64, particles=256)

@@ -54,6 +54,9 @@ def elbo(
         kernels: The chain's; with the reference Gaussian's variances when None.
         evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
             many strata of the levels, a random level of each. One for each level when None.
+
+    Raises:
+        UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
     (x, y), transform, level = as_data(denoiser, x, y), denoiser.transform, scoring.level_of(denoiser)
     schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))

@@ -82,10 +82,9 @@ def probability_flow(
     """log-likelihood of data through one draw of noise and the flow from there.
 
     A lower bound on that of data on a grid; for continuous data the density of the data with that noise. Exact up to
-    the flow's steps, probes and start density, and normalised by construction.
-
-    Data as in :func:`torchcdm.likelihood.single_pass`, of any denoiser with a transform. Of ``scoring`` level 1 ...
-    T - 1, steps, probes, seed and batch size are used.
+    the flow's steps, probes and start density, and normalised by construction. Data as in
+    :func:`torchcdm.likelihood.single_pass`, of any denoiser with a transform. Of ``scoring`` level 1 ... T - 1, steps,
+    probes, seed and batch size are used.
     """
     (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,21 +100,13 @@ def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tens
     return z, log_prob, decoded - cells.log_q(z, batch.x) + change
 
 
-class Consistency(NamedTuple):
-    """One number for each pair of neighbouring levels, entry i for the pair (i, i + 1); all float64 (T+1,).
+def consistency(
+    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
+) -> tuple[Tensor, Tensor]:
+    """Mean ratios of neighbouring levels i and i + 1 (identity 1), 1 for a perfect classifier; T + 2 forward passes.
 
-    Means of p_i / p_{i+1} on data noised to level i + 1, ``down``, and of p_{i+1} / p_i on data noised to level i,
-    ``up``: 1 for a perfect classifier.
-    """
-
-    down: Tensor
-    up: Tensor
-
-
-def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()) -> Consistency:
-    """Ratios of neighbouring levels (identity 1) on noised data, N at least 2; T + 2 forward passes.
-
-    Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
+    Of p_i / p_{i+1} on data noised to level i + 1, and of p_{i+1} / p_i on data noised to level i; float64 (T+1,)
+    each. Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
     """
     model, (x, y) = require_density(model, "consistency"), as_data(model, x, y)
     dtype = working_dtype(model, torch.float64)
@@ -133,4 +124,4 @@ def consistency(model: DensityModel, x: Tensor, y: Tensor | None = None, scoring
         return torch.stack(down, 1), torch.stack(up, 1)
 
     down, up = in_batches(model, x, ratios, scoring.batch_size)
-    return Consistency(down.mean(0), up.mean(0))
+    return down.mean(0), up.mean(0)

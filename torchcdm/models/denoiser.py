@@ -133,10 +133,6 @@ class Denoiser(nn.Module, ABC):
         """
         return noise if self.base is None else self.base.start(noise)
 
-    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float) -> Tensor:
-        """(1 + w) E[eps | x_t, y] - w E[eps | x_t], (B, *shape)."""
-        return guided(self.denoise(x_t, t, y).eps, self.denoise(x_t, t).eps, weight)
-
 
 def guided(conditional: Tensor, plain: Tensor, weight: float) -> Tensor:
     """(1 + w) of what is said given a class, less w of what is said without one (identity 8): noises or log p."""
@@ -174,8 +170,8 @@ class DenoisingDiffusion(Denoiser):
 class GuidedDenoiser(Denoiser):
     """A class-conditional ``model``, trained with dropped labels, pushed towards its class by a ``weight`` w.
 
-    See :meth:`Denoiser.guided_eps`; 0 is the plain conditional model (diffusers' ``guidance_scale`` is 1 + w).
-    UserError for a model without classes, or no weight; in calls, for no labels.
+    With 0 it is the plain conditional model (diffusers' ``guidance_scale`` is 1 + w). UserError for a model without
+    classes, or no weight; in calls, for no labels.
     """
 
     @checked
@@ -195,7 +191,12 @@ class GuidedDenoiser(Denoiser):
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         if y is None:
             raise UserError("guidance needs labels: give y")
-        return Prediction(x_t, *self.schedule.at(t, x_t), self.model.guided_eps(x_t, t, y, self.weight))
+        density = self.model.density
+        if density is None:
+            eps = guided(self.model.denoise(x_t, t, y).eps, self.model.denoise(x_t, t).eps, self.weight)
+        else:
+            eps = density.evaluate(x_t, t, y, self.weight).eps
+        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
 
 @contextmanager

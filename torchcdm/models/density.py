@@ -125,8 +125,7 @@ class DensityModel(Denoiser):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What annealing asks of a density, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
 
-        Returns:
-            log p_t(x_t), (B,), E[eps | x_t], (B, *shape), and log p at every level, (B, T+2).
+        log p_t(x_t), (B,), E[eps | x_t], (B, *shape), and log p at every level, (B, T+2).
         """
         found = self.evaluate(x_t, t, y, guidance)
         return found.log_prob_levels.gather(1, t[:, None])[:, 0], found.eps.double(), found.log_prob_levels
@@ -141,9 +140,6 @@ class DensityModel(Denoiser):
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate(x_t, t, y, graph="all").eps
-
-    def guided_eps(self, x_t: Tensor, t: Level, y: Tensor, weight: float) -> Tensor:
-        return self.evaluate(x_t, t, y, weight).eps
 
     def log_prob(self, x: Any, t: Level = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable.
