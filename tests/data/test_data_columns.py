@@ -9,8 +9,7 @@ from oracles import MixtureClassifier, rng
 
 from studies.exact import GaussianMixture
 from torchcdm.data import from_object
-from torchcdm.data.assembly import assemble
-from torchcdm.data.loading import samples_of
+from torchcdm.data.loading import assemble, samples_of
 from torchcdm.data.options import DataOptions
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.data.assembly import Grid, Samples, single
 from torchcdm.data.images import channels_first, conform
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import read_arrays
-from torchcdm.data.source import MemorySplit
+from torchcdm.data.source import Grid, MemorySplit, Samples, single
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 

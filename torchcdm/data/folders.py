@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from torchcdm.data.assembly import Samples
 from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit
+from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
 
 SPLIT_NAMES = {

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from torchcdm.data import images, tables
 from torchcdm.data.arrays import read_labels
-from torchcdm.data.assembly import Samples
 from torchcdm.data.folders import named_splits
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import LazySplit, Split
+from torchcdm.data.source import LazySplit, Samples, Split
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.units import DataTransform
 

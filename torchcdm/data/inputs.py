@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, images, tables
-from torchcdm.data.assembly import single
 from torchcdm.data.folders import find_images, left_out
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status, printable
-from torchcdm.data.source import places_of
+from torchcdm.data.source import places_of, single
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform, TableEncoding
 
@@ -52,7 +51,7 @@ def read_inputs(
     noisy: bool = False,
     parts: Sequence[int] | None = None,
 ) -> Inputs:
-    """Samples for a model from files.
+    """Samples for a model from files; UserError for nothing to read, damaged files, or ones that do not fit the model.
 
     An image file's full range, 0 ... 255 or 0 ... 65535, stands for the model's range of grey levels: a digit
     saved as a PNG by :func:`torchcdm.data.save_images` is read back with levels 0 ... 16. Images larger than the
@@ -65,9 +64,6 @@ def read_inputs(
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
         parts: Parts of the files, one a path, as :func:`parts_of` numbers them; the paths may then hold nothing to
             read.
-
-    Raises:
-        UserError: Nothing to read, a file that cannot be read or does not fit the model, with both shapes.
 
     Example:
         >>> x, names, deviating, notes = read_inputs(["a.png", "folder", "more.npz"], model.transform)

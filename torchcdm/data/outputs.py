@@ -46,10 +46,7 @@ def save_images(
 
     PNG, scaled as by :func:`to_bytes`; grey images with more than 256 levels become 16-bit PNG with their own values,
     images of more than four channels .npy files (C, H, W) with their own values. They are called by ``names``, without
-    suffix, or 000000, 000001, ...
-
-    Raises:
-        UserError: Not images, or the folder cannot be written.
+    suffix, or 000000, 000001, ... UserError for no images, or a folder that cannot be written.
     """
     many = x.ndim == 4 and x.shape[1] > 4
     deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
@@ -89,9 +86,7 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     """Samples (N, *shape), data units, as .npy, or with their labels as .npz with x and y; ``array:FILE`` reads both.
 
     Grey levels are rounded and stored as the smallest integer type that holds them; continuous data as float32.
-
-    Raises:
-        UserError: Another suffix, labels for .npy, or the file cannot be written.
+    UserError for another suffix, labels for .npy, or a file that cannot be written.
     """
     path, values = Path(path), _stored(x, transform)
     if path.suffix == ".npz":

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.assembly import Grid, single
 from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_columns
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import DataSource, MemorySplit
+from torchcdm.data.source import DataSource, Grid, MemorySplit, single
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
@@ -59,7 +58,7 @@ class Pair:
 def pair_up(
     numerator: Any, denominator: Any, options: DataOptions | None = None, discrete: Discrete = "dequantize"
 ) -> Pair:
-    """Both data sets, split into training and validation and scaled alike.
+    """Both data sets, split into training and validation and scaled alike; UserError where they do not go together.
 
     Args:
         numerator: As :func:`torchcdm.data.from_object` takes them, a SPEC, or the path of a table, an array or a
@@ -68,9 +67,6 @@ def pair_up(
         options: ``validation_fraction`` is the share of each that is held out, :data:`HELD_OUT` when None; ``seed`` is
             that of the split and of the dequantisation; ``size``, ``channels`` and ``skip_bad`` are for images.
         discrete: Columns with few values: ``dequantize`` adds uniform noise over their cells, ``error`` names them.
-
-    Raises:
-        UserError: Data that do not go together, with what differs; cells that are no numbers; too few samples.
     """
     options = options or DataOptions()
     if options.validation_fraction == 0:

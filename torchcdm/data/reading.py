@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -60,9 +61,6 @@ def read_arrays(path: Path, wanted: Sequence[str] = ()) -> dict[str, np.ndarray]
         with zipfile.ZipFile(file) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             names = [name for name in members if name in wanted] or list(members)
-            found = {}
-            for name in names:
-                with archive.open(members[name]) as member:
-                    found[name] = np.lib.format.read_array(member, allow_pickle=False)
-                    member.read(1)  # at its end the checksum is compared
-            return found
+            # Whole, as a checksum is compared at the end of a member.
+            parts = {name: io.BytesIO(archive.read(members[name])) for name in names}
+            return {name: np.lib.format.read_array(part, allow_pickle=False) for name, part in parts.items()}

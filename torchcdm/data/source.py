@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.random import evenly_spaced
-from torchcdm.units import DataTransform
+from torchcdm.units import DataTransform, TableEncoding
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes up to which a data set that lies in files is read into memory when it is loaded."""
@@ -32,6 +33,9 @@ NO_LABEL = -1
 
 Size = tuple[int, int]
 """Height and width, pixels."""
+
+Grid = tuple[int, int]
+"""Smallest and largest grey level of integer data; None stands for continuous data."""
 
 
 class Split(Dataset, ABC):
@@ -250,6 +254,24 @@ class DataSource:
         return replace(self, **{name: change(getattr(self, name)) for name in ("train", "validation", "test")})
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What a reader gives: fields as of :class:`DataSource`, and
+
+    Attributes:
+        parts: The split ``train``, and ``validation`` and ``test`` where the data have them.
+        grid: Grey levels; None for continuous data.
+        table: What the codes of a table are; None elsewhere.
+    """
+
+    name: str
+    parts: dict[str, Split]
+    grid: Grid | None = None
+    class_names: tuple[str, ...] | None = None
+    table: TableEncoding | None = None
+    notes: tuple[str, ...] = ()
+
+
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
     """The same source with its classes numbered as those of a model of these ``names``; UserError for any other class.
 
@@ -284,3 +306,12 @@ def fingerprint(source: DataSource) -> str:
         digest.update(f"{len(split)} {tuple(x.shape)}".encode())
         digest.update(x.double().contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def single(x: np.ndarray, name: str) -> Tensor:
+    """Finite numbers as float32; UserError where one is beyond."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{name}: holds values beyond float32 (3e38); divide them by a constant")
+    return torch.from_numpy(values)

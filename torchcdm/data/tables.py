@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchcdm.data.arrays import read_labels
-from torchcdm.data.assembly import Samples
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import reading
-from torchcdm.data.source import MemorySplit
+from torchcdm.data.source import MemorySplit, Samples
 from torchcdm.errors import UserError, nearest, needed
 from torchcdm.units import DataTransform, TableEncoding
 

@@ -250,11 +250,8 @@ class TableEstimator(BaseEstimator):
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
 
-        A ``random_state`` that is a generator is not kept.
-
-        Raises:
-            NotFittedError: Nothing was fitted.
-            UserError: A file cannot be written, or the folder holds a run or files of another origin.
+        A ``random_state`` that is a generator is not kept. NotFittedError where nothing was fitted; UserError for a
+        file that cannot be written, or a folder that holds a run or files of another origin.
         """
         check_is_fitted(self)
         params, fitted = plain_fields(self, self.get_params()), plain_fields(self, self._saved)
@@ -265,11 +262,7 @@ class TableEstimator(BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """A saved estimator.
-
-        Raises:
-            UserError: No estimator of this class there, or damaged files.
-        """
+        """A saved estimator; UserError where there is none of this class, or files are damaged."""
         info = read_info(folder)
         content = info.estimator or {}
         if content.get("kind") != cls.__name__:

@@ -32,11 +32,7 @@ KINDS = {"affine": DataTransform, "gaussianized": GaussianizedTransform, "column
 
 
 def transform_from_config(config: Any) -> DataTransform:
-    """The transform that wrote ``config``; histograms of grey levels are blank, to load a saved state into.
-
-    Raises:
-        UserError: Anything that no transform writes.
-    """
+    """The transform that wrote ``config``, or UserError; histograms of grey levels are blank, to load a state into."""
     try:
         arguments = {"kind": "affine", "table": None, **config}
         kind, table = KINDS[arguments.pop("kind")], arguments.pop("table")

@@ -119,12 +119,7 @@ class ColumnTransform(DataTransform):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self._scaled(x)
-        # sinh(arcsinh(u)) is u, but not to the last bit, and far out not even nearly.
-        z = torch.where(self.bent, bend(u, self.skew, self.tail), u)
-        for k, histogram in self._columns():
-            z[:, k] = histogram(x[:, k].double(), self.scale[k])[0]
-        return z.to(floating(x))
+        return self._mapped(x)[0].to(floating(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         u, floor = z.double(), floor_of(self.least)
@@ -138,12 +133,7 @@ class ColumnTransform(DataTransform):
 
     def log_slopes(self, x: Tensor) -> Tensor:
         """log dz/dx of each number of ``x`` (N, d), float64."""
-        of_bend = torch.where(self.bent, bend_log_slope(self._scaled(x), self.skew, self.tail), 0.0)
-        of_logarithm = torch.where(self.least > 0, -torch.maximum(x.double(), floor_of(self.least)).log(), 0.0)
-        slopes = of_bend + of_logarithm - self.scale.log()
-        for k, histogram in self._columns():
-            slopes[:, k] = histogram(x[:, k].double(), self.scale[k])[1]
-        return slopes
+        return self._mapped(x)[1]
 
     def log_det(self, x: Tensor) -> Tensor:
         return self.log_slopes(x).sum(1)
@@ -154,8 +144,18 @@ class ColumnTransform(DataTransform):
         warp = {key: value.tolist() for key, value in zip(WARP, values, strict=True)}
         return {"kind": "columns", "warp": warp, "histograms": histograms, "dequantize": self.dequantize}
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        return (logarithm(x.double(), self.least) - self.shift) / self.scale
+    def _mapped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z and log dz/dx, each (N, d), float64."""
+        x = x.double()
+        u = (logarithm(x, self.least) - self.shift) / self.scale
+        # sinh(arcsinh(u)) is u, but not to the last bit, and far out not even nearly.
+        z = torch.where(self.bent, bend(u, self.skew, self.tail), u)
+        of_bend = torch.where(self.bent, bend_log_slope(u, self.skew, self.tail), 0.0)
+        of_logarithm = torch.where(self.least > 0, -torch.maximum(x, floor_of(self.least)).log(), 0.0)
+        slopes = of_bend + of_logarithm - self.scale.log()
+        for k, histogram in self._columns():
+            z[:, k], slopes[:, k] = histogram(x[:, k], self.scale[k])
+        return z, slopes
 
     def _columns(self) -> list[tuple[int, Histogram]]:
         """The columns with a histogram."""

@@ -37,10 +37,7 @@ class GaussianizedTransform(DataTransform):
         shape: Event shape.
         bin: Spacing of the grey levels.
         low: Smallest grey level.
-        high: Largest grey level.
-
-    Raises:
-        UserError: Grey levels without end, or what :class:`DataTransform` refuses.
+        high: Largest grey level. UserError for grey levels without end, or too many.
 
     Attributes:
         cumulative: F at the edges of the cells, (*shape, levels + 1), from 0 to 1.
