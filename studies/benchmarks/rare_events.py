@@ -22,7 +22,7 @@ from torch import Tensor
 
 from studies.benchmarks.exact_targets import RoundMixture
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.splitting import climb
+from torchcdm.compose.rare import climb
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.random import stream
 
@@ -56,8 +56,8 @@ def measure(d: int, p: float, repeats: int, n: int, moves: int) -> dict[str, Any
 
     before = time.process_time()
     found = [climb(target, kernels, event, threshold, n, stream(k, "rare"), moves) for k in range(repeats)]
-    ratios = torch.tensor([math.exp(one.log_p) / p for one in found], dtype=torch.float64)
-    widths = torch.tensor([1.96 * math.sqrt(math.log1p(one.variance)) for one in found], dtype=torch.float64)
+    ratios = torch.tensor([one.value / p for one in found], dtype=torch.float64)
+    widths = torch.tensor([math.log(one.value / one.low) for one in found], dtype=torch.float64)
     covered = float((ratios.log().abs() <= widths).double().mean())
     evaluations, cv = sum(one.evaluations for one in found) / repeats, float(ratios.std() / ratios.mean())
     return {

@@ -1,10 +1,19 @@
-"""Probabilities of rare events under a model or a composed density."""
+r"""Probabilities of rare events by splitting: particles that climb a ladder of thresholds.
+
+:math:`P(f(x) > \tau) = \prod_k P(f > \tau_k \mid f > \tau_{k-1})`. Each threshold is a quantile of the particles that
+are above the last one; those below are replaced by copies of the others, and all are moved so that the density above
+the threshold stays as it is (Cerou and Guyader 2007). A move is a Langevin step, or a *jump*: up to a random level by
+the noise, down again by the denoiser's kernel. Which levels jumps go to follows from how far they get.
+
+The error is estimated from one population, by how many of the first particles have descendants at the end (Lee and
+Whiteley 2018), here for systematic resampling.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, final
 
 import torch
@@ -12,13 +21,28 @@ from annotated_types import Ge
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.splitting import climb
-from torchcdm.annealing.target import ModelTarget
+from torchcdm.annealing.particles import FIRST_STEP, States, adapted, chance, langevin, smc, systematic
+from torchcdm.annealing.target import Evaluated, ModelTarget, Target
 from torchcdm.compose.tilted import of_data, one_each
+from torchcdm.diffusion.gaussian import MatrixRotation
+from torchcdm.diffusion.prediction import Prediction
+from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, Float, Seed, checked
+
+Event = Callable[[Tensor], Tensor]
+"""f(x_1), (B,), of points at level 1, model units, float64 (B, *shape)."""
+
+KEEP = 0.75
+"""Share of the particles above the next threshold."""
+
+LEAST = 1e-30
+"""Probabilities below are not looked for."""
+
+FORGET = 0.7
+"""Share of what jumps to a level have reached that is kept from one threshold to the next."""
 
 FEWEST_FAMILIES = 10
 """Effective number of first particles, below which the interval is said to be unreliable."""
@@ -67,8 +91,8 @@ def probability(
 ) -> Probability:
     """P(f(x) > threshold) where this may be as small as 1e-30, with a 95 % interval.
 
-    Splitting (:mod:`torchcdm.annealing.splitting`). Of the density at level 1, normalised: that of the data plus the
-    noise of the first level. The best that n particles can do is a coefficient of variation of (-log P / n)^½.
+    By splitting. Of the density at level 1, normalised: that of the data plus the noise of the first level. The best
+    that n particles can do is a coefficient of variation of (-log P / n)^½.
 
     Args:
         model: The density, or a composed one.
@@ -100,7 +124,171 @@ def probability(
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)
         found = climb(target, kernels, values_of, threshold, n, stream(seed, "splitting"), moves, progress)
-    value, width = math.exp(found.log_p), math.exp(1.96 * math.sqrt(math.log1p(found.variance)))
-    x = of_data(model, Tensor.cpu)(found.states.x / alpha).to(torch.get_default_dtype())
+    return replace(found, x=of_data(model, Tensor.cpu)(found.x / alpha).to(torch.get_default_dtype()))
+
+
+@torch.no_grad()
+def climb(
+    target: Target,
+    kernels: Kernels,
+    event: Event,
+    threshold: float,
+    n: int,
+    generator: torch.Generator,
+    moves: int = 2,
+    progress: bool = False,
+) -> Probability:
+    """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles; ``x`` are model units there.
+
+    After each threshold they make as many jumps as Langevin ``moves``. UserError where f has nothing above some value,
+    or the probability is below 1e-30.
+    """
+    from tqdm.auto import tqdm
+
+    half = -(-n // 2)
+    counted = _Above(target, event)
+    found = smc(counted, kernels, 1, 2, half, generator, moves=1, progress=progress)
+    if not bool(found.log_estimates.isfinite().any()):
+        raise UserError("probability: no particle has any weight: the density contradicts itself")
+    # An island may have lost all of its weight: it counts for nothing.
+    states = found.states
+    weights = found.log_weights.softmax(1).nan_to_num(0.0) * found.log_estimates.softmax(0)[:, None]
+    first = _families(states, weights)
+    jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
+    bar = tqdm(desc="thresholds", disable=not progress, leave=False)
+    while True:
+        values = event(states.x)
+        least = min(threshold, _quantile(values, weights.flatten()))
+        alive = values > least
+        share = float(weights.flatten()[alive].sum())
+        if not share > 0:
+            raise UserError(f"probability: no particle is above {least:.6g}, the largest value found: the event "
+                            "cannot happen, or its values are steps too high to climb")  # fmt: skip
+        log_p, weights = log_p + math.log(share), weights * alive.view(2, -1) / share
+        thresholds.append(least)
+        bar.update()
+        if least >= threshold:
+            break
+        if log_p < math.log(LEAST):
+            raise UserError(f"probability: below {LEAST:g}; values reach {float(values.max()):.6g} of {threshold:g}")
+        states, weights, pairs = _resampled(states, weights, generator)
+        counted.least, spurious = least, spurious + pairs
+        metrics = [_metric(target, states.take(rows)) for rows in jumps.halves]
+        for _ in range(moves):
+            moved = 0.0
+            for rows, metric in zip(jumps.halves, reversed(metrics), strict=True):
+                part = states.take(rows)
+                accepted = langevin(counted, kernels, part, step, generator, metric=metric)
+                states.put(rows, part)
+                moved += float(accepted.double().mean()) / 2
+            step = adapted(step, moved)
+            jumps.move(states, generator)
+        jumps.adapt()
+    last = _families(states, weights)
+    # A population of n tells nothing finer than 1 / n from certainty.
+    variance = max(float((last - first).square().sum()) - spurious, 1 / n**2)
+    families = 1 / float(last.square().sum())
+    value, width = math.exp(min(log_p, 0.0)), math.exp(1.96 * math.sqrt(math.log1p(variance)))
     interval = value / width, min(1.0, value * width)
-    return Probability(value, *interval, found.evaluations, found.thresholds, found.families, x)
+    return Probability(value, *interval, counted.evaluations, thresholds, families, states.x[alive])
+
+
+def _families(states: States, weights: Tensor) -> Tensor:
+    """Weight of the descendants of each first particle, (n,)."""
+    return torch.zeros_like(weights.flatten()).index_add(0, states.origin.to(weights.device), weights.flatten())
+
+
+def _quantile(values: Tensor, weights: Tensor) -> float:
+    """The highest value above which there is :data:`KEEP` of the weight; with ties less may be above it."""
+    ordered, index = values.sort(descending=True)
+    reached = int((weights[index].cumsum(0) < KEEP).sum())
+    return float(ordered[min(reached + 1, len(values) - 1)])
+
+
+def _resampled(states: States, weights: Tensor, generator: torch.Generator) -> tuple[States, Tensor, float]:
+    """Systematic resampling within each half; and the share of pairs of one parent that weights do not account for.
+
+    In random order: in theirs, relatives would be neighbours, and families of nearly the expected size.
+    """
+    half, chosen, spurious, mass = weights.shape[1], [], 0.0, weights.sum(1)
+    for k, row in enumerate(weights):
+        order = torch.randperm(half, generator=generator).to(row.device)
+        share = row[order] / mass[k] if mass[k] > 0 else torch.full_like(row, 1 / half)
+        offset = torch.rand(1, generator=generator, dtype=torch.float64).to(row.device)
+        picked = systematic(share[None], offset)[0]
+        copies = torch.bincount(picked, minlength=half)
+        pairs = float((copies * (copies - 1)).sum()) / half**2 - float(share.square().sum()) + 1 / half
+        spurious += float(mass[k]) ** 2 * pairs
+        chosen.append(order[picked] + k * half)
+    return states.take(torch.cat(chosen)), (mass[:, None] / half).expand(-1, half).clone(), spurious
+
+
+def _metric(target: Target, states: States) -> tuple[MatrixRotation, Tensor]:
+    """Axes and squared scales of moves that suit the states: the inverse of the scores' second moments there.
+
+    In a tail it is small along the gradient of log gamma, which is where the threshold limits the moves. Moments of n
+    scores are noise in the directions where they are least: shrunk by d / (n + d) towards round ones.
+    """
+    scores = Prediction(states.x, *target.schedule.at(1, states.x), states.at.eps).score.flatten(1)
+    n, d = scores.shape
+    moments, share = scores.T @ scores / n, d / (n + d)
+    values, axes = torch.linalg.eigh(moments)
+    values = (1 - share) * values + share * values.mean()
+    return MatrixRotation(target.shape, axes), 1 / values.clamp_min(1e-12)
+
+
+@final
+class _Above(Target):
+    """A target without mass at level 1 where f is at most ``least``, and what it has been asked."""
+
+    def __init__(self, inner: Target, event: Event) -> None:
+        super().__init__(inner.schedule, inner.shape, inner.reference)
+        self.inner, self.event, self.least, self.evaluations = inner, event, -math.inf, 0
+
+    def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        log_gamma, eps = torch.full_like(x_t.flatten(1)[:, 0], -math.inf), torch.zeros_like(x_t)
+        limited = isinstance(t, int) and t == 1 and self.least > -math.inf
+        inside = self.event(x_t) > self.least if limited else log_gamma < 0
+        if inside.any():
+            log_gamma[inside], eps[inside] = self.inner.evaluate(x_t[inside], t)[:2]
+        self.evaluations += int(inside.sum())
+        return Evaluated(log_gamma, eps)
+
+
+@final
+class _Jumps:
+    """Moves from level 1 up to another level and down again."""
+
+    def __init__(self, target: _Above, kernels: Kernels, states: States) -> None:
+        self.target, self.kernels = target, kernels
+        T, rotation = target.schedule.T, target.reference.rotation
+        self.levels = torch.tensor(sorted({min(T, round(1.4**k) + 1) for k in range(40) if 1.4**k < 1.4 * T}))
+        half = len(states.x) // 2
+        self.halves = torch.arange(2 * half, device=states.x.device).split(half)
+        self.spread = rotation(states.x).var(0).clamp_min(1e-12)
+        self.odds = torch.ones(len(self.levels), dtype=torch.float64)
+        self.way, self.tried = torch.zeros_like(self.odds), torch.zeros_like(self.odds)
+
+    def move(self, states: States, generator: torch.Generator) -> None:
+        """One jump of each state, two evaluations or, where it ends below the threshold, one."""
+        kernels, target, x, n = self.kernels, self.target, states.x, len(states.x)
+        which = torch.multinomial(self.odds, n, replacement=True, generator=generator)
+        noises = [torch.randn(n, self.spread.numel(), generator=generator, dtype=x.dtype).to(x.device)
+                  for _ in range(2)]  # fmt: skip
+        t, s = self.levels[which].to(x.device), torch.ones(n, dtype=torch.long, device=x.device)
+        x_t = kernels.up(x, s, t, noises[0].reshape(x.shape))
+        eps = target.evaluate(x_t, t).eps
+        proposed = States.of(target, kernels.down(x_t, eps, t, s, noises[1]), states.t)
+        log_ratio = proposed.at.log_gamma - states.at.log_gamma
+        log_ratio = log_ratio + kernels.log_ratio(proposed.x, x_t, eps, s, t) - kernels.log_ratio(x, x_t, eps, s, t)
+        accepted = chance(log_ratio, generator)
+        way = (target.reference.rotation(proposed.x - x).square() / self.spread).mean(1) * accepted
+        self.way.index_add_(0, which, way.cpu())
+        self.tried.index_add_(0, which, torch.ones(n, dtype=torch.float64))
+        states.put(accepted, proposed.take(accepted))
+
+    def adapt(self) -> None:
+        """Levels by how far their jumps have got."""
+        self.odds = (self.way / self.tried.clamp_min(1)).clamp_min(1e-12)
+        self.odds = self.odds / self.odds.sum() + 0.2 / len(self.odds)
+        self.way, self.tried = FORGET * self.way, FORGET * self.tried
