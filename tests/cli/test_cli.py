@@ -323,7 +323,7 @@ def test_the_ddm_beside_an_encoder_is_the_unet_of_its_width(capsys, tmp_path):
     words += ["--report.flow_steps", "2", "--report.baselines", "false"]
     assert main(["train", "digits", "--out", str(tmp_path / "r"), "--model", "ddm", *small, *words]) == 0
     model = torchcdm.load(tmp_path / "r")
-    assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.unet.in_channels == 1
+    assert isinstance(model, torchcdm.DenoisingDiffusion) and model.backbone.conv_out.out_channels == 1
     # The preset asks for one pass and log Z too, which take a classifier.
     rows = json.loads((tmp_path / "r" / "report.json").read_text())["nll"]["rows"]
     assert [row["name"] for row in rows] == ["elbo", "flow"] and all(1 < row["value"] < 9 for row in rows)

@@ -24,6 +24,7 @@ SCORING_NOISE_GAUSSIANIZED = 1 / 3
 """The same for Gaussianised data, in typical cells of the pixel whose cells are narrowest. There are no edges to
 stay away from; one pass on digits is lowest there."""
 
+
 @validated
 class Scoring:
     """How data are scored.

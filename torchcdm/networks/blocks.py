@@ -41,12 +41,6 @@ def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int
     return [(size[0] // 2**i, size[1] // 2**i) for i in range(resolutions)]
 
 
-def check_shape(x: Tensor, *shape: int) -> None:
-    """Refuses inputs (B, *shape) of another shape."""
-    if tuple(x.shape[1:]) != shape:
-        raise UserError(f"inputs have shape {tuple(x.shape[1:])}; this network takes {shape}")
-
-
 class ImageNetwork(nn.Module):
     """A network for images (B, in_channels, height, width), whose resolutions each halve the one before.
 

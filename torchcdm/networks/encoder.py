@@ -13,7 +13,6 @@ from torchcdm.networks.blocks import (
     LabelEmbedding,
     SiLU,
     Step,
-    check_shape,
     downsampling,
     group_norm,
     halved_sizes,
@@ -80,7 +79,6 @@ class Encoder(ImageNetwork, HeadedBackbone):
     ) -> None:
         super().__init__()
         sizes = halved_sizes(image_size, len(multipliers))
-        self.in_channels, self.size = in_channels, sizes[0]
         self.classes, self.joint = classes, joint
         embedding = 4 * width if classes is not None and not joint else None
         self.label = None if embedding is None else LabelEmbedding(classes, embedding)
@@ -103,7 +101,6 @@ class Encoder(ImageNetwork, HeadedBackbone):
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""
-        check_shape(x, self.in_channels, *self.size)
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
         if self.positions is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError
-from torchcdm.networks.blocks import LabelEmbedding, check_shape, time_embedding, two_layers
+from torchcdm.networks.blocks import LabelEmbedding, time_embedding, two_layers
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Width, checked
 
@@ -85,7 +85,6 @@ class MLP(HeadedBackbone):
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the head sees, (B, features)."""
-        check_shape(x, self.dim)
         if self.context is not None and y is None:
             raise UserError(f"this density is conditional on {self.context} numbers a sample, and none was given")
         given = None if self.given is None else self.given(y.to(self.linear_in.weight.dtype))
@@ -110,7 +109,7 @@ class DDMMLP(nn.Module):
         self, dim: Count, width: Width = 256, depth: Width = 4, dropout: Rate = 0.0, classes: Count | None = None
     ) -> None:
         super().__init__()
-        self.dim, self.width, self.classes = dim, width, classes
+        self.width, self.classes = width, classes
         self.time = two_layers(width, width)
         self.label = None if classes is None else LabelEmbedding(classes, width)
         self.linear_in = nn.Linear(dim, width)
@@ -120,7 +119,6 @@ class DDMMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, dim) from noisy vectors ``x`` (B, dim), levels ``t`` (B,) and classes ``y`` (B,)."""
-        check_shape(x, self.dim)
         embedding = self.time(time_embedding(t, self.width, x.dtype))
         if self.label is not None:
             embedding = embedding + self.label(y, x)

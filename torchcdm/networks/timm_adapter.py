@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.errors import UserError, nearest, needed, reason
-from torchcdm.networks.blocks import ImageSize, check_shape, height_and_width
+from torchcdm.networks.blocks import ImageSize, height_and_width
 from torchcdm.networks.heads import HeadedBackbone, make_head
 from torchcdm.runtime.validation import Count, Width, checked
 
@@ -98,7 +98,6 @@ class TimmBackbone(HeadedBackbone):
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Of the timm model; ``y`` is not used."""
-        check_shape(x, self.in_channels, *self.size)
         return self.network(x)
 
     def _probe(self, name: str) -> int:

@@ -15,7 +15,6 @@ from torchcdm.networks.blocks import (
     LabelEmbedding,
     SiLU,
     Step,
-    check_shape,
     downsampling,
     group_norm,
     halved_sizes,
@@ -45,7 +44,6 @@ class UNet(ImageNetwork):
     ) -> None:
         super().__init__()
         sizes = halved_sizes(image_size, len(multipliers))
-        self.in_channels, self.size = in_channels, sizes[0]
         widths = [channels * m for m in multipliers]
         attend = [max(size) in attention for size in sizes]
         step = partial(Step, dropout=dropout, embedding=embedding, groups=groups)
@@ -77,7 +75,6 @@ class UNet(ImageNetwork):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) and the vector (B, embedding) to (B, features, H, W)."""
-        check_shape(x, self.in_channels, *self.size)
         h = self.conv_in(x)
         skips = [h]
         for i, stage in enumerate(self.down_stages):
