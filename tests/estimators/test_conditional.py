@@ -1,6 +1,5 @@
 """Conditional densities: posteriors that are known, columns that are no ordinary ones, files and mistakes."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -76,6 +75,36 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior():
     assert not np.array_equal(one, model.sample(5, x[0], random_state=4))
 
 
+def test_before_training_positive_columns_are_linear_in_their_logarithms():
+    theta, x = (np.exp(0.8 * part) for part in linear_gaussian(20_000))
+    new, x_new = linear_gaussian(300, seed=1)
+    model = CDMConditional(**{**TINY, "lr": 1e-12}).fit(theta, x)
+    expected = exact_log_prob(new, x_new) - (0.8 * new + np.log(0.8)).sum(1)
+    assert np.abs(model.log_prob(np.exp(0.8 * new), np.exp(0.8 * x_new)) - expected).mean() < 0.05
+
+
+def test_draws_keep_to_the_bounds_of_a_prior_and_the_density_ends_there():
+    draw = np.random.RandomState(0)
+    theta = draw.uniform(-1, 3, (2000, 1))
+    model = CDMConditional(**{**TINY, "steps": 50}).fit(theta, theta + 1.5 * draw.normal(size=(2000, 1)))
+    draws = model.sample(2000, [[-1.0], [3.0]])
+    assert ((draws < -1) | (draws > 3)).mean() < 0.005
+    grid = np.linspace(-2, 4, 6001)[:, None]
+    density = np.exp(model.log_prob(grid, [3.0])) * 0.001
+    assert density[grid[:, 0] > 3].sum() < 0.005 * density.sum()
+    assert density[(grid[:, 0] > 2.8) & (grid[:, 0] < 3)].sum() > 0.05 * density.sum()
+
+
+def test_columns_of_x_with_heavy_tails_or_few_values_stay_moderate():
+    draw = np.random.RandomState(0)
+    theta, x = linear_gaussian(500)
+    x = np.c_[x, draw.standard_t(1, 500), draw.poisson(0.5, 500)]
+    model = CDMConditional(**TINY).fit(theta, x)
+    assert np.abs(model._context(model._observations(x))).max() < 30
+    assert np.isfinite(model.log_prob(theta, x)).all()
+    assert np.isfinite(model.sample(3, [0.0, 0.0, 0.0, 1e6, 40.0])).all()
+
+
 def test_training_learns_what_no_linear_regression_knows():
     # theta | x ~ N(x_1², (0.2 + |x_2|)²): neither its mean nor its width is linear in x.
     def simulate(n, seed):
@@ -104,7 +133,7 @@ def test_a_discrete_theta_gets_the_probability_of_each_value():
     draw = np.random.RandomState(0)
     theta = draw.randint(0, 2, 2000)
     x = draw.normal(size=2000) + 2 * theta
-    model = CDMConditional(**{**TINY, "steps": 200, "width": 32, "lr": 4e-3, "batch_size": 128,
+    model = CDMConditional(**{**TINY, "steps": 400, "width": 32, "lr": 4e-3, "batch_size": 128,
                               "overrides": {"train": {"validate_every": 50}}}).fit(theta, x)  # fmt: skip
     draws = model.sample(500, np.array([-1.0, 1.0, 3.0]))[:, :, 0]
     assert set(np.unique(draws)) == {0.0, 1.0}

@@ -302,10 +302,8 @@ class DensityEstimator(TableEstimator):
 
     likelihood: Likelihood = "one-pass"
 
-    def _log_density(
-        self, found: Encoded, centre: float | Tensor = 0.0, context: np.ndarray | None = None
-    ) -> np.ndarray:
-        """log p of rows less a ``centre`` (N, kept), given contexts (N, q); of cells the mean over the noise.
+    def _log_density(self, found: Encoded, draws: list[Tensor], context: np.ndarray | None = None) -> np.ndarray:
+        """Mean of log p over ``draws`` of the same rows with other noise, (N, kept) each, given contexts (N, q).
 
         The flow's is the normalised density at level 1 taken at the row itself: that of the data blurred by r_1, a
         hundredth of a column's deviation.
@@ -334,14 +332,7 @@ class DensityEstimator(TableEstimator):
                 log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
             return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
 
-        cells = self.columns_.cells
-        draws = [spread(found.x, noise, cells) - centre for noise in self._noise]
-        log_p = torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0)
-        if context is not None:
-            # The units of rows count their cells; those of residuals know none.
-            half = spread(found.x, torch.ones(1).double(), cells) - found.x
-            log_p = log_p + torch.where(half > 0, (2 * half).log(), 0.0).sum(1)
-        return log_p.numpy()
+        return torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0).numpy()
 
 
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:

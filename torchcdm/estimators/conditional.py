@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 import torch
+from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.validation import check_is_fitted
@@ -18,10 +19,14 @@ from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noise_draws, noisy_copies
 from torchcdm.runtime.validation import Count, read_as
-from torchcdm.units import TableEncoding
+from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
+from torchcdm.units.lattice import Cells, cell_width, spread
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+REPEATED = 5
+"""Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""
 
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
@@ -32,9 +37,10 @@ RIDGE = np.geomspace(1e-4, 1e4, 9)
 class CDMConditional(DensityEstimator):
     """p(theta | x) from pairs (theta, x): the posterior, where theta was drawn from the prior and x simulated.
 
-    theta = W x + b + a residual; the regression takes the linear part, and a classification diffusion model with x as
-    its context the density of the residual given x. Before the first training step the model is the linear-Gaussian
-    posterior. It is amortised: any x is conditioned on without further training.
+    Columns of x are brought near a normal, and those of theta where the linear-Gaussian model then finds held-out rows
+    more probable: bounds of a prior become tails. theta = W x + b + a residual; the regression takes the linear part,
+    and a classification diffusion model with x as its context the density of the residual given x. Before the first
+    training step it is the linear-Gaussian posterior. It is amortised: any x is conditioned on without training.
 
     Args:
         likelihood: ``one-pass``, not exactly normalised, or ``flow``: see :class:`CDMDensity`.
@@ -55,7 +61,8 @@ class CDMConditional(DensityEstimator):
     _saved: ClassVar = (
         TableEstimator._saved
         | {"x_columns_": partial(read_as, TableEncoding)}
-        | dict.fromkeys(("_x_mean", "_x_deviation", "_weights", "_intercept"), np.array)
+        | dict.fromkeys(("_units", "_x_units"), transform_from_config)
+        | dict.fromkeys(("_weights", "_intercept"), np.array)
     )
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
@@ -83,18 +90,31 @@ class CDMConditional(DensityEstimator):
             theta, x = self.columns_.encode(frames[0], "theta").x, self.x_columns_.encode(frames[1], "x").x
             train, held_out = self._split_rows(len(theta), seed)
             self.validation_indices_ = held_out
-            kept = self._features(x[train])
-            self._x_mean, self._x_deviation = kept.mean(0), kept.std(0)
-            self._x_deviation[self._x_deviation == 0] = 1.0  # varies among the held-out rows alone
-            parts, contexts = [], []
-            for k, rows in enumerate((train, held_out)):
-                parts.append(noisy_copies(self.columns_, theta[rows], seed + k))
-                contexts.append(np.tile(self._context(x[rows]), (len(parts[k]) // len(rows), 1)))
-            regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
-            self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
-            self._intercept = np.atleast_1d(regression.intercept_)
-            residuals = [part - self._centre(context) for part, context in zip(parts, contexts, strict=True)]
-            self._train(residuals[0], residuals[1], (contexts[0], contexts[1]), len(train), seed)
+            copies = [noisy_copies(self.columns_, theta[rows], seed + k) for k, rows in enumerate((train, held_out))]
+            values = {k: np.unique(column) for k, column in enumerate(x[train].T)}
+            few = {k: found for k, found in values.items() if 1 < len(found) <= len(train) / REPEATED}
+            repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in few.items()}
+            self._x_units = ColumnTransform.fit(x[train], repeated, dequantize=False)
+            contexts = [
+                np.tile(self._context(x[rows]), (len(copy) // len(rows), 1))
+                for copy, rows in zip(copies, (train, held_out), strict=True)
+            ]
+            best = -np.inf
+            # Near a normal whatever x says: wrong where it is x that gives theta its shape.
+            for near in (False, True):
+                units = ColumnTransform.fit(copies[0], self.columns_.cells, near, dequantize=False, step=near)
+                parts = [units(copy) for copy in copies]
+                regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
+                centres = [
+                    torch.from_numpy(regression.predict(context)).view(len(context), -1) for context in contexts
+                ]
+                residuals = [part - centre for part, centre in zip(parts, centres, strict=True)]
+                value = LedoitWolf().fit(residuals[0]).score(residuals[1]) + float(units.log_det(copies[1]).mean())
+                if not near or value > best:
+                    best, chosen, self._units = value, residuals, units
+                    self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
+                    self._intercept = np.atleast_1d(regression.intercept_)
+            self._train(chosen[0], chosen[1], (contexts[0], contexts[1]), len(train), seed)
             self._noise = noise_draws(self.columns_, seed)
         return self
 
@@ -113,8 +133,12 @@ class CDMConditional(DensityEstimator):
         theta, x = found.x, self._observations(x)
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
-        context = np.broadcast_to(self._context(x), (len(theta), len(self._x_mean)))
-        return self._log_density(found, self._centre(context), context)
+        context = self._context(x)
+        context = np.broadcast_to(context, (len(theta), context.shape[1]))
+        draws = [spread(theta, noise, self.columns_.cells) for noise in self._noise]
+        log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
+        residuals = [self._units(rows) - self._centre(context) for rows in draws]
+        return self._log_density(found, residuals, context) + log_det.numpy()
 
     def score(self, theta: Any, x: Any) -> float:
         """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
@@ -137,7 +161,7 @@ class CDMConditional(DensityEstimator):
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
         context = np.repeat(self._context(self._observations(x)), n, axis=0)
         residuals = self._draws(len(context), random_state, torch.from_numpy(context))
-        theta = self._decoded(residuals + self._centre(context))
+        theta = self._decoded(self._units.inverse(residuals + self._centre(context)))
         if one:
             return theta
         if not self._framed:
@@ -154,19 +178,15 @@ class CDMConditional(DensityEstimator):
             x = x.to_frame().T if row else np.reshape(x, (-1, 1) if single else (1, -1))
         return self.x_columns_.encode(_table(x, "x", like=self.x_columns_), "x").x
 
-    def _features(self, x: Tensor) -> np.ndarray:
-        """Codes (N, kept) as numbers (N, q): one for each level of a text."""
+    def _context(self, x: Tensor) -> np.ndarray:
+        """What the network sees of the codes of x (N, kept): near a normal, one number for each level of a text."""
         levels = [len(column.levels) for column in self.x_columns_.kept]
-        columns = zip(levels, x.T, strict=True)
-        parts = [one_hot(code.long(), n).double() if n > 2 else code[:, None] for n, code in columns]
+        columns = zip(levels, x.T, self._x_units(x).T, strict=True)
+        parts = [one_hot(code.long(), n).double() if n > 2 else z[:, None] for n, code, z in columns]
         return torch.cat(parts, 1).numpy()
 
-    def _context(self, x: Tensor) -> np.ndarray:
-        """What the network sees of the codes of x, (N, q): standardised."""
-        return (self._features(x) - self._x_mean) / self._x_deviation
-
     def _centre(self, context: np.ndarray) -> Tensor:
-        """The regression of theta, (N, kept)."""
+        """The regression of theta, (N, kept), in its units."""
         return torch.from_numpy(context @ self._weights.T + self._intercept)
 
 

@@ -131,7 +131,8 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         Returns:
             float64 (N,).
         """
-        log_p = self._log_density(self._encoded(X))
+        found = self._encoded(X)
+        log_p = self._log_density(found, [spread(found.x, noise, self.columns_.cells) for noise in self._noise])
         return log_p - self.normalizer_.value if self.likelihood == "one-pass" else log_p
 
     @torch.no_grad()
