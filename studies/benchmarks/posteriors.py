@@ -85,12 +85,11 @@ class Row:
 def own(task: Task, theta: np.ndarray, x: np.ndarray, budget: float | None, seed: int) -> Posterior:
     """CDMConditional; with a ``budget`` at most so many processor seconds."""
 
-    class Processor(CDMConditional):
-        clock = time.process_time
-
+    model = CDMConditional(random_state=seed, device="cpu", max_seconds=budget)
+    model.clock = time.process_time
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # columns that are constant
-        model = Processor(random_state=seed, device="cpu", max_seconds=budget).fit(theta, x)
+        model.fit(theta, x)
 
     def sample(count: int, rows: np.ndarray) -> np.ndarray:
         return model.sample(count, rows, random_state=0)
@@ -117,7 +116,7 @@ def of_sbi(name: str, task: Task, theta: np.ndarray, x: np.ndarray, budget: floa
     torch.manual_seed(seed)
     options = {"density_estimator": "nsf"} if name == "npe" else {}
     prior = torch.distributions.Independent(_like_prior(theta, task), 1)
-    trainer = Timed(prior, show_progress_bars=False, **options)
+    trainer = Timed(prior, show_progress_bars=False, tracker=Silent(), **options)
     trainer.append_simulations(*(torch.from_numpy(part).float() for part in (theta, x)))
     estimator = trainer.train()
     posterior = trainer.build_posterior(estimator)
@@ -140,6 +139,15 @@ def of_sbi(name: str, task: Task, theta: np.ndarray, x: np.ndarray, budget: floa
         return found.transpose(0, 1).double().numpy()
 
     return Posterior(log_prob, sample)
+
+
+class Silent:
+    """A tracker of sbi that keeps nothing, in place of one that writes files."""
+
+    log_dir = None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def _like_prior(theta: np.ndarray, task: Task) -> Any:
