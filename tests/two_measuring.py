@@ -1,7 +1,6 @@
 """Run by torchrun: two processes share what one measures of a run, in Python and by commands."""
 
 import io
-import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
@@ -75,6 +74,3 @@ def shared(run: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     shared(Path(sys.argv[1]), Path(sys.argv[2]))
-    # Everything is written. PyTorch's threads of a group have aborted an interpreter that ended in the usual way.
-    sys.stdout.flush()
-    os._exit(0)

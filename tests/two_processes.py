@@ -1,6 +1,5 @@
 """Run by torchrun: the gradients of a joint batch from every process's share, and a short training."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -19,8 +18,8 @@ KINDS = {
 """What is trained."""
 
 
-def gradients(kind: str) -> tuple[Processes, dict[str, torch.Tensor]]:
-    """The gradients of this process after one backward pass of step 3."""
+def gradients(kind: str) -> tuple[int, dict[str, torch.Tensor]]:
+    """The rank of this process, and its gradients after one backward pass of step 3."""
     config = small_config(**KINDS[kind])
     source = load_source(config.data)
     torch.manual_seed(0)
@@ -36,18 +35,22 @@ def gradients(kind: str) -> tuple[Processes, dict[str, torch.Tensor]]:
     wrapped = processes.accelerator.prepare_model(loss, device_placement=False)
     value = wrapped(batch.x_0.double(), None, batch.t, batch.eps.double())["loss"].mean()
     processes.accelerator.backward(value + 0 * sum(parameter.sum() for parameter in model.parameters()))
-    return processes, {name: parameter.grad for name, parameter in model.named_parameters()}
+    return processes.rank, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def main(folder: Path) -> None:
-    """Leaves ``gradients-KIND-RANK.pt``, and a run that all processes trained."""
+    """Leaves ``gradients-KIND-RANK.pt``, a run that all processes trained, and what threads are left after it."""
     for kind in KINDS:
-        processes, found = gradients(kind)
-        torch.save(found, folder / f"gradients-{kind}-{processes.rank}.pt")
+        rank, found = gradients(kind)
+        torch.save(found, folder / f"gradients-{kind}-{rank}.pt")
     train(small_config(train__steps="4", model__backbone__dropout="0"), folder / "run", device="cpu", progress=False)
+    (folder / f"threads-{rank}.txt").write_text(threads())
+
+
+def threads() -> str:
+    """Names of the threads of this process, a line each, where the system tells them."""
+    return "".join((task / "comm").read_text() for task in Path("/proc/self/task").glob("*"))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    # All is saved: gloo's threads abort a process, now and then, that takes its interpreter down on a busy machine.
-    os._exit(0)

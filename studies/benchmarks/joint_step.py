@@ -77,7 +77,7 @@ def main() -> None:
                 found[kind].append(took)
     if processes.main:
         write_json(options.out, found)
-    processes.accelerator.end_training()
+    processes.end()
 
 
 if __name__ == "__main__":

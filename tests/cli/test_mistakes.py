@@ -80,6 +80,18 @@ def test_long_values_are_cut_in_messages(capsys, tmp_path):
         assert len(error) < 600 and ("choose from" in error or "did you mean" in error or "digits" in error)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("2 TiB"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 2 TiB")],
+)
+def test_more_than_memory_holds_is_a_line(capsys, monkeypatch, run, error):
+    def evaluated(*_):
+        raise error
+
+    monkeypatch.setattr("torchcdm.cli.measuring.evaluated", evaluated)
+    assert "2 TiB); ask for less" in refuse(capsys, "evaluate", run, "--draws", "1000000000")
+
+
 def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     assert "pipe.yaml: is no file" in refuse(capsys, "train", "--config", tmp_path / "pipe.yaml", "--out", tmp_path)

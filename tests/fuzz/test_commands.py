@@ -46,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "run", folder / "kept")
     rng = np.random.default_rng(0)
     np.save(folder / "noise.npy", rng.integers(0, 17, (12, 1, 8, 8)).astype(np.float32))
+    np.save(folder / "one.npy", rng.integers(0, 17, (1, 1, 8, 8)).astype(np.float32))
     np.save(folder / "a.npy", rng.normal(size=(40, 2)))
     np.save(folder / "b.npy", rng.normal(size=(40, 2)))
     (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
@@ -70,7 +71,7 @@ def valid(place: Path) -> dict[str, list[str]]:
         "score": [run, str(place / "noise.npy"), "--limit", "20", *quick],
         "ratio": [str(place / "a.npy"), str(place / "b.npy"), str(place / "a.npy"), "--steps", "1", "--quiet", *quick],
         "denoise": [run, str(place / "noise.npy"), "--level", "1", "--out", str(place / "clean"), *quick],
-        "restore": [run, str(place / "noise.npy"), "--blur", "1", "--n", "1", "--particles", "2", "--quiet",
+        "restore": [run, str(place / "one.npy"), "--blur", "1", "--n", "1", "--particles", "2", "--quiet",
                     "--out", str(place / "restored"), *quick],
         "info": [run],
         "convert": [str(place / "noise.npy"), str(place / "converted"), "--preset", "cifar10"],

@@ -39,6 +39,12 @@ def test_gradients_are_those_of_the_joint_batch(folder, kind):
         assert (shares[0][name] - gradient).abs().max() < 1e-6 * largest, name
 
 
+def test_the_group_ends_with_the_training(folder):
+    """Its threads have aborted processes that ended."""
+    threads = [(folder / f"threads-{rank}.txt").read_text() for rank in range(2)]
+    assert all(line and "gloo" not in line for line in threads) or not Path("/proc/self/task").exists()
+
+
 def test_training_is_that_of_one_process(folder, tmp_path):
     train(small_config(train__steps="4", model__backbone__dropout="0"), tmp_path, device="cpu", progress=False)
     one, two = (load_state(state_folders(RunFolder(path))[-1]) for path in (tmp_path, folder / "run"))

@@ -13,7 +13,7 @@ from types import ModuleType
 from torchcdm import __version__
 from torchcdm.cli import commands
 from torchcdm.cli.arguments import Parser, check_writable
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError, nearest, reason
 
 EPILOG = """\
 examples:
@@ -97,6 +97,12 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
         if error.errno == errno.EPIPE:
             return 0
         raise UserError(f"the output cannot be written ({error.strerror})") from None
+    except (MemoryError, RuntimeError) as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        raise UserError(f"out of memory ({reason(error)}); ask for less, or take smaller data or networks") from None
 
 
 def _without_fields(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, TypeVar, final
 
 import torch
@@ -44,6 +45,9 @@ class Processes:
         from accelerate.utils import DistributedDataParallelKwargs
 
         several = _several()
+        if several:
+            # Imported later, by a wrapped module, its functions would keep the group as default of an argument.
+            import_module("torch.distributed.nn")
         # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
         on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
@@ -57,6 +61,11 @@ class Processes:
         if several and self.world == 1:
             raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
         self.device = self.accelerator.device if several else chosen_device(device)
+
+    def end(self) -> None:
+        """Ends the group, with its threads: these would abort an interpreter that is taken down while they work."""
+        self.accelerator.free_memory()  # wrapped modules hold the group
+        self.accelerator.end_training()
 
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over the processes: what all of them act on."""
@@ -126,7 +135,7 @@ def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
     with _shared_by(processes):
         yield processes.device, processes.main
     # Not after a failure: the others may be elsewhere, and the launcher ends them.
-    processes.accelerator.end_training()
+    processes.end()
 
 
 def alone() -> AbstractContextManager[None]:

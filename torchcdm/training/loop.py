@@ -193,7 +193,7 @@ class Trainer:
             content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
             write_json(self.run.report, content)
         self.processes.accelerator.wait_for_everyone()
-        self.processes.accelerator.end_training()
+        self.processes.end()
         selected = self.selection.selected(self.step)
         return TrainResult(self.step, self.seconds, selected, samples, self.source, outcome)
 
