@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +15,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion, GuidedDenoiser
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.samplers import DDIM
 from torchcdm.units import DataTransform
@@ -25,6 +26,7 @@ EXACT = MixtureClassifier(labelled_mixture(), SCHEDULE, joint=True)
 JOINT = ClassificationDiffusion(EXACT, SCHEDULE, TRANSFORM).eval()
 CONTEXT = ClassificationDiffusion(MLP(2, levels=T + 2, width=8, depth=1, context=3), SCHEDULE, TRANSFORM).eval()
 PLAIN = DenoisingDiffusion(DDMMLP(2, width=8, depth=1), SCHEDULE, TRANSFORM).eval()
+GUIDED = GuidedDenoiser(JOINT, 1.0)
 CLASSES = labelled_mixture().classes
 
 many = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -78,6 +80,27 @@ def test_denoising_at_any_level_of_any_label(model, t, y):
 
 
 @many
+@given(st.sampled_from([JOINT, CONTEXT, PLAIN, GUIDED]), anything)
+def test_networks_are_given_no_other_inputs_than_they_take(model, x):
+    calls = [lambda: model.denoise(x, 3, y=torch.tensor([1]) if model is GUIDED else None).eps]
+    if model.density is not None:
+        calls += [lambda: model.log_prob_levels(x), lambda: model.denoise_blind(x), lambda: model.evaluate(x, 3).eps]
+    for call in calls:
+        found = ends_well(call)
+        assert found is None or (isinstance(x, torch.Tensor) and len(found) == len(x))
+
+
+@pytest.mark.parametrize("model", [CONTEXT, PLAIN])
+def test_inputs_in_another_precision_than_the_network_are_refused(model):
+    with pytest.raises(UserError, match="inputs are torch.float64; the network takes torch.float32"):
+        model.denoise(normal(3, 2), 3)
+    with torch.inference_mode():
+        x = normal(3, 2).float()
+    with pytest.raises(UserError, match="inference_mode"):
+        model.denoise(x, 3)
+
+
+@many
 @given(st.sampled_from([CDMLoss, DDMLoss]), anything, anything, anything)
 def test_losses_of_anything(kind, y, t, eps):
     loss = kind(PLAIN if kind is DDMLoss else JOINT)
@@ -125,6 +148,13 @@ def test_labels_that_are_none_of_the_model_are_refused(y):
     for call in (*(lambda call=call: call(x, y=y) for call in calls), lambda: JOINT.denoise(x, 3, y)):
         with pytest.raises(UserError, match="label|y has|y holds"):
             call()
+
+
+def test_labels_of_a_data_frame_are_taken_in_their_order():
+    x, y = normal(3, 2).float(), np.array([0, 1, 0])
+    expected = JOINT.log_prob(x, y=torch.from_numpy(y))
+    for same in (pd.Series(y, [1, 0, 2]), pd.Series(y, ["a", "b", "c"]), y.astype(np.uint16)):
+        assert torch.equal(JOINT.log_prob(x, y=same), expected)
 
 
 def test_half_precision_and_whole_numbers_are_read_exactly():

@@ -68,7 +68,7 @@ def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
         raise UserError("likelihoods are in data units: give the model a DataTransform (identity will do)")
     x = codes_of(x, model.transform)
     x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"))
-    return x, model.checked(x, y=y)
+    return x, model.checked(x, y=y, data=True)
 
 
 def scoring_level(model: Denoiser) -> int:

@@ -18,7 +18,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.inputs import as_labels
+from torchcdm.models.inputs import as_labels, check_tensor
 from torchcdm.runtime.validation import Float, checked
 from torchcdm.units import DataTransform
 
@@ -83,16 +83,20 @@ class Denoiser(nn.Module, ABC):
         """The Gaussian fitted to the data, at every level; None where there is none."""
         return None if self.base is None else self.base.gaussian
 
-    def checked(self, x_t: Tensor, t: Level | None = None, y: Tensor | None = None) -> Tensor | None:
-        """The labels of ``x_t``, once levels and labels are checked, on a GPU too: for public calls.
+    def checked(self, x_t: Tensor, t: Level = 0, y: Tensor | None = None, data: bool = False) -> Tensor | None:
+        """The labels of ``x_t``, once that, levels and labels are checked, on a GPU too: for public calls.
+
+        ``data`` says that ``x_t`` is no input of the network, but data units, which may have another precision.
 
         Raises:
-            UserError: Levels or labels of another type, shape or range.
+            UserError: Inputs, levels or labels of another type, shape or range.
         """
+        if not torch.compiler.is_compiling():
+            dtypes = (p.dtype for p in self.parameters() if p.is_floating_point() and not data)
+            check_tensor(x_t, next(dtypes, None))
         if self.shape is not None and tuple(x_t.shape[1:]) != self.shape:
             raise UserError(f"inputs have shape {tuple(x_t.shape[1:])}; the model takes {self.shape}")
-        if t is not None:
-            self.schedule.check_levels(t, x_t)
+        self.schedule.check_levels(t, x_t)
         return as_labels(y, self, x_t.shape[0])  # no len: torch.export would fix the number
 
     # Public functions of the package, looked up when they are called, as they need upper floors.
@@ -157,7 +161,8 @@ class DenoisingDiffusion(Denoiser):
         super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        return Prediction(x_t, *self.schedule.at(t, x_t), self.eps(x_t, t, self.checked(x_t, t, y)))
+        eps = self.eps(x_t, t, self.checked(x_t, t, y))
+        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         """E[eps | x_t] for losses, unchecked; ``y`` may hold the null label ``classes``."""

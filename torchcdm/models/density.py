@@ -136,7 +136,8 @@ class DensityModel(Denoiser):
         One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``; errors as in
         :meth:`evaluate`.
         """
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
+        eps = self.evaluate(x_t, t, y).eps
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate(x_t, t, y, graph="all").eps
@@ -159,7 +160,7 @@ class DensityModel(Denoiser):
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
         x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
-        self.checked(x)
+        self.checked(x, data=True)
         self.schedule.check_levels(t, x)
         z = x if units == "model" or self.transform is None else self.transform(x)
         levels = torch.as_tensor(t, device=z.device).expand(z.shape[:1])

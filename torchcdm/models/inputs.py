@@ -74,21 +74,31 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
         return labels
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UserError(f"y holds {labels.dtype}; classes are integers")
+    labels = labels.long()  # unsigned ones do not compare
     wrong = labels[(labels < 0) | (labels >= model.classes + training)] if look else ()
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
-    return labels.long()
+    return labels
+
+
+def check_tensor(x: Any, dtype: torch.dtype | None) -> None:
+    """Refuses what is no tensor (B, *shape) of a network in ``dtype``; None: of any real one."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested or x.ndim < 2 or x.is_inference():
+        raise UserError("inputs are no dense tensor (B, *shape), or made under torch.inference_mode(); give one")
+    if not x.is_floating_point() or (dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type)):
+        raise UserError(f"inputs are {x.dtype}; the network takes {dtype or 'real numbers'}: convert one of them")
 
 
 def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     if isinstance(values, np.ma.MaskedArray):
         raise UserError(f"{name}: a masked array; fill or drop the masked values first")
-    if isinstance(values, np.ndarray) and not values.flags.writeable:
-        values = values.copy()
     try:
+        if not isinstance(values, Tensor) and hasattr(values, "__array__"):
+            values = np.asarray(values)  # a column of a data frame by its order, not by its index
+            values = values if values.flags.writeable else values.copy()
         found = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{name}: not an array of numbers ({reason(error)})") from None
-    if found.layout != torch.strided:
-        raise UserError(f"{name}: a sparse tensor; make it dense first")
+    if found.layout != torch.strided or found.is_nested or found.is_quantized:
+        raise UserError(f"{name}: a sparse, nested or quantised tensor; make it dense first")
     return found
