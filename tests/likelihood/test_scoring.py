@@ -122,6 +122,25 @@ def test_bad_labels_are_refused(y):
             getattr(torchcdm.likelihood, name)(model, normal(3, 2), y)
 
 
+@pytest.mark.parametrize("name", [*SINGLE, "report"])
+def test_a_sample_beyond_what_float32_squares_is_named_not_scored_as_nan(name):
+    schedule = LogSNRSchedule(12, 0.05, 80)
+    model = ClassificationDiffusion(MixtureClassifier(labelled_mixture(), schedule), schedule, DataTransform((2,)))
+    x = normal(3, 2)
+    x[1] = 1e300
+    with pytest.raises(UserError, match="sample 1 is so far from the model's data"):
+        getattr(torchcdm.likelihood, name)(model, x, scoring=Scoring(level=2))
+
+
+@pytest.mark.parametrize("name", [*SINGLE, "report"])
+def test_swapped_and_foreign_arguments_are_refused(lattice, name):
+    model, x = lattice
+    call = getattr(torchcdm.likelihood, name)
+    for given in ((x, model), ("model", x), (model, x, None, "scoring"), (model, x, None, None)):
+        with pytest.raises((UserError, TypeError)):
+            call(*given)
+
+
 def test_labels_of_a_model_without_classes_are_refused(lattice):
     model, x = lattice
     with pytest.raises(UserError, match="classes"):

@@ -58,7 +58,7 @@ def elbo(
     Raises:
         UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
-    (x, y), transform, level = as_data(denoiser, x, y), denoiser.transform, scoring.level_of(denoiser)
+    (x, y), transform, level = as_data(denoiser, x, y, scoring), denoiser.transform, scoring.level_of(denoiser)
     schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))
     count = schedule.T - level + 1
     evaluations = count if evaluations is None else evaluations

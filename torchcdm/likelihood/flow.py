@@ -86,7 +86,7 @@ def probability_flow(
     :func:`torchcdm.likelihood.single_pass`, of any denoiser with a transform. Of ``scoring`` level 1 ... T - 1, steps,
     probes, seed and batch size are used.
     """
-    (x, y), transform, solver = as_data(denoiser, x, y), denoiser.transform, FlowSolver(denoiser, scoring)
+    (x, y), transform, solver = as_data(denoiser, x, y, scoring), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]
 
     def noisy(rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -199,7 +199,7 @@ def log_normalizer(
     """
     model = require_density(model, "log Z")
     level, schedule, transform = scoring.level_of(model), model.schedule, model.transform
-    given = {} if x is None else {"data": as_data(model, x, None)[0]}
+    given = {} if x is None else {"data": as_data(model, x, None, scoring)[0]}
     target = ModelTarget(model, y, scoring.batch_size)
     reference, generator = target.reference, stream(scoring.seed, "replicas")
     kernels = kernels or Kernels.of_target(target, scoring.seed)

@@ -39,7 +39,7 @@ def single_pass(
         scoring: Level 0 ... T, draws, seed and batch size.
         dither: Without it grey levels are scored as they are at level 0, as in the paper: no bound on a code length.
     """
-    model, (x, y) = require_density(model, "one pass"), as_data(model, x, y)
+    model, (x, y) = require_density(model, "one pass"), as_data(model, x, y, scoring)
     level, transform = scoring.level_of(model, 0, model.schedule.T), model.transform
 
     def one(rows: slice, seed: int) -> Tensor:
@@ -65,7 +65,7 @@ def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scorin
     """
     if log_z.fence is None:
         raise UserError("log_z is of the whole density; give that of log_normalizer(..., restricted=True)")
-    model, (x, _) = require_density(model, "one pass"), as_data(model, x, None)
+    model, (x, _) = require_density(model, "one pass"), as_data(model, x, None, scoring)
     level, transform, wide = log_z.level, model.transform, reference_gaussian(model)
 
     def one(rows: slice) -> Tensor:
@@ -108,7 +108,7 @@ def consistency(
     Of p_i / p_{i+1} on data noised to level i + 1, and of p_{i+1} / p_i on data noised to level i; float64 (T+1,)
     each. Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
     """
-    model, (x, y) = require_density(model, "consistency"), as_data(model, x, y)
+    model, (x, y) = require_density(model, "consistency"), as_data(model, x, y, scoring)
     dtype = working_dtype(model, torch.float64)
 
     def ratios(rows: slice) -> tuple[Tensor, Tensor]:

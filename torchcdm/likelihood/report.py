@@ -154,7 +154,7 @@ def finite(value: float | None) -> float | None:
 
 def methods_of(model: Denoiser) -> tuple[str, ...]:
     """Those of :data:`METHODS` that a model has: a plain diffusion model none that need a density in one pass."""
-    return METHODS if model.density is not None else METHODS[1:3]
+    return METHODS[1:3] if getattr(model, "density", None) is None else METHODS
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -199,7 +199,7 @@ def report(
     lacking = [method for method in methods if method not in methods_of(model)]
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
-    x, y = as_data(model, x, y)
+    x, y = as_data(model, x, y, scoring)
     from tqdm.auto import tqdm
 
     level, transform = scoring.level_of(model), model.transform

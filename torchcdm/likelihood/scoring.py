@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import as_numbers, codes_of
+from torchcdm.models.inputs import LARGEST, as_numbers, codes_of
 from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, CountOrZero, Int, validated
@@ -59,13 +59,15 @@ class Scoring:
         return level
 
 
-def as_data(model: Denoiser, x: Any, y: Any) -> tuple[Tensor, Tensor | None]:
+def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
     """Samples (N, *shape), where they were, and labels as tensors that the model can score.
 
     UserError for a model without transform, samples that are empty, not finite or of another shape, and other labels.
     """
-    if model.transform is None:
-        raise UserError("likelihoods are in data units: give the model a DataTransform (identity will do)")
+    if getattr(model, "transform", None) is None:
+        raise UserError("likelihoods are in data units: give a model with a DataTransform (identity will do)")
+    if not isinstance(scoring, Scoring):
+        raise UserError(f"scoring is {type(scoring).__name__}; give a likelihood.Scoring(level=..., draws=...)")
     x = codes_of(x, model.transform)
     x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"))
     return x, model.checked(x, y=y, data=True)
@@ -135,7 +137,12 @@ class Batch:
         """
         if self.transform.bin is None:
             noisy = self.dithered()
-            return self.transform(noisy), self.transform.log_det(noisy)
+            z = self.transform(noisy)
+            far = (z.abs() > LARGEST).flatten(1).any(1)
+            if far.any():
+                first = self.rows.start + int(far.int().argmax())
+                raise UserError(f"sample {first} is so far from the model's data that its square overflows; remove it")
+            return z, self.transform.log_det(noisy)
         change = torch.full((len(self.x),), -self.transform.dim * self.transform.log_bin, dtype=torch.float64)
         x = self.transform.spread(self.x.double(), self.noise("cell", kind=torch.rand))
         return self.transform(x), change.to(self.x.device)

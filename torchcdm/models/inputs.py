@@ -99,6 +99,6 @@ def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
         found = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{name}: not an array of numbers ({reason(error)})") from None
-    if found.layout != torch.strided or found.is_nested or found.is_quantized:
-        raise UserError(f"{name}: a sparse, nested or quantised tensor; make it dense first")
+    if found.layout != torch.strided or found.is_nested or found.is_quantized or found.is_meta:
+        raise UserError(f"{name}: a tensor that is sparse, nested, quantised or without values; make it dense first")
     return found
