@@ -211,5 +211,5 @@ def test_given_a_context():
 
 def test_unknown_methods_are_refused(vectors):
     model, x = vectors
-    with pytest.raises(UserError, match="unknown likelihood method 'flows'.*flow"):
+    with pytest.raises(UserError, match="is 'flows'; did you mean 'flow'"):
         report(model, x, methods=("flows",))

@@ -14,7 +14,6 @@ from torchcdm.cli.arguments import given
 from torchcdm.cli.commands import SHORT
 from torchcdm.data import DataSource, parse_size
 from torchcdm.errors import UserError
-from torchcdm.likelihood import check_methods
 from torchcdm.runtime.processes import chosen_device, is_first
 from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
 from torchcdm.training.build import build_model, load_source, plain_model, resolve
@@ -33,8 +32,6 @@ def train(options: argparse.Namespace) -> int:
     tell = is_first() and not options.quiet
     config, source = _configuration(options, tell)
     make_sampler(config.sampling.sampler or DEFAULT_SAMPLER)
-    if config.report.methods:
-        check_methods(config.report.methods)
     device = chosen_device(options.device)
     try:
         result = trained(config, options.out, source, options.resume, options.device, tell)

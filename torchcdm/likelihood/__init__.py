@@ -7,8 +7,8 @@ from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import LogZ, log_normalizer
 from torchcdm.likelihood.one_pass import consistency, single_pass
-from torchcdm.likelihood.report import NLLReport, check_methods, methods_of, report
+from torchcdm.likelihood.report import Method, NLLReport, methods_of, report
 from torchcdm.likelihood.scoring import Scoring
 
-__all__ = ["FlowSolver", "LogZ", "NLLReport", "Scoring", "check_methods", "consistency", "elbo", "log_normalizer",
+__all__ = ["FlowSolver", "LogZ", "Method", "NLLReport", "Scoring", "consistency", "elbo", "log_normalizer",
            "methods_of", "probability_flow", "report", "single_pass"]  # fmt: skip

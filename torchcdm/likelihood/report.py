@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
+from annotated_types import Len
 from torch import Tensor
 
 from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, LevelGaps, probability_flow
 from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
@@ -23,7 +23,8 @@ from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import checked
 from torchcdm.units import LogLikelihood, standard_error
 
-METHODS = ("single", "elbo", "flow", "logz")
+Method = Literal["single", "elbo", "flow", "logz"]
+METHODS = get_args(Method)
 """Groups of rows that can be asked for; the first and the last need a density in one pass."""
 
 HALVED_SAMPLES = 64
@@ -157,22 +158,13 @@ def methods_of(model: Denoiser) -> tuple[str, ...]:
     return METHODS[1:3] if getattr(model, "density", None) is None else METHODS
 
 
-def check_methods(methods: Sequence[str]) -> None:
-    """Refuses an empty list, and a name that is none of :data:`METHODS`."""
-    if not methods:
-        raise UserError(f"no likelihood method is asked for; {nearest('', METHODS)}")
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"unknown likelihood method '{method}'; {nearest(str(method), METHODS)}")
-
-
 @checked
 def report(
     model: Denoiser,
     x: Tensor,
     y: Tensor | None = None,
     scoring: Scoring = Scoring(),
-    methods: Sequence[str] | None = None,
+    methods: Annotated[tuple[Method, ...], Len(1)] | None = None,
     sweeps: Sweeps = SWEEPS,
     name: str = "",
     split: str = "",
@@ -195,7 +187,6 @@ def report(
         UserError: An unknown method or one that the model does not have; data, a level, or numbers out of range.
     """
     methods = methods_of(model) if methods is None else methods
-    check_methods(methods)
     lacking = [method for method in methods if method not in methods_of(model)]
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")

@@ -10,6 +10,7 @@ from pydantic import model_validator
 from torchcdm.data import DataOptions
 from torchcdm.diffusion import schedules
 from torchcdm.likelihood.log_z import SWEEPS, Sweeps
+from torchcdm.likelihood.report import Method
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
@@ -208,7 +209,7 @@ class ReportConfig:
         baselines: Put classical density models beside it, where the data are small.
     """
 
-    methods: tuple[str, ...] = ("single", "flow")
+    methods: tuple[Method, ...] = ("single", "flow")
     limit: Count = 500
     draws: Count = 1
     flow_steps: Count = 50
