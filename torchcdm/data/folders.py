@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +41,9 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
     seen: set[tuple[int, int]] = set()  # device and number
     found, notes, others, twice = [], [], 0, 0
     for root in roots:
-        files, todo, links = [], [root], []
-        while todo or links:
-            # Links come last: a file has the class of the folder that it lies in.
-            path = todo.pop() if todo else links.pop()
+        files, todo = [], [(False, root)]
+        while todo:
+            _, path = heappop(todo)  # links come last: a file has the class of the folder that it lies in
             try:
                 status = os.stat(path)
                 identity, is_folder = (status.st_dev, status.st_ino), stat.S_ISDIR(status.st_mode)
@@ -53,10 +53,8 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
                     twice += 1
                 elif is_folder:
                     with os.scandir(path) as listed:
-                        entries = sorted((e for e in listed if not e.name.startswith(".")), key=lambda e: e.name)
-                    todo += [path / entry.name for entry in reversed(entries) if not entry.is_symlink()]
-                    links += [path / entry.name for entry in entries if entry.is_symlink()]
-                    links.sort(reverse=True)
+                        for entry in (entry for entry in listed if not entry.name.startswith(".")):
+                            heappush(todo, (entry.is_symlink(), path / entry.name))
                     seen.add(identity)
                 else:
                     files.append(path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -50,8 +51,8 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
 
 
 def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) -> Samples:
-    readers = {split: HubReader(part, column, f"{name}, {split}", options) for split, part in rows.items()}
-    (like, high), features = readers["train"].decoded(0), rows["train"].features
+    places = {split: (part, column, f"{name}, {split}", options) for split, part in rows.items()}
+    (like, high), features = _decoded(*places["train"], 0), rows["train"].features
     if options.label is not None and options.label not in features:
         raise UserError(f"{name}: no column '{options.label}' for the label (found: {', '.join(features)})")
     # The column that is asked for, one whose classes the library knows, or one that is called so.
@@ -62,32 +63,25 @@ def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) 
     values = None if label is None else [value for part in rows.values() for value in part[label][:]]
     labels, class_names = read_labels(values, sizes, name, getattr(features.get(label), "names", None))
     parts: dict[str, Split] = {}
-    for (split, reader), size, y in zip(readers.items(), sizes, labels, strict=True):
-        lazy = LazySplit(reader, range(size), y, f"{name}, {split}: row ", like)
+    for (split, place), size, y in zip(places.items(), sizes, labels, strict=True):
+        lazy = LazySplit(partial(_image, *place), range(size), y, f"{name}, {split}: row ", like)
         parts[split] = lazy.in_memory_if_small(sum(sizes))
     notes = ["images from the column '{}', {} channel(s), {} x {} pixels.".format(column, *like.shape)]
     notes += [] if label is None else [f"classes from the column '{label}'."]
     return Samples(name, parts, None if high is None else (0, high), class_names, notes=tuple(notes))
 
 
-class HubReader(NamedTuple):
-    """Reads the image of one row; picklable, for worker processes."""
+def _decoded(rows: Any, column: str, name: str, options: DataOptions, index: int) -> tuple[Tensor, int | None]:
+    """The image of a row, and the largest value that its pixels can have, None for floats."""
+    try:
+        cell = rows[index][column]
+        if isinstance(cell, dict):
+            cell = images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+        pixels, high = images.from_pillow(cell)
+        return images.conform(pixels, high, options.size, options.channels), high
+    except Exception as error:
+        raise UserError(f"{name}: row {index} cannot be read as an image ({reason(error)})") from error
 
-    rows: Any
-    column: str
-    name: str
-    options: DataOptions
 
-    def __call__(self, index: int) -> Tensor:
-        return self.decoded(index)[0]
-
-    def decoded(self, index: int) -> tuple[Tensor, int | None]:
-        """The image, and the largest value that its pixels can have, None for floats."""
-        try:
-            cell = self.rows[index][self.column]
-            if isinstance(cell, dict):
-                cell = images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
-            pixels, high = images.from_pillow(cell)
-            return images.conform(pixels, high, self.options.size, self.options.channels), high
-        except Exception as error:
-            raise UserError(f"{self.name}: row {index} cannot be read as an image ({reason(error)})") from error
+def _image(*row: Any) -> Tensor:
+    return _decoded(*row)[0]

@@ -7,8 +7,9 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,30 +177,26 @@ def spec_of(path: str | Path) -> str:
     return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
 
 
-class DatasetReader(NamedTuple):
-    """One sample of a torch Dataset as a tensor of event shape, without its label."""
+def _pair(dataset: Any, index: int) -> tuple[Any, Any]:
+    """A sample as a torch Dataset gives it, and its label or None."""
+    item = dataset[index]
+    return (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
 
-    dataset: Any
 
-    def __call__(self, index: int) -> Tensor:
-        value, _ = self.pair(index)
-        what = f"sample {index} of the Dataset"
-        if isinstance(value, (tuple, list)) and len(value) == 1:
-            value = value[0]
-        if hasattr(value, "getbands"):
-            value, _ = from_pillow(value)
-        elif not isinstance(value, (Tensor, np.ndarray)):
-            raise UserError(f"{what} is a {type(value).__name__}; give tensors or images")
-        last = isinstance(value, np.ndarray) and value.ndim == 3 and not channels_first(value.shape)
-        value = arrays.as_array(value, what)
-        arrays.check_numbers(value, what)
-        value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
-        return value[None] if value.ndim == 2 else value
-
-    def pair(self, index: int) -> tuple[Any, Any]:
-        """The sample as the Dataset gives it, and its label or None."""
-        item = self.dataset[index]
-        return (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
+def _sample(dataset: Any, index: int) -> Tensor:
+    """A sample as a tensor of event shape."""
+    (value, _), what = _pair(dataset, index), f"sample {index} of the Dataset"
+    if isinstance(value, (tuple, list)) and len(value) == 1:
+        value = value[0]
+    if hasattr(value, "getbands"):
+        value, _ = from_pillow(value)
+    elif not isinstance(value, (Tensor, np.ndarray)):
+        raise UserError(f"{what} is a {type(value).__name__}; give tensors or images")
+    last = isinstance(value, np.ndarray) and value.ndim == 3 and not channels_first(value.shape)
+    value = arrays.as_array(value, what)
+    arrays.check_numbers(value, what)
+    value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
+    return value[None] if value.ndim == 2 else value
 
 
 def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
@@ -207,10 +204,9 @@ def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
     count = len(dataset)
     if count == 0:
         raise UserError("the Dataset is empty")
-    reader = DatasetReader(dataset)
-    if y is None and reader.pair(0)[1] is not None:
-        y = [reader.pair(index)[1] for index in range(count)]
-    pool = LazySplit(reader, range(count), name="the Dataset: sample ").in_memory_if_small(count)
+    if y is None and _pair(dataset, 0)[1] is not None:
+        y = [_pair(dataset, index)[1] for index in range(count)]
+    pool = LazySplit(partial(_sample, dataset), range(count), name="the Dataset: sample ").in_memory_if_small(count)
     if isinstance(pool, MemorySplit):
         return arrays.samples_of(pool.x.numpy(), y, "Dataset", options, first=True)
     shape, dtype = tuple(pool.like.shape), pool.like.dtype
