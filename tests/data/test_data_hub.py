@@ -108,7 +108,7 @@ def test_tables_of_numbers(datasets, tmp_path):
     rows = {"a": values[:, 0], "b": values[:, 1], "label": ["x", "y"] * 20}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
     source = load_data(f"hf:{tmp_path}", label="label")
-    assert source.columns == ("a", "b") and source.class_names == ("x", "y")
+    assert source.transform.table.names == ("a", "b") and source.class_names == ("x", "y")
     first = torch.cat([split.tensors()[0] for split in (source.train, source.validation, source.test)])[:, 0]
     assert torch.equal(first.sort().values, torch.from_numpy(values[:, 0]).float().sort().values)
     assert load_data(f"hf:{tmp_path}").columns == ("a", "b", "label"), "a column of texts is one of categories"

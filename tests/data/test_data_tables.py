@@ -33,7 +33,7 @@ def values():
 def test_csv_keeps_values_names_and_units(tmp_path, values, separator):
     path = write(tmp_path / "t.csv", ["a", "b", "c"], values, separator)
     source = load_data(f"table:{path}")
-    assert source.columns == ("a", "b", "c") and source.transform.bin is None
+    assert source.transform.table.names == ("a", "b", "c") and source.transform.bin is None
     expected = torch.from_numpy(values[values[:, 0].argsort()]).float()
     assert torch.equal(everything(source), expected)
     z = source.transform(source.train.tensors()[0].double())
@@ -53,7 +53,7 @@ def test_label_column_of_texts_and_of_numbers(tmp_path, values):
     kinds = np.array(["setosa", "virginica"])[np.arange(60) % 2]
     path = write(tmp_path / "t.csv", ["a", "b", "c", "kind"], np.column_stack([values.astype(str), kinds]))
     source = load_data(f"table:{path}", label="kind")
-    assert source.columns == ("a", "b", "c") and source.class_names == ("setosa", "virginica")
+    assert source.transform.table.names == ("a", "b", "c") and source.class_names == ("setosa", "virginica")
     kind = {float(np.float32(a)): k for a, k in zip(values[:, 0], kinds, strict=True)}
     assert all(kind[float(x[0])] == source.class_names[y] for x, y in source.train)
     # Classes that do not count from 0, in the order of the numbers.
@@ -77,7 +77,7 @@ def test_label_columns_that_are_none(tmp_path, values):
 def test_constant_columns_are_left_out_of_every_split(tmp_path, values):
     with_constant = np.column_stack([values[:, 0], np.full(60, 7.0), values[:, 1:]])
     source = load_data(f"table:{write(tmp_path / 't.csv', list('abcd'), with_constant)}")
-    assert source.columns == ("a", "c", "d")
+    assert source.transform.table.names == ("a", "c", "d")
     assert torch.equal(everything(source), torch.from_numpy(values[values[:, 0].argsort()]).float())
     assert any("left out because they are constant in training: b." in note for note in source.notes)
 
@@ -168,7 +168,7 @@ def test_data_frames(values):
     frame = pd.DataFrame(values, columns=["a", "b", "c"], index=[f"id{k}" for k in range(60)])
     frame["kind"] = ["x", "y"] * 30
     source = from_object(frame, labels="kind")
-    assert source.columns == ("a", "b", "c") and source.class_names == ("x", "y")
+    assert source.transform.table.names == ("a", "b", "c") and source.class_names == ("x", "y")
     assert torch.equal(everything(source), torch.from_numpy(values[values[:, 0].argsort()]).float())
     apart = from_object(frame[["a", "b", "c"]], labels=frame["kind"])
     assert torch.equal(apart.train.labels, source.train.labels)
@@ -194,7 +194,7 @@ def test_saved_tables_read_back_exactly(tmp_path):
     x = torch.randn(30, 3) * torch.tensor([1e-6, 1.0, 1e6])
     path = save_table(x, tmp_path / "out" / "samples.csv")
     source = load_data(f"table:{path}")
-    assert source.columns == ("c0", "c1", "c2")
+    assert source.transform.table.names == ("c0", "c1", "c2")
     assert torch.equal(everything(source), x[x[:, 0].argsort()])
 
 
@@ -204,12 +204,12 @@ def test_the_index_of_a_data_frame_is_no_column(tmp_path, values):
     frame = frame[frame.a > frame.a.quantile(0.2)]
     frame.to_csv(tmp_path / "t.csv")
     source = load_data(f"table:{tmp_path}/t.csv")
-    assert source.columns == ("a", "b", "c")
+    assert source.transform.table.names == ("a", "b", "c")
     assert any("first column has no name and counts the rows: left out" in note for note in source.notes)
     pytest.importorskip("pyarrow")
     frame.to_parquet(tmp_path / "t.parquet")
     source = load_data(f"table:{tmp_path}/t.parquet")
-    assert source.columns == ("a", "b", "c") and any("index of the data frame is left out" in n for n in source.notes)
+    assert source.transform.table.names == ("a", "b", "c") and any("index of the data frame is left out" in n for n in source.notes)
 
 
 @pytest.mark.parametrize("header", [["", "b"], ["a", ""]])

@@ -118,7 +118,7 @@ def test_files_choose_columns_and_tell_all_problems_at_once(tmp_path, suffix):
     text = frame.to_csv(index=False, sep="\t" if suffix == ".tsv" else ";")
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     source = load_data(f"table:{path}", drop=["day"])
-    assert source.columns == ("origin", "rain", "power", "open", "doors", "price", "clock")
+    assert source.transform.table.names == ("origin", "rain", "power", "open", "doors", "price", "clock")
     assert load_data(f"table:{path}", columns=["price", "rain"]).columns == ("price", "rain")
     with pytest.raises(UserError, match="no column 'prize'; did you mean 'price'"):
         load_data(f"table:{path}", columns=["prize"])

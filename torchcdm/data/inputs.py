@@ -28,14 +28,10 @@ WHOLE, IMAGE = -1, 0
 
 
 class Inputs(NamedTuple):
-    """Samples that were read for a model.
+    """Samples that were read for a model: data units, float32 (N, *shape), and what was left out, one sentence each.
 
-    Attributes:
-        x: Data units, float32 (N, *shape).
-        names: The path of each, or the path and the row.
-        deviating: The columns in which it holds what training never had, where a model knows nothing, such as another
-            value where all were alike: their names, empty for most.
-        notes: What was left out, one sentence each.
+    ``names`` are the path of each, or the path and the row. ``deviating`` names the columns in which it holds what
+    training never had, such as another value where all were alike; empty for most.
     """
 
     x: Tensor
@@ -93,8 +89,7 @@ def parts_of(
     """The paths as files and parts of files that :func:`read_inputs` reads one at a time, in its order; and notes.
 
     Folders hold images, or tables for a model of rows. The part of a Parquet file is a row group, unless not
-    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`. UserError for a path that
-    is not there, or a Parquet file that cannot be read.
+    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`.
     """
     found, notes = [], []
     for path in map(Path, paths):

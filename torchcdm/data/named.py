@@ -91,11 +91,7 @@ def toy(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 
 def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples:
-    """``fashion-mnist`` or ``fashion-mnist:PATH``: 28x28, 55000 / 5000 / 10000.
-
-    PATH holds the four idx files, packed or not; without it they are looked for in TORCHCDM_DATA and where Debian
-    puts them.
-    """
+    """``fashion-mnist`` or ``fashion-mnist:PATH`` of its idx files, packed or not: 28x28, 55000 / 5000 / 10000."""
     paths = _located(
         argument, "fashion-mnist", FASHION_FILES,
         "install Debian's dataset-fashion-mnist, or name the folder of its four idx files", (FASHION_SYSTEM_FOLDER,),
@@ -133,10 +129,9 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 
 def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
-    """``celeba:PATH``: the aligned and cropped images, with the published partition and crop.
+    """``celeba:PATH``: the aligned and cropped images, with the published partition and crop, 64 x 64 by default.
 
     PATH holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them.
-    Images are cropped and resized to 64 x 64 unless another size is given. Files are read when they are asked for.
     """
     images, listing = _located(
         argument, "celeba", [CELEBA_IMAGES, CELEBA_PARTITION],
@@ -171,8 +166,7 @@ def fixed(
 ) -> Samples:
     """Samples whose splits are part of the data set, whatever seed and test fraction the options give.
 
-    The ``pool`` holds those of training, then those of test. ``counts`` are the former, and how many of them are for
-    validation unless the options give a fraction.
+    ``counts``: the first samples of the ``pool``, for training, and how many of them validate unless options say it.
     """
     (trainable, validation), grid = counts, (0, high)
     if options.validation_fraction is not None:
@@ -203,9 +197,9 @@ def read_idx(path: Path) -> np.ndarray:
 def _located(
     argument: str, name: str, files: Sequence[Sequence[str]], mend: str, system: Sequence[str] = ()
 ) -> list[Path]:
-    """The files of a data set, each by the first of its names that is there, or its first name.
+    """The files of a data set in PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the ``system``.
 
-    They lie in PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the system's folder.
+    Each by the first of its names that is there, or its first name.
     """
     root = argument or os.environ.get(DATA_VARIABLE, "")
     places = [Path(root) / name, Path(root)] if root else []

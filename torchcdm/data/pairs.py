@@ -42,8 +42,7 @@ class Pair:
     """Numerator and denominator, ready for training.
 
     Attributes:
-        source: Labels 0 for the denominator, 1 for the numerator; as many of each in training, the smaller data set
-            repeated; no test split.
+        source: Labels 0 for the denominator, 1 for the numerator; as many of each, the smaller data set repeated.
         counts: Samples of denominator and numerator as they were given.
         held_out: How many of each are held out; the first ones of their class in the validation split.
         warp: What brings the codes of a table, or of vectors, to the units of ``source``; None for images.

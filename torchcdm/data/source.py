@@ -225,11 +225,6 @@ class DataSource:
         return self.transform.shape
 
     @property
-    def columns(self) -> tuple[str, ...] | None:
-        """Names of the columns of a table that the model sees; None elsewhere."""
-        return None if self.transform.table is None else self.transform.table.names
-
-    @property
     def splits(self) -> tuple[Split, Split, Split]:
         """Training, validation and test."""
         return self.train, self.validation, self.test
@@ -275,8 +270,7 @@ class Samples:
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
     """The same source with its classes numbered as those of a model of these ``names``; UserError for any other class.
 
-    Classes go by name. Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, the
-    numbers count the names.
+    Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, these count the names.
     """
     own = source.class_names
     present = torch.cat([split.labels for split in source.splits]).unique()

@@ -58,10 +58,8 @@ SMALL, LARGE = 3_000, 50_000
 
 
 def size_fields(rows: int) -> dict[str, Any]:
-    """What the number of training rows changes in a preset for vectors.
-
-    Small tables are overfit within some hundred steps, and stopped there. Larger ones take a deeper network without
-    dropout, and a learning rate that gets to its end.
+    """What the number of training rows changes in a preset for vectors: small tables are overfit within some hundred
+    steps; larger ones take a deeper network without dropout, and a learning rate that gets to its end.
     """
     if rows <= SMALL:
         return {}
@@ -305,8 +303,7 @@ class DensityEstimator(TableEstimator):
     def _log_density(self, found: Encoded, draws: list[Tensor], context: np.ndarray | None = None) -> np.ndarray:
         """Mean of log p over ``draws`` of the same rows with other noise, (N, kept) each, given contexts (N, q).
 
-        The flow's is the normalised density at level 1 taken at the row itself: that of the data blurred by r_1, a
-        hundredth of a column's deviation.
+        The flow's is the normalised density at level 1: that of data blurred by a hundredth of a column's deviation.
         """
         read_as(Likelihood, self.likelihood, "likelihood")
         if differ := sum(map(bool, found.deviating)):

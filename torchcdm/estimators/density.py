@@ -176,13 +176,10 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
 def importance_normalizers(
     model: DensityModel, seed: int = 0, draws: int = DRAWS, shares: Sequence[float] = SHARES
 ) -> list[LogZ]:
-    """Z = E_q[p(x) / q(x)], q half the base density and half its blurred copy, both known in closed form.
+    """Z = E_q[p(x) / q(x)] of an unconditional model of vectors, q half the base density and half its blurred copy.
 
-    Args:
-        model: Unconditional, of vectors.
-        seed: Seed of the draws.
-        draws: Number of draws, rounded up so that each estimate has as many from either half of q.
-        shares: Shares of what the network adds to the log density of the base; an estimate for each.
+    An estimate for each of the ``shares`` of what the network adds to the log density of the base. ``draws`` are
+    rounded up so that each has as many from either half of q.
     """
     schedule, generator, dim = model.schedule, stream(seed, "normaliser"), model.transform.dim
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())

@@ -23,6 +23,8 @@ Shape = Annotated[tuple[Count, ...], Len(1, 16)]
 class DataTransform(Float64Module):
     """The affine map from data units to model units, the identity by default, with the grid that the data lie on.
 
+    UserError for values of the wrong type or shape, that are not finite, or a scale or bin that is not positive.
+
     Args:
         shape: Event shape, (C, H, W) for images, (d,) for tables.
         shift: Data value at model value 0; a number, or a tensor that broadcasts to ``shape``.
@@ -31,9 +33,6 @@ class DataTransform(Float64Module):
         dequantize: Whether training and scoring add uniform noise over the cell. Ignored without a bin.
         low: Smallest grey level, where rounding clips; None does not clip.
         high: Largest grey level.
-
-    Raises:
-        UserError: A value of the wrong type or shape, one that is not finite, or a scale or bin that is not positive.
 
     Attributes:
         cells: Values of columns that have a probability, by the place of the column; none in other data.

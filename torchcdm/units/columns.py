@@ -31,18 +31,13 @@ STEP_ROWS = 2000
 
 @final
 class ColumnTransform(DataTransform):
-    r"""Columns to model units, each more nearly normal: continuous ones bent, those with values by histogram.
-
-    The bent ones by the curve of :mod:`torchcdm.units.warp`, after their logarithm where that is more nearly normal.
+    r"""Columns to model units, each more nearly normal: bent as in :mod:`torchcdm.units.warp`, or by a histogram.
 
     A dequantised column of few values is a row of boxes, whose edges a smooth density would spend itself on. Its
-    histogram takes it to a normal, as in :class:`GaussianizedTransform`; what is left to learn is how columns hang
-    together. So does that of a mixed column, where some values have a cell each and all other numbers are continuous,
-    and that of a continuous column whose density has steps and gaps. Beyond the known values the map goes on as a line
-    of the column's deviation: what is far out stays so.
-
-    ``log_det`` counts the cells: a density in data units is the probability of a value that has one, and a density of
-    all other numbers.
+    histogram takes it to a normal, as in :class:`GaussianizedTransform`. So does that of a mixed column, where other
+    numbers are continuous, and of a continuous one whose density has steps and gaps. Beyond the known values the map
+    goes on as a line of the column's deviation. ``log_det`` counts the cells: a density in data units is the
+    probability of a value that has one, and a density of all other numbers.
 
     Args:
         warp: A number for each column, (d,), by name. ``least``: value below which its logarithm goes on as a line; 0
