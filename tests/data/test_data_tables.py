@@ -42,11 +42,11 @@ def test_csv_keeps_values_names_and_units(tmp_path, values, separator):
 
 def test_csv_without_names_quoted_and_with_byte_order_mark(tmp_path, values):
     bare = load_data(f"table:{write(tmp_path / 'bare.csv', None, values)}")
-    assert bare.columns == ("c0", "c1", "c2") and len(everything(bare)) == 60
+    assert bare.transform.table.names == ("c0", "c1", "c2") and len(everything(bare)) == 60
     assert any("no line of column names" in note for note in bare.notes)
     path = tmp_path / "q.csv"
     path.write_text("\ufeff\"x, mm\",y\n" + "\n".join(f'"{a}",{b}' for a, b, _ in values))
-    assert load_data(f"table:{path}").columns == ("x, mm", "y")
+    assert load_data(f"table:{path}").transform.table.names == ("x, mm", "y")
 
 
 def test_label_column_of_texts_and_of_numbers(tmp_path, values):
@@ -147,7 +147,8 @@ def test_parquet_equals_csv(tmp_path, values):
     parquet.write_table(pa.table({name: values[:, k] for k, name in enumerate("abc")}), tmp_path / "t.parquet")
     ours = load_data(f"table:{tmp_path / 't.parquet'}")
     csv = load_data(f"table:{write(tmp_path / 't.csv', list('abc'), values)}")
-    assert torch.equal(ours.train.tensors()[0], csv.train.tensors()[0]) and ours.columns == csv.columns
+    assert torch.equal(ours.train.tensors()[0], csv.train.tensors()[0])
+    assert ours.transform.table.names == csv.transform.table.names
 
 
 def test_parquet_messages(tmp_path, values):
@@ -209,7 +210,8 @@ def test_the_index_of_a_data_frame_is_no_column(tmp_path, values):
     pytest.importorskip("pyarrow")
     frame.to_parquet(tmp_path / "t.parquet")
     source = load_data(f"table:{tmp_path}/t.parquet")
-    assert source.transform.table.names == ("a", "b", "c") and any("index of the data frame is left out" in n for n in source.notes)
+    assert source.transform.table.names == ("a", "b", "c")
+    assert any("index of the data frame is left out" in note for note in source.notes)
 
 
 @pytest.mark.parametrize("header", [["", "b"], ["a", ""]])

@@ -119,7 +119,7 @@ def test_files_choose_columns_and_tell_all_problems_at_once(tmp_path, suffix):
     path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     source = load_data(f"table:{path}", drop=["day"])
     assert source.transform.table.names == ("origin", "rain", "power", "open", "doors", "price", "clock")
-    assert load_data(f"table:{path}", columns=["price", "rain"]).columns == ("price", "rain")
+    assert load_data(f"table:{path}", columns=["price", "rain"]).transform.table.names == ("price", "rain")
     with pytest.raises(UserError, match="no column 'prize'; did you mean 'price'"):
         load_data(f"table:{path}", columns=["prize"])
     frame.loc[7, "rain"], frame.loc[[8, 9], "day"] = "inf", "soon"
