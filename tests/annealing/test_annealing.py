@@ -9,7 +9,7 @@ from oracles import MixtureClassifier, covariance, labelled_mixture, normal, rng
 from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import States, adapted, langevin, smc
-from torchcdm.annealing.replicas import exchange, ladder
+from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import Evaluated, ModelTarget, Target
 from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.errors import UserError
@@ -69,7 +69,8 @@ def mixture_of(dim):
 def replicas(target, level, columns, sweeps, seed=0):
     kernels, generator = Kernels.of_target(target, seed), rng(seed)
     rungs = ladder(target, kernels, level, 2 * columns, generator)
-    return exchange(target, kernels, rungs._replace(x=rungs.x[:, :columns]), sweeps, generator)
+    rungs = rungs._replace(x=rungs.x[:, :columns])
+    return Replicas(target, kernels, rungs, generator).go_on(sweeps, sweeps // 4)
 
 
 # --- works -------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_replicas_forget_where_they_started():
     # All in one component, and all far away.
     starts = torch.cat([mixture.means[1].expand(16, 2), torch.full((16, 2), 6.0, dtype=torch.float64)])
     x = torch.stack([schedule.perturb(starts, t, normal(32, 2, seed=t)) for t in rungs.levels])
-    trace = exchange(target, kernels, rungs._replace(x=x), 80, generator)
+    trace = Replicas(target, kernels, rungs._replace(x=x), generator).go_on(80, 20)
     for columns in (slice(0, 16), slice(16, 32)):
         ratios = trace.log_z(columns)
         assert abs(ratios.total) < 4 * ratios.se and ratios.se < 0.15

@@ -177,9 +177,9 @@ def smc(
                 works = kernels.work(lower.x, states.x, lower.at, states.at, s, states.t)
                 if spacing is None or length == 1 or float(works.std()) <= spacing:
                     break
-                length = max(1, length // 2)
-            if spacing is not None and float(works.std()) < spacing / 2:
-                length = 2 * length
+                length = 2 * length // 3
+            if spacing is not None and float(works.std()) < spacing / 1.5:
+                length = -(-3 * length // 2)
             bar.update(states.t - s)
             lower.origin, log_w = states.origin, log_w + works.reshape(islands, size)
             states = lower

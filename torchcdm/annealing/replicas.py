@@ -21,8 +21,9 @@ from torchcdm.annealing.ratios import Ratios, autocorrelation_time, bar, mbar
 from torchcdm.annealing.target import Target
 from torchcdm.runtime.processes import alone
 
-SPACING = 0.9
-"""Deviation of the work between neighbouring rungs, nats: swaps are accepted about half of the time."""
+SPACING = 1.3
+"""Largest deviation of the work between neighbouring rungs, nats: swaps are accepted about half of the time, so that
+replicas cross all N rungs in the fewest evaluations (Syed et al. 2022): about N² sweeps, of N evaluations each."""
 
 KEPT_VALUES = 2**23
 """Numbers kept for MBAR at most: states are thinned to so many."""
@@ -47,42 +48,12 @@ def ladder(target: Target, kernels: Kernels, level: int, n: int, generator: torc
     return Ladder([one.t for one in states], step, torch.stack([one.x for one in states]))
 
 
-@torch.no_grad()
-def exchange(
-    target: Target,
-    kernels: Kernels,
-    rungs: Ladder,
-    sweeps: int,
-    generator: torch.Generator,
-    moves: int = 1,
-    progress: bool = False,
-) -> Replicas:
-    """Replica exchange over the rungs of a ladder. A sweep takes ``moves`` + 2 evaluations of each replica.
-
-    Each point of a rung starts in a column of its own, at least two of them. At least 4 ``sweeps`` count; a quarter as
-    many come before them, in which step sizes adapt.
-    """
-    from tqdm.auto import tqdm
-
-    burn_in, step = -(-sweeps // 4), rungs.step
-    with alone():
-        run = Replicas(target, kernels, rungs, sweeps, generator)
-        counted = range(-burn_in, sweeps)
-        for sweep in tqdm(counted, desc="replicas", unit="sweep", disable=not progress, leave=False):
-            for _ in range(moves):
-                accepted = run.move(step)
-                step = adapted(step, accepted) if sweep < 0 else step
-            run.swap(sweep, 0)
-            run.swap(sweep, 1)
-            run.record(sweep)
-    return run
-
-
 @final
 class Replicas:
     """Replicas of all rungs in one batch, and what the sweeps that count, 0, 1, ..., have shown of them.
 
-    The replica of rung l in column k is row l * columns + k of the batch.
+    The replica of rung l in column k is row l * columns + k of the batch. Each point of a rung of the ladder starts in
+    a column of its own, at least two of them. A sweep has ``moves`` of each replica, and takes two evaluations more.
 
     Attributes:
         levels: The rungs, rising; above the last one is the start density.
@@ -96,23 +67,42 @@ class Replicas:
         x: Points of the lowest rung, thinned, (draws, columns, *shape).
     """
 
+    @torch.no_grad()
     def __init__(
-        self, target: Target, kernels: Kernels, rungs: Ladder, sweeps: int, generator: torch.Generator
+        self, target: Target, kernels: Kernels, rungs: Ladder, generator: torch.Generator, moves: int = 1
     ) -> None:
         x = rungs.x.flatten(0, 1).clone()
-        self.target, self.kernels, self.generator, self.levels = target, kernels, generator, rungs.levels
-        self.count, self.columns = rungs.x.shape[:2]
+        self.target, self.kernels, self.generator, self.moves = target, kernels, generator, moves
+        self.levels, self.step, (self.count, self.columns) = rungs.levels, rungs.step, rungs.x.shape[:2]
         self.states = States.of(target, x, torch.tensor(rungs.levels).to(x.device).repeat_interleave(self.columns))
         # Whether a replica came from the start density.
         self.fresh = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+
+    @torch.no_grad()
+    def go_on(self, sweeps: int, burn_in: int = 0, progress: bool = False) -> Replicas:
+        """So many ``sweeps``, at least 4, take the place of all that counted; returns itself.
+
+        Step sizes adapt in those of the ``burn_in`` before them, and stay as they are.
+        """
+        from tqdm.auto import tqdm
+
+        shape, x = (sweeps, self.count, self.columns), self.states.x
         self.arrivals = torch.zeros(self.columns, dtype=torch.long)
-        self.down, self.up = torch.empty(2, sweeps, self.count, self.columns, dtype=torch.float64)
+        self.down, self.up = torch.empty(2, *shape, dtype=torch.float64)
         self.log_gamma = torch.empty(sweeps, self.columns, dtype=torch.float64)
         self.swapped = torch.zeros(self.count, dtype=torch.float64)
         self.densities: list[Tensor] = []
-        size = (len(x) + self.columns) * (self.count + 1)
-        self.every = math.ceil(sweeps * size / KEPT_VALUES)
-        self.x = x.new_empty(-(-sweeps // self.every), *rungs.x.shape[1:])
+        self.every = math.ceil(sweeps * (len(x) + self.columns) * (self.count + 1) / KEPT_VALUES)
+        self.x = x.new_empty(-(-sweeps // self.every), self.columns, *x.shape[1:])
+        with alone():
+            for sweep in tqdm(range(-burn_in, sweeps), "replicas", unit="sweep", disable=not progress, leave=False):
+                for _ in range(self.moves):
+                    accepted = self.move(self.step)
+                    self.step = adapted(self.step, accepted) if sweep < 0 else self.step
+                self.swap(sweep, 0)
+                self.swap(sweep, 1)
+                self.record(sweep)
+        return self
 
     def log_z(self, columns: Tensor | slice = slice(None), sweeps: slice = slice(None)) -> Ratios:
         """log Z of each rung less that of the next, by BAR; the start density is normalised."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective, langevin, smc, systematic
-from torchcdm.annealing.replicas import exchange, ladder
+from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
@@ -316,7 +316,8 @@ def _by_particles(
         size = -(-particles // islands)
         if sweeps:
             rungs = ladder(target, kernels, 1, max(particles, 2), generator)
-            trace = exchange(target, kernels, rungs, max(sweeps, 4), generator, moves, progress)
+            run, sweeps = Replicas(target, kernels, rungs, generator, moves), max(sweeps, 4)
+            trace = run.go_on(sweeps, -(-sweeps // 4), progress)
             x = trace.x.flatten(0, 1)
             log_w = torch.zeros(len(x), dtype=torch.float64).log_softmax(0)
             log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()

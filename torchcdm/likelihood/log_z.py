@@ -12,7 +12,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.replicas import Replicas, exchange, ladder
+from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import Fenced, ModelTarget
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
@@ -20,8 +20,9 @@ from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, checked
 
 Sweeps = Annotated[Count, Ge(4)]
-SWEEPS, REPLICAS = 200, 12
-"""Sweeps that count, and replicas of each level from each start."""
+SWEEPS, LONGEST, REPLICAS = 200, 4, 12
+"""Sweeps that count, how many times as many may be made where they are doubted, and replicas of each level from each
+start."""
 
 DESCENDING = 128
 """Particles that come down first, at least: the levels are chosen by their works."""
@@ -186,8 +187,9 @@ def log_normalizer(
         x: Held-out data, data units (N, *shape), N at least 1.
         y: A class, for the normaliser of log p(x|y); None for the unconditional density.
         scoring: Level 1 ... T - 1, seed and batch size.
-        sweeps: Sweeps that count, at least 4; a quarter as many come before them. Each takes three evaluations of
-            each replica.
+        sweeps: Sweeps that count, at least 4, after up to as many that do not. While their estimate is doubted, as
+            many as have counted so far follow in their place, up to :data:`LONGEST` times ``sweeps`` in all. Each
+            takes three evaluations of each replica.
         replicas: Replicas of each level from each start, at least 2.
         kernels: The proposals; measured on samples of the model when None.
         restricted: Only over inputs whose log p_s, at this level and those above, is within :data:`REACH` deviations
@@ -234,8 +236,12 @@ def log_normalizer(
             outside = target.evaluate(points, t).log_gamma.isinf().nonzero()[:, 0]
             points[outside] = (within if len(within) else own)[outside % (len(within) or len(own))]
             replaced.append(int((outside >= replicas).sum()))
-    found = exchange(target, kernels, rungs._replace(x=x), sweeps, generator, progress=progress)
-    z = LogZ.of_replicas(found, list(starts))
+    # Until each replica may have come from the noise; where there are many rungs what is not enough is seen by a trend.
+    burn_in = min(sweeps, max(-(-sweeps // 4), len(rungs.levels) ** 2))
+    run = Replicas(target, kernels, rungs._replace(x=x), generator).go_on(sweeps, burn_in, progress)
+    z, made = LogZ.of_replicas(run, list(starts)), sweeps
+    while z.doubt and made < LONGEST * sweeps:
+        z, made = LogZ.of_replicas(run.go_on(made, progress=progress), list(starts)), 2 * made
     if not restricted:
         return z
     unseen = "data" in given and 2 * replaced[0] > replicas
