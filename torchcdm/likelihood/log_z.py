@@ -236,7 +236,7 @@ def log_normalizer(
             outside = target.evaluate(points, t).log_gamma.isinf().nonzero()[:, 0]
             points[outside] = (within if len(within) else own)[outside % (len(within) or len(own))]
             replaced.append(int((outside >= replicas).sum()))
-    # Until each replica may have come from the noise; where there are many rungs what is not enough is seen by a trend.
+    # Until each replica may have come from the noise; of many rungs a trend shows what is not enough.
     burn_in = min(sweeps, max(-(-sweeps // 4), len(rungs.levels) ** 2))
     run = Replicas(target, kernels, rungs._replace(x=x), generator).go_on(sweeps, burn_in, progress)
     z, made = LogZ.of_replicas(run, list(starts)), sweeps
