@@ -101,10 +101,10 @@ def validated(kind: type[T]) -> type[T]:
 
     @functools.wraps(init)
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
-        # By name, which a message then has.
+        # By name, which a message then has; what is one too many is refused.
         fields |= zip(checked.__dataclass_fields__, args, strict=False)
         try:
-            init(self, **fields)
+            init(self, *args[len(checked.__dataclass_fields__) :], **fields)
         except ValidationError as error:
             raise UserError(mistake(error, fields)[1]) from None
 
