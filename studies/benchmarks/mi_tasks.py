@@ -108,20 +108,25 @@ ESTIMATORS: dict[str, Callable[[np.ndarray, np.ndarray, int], tuple[float, float
 }  # fmt: skip
 
 
-def estimate(path: Path, estimators: list[str], seeds: list[int], only: str, out: Path | None) -> list[Estimate]:
-    """Every estimator on every task of a file; what ``out`` holds already is not computed again."""
+def estimate(path: Path, estimators: list[str], seeds: list[int], only: list[str], out: Path | None) -> list[Estimate]:
+    """Every estimator on the tasks of a file, seed by seed, in the order of the words that their names begin with.
+
+    What ``out`` holds already is not computed again.
+    """
     rows = [Estimate(**row) for row in json.loads(out.read_text("utf-8"))["rows"]] if out and out.exists() else []
     done = {(row.task, row.seed, row.estimator) for row in rows}
     with np.load(path) as arrays:
-        for key in [key[:-2] for key in arrays if key.endswith("|x") and only in key]:
-            task, truth, seed = key.split("|")
-            if int(seed) not in seeds:
-                continue
+        keys = [key[:-2].split("|") for key in arrays if key.endswith("|x")]
+        wanted = ((seed, word) for seed in seeds for word in only)
+        chosen = (key for seed, word in wanted for key in keys if key[0].startswith(word) and key[2] == str(seed))
+        for task, truth, seed in chosen:
+            key = f"{task}|{truth}|{seed}"
             x, y = arrays[f"{key}|x"], arrays[f"{key}|y"]
             for name in estimators:
                 if (task, int(seed), name) in done:
                     continue
                 start = time.process_time()
+                done.add((task, int(seed), name))
                 value, se = ESTIMATORS[name](x, y, int(seed))
                 seconds = round(time.process_time() - start, 2)
                 rows.append(Estimate(task, float(truth), int(seed), name, value, se, seconds))
@@ -160,7 +165,7 @@ def main() -> None:
     parser.add_argument("--development", action="store_true")
     parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS), choices=ESTIMATORS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[*SEEDS, *DEVELOPMENT_SEEDS])
-    parser.add_argument("--only", default="", help="tasks whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="tasks whose names begin with these words")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.what == "draw":

@@ -10,7 +10,7 @@ error is that of the estimated mean against the exact one on the same test point
 Kinds: ``plain``; ``rotated``, both sides turned by one random orthogonal matrix; ``bent``, both pushed through a fixed
 non-linear invertible map (:class:`ratio_pairs.InvertibleMap`), which leaves the ratio as it is. With the residual
 ``on`` the network corrects one fitted Gaussian for each source, ``off`` it has to learn all. The column ``Gaussians``
-is what two fitted Gaussians say alone, and ``kept`` how much of the network's correction held-out rows bear out.
+is what two fitted Gaussians say alone, and ``weight`` the network's in the blend.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Row:
         error: Share by which the estimate is off.
         rmse: Of the log ratio of single test points, nats.
         gaussians: Estimate of two fitted Gaussians without a network.
-        kept: Share of the network's correction, 0 ... 1.
+        weight: Of the network in the blend, 0 ... 1.
         rows: Training rows of each source, held-out ones included.
         steps: Most training steps.
         seconds: Processor seconds of fitting.
@@ -66,7 +66,7 @@ class Row:
     error: float
     rmse: float
     gaussians: float
-    kept: float
+    weight: float
     rows: int
     steps: int
     seconds: float
@@ -104,10 +104,10 @@ def rung(kind: str, residual: str, dim: int, options: argparse.Namespace) -> Row
 
 def table(rows: Sequence[Row]) -> str:
     """Lines to read."""
-    lines = ["kind     residual    d    exact  estimate  error %    RMSE  Gaussians  kept  seconds"]
+    lines = ["kind     residual    d    exact  estimate  error %    RMSE  Gaussians weight seconds"]
     lines += [
         f"{r.kind:8} {r.residual:8} {r.dim:4} {r.exact:8.3f} {r.estimate:9.3f} {100 * r.error:+8.2f} {r.rmse:7.2f} "
-        f"{r.gaussians:10.3f} {r.kept:5.2f} {r.seconds:8.0f}"
+        f"{r.gaussians:10.3f} {r.weight:6.2f} {r.seconds:7.0f}"
         for r in rows
     ]
     return "\n".join(lines)

@@ -10,10 +10,10 @@ from studies.tables.reading import markdown, read
 def mutual_information() -> str:
     """The ladder, a row for each rung."""
     head = ["pairs", "Gaussian residual", "d", "steps", "exact, nats", "estimate", "error", "RMSE of a point",
-            "two Gaussians", "network kept", "s"]  # fmt: skip
+            "two Gaussians", "network's weight", "s"]  # fmt: skip
     lines = [
         [r["kind"], r["residual"], str(r["dim"]), str(r["steps"]), f"{r['exact']:.2f}", f"{r['estimate']:.2f}",
-         f"{100 * r['error']:+.1f} %", f"{r['rmse']:.2f}", f"{r['gaussians']:.2f}", f"{100 * r['kept']:.0f} %",
+         f"{100 * r['error']:+.1f} %", f"{r['rmse']:.2f}", f"{r['gaussians']:.2f}", f"{100 * r['weight']:.0f} %",
          f"{r['seconds']:.0f}"]
         for r in read("mutual_information")["rows"]
     ]  # fmt: skip

@@ -246,7 +246,7 @@ def test_mutual_information_climbs_the_rungs(report_of):
     assert [(row["residual"], row["kind"]) for row in rows] == [
         (residual, kind) for residual in ("on", "off") for kind in ("plain", "rotated", "bent")
     ]
-    assert finite(rows, "exact", "estimate", "rmse") and all(0 <= row["kept"] <= 1 for row in rows)
+    assert finite(rows, "exact", "estimate", "rmse") and all(0 <= row["weight"] <= 1 for row in rows)
 
 
 def test_ratio_peers_scores_every_estimator(report_of):

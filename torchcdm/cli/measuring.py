@@ -105,7 +105,6 @@ def ratio(options: argparse.Namespace) -> None:
 def mi(options: argparse.Namespace) -> None:
     """Says what the rows of one table tell of those of the other, and how far to trust it."""
     found = mutual_information(
-        options.x, options.y, options.seed, device=str(chosen_device(options.device)), progress=not options.quiet,
-        **given(steps=options.steps),
-    )  # fmt: skip
+        options.x, options.y, options.seed, device=options.device, **given(steps=options.steps)
+    )
     tell(options.json, found.text("mutual information"), asdict(found))

@@ -7,7 +7,10 @@ little where the sources hardly overlap, so that held-out samples decide how far
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -54,92 +57,96 @@ def folds(rows: int) -> Tensor:
     return torch.arange(rows) % MEMBERS
 
 
-@final
-class Committee(nn.Module):
-    """Small networks of which each is trained on all folds of the rows but one, which ends its training.
+class Networks(nn.Module):
+    """Perceptrons of all members of a committee, side by side; their last layer starts at zero unless it has a scale.
 
     Args:
-        columns: d.
+        sizes: Of input, hidden layers and output.
+        draw: What the first weights are drawn by; None leaves zeros.
+        scale: Of those of the last layer.
     """
 
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, columns: int) -> None:
+    def __init__(self, sizes: Sequence[int], draw: torch.Generator | None = None, scale: float = 0.0) -> None:
         super().__init__()
-        sizes = [columns, *[WIDTH] * LAYERS, 1]
-        shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
+        shapes = list(pairwise(sizes))
         self.weights = nn.ParameterList(torch.zeros(MEMBERS, *shape) for shape in shapes)
         self.biases = nn.ParameterList(torch.zeros(MEMBERS, 1, width) for _, width in shapes)
-        for name in ("low", "high"):
-            self.register_buffer(name, torch.zeros(columns))
+        for weight in self.weights if draw is not None else ():
+            factor = scale if weight is self.weights[-1] else 1.0
+            weight.data = factor * torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """Log odds (members, B) of rows (members, B, d); beyond the training rows as at their edge."""
-        h = x.clamp(self.low, self.high)
+        """(members, B, d) to (members, B, outputs)."""
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias, h if layer == 0 else silu(h), weight)
-        return h[..., 0]
+            x = torch.baddbmm(bias, x if layer == 0 else silu(x), weight)
+        return x
+
+
+def train(
+    networks: nn.Module,
+    losses: Callable[[Tensor], Tensor],
+    rows: int,
+    draw: torch.Generator,
+    steps: int,
+    rate: float,
+    decay: float,
+    until: float,
+) -> None:
+    """Trains all members at once, each on all folds of the rows but its own.
+
+    Each stays as it was at the step at which the *others* told their own folds best, so that its own fold has chosen
+    nothing and an average over it is that of rows that were not seen.
+
+    Args:
+        networks: What the losses depend on; their parameters begin with the members.
+        losses: Of each member on its rows (members, B), (members,).
+        rows: Their number.
+        draw: Of the batches.
+        steps: Most steps of AdamW.
+        rate: Its largest rate.
+        decay: Its weight decay, of all but biases.
+        until: Second of ``time.monotonic`` at which it ends.
+    """
+    fold = folds(rows)
+    seen = [(fold != member).nonzero()[:, 0] for member in range(MEMBERS)]
+    apart = torch.stack([(fold == member).nonzero()[: rows // MEMBERS, 0] for member in range(MEMBERS)])
+    named = dict(networks.named_parameters())
+    groups = [
+        {"params": [own for name, own in named.items() if ("biases" in name) == of_bias], "weight_decay": price}
+        for of_bias, price in ((False, decay), (True, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, rate)
+    # A rise of a single step would be a division by zero there.
+    rise = min(1.0, max(0.1, 2 / steps))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=rise)
 
     @torch.no_grad()
-    def members(self, x: Tensor) -> Tensor:
-        """Log odds (N, members), float64, of rows (N, d)."""
-        return self(x.expand(MEMBERS, -1, -1)).T.double()
+    def of_others() -> Tensor:
+        own = losses(apart)
+        return (own.sum() - own) / (MEMBERS - 1)
 
-    @classmethod
-    def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int) -> Committee:
-        """Trains all members at once; each is kept as it was when it told its own fold best.
-
-        Args:
-            x: Rows (N, d).
-            y: Their sources 0 or 1, (N,).
-            steps: Most steps.
-            seed: Seed of weights and batches.
-        """
-        committee, draw, fold = cls(x.shape[1]), stream(seed, "committee"), folds(len(x))
-        edges = np.quantile(x[evenly_spaced(len(x), EDGE_ROWS)].numpy(), EDGES, axis=0)
-        committee.low, committee.high = torch.from_numpy(edges).float()
-        weights = (len(y) / (2 * y.bincount()))[y]
-        with torch.no_grad():
-            for weight in committee.weights[:-1]:
-                weight.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5)
-        seen = [(fold != member).nonzero()[:, 0] for member in range(MEMBERS)]
-        apart = torch.stack([(fold == member).nonzero()[: len(x) // MEMBERS, 0] for member in range(MEMBERS)])
-
-        def losses(rows: Tensor) -> Tensor:
-            """Of each member on its rows (members, B), both sources as frequent, (members,)."""
-            return cross_entropy(committee(x[rows]), y[rows].float(), weights[rows], reduction="none").mean(1)
-
-        groups = [{"params": committee.weights}, {"params": committee.biases, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, RATE, weight_decay=DECAY)
-        # A rise of a single step would be a division by zero there.
-        rise = min(1.0, max(0.1, 2 / steps))
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=rise)
-        with torch.no_grad():
-            least = losses(apart)
-        best = [parameter.detach().clone() for parameter in committee.parameters()]
-        for step in range(1, steps + 1):
-            rows = torch.stack([part[torch.randint(len(part), (BATCH,), generator=draw)] for part in seen])
-            optimizer.zero_grad()
-            losses(rows).sum().backward()
-            optimizer.step()
-            if step < steps:
-                rate.step()
-            if step % EVERY and step < steps:
+    least, best = of_others(), [parameter.detach().clone() for parameter in named.values()]
+    for step in range(1, steps + 1):
+        batch = torch.stack([part[torch.randint(len(part), (BATCH,), generator=draw)] for part in seen])
+        optimizer.zero_grad()
+        losses(batch).sum().backward()
+        optimizer.step()
+        late = time.monotonic() > until
+        if step < steps:
+            scheduler.step()
+            if step % EVERY and not late:
                 continue
-            with torch.no_grad():
-                reached = losses(apart)
-            for kept, parameter in zip(best, committee.parameters(), strict=True):
-                kept[reached < least] = parameter.detach()[reached < least]
-            least = least.minimum(reached)
-            if (reached > least + WORSE).all():
-                break
-        for kept, parameter in zip(best, committee.parameters(), strict=True):
-            parameter.data = kept
-        return committee.requires_grad_(False)
+        reached = of_others()
+        for kept, parameter in zip(best, named.values(), strict=True):
+            kept[reached < least] = parameter.detach()[reached < least]
+        least = least.minimum(reached)
+        if late or (reached > least + WORSE).all():
+            break
+    for kept, parameter in zip(best, named.values(), strict=True):
+        parameter.data = kept
 
 
-def grown(x: Tensor, y: Tensor, seed: int) -> dict[str, Tensor]:
+def grown(x: Tensor, y: Tensor, seed: int, until: float = math.inf) -> dict[str, Tensor]:
     """Trees by gradient boosting (Friedman 2001) of rows (N, d), sources (N,): :data:`NODES`, each (nodes, trees)."""
     from sklearn.ensemble import GradientBoostingClassifier
 
@@ -149,7 +156,8 @@ def grown(x: Tensor, y: Tensor, seed: int) -> dict[str, Tensor]:
         n_iter_no_change=PATIENCE if rows > FEW else None, random_state=derive(seed, "trees"),
         subsample=min(0.5, TREE_ROWS / rows), max_features=max(1, min(columns // 2, TREE_COLUMNS)),
     )  # fmt: skip
-    model.fit(x.numpy(), y.numpy())  # its start, the log odds of the counts, is no part of a ratio of densities
+    # Its start, the log odds of the counts, is no part of a ratio of densities.
+    model.fit(x.numpy(), y.numpy(), monitor=lambda *_: time.monotonic() > until)
     trees = [tree.tree_ for tree in model.estimators_[:, 0]]
     shape = max(tree.node_count for tree in trees), len(trees)
     found = {name: torch.zeros(shape, dtype=dtype) for name, dtype in NODES.items()}
@@ -164,22 +172,21 @@ def grown(x: Tensor, y: Tensor, seed: int) -> dict[str, Tensor]:
 
 @final
 class Classifiers(nn.Module):
-    """A committee and boosted trees, as sources of real tables are often told apart by thresholds.
+    """A committee of small networks, each trained on all folds of the rows but one, and boosted trees.
+
+    Sources of real tables are often told apart by thresholds.
 
     Args:
         columns: d.
         nodes: Most nodes of a tree, and number of trees.
-
-    Attributes:
-        unseen: Mean log odds, each row's by the member that was not trained on it, and its squared standard error: of
-            the numerator's training rows, and of the denominator's. Not in the ``state_dict``.
+        draw: As for :class:`Networks`.
     """
 
-    unseen: list[tuple[float, float]]
-
-    def __init__(self, columns: int, nodes: Sequence[int]) -> None:
+    def __init__(self, columns: int, nodes: Sequence[int] = (0, 0), draw: torch.Generator | None = None) -> None:
         super().__init__()
-        self.committee = Committee(columns)
+        self.committee = Networks([columns, *[WIDTH] * LAYERS, 1], draw)
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.zeros(columns))
         for name, dtype in NODES.items():
             self.register_buffer(name, torch.zeros(tuple(nodes), dtype=dtype))
 
@@ -187,33 +194,44 @@ class Classifiers(nn.Module):
         """Log odds of the committee and of the trees, float64 (N, 2), of rows (N, d)."""
         return map_rows(lambda rows: self._both(x[rows]), len(x), dim=len(x.T), device=x.device)
 
+    def _members(self, x: Tensor) -> Tensor:
+        """Log odds (members, B) of rows (members, B, d); beyond the training rows as at their edge."""
+        return self.committee(x.clamp(self.low, self.high))[..., 0]
+
     def _both(self, x: Tensor) -> Tensor:
         node = torch.zeros(len(x), self.value.shape[1], dtype=torch.long)
         for _ in range(DEPTH):
             below = x.double().gather(1, self.column.gather(0, node)) <= self.threshold.gather(0, node)
             node = torch.where(below, self.left.gather(0, node), self.right.gather(0, node))
-        return torch.stack([self.committee.members(x).mean(1), self.value.gather(0, node).sum(1)], 1)
+        committee = self._members(x.expand(MEMBERS, -1, -1)).double().mean(0)
+        return torch.stack([committee, self.value.gather(0, node).sum(1)], 1)
 
     @classmethod
-    def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int) -> Classifiers:
+    def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int, until: float = math.inf) -> Classifiers:
         """Of rows (N, d) and their sources (N,), none of them a copy; ``steps`` are those of the ratio's network."""
         order = torch.randperm(len(x), generator=stream(seed, "classifiers"))
         if len(x) > MOST_ROWS:  # all of a source that is rare
             of_rare = y[order] == y.bincount().argmin()
             rare = order[of_rare][: MOST_ROWS // 2]
             order = torch.cat([rare, order[~of_rare][: MOST_ROWS - len(rare)]])
-        x, y = x[order].float(), y[order]
-        committee = Committee.fit(x, y, min(STEPS, 5 * steps // 2), seed)
-        state = {f"committee.{name}": value for name, value in committee.state_dict().items()} | grown(x, y, seed)
-        fitted = cls.of(state)
-        unseen = committee.members(x).gather(1, folds(len(x))[:, None])[:, 0]
-        parts = [unseen[y == label] for label in (1, 0)]
-        fitted.unseen = [(float(part.mean()), float(part.var()) / len(part)) for part in parts]
-        return fitted
+        x, y, draw = x[order].float(), y[order], stream(seed, "committee")
+        fitted = cls(x.shape[1], draw=draw)
+        edges = np.quantile(x[evenly_spaced(len(x), EDGE_ROWS)].numpy(), EDGES, axis=0)
+        fitted.low, fitted.high = torch.from_numpy(edges).float()
+        weights = (len(y) / (2 * y.bincount()))[y]
+
+        def losses(rows: Tensor) -> Tensor:
+            """Both sources as frequent."""
+            return cross_entropy(fitted._members(x[rows]), y[rows].float(), weights[rows], reduction="none").mean(1)
+
+        train(fitted.committee, losses, len(x), draw, min(STEPS, 5 * steps // 2), RATE, DECAY, until)
+        for name, tensor in grown(x, y, seed, until).items():
+            setattr(fitted, name, tensor)
+        return fitted.requires_grad_(False)
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Classifiers:
         """From a ``state_dict``."""
-        fitted = cls(len(state["committee.low"]), state["value"].shape).requires_grad_(False)
+        fitted = cls(len(state["low"]), state["value"].shape).requires_grad_(False)
         fitted.load_state_dict(state)
         return fitted

@@ -7,6 +7,8 @@ that of a Gaussian for each source, in the units of the data whatever the coordi
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
@@ -178,7 +180,9 @@ def through(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor]:
     return z.nan_to_num(0.0, FARTHEST, -FARTHEST), change
 
 
-def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform) -> Steps:
+def best_steps(
+    train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform, until: float = math.inf
+) -> Steps:
     """The steps under which held-out rows are most probable; none where no step is worth its noise.
 
     Args:
@@ -187,6 +191,7 @@ def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, w
         held_out: Further rows (M, d), ...
         held_out_y: ... and their sources.
         warp: What took the columns from the data's units to those of the rows.
+        until: Second of ``time.monotonic`` at which no further step is tried.
     """
     rows = evenly_spaced(len(train), ROWS)
     train, y = train[rows], y[rows]
@@ -206,7 +211,10 @@ def best_steps(train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, w
     reached = log_prob(best)
     # A linear map alone is nothing to a Gaussian: components show their worth by the curves that they allow.
     parts = [part for part in (train[y == 0], train[y == 1], train) if _varies(part)]
-    for before in ({}, *({"unmixing": Unmixing.fit(part, warp)} for part in parts)):
+    for part in (None, *parts):
+        if time.monotonic() > until:
+            break
+        before = {} if part is None else {"unmixing": Unmixing.fit(part, warp)}
         steps = {**before, "curves": Curves.fit(through(before, train)[0], y)}
         gain = (value := log_prob(steps)) - reached
         if float(gain.mean()) > ERRORS * float(gain.std()) / len(gain) ** 0.5:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -18,7 +20,7 @@ from torchcdm.apps.ratio.blending import blend
 from torchcdm.apps.ratio.checks import SEPARATE, Calibration, effective_sample_size, importance_weights, log_loss
 from torchcdm.apps.ratio.classifiers import Classifiers
 from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
-from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, Variate, divergence, two_sample_test
+from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, divergence, two_sample_test
 from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import Pair, pair_up, read_query
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
@@ -78,7 +80,7 @@ class DensityRatio:
     difference at level 0 is a log ratio. Vectors whose sources overlap need no levels in between: unless the network
     has a preset or settings of one's own, only classifiers of the source are trained there. The log ratio is a blend
     of Gaussians, network and classifiers: held-out samples tell how far each is followed, see
-    :func:`torchcdm.apps.ratio.blending.blend`. An override ``max_seconds`` bounds the training of the network alone.
+    :func:`torchcdm.apps.ratio.blending.blend`. An override ``max_seconds`` bounds the whole fit.
 
     Args:
         random_state: Seed of everything random.
@@ -112,7 +114,6 @@ class DensityRatio:
     blend: dict[str, float]
     held_out: Calibration
     _held_out: tuple[list[float], list[float]]
-    _variates: list[Variate]
     _limits: np.ndarray
     _warp: ColumnTransform | None = None
     _steps: Steps
@@ -120,7 +121,6 @@ class DensityRatio:
     _saved: ClassVar[Readers] = {
         **dict.fromkeys(("notes", "counts", "_held_out"), tuple),
         "blend": dict,
-        "_variates": lambda found: [Variate(*parts) for parts in found],
         "held_out": partial(read_as, Calibration),
         "_limits": partial(np.array, dtype=np.float64),
         "_warp": transform_from_config,
@@ -175,25 +175,25 @@ class DensityRatio:
 
     def _learn(self, pair: Pair) -> None:
         """Everything that :meth:`fit` sets."""
+        began = time.monotonic()
         self._warp = pair.warp
+        config = self._config(pair.source)
+        limit = config.train.max_seconds or math.inf
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
-        source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair)
+        source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair, began + limit / 4)
         x, y = _without_copies(pair, "validation")
-        held_out, config = [x[y == label] for label in (1, 0)], self._config(source)
-        self._classifiers, self._variates, network = None, [], True
+        held_out = [x[y == label] for label in (1, 0)]
+        self._classifiers, self.blend, network = None, {}, True
         if pair.warp is not None:
             train = _without_copies(pair, "train")
-            self._classifiers = Classifiers.fit(*train, config.train.steps, self.random_state)
+            self._classifiers = Classifiers.fit(*train, config.train.steps, self.random_state, began + limit / 2)
             sides = [self._classifiers(part).numpy() for part in held_out]
-            self._variates = [
-                Variate(side[:, 0].tolist(), *unseen)
-                for side, unseen in zip(sides, self._classifiers.unseen, strict=True)
-            ]
             overlap = min(log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)) > SEPARATE
-            network = bool(self.preset or self.overrides.keys() - {"data"}) or not overlap
-        if not network:
-            config = replace(config, train=replace(config.train, steps=1))
+            network = bool(self.preset or self.overrides.keys() - {"data", "max_seconds"}) or not overlap
+        steps = config.train.steps if network else 1
+        left = None if limit == math.inf else max(began + limit - time.monotonic(), 1e-3)  # one step at least
+        config = replace(config, train=replace(config.train, steps=steps, max_seconds=left))
         self._model = require_density(trained(config, source, self.device, self.progress), "a ratio")
         estimates = [self._estimates(part) for part in held_out]
         names = [name for name in estimates[0] if network or name != "network"]
@@ -320,7 +320,7 @@ class DensityRatio:
         if (numerator is None) != (denominator is None):
             raise UserError("divergence: give samples of numerator and denominator, or of neither")
         if numerator is None:
-            return divergence(kind, *map(np.array, self._held_out), self._variates)
+            return divergence(kind, *map(np.array, self._held_out))
         return divergence(kind, self.log_ratio(numerator), self.log_ratio(denominator))
 
     def two_sample_test(
@@ -392,15 +392,20 @@ class DensityRatio:
         return through(self._steps, x)[0].float() if self._steps else x
 
     def _log_probs(self, x: Tensor) -> np.ndarray:
-        """log density of Gaussians and network at level 0, float64 (N, 2, 2), denominator first; model units."""
+        """log density of Gaussians and network at level 0, float64 (N, 2, 2), denominator first; model units.
+
+        A network without weight in the blend is not asked: the Gaussians stand in its place.
+        """
         model, device = self._model, self._model.schedule.alpha.device
+        asked = not self.blend or self.blend.get("network")
         z = self._model.info.transform(self._coordinates(x)).clamp(-FARTHEST, FARTHEST)
 
         def one(rows: slice) -> Tensor:
             part = z[rows].to(device)
-            learned, effects = model.class_log_prob_levels(part)[:, :, 0], model.base.class_effects(part)
+            effects = model.base.class_effects(part)
             base = model.base.log_prob_levels(part)[:, :1] + (0.0 if effects is None else effects[:, :, 0])
-            return torch.stack([base.expand_as(learned), learned], 1).cpu()
+            base = base.expand(-1, 2)
+            return torch.stack([base, model.class_log_prob_levels(part)[:, :, 0] if asked else base], 1).cpu()
 
         with torch.no_grad():
             return map_rows(one, len(z), dim=z.shape[1:].numel(), device=device).numpy()
@@ -412,13 +417,13 @@ class DensityRatio:
         return {"gaussians": gaussians, "network": network, **dict(zip(("committee", "trees"), others, strict=False))}
 
 
-def _in_coordinates(pair: Pair) -> tuple[DataSource, Steps]:
+def _in_coordinates(pair: Pair, until: float) -> tuple[DataSource, Steps]:
     """The data in the coordinates that :func:`best_steps` chooses, and their steps; images stay as they are."""
     source = pair.source
     if pair.warp is None:
         return source, {}
     (x, y), (held_out, held_out_y) = (split.tensors() for split in (source.train, source.validation))
-    steps = best_steps(x.double(), y, held_out.double(), held_out_y, pair.warp)
+    steps = best_steps(x.double(), y, held_out.double(), held_out_y, pair.warp, until)
     if not steps:
         return source, steps
     x, held_out = (through(steps, part.double())[0].float() for part in (x, held_out))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from torchcdm.apps.ratio.blending import blend
 from torchcdm.apps.ratio.checks import both_sides, donsker_varadhan, effective_sample_size, importance_weights
-from torchcdm.data.pairs import MIN_ROWS, held_out_count, read_side
+from torchcdm.apps.ratio.dependence import STEPS, estimates
+from torchcdm.data import DataOptions
+from torchcdm.data.pairs import MIN_ROWS, read_side
 from torchcdm.errors import UserError, nearest
-from torchcdm.random import permutation
-from torchcdm.runtime.validation import Count, read_as
+from torchcdm.random import permutation, stream
+from torchcdm.runtime.processes import chosen_device
+from torchcdm.runtime.validation import Count, Positive, Seed, checked, read_as
+from torchcdm.units import TableEncoding
+from torchcdm.units.lattice import spread
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,9 +36,6 @@ FEW = 30
 
 COVERED = 0.9
 """... and share of the numerator that must have a log ratio which the denominator reaches too."""
-
-TINY = 1e-12
-"""Least variance of a control variate."""
 
 SHOWN = 10
 """Rows that a test names of either source."""
@@ -67,30 +72,13 @@ class Estimate:
         return "\n".join([f"{name}: {self.value:.4g} +- {self.se:.2g}{unit}{beside}", *self.notes])
 
 
-class Variate(NamedTuple):
-    """A control variate: log ratios by the committee of :mod:`torchcdm.apps.ratio.classifiers`.
-
-    Attributes:
-        values: At the held-out samples of a source, (N,).
-        mean: At its training samples, each by the member that was not trained on it.
-        square: Squared standard error of this mean.
-    """
-
-    values: list[float]
-    mean: float
-    square: float
-
-
-def divergence(
-    kind: str, numerator: np.ndarray, denominator: np.ndarray, variates: Sequence[Variate] = ()
-) -> Estimate:
+def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
     """A divergence of p from q, by log ratios at samples that were not fitted.
 
     Args:
         kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` that of Jensen and Shannon, ``chi2`` E_p p/q - 1.
         numerator: Log ratios at two or more samples of p, (N,).
         denominator: Log ratios at two or more samples of q, (M,).
-        variates: Of p and of q, where there are any: KL divergences are then those of the training samples too.
 
     Raises:
         UserError: An unknown kind, or log ratios that are no finite numbers.
@@ -110,11 +98,6 @@ def divergence(
         if kind.endswith("kl"):
             bound = donsker_varadhan(up, down) if kind == "kl" else donsker_varadhan(-down, -up)
             apart = abs(value - bound) > max(3 * variance**0.5, 0.1 * abs(value))
-            if variates:
-                beside, mean, square = variates[0 if kind == "kl" else 1]
-                slope = np.cov(terms, beside)[0, 1] / max(np.var(beside, ddof=1), TINY)
-                value = value + slope * (mean - np.mean(beside))
-                variance = np.var(terms - slope * np.array(beside), ddof=1) / len(terms) + slope**2 * square
     size = effective_sample_size(importance_weights(down))
     coverage = float((up <= down.max()).mean())
     notes = []
@@ -132,18 +115,27 @@ def divergence(
     return Estimate(float(value), float(variance**0.5), bound, size, coverage, tuple(notes))
 
 
-def mutual_information(x: Any, y: Any, random_state: int = 0, **settings: Any) -> Estimate:
-    """I(X; Y) = KL(p(x, y), p(x) p(y)) of paired samples, nats: a density ratio of the pairs over shuffled ones.
+@checked
+def mutual_information(
+    x: Any,
+    y: Any,
+    random_state: Seed = 0,
+    steps: Count = STEPS,
+    max_seconds: Positive | None = None,
+    device: str | None = None,
+) -> Estimate:
+    """I(X; Y) = KL(p(x, y), p(x) p(y)) of paired rows, nats: the mean log ratio of pairs over strangers.
 
-    Pairs are shuffled within the rows that train and within those that are held out, so that no held-out row is seen
-    in training. The value is the mean over the held-out pairs, with what classifiers say of training pairs that they
-    have not seen as its control variate.
+    Log ratios are the :func:`torchcdm.apps.ratio.blending.blend` of several estimates, see
+    :mod:`torchcdm.apps.ratio.dependence`; each row has that of models which did not see it.
 
     Args:
         x: (N,) or (N, d): array, tensor, data frame, the path of a table or a SPEC; at least 20 rows.
         y: Of the same kinds, row by row.
-        random_state: Seed of split, shuffling and training.
-        **settings: Further arguments of :class:`DensityRatio`.
+        random_state: Seed of folds, strangers and training.
+        steps: Most training steps of the networks.
+        max_seconds: Training stops after so much time.
+        device: ``cpu``, ``cuda``, ``cuda:1``; the CPU when None, as the networks are small.
 
     Raises:
         UserError: Tables of different length, images, a table whose columns are all constant, too few rows.
@@ -152,10 +144,8 @@ def mutual_information(x: Any, y: Any, random_state: int = 0, **settings: Any) -
         >>> information = mutual_information(x, y)
         >>> print(information.value, information.se, *information.notes)
     """
-    from torchcdm.apps.ratio.density_ratio import DensityRatio
-
-    ratio = DensityRatio(random_state, **settings)
-    sides = [read_side(part, name, ratio._options)[0] for part, name in ((x, "x"), (y, "y"))]
+    until = math.inf if max_seconds is None else time.monotonic() + max_seconds
+    sides = [read_side(part, name, DataOptions())[0] for part, name in ((x, "x"), (y, "y"))]
     rows = len(sides[0])
     for side, name in zip(sides, ("x", "y"), strict=True):
         if isinstance(side, Tensor):
@@ -166,13 +156,14 @@ def mutual_information(x: Any, y: Any, random_state: int = 0, **settings: Any) -
         raise UserError(f"x has {rows} rows and y {len(sides[1])}; mutual information is of pairs, row by row")
     if rows < MIN_ROWS:
         raise UserError(f"x: too few samples, {rows}; at least {MIN_ROWS} are needed")
-    # As DensityRatio splits either data set of this length.
-    order, held = permutation(rows, random_state).numpy(), held_out_count(rows, ratio._options)
-    partner = np.arange(rows)
-    for part in (order[:held], order[held:]):
-        partner[part] = np.roll(part, 1 + len(part) // 3)
-    left, right = (side.reset_index(drop=True).add_prefix(f"{name}.") for side, name in zip(sides, "xy", strict=True))
-    return ratio.fit(left.join(right), left.join(right.iloc[partner].reset_index(drop=True))).divergence("kl")
+    order, noise, codes = permutation(rows, random_state), stream(random_state, "dequantise"), []
+    for side, name in zip(sides, ("x", "y"), strict=True):
+        table, _ = TableEncoding.fit(side, name)
+        code = table.encode(side, name).x
+        codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells)[order].numpy())
+    found = estimates(*codes, steps, random_state, until, chosen_device(device or "cpu"))
+    weights = np.array(blend(*found))
+    return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
 
 
 class Differing(NamedTuple):
