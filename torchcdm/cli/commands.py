@@ -165,9 +165,8 @@ def add_commands(commands: Any) -> None:
     add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", Path)
     add(parser, "--test", "also test whether the two sets differ, on halves of both", bool)
 
-    parser = command(
-        "measuring:mi", "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv", "seed json device"
-    )
+    parser = command("measuring:mi", "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv",
+                     "seed json device")  # fmt: skip
     for name in ("x", "y"):
         add(parser, f"{name} {name.upper()}", "a table, an array, or a SPEC")
     add(parser, "--steps N", "most training steps", int)

@@ -159,8 +159,8 @@ def mutual_information(
     order, noise, codes = permutation(rows, random_state), stream(random_state, "dequantise"), []
     for side, name in zip(sides, ("x", "y"), strict=True):
         table, _ = TableEncoding.fit(side, name)
-        code = table.encode(side, name).x
-        codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells)[order].numpy())
+        code = table.encode(side, name).x[order]
+        codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells).numpy())
     found = estimates(*codes, steps, random_state, until, chosen_device(device or "cpu"))
     weights = np.array(blend(*found))
     return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
