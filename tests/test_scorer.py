@@ -227,6 +227,6 @@ def test_a_batch_of_which_all_was_left_out_is_no_row_of_the_file(tmp_path):
         batch = {name: np.array(values)[order] for name, values in numbers.items()}
         batch |= {name: np.array(values, object)[order]
                   for name, values in (("input", ["a", ""]), ("where", ["x", ""]), ("note", ["", ""]))}  # fmt: skip
-        found = _written([batch], tmp_path / "scores.csv")
-        assert found["score"].tolist() == [1.0] and found["input"].tolist() == ["a"]
+        found, names = _written([batch], tmp_path / "scores.csv")
+        assert found["score"].tolist() == [1.0] and names == {0: "a"}
         assert (tmp_path / "scores.csv").read_text().splitlines()[1:] == ["0,a,1,50.000,1,x"]

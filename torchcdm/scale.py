@@ -33,17 +33,8 @@ from torchcdm.runtime.validation import read_as
 from torchcdm.training.checkpoint import load
 from torchcdm.units import TableEncoding
 
-PATH, PART = "path", "part"
-"""Columns of a batch of files."""
-
-ARRAYS = ("image", "data", "x")
-"""Columns of a batch of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them."""
-
-NOTHING = {"input": "", "score": np.nan, "percentile": np.nan, "flag": False, "deviating": False, "where": ""}
-"""The row that stands for files of which all was left out: Ray would drop an empty batch, and its note."""
-
-FILES = 64
-"""Images that a worker takes at a time."""
+PATH, PART, ARRAYS = "path", "part", ("image", "data", "x")
+"""Columns of a batch of files, and of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them."""
 
 Batch = dict[str, np.ndarray]
 
@@ -53,7 +44,8 @@ class Scorer:
 
     A batch is a dict of arrays of one length. It holds the columns of the model's table; or ``image`` (N, H, W[, C]),
     whole numbers whose full range stands for the model's grey levels; or ``data`` or ``x`` (N, *shape), data units; or
-    ``path``, files as ``cdm score`` takes them, with ``part`` as of :func:`torchcdm.data.inputs.parts_of`.
+    ``path``, files as ``cdm score`` takes them, with ``part`` as of :func:`torchcdm.data.inputs.parts_of`. UserError
+    for no such model, or as :meth:`AnomalyDetector.fit` and :meth:`AnomalyDetector.threshold`.
 
     Args:
         model: A run folder, ``zoo:NAME``, ``hub:OWNER/NAME``, or a model that was loaded.
@@ -66,13 +58,8 @@ class Scorer:
         skip_bad: Leaves out files and rows that cannot be read.
         device: Of the network; the best there is when None.
 
-    Raises:
-        UserError: No such model, or as :meth:`AnomalyDetector.fit` and :meth:`AnomalyDetector.threshold`.
-
     Example:
-        >>> rows = ray.data.read_parquet("sensors/")
         >>> scores = rows.map_batches(Scorer, fn_constructor_kwargs={"model": "runs/sensors"}, concurrency=8)
-        >>> scores.write_parquet("scores/")
     """
 
     def __init__(
@@ -105,19 +92,20 @@ class Scorer:
         detector.threshold(fpr)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Scores of a batch.
+        """Scores of a batch; UserError for one that does not fit the model, or a file that cannot be read.
 
         Returns:
             ``score``, ``percentile`` among normal data, ``flag``, ``deviating`` (holds what training never had) and
             ``where`` beside the columns of the batch; of files, which may hold many rows, beside ``input`` and
-            ``note``: the first row says what was left out, an empty one, its ``input`` "", where all was. UserError
-            for a batch that does not fit the model, or a file that cannot be read.
+            ``note``: the first row says what was left out, an empty one, its ``input`` "", where all was.
         """
         if PATH in batch and PATH not in (self.info.columns or ()):
             parts = batch.get(PART, [WHOLE] * len(batch[PATH]))
             found = self.info.read_inputs([str(p) for p in batch[PATH]], self.skip_bad, parts=[int(p) for p in parts])
-            empty = {name: np.array([value]) for name, value in NOTHING.items()}
-            scored = self.judge(found) if found.names else empty
+            scored = self.judge(found)
+            if not found.names:  # a row that stands for what was left out: Ray would drop an empty batch, and its note
+                blank = {"input": "", "score": np.nan, "percentile": np.nan, "flag": False, "deviating": False}
+                scored = {name: np.array([value]) for name, value in {**blank, "where": ""}.items()}
             return scored | {"note": np.array([" ".join(found.notes), *[""] * (len(scored["input"]) - 1)], object)}
         found, kept = self._read(batch)
         scored = self.judge(found)
@@ -170,21 +158,19 @@ def score_on_ray(
     """Scores of files by workers of Ray, in the order of one process, as they come: as of :meth:`Scorer.__call__`.
 
     Workers join the cluster that ``RAY_ADDRESS`` names, which must see the files under the same paths; without it Ray
-    is started on this machine, and stopped at the end.
+    is started on this machine, and stopped at the end. UserError where it does not start, or for what one refused.
 
     Args:
         scorer: What every worker gets a copy of.
         paths: Files and folders. A worker takes 64 images, a row group of a Parquet file, or another file at a time.
         workers: How many; one for each GPU, or where there are none for each processor core, when None.
         progress: Shows a bar, with the time that is left.
-
-    Raises:
-        UserError: Ray is not installed or does not start, or what a worker refused.
     """
     parts, notes = parts_of(paths, scorer.info.transform, replace(scorer.info.data, skip_bad=scorer.skip_bad))
     if not parts:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
-    size = FILES if all(part == 0 and not path.lower().endswith(".parquet") for path, part in parts) else 1
+    # Images that a worker takes at a time; tables come in parts that are large.
+    size = 64 if all(part == 0 and not path.lower().endswith(".parquet") for path, part in parts) else 1
     gpu = scorer.model.schedule.alpha.device.type == "cuda"
     scorer = deepcopy(scorer)
     for model in scorer.detector.models:

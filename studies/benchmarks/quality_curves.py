@@ -38,8 +38,8 @@ from torchcdm.runtime.files import write_json
 from torchcdm.samplers import make_sampler
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.finish import balanced_labels
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.samples import balanced_labels
 
 SHOWN = 40
 """Samples of each cell in its picture."""

@@ -72,7 +72,7 @@ def _images(name: str, options: argparse.Namespace, source: DataSource, device: 
     from torchcdm.compose import sample
     from torchcdm.data import load_data, spec_of
     from torchcdm.training.checkpoint import load
-    from torchcdm.training.samples import balanced_labels
+    from torchcdm.training.finish import balanced_labels
 
     if not _is_run(name):
         found = load_data(spec_of(name), source.transform, validation_fraction=0.0, test_fraction=0.0)

@@ -12,8 +12,8 @@ from torchcdm.data import DataSource
 from torchcdm.training.build import plain_model
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.finish import sampling_options
 from torchcdm.training.loop import NotFinite, train
-from torchcdm.training.samples import sampling_options
 from torchcdm.training.settings import SCHEDULE_SETTINGS, Config
 
 PRESETS = {"digits": "digits", "fashion-mnist": "fashion-mnist"}

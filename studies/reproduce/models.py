@@ -21,7 +21,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import encode
 from torchcdm.training.build import load_source
 from torchcdm.training.config_files import make_config, merge, preset_fields
-from torchcdm.training.samples import balanced_labels
+from torchcdm.training.finish import balanced_labels
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
 

@@ -19,9 +19,8 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.training.build import load_source, new_model
 from torchcdm.training.checkpoint import load, read_info
-from torchcdm.training.finish import _uniform, compare, problems
+from torchcdm.training.finish import _uniform, compare, problems, sampling_options
 from torchcdm.training.loop import train
-from torchcdm.training.samples import sampling_options
 from torchcdm.units import DataTransform
 
 SCHEDULE = CosineSchedule(50)

@@ -58,3 +58,9 @@ def test_a_label_needs_a_model_that_takes_classes(run, tmp_path, capsys):
     assert "label 'open' names a column of classes, but this model takes none" in capsys.readouterr().err
     with pytest.raises(UserError, match="names a column of classes"):
         torchcdm.fit(awkward(), "open", progress=False, steps=1)
+
+
+def test_a_model_that_was_fitted_to_a_table_knows_its_column_of_classes(run):
+    settings = {"model": {"labels": "joint", "backbone": {"width": 8}}, "data": {"drop": ["price", "clock"]}}
+    model = torchcdm.fit(run.parent / "t.csv", "open", steps=1, progress=False, device="cpu", **settings)
+    assert model.info.read_source(model, labelled=True).class_names == model.info.class_names

@@ -8,7 +8,7 @@ from torchcdm.bridges.hub import push as pushed
 from torchcdm.cli.arguments import tell
 from torchcdm.runtime.artefact import read_bytes
 from torchcdm.training.build import described
-from torchcdm.training.checkpoint import load, read_info, state_folders
+from torchcdm.training.checkpoint import load, state_folders
 from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.zoo import HOME, about, located, names
@@ -28,26 +28,20 @@ def presets(options: argparse.Namespace) -> None:
 
 def zoo(options: argparse.Namespace) -> None:
     """What each model is, its size, and what it reaches."""
-    models = {}
+    models, text = {}, ""
     for name in names():
-        size = sum(path.stat().st_size for path in (HOME / name).iterdir())
-        models[f"zoo:{name}"] = about(name) | {"bytes": size}
-    lines = [
-        f"{name:24}{model['bytes'] / 2**20:5.2f} MiB  {model['description']}; {model['reaches']}"
-        for name, model in models.items()
-    ]
-    lines.append("use them wherever a command takes a model: cdm sample zoo:digits --n 64 --out samples")
-    tell(options.json, "\n".join(lines), models)
+        size, card = sum(path.stat().st_size for path in (HOME / name).iterdir()), about(name)
+        models[f"zoo:{name}"] = card | {"bytes": size}
+        text += f"{f'zoo:{name}':24}{size / 2**20:5.2f} MiB  {card['description']}; {card['reaches']}\n"
+    text += "use them wherever a command takes a model: cdm sample zoo:digits --n 64 --out samples"
+    tell(options.json, text, models)
 
 
 def info(options: argparse.Namespace) -> None:
     """Architecture, data and training of a run."""
-    info = read_info(options.model)
-    model = load(options.model)
-    run = RunFolder(located(options.model))
-    config = info.model
-    lines = read_metrics(run.metrics)
-    kept, shape = info.selected, "x".join(map(str, info.transform.shape))
+    model, run = load(options.model), RunFolder(located(options.model))
+    info, lines = model.info, read_metrics(run.metrics)
+    config, kept, shape = info.model, info.selected, "x".join(map(str, info.transform.shape))
     what = {"cdm": "a classification diffusion model", "ddm": "a plain diffusion model"}[config.kind]
     best = f": {kept['value']} {kept['best']:.4g} {kept['unit']}".rstrip() + " on validation" if "best" in kept else ""
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -12,10 +12,6 @@ from typing import Any, NoReturn
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import check_output, without_nan, write_json
-from torchcdm.training.run_folder import RunFolder
-
-LARGEST_COUNT = 10**9
-"""Most of anything that a flag asks for."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,9 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 def count(text: str) -> int:
     """A whole number of what there is one of at least; argparse names the flag in its message."""
-    if re.fullmatch(r"[0-9]{1,10}", text) and 1 <= int(text) <= LARGEST_COUNT:
+    if re.fullmatch(r"[0-9]{1,10}", text) and 1 <= int(text) <= 10**9:
         return int(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 to {LARGEST_COUNT}")
+    raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 to {10**9}")
 
 
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,10 +48,7 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def add_command(commands: Any, run: str, summary: str, example: str, shared: str = "") -> Parser:
-    """A subcommand called like the function that it runs, ``module:function``, which is imported when it does.
-
-    It takes the arguments ``shared``, words of :data:`SHARED`; the help shows the ``example``.
-    """
+    """A subcommand named like the function ``module:function`` that it runs; ``shared`` are of :data:`SHARED`."""
     name = run.rpartition(":")[2]
     parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
     parser.set_defaults(command=parser, run=run)
@@ -66,10 +59,7 @@ def add_command(commands: Any, run: str, summary: str, example: str, shared: str
 
 
 def add(parser: Any, words: str, text: str | None, kind: Callable[[str], Any] | None = None, **options: Any) -> None:
-    """An argument: its name and, after a space, what the help calls its value; bool as ``kind``: it takes none.
-
-    The help says its default.
-    """
+    """An argument: its name and, after a space, what the help calls its value; bool as ``kind``: it takes none."""
     name, *metavar = words.split(" ")
     text = f"{text} ({options['default']})" if "default" in options else text
     options |= {"action": "store_true"} if kind is bool else {"type": kind}
@@ -84,8 +74,11 @@ def given(**values: Any) -> dict[str, Any]:
 def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:
     """:func:`torchcdm.runtime.files.check_output` of a file, which is none that a run keeps; - is the terminal."""
     if path is not None and str(path) != "-":
+        from torchcdm.training.run_folder import RunFolder  # loads torch
+
         check_output(path, inputs)
-        if RunFolder(path.resolve().parent).writes(path.resolve()):
+        run = RunFolder(path.resolve().parent)
+        if run.lock.exists() and path.resolve() in vars(run).values():
             raise UserError(f"{path}: belongs to the run; choose another name")
 
 

@@ -39,12 +39,10 @@ def add_commands(commands: Any) -> None:
         add(parser, f"--{name} {metavar}", text)
     add(parser, "--compile", "torch.compile", bool)
     add(parser, "--resume", "go on from the last state in RUN, if there is one", bool)
-    add(parser, "--budget TIME", "time for training and report: 90s, 10m, 2h; the preset encoder takes the largest "
-        "network that has enough steps in it (30m)")  # fmt: skip
+    add(parser, "--budget TIME", "for training and report: 90s, 10m, 2h; the preset encoder fits its size to it (30m)")
     add(parser, "--no-report", "measure nothing on the test split", bool)
     add(parser, "--quiet", "no progress bar, no report on the terminal", bool)
-    add(parser, "--section.field VALUE", "any field of the configuration, such as --train.lr 1e-3 or "
-        "--model.backbone.width 48; RUN/config.yaml lists them", dest="_")  # fmt: skip
+    add(parser, "--section.field VALUE", "any field that RUN/config.yaml lists, such as --train.lr 1e-3", dest="_")
     parser.set_defaults(takes_fields=True)
 
     command("about:presets", "list the presets", "cdm presets")
@@ -66,12 +64,10 @@ def add_commands(commands: Any) -> None:
     add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
     add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
-    parser = command(
-        "sampling:sample", "draw samples", "cdm sample runs/digits --n 64 --out samples\n"
-        "  cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both\n"
-        "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --format array --out samples",
-        "model seed quiet device",
-    )  # fmt: skip
+    parser = command("sampling:sample", "draw samples", "cdm sample runs/digits --n 64 --out samples\n"
+                     "  cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both\n"
+                     "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 --out many",
+                     "model seed quiet device")  # fmt: skip
     add(parser, "--n", "number of samples", count, default=64)
     add(parser, "--sampler", "ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one evaluation a "
         "step; heun: two (ddpm, with moves)")  # fmt: skip
@@ -88,11 +84,9 @@ def add_commands(commands: Any) -> None:
     add(parser, "--format", "what to write", default="grid", choices=("grid", "images", "array", "all"))
     add(parser, "--out DIR", None, Path, required=True)
 
-    parser = command(
-        "sampling:restore", "images from a part of them, a blurred or a smaller one: posterior samples",
-        "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored\n"
-        "  cdm restore runs/photos small.png --scale 2 --out larger", "model paths seed skip-bad quiet device",
-    )  # fmt: skip
+    parser = command("sampling:restore", "images from a part of them, a blurred or a smaller one: posterior samples",
+                     "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored",
+                     "model paths seed skip-bad quiet device")  # fmt: skip
     what = parser.add_mutually_exclusive_group(required=True)
     add(what, "--mask FILE", "an image or .npy of the model's size, not 0 where the pixels of PATH are known", Path)
     add(what, "--blur S", "PATH is blurred by a Gaussian of S pixels", float)
@@ -100,8 +94,7 @@ def add_commands(commands: Any) -> None:
     add(parser, "--noise-std S", "deviation of the noise of PATH, data units; not known by default", float)
     add(parser, "--n", "draws of each", count, default=64)
     add(parser, "--particles N", "weighted particles that they are drawn from, at least --n", count, default=512)
-    add(parser, "--out DIR", "for images and arrays of the mean, the width of 90 %% credible intervals, and the "
-        "draws, and restored.csv", Path, required=True)  # fmt: skip
+    add(parser, "--out DIR", "for means, widths of 90 %% credible intervals, draws, restored.csv", Path, required=True)
 
     parser = command("measuring:nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json",
                      "model data split limit quiet json device")  # fmt: skip
@@ -118,11 +111,9 @@ def add_commands(commands: Any) -> None:
                      "cdm evaluate runs/digits --json levels.json", "model data split limit json device")  # fmt: skip
     add(parser, "--draws", "noisy copies of each sample", count, default=4)
 
-    parser = command(
-        "scoring:score", "how anomalous images, arrays or rows of tables are",
-        "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
-        "model paths skip-bad quiet json device",
-    )  # fmt: skip
+    parser = command("scoring:score", "how anomalous images, arrays or rows of tables are",
+                     "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
+                     "model paths skip-bad quiet json device")  # fmt: skip
     add(parser, "--score NAME", "levels, coarse, complexity, typicality, log_prob or ratio", default="levels")
     add(parser, "--background RUN", "model of broader data, for the score 'ratio'")
     add(parser, "--fpr P", "share of normal inputs to flag", float, default=0.05)
@@ -138,22 +129,18 @@ def add_commands(commands: Any) -> None:
     add(parser, "--port P", "the first free one from 7860 on by default", int)
     add(parser, "--reference PATH", "normal data to compare with and to choose from (MODEL's own splits)", nargs="+")
 
-    parser = command(
-        "scoring:denoise", "remove white noise from images, arrays or tables",
-        "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean", "model paths skip-bad device",
-    )  # fmt: skip
+    parser = command("scoring:denoise", "remove white noise from images, arrays or tables",
+                     "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean",
+                     "model paths skip-bad device")  # fmt: skip
     strength = parser.add_mutually_exclusive_group()
     add(strength, "--level T", "noise of this level", int)
     add(strength, "--noise-std S", "noise of this deviation, data units, where all values share a scale", float)
-    add(parser, "--out DIR", "for the clean data, and noise.csv: level and noise_std of each input; for tables "
-        "noise_ratio, the noise of every column over the column's own deviation in training", Path,
-        required=True)  # fmt: skip
+    add(parser, "--out DIR", "for the clean data, and noise.csv: level and noise_std of each input, for tables the "
+        "share of each column's own deviation, noise_ratio", Path, required=True)  # fmt: skip
 
-    parser = command(
-        "measuring:ratio", "density ratio of two data sets: numerator over denominator, at the query",
-        "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
-        "skip-bad seed quiet json device",
-    )  # fmt: skip
+    parser = command("measuring:ratio", "density ratio of two data sets: numerator over denominator, at the query",
+                     "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
+                     "skip-bad seed quiet json device")  # fmt: skip
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
         add(parser, f"{name} {name.upper()}", f"{what}: a table, an array, a folder of images, or a SPEC")
     add(parser, "--clip P", "weights above this quantile are set to it: 0.999", float)

@@ -44,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequence[str] | None) -> int:
-    """Runs the command that the words name; a user's mistake is one line on stderr and exit code 2.
-
-    The ``groups`` are modules whose ``add_commands`` adds commands; ``arguments`` the words after the program's name,
-    those of the process when None.
-    """
+    """Runs a command of ``groups``, modules with ``add_commands``; a user's mistake is a line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     try:
@@ -59,7 +55,7 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
             text = " ".join(str(error).split())
-            text = text if len(text) <= LONGEST else f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
+            text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
             print(f"{parser.prog}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from torchcdm.runtime.files import check_output_folder, write_rows, writing
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
-from torchcdm.training.samples import balanced_labels, draw, save_manifest, save_sheet
+from torchcdm.training.finish import balanced_labels, draw, save_manifest, save_sheet
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def sample(options: argparse.Namespace) -> None:
         known = {str(k): k for k in range(model.classes or 0)}
         known |= {name: k for k, name in enumerate(info.class_names or ())}
         y = _labels(options, model, known)
-        drawn = draw(
+        found, log_p = draw(
             _composed(model, known, options), options.n, y, options.seed, sampler=options.sampler,
             steps=options.steps, guidance=options.guidance, corrector=options.corrector, spacing=options.spacing,
             particles=options.particles, progress=main and not options.quiet,
@@ -45,13 +45,13 @@ def sample(options: argparse.Namespace) -> None:
     if not main:
         return
     if options.format in ("grid", "all"):
-        save_sheet(drawn, model, out / "samples")
-    files = save_images(drawn.x, out, model.transform) if options.format in ("images", "all") and pictures else []
+        save_sheet(found.x, model, out / "samples")
+    files = save_images(found.x, out, model.transform) if options.format in ("images", "all") and pictures else []
     if options.format in ("array", "all"):
-        save_array(drawn.x, out / "samples.npz", model.transform, drawn.y)
-    save_manifest(drawn, out / "manifest.csv", files, info.class_names)
-    cost = f"{drawn.evaluations} evaluation{'s' * (drawn.evaluations > 1)} of the denoiser each"
-    parts = [f"{options.n} samples in {out}", cost if drawn.evaluations else "", drawn.summary]
+        save_array(found.x, out / "samples.npz", model.transform, y)
+    save_manifest(out / "manifest.csv", options.seed, y, log_p, options.n, info.class_names, files)
+    cost = f"{found.evaluations} evaluation{'s' * (found.evaluations > 1)} of the denoiser each"
+    parts = [f"{options.n} samples in {out}", cost if found.evaluations else "", found.summary()]
     print("; ".join(part for part in parts if part))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,10 @@ from torchcdm.runtime.validation import read_as
 from torchcdm.scale import Scorer, score_on_ray
 from torchcdm.training.checkpoint import load, read_info
 
-EXAMPLES = 1000
-"""Normal samples of the page, and those to choose from."""
+EXAMPLES, SHOWN = 1000, 10
+"""Normal samples of the page, and those to choose from; rows that are printed, the most anomalous ones."""
 
-SHOWN = 10
-"""Rows that are printed: the most anomalous ones."""
-
-KEPT = ("score", "percentile", "flag", "deviating", "input")
+KEPT = ("score", "percentile", "flag", "deviating")
 """What is kept of every input."""
 
 
@@ -72,8 +69,8 @@ def score(options: argparse.Namespace) -> None:
         files = save_maps(maps, inputs.x, explain.limit, options.maps, model.info.transform)
         judged["where"] = [path.name for path in files]
     batches = score_on_ray(scorer, options.paths, options.workers, not options.quiet) if ray else [judged]
-    found = _written(batches, options.csv)
-    scores, percentiles, flags, deviating = (found[name].tolist() for name in KEPT[:4])
+    found, names = _written(batches, options.csv)
+    scores, percentiles, flags, deviating = (found[name].tolist() for name in KEPT)
     threshold = detector.threshold(options.fpr)
     if options.plot is not None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
@@ -83,13 +80,13 @@ def score(options: argparse.Namespace) -> None:
         "count": len(scores), "flagged": sum(flags), "deviating": sum(deviating),
         "scores": scores, "percentiles": percentiles, "flags": flags,
     }  # fmt: skip
-    tell(options.json, _summary(numbers, found["input"]), numbers)
+    tell(options.json, _summary(numbers, names), numbers)
 
 
-def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> dict[str, np.ndarray]:
-    """Rows to a CSV file as they come; the columns :data:`KEPT` of all of them."""
+def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """Rows to a CSV file as they come; the columns :data:`KEPT` of all, and the names of the most anomalous by row."""
     kept: dict[str, list[Any]] = {name: [] for name in KEPT}
-    said, row = set(), 0
+    names, said, row = dict[int, str](), set(), 0
     with written(Path(os.devnull) if path is None else path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("row", "input", "score", "percentile", "flag", "where"))
@@ -98,7 +95,8 @@ def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> dict[st
             say(note for note in notes if note and note not in said)
             said |= set(notes)
             read = np.asarray(batch["input"], object) != ""
-            batch = {name: np.asarray(batch[name])[read] for name in (*KEPT, "where")}
+            batch = {name: np.asarray(batch[name])[read] for name in (*KEPT, "input", "where")}
+            names |= {row + i: batch["input"][i] for i in _highest(batch["score"])}
             columns = (batch[name] for name in ("input", "score", "percentile", "flag", "where"))
             for name, score, percentile, flag, where in zip(*columns, strict=True):
                 writer.writerow((row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), where))
@@ -107,14 +105,19 @@ def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> dict[st
                 values.append(batch[name])
     if not row:
         raise UserError("there is nothing to score: nothing could be read")
-    return {name: np.concatenate(values) for name, values in kept.items()}
+    return {name: np.concatenate(values) for name, values in kept.items()}, names
 
 
-def _summary(numbers: dict[str, Any], names: np.ndarray) -> str:
+def _highest(scores: Sequence[float]) -> list[int]:
+    """Rows of the most anomalous inputs, the first of equal ones first."""
+    return np.argsort(-np.asarray(scores), kind="stable")[:SHOWN].tolist()
+
+
+def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
     """The most anomalous inputs, and what the flags mean."""
     scores, count = numbers["scores"], numbers["count"]
     lines = [f"{'score':>12}{'percentile':>12}  input"]
-    for i in np.argsort(-np.asarray(scores), kind="stable")[:SHOWN]:
+    for i in _highest(scores):
         mark = "*" if numbers["flags"][i] else " "
         lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {names[i]}")
     if count > SHOWN:
@@ -161,9 +164,7 @@ def denoise(options: argparse.Namespace) -> None:
     scale = common_scale(model.transform)
     noise = noise if scale is None else scale * noise
     if images:
-        files = [
-            save_images(part[None], out, info.transform, [f"{k:06d}"])[0].name for k, part in enumerate(clean)
-        ]
+        files = [save_images(part[None], out, info.transform, [f"{k:06d}"])[0].name for k, part in enumerate(clean)]
     else:
         files = [save_table(torch.stack(clean), out / "denoised.csv", info.transform).name] * len(clean)
     if len({part.shape for part in clean}) == 1:

@@ -14,15 +14,15 @@ from torchcdm.cli.arguments import given
 from torchcdm.cli.commands import SHORT
 from torchcdm.data import DataSource, parse_size
 from torchcdm.errors import UserError
-from torchcdm.runtime.processes import chosen_device, is_first
+from torchcdm.runtime.processes import chosen_device, is_first, several
 from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
 from torchcdm.training.build import build_model, load_source, plain_model, resolve
 from torchcdm.training.checkpoint import ModelInfo, save_model
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
+from torchcdm.training.fit import TRAINING_SHARE, scales, seconds_of, with_budget
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.scale import TRAINING_SHARE, scales, seconds_of, with_budget
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
 
@@ -48,18 +48,16 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, DataSource | None]:
-    """Preset, file and flags, the last strongest; of a run to resume, its own where neither is given.
-
-    Where the preset scales itself, it needs the data, and these are given too.
-    """
+    """Preset, file and flags, the last strongest; a preset that scales itself needs the data, which are given too."""
     layers = [] if options.preset is None else [preset_fields(options.preset)]
     if options.config is not None:
         layers.append(file_fields(options.config))
+    run, source = RunFolder(options.out), None
+    saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
     if not layers:
-        saved = RunFolder(options.out).config
-        if not (options.resume and os.path.exists(saved)):
+        if not saved:
             raise UserError("give a preset or --config FILE; cdm presets lists the presets")
-        layers.append(file_fields(saved))
+        layers.append(saved)
     texts = given(**{name: getattr(options, name) for name in SHORT})
     for name in texts.keys() & {"size", "crop"}:
         texts[name] = str(list(parse_size(texts[name])))
@@ -68,16 +66,12 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
     flags = [(SHORT[name][0], text) for name, text in texts.items()]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
     layers.append(flag_fields(flags + options.fields))
-    run, source = RunFolder(options.out), None
-    saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
     if scales(layers, options.budget) and saved.get("preset") == options.preset:
         # What was scaled stays as it was: times differ from one measurement to the next. Another time is refused.
         time = {} if options.budget is None else {"max_seconds": TRAINING_SHARE * seconds_of(options.budget)}
         layers[1:1] = saved, {"train": time}
-    elif scales(layers, options.budget) and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not run.holds_run():
-        source = load_source(make_config(*layers).data)
-        if tell:
-            print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
+    elif scales(layers, options.budget) and not several() and not run.holds_run():
+        source = load_source(make_config(*layers).data, tell)
     config = with_budget(layers, source, options.budget, options.device, tell)
     return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config, source
 
@@ -90,10 +84,8 @@ def convert(options: argparse.Namespace) -> None:
     config = make_config(preset_fields(options.preset) if options.preset is not None else file_fields(options.config))
     net = config.model.backbone
     if net.name != "unet" or net.direction != "data" or config.model.gaussian is not False:
-        raise UserError(
-            "the published networks have model.backbone unet with direction data, and model.gaussian false; "
-            "such as preset cifar10"
-        )
+        what = "the published networks have model.backbone unet with direction data, and model.gaussian false"
+        raise UserError(f"{what}; such as preset cifar10")
     # The published code maps 0 ... 255 to [-1, 1] and adds no noise to grey levels.
     shape = (config.data.channels or 3, *(config.data.size or (32, 32)))
     transform = DataTransform.images(shape, dequantize=False)

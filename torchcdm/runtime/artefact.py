@@ -8,6 +8,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,45 +19,30 @@ from torch import Tensor
 
 from torchcdm import __version__
 from torchcdm.errors import UserError, reason
-from torchcdm.runtime.files import (
-    beside,
-    check_replaced,
-    flush_folder,
-    new_file,
-    without_nan,
-    write_file,
-    writing,
-)
+from torchcdm.runtime.files import beside, check_replaced, flush_folder, new_file, without_nan, write_file, writing
 from torchcdm.runtime.validation import read_as
 
 FORMAT = 5
 """Version of everything that is saved; raised when an older reader would misread it."""
 
-LARGEST_JSON = 2**27
-"""Bytes of a JSON file beyond which it is not read."""
+LARGEST_JSON, ATTEMPTS = 2**27, 3
+"""Most bytes of a JSON file that is read; readings of an artefact, which another process may replace meanwhile."""
 
 SEAL = ("format", "kind", "torchcdm", "files", "sha256")
 """Fields that every artefact has beside its own."""
 
 MEND = "restore it from a copy, or make it again"
 
-ATTEMPTS = 3
-"""Readings of an artefact, which another process may replace meanwhile."""
-
-Tensors = Mapping[str, Tensor]
-
 
 def write_artefact(
-    path: Path, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Tensors] | None = None
+    path: Path, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]] | None = None
 ) -> None:
     """Writes ``path`` and the files of tensors beside it, so that a crash leaves the old ones or the new ones.
 
     The tensors are complete on the disk under another name before the JSON has their checksums, and are renamed after
     it: a reader finds them in between. The ``content`` is plain values, null in place of numbers that are not finite;
-    ``tensors`` go by the name of their file, such as ``model.safetensors``.
-
-    Raises:
-        UserError: It cannot be written, or no artefact of this ``kind`` lies there; nothing that was there is lost.
+    ``tensors`` go by the name of their file, such as ``model.safetensors``. UserError where it cannot be written, or
+    no artefact of this ``kind`` lies there; nothing that was there is lost.
     """
     check_replaced(path, kind)
     packed = {
@@ -90,24 +76,20 @@ def read_artefact(
     """What :func:`write_artefact` wrote: the content, and the tensors of each of the ``files``, of all when None.
 
     ``kind`` is what it must be, or may be. The content is read as ``form``, such as a dataclass: its fields are
-    checked.
-
-    Raises:
-        UserError: Missing, not readable, damaged, or of another kind or version.
+    checked. UserError for one that is missing, not readable, damaged, or of another kind or version.
     """
     for _ in range(ATTEMPTS):
-        content = _read_sealed(path, kind)
+        content = _read_sealed(path, (kind,) if isinstance(kind, str) else kind)
         digests = content["files"]
-        wanted = digests if files is None else files
-        found = {path.with_name(name): _matching(path.with_name(name), digests.get(name)) for name in wanted}
-        if None not in found.values():
+        names = [path.with_name(name) for name in (digests if files is None else files)]
+        found = [_sound(file, digests.get(file.name)) for file in names]
+        if None not in found:
             break
-    tensors = []
-    for file, data in found.items():
-        if data is None:
+    for file, sound in zip(names, found, strict=True):
+        if sound is None:
             read_bytes(file)  # says why it cannot be read
             damaged(file, f"it does not match its checksum in {path.name}")
-        tensors.append(unpacked(data, file))
+    tensors = [unpacked(data, file) for file, (_, data) in zip(names, found, strict=True)]
     try:
         return read_as(form, {key: value for key, value in content.items() if key not in SEAL}), tensors
     except UserError as error:
@@ -136,7 +118,7 @@ def read_bytes(path: Path, largest: int | None = None) -> bytes:
         if stat.S_ISREG(status.st_mode) and (largest is None or status.st_size <= largest):
             return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: is no file, give one")
     raise UserError(f"{path}: is larger than {largest >> 20} MiB; is it the right file?")
@@ -155,19 +137,15 @@ def seal(content: Mapping[str, Any]) -> str:
 
 def settle(path: Path) -> None:
     """Renames the tensors of an artefact that a crash left complete beside their place."""
-    try:
-        files = read_json(path).get("files")
-    except UserError:
-        return
-    for name, digest in files.items() if isinstance(files, dict) else ():
-        final = path.parent / Path(name).name
-        temporary = beside(final)
-        if final != path.parent and temporary.is_file() and _digest(read_bytes(temporary)) == digest:
-            os.replace(temporary, os.path.realpath(final))
+    with suppress(UserError):
+        for name, digest in _read_sealed(path)["files"].items():
+            sound = _sound(path.with_name(name), digest)
+            if sound is not None and sound[0] != path.with_name(name):
+                os.replace(sound[0], os.path.realpath(path.with_name(name)))
 
 
-def _read_sealed(path: Path, kind: str | Sequence[str]) -> dict[str, Any]:
-    """A JSON file whose checksum holds."""
+def _read_sealed(path: Path, kinds: Sequence[str] | None = None) -> dict[str, Any]:
+    """A JSON file whose checksum holds, of one of some kinds."""
     content = read_json(path)
     version, found, files = content.get("format"), content.get("kind"), content.get("files")
     if version != FORMAT:
@@ -175,23 +153,20 @@ def _read_sealed(path: Path, kind: str | Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{path}: {what}; use the torchcdm that wrote it")
     if content.get("sha256") != seal(content):
         damaged(path, "its content does not match its checksum")
-    kinds = (kind,) if isinstance(kind, str) else kind
-    if found not in kinds:
+    if kinds is not None and found not in kinds:
         raise UserError(f"{path}: holds a {found}, not a {' or '.join(kinds)}")
     if not isinstance(files, dict) or any(not name or Path(name).name != name for name in files):
         damaged(path, "'files' is missing or wrong")
     return content
 
 
-def _matching(path: Path, digest: Any) -> bytes | None:
-    """The bytes of this checksum, under their name or, from a write that is under way, beside it."""
+def _sound(path: Path, digest: Any) -> tuple[Path, bytes] | None:
+    """The bytes of this checksum and where they are: under their name or, from a write under way, beside it."""
     for candidate in (path, beside(path)):
-        try:
+        with suppress(UserError):
             data = read_bytes(candidate)
-        except UserError:
-            continue
-        if _digest(data) == digest:
-            return data
+            if _digest(data) == digest:
+                return candidate, data
     return None
 
 

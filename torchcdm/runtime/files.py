@@ -47,10 +47,7 @@ def written(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[A
     """A file that is written beside, flushed to the disk, then renamed: a reader sees the old file or the new one.
 
     Its folder is made. A link is followed. Devices and pipes are written to, never replaced. Without ``flush``, for
-    one of many files, a power failure can cut it short.
-
-    Raises:
-        UserError: The disk is full, the folder or the file read-only, or a folder lies there; the old file stays.
+    one of many files, a power failure can cut it short. UserError where it cannot be written; the old file stays.
     """
     with writing(path):
         target = _replaced(path)
@@ -63,9 +60,8 @@ def written(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[A
             with new_file(temporary, text, flush) as file:
                 yield file
             os.replace(temporary, target)
-        except BaseException:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
         if flush:
             flush_folder(target.parent)
 
@@ -124,18 +120,9 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-# --- before the work ---------------------------------------------------------------------------------------------
-
-
 def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None = None) -> None:
-    """Refuses, before the long work, a file that cannot be written after it; its folder is made.
-
-    Nor may it replace ``inputs``, paths or data as on the command line; ``kind`` as in :func:`check_replaced`.
-
-    Raises:
-        UserError: The folder cannot be made or written, a folder or an artefact lies in place of the file, or it is an
-            input.
-    """
+    """Refuses, before the long work, a file that cannot be written after it, one of the ``inputs`` (paths, or data as
+    on the command line), and what :func:`check_replaced` refuses; its folder is made."""
     with writing(path):
         target = _replaced(path)
     if target is not None:
@@ -145,13 +132,7 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None
 
 
 def check_replaced(path: Path, kind: str | None = None) -> None:
-    """Refuses to replace an artefact, by the beginning of the file: its rest may be damaged.
-
-    Only one of this ``kind`` may be replaced, and then nothing else may; no artefact where that is None.
-
-    Raises:
-        UserError: It holds something else.
-    """
+    """Refuses to replace an artefact of another ``kind``, or what is none; where ``kind`` is None, any artefact."""
     with writing(path):
         head = path.read_bytes()[:200] if path.is_file() else b""
     found = re.match(rb'{\s*"format": \d+,\s*"kind": "([^"]+)"', head)
@@ -162,15 +143,9 @@ def check_replaced(path: Path, kind: str | None = None) -> None:
 
 
 def check_output_folder(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuses a folder for outputs in which they could replace inputs: one that holds an input, or is in one.
-
-    Raises:
-        UserError: As above, or a folder that cannot be made or written.
-    """
+    """Refuses a folder in which outputs could replace inputs, as it holds one or is in one, or that is read-only."""
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "the folder is read-only")
+        _replaced(folder / TEMPORARY)
     inside = folder.resolve()
     for path in _given(inputs):
         held = path.resolve()
@@ -185,10 +160,7 @@ def _given(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def _replaced(path: Path) -> Path | None:
-    """The file that is made or replaced, through links, in a folder that is made; None for a device or a pipe.
-
-    OSError for a folder, and where the file or its folder is read-only.
-    """
+    """The file to write, through links, in a folder that is made; None for a device, OSError where it cannot be."""
     with suppress(FileNotFoundError):
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

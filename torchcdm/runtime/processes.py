@@ -16,11 +16,9 @@ from torch import Tensor
 
 from torchcdm.errors import UserError, reason
 
-CPU_VALUES, CPU_ROWS = 2**15, (16, 4096)
-"""Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long."""
-
-OTHER_VALUES, OTHER_ROWS = 2**18, 64
-"""Values and least samples of a batch on a GPU, if its memory holds as many."""
+CPU_VALUES, CPU_ROWS, GPU_VALUES, GPU_ROWS = 2**15, (16, 4096), 2**18, 64
+"""Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long;
+values and least samples on a GPU, if its memory holds as many."""
 
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 """Results with one entry per sample: a tensor, or several."""
@@ -31,10 +29,7 @@ class Processes:
     """One process of one or several that work together, started by ``accelerate launch`` or ``torchrun``.
 
     Process ``rank`` of ``world`` works on its own ``device``; the ``main`` one writes files. ``accelerator`` is
-    accelerate's.
-
-    Raises:
-        UserError: A device that is not there, or a training within :func:`sharing`.
+    accelerate's. UserError for a device that is not there, or a training within :func:`sharing`.
     """
 
     def __init__(self, device: str | None) -> None:
@@ -44,23 +39,20 @@ class Processes:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
-        several = _several()
-        if several:
+        together = several()
+        if together:
             # Imported later, by a wrapped module, its functions would keep the group as default of an argument.
             import_module("torch.distributed.nn")
         # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
         on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
-        self.accelerator = Accelerator(
-            cpu=several and on_cpu,
-            mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        self.accelerator = Accelerator(cpu=together and on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        if several and self.world == 1:
+        if together and self.world == 1:
             raise UserError(f"device {device} cannot be used by several processes; leave --device out, or give cpu")
-        self.device = self.accelerator.device if several else chosen_device(device)
+        self.device = self.accelerator.device if together else chosen_device(device)
 
     def end(self) -> None:
         """Ends the group, with its threads: these would abort an interpreter that is taken down while they work."""
@@ -100,35 +92,27 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _several() -> bool:
+def several() -> bool:
     """Whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
-
-# --- measurements ------------------------------------------------------------------------------------------------
 
 _SHARED_BY: ContextVar[Processes | None] = ContextVar("shared_by", default=None)
 
 
 @contextmanager
 def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
-    """The processes of a launcher share what :func:`map_rows` does within.
+    """The processes of a launcher share what :func:`map_rows` does within; without a launcher nothing is shared.
 
     All processes must do the same work within, and all have all results. Their group ends with it: once in a program,
-    one within another is part of it. Trainings share their steps themselves, and are refused within. Without a
-    launcher nothing is shared. ``device`` is as in :class:`Processes`.
-
-    Yields:
-        The device of this process, and whether it is the one that speaks and writes files.
-
-    Raises:
-        UserError: A device that is not there.
+    one within another is part of it. Trainings share their steps themselves, and are refused within. Gives the device
+    of this process, as :func:`chosen_device`, and whether it is the one that speaks and writes files.
     """
     processes = _SHARED_BY.get()
     if processes is not None:
         yield processes.device, processes.main
         return
-    if not _several():
+    if not several():
         yield chosen_device(device), True
         return
     processes = Processes(device)
@@ -172,7 +156,7 @@ def gathered(value: Any, n: int) -> list[Any]:
 def rows_at_a_time(dim: int, device: torch.device) -> int:
     """Samples of ``dim`` values in a batch for a network on ``device``."""
     if device.type != "cpu":
-        return max(OTHER_ROWS, OTHER_VALUES // dim)
+        return max(GPU_ROWS, GPU_VALUES // dim)
     least, most = CPU_ROWS
     return min(max(least, CPU_VALUES // dim), most)
 
@@ -183,7 +167,7 @@ def map_rows(
     """Applies ``function`` to ``n`` samples, batch by batch, and joins the results in the samples' order.
 
     A sample's result must not depend on the rest of its batch. Under :func:`sharing` each process does its share of
-    the samples; a failure of one process is a failure of all.
+    the samples; a failure of one is a failure of all, a RuntimeError if no UserError. UserError for no samples.
 
     Args:
         function: Takes the slice of a batch among the samples; gives a tensor or a tuple of them, (B, ...).
@@ -191,10 +175,6 @@ def map_rows(
         size: Samples in a batch. None for :func:`rows_at_a_time`, halved with a warning whenever memory runs out.
         dim: Values of a sample.
         device: Where ``function`` works, and leaves the results (n, ...) in every process.
-
-    Raises:
-        UserError: No samples, a size below 1, or a UserError of another process.
-        RuntimeError: Another process failed otherwise.
     """
     if n < 1:
         raise UserError("there is nothing to score: the data are empty")

@@ -29,8 +29,6 @@ from typing_extensions import dataclass_transform
 
 from torchcdm.errors import UserError, nearest
 
-# --- ranges ------------------------------------------------------------------------------------------------------
-
 
 def _whole(value: Any) -> Any:
     """NumPy's whole numbers, and 1e4, as an int."""
@@ -72,20 +70,17 @@ SharePair = Annotated[tuple[Share, ...], Len(2, 2)]
 
 CHECKS = ConfigDict(allow_inf_nan=False, extra="forbid")
 
-# --- settings ----------------------------------------------------------------------------------------------------
-
 encode = to_jsonable_python
 """Settings and dataclasses as dicts, tuples as lists: what YAML and JSON can hold."""
 
 T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass_transform(frozen_default=True)
 def validated(kind: type[T]) -> type[T]:
-    """Makes ``kind`` a frozen dataclass whose names, types and ranges are checked; a wrong one is a UserError.
-
-    As a part of a larger one it is checked by pydantic alone, which knows the path to the field.
-    """
+    """Makes ``kind`` a frozen dataclass whose names, types and ranges are checked; a wrong one is a UserError. As part
+    of a larger one it is checked by pydantic alone, which knows the path to the field."""
 
     def known(cls: type, value: Any) -> Any:
         given = value.kwargs or {} if isinstance(value, ArgsKwargs) else value
@@ -113,12 +108,7 @@ def validated(kind: type[T]) -> type[T]:
 
 
 def read_as(kind: type[T], value: Any, path: str = "") -> T:
-    """Plain Python values, as :func:`encode` gives them, as an instance of ``kind``, settings or another type.
-
-    Raises:
-        UserError: A name that does not exist (with the nearest that does), a wrong type or range; one line, which
-            names the place below ``path``.
-    """
+    """Plain values, as :func:`encode` gives them, as ``kind``; UserError names where a mistake is below ``path``."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -132,29 +122,23 @@ def named(*kinds: type) -> Any:
 
 
 def settings_of(kind: type, name: str | None, left_out: Collection[str], module: str) -> type:
-    """Settings with the defaults and ranges of a constructor's arguments, as a class of ``module``.
-
-    The field ``name`` tells the parts of :func:`named` apart. Arguments without a default, and those ``left_out``, do
-    not come from settings.
-    """
+    """Settings with the defaults and ranges of a constructor's arguments, but those without a default or ``left_out``,
+    as a class of ``module``; their field ``name`` tells the parts of :func:`named` apart."""
     hints = get_type_hints(kind.__init__, include_extras=True)
     defaults = {} if name is None else {"name": name}
-    types: dict[str, Any] = {key: Literal[name] for key in defaults}
+    hints["name"] = Literal[name]
     for key, parameter in inspect.signature(kind).parameters.items():
         if parameter.default is not parameter.empty and key not in left_out:
-            types[key], defaults[key] = hints[key], parameter.default
+            defaults[key] = parameter.default
     text = f":class:`{kind.__module__}.{kind.__qualname__}`"
-    content = defaults | {"__annotations__": types, "__module__": module, "__doc__": text}
-    return validated(type(f"{kind.__name__}Config", (), content))
+    types = {"__annotations__": {key: hints[key] for key in defaults}}
+    return validated(type(f"{kind.__name__}Config", (), defaults | types | {"__module__": module, "__doc__": text}))
 
 
 def arguments_for(kind: type, settings: Any) -> dict[str, Any]:
     """Those of the settings that the constructor of ``kind`` takes."""
     parameters = inspect.signature(kind).parameters
     return {key: getattr(settings, key) for key in settings.__dataclass_fields__ if key in parameters}
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def checked(function: Function) -> Function:
@@ -190,8 +174,6 @@ def _is_plain(hint: Any) -> bool:
     return all(map(_is_plain, get_args(hint))) if get_args(hint) else not isinstance(hint, type) or hint in _PLAIN
 
 
-# --- messages ----------------------------------------------------------------------------------------------------
-
 _WORDS = {
     "Input should": "it must",
     "Tuple should": "it must",
@@ -202,7 +184,7 @@ _WORDS = {
 }
 """Ours for words of pydantic's messages."""
 
-_SHOWN = reprlib.Repr()
+_NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()
 _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 3
 
 
@@ -223,14 +205,14 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
             path = join(path, facts["key"])
             return path, f"unknown field '{path}'; {facts['hint']}"
         case "union_tag_invalid":
-            needed = _nearest_of(facts["tag"], facts["expected_tags"])
+            needed = nearest(facts["tag"], _NAMES.findall(facts["expected_tags"]))
             return path, f"{join(path, 'name')} is {shown(facts['tag'])}; {needed}"
         case "missing":
             return path, f"{here} is missing"
         case "value_error":
             return path, f"{here}: {facts['error']}"
         case "literal_error":
-            needed = _nearest_of(str(found), facts["expected"])
+            needed = nearest(str(found), _NAMES.findall(facts["expected"]))
         case _:
             needed = first["msg"]
             for theirs, ours in _WORDS.items():
@@ -248,7 +230,3 @@ def shown(value: Any) -> str:
 def join(path: str, key: Any) -> str:
     """A dotted path and one more part."""
     return f"{path}.{key}" if path else str(key)
-
-
-def _nearest_of(name: str, expected: str) -> str:
-    return nearest(name, re.findall(r"'([^']*)'", expected))

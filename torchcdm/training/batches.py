@@ -1,12 +1,10 @@
-"""What one training step sees: its samples and its noise, as functions of (seed, step) alone.
-
-Nothing here has a state, so a resumed run needs none: it goes on at step k with what an unbroken run would have
-drawn. Several processes draw what one would draw for the joint batch, and each takes its slice.
-"""
+"""What one training step sees, samples and noise, as functions of (seed, step) alone: a resumed run needs no state,
+and several processes draw what one would draw for the joint batch, of which each takes its slice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, final
 
@@ -21,10 +19,7 @@ from torchcdm.random import stream
 
 
 def shown_at(step: int, count: int, batch_size: int, seed: int) -> Tensor:
-    """Indices (batch_size,) of the samples of a step, counted from 0: the orders of all epochs, cut into batches.
-
-    No sample of ``count`` is left out, and data smaller than a batch work too.
-    """
+    """Indices (batch_size,) of the samples of a step, from 0 on: the orders of all epochs, none left out."""
     first, last = step * batch_size, (step + 1) * batch_size
     epochs = range(first // count, (last - 1) // count + 1)
     return torch.cat([_order(count, seed, k)[max(0, first - k * count) : last - k * count] for k in epochs])
@@ -45,41 +40,48 @@ class Batch(NamedTuple):
 
 
 @final
+@dataclass(eq=False, repr=False)
 class Batches:
-    """The batches of a training, from any step on.
+    """The batches of a training, from any step on; ``batch_size`` counts all processes together, ``labels`` says if
+    the model sees classes. UserError for a batch that does not divide over the processes, or vectors to mirror."""
 
-    ``batch_size`` counts all processes together; ``labels`` says whether the model sees classes or contexts. UserError
-    for a batch that does not divide over the processes, no samples, or vectors to mirror.
-    """
+    source: DataSource
+    batch_size: int
+    seed: int
+    labels: bool
+    flip: bool = False
+    workers: int = 0
+    rank: int = 0
+    world: int = 1
 
-    def __init__(
-        self,
-        source: DataSource,
-        batch_size: int,
-        seed: int,
-        labels: bool,
-        flip: bool = False,
-        workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if batch_size % world:
-            raise UserError(f"train.batch_size is {batch_size}; it must be a multiple of the {world} processes")
-        if flip and len(source.shape) != 3:
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world:
+            what = f"it must be a multiple of the {self.world} processes"
+            raise UserError(f"train.batch_size is {self.batch_size}; {what}")
+        if self.flip and len(self.source.shape) != 3:
             raise UserError("data.flip mirrors images; these data are vectors")
-        self.source, self.split, self.batch_size, self.seed = source, source.split("train"), batch_size, seed
-        self.labels, self.flip, self.workers = labels, flip, workers
-        share = batch_size // world
-        self.mine = slice(rank * share, (rank + 1) * share)
+        self.split, share = self.source.split("train"), self.batch_size // self.world
+        self.mine = slice(self.rank * share, (self.rank + 1) * share)
 
     def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
         """The batches of the steps ``first`` ... ``last`` - 1, on ``device``; ``loss`` draws the levels."""
+        shape, transform = (self.batch_size, *self.source.shape), self.source.transform
         for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):
-            yield self._batch(step, x, y, loss, device)
+            if self.flip:
+                coins = stream(self.seed, "flip", step)
+                torch.rand(self.mine.start, generator=coins)  # those of the processes before this one
+                x = flip_horizontally(x, coins)
+            places = torch.rand(shape, generator=stream(self.seed, "dequantise", step))[self.mine]
+            x_0 = transform(transform.spread(x, places))
+            t = loss.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
+            eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
+            if self.labels and y.ndim == 1 and bool((y < 0).any()):
+                raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
+            yield Batch(x_0.to(device), y.to(device) if self.labels else None, t.to(device), eps.to(device))
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
-        steps = ((self.indices(step)[self.mine], self._places(step)) for step in range(first, last))
+        steps = (self._shown(step) for step in range(first, last))
         if not isinstance(self.split, LazySplit):
             yield from (self.split.batch_at(*at) for at in steps)
             return
@@ -89,29 +91,12 @@ class Batches:
                 raise batch
             yield batch
 
-    def indices(self, step: int) -> Tensor:
-        """:func:`shown_at` a step, of all processes."""
-        return shown_at(step, len(self.split), self.batch_size, self.seed)
-
-    def _places(self, step: int) -> Tensor | None:
-        """Where the crops of a step lie in their images; None for other data."""
+    def _shown(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Samples of this process in a step; where crops lie in their images, None for other data."""
+        indices = shown_at(step, len(self.split), self.batch_size, self.seed)[self.mine]
         if not isinstance(self.split, CropSplit):
-            return None
-        return torch.rand(self.batch_size, 2, generator=stream(self.seed, "crop", step))[self.mine]
-
-    def _batch(self, step: int, x: Tensor, y: Tensor, loss: Loss, device: torch.device) -> Batch:
-        shape, transform = (self.batch_size, *self.source.shape), self.source.transform
-        if self.flip:
-            coins = stream(self.seed, "flip", step)
-            torch.rand(self.mine.start, generator=coins)  # those of the processes before this one
-            x = flip_horizontally(x, coins)
-        places = torch.rand(shape, generator=stream(self.seed, "dequantise", step))[self.mine]
-        x_0 = transform(transform.spread(x, places))
-        t = loss.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
-        eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
-        if self.labels and y.ndim == 1 and bool((y < 0).any()):
-            raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
-        return Batch(x_0.to(device), y.to(device) if self.labels else None, t.to(device), eps.to(device))
+            return indices, None
+        return indices, torch.rand(self.batch_size, 2, generator=stream(self.seed, "crop", step))[self.mine]
 
 
 class _BatchReader(Dataset):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
+import runpy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,21 +29,21 @@ from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 FittedBase = GaussianMarginals | MixtureMarginals
 """What logits can be a correction to, fitted to data."""
 
-HISTOGRAM_NUMBERS = 2**25
-"""Numbers of images that are counted at a time: a quarter of a gibibyte in float64."""
+HISTOGRAM_NUMBERS, GAUSSIAN_NUMBERS = 2**25, 2**27
+"""Numbers of images that are counted at a time, and those that a base density reads of large data: a gibibyte of
+float64, and 50 000 samples in any case."""
 
-GAUSSIAN_NUMBERS = 2**27
-"""Numbers in a gibibyte of float64: what a base density reads of large data, and 50 000 samples in any case."""
-
-HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = 20_000, 2**24
-"""Validation samples, and numbers in them, that choose a base density or what the Gaussians of classes share."""
-
-# --- data --------------------------------------------------------------------------------------------------------
+HELD_OUT, HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = "base density held out", 20_000, 2**24
+"""Seed, and number, of validation samples that choose a base density or what the Gaussians of classes share; numbers
+in them."""
 
 
-def load_source(options: DataOptions) -> DataSource:
-    """The data that options name, in the units that they ask for."""
-    return in_units(load_data(options), options)
+def load_source(options: DataOptions, progress: bool = False) -> DataSource:
+    """The data that options name, in the units that they ask for; prints what was read off them for ``progress``."""
+    source = in_units(load_data(options), options)
+    if progress:
+        print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
+    return source
 
 
 def in_units(source: DataSource, options: DataOptions) -> DataSource:
@@ -68,16 +67,6 @@ def in_units(source: DataSource, options: DataOptions) -> DataSource:
     return replace(source, transform=GaussianizedTransform.fit(transform, parts, options.flip))
 
 
-def check_label(label: str | None, model: ModelConfig) -> None:
-    """Refuses the name of a column of classes for a model that takes none."""
-    if label is not None and model.labels == "none":
-        mend = "add --model.labels joint to learn the classes, or leave the column out by --drop"
-        raise UserError(f"label '{label}' names a column of classes, but this model takes none; {mend}")
-
-
-# --- base densities ----------------------------------------------------------------------------------------------
-
-
 def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
     """The same with the numbers filled in that are read off the units of the data."""
     schedule = config.schedule
@@ -88,11 +77,8 @@ def resolve(config: ModelConfig, transform: DataTransform) -> ModelConfig:
 
 
 def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> ModelConfig:
-    """:func:`resolve`, with the base density that :func:`torchcdm.diffusion.start.best_start` finds best.
-
-    Held out is the validation split; every fifth training sample where there is none. Classes with Gaussians of their
-    own choose what these share when they are fitted.
-    """
+    """:func:`resolve`, with the base density that :func:`torchcdm.diffusion.start.best_start` finds best on the
+    validation split, or on every fifth training sample. Gaussians of classes choose what they share when fitted."""
     config = resolve(config, source.transform)
     given = {name: value for name in FIELDS if (value := getattr(config, name)) is not None}
     fixed = {"gaussian": True, "components": 1, "shrinkage": 0.0}
@@ -104,8 +90,7 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> ModelCon
     if source.validation:
         limit = min(HELD_OUT_SAMPLES, max(100, HELD_OUT_NUMBERS // source.transform.dim))
         # Copies of a sample, as a small table has them, would count as so many samples.
-        held_out = source.validation.tensors(limit)[0].unique(dim=0)
-        held_out = source.transform.encode(held_out, stream(0, "base density held out"))
+        held_out = source.transform.encode(source.validation.tensors(limit)[0].unique(dim=0), stream(0, HELD_OUT))
     else:
         chosen = torch.arange(len(train)) % 5 == 0
         train, held_out = train[~chosen], train[chosen]
@@ -148,22 +133,17 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, config.form, config.shrinkage)
     x, labels = source.validation.tensors(HELD_OUT_SAMPLES)
-    held_out = None
-    if set(labels.tolist()) == set(y.tolist()):
-        held_out = transform.encode(x, stream(0, "base density held out")), labels
+    complete = set(labels.tolist()) == set(y.tolist())
+    held_out = (transform.encode(x, stream(0, HELD_OUT)), labels) if complete else None
     return fit_class_gaussians(z, y, schedule, floor, held_out=held_out)
-
-
-# --- models ------------------------------------------------------------------------------------------------------
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:
     """The DDM beside a CDM: for the encoder, the U-Net of its width, multipliers and blocks that is told the level."""
     net = model.backbone
     if net.name == "encoder":
-        net = BACKBONES["unet"](
-            channels=net.width, multipliers=net.multipliers, blocks=net.blocks, attention=(), dropout=net.dropout
-        )
+        shared = {"multipliers": net.multipliers, "blocks": net.blocks, "dropout": net.dropout}
+        net = BACKBONES["unet"](channels=net.width, attention=(), **shared)
     return replace(model, kind="ddm", backbone=net)
 
 
@@ -203,19 +183,13 @@ def build_backbone(config: ModelConfig, shape: tuple[int, ...], levels: int, cla
 
 
 def imported(code: str) -> nn.Module:
-    """The network that ``FILE.py:NAME`` makes: what NAME gives when it is called without arguments.
-
-    The file is run, with all that it says: only for code that its reader trusts. UserError for no such file or name.
-    """
+    """The network that ``NAME()`` of ``FILE.py:NAME`` gives; the file is run: only for code that its reader trusts."""
     path, _, name = str(code).rpartition(":")
     if not (path.endswith(".py") and name.isidentifier()):
         raise UserError(f"{code}: write FILE.py:NAME, where NAME() gives the network")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; go to the folder that has it, or give backbone=module")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = getattr(module, name, None)
+    make = runpy.run_path(path).get(name)
     network = make() if callable(make) else None
     if not isinstance(network, nn.Module):
         raise UserError(f"{code}: {name}() must give a torch.nn.Module")
@@ -230,11 +204,10 @@ def build_model(
     class_prior: Tensor | None = None,
     backbone: nn.Module | None = None,
 ) -> Denoiser:
-    """The model of a resolved configuration, with a copy of the data's transform.
+    """The model of a resolved configuration, with a copy of the data's transform; a ``backbone`` that is given.
 
     ``gaussian`` are fitted marginals; when None and the configuration has some, the model gets a blank to load a saved
-    state into. ``class_prior`` is p(y) for joint logits. ``backbone`` is the network, instead of one by the
-    configuration. UserError for labels asked of data without classes, and what :func:`build_backbone` refuses.
+    state into. ``class_prior`` is p(y) for joint logits. UserError for labels asked of data without classes.
     """
     if config.labels != "none" and classes is None:
         raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
@@ -255,10 +228,7 @@ def build_model(
 
 
 def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.Module | None = None) -> Denoiser:
-    """The model before its training: its weights are torch's next draws, unless ``backbone`` has some.
-
-    Other arguments as in :func:`fit_gaussian`.
-    """
+    """The model before its training: its weights are torch's next draws, unless ``backbone`` has some."""
     config = choose_base(config, source, flip)
     gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
     prior = None
@@ -268,10 +238,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
 
 
 def describe(model: Denoiser) -> ModelConfig:
-    """The configuration of a model that was made in Python; its network is ``custom``.
-
-    UserError for a schedule or base density that no setting makes.
-    """
+    """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes."""
     schedule, base = model.schedule, model.base
     name = next((name for name, kind in SCHEDULES.items() if type(schedule) is kind), None)
     if name is None:

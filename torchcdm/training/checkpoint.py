@@ -75,15 +75,9 @@ class ModelInfo:
         """Number of classes of the data."""
         return None if self.class_names is None else len(self.class_names)
 
-    def read_inputs(
-        self,
-        paths: str | Path | Sequence[str | Path],
-        skip_bad: bool = False,
-        noisy: bool = False,
-        parts: Sequence[int] | None = None,
-    ) -> Inputs:
-        """Files as the model takes them, see :func:`torchcdm.data.read_inputs`."""
-        return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), noisy, parts)
+    def read_inputs(self, paths: str | Path | Sequence[str | Path], skip_bad: bool = False, **options: Any) -> Inputs:
+        """Files as the model takes them; ``options`` as of :func:`torchcdm.data.read_inputs`."""
+        return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), **options)
 
     def read_pictures(
         self, paths: Sequence[str | Path], skip_bad: bool = False, shape: tuple[int, ...] | None = None
@@ -105,25 +99,19 @@ class ModelInfo:
 
 
 def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
-    """Writes ``model.safetensors`` and ``config.json``.
-
-    UserError where they cannot be written, or a run is to replace an estimator or the other way round; the old files
-    are still there.
-    """
-    kind = KINDS[info.estimator is not None]
-    write_artefact(run.model_info, kind, encode(info), {run.model.name: model.state_dict()})
+    """Writes ``model.safetensors`` and ``config.json``; UserError where it cannot, and the old files stay."""
+    tensors = {run.model.name: model.state_dict()}
+    write_artefact(run.model_info, KINDS[info.estimator is not None], encode(info), tensors)
 
 
 def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> None:
     """Writes a model as :func:`load` reads it: ``model.safetensors`` and ``config.json`` in a folder.
 
     Args:
-        model: A model from :func:`load`, :func:`torchcdm.fit` or :func:`torchcdm.train`, or one of your own.
-        path: The folder; it is made. The model that it holds is replaced, unless it is one of a training.
+        model: A model from :func:`load`, :func:`torchcdm.fit` or :func:`torchcdm.train`, or one of your own; UserError
+            for parts that cannot be saved.
+        path: The folder; it is made. The model that it holds is replaced; UserError if it is one of a training.
         info: What is said of the model, if other than it knows itself.
-
-    Raises:
-        UserError: The folder holds a training, the model has parts that cannot be saved, or a file cannot be written.
     """
     run = RunFolder(path)
     if run.config.exists() or run.states.exists():
@@ -133,10 +121,7 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
 
 
 def described(model: Denoiser) -> ModelInfo:
-    """What ``config.json`` says of a model that was made in Python, with a network of one's own.
-
-    UserError where it has no transform, or a schedule or base density that no setting makes.
-    """
+    """What ``config.json`` says of a model that was made in Python; UserError for parts that cannot be saved."""
     if model.transform is None:
         raise UserError("the model has no transform; give it one, such as units.DataTransform(shape)")
     names = None if model.classes is None else tuple(map(str, range(model.classes)))
@@ -154,7 +139,7 @@ def load(
     backbone: nn.Module | None = None,
     trust_code: bool = False,
 ) -> ClassificationDiffusion:
-    """The model of a run, in eval mode.
+    """The model of a run, in eval mode; its type is said for the usual case, as a ``ddm`` is a DenoisingDiffusion.
 
     Args:
         run: Folder of the run, or of a saved estimator; ``zoo:NAME`` for a model that ships with the package,
@@ -164,10 +149,6 @@ def load(
             filled in.
         trust_code: Runs the file of code that the run names, where ``fit(backbone="FILE.py:NAME")`` made it. Never
             for ``hub:``.
-
-    Returns:
-        The model. Its type is said for the usual case: a plain diffusion model (``ddm``) is a
-        :class:`torchcdm.DenoisingDiffusion`.
 
     Raises:
         UserError: No run there, a name that is not known, files that are damaged or of another format version, or a
@@ -203,10 +184,11 @@ def load(
     return model.eval().requires_grad_(False).to(device)
 
 
-def load_weights(model: Denoiser, run: str | Path) -> None:
-    """Fills a model with the weights of a run."""
-    folder, _, (tensors,) = _read(run)
+def load_weights(model: Denoiser, run: str | Path) -> ModelInfo:
+    """Fills a model with the weights of a run; gives what is said of them."""
+    folder, info, (tensors,) = _read(run)
     _fill(model, tensors, folder.model)
+    return info
 
 
 def load_matching(model: Denoiser, run: str | Path) -> list[str]:
@@ -249,22 +231,14 @@ def _check(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) ->
             damaged(path, f"{key} is not finite")
 
 
-# --- states of a training ----------------------------------------------------------------------------------------
-
-KEPT = 2
-"""States that are kept."""
-
-PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-"""Files of tensors in a state."""
+KEPT, PARTS = 2, ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+"""States that are kept, and the files of tensors in each."""
 
 
 @validated
 class Progress:
-    """What ``progress.json`` holds: the counters of the trainer.
-
-    ``stale`` counts the validations since the best one, ``window`` has the sums of the loss terms since the last line
-    of the log, ``data`` is the fingerprint of the data, ``config`` the resolved configuration.
-    """
+    """Counters, in ``progress.json``: ``stale`` counts validations since the best, ``window`` has sums of loss terms
+    since the last line of the log, ``data`` the fingerprint of the data, ``config`` the resolved configuration."""
 
     step: CountOrZero
     ema_updates: CountOrZero
@@ -287,10 +261,7 @@ class TrainingState(NamedTuple):
 
 
 def save_state(run: RunFolder, state: TrainingState) -> Path:
-    """Writes ``state/step-N``, unless it is there: beside, flushed, then renamed. The last two are kept.
-
-    UserError where it cannot be written, on a full disk for one; older states are still there.
-    """
+    """Writes ``state/step-N``, beside, then renamed, unless it is there; two are kept. UserError for a full disk."""
     final = run.states / f"step-{state.progress.step}"
     temporary = run.states / f"{TEMPORARY}{final.name}"
     if final.exists():
@@ -325,11 +296,11 @@ def load_state(folder: Path) -> TrainingState:
 
 
 def restore(
-    state: TrainingState, folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    state: TrainingState, run: RunFolder, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Fills weights, their average and the optimiser; UserError where a file of ``folder`` is of another network."""
-    moments, wanted = state.optimizer, dict[str, Tensor]()
-    parts: dict[int, dict[str, Tensor]] = {}
+    """Fills weights, their average and the optimiser; UserError where a file of the state is of another network."""
+    folder, moments = run.states / f"step-{state.progress.step}", state.optimizer
+    wanted, parts = dict[str, Tensor](), dict[int, dict[str, Tensor]]()
     for k, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"]):
         if f"{k}.step" in moments:  # a weight that was moved, by Muon or by Adam
             names = ("momentum",) if f"{k}.momentum" in moments else ("exp_avg", "exp_avg_sq")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,15 +14,12 @@ from torchcdm.runtime.artefact import read_bytes
 from torchcdm.runtime.validation import encode, join, mistake, shown
 from torchcdm.training.settings import Config
 
-_PRESETS = files("torchcdm.training") / "presets"
-
-LARGEST = 2**20
-"""Bytes of a YAML file beyond which it is not read."""
+_PRESETS = Path(__file__).parent / "presets"
 
 
 def preset_names() -> list[str]:
     """Names of the presets, sorted."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
 def preset_fields(name: str) -> dict[str, Any]:
@@ -53,7 +49,7 @@ class FileFields(dict[str, Any]):
 
 def file_fields(path: str | Path) -> FileFields:
     """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on. Errors name the line."""
-    content = read_bytes(Path(path), LARGEST)
+    content = read_bytes(Path(path), largest=2**20)
     try:
         loader = _Loader(content.decode("utf-8-sig"))
         node = loader.get_single_node()
@@ -109,11 +105,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
-    """The configuration of these fields, laid on the defaults and on each other, the last strongest.
-
-    UserError for an unknown field or a wrong value, by its dotted path and with the nearest name; names the line of
-    the file that sets it.
-    """
+    """The configuration of these fields, the last strongest; UserError names a dotted path, and a file's line."""
     fields: dict[str, Any] = encode(Config())
     for layer in layers:
         fields = merge(fields, layer)
@@ -128,10 +120,7 @@ def make_config(*layers: Mapping[str, Any]) -> Config:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``, key by key; a part whose ``name`` changes starts anew.
-
-    A text in the place of a named part is its name: ``schedule: cosine`` is ``schedule: {name: cosine}``.
-    """
+    """``over`` laid on ``base``; a part whose ``name`` changes starts anew, a text in its place is its name."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -159,9 +148,6 @@ def paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
         yield join(path, key), value
         if isinstance(value, Mapping):
             yield from paths(value, join(path, key))
-
-
-# --- YAML --------------------------------------------------------------------------------------------------------
 
 
 def to_yaml(config: Config) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -82,28 +81,25 @@ def level_sums(
 ) -> dict[str, Tensor]:
     """Errors with fixed noise; arguments as of :func:`at_all_levels`.
 
-    Returns:
-        Sums over samples at each level, each (T+2,), float64: ``count``; ``mse``, squared error of eps (mean over d);
-        with a density ``ce``, cross-entropy of the level in nats, and ``accuracy``, samples whose most probable level
-        is the true one.
+    Sums over samples at each level, each (T+2,), float64: ``count``; ``mse``, squared error of eps (mean over d); with
+    a density ``ce``, cross-entropy of the level in nats, and ``accuracy``, samples of which it is the most probable.
     """
     names = ("count", "mse") if model.density is None else ("count", "mse", "ce", "accuracy")
     sums = torch.zeros(len(names), model.schedule.T + 2, dtype=torch.float64)
+
+    def errors(batch: NoisyBatch) -> Tensor:
+        if model.density is None:
+            eps, rest = model.denoise(batch.x_t, batch.t, batch.y).eps, []
+        else:
+            result = model.density.evaluate(batch.x_t, batch.t, batch.y)
+            eps, log_p = result.eps, result.unconditional
+            rest = [cross_entropy(log_p, batch.t, reduction="none"), log_p.argmax(1) == batch.t]
+        mse = (batch.eps - eps).square().flatten(1).mean(1)
+        return torch.stack([value.double() for value in (torch.ones_like(mse), mse, *rest)], 1)
+
     for batch in at_all_levels(model, x, draws, seed, y):
-        sums.index_add_(1, batch.t.cpu(), batch.by_parts(partial(_errors, model)).T)
+        sums.index_add_(1, batch.t.cpu(), batch.by_parts(errors).T)
     return dict(zip(names, sums, strict=True))
-
-
-def _errors(model: Denoiser, batch: NoisyBatch) -> Tensor:
-    """What each copy adds to the sums, float64 (B, 2 or 4)."""
-    if model.density is None:
-        eps, rest = model.denoise(batch.x_t, batch.t, batch.y).eps, []
-    else:
-        result = model.density.evaluate(batch.x_t, batch.t, batch.y)
-        eps, log_p = result.eps, result.unconditional
-        rest = [cross_entropy(log_p, batch.t, reduction="none"), log_p.argmax(1) == batch.t]
-    mse = (batch.eps - eps).square().flatten(1).mean(1)
-    return torch.stack([value.double() for value in (torch.ones_like(mse), mse, *rest)], 1)
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -115,11 +111,8 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 def validate(
     model: Denoiser, x: Tensor, y: Tensor | None, ce_weight: float = 0.0, mse_weight: float = 1.0
 ) -> dict[str, float]:
-    """Training terms, weighted as in the loss, and one-pass NLL with fixed noise.
-
-    ``mse`` and ``loss``, and for a cdm ``ce``, ``accuracy`` and ``nll``, in bits/dim for data on a grid and nats for
-    continuous data. ``loss`` has the cross-entropy of the level, also for joint models, and no time term.
-    """
+    """``mse`` and ``loss``, weighted as in training, and for a cdm ``ce``, ``accuracy`` and one-pass ``nll``: bits/dim
+    for data on a grid, else nats. ``loss`` has the cross-entropy of the level, also for joint models, no time term."""
     values = means(level_sums(model, x, y))
     if model.density is None:
         return values | {"loss": values["mse"]}
@@ -129,11 +122,10 @@ def validate(
 
 
 def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int = 4, seed: int = 0) -> dict[str, Any]:
-    """Level accuracy, cross-entropy and denoising error on a split, in total and by level.
+    """Denoising error, cross-entropy and accuracy of the level on a split: ``limit`` samples, ``draws`` copies each.
 
-    Of at most ``limit`` samples with ``draws`` copies each: ``count``, ``draws``, ``levels`` (T+2), ``mean`` with
-    ``mse`` (levels 0 and T+1 left out), ``ce`` and ``accuracy``, and ``per_level`` with a list for each, null where no
-    sample fell on a level. A ddm has ``mse`` alone.
+    ``count``, ``draws``, ``levels`` (T+2); ``mean`` with ``mse`` (levels 0 and T+1 left out), and of a cdm ``ce`` and
+    ``accuracy``; ``per_level`` with a list for each, null where no sample fell on a level.
     """
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)
@@ -142,8 +134,8 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
         name: [s / n if n else None for s, n in zip(values.tolist(), counts, strict=True)]
         for name, values in sums.items() if name != "count"
     }  # fmt: skip
-    numbers = {"count": len(x), "draws": draws, "levels": model.schedule.T + 2}
-    return numbers | {"mean": means(sums), "per_level": per_level}
+    size = {"count": len(x), "draws": draws, "levels": model.schedule.T + 2}
+    return size | {"mean": means(sums), "per_level": per_level}
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:
@@ -151,9 +143,6 @@ def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:
     if model.context is not None:
         return labels
     return labels if model.classes is not None and len(labels) and bool((labels >= 0).all()) else None
-
-
-# --- the best model ----------------------------------------------------------------------------------------------
 
 
 @validated
@@ -168,10 +157,8 @@ class Best:
 
 @final
 class Selection:
-    """Compares validation values of a training; the last weights are kept where there is no validation split.
-
-    The ``best`` model has the least of the validation value called ``value``; ``stale`` counts the validations since.
-    """
+    """The ``best`` model of a training has the least validation value, called ``value``; ``stale`` counts those since.
+    The last weights are kept where there is no validation split."""
 
     def __init__(self, config: Config, source: DataSource, model: Denoiser) -> None:
         self.value = config.train.select if config.model.kind == "cdm" else "mse"
@@ -185,11 +172,8 @@ class Selection:
         self.stale = 0
 
     def compare(self, model: Denoiser, step: int, settled: bool) -> tuple[dict[str, float], bool]:
-        """Validation values of a model in eval mode after ``step`` steps, and whether it is to be kept.
-
-        Unless ``settled``, which says that all terms of the loss count in full, a model is kept for want of a better
-        one, but is no best model and no reason to stop.
-        """
+        """Validation values of a model in eval mode after ``step`` steps, and whether it is to be kept: unless all
+        terms of the loss count in full, ``settled``, for want of a better one, but as no best one."""
         if self.data is None:
             return {}, True
         values = validate(model, *self.data, self.loss.ce_weight, self.loss.mse_weight)

@@ -12,7 +12,7 @@ gradient in x, and so no sample, changes. The errors of all levels add up in log
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,34 +22,32 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from torchcdm.annealing.ratios import best_constants
-from torchcdm.data import DataSource
+from torchcdm.compose.sampling import Draws, default_moves, sample
+from torchcdm.data import DataSource, save_grid, save_table
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.files import write_rows
+from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.checkpoint import load_weights
 from torchcdm.training.evaluation import Best, at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.samples import balanced_labels, draw, sampling_options, save_manifest, save_sheet
-from torchcdm.training.settings import Config
+from torchcdm.training.settings import Config, SamplingConfig
 from torchcdm.units import standard_error
 
 if TYPE_CHECKING:
     from torchcdm.training.loop import Trainer
 
-FEWEST_COPIES, COMPARED = 20, 1000
-"""Noisy copies at each level, of all samples together; samples of a split that models are compared on."""
-
-FAR = 0.1
-"""Nats a number by which validation may be worse than training, if that is more than three standard errors."""
+FEWEST_COPIES, COMPARED, FAR = 20, 1000, 0.1
+"""Noisy copies at each level, of all samples together; samples of a split that models are compared on; nats a number
+by which validation may be worse than training, if that is more than three standard errors."""
 
 
 def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
     """Calibrates the kept model of a training, compares it with its start, keeps the better one and draws samples.
-
-    Gives the sheet of samples, or their folder; and what :func:`compare` says, of a cdm with validation data.
-    """
+    Gives their sheet, or their folder, and what :func:`compare` says, of a cdm with validation data."""
     model, run, config, source = trainer.ema.model, trainer.run, trainer.config, trainer.source
     load_weights(model, run.root)
     outcome, cdm = None, config.model.kind == "cdm" and len(source.validation) >= 2
@@ -67,21 +65,21 @@ def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
             model.load_state_dict(trainer.start)
             trainer.selection.best = Best("nll", outcome["unit"], outcome["values"]["start"], 0)
             trainer.save_model()
-        trainer.say(told(outcome))
+        values = ", ".join(f"{name} {value:.4g}" for name, value in outcome["values"].items())
+        trainer.say(f"validation, {outcome['unit']}, lower is better: {values}")
+        for problem in outcome["problems"]:
+            trainer.say(f"{problem['name']}: {problem['says']}; {problem['mend']}")
     return save_samples(model, run, config, source, "final") if config.sampling.n else run.samples, outcome
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:
     """Draws samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
-    sampling = config.sampling
-    y = None if model.classes is None else balanced_labels(sampling.n, model.classes)
-    guidance = 0.0 if y is None else sampling.guidance
-    drawn = draw(model, sampling.n, y, config.train.seed, guidance=guidance, **sampling_options(model, sampling))
-    save_manifest(drawn, run.samples / "manifest.csv", class_names=source.class_names)
-    return save_sheet(drawn, model, run.samples / name)
-
-
-# --- constants of the levels -------------------------------------------------------------------------------------
+    n, seed = config.sampling.n, config.train.seed
+    y = None if model.classes is None else balanced_labels(n, model.classes)
+    guidance = 0.0 if y is None else config.sampling.guidance
+    found, log_p = draw(model, n, y, seed, guidance=guidance, **sampling_options(model, config.sampling))
+    save_manifest(run.samples / "manifest.csv", seed, y, log_p, n, source.class_names)
+    return save_sheet(found.x, model, run.samples / name)
 
 
 @torch.no_grad()
@@ -93,11 +91,8 @@ def calibrate_levels(
     Each half of the samples, (N, *shape) in data units, which the model was not trained on, is scored with the
     constants of the other half first: where that does not lower the cross-entropy, the samples are too few to tell,
     and the model stays as it is. The ``copies`` are spread over samples and levels; at least one of each sample, and
-    :data:`FEWEST_COPIES` of each level. UserError for log probabilities that are not finite.
-
-    Returns:
-        Cross-entropy of the level on the halves, before and with the constants of the other half, nats; and what log
-        p_0 has gained at every input, nats: 0 where the constants did not help.
+    :data:`FEWEST_COPIES` of each level. UserError for log probabilities that are not finite. Gives the cross-entropy
+    on the halves, before and with the constants of the other half, and what log p_0 has gained at every input, nats.
     """
     draws = -(-max(copies, FEWEST_COPIES * (model.schedule.T + 2)) // len(x))
     parts = [
@@ -119,20 +114,16 @@ def calibrate_levels(
     return before, after, float(constants[0])
 
 
-# --- the comparison ----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def compare(
     model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """A trained model, which keeps its weights, beside what it has to beat, by one pass on validation data.
 
-    Returns:
-        The ``unit``; ``values``, lower is better: of the trained ``model``, and of it in ``training``, of its
-        ``start``, the weights that it began with, of one fitted ``gaussian``, of a ``uniform`` density on the data's
-        range; what is ``kept``: ``model``, or ``start`` where the trained one was worse; and ``problems``, each with a
-        ``name``, what it ``says`` with the likely cause, and the ``mend``.
+    The ``unit``; ``values``, lower is better: of the trained ``model``, and of it in ``training``, of its ``start``,
+    the weights that it began with, of one fitted ``gaussian``, of a ``uniform`` density on the data's range; what is
+    ``kept``: ``model``, or ``start`` where the trained one was worse; and ``problems``, each with a ``name``, what it
+    ``says`` with the likely cause, and the ``mend``.
     """
     limit = min(COMPARED, config.train.validation_samples)
     splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
@@ -142,73 +133,54 @@ def compare(
         return single_pass(one, x, labels_for(one, labels), Scoring(level=0)).values()
 
     trained = {key: value.clone() for key, value in model.state_dict().items()}
-    own, training = scored(model), scored(model, "train")
+    values = {"model": scored(model), "training": scored(model, "train")}
     model.load_state_dict(start)
-    begun = scored(model)
+    values["start"] = scored(model)
     model.load_state_dict(trained)
-    values = {"model": own, "training": training, "start": begun}
     untouched = config.train.init is None and config.model.backbone.name != "custom"
     if config.model.gaussian and config.model.components == 1 and not config.model.class_gaussians and untouched:
-        values["gaussian"] = begun
+        values["gaussian"] = values["start"]
     elif not config.model.class_gaussians:
-        values["gaussian"] = scored(_gaussian(model, config, source))
+        free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
+        base = fit_gaussian(choose_base(free, source, config.data.flip), source, config.data.flip)
+        nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2))
+        nothing[1].weight.zero_(), nothing[1].bias.zero_()
+        gaussian = ClassificationDiffusion(nothing.requires_grad_(False), base.schedule, model.transform, base)
+        values["gaussian"] = scored(gaussian.to(model.schedule.alpha.device))
     means = {name: float(value.mean()) for name, value in values.items()}
     means["uniform"] = _uniform(source, splits["train"][0], splits["validation"][0])
     unit = "nats" if source.transform.bin is None else "bits/dim"
     far = FAR * (source.transform.dim if unit == "nats" else 1 / math.log(2))
-    noise = 3 * math.hypot(standard_error(own), standard_error(training))
+    noise = 3 * math.hypot(standard_error(values["model"]), standard_error(values["training"]))
     kept = "start" if config.train.fallback and not means["model"] <= means["start"] else "model"
     return {"unit": unit, "values": means, "kept": kept, "problems": problems(means, unit, max(far, noise), config)}
 
 
-def told(outcome: Mapping[str, Any]) -> str:
-    """What :func:`compare` says as a line of numbers, and one for each problem."""
-    said = ", ".join(f"{key} {value:.4g}" for key, value in outcome["values"].items())
-    lines = [f"{problem['name']}: {problem['says']}; {problem['mend']}" for problem in outcome["problems"]]
-    return "\n".join([f"validation, {outcome['unit']}, lower is better: {said}", *lines])
-
-
 def problems(values: Mapping[str, float], unit: str, far: float, config: Config) -> list[dict[str, str]]:
     """What is wrong by the values, where training may be better by ``far``; the first is what to mend first."""
-    found: list[dict[str, str]] = []
-
-    def add(name: str, says: str, mend: str) -> None:
-        found.append({"name": name, "says": says, "mend": mend})
-
-    own, best, fallback = values["model"], values["model"], config.train.fallback
-    worse, by_heart = not own <= values["start"], own - values["training"] > far
+    own, begun, uniform, fallback = values["model"], values["start"], values["uniform"], config.train.fallback
+    gaussian = values.get("gaussian", math.inf)
+    worse, by_heart = not own <= begun, own - values["training"] > far
+    best = begun if worse and fallback else own
     rate = min(0.5, getattr(config.model.backbone, "dropout", 0.0) + 0.15)
-    mend = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
-    if worse:
-        best = values["start"] if fallback else own
-        cause = "it learned the training data by heart" if by_heart else "the steps were too few or too large"
-        said = f"{own:.4g} {unit} on validation data, {values['start']:.4g} before training: {cause}"
-        mend = mend if by_heart else "try more --train.steps, or half the --train.lr"
-        add("worse than its start", said + "; the start is kept as the model" * fallback, mend)
-    elif by_heart:
-        add("overfitting", f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data", mend)
-    if not worse and unit == "bits/dim" and best < 0:
-        said = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
-        add("impossible likelihood", said, "see the normalised ones: cdm nll RUN --methods elbo,flow")
-    if best > values.get("gaussian", math.inf):
-        said = f"{best:.4g} {unit}, a fitted Gaussian has {values['gaussian']:.4g}"
-        add("worse than a Gaussian", said, "leave out --model.gaussian and --model.components")
-    if best > values["uniform"]:
-        said = f"{best:.4g} {unit}, a uniform density on the range of the data has {values['uniform']:.4g}"
-        mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
-        add("worse than a uniform density", said, mend)
-    return found
-
-
-def _gaussian(model: ClassificationDiffusion, config: Config, source: DataSource) -> ClassificationDiffusion:
-    """The best single Gaussian as a model."""
-    free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
-    chosen = choose_base(free, source, config.data.flip)
-    base = fit_gaussian(chosen, source, config.data.flip)
-    nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2)).requires_grad_(False)
-    nothing[1].weight.zero_(), nothing[1].bias.zero_()
-    gaussian = ClassificationDiffusion(nothing, base.schedule, model.transform, base)
-    return gaussian.to(model.schedule.alpha.device)
+    less = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
+    said = f"{own:.4g} {unit} on validation data, {begun:.4g} before training: "
+    said += "it learned the training data by heart" if by_heart else "the steps were too few or too large"
+    checks = [
+        (worse, "worse than its start", said + "; the start is kept as the model" * fallback,
+         less if by_heart else "try more --train.steps, or half the --train.lr"),
+        (by_heart and not worse, "overfitting",
+         f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data", less),
+        (best < 0 and unit == "bits/dim" and not worse, "impossible likelihood",
+         f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised",
+         "see the normalised ones: cdm nll RUN --methods elbo,flow"),
+        (best > gaussian, "worse than a Gaussian", f"{best:.4g} {unit}, a fitted Gaussian has {gaussian:.4g}",
+         "leave out --model.gaussian and --model.components"),
+        (best > uniform, "worse than a uniform density",
+         f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}",
+         "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"),
+    ]  # fmt: skip
+    return [{"name": name, "says": says, "mend": mend} for found, name, says, mend in checks if found]
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:
@@ -230,3 +202,52 @@ def _uniform(source: DataSource, *samples: Tensor) -> float:
     low, high = (float(end) if given is None else given for end, given in
                  ((low.min(), transform.low), (high.max(), transform.high)))  # fmt: skip
     return math.log2((high - low) / transform.bin + 1)
+
+
+def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> tuple[Draws, Tensor | None]:
+    """Samples, data units, not rounded, and their one-pass log p, nats, None of a ddm; as :func:`torchcdm.sample`."""
+    given, log_p, density = y, None, model.density
+    if y is not None and options.get("particles"):
+        if bool((y != y[0]).any()):
+            raise UserError("particles are of one class: give its label, not balanced")
+        given = y[:1]
+    found = sample(model, n, y=given, seed=seed, units="codes", details=True, **options)
+    device = model.schedule.alpha.device
+    if density is not None:
+        with torch.no_grad():
+            log_p = map_rows(
+                lambda rows: density.log_prob(found.x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n,
+                dim=found.x.shape[1:].numel(), device=device,
+            )  # fmt: skip
+    return found, log_p
+
+
+def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
+    """What the settings of a run say to :func:`draw`; without a density the evaluations of moves go into steps."""
+    moves, steps = default_moves(sampling.sampler, sampling.corrector), sampling.steps
+    if model.density is None:
+        steps, moves = steps and steps * (1 + moves), 0
+    return {"sampler": sampling.sampler, "steps": steps and min(steps, model.schedule.T), "corrector": moves}
+
+
+def balanced_labels(n: int, classes: int) -> Tensor:
+    """Each class equally often, in turn: long (n,)."""
+    return torch.arange(n) % classes
+
+
+def save_sheet(x: Tensor, model: Denoiser, stem: Path) -> Path:
+    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table; gives its path."""
+    save, suffix = (save_grid, ".png") if x.ndim == 4 else (save_table, ".csv")
+    return save(x, stem.with_suffix(suffix), model.transform)
+
+
+def save_manifest(
+    path: Path, seed: int, y: Tensor | None, log_p: Tensor | None, n: int, names: Sequence[str] | None,
+    files: Sequence[Path] = (),
+) -> None:  # fmt: skip
+    """``manifest.csv``: index, seed, label by ``names``, log p (nats, data units) and file of ``n`` samples."""
+    labels = [""] * n if y is None else [names[label] if names else label for label in y.tolist()]
+    values = [""] * n if log_p is None else [f"{value:.4f}" for value in log_p.tolist()]
+    columns = {"index": range(n), "seed": [seed] * n, "label": labels, "log_p": values}
+    columns |= {"file": [file.name for file in files]} if files else {}
+    write_rows(path, list(columns), zip(*columns.values(), strict=True))

@@ -1,11 +1,16 @@
-"""Training in one call: a model by a preset, with a network of your own, or a model that you made."""
+"""Training in one call: a model by a preset, with a network of your own, or a model that you made.
+
+The preset ``encoder`` scales itself to the images and to the time. A network that cannot take a few thousand steps in
+the time is too large for it, whatever it would reach later.
+"""
 
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,26 +19,41 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torchcdm.compose.sampling import STEPS, default_moves
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
+from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
-from torchcdm.training.build import check_label, describe, imported, in_units
-from torchcdm.training.checkpoint import load, load_weights, read_info
-from torchcdm.training.config_files import make_config, merge, preset_fields
+from torchcdm.training.batches import Batches
+from torchcdm.training.build import build_loss, choose_base, describe, imported, in_units, new_model
+from torchcdm.training.checkpoint import load, load_weights
+from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
-from torchcdm.training.scale import with_budget
+from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
 
 OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
-"""Fields of the data without effect on Python objects."""
-
 IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize")
-"""Fields that a :class:`DataSource` was made with."""
+"""Fields of the data without effect on Python objects, and those that a :class:`DataSource` was made with."""
+
+SCALED, DEFAULT = "encoder", 1800.0
+"""The preset that scales itself, where neither steps nor a network are given, and its seconds where no time is."""
+
+SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))
+"""Widths and batches, from the cheapest on."""
+
+TRAINING_SHARE, SAMPLING_SHARE, REPORT_SHARE = 0.8, 0.04, 0.04
+"""Shares of the time: for the training, for its samples, and for the flow of the report."""
+
+FLOW_COST, TIMED_STEPS, WANTED_STEPS, EPOCHS = 70, 6, 2500, 300
+"""Passes of training that the flow of one sample takes as long as; steps that are timed; steps that the time must hold
+for a larger size to be taken; most times that a sample is seen."""
 
 
 def fit(
@@ -49,7 +69,7 @@ def fit(
     budget: str | float | None = None,
     **overrides: Any,
 ) -> ClassificationDiffusion:
-    """Trains a model on data that are at hand and returns the best one on a validation split.
+    """Trains a model on data that are at hand and returns the best one on a validation split, in eval mode.
 
     Args:
         data: Tensor or array of images (N, C, H, W) or vectors (N, d), integers for grey levels and floats for
@@ -70,9 +90,6 @@ def fit(
         **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
             (``model={"backbone": {"width": 48}}``).
 
-    Returns:
-        The model, in eval mode; its type is said for the usual case, see :func:`torchcdm.load`.
-
     Raises:
         UserError: Data or overrides that are not understood, or a network whose output does not fit.
 
@@ -82,7 +99,8 @@ def fit(
     """
     source, layers = _prepared("fit", data, labels, preset, overrides, progress)
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
-    check_label(labels if isinstance(labels, str) else None, config.model)
+    if isinstance(labels, str):
+        config = replace(config, data=replace(config.data, label=labels))
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
         seen = "input" if getattr(network, "classes", None) is not None else "none"
@@ -105,7 +123,7 @@ def train(
     progress: bool = True,
     **overrides: Any,
 ) -> M:
-    """Trains a model that you made, in place, and leaves it with its best weights on a validation split.
+    """Trains a model that you made, in place; gives it, in eval mode, with its best weights on a validation split.
 
     Args:
         model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
@@ -117,9 +135,6 @@ def train(
         device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
         **overrides: As for :func:`fit`, without ``model``.
-
-    Returns:
-        The same model, in eval mode.
 
     Raises:
         UserError: Data or overrides that are not understood, data that do not fit the model, or a model with parts
@@ -149,12 +164,8 @@ def train(
 
 
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
-    """Refuses a network of one's own whose output does not fit, before it is trained.
-
-    ``levels`` are T + 2. A ``denoiser``, which estimates the noise and is called with the level, is not called here.
-    UserError for another shape than (2, levels), or (2, classes, levels), from two samples; another number of classes
-    than that of the data; or batch normalisation, which mixes samples.
-    """
+    """Refuses a network of one's own with batch normalisation, other classes than the data's, or an output that is not
+    (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the level, is not called."""
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
     classes, joint = getattr(network, "classes", None), getattr(network, "joint", False)
@@ -187,10 +198,9 @@ def trained(
     backbone: nn.Module | None = None,
     model: Denoiser | None = None,
 ) -> Any:
-    """Trains, and gives the model that was kept: a new one, with ``backbone`` if it is given, or ``model``.
+    """Trains as :func:`torchcdm.training.loop.train`, and gives the model that was kept, a new one unless it is given.
 
-    Where ``out`` is None nothing is left on the disk, and no samples are drawn. Other arguments and errors are those
-    of :func:`torchcdm.training.loop.train`.
+    Where ``out`` is None nothing is left on the disk, and no samples are drawn.
     """
     if out is None:
         config = replace(config, sampling=replace(config.sampling, n=0))
@@ -205,8 +215,7 @@ def trained(
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
         if model is None:
             return load(run, device or "cpu", backbone)
-        load_weights(model, run)
-        model.info = read_info(run)
+        model.info = load_weights(model, run)
     return model.eval().to(device or "cpu")
 
 
@@ -232,10 +241,7 @@ def _prepared(
 
 
 def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:
-    """Keyword arguments as the fields of a configuration: those that are no section belong to the training.
-
-    UserError for a name that is neither, with the nearest.
-    """
+    """Keyword arguments as fields: those that are no section are of the training. UserError for an unknown name."""
     sections, training = [{field.name for field in fields(kind)} for kind in (Config, TrainConfig)]
     layer: dict[str, Any] = {"train": {}}
     for name, value in overrides.items():
@@ -243,3 +249,105 @@ def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[s
             raise UserError(f"{caller}: unknown override '{name}'; {nearest(name, sections | training)}")
         layer = merge(layer, {name: value} if name in sections else {"train": {name: value}})
     return layer
+
+
+def seconds_of(budget: str | float) -> float:
+    """A time such as ``10m``, ``90s``, ``2h`` or 600 as seconds; UserError for anything else."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", str(budget).strip())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"budget is {str(budget)!r:.60}; give a time such as 90s, 10m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> bool:
+    """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
+    preset, *others = layers
+    given = {path for layer in others for path, _ in paths(layer)}
+    free = budget is not None or given.isdisjoint(("train.steps", "train.max_seconds"))
+    return preset == preset_fields(SCALED) and free and "model.backbone" not in given
+
+
+def with_budget(
+    layers: Sequence[Mapping[str, Any]],
+    source: DataSource | None,
+    budget: str | float | None,
+    device: str | None,
+    progress: bool = False,
+) -> Config:
+    """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
+
+    A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
+    """
+    seconds = None if budget is None else seconds_of(budget)
+    preset, *given = layers
+    if source is None or len(source.shape) != 3 or not scales(layers, budget):
+        return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
+    seconds = seconds or DEFAULT
+    training, asked = TRAINING_SHARE * seconds, make_config(preset, *given)
+    source = in_units(source, asked.data)
+    count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
+    model = choose_base(asked.model, source, asked.data.flip)
+    base = {name: getattr(model, name) for name in FIELDS}
+    width, batch, took = 0, 0, 0.0
+    for wider, larger in SIZES:  # the first is taken however long it takes
+        # Costs grow with the square of the width: a size that is clearly too large is not tried.
+        if took and training / (took * larger / batch * (wider / width) ** 1.5) < WANTED_STEPS / 2:
+            break
+        network = {**base, "backbone": {"width": wider, "multipliers": multipliers}}
+        sized = make_config(preset, {"model": network, "train": {"batch_size": larger}}, *given)
+        needed = seconds_a_step(sized, source, device)
+        if took and training / needed < WANTED_STEPS:
+            break
+        width, batch, took = wider, larger, needed
+    most = max(WANTED_STEPS, EPOCHS * count // batch)
+    steps = min(max(1, int(training / took)), most)
+    every = min(max(50, steps // 12), 1000)
+    moves, visited = default_moves(asked.sampling.sampler, asked.sampling.corrector), asked.sampling.steps
+    evaluations = STEPS if visited is None else visited * (1 + moves)
+    report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
+    drawn = int(SAMPLING_SHARE * seconds / (evaluations * took / batch))
+    dropout = 0.1 if count < 5000 else 0.05
+    layer = {
+        "model": {**base, "backbone": {"width": width, "multipliers": multipliers, "dropout": dropout}},
+        "train": {
+            # The time ends it: a machine that was busy when steps were measured takes more of them.
+            "batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50,
+            "validate_every": every, "save_every": every, "log_every": min(max(1, steps // 100), 50),
+            "sample_every": None, "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
+        },
+        "report": {"limit": min(max(8, report), asked.report.limit)},
+        "sampling": {"n": min(max(9, drawn), asked.sampling.n)},
+    }  # fmt: skip
+    if progress:
+        shape = "x".join(map(str, source.shape))
+        print(
+            f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} resolutions, "
+            f"batches of {batch}, about {steps} steps of {took:.2g} s"
+        )
+    return make_config(preset, layer, *given)
+
+
+def multipliers_of(height: int, width: int) -> list[int]:
+    """Multipliers of the widths of an encoder, one a resolution: sides are halved while they are even and large."""
+    found, most = [1], 4 if min(height, width) >= 64 else 3
+    while len(found) < most and height % 2 == width % 2 == 0 and min(height, width) >= 8:
+        found, height, width = [*found, 2], height // 2, width // 2
+    return found
+
+
+def seconds_a_step(config: Config, source: DataSource, device: str | None) -> float:
+    """Seconds that a step of a configuration takes: the fastest of some, of an untrained model."""
+    where = chosen_device(device)
+    with torch.random.fork_rng(devices=[]):
+        model = new_model(config.model, source, config.data.flip).to(where)
+    loss, optimizer, times = build_loss(config.loss, model), build_optimizer(config.train, model), []
+    batches = Batches(source, config.train.batch_size, config.train.seed, labels=model.conditional)
+    for batch in batches(0, TIMED_STEPS, loss, where):
+        began = time.perf_counter()
+        loss(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        times.append(time.perf_counter() - began)
+    return min(times)

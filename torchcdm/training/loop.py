@@ -9,12 +9,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.diffusion.start import FIELDS
@@ -27,7 +28,7 @@ from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, check_label, choose_base, described, load_source, new_model
+from torchcdm.training.build import build_loss, choose_base, described, load_source, new_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.evaluation import Selection
 from torchcdm.training.finish import finish, save_samples
@@ -40,8 +41,7 @@ MAX_BAD_STEPS = 10
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal ``number`` asked the training to stop; its state is saved. No ``Exception``, so that nothing swallows
-    it. A process that a signal ends exits with 128 + number."""
+    """The signal ``number`` asked the training to stop; its state is saved. A process then exits with 128 + number."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -53,8 +53,7 @@ class NotFinite(UserError):
 
 
 class TrainResult(NamedTuple):
-    """Steps and seconds of a training over all resumes, what ``config.json`` says of the kept weights, the last sheet
-    of samples, the data, and the comparison with what the model has to beat."""
+    """Of a training over all resumes: with what ``config.json`` says of its model, and its last sheet of samples."""
 
     step: int
     seconds: float
@@ -76,26 +75,15 @@ def train(
     backbone: nn.Module | None = None,
     model: Denoiser | None = None,
 ) -> TrainResult:
-    """Trains a model and leaves a run folder.
+    """Trains a model and leaves a run folder ``out``.
 
-    Args:
-        config: What is trained, and how.
-        out: Folder of the run.
-        source: The data, in the units that the configuration asks for
-            (:func:`torchcdm.training.build.in_units`); loaded from it, once the folder is locked, when None.
-        resume: Go on from the last saved state; a folder without one starts anew.
-        device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
-        progress: Shows a progress bar and messages.
-        clock: Seconds that ``train.max_seconds`` counts; ``time.process_time`` counts the processor's.
-        loss: Makes the :class:`torchcdm.losses.Loss` of a model; that of the configuration when None.
-        backbone: Network of a model by the configuration, instead of the one that it names.
-        model: The model before its training; by the configuration when None.
-
-    Raises:
-        UserError: The folder already holds a run or another training writes to it, the configuration differs from that
-            of the run to resume, the data do not suit the model, or a file cannot be written.
-        NotFinite: Ten steps in a row were not finite.
-        Interrupted: A signal came; the state is saved.
+    ``source`` has the units that the configuration asks for (:func:`torchcdm.training.build.in_units`), if None it is
+    loaded, once the folder is locked. ``resume`` goes on from the last saved state; a folder without one starts anew.
+    ``device`` is ``cpu``, ``cuda`` or ``cuda:1``, the best there is when None. ``clock`` gives the seconds that
+    ``train.max_seconds`` counts; ``time.process_time`` those of the processor. A ``loss`` of a model, a ``backbone``
+    or a ``model`` before its training stand for those of the configuration. UserError for a folder that holds a run or
+    that another training writes to, a configuration other than that of the run to resume, data that do not suit the
+    model, or a file that cannot be written; :class:`NotFinite` and :class:`Interrupted` end a training, too.
     """
     run, tell = RunFolder(out), progress and is_first()
     if run.holds_run() and not resume:
@@ -103,11 +91,11 @@ def train(
     with ExitStack() as held:
         if is_first():
             held.enter_context(run.locked())
-        check_label(config.data.label, config.model)
+        if config.data.label is not None and config.model.labels == "none":
+            what = f"label '{config.data.label}' names a column of classes, but this model takes none"
+            raise UserError(f"{what}; add --model.labels joint to learn them, or leave the column out by --drop")
         if source is None:
-            source = load_source(config.data)
-            if tell:
-                print(*(f"{source.name}: {note}" for note in source.notes), sep="\n")
+            source = load_source(config.data, tell)
         if config.data.spec is None:
             config = replace(config, data=replace(config.data, spec=source.name))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
@@ -126,52 +114,47 @@ def train(
             print(f"starts from {described(config.model)}")
         if state is not None:
             checkpoint.check_same(config, state.progress.config, run)
-        return Trainer(config, run, source, device, tell, watch, clock, loss, backbone, model).run_to_end(state)
+        processes = Processes(device)
+        torch.manual_seed(derive(config.train.seed, "weights"))
+        if model is None:
+            model = new_model(config.model, source, config.data.flip, backbone)
+        if config.train.init is not None:
+            left = checkpoint.load_matching(model, config.train.init)
+            if tell:
+                print(f"weights from {config.train.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
+        model = model.to(processes.device)
+        built = build_loss(config.loss, model) if loss is None else loss(model)
+        return Trainer(config, run, source, built, processes, tell, watch, clock).run_to_end(state)
 
 
 @final
+@dataclass(eq=False, repr=False)
 class Trainer:
-    """One training: model, optimiser and counters, and what happens at each step.
+    """One training: model, optimiser and counters, and what happens at each step; ``watch`` is of :func:`signals`."""
 
-    Arguments as in :func:`train`; the configuration is resolved, and ``watch`` is of :func:`signals`.
-    """
+    config: Config
+    run: RunFolder
+    source: DataSource
+    loss: Loss
+    processes: Processes
+    progress: bool
+    watch: list[int]
+    clock: Callable[[], float]
 
-    def __init__(
-        self,
-        config: Config,
-        run: RunFolder,
-        source: DataSource,
-        device: str | None,
-        progress: bool,
-        watch: list[int],
-        clock: Callable[[], float],
-        loss: Callable[[Denoiser], Loss] | None,
-        backbone: nn.Module | None,
-        model: Denoiser | None,
-    ) -> None:
-        self.config, self.run, self.source, self.watch, self.clock = config, run, source, watch, clock
-        self.options = options = config.train
-        self.processes = Processes(device)
-        self.device, self.main, self.progress = self.processes.device, self.processes.main, progress
-
-        torch.manual_seed(derive(options.seed, "weights"))
-        if model is None:
-            model = new_model(config.model, source, config.data.flip, backbone)
-        if options.init is not None:
-            left = checkpoint.load_matching(model, options.init)
-            self.say(f"weights from {options.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
-        self.model = model.to(self.device)
-        self.loss = build_loss(config.loss, self.model) if loss is None else loss(self.model)
+    def __post_init__(self) -> None:
+        self.model, self.options = self.loss.model, self.config.train
+        self.device, self.main = self.processes.device, self.processes.main
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
-        self.ema = EMA(self.model, options.ema_decay)
+        self.ema = EMA(self.model, self.options.ema_decay)
         self.parameters = list(self.model.parameters())
-        self.optimizer = build_optimizer(options, self.model)
+        self.optimizer = build_optimizer(self.options, self.model)
+        data, processes = self.config.data, self.processes
         self.batches = Batches(
-            source, options.batch_size, options.seed, labels=self.model.conditional, flip=config.data.flip,
-            workers=config.data.workers, rank=self.processes.rank, world=self.processes.world,
+            self.source, self.options.batch_size, self.options.seed, self.model.conditional, data.flip, data.workers,
+            processes.rank, processes.world,
         )  # fmt: skip
-        self.selection = Selection(config, source, self.model)
-        self.fingerprint = fingerprint(source)
+        self.selection = Selection(self.config, self.source, self.model)
+        self.fingerprint = fingerprint(self.source)
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.window = Window(self.model.schedule.T)
 
@@ -183,8 +166,7 @@ class Trainer:
         if self.main:
             write_file(self.run.config, to_yaml(self.config))
             cut_metrics(self.run.metrics, self.step)
-        if not self._over():
-            self._loop()
+        self._loop()
         samples, outcome = self.run.samples, None
         if self.main:
             if not self.run.model.exists():
@@ -202,11 +184,9 @@ class Trainer:
         if self.progress:
             print(text)
 
-    # --- the loop ------------------------------------------------------------------------------------------------
-
     def _loop(self) -> None:
-        from tqdm.auto import tqdm
-
+        if self._over():
+            return
         options, loss = self.options, self._wrapped()
         began = self.clock() - self.seconds
         self.model.train()
@@ -231,8 +211,7 @@ class Trainer:
                 if self._over():
                     break
         if self.selection.out_of_patience:
-            value, stale = self.selection.value, self.selection.stale
-            self.say(f"no better {value} for {stale} validations: stopped at step {self.step}")
+            self.say(f"{self.selection.stale} validations without a better {self.selection.value}: the training ends")
         self._save_state()
 
     def _wrapped(self) -> nn.Module:
@@ -246,8 +225,7 @@ class Trainer:
                     compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
                 loss = compiled
             except Exception as error:  # the compiler's failures have no common type
-                what = f"torch.compile failed ({reason(error)}); training goes on without it"
-                warnings.warn(what, UserWarning, stacklevel=2)
+                warnings.warn(f"torch.compile failed ({reason(error)}); training goes on without it", stacklevel=2)
             self.optimizer.zero_grad(set_to_none=True)
         return self.processes.accelerator.prepare_model(loss, device_placement=False)
 
@@ -288,13 +266,12 @@ class Trainer:
         self.bad_in_a_row, self.skipped = self.bad_in_a_row + 1, self.skipped + 1
         if self.bad_in_a_row == MAX_BAD_STEPS:
             if self.main:
-                append_metrics(self.run.metrics, self._counters() | {"not_finite": True})
+                self._log({"not_finite": True})
             # A state right before the first of these steps may hold weights that are finite, and yet the cause.
-            last = self._last_state()
             raise NotFinite(
-                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; {last}: go "
-                "on with --resume and a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
-                + ("; where that fails too, remove the state" if f"step-{self.step - MAX_BAD_STEPS})" in last else "")
+                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
+                f"{self._last_state()}: go on with --resume and a smaller --train.lr, a smaller --train.grad_clip, or "
+                "--train.precision fp32; where that fails too, remove the last state"
             )
 
     def _after_step(self, bar: Any) -> None:
@@ -317,7 +294,7 @@ class Trainer:
                     self.save_model()
             (self.selection.stale,) = self.processes.largest(self.selection.stale)
         if line and self.main:
-            append_metrics(self.run.metrics, self._counters() | line)
+            self._log(line)
         if (step % options.save_every == 0 or validated) and not last:
             self._save_state()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:
@@ -329,10 +306,9 @@ class Trainer:
     def _over(self) -> bool:
         return self._share() >= 1 or self.selection.out_of_patience
 
-    def _counters(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": round(self.seconds, 2), "skipped": self.skipped}
-
-    # --- what is kept --------------------------------------------------------------------------------------------
+    def _log(self, line: dict[str, Any]) -> None:
+        counters = {"step": self.step, "seconds": round(self.seconds, 2), "skipped": self.skipped}
+        append_metrics(self.run.metrics, counters | line)
 
     def _save_state(self) -> bool:
         """Saves what a resumed run starts from, and says whether it did: nothing of a training that is going wrong."""
@@ -353,8 +329,7 @@ class Trainer:
         progress = state.progress
         if progress.data != self.fingerprint:
             raise UserError(f"{self.run.root}: its data have changed; start a new run, with --init for its weights")
-        folder = self.run.states / f"step-{progress.step}"
-        checkpoint.restore(state, folder, self.model, self.ema.model, self.optimizer)
+        checkpoint.restore(state, self.run, self.model, self.ema.model, self.optimizer)
         self.step, self.seconds, self.skipped = progress.step, progress.seconds, progress.skipped
         self.selection.best, self.selection.stale = progress.best, progress.stale
         self.ema.updates = progress.ema_updates
@@ -382,10 +357,7 @@ def _finite(model: nn.Module) -> bool:
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """The first signal meanwhile that would end the process: SIGTERM, SIGINT or SIGHUP; a second has its usual effect.
-
-    Signals that are ignored, as SIGHUP is under nohup, stay ignored. Outside the main thread, where Python takes no
-    handlers, nothing is watched.
-    """
+    Ignored ones, as SIGHUP under nohup, stay so; outside the main thread, where Python takes no handlers, all do."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -409,15 +381,11 @@ def signals() -> Iterator[list[int]]:
 
 @final
 class Window:
-    """Means of the loss terms over the steps since the last line of the log, of a schedule with ``T`` noise levels.
-
-    ``mse`` is a mean over the levels 1 ... T, as in validation: that of level 0 is a constant and that of T+1 is zero.
-    The ``sums`` are those of this process.
-    """
+    """Means of the loss terms over the steps since the last line of the log, of ``mse`` over the levels 1 ... T, as in
+    validation: that of level 0 is a constant and that of T+1 is zero. The ``sums`` are those of this process."""
 
     def __init__(self, T: int) -> None:
-        self.T = T
-        self.sums: dict[str, float] = {}
+        self.T, self.sums = T, dict[str, float]()
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Terms (B,) of one step, with their levels ``t``."""
@@ -438,7 +406,4 @@ class Window:
         if not sums:
             return {}
         samples, noisy = sums.pop("samples"), sums.pop("noisy")
-        means = {key: value / samples for key, value in sums.items()} | {"mse": sums["mse"] / max(noisy, 1)}
-        if "correct" in means:
-            means["accuracy"] = means.pop("correct")
-        return means
+        return {key: value / samples for key, value in sums.items()} | {"mse": sums["mse"] / max(noisy, 1)}

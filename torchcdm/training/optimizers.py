@@ -12,16 +12,8 @@ from torch import Tensor, nn
 from torchcdm.networks.heads import Head
 from torchcdm.training.settings import TrainConfig
 
-LEAST_SIDE = 8
-"""Weights with fewer inputs or outputs, such as those that read or write the pixels, are no hidden layer's."""
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that drives singular values to about 1 (K. Jordan et al., Muon, 2024)."""
-
-ITERATIONS = 5
-"""Applications of the quintic: singular values are then within 0.7 ... 1.2."""
-
-MOMENTUM = 0.95
+COEFFICIENTS, ITERATIONS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.95
+"""The quintic that drives singular values to 0.7 ... 1.2, and its applications (K. Jordan et al., Muon, 2024)."""
 
 
 def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
@@ -52,7 +44,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the convolutions and linear layers inside a network: neither at its ends nor in its head."""
     heads = {id(module) for head in model.modules() if isinstance(head, Head) for module in head.modules()}
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return [m.weight for m in layers if id(m) not in heads and min(m.weight.shape[:2]) >= LEAST_SIDE]
+    # Weights with fewer than 8 inputs or outputs, such as those that read or write the pixels, are no hidden layer's.
+    return [m.weight for m in layers if id(m) not in heads and min(m.weight.shape[:2]) >= 8]
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
@@ -68,11 +61,10 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 @final
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, but for the hidden matrices, which move by their orthogonalised momentum (Muon).
+    """AdamW, but for the hidden matrices, which move by their orthogonalised momentum, ahead (Muon, Nesterov).
 
     An update has the root mean square of one of AdamW's at the same rate (arXiv 2502.16982), so that both share a
-    learning rate. A convolution is the matrix (outputs, inputs x kernel); the momentum looks ahead (Nesterov).
-    torch.optim.Muon, from torch 2.9, takes matrices alone.
+    learning rate. A convolution is the matrix (outputs, inputs x kernel); torch.optim.Muon takes matrices alone.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -105,11 +97,10 @@ class MuonAdamW(torch.optim.AdamW):
 
 @final
 class EMA:
-    """A copy of ``model``, in eval mode, whose weights trail those of the model.
+    """A copy of ``model``, in eval mode, whose weights trail those of the model; buffers are constants.
 
-    The decay is ramped, min(decay, (1 + n) / (10 + n)) after n updates: with a fixed decay of 0.9999 the average
-    would be made of the initial noise for the first ten thousand steps. The number of ``updates`` so far is part of a
-    saved state. Buffers are constants in these models.
+    The decay is ramped, min(decay, (1 + n) / (10 + n)) after n ``updates``: with a fixed decay of 0.9999 the average
+    would be made of the initial noise for the first ten thousand steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -10,15 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from torchcdm.errors import UserError
+from torchcdm.runtime.artefact import parse_json, read_bytes, settle
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 
 
 class RunFolder:
-    """Paths inside the folder ``root`` of a run.
-
-    The process that writes here holds ``lock``; once there, it stays, and says that the folder is a run's.
-    """
+    """Paths in the folder of a run; who writes here holds ``lock``, which stays and says whose the folder is."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = root = Path(root)
@@ -36,22 +36,9 @@ class RunFolder:
         """Whether there is a model or a state that a new run would overwrite."""
         return os.path.exists(self.model) or (os.path.isdir(self.states) and any(self.states.glob("step-*")))
 
-    def writes(self, path: Path) -> bool:
-        """Whether this is a run, and ``path`` a file or folder that it keeps for itself."""
-        return os.path.exists(self.lock) and path in vars(self).values()
-
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, and clears what a crash left half written; no other process writes here meanwhile.
-
-        Raises:
-            UserError: It cannot be made or written to, holds files of another origin under the names of a run's, or
-                another process holds the lock.
-        """
-        from filelock import FileLock, Timeout
-
-        from torchcdm.runtime.artefact import settle  # loads torch
-
+        """Makes the folder, clears what a crash left; UserError where another process writes, or others wrote."""
         with writing(self.root):
             ours = os.path.exists(self.lock) or self.holds_run()
             for path in () if ours else vars(self).values():
@@ -85,8 +72,6 @@ def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; those that a crash cut short or that hold something else are left out."""
-    from torchcdm.runtime.artefact import parse_json, read_bytes
-
     lines = []
     with suppress(UserError):
         for line in read_bytes(path).decode(errors="replace").splitlines():

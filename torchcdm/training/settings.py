@@ -60,10 +60,8 @@ SCHEDULES: dict[str, type[schedules.NoiseSchedule]] = {
     "log-snr": schedules.LogSNRSchedule,
 }
 
-FROM_DATA = ("classes", "joint")
-"""Arguments of the networks with a default that the data and ``model.labels`` give."""
-
-BACKBONES = {name: settings_of(kind, name, FROM_DATA, __name__) for name, (kind, _) in NETWORKS.items()}
+# Classes and joint labels are what the data and ``model.labels`` give.
+BACKBONES = {name: settings_of(kind, name, ("classes", "joint"), __name__) for name, (kind, _) in NETWORKS.items()}
 SCHEDULE_SETTINGS = {name: settings_of(kind, name, (), __name__) for name, kind in SCHEDULES.items()}
 LossConfig = settings_of(CDMLoss, None, (), __name__)
 

@@ -8,7 +8,7 @@ import torchcdm
 from torchcdm.cli import main
 from torchcdm.data import DataSource, from_object
 from torchcdm.errors import UserError
-from torchcdm.training import scale
+from torchcdm.training import fit
 from torchcdm.training.config_files import file_fields, make_config, preset_fields, to_yaml
 
 
@@ -18,21 +18,21 @@ def images(n: int = 60, side: int = 8) -> DataSource:
 
 @pytest.mark.parametrize(("text", "seconds"), [("10m", 600), ("90s", 90), ("1.5h", 5400), (45, 45), ("2d", 172800)])
 def test_times(text, seconds):
-    assert scale.seconds_of(text) == seconds
+    assert fit.seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "ten", "0", "-3m", "1e9m", "nan", "10 weeks", "1" * 40])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(UserError, match="give a time such as 90s, 10m or 2h"):
-        scale.seconds_of(text)
+        fit.seconds_of(text)
 
 
 def sized(monkeypatch, budget, cost, n=2000):
     """What is chosen for a time, where a step costs so many seconds for each width squared and sample."""
     monkeypatch.setattr(
-        scale, "seconds_a_step", lambda config, *_: cost * config.model.backbone.width**2 * config.train.batch_size
+        fit, "seconds_a_step", lambda config, *_: cost * config.model.backbone.width**2 * config.train.batch_size
     )
-    return scale.with_budget([preset_fields("encoder"), {}], images(n, 4), budget, "cpu")
+    return fit.with_budget([preset_fields("encoder"), {}], images(n, 4), budget, "cpu")
 
 
 def test_more_time_takes_a_larger_network_and_less_a_smaller_one(monkeypatch):
@@ -49,24 +49,24 @@ def test_more_time_takes_a_larger_network_and_less_a_smaller_one(monkeypatch):
 
 def test_what_the_user_gives_is_not_chosen(monkeypatch):
     preset = preset_fields("encoder")
-    assert scale.scales([preset, {}], None) and scale.scales([preset, {"train": {"lr": 1e-3}}], "5m")
-    assert not scale.scales([preset, {"train": {"steps": 7}}], None)
-    assert scale.scales([preset, {"train": {"steps": 7}}], "5m")
-    assert not scale.scales([preset, {"model": {"backbone": {"width": 8}}}], "5m")
-    assert not scale.scales([preset_fields("mlp"), {}], "5m")
-    config = scale.with_budget([preset_fields("mlp"), {}], None, "5m", None)
+    assert fit.scales([preset, {}], None) and fit.scales([preset, {"train": {"lr": 1e-3}}], "5m")
+    assert not fit.scales([preset, {"train": {"steps": 7}}], None)
+    assert fit.scales([preset, {"train": {"steps": 7}}], "5m")
+    assert not fit.scales([preset, {"model": {"backbone": {"width": 8}}}], "5m")
+    assert not fit.scales([preset_fields("mlp"), {}], "5m")
+    config = fit.with_budget([preset_fields("mlp"), {}], None, "5m", None)
     assert config.train.max_seconds == 300
 
 
 def test_a_configuration_that_was_scaled_is_taken_as_it_is(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(make_config(preset_fields("encoder"))))
-    assert not scale.scales([file_fields(path), {}], None)
+    assert not fit.scales([file_fields(path), {}], None)
 
 
 @pytest.mark.parametrize(("sides", "found"), [((32, 32), 3), ((8, 8), 2), ((28, 28), 3), ((25, 30), 1), ((96, 64), 4)])
 def test_sides_that_do_not_halve_have_fewer_resolutions(sides, found):
-    assert len(scale.multipliers_of(*sides)) == found
+    assert len(fit.multipliers_of(*sides)) == found
 
 
 def test_fit_within_a_time_ends_in_it_and_says_what_it_chose(capsys):
