@@ -171,8 +171,8 @@ def test_levels_told_apart_are_counted_as_correct():
         torch.zeros(300, 2).double(), t=torch.arange(300) % 3, generator=rng()
     )
     clean = terms["t"] == 0
-    assert terms["accuracy"][clean].all() and terms["ce"][clean].max() < 1e-6
-    assert 0.4 < terms["accuracy"][~clean].mean() < 1
+    assert terms["correct"][clean].all() and terms["ce"][clean].max() < 1e-6
+    assert 0.4 < terms["correct"][~clean].mean() < 1
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])

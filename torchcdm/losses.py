@@ -145,7 +145,7 @@ class CDMLoss(Loss):
         return bool(self.logits_share == 1)
 
     def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
-        """As :meth:`Loss.terms`, with ``ce`` (nats) and ``accuracy``, whether the most probable level is the true one.
+        """As :meth:`Loss.terms`, with ``ce`` (nats) and ``correct``, whether the most probable level is the true one.
 
         Joint models add ``ce_joint``; ``time`` where it has a weight. The ``mse`` is a constant at level 0, 0 at T+1.
         """
@@ -166,7 +166,7 @@ class CDMLoss(Loss):
         d = x_t[0].numel()
         logits = self.ce_weight / d * ce.to(dtype)
         terms = {"ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype), "mse": mse, "t": t,
-                 "accuracy": (unconditional.argmax(1) == t).to(dtype)}  # fmt: skip
+                 "correct": (unconditional.argmax(1) == t).to(dtype)}  # fmt: skip
         if self.model.joint:
             terms["ce_joint"] = ce.to(dtype)
         if self.time_weight and self.logits_count:

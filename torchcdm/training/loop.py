@@ -406,4 +406,5 @@ class Window:
         if not sums:
             return {}
         samples, noisy = sums.pop("samples"), sums.pop("noisy")
-        return {key: value / samples for key, value in sums.items()} | {"mse": sums["mse"] / max(noisy, 1)}
+        means = {key: value / samples for key, value in sums.items()} | {"mse": sums["mse"] / max(noisy, 1)}
+        return {"accuracy" if key == "correct" else key: value for key, value in means.items()}
