@@ -34,8 +34,7 @@ HISTOGRAM_NUMBERS, GAUSSIAN_NUMBERS = 2**25, 2**27
 float64, and 50 000 samples in any case."""
 
 HELD_OUT, HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = "base density held out", 20_000, 2**24
-"""Seed, and number, of validation samples that choose a base density or what the Gaussians of classes share; numbers
-in them."""
+"""Seed and number of validation samples that choose a base density or what classes share; numbers in them."""
 
 
 def load_source(options: DataOptions, progress: bool = False) -> DataSource:

@@ -229,8 +229,7 @@ def _prepared(
         if getattr(options, name) != getattr(DataOptions(), name):
             raise UserError(f"{caller}: data.{name} has no effect here; change the data that you give instead")
     if from_files and labels is not None and not isinstance(labels, str):
-        mend = "give the name of a table's column, or none"
-        raise UserError(f"{caller}: labels of data from files lie in the files; {mend}")
+        raise UserError(f"{caller}: labels of data from files lie in them; give the name of a table's column, or none")
     if from_files:
         source = load_data(options, spec=spec_of(data), label=labels or options.label)
     else:
