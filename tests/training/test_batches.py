@@ -105,7 +105,7 @@ def test_undithered_data_get_no_noise():
 
 
 def test_what_cannot_be_trained_on_is_refused():
-    with pytest.raises(UserError, match="train.batch_size is 7; it must be a multiple of the 2 processes"):
+    with pytest.raises(UserError, match="train.batch_size is 7; give a multiple of the 2 processes"):
         Batches(source(), 7, seed=0, labels=True, world=2)
     vectors = MemorySplit(torch.zeros(8, 3))
     table = DataSource("table", vectors, vectors, vectors, DataTransform((3,)))

@@ -56,7 +56,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world:
-            raise UserError(f"train.batch_size is {self.batch_size}; it must be a multiple of the {self.world} processes")
+            raise UserError(f"train.batch_size is {self.batch_size}; give a multiple of the {self.world} processes")
         if self.flip and len(self.source.shape) != 3:
             raise UserError("data.flip mirrors images; these data are vectors")
         self.split, share = self.source.split("train"), self.batch_size // self.world
