@@ -246,6 +246,12 @@ def test_shares_of_the_training_that_are_none(shares):
         CDMLoss(uninformative(CosineSchedule(T)), logits_from=shares)
 
 
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -1.0), (0.0, 0.0)])
+def test_weights_that_make_no_loss(weights):
+    with pytest.raises(UserError, match="_weight"):
+        CDMLoss(uninformative(CosineSchedule(T)), *weights)
+
+
 def test_cross_entropy_alone_does_not_wait():
     with pytest.raises(UserError, match="mse_weight"):
         CDMLoss(uninformative(CosineSchedule(T)), mse_weight=0.0, logits_from=(0.5, 0.9))
@@ -440,12 +446,3 @@ def test_images_and_vectors_of_the_same_pixels_have_the_same_loss():
     loss = CDMLoss(ClassificationDiffusion(Flat(), schedule))
     flat, image = loss(x, None, t, eps), loss(x.reshape(8, 3, 2, 2), None, t, eps.reshape(8, 3, 2, 2))
     assert all(torch.allclose(flat[name], image[name], atol=1e-12) for name in flat)
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -1.0), (0.0, 0.0)])
-def test_weights_that_make_no_loss(weights):
-    with pytest.raises(UserError, match="_weight"):
-        CDMLoss(uninformative(CosineSchedule(T)), *weights)

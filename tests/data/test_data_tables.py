@@ -136,6 +136,8 @@ def test_unknown_label_column_lists_those_found(tmp_path, values):
     path = write(tmp_path / "t.csv", ["a", "b", "c"], values)
     with pytest.raises(UserError, match=r"no column 'species'; choose from: a, b, c"):
         load_data(f"table:{path}", label="species")
+    with pytest.raises(UserError, match="one of the columns a, a is named twice"):
+        load_data(f"table:{path}", columns=("a", "a"))
     with pytest.raises(UserError, match="no such file"):
         load_data("table:absent.csv")
 

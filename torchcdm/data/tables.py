@@ -112,11 +112,13 @@ def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:
 
 
 def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
-    """Columns by their names; UserError names all that are not there."""
+    """Columns by their names; UserError names all that are not there, or one that is named twice."""
     absent = [column for column in columns if column not in frame.columns]
     if absent:
         what = ", ".join(f"'{column}'" for column in absent)
         raise UserError(f"{name}: no column {what}; {nearest(absent[0], frame.columns)}")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{name}: one of the columns {', '.join(map(str, columns))} is named twice; name it once")
     return frame[list(columns)]
 
 
