@@ -41,6 +41,7 @@ def evenly_spaced(count: int, limit: int | None) -> Tensor:
 def permutation(count: int, seed: int) -> Tensor:
     """A random order of ``count`` samples, long (count,), by which data are split.
 
-    The only draw by numpy: its RandomState is frozen, so that a split is the same under every version of torch.
+    By numpy, as the permutations of a two-sample test are: its RandomState is frozen, so that a split is the same
+    under every version of torch.
     """
     return torch.from_numpy(np.random.RandomState(seed).permutation(count))
