@@ -156,6 +156,14 @@ def test_replicas_from_three_starts_agree_on_log_z():
     )
 
 
+@pytest.mark.parametrize(("bound", "counted"), [(math.inf, 4), (-1, 8)], ids=["agreed", "doubted"])
+def test_a_run_that_is_doubted_goes_on_and_what_counted_no_longer_does(bound, counted, monkeypatch):
+    monkeypatch.setattr("torchcdm.likelihood.log_z.AGREEMENT", bound)
+    found = by_replicas(tilted_model(CosineSchedule(10), 0.4, SLOPE), sweeps=4, replicas=2)
+    # 4 and, where they are doubted, 4 more, and then 8: four times as many in all.
+    assert found.estimator.endswith(f" {counted} sweeps") and bool(found.doubt) == (bound < 0)
+
+
 class Island(torch.nn.Module):
     """An exact classifier with a mode far from all data at the low levels, which no path from the noise finds."""
 
