@@ -32,7 +32,7 @@ def measure(
     model, source = load(run), load_source(read_info(run).data)
     test, scoring = source.split("test").tensors(None)[0], Scoring(level, seed=seed)
     before = time.process_time()
-    z = log_normalizer(model, test[:replicas], None, scoring, sweeps, replicas, restricted=restricted, progress=True)
+    z = log_normalizer(model, test, None, scoring, sweeps, replicas, restricted=restricted, progress=True)
     check = z.check and z.check.to_json()
     bits = z.to_json()
     per_bit = bits["value"] / z.value

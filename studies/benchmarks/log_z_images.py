@@ -33,7 +33,7 @@ from torch import Tensor
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, langevin, resampled
 from torchcdm.annealing.replicas import Ladder, Replicas
-from torchcdm.annealing.target import Evaluated, ModelTarget, Target, in_batches
+from torchcdm.annealing.target import Evaluated, Target, in_batches, reference_gaussian
 from torchcdm.data.source import DataSource
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
@@ -235,10 +235,11 @@ class Chains:
         kept["seconds"] += time.process_time() - before
 
     def go_on(self, minutes: float) -> None:
-        """Sweeps for so long; step sizes adapt in the first pieces."""
+        """Sweeps for so long, at least a piece; step sizes adapt in the first of all pieces."""
         end, run, kept = time.monotonic() + 60 * minutes, self.run, self.kept
-        while time.monotonic() < end:
-            before, done = time.process_time(), len(kept["down"])
+        first = True
+        while first or time.monotonic() < end:
+            first, before, done = False, time.process_time(), len(kept["down"])
             run.go_on(PIECE, PIECE if done < ADAPTING else 0)
             profiles = torch.stack([one[: self.columns] for one in run.densities])
             for name, new in {"down": run.down, "up": run.up, "profiles": profiles}.items():
@@ -282,6 +283,16 @@ def settled(run: Replicas, down: Tensor, up: Tensor) -> int:
     return first
 
 
+def at_levels(kernels: Kernels, rungs: Rungs, model: DensityModel) -> Kernels:
+    """Kernels of the model's levels, for the ELBO: variances of the errors in the cosine basis, from the rungs'."""
+    at, levels = rungs.lower + rungs.share, torch.arange(1, model.schedule.T + 1, dtype=torch.float64)
+    upper = torch.searchsorted(at, levels).clamp(1, len(at) - 1)
+    share = ((levels - at[upper - 1]) / (at[upper] - at[upper - 1])).clamp(0, 1)[:, None]
+    relative = kernels.variances / rungs.ratio[1:-1, None] ** 2
+    relative = torch.lerp(relative[upper - 1], relative[upper], share)
+    return Kernels(reference_gaussian(model), relative * model.schedule.ratio[1:-1, None] ** 2)
+
+
 @torch.no_grad()
 def measured(chains: Chains, model: DensityModel, source: DataSource, level: int, images: int) -> dict[str, Any]:
     """log Z, whether it can be believed, and the likelihoods of test images by it, the ELBO and the flow."""
@@ -294,7 +305,7 @@ def measured(chains: Chains, model: DensityModel, source: DataSource, level: int
     z = replace(z, fence=Fence(run.target.schedule, profiles))
     bits, x = z.to_json(), source.split("test").tensors(None)[0][:images]
     outside = 1 - float(z.fence.inside(profiles).double().mean())
-    kernels = Kernels.of_target(ModelTarget(model, batch_size=BATCH), n=32)
+    kernels = at_levels(run.kernels, run.target.schedule, model)
     found = {
         "one-pass-level": single_pass(model, x, None, scoring),
         "one-pass-restricted": restricted_pass(model, x, z, scoring),
@@ -324,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--level", type=int, default=8)
     parser.add_argument("--columns", type=int, default=8, help="an even number")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--images", type=int, default=64, help="test images that are scored")
+    parser.add_argument("--images", type=int, default=32, help="test images that are scored")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, required=True, help="file of the chains")
     parser.add_argument("--json", type=Path)

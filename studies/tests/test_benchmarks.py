@@ -9,15 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_runs import small_config
 
 from studies import benchmarks
+from studies.benchmarks.log_z_images import Chains, measured
+from studies.benchmarks.posterior_coverage import _Nothing
 from studies.budget import CLOCKS
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.loop import train
+from torchcdm.units import DataTransform
 
 
 def benchmark(name):
@@ -288,3 +295,33 @@ def test_the_map_of_the_ratio_benchmarks_is_invertible(dim):
     for _ in range(50):
         y = y - (y + 0.2 * np.sin(2 * y) - z) / (1 + 0.4 * np.cos(2 * y))
     assert volumes == pytest.approx((1 + 0.4 * np.cos(2 * y)).prod(1), rel=1e-5)
+
+
+def test_log_z_of_images_is_that_of_an_exact_model_and_goes_on_from_its_file(tmp_path):
+    x = 0.5 * torch.randn(2200, 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(3)
+    schedule = UniformSigmaSchedule(12)
+    base = GaussianMarginals.fit(x, schedule)
+    model = ClassificationDiffusion(_Nothing(14), schedule, DataTransform((1, 4, 4)), base).eval()
+
+    class Source:
+        name = "gaussian"
+
+        def split(self, _):
+            return self
+
+        def tensors(self, _):
+            return x, None
+
+    state, found = tmp_path / "chains.safetensors", []
+    for _ in range(2):
+        with torch.no_grad():
+            chains = Chains(model, Source(), 2, 8, 0, state)
+        for _ in range(3):
+            chains.go_on(0.0)
+        found.append(measured(chains, model, Source(), 2, 8))
+    first, last = found
+    assert first["sweeps"] + first["left_out"] == 15 and last["sweeps"] + last["left_out"] == 30
+    assert abs(last["log2_z_per_dim"]["value"]) < 4 * last["se"] < 0.2
+    assert last["rungs"][0] == 2 and last["rungs"][-1] == 12 and first["cpu_seconds"] < last["cpu_seconds"]
+    rows = last["rows"]
+    assert abs(rows["one-pass-restricted"][0] - rows["one-pass-level"][0]) < 0.5
