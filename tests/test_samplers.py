@@ -17,6 +17,7 @@ from torchcdm.diffusion.schedules import (
     OptimalTransportSchedule,
     UniformSigmaSchedule,
 )
+from torchcdm.errors import UserError
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.samplers import (
     DDIM,
@@ -123,6 +124,12 @@ def test_ten_steps_of_heun_are_accurate_under_every_schedule(schedule_name):
         error[name] = float((end - denoiser.flow(x, 1000, 0)).square().mean().sqrt())
     assert error["heun"] < 0.05
     assert error["heun"] < error["ddim"] / 2
+
+
+def test_a_sampler_is_found_by_the_name_that_diffusers_gives_it():
+    assert type(make_sampler("dpmpp")) is type(make_sampler("dpm++"))
+    with pytest.raises(UserError, match=r"did you mean 'dpm\+\+'"):
+        make_sampler("dpmppp")
 
 
 @every_sampler

@@ -297,9 +297,10 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of a name in :data:`SAMPLERS`, or a sampler itself; UserError for others."""
     if isinstance(sampler, Sampler):
         return sampler
-    if str(sampler) not in SAMPLERS:
-        raise UserError(f"unknown sampler '{sampler}'; {nearest(str(sampler), SAMPLERS)}")
-    return SAMPLERS[str(sampler)]()
+    name = str(sampler).replace("pp", "++")  # dpmpp, as diffusers spells it
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler '{sampler}'; {nearest(name, SAMPLERS)}")
+    return SAMPLERS[name]()
 
 
 PILOTS = 16
