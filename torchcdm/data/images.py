@@ -68,9 +68,8 @@ def describe(path: Path) -> ImageInfo:
 
     with reading(path, *IMAGE) as file:
         if path.suffix.lower() == ".npy":
-            array = np.lib.format.open_memmap(path, "r")
-            channels, *size = _image_shape(array.shape, array.dtype)
-            return ImageInfo(channels, tuple(size), HIGHS.get(array.dtype.str[1:]))
+            array = _one_image(np.lib.format.open_memmap(path, "r"))
+            return ImageInfo(len(array), array.shape[1:], HIGHS.get(array.dtype.str[1:]))
         with opened(file) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
@@ -89,11 +88,8 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
         if path.suffix.lower() != ".npy":
             with opened(file) as image:
                 return from_pillow(image)
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        shape = _image_shape(array.shape, array.dtype)
-        if array.ndim == 3 and shape != array.shape:
-            array = np.moveaxis(array, 2, 0)
-        return _pixels(array.reshape(shape)), HIGHS.get(array.dtype.str[1:])
+        array = _one_image(np.lib.format.read_array(file, allow_pickle=False))
+        return _pixels(array), HIGHS.get(array.dtype.str[1:])
 
 
 def opened(file: Any) -> Image:
@@ -208,10 +204,11 @@ def _plain_mode(image: Image) -> str:
     return {"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB"}.get(image.mode, "RGB")
 
 
-def _image_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    """(C, H, W) of an array that holds one image."""
-    plain = (1, *shape) if len(shape) == 2 else shape
-    if len(plain) != 3 or 0 in shape or dtype.str[1:] not in ("u1", "u2", "f2", "f4", "f8"):
+def _one_image(array: np.ndarray) -> np.ndarray:
+    """An array that holds one image as (C, H, W)."""
+    if array.ndim not in (2, 3) or 0 in array.shape or array.dtype.str[1:] not in ("u1", "u2", "f2", "f4", "f8"):
         mend = "write (H, W), (H, W, C) or (C, H, W) as uint8, uint16 or floats"
-        raise ValueError(f"an array of shape {shape}, type {dtype} is not one image; {mend}")
-    return plain if len(shape) == 2 or channels_first(plain) else (plain[2], *plain[:2])
+        raise ValueError(f"an array of shape {array.shape}, type {array.dtype} is not one image; {mend}")
+    if array.ndim == 2:
+        return array[None]
+    return array if channels_first(array.shape) else np.moveaxis(array, 2, 0)

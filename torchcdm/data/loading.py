@@ -53,16 +53,13 @@ LOADERS: dict[str, tuple[Loader, str]] = {
 
 
 def load_data(data: str | DataOptions, like: DataTransform | None = None, **fields: Any) -> DataSource:
-    """The data set that a SPEC names, to train on or for a trained model to score.
+    """The data set that a SPEC names, to train on or for a trained model to score, or UserError with what is wrong.
 
     Args:
         data: A SPEC (``digits``, ``folder:PATH``, ``table:FILE.csv`` ...), or all options with it.
         like: That of the model that scores the data, which must have its shape, columns and grey levels. None to
             train: the units are measured on the training split.
         **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``data``.
-
-    Raises:
-        UserError: Anything wrong with the options or with the files, named in one line.
 
     Example:
         >>> source = load_data("digits")
@@ -79,7 +76,7 @@ def load_data(data: str | DataOptions, like: DataTransform | None = None, **fiel
 
 
 def from_object(data: Any, labels: Any = None, options: DataOptions | None = None, **fields: Any) -> DataSource:
-    """A data source from a Python object, split at random.
+    """A data source from a Python object, split at random; UserError where it is not understood.
 
     Integers are grey levels; floats are continuous.
 
@@ -90,9 +87,6 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
         labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column. None for a DataSource.
         options: How the data are split (``validation_fraction``, ``test_fraction``, ``seed``), and ``dequantize``.
         **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``options``.
-
-    Raises:
-        UserError: Data that are not understood, with the reason.
 
     Example:
         >>> from_object(torch.randn(100, 3)).shape
@@ -264,11 +258,10 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
     """The three splits, those that are missing drawn from ``train``, and one sentence on where they come from."""
     name, parts, pool = samples.name, samples.parts, samples.parts["train"]
     wholes = pool.wholes if isinstance(pool, CropSplit) else None
-    count, missing = len(pool) if wholes is None else len(wholes), {}
-    for split, share in (("validation", options.validation_fraction), ("test", options.test_fraction)):
-        if split not in parts:
-            share = DEFAULT_FRACTION if share is None else share
-            missing[split] = max(1, round(share * count)) if share else 0
+    count = len(pool if wholes is None else wholes)
+    shares = {"validation": options.validation_fraction, "test": options.test_fraction}
+    missing = {split: 0 if share == 0 else max(1, round((share or DEFAULT_FRACTION) * count))
+               for split, share in shares.items() if split not in parts}  # fmt: skip
     how = "split by the data themselves"
     if missing:
         held_out = sum(missing.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,20 +173,13 @@ class TableEstimator(BaseEstimator):
         order = permutation(rows, seed).numpy()
         return order[held_out:], order[:held_out]
 
-    def _train(
-        self,
-        train: Tensor,
-        validation: Tensor,
-        contexts: tuple[np.ndarray, np.ndarray] | None,
-        rows: int,
-        seed: int,
-    ) -> None:
+    def _train(self, parts: Sequence[Tensor], contexts: Sequence[np.ndarray] | None, rows: int, seed: int) -> None:
         """Fits the model to codes (N, d), float64, and their contexts (N, q) where the density is conditional.
 
-        ``rows`` counts those of training without their noisy copies.
+        Each for training and validation; ``rows`` counts those of training without their noisy copies.
         """
-        began, fields = self.clock(), self._fields(rows)
-        transform, parts, start = self._best_start(train, validation, contexts is None, fields["model"])
+        began, fields, self._noise = self.clock(), self._fields(rows), noise_draws(self.columns_, seed)
+        transform, parts, start = self._best_start(*parts, contexts is None, fields["model"])
         given = [None, None] if contexts is None else [torch.from_numpy(part).float() for part in contexts]
         learned, watched = (MemorySplit(part, context) for part, context in zip(parts, given, strict=True))
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.

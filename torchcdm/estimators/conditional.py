@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
-from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noise_draws, noisy_copies
+from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
@@ -114,8 +114,7 @@ class CDMConditional(DensityEstimator):
                     best, chosen, self._units = value, residuals, units
                     self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
                     self._intercept = np.atleast_1d(regression.intercept_)
-            self._train(chosen[0], chosen[1], (contexts[0], contexts[1]), len(train), seed)
-            self._noise = noise_draws(self.columns_, seed)
+            self._train(chosen, contexts, len(train), seed)
         return self
 
     def log_prob(self, theta: Any, x: Any) -> np.ndarray:

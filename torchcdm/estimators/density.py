@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from torchcdm.apps.fitted import all_or_nothing
-from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noise_draws, noisy_copies
+from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
@@ -77,9 +77,8 @@ class TableDensity(TableEstimator):
             codes = self.columns_.encode(frame, TABLE).x
             train, self.validation_indices_ = self._split_rows(len(codes), seed)
             held_out = codes[self.validation_indices_]
-            rows = noisy_copies(self.columns_, codes[train], seed)
-            self._train(rows, noisy_copies(self.columns_, held_out, seed + 1), None, len(train), seed)
-            self._noise = noise_draws(self.columns_, seed)
+            parts = [noisy_copies(self.columns_, part, seed + k) for k, part in enumerate((codes[train], held_out))]
+            self._train(parts, None, len(train), seed)
             self._after_training(codes, held_out, seed)
         return self
 

@@ -78,16 +78,12 @@ class ColumnTransform(DataTransform):
         step: bool = False,
         sources: Tensor | None = None,
     ) -> ColumnTransform:
-        """From the training rows; columns with values dequantised, or as they are.
+        """From the training rows ``x`` (N, d), data units; columns with values dequantised, or as they are.
 
-        Args:
-            x: Rows (N, d), data units.
-            cells: Values that have a probability, by the place of the column.
-            bent: Whether continuous columns are bent; they are shifted and scaled alone otherwise.
-            dequantize: As for the class.
-            step: Whether continuous columns get a histogram whose steps make the rows more probable than bending, by
-                more than the logarithm of their number for each step (Schwarz 1978).
-            sources: As of :func:`torchcdm.units.warp.fit_warp`.
+        ``cells`` are the values that have a probability, by the place of the column. Continuous columns are ``bent``,
+        by ``sources`` as in :func:`torchcdm.units.warp.fit_warp`, or shifted and scaled alone. With ``step`` they get
+        a histogram where its steps make the rows more probable than bending, by more than the logarithm of their
+        number for each step (Schwarz 1978).
         """
         x = x.double()
         found = {k: (one, _knots(x[:, k], one) if one.mixed else _edges(one)) for k, one in cells.items()}
