@@ -32,7 +32,7 @@ def exact(x):
 
 @pytest.fixture(scope="module")
 def ratio():
-    return DensityRatio(0, **CPU).fit(*samples(1500))
+    return DensityRatio(0, **CPU).fit(*samples(2500))
 
 
 # --- known truth -------------------------------------------------------------------------------------------------
@@ -45,11 +45,11 @@ def test_log_ratio_of_two_gaussians(ratio):
     assert estimate.dtype == np.float64 and estimate.shape == (4000,)
     assert math.sqrt(np.mean((estimate - exact(x)) ** 2)) < 0.2
     assert np.array_equal(ratio.ratio(x), np.exp(estimate))
-    assert ratio.counts == (1500, 1500)
+    assert ratio.counts == (2500, 2500)
 
 
 def test_swapped_sources_have_the_opposite_sign(ratio):
-    p, q = samples(1500)
+    p, q = samples(2500)
     swapped = DensityRatio(0, **CPU).fit(q, p)
     x = np.concatenate(samples(500, seed=7))
     assert ratio.log_ratio(x[:500]).mean() > 0.5 > -0.5 > ratio.log_ratio(x[500:]).mean()
@@ -182,7 +182,7 @@ def test_calibration_of_a_fitted_ratio(ratio):
     check = ratio.calibration(*samples(3000, seed=5))
     assert check.denominator == 3000 and check.calibration_error < 0.05
     assert abs(check.mean_ratio - 1) < 0.25
-    assert ratio.held_out.denominator == round(0.15 * 1500)
+    assert ratio.held_out.denominator == round(0.15 * 2500)
     assert f"calibration error                 {check.calibration_error:.3f}" in check.table()
     with pytest.raises(UserError, match="at least two held-out samples"):
         ratio.calibration(samples(3)[0][:1], samples(3)[1])
