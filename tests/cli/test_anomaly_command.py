@@ -60,6 +60,14 @@ def refuse(capsys, *words):
     return error
 
 
+def test_a_small_reference_raises_the_rate_that_nobody_gave(capsys, run, queries):
+    numbers = json.loads(score(capsys, run, queries, "--limit", "34", "--json", "-"))
+    assert numbers["fpr"] == pytest.approx(1 / 18)
+    assert "17 held-out normal samples cannot calibrate" in refuse(
+        capsys, run, queries, "--limit", "34", "--fpr", "0.05"
+    )
+
+
 def test_rows_percentiles_and_flags_are_those_of_the_detector(capsys, tmp_path, run, digits, queries):
     """Calibrated on the validation split of the run's own data where nothing else is given."""
     words = (run, queries, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")

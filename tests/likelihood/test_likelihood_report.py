@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, report
+from torchcdm.likelihood.report import _cost
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -71,6 +73,21 @@ def test_an_exact_model_is_believed(vectors):
     said = "To be believed: yes", "log2 Z / d by start: samples", "the ELBO", "spread over samples", "KL of its start"
     for words in (*said, *NAMES):
         assert words in text
+
+
+def test_the_bar_knows_how_many_rows_the_network_will_see(vectors, capsys):
+    model, x = vectors
+    seen = []
+    hook = model.backbone.register_forward_hook(lambda network, inputs, output: seen.append(len(inputs[0])))
+    scoring = Scoring(1)
+    for stage in ("single", "elbo", "flow"):
+        seen.clear()
+        report(model, x, scoring=scoring, methods=[stage], progress=True)
+        assert sum(seen) == _cost(model, stage, len(x), scoring)[0], stage
+    hook.remove()
+    assert not model.backbone._forward_hooks
+    shown = capsys.readouterr().err
+    assert "likelihood: 100%" in shown and re.search(r"\d\d:\d\d<\d\d:\d\d", shown)
 
 
 def test_a_constant_put_into_log_p_is_taken_out_again(vectors):

@@ -46,12 +46,6 @@ class AzulaDenoiser(Azula):
     The mean has a derivative in ``x_t``, which DPS and MMPS ask for: on a CDM it is symmetric, as a posterior
     covariance is. A measurement of data in their own units is ``lambda z: A(model.transform.inverse(z))``; results
     come back to data units by ``model.transform.inverse``.
-
-    Example:
-        >>> denoiser = AzulaDenoiser(torchcdm.load("runs/digits"))
-        >>> sampler = DPSSampler(denoiser, y=y, A=A, steps=100)
-        >>> z = denoiser(sampler(sampler.init((16, 1, 16, 16))), torch.tensor(0.0)).mean
-        >>> x = denoiser.model.transform.inverse(z)
     """
 
     def __init__(self, model: Denoiser) -> None:

@@ -59,10 +59,6 @@ def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **o
 @final
 class CDMPipeline(DiffusionPipeline):
     """Samples of a model of images, its :class:`DiffusersNetwork`, by what :func:`diffusers_scheduler` gives.
-
-    Example:
-        >>> pipeline = CDMPipeline.of(torchcdm.load("runs/digits"), DPMSolverMultistepScheduler)
-        >>> images = pipeline(16, num_inference_steps=20).images
     """
 
     def __init__(self, unet: DiffusersNetwork, scheduler: Any) -> None:

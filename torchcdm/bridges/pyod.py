@@ -26,10 +26,6 @@ class PyodDetector(BaseDetector):
         decision_scores_: Scores of the training rows, float64 (N,).
         threshold_: Score above which a row is an outlier.
         labels_: 1 for the training rows that are, (N,).
-
-    Example:
-        >>> detector = PyodDetector(CDMOutlierDetector(random_state=0), contamination=0.05).fit(X)
-        >>> suspects = X[detector.labels_ == 1]
     """
 
     def __init__(self, detector: CDMOutlierDetector, contamination: float = 0.1) -> None:

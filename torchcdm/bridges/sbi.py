@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 @final
 class SbiDensity(ConditionalDensityEstimator):
     """p(theta | x) of an ``estimator`` that was fitted on pairs of theta, drawn from the prior, and x.
-
-    Example:
-        >>> estimator = CDMConditional(random_state=0).fit(theta, x)
-        >>> posterior = DirectPosterior(SbiDensity(estimator), prior)
-        >>> ranks, _ = run_sbc(thetas, xs, posterior)
     """
 
     def __init__(self, estimator: CDMConditional) -> None:
@@ -64,10 +59,6 @@ class SbiRatio(RatioEstimator):
 
     The ``ratio`` was fitted on what :func:`pairs_and_strangers` gives, whose first columns are the ``parameters``
     theta. It has no gradient in theta: sbi's slice samplers and importance sampling work, HMC and NUTS do not.
-
-    Example:
-        >>> ratio = DensityRatio().fit(*pairs_and_strangers(theta, x))
-        >>> potential, transform = ratio_estimator_based_potential(SbiRatio(ratio, 2), prior, x_observed)
     """
 
     def __init__(self, ratio: DensityRatio, parameters: int) -> None:

@@ -116,7 +116,7 @@ def add_commands(commands: Any) -> None:
                      "model paths skip-bad quiet json device")  # fmt: skip
     add(parser, "--score NAME", "levels, coarse, complexity, typicality, log_prob or ratio", default="levels")
     add(parser, "--background RUN", "model of broader data, for the score 'ratio'")
-    add(parser, "--fpr P", "share of normal inputs to flag", float, default=0.05)
+    add(parser, "--fpr P", "share of normal inputs to flag (0.05, or what the reference is enough for)", float)
     add(parser, "--reference PATH", "normal data that RUN was not trained on (its validation split)", nargs="+")
     add(parser, "--limit N", "at most N reference samples, evenly spaced (5000)", count)
     add(parser, "--csv FILE", "score, percentile, flag, and where it is odd: columns, or the file of a map", Path)

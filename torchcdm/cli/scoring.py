@@ -36,7 +36,7 @@ KEPT = ("score", "percentile", "flag", "deviating")
 
 def score(options: argparse.Namespace) -> None:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
-    read_as(FalseAlarms, options.fpr, "fpr")
+    fpr = read_as(FalseAlarms, 0.05 if options.fpr is None else options.fpr, "fpr")
     if options.plot is not None:
         check_figure(options.plot)
     ray, images = options.engine == "ray", len(read_info(options.model).transform.shape) == 3
@@ -55,9 +55,11 @@ def score(options: argparse.Namespace) -> None:
         inputs = None if ray else model.info.read_inputs(options.paths, options.skip_bad)
         reference, origin = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
         detector.fit(reference)
+        if options.fpr is None:  # the smallest rate that a small reference calibrates
+            fpr = max(fpr, 1 / (len(detector.calibration) + 1))
         explained = options.maps is not None or (not images and options.csv is not None)
         explain = AnomalyMap(model).fit(reference) if explained else None
-        words = {"fpr": options.fpr, "skip_bad": options.skip_bad, "device": device}
+        words = {"fpr": fpr, "skip_bad": options.skip_bad, "device": device}
         scorer = Scorer(model, detector, None if images else explain, **words)
         if inputs is not None:
             judged = scorer.judge(inputs) | {"note": ["\n".join(inputs.notes)]}
@@ -71,11 +73,11 @@ def score(options: argparse.Namespace) -> None:
     batches = score_on_ray(scorer, options.paths, options.workers, not options.quiet) if ray else [judged]
     found, names = _written(batches, options.csv)
     scores, percentiles, flags, deviating = (found[name].tolist() for name in KEPT)
-    threshold = detector.threshold(options.fpr)
+    threshold = detector.threshold(fpr)
     if options.plot is not None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
     numbers = {
-        "score": options.score, "fpr": options.fpr, "threshold": threshold,
+        "score": options.score, "fpr": fpr, "threshold": threshold,
         "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
         "count": len(scores), "flagged": sum(flags), "deviating": sum(deviating),
         "scores": scores, "percentiles": percentiles, "flags": flags,
@@ -124,7 +126,7 @@ def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
         lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
     lines.append(
         f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be "
-        f"{numbers['fpr'] * count:.3g} or fewer on average"
+        f"{numbers['fpr'] * count:.3g} or fewer on average, a rate of {numbers['fpr']:.3g}"
     )
     lines.append(
         f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, calibrated on "
