@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from statistics import mean
 from typing import Any
 
-from studies.tables.reading import markdown, read
+from studies.benchmarks.anomaly_tables import mean_ranks
+from studies.tables.reading import markdown, rate, read
 
 START, WEIGHTS = re.compile(r"its start has (-?[0-9.]+)"), re.compile(r"(\w+) (0\.\d+|1\.00)")
 """What the CDM of the exam notes of its network."""
@@ -142,3 +144,47 @@ def own_network() -> str:
         numbers = [f"{row['value']:.3f} ± {row['se']:.3f}" for row in values]
         rows.append([name, f"{found[key]['parameters']:,}", *numbers])
     return markdown(["network", "weights", "one pass", "ELBO", "flow"], rows)
+
+
+def posteriors() -> str:
+    """C2ST, coverage and speed of the posteriors of each task."""
+    titles = {"cdm": "CDM", "npe": "NPE", "fmpe": "FMPE", "npse": "NPSE"}
+    rows = read("posteriors")["rows"]
+    best: dict[tuple[str, int], float] = {}
+    for r in rows:
+        key, value = (r["task"], r["pairs"]), mean(r["c2st"])
+        best[key] = min(best.get(key, value), value)
+    lines = []
+    for r in rows:
+        value = mean(r["c2st"])
+        cell = f"**{value:.3f}**" if value <= best[r["task"], r["pairs"]] + 0.02 else f"{value:.3f}"
+        half, most = (f"{100 * share:.0f} %" for share in r["coverage"])
+        lines.append([r["task"], str(r["pairs"]), titles[r["name"]], cell, half, most, f"{r['tarp']:.2f}",
+                      f"{100 * r['outside']:.1f} %", f"{r['seconds']:.0f}", rate(r["scored"])])  # fmt: skip
+    head = [
+        "task",
+        "pairs",
+        "posterior",
+        "C2ST",
+        "50 % holds",
+        "90 % holds",
+        "TARP",
+        "outside",
+        "s",
+        "log_prob a second",
+    ]
+    return markdown(head, lines)
+
+
+def anomaly_tables(value: str) -> str:
+    """``auroc`` or ``precision`` of each detector on each table, mean over seeds, and mean ranks."""
+    rows = read("anomaly_tables")["rows"]
+    names, tables = (list(dict.fromkeys(row[key] for row in rows)) for key in ("name", "table"))
+    lines = []
+    for table in tables:
+        found = [mean(r[value] for r in rows if (r["table"], r["name"]) == (table, name)) for name in names]
+        lines.append([table, *(f"**{v:.3f}**" if v == max(found) else f"{v:.3f}" for v in found)])
+    ranks, _ = mean_ranks(rows, value)
+    lines.append(["mean rank", *(f"{ranks[name]:.1f}" for name in names)])
+    titles = {"cdm": "CDM (default)", "cdm-levels": "CDM, `levels`"}
+    return markdown(["table", *(titles.get(name, name) for name in names)], lines)

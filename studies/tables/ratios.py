@@ -48,9 +48,7 @@ def two_sample_null() -> str:
     found = read("two_sample_null")["results"]
     titles = {"ours": "torchcdm", "mmd": "MMD", "trees": "boosted trees (C2ST)"}
     head = ["shift of one column", "test", "repeats", "rejected at 5 %"]
-    lines = [
-        [f"{r['shift']:g}", titles[r["test"]], str(r["repeats"]), f"{100 * r['rejected']:.1f} %"] for r in found
-    ]
+    lines = [[f"{r['shift']:g}", titles[r["test"]], str(r["repeats"]), f"{100 * r['rejected']:.1f} %"] for r in found]
     return markdown(head, lines)
 
 
@@ -112,3 +110,24 @@ def mi_tasks() -> str:
     own = [[row for row in content if row["estimator"] == name] for name in names]
     counts = [f"{sum(r['mark'] for r in of)} of {len(of)}" for of in own]
     return markdown(["task", "truth", *names], [*rows, ["marks", "", *counts]])
+
+
+def real_shift() -> str:
+    """How much larger than with exact weights the error is, a row for each table and shift."""
+    titles = {"none": "none", "torchcdm": "torchcdm", "trees": "boosted trees", "ulsif": "uLSIF", "kliep": "KLIEP"}
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for r in read("real_shift")["rows"]:
+        cases.setdefault((r["table"], r["shift"]), {})[r["weights"]] = r
+    excess = {name: [100 * (by[name]["error"] / by["exact"]["error"] - 1) for by in cases.values()] for name in titles}
+    off = {name: [abs(by[name]["mean_error"]) for by in cases.values()] for name in ("exact", *titles)}
+    lines = [
+        [table, shift, *(f"{excess[name][k]:+.1f} %" for name in titles),
+         *(f"{off[name][k]:.3f}" for name in ("exact", "torchcdm"))]
+        for k, (table, shift) in enumerate(cases)
+    ]  # fmt: skip
+    within = (f"{sum(value <= 5 for value in excess[name])} of {len(cases)}" for name in titles)
+    lines.append(["within 5 %", "", *within, "", ""])
+    middle = (f"{sum(off[name]) / len(cases):.3f}" for name in titles)
+    exact, own = (f"{sum(off[name]) / len(cases):.3f}" for name in ("exact", "torchcdm"))
+    lines.append(["mean of the labels off by", "", *middle, exact, own])
+    return markdown(["table", "shift", *titles.values(), "mean off, exact", "mean off, torchcdm"], lines)

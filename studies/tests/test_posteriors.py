@@ -105,3 +105,32 @@ def test_exact_weights_of_real_shifts_are_one_over_the_chance(report_of, monkeyp
         by = {row["weights"]: row for row in rows if row["shift"] == kind}
         assert by["none"]["effective"] == pytest.approx(1) and by["exact"]["effective"] < 0.9
         assert abs(by["exact"]["mean_error"]) < 0.2
+
+
+def test_ranks_of_detectors_and_their_critical_difference(tmp_path):
+    tables = benchmark("anomaly_tables")
+    # Demsar (2006), table 5: q = 2.728 for five classifiers.
+    assert tables.critical_difference(5, 10) == pytest.approx(2.728 * np.sqrt(5 * 6 / 60), rel=1e-3)
+    values = {"a": (0.9, 0.7), "b": (0.8, 0.8), "c": (0.9, 0.6)}
+    rows = [
+        {"name": name, "table": table, "auroc": found[k], "precision": found[k]}
+        for k, table in enumerate("xy")
+        for name, found in values.items()
+    ]
+    assert tables.mean_ranks(rows, "auroc") == ({"a": 1.75, "b": 2.0, "c": 2.25}, 2)
+    tables.plot(rows, tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 1000
+
+
+def test_detectors_are_scored_on_rows_that_they_did_not_see(report_of, monkeypatch):
+    tables = benchmark("anomaly_tables")
+    seen = {}
+
+    def distance(train, test, seed):
+        seen[seed] = len(train), len(test)
+        return np.linalg.norm((test - np.median(train, 0)) / train.std(0), axis=1)
+
+    monkeypatch.setattr(tables, "DETECTORS", {"far": distance, "near": lambda *given: -distance(*given)})
+    rows = report_of("anomaly_tables", "--tables", "WDBC", "--seeds", "0", "1", "--detectors", "far", "near")
+    assert seen == {0: (256, 111), 1: (256, 111)}
+    assert [row["auroc"] > 0.8 for row in rows] == [True, False] * 2
