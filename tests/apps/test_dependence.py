@@ -1,4 +1,4 @@
-"""Estimates of the log ratio of pairs over strangers: canonical variates, Gaussians of them, rows that are not seen."""
+"""Estimates of the log ratio of pairs over strangers: canonical variates, Gaussians of them, unseen rows."""
 
 import math
 
