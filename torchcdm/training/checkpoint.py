@@ -275,7 +275,9 @@ def save_state(run: RunFolder, state: TrainingState) -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in state_folders(run)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            # Renamed first: a crash half way would leave one without all its files.
+            os.replace(old, temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 

@@ -134,8 +134,7 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
         name: [s / n if n else None for s, n in zip(values.tolist(), counts, strict=True)]
         for name, values in sums.items() if name != "count"
     }  # fmt: skip
-    size = {"count": len(x), "draws": draws, "levels": model.schedule.T + 2}
-    return size | {"mean": means(sums), "per_level": per_level}
+    return {"count": len(x), "draws": draws, "levels": len(counts), "mean": means(sums), "per_level": per_level}
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:
