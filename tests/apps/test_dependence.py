@@ -26,6 +26,8 @@ def test_correlations_are_those_of_rows_that_were_not_seen():
     nothing = canonical(x, np.random.RandomState(1).normal(size=x.shape), seen)
     assert np.square(nothing.correlations).sum() < 0.02
     assert canonical(x[:40], y[:40], np.arange(30)).correlations.size == 0, "fewer rows than they need"
+    wide = np.empty((40_000, 1100), np.float32)
+    assert canonical(wide, wide, np.arange(40_000)).correlations.size == 0, "at no time"
 
 
 def test_products_with_the_length_undo_a_rotation_by_it():

@@ -31,6 +31,9 @@ CHECKED = 1000
 VARIATES, FARTHEST = 8, 4.0
 """Most bent variates of a side, and deviations beyond which a row counts as lying there."""
 
+WIDEST = 2000
+"""Features of both sides beyond which there are no variates: their time grows with the cube."""
+
 STRANGERS = 2
 """Strangers of each row that estimates are compared on."""
 
@@ -74,17 +77,18 @@ def canonical(x: np.ndarray, y: np.ndarray, seen: np.ndarray, most: int | None =
     """At most so many canonical variates (Hotelling 1936) of features (N, a) and (N, b), from the rows ``seen``.
 
     A squared correlation of ``seen`` rows is too large by (1 - square)(a + b) / rows, on others too small by as much:
-    what remains is kept.
+    what remains is kept. None where rows are fewer than four for each feature.
     """
-    white = []
+    rows, white = len(seen), []
+    if x.shape[1] + y.shape[1] > min(rows / 4, WIDEST):
+        return Canonical(x[:, :0], y[:, :0], np.zeros(0))
     for side in (x, y):
         values, vectors = np.linalg.eigh(np.cov(side[seen].T).reshape(side.shape[1], -1))
         kept = values > 1e-8 * values.max()
         white.append((side - side[seen].mean(0)) @ (vectors[:, kept] / values[kept] ** 0.5))
-    rows = len(seen)
     left, found, right = np.linalg.svd(white[0][seen].T @ white[1][seen] / rows, full_matrices=False)
     excess = 2 * sum(side.shape[1] for side in white) / rows
-    square = np.clip(found**2 - (1 - found**2) * excess, 0, 1 - 1e-6) * (excess < 0.5)
+    square = np.clip(found**2 - (1 - found**2) * excess, 0, 1 - 1e-6)
     kept = np.flatnonzero(square)[:most]
     u, v = (
         np.clip(side @ turn[:, kept], -FARTHEST, FARTHEST) for side, turn in ((white[0], left), (white[1], right.T))
