@@ -111,6 +111,8 @@ def test_bad_compositions_are_one_line():
         (lambda: compose.any_of([model, plain]), "needs a density"),
         (lambda: compose.all_of(model, [0, 2]), "label 2 is out of range"),
         (lambda: compose.all_of(model, [0, 0]), "name one twice"),
+        (lambda: compose.all_of(model, torch.tensor([0, 0])), "name one twice"),
+        (lambda: compose.any_of(torch.tensor([0, 1]), model), "one model and a list of classes|not iterable"),
         (lambda: compose.all_of(model), "no classes"),
         (lambda: compose.all_of([]), "list of models"),
         (lambda: compose.all_of(exact(other()), [0, 1]), "without classes"),

@@ -51,7 +51,11 @@ def test_measurements_of_images():
     assert torch.allclose(squares[1, 2, 0, 2], images[1, 2, :4, 8:].mean())
     kept = torch.zeros(12, 12, dtype=torch.bool)
     kept[3, 4:6] = True
-    assert torch.equal(compose.mask(kept)(images), images[:, :, 3, 4:6].flatten(1))
+    for same in (kept, kept.numpy(), kept.tolist()):
+        assert torch.equal(compose.mask(same)(images), images[:, :, 3, 4:6].flatten(1))
+    for wrong, message in (("x", "mask: not an array"), ({}, "mask: not an array"), (kept[:3], "its shape is")):
+        with pytest.raises(UserError, match=message):
+            compose.mask(wrong)(images)
 
 
 @pytest.mark.parametrize("y, std, message", [

@@ -244,6 +244,9 @@ def test_a_row_that_differs_in_a_constant_column_is_said():
         lambda content: content["fitted"].pop("_weights"),
         lambda content: content["params"].update(colour=1),
         lambda content: content.update(fitted=None),
+        lambda content: content["fitted"].update(_noise=[]),
+        lambda content: content["fitted"].update(_noise=[[]]),
+        lambda content: content["fitted"].update(_noise=[9 * [0.5]]),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, damage):

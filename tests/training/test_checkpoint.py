@@ -23,6 +23,7 @@ from torchcdm.training.checkpoint import (
     load_matching,
     load_state,
     read_info,
+    save,
     save_model,
     save_state,
     state_folders,
@@ -111,6 +112,14 @@ def test_damage_is_told_in_one_line(tmp_path, source, break_it, message):
 def test_no_run(tmp_path):
     with pytest.raises(UserError, match="nowhere: holds no trained model"):
         load(tmp_path / "nowhere")
+
+
+def test_devices_that_are_none_and_swapped_arguments(tmp_path):
+    for device in ("", "abc", "cuda:99", 10**6, True):
+        with pytest.raises(UserError, match="cannot be used"):
+            load("zoo:two-moons", device)
+    with pytest.raises(UserError, match="give the model, then the folder"):
+        save(tmp_path / "run", load("zoo:two-moons"))
 
 
 # --- states ----------------------------------------------------------------------------------------------------

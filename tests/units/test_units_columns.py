@@ -87,6 +87,18 @@ def test_it_survives_json_and_single_precision(x, transform):
     assert transform(x.float()).dtype == torch.float32 and copy.shape == (4,)
 
 
+@pytest.mark.parametrize("change", [
+    {"histograms": None}, {"histograms": 2}, {"histograms": "x"}, {"histograms": [1]}, {"warp": None}, {"warp": {}},
+    *({"warp": {name: value}} for name in ("least", "scale", "tail", "bent") for value in ([""] * 4, [1.0], 1.0)),
+])  # fmt: skip
+def test_a_damaged_file_of_it_is_one_line(transform, change):
+    config = json.loads(json.dumps(transform.to_config()))
+    if change.get("warp"):
+        change = {"warp": config["warp"] | change["warp"]}
+    with pytest.raises(UserError, match="data transform: "):
+        transform_from_config(config | change)
+
+
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_rows_that_come_dequantised_get_no_second_noise(x, dequantize):
     transform = ColumnTransform.fit(x, {3: Cells((0.0, 1.0, 2.0, 5.0), 1.0)}, dequantize=dequantize)

@@ -44,7 +44,7 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
         UserError: A wrong name, a model that cannot be saved, or a Hub that refuses it.
     """
     hub = needed("huggingface_hub", "hub", "the Hub")
-    if repository.count("/") != 1 or not all(repository.split("/")):
+    if not isinstance(repository, str) or repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"'{repository}' is no repository; write OWNER/NAME")
     report = None
     if not isinstance(model, Denoiser):

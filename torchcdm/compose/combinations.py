@@ -190,12 +190,14 @@ def tempered(model: Denoiser, beta: Exponent) -> Combination:
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
     if not isinstance(model, nn.Module):
-        if not model or classes is not None:
+        models = list(model)
+        if not models or classes is not None:
             raise UserError("compose: give one model and a list of classes, or a list of models alone")
-        return [(require_density(one, "compose"), None) for one in model]
+        return [(require_density(one, "compose"), None) for one in models]
+    classes = [] if classes is None else list(classes)
     if not classes:
         raise UserError("compose: no classes are given; name at least one, such as [3, 8]")
-    chosen = as_labels(list(classes), require_density(model, "compose"), len(classes)).tolist()
+    chosen = as_labels(classes, require_density(model, "compose"), len(classes)).tolist()
     if len(set(chosen)) < len(chosen):
         raise UserError(f"compose: classes {chosen} name one twice")
     return [(require_density(model, "compose"), y) for y in chosen]

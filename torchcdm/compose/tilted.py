@@ -26,7 +26,7 @@ from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
-from torchcdm.models.inputs import as_numbers
+from torchcdm.models.inputs import as_numbers, as_tensor
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Float, checked
 
@@ -210,7 +210,16 @@ def _jacobian(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def mask(kept: Tensor) -> Callable[[Tensor], Tensor]:
     """The pixels or columns where ``kept``, boolean of a sample's shape or one that broadcasts to it: (B, m)."""
-    return lambda x: x.flatten(1)[:, kept.to(x.device).bool().expand(x.shape[1:]).flatten()]
+    known = as_tensor(kept, "mask", torch.device("cpu")).bool()
+
+    def measure(x: Tensor) -> Tensor:
+        try:
+            chosen = known.expand(x.shape[1:])
+        except RuntimeError:
+            raise UserError(f"mask: its shape is {tuple(known.shape)}; samples have {tuple(x.shape[1:])}") from None
+        return x.flatten(1)[:, chosen.flatten().to(x.device)]
+
+    return measure
 
 
 @checked

@@ -262,6 +262,9 @@ class TableEstimator(BaseEstimator):
         with restoring(RunFolder(folder).model_info):
             self = cls(**content["params"])
             restore(self, self._saved, content["fitted"], ["feature_names_in_"])
+            widths = (1, len(self.columns_.kept))
+            if self._noise.ndim != 2 or self._noise.shape[1] not in widths or not len(self._noise):
+                raise ValueError("_noise has no number for each column")
         self.model_, self._info = load(folder, device).double(), info
         return self
 

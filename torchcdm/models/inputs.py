@@ -37,7 +37,7 @@ def as_numbers(x: Any, device: torch.device) -> Tensor:
 
     UserError where they are masked, empty, not finite or no array of real numbers.
     """
-    values = _as_tensor(x, "inputs", device)
+    values = as_tensor(x, "inputs", device)
     if values.is_complex() or values.dtype == torch.bool:
         raise UserError(f"inputs are {values.dtype}; give real numbers")
     if values.ndim < 2 or not values.numel():
@@ -61,7 +61,7 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
         return y
     if not model.conditional:
         raise UserError("labels y are given, but the model was trained without classes; leave y out")
-    labels = _as_tensor(y, "y", model.schedule.alpha.device)
+    labels = as_tensor(y, "y", model.schedule.alpha.device)
     shape = (n,) if model.context is None else (n, model.context)
     if one_for_all and labels.ndim == len(shape) - 1:
         labels = labels.expand(n, *[-1] * labels.ndim)
@@ -89,7 +89,8 @@ def check_tensor(x: Any, dtype: torch.dtype | None) -> None:
         raise UserError(f"inputs are {x.dtype}; the network takes {dtype or 'real numbers'}: convert one of them")
 
 
-def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
+def as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
+    """Values as a dense tensor; UserError, by their ``name``, for what cannot be one."""
     if isinstance(values, np.ma.MaskedArray):
         raise UserError(f"{name}: a masked array; fill or drop the masked values first")
     try:
@@ -97,7 +98,7 @@ def _as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
             values = np.asarray(values)  # a column of a data frame by its order, not by its index
             values = values if values.flags.writeable else values.copy()
         found = torch.as_tensor(values, device=device)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, LookupError) as error:
         raise UserError(f"{name}: not an array of numbers ({reason(error)})") from None
     if found.layout != torch.strided or found.is_nested or found.is_quantized or found.is_meta:
         raise UserError(f"{name}: a tensor that is sparse, nested, quantised or without values; make it dense first")

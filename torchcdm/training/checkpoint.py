@@ -22,6 +22,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
+from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
 from torchcdm.training.build import build_backbone, build_model, describe, imported
 from torchcdm.training.config_files import differences
@@ -113,6 +114,8 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
         path: The folder; it is made. The model that it holds is replaced; UserError if it is one of a training.
         info: What is said of the model, if other than it knows itself.
     """
+    if not isinstance(model, Denoiser):
+        raise UserError(f"save: {type(model).__name__} is no model; give the model, then the folder")
     run = RunFolder(path)
     if run.config.exists() or run.states.exists():
         raise UserError(f"{path}: holds a training; choose another folder")
@@ -144,7 +147,7 @@ def load(
     Args:
         run: Folder of the run, or of a saved estimator; ``zoo:NAME`` for a model that ships with the package,
             ``hub:OWNER/NAME`` for one on the Hugging Face Hub.
-        device: Where the model goes.
+        device: Where the model goes; the best there is when None.
         backbone: The network of a model that was trained with one of your own, with its architecture; the weights are
             filled in.
         trust_code: Runs the file of code that the run names, where ``fit(backbone="FILE.py:NAME")`` made it. Never
@@ -181,7 +184,7 @@ def load(
     model = build_model(info.model, info.transform, info.classes, backbone=backbone)
     _fill(model, tensors, folder.model)
     model.info = info
-    return model.eval().requires_grad_(False).to(device)
+    return model.eval().requires_grad_(False).to(chosen_device(device))
 
 
 def load_weights(model: Denoiser, run: str | Path) -> ModelInfo:

@@ -61,10 +61,12 @@ class ColumnTransform(DataTransform):
         dequantize: bool = True,
     ) -> None:
         least, location, scale, skew, tail, bent = (torch.as_tensor(warp[key], dtype=torch.float64) for key in WARP)
+        if any(value.shape != (len(scale),) for value in (least, location, scale, skew, tail, bent)):
+            raise ValueError(f"warp: a number for each column is needed of {', '.join(WARP)}")
         super().__init__(tuple(scale.shape), location, scale)
         for name, value in (("least", least), ("skew", skew), ("tail", tail), ("bent", bent.bool())):
             self.register_buffer(name, value, persistent=False)
-        self.histograms = nn.ModuleDict({str(k): Histogram(*h) for k, h in histograms.items()})
+        self.histograms = nn.ModuleDict({str(k): Histogram(*h) for k, h in dict(histograms).items()})
         self.cells = {k: histogram.cells for k, histogram in self._columns() if histogram.cells.values}
         self.dequantize = dequantize and bool(histograms)
 
