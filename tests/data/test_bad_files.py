@@ -24,6 +24,7 @@ from torchcdm.training.batches import Batches
 from torchcdm.units import DataTransform
 
 MODEL = DataTransform.images((1, 6, 5))
+ROWS = DataTransform((2,))
 FUZZ = settings(
     max_examples=60, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -320,6 +321,11 @@ def test_unreadable_parts_are_named_or_said(tmp_path, monkeypatch):
     assert "dog: cannot be read" in read_inputs(tmp_path, MODEL, DataOptions(skip_bad=True)).notes[0]
     source = load_data(f"folder:{tmp_path}", skip_bad=True)
     assert source.class_names == ("cat", "eel") and any("dog: cannot be read" in note for note in source.notes)
+    (tmp_path / "cat" / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="dog: cannot be read"):
+        read_inputs(tmp_path, ROWS)
+    found = read_inputs(tmp_path, ROWS, DataOptions(skip_bad=True))
+    assert found.x.tolist() == [[1.0, 2.0]] and any("dog: cannot be read" in note for note in found.notes)
     monkeypatch.undo()
     (tmp_path / "fox").symlink_to(tmp_path / "gone")
     assert f"{tmp_path / 'fox'}: cannot be read" in refusal(f"folder:{tmp_path}")
@@ -409,11 +415,12 @@ def test_columns_of_parquet_files_and_frames_that_are_no_numbers(tmp_path):
         (torch.ones(20, 2) * 1j, "complex64 are not numbers"),
         (torch.eye(20).to_sparse(), "give a dense one"),
         (torch.empty(20, 2, device="meta"), "give a dense one"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "give a dense one"),
         (np.random.default_rng(0).normal(size=(20, 1, 2, 2)) * 1e300, "beyond float32"),
         ([[10**400, 1]] * 20, "not an array of numbers"),
         (np.zeros((2, 2**18), np.uint8), "vectors of 262144 numbers"),
     ],
-    ids=["masked", "complex", "complex tensor", "sparse", "meta", "large", "huge", "wide"],
+    ids=["masked", "complex", "complex tensor", "sparse", "meta", "nested", "large", "huge", "wide"],
 )
 def test_objects_that_hold_something_else(data, message, recwarn):
     with pytest.raises(UserError, match=message):

@@ -110,7 +110,7 @@ def test_other_files_are_counted_and_hidden_ones_passed_over(tmp_path):
     (tmp_path / "readme.txt").write_text("words")
     source = load_data(f"folder:{tmp_path}")
     assert sum(map(len, splits_of(source))) == 12
-    assert any(note.startswith("1 file(s) that are no images") for note in source.notes)
+    assert any(note.startswith("1 file(s) of other kinds") for note in source.notes)
 
 
 def test_large_folders_are_read_when_asked_and_survive_a_worker(tmp_path, monkeypatch):

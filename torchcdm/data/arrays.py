@@ -69,7 +69,7 @@ def as_array(data: Any, name: str) -> np.ndarray:
     UserError for rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense.
     """
     if isinstance(data, Tensor):
-        if data.layout != torch.strided or data.is_meta or data.is_quantized:
+        if data.layout != torch.strided or data.is_meta or data.is_quantized or data.is_nested:
             raise UserError(f"{name}: a tensor on {data.device} of layout {data.layout}; give a dense one with values")
         data = data.detach().cpu()
         half = data.is_floating_point() and data.element_size() <= 2  # bfloat16 is no type of numpy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
@@ -32,11 +32,13 @@ def named_splits(find: Callable[[str], T | None]) -> dict[str, T]:
     return {split: parts[0] for split, parts in found.items() if parts}
 
 
-def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]], list[str]]:
-    """The image files below each folder, in the order of their paths, and what is to be said of the others.
+def find_files(
+    roots: Sequence[Path], skip_bad: bool, suffixes: Collection[str] = SUFFIXES, hidden: str = "."
+) -> tuple[list[list[Path]], list[str]]:
+    """The files below each folder that end in ``suffixes``, in order of their paths, and what is to be said of others.
 
-    Each file is found once, by whatever links it can be reached; hidden files and folders are passed over. UserError
-    for a folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
+    Each file is found once, by whatever links it can be reached; what begins with a ``hidden`` letter is passed over.
+    UserError for a folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
     """
     seen: set[tuple[int, int]] = set()  # device and number
     found, notes, others, twice = [], [], 0, 0
@@ -47,13 +49,13 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
             try:
                 status = os.stat(path)
                 identity, is_folder = (status.st_dev, status.st_ino), stat.S_ISDIR(status.st_mode)
-                if path.suffix.lower() not in SUFFIXES and not is_folder:
+                if not path.name.lower().endswith(tuple(suffixes)) and not is_folder:
                     others += 1
                 elif identity in seen:
                     twice += 1
                 elif is_folder:
                     with os.scandir(path) as listed:
-                        for entry in (entry for entry in listed if not entry.name.startswith(".")):
+                        for entry in (entry for entry in listed if entry.name[0] not in hidden):
                             heappush(todo, (entry.is_symlink(), path / entry.name))
                     seen.add(identity)
                 else:
@@ -68,7 +70,7 @@ def find_images(roots: Sequence[Path], skip_bad: bool) -> tuple[list[list[Path]]
     if twice:
         notes.insert(0, f"{twice} further link(s) to the same files and folders are passed over.")
     if others:
-        notes.insert(0, f"{others} file(s) that are no images are passed over.")
+        notes.insert(0, f"{others} file(s) of other kinds are passed over.")
     return found, notes
 
 
@@ -81,7 +83,7 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     root = Path(argument)
     folders = named_splits(lambda name: root / name if os.path.isdir(root / name) else None)
     folders = folders if "train" in folders else {"train": root}
-    found, notes = find_images(list(folders.values()), options.skip_bad)
+    found, notes = find_files(list(folders.values()), options.skip_bad)
     files = dict(zip(folders, found, strict=True))
     if not files["train"]:
         suffixes = ", ".join(sorted(SUFFIXES))

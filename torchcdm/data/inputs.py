@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, images, tables
-from torchcdm.data.folders import find_images, left_out
+from torchcdm.data.folders import find_files, left_out
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status, printable
 from torchcdm.data.source import places_of, single
@@ -95,11 +95,10 @@ def parts_of(
     for path in map(Path, paths):
         files, part = [path], WHOLE
         if stat.S_ISDIR(file_status(path).st_mode):
-            files = sorted(file for file in path.rglob("*") if tables.is_table(file) and file.is_file()
-                           and not any(name[0] in "._" for name in file.relative_to(path).parts))  # fmt: skip
-            if len(transform.shape) > 1 or not files:
-                (files,), said = find_images([path], options.skip_bad)
-                notes, part = notes + said, IMAGE
+            rows = len(transform.shape) == 1
+            kind, part = ((tables.SUFFIXES, "._"), WHOLE) if rows else ((images.SUFFIXES,), IMAGE)
+            (files,), said = find_files([path], options.skip_bad, *kind)
+            notes += said
         for file in files:
             split = groups and file.suffix.lower() == ".parquet"
             found += [(str(file), number) for number in (range(tables.row_groups(file)) if split else (part,))]

@@ -104,7 +104,7 @@ def samples_of(data: Any, labels: Any, options: DataOptions, name: str | None = 
     """All samples of an object, as :func:`from_object` takes it, that is no DataSource; ``name`` is for messages."""
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
-    if isinstance(data, (Tensor, np.ndarray, list)):
+    if isinstance(data, (Tensor, np.ndarray, list, memoryview)):
         first = isinstance(data, Tensor)
         name = name or ("tensor" if first else "array")
         return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=first)
