@@ -56,7 +56,7 @@ class Scorer:
         reference: Files of normal data that the model was not trained on; None: the validation split of its own data.
         fpr: Share of normal inputs to flag.
         skip_bad: Leaves out files and rows that cannot be read.
-        device: Of the network; the best there is when None.
+        device: Device of the network; the best there is when None.
 
     Example:
         >>> scores = rows.map_batches(Scorer, fn_constructor_kwargs={"model": "runs/sensors"}, concurrency=8)

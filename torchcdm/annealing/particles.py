@@ -118,7 +118,7 @@ class Particles(NamedTuple):
     """Particles at the level where they ended, islands times size; those of one island are neighbours.
 
     Attributes:
-        log_weights: Of the points within each island, (islands, size).
+        log_weights: Log weights of the points within each island, (islands, size).
         log_estimates: Logarithms of unbiased estimates of Z, one of each island, (islands,).
         least: Smallest effective sample size of each island at any level, before resampling, (islands,).
         visited: The states of every level and the step size of their moves, where the spacing was found by trial.

@@ -53,7 +53,7 @@ class Draws:
         particles: All particles, (N, *shape), as ``x``; None without particles.
         log_weights: Their weights, normalised, (N,).
         acceptance: Share of the moves accepted.
-        evaluations: Of the denoiser, for each sample; 0 for particles, which visit all levels.
+        evaluations: Evaluations of the denoiser, for each sample; 0 for particles, which visit all levels.
     """
 
     x: Tensor

@@ -252,7 +252,7 @@ class Toy:
 
     @property
     def weights(self) -> Tensor:
-        """Of the points, (K,); they sum to one."""
+        """Weights of the points, (K,); they sum to one."""
         return torch.cat([torch.full((len(part),), 1 / len(part)) for part in self.classes]) / len(self.classes)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ class MixtureMarginals(BaseDensity):
         shrinkage: float = 0.0,
         rows: int = FIT_ROWS,
     ) -> MixtureMarginals:
-        """Of samples (N, *shape) in model units, dequantised, by :func:`fit_gaussians` or, for images,
+        """Fitted to samples (N, *shape) in model units, dequantised, by :func:`fit_gaussians` or, for images,
         :func:`fit_cosines`; UserError for fewer samples than components.
         """
         if samples.ndim == 2:

@@ -97,7 +97,7 @@ class TimmBackbone(HeadedBackbone):
         self.head = make_head(self._probe(model), levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Of the timm model; ``y`` is not used."""
+        """Features of the timm model; ``y`` is not used."""
         return self.network(x)
 
     def _probe(self, name: str) -> int:

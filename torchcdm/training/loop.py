@@ -53,7 +53,7 @@ class NotFinite(UserError):
 
 
 class TrainResult(NamedTuple):
-    """Of a training over all resumes: with what ``config.json`` says of its model, and its last sheet of samples."""
+    """A training over all resumes: what ``config.json`` says of its model, its last sheet of samples."""
 
     step: int
     seconds: float

@@ -81,7 +81,7 @@ class ModelConfig:
             of validation data where they are left out.
         components: Number of Gaussians in the base density; above 1 for images in the form ``cosine``.
         shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
-        form: Of the covariance: ``full``; ``cosine``, one variance for each cosine of an image; ``diagonal``.
+        form: Form of the covariances: ``full``; ``cosine``, one variance for each cosine of an image; ``diagonal``.
         class_gaussians: Each class has a base Gaussian of its own, or weights of its own for the same ``components``;
             for joint labels.
         backbone: The network.

@@ -161,7 +161,7 @@ class Histogram(Float64Module):
 
     Args:
         cells: Arguments of its :class:`Cells`, without values where all numbers are continuous.
-        edges: Of the cells, the gaps between them and the bins of other numbers, rising, data units.
+        edges: Edges of the cells, the gaps between them and the bins of other numbers, rising, data units.
         cumulative: Probability below each of the edges.
     """
 

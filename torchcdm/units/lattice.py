@@ -36,8 +36,8 @@ class Cells(NamedTuple):
     """What has a probability in a column.
 
     Attributes:
-        values: Rising.
-        width: Of the cell of each.
+        values: The values, rising.
+        width: Width of the cell of each.
         mixed: Whether there are other numbers too, which have a density.
     """
 

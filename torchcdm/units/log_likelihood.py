@@ -32,7 +32,7 @@ class LogLikelihood:
         return "nats" if self.log_bin is None else "bits/dim"
 
     def values(self) -> Tensor:
-        """Of each sample in :attr:`unit`, float64 (B,): -log p, or -(log p + d log bin) / (d log 2), a code length."""
+        """In :attr:`unit`, each sample's, float64 (B,): -log p, or -(log p + d log bin) / (d log 2), a code length."""
         if self.log_bin is None:
             return -self.nats.double()
         return -(self.nats.double() + self.dim * self.log_bin) / (self.dim * math.log(2))

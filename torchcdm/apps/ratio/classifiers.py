@@ -99,9 +99,9 @@ def train(
 
     Args:
         networks: What the losses depend on; their parameters begin with the members.
-        losses: Of each member on its rows (members, B), (members,).
-        rows: Their number.
-        draw: Of the batches.
+        losses: Losses of each member on its rows (members, B), (members,).
+        rows: Number of rows.
+        draw: Generator of the batches.
         steps: Most steps of AdamW.
         rate: Its largest rate.
         decay: Its weight decay, of all but biases.
