@@ -122,6 +122,16 @@ def test_other_objects_are_refused_in_one_line(data):
         torchcdm.fit(data, **TINY)
 
 
+def test_what_is_no_network_and_no_model_is_refused():
+    x = torch.randn(40, 2)
+    for backbone in (b"3", True, 3, object(), len):
+        with pytest.raises(UserError, match="give an nn.Module"):
+            torchcdm.fit(x, backbone=backbone, progress=False)
+    for swapped in ((x, x), ("model", x), (None, x)):
+        with pytest.raises(UserError, match="give the model, then the data"):
+            torchcdm.train(*swapped)
+
+
 def test_no_samples_are_drawn_for_a_run_that_is_not_kept(monkeypatch):
     monkeypatch.setattr("torchcdm.training.finish.draw", lambda *args: pytest.fail("drawn for nobody"))
     torchcdm.fit(torch.randn(60, 2), steps=1, model={"backbone": {"width": 8}}, **TINY)

@@ -145,6 +145,8 @@ def train(
         >>> model = ClassificationDiffusion(MLP(3, levels=102), schedule)
         >>> model = train(model, torch.randn(1000, 3), steps=500)
     """
+    if not isinstance(model, Denoiser):
+        raise UserError(f"train: {type(model).__name__} is no model; give the model, then the data")
     if "model" in overrides:
         raise UserError("train: the model is made already; its settings have no effect")
     source, layers = _prepared("train", data, labels, preset, overrides, progress)
@@ -166,6 +168,8 @@ def train(
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
     """Refuses a network of one's own with batch normalisation, other classes than the data's, or an output that is not
     (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the level, is not called."""
+    if not isinstance(network, nn.Module):
+        raise UserError(f"the network is of type {type(network).__name__}; give an nn.Module, or FILE.py:NAME")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
     classes, joint = getattr(network, "classes", None), getattr(network, "joint", False)
