@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "half-precision": costs.half_precision,
     "likelihood-throughput": likelihoods.likelihood_throughput,
     "log-z": likelihoods.log_z,
+    "log-z-images": likelihoods.log_z_images,
     "mixture-weights": ratios.mixture_weights,
     "mutual-information": ratios.mutual_information,
     "outliers-corruptions": partial(estimators.outliers, "outliers_corruptions", "outliers"),

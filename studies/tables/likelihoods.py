@@ -50,6 +50,25 @@ def log_z() -> str:
     return markdown(head, lines)
 
 
+def log_z_images() -> str:
+    """The same of larger images, with what one pass, the ELBO and the flow give through the same level."""
+    head = ["model, level", "log2 Z / d", "from samples", "from data", "single columns", "apart, s.e.", "trend, s.e.",
+            "rungs x columns, sweeps", "CPU minutes", "one pass, not normalised", "ELBO", "flow"]  # fmt: skip
+    lines = []
+    for name, row in read("log_z_images").items():
+        z = row["log2_z_per_dim"]
+        found = z["convergence"]
+        lines.append([
+            f"{name}, {row['level']}", f"{z['value']:.4f} ± {row['se']:.4f}" if not row["doubt"] else "–",
+            *(f"{value:.4f} ± {se:.4f}" for value, se in found["starts"].values()),
+            " ".join(f"{value:.3f}" for value in row["columns"]), f"{found['disagreement']:.1f}",
+            f"{found['trend']:+.1f}", f"{len(row['rungs'])} x {2 * row['replicas']}, {row['sweeps']}",
+            f"{row['cpu_seconds'] / 60:.0f}",
+            *(f"{row['rows'][key][0]:.3f}" for key in ("one-pass-level", "elbo", "flow")),
+        ])  # fmt: skip
+    return markdown(head, lines)
+
+
 def digits_seeds() -> str:
     """The likelihoods of the digits preset, a row for each seed."""
     reports = {seed: read(name)["nll"] for seed, name in enumerate(("digits", "digits_seed1", "digits_seed2"))}
