@@ -70,7 +70,13 @@ class Sampler(ABC):
     memory: int = 0
 
     def step(self, step: Step) -> tuple[Tensor, tuple[Visited, ...]]:
-        """x_s, (B, *shape), which is E[x_0 | x_t] at level 0, and what the next step may use."""
+        """x_s, (B, *shape), which is E[x_0 | x_t] at level 0, and what the next step may use.
+
+        Raises:
+            UserError: No noise for a sampler that adds some.
+        """
+        if step.s and self.stochastic and step.noise is None:
+            raise UserError("this sampler adds noise at every step; give the step its noise")
         now = self.corrected(step, step.known or step.denoiser.denoise(step.x_t, step.t, step.y))
         return self.rule(step, now) if step.s else now.x0, ((step.t, now), *step.previous)[: max(1, self.memory)]
 

@@ -65,7 +65,7 @@ def digits_run(tmp_path_factory):
 
 
 def test_every_benchmark_says_how_it_is_run():
-    helpers = {"exact_targets", "flows", "joint_step", "ratio_pairs"}
+    helpers = {"exact_targets", "flows", "joint_step", "posterior_tasks", "ratio_pairs"}
     for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py"):
         if path.stem not in helpers:
             module = benchmark(path.stem)
