@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -165,7 +165,7 @@ def report(
     x: Tensor,
     y: Tensor | None = None,
     scoring: Scoring = Scoring(),
-    methods: Annotated[tuple[Method, ...], Len(1)] | None = None,
+    methods: Annotated[Sequence[Method], Len(1)] | None = None,
     sweeps: Sweeps = SWEEPS,
     name: str = "",
     split: str = "",
