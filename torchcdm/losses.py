@@ -68,13 +68,17 @@ class Loss(nn.Module, ABC):
 
         A share of the classes ``y``, long (B,), is dropped. Levels ``t``, whole numbers (B,), are stratified over the
         batch when None, and the noise ``eps`` is drawn, both by the ``generator``, on the device of ``x_0``. UserError
-        for labels and levels of another shape, or that do not exist.
+        for labels, levels or noise of another shape, or labels and levels that do not exist.
         """
         y = as_labels(y, self.model, len(x_0), training=True)
         if t is None:
             t = self.draw_levels(len(x_0), generator).to(x_0.device)
         if eps is None:
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        if not isinstance(eps, Tensor) or eps.shape != x_0.shape or eps.dtype != x_0.dtype:
+            raise UserError("loss: eps must be a tensor of the shape and type of x_0")
+        if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
+            raise UserError("loss: levels t must be a tensor with a whole number for each sample")
         if y is not None and self.model.classes is not None and self.label_dropout:
             dropped = torch.rand(len(y), generator=generator, device=y.device) < self.label_dropout
             y = y.masked_fill(dropped, self.model.classes)

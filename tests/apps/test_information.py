@@ -80,6 +80,16 @@ def test_mutual_information_of_correlated_normals_whatever_the_scale_of_a_column
     assert abs(nothing.value) < 3 * nothing.se + 0.02
 
 
+def test_rows_that_come_back_tell_nothing_more():
+    """Copies in several folds would be seen by the models that judge them."""
+    x, y = np.random.RandomState(0).normal(size=(2, 250, 2))
+    once, often = mutual_information(x, y, **CPU), mutual_information(np.tile(x, (4, 1)), np.tile(y, (4, 1)), **CPU)
+    assert once.value < 0.05 and often.value < 0.05
+    few = np.arange(22) % 19
+    with pytest.raises(UserError, match="only 19 pairs are no copies"):
+        mutual_information(x[few], y[few], **CPU)
+
+
 def test_the_parts_of_mutual_information_have_to_go_together():
     x = np.random.RandomState(0).normal(size=(40, 2))
     for parts, message in (

@@ -13,7 +13,7 @@ from torchcdm.diffusion.schedules import CosineSchedule, LogSNRSchedule, Uniform
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, probability_flow
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.models.denoiser import DenoisingDiffusion, GuidedDenoiser
 from torchcdm.units import DataTransform
 
 
@@ -150,6 +150,17 @@ def test_a_path_has_the_density_of_each_level_that_it_visits():
     torch.testing.assert_close(found.one_pass[0], mixture.log_prob(z, 20, schedule))
     # Of an exact model: one pass is the density where the path is.
     assert float((found.path - found.one_pass).abs().mean(1).max()) < 0.004
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_guidance_of_weight_zero_has_the_flow_of_the_conditional_model(joint):
+    """Its divergence needs a graph: without one the density would be that of the reference alone."""
+    mixture, schedule = labelled_mixture(), UniformSigmaSchedule(40)
+    backbone = MixtureClassifier(mixture, schedule, joint=joint)
+    model = ClassificationDiffusion(backbone, schedule, DataTransform((2,))).double()
+    x, y = normal(4, 2), torch.tensor([0, 1, 1, 0])
+    plain, guided = (solver(one, 5, 10).log_prob(x, y).log_prob for one in (model, GuidedDenoiser(model, 0.0)))
+    torch.testing.assert_close(guided, plain)
 
 
 def test_gaps_by_level_show_where_a_model_is_inconsistent():

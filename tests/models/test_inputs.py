@@ -108,6 +108,14 @@ def test_losses_of_anything(kind, y, t, eps):
     assert found is None or found["loss"].shape == (3,)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"eps": torch.zeros(2)}, {"eps": torch.zeros(1, 2)}, {"eps": 3}, {"t": torch.tensor(3)}, {"t": 3}]
+)
+def test_noise_and_levels_of_a_loss_are_of_each_sample_and_not_broadcast(wrong):
+    with pytest.raises(UserError, match=f"loss: .*{next(iter(wrong))} must be a tensor"):
+        CDMLoss(JOINT)(normal(3, 2).float(), **wrong)
+
+
 @many
 @given(st.fixed_dictionaries({}, optional={
     "n": anything, "steps": anything, "y": anything, "guidance": anything, "seed": anything, "batch_size": anything,

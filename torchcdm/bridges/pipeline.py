@@ -58,8 +58,7 @@ def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **o
 
 @final
 class CDMPipeline(DiffusionPipeline):
-    """Samples of a model of images, its :class:`DiffusersNetwork`, by what :func:`diffusers_scheduler` gives.
-    """
+    """Samples of a model of images, its :class:`DiffusersNetwork`, by what :func:`diffusers_scheduler` gives."""
 
     def __init__(self, unet: DiffusersNetwork, scheduler: Any) -> None:
         super().__init__()

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 @final
 class SbiDensity(ConditionalDensityEstimator):
-    """p(theta | x) of an ``estimator`` that was fitted on pairs of theta, drawn from the prior, and x.
-    """
+    """p(theta | x) of an ``estimator`` that was fitted on pairs of theta, drawn from the prior, and x."""
 
     def __init__(self, estimator: CDMConditional) -> None:
         shapes = ((len(columns.names),) for columns in (estimator.columns_, estimator.x_columns_))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import torch
 from annotated_types import Ge, Le
@@ -194,14 +194,18 @@ class GuidedDenoiser(Denoiser):
         return self.model.start(noise)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        eps = self._eps(x_t, t, y, "none")
+        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
+
+    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        return self._eps(x_t, t, y, "all")
+
+    def _eps(self, x_t: Tensor, t: Level, y: Tensor | None, graph: Literal["none", "all"]) -> Tensor:
         if y is None:
             raise UserError("guidance needs labels: give y")
-        density = self.model.density
-        if density is None:
-            eps = guided(self.model.denoise(x_t, t, y).eps, self.model.denoise(x_t, t).eps, self.weight)
-        else:
-            eps = density.evaluate(x_t, t, y, self.weight).eps
-        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
+        if self.model.density is not None:
+            return self.model.density.evaluate(x_t, t, y, self.weight, graph).eps
+        return guided(self.model.denoise(x_t, t, y).eps, self.model.denoise(x_t, t).eps, self.weight)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def mutual_information(
     """I(X; Y) = KL(p(x, y), p(x) p(y)) of paired rows, nats: the mean log ratio of pairs over strangers.
 
     Log ratios are the :func:`torchcdm.apps.ratio.blending.blend` of several estimates, see
-    :mod:`torchcdm.apps.ratio.dependence`; each row has that of models which did not see it.
+    :mod:`torchcdm.apps.ratio.dependence`; each row has that of models which did not see it. Copies count once.
 
     Args:
         x: (N,) or (N, d): array, tensor, data frame, the path of a table or a SPEC; at least 20 rows.
@@ -161,7 +161,11 @@ def mutual_information(
         table, _ = TableEncoding.fit(side, name)
         code = table.encode(side, name).x[order]
         codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells).numpy())
-    found = estimates(*codes, steps, random_state, until, chosen_device(device or "cpu"))
+    # A copy in another fold would have been seen. Repeated values of few are spread, and no copies.
+    kept = np.sort(np.unique(np.hstack(codes), axis=0, return_index=True)[1])
+    if len(kept) < MIN_ROWS:
+        raise UserError(f"x and y: only {len(kept)} pairs are no copies of others; at least {MIN_ROWS} are needed")
+    found = estimates(*(code[kept] for code in codes), steps, random_state, until, chosen_device(device or "cpu"))
     weights = np.array(blend(*found))
     return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
 
