@@ -12,6 +12,7 @@ from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from studies.exact import GaussianMixture
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import ModelTarget
+from torchcdm.compose import tempered, tilted
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
@@ -88,6 +89,18 @@ def test_the_bar_knows_how_many_rows_the_network_will_see(vectors, capsys):
     assert not model.backbone._forward_hooks
     shown = capsys.readouterr().err
     assert "likelihood: 100%" in shown and re.search(r"\d\d:\d\d<\d\d:\d\d", shown)
+
+
+def test_densities_without_a_network_of_their_own_have_a_report(vectors):
+    model, x = vectors
+    methods = ("single", "elbo", "flow")
+    plain, found = (report(one, x[:20], methods=methods) for one in (model, tempered(model, 1.0)))
+    for one, other in zip(plain.rows, found.rows, strict=True):
+        assert one.name == other.name and one.value == pytest.approx(other.value, abs=1e-6)
+    heavy = tilted(model, lambda x: 0 * x.sum(1))
+    assert [row.name for row in report(heavy, x[:20], methods=("elbo",)).rows] == ["elbo"]
+    with pytest.raises(UserError, match="flow: the noise of a tilted density has no derivative"):
+        report(heavy, x[:20], methods=("flow",))
 
 
 def test_a_constant_put_into_log_p_is_taken_out_again(vectors):

@@ -83,6 +83,9 @@ class Tilted(Denoiser):
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
+    def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
+        raise UserError("flow: the noise of a tilted density has no derivative; ask for the method elbo alone")
+
 
 def of_data(model: Denoiser, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """A function of samples in data units as one of samples in model units."""
