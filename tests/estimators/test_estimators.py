@@ -349,3 +349,9 @@ def test_the_package_stays_light_until_an_estimator_is_asked_for():
     code = "import sys, torchcdm; before = 'sklearn' in sys.modules; torchcdm.estimators.CDMDensity; print(before)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_outlier_scores_of_rows_without_any_density_are_finite(monkeypatch):
+    detector = CDMOutlierDetector(**TINY).fit(np.random.RandomState(0).normal(size=(80, 2)))
+    monkeypatch.setattr(detector, "_scores", lambda codes: np.full(len(codes), -np.inf))
+    assert np.isfinite(detector.score_samples(np.zeros((3, 2)))).all()

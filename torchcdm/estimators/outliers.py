@@ -68,7 +68,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
             float64 (N,).
         """
         found = self._encoded(X, deviating=True)
-        scores = self._scores(found.x)
+        scores = self._scores(found.x).clip(LOWEST)  # of far rows the density may underflow
         scores[np.array(found.deviating, bool)] = LOWEST
         return scores
 
