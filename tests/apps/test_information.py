@@ -86,7 +86,7 @@ def test_rows_that_come_back_tell_nothing_more():
     once, often = mutual_information(x, y, **CPU), mutual_information(np.tile(x, (4, 1)), np.tile(y, (4, 1)), **CPU)
     assert once.value < 0.05 and often.value < 0.05
     few = np.arange(22) % 19
-    with pytest.raises(UserError, match="only 19 pairs are no copies"):
+    with pytest.raises(UserError, match="too few samples without copies, 19"):
         mutual_information(x[few], y[few], **CPU)
 
 
@@ -94,7 +94,7 @@ def test_the_parts_of_mutual_information_have_to_go_together():
     x = np.random.RandomState(0).normal(size=(40, 2))
     for parts, message in (
         ((x, x[:30]), "x has 40 rows and y 30"),
-        ((x[:10], x[:10]), "x: too few samples, 10; at least 20"),
+        ((x[:10], x[:10]), "too few samples without copies, 10; at least 20"),
         ((np.ones((40, 1)), x), "x: every column is constant"),
         ((x, torch.zeros(40, 1, 8, 8)), "y: holds images"),
     ):

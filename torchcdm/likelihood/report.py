@@ -262,7 +262,6 @@ def _with_time_left(model: Denoiser, costs: Mapping[str, tuple[int, int]], progr
     """The stages, with a bar of what the network has seen; log Z has a bar of its own."""
     from tqdm.auto import tqdm
 
-    backbone = getattr(model, "backbone", None)
     form, total = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", sum(map(math.prod, costs.values()))
     with tqdm(total=total, desc="likelihood", bar_format=form, disable=not progress) as bar:
         for stage, (_, cost) in costs.items():
@@ -270,7 +269,7 @@ def _with_time_left(model: Denoiser, costs: Mapping[str, tuple[int, int]], progr
             def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, cost: int = cost) -> None:
                 bar.update(cost * len(inputs[0]))
 
-            with (model if backbone is None else backbone).register_forward_hook(count):
+            with (getattr(model, "backbone", None) or model).register_forward_hook(count):
                 yield stage
 
 

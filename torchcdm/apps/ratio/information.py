@@ -154,8 +154,6 @@ def mutual_information(
             raise UserError(f"{name}: every column is constant; it has no information on anything")
     if len(sides[1]) != rows:
         raise UserError(f"x has {rows} rows and y {len(sides[1])}; mutual information is of pairs, row by row")
-    if rows < MIN_ROWS:
-        raise UserError(f"x: too few samples, {rows}; at least {MIN_ROWS} are needed")
     order, noise, codes = permutation(rows, random_state), stream(random_state, "dequantise"), []
     for side, name in zip(sides, ("x", "y"), strict=True):
         table, _ = TableEncoding.fit(side, name)
@@ -164,7 +162,7 @@ def mutual_information(
     # A copy in another fold would have been seen. Repeated values of few are spread, and no copies.
     kept = np.sort(np.unique(np.hstack(codes), axis=0, return_index=True)[1])
     if len(kept) < MIN_ROWS:
-        raise UserError(f"x and y: only {len(kept)} pairs are no copies of others; at least {MIN_ROWS} are needed")
+        raise UserError(f"x and y: too few samples without copies, {len(kept)}; at least {MIN_ROWS} are needed")
     found = estimates(*(code[kept] for code in codes), steps, random_state, until, chosen_device(device or "cpu"))
     weights = np.array(blend(*found))
     return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
