@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import MixtureClassifier, labelled_mixture, normal
 
+from torchcdm.apps.anomaly import level_profile
 from torchcdm.compose import sample
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
@@ -98,6 +99,16 @@ def test_inputs_in_another_precision_than_the_network_are_refused(model):
         x = normal(3, 2).float()
     with pytest.raises(UserError, match="inference_mode"):
         model.denoise(x, 3)
+
+
+def test_what_needs_no_gradient_is_told_under_inference_mode():
+    x = normal(3, 2).float()
+    with torch.inference_mode():
+        inner = x * 1.0
+        found = [JOINT.log_prob(same) for same in (x, inner, x.numpy())] + [JOINT.log_prob_levels(inner)[:, 0]]
+        assert PLAIN.denoise(inner, 3).x0.shape == (3, 2) and level_profile(JOINT, inner).shape == (3, T + 2)
+    for values in (*found, JOINT.log_prob(inner)):
+        torch.testing.assert_close(values, JOINT.log_prob(x), check_dtype=False)
 
 
 @many

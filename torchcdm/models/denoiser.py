@@ -93,7 +93,7 @@ class Denoiser(nn.Module, ABC):
         """
         if not torch.compiler.is_compiling():
             dtypes = (p.dtype for p in self.parameters() if p.is_floating_point() and not data)
-            check_tensor(x_t, next(dtypes, None))
+            check_tensor(x_t, next(dtypes, None), data)
         if self.shape is not None and tuple(x_t.shape[1:]) != self.shape:
             raise UserError(f"inputs have shape {tuple(x_t.shape[1:])}; the model takes {self.shape}")
         self.schedule.check_levels(t, x_t)

@@ -81,10 +81,12 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
     return labels
 
 
-def check_tensor(x: Any, dtype: torch.dtype | None) -> None:
-    """Refuses what is no tensor (B, *shape) of a network in ``dtype``; None: of any real one."""
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested or x.ndim < 2 or x.is_inference():
-        raise UserError("inputs are no dense tensor (B, *shape), or made under torch.inference_mode(); give one")
+def check_tensor(x: Any, dtype: torch.dtype | None, data: bool) -> None:
+    """Refuses what is no tensor (B, *shape) of a network in ``dtype``; None: of any real one, as ``data`` are."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested or x.ndim < 2:
+        raise UserError("inputs are no dense tensor (B, *shape); give one")
+    if x.is_inference() and not (data or torch.is_inference_mode_enabled()):
+        raise UserError("inputs were made under torch.inference_mode(), which allows no gradient: use torch.no_grad()")
     if not x.is_floating_point() or (dtype not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type)):
         raise UserError(f"inputs are {x.dtype}; the network takes {dtype or 'real numbers'}: convert one of them")
 
