@@ -319,9 +319,9 @@ def compare(name: str, contenders: Sequence[str], budget: float, seed: int, fold
         transform = ColumnTransform.fit(train, columns.cells)
         prepare = lambda rows, transform=transform: transform(rows).numpy()  # noqa: E731
         log_det = lambda rows, transform=transform: transform.log_det(rows).numpy()  # noqa: E731
-        held_out_rows = noisy_copies(columns, codes(x[held_out]), seed + fold + 1)
+        held_out_rows = noisy_copies(columns, codes(x[held_out]), seed + fold, 1)
         rows = Rows(prepare(train), prepare(held_out_rows))
-        noise = noise_draws(columns, seed + fold + 2)
+        noise = noise_draws(columns, seed + fold)
         for peer in [key for key in contenders if key in PEERS]:
             clock = Budget(budget, "processor")
             fitted = PEERS[peer](rows, clock, seed + fold)

@@ -328,10 +328,10 @@ class DensityEstimator(TableEstimator):
         return torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0).numpy()
 
 
-def noisy_copies(table: TableEncoding, codes: Tensor, seed: int) -> Tensor:
+def noisy_copies(table: TableEncoding, codes: Tensor, seed: int, part: int = 0) -> Tensor:
     """What to train on: several dequantised copies of codes (N, kept), one after the other, where some have a cell."""
     copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if table.cells else 1
-    repeated, generator = codes.repeat(copies, 1), stream(seed, "dequantise")
+    repeated, generator = codes.repeat(copies, 1), stream(seed, "dequantise", part)
     return spread(repeated, torch.rand(repeated.shape, generator=generator, dtype=torch.float64), table.cells)
 
 

@@ -90,7 +90,7 @@ class CDMConditional(DensityEstimator):
             theta, x = self.columns_.encode(frames[0], "theta").x, self.x_columns_.encode(frames[1], "x").x
             train, held_out = self._split_rows(len(theta), seed)
             self.validation_indices_ = held_out
-            copies = [noisy_copies(self.columns_, theta[rows], seed + k) for k, rows in enumerate((train, held_out))]
+            copies = [noisy_copies(self.columns_, theta[rows], seed, k) for k, rows in enumerate((train, held_out))]
             values = {k: np.unique(column) for k, column in enumerate(x[train].T)}
             few = {k: found for k, found in values.items() if 1 < len(found) <= len(train) / REPEATED}
             repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in few.items()}

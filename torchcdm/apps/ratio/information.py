@@ -18,7 +18,7 @@ from torchcdm.apps.ratio.dependence import STEPS, estimates
 from torchcdm.data import DataOptions
 from torchcdm.data.pairs import MIN_ROWS, read_side
 from torchcdm.errors import UserError, nearest
-from torchcdm.random import permutation, stream
+from torchcdm.random import derive, permutation, stream
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import Count, Positive, Seed, checked, read_as
 from torchcdm.units import TableEncoding
@@ -228,7 +228,7 @@ def two_sample_test(
     values = [read_side(data, name, ratio._options)[0] for name, data in given.items()]
     places = [np.arange(len(part)) for part in values]
     if fitted:
-        orders = [permutation(len(part), seed + k).numpy() for k, part in enumerate(values)]
+        orders = [permutation(len(part), derive(seed, "halves", k)).numpy() for k, part in enumerate(values)]
         halves = [_rows(x, order[: len(x) // 2]) for x, order in zip(values, orders, strict=True)]
         ratio = ratio.__sklearn_clone__().fit(*halves)
         places = [np.sort(order[len(x) // 2 :]) for x, order in zip(values, orders, strict=True)]
