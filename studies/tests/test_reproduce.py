@@ -239,7 +239,7 @@ def test_the_mixture_that_a_network_corrects_is_fitted_to_all_samples(work):
     model, _ = work.model("mixture", config, source, partial(known_truth._on_all_samples, source, config))
     x = source.train.tensors()[0]
     (_, all_of_them, _), (_, some, _) = (fit_gaussians(x, 2, shrinkage=0.01, rows=rows) for rows in (len(x), 10_000))
-    assert torch.equal(model.base.means, all_of_them) and not torch.equal(all_of_them, some)
+    assert torch.equal(model.base.parts.mean[:, 0], all_of_them) and not torch.equal(all_of_them, some)
 
 
 def test_the_error_that_training_samples_allow_shrinks_as_their_root():

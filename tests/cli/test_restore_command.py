@@ -72,6 +72,7 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     (["x.npy", "--scale", "3"], "must divide the model's 8 x 8"),
     (["x.npy", "--scale", "2"], "x.npy"),
     (["x.npy", "--blur", "1", "--noise-std", "nan"], "--noise-std is nan"),
+    (["x.npy", "--blur", "1", "--noise-std", "inf"], "--noise-std is inf; it must be a finite number"),
     (["x.npy", "--blur", "1", "--noise-std", "1e-9"], "give at least as much"),
     (["x.npy", "--blur", "1", "--n", "9"], "at least as many particles"),
 ])  # fmt: skip

@@ -29,9 +29,9 @@ def brute(mixture: MixtureMarginals, x: Tensor, t: int) -> Tensor:
     """log density at a level from the definition, (B,)."""
     alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
     z, parts = CosineRotation(x.shape[1:])(x), []
-    for log_weight, part in zip(mixture.log_weights, mixture.parts, strict=True):
-        deviation = (alpha**2 * part.variances + sigma**2).sqrt()
-        mean = CosineRotation(x.shape[1:])(part.mean[None])
+    known = (mixture.log_weights, mixture.parts.mean, mixture.parts.variances)
+    for log_weight, mean, variances in zip(*known, strict=True):
+        deviation = (alpha**2 * variances + sigma**2).sqrt()
         parts.append(log_weight + torch.distributions.Normal(alpha * mean, deviation).log_prob(z).sum(1))
     return torch.stack(parts).logsumexp(0)
 

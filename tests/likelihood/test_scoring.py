@@ -161,3 +161,8 @@ def test_a_model_without_density_says_so():
 def test_log_z_refuses_what_cannot_be(lattice, options):
     with pytest.raises((ValueError, TypeError)):
         torchcdm.likelihood.log_normalizer(lattice[0], **options)
+
+
+def test_a_choice_that_is_given_twice_is_refused():
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'level'"):
+        Scoring(0, level=3)

@@ -212,6 +212,7 @@ def replaced(value, path, new):
         (("shift",), [0.0, 1.0], r"shift must be numbers for the shape \(6,\)"),
         (("shape",), [6.5], r"shape\[0\] is 6.5; it must be a valid integer"),
         (("bin",), 0, "bin is 0; it must be greater than 0"),
+        (("low",), 3.0, "low is 3 and high 2; low must not be above it"),
         (("dequantize",), "maybe", "true or false"),
         (("kind",), "afine", "data transform: 'afine'"),
         (("scales",), 1, "unexpected keyword argument 'scales'"),
@@ -219,7 +220,7 @@ def replaced(value, path, new):
     ],
 )
 def test_what_is_wrong_with_a_transform_is_told(path, new, says):
-    config = transforms()["table"].to_config()
+    config = transforms()["table"].to_config() | {"high": 2.0}
     with pytest.raises(UserError, match=says):
         transform_from_config(replaced(config, path, new))
 

@@ -62,5 +62,5 @@ def read_arrays(path: Path, wanted: Sequence[str] = ()) -> dict[str, np.ndarray]
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
             names = [name for name in members if name in wanted] or list(members)
             # Whole, as a checksum is compared at the end of a member.
-            parts = {name: io.BytesIO(archive.read(members[name])) for name in names}
-            return {name: np.lib.format.read_array(part, allow_pickle=False) for name, part in parts.items()}
+            parts = ((name, io.BytesIO(archive.read(members[name]))) for name in names)
+            return {name: np.lib.format.read_array(part, allow_pickle=False) for name, part in parts}

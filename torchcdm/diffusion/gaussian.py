@@ -33,17 +33,17 @@ class Rotation(Float64Module):
         self.shape = tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Coordinates (B, d) of ``x`` (B, *shape) in the basis."""
-        return x.flatten(1)
+        """Coordinates (..., d) of ``x`` (..., *shape) in the basis."""
+        return x.flatten(-len(self.shape))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """``x`` (B, *shape) from its coordinates (B, d)."""
-        return z.reshape(-1, *self.shape)
+        """``x`` (..., *shape) from its coordinates (..., d)."""
+        return z.reshape(*z.shape[:-1], *self.shape)
 
 
 @final
 class MatrixRotation(Rotation):
-    """Any basis, its vectors the columns of a matrix (d, d): the eigenvectors of a covariance."""
+    """Any basis, its vectors the columns of a matrix (..., d, d): the eigenvectors of a covariance."""
 
     matrix: Tensor
 
@@ -53,10 +53,10 @@ class MatrixRotation(Rotation):
         self.register_buffer("matrix", matrix.double().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.matrix
+        return super().forward(x) @ self.matrix
 
     def inverse(self, z: Tensor) -> Tensor:
-        return super().inverse(z @ self.matrix.T)
+        return super().inverse(z @ self.matrix.mT)
 
 
 @final
@@ -68,18 +68,18 @@ class CosineRotation(Rotation):
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__(shape)
-        for axis, size in enumerate(self.shape):
+        for axis, size in enumerate(self.shape, -len(self.shape)):
             self.register_buffer(f"axis_{axis}", cosine_matrix(size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        for axis in range(len(self.shape)):
-            x = torch.movedim(torch.movedim(x, axis + 1, -1) @ getattr(self, f"axis_{axis}").T, -1, axis + 1)
-        return x.flatten(1)
+        for axis in range(-len(self.shape), 0):
+            x = torch.movedim(torch.movedim(x, axis, -1) @ getattr(self, f"axis_{axis}").T, -1, axis)
+        return super().forward(x)
 
     def inverse(self, z: Tensor) -> Tensor:
         x = super().inverse(z)
-        for axis in range(len(self.shape)):
-            x = torch.movedim(torch.movedim(x, axis + 1, -1) @ getattr(self, f"axis_{axis}"), -1, axis + 1)
+        for axis in range(-len(self.shape), 0):
+            x = torch.movedim(torch.movedim(x, axis, -1) @ getattr(self, f"axis_{axis}"), -1, axis)
         return x
 
 
@@ -98,6 +98,9 @@ def cosine_matrix(size: int) -> Tensor:
 @final
 class GaussianMarginals(BaseDensity):
     r"""N(x; alpha_t mu, alpha_t² Sigma + sigma_t² I) for all levels, in the eigenbasis of Sigma.
+
+    Several of them are one of mean (K, 1, *shape), variances (K, 1, d) and a rotation of matrix (K, d, d); what the
+    methods give has the axis K in front then.
 
     Args:
         schedule: The noise schedule.
@@ -134,9 +137,9 @@ class GaussianMarginals(BaseDensity):
     def _set_constants(self) -> None:
         """What log p at each level owes to mean and variances alone, (T+2,): 784 000 logarithms for T = 1000."""
         variances = self._variances_at(slice(None))
-        log_volume = variances.log().sum(1) + variances.shape[1] * math.log(2 * math.pi)
-        m, rest = self.rotation(self.mean[None]), 1 - self.schedule.alpha
-        self.constants = log_volume + rest**2 * (m.square() / variances).sum(1)
+        log_volume = variances.log().sum(-1) + variances.shape[-1] * math.log(2 * math.pi)
+        m, rest = self.rotation(self.mean), 1 - self.schedule.alpha
+        self.constants = log_volume + rest**2 * (m.square() / variances).sum(-1)
 
     @classmethod
     def blank(
@@ -193,11 +196,16 @@ class GaussianMarginals(BaseDensity):
     def log_prob_levels(self, x: Tensor) -> Tensor:
         # x - alpha mu = (x - mu) + (1 - alpha) mu. The square is expanded about the centred x, matrix
         # products instead of a (B, T+2, d) array; about 0 the terms would cancel to the rounding error.
-        z = self.rotation(x.double() - self.mean)
-        m = self.rotation(self.mean[None])
-        precision = self._variances_at(slice(None)).reciprocal().T
+        z, m = self.rotation(x.double() - self.mean), self.rotation(self.mean)
+        given = z, m, self.variances, self.constants
+        # One of several after the other, whose (T+2, d) array stays in the cache.
+        return self._levels(*given) if z.ndim == 2 else torch.stack(list(map(self._levels, *given)))
+
+    def _levels(self, z: Tensor, m: Tensor, variances: Tensor, constants: Tensor) -> Tensor:
+        alpha, sigma = self.schedule.alpha, self.schedule.sigma
+        precision = (alpha[:, None] ** 2 * variances + sigma[:, None] ** 2).reciprocal().T
         squares, products = torch.stack([z.square(), z * m]) @ precision
-        return -0.5 * (squares + 2 * (1 - self.schedule.alpha) * products + self.constants)
+        return -0.5 * (squares + 2 * (1 - alpha) * products + constants)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         alpha_t, sigma_t = self.schedule.at(t, x_t.double())
@@ -207,21 +215,21 @@ class GaussianMarginals(BaseDensity):
     def log_prob(self, x_t: Tensor, t: Level) -> Tensor:
         """log density of ``x_t`` (B, *shape) at one level, or at one for each: float64 (B,), nats in model units."""
         alpha_t, _ = self.schedule.at(t, x_t.double())
-        return log_normal(self.rotation(x_t.double() - alpha_t * self.mean), self._variances_at(t)).sum(1)
+        return log_normal(self.rotation(x_t.double() - alpha_t * self.mean), self._variances_at(t)).sum(-1)
 
     def noise(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """E[eps | x_t], (B, *shape), and E[|eps|² | x_t], (B,); float64."""
         eps = self.eps(x_t.double(), t)
         # The trace of the covariance of eps given x_t, alpha² Sigma (alpha² Sigma + sigma²)^-1, beside its mean.
-        spread = (1 - self.schedule.sigma[t, None] ** 2 / self._variances_at(t)).sum(1)
-        return eps, eps.square().flatten(1).sum(1) + spread
+        spread = (1 - self.schedule.sigma[t, None] ** 2 / self._variances_at(t)).sum(-1)
+        return eps, eps.square().flatten(-len(self.rotation.shape)).sum(-1) + spread
 
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.schedule.log_prob_change(x_t, t, *self.noise(x_t, t))
 
     def moments(self, t: int) -> tuple[Tensor, Tensor]:
         """Mean (*shape) and eigenvalues (d,) of the marginal at level ``t``."""
-        return self.schedule.alpha[t] * self.mean, self._variances_at(t).reshape(-1)
+        return self.schedule.alpha[t] * self.mean, self._variances_at(t)
 
     def start_kl(self, mean: Tensor, deviation: Tensor) -> Tensor:
         """KL(N(mean, deviation² I) || this Gaussian at level T), nats (B,), from ``mean`` (B, *shape)."""

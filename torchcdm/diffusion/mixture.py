@@ -14,11 +14,19 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.gaussian import SHRINKAGES, CosineRotation, GaussianMarginals, shrunk, within_error
+from torchcdm.diffusion.gaussian import (
+    SHRINKAGES,
+    CosineRotation,
+    GaussianMarginals,
+    MatrixRotation,
+    Rotation,
+    shrunk,
+    within_error,
+)
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 
@@ -43,7 +51,7 @@ class MixtureMarginals(BaseDensity):
     Args:
         schedule: The noise schedule.
         weights: w_k, (K,), normalised here.
-        means: mu_k in model units, (K, *shape).
+        means: mu_k in model units, (K, d); of images in the cosine basis.
         spreads: Sigma_k, (K, d, d); of images its diagonal in the cosine basis, (K, d).
         common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
         class_weights: Weights of the same Gaussians in each class, (classes, K); None where the classes have none of
@@ -65,10 +73,14 @@ class MixtureMarginals(BaseDensity):
     ) -> None:
         super().__init__(schedule)
         self.common = common
-        self.parts = nn.ModuleList(
-            GaussianMarginals.of_spread(schedule, mean, spread.double())
-            for mean, spread in zip(means, spreads, strict=True)
-        )
+        shape, variances, basis = common.mean.shape, spreads.double(), Rotation(means.shape[1:])
+        if spreads.ndim == 3:
+            variances, vectors = torch.linalg.eigh(variances)
+            basis = MatrixRotation(basis.shape, vectors)
+        variances = variances.clamp_min(1e-9 * variances.amax(1, keepdim=True))
+        # Images are rotated once for all components.
+        self.rotation = (CosineRotation if len(shape) > 1 else Rotation)(shape).to(means.device)
+        self.parts = GaussianMarginals(schedule, means[:, None], variances[:, None], basis)
         self.register_buffer("log_weights", (weights / weights.sum()).double().log())
         log_weights = None
         if class_weights is not None:
@@ -84,7 +96,7 @@ class MixtureMarginals(BaseDensity):
         common = GaussianMarginals.blank(schedule, shape, "cosine" if len(shape) > 1 else None)
         weights = torch.ones(classes, components) if classes else None
         spreads = ones if len(shape) > 1 else torch.diag_embed(ones)
-        return cls(schedule, torch.ones(components), torch.zeros(components, *shape), spreads, common, weights)
+        return cls(schedule, torch.ones(components), torch.zeros_like(ones), spreads, common, weights)
 
     @classmethod
     def fit(
@@ -104,40 +116,35 @@ class MixtureMarginals(BaseDensity):
         else:
             weights, means, variances = fit_cosines(samples, components, floor)
             moved = torch.lerp(variances, variances.mean(1, keepdim=True), shrinkage).clamp_min(floor)
-            fitted, form = (weights, CosineRotation(samples.shape[1:]).inverse(means), moved), "cosine"
+            fitted, form = (weights, means, moved), "cosine"
         return cls(schedule, *fitted, GaussianMarginals.fit(samples, schedule, floor, form, shrinkage))
 
     @property
     def gaussian(self) -> GaussianMarginals:
         return self.common
 
-    @property
-    def means(self) -> Tensor:
-        """mu_k, (K, *shape)."""
-        return torch.stack([part.mean for part in self.parts])
-
     def log_prob_levels(self, x: Tensor) -> Tensor:
-        return (self._log_prob_levels(x) + self.log_weights[:, None]).logsumexp(1)
+        parts = self.parts.log_prob_levels(self.rotation(x.double()))
+        return (parts + self.log_weights[:, None, None]).logsumexp(0)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        found = torch.stack([part.eps(x_t.double(), t) for part in self.parts], 1)
-        return torch.einsum("bk,bk...->b...", self._shares(x_t, t), found).to(x_t.dtype)
+        z = self.rotation(x_t.double())
+        eps = torch.einsum("bk,kbd->bd", self._shares(z, t), self.parts.eps(z, t))
+        return self.rotation.inverse(eps).to(x_t.dtype)
 
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
-        shares, parts = self._shares(x_t, t), [part.noise(x_t, t) for part in self.parts]
-        eps, energy = (torch.stack(found, 1) for found in zip(*parts, strict=True))
-        eps = torch.einsum("bk,bk...->b...", shares, eps)
-        return self.schedule.log_prob_change(x_t, t, eps, (shares * energy).sum(1))
+        z = self.rotation(x_t.double())
+        shares, (eps, energy) = self._shares(z, t), self.parts.noise(z, t)
+        eps = torch.einsum("bk,kbd->bd", shares, eps)
+        return self.schedule.log_prob_change(z, t, eps, (shares * energy.T).sum(1))
 
     def start(self, eps: Tensor) -> Tensor:
         return self.common.start(eps)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(self.log_weights.cpu().exp(), shape[0], True, generator=generator)
-        drawn = self._noise(shape, generator)
-        for k in chosen.unique().tolist():
-            drawn[chosen == k] = self.parts[k].sample(drawn[chosen == k], 0)
-        return drawn
+        rows = zip(self._noise(shape, generator).split(1000), chosen.split(1000), strict=True)
+        return self.rotation.inverse(torch.cat([self.parts.sample(z, 0)[k, torch.arange(len(k))] for z, k in rows]))
 
     def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
         """The same, with weights for each class: the mean responsibilities of its samples.
@@ -147,7 +154,7 @@ class MixtureMarginals(BaseDensity):
         # Half a sample in all for each class, spread as the components are: no weight is 0.
         counts = 0.5 * self.log_weights.exp().repeat(int(labels.max()) + 1, 1)
         for part in torch.arange(len(samples)).split(1000):
-            counts.index_add_(0, labels[part], self._shares(samples[part], 0))
+            counts.index_add_(0, labels[part], self._shares(self.rotation(samples[part].double()), 0))
         found = copy.deepcopy(self)
         found.class_log_weights = (counts / counts.sum(1, keepdim=True)).log()
         return found
@@ -155,20 +162,16 @@ class MixtureMarginals(BaseDensity):
     def class_effects(self, x: Tensor) -> Tensor | None:
         if self.class_log_weights is None:
             return None
-        parts = self._log_prob_levels(x)
+        parts = self.parts.log_prob_levels(self.rotation(x.double()))
         # No weight is near 0, so one exponential, with the largest component taken out, serves all classes.
-        parts = (parts - parts.detach().amax(1, keepdim=True)).exp()
+        parts = (parts - parts.detach().amax(0)).exp()
         weights = torch.cat([self.class_log_weights, self.log_weights[None]]).exp()
-        *by_class, common = torch.einsum("bkt,yk->ybt", parts, weights).log()
+        *by_class, common = torch.einsum("kbt,yk->ybt", parts, weights).log()
         return torch.stack([values - common for values in by_class], 1)
 
-    def _log_prob_levels(self, x: Tensor) -> Tensor:
-        """log density of every component at every level, (B, K, T+2)."""
-        return torch.stack([part.log_prob_levels(x) for part in self.parts], 1)
-
-    def _shares(self, x_t: Tensor, t: Level) -> Tensor:
-        """p(k | x_t), (B, K)."""
-        return (torch.stack([part.log_prob(x_t, t) for part in self.parts], 1) + self.log_weights).softmax(1)
+    def _shares(self, z: Tensor, t: Level) -> Tensor:
+        """p(k | x_t), (B, K), of ``z`` (B, d), x_t in the basis of the components."""
+        return (self.parts.log_prob(z, t).T + self.log_weights).softmax(1)
 
 
 def best_mixture(

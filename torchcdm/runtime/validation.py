@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_h
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import (
+    AllowInfNan,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,7 +48,7 @@ def _real(value: Any) -> Any:
 
 
 Int = Annotated[int, Strict(), BeforeValidator(_whole)]
-Float = Annotated[float, Strict(), BeforeValidator(_real)]
+Float = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_real)]
 Count = Annotated[Int, Ge(1), Le(10**9)]
 """Something that there is one of at least."""
 CountOrZero = Annotated[Int, Ge(0), Le(10**9)]
@@ -96,12 +97,12 @@ def validated(kind: type[T]) -> type[T]:
 
     @functools.wraps(init)
     def initialise(self: Any, *args: Any, **fields: Any) -> None:
-        # By name, which a message then has; what is one too many is refused.
-        fields |= zip(checked.__dataclass_fields__, args, strict=False)
+        # By name, which a message then has; what is one too many, or given twice, is refused.
+        named = dict(zip(checked.__dataclass_fields__, args, strict=False))
         try:
-            init(self, *args[len(checked.__dataclass_fields__) :], **fields)
+            init(self, *args[len(named) :], **named, **fields)
         except ValidationError as error:
-            raise UserError(mistake(error, fields)[1]) from None
+            raise UserError(mistake(error, named | fields)[1]) from None
 
     checked.__init__ = initialise
     return checked

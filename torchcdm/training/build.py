@@ -251,7 +251,7 @@ def describe(model: Denoiser) -> ModelConfig:
         form, own = "full", len(base.classes) > 0
         form = next((key for key, kind in DIAGONAL.items() if type(base.rotation) is kind), form)
     elif isinstance(base, MixtureMarginals):
-        components, own = len(base.parts), base.class_log_weights is not None
+        components, own = len(base.log_weights), base.class_log_weights is not None
     return ModelConfig(
         kind="ddm" if model.density is None else "cdm",
         labels="joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none",

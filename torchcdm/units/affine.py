@@ -77,6 +77,8 @@ class DataTransform(Float64Module):
             self.register_buffer(name, found, persistent=False)
         if not bool((self.scale > 0).all()):
             raise UserError("data transform: every scale must be positive; is a column constant?")
+        if low is not None and high is not None and low > high:
+            raise UserError(f"data transform: low is {low:g} and high {high:g}; low must not be above it")
         self.bin, self.low, self.high = bin, low, high
         self.dequantize = dequantize and bin is not None
 
