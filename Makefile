@@ -48,7 +48,7 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' 'torch>=2.6,<2.7' 'torchvision<0.22' 'numpy<2' 'pyarrow<20' 'timm>=1.0,<1.0.4'
 	touch $@
 
-# Adapters and peers with their packages; both type checkers; the core suite with the oldest torch.
+# Adapters and peers with their packages; the type checkers beside them; the core suite with the oldest torch.
 test-extras: $(EXTRAS)/.installed $(OLDEST)/.installed
 	$(EXTRAS)/bin/python -m pytest -m slow tests/test_docs.py -k type_checkers
 	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS)
