@@ -60,10 +60,7 @@ def folds(rows: int) -> Tensor:
 class Networks(nn.Module):
     """Perceptrons of all members of a committee, side by side; their last layer starts at zero unless it has a scale.
 
-    Args:
-        sizes: Of input, hidden layers and output.
-        draw: What the first weights are drawn by; None leaves zeros.
-        scale: Of those of the last layer.
+    They have the ``sizes`` of input, hidden layers and output; first weights are drawn by ``draw``, zeros when None.
     """
 
     def __init__(self, sizes: Sequence[int], draw: torch.Generator | None = None, scale: float = 0.0) -> None:
@@ -92,20 +89,13 @@ def train(
     decay: float,
     until: float,
 ) -> None:
-    """Trains all members at once, each on all folds of the rows but its own.
+    """Trains all members at once, each on all folds of the ``rows``, so many, but its own.
 
     Each stays as it was at the step at which the *others* told their own folds best, so that its own fold has chosen
-    nothing and an average over it is that of rows that were not seen.
-
-    Args:
-        networks: What the losses depend on; their parameters begin with the members.
-        losses: Losses of each member on its rows (members, B), (members,).
-        rows: Number of rows.
-        draw: Generator of the batches.
-        steps: Most steps of AdamW.
-        rate: Its largest rate.
-        decay: Its weight decay, of all but biases.
-        until: Second of ``time.monotonic`` at which it ends.
+    nothing and an average over it is that of rows that were not seen. The ``losses`` of each member on its rows
+    (members, B), (members,), depend on ``networks``, whose parameters begin with the members. At most ``steps`` of
+    AdamW with the largest ``rate`` and the weight ``decay`` of all but biases, and none after the second ``until`` of
+    ``time.monotonic``; ``draw`` is the generator of the batches.
     """
     fold = folds(rows)
     seen = [(fold != member).nonzero()[:, 0] for member in range(MEMBERS)]

@@ -183,15 +183,10 @@ def through(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor]:
 def best_steps(
     train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform, until: float = math.inf
 ) -> Steps:
-    """The steps under which held-out rows are most probable; none where no step is worth its noise.
+    """The steps under which held-out rows (M, d) are most probable; none where no step is worth its noise.
 
-    Args:
-        train: Rows (N, d), float64, of both sources in turn.
-        y: Sources 0 or 1, (N,).
-        held_out: Further rows (M, d), ...
-        held_out_y: ... and their sources.
-        warp: What took the columns from the data's units to those of the rows.
-        until: Second of ``time.monotonic`` at which no further step is tried.
+    Training rows (N, d) are float64, of both sources in turn, and sources 0 or 1. The ``warp`` took the columns from
+    the data's units to those of the rows. No further step is tried after the second ``until`` of ``time.monotonic``.
     """
     rows = evenly_spaced(len(train), ROWS)
     train, y = train[rows], y[rows]

@@ -163,16 +163,9 @@ def estimates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log ratios by Gaussians, by Gaussians of bent variates, by networks and by trees: at pairs, and at strangers.
 
-    Args:
-        x: One side, (N, a), no column constant; ...
-        y: ... and the other, (N, b), row by row.
-        steps: Most training steps.
-        seed: Seed of everything random.
-        until: Second of ``time.monotonic`` at which training ends.
-        device: Of the networks.
-
-    Returns:
-        (N, 4) and (2 N, 4): the rows in the order of the folds.
+    Of two sides, (N, a) and (N, b), row by row, no column constant. Gives (N, 4) and (2 N, 4), in the order of the
+    folds. Training has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the
+    ``device`` is that of the networks.
     """
     x, y = (ndtri(rankdata(side, axis=0) / (len(side) + 1)) for side in (x, y))
     (few_x, many_x), (few_y, many_y) = with_length(x), with_length(y)
