@@ -66,8 +66,7 @@ def add_commands(commands: Any) -> None:
 
     parser = command("sampling:sample", "draw samples", "cdm sample runs/digits --n 64 --out samples\n"
                      "  cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both\n"
-                     "  accelerate launch --num_processes 4 -m torchcdm sample runs/digits --n 50000 "
-                     "--format array --out many",
+                     "  accelerate launch -m torchcdm sample runs/digits --n 50000 --format array --out many",
                      "model seed quiet device")  # fmt: skip
     add(parser, "--n", "number of samples", count, default=64)
     add(parser, "--sampler", "ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one evaluation a "

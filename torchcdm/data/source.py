@@ -61,9 +61,9 @@ class Split(Dataset, ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         index = range(len(self))[index]  # IndexError ends iteration over the split
-        return self.values(torch.tensor([index]))[0], int(self.labels[index])
+        return self.values(torch.tensor([index]))[0], self.labels[index].tolist()
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples."""

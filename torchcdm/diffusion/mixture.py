@@ -18,15 +18,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.gaussian import (
-    SHRINKAGES,
-    CosineRotation,
-    GaussianMarginals,
-    MatrixRotation,
-    Rotation,
-    shrunk,
-    within_error,
-)
+from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, GaussianMarginals, MatrixRotation, shrunk, within_error
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 
@@ -54,38 +46,29 @@ class MixtureMarginals(BaseDensity):
         means: mu_k in model units, (K, d); of images in the cosine basis.
         spreads: Sigma_k, (K, d, d); of images its diagonal in the cosine basis, (K, d).
         common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
-        class_weights: Weights of the same Gaussians in each class, (classes, K); None where the classes have none of
-            their own. What tells classes apart in the weights of modes far from each other, no gradient and no smooth
-            function sees.
+
+    The Gaussians may have other weights in each class. What tells classes apart in the weights of modes far from each
+    other, no gradient and no smooth function sees.
     """
 
     log_weights: Tensor
     class_log_weights: Tensor | None
 
     def __init__(
-        self,
-        schedule: NoiseSchedule,
-        weights: Tensor,
-        means: Tensor,
-        spreads: Tensor,
-        common: GaussianMarginals,
-        class_weights: Tensor | None = None,
+        self, schedule: NoiseSchedule, weights: Tensor, means: Tensor, spreads: Tensor, common: GaussianMarginals
     ) -> None:
         super().__init__(schedule)
         self.common = common
-        shape, variances, basis = common.mean.shape, spreads.double(), Rotation(means.shape[1:])
+        shape, variances, basis = common.mean.shape, spreads.double(), DIAGONAL["diagonal"](means.shape[1:])
         if spreads.ndim == 3:
             variances, vectors = torch.linalg.eigh(variances)
             basis = MatrixRotation(basis.shape, vectors)
         variances = variances.clamp_min(1e-9 * variances.amax(1, keepdim=True))
         # Images are rotated once for all components.
-        self.rotation = (CosineRotation if len(shape) > 1 else Rotation)(shape).to(means.device)
+        self.rotation = DIAGONAL["cosine" if len(shape) > 1 else "diagonal"](shape).to(means.device)
         self.parts = GaussianMarginals(schedule, means[:, None], variances[:, None], basis)
         self.register_buffer("log_weights", (weights / weights.sum()).double().log())
-        log_weights = None
-        if class_weights is not None:
-            log_weights = (class_weights / class_weights.sum(1, keepdim=True)).double().log()
-        self.register_buffer("class_log_weights", log_weights)
+        self.register_buffer("class_log_weights", None)
 
     @classmethod
     def blank(
@@ -94,9 +77,10 @@ class MixtureMarginals(BaseDensity):
         """Standard normals, to load a saved state into."""
         ones = torch.ones(components, math.prod(shape))
         common = GaussianMarginals.blank(schedule, shape, "cosine" if len(shape) > 1 else None)
-        weights = torch.ones(classes, components) if classes else None
         spreads = ones if len(shape) > 1 else torch.diag_embed(ones)
-        return cls(schedule, torch.ones(components), torch.zeros_like(ones), spreads, common, weights)
+        found = cls(schedule, torch.ones(components), torch.zeros_like(ones), spreads, common)
+        found.class_log_weights = torch.zeros(classes, components).double() if classes else None
+        return found
 
     @classmethod
     def fit(
@@ -294,7 +278,7 @@ def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[T
 
     By expectation maximisation from groups of equal size by contrast.
     """
-    z = CosineRotation(samples.shape[1:])(_some(samples, components, FIT_ROWS)).numpy()
+    z = DIAGONAL["cosine"](samples.shape[1:])(_some(samples, components, FIT_ROWS)).numpy()
     floor = max(floor, VARIANCE_FLOOR)
     contrast = ((z - z.mean(0)) ** 2 / (z.var(0) + floor)).mean(1)
     groups = np.argsort(np.argsort(contrast)) * components // len(z)

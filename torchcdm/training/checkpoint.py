@@ -216,12 +216,16 @@ def _read(
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    _check(module.state_dict(), tensors, path)
+    own = module.state_dict()
+    _check(own, tensors, path)
+    for key, value in tensors.items():  # moments may be infinite, after one gradient that is too large to be squared
+        if not value.to(own[key].dtype).isfinite().all():
+            damaged(path, f"{key} is not finite")
     module.load_state_dict(tensors)
 
 
 def _check(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors of a file that are not finite, or have not the names, shapes and kind of one's own."""
+    """Refuses tensors of a file that have not the names, shapes and kind of one's own."""
     for key in [*own, *held]:
         shapes = [tuple(state[key].shape) if key in state else "missing" for state in (held, own)]
         if shapes[0] != shapes[1]:
@@ -230,8 +234,6 @@ def _check(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) ->
     for key, value in held.items():
         if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
             damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}")
-        if not value.to(own[key].dtype).isfinite().all():
-            damaged(path, f"{key} is not finite")
 
 
 KEPT, PARTS = 2, ("model.safetensors", "ema.safetensors", "optimizer.safetensors")

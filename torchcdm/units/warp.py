@@ -69,7 +69,7 @@ def bend(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
 
 
 def bend_log_slope(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
-    """log of the derivative of it."""
+    """log of the derivative of :func:`bend`."""
     bent = (tail * u.asinh() - skew).abs()
     log_cosh = bent + torch.log1p((-2 * bent).exp()) - math.log(2)  # without overflow
     return tail.log() + log_cosh - 0.5 * torch.log1p(u.square())
