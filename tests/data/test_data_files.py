@@ -180,9 +180,15 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
     ],
 )
 def test_images_for_models_without_grey_levels(tmp_path, transform, message):
-    save_images(bytes_like(1, 1, 6, 5), tmp_path, GREY)
+    (path,) = save_images(bytes_like(1, 1, 6, 5), tmp_path, GREY)
     with pytest.raises(UserError, match=message):
-        read_inputs(tmp_path, transform)
+        read_inputs(path, transform)
+
+
+def test_a_folder_of_images_has_no_tables(tmp_path):
+    save_images(bytes_like(1, 1, 6, 5), tmp_path, GREY)
+    with pytest.raises(UserError, match="nothing to read in .*: no tables"):
+        read_inputs(tmp_path, DataTransform((7,)))
 
 
 def test_values_beyond_the_range_are_refused(tmp_path):

@@ -72,7 +72,8 @@ def read_inputs(
     read = [_read(Path(path), part, transform, options) for path, part in files]
     found = [inputs for inputs in read if inputs is not None]
     if parts is None and not any(inputs.names for inputs in found):
-        raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}")
+        kind = "tables" if len(transform.shape) == 1 else "images"
+        raise UserError(f"nothing to read in {', '.join(map(str, paths)) or 'an empty list of paths'}: no {kind}")
     notes += left_out([path for (path, _), inputs in zip(files, read, strict=True) if inputs is None])
     notes += dict.fromkeys(note for inputs in found for note in inputs.notes)
     x = torch.cat([torch.empty(0, *transform.shape), *(inputs.x for inputs in found)])
