@@ -24,6 +24,7 @@ from torchcdm.data import load_data
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, report, single_pass
+from torchcdm.runtime import processes
 from torchcdm.runtime.processes import Processes, _shared_by, map_rows, rows_at_a_time, sharing
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.loop import train
@@ -159,6 +160,11 @@ WORK = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_memory_of_other_tests(monkeypatch):
+    monkeypatch.setattr(processes, "_HELD", {})
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", WORK)
 def test_where_memory_runs_out_batches_are_halved(name):
@@ -171,8 +177,10 @@ def test_where_memory_runs_out_batches_are_halved(name):
 
 
 def test_a_halved_batch_is_noticed_once():
+    model = limited(7)
     with pytest.warns(UserWarning) as notices:
-        level_profile(limited(7), X)
+        level_profile(model, X)
+        level_profile(model, X)
     assert [str(notice.message) for notice in notices] == ["out of memory: went on with 6 samples at a time"]
 
 

@@ -20,6 +20,9 @@ CPU_VALUES, CPU_ROWS, GPU_VALUES, GPU_ROWS = 2**15, (16, 4096), 2**18, 64
 """Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long;
 values and least samples on a GPU, if its memory holds as many."""
 
+_HELD: dict[tuple[int, torch.device], int] = {}
+"""Samples that memory held when it ran out, by their values and device: later batches are no larger."""
+
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 """Results with one entry per sample: a tensor, or several."""
 
@@ -155,10 +158,9 @@ def gathered(value: Any, n: int) -> list[Any]:
 
 def rows_at_a_time(dim: int, device: torch.device) -> int:
     """Samples of ``dim`` values in a batch for a network on ``device``."""
-    if device.type != "cpu":
-        return max(GPU_ROWS, GPU_VALUES // dim)
     least, most = CPU_ROWS
-    return min(max(least, CPU_VALUES // dim), most)
+    found = min(max(least, CPU_VALUES // dim), most) if device.type == "cpu" else max(GPU_ROWS, GPU_VALUES // dim)
+    return min(found, _HELD.get((dim, device), found))
 
 
 def map_rows(
@@ -180,13 +182,13 @@ def map_rows(
         raise UserError("there is nothing to score: the data are empty")
     if size is not None and size < 1:
         raise UserError(f"batch_size is {size}; it must be at least 1")
-    rows, at_most = share(n), rows_at_a_time(dim, device)
+    rows = share(n)
     if len(rows) == n:
-        return _in_batches(function, rows, size, at_most)
+        return _in_batches(function, rows, size, dim, device)
     mine = failure = None
     try:
         with alone():
-            mine = _in_batches(function, rows, size, at_most)
+            mine = _in_batches(function, rows, size, dim, device)
     except Exception as error:  # whatever it is, the others wait for this process
         failure = error
     # As text: not every exception can be sent.
@@ -200,9 +202,11 @@ def map_rows(
     return _each(torch.cat, [_each(lambda pair: pair[0].to(pair[1].device), (theirs, mine)) for theirs, _ in shares])
 
 
-def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None, at_first: int) -> Rows:
-    """``function`` of ``size`` rows at a time; None: of ``at_first``, and of fewer where memory runs out."""
-    asked = at_most = min(at_first if size is None else size, len(rows))
+def _in_batches(
+    function: Callable[[slice], Rows], rows: range, size: int | None, dim: int, device: torch.device
+) -> Rows:
+    """``function`` of ``size`` rows at a time; None: of :func:`rows_at_a_time`, and of fewer where memory runs out."""
+    asked = at_most = min(rows_at_a_time(dim, device) if size is None else size, len(rows))
     parts: list[Rows] = []
     while not parts:
         try:
@@ -219,6 +223,7 @@ def _in_batches(function: Callable[[slice], Rows], rows: range, size: int | None
             gc.collect()
             torch.cuda.empty_cache()
     if at_most < asked:
+        _HELD[dim, device] = at_most
         warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
     return _each(torch.cat, parts)
 
