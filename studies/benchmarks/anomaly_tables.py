@@ -12,7 +12,6 @@ Demsar (2006): detectors whose mean ranks differ by less than the bar (Nemenyi, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from studies.benchmarks.files import write_rows
 from torchcdm.estimators import CDMOutlierDetector
 
 ROWS = 5000
@@ -223,8 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows.append(asdict(row))
                 found = f"AUROC {row.auroc:.3f}  precision {row.precision:.3f}  {row.seconds:6.1f} s"
                 print(f"{table:10} {seed} {row.name:10} {found}", flush=True)
-            if options.json is not None:
-                options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            write_rows(rows, options.json)
     for value in ("auroc", "precision"):
         ranks, tables = mean_ranks(rows, value)
         said = ", ".join(f"{name} {rank:.2f}" for name, rank in sorted(ranks.items(), key=lambda item: item[1]))

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from studies.benchmarks.files import write_rows
 from studies.benchmarks.posterior_coverage import exact_mixture
 from studies.exact import GaussianMixture
 from studies.quality.measure import two_sample_accuracy
@@ -144,8 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "cpu_seconds": time.process_time() - before,
             })  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
-            if options.json is not None:
-                options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            write_rows(rows, options.json)
 
 
 def clean(target: Target, x: Tensor) -> Tensor:

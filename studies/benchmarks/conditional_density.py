@@ -17,7 +17,6 @@ observations: 0.5 is best and 1 worst.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,9 @@ import numpy as np
 import torch
 
 from studies.benchmarks.flows import score_rows, train_flow
+from studies.benchmarks.posterior_tasks import MOON_OFFSET, moon_arc, moon_place
 from torchcdm.estimators import CDMConditional
+from torchcdm.runtime.files import write_json
 
 PAIRS_TESTED, FLOW_PAIRS = 1000, 200
 """New pairs for KL; the probability flow takes some hundred passes a pair."""
@@ -139,41 +140,32 @@ class TwoMoons:
     Pairs whose arcs reach over the edge of the prior are left out, of the test and of the training alike.
     """
 
-    radius, width, offset = 0.1, 0.01, 0.25
+    radius, width = 0.1, 0.01
 
     def pairs(self, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         draw = np.random.RandomState(seed)
         theta = draw.uniform(-1, 1, (4 * count, 2))
-        x = self._move(theta) + self._arc(len(theta), draw)
+        x = moon_arc(len(theta), draw, self.radius, self.width) + moon_place(theta)
         # What an arc around x can reach: the offset, the radius and six widths, along both diagonals.
-        reach = self.offset + self.radius + 6 * self.width
+        reach = MOON_OFFSET + self.radius + 6 * self.width
         inside = np.abs(x[:, 0]) + np.abs(x[:, 1]) + reach < math.sqrt(2)
         return theta[inside][:count], x[inside][:count]
 
     def log_posterior(self, theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        arc = x - self._move(theta) - [self.offset, 0]
+        arc = x - moon_place(theta) - [MOON_OFFSET, 0]
         radius = np.hypot(*arc.T)
         log_p = -0.5 * ((radius - self.radius) / self.width) ** 2 - math.log(self.width * math.sqrt(2 * math.pi))
         return np.where(arc[:, 0] > 0, log_p - np.log(math.pi * radius) - math.log(2), -np.inf)
 
     def draws(self, count: int, x: np.ndarray, seed: int) -> np.ndarray:
         draw = np.random.RandomState(seed)
-        moved = x - self._arc(count, draw)
+        moved = x - moon_arc(count, draw, self.radius, self.width)
         total = -math.sqrt(2) * moved[:, 0] * draw.choice([-1, 1], count)
         difference = math.sqrt(2) * moved[:, 1]
         return np.c_[total - difference, total + difference] / 2
 
     def box(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.full(2, -1.3), np.full(2, 1.3)
-
-    def _arc(self, count: int, draw: np.random.RandomState) -> np.ndarray:
-        angle = draw.uniform(-math.pi / 2, math.pi / 2, count)
-        radius = draw.normal(self.radius, self.width, count)
-        return np.c_[radius * np.cos(angle) + self.offset, radius * np.sin(angle)]
-
-    @staticmethod
-    def _move(theta: np.ndarray) -> np.ndarray:
-        return np.c_[-np.abs(theta.sum(1)), theta[:, 1] - theta[:, 0]] / math.sqrt(2)
 
 
 SIMULATORS: dict[str, Callable[[], Simulator]] = {
@@ -205,7 +197,7 @@ class Posterior:
     log_prob: Callable[[np.ndarray, np.ndarray], np.ndarray]
     """(theta (N, p), x (N, q)) to (N,)."""
     sample: Callable[[int, np.ndarray], np.ndarray]
-    """(count, x (q,)) to (count, p)."""
+    """(count, x (N, q)) to (N, count, p)."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +225,8 @@ def linear(pairs: Pairs) -> Posterior:
         return np.c_[x, np.ones(len(x))] @ weights
 
     def sample(count: int, x: np.ndarray) -> np.ndarray:
-        return np.random.RandomState(0).multivariate_normal(centre(x[None])[0], covariance, count)
+        residual = np.random.RandomState(0).multivariate_normal(np.zeros(len(covariance)), covariance, (len(x), count))
+        return centre(x)[:, None] + residual
 
     return Posterior(lambda theta, x: gaussian_log_prob(theta - centre(x), covariance), sample)
 
@@ -258,7 +251,8 @@ def zuko_nsf(pairs: Pairs, budget: float, seed: int) -> Posterior:
     def sample(count: int, x: np.ndarray) -> np.ndarray:
         torch.manual_seed(0)
         with torch.no_grad():
-            return flow(standard(x, 1)).sample((count,)).double().numpy() * scales[0][1] + scales[0][0]
+            found = flow(standard(x, 1)).sample((count,)).transpose(0, 1)
+        return found.double().numpy() * scales[0][1] + scales[0][0]
 
     return Posterior(log_prob, sample)
 
@@ -317,7 +311,7 @@ def compare(name: str, contenders: Sequence[str], pairs: int, budget: float, see
         accuracy, mass = None, None
         if drawn:
             parts = zip(exact, x_new[:OBSERVATIONS], strict=True)
-            accuracy = float(np.mean([c2st(posterior.sample(DRAWS, row), part) for part, row in parts]))
+            accuracy = float(np.mean([c2st(posterior.sample(DRAWS, row[None])[0], part) for part, row in parts]))
         if who == "cdm" and simulator.box(x_new[0]) is not None:
             mass = float(np.mean([log_integral(posterior, simulator, row) for row in x_new[:OBSERVATIONS]]))
         error = float(excess.std() / math.sqrt(count))
@@ -329,7 +323,7 @@ def compare(name: str, contenders: Sequence[str], pairs: int, budget: float, see
     model = CDMConditional(random_state=seed, device="cpu", **options).fit(theta, x)
     seconds = time.process_time() - began
     if "cdm" in contenders:
-        posterior = Posterior(model.log_prob, lambda count, row: model.sample(count, row, random_state=0))
+        posterior = Posterior(model.log_prob, lambda count, x: model.sample(count, x, random_state=0))
         measure("cdm", posterior, seconds)
         model.set_params(likelihood="flow")
         measure("cdm-flow", posterior, seconds, FLOW_PAIRS, drawn=False)
@@ -378,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                   f"{row.seconds:.1f} s", flush=True)  # fmt: skip
         if options.json is not None:
             settings = {key: getattr(options, key) for key in ("pairs", "budget", "seed", "threads")}
-            options.json.write_text(json.dumps(settings | {"rows": [asdict(row) for row in rows]}, indent=1))
+            write_json(options.json, settings | {"rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.benchmarks.ratio_pairs import Gaussians, InvertibleMap, log_prob, mixture, rmse, sample, write_rows
+from studies.benchmarks.files import write_rows
+from studies.benchmarks.ratio_pairs import Gaussians, InvertibleMap, log_prob, mixture, rmse, sample
 from torchcdm import DensityRatio
 from torchcdm.apps.ratio import effective_sample_size, importance_weights
 

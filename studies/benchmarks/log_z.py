@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from studies.benchmarks.files import write_named
 from torchcdm.likelihood import Scoring, log_normalizer
 from torchcdm.likelihood.log_z import REPLICAS, SWEEPS
 from torchcdm.likelihood.one_pass import restricted_pass
@@ -60,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run, options.sweeps, options.replicas, options.seed, options.level, options.restricted
     )
     print(json.dumps(found, indent=1))
-    if options.json is not None:
-        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(kept | {options.name: found}, indent=1) + "\n")
+    write_named(options.name, found, options.json)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studies.benchmarks.files import write_named
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, langevin, resampled
 from torchcdm.annealing.replicas import Ladder, Replicas
@@ -351,9 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chains.go_on(options.minutes)
     found = measured(chains, model, source, options.level, options.images)
     print(json.dumps(found, indent=1))
-    if options.json is not None:
-        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(kept | {options.name: found}, indent=1) + "\n")
+    write_named(options.name, found, options.json)
 
 
 if __name__ == "__main__":

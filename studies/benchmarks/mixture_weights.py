@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 import torchcdm
-from studies.benchmarks.ratio_pairs import SCHEDULE, mixture, write_rows
+from studies.benchmarks.files import write_rows
+from studies.benchmarks.ratio_pairs import SCHEDULE, mixture
 from studies.exact import GaussianMixture
 from torchcdm import DensityRatio
 from torchcdm.data import from_object

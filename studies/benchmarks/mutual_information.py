@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from studies.benchmarks.files import write_rows
 from studies.benchmarks.ratio_pairs import (
     Gaussians,
     InvertibleMap,
@@ -31,7 +32,6 @@ from studies.benchmarks.ratio_pairs import (
     exact_log_ratio,
     orthogonal,
     rmse,
-    write_rows,
 )
 from torchcdm import DensityRatio
 

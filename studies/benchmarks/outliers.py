@@ -25,7 +25,6 @@ flags 95 % of the outliers.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 import torchcdm
+from studies.benchmarks.files import write_rows
 from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
@@ -323,8 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.flow_seconds:
             scorers.append(flow_scorer(setting, options.flow_seconds))
         rows += measure(setting, scorers)
-        if options.json:
-            options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write_rows(rows, options.json)
     print(table(rows, "auroc"), table(rows, "fpr95"), sep="\n\n")
 
 

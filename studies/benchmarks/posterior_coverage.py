@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import torchcdm
+from studies.benchmarks.files import write_named
 from studies.exact import GaussianMixture
 from torchcdm import compose
 from torchcdm.diffusion.gaussian import GaussianMarginals
@@ -149,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     azula = options.model != "mixture" and find_spec("azula") is not None and not options.no_azula
     found = measure(options.model, options.truths, options.particles, options.noise_std, azula)
     print(json.dumps(found))
-    if options.json is not None:
-        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(kept | {options.model: found}, indent=1) + "\n")
+    write_named(options.model, found, options.json)
 
 
 if __name__ == "__main__":

@@ -135,12 +135,24 @@ def _with_distractors(x: np.ndarray, draw: Draw) -> np.ndarray:
 # --- two moons ----------------------------------------------------------------------------------------------------
 
 
+MOON_OFFSET = 0.25
+"""Of the middle of the arc, along the first axis."""
+
+
+def moon_arc(count: int, draw: Draw, middle: float, width: float) -> np.ndarray:
+    """Points of a thin half circle whose radius varies by ``width`` around ``middle``."""
+    angle = draw.uniform(-math.pi / 2, math.pi / 2, count)
+    radius = draw.normal(middle, width, count)
+    return np.c_[radius * np.cos(angle) + MOON_OFFSET, radius * np.sin(angle)]
+
+
+def moon_place(theta: np.ndarray) -> np.ndarray:
+    """Where theta moves the arc: two theta give the same place."""
+    return np.c_[-np.abs(theta.sum(1)), theta[:, 1] - theta[:, 0]] / math.sqrt(2)
+
+
 def _moon(theta: np.ndarray, draw: Draw, middle: float = 0.1, width: float = 0.01) -> np.ndarray:
-    """A point of a thin arc, moved by theta so that two theta give the same."""
-    angle = draw.uniform(-math.pi / 2, math.pi / 2, len(theta))
-    radius = draw.normal(middle, width, len(theta))
-    moved = np.c_[-np.abs(theta.sum(1)), theta[:, 1] - theta[:, 0]] / math.sqrt(2)
-    return np.c_[radius * np.cos(angle) + 0.25, radius * np.sin(angle)] + moved
+    return moon_arc(len(theta), draw, middle, width) + moon_place(theta)
 
 
 # --- spikes of a neuron -------------------------------------------------------------------------------------------

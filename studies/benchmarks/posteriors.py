@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from studies.benchmarks.conditional_density import c2st
+from studies.benchmarks.conditional_density import Posterior, c2st
+from studies.benchmarks.files import write_rows
 from studies.benchmarks.posterior_tasks import TASKS, Task
 from torchcdm.estimators import CDMConditional
 
@@ -43,14 +44,6 @@ PASSES = 100
 """Of the classifier of C2ST, at most."""
 
 LEVELS = (0.5, 0.9)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """What a contender offers: log p of theta (N, p) given x (N, q); draws (M, n, p) given x (M, q)."""
-
-    log_prob: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    sample: Callable[[int, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -247,8 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if row is None:
                 row = asdict(measure(task, who, pairs, seed, options.observations, budget))
                 rows.append(row)
-                if options.json is not None:
-                    options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                write_rows(rows, options.json)
             print(line(row), flush=True)
             budget = row["seconds"] if who == "cdm" else budget
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from studies.benchmarks.exact_targets import RoundMixture
+from studies.benchmarks.files import write_rows
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.compose.rare import climb
 from torchcdm.diffusion.schedules import LogSNRSchedule
@@ -86,8 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for p in options.probabilities:
             rows.append(measure(d, p, options.repeats, options.particles, options.moves))
             print(json.dumps(rows[-1]), flush=True)
-            if options.json is not None:
-                options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            write_rows(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,15 @@ over fresh points of the numerator, and the RMSE of single points of the numerat
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from studies.benchmarks.files import write_rows
 from studies.exact import GaussianMixture
 from torchcdm import DensityRatio
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
@@ -117,12 +116,6 @@ class Gaussians:
         """(N, d) to (N,), nats."""
         p, q = (side.logpdf(x) for side in self.sides)
         return p - q
-
-
-def write_rows(rows: Sequence[Any], path: Path | None) -> None:
-    """Dataclasses to ``{"rows": [...]}``; nothing without a path."""
-    if path is not None:
-        path.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
 
 
 BENDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from studies.benchmarks.files import write_rows
 from studies.benchmarks.ratio_pairs import (
     Gaussians,
     InvertibleMap,
@@ -32,7 +33,6 @@ from studies.benchmarks.ratio_pairs import (
     orthogonal,
     rmse,
     sample,
-    write_rows,
 )
 from studies.exact import GaussianMixture
 from torchcdm import DensityRatio

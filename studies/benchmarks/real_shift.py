@@ -15,16 +15,16 @@ hangs together most with the label, ``far`` with the distance from the middle.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from studies.benchmarks.files import write_rows
 from torchcdm import DensityRatio
+from torchcdm.apps.ratio import effective_sample_size
 
 TABLES = {
     "ggplot2/diamonds": "price",
@@ -203,8 +203,7 @@ def compare(table: str, shift: str, seed: int = 0) -> list[Row]:
         line = LinearRegression().fit(x[source], y[source], weights)
         error = float(np.square(line.predict(x[test]) - y[test]).mean())
         off = float((np.average(y[source], weights=weights) - y[test].mean()) / y[test].std())
-        effective = float(weights.sum() ** 2 / np.square(weights).sum() / len(weights))
-        return Row(table, shift, name, error, off, effective, seconds)
+        return Row(table, shift, name, error, off, effective_sample_size(weights) / len(weights), seconds)
 
     rows = [row("exact", 1 / chance[source]), row("none", np.ones(len(source)))]
     for name, estimate in CONTENDERS.items():
@@ -223,14 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     options = parser.parse_args(arguments)
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for table in options.tables:
         for shift in options.shifts:
             found = compare(table, shift, options.seed)
             print("\n".join(line(r, found[0].error) for r in found), flush=True)
-            rows += [asdict(r) for r in found]
-            if options.json is not None:
-                options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            rows += found
+            write_rows(rows, options.json)
 
 
 def line(r: Row, exact: float) -> str:

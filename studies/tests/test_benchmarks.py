@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from small_runs import small_config
 
 from studies import benchmarks
+from studies.benchmarks import conditional_density, quality_curves, ratio_pairs, restorations, table_density
 from studies.benchmarks.log_z_images import Chains, measured
 from studies.benchmarks.posterior_coverage import _Nothing
 from studies.budget import CLOCKS
@@ -25,29 +25,6 @@ from torchcdm.estimators import CDMConditional, CDMDensity
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
-
-
-def benchmark(name):
-    """The module of a benchmark."""
-    return importlib.import_module(f"studies.benchmarks.{name}")
-
-
-def not_json(constant):
-    raise ValueError(f"{constant} is no JSON")
-
-
-@pytest.fixture
-def report_of(monkeypatch, tmp_path):
-    """Runs a benchmark, with other values for some of its names, and gives its rows."""
-
-    def run(name, *words, **values):
-        module, report = benchmark(name), tmp_path / "report.json"
-        for key, value in values.items():
-            monkeypatch.setattr(module, key, value)
-        module.main([*words, "--json", str(report)])
-        return json.loads(report.read_text(), parse_constant=not_json)["rows"]
-
-    return run
 
 
 @pytest.fixture
@@ -65,10 +42,10 @@ def digits_run(tmp_path_factory):
 
 
 def test_every_benchmark_says_how_it_is_run():
-    helpers = {"exact_targets", "flows", "joint_step", "posterior_tasks", "ratio_pairs"}
+    helpers = {"exact_targets", "files", "flows", "joint_step", "posterior_tasks", "ratio_pairs"}
     for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py"):
         if path.stem not in helpers:
-            module = benchmark(path.stem)
+            module = importlib.import_module(f"studies.benchmarks.{path.stem}")
             assert f"python -m {module.__name__}" in module.__doc__ and module.main
 
 
@@ -127,7 +104,7 @@ def test_quality_curves_make_nothing_again_and_end_with_their_budget(report_of, 
     cells = [(r["model"], r["sampler"], r["spacing"], r["evaluations"]) for r in rows]
     assert len(cells) == 2 * 2 * 5 and ("cdm-0", "heun", "even", 3) in cells and ("ddm-0", "heun", "even", 5) in cells
     assert {(r["sampler"], r["spacing"]) for r in rows if r["sampler"] == "ddpm"} == {("ddpm", "even")}
-    monkeypatch.setattr(benchmark("quality_curves"), "sample", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(quality_curves, "sample", lambda *_, **__: pytest.fail("made again"))
     assert report_of("quality_curves", *words) == rows
     with pytest.raises(UserError, match="was made with samples = 40, not 50"):
         report_of("quality_curves", *("50" if word == "40" else word for word in words))
@@ -170,7 +147,7 @@ def test_likelihood_throughput_divides_by_the_flow(rows_of, digits_run):
 
 
 def test_restorations_ranks_by_every_score(digits_run, capsys):
-    benchmark("restorations").main([digits_run])
+    restorations.main([digits_run])
     lines = capsys.readouterr().out.splitlines()
     (first,) = (number for number, line in enumerate(lines) if line.startswith("score"))
     table = {line.split()[0]: [float(value) for value in line.split()[1:]] for line in lines[first + 1 :]}
@@ -202,7 +179,7 @@ def test_table_density_gives_the_cdm_the_budget_of_the_others(rows_of, monkeypat
 
 
 def test_the_density_of_the_houses_integrates_to_one():
-    houses = benchmark("table_density").Houses()
+    houses = table_density.Houses()
     side, steps = 10 / 2000, (np.arange(2000) + 0.5) / 2000
     latitudes = 32 + 10 * steps
     assert np.exp(houses.log_prob(latitudes[:, None])).sum() * side == pytest.approx(1, abs=1e-4)
@@ -229,10 +206,9 @@ def test_conditional_density_measures_against_the_exact_posterior(report_of):
 
 
 def test_the_posterior_of_the_two_moons_integrates_to_one_and_draws_what_it_says():
-    names = benchmark("conditional_density")
-    simulator = names.TwoMoons()
+    simulator = conditional_density.TwoMoons()
     x = simulator.pairs(100, 0)[1][:1]
-    points, area = names.grid(*simulator.box(x[0]), 1000)
+    points, area = conditional_density.grid(*simulator.box(x[0]), 1000)
     density = np.exp(simulator.log_posterior(points, x.repeat(len(points), 0)))
     assert density.sum() * area == pytest.approx(1, abs=0.01)
     draws = simulator.draws(4000, x[0], 0)
@@ -242,9 +218,9 @@ def test_the_posterior_of_the_two_moons_integrates_to_one_and_draws_what_it_says
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_classifier_of_conditional_density_tells_samples_apart():
-    c2st, (x, y) = benchmark("conditional_density").c2st, np.random.RandomState(0).normal(size=(2, 40, 2))
-    assert c2st(x + 9, y) == 1
-    assert c2st(x, y) < 0.75
+    x, y = np.random.RandomState(0).normal(size=(2, 40, 2))
+    assert conditional_density.c2st(x + 9, y) == 1
+    assert conditional_density.c2st(x, y) < 0.75
 
 
 def test_mutual_information_climbs_the_rungs(report_of):
@@ -286,8 +262,8 @@ def test_mixture_weights_has_a_row_for_every_contender(report_of):
 @pytest.mark.parametrize("dim", [2, 5])
 def test_the_map_of_the_ratio_benchmarks_is_invertible(dim):
     """Its Jacobian's determinant is that of the last step: the couplings keep volumes."""
-    names, x, width = benchmark("ratio_pairs"), np.random.RandomState(0).normal(size=(20, dim)), 1e-6
-    move = names.InvertibleMap(dim)
+    x, width = np.random.RandomState(0).normal(size=(20, dim)), 1e-6
+    move = ratio_pairs.InvertibleMap(dim)
     columns = [(move(x + width * unit) - move(x - width * unit)) / (2 * width) for unit in np.eye(dim)]
     volumes = np.linalg.det(np.stack(columns, -1))
     # y + 0.2 sin(2 y), by Newton's steps from its values.
