@@ -160,7 +160,7 @@ def ulsif(target: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 
 def kliep(target: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Kullback-Leibler importance estimation (Sugiyama et al. 2008), width by cross-validation."""
+    """Kullback-Leibler importance estimation (Sugiyama et al. 2008), width by a held-out fifth."""
 
     def fitted(of_target: np.ndarray, of_source: np.ndarray) -> np.ndarray:
         # The shares of a mixture of kernels, each of mean one over the source, by expectation-maximisation.
