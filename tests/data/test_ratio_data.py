@@ -28,6 +28,8 @@ def test_both_sources_are_as_frequent_and_nothing_of_the_held_out_share_is_train
         assert int((y == 0).sum()) == int((y == 1).sum())
         assert x[y == 1, 0].min() > x[y == 0, 0].max()
         ids[split] = [set(x[y == label, 0].tolist()) for label in range(2)]
+        first = [x[y == label, 0][: len(ids[split][label])] for label in range(2)]
+        assert [set(part.tolist()) for part in first] == ids[split], "each once before any comes back"
     assert [len(found) for found in ids["train"]] == [80, 32]
     assert [len(found) for found in ids["validation"]] == [20, 8]
     assert all(train.isdisjoint(held) for train, held in zip(ids["train"], ids["validation"], strict=True))

@@ -42,9 +42,10 @@ class Pair:
     """Numerator and denominator, ready for training.
 
     Attributes:
-        source: Labels 0 for the denominator, 1 for the numerator; as many of each, the smaller data set repeated.
+        source: Labels 0 for the denominator, 1 for the numerator; as many of each, the smaller data set repeated: the
+            first ones of a class are all of its samples, and then they come back.
         counts: Samples of denominator and numerator as they were given.
-        held_out: How many of each are held out; the first ones of their class in the validation split.
+        held_out: How many of each are held out.
         warp: What brings the codes of a table, or of vectors, to the units of ``source``; None for images.
     """
 
@@ -106,7 +107,9 @@ def pair_up(
         MemorySplit(torch.cat([values[0][low], values[1][high]]), torch.arange(2).repeat_interleave(len(low)))
         for low, high in (kept, held)
     )
-    train = train.select(permutation(len(train), options.seed))
+    turn = torch.cat([torch.arange(longest[1]) // len(rows) for _, rows in cut])
+    order = permutation(len(train), options.seed)
+    train = train.select(order[turn[order].argsort(stable=True)])
     transform = transform or DataTransform.standardize(train.x)
     source = DataSource(PAIR, train, validation, MemorySplit(train.x[:0]), transform, SOURCES, tuple(notes))
     return Pair(source, counts, held_out, warp)
