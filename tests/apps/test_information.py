@@ -65,6 +65,13 @@ def test_what_cannot_be_trusted_is_said():
     assert far.text("kl").startswith(f"kl: {far.value:.4g} +-") and "coverage: 100 %" in far.text("kl")
 
 
+def test_rows_that_come_back_are_judged_by_models_that_have_not_seen_them():
+    p, q = normals(250, 0.0)
+    found = DensityRatio(0, **CPU).fit(np.tile(p, (4, 1)), np.tile(q, (4, 1))).divergence("kl")
+    # Of four copies each the error is that of the rows, twice what it is said to be.
+    assert abs(found.value) < 4 * 2 * found.se
+
+
 # --- mutual information --------------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,29 @@ def test_both_sources_are_as_frequent_and_nothing_of_the_held_out_share_is_train
     assert all(train.isdisjoint(held) for train, held in zip(ids["train"], ids["validation"], strict=True))
 
 
+@pytest.mark.parametrize("copies", [1, 4])
+def test_copies_of_a_row_are_all_held_out_or_all_trained_on(copies):
+    x = np.column_stack([normal(80, 1), np.arange(80) % 3])
+    pair = pair_up(np.tile(x + [1, 0], (copies, 1)), np.tile(x, (copies, 1)))
+    train, held_out = (set(split.tensors()[0][:, 0].tolist()) for split in (pair.source.train, pair.source.validation))
+    assert train.isdisjoint(held_out)
+    assert all(abs(held - 0.15 * 80 * copies) < copies for held in pair.held_out)
+
+
+def test_rows_of_a_few_values_are_no_copies():
+    x = np.random.RandomState(0).randint(0, 2, (200, 2))
+    pair = pair_up(x, x)
+    assert pair.held_out == (30, 30)
+    for split in (pair.source.train, pair.source.validation):
+        assert len((split.tensors()[0] > 0).unique(dim=0)) == 4, "all combinations on both sides"
+
+
+def test_nothing_but_copies_is_refused():
+    images = normal(1200, 1).reshape(40, 1, 5, 6)
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        pair_up(np.tile(images[:1], (20, 1, 1, 1)), images)
+
+
 def test_columns_of_frames_go_by_name_in_any_order():
     frame = pd.DataFrame(normal(60, 2), columns=["height", "mass"])
     frame["mass"] += 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torchcdm.data.source import DataSource, Grid, MemorySplit, single
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
-from torchcdm.units.lattice import Discrete, spread
+from torchcdm.units.lattice import Cells, Discrete, spread
 from torchcdm.units.table import as_frame, is_frame
 
 if TYPE_CHECKING:
@@ -78,18 +78,10 @@ def pair_up(
     for name, count in zip(names, counts, strict=True):
         if count < MIN_ROWS:
             raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
-    held_out = (held_out_count(counts[0], options), held_out_count(counts[1], options))
-    if min(count - held for count, held in zip(counts, held_out, strict=True)) < 2:
-        fraction = options.validation_fraction
-        raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
-    cut = [permutation(n, options.seed).split([held, n - held]) for n, held in zip(counts, held_out, strict=True)]
-    # Both as long as the longer one, the shorter one repeated.
-    longest = [max(map(len, pair)) for pair in zip(*cut, strict=True)]
-    held, kept = ([part[k][torch.arange(n) % len(part[k])] for part in cut] for k, n in enumerate(longest))
     words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
     if words[0] != words[1]:
         raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
-    warp = transform = None
+    table = warp = transform = None
     if isinstance(sides[0], Tensor):
         shapes = [tuple(side.shape[1:]) for side in sides]
         if shapes[0] != shapes[1]:
@@ -102,7 +94,17 @@ def pair_up(
             transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
     else:
-        values, warp, notes = _coded(sides, names, kept, discrete, options.seed)
+        values, table, notes = _coded(sides, names, discrete)
+    fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
+    cut = [_cut(x, {} if table is None else table.cells, fraction, options.seed) for x in values]
+    if min(len(rows) for _, rows in cut) < 2:
+        raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
+    # Both as long as the longer one, the shorter one repeated.
+    longest = [max(map(len, pair)) for pair in zip(*cut, strict=True)]
+    held, kept = ([part[k][torch.arange(n) % len(part[k])] for part in cut] for k, n in enumerate(longest))
+    if table is not None:
+        values, warp, constant = _warped(values, table, kept, options.seed)
+        notes += constant
     train, validation = (
         MemorySplit(torch.cat([values[0][low], values[1][high]]), torch.arange(2).repeat_interleave(len(low)))
         for low, high in (kept, held)
@@ -112,13 +114,21 @@ def pair_up(
     train = train.select(order[turn[order].argsort(stable=True)])
     transform = transform or DataTransform.standardize(train.x)
     source = DataSource(PAIR, train, validation, MemorySplit(train.x[:0]), transform, SOURCES, tuple(notes))
-    return Pair(source, counts, held_out, warp)
+    return Pair(source, counts, (len(cut[0][0]), len(cut[1][0])), warp)
 
 
-def held_out_count(rows: int, options: DataOptions) -> int:
-    """How many of the rows of a data set are held out: the first ones of ``permutation(rows, options.seed)``."""
-    fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
-    return max(2, round(fraction * rows))
+def _cut(x: Tensor, cells: Mapping[int, Cells], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows that are held out, and rows to train on, in a random order: all copies of a row are on one side.
+
+    Rows of nothing but values with ``cells`` come back by chance, and are no copies once these are spread.
+    """
+    order, seen = permutation(len(x), seed), dict[int, int]()
+    rows = x[order] + 0.0  # no -0.0
+    first = torch.tensor([seen.setdefault(hash(row.tobytes()), k) for k, row in enumerate(rows.numpy())])
+    by_chance = (spread(rows, torch.zeros(()), cells) != rows).flatten(1).all(1)
+    first = torch.where(by_chance, torch.arange(len(x)), first)
+    last = first.sort().values[max(2, round(fraction * len(x))) - 1]
+    return order[first <= last], order[first > last]
 
 
 def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, options: DataOptions) -> Inputs:
@@ -175,9 +185,9 @@ def read_side(
 
 
 def _coded(
-    frames: list[DataFrame], names: list[str], train: Sequence[Tensor], discrete: Discrete, seed: int
-) -> tuple[list[Tensor], ColumnTransform, list[str]]:
-    """Both tables in units of a warp, which is fitted to the rows of ``train``, float32, and notes."""
+    frames: list[DataFrame], names: list[str], discrete: Discrete
+) -> tuple[list[Tensor], TableEncoding, list[str]]:
+    """Codes of both tables, float64, their encoding, and notes."""
     notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
@@ -192,7 +202,13 @@ def _coded(
             f"few distinct values in the columns {', '.join(few)}: leave them out, or set discrete='dequantize', "
             "which adds uniform noise between their values"
         )
-    codes = [table.encode(frame, PAIR).x for frame in frames]
+    return [table.encode(frame, PAIR).x for frame in frames], table, [*notes, *more]
+
+
+def _warped(
+    codes: list[Tensor], table: TableEncoding, train: Sequence[Tensor], seed: int
+) -> tuple[list[Tensor], ColumnTransform, list[str]]:
+    """Both tables in units of a warp, float32, that is fitted to the rows of ``train``; a note of constant columns."""
     table, varying, constant = table.varying(torch.cat([x[part] for x, part in zip(codes, train, strict=True)]), PAIR)
     codes, noise = [x[:, varying] for x in codes], stream(seed, "dequantise")
     codes = [spread(x, torch.rand(x.shape, generator=noise, dtype=x.dtype), table.cells) for x in codes]
@@ -200,4 +216,4 @@ def _coded(
     order, sources = permutation(len(trained), seed), torch.arange(2).repeat_interleave(len(train[0]))
     warp = ColumnTransform.fit(trained[order], sources=sources[order])
     warp.table = table
-    return [single(warp(x).numpy(), PAIR) for x in codes], warp, [*notes, *more, *constant]
+    return [single(warp(x).numpy(), PAIR) for x in codes], warp, constant
