@@ -42,13 +42,7 @@ TREE_ROWS, TREE_COLUMNS = 4000, 8
 MOST_ROWS, FEW = 50_000, 20
 """Most rows that classifiers are trained on, and rows too few to hold some out for the end of the boosting."""
 
-NODES = {
-    "column": torch.long,
-    "left": torch.long,
-    "right": torch.long,
-    "threshold": torch.double,
-    "value": torch.double,
-}
+NODES = dict.fromkeys(("column", "left", "right"), torch.long) | dict.fromkeys(("threshold", "value"), torch.double)
 """What each node of each tree has; a leaf is its own left and right."""
 
 

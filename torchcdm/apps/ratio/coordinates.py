@@ -115,9 +115,7 @@ class Curves:
     def fit(cls, x: Tensor, y: Tensor) -> Curves:
         """The curves under which each column of each source is most nearly normal, by penalised likelihood.
 
-        Args:
-            x: Rows (N, d), float64.
-            y: Their sources, (N,).
+        Of rows (N, d), float64, and their sources (N,).
         """
         rows = evenly_spaced(len(x), CURVE_ROWS)
         x, y = x[rows], y[rows]

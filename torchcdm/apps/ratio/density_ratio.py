@@ -52,8 +52,6 @@ MODEL, TENSORS = "joint", "classifiers.safetensors"
 LAYER = {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}}
 """What is set on top of the preset for vectors or images."""
 
-SPLITS = ("train", "validation")
-
 SETTINGS = ("random_state", "discrete", "preset", "overrides")
 """Arguments that a saved ratio keeps."""
 
@@ -182,11 +180,11 @@ class DensityRatio:
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
         source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair, began + limit / 4)
-        x, y = _without_copies(pair, "validation")
+        x, y = _once(pair, "validation")
         held_out = [x[y == label] for label in (1, 0)]
         self._classifiers, self.blend, network = None, {}, True
         if pair.warp is not None:
-            train = _without_copies(pair, "train")
+            train = _once(pair, "train")
             self._classifiers = Classifiers.fit(*train, config.train.steps, self.random_state, began + limit / 2)
             sides = [self._classifiers(part).numpy() for part in held_out]
             overlap = min(log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)) > SEPARATE
@@ -217,7 +215,7 @@ class DensityRatio:
         model = self._model
         if not (isinstance(model.base, GaussianMarginals) and len(model.base.classes)):
             return
-        x, y = (torch.cat(part) for part in zip(*(_without_copies(pair, name) for name in SPLITS), strict=True))
+        x, y = (torch.cat(part) for part in zip(_once(pair, "train"), _once(pair, "validation"), strict=True))
         # Every fifth sample chooses what the two have in common: not by their source.
         order = y.argsort(stable=True)[permutation(len(x), self.random_state)]
         device = model.schedule.alpha.device
@@ -236,18 +234,12 @@ class DensityRatio:
         """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator."""
         x, y = source.train.tensors(LIMIT_ROWS)
         values = self._log_probs(x)
-        limits = np.empty((2, 2))
-        for label in range(2):
-            rare, median = np.quantile(values[y.numpy() == label, :, label], [RARE, 0.5], axis=0)
-            limits[:, label] = rare - (median - rare)
-        return limits
+        found = [np.quantile(values[y.numpy() == label, :, label], [RARE, 0.5], axis=0) for label in range(2)]
+        return np.stack([2 * rare - median for rare, median in found], 1)
 
     def _blended(self, estimates: Mapping[str, np.ndarray]) -> np.ndarray:
         """The log ratio (N,)."""
-        log_ratio = np.full(len(estimates["gaussians"]), self.blend["offset"])
-        for name in estimates.keys() & self.blend.keys():
-            log_ratio += self.blend[name] * estimates[name]
-        return log_ratio
+        return self.blend["offset"] + sum(self.blend[key] * estimates[key] for key in estimates if key in self.blend)
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -433,8 +425,8 @@ def _in_coordinates(pair: Pair, until: float) -> tuple[DataSource, Steps]:
     return replace(source, train=train, validation=validation, transform=transform, notes=notes), steps
 
 
-def _without_copies(pair: Pair, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
-    """Samples of a split and their sources, those of the smaller source once."""
+def _once(pair: Pair, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
+    """Samples of a split and their sources, those of the smaller one once."""
     x, y = getattr(pair.source, split).tensors()
     counts = [held if split == "validation" else n - held for n, held in zip(pair.counts, pair.held_out, strict=True)]
     rows = torch.cat([(y == label).nonzero()[:count, 0] for label, count in enumerate(counts)])

@@ -147,15 +147,12 @@ def mutual_information(
     until = math.inf if max_seconds is None else time.monotonic() + max_seconds
     sides = [read_side(part, name, DataOptions())[0] for part, name in ((x, "x"), (y, "y"))]
     rows = len(sides[0])
-    for side, name in zip(sides, ("x", "y"), strict=True):
-        if isinstance(side, Tensor):
-            raise UserError(f"{name}: holds images; mutual information takes rows of a table")
-        if (side.nunique(dropna=False) < 2).all():
-            raise UserError(f"{name}: every column is constant; it has no information on anything")
     if len(sides[1]) != rows:
         raise UserError(f"x has {rows} rows and y {len(sides[1])}; mutual information is of pairs, row by row")
     order, noise, codes = permutation(rows, random_state), stream(random_state, "dequantise"), []
     for side, name in zip(sides, ("x", "y"), strict=True):
+        if isinstance(side, Tensor):
+            raise UserError(f"{name}: holds images; mutual information takes rows of a table")
         table, _ = TableEncoding.fit(side, name)
         code = table.encode(side, name).x[order]
         codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells).numpy())
