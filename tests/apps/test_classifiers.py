@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchcdm import DensityRatio, mutual_information
+from torchcdm.apps.ratio import classifiers
 from torchcdm.apps.ratio.classifiers import BATCH, Classifiers, Networks, grown, train
 
 
@@ -98,13 +99,16 @@ def test_trees_are_those_of_scikit_learn():
     np.testing.assert_allclose(fitted(x)[:, 1], made[0].decision_function(x.numpy()) - start, atol=1e-9)
 
 
-def test_a_rare_source_keeps_its_rows_beside_many():
+def test_a_rare_source_keeps_its_rows_beside_many(monkeypatch):
     draw = np.random.RandomState(0)
     x = torch.from_numpy(np.concatenate([draw.normal(2, 1, (20, 2)), draw.normal(0, 1, (60_000, 2))])).float()
-    y = (torch.arange(len(x)) < 20).long()
+    y, seen = (torch.arange(len(x)) < 20).long(), []
+    monkeypatch.setattr(classifiers, "grown", lambda x, y, *rest: seen.append(y) or grown(x, y, *rest))
     assert torch.isfinite(Classifiers.fit(x, y, 4, 0)(x[:100])).all()
+    assert [len(seen[0]), int(seen[0].sum())] == [classifiers.MOST_ROWS, 20]
 
 
 def test_a_preset_of_ones_own_trains_the_network():
     p, q = chequers(100)
     assert "network" in DensityRatio(0, device="cpu", preset="mlp", steps=4).fit(p, q).blend
+    assert "network" not in DensityRatio(0, device="cpu", max_seconds=0.01).fit(p, q).blend
