@@ -21,6 +21,7 @@ SHRUNK = {
     "--sampling.steps": "2",
     "--report.limit": "4",
     "--report.flow_steps": "1",
+    "--report.sweeps": "4",
     "--report.baselines": "false",
     "--model.schedule.T": "50",
     "--data.workers": "0",
