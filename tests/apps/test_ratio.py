@@ -58,9 +58,11 @@ def test_swapped_sources_have_the_opposite_sign(ratio):
 
 def test_sources_of_different_size_keep_the_ratio_of_densities():
     """Eight times as many of one source shift no log ratio by log 8."""
-    ratio = DensityRatio(0, **CPU).fit(samples(400)[0], samples(3200)[1])
+    ratio = DensityRatio(0, **CPU).fit(samples(3200)[0], samples(400)[1])
     x = np.concatenate(samples(2000, seed=7))
     assert abs(np.mean(ratio.log_ratio(x) - exact(x))) < 0.25
+    # Those of the smaller source are repeated for the network, and judge the ratio once.
+    assert ratio.held_out.denominator == round(0.15 * 400)
 
 
 def test_the_ratio_is_that_of_the_columns_as_they_were_given():
@@ -224,7 +226,9 @@ def test_the_best_estimate_gets_the_weight_and_one_that_is_too_certain_is_scaled
 def test_sources_that_hardly_overlap_keep_the_first_estimate():
     """A few samples would decide; and where a density overflows none can."""
     numerator, denominator = (exact(x) for x in samples(1000, seed=7))
-    assert blended([numerator + 20, denominator - 20]) == [1.0, 0.0]
+    apart = [numerator + 20, denominator - 20]
+    assert blended(apart) == [1.0, 0.0]
+    assert blended(apart, [5 * numerator, 5 * denominator]) == [1.0, 0.0, 0.0]
     assert blended([np.append(numerator, -np.inf), denominator]) == [1.0, 0.0]
 
 

@@ -324,7 +324,7 @@ def test_a_perfect_classifier_passes_the_check_of_neighbours():
     right = consistency(model, x)
     for mean in right:
         assert mean.shape == (31,)
-        assert bool(((mean - 1).abs() < 0.1).all())
+        assert bool(((mean - 1).abs() < 0.02).all())  # four times what 2000 samples leave
     exact = model.backbone.exact
     lift = torch.zeros(32, dtype=torch.float64)
     lift[7] = 0.5

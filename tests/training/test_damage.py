@@ -133,15 +133,16 @@ def test_every_value_of_a_foreign_configuration_is_refused_or_read(run):
 
 
 def test_keys_that_are_missing_or_foreign(run):
-    path = run / "config.json"
-    text = path.read_text()
-    optional = {"sha256", "torchcdm", "class_names", "columns", "constants", "estimator"}
-    for key in json.loads(text).keys() - optional:
-        resealed(path, lambda content, key=key: content.pop(key))
-        refused(lambda: load(run), path.name)
-        path.write_text(text)
-    resealed(path, lambda content: content.update(colour=1))
-    refused(lambda: load(run), "colour")
+    folder = state_of(run)
+    for path, read, where in ((run / "config.json", load, run), (folder / "progress.json", load_state, folder)):
+        text = path.read_text()
+        optional = {"sha256", "torchcdm", "class_names", "columns", "constants", "estimator"}
+        for key in json.loads(text).keys() - optional:
+            resealed(path, lambda content, key=key: content.pop(key))
+            refused(lambda read=read, where=where: read(where), path.name)
+            path.write_text(text)
+        resealed(path, lambda content: content.update(colour=1))
+        refused(lambda read=read, where=where: read(where), "colour")
 
 
 def test_every_counter_of_a_foreign_state_is_refused_or_read(run):
