@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_paths_of_the_machine_are_not_uploaded(tmp_path, monkeypatch):
     assert push(model, "me/people") == "https://hub/me/people"
     assert json.loads(sent["config.json"])["data"]["spec"] == "table:people.csv"
     assert not any(str(tmp_path).encode() in content for content in sent.values())
+    specs = {f"fashion-mnist:{tmp_path}/idx": "fashion-mnist:idx", f"cifar10:{tmp_path}/bin": "cifar10:bin",
+             f"hf:{tmp_path}/saved": "hf:saved", "hf:ylecun/mnist": "hf:ylecun/mnist", "digits": "digits"}  # fmt: skip
+    for spec, told in specs.items():
+        model.info = replace(model.info, data=replace(model.info.data, spec=spec))
+        push(model, "me/people")
+        assert json.loads(sent["config.json"])["data"]["spec"] == told
+        assert not any(str(tmp_path).encode() in content for content in sent.values())
 
 
 def test_what_is_wrong_is_one_line(monkeypatch):

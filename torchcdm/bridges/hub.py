@@ -26,7 +26,7 @@ ROWS = {
 }
 """Rows of a likelihood report as a card names them."""
 
-LIMITS = ("Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it.",)
+LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it."
 
 
 def push(model: str | Path | Denoiser, repository: str, private: bool = False, card: str = "") -> str:
@@ -55,7 +55,7 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
         model = load(model)
     info = model.info or described(model)
     kind, colon, place = (info.data.spec or "").partition(":")
-    if kind in ("folder", "array", "table", "celeba"):
+    if kind != "hf" or Path(place).is_absolute():  # others of hf are names on the Hub
         info = replace(info, data=replace(info.data, spec=f"{kind}{colon}{Path(place).name}"))
     weights = sum(part.numel() for part in model.parameters())
     text = card or model_card(repository, info, weights, report=report, use=f"hub:{repository}")
@@ -126,7 +126,7 @@ def model_card(
         believed = f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}"
         unknown = "Log Z was not estimated: one pass has no verdict."
         parts += ["", believed if nll.get("log2_z_per_dim") else unknown, ""]
-    parts += ["## Limits", "", *(f"- {limit}" for limit in (*limits, *LIMITS)), ""]
+    parts += ["## Limits", "", *(f"- {limit}" for limit in (*limits, LIMIT)), ""]
     return "\n".join(parts)
 
 
