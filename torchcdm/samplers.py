@@ -1,4 +1,4 @@
-r"""Samplers: rules that take x_t at level t to x_s at a lower level s.
+r"""Samplers: rules that take x_t at level t to x_s at a lower level s; and levels that suit a model.
 
 All follow from the coordinates in which the probability flow of every schedule is the same equation
 (identity 6 of ``docs/method.md``),
@@ -261,7 +261,7 @@ class UniPC(Sampler):
         q, before = step.previous[0]
         change = _integral(step, ((step.t, now), *step.previous), q, step.t, self.time, -1)
         x_t = now.sigma_t * (before.x_t / before.sigma_t + change)
-        return Prediction(x_t, now.alpha_t, now.sigma_t, (x_t - now.alpha_t * now.x0) / now.sigma_t)
+        return Prediction.of_x0(x_t, now.alpha_t, now.sigma_t, now.x0)
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         visited = ((step.t, now), *step.previous)[: self.memory]

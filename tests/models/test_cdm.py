@@ -363,6 +363,7 @@ def test_conversions_go_round():
     assert torch.allclose(truth.velocity, eps - truth.x0, atol=1e-12)
     assert torch.allclose(-at[1] * truth.score, eps, atol=1e-12)
     assert torch.allclose(schedule.perturb(truth.x0, 7, eps), x, atol=1e-12)
+    assert torch.allclose(Prediction.of_x0(x, *at, truth.x0).eps, eps, atol=1e-12)
 
 
 @pytest.mark.parametrize("levels", [1, 7, 9])

@@ -23,6 +23,11 @@ class Prediction:
     sigma_t: Tensor
     eps: Tensor
 
+    @classmethod
+    def of_x0(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, x0: Tensor) -> Prediction:
+        """The same from E[x_0 | x_t] (identity 4)."""
+        return cls(x_t, alpha_t, sigma_t, (x_t - alpha_t * x0) / sigma_t)
+
     @property
     def x0(self) -> Tensor:
         """E[x_0 | x_t] (identity 4); not defined at level T+1, where alpha is 0."""
