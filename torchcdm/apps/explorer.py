@@ -178,8 +178,7 @@ class Explorer:
 def _sheet(images: Tensor) -> np.ndarray:
     """uint8 images (N, 3, H, W) in rows, enlarged: (H', W', 3)."""
     columns = int(np.ceil(np.sqrt(len(images))))
-    zoom = max(1, 2 * PICTURE // (columns * max(images.shape[2:])))
-    return np.moveaxis(sheet(images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), columns), 0, 2)
+    return np.moveaxis(sheet(images, columns, 2 * PICTURE // columns), 0, 2)
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

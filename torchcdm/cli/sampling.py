@@ -13,6 +13,7 @@ from torchcdm import compose
 from torchcdm.cli.arguments import say
 from torchcdm.data import save_array, save_grid, save_images
 from torchcdm.data.images import read_image
+from torchcdm.data.outputs import save_manifest, save_sheet
 from torchcdm.data.reading import read_arrays
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
@@ -20,7 +21,7 @@ from torchcdm.runtime.files import check_output_folder, write_rows, writing
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
-from torchcdm.training.finish import balanced_labels, draw, save_manifest, save_sheet
+from torchcdm.training.finish import balanced_labels, draw
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -45,7 +46,7 @@ def sample(options: argparse.Namespace) -> None:
     if not main:
         return
     if options.format in ("grid", "all"):
-        save_sheet(found.x, model, out / "samples")
+        save_sheet(found.x, out / "samples", model.transform)
     files = save_images(found.x, out, model.transform) if options.format in ("images", "all") and pictures else []
     if options.format in ("array", "all"):
         save_array(found.x, out / "samples.npz", model.transform, y)

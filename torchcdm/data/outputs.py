@@ -1,4 +1,4 @@
-"""Samples to files: images, one grid of images, arrays, tables."""
+"""Samples to files: images, one grid of images, arrays, tables, and what is known of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import write_file
+from torchcdm.runtime.files import write_file, write_rows
 from torchcdm.units import DataTransform
 
 GRID_GAP = 2
@@ -68,9 +68,9 @@ def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = Non
     return Path(path)
 
 
-def sheet(images: Tensor, columns: int | None = None) -> np.ndarray:
-    """Images, uint8 (N, C, H, W), as one (C', H', W'): with columns and enlargement as of :func:`save_grid`."""
-    zoom = max(1, GRID_SIDE // max(images.shape[2:]))
+def sheet(images: Tensor, columns: int | None = None, side: int = GRID_SIDE) -> np.ndarray:
+    """Images, uint8 (N, C, H, W), as one (C', H', W'): as of :func:`save_grid`, enlarged up to so many pixels."""
+    zoom = max(1, side // max(images.shape[2:]))
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     if images.shape[1] not in (1, 3):
         images = images.movedim(1, 2).flatten(2)[:, None]  # (N, 1, H, C W)
@@ -112,6 +112,24 @@ def save_table(x: Tensor, path: str | Path, transform: DataTransform | None = No
     frame = pd.DataFrame(x.cpu().numpy()).add_prefix("c") if table is None else table.decode(x)
     write_file(Path(path), frame.to_csv(index=False))
     return Path(path)
+
+
+def save_sheet(x: Tensor, stem: Path, transform: DataTransform | None) -> Path:
+    """All samples of a model with this ``transform`` in one file: ``stem`` as a PNG grid, or as a CSV table."""
+    save, suffix = (save_grid, ".png") if x.ndim == 4 else (save_table, ".csv")
+    return save(x, stem.with_suffix(suffix), transform)
+
+
+def save_manifest(
+    path: Path, seed: int, y: Tensor | None, log_p: Tensor | None, n: int, names: Sequence[str] | None,
+    files: Sequence[Path] = (),
+) -> None:  # fmt: skip
+    """``manifest.csv``: index, seed, label by ``names``, log p (nats, data units) and file of ``n`` samples."""
+    labels = [""] * n if y is None else [names[label] if names else label for label in y.tolist()]
+    values = [""] * n if log_p is None else [f"{value:.4f}" for value in log_p.tolist()]
+    columns = {"index": range(n), "seed": [seed] * n, "label": labels, "log_p": values}
+    columns |= {"file": [file.name for file in files]} if files else {}
+    write_rows(path, list(columns), zip(*columns.values(), strict=True))
 
 
 def _stored(x: Tensor, transform: DataTransform | None) -> np.ndarray:

@@ -12,7 +12,7 @@ gradient in x, and so no sample, changes. The errors of all levels add up in log
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,12 @@ from torch.nn.functional import cross_entropy
 
 from torchcdm.annealing.ratios import best_constants
 from torchcdm.compose.sampling import Draws, default_moves, sample
-from torchcdm.data import DataSource, save_grid, save_table
+from torchcdm.data import DataSource
+from torchcdm.data.outputs import save_manifest, save_sheet
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.files import write_rows
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.checkpoint import load_weights
@@ -79,7 +79,7 @@ def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSo
     guidance = 0.0 if y is None else config.sampling.guidance
     found, log_p = draw(model, n, y, seed, guidance=guidance, **sampling_options(model, config.sampling))
     save_manifest(run.samples / "manifest.csv", seed, y, log_p, n, source.class_names)
-    return save_sheet(found.x, model, run.samples / name)
+    return save_sheet(found.x, run.samples / name, model.transform)
 
 
 @torch.no_grad()
@@ -233,21 +233,3 @@ def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any
 def balanced_labels(n: int, classes: int) -> Tensor:
     """Each class equally often, in turn: long (n,)."""
     return torch.arange(n) % classes
-
-
-def save_sheet(x: Tensor, model: Denoiser, stem: Path) -> Path:
-    """All samples of ``model`` in one file: ``stem`` as a PNG grid, or as a CSV table; gives its path."""
-    save, suffix = (save_grid, ".png") if x.ndim == 4 else (save_table, ".csv")
-    return save(x, stem.with_suffix(suffix), model.transform)
-
-
-def save_manifest(
-    path: Path, seed: int, y: Tensor | None, log_p: Tensor | None, n: int, names: Sequence[str] | None,
-    files: Sequence[Path] = (),
-) -> None:  # fmt: skip
-    """``manifest.csv``: index, seed, label by ``names``, log p (nats, data units) and file of ``n`` samples."""
-    labels = [""] * n if y is None else [names[label] if names else label for label in y.tolist()]
-    values = [""] * n if log_p is None else [f"{value:.4f}" for value in log_p.tolist()]
-    columns = {"index": range(n), "seed": [seed] * n, "label": labels, "log_p": values}
-    columns |= {"file": [file.name for file in files]} if files else {}
-    write_rows(path, list(columns), zip(*columns.values(), strict=True))
