@@ -58,6 +58,7 @@ def test_particles_have_the_weights_of_modes_and_log_z(beta):
     assert found.log_z.value == pytest.approx(float(parts.logsumexp(0)), abs=0.1)
     assert found.x.shape == (400, 2) and 400 < found.ess <= 800
     assert f"of {len(found.particles)} particles" in found.summary()
+    assert ", 0 moves" in compose.sample(target, 8, corrector=0, particles=800, details=True).log_z.estimator
 
 
 def test_replica_exchange_has_them_too():

@@ -157,7 +157,7 @@ def sample(
     if particles:
         if sampler is not None or steps is not None or guidance or spacing != "even":
             raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
-        found = _by_particles(model, n, y, seed, batch_size, units, corrector or 1, particles, sweeps, progress)
+        found = _by_particles(model, n, y, seed, batch_size, units, corrector, particles, sweeps, progress)
         return found if details else found.x
     rule, schedule = make_sampler(DEFAULT_SAMPLER if sampler is None else sampler), model.schedule
     steps = min(STEPS // 2 if corrector else STEPS, schedule.T) if steps is None else steps
