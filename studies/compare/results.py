@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchcdm.likelihood.report import finite
+from torchcdm.runtime.files import without_nan
 
 NOT_NORMALISED = "~"
 """Marks a density that need not integrate to one."""
@@ -190,7 +190,7 @@ class Comparison:
             ]
             for row in system["rows"]:
                 row.pop("values")
-                row["se"] = finite(row["se"])
+                row["se"] = without_nan(row["se"])
             systems.append(system)
         return {
             "protocol": asdict(self.protocol),
@@ -258,6 +258,6 @@ def paired(row: Row, best: Row) -> dict[str, float | None]:
     """Mean difference over the same test samples, and its standard error."""
     difference = torch.tensor(row.values, dtype=torch.float64) - torch.tensor(best.values, dtype=torch.float64)
     own = float(difference.std() / math.sqrt(len(difference)))
-    return {"mean": float(difference.mean()), "se": finite(math.hypot(own, row.shared_se, best.shared_se))}
+    return {"mean": float(difference.mean()), "se": without_nan(math.hypot(own, row.shared_se, best.shared_se))}
 
 

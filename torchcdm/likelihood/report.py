@@ -20,6 +20,7 @@ from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
 from torchcdm.likelihood.one_pass import restricted_pass, single_pass
 from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.files import without_nan
 from torchcdm.runtime.processes import labels_of, share
 from torchcdm.runtime.validation import checked
 from torchcdm.units import LogLikelihood, standard_error
@@ -111,7 +112,7 @@ class NLLReport:
         return {
             "data": {"name": self.name, "split": self.split, "count": self.count, "dim": self.dim},
             "unit": self.unit,
-            "rows": [row._asdict() | {"se": finite(row.se)} for row in self.rows],
+            "rows": [without_nan(row._asdict()) for row in self.rows],
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
             "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
             "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
@@ -131,7 +132,7 @@ class NLLReport:
                 lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
             remark = REMARKS[row.name][self.unit == "nats"]
             value = "-" if row.value is None else f"{row.value:.4f}"
-            error = "-" if finite(row.se) is None else f"{row.se:.4f}"
+            error = "-" if without_nan(row.se) is None else f"{row.se:.4f}"
             lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
         lines.append("")
         if self.gap is not None:
@@ -147,11 +148,6 @@ class NLLReport:
                 "cdm nll RUN --methods single,elbo,flow,logz"
             )
         return "\n".join([*lines, *self.notes, verdict])
-
-
-def finite(value: float | None) -> float | None:
-    """None for what JSON does not know."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def methods_of(model: Denoiser) -> tuple[str, ...]:
