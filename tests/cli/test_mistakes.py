@@ -85,7 +85,7 @@ def test_long_values_are_cut_in_messages(capsys, tmp_path):
     [MemoryError("2 TiB"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 2 TiB")],
 )
 def test_more_than_memory_holds_is_a_line(capsys, monkeypatch, run, error):
-    def evaluated(*_):
+    def evaluated(*_, **__):
         raise error
 
     monkeypatch.setattr("torchcdm.cli.measuring.evaluated", evaluated)

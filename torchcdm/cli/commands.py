@@ -109,7 +109,7 @@ def add_commands(commands: Any) -> None:
 
     parser = command("measuring:evaluate", "level accuracy, cross-entropy and denoising error per level",
                      "cdm evaluate runs/digits --json levels.json", "model data split limit json device")  # fmt: skip
-    add(parser, "--draws", "noisy copies of each sample", count, default=4)
+    add(parser, "--draws K", "noisy copies of each sample (4)", count)
 
     parser = command("scoring:score", "how anomalous images, arrays or rows of tables are",
                      "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",

@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         source = model.info.read_source(model, options.data, labelled=True)
-        values = evaluated(model, source.split(options.split), options.limit, options.draws)
+        values = evaluated(model, source.split(options.split), options.limit, **given(draws=options.draws))
     if main:
         text = "\n".join(f"{name:10} {value:.4f}" for name, value in values["mean"].items())
         tell(options.json, text, {"data": {"name": source.name, "split": options.split}} | values)
@@ -104,7 +104,5 @@ def ratio(options: argparse.Namespace) -> None:
 
 def mi(options: argparse.Namespace) -> None:
     """Says what the rows of one table tell of those of the other, and how far to trust it."""
-    found = mutual_information(
-        options.x, options.y, options.seed, device=options.device, **given(steps=options.steps)
-    )
+    found = mutual_information(options.x, options.y, options.seed, device=options.device, **given(steps=options.steps))
     tell(options.json, found.text("mutual information"), asdict(found))

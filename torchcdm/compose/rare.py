@@ -135,7 +135,7 @@ def climb(
     threshold: float,
     n: int,
     generator: torch.Generator,
-    moves: int = 2,
+    moves: int,
     progress: bool = False,
 ) -> Probability:
     """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles; ``x`` are model units there.

@@ -11,6 +11,7 @@ from torchcdm.data import DataOptions
 from torchcdm.diffusion import schedules
 from torchcdm.likelihood.log_z import SWEEPS, Sweeps
 from torchcdm.likelihood.report import Method
+from torchcdm.likelihood.scoring import Scoring
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
@@ -202,14 +203,14 @@ class ReportConfig:
         methods: Likelihoods, see :func:`torchcdm.likelihood.report`; of a ddm those that it has, elbo and flow.
         limit: At most so many test samples.
         draws: Noise draws of the one-pass likelihoods.
-        flow_steps: Heun steps of the probability flow.
+        flow_steps: Heun steps of the probability flow. More than in :class:`Scoring`: every level of the demo.
         sweeps: Sweeps of the replica exchange that estimates log Z.
         baselines: Put classical density models beside it, where the data are small.
     """
 
     methods: tuple[Method, ...] = ("single", "flow")
     limit: Count = 500
-    draws: Count = 1
+    draws: Count = Scoring.draws
     flow_steps: Count = 50
     sweeps: Sweeps = SWEEPS
     baselines: bool = False
