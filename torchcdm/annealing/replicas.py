@@ -97,7 +97,7 @@ class Replicas:
         with alone():
             for sweep in tqdm(range(-burn_in, sweeps), "replicas", unit="sweep", disable=not progress, leave=False):
                 for _ in range(self.moves):
-                    accepted = self.move(self.step)
+                    accepted = self.move()
                     self.step = adapted(self.step, accepted) if sweep < 0 else self.step
                 self.swap(sweep, 0)
                 self.swap(sweep, 1)
@@ -129,9 +129,9 @@ class Replicas:
         """Independent draws at the lowest rung, by the autocorrelation of log gamma."""
         return self.log_gamma.numel() / autocorrelation_time(self.log_gamma)
 
-    def move(self, step: Tensor) -> Tensor:
-        """Moves all, with step sizes (rungs,); the share accepted in each rung."""
-        each = step.repeat_interleave(self.columns)
+    def move(self) -> Tensor:
+        """Moves all; the share accepted in each rung."""
+        each = self.step.repeat_interleave(self.columns)
         accepted = langevin(self.target, self.kernels, self.states, each, self.generator)
         return accepted.view(self.count, -1).double().mean(1).cpu()
 

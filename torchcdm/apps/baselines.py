@@ -36,13 +36,12 @@ class Baseline(NamedTuple):
     unit: str
 
 
-def baselines(source: DataSource, test: Tensor, seed: int = 0) -> list[Baseline]:
+def baselines(source: DataSource, test: Tensor) -> list[Baseline]:
     """Full-covariance Gaussian, kernel density and Gaussian mixture, chosen on the validation split.
 
-    ``test`` samples (N, *shape) are dequantised, in data units; the seed is that of the dequantisation of the other
-    splits and of the mixtures.
+    ``test`` samples (N, *shape) are dequantised, in data units.
     """
-    transform = source.transform
+    transform, seed = source.transform, 0
     train, validation = training_arrays(source, seed)
     points = transform(test.double()).flatten(1).numpy()
     found = []

@@ -135,7 +135,7 @@ def read_pictures(
 def _read(path: Path, part: int, transform: DataTransform, options: DataOptions) -> Inputs | None:
     """All samples of one file, or of a part of it; None of an image that cannot be read."""
     if tables.is_table(path):
-        frame = tables.read(path, options.skip_bad, None if part == WHOLE else part)
+        frame = tables.read(path, options, None if part == WHOLE else part)
         table = transform.table or TableEncoding.numbers(frame.columns)
         _check_shape((len(table.kept),), transform.shape, path)
         found = read_table(frame, str(path), table, options)

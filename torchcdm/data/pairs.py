@@ -168,7 +168,7 @@ def read_side(
         spec = spec_of(data)
         if spec.startswith("table:"):
             check_spec(spec)
-            frame = tables.read(Path(spec.removeprefix("table:")), options.skip_bad)
+            frame = tables.read(Path(spec.removeprefix("table:")), options)
             return tables.chosen(frame, options, str(data)) if like is None else frame, None
         found = read_samples(replace(options, spec=spec))
     else:

@@ -34,21 +34,21 @@ def is_table(path: Path | str) -> bool:
 
 def load(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
     """``table:FILE.csv``, also packed by gzip, or ``table:FILE.parquet``, split at random."""
-    return samples_of({"train": read(Path(argument), options.skip_bad)}, f"table:{argument}", options, like=like)
+    return samples_of({"train": read(Path(argument), options)}, f"table:{argument}", options, like=like)
 
 
-def read(path: Path, skip_bad: bool = False, group: int | None = None) -> DataFrame:
+def read(path: Path, options: DataOptions, group: int | None = None) -> DataFrame:
     """A table file, by its suffix: cells of text files as texts, empty cells as missing ones.
 
     What is wrong with its lines stands in ``attrs["problems"]``, for one message with what is wrong with its cells;
-    ``attrs["notes"]`` says what was read off the file. ``skip_bad`` leaves out lines with another number of cells.
-    Of a Parquet file the row group number ``group`` is read, all where it is None. UserError for a file that cannot be
-    read, or two columns of one name.
+    ``attrs["notes"]`` says what was read off the file. The option ``skip_bad`` leaves out lines with another number of
+    cells. Of a Parquet file the row group number ``group`` is read, all where it is None. UserError for a file that
+    cannot be read, or two columns of one name.
     """
     if not is_table(path):
         raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
     parquet = path.suffix.lower() == ".parquet"
-    frame, notes, problems = _read_parquet(path, group) if parquet else _read_csv(path, skip_bad)
+    frame, notes, problems = _read_parquet(path, group) if parquet else _read_csv(path, options.skip_bad)
     twice = frame.columns[frame.columns.duplicated() & (frame.columns != "")].unique()
     problems += [f"two columns are called '{name}'" for name in twice]
     if len(twice) or "" in frame.columns:

@@ -124,9 +124,9 @@ def read_bytes(path: Path, largest: int | None = None) -> bytes:
     raise UserError(f"{path}: is larger than {largest >> 20} MiB; is it the right file?")
 
 
-def damaged(path: Path, what: str, mend: str = MEND) -> NoReturn:
+def damaged(path: Path, what: str) -> NoReturn:
     """Raises the one message about damage."""
-    raise UserError(f"{path}: damaged, {what}; {mend}") from None
+    raise UserError(f"{path}: damaged, {what}; {MEND}") from None
 
 
 def seal(content: Mapping[str, Any]) -> str:
