@@ -21,12 +21,16 @@ def rare_events() -> str:
 
 def posterior_coverage() -> str:
     """How often credible intervals hold the truth."""
-    head = ["model", "truths", "particles", "effective", "90 % intervals hold", "exact draws", "PSNR of the mean, dB"]
+    head = ["model", "known", "truths", "method", "evaluations", "seconds", "effective", "90 % intervals hold",
+            "PSNR of the mean, dB", "of endless draws"]  # fmt: skip
     lines = []
     for r in read("posterior_coverage").values():
-        psnr = ", ".join(f"{name} {value:.1f}" for name, value in r["psnr"].items())
-        lines.append([r["model"], str(r["truths"]), str(r["particles"]), f"{r['ess']:.0f}",
-                      f"{r['coverage']:.1%} ± {r['se']:.1%}", f"{r['exact']:.1%}", psnr])  # fmt: skip
+        name = f"{r['particles']} particles" if r["particles"] else f"azula {r['method'].upper()}"
+        lines.append([r["model"], ("test " if r["test"] else "") + r["measurement"], str(r["truths"]), name,
+                      f"{r['evaluations']:,.0f}", f"{r['cpu_seconds']:.1f}",
+                      f"{r['ess']:.0f}" if r["particles"] else "",
+                      f"{r['coverage']:.1%} ± {r['se']:.1%}", f"{r['psnr']:.1f}",
+                      f"{r['psnr_endless']:.1f}"])  # fmt: skip
     return markdown(head, lines)
 
 

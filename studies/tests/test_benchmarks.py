@@ -14,7 +14,7 @@ from small_runs import small_config
 from studies import benchmarks
 from studies.benchmarks import conditional_density, quality_curves, ratio_pairs, restorations, table_density
 from studies.benchmarks.log_z_images import Chains, measured
-from studies.benchmarks.posterior_coverage import _Nothing
+from studies.benchmarks.posterior_coverage import _Nothing, measure, summary
 from studies.budget import CLOCKS
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
@@ -302,3 +302,13 @@ def test_log_z_of_images_is_that_of_an_exact_model_and_goes_on_from_its_file(tmp
     assert last["rungs"][0] == 2 and last["rungs"][-1] == 12 and seconds[0] < seconds[1]
     rows = last["rows"]
     assert abs(rows["one-pass-restricted"][0] - rows["one-pass-level"][0]) < 0.5
+
+
+def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_path):
+    asked = "mixture", "upper"
+    rows = measure(*asked, 60, 128, 0.5, ["particles"], parts=tmp_path)
+    found = summary(rows, 1.0)
+    assert abs(found["coverage"] - 0.9) < 0.09 and found["se"] < 0.03 and found["evaluations"] == 24 * 2 * 128
+    kept = (tmp_path / "rows.jsonl").read_text()
+    assert measure(*asked, 60, 128, 0.5, ["particles"], parts=tmp_path) == rows
+    assert (tmp_path / "rows.jsonl").read_text() == kept

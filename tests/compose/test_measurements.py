@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
-from oracles import normal
+from oracles import ZeroBackbone, normal
 from scipy.ndimage import gaussian_filter
-from test_combinations import exact, gaussian
+from test_combinations import SCHEDULE, exact, gaussian
 from test_corrected import FAR
 
 from torchcdm import compose
+from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.units import DataTransform, GaussianizedTransform
 
 FIRST = compose.mask(torch.tensor([True, False]))
 
@@ -98,3 +101,30 @@ def test_a_bent_measurement_keeps_its_particles():
     weights, x = found.log_weights.exp(), found.particles[:, 0].double() - float(base.mean[0])
     assert float(weights @ x) == pytest.approx(float(posterior @ grid), abs=0.1)
     assert found.ess > 100
+
+
+def grey(d=6):
+    """Grey levels 0 ... 16, mostly 0, that a Gaussian in model units makes: the model, which is exact."""
+    covariance = torch.full((d, d), 0.5, dtype=torch.float64).fill_diagonal_(1.0)
+    variances, vectors = torch.linalg.eigh(covariance)
+    levels = (3 * (normal(20_000, 1, 1, d, seed=5) - 1.2)).clamp(0, 16).round()
+    transform = GaussianizedTransform.fit(DataTransform.images((1, 1, d), 17), [levels])
+    base = GaussianMarginals(SCHEDULE, torch.zeros(1, 1, d), variances, MatrixRotation((1, 1, d), vectors))
+    return ClassificationDiffusion(ZeroBackbone(SCHEDULE.T + 2), SCHEDULE, transform, base)
+
+
+@pytest.mark.parametrize("bright", [0.0, 6.0])
+def test_grey_levels_that_are_rare_are_measured(bright):
+    """A pixel of mostly 0 was taken for a line through its mean slope: a bright one had log Z wrong by many nats."""
+    model = grey()
+    half = compose.mask(torch.arange(6) < 3)
+    y = torch.tensor([bright, 0.2, 1.0], dtype=torch.float64)
+    found = compose.sample(compose.posterior(model, half, y, 0.5), 64, particles=512, details=True)
+    mean, variances = model.base.moments(1)
+    z = mean + model.base.rotation.inverse(normal(400_000, 6, seed=6) * variances.sqrt())
+    x = model.transform.inverse(z / SCHEDULE.alpha[1]).flatten(1)
+    log_w = -0.5 * ((x[:, :3] - y) / 0.5).square().sum(1) - 3 * math.log(0.5)
+    truth = (log_w.softmax(0) @ x)[3:]
+    assert found.log_z.value == pytest.approx(float(log_w.logsumexp(0)) - math.log(400_000), abs=0.5)
+    assert torch.allclose(found.mean().flatten()[3:].double(), truth, atol=0.35)
+    assert "2 x 256" in found.log_z.estimator

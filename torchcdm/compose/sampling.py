@@ -22,6 +22,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective, langevin, smc, systematic
 from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import ModelTarget
+from torchcdm.compose.tilted import Tilted
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
@@ -35,8 +36,8 @@ from torchcdm.samplers import DEFAULT_SAMPLER, PILOTS, Sampler, Step, adaptive_l
 STEPS = 50
 """Of a sampler without moves; half as many with a move after each, the default where there is a density."""
 
-ISLANDS, ISLAND_SIZE = 8, 32
-"""Independent populations of particles at most, and particles in each at least."""
+ISLANDS, ISLAND_SIZE = 8, 256
+"""Populations, at least 2, and particles in each of more: few soon all descend from one, which no weight tells."""
 
 COLLAPSE = 0.2
 """Share of the particles that effectively counts, below which the weights are said to have collapsed."""
@@ -311,7 +312,7 @@ def _by_particles(
     target = ModelTarget(model, y, batch_size)
     generator = stream(seed, "particles")
     with evaluation_mode(model):
-        kernels = Kernels.of_target(target, seed)
+        kernels = Kernels(target.reference) if isinstance(model, Tilted) else Kernels.of_target(target, seed)
         islands = max(2, min(ISLANDS, particles // ISLAND_SIZE))
         size = -(-particles // islands)
         if sweeps:
