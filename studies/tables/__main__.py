@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "likelihood-throughput": likelihoods.likelihood_throughput,
     "log-z": likelihoods.log_z,
     "log-z-images": likelihoods.log_z_images,
+    "log-z-images-rows": likelihoods.log_z_images_rows,
     "mixture-weights": ratios.mixture_weights,
     "mutual-information": ratios.mutual_information,
     "outliers-corruptions": partial(estimators.outliers, "outliers_corruptions", "outliers"),

@@ -51,21 +51,38 @@ def log_z() -> str:
 
 
 def log_z_images() -> str:
-    """The same of larger images, with what one pass, the ELBO and the flow give through the same level."""
-    head = ["model, level", "log2 Z / d", "from samples", "from data", "single columns", "apart, s.e.", "trend, s.e.",
-            "rungs x columns, sweeps", "CPU minutes", "one pass, not normalised", "ELBO", "flow"]  # fmt: skip
+    """log2 Z / d of the classes of larger images, a row for each, and their mean."""
+    head = ["class", "log2 Z / d", "from samples", "from data", "single columns", "trend, s.e.", "rungs", "swaps",
+            "arrivals"]  # fmt: skip
     lines = []
-    for name, row in read("log_z_images").items():
-        z = row["log2_z_per_dim"]
-        found = z["convergence"]
-        lines.append([
-            f"{name}, {row['level']}", f"{z['value']:.4f} ± {row['se']:.4f}" if not row["doubt"] else "–",
-            *(f"{value:.4f} ± {se:.4f}" for value, se in found["starts"].values()),
-            " ".join(f"{value:.3f}" for value in row["columns"]), f"{found['disagreement']:.1f}",
-            f"{found['trend']:+.1f}", f"{len(row['rungs'])} x {2 * row['replicas']}, {row['sweeps']}",
-            f"{row['cpu_seconds'] / 60:.0f}",
-            *(f"{row['rows'][key][0]:.3f}" for key in ("one-pass-level", "elbo", "flow")),
-        ])  # fmt: skip
+    for row in read("log_z_images").values():
+        for one in row["classes"]:
+            lines.append([
+                one["name"], f"{one['value']:.4f} ± {one['se']:.4f}",
+                *(f"{value:.4f} ± {se:.4f}" for value, se in one["starts"]),
+                " ".join(f"{value:.3f}" for value in one["columns"]), f"{one['trend']:+.1f}", f"{len(one['rungs'])}",
+                "{:.0%}, least {:.0%}".format(*one["swapped"]), f"{one['arrivals']}",
+            ])  # fmt: skip
+        starts = [f"{value:.4f} ± {se:.4f}" for value, se in row["starts"].values()]
+        mean = "**{value:.4f} ± {se:.4f}**".format(**row["log2_z_per_dim"])
+        arrivals = sum(one["arrivals"] for one in row["classes"])
+        lines.append(["**mean**", mean, *starts, "", f"{row['trend']:+.1f}", "", "", f"{arrivals}"])
+    return markdown(head, lines)
+
+
+def log_z_images_rows() -> str:
+    """Likelihoods of the same images by few passes, normalised by those constants, and by the flow."""
+    lines = []
+    for row in read("log_z_images").values():
+        head = ["normalised by", "levels", f"{row['count']} test images", f"{row['images']} of them", "less the flow"]
+        for name, value in row["rows_of_images"].items():
+            levels, whole, off = row["between"].get(name), row["rows"].get(name), row["minus"].get(name)
+            lines.append([
+                f"{name} pass{'es' * (name != '1')}" if levels else name,
+                ", ".join(map(str, levels)) if levels else "–",
+                *("–" if pair is None else "{:.3f} ± {:.3f}".format(*pair) for pair in (whole, value)),
+                "–" if off is None else "{:+.3f} ± {:.3f}".format(*off),
+            ])  # fmt: skip
     return markdown(head, lines)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
+from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
@@ -43,6 +45,7 @@ def digits_run(tmp_path_factory):
 
 def test_every_benchmark_says_how_it_is_run():
     helpers = {"exact_targets", "files", "flows", "joint_step", "posterior_tasks", "ratio_pairs"}
+    helpers |= {"image_bounds", "image_rungs"}
     for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py"):
         if path.stem not in helpers:
             module = importlib.import_module(f"studies.benchmarks.{path.stem}")
@@ -273,35 +276,50 @@ def test_the_map_of_the_ratio_benchmarks_is_invertible(dim):
     assert volumes == pytest.approx((1 + 0.4 * np.cos(2 * y)).prod(1), rel=1e-5)
 
 
+class _Constants(_Nothing):
+    """A joint backbone of two classes, that adds a constant to log p of each at every level but the last."""
+
+    classes, joint, constants = 2, True, (0.8, -0.2)
+
+    def forward(self, x, y=None):
+        h = super().forward(x)
+        return torch.stack([torch.nn.functional.pad(h[:, 1:] + c, (0, 1)) for c in self.constants], 1)
+
+
 def test_log_z_of_images_is_that_of_an_exact_model_and_goes_on_from_its_file(tmp_path):
     x = 0.5 * torch.randn(2200, 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(3)
     schedule = UniformSigmaSchedule(12)
     base = GaussianMarginals.fit(x, schedule)
-    model = ClassificationDiffusion(_Nothing(14), schedule, DataTransform((1, 4, 4)), base).eval()
+    model = ClassificationDiffusion(_Constants(14), schedule, DataTransform((1, 4, 4)), base).eval()
 
     class Source:
-        name = "gaussian"
+        name, class_names = "gaussian", ("more", "less")
 
         def split(self, _):
             return self
 
         def tensors(self, _):
-            return x, None
+            return x, torch.arange(len(x)) % 2
 
-    state, found, seconds = tmp_path / "chains.safetensors", [], []
+    found, seconds = [], []
     for _ in range(2):
         with torch.no_grad():
-            chains = Chains(model, Source(), 2, 8, 0, state)
-        for _ in range(3):
-            chains.go_on(0.0)
-        found.append(measured(chains, model, Source(), 2, 8))
-        seconds.append(float(chains.kept["seconds"]))
-    first, last = found
-    assert first["sweeps"] + first["left_out"] == 15 and last["sweeps"] + last["left_out"] == 30
-    assert abs(last["log2_z_per_dim"]["value"]) < 4 * last["se"] < 0.2
-    assert last["rungs"][0] == 2 and last["rungs"][-1] == 12 and seconds[0] < seconds[1]
-    rows = last["rows"]
-    assert abs(rows["one-pass-restricted"][0] - rows["one-pass-level"][0]) < 0.5
+            chains = [Chains(model, Source(), 2, 8, 0, tmp_path / f"{y}.safetensors", y) for y in range(2)]
+        for one in chains:
+            for _ in range(3):
+                one.go_on()
+        found.append(measured(chains, model, Source(), [1, 2], 8))
+        seconds.append(sum(float(one.kept["seconds"]) for one in chains))
+    (first, last), bit = found, 1 / (16 * math.log(2))
+    assert [row["sweeps"] for row in first["classes"]] == [15, 15] and seconds[0] < seconds[1]
+    for row, constant in zip(last["classes"], _Constants.constants, strict=True):
+        assert row["sweeps"] == 30 and row["rungs"][0] == 2 and row["rungs"][-1] == 12
+        assert abs(row["value"] / bit - constant) < 4 * row["se"] / bit < 2
+    # With the constants of the classes taken off, one pass is the Gaussian's.
+    gaussian = ClassificationDiffusion(_Nothing(14), schedule, DataTransform((1, 4, 4)), base)
+    exact = single_pass(gaussian, x[:1000], None, Scoring(2))
+    assert abs(last["rows"]["1"][0] - exact.mean_and_error()[0]) < 4 * last["log2_z_per_dim"]["se"] / bit
+
 
 
 def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_path):
