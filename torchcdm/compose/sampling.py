@@ -36,8 +36,8 @@ from torchcdm.samplers import DEFAULT_SAMPLER, PILOTS, Sampler, Step, adaptive_l
 STEPS = 50
 """Of a sampler without moves; half as many with a move after each, the default where there is a density."""
 
-ISLANDS, ISLAND_SIZE = 8, 256
-"""Populations, at least 2, and particles in each of more: few soon all descend from one, which no weight tells."""
+ISLANDS, SMALL, LARGE = 8, 32, 256
+"""Populations at most, and particles in each at least: large ones of what is tilted, or all soon descend from one."""
 
 COLLAPSE = 0.2
 """Share of the particles that effectively counts, below which the weights are said to have collapsed."""
@@ -309,11 +309,11 @@ def _by_particles(
     """Samples by sequential Monte Carlo, and by replica exchange started from it."""
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
-    target = ModelTarget(model, y, batch_size)
+    target, tilted = ModelTarget(model, y, batch_size), isinstance(model, Tilted)
     generator = stream(seed, "particles")
     with evaluation_mode(model):
-        kernels = Kernels(target.reference) if isinstance(model, Tilted) else Kernels.of_target(target, seed)
-        islands = max(2, min(ISLANDS, particles // ISLAND_SIZE))
+        kernels = Kernels(target.reference) if tilted else Kernels.of_target(target, seed)
+        islands = max(2, min(ISLANDS, particles // (LARGE if tilted else SMALL)))
         size = -(-particles // islands)
         if sweeps:
             rungs = ladder(target, kernels, 1, max(particles, 2), generator)
