@@ -155,11 +155,19 @@ class DPMSolver2(Sampler):
 class DPMSolverPP2M(Sampler):
     r"""DPM-Solver++(2M): second-order multistep in data prediction (Lu et al., 2022, arXiv 2211.01095).
 
-    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - r_s / r_t) D, D extrapolating x_0 half a step ahead from this
-    level and the one before. The first step is DDIM.
+    x_s = (sigma_s / sigma_t) q x_t + alpha_s (1 - q r_s / r_t) D + sigma_s (1 - q²)^½ noise, D extrapolating x_0 half
+    a step ahead from this level and the one before. Of the flow q is 1, and the first step DDIM; of the reverse
+    diffusion q is r_s / r_t, and the first step DDPM.
+
+    Args:
+        stochastic: Whether it solves the reverse diffusion (SDE-DPM-Solver++(2M)) in place of the probability flow.
     """
 
     memory = 1
+
+    @checked
+    def __init__(self, stochastic: bool = False) -> None:
+        self.stochastic = stochastic
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
@@ -167,7 +175,10 @@ class DPMSolverPP2M(Sampler):
         if step.previous:
             q, before = step.previous[0]
             ahead = ahead + (r[t] / r[s]).log() / (r[q] / r[t]).log() / 2 * (now.x0 - before.x0)
-        return sigma_s / now.sigma_t * step.x_t + alpha_s * (1 - r[s] / r[t]) * ahead
+        kept = r[s] / r[t]
+        damped = kept if self.stochastic else torch.ones_like(kept)
+        x_s = sigma_s / now.sigma_t * damped * step.x_t + alpha_s * (1 - damped * kept) * ahead
+        return x_s + sigma_s * (1 - damped**2).sqrt() * step.noise if self.stochastic else x_s
 
 
 @final
@@ -290,7 +301,8 @@ def _integral(
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ddpm": DDPM, "ddim": DDIM, "dpm2": DPMSolver2, "dpm++": DPMSolverPP2M, "heun": Heun,
+    "ddpm": DDPM, "ddim": DDIM, "dpm2": DPMSolver2, "dpm++": DPMSolverPP2M,
+    "sde-dpm++": partial(DPMSolverPP2M, stochastic=True), "heun": Heun,
     "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4), "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4),
     "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
 }  # fmt: skip

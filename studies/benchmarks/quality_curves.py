@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -63,13 +64,13 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
 def cell(
     model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, options: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """One row; None where there are more steps than levels, and for placed steps of a random sampler."""
-    name_of_rule, _, moves = sampler.partition("+")
+    """One row; None where there are more steps than levels, or moves and no density."""
+    name_of_rule, moves = re.fullmatch(r"(.*?)(?:\+(\d+))?", sampler).groups()  # dpm++ has no moves
     rule, corrector = make_sampler(name_of_rule), int(moves or 0)
     steps = 1 + (evaluations - 1) // (rule.evaluations + corrector)
     if corrector and model.density is None:
         return None
-    if steps > model.schedule.T or (rule.stochastic and spacing == "adaptive"):
+    if steps > model.schedule.T:
         return None
     stem = options.out / "cells" / f"{name}-{sampler}-{spacing}-{evaluations}"
     settings = {"model": RunFolder(options.folders[name]).model.stat().st_size, "samples": options.samples,
