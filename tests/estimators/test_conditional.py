@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from damage import resealed
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
@@ -139,6 +140,28 @@ def test_a_discrete_theta_gets_the_probability_of_each_value():
     assert set(np.unique(draws)) == {0.0, 1.0}
     truth = 1 / (1 + np.exp([4.0, 0.0, -4.0]))
     assert np.abs(draws.mean(1) - truth).max() < 0.15
+
+
+def test_one_pass_integrates_to_one_at_each_x_whatever_the_network_says():
+    # The half-life of a decay from a uniform prior: bent to a normal, and of another width at every x.
+    draw = np.random.RandomState(0)
+    theta = draw.uniform(0.5, 3.0, (640, 1))
+    x = 2.0 ** (-np.array([0.3, 0.8, 2.0, 4.0]) / theta) + 0.07 * draw.normal(size=(640, 4))
+    model = CDMConditional(**{**TINY, "width": 32}).fit(theta[:600], x[:600])
+    assert model._normalizer.size
+    with torch.no_grad():
+        for weight in model.model_.backbone.head.parameters():
+            weight.copy_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    grid = np.linspace(0.0, 4.0, 2001)[:, None]
+
+    def log_integrals():
+        return np.log([np.exp(model.log_prob(grid, row)).sum() * 0.002 for row in x[600:]])
+
+    model._normalizer = np.empty(0)
+    before = log_integrals()
+    model._normalizer = model._learned_normalizer(model._context(model._observations(x[:600])), 0)
+    after = log_integrals()
+    assert before.std() > 0.5 and after.std() < 0.06 and abs(after.mean()) < 0.03
 
 
 def test_what_is_constant_in_x_is_left_out():

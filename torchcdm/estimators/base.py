@@ -57,12 +57,12 @@ SMALL, LARGE = 3_000, 50_000
 """Rows up to which, and from which on, a table is small or large: see :func:`size_fields`."""
 
 
-def size_fields(rows: int) -> dict[str, Any]:
+def size_fields(rows: int, conditional: bool = False) -> dict[str, Any]:
     """What the number of training rows changes in a preset for vectors: small tables are overfit within some hundred
-    steps; larger ones take a deeper network without dropout, and a learning rate that gets to its end.
+    steps; larger ones, and densities far from their start, take a network without dropout, and faster steps.
     """
     if rows <= SMALL:
-        return {}
+        return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if conditional else {}
     backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
     train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
     if rows >= LARGE:
@@ -178,7 +178,8 @@ class TableEstimator(BaseEstimator):
 
         Each for training and validation; ``rows`` counts those of training without their noisy copies.
         """
-        began, fields, self._noise = self.clock(), self._fields(rows), noise_draws(self.columns_, seed)
+        began, self._noise = self.clock(), noise_draws(self.columns_, seed)
+        fields = self._fields(rows, contexts is not None)
         transform, parts, start = self._best_start(*parts, contexts is None, fields["model"])
         given = [None, None] if contexts is None else [torch.from_numpy(part).float() for part in contexts]
         learned, watched = (MemorySplit(part, context) for part, context in zip(parts, given, strict=True))
@@ -228,7 +229,7 @@ class TableEstimator(BaseEstimator):
             found.append(candidate(step=False, bent=True))
         return max(found, key=lambda trial: trial[0])[1:]
 
-    def _fields(self, rows: int) -> dict[str, Any]:
+    def _fields(self, rows: int, conditional: bool) -> dict[str, Any]:
         """The configuration on top of the preset."""
 
         def given(*names: str) -> dict[str, Any]:
@@ -236,7 +237,7 @@ class TableEstimator(BaseEstimator):
 
         model = {"backbone": given("width", "depth", "dropout"), **given("components")}
         train = given("steps", "batch_size", "lr", "patience", "max_seconds")
-        return merge(merge(size_fields(rows), {"model": model, "train": train}), self.overrides or {})
+        return merge(merge(size_fields(rows, conditional), {"model": model, "train": train}), self.overrides or {})
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 import torch
 from sklearn.covariance import LedoitWolf
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import GammaRegressor, RidgeCV
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
+from torchcdm.estimators.density import importance_weights
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
@@ -31,6 +33,9 @@ REPEATED = 5
 RIDGE = np.geomspace(1e-4, 1e4, 9)
 """Penalties that the regression chooses among by leaving one out."""
 
+FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
+"""Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
+
 
 @final
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -43,7 +48,8 @@ class CDMConditional(DensityEstimator):
     training step it is the linear-Gaussian posterior. It is amortised: any x is conditioned on without training.
 
     Args:
-        likelihood: ``one-pass``, not exactly normalised, or ``flow``: see :class:`CDMDensity`.
+        likelihood: ``one-pass``, less its integral as a regression on what the network makes of x knows it (of theta
+            in up to three columns; beyond, not normalised), or ``flow``: see :class:`CDMDensity`.
         preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
@@ -62,7 +68,7 @@ class CDMConditional(DensityEstimator):
         TableEstimator._saved
         | {"x_columns_": partial(read_as, TableEncoding)}
         | dict.fromkeys(("_units", "_x_units"), transform_from_config)
-        | dict.fromkeys(("_weights", "_intercept"), np.array)
+        | dict.fromkeys(("_weights", "_intercept", "_normalizer"), np.array)
     )
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
@@ -73,10 +79,7 @@ class CDMConditional(DensityEstimator):
             x: What was observed or simulated with them, (N, q) or (N,). The network sees a number for each level of a
                 text.
 
-        Raises:
-            ValueError: Values of an array that are not finite numbers, other lengths, fewer than ten rows.
-            TypeError: A sparse matrix.
-            UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
+        Errors as of :meth:`CDMDensity.fit`, and ValueError for parts of other lengths.
         """
         with all_or_nothing(self):
             read_as(type(self), self.get_params(deep=False))
@@ -88,33 +91,31 @@ class CDMConditional(DensityEstimator):
             self.columns_ = self._describe(frames[0], "theta")
             self.x_columns_ = self._describe(frames[1], "x", has_density=False)
             theta, x = self.columns_.encode(frames[0], "theta").x, self.x_columns_.encode(frames[1], "x").x
-            train, held_out = self._split_rows(len(theta), seed)
-            self.validation_indices_ = held_out
-            copies = [noisy_copies(self.columns_, theta[rows], seed, k) for k, rows in enumerate((train, held_out))]
-            values = {k: np.unique(column) for k, column in enumerate(x[train].T)}
-            few = {k: found for k, found in values.items() if 1 < len(found) <= len(train) / REPEATED}
-            repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in few.items()}
+            split = train, self.validation_indices_ = self._split_rows(len(theta), seed)
+            copies = [noisy_copies(self.columns_, theta[rows], seed, k) for k, rows in enumerate(split)]
+            values, most = enumerate(np.unique(column) for column in x[train].T), len(train) / REPEATED
+            repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in values if 1 < len(found) <= most}
             self._x_units = ColumnTransform.fit(x[train], repeated, dequantize=False)
-            contexts = [
-                np.tile(self._context(x[rows]), (len(copy) // len(rows), 1))
-                for copy, rows in zip(copies, (train, held_out), strict=True)
-            ]
-            best = -np.inf
-            # Near a normal whatever x says: wrong where it is x that gives theta its shape.
-            for near in (False, True):
+            times = len(copies[0]) // len(train), len(copies[1]) // len(self.validation_indices_)
+            contexts = [np.tile(self._context(x[rows]), (n, 1)) for rows, n in zip(split, times, strict=True)]
+
+            def candidate(near: bool) -> tuple[float, list[Tensor], ColumnTransform, RidgeCV]:
+                # Near a normal whatever x says: wrong where it is x that gives theta its shape.
                 units = ColumnTransform.fit(copies[0], self.columns_.cells, near, dequantize=False, step=near)
                 parts = [units(copy) for copy in copies]
                 regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
-                centres = [
-                    torch.from_numpy(regression.predict(context)).view(len(context), -1) for context in contexts
-                ]
-                residuals = [part - centre for part, centre in zip(parts, centres, strict=True)]
+                centres = [torch.from_numpy(regression.predict(context)) for context in contexts]
+                residuals = [part - centre.view_as(part) for part, centre in zip(parts, centres, strict=True)]
                 value = LedoitWolf().fit(residuals[0]).score(residuals[1]) + float(units.log_det(copies[1]).mean())
-                if not near or value > best:
-                    best, chosen, self._units = value, residuals, units
-                    self._weights = np.reshape(regression.coef_, (parts[0].shape[1], -1))
-                    self._intercept = np.atleast_1d(regression.intercept_)
-            self._train(chosen, contexts, len(train), seed)
+                return value, residuals, units, regression
+
+            _, residuals, self._units, found = max(map(candidate, (False, True)), key=lambda trial: trial[0])
+            self._weights = np.reshape(found.coef_, (residuals[0].shape[1], -1))
+            self._intercept = np.atleast_1d(found.intercept_)
+            self._train(residuals, contexts, len(train), seed)
+            # Weights of the features, and a constant; the rows are in random order.
+            low = residuals[0].shape[1] <= FEW
+            self._normalizer = self._learned_normalizer(contexts[0][:OBSERVED], seed) if low else np.empty(0)
         return self
 
     def log_prob(self, theta: Any, x: Any) -> np.ndarray:
@@ -133,11 +134,12 @@ class CDMConditional(DensityEstimator):
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
         context = self._context(x)
+        log_z = self._log_z(context) if self._normalizer.size and self.likelihood == "one-pass" else 0.0
         context = np.broadcast_to(context, (len(theta), context.shape[1]))
         draws = [spread(theta, noise, self.columns_.cells) for noise in self._noise]
         log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
         residuals = [self._units(rows) - self._centre(context) for rows in draws]
-        return self._log_density(found, residuals, context) + log_det.numpy()
+        return self._log_density(found, residuals, context) + log_det.numpy() - log_z
 
     def score(self, theta: Any, x: Any) -> float:
         """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
@@ -168,6 +170,28 @@ class CDMConditional(DensityEstimator):
         import pandas as pd
 
         return theta.set_index(pd.MultiIndex.from_product([range(len(theta) // n), range(n)]))
+
+    @torch.no_grad()
+    def _learned_normalizer(self, context: np.ndarray, seed: int) -> np.ndarray:
+        """Weights of log Z by contexts (N, q); the gamma likelihood asks for the mean: noisy draws do not bias it."""
+        y = torch.from_numpy(np.tile(context, (DRAWN, 1)))
+        integrals = importance_weights(self.model_, len(y) // 2, seed, y).sum(1).exp().view(DRAWN, -1).mean(0)
+        features = self._features(y[: len(context)]).cpu()
+        mean, scale = features.mean(0).numpy(), features.std(0).clamp_min(1e-9).numpy()
+        found = GammaRegressor(alpha=PENALTY, max_iter=1000)
+        slope = found.fit((features - mean) / scale, integrals.clamp_min(1e-12)).coef_ / scale
+        return np.append(slope, found.intercept_ - slope @ mean)
+
+    def _log_z(self, context: np.ndarray) -> np.ndarray:
+        """log of the integral of one pass given contexts (N, q), float64 (N,), as it was learned."""
+        y, slope = torch.tensor(context), torch.from_numpy(self._normalizer[:-1])
+        found = in_batches(self.model_, y, lambda rows: self._features(y[rows]).cpu() @ slope)
+        return found.numpy() + self._normalizer[-1]
+
+    def _features(self, y: Tensor) -> Tensor:
+        """What the head of the network sees at the mean of all residuals, given contexts (N, q), (N, features)."""
+        y = y.to(self.model_.schedule.alpha.device)
+        return self.model_.backbone.features(y.new_zeros(len(y), self.model_.transform.dim), y)
 
     def _observations(self, x: Any) -> Tensor:
         """The codes of x: a vector is one observation, unless x has one column."""

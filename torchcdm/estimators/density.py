@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -19,16 +18,13 @@ from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_fram
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
-from torchcdm.runtime.processes import map_rows
+from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units.lattice import spread
 from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-TABLE = "the table"
-"""What messages call it."""
 
 DRAWS = 20_000
 
@@ -70,11 +66,11 @@ class TableDensity(TableEstimator):
             self._framed = hasattr(X, "iloc")
             if self._framed:
                 validate_data(self, X, skip_check_array=True)
-            frame = data_frame(X, TABLE, check=partial(validate_data, self))
+            frame = data_frame(X, "the table", check=partial(validate_data, self))
             self.notes_ = []
             seed = self._seed()
-            self.columns_ = self._describe(frame, TABLE)
-            codes = self.columns_.encode(frame, TABLE).x
+            self.columns_ = self._describe(frame, "the table")
+            codes = self.columns_.encode(frame, "the table").x
             train, self.validation_indices_ = self._split_rows(len(codes), seed)
             held_out = codes[self.validation_indices_]
             parts = [noisy_copies(self.columns_, part, seed, k) for k, part in enumerate((codes[train], held_out))]
@@ -88,8 +84,8 @@ class TableDensity(TableEstimator):
     def _encoded(self, X: Any, deviating: bool = False) -> Encoded:
         """The codes of a table to score; ``deviating`` cells are marked, and no error."""
         check_is_fitted(self)
-        frame = data_frame(X, TABLE, self.columns_, partial(validate_data, self, reset=False))
-        return self.columns_.encode(frame, TABLE, deviating=deviating)
+        frame = data_frame(X, "the table", self.columns_, partial(validate_data, self, reset=False))
+        return self.columns_.encode(frame, "the table", deviating=deviating)
 
 
 @final
@@ -148,12 +144,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
             self._say(f"one pass counts {self.share_:.0%} of what the network adds, as held-out rows have it")
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean of :meth:`score_samples`, nats a row, as ``GaussianMixture`` has it; ``KernelDensity`` gives the sum.
-
-        Args:
-            X: Table (N, columns).
-            y: Ignored.
-        """
+        """Mean of :meth:`score_samples`, nats a row, as of ``GaussianMixture``; ``KernelDensity`` has the sum."""
         return float(self.score_samples(X).mean())
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Any:
@@ -172,35 +163,36 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
 
 
 @torch.no_grad()
-def importance_normalizers(
-    model: DensityModel, seed: int = 0, draws: int = DRAWS, shares: Sequence[float] = SHARES
-) -> list[LogZ]:
+def importance_normalizers(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> list[LogZ]:
     """Z = E_q[p(x) / q(x)] of an unconditional model of vectors, q half the base density and half its blurred copy.
 
-    An estimate for each of the ``shares`` of what the network adds to the log density of the base. ``draws`` are
-    rounded up so that each has as many from either half of q.
+    One for each of :data:`SHARES`, from ``draws``, rounded up so that each estimate has as many from either half of q.
     """
-    schedule, generator, dim = model.schedule, stream(seed, "normaliser"), model.transform.dim
-    wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
-    log_alpha = float(schedule.alpha[wide].log())
-    half = ESTIMATES * math.ceil(draws / (2 * ESTIMATES))
-    x = model.base.draw((2 * half, dim), generator)
-    x[half:] += schedule.ratio[wide] * torch.randn(half, dim, generator=generator, dtype=x.dtype).to(x.device)
-
-    def log_weights(rows: slice) -> Tensor:
-        base, added = _base_and_network(model, x[rows])
-        blurred = model.base.log_prob_levels(schedule.alpha[wide] * x[rows])[:, wide] + dim * log_alpha
-        return torch.stack([base - torch.logaddexp(base, blurred) + math.log(2), added], 1).cpu()
-
-    of_base, added = map_rows(log_weights, len(x), dim=dim, device=x.device).T
-    found = []
-    for share in shares:
-        estimates = (of_base + share * added).view(2, -1, ESTIMATES).logsumexp((0, 1)) - math.log(len(x) / ESTIMATES)
+    dim, found = model.transform.dim, []
+    of_base, added = importance_weights(model, ESTIMATES * math.ceil(draws / (2 * ESTIMATES)), seed).T
+    for share in SHARES:
+        estimates = (of_base + share * added).view(-1, ESTIMATES).logsumexp(0) - math.log(len(added) / ESTIMATES)
         found.append(LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim))
     return found
 
 
-def _base_and_network(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
+def importance_weights(model: DensityModel, half: int, seed: int, y: Tensor | None = None) -> Tensor:
+    """log(base / q) and what the network adds at ``half`` draws of base, as many blurred, given ``y``: (2 half, 2)."""
+    schedule, generator, dim = model.schedule, stream(seed, "normaliser"), model.transform.dim
+    wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())
+    log_alpha = float(schedule.alpha[wide].log())
+    x = model.base.draw((2 * half, dim), generator)
+    x[half:] += schedule.ratio[wide] * torch.randn(half, dim, generator=generator, dtype=x.dtype).to(x.device)
+
+    def log_weights(rows: slice) -> Tensor:
+        base, added = _base_and_network(model, x[rows], labels_of(y, rows, x.device))
+        blurred = model.base.log_prob_levels(schedule.alpha[wide] * x[rows])[:, wide] + dim * log_alpha
+        return torch.stack([base - torch.logaddexp(base, blurred) + math.log(2), added], 1).cpu()
+
+    return map_rows(log_weights, len(x), dim=dim, device=x.device)
+
+
+def _base_and_network(model: DensityModel, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log density of the base and what the network adds to it, at level 0, of ``z`` (N, d), each (N,)."""
     base = model.base.log_prob_levels(z)[:, 0]
-    return base, model.log_prob(z, units="model") - base
+    return base, model.log_prob(z, y=y, units="model") - base

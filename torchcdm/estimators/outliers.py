@@ -59,14 +59,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     contamination: Annotated[Float, Gt(0), Le(0.5)] | Literal["auto"] = "auto"
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """How normal each row is, higher for the more normal: the anomaly score with its sign changed.
-
-        Args:
-            X: Table (N, columns).
-
-        Returns:
-            float64 (N,).
-        """
+        """How normal rows are: the anomaly score with its sign changed, higher for the more normal; float64 (N,)."""
         found = self._encoded(X, deviating=True)
         scores = self._scores(found.x).clip(LOWEST)  # of far rows the density may underflow
         scores[np.array(found.deviating, bool)] = LOWEST
