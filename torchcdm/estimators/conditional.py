@@ -44,8 +44,8 @@ class CDMConditional(DensityEstimator):
 
     Columns of x are brought near a normal, and those of theta where the linear-Gaussian model then finds held-out rows
     more probable: bounds of a prior become tails. theta = W x + b + a residual; the regression takes the linear part,
-    and a classification diffusion model with x as its context the density of the residual given x. Before the first
-    training step it is the linear-Gaussian posterior. It is amortised: any x is conditioned on without training.
+    and a classification diffusion model with x as its context the density of the residual given x: before training
+    the linear-Gaussian posterior. It is amortised: any x is conditioned on without training.
 
     Args:
         likelihood: ``one-pass``, less its integral as a regression on what the network makes of x knows it (of theta
@@ -68,7 +68,7 @@ class CDMConditional(DensityEstimator):
         TableEstimator._saved
         | {"x_columns_": partial(read_as, TableEncoding)}
         | dict.fromkeys(("_units", "_x_units"), transform_from_config)
-        | dict.fromkeys(("_weights", "_intercept", "_normalizer"), np.array)
+        | dict.fromkeys(("_weights", "_normalizer"), np.array)
     )
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
@@ -76,8 +76,7 @@ class CDMConditional(DensityEstimator):
 
         Args:
             theta: Parameters (N, p) or (N,), at least ten rows: a data frame as it comes; of an array finite numbers.
-            x: What was observed or simulated with them, (N, q) or (N,). The network sees a number for each level of a
-                text.
+            x: Observed or simulated with them, (N, q) or (N,). The network sees a number for each level of a text.
 
         Errors as of :meth:`CDMDensity.fit`, and ValueError for parts of other lengths.
         """
@@ -110,8 +109,7 @@ class CDMConditional(DensityEstimator):
                 return value, residuals, units, regression
 
             _, residuals, self._units, found = max(map(candidate, (False, True)), key=lambda trial: trial[0])
-            self._weights = np.reshape(found.coef_, (residuals[0].shape[1], -1))
-            self._intercept = np.atleast_1d(found.intercept_)
+            self._weights = np.c_[np.reshape(found.coef_, (residuals[0].shape[1], -1)), found.intercept_]
             self._train(residuals, contexts, len(train), seed)
             # Weights of the features, and a constant; the rows are in random order.
             low = residuals[0].shape[1] <= FEW
@@ -119,14 +117,11 @@ class CDMConditional(DensityEstimator):
         return self
 
     def log_prob(self, theta: Any, x: Any) -> np.ndarray:
-        """log p(theta | x), nats in the units of theta; of discrete columns as in :meth:`CDMDensity.score_samples`.
+        """log p(theta | x), nats in the units of theta, float64 (N,); discrete columns as in :class:`CDMDensity`.
 
         Args:
             theta: (N, p).
             x: (N, q), or one row, (q,) or (1, q), for all.
-
-        Returns:
-            float64 (N,).
         """
         check_is_fitted(self)
         found = self.columns_.encode(_table(theta, "theta", like=self.columns_), "theta")
@@ -134,7 +129,8 @@ class CDMConditional(DensityEstimator):
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
         context = self._context(x)
-        log_z = self._log_z(context) if self._normalizer.size and self.likelihood == "one-pass" else 0.0
+        known = self._normalizer.size and self.likelihood == "one-pass"
+        log_z = self._features(context) @ self._normalizer[:-1] + self._normalizer[-1] if known else 0.0
         context = np.broadcast_to(context, (len(theta), context.shape[1]))
         draws = [spread(theta, noise, self.columns_.cells) for noise in self._noise]
         log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
@@ -176,22 +172,17 @@ class CDMConditional(DensityEstimator):
         """Weights of log Z by contexts (N, q); the gamma likelihood asks for the mean: noisy draws do not bias it."""
         y = torch.from_numpy(np.tile(context, (DRAWN, 1)))
         integrals = importance_weights(self.model_, len(y) // 2, seed, y).sum(1).exp().view(DRAWN, -1).mean(0)
-        features = self._features(y[: len(context)]).cpu()
-        mean, scale = features.mean(0).numpy(), features.std(0).clamp_min(1e-9).numpy()
+        features = self._features(context)
+        mean, scale = features.mean(0), features.std(0).clip(1e-9)
         found = GammaRegressor(alpha=PENALTY, max_iter=1000)
         slope = found.fit((features - mean) / scale, integrals.clamp_min(1e-12)).coef_ / scale
         return np.append(slope, found.intercept_ - slope @ mean)
 
-    def _log_z(self, context: np.ndarray) -> np.ndarray:
-        """log of the integral of one pass given contexts (N, q), float64 (N,), as it was learned."""
-        y, slope = torch.tensor(context), torch.from_numpy(self._normalizer[:-1])
-        found = in_batches(self.model_, y, lambda rows: self._features(y[rows]).cpu() @ slope)
-        return found.numpy() + self._normalizer[-1]
-
-    def _features(self, y: Tensor) -> Tensor:
+    def _features(self, context: np.ndarray) -> np.ndarray:
         """What the head of the network sees at the mean of all residuals, given contexts (N, q), (N, features)."""
-        y = y.to(self.model_.schedule.alpha.device)
-        return self.model_.backbone.features(y.new_zeros(len(y), self.model_.transform.dim), y)
+        y = torch.tensor(context, device=self.model_.schedule.alpha.device)
+        z = y.new_zeros(len(y), self.model_.transform.dim)
+        return in_batches(self.model_, z, lambda rows: self.model_.backbone.features(z[rows], y[rows]).cpu()).numpy()
 
     def _observations(self, x: Any) -> Tensor:
         """The codes of x: a vector is one observation, unless x has one column."""
@@ -210,7 +201,7 @@ class CDMConditional(DensityEstimator):
 
     def _centre(self, context: np.ndarray) -> Tensor:
         """The regression of theta, (N, kept), in its units."""
-        return torch.from_numpy(context @ self._weights.T + self._intercept)
+        return torch.from_numpy(context @ self._weights[:, :-1].T + self._weights[:, -1])
 
 
 def _table(values: Any, name: str, like: TableEncoding | None = None) -> DataFrame:

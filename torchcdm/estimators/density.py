@@ -168,12 +168,10 @@ def importance_normalizers(model: DensityModel, seed: int = 0, draws: int = DRAW
 
     One for each of :data:`SHARES`, from ``draws``, rounded up so that each estimate has as many from either half of q.
     """
-    dim, found = model.transform.dim, []
     of_base, added = importance_weights(model, ESTIMATES * math.ceil(draws / (2 * ESTIMATES)), seed).T
-    for share in SHARES:
-        estimates = (of_base + share * added).view(-1, ESTIMATES).logsumexp(0) - math.log(len(added) / ESTIMATES)
-        found.append(LogZ.of_weights(estimates, "importance sampling from the base density", 0, dim))
-    return found
+    weights = [(of_base + share * added).view(-1, ESTIMATES) for share in SHARES]
+    estimates = [one.logsumexp(0) - math.log(len(one)) for one in weights]
+    return [LogZ.of_weights(one, "importance sampling from the base", 0, model.transform.dim) for one in estimates]
 
 
 def importance_weights(model: DensityModel, half: int, seed: int, y: Tensor | None = None) -> Tensor:
