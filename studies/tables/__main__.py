@@ -23,6 +23,7 @@ REPRODUCTIONS = ("known-truth", "table1", "table2", "table3", "fig3", "fig4", "f
 
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(reproductions.reproduction, name.replace("-", "_")) for name in REPRODUCTIONS},
+    "anomaly-designs": estimators.anomaly_designs,
     "anomaly-maps": estimators.anomaly_maps,
     "anomaly-tables-auroc": partial(estimators.anomaly_tables, "auroc"),
     "anomaly-tables-precision": partial(estimators.anomaly_tables, "precision"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
+from studies.benchmarks.anomaly_sets import DEVELOPMENT, JUDGED
 from studies.benchmarks.anomaly_tables import mean_ranks
 from studies.tables.reading import markdown, rate, read
 
@@ -174,6 +175,26 @@ def posteriors() -> str:
         "log_prob a second",
     ]
     return markdown(head, lines)
+
+
+def anomaly_designs() -> str:
+    """Mean ranks of a design for a default score and of ten detectors, on both halves of the tables and on all."""
+    rows = read("anomaly_design")["rows"]
+    halves = [list(DEVELOPMENT), list(JUDGED), [*DEVELOPMENT, *JUDGED]]
+    ranks = [
+        mean_ranks([row for row in rows if row["table"] in half], value)[0]
+        for value in ("auroc", "precision")
+        for half in halves
+    ]
+    lines = []
+    for name in sorted(ranks[2], key=lambda name: ranks[2][name]):
+        means = (mean(row[value] for row in rows if row["name"] == name) for value in ("auroc", "precision"))
+        cells = (
+            f"**{found[name]:.1f}**" if found[name] == min(found.values()) else f"{found[name]:.1f}" for found in ranks
+        )
+        lines.append([{"smooth": "CDM, this design"}.get(name, name), *cells, *(f"{value:.3f}" for value in means)])
+    parts = [f"{value}, {half}" for value in ("AUROC", "precision") for half in ("development", "judged", "all")]
+    return markdown(["detector", *parts, "mean AUROC", "mean precision"], lines)
 
 
 def anomaly_tables(value: str) -> str:

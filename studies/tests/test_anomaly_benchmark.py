@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from studies.benchmarks import outliers
+from studies.benchmarks.anomaly_sets import DEVELOPMENT, JUDGED, TABLES
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,14 @@ def test_measures_by_counting():
     (row,) = outliers.measure(setting, [lambda x: {"raw": x.double().numpy()}])
     assert (row["auroc"], row["fpr95"]) == (14 / 16, 0.5)
     assert (row["normal_count"], row["outlier_count"]) == (4, 4)
+
+
+def test_tables_of_adbench_have_its_rows_and_outliers():
+    assert not DEVELOPMENT.keys() & JUDGED.keys()
+    shapes = {"wine": (129, 13, 10), "WDBC": (367, 30, 10), "Waveform": (3443, 21, 100), "optdigits": (1669, 64, 50)}
+    for name, (rows, columns, few) in shapes.items():
+        x, odd = TABLES[name]()
+        assert x.shape == (rows, columns) and odd.sum() == few
 
 
 @pytest.mark.slow

@@ -268,7 +268,7 @@ def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]
     start = {
         "weights_init": np.bincount(groups) / len(x),
         "means_init": np.stack([part.mean(0) for part in parts]),
-        "precisions_init": np.linalg.inv(np.stack(covariances)),
+        "precisions_init": np.linalg.pinv(np.stack(covariances), hermitian=True),
     }
     return [{}, start] if few else [start]
 
