@@ -175,7 +175,7 @@ class CDMConditional(DensityEstimator):
         features = self._features(context)
         mean, scale = features.mean(0), features.std(0).clip(1e-9)
         found = GammaRegressor(alpha=PENALTY, max_iter=1000)
-        slope = found.fit((features - mean) / scale, integrals.clamp_min(1e-12)).coef_ / scale
+        slope = found.fit((features - mean) / scale, integrals.clamp_min(1e-12).numpy()).coef_ / scale
         return np.append(slope, found.intercept_ - slope @ mean)
 
     def _features(self, context: np.ndarray) -> np.ndarray:
