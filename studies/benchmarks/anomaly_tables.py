@@ -31,7 +31,7 @@ ROWS = 3000
 
 PYOD = ("cblof.CBLOF", "copod.COPOD", "ecod.ECOD", "gmm.GMM", "hbos.HBOS", "iforest.IForest", "knn.KNN", "lof.LOF",
         "ocsvm.OCSVM", "pca.PCA")  # fmt: skip
-NOISE, LONELY = 1.5, 0.3
+NOISE, LONELY = 1.0, 0.3
 
 SEEDED = ("cblof.CBLOF", "gmm.GMM", "iforest.IForest", "pca.PCA")
 
@@ -74,11 +74,11 @@ def own(score: str) -> Scores:
 def smooth(train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
     """A design for a default score, of the start alone: log p of the densest rows and noise, columns scaled only.
 
-    The noise is :data:`NOISE` times as long as the median distance to the fifth neighbour. The share :data:`LONELY` of
-    the rows with the least kernel density, twice that wide, is not learned, as a group of outliers is dense in itself.
+    The noise is :data:`NOISE` deviations of a column. The share :data:`LONELY` of the rows with the least kernel
+    density, twice that wide, is not learned, as a group of outliers is dense in itself.
     """
     import torch
-    from sklearn.neighbors import KernelDensity, NearestNeighbors
+    from sklearn.neighbors import KernelDensity
     from torch.distributions import MultivariateNormal
 
     from torchcdm.diffusion.mixture import fit_gaussians
@@ -90,13 +90,11 @@ def smooth(train: np.ndarray, test: np.ndarray, seed: int) -> np.ndarray:
     held_out = round(0.15 * len(rows))
     validation, rows = rows[:held_out], rows[held_out:]
     start = best_start(torch.from_numpy(rows).float(), torch.from_numpy(validation).float(), given={"gaussian": True})
-    near = NearestNeighbors(n_neighbors=5).fit(rows).kneighbors()[0][:, -1]
-    noise = max(NOISE * float(np.median(near)) / math.sqrt(rows.shape[1]), 1e-3)
-    density = KernelDensity(bandwidth=2 * noise, rtol=1e-3).fit(rows).score_samples(rows)
+    density = KernelDensity(bandwidth=2 * NOISE, rtol=1e-3).fit(rows).score_samples(rows)
     kept = torch.from_numpy(rows[density.argsort()[int(LONELY * len(rows)) :]])
     components = min(start.fields["components"], len(kept) // 4)
     weights, means, covariances = fit_gaussians(kept, components, shrinkage=start.fields["shrinkage"])
-    gaussians = MultivariateNormal(means, covariances + noise**2 * torch.eye(rows.shape[1]))
+    gaussians = MultivariateNormal(means, covariances + NOISE**2 * torch.eye(rows.shape[1]))
     batches = torch.from_numpy(scaled[1]).split(300)
     scores = torch.cat([(gaussians.log_prob(x[:, None]) + weights.log()).logsumexp(1) for x in batches])
     strange = (test[:, ~varies] != train[:1, ~varies]).any(1)
