@@ -3,9 +3,9 @@ r"""Densities tilted by something known of x_0: a reward, or a measurement.
 .. math:: \log\gamma_t(x) = \log p_t(x) + \ell_t(\hat x_0(x)), \qquad \hat x_0 = E[x_0 | x_t]
 
 The path ends at level 1, where :math:`\hat x_0` is x but for the noise of that level. The gradient of the second term
-goes through the denoiser, by default as that of the reference Gaussian,
+goes through the denoiser as that of the reference Gaussian,
 :math:`\partial\hat x_0 / \partial x \approx \alpha_t V_t / \sigma_t^2`, at no cost: it only proposes, and
-accept-reject and weights mend what it lacks. The exact one, a second derivative, takes about three times as long.
+accept-reject and weights mend what it lacks. The true one is a second derivative and three times as long.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ LARGEST_MATRIX = 4096
 class Tilted(Denoiser):
     """p_t(x) exp(ell_t(x0_hat)) as a denoiser, of the density of a ``model`` and ell_t, what is ``known``.
 
-    The latter need not be differentiable; where ``exact`` the gradient goes through the denoiser itself. UserError for
-    a model without a density, or of unknown shape.
+    The latter need not be differentiable. UserError for a model without a density, or of unknown shape.
     """
 
-    def __init__(self, model: Denoiser, known: Known, exact: bool = False) -> None:
+    def __init__(self, model: Denoiser, known: Known) -> None:
         model = require_density(model, "compose")
         super().__init__(model.schedule, model.transform, base=model.base)
-        self.model, self.known, self.exact, self.reference = model, known, exact, reference_gaussian(model)
+        self.model, self.known, self.reference = model, known, reference_gaussian(model)
         # Of the reference Gaussian: V_t alpha_t / sigma_t², in its eigenbasis, (T, d).
         ratio, alpha = model.schedule.ratio[1:-1, None], model.schedule.alpha[1:-1, None]
         self.slope = Kernels(self.reference).variances / ratio**2 / alpha
@@ -69,22 +68,19 @@ class Tilted(Denoiser):
 
         Of ``x_t`` in the network's precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to.
         """
-        x = x_t.detach().requires_grad_(self.exact)
+        found = self.model.evaluate(x_t, t, checked=False)
         with torch.enable_grad():
-            found = self.model.evaluate(x, t, graph="all" if self.exact else "none", checked=False)
-            x0 = Prediction(x, *self.schedule.at(t, x), found.eps).x0.double()
-            x0 = x0 if self.exact else x0.detach().requires_grad_()
-            log_known, pulled, pull = self.known(x0, t), x if self.exact else x0, None
+            x0 = Prediction(x_t, *self.schedule.at(t, x_t), found.eps).x0.detach().double().requires_grad_()
+            log_known, pull = self.known(x0, t), None
             if log_known.requires_grad:
-                (pull,) = torch.autograd.grad(log_known.sum(), pulled, allow_unused=True)
+                (pull,) = torch.autograd.grad(log_known.sum(), x0, allow_unused=True)
         # Zero where what is known has no derivative, or none that is finite.
-        pull = torch.zeros_like(pulled) if pull is None else pull.nan_to_num(0, 0, 0)
-        if not self.exact:
-            rotation = self.reference.rotation
-            pull = rotation.inverse(rotation(pull) * self.slope.to(pull.device)[t - 1])
+        pull = torch.zeros_like(x0) if pull is None else pull.nan_to_num(0, 0, 0)
+        rotation = self.reference.rotation
+        pull = rotation.inverse(rotation(pull) * self.slope.to(pull.device)[t - 1])
         log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
         log_gamma = (log_p + log_known.double()).detach().nan_to_num(-math.inf, math.inf, -math.inf)
-        return log_gamma, found.eps.detach().double() - self.schedule.at(t, x)[1].double() * pull.double()
+        return log_gamma, found.eps.detach().double() - self.schedule.at(t, x_t)[1].double() * pull
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         self.checked(x_t, t, y)
@@ -108,14 +104,13 @@ def one_each(values: Tensor, x: Tensor, what: str) -> Tensor:
     return values
 
 
-def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = False) -> Tilted:
+def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor]) -> Tilted:
     """p(x) exp(R(x)): the model's samples, weighed by a reward or the log-likelihood of a classifier.
 
     Args:
         model: The density, or a composed one.
         reward: R, nats (B,) of samples in data units (B, *shape), on the model's device. Without a derivative it
             weighs and accepts, and proposes nothing.
-        exact: Whether the gradient goes through the denoiser itself: a second derivative, three times the time.
 
     Raises:
         UserError: A model without a density; in calls, a reward of another shape.
@@ -125,7 +120,7 @@ def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor], exact: bool = Fa
         >>> x = torchcdm.sample(heavy, 64, particles=256)
     """
     measured = of_data(model, reward)
-    return Tilted(model, lambda x0, t: one_each(measured(x0), x0, "compose: the reward"), exact)
+    return Tilted(model, lambda x0, t: one_each(measured(x0), x0, "compose: the reward"))
 
 
 def posterior(
@@ -133,7 +128,6 @@ def posterior(
     measurement: Callable[[Tensor], Tensor],
     y: Tensor,
     noise_std: float | None = None,
-    exact: bool = False,
 ) -> Tilted:
     r"""p(x | y) of a measurement y = A(x) + s noise.
 
@@ -148,7 +142,6 @@ def posterior(
             :func:`downsampling` make some.
         y: What was measured, (*m), data units.
         noise_std: s, data units, at least the noise of level 1. None: not known, of prior 1 / s above that.
-        exact: As in :func:`tilted`.
 
     Raises:
         UserError: A measurement of another shape, noise below the model's first level.
@@ -175,7 +168,7 @@ def posterior(
     if noise_std is not None and noise_std < least:
         raise UserError(f"posterior: noise_std is {noise_std:g}; the model's first level has {least:.3g} in the units "
                         "of y: give at least as much")  # fmt: skip
-    return Tilted(dense, _gaussian(measurement, of, y.flatten(), matrices, reference, noise_std, least), exact)
+    return Tilted(dense, _gaussian(measurement, of, y.flatten(), matrices, reference, noise_std, least))
 
 
 def _gaussian(
