@@ -76,7 +76,7 @@ class MLP(HeadedBackbone):
         self.classes, self.joint, self.context = classes, joint, context
         self.label = LabelEmbedding(classes, width) if classes is not None and not joint else None
         self.given = None if context is None else two_layers(context, width)
-        self.linear_in = nn.Linear(dim + (context or 0), width)
+        self.linear_in = nn.Linear(dim, width)
         embedding = width if self.label or self.given else None
         self.blocks = nn.ModuleList(VectorBlock(width, dropout, embedding) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -89,7 +89,7 @@ class MLP(HeadedBackbone):
             raise UserError(f"this density is conditional on {self.context} numbers a sample, and none was given")
         given = None if self.given is None else self.given(y.to(self.linear_in.weight.dtype))
         embedding = given if self.label is None else self.label(y, x)
-        h = self.linear_in(x if self.context is None else torch.cat([x, y.to(x.dtype)], 1))
+        h = self.linear_in(x)
         for block in self.blocks:
             h = block(h, embedding)
         features = nn.functional.silu(self.norm(h))
