@@ -84,9 +84,7 @@ def test_a_collapse_of_the_weights_is_said():
 def test_a_linear_reward_moves_a_gaussian():
     model, base = gaussian()
     push = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    found = compose.sample(
-        compose.tilted(model, lambda x: x.double() @ push), 8, particles=512, details=True
-    )
+    found = compose.sample(compose.tilted(model, lambda x: x.double() @ push), 8, particles=512, details=True)
     mean, variances = base.moments(1)
     moved = mean + base.rotation.inverse(base.rotation(push[None]) * variances)[0]
     weighted = found.log_weights.exp() @ found.particles.double()

@@ -21,9 +21,7 @@ FIRST = compose.mask(torch.tensor([True, False]))
 def test_the_posterior_of_a_gaussian():
     model, base = gaussian()
     y, std = torch.tensor([1.6], dtype=torch.float64), 0.5
-    found = compose.sample(
-        compose.posterior(model, FIRST, y, std), 8, particles=2048, details=True, seed=3
-    )
+    found = compose.sample(compose.posterior(model, FIRST, y, std), 8, particles=2048, details=True, seed=3)
     directions = base.rotation.inverse(torch.eye(2, dtype=torch.float64))
     covariance = directions.T @ torch.diag(base.variances.double()) @ directions
     gain = covariance[:, 0] / (covariance[0, 0] + std**2)

@@ -124,10 +124,7 @@ def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor]) -> Tilted:
 
 
 def posterior(
-    model: Denoiser,
-    measurement: Callable[[Tensor], Tensor],
-    y: Tensor,
-    noise_std: float | None = None,
+    model: Denoiser, measurement: Callable[[Tensor], Tensor], y: Tensor, noise_std: float | None = None
 ) -> Tilted:
     r"""p(x | y) of a measurement y = A(x) + s noise.
 

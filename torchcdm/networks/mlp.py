@@ -70,8 +70,7 @@ class MLP(HeadedBackbone):
         super().__init__()
         if context is not None and classes is not None:
             raise UserError("network: it takes classes or a context, not both; put the class into the context")
-        if energy_maps is None:
-            energy_maps = 32 if dim <= 100 else max(4, 3200 // dim)
+        energy_maps = energy_maps or (32 if dim <= 100 else max(4, 3200 // dim))
         self.dim, self.energy_maps = dim, energy_maps
         self.classes, self.joint, self.context = classes, joint, context
         self.label = LabelEmbedding(classes, width) if classes is not None and not joint else None
