@@ -21,9 +21,9 @@ def ruler() -> str:
     return markdown(head, rows)
 
 
-def quality_curves() -> str:
+def quality_curves(name: str) -> str:
     """Fréchet distance and grain of both models, by evaluations, sampler and placement of the steps."""
-    content = read("quality_curves")
+    content = read(name)
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in content["rows"]:
         cells.setdefault((row["evaluations"], row["sampler"], row["spacing"]), {})[row["model"].split("-")[0]] = row
