@@ -45,7 +45,7 @@ def digits_run(tmp_path_factory):
 
 def test_every_benchmark_says_how_it_is_run():
     helpers = {"exact_targets", "files", "flows", "joint_step", "posterior_tasks", "ratio_pairs"}
-    helpers |= {"image_bounds", "image_rungs"}
+    helpers |= {"anomaly_sets", "image_bounds", "image_rungs"}
     for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py"):
         if path.stem not in helpers:
             module = importlib.import_module(f"studies.benchmarks.{path.stem}")
