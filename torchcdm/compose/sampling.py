@@ -22,7 +22,6 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective, langevin, smc, systematic
 from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import ModelTarget
-from torchcdm.compose.tilted import Tilted
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
@@ -309,7 +308,7 @@ def _by_particles(
     """Samples by sequential Monte Carlo, and by replica exchange started from it."""
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
-    target, tilted = ModelTarget(model, y, batch_size), isinstance(model, Tilted)
+    target, tilted = ModelTarget(model, y, batch_size), model.density is None  # what it takes has log gamma at least
     generator = stream(seed, "particles")
     with evaluation_mode(model):
         kernels = Kernels(target.reference) if tilted else Kernels.of_target(target, seed)
