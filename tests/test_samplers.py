@@ -293,8 +293,9 @@ def test_steps_agree_with_diffusers(name, make):
     theirs = diffusers_path(scheduler, x, denoiser, **options)
     mine = run(denoiser, sampler, path, x, noises)
     for here, there in zip(mine, theirs, strict=True):
-        # Their betas and sigmas are float32.
-        assert (here - there).abs().max() < 2e-5 * (1 + there.abs().max())
+        # Their betas and sigmas are float32, which the squares of the noise's share feel twice.
+        tolerance = 2e-5 if name == "sde-dpm++" else 1e-5
+        assert (here - there).abs().max() < tolerance * (1 + there.abs().max())
 
 
 @pytest.mark.filterwarnings("ignore")
