@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import torchcdm
+from torchcdm import compose
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.networks.heads import CumulativeHead, JointHead
@@ -58,6 +59,13 @@ def test_a_training_is_not_overwritten(tmp_path):
         torchcdm.load("zoo:two-moons").save(tmp_path / "run")
 
 
+def test_densities_made_of_models_are_not_saved(tmp_path):
+    model = torchcdm.load("zoo:digits-conditional")
+    for made in (compose.any_of(model, [2, 7]), compose.tilted(model, lambda x: x.flatten(1).sum(1))):
+        with pytest.raises(UserError, match=f"{type(made).__name__} has no network of its own; save the models"):
+            torchcdm.save(made, tmp_path / "made")
+
+
 def test_a_distribution_of_pytorch():
     model = torchcdm.load("zoo:two-moons")
     p = model.distribution(steps=5)
@@ -85,6 +93,19 @@ def test_a_distribution_given_the_class():
         model.distribution(y=3)
     with pytest.raises(UserError, match="without classes"):
         torchcdm.load("zoo:two-moons").distribution(y=0)
+
+
+def test_a_distribution_and_the_mean_of_a_table_are_of_its_codes():
+    model = torchcdm.load("zoo:table-example")
+    p = model.distribution(steps=3)
+    torch.manual_seed(0)
+    x = p.sample((2, 3))
+    assert x.shape == (2, 3, *model.shape) and p.log_prob(x).shape == (2, 3)
+    drawn = model.sample(4, steps=3, details=True, units="codes")
+    torch.testing.assert_close(drawn.mean(), drawn.x.mean(0))
+    for ask in (model.sample(4, steps=3, details=True).mean, model.sample(4, particles=8, details=True).interval):
+        with pytest.raises(UserError, match="draw them with units='codes'"):
+            ask()
 
 
 @pytest.mark.parametrize("name", ["two-moons", "digits"])

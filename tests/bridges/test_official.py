@@ -1,5 +1,6 @@
 """Checkpoints of the published code: against its recorded outputs, and against its network written out by names."""
 
+import json
 import os
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from published_checkpoint import (
 
 from torchcdm import losses
 from torchcdm.bridges.official import load_official
+from torchcdm.cli import main
 from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.networks.unet import CDMUNet
+from torchcdm.training.checkpoint import load
 
 OFFICIAL = Path(__file__).parents[3] / "shared" / "official"
 recorded = pytest.mark.skipif(not OFFICIAL.exists(), reason="the recorded outputs are not beside this project")
@@ -38,6 +41,19 @@ def test_a_converted_file_computes_what_the_published_network_does(tmp_path, cla
     x = torch.randn(4, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     y = None if classes is None else torch.tensor([0, 2, 1, 3])
     torch.testing.assert_close(network(x, y), published_output(weights, x, y), rtol=1e-5, atol=1e-4)
+
+
+def test_a_checkpoint_of_celeba_has_the_size_of_its_images(tmp_path):
+    write_checkpoint(tmp_path / "model.pt")
+    # Attention at the second of two resolutions.
+    backbone = {"name": "unet", **OPTIONS, "multipliers": [1, 2], "attention": [32]}
+    model = {"gaussian": False, "backbone": backbone, "schedule": {"name": "linear", "T": LEVELS - 2}}
+    model["schedule"] |= {"beta_max": 0.005, "beta_min": 0.001}
+    config = {"data": {"spec": "celeba", "channels": 1, "dequantize": False}, "model": model}
+    (tmp_path / "celeba.yaml").write_text(json.dumps(config))
+    words = ["convert", tmp_path / "model.pt", tmp_path / "run", "--config", tmp_path / "celeba.yaml"]
+    assert main([str(word) for word in words]) == 0
+    assert load(tmp_path / "run").shape == (1, 64, 64)
 
 
 @pytest.mark.parametrize("change, message", [

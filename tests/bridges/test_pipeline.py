@@ -71,6 +71,16 @@ def test_images_come_as_asked_and_by_their_seed() -> None:
     assert (np.asarray(pictures[0]) == (255 * again[0, ..., 0]).round()).all()
 
 
+def test_images_without_grey_levels_are_scaled_from_the_least_to_the_largest_value() -> None:
+    model = images(LogSNRSchedule(40))
+    model.transform = DataTransform(SHAPE, 3.0, 10.0)
+    pipeline = CDMPipeline.of(model)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(2, rng(), 5, output_type="np").images
+    assert found.min() == 0 and found.max() == 1
+    assert len(pipeline(2, rng(), 5).images) == 2
+
+
 def test_labels_and_guidance_reach_the_model() -> None:
     schedule = LogSNRSchedule(40)
     model = ClassificationDiffusion(MixtureClassifier(labelled_mixture(), schedule), schedule).double()

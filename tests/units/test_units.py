@@ -90,6 +90,9 @@ def test_quantize_rounds_and_clips_to_what_range_there_is():
     assert DataTransform((4,), bin=1.0).quantize(x).tolist() == [-3, 0, 1, 99]
     assert DataTransform((4,), bin=0.5, low=0.0).quantize(x).tolist() == [0, 0.5, 0.5, 99]
     assert DataTransform((4,)).quantize(x) is x
+    # Grey levels that do not count from 0: 1, 3, 5 ...
+    assert DataTransform((4,), bin=2.0, low=1.0, high=9.0).quantize(x).tolist() == [1, 1, 1, 9]
+    assert DataTransform((2,), bin=2.0, low=1.0).quantize(torch.tensor([2.1, 4.9])).tolist() == [3, 5]
 
 
 def test_standardised_columns_and_pixels():

@@ -84,7 +84,8 @@ class CDMPipeline(DiffusionPipeline):
 
         The ``generator`` is the source of all noise, or there is one for each image; ``class_labels`` are long
         (batch_size,), and ``guidance`` is the weight w of classifier-free guidance. Of ``output_type`` ``np`` images
-        are (batch, H, W, C) in [0, 1], of ``pt`` (batch, *shape) in data units.
+        are (batch, H, W, C) in [0, 1], continuous ones from the least to the largest value, of ``pt`` (batch, *shape)
+        in data units.
         """
         model = self.unet.model
         device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float32)
@@ -99,7 +100,8 @@ class CDMPipeline(DiffusionPipeline):
             x = self.scheduler.step(eps, t, x, **seeded).prev_sample
         images = model.transform.inverse(x)
         if output_type != "pt":
-            low, high = (float(edge) for edge in (model.transform.low, model.transform.high))
+            edges = zip((model.transform.low, model.transform.high), images.aminmax(), strict=True)
+            low, high = (float(found if edge is None else edge) for edge, found in edges)
             images = ((images - low) / (high - low)).clamp(0, 1).movedim(1, -1).cpu().float().numpy()
             images = self.numpy_to_pil(images) if output_type == "pil" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -61,6 +61,9 @@ def _composed(model: Denoiser, known: dict[str, int], options: argparse.Namespac
     asked = {name: getattr(options, name) for name in ("all_of", "any_of", "none_of") if getattr(options, name)}
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} contradict each other: give one".replace("_", "-"))
+    if (asked or options.beta is not None) and (options.label is not None or options.guidance):
+        flags = "--all-of, --any-of, --none-of and --beta"
+        raise UserError(f"--label and --guidance are for the classes of a model; leave them out with {flags}")
     for name, text in asked.items():
         chosen = [_known(name, part.strip(), known) for part in text.split(",")]
         model = getattr(compose, name)(model, chosen)

@@ -13,6 +13,7 @@ from torchcdm.bridges.official import load_official
 from torchcdm.cli.arguments import given
 from torchcdm.cli.commands import SHORT
 from torchcdm.data import DataSource, parse_size
+from torchcdm.data.named import CELEBA_SIZE
 from torchcdm.errors import UserError
 from torchcdm.runtime.processes import chosen_device, is_first, several
 from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
@@ -87,7 +88,8 @@ def convert(options: argparse.Namespace) -> None:
         what = "the published networks have model.backbone unet with direction data, and model.gaussian false"
         raise UserError(f"{what}; such as preset cifar10")
     # The published code maps 0 ... 255 to [-1, 1] and adds no noise to grey levels.
-    shape = (config.data.channels or 3, *(config.data.size or (32, 32)))
+    side = CELEBA_SIZE if str(config.data.spec).startswith("celeba") else (32, 32)
+    shape = (config.data.channels or 3, *(config.data.size or side))
     transform = DataTransform.images(shape, dequantize=False)
     model_config = resolve(config.model, transform)
     if (model_config.labels != "none") != (options.classes is not None):

@@ -47,7 +47,7 @@ class Draws:
     """Samples and what is known of them.
 
     Attributes:
-        x: Equally weighted samples, (n, *shape), data units on the CPU.
+        x: Equally weighted samples, (n, *shape), data units on the CPU; a data frame of a model of a table.
         ess: Effective number of independent particles that they were drawn from.
         log_z: log Z of the density at level 1, model units, against the start density; of particles and sweeps.
         particles: All particles, (N, *shape), as ``x``; None without particles.
@@ -67,7 +67,7 @@ class Draws:
     def mean(self) -> Tensor:
         """Mean of the weighted particles, or of the samples where there are none, (*shape), not rounded."""
         if self.particles is None:
-            return self.x.double().mean(0).float()
+            return self._numbers().mean(0).float()
         flat = self.log_weights.exp() @ self.particles.double().flatten(1)
         return flat.reshape(self.particles.shape[1:]).float()
 
@@ -79,8 +79,13 @@ class Draws:
         n = len(self.x)
         places = ((1 + sign * mass) / 2 * (n + 1) - 1 for sign in (-1, 1))
         shares = (min(max(place / max(n - 1, 1), 0.0), 1.0) for place in places)
-        low, high = (self.x.double().quantile(share, 0).float() for share in shares)
+        low, high = (self._numbers().quantile(share, 0).float() for share in shares)
         return low, high
+
+    def _numbers(self) -> Tensor:
+        if not isinstance(self.x, Tensor):
+            raise UserError("the samples are a table, whose cells need not be numbers; draw them with units='codes'")
+        return self.x.double()
 
     def summary(self) -> str:
         """One line for a reader; empty where nothing was corrected."""

@@ -215,4 +215,5 @@ class ModelDistribution(Distribution):
         n = torch.Size(sample_shape).numel()
         seed = int(torch.randint(2**31, ()))
         y = None if self.y is None else self.y.expand(n, *self.y.shape[1:])
-        return self.model.sample(n, y=y, seed=seed, **self.options).reshape(*sample_shape, *self.event_shape)
+        x = self.model.sample(n, y=y, seed=seed, **{"units": "codes"} | self.options)  # not a table's data frame
+        return x.reshape(*sample_shape, *self.event_shape)

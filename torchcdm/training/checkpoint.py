@@ -125,6 +125,9 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
 
 def described(model: Denoiser) -> ModelInfo:
     """What ``config.json`` says of a model that was made in Python; UserError for parts that cannot be saved."""
+    if model.backbone is None:
+        what = f"{type(model).__name__} has no network of its own"
+        raise UserError(f"{what}; save the models that it is made of, and make it again from them")
     if model.transform is None:
         raise UserError("the model has no transform; give it one, such as units.DataTransform(shape)")
     names = None if model.classes is None else tuple(map(str, range(model.classes)))

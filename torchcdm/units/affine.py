@@ -141,7 +141,8 @@ class DataTransform(Float64Module):
         """Data units rounded to the nearest grey level and clipped to the range; continuous data unchanged."""
         if self.bin is None:
             return x
-        x = (x / self.bin).round() * self.bin
+        start = self.low or 0.0
+        x = ((x - start) / self.bin).round() * self.bin + start
         return x if self.low is None and self.high is None else x.clamp(self.low, self.high)
 
     def to_config(self) -> dict[str, Any]:
