@@ -22,7 +22,6 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.samplers import (
     DDIM,
-    DDPM,
     SAMPLERS,
     Step,
     UniPC,
@@ -163,7 +162,23 @@ def test_ddim_interpolates_between_the_flow_and_the_ancestral_chain(eta):
     )
     assert torch.allclose(DDIM(eta).step(Step(denoiser, x, t, s, None, noise))[0], truth, atol=1e-12)
     if eta == 1:
-        assert torch.allclose(DDPM().step(Step(denoiser, x, t, s, None, noise))[0], truth, atol=1e-12)
+        assert torch.allclose(make_sampler("ddpm").step(Step(denoiser, x, t, s, None, noise))[0], truth, atol=1e-12)
+        a, b, deviation = schedule.reverse_kernel(t, s, x)
+        ancestral = a * x + b * denoiser.denoise(x, t).x0 + deviation * noise
+        assert torch.allclose(ancestral, truth, atol=1e-12)
+
+
+@every_schedule
+def test_dpm2_is_the_published_formula(schedule_name):
+    """Lu et al., 2022, eps linear in lambda = -log r, integrated by hand."""
+    schedule = SCHEDULES[schedule_name](40)
+    denoiser, x, q, t, s = GaussianDenoiser(schedule, [0.7], [0.25]), normal(5, 1), 37, 30, 22
+    before, now = denoiser.denoise(normal(5, 1, seed=1), q), denoiser.denoise(x, t)
+    found, _ = make_sampler("dpm2").step(Step(denoiser, x, t, s, previous=((q, before),)))
+    r = schedule.ratio
+    curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
+    u_s = x / schedule.alpha[t] - (r[t] - r[s]) * now.eps - curvature * (now.eps - before.eps) / (r[q] / r[t]).log()
+    assert torch.allclose(found, schedule.alpha[s] * u_s, atol=1e-12)
 
 
 def test_a_ddim_step_on_the_straight_path_is_an_euler_step_of_flow_matching():

@@ -94,27 +94,14 @@ class Sampler(ABC):
 
 
 @final
-class DDPM(Sampler):
-    """Ancestral sampling, x_s ~ q(x_s | x_t, x_0 = E[x_0|x_t]) (Ho et al., 2020, arXiv 2006.11239).
-
-    The kernel is that of the chain that visits only the levels asked for, alpha_{t|s} = alpha_t / alpha_s.
-    """
-
-    stochastic = True
-
-    def rule(self, step: Step, now: Prediction) -> Tensor:
-        a, b, deviation = step.denoiser.schedule.reverse_kernel(step.t, step.s, step.x_t)
-        return a * step.x_t + b * now.x0 + deviation * step.noise
-
-
-@final
 class DDIM(Sampler):
-    """x_s = alpha_s x_0 + (sigma_s² - c²)^½ eps + c noise (Song et al., 2021, arXiv 2010.02502; identity 7).
+    """x_s = alpha_s x_0 + sigma_s ((1 - q)^½ eps + q^½ noise), q = eta² (1 - r_s² / r_t²) (identity 7).
 
-    c is ``eta`` times the deviation of the ancestral step: 0 is the deterministic first-order solver, 1 is DDPM.
+    Of the chain that visits only the levels asked for (Song et al., 2021, arXiv 2010.02502).
 
     Args:
-        eta: Share of fresh noise, 0 ... 1.
+        eta: Share of fresh noise, 0 ... 1: 0 is the deterministic first-order solver, 1 is ancestral sampling, DDPM,
+            x_s ~ q(x_s | x_t, x_0 = E[x_0|x_t]) (Ho et al., 2020, arXiv 2006.11239).
     """
 
     @checked
@@ -122,33 +109,10 @@ class DDIM(Sampler):
         self.eta, self.stochastic = eta, eta > 0
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
-        schedule = step.denoiser.schedule
-        alpha_s, sigma_s = schedule.at(step.s, step.x_t)
-        if not self.stochastic:
-            return now.carried_to(alpha_s, sigma_s)
-        c = self.eta * schedule.reverse_kernel(step.t, step.s, step.x_t)[2]
-        return now.carried_to(alpha_s, (sigma_s**2 - c**2).sqrt()) + c * step.noise
-
-
-@final
-class DPMSolver2(Sampler):
-    r"""Second-order multistep DPM-Solver in noise prediction (Lu et al., 2022, arXiv 2206.00927).
-
-    With :math:`\lambda = -\log r`, eps linear in lambda through this level and the one before:
-    u_s = u_t - (r_t - r_s) eps_t - (r_t - r_s - (lambda_s - lambda_t) r_s) (eps_t - eps_q) / (lambda_t - lambda_q),
-    q the level before. The first step is DDIM. The solver of the CDM paper.
-    """
-
-    memory = 1
-
-    def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
-        x_s, t, s = now.carried_to(alpha_s, sigma_s), step.t, step.s
-        if not step.previous:
-            return x_s
-        q, before = step.previous[0]
-        curvature = r[t] - r[s] - r[s] * (r[t] / r[s]).log()
-        return x_s - alpha_s * curvature * ((now.eps - before.eps) / (r[q] / r[t]).log())
+        fresh = self.eta**2 * (1 - (r[step.s] / r[step.t]) ** 2)
+        x_s = now.carried_to(alpha_s, sigma_s * (1 - fresh).sqrt())
+        return x_s + sigma_s * fresh.sqrt() * step.noise if self.stochastic else x_s
 
 
 @final
@@ -231,20 +195,22 @@ class IPNDM(Sampler):
 class DEIS(Sampler):
     r"""Exponential integrator with a polynomial noise (tAB-DEIS; Zhang and Chen, 2023, arXiv 2204.13902).
 
-    u_s = u_t - the integral over r of the polynomial through eps at this level and the ones before, in the angle
-    :math:`\arctan r`, which is the time of the cosine schedule. Of its order for any steps; the first are of lower
-    order. tAB2 is of order 3, tAB3 of order 4.
+    u_s = u_t - the integral over r of the polynomial through eps at this level and the ones before, by default in the
+    angle :math:`\arctan r`, which is the time of the cosine schedule. Of its order for any steps; the first are of
+    lower order. tAB2 is of order 3, tAB3 of order 4.
 
     Args:
         order: 2, 3 or 4.
+        time: Function of r in which the polynomial is. In ``torch.log``, of order 2, it is the multistep DPM-Solver in
+            noise prediction (Lu et al., 2022, arXiv 2206.00927), the solver of the CDM paper.
     """
 
     @checked
-    def __init__(self, order: Order = 3) -> None:
-        self.memory = order - 1
+    def __init__(self, order: Order = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
+        self.memory, self.time = order - 1, time
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
-        change = _integral(step, ((step.t, now), *step.previous), step.t, step.s, torch.atan, 1)
+        change = _integral(step, ((step.t, now), *step.previous), step.t, step.s, self.time, 1)
         return step.denoiser.schedule.at(step.s, step.x_t)[0] * (step.x_t / now.alpha_t + change)
 
 
@@ -301,7 +267,7 @@ def _integral(
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ddpm": DDPM, "ddim": DDIM, "dpm2": DPMSolver2, "dpm++": DPMSolverPP2M,
+    "ddpm": partial(DDIM, 1.0), "ddim": DDIM, "dpm2": partial(DEIS, 2, torch.log), "dpm++": DPMSolverPP2M,
     "sde-dpm++": partial(DPMSolverPP2M, stochastic=True), "heun": Heun,
     "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4), "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4),
     "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),

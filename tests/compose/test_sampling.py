@@ -20,7 +20,6 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.samplers import (
     DDIM,
-    DDPM,
     SAMPLERS,
     Heun,
     Step,
@@ -249,7 +248,7 @@ def test_eta_is_a_share(eta):
 def test_stochastic_step_without_noise_is_a_mistake():
     denoiser = GaussianDenoiser(CosineSchedule(10), [0.7], [0.25])
     with pytest.raises(UserError, match="noise"):
-        DDPM().step(Step(denoiser, normal(2, 1), 10, 5))
+        DDIM(1.0).step(Step(denoiser, normal(2, 1), 10, 5))
     assert Heun().step(Step(denoiser, normal(2, 1), 10, 5))[0].isfinite().all()
 
 
