@@ -76,9 +76,8 @@ def test_a_window_of_cells_is_as_good_as_all(level, off):
     x, z = seen(cells, 60)
     x0 = cells.mean_weight * z + off * cells.deviation * normal(60, DIM, seed=4)
     dense = over_all_cells(cells, z, x0).gather(2, x.long()[..., None])[..., 0]
-    found = cells.log_decoder_each(z, x, x0)
+    found = cells.log_decoder(z, x, x0)
     assert torch.allclose(found, dense, atol=1e-6, rtol=1e-9)
-    assert torch.allclose(cells.log_decoder(z, x, x0), dense.sum(1), atol=1e-6, rtol=1e-9)
 
 
 @pytest.mark.parametrize("level", [1, 8, 16])
@@ -89,7 +88,7 @@ def test_noisy_inputs_that_nobody_drew(level):
     z, x0 = 15 * normal(60, DIM, seed=5), 15 * normal(60, DIM, seed=6)
     dense = over_all_cells(cells, z, x0).gather(2, x.long()[..., None])[..., 0]
     assert float(dense.min()) < -700 or level > 8
-    assert torch.allclose(cells.log_decoder_each(z, x, x0), dense, atol=1e-6, rtol=1e-9)
+    assert torch.allclose(cells.log_decoder(z, x, x0), dense, atol=1e-6, rtol=1e-9)
 
 
 @pytest.mark.parametrize("level", [1, 8, 16])
@@ -98,12 +97,12 @@ def test_probabilities_of_all_grey_levels_sum_to_one(level):
     _, z = seen(cells, 8)
     x0 = z + normal(8, DIM, seed=4)
     grey = torch.arange(float(LEVELS), dtype=torch.float64)[:, None, None].expand(-1, *z.shape).flatten(0, 1)
-    log_p = cells.log_decoder_each(z.repeat(LEVELS, 1), grey, x0.repeat(LEVELS, 1)).unflatten(0, (LEVELS, len(z)))
+    log_p = cells.log_decoder(z.repeat(LEVELS, 1), grey, x0.repeat(LEVELS, 1)).unflatten(0, (LEVELS, len(z)))
     assert torch.allclose(log_p.logsumexp(0), torch.zeros_like(z), atol=1e-10)
     assert bool((log_p[10:90, :, 5] < -600).all()), "grey levels without a cell"
     # What is no grey level has no probability.
     for k in (-1.0, 0.5, LEVELS):
-        assert bool(cells.log_decoder_each(z, torch.full_like(z, k), x0).isinf().all())
+        assert bool(cells.log_decoder(z, torch.full_like(z, k), x0).isinf().all())
 
 
 def test_few_cells_are_weighed():

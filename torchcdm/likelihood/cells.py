@@ -41,19 +41,12 @@ class NoisyCells(ABC):
         self.alpha, self.sigma = schedule.alpha[level], schedule.sigma[level]
 
     @abstractmethod
-    def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
-        """log q(z|k) for each dimension, (B, *shape), all float64."""
+    def log_q(self, z: Tensor, x: Tensor) -> Tensor:
+        """log q(z|k) for each dimension, nats in model units; all float64 (B, *shape)."""
 
     @abstractmethod
-    def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        """log P(k|z) for each dimension, (B, *shape), all float64."""
-
-    def log_q(self, z: Tensor, x: Tensor) -> Tensor:
-        """log q(z|k), nats in model units, (B,)."""
-        return self.log_q_each(z.double(), x.double()).flatten(1).sum(1)
-
     def log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        """log P(k|z), nats, (B,): the flat decoder tilted to the denoiser's mean.
+        """log P(k|z) for each dimension, nats: the flat decoder tilted to the mean of the denoiser; (B, *shape).
 
         Among the grey levels k' near z, P(k'|z) is proportional to q(z|k') exp(tilt * k'), times the histogram where
         there is one, with the tilt for which the mean of the data given z is ``x0``, E[x_0 | z] of the model: the flat
@@ -61,7 +54,6 @@ class NoisyCells(ABC):
         far below a cell networks don't know the mean well enough for more. Of equally spaced levels those further than
         :data:`REACH` deviations count as impossible. Model units, but data units of the grey levels ``x``.
         """
-        return self.log_decoder_each(z.double(), x.double(), x0.double()).flatten(1).sum(1)
 
 
 @final
@@ -72,10 +64,10 @@ class EqualCells(NoisyCells):
     units on a last axis: (B, *shape, n).
     """
 
-    def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
+    def log_q(self, z: Tensor, x: Tensor) -> Tensor:
         return self._posterior(z, x[..., None])[0][..., 0]
 
-    def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+    def log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         reach = math.ceil(REACH * float(self.sigma / self.alpha / self.transform.model_bin.min())) + 1
         offsets = self.transform.bin * torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
         rows = max(1, LARGEST_TABLE // (z[0].numel() * len(offsets)))
@@ -83,7 +75,7 @@ class EqualCells(NoisyCells):
         return torch.cat([self._decoded(*part, offsets) for part in parts])
 
     def _decoded(self, z: Tensor, x: Tensor, x0: Tensor, offsets: Tensor) -> Tensor:
-        """:meth:`log_decoder_each` among the levels that are ``offsets`` away from the nearest one."""
+        """:meth:`log_decoder` among the levels that are ``offsets`` away from the nearest one."""
         transform = self.transform
         candidates = transform.quantize(transform.inverse(z / self.alpha))[..., None] + offsets
         log_q, means = self._posterior(z, candidates)
@@ -123,13 +115,13 @@ class NormalCells(NoisyCells):
         self.mean_weight, self.deviation = self.alpha / self.v, self.sigma / self.v.sqrt()
         self.edges, self.unit = transform.cell_edges.flatten(0, -2), transform.cell_width.flatten()
 
-    def log_q_each(self, z: Tensor, x: Tensor) -> Tensor:
+    def log_q(self, z: Tensor, x: Tensor) -> Tensor:
         dimension, index = self._dimensions(z), self._indices(x)
         log_mass, _ = self._posterior(z.flatten(), dimension, index, 1)
         prior = self.transform.log_mass.flatten(0, -2)[dimension, index]
         return log_normal(z, self.v) + (log_mass[:, 0] - prior).reshape(z.shape)
 
-    def log_decoder_each(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+    def log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         index = self._indices(x)
         first, count = self._window(z, index, x0)
         columns = z.flatten(), x0.flatten(), self._dimensions(z), first, index - first

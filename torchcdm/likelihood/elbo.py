@@ -89,7 +89,8 @@ def elbo(
         else:
             cells = noisy_cells(transform, schedule, level)
             normal = (log_normal(batch.noise("chain", 0).flatten(1)) - cells.sigma.log()).sum(1)
-            reconstruction = cells.log_q(x_t, batch.x) - normal - cells.log_decoder(x_t, batch.x, mean)
+            decoded = cells.log_q(x_t, batch.x) - cells.log_decoder(x_t, batch.x, mean)
+            reconstruction = decoded.flatten(1).sum(1) - normal
         return tuple(part.cpu() for part in (prior, diffusion, reconstruction, change))
 
     prior, diffusion, reconstruction, change = in_batches(denoiser, x, terms, scoring.batch_size)

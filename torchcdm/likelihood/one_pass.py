@@ -97,7 +97,7 @@ def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tens
         return z, log_prob, transform.dim * float(schedule.alpha[level].log()) + change
     cells = noisy_cells(transform, schedule, level)
     decoded = cells.log_decoder(z, batch.x, Prediction(z, *schedule.at(level, z), eps).x0)
-    return z, log_prob, decoded - cells.log_q(z, batch.x) + change
+    return z, log_prob, (decoded - cells.log_q(z, batch.x)).flatten(1).sum(1) + change
 
 
 def consistency(
