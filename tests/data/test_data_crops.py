@@ -39,7 +39,7 @@ def test_training_sees_random_crops_and_other_splits_fixed_ones(folder):
     assert sum(map(len, files)) == 6 and not files[0] & files[1] and not files[0] & files[2]
     x, _ = source.train.batch(torch.arange(len(source.train)))
     assert torch.equal(x, source.train.tensors()[0]) and x.dtype == torch.uint8
-    found = [source.train.batch_at(torch.zeros(50, dtype=torch.long), torch.rand(50, 2))[0] for _ in range(2)]
+    found = [source.train.batch(torch.zeros(50, dtype=torch.long), torch.rand(50, 2))[0] for _ in range(2)]
     path = source.train.items[0][0]
     whole = torch.from_numpy(np.asarray(Image.open(path)))[None]
     windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).reshape(-1, 16, 16)

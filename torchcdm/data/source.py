@@ -65,13 +65,12 @@ class Split(Dataset, ABC):
         index = range(len(self))[index]  # IndexError ends iteration over the split
         return self.values(torch.tensor([index]))[0], self.labels[index].tolist()
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples."""
-        return self.values(indices), self.labels[indices]
+    def batch(self, indices: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples.
 
-    def batch_at(self, indices: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
-        """:meth:`batch`; of crops those at random ``places`` in the same images, uniform on [0, 1), (B, 2)."""
-        return self.batch(indices)
+        Of crops those at random ``places`` in the same images, uniform on [0, 1), (B, 2), where these are given.
+        """
+        return self.values(indices), self.labels[indices]
 
     def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """All samples and labels, or ``limit`` of them evenly spaced through the split."""
@@ -172,7 +171,9 @@ class CropSplit(LazySplit):
         super().__init__(read, items, labels.repeat_interleave(counts), like=torch.empty(0))
         self.crop, self.wholes = crop, torch.arange(len(items)).split(counts.tolist())
 
-    def batch_at(self, indices: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if places is None:
+            return super().batch(indices)
         pairs = zip(indices.tolist(), places, strict=True)
         return torch.stack([self._sample(self.items[i], place) for i, place in pairs]), self.labels[indices]
 

@@ -82,7 +82,7 @@ class Batches:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
         steps = (self._shown(step) for step in range(first, last))
         if not isinstance(self.split, LazySplit):
-            yield from (self.split.batch_at(*at) for at in steps)
+            yield from (self.split.batch(*at) for at in steps)
             return
         # An item of this loader is a whole batch: the sampler hands over its indices.
         for batch in DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers):
@@ -106,6 +106,6 @@ class _BatchReader(Dataset):
 
     def __getitem__(self, at: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor] | UserError:
         try:
-            return self.split.batch_at(*at)
+            return self.split.batch(*at)
         except UserError as error:
             return error
