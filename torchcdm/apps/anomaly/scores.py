@@ -31,8 +31,6 @@ from torchcdm.random import stream
 COARSE_NOISE = 0.5
 """Noise, in model units, that leaves the coarse picture: data have a scale of about one."""
 
-NOISE_SEED = 0
-
 Fitted = Mapping[str, Tensor]
 """What a score learned from the reference, by name."""
 
@@ -44,9 +42,6 @@ HELD_OUT, FOLDS = 4, 5
 
 MOST_INCREMENTS = 512
 """Finer schedules have increments over two or more levels each."""
-
-DISTANCES = ("distance", "rarity")
-"""Names of :func:`log_distances`."""
 
 
 def level_profile(model: DensityModel, x: Tensor) -> Tensor:
@@ -71,7 +66,7 @@ def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor)
     """``function`` of dequantised batches in data units, on the model's device and in its precision; a CPU tensor."""
     x = as_samples(model, x)
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
-    places = torch.rand(x.shape[1:], generator=stream(NOISE_SEED, "dequantise"), dtype=torch.float64)
+    places = torch.rand(x.shape[1:], generator=stream(0, "dequantise"), dtype=torch.float64)
 
     def one(rows: slice) -> Tensor:
         clean = x[rows].double()
@@ -107,7 +102,7 @@ def learn_levels(profile: Tensor, coarse: int) -> dict[str, Tensor]:
     # Distances of the very data that gave the densities would be too small: each fold by the others.
     folds = torch.arange(len(profile)) % FOLDS
     parts = [log_distances(profile[folds == k], fit_increments(profile[folds != k], *kind)) for k in range(FOLDS)]
-    values = {name: torch.cat([part[name] for part in parts]) for name in DISTANCES}
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     values["unlikeliness"] = _unlikeliness(profile, fitted)
     for name, normal in values.items():
         fitted |= {f"{name}_mean": normal.mean(), f"{name}_deviation": deviation(normal)}
@@ -142,15 +137,15 @@ def fit_increments(profile: Tensor, components: int, shrinkage: float) -> dict[s
 
 
 def log_distances(profile: Tensor, fitted: Fitted) -> dict[str, Tensor]:
-    """Two logarithms of squared distances from normal increments, (N,) each, by the names of :data:`DISTANCES`.
+    """Two logarithms of squared distances from normal increments, (N,) each.
 
-    The first is Mahalanobis' under Ledoit and Wolf's covariance: it sees what increments do together. The second is
+    ``distance`` is Mahalanobis' under Ledoit and Wolf's covariance: it sees what increments do together. ``rarity`` is
     twice how far the log density of a mixture of Gaussians lies below its peak: it sees details and groups, and in
     many dimensions takes what lies near the centre for usual.
     """
     white = _white(profile, fitted)
-    squares = white.square().sum(1), 2 * (fitted["peak"] - _log_density(white, fitted))
-    return {name: square.clamp_min(1e-12).log() for name, square in zip(DISTANCES, squares, strict=True)}
+    squares = {"distance": white.square().sum(1), "rarity": 2 * (fitted["peak"] - _log_density(white, fitted))}
+    return {name: square.clamp_min(1e-12).log() for name, square in squares.items()}
 
 
 def _whitening(profile: Tensor) -> dict[str, Tensor]:
