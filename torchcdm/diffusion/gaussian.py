@@ -167,7 +167,7 @@ class GaussianMarginals(BaseDensity):
         too far, and without samples in a direction they are zero.
         """
         mean, spread = mean_and_spread(samples, form)
-        return cls.of_spread(schedule, mean, shrunk(spread, mean_variance(spread), shrinkage), floor, form=form)
+        return cls.of_spread(schedule, mean, shrunk(spread, shrinkage), floor, form=form)
 
     @classmethod
     def of_spread(
@@ -276,14 +276,10 @@ def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, T
     return mean, DIAGONAL[form](shape).to(samples.device)(centred).square().mean(0)
 
 
-def mean_variance(spread: Tensor) -> float:
-    """Mean of the variances of a covariance (d, d), or of variances (d,)."""
-    return float((spread if spread.ndim == 1 else spread.diagonal()).mean())
-
-
-def shrunk(spread: Tensor, variance: float, share: float) -> Tensor:
-    """Covariances (..., d, d), or variances (d,), moved by ``share`` towards the round one of ``variance``."""
-    round_one = torch.full_like(spread[..., 0] if spread.ndim > 1 else spread, variance)
+def shrunk(spread: Tensor, share: float, variance: float | None = None) -> Tensor:
+    """Covariances (..., d, d), or variances (d,), moved by ``share`` towards a round one: of their mean when None."""
+    variances = spread if spread.ndim == 1 else spread.diagonal(dim1=-2, dim2=-1)
+    round_one = torch.full_like(variances, float(variances.mean()) if variance is None else variance)
     return torch.lerp(spread, round_one if spread.ndim == 1 else round_one.diag_embed(), share)
 
 
@@ -371,8 +367,8 @@ def _blended(
 ) -> list[GaussianMarginals]:
     """A Gaussian for each class, its spread moved by ``share`` to the mean spread, and further to a round one."""
     common = torch.stack([spread for _, spread in classes]).mean(0)
-    found = []
+    variance, found = float((common if common.ndim == 1 else common.diagonal()).mean()), []
     for mean, spread in classes:
-        spread = shrunk(torch.lerp(spread, common, share), mean_variance(common), shrinkage)
+        spread = shrunk(torch.lerp(spread, common, share), shrinkage, variance)
         found.append(GaussianMarginals.of_spread(schedule, mean, spread, floor))
     return found

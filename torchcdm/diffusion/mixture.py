@@ -229,9 +229,9 @@ def _some(samples: Tensor, components: int, rows: int) -> Tensor:
 def _shrunk(weights: Tensor, covariances: Tensor, variance: float, share: float) -> Tensor:
     """Covariances (K, d, d) as :func:`fit_gaussians` shrinks them."""
     if len(weights) == 1:
-        return shrunk(covariances, variance, share)
+        return shrunk(covariances, share, variance)
     mean = torch.einsum("k,kij->ij", weights, covariances)
-    return torch.lerp(covariances, shrunk(mean, variance, share**2).expand_as(covariances), share)
+    return torch.lerp(covariances, shrunk(mean, share**2, variance).expand_as(covariances), share)
 
 
 def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
