@@ -11,26 +11,7 @@ from torchcdm.data.options import DataOptions
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.source import CropSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
 
-__all__ = [
-    "CropSplit",
-    "DataOptions",
-    "DataSource",
-    "Inputs",
-    "LazySplit",
-    "MemorySplit",
-    "Split",
-    "check_spec",
-    "fingerprint",
-    "flip_horizontally",
-    "from_object",
-    "load_data",
-    "parse_size",
-    "read_inputs",
-    "renumbered",
-    "save_array",
-    "save_grid",
-    "save_images",
-    "save_table",
-    "spec_of",
-    "to_bytes",
-]
+__all__ = ["CropSplit", "DataOptions", "DataSource", "Inputs", "LazySplit", "MemorySplit", "Split",
+           "check_spec", "fingerprint", "flip_horizontally", "from_object", "load_data", "parse_size",
+           "read_inputs", "renumbered", "save_array", "save_grid", "save_images", "save_table", "spec_of",
+           "to_bytes"]  # fmt: skip
