@@ -4,9 +4,19 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 
-from torchcdm.apps.ratio.dependence import VARIATES, Canonical, canonical, estimates, strangers, with_length
+from torchcdm.apps.ratio.dependence import (
+    VARIATES,
+    Canonical,
+    canonical,
+    estimates,
+    normal_scores,
+    products,
+    significant,
+    strangers,
+    turned,
+)
 
 
 def correlated(n, columns, rho=0.8, seed=0):
@@ -30,17 +40,58 @@ def test_correlations_are_those_of_rows_that_were_not_seen():
     assert canonical(wide, wide, np.arange(40_000)).correlations.size == 0, "at no time"
 
 
+def spiral(x, first, second):
+    """Rows whose two columns are turned by the mean square of the row."""
+    angle, found = np.square(x).mean(1), x.copy()
+    found[:, first] = np.cos(angle) * x[:, first] - np.sin(angle) * x[:, second]
+    found[:, second] = np.sin(angle) * x[:, first] + np.cos(angle) * x[:, second]
+    return found
+
+
 def test_products_with_the_length_undo_a_rotation_by_it():
     x, y = correlated(6000, 3)
-    angle = np.square(x).sum(1) / 3
-    turned = np.stack([
-        np.cos(angle) * x[:, 0] - np.sin(angle) * x[:, 1], np.sin(angle) * x[:, 0] + np.cos(angle) * x[:, 1], x[:, 2]
-    ], 1)  # fmt: skip
-    plain, bent = (
-        canonical(*sides, np.arange(4500), VARIATES)
-        for sides in ((turned, y), (with_length(turned)[1], with_length(y)[1]))
-    )
+    sides = spiral(x, 0, 1), y
+    both = sides, [products(side) for side in sides]
+    plain, bent = (canonical(*part, np.arange(4500), VARIATES) for part in both)
     assert plain.correlations[1] < 0.6 < 0.72 < bent.correlations[1] < 0.82
+
+
+def test_products_are_finite_whatever_the_columns():
+    draw = np.random.RandomState(0)
+    around = draw.normal(size=(50, 3))
+    on_sphere, far = around / np.linalg.norm(around, axis=1, keepdims=True), draw.standard_cauchy((50, 2)) * 1e300
+    for side in (on_sphere, np.sign(around), far, 1e-200 * around):
+        assert np.isfinite(products(side)).all()
+
+
+def test_columns_that_matter_are_told_from_noise():
+    draw = np.random.RandomState(0)
+    x = draw.normal(size=(2000, 10))
+    variates = np.stack([x[:, 0] + draw.normal(size=2000), draw.normal(size=2000) - 0.2 * x[:, 3]], 1)
+    np.testing.assert_array_equal(significant(x, variates, 4.0), np.isin(np.arange(10), [0, 3]))
+    assert not significant(x, variates[:, :0], 4.0).any()
+
+
+def test_spirals_of_uniform_columns_lose_little_of_their_information():
+    """Against the true log ratio of the same rows, so that their noise does not count."""
+    z, w = correlated(8000, 15, 0.7)
+    sides = spiral(norm.cdf(z), 0, 1), spiral(norm.cdf(w), 1, 2)
+    seen, own = np.arange(6000), np.arange(6000, 8000)
+    truth = Canonical(z[:, :2], w[:, :2], np.array([0.7, 0.7])).gaussians(seen)(own, own)
+    errors = [
+        (found.gaussians(seen)(own, own) - truth).mean()
+        for found in (turned(*map(products, sides), seen), canonical(*map(normal_scores, sides), seen))
+    ]
+    assert -0.045 < errors[0] < 0.01 and errors[0] > errors[1] + 0.012, errors
+
+
+def test_turned_variates_of_independent_sides_tell_nothing():
+    draw = np.random.RandomState(0)
+    for columns in (5, 25):
+        sides = [products(spiral(draw.uniform(size=(3000, columns)), 0, 1)) for _ in range(2)]
+        seen, own = np.arange(2000), np.arange(2000, 3000)
+        found = turned(*sides, seen).gaussians(seen)(own, own)
+        assert -0.02 < found.mean() <= 2 * found.std() / 1000**0.5
 
 
 def test_gaussians_of_variates_are_gaussians_and_repeated_pairs_are_left_out():

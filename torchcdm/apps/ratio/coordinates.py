@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -45,6 +46,18 @@ ERRORS = 2.0
 """Paired standard errors by which held-out likelihood must rise for another step."""
 
 
+def unmixing(x: np.ndarray) -> np.ndarray:
+    """Matrix (d, d) that takes rows (N, d) to independent components, as far as FastICA gets."""
+    from sklearn.decomposition import FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return FastICA(
+            whiten="unit-variance", whiten_solver="eigh", random_state=0, max_iter=COMPONENT_ITERATIONS, tol=1e-3
+        ).fit(x).components_  # fmt: skip
+
+
 @final
 class Unmixing:
     """Independent components: z -> matrix (x - centre) of x in the data's own units, which a warp took to z.
@@ -74,18 +87,9 @@ class Unmixing:
     @classmethod
     def fit(cls, z: Tensor, warp: ColumnTransform) -> Unmixing:
         """The components of the rows that ``warp`` took to ``z`` (N, d)."""
-        from sklearn.decomposition import FastICA
-        from sklearn.exceptions import ConvergenceWarning
-
         x = warp.inverse(z)
         centre, scale = x.mean(0), x.std(0).clamp_min(1e-12)
-        model = FastICA(
-            whiten="unit-variance", whiten_solver="eigh", random_state=0, max_iter=COMPONENT_ITERATIONS, tol=1e-3
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(((x - centre) / scale).numpy())
-        return cls(torch.from_numpy(model.components_) / scale, centre, warp.to_config())
+        return cls(torch.from_numpy(unmixing(((x - centre) / scale).numpy())) / scale, centre, warp.to_config())
 
 
 @final

@@ -1,8 +1,8 @@
 """Log ratios of pairs (x, y) over strangers, x of one row and y of another: log p(x, y) / p(x) p(y).
 
 Every row is judged by what was learned from other folds of the rows. Columns become normal scores by their ranks,
-which changes no ratio. Beside them each side has its canonical variates: directions of x, of its squared length, and
-of products of the two, that correlate most with such directions of y. Rotations by the length are nearly linear there.
+which changes no ratio. Beside them each side has bent variates: directions of x, of its squared length, and of
+products of the two, that correlate most with such directions of y. Rotations by the length are nearly linear there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from torchcdm.apps.ratio.classifiers import LAYERS, MEMBERS, WIDTH, Networks, folds, train
+from torchcdm.apps.ratio.coordinates import unmixing
 from torchcdm.random import derive, stream
 
 STEPS, RATE, DECAY, RANK = 600, 5e-3, 0.5, 16
@@ -30,6 +31,9 @@ CHECKED = 1000
 
 VARIATES, FARTHEST = 8, 4.0
 """Most bent variates of a side, and deviations beyond which a row counts as lying there."""
+
+SIGNIFICANT = 2.0, 3.0, 4.0
+"""Standard errors from 0 that the weight of a feature needs to stay, in turn: few features, less noise in variates."""
 
 WIDEST = 2000
 """Features of both sides beyond which there are no variates: their time grows with the cube."""
@@ -65,11 +69,14 @@ class Canonical(NamedTuple):
         exponent = self.correlations * u * v - square * (u**2 + v**2) / 2
         return exponent / (1 - square) - 0.5 * np.log1p(-square)
 
+    def losses(self, seen: np.ndarray) -> np.ndarray:
+        """Log loss of telling pairs of ``seen`` rows from strangers by the sum of the first 0 ... r terms, nats."""
+        pairs, others = (self.terms(seen, partners).cumsum(1) for partners in (seen, *strangers(seen)[:1]))
+        return np.append(2 * np.log(2), np.logaddexp(0, -pairs).mean(0) + np.logaddexp(0, others).mean(0))
+
     def gaussians(self, seen: np.ndarray) -> LogRatio:
         """The sum of the first terms, as many as tell pairs of ``seen`` rows best: later ones may repeat these."""
-        pairs, others = (self.terms(seen, partners).cumsum(1) for partners in (seen, *strangers(seen)[:1]))
-        losses = np.logaddexp(0, -pairs).mean(0) + np.logaddexp(0, others).mean(0)
-        count = 1 + int(losses.argmin()) if losses.min(initial=np.inf) < 2 * np.log(2) else 0
+        count = int(self.losses(seen).argmin())
         return lambda rows, partners: self.terms(rows, partners)[:, :count].sum(1)
 
 
@@ -96,12 +103,43 @@ def canonical(x: np.ndarray, y: np.ndarray, seen: np.ndarray, most: int | None =
     return Canonical(u, v, square[kept] ** 0.5)
 
 
-def with_length(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (N, d) with their squared length in deviations of a normal's, and with products of it, and of their sum."""
-    length = (np.square(x).mean(1, keepdims=True) - 1) * (x.shape[1] / 2) ** 0.5
+def normal_scores(x: np.ndarray) -> np.ndarray:
+    """Rows (N, d) to those of normals with the same ranks in each column."""
+    return ndtri(rankdata(x, axis=0) / (len(x) + 1))
+
+
+def products(x: np.ndarray) -> np.ndarray:
+    """Columns (N, d) about the origin with their squared length in deviations, and products of it: (N, 3 d + 2)."""
+    x = x / np.abs(x).max()
+    length = np.square(x).sum(1, keepdims=True)
+    length = (length - length.mean()) / (length.std() or 1.0)
     few = np.hstack([x, length])
-    total = x.sum(1, keepdims=True) / x.shape[1] ** 0.5
-    return few, np.hstack([few, length * few, length * length * x, total * x])
+    many = np.hstack([few, length * few, length * length * x])
+    return many / many.std(0).clip(1e-150)
+
+
+def significant(x: np.ndarray, variates: np.ndarray, errors: float) -> np.ndarray:
+    """Columns of (N, a) whose weight is so many standard errors from 0 in a regression of any of the variates."""
+    x = x - x.mean(0)
+    inverse = np.linalg.pinv(x.T @ x, hermitian=True)
+    weights = inverse @ x.T @ variates
+    error = (variates - x @ weights).std(0) * np.sqrt(np.diag(inverse).clip(1e-150)[:, None])
+    return (np.abs(weights) > errors * error).any(1)
+
+
+def turned(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> Canonical:
+    """Canonical variates of the features that matter, turned to independent components, and these by their ranks."""
+    found = canonical(x, y, seen, VARIATES)
+    for errors in SIGNIFICANT if found.correlations.size else ():
+        left, right = significant(x[seen], found.right[seen], errors), significant(y[seen], found.left[seen], errors)
+        if not (left.any() and right.any()):
+            break
+        x, y = x[:, left], y[:, right]
+        found = canonical(x, y, seen, VARIATES)
+    if (count := int(found.losses(seen).argmin())) < 2:
+        return found
+    sides = (side[:, :count] for side in found[:2])
+    return canonical(*(normal_scores(side @ unmixing(side[seen]).T) for side in sides), seen)
 
 
 class Towers(nn.Module):
@@ -121,8 +159,8 @@ class Towers(nn.Module):
         return torch.cat([f, one], -1), torch.cat([g[..., :-1], one, g[..., -1:]], -1)
 
 
-def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[np.ndarray]:
-    """Both factors of the log ratio, (members, N, rank + 2), after training on (members, N, a) and (members, N, b)."""
+def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[LogRatio]:
+    """The log ratio of each member, after training on (members, N, a) and (members, N, b)."""
     networks = Towers((x.shape[-1], y.shape[-1]), seed).to(x.device)
     member = torch.arange(MEMBERS)[:, None]
 
@@ -136,13 +174,16 @@ def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[np
 
     train(networks, losses, x.shape[1], stream(seed, "towers", 1), steps, RATE, DECAY, until)
     with torch.no_grad():
-        return [part.double().cpu().numpy() for part in networks(x, y)]
+        f, g = (part.double().cpu().numpy() for part in networks(x, y))
+    return [lambda rows, partners, k=k: (f[k][rows] * g[k][partners]).sum(1) for k in range(MEMBERS)]
 
 
-def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed: int) -> LogRatio:
+def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed: int, until: float) -> LogRatio:
     """Boosted trees of variates, their differences, and the columns where these are few; by the rows ``seen``."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
+    if time.monotonic() > until:
+        return lambda rows, _: np.zeros(len(rows))
     few = max(x.shape[1], y.shape[1]) <= FEW
 
     def columns(rows: np.ndarray, partners: np.ndarray) -> np.ndarray:
@@ -167,27 +208,22 @@ def estimates(
     folds. Training has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the
     ``device`` is that of the networks.
     """
-    x, y = (ndtri(rankdata(side, axis=0) / (len(side) + 1)) for side in (x, y))
-    (few_x, many_x), (few_y, many_y) = with_length(x), with_length(y)
-    seen, own = ([np.flatnonzero((folds(len(x)) == k) == held) for k in range(MEMBERS)] for held in (False, True))
+    plain, (x, y) = (x, y), (normal_scores(x), normal_scores(y))
+    many = [[products(side) for side in sides] for sides in (plain, (x, y))]
+    seen, held = ([np.flatnonzero((folds(len(x)) == k) == own) for k in range(MEMBERS)] for own in (False, True))
     straight = [canonical(x, y, rows) for rows in seen]
-    bent = [canonical(many_x, many_y, rows, VARIATES) for rows in seen]
-    normal = [[part.gaussians(rows) for part in parts] for *parts, rows in zip(straight, bent, seen, strict=True)]
-    most = max(found.correlations.size for found in bent)
+    bent = [min((turned(*sides, rows) for sides in many), key=lambda one: one.losses(rows).min()) for rows in seen]
+    most = max(one.correlations.size for one in bent)
+    few = [part[:, : side.shape[1] + 1].clip(-FARTHEST, FARTHEST) for side, part in zip((x, y), many[1], strict=True)]
     inputs = [
-        np.stack([np.hstack([few, np.pad(found[side], ((0, 0), (0, most - found[side].shape[1])))]) for found in bent])
-        for side, few in enumerate((few_x.clip(-FARTHEST, FARTHEST), few_y.clip(-FARTHEST, FARTHEST)))
+        np.stack([np.hstack([part, np.pad(one[side], ((0, 0), (0, most - one.correlations.size)))]) for one in bent])
+        for side, part in enumerate(few)
     ]
-    factors = towers(*(torch.from_numpy(side).float().to(device) for side in inputs), steps, seed, until)
+    networks = towers(*(torch.from_numpy(side).float().to(device) for side in inputs), steps, seed, until)
     at_pairs, at_strangers = [], []
-    for k in range(MEMBERS):
-        f, g = factors[0][k], factors[1][k]
-        late = time.monotonic() > until
-        boosted = None if late else trees(x, y, bent[k], seen[k], derive(seed, "trees", k))
-        for found, partners in ((at_pairs, [own[k]]), (at_strangers, strangers(own[k]))):
-            for other in partners:
-                by_trees = 0.0 if boosted is None else boosted(own[k], other)
-                gaussians = [log_ratio(own[k], other) for log_ratio in normal[k]]
-                by_towers = (f[own[k]] * g[other]).sum(1)
-                found.append(np.stack(np.broadcast_arrays(*gaussians, by_towers, by_trees), 1))
+    for k, (rows, own) in enumerate(zip(seen, held, strict=True)):
+        by_trees = trees(x, y, bent[k], rows, derive(seed, "trees", k), until)
+        found = [straight[k].gaussians(rows), bent[k].gaussians(rows), networks[k], by_trees]
+        at_pairs.append(np.stack([log_ratio(own, own) for log_ratio in found], 1))
+        at_strangers += [np.stack([log_ratio(own, other) for log_ratio in found], 1) for other in strangers(own)]
     return np.concatenate(at_pairs), np.concatenate(at_strangers)
