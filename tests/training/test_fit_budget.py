@@ -47,6 +47,15 @@ def test_more_time_takes_a_larger_network_and_less_a_smaller_one(monkeypatch):
     assert found[-1].train.steps * found[-1].train.batch_size <= 300 * 2000
 
 
+def test_a_plain_model_has_the_unet_of_the_width(monkeypatch):
+    tried = []
+    monkeypatch.setattr(fit, "seconds_a_step", lambda config, *_: tried.append(config.model.backbone.name) or 1.0)
+    layers = [preset_fields("encoder"), {"model": {"kind": "ddm"}}]
+    config = fit.with_budget(layers, images(100), "1m", "cpu")
+    assert set(tried) == {"unet"} and config.model.backbone.channels == 16
+    assert fit.with_budget([*layers, {"train": {"steps": 3}}], images(100), None, "cpu").model.backbone.channels == 32
+
+
 def test_what_the_user_gives_is_not_chosen(monkeypatch):
     preset = preset_fields("encoder")
     assert fit.scales([preset, {}], None) and fit.scales([preset, {"train": {"lr": 1e-3}}], "5m")

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 
 from torchcdm.apps.report import write_report
 from torchcdm.bridges.official import load_official
@@ -17,7 +16,7 @@ from torchcdm.data.named import CELEBA_SIZE
 from torchcdm.errors import UserError
 from torchcdm.runtime.processes import chosen_device, is_first, several
 from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
-from torchcdm.training.build import build_model, load_source, plain_model, resolve
+from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save_model
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.training.fit import TRAINING_SHARE, scales, seconds_of, with_budget
@@ -73,8 +72,7 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
         layers[1:1] = saved, {"train": time}
     elif scales(layers, options.budget) and not several() and not run.holds_run():
         source = load_source(make_config(*layers).data, tell)
-    config = with_budget(layers, source, options.budget, options.device, tell)
-    return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config, source
+    return with_budget(layers, source, options.budget, options.device, tell), source
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
 from torchcdm.training.batches import Batches
-from torchcdm.training.build import build_loss, choose_base, describe, imported, in_units, new_model
+from torchcdm.training.build import build_loss, choose_base, describe, imported, in_units, new_model, plain_model
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
@@ -280,13 +280,19 @@ def with_budget(
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
+    The network of a ddm is as of :func:`torchcdm.training.build.plain_model`.
     """
+
+    def made(*layers: Mapping[str, Any]) -> Config:
+        config = make_config(*layers)
+        return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
+
     seconds = None if budget is None else seconds_of(budget)
     preset, *given = layers
     if source is None or len(source.shape) != 3 or not scales(layers, budget):
-        return make_config(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
+        return made(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
     seconds = seconds or DEFAULT
-    training, asked = TRAINING_SHARE * seconds, make_config(preset, *given)
+    training, asked = TRAINING_SHARE * seconds, made(preset, *given)
     source = in_units(source, asked.data)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
     model = choose_base(asked.model, source, asked.data.flip)
@@ -297,7 +303,7 @@ def with_budget(
         if took and training / (took * larger / batch * (wider / width) ** 1.5) < WANTED_STEPS / 2:
             break
         network = {**base, "backbone": {"width": wider, "multipliers": multipliers}}
-        sized = make_config(preset, {"model": network, "train": {"batch_size": larger}}, *given)
+        sized = made(preset, {"model": network, "train": {"batch_size": larger}}, *given)
         needed = seconds_a_step(sized, source, device)
         if took and training / needed < WANTED_STEPS:
             break
@@ -327,7 +333,7 @@ def with_budget(
             f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} resolutions, "
             f"batches of {batch}, about {steps} steps of {took:.2g} s"
         )
-    return make_config(preset, layer, *given)
+    return made(preset, layer, *given)
 
 
 def multipliers_of(height: int, width: int) -> list[int]:
