@@ -3,11 +3,14 @@
 ``SCREENSHOTS=docs/images python -m pytest tests/apps/test_explorer.py -m slow`` renews the pictures in the docs.
 """
 
+import argparse
 import io
 import os
 import shutil
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,8 +20,9 @@ from PIL import Image
 
 import torchcdm
 from torchcdm.apps.explorer import COMBINED, Explorer, page, serve
+from torchcdm.cli import scoring
 from torchcdm.errors import UserError
-from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.checkpoint import ModelInfo, load, read_info
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -33,6 +37,21 @@ def explorer(name):
 @pytest.fixture(scope="module")
 def digits():
     return explorer("zoo:digits")
+
+
+def test_without_a_test_split_examples_are_normal_data(monkeypatch):
+    read, shown = ModelInfo.read_source, []
+
+    def without_test(info, model):
+        source = read(info, model)
+        return replace(source, test=source.test.select(torch.arange(0)))
+
+    monkeypatch.setattr(ModelInfo, "read_source", without_test)
+    monkeypatch.setattr(scoring, "serve", lambda *_: "address")
+    page = SimpleNamespace(block_thread=int)
+    monkeypatch.setattr(scoring, "page", lambda explorer, _: shown.append(explorer) or page)
+    scoring.explore(argparse.Namespace(model="zoo:two-moons", device="cpu", reference=None, port=None))
+    assert len(shown[0].examples) and torch.equal(shown[0].examples, shown[0].reference)
 
 
 @pytest.fixture(scope="module")

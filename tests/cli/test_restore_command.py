@@ -1,15 +1,18 @@
 """``cdm restore``: images from a part of them, and mistakes in what is known of them."""
 
+import argparse
 import csv
 
 import numpy as np
 import pytest
 import torch
 from cdm_calls import refuse, succeed
+from PIL import Image
 
 import torchcdm
 from torchcdm import compose
 from torchcdm.cli import main
+from torchcdm.cli.sampling import _measurement
 from torchcdm.data import load_data, save_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights have collapsed")
@@ -47,6 +50,17 @@ def test_means_widths_and_draws_are_written(capsys, tmp_path, pixels, files, nam
     assert [row["file"] for row in rows] == ["000000", "000001"] and all(float(row["ess"]) >= 1 for row in rows)
     for part in ("mean", "width", "draws"):
         assert (tmp_path / f"000001-{part}.png").exists()
+
+
+def test_black_of_a_mask_is_black_with_an_opaque_alpha_channel(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 3], pixels[:4, :, 0], pixels[:2, :, 3] = 255, 200, 0
+    for mode, known in (("RGBA", 16), ("LA", 16), ("RGB", 32)):
+        image = Image.fromarray(pixels)
+        (image.convert(mode) if mode != "RGB" else Image.fromarray(pixels[..., :3].copy())).save(tmp_path / "mask.png")
+        options = argparse.Namespace(mask=tmp_path / "mask.png", blur=None, scale=None)
+        measure, _ = _measurement(options, (1, 8, 8))
+        assert measure(torch.ones(1, 1, 8, 8)).shape == (1, known)
 
 
 def test_what_is_known_is_kept_and_the_rest_is_spread():

@@ -46,6 +46,8 @@ def test_measurements_of_images():
     images = normal(2, 3, 12, 12)
     truth = gaussian_filter(images.numpy(), (0, 0, 1.5, 1.5), mode="constant", radius=(0, 0, 5, 5))
     assert torch.allclose(compose.blur(1.5)(images), torch.from_numpy(truth), atol=1e-9)
+    with pytest.raises(UserError, match="downsampling: factor is 0; it must be"):
+        compose.downsampling(0)
     squares = compose.downsampling(4)(images)
     assert squares.shape == (2, 3, 3, 3)
     assert torch.allclose(squares[1, 2, 0, 2], images[1, 2, :4, 8:].mean())

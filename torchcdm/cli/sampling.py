@@ -139,7 +139,9 @@ def _measurement(
             raise UserError(f"--mask {options.mask}: is no array of finite numbers, 0 where nothing is known")
         known = torch.from_numpy(array != 0)
     else:
-        known = (read_image(options.mask) > 0).any(0)
+        pixels = read_image(options.mask)
+        colour = pixels[:-1] * (pixels[-1:] > 0) if len(pixels) in (2, 4) else pixels  # opaque black is black
+        known = (colour > 0).any(0)
     if tuple(known.shape) not in (shape, shape[1:]):
         raise UserError(f"--mask {options.mask}: has shape {tuple(known.shape)}; the model takes {shape}")
     if not known.any():

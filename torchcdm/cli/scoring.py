@@ -143,7 +143,8 @@ def explore(options: argparse.Namespace) -> None:
     """Serves the page until it is stopped."""
     model = load(options.model, chosen_device(options.device))
     reference, _ = normal_data(model, options.reference, limit=EXAMPLES)
-    examples = reference if options.reference else model.info.read_source(model).test.tensors(EXAMPLES)[0].float()
+    test = () if options.reference else model.info.read_source(model).test
+    examples = test.tensors(EXAMPLES)[0].float() if test else reference
     blocks = page(Explorer(model, model.info, reference, examples), options.model)
     print(f"{options.model}: {serve(blocks, options.port or 0)} (Ctrl+C stops it)", flush=True)
     blocks.block_thread()

@@ -30,7 +30,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_numbers, as_tensor
 from torchcdm.random import stream
-from torchcdm.runtime.validation import Float, checked
+from torchcdm.runtime.validation import Count, Float, checked
 
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
@@ -246,6 +246,7 @@ def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Callable[[Tensor], Tensor]
     return measure
 
 
-def downsampling(factor: int) -> Callable[[Tensor], Tensor]:
+@checked
+def downsampling(factor: Count) -> Callable[[Tensor], Tensor]:
     """Images (B, C, H, W) averaged over squares of ``factor`` pixels."""
     return lambda x: nn.functional.avg_pool2d(x, factor)

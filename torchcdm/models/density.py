@@ -16,7 +16,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, guided, working_dtype
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, guided, working_dtype
 from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, codes_of
 
 
@@ -182,7 +182,8 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
     """``model`` as a density, or UserError; ``what`` needs it, for the message: "a ratio"."""
     density = getattr(model, "density", None)
     if density is None:
-        raise UserError(f"{what} needs a density, which a plain diffusion model (ddm) does not have: use a cdm")
+        kind = "a plain diffusion model (ddm)" if isinstance(model, DenoisingDiffusion) else type(model).__name__
+        raise UserError(f"{what} needs a density in one pass, which {kind} does not have: use a cdm")
     return density
 
 
