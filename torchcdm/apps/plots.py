@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torchcdm.likelihood.flow import LevelGaps
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
-DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8}
 LEVEL = "level t"
 
 
@@ -77,7 +76,7 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
         for values, label in ((normal, "held-out normal"), (scores, "inputs")):
             shares = torch.full((len(values),), 1 / len(values)).tolist()
             axes[0].hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
-        axes[0].axvline(threshold, color="black", **DASHED)
+        axes[0].axvline(threshold, color="black", linestyle="--", linewidth=0.8)
         beyond = ", larger ones in the last bar" if float(together.max()) > high else ""
         axes[0].set(xlabel=f"score '{name}'{beyond}", ylabel="share")
         axes[0].legend()

@@ -60,9 +60,6 @@ def read_inputs(
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
         parts: Parts of the files, one a path, as :func:`parts_of` numbers them; the paths may then hold nothing to
             read.
-
-    Example:
-        >>> x, names, deviating, notes = read_inputs(["a.png", "folder", "more.npz"], model.transform)
     """
     paths, options = [paths] if isinstance(paths, (str, Path)) else paths, options or DataOptions()
     if parts is None:

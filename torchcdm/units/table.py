@@ -149,12 +149,6 @@ class TableEncoding:
     Attributes:
         columns: All columns of the table that are used.
         constants: Codes of those that are constant in training, by name: the model does not see them.
-
-    Example:
-        >>> encoding, notes = TableEncoding.fit(frame)
-        >>> x = encoding.encode(frame).x
-        >>> encoding.decode(x).equals(frame)
-        True
     """
 
     columns: tuple[Column, ...]
