@@ -108,8 +108,8 @@ def make(name: str, run: Path, home: Path) -> str:
     save_model(RunFolder(home), model, info)
     parameters = sum(weights.numel() for weights in model.parameters())
     card = model_card(
-        f"zoo:{name}", info, parameters, entry.description, entry.origin, report, entry.limits,
-        f"python -m studies zoo {name}", f"zoo:{name}",
+        f"zoo:{name}", info, parameters, entry.description,
+        f"{entry.origin}\n\n## Made by\n\n    python -m studies zoo {name}", report, entry.limits, f"zoo:{name}",
     )  # fmt: skip
     write_file(home / CARD, card)
     size = (home / "model.safetensors").stat().st_size / 2**20

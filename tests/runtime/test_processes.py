@@ -214,7 +214,6 @@ def test_batches_go_by_the_size_of_a_sample(dim, on_cpu, on_gpu):
     assert seen == [on_cpu, 1]
 
 
-@pytest.mark.parametrize(("n", "size", "message"), [(0, None, "empty"), (3, 0, "batch_size is 0")])
-def test_rows_that_make_no_sense(n, size, message):
-    with pytest.raises(UserError, match=message):
-        map_rows(lambda rows: torch.zeros(rows.stop - rows.start), n, size, dim=1, device=torch.device("cpu"))
+def test_no_rows_are_refused():
+    with pytest.raises(UserError, match="empty"):
+        map_rows(lambda rows: torch.zeros(rows.stop - rows.start), 0, dim=1, device=torch.device("cpu"))

@@ -83,14 +83,13 @@ def model_card(
     data: str = "",
     report: Mapping[str, Any] | None = None,
     limits: Sequence[str] = (),
-    command: str = "",
     use: str = "zoo:NAME",
 ) -> str:
     """The card of a model called ``title`` as Markdown with a head of fields.
 
     ``description`` is one line; ``data`` what it was trained on, with the licence; ``report`` the ``report.json`` of
-    its run, whose numbers the card then has; ``limits`` what it is not for, one sentence each; ``command`` what makes
-    it; ``use`` what ``torchcdm.load`` takes.
+    its run, whose numbers the card then has; ``limits`` what it is not for, one sentence each; ``use`` what
+    ``torchcdm.load`` takes.
     """
     model, shape = info.model, "x".join(map(str, info.transform.shape))
     nll = (report or {}).get("nll")
@@ -110,8 +109,6 @@ def model_card(
         data or f"{info.data.spec or 'not recorded'}. The licence of the data is not recorded.",
         "",
     ]
-    if command:
-        parts += ["## Made by", "", f"    {command}", ""]
     if nll:
         count, split = nll["data"]["count"], nll["data"]["split"]
         parts += ["## Numbers", "", f"{count} {split} samples, negative log-likelihood, lower is better.", ""]

@@ -180,8 +180,6 @@ def map_rows(
     """
     if n < 1:
         raise UserError("there is nothing to score: the data are empty")
-    if size is not None and size < 1:
-        raise UserError(f"batch_size is {size}; it must be at least 1")
     rows = share(n)
     if len(rows) == n:
         return _in_batches(function, rows, size, dim, device)
