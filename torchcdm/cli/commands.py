@@ -69,7 +69,7 @@ def add_commands(commands: Any) -> None:
                      "  accelerate launch -m torchcdm sample runs/digits --n 50000 --format array --out many",
                      "model seed quiet device")  # fmt: skip
     add(parser, "--n", "number of samples", count, default=64)
-    add(parser, "--sampler", "ddpm, sde-dpm++, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one "
+    add(parser, "--sampler", "ddpm, sde-dpm++, ddim, dpm2, dpm++, deis3, deis4, unipc2, unipc3: one "
         "evaluation a step; heun: two (ddpm, with moves)")  # fmt: skip
     add(parser, "--steps N", "sampling steps, up to T (25 with moves, 50 without)", count)
     add(parser, "--spacing", "even, or adaptive: steps where trajectories bend, as 16 pilots find", default="even")
