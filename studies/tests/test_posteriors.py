@@ -62,7 +62,7 @@ def test_coverage_of_exact_draws_is_that_of_the_level_and_of_narrow_ones_is_not(
 
 
 def test_posteriors_are_run_once_and_kept(report_of, fake_sbibm, tmp_path, monkeypatch):
-    values = {"DRAWS": 20, "COVERED": 10, "COVERED_DRAWS": 5, "SCORED": {"cdm": 5},
+    values = {"DRAWS": 20, "COVERED": {"cdm": 10}, "COVERED_DRAWS": 5, "SCORED": {"cdm": 5},
               "CDMConditional": partial(CDMConditional, steps=3, batch_size=16, width=16, depth=1)}  # fmt: skip
     words = ("posteriors", "--tasks", "two-moons", "--contenders", "cdm", "--pairs", "60", "--observations", "1")
     (row,) = report_of(*words, **values)

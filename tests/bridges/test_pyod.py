@@ -33,6 +33,7 @@ def fitted(data):
 def test_scores_labels_and_threshold_follow_the_conventions(data, fitted, capsys):
     X, X_test, y, y_test = data
     assert np.array_equal(fitted.decision_scores_, fitted.decision_function(X))
+    assert fitted.detector_.contamination == 0.1 and fitted.detector.contamination == "auto"
     assert fitted.labels_.sum() == 30 and np.array_equal(fitted.labels_, fitted.decision_scores_ > fitted.threshold_)
     assert np.array_equal(fitted.predict(X_test), fitted.decision_function(X_test) > fitted.threshold_)
     assert np.allclose(fitted.predict_proba(X_test).sum(1), 1)

@@ -27,7 +27,9 @@ TINY = {
 }  # fmt: skip
 
 
-@parametrize_with_checks([CDMDensity(**TINY), CDMOutlierDetector(**TINY)])
+@parametrize_with_checks(
+    [CDMDensity(**TINY), CDMOutlierDetector(**TINY), CDMOutlierDetector(**TINY, contamination=0.1)]
+)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
 
@@ -343,6 +345,22 @@ def test_contamination_is_the_share_of_the_training_table_that_is_flagged():
     # Too few held-out rows for one in twenty: none of them is flagged.
     small = CDMOutlierDetector(**TINY).fit(frame[:40])
     assert (small.predict(frame.iloc[small.validation_indices_]) == 1).all()
+
+
+def test_outliers_in_the_training_table_are_not_learned_where_contamination_says_that_it_holds_some(tmp_path):
+    draw = np.random.RandomState(0)
+    usual = draw.normal(size=(540, 3)).round(1)  # values that come back
+    group = [4.0, -4.0, 0.0] + 0.1 * draw.normal(size=(60, 3))
+    x, odd = np.r_[usual, group], np.arange(600) >= 540
+    robust = CDMOutlierDetector(**TINY, contamination=0.1).fit(x)
+    assert np.array_equal(robust.predict(x) == -1, odd)
+    assert robust.detector_.name == "coarse"
+    usual_fit = CDMOutlierDetector(**TINY).fit(x)
+    assert (usual_fit.predict(x)[odd] == -1).mean() < 0.5 and usual_fit.detector_.name == "log_prob"
+    robust.save(tmp_path)
+    assert np.array_equal(CDMOutlierDetector.load(tmp_path).decision_function(x), robust.decision_function(x))
+    given = CDMOutlierDetector(**TINY, contamination=0.1, anomaly_score="levels").fit(x)
+    assert given.detector_.name == "levels" and (given.predict(x) == -1).sum() == 60
 
 
 def test_the_package_stays_light_until_an_estimator_is_asked_for():

@@ -18,8 +18,9 @@ class PyodDetector(BaseDetector):
     """An outlier detector with PyOD's conventions: higher scores and label 1 are outliers.
 
     Args:
-        detector: Settings of the model and the score; it is cloned, not fitted. Its own ``contamination`` is not used.
-        contamination: Share of outliers in the training table, or a thresholder of PyThresh.
+        detector: Settings of the model and the score; it is cloned, not fitted.
+        contamination: Share of outliers in the training table, which the detector is given too, or a thresholder of
+            PyThresh: then the detector has its own.
 
     Attributes:
         detector_: The fitted :class:`torchcdm.estimators.CDMOutlierDetector`.
@@ -35,7 +36,8 @@ class PyodDetector(BaseDetector):
     def fit(self, X: Any, y: Any = None) -> PyodDetector:
         """Trains the model on a table (N, columns); ``y`` is ignored. Errors are those of ``CDMOutlierDetector``."""
         self._set_n_classes(y)
-        self.detector_ = clone(self.detector).fit(X)
+        known = {"contamination": self.contamination} if isinstance(self.contamination, float) else {}
+        self.detector_ = clone(self.detector).set_params(**known).fit(X)
         self.decision_scores_ = self.decision_function(X)
         self._process_decision_scores()
         return self

@@ -203,12 +203,13 @@ class TableEstimator(BaseEstimator):
         self._info: ModelInfo = replace(model.info, transform=transform)
 
     def _best_start(
-        self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any]
+        self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any], bent: bool = True
     ) -> tuple[ColumnTransform, list[Tensor], Start]:
         """The transform of the columns, those with ``cells`` by histogram, the rows in its units, and a base density.
 
         Continuous columns are bent near a normal, and go by histogram where their density has steps, unless held-out
-        rows are more probable otherwise: bending takes the ellipses from columns whose tails are heavy together.
+        rows are more probable otherwise: bending takes the ellipses from columns whose tails are heavy together. Not
+        ``bent``, they are scaled alone.
         """
         # Residuals of a regression lie on no values.
         table = self.columns_ if cells else TableEncoding.numbers(range(train.shape[1]))
@@ -224,10 +225,13 @@ class TableEstimator(BaseEstimator):
             start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)
             return start.value + float(transform.log_det(validation[counted]).mean()), transform, parts, start
 
-        found = [candidate(step=True, bent=True), candidate(step=False, bent=False)]
-        if len(found[0][1].histograms) > len(found[1][1].histograms):
+        found = [candidate(step, step) for step in ((True, False) if bent else (False,))]
+        if len(found[0][1].histograms) > len(found[-1][1].histograms):
             found.append(candidate(step=False, bent=True))
         return max(found, key=lambda trial: trial[0])[1:]
+
+    def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
+        return size_fields(rows, conditional)
 
     def _fields(self, rows: int, conditional: bool) -> dict[str, Any]:
         """The configuration on top of the preset."""
@@ -237,7 +241,7 @@ class TableEstimator(BaseEstimator):
 
         model = {"backbone": given("width", "depth", "dropout"), **given("components")}
         train = given("steps", "batch_size", "lr", "patience", "max_seconds")
-        return merge(merge(size_fields(rows, conditional), {"model": model, "train": train}), self.overrides or {})
+        return merge(merge(self._sized(rows, conditional), {"model": model, "train": train}), self.overrides or {})
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from annotated_types import Gt, Le
 from sklearn.base import OutlierMixin
+from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
 from torchcdm.apps.anomaly import AnomalyDetector
+from torchcdm.diffusion.start import Start
 from torchcdm.estimators.density import TableDensity
 from torchcdm.runtime.validation import Float
+from torchcdm.training.config_files import merge
+from torchcdm.units import ColumnTransform, TableEncoding
 from torchcdm.units.lattice import spread
 
 FALSE_ALARMS = 0.05
@@ -22,6 +26,10 @@ FALSE_ALARMS = 0.05
 
 LOWEST = float(np.finfo(np.float32).min)
 """Score of a row that differs where training did not vary: below all others, and finite for the sake of curves."""
+
+LONELY, BANDWIDTH, DENSITY_ROWS = 3, 2.0, 2000
+"""So many times the outliers of a table, and at most half of its rows, are not learned: those with the least kernel
+density of so many rows, wide in deviations of a column, as a group of outliers is dense in itself."""
 
 ROUNDING = 1e-9
 """Share by which the score of one row may differ between batches: the row at the threshold counts as normal in all."""
@@ -36,10 +44,12 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     constant, a new text, a missing number.
 
     Args:
-        anomaly_score: Name of a score in :data:`torchcdm.apps.anomaly.SCORES` that takes one model.
+        anomaly_score: Name of a score in :data:`torchcdm.apps.anomaly.SCORES` that takes one model. By default
+            ``log_prob``, and ``coarse`` where the training table holds outliers.
         contamination: Share of outliers in the training table, above 0 and at most ½: so many of its rows are
-            flagged. ``auto``: the table is taken as normal, and the threshold flags one in twenty of the normal rows
-            that training did not see; the lowest of them where there are fewer than 19.
+            flagged, and three times as many, those that lie apart, are not learned; columns are scaled alone, and the
+            network takes one step by default. ``auto``: the table is taken as normal, and the threshold flags one in
+            twenty of the normal rows that training did not see; the lowest of them where there are fewer than 19.
         preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
@@ -55,7 +65,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
 
     _saved: ClassVar = TableDensity._saved | {"offset_": float}
 
-    anomaly_score: Literal["log_prob", "typicality", "coarse", "complexity", "levels"] = "log_prob"
+    anomaly_score: Literal["log_prob", "typicality", "coarse", "complexity", "levels"] | None = None
     contamination: Annotated[Float, Gt(0), Le(0.5)] | Literal["auto"] = "auto"
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -73,20 +83,38 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         """+1 for a normal row, -1 for an outlier, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
+    def _describe(self, frame: Any, name: str, has_density: bool = True) -> TableEncoding:
+        # Under the noise of the robust score values that come back need no cells.
+        return super()._describe(frame, name, has_density and self.contamination == "auto")
+
+    def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
+        fields = super()._sized(rows, conditional)
+        # To a density with that much noise the network adds nothing.
+        return fields if self.contamination == "auto" else merge(fields, {"train": {"steps": 1}})
+
+    def _best_start(
+        self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any], bent: bool = True
+    ) -> tuple[ColumnTransform, list[Tensor], Start]:
+        if self.contamination == "auto":
+            return super()._best_start(train, validation, cells, given, bent)
+        transform, parts, start = super()._best_start(train, validation, cells, given, bent=False)
+        density = KernelDensity(bandwidth=BANDWIDTH, rtol=1e-3).fit(parts[0][:DENSITY_ROWS])
+        share = min(LONELY * self.contamination, 0.5)
+        kept = (density.score_samples(part).argsort()[int(share * len(part)) :] for part in parts)
+        return transform, [part[np.sort(rows)] for part, rows in zip(parts, kept, strict=True)], start
+
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         # What learns of the held-out rows must not be calibrated on the same ones.
         half = max(2, len(held_out) // 2)
-        self.detector_ = detector = AnomalyDetector(self.anomaly_score, self.model_)
+        score = self.anomaly_score or ("log_prob" if self.contamination == "auto" else "coarse")
+        self.detector_ = detector = AnomalyDetector(score, self.model_)
         detector.learn(detector.features(torch.cat(list(self._noisy(held_out[:half])))))
         calibration = held_out[half:] if detector.fitted and len(held_out) > half else held_out
-        scores = torch.stack([detector.score(rows) for rows in self._noisy(calibration)]).mean(0)
-        detector.calibration = scores.sort().values
-        if not isinstance(self.contamination, str):
+        detector.calibration = torch.from_numpy(-self._scores(calibration)).sort().values
+        if self.contamination != "auto":
             self.offset_ = float(np.percentile(self._scores(codes), 100 * self.contamination))
-        elif len(scores) + 1 >= 1 / FALSE_ALARMS:
-            self.offset_ = -self.detector_.threshold(FALSE_ALARMS)
         else:
-            self.offset_ = -float(scores.max())
+            self.offset_ = -detector.threshold(max(FALSE_ALARMS, 1 / (1 + len(calibration))))
         self.offset_ -= ROUNDING * max(1.0, abs(self.offset_))
 
     def _scores(self, codes: Tensor) -> np.ndarray:
