@@ -1,5 +1,6 @@
 """The averaged weights."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +27,19 @@ def test_average_is_the_ramped_sum():
         expected = decay * expected + (1 - decay) * n
     assert abs(float(ema.model.weight) - expected) < 1e-4
     assert ema.updates == 200
+
+
+def test_what_a_network_of_ones_own_counts_is_that_of_the_model():
+    """Spectral normalisation divides by what vectors in buffers say, which follow the weights."""
+    model = nn.Module()
+    model.backbone = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    ema, weight = EMA(model, 0.5), model.backbone.parametrizations.weight.original
+    for k in range(100):
+        with torch.no_grad():
+            weight.copy_(torch.diag(torch.tensor([0.1, 0.1, 0.1, 2.0])) + 1e-3 * k)
+        model.backbone(torch.ones(1, 4))
+        ema.update(model)
+    assert float(torch.linalg.matrix_norm(ema.model.backbone.weight, 2)) == pytest.approx(1, rel=0.01)
 
 
 def test_without_its_counter_the_average_would_forget():

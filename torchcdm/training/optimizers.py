@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 @final
 class EMA:
-    """A copy of ``model``, in eval mode, whose weights trail those of the model; buffers are constants.
+    """A copy of ``model``, in eval mode, whose weights trail those of the model. Buffers of the network are the same.
 
     The decay is ramped, min(decay, (1 + n) / (10 + n)) after n ``updates``: with a fixed decay of 0.9999 the average
     would be made of the initial noise for the first ten thousand steps.
@@ -113,3 +113,6 @@ class EMA:
         self.updates += 1
         with torch.no_grad():
             torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+            networks = (getattr(one, "backbone", None) or one for one in (self.model, model))
+            for mine, theirs in zip(*(network.buffers() for network in networks), strict=True):
+                mine.copy_(theirs)
