@@ -3,11 +3,11 @@
     python -m studies.benchmarks.anomaly_tables --json studies/results/anomaly_tables.json --plot ranks.png
 
 A row that the file holds already is not run again. The protocol is that of ADBench (Han et al. 2022) without labels:
-70 % of the rows, outliers among them, are what is fitted, 30 % are scored; classes are split evenly. ``cdm-holds`` is
-``CDMOutlierDetector(contamination=0.1)``, the number that is PyOD's default; ``cdm`` and ``cdm-levels`` take the rows
-for normal. PyOD's detectors see standardised columns, those that vary. The tables are those of
-:mod:`studies.benchmarks.anomaly_sets`, half of them for design. The plot is the critical-difference diagram of Demsar
-(2006): detectors whose mean ranks differ by less than the bar (Nemenyi, 5 %) cannot be told apart.
+70 % of the rows, outliers among them, are what is fitted, 30 % are scored; classes are split evenly.
+``cdm-contaminated`` is ``CDMOutlierDetector(contamination=0.1)``, the number that is PyOD's default; ``cdm`` and
+``cdm-levels`` take the rows for normal. PyOD's detectors see standardised columns, those that vary. The tables are
+those of :mod:`studies.benchmarks.anomaly_sets`, half of them for design. The plot is the critical-difference diagram
+of Demsar (2006): detectors whose mean ranks differ by less than the bar (Nemenyi, 5 %) cannot be told apart.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def pyod(path: str) -> Scores:
 DETECTORS: dict[str, Scores] = {
     "cdm": own(),
     "cdm-levels": own(anomaly_score="levels"),
-    "cdm-holds": own(contamination=0.1),
+    "cdm-contaminated": own(contamination=0.1),
     **{path.split(".")[1]: pyod(path) for path in PYOD},
 }
 
@@ -151,10 +151,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         least = critical_difference(len(ranks), tables)
         order = sorted(ranks, key=lambda name: ranks[name])
         for place, name in enumerate(order):
-            own = name.startswith("cdm")
+            own, label = name.startswith("cdm"), name.removesuffix("-contaminated")
             axes.plot([ranks[name]] * 2, [0, -1 - place % 6], color="C3" if own else "0.6", lw=1)
             axes.text(
-                ranks[name], -1 - place % 6, f" {name} {ranks[name]:.1f}", color="C3" if own else "k", fontsize=8
+                ranks[name], -1 - place % 6, f" {label} {ranks[name]:.1f}", color="C3" if own else "k", fontsize=8
             )
         best = ranks[order[0]]
         axes.plot([best, best + least], [0.7, 0.7], color="k", lw=3)

@@ -186,7 +186,7 @@ def anomaly_designs() -> str:
         cells = (
             f"**{found[name]:.1f}**" if found[name] == min(found.values()) else f"{found[name]:.1f}" for found in ranks
         )
-        lines.append([{"smooth": "CDM, this design"}.get(name, name), *cells, *(f"{value:.3f}" for value in means)])
+        lines.append([{"cdm-contaminated": "CDM"}.get(name, name), *cells, *(f"{value:.3f}" for value in means)])
     parts = [f"{value}, {half}" for value in ("AUROC", "precision") for half in ("development", "judged", "all")]
     return markdown(["detector", *parts, "mean AUROC", "mean precision"], lines)
 
