@@ -12,7 +12,8 @@ from studies.benchmarks.image_rungs import ByBrightness, Interpolated
 from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.likelihood import Scoring
-from torchcdm.likelihood.one_pass import COVER, score_noisy
+from torchcdm.likelihood.one_pass import score_noisy
+from torchcdm.likelihood.restricted import COVER
 from torchcdm.likelihood.scoring import Batch
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream

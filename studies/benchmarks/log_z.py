@@ -19,8 +19,9 @@ import torch
 
 from studies.benchmarks.files import write_named
 from torchcdm.likelihood import Scoring, log_normalizer
+from torchcdm.likelihood.known import TRAINING
 from torchcdm.likelihood.log_z import REPLICAS, SWEEPS
-from torchcdm.likelihood.one_pass import restricted_pass
+from torchcdm.likelihood.restricted import restricted_pass
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
 
@@ -33,7 +34,10 @@ def measure(
     model, source = load(run), load_source(read_info(run).data)
     test, scoring = source.split("test").tensors(None)[0], Scoring(level, seed=seed)
     before = time.process_time()
-    z = log_normalizer(model, test, None, scoring, sweeps, replicas, restricted=restricted, progress=True)
+    training = source.split("train").tensors(TRAINING)[0] if restricted else None
+    z = log_normalizer(
+        model, test, None, scoring, sweeps, replicas, restricted=restricted, progress=True, training=training
+    )
     check = z.check and z.check.to_json()
     bits = z.to_json()
     per_bit = bits["value"] / z.value
@@ -41,7 +45,7 @@ def measure(
         "data": source.name, "dim": z.dim, "level": z.level, "seed": seed, "sweeps": sweeps, "replicas": replicas,
         "cpu_seconds": round(time.process_time() - before, 1), "se": z.se * per_bit, "doubt": z.doubt,
         "log2_z_per_dim": bits, "log2_z_per_dim_check": check,
-        **({"one-pass-restricted": restricted_pass(model, test, z, scoring).mean_and_error()} if restricted else {}),
+        **({"one-pass-restricted": restricted_pass(model, test, z.restricted).mean_and_error()} if restricted else {}),
     }  # fmt: skip
 
 

@@ -86,6 +86,45 @@ def log_z_images_rows() -> str:
     return markdown(head, lines)
 
 
+def bounds_of_images_log_z() -> str:
+    """log2 Z / d of the classes of larger images by several seeds, a row for each, and their mean."""
+    lines = []
+    for row in read("bounds_of_images").values():
+        head = ["class", *(f"seed {seed}" for seed in range(len(row["log_z"])))]
+        found = [z["convergence"] for z in row["log_z"]]
+        for k, name in enumerate(row["classes"]):
+            lines.append([name, *("{:.4f} ± {:.4f}".format(*one["classes"][k]) for one in found)])
+        means = [(z["value"], (z["high"] - z["low"]) / 3.92) for z in row["log_z"]]
+        lines.append(["**mean**", *("**{:.4f} ± {:.4f}**".format(*pair) for pair in means)])
+        for name in found[0]["starts"]:
+            lines.append([f"from {name}", *("{:.4f} ± {:.4f}".format(*one["starts"][name]) for one in found)])
+        lines += [
+            ["starts apart, s.e.", *(f"{one['disagreement']:.1f}" for one in found)],
+            ["quarters", *(" ".join(f"{value:.4f}" for value in one["quarters"]) for one in found)],
+            ["trend, s.e.", *(f"{one['trend']:+.1f}" for one in found)],
+            ["MBAR", *(f"{z['check']:.4f}" for z in row["log_z"])],
+            ["swaps", *(
+                f"{sum(one['swapped']) / len(one['swapped']):.0%}, least {min(one['swapped']):.0%}" for one in found
+            )],
+            ["replicas all the way down", *(str(one["arrivals"]) for one in found)],
+        ]  # fmt: skip
+    return markdown(head, lines)
+
+
+def bounds_of_images() -> str:
+    """Likelihoods of the same images by few passes, normalised by those constants, by the ELBO and by the flow."""
+    lines = []
+    for row in read("bounds_of_images").values():
+        head = [f"{row['images']} test images", "network passes", "bits/dim", "less the flow", "less the ELBO"]
+        for name, (value, se, passes) in row["rows"].items():
+            off = [row["minus"].get(f"{name} - {other}") for other in ("flow", "elbo")]
+            lines.append([
+                f"`{name}`", str(passes), f"{value:.3f} ± {se:.3f}",
+                *("–" if pair is None else "{:+.3f} ± {:.3f}".format(*pair) for pair in off),
+            ])  # fmt: skip
+    return markdown(head, lines)
+
+
 def digits_seeds() -> str:
     """The likelihoods of the digits preset, a row for each seed."""
     reports = {seed: read(name)["nll"] for seed, name in enumerate(("digits", "digits_seed1", "digits_seed2"))}

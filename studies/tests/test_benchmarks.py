@@ -13,17 +13,25 @@ import torch
 from small_runs import small_config
 
 from studies import benchmarks
-from studies.benchmarks import conditional_density, quality_curves, ratio_pairs, restorations, table_density
+from studies.benchmarks import (
+    bounds_of_images,
+    conditional_density,
+    quality_curves,
+    ratio_pairs,
+    restorations,
+    table_density,
+)
 from studies.benchmarks.log_z_images import Chains, measured
 from studies.benchmarks.posterior_coverage import _Nothing, measure, summary
 from studies.budget import CLOCKS
+from studies.tables import likelihoods
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
-from torchcdm.likelihood import Scoring, single_pass
+from torchcdm.likelihood import Scoring, log_normalizer, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
@@ -320,6 +328,34 @@ def test_log_z_of_images_is_that_of_an_exact_model_and_goes_on_from_its_file(tmp
     exact = single_pass(gaussian, x[:1000], None, Scoring(2))
     assert abs(last["rows"]["1"][0] - exact.mean_and_error()[0]) < 4 * last["log2_z_per_dim"]["se"] / bit
 
+
+def test_bounds_on_images_by_a_log_z_that_was_measured(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = (8 + 3 * torch.randn(900, 1, 4, 4, generator=generator).cumsum(3)).round().clamp(0, 16)
+    schedule, transform = UniformSigmaSchedule(12), DataTransform.images((1, 4, 4), 17)
+    base = GaussianMarginals.fit(transform(x.double()), schedule, 1e-3)
+    model = ClassificationDiffusion(_Constants(14), schedule, transform, base).eval()
+
+    class Source:
+        name, class_names = "gaussian", ("more", "less")
+
+        def split(self, _):
+            return self
+
+        def tensors(self, _):
+            return x, torch.arange(len(x)) % 2
+
+    found = [log_normalizer(model, x[:200], None, Scoring(6, seed=s), 8, 8, restricted=True) for s in (0, 1)]
+    row = bounds_of_images.measured(model, Source(), found, 40, 16, 8)
+    assert row["levels"][-1] == row["level"] == 6 and row["count"] == 40 and row["images"] == 16
+    values = {name: value for name, (value, *_) in row["rows"].items()}
+    for name, (off, se, _) in row["minus"].items():
+        one, other = name.split(" - ")
+        assert off == pytest.approx(values[one] - values[other]) and se > 0
+    monkeypatch.setattr(likelihoods, "read", lambda name: {"gaussian": row})
+    table = likelihoods.bounds_of_images_log_z().splitlines()
+    assert "seed 1" in table[0] and table[2].startswith("| more") and "**mean**" in table[4]
+    assert "`few-pass-restricted`" in likelihoods.bounds_of_images()
 
 
 def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_path):

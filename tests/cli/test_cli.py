@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,18 @@ def test_samples_of_composed_classes(capsys, tmp_path, conditional):
     assert "of 64 particles; log Z" in one
     with open(tmp_path / "manifest.csv", encoding="utf-8") as file:
         assert [row["label"] for row in csv.DictReader(file)] == ["3"] * 6
+
+
+def test_log_z_is_kept_beside_the_model_and_used_again(capsys, tmp_path, conditional):
+    folder = tmp_path / "run"
+    shutil.copytree(conditional, folder)
+    words = ["nll", folder, "--limit", "40", "--device", "cpu", "--quiet", "--json", "-", "--level", "15"]
+    measured = json.loads(succeed(capsys, *words, "--methods", "single,logz", "--sweeps", "4"))
+    again = json.loads(succeed(capsys, *words, "--methods", "single"))
+    assert (folder / "log_z.json").exists() == measured["believe"]
+    assert again["log2_z_per_dim"] == (measured["log2_z_per_dim"] if measured["believe"] else None)
+    rows = [{row["name"]: row["value"] for row in found["rows"]} for found in (measured, again)]
+    assert rows[0].get("one-pass-restricted") == rows[1].get("one-pass-restricted")
 
 
 def test_nll_writes_the_contract(capsys, tmp_path, run):
@@ -296,8 +309,9 @@ def test_the_report_keeps_what_the_training_found(capsys, tmp_path):
     assert report["outcome"]["kept"] in ("model", "start") and report["levels"]["mse"] > 0
 
 
-def test_nll_without_log_z_says_what_was_measured(capsys, run):
-    out = succeed(capsys, "nll", run, "--limit", "4", "--methods", "single,flow", "--quiet")
+def test_nll_without_log_z_says_what_was_measured(capsys, tmp_path, run):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("log_z.*"))
+    out = succeed(capsys, "nll", tmp_path / "run", "--limit", "4", "--methods", "single,flow", "--quiet")
     assert "Measured: one pass" in out and "--methods single,elbo,flow,logz" in out and "believed" not in out
 
 

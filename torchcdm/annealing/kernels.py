@@ -15,6 +15,7 @@ gamma_s and x_t from q.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import final
 
 import torch
@@ -28,6 +29,9 @@ from torchcdm.random import stream
 
 CALIBRATION_SAMPLES = 256
 """Samples from which the variances are measured: each is then right within about a tenth."""
+
+MEASURED = 50
+"""Levels at which they are measured, at most."""
 
 
 @final
@@ -47,23 +51,28 @@ class Kernels:
 
     @classmethod
     def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> Kernels:
-        """Variances measured at every level on ``n`` samples, by 2 T evaluations of each: T draw it."""
+        """Variances measured on ``n`` samples at :data:`MEASURED` levels at most, by two evaluations of each at each.
+
+        Levels between these have the variances of the next one above.
+        """
         kernels, schedule, generator = cls(target.reference), target.schedule, stream(seed, "chain")
         (x, _), rotation, dim = target.start(n, generator), target.reference.rotation, kernels.variances.shape[1]
+        levels = torch.linspace(1, schedule.T, min(schedule.T, MEASURED)).round().long()
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
 
-        for t in range(schedule.T, 1, -1):
-            x = kernels.down(x, target.eps(x, t), t, t - 1, normal(n, dim))
+        for s, t in reversed(list(pairwise(levels.tolist()))):
+            x = kernels.down(x, target.eps(x, t), t, s, normal(n, dim))
         noise = normal(n, dim) * kernels.variances[0].sqrt()
         x_0 = kernels.x0(x, target.eps(x, 1), 1) + rotation.inverse(noise)
-        squares = torch.zeros_like(kernels.variances)
-        for t in range(1, schedule.T + 1):
+        squares = kernels.variances.new_zeros(len(levels), dim)
+        for k, t in enumerate(levels.tolist()):
             x_t = schedule.perturb(x_0, t, normal(*x_0.shape))
             error = x_0 - kernels.x0(x_t, target.eps(x_t, t), t)
-            squares[t - 1] = rotation(error).square().sum(0)
-        return cls(target.reference, squares / n)
+            squares[k] = rotation(error).square().sum(0)
+        above = torch.searchsorted(levels, torch.arange(1, schedule.T + 1))
+        return cls(target.reference, squares[above] / n)
 
     def x0(self, x_t: Tensor, eps: Tensor, t: Level) -> Tensor:
         """E[x_0 | x_t] (identity 4) from E[eps | x_t], float64 (B, *shape)."""
@@ -92,8 +101,8 @@ class Kernels:
         """w(x_s, x_t), nats (B,), from what a target says of both points."""
         return at_s.log_gamma - at_t.log_gamma + self.log_ratio(x_s, x_t, at_t.eps, s, t)
 
-    def kl(self, error: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat, levels t (B,)."""
+    def kl(self, error: Tensor, t: Level) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat."""
         z = self.reference.rotation(error)
         _, b, c = self.schedule.reverse_kernel(t, t - 1, z)
         variance = c**2 + b**2 * self.variances[t - 1]

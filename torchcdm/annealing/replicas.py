@@ -40,9 +40,15 @@ class Ladder(NamedTuple):
     x: Tensor
 
 
-def ladder(target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator) -> Ladder:
-    """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by :data:`SPACING`."""
-    visited = smc(target, kernels, level, 1, n, generator, moves=2, below=math.inf, spacing=SPACING).visited
+def ladder(
+    target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator, islands: int = 1
+) -> Ladder:
+    """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by :data:`SPACING`.
+
+    Particles of each of the ``islands``, which are neighbours, are resampled among themselves.
+    """
+    size = n // islands
+    visited = smc(target, kernels, level, islands, size, generator, moves=2, below=math.inf, spacing=SPACING).visited
     states, steps = zip(*reversed(visited), strict=True)
     step = torch.tensor(steps, dtype=torch.float64)
     return Ladder([one.t for one in states], step, torch.stack([one.x for one in states]))
@@ -108,22 +114,16 @@ class Replicas:
         """log Z of each rung less that of the next, by BAR; the start density is normalised."""
         return bar(self.down[sweeps, :, columns], self.up[sweeps, :, columns])
 
-    def trend(self) -> tuple[list[float], float]:
-        """log Z in the four quarters of the run, and their slope in its own standard errors."""
-        edges = [len(self.down) * k // 4 for k in range(5)]
-        parts = [self.log_z(sweeps=slice(*ends)) for ends in zip(edges[:-1], edges[1:], strict=True)]
-        weights = (-3, -1, 1, 3)
-        slope = sum(w * part.total for w, part in zip(weights, parts, strict=True))
-        error = sum(w * part.errors() for w, part in zip(weights, parts, strict=True)).square().sum().sqrt()
-        return [part.total for part in parts], slope / float(error)
-
-    def mbar(self) -> Ratios:
+    def mbar(self, columns: Tensor | slice = slice(None)) -> Ratios:
         """The same from densities at the same states, by MBAR: a check of the works, not of convergence.
 
         Without the kernels neighbouring rungs overlap less, so that it is the noisier one of the two.
         """
-        rung = torch.arange(self.count + 1).repeat_interleave(self.columns).repeat(len(self.densities))
-        return mbar(torch.cat(self.densities), rung, torch.arange(self.columns).repeat(len(rung) // self.columns))
+        densities = [one.view(self.count + 1, self.columns, -1)[:, columns] for one in self.densities]
+        n = densities[0].shape[1]
+        rung = torch.arange(self.count + 1).repeat_interleave(n).repeat(len(densities))
+        values = torch.cat([one.flatten(0, 1) for one in densities])
+        return mbar(values, rung, torch.arange(n).repeat(len(rung) // n))
 
     def ess(self) -> float:
         """Independent draws at the lowest rung, by the autocorrelation of log gamma."""

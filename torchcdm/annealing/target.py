@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -129,31 +130,84 @@ class ModelTarget(Target):
 
         return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
 
+    def profile(self, x_t: Tensor) -> Tensor:
+        """log p at every level, (B, T+2), of the one class or of all, from a pass without gradient."""
+
+        def part(rows: slice) -> Tensor:
+            x = x_t[rows].to(self.dtype)
+            return self.model.log_prob_levels(x, None if self.y is None else self.y.expand(len(x), *self.y.shape[1:]))
+
+        return in_batches(self.model, x_t, part, self.batch_size)
+
+
+COMPARED, DISTANCE = 11, 6.0
+"""Rungs whose log gamma a fence looks at, at most, and the largest Mahalanobis distance of it that it lets in."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Where densities have mass: where the profile of log gamma, at a level and above it, is usual for the level.
+
+    Attributes:
+        levels: Rising levels of the schedule; at others there is no mass.
+        middle: Mean log gamma, at some of them, of points of each class and level, nats, (classes, levels, some).
+        whiten: What gives the deviations unit covariance, (classes, levels, some, some); 0 for the levels below.
+    """
+
+    levels: list[int]
+    middle: Tensor
+    whiten: Tensor
+
+    @classmethod
+    def of(cls, levels: Sequence[int], profiles: Sequence[Sequence[Tensor]]) -> Fence:
+        """From log gamma at every level of the schedule, (n, T+2), of usual points of each class and level."""
+        some = _compared(levels)
+        middle = torch.stack([torch.stack([part[:, some].mean(0) for part in parts]) for parts in profiles])
+        whiten = middle.new_zeros(*middle.shape, len(some))
+        for y, parts in enumerate(profiles):
+            for k, (t, part) in enumerate(zip(levels, parts, strict=True)):
+                above = (torch.tensor(some) >= t).nonzero()
+                covariance = torch.cov(part[:, some][:, above[:, 0]].T).reshape(len(above), -1)
+                # Neighbouring levels of much noise hardly differ.
+                floor = 1e-4 * covariance.diag().mean() + 1e-9
+                rounded = covariance + floor * torch.eye(len(above)).to(covariance)
+                whiten[y, k, above, above.T] = torch.linalg.inv(torch.linalg.cholesky(rounded))
+        return cls(list(levels), middle, whiten)
+
+    def restricted(self, log_gamma: Tensor, y: Tensor | int = 0) -> Tensor:
+        """log gamma of a class, or one each, at every level (B, T+2) where it has mass there, -inf elsewhere."""
+        off = log_gamma[:, _compared(self.levels)][:, None] - self.middle[y]
+        whiten = self.whiten[y].expand(len(off), *self.whiten.shape[1:])
+        distance = torch.einsum("btij,btj->bti", whiten, off).square().sum(2)
+        kept = log_gamma[:, self.levels].masked_fill(~(distance <= DISTANCE**2), -math.inf)
+        at = torch.tensor(self.levels, device=log_gamma.device)
+        return torch.full_like(log_gamma, -math.inf).index_copy(1, at, kept)
+
+
+def _compared(levels: Sequence[int]) -> list[int]:
+    """The lowest and the highest of the levels, and some between."""
+    rows = torch.linspace(0, len(levels) - 1, min(len(levels), COMPARED)).round().long()
+    return [levels[k] for k in rows]
+
 
 @final
 class Fenced(Target):
-    """A target without mass where the profile of log gamma over the levels is not what is usual at a level.
+    """A model's target without mass beyond a fence: of one class in each column, where batches have columns.
 
-    Of the ``levels`` that are visited, and compared, row t of ``middle`` (levels, levels) has the usual log gamma at
-    points of the t-th one, nats, and ``reach`` the largest distances. The ``inner`` target tells it at every level.
+    The numbers of points are multiples of that of the ``columns``, which are their classes, long, or none.
     """
 
-    def __init__(self, inner: Target, levels: Sequence[int], middle: Tensor, reach: Tensor) -> None:
+    def __init__(self, inner: ModelTarget, fence: Fence, columns: Tensor | None = None) -> None:
         super().__init__(inner.schedule, inner.shape, inner.reference)
-        self.inner, self.levels, self.middle, self.reach = inner, levels, middle, reach
+        self.inner, self.fence, self.columns = inner, fence, columns
 
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
+        y = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+        if self.columns is not None:
+            self.inner.y = y = self.columns.repeat(len(x_t) // len(self.columns))
         found, at = self.inner.evaluate(x_t, t), torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        levels = self.restricted(found.levels)
+        levels = self.fence.restricted(found.levels, y)
         return Evaluated(levels.gather(1, at[:, None])[:, 0], found.eps, levels)
-
-    def restricted(self, levels: Tensor) -> Tensor:
-        """log gamma at every level (B, T+2) where it has mass at the level, -inf elsewhere."""
-        seen = levels[:, self.levels]
-        inside = ((seen[:, None] - self.middle).abs() <= self.reach).all(2)
-        return torch.full_like(levels, -math.inf).index_copy(
-            1, torch.tensor(self.levels, device=levels.device), seen.masked_fill(~inside, -math.inf)
-        )
 
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:

@@ -16,6 +16,7 @@ from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
 from torchcdm.likelihood import NLLReport, Scoring, consistency, methods_of
 from torchcdm.likelihood import report as likelihood_report
+from torchcdm.likelihood.known import TRAINING, write_log_z
 from torchcdm.likelihood.scoring import dithered
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
@@ -49,8 +50,10 @@ def write_report(
         # The unconditional density, also of models that saw classes: the baselines know none.
         nll = likelihood_report(
             model, x, None, scoring, methods, config.report.sweeps, name=source.name, split=split_name,
-            progress=progress,
+            progress=progress, training=source.train.tensors(TRAINING)[0],
         )  # fmt: skip
+        if nll.log_z is not None and nll.log_z.usable:
+            write_log_z(folder.root, nll.log_z)
         beside = _beside(source, x) if config.report.baselines else []
         few, _ = split.tensors(min(DIAGNOSED, max(2, limit // 4)))
         if model.density is not None and len(few) >= 2:

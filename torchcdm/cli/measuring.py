@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -13,11 +14,13 @@ from torchcdm.cli.arguments import given, tell
 from torchcdm.data import check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
+from torchcdm.likelihood.known import TRAINING, read_log_z, write_log_z
 from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.training.checkpoint import load
 from torchcdm.training.evaluation import evaluate as evaluated
 from torchcdm.training.evaluation import labels_for
+from torchcdm.zoo import located
 
 
 def nll(options: argparse.Namespace) -> None:
@@ -37,12 +40,18 @@ def nll(options: argparse.Namespace) -> None:
         y = labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
             raise UserError("--conditional: the model or the data have no classes")
+        folder, measured = located(options.model), "logz" in methods
+        training = source.train.tensors(TRAINING)[0] if measured and source.train else None
         result = report(
             model, x, y, scoring, methods, name=source.name, split=options.split,
-            progress=main and not options.quiet, **given(sweeps=options.sweeps),
+            progress=main and not options.quiet, training=training,
+            log_z=None if measured else read_log_z(folder, device), **given(sweeps=options.sweeps),
         )  # fmt: skip
     if main:
         tell(options.json, result.table(), result.to_json())
+        # A model of the zoo or the Hub is not ours to change.
+        if measured and result.log_z is not None and result.log_z.usable and folder == Path(options.model):
+            write_log_z(folder, result.log_z)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ def elbo(
         prior = kernels.reference.start_kl(schedule.alpha[-2] * x_0, schedule.sigma[-2])
         diffusion = torch.zeros_like(change)
         for t in range(level + 1, schedule.T + 1):
-            diffusion = diffusion + kernels.kl(x_0 - noisy(t)[1], torch.tensor(t))
+            diffusion = diffusion + kernels.kl(x_0 - noisy(t)[1], t)
         x_t, mean = noisy(level)
         if transform.bin is None:
             reconstruction = -log_normal(kernels.reference.rotation(x_0 - mean), kernels.variances[level - 1]).sum(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
@@ -12,9 +13,13 @@ from annotated_types import Ge
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
-from torchcdm.annealing.replicas import Replicas, ladder
-from torchcdm.annealing.target import Fenced, ModelTarget
+from torchcdm.annealing.replicas import Ladder, Replicas, ladder
+from torchcdm.annealing.target import Fence, Fenced, ModelTarget, in_batches
+from torchcdm.diffusion.gaussian import mean_and_spread
+from torchcdm.errors import UserError
+from torchcdm.likelihood.restricted import BINS, Restricted, Step, measured_steps, prior_of
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
+from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, checked
@@ -22,13 +27,17 @@ from torchcdm.runtime.validation import Count, checked
 Sweeps = Annotated[Count, Ge(4)]
 SWEEPS, LONGEST, REPLICAS = 200, 4, 12
 """Sweeps that count, how many times as many may be made where they are doubted, and replicas of each level from each
-start."""
+start: of all classes together, where these are taken one by one."""
 
-DESCENDING = 128
-"""Particles that come down first, at least: the levels are chosen by their works."""
+DESCENDING, OF_CLASS = 128, 16
+"""Particles that come down first, at least, and of each class: the levels are chosen by their works."""
 
-REACH = 6.0
-"""Deviations of the model's own samples within which a restricted density has all of its mass: of log p, by level."""
+RUNGS = 16
+"""Levels that replicas of a restricted density cross at most, where its own level is not given: N take about N²
+sweeps."""
+
+USUAL, MEASURING = 128, 512
+"""Samples of a class that make a fence, and of all data that make decoders, at most."""
 
 FAR = 4.0
 """Deviations of continuous data at which replicas start that start far from all data."""
@@ -37,8 +46,9 @@ AGREEMENT = 2.0
 """Standard errors by which runs from several starts may differ in the root mean square, and the trend over the
 quarters of all runs."""
 
-SMALLEST_ESS = 20
-"""Effective sample size below which an estimate normalises nothing: at 20, Z has a standard error of 22 %."""
+SMALLEST_ESS, KNOWN = 20, 0.01
+"""Effective sample size below which an estimate normalises nothing, unless it is known to so many bits/dim: at 20, Z
+has a standard error of 22 %."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class LogZ:
         convergence: Of replica exchange: estimates by start and by quarter of the run, bits/dim, how far they are
             apart in standard errors, and shares of swaps accepted.
         doubt: Why the estimate is not to be used, a clause; empty where nothing speaks against it.
-        fence: Of a restricted density: tells where it has mass.
+        restricted: Of a restricted density: what integrates to one, for any input.
     """
 
     value: float
@@ -68,7 +78,7 @@ class LogZ:
     check: LogZ | None = None
     convergence: dict[str, Any] | None = None
     doubt: str = ""
-    fence: Fenced | None = None
+    restricted: Restricted | None = None
 
     @classmethod
     def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int) -> LogZ:
@@ -79,31 +89,49 @@ class LogZ:
         return cls(float(weights.mean().log() + values.max()), se, estimator, level, dim)
 
     @classmethod
-    def of_replicas(cls, run: Replicas, starts: Sequence[str]) -> LogZ:
+    def of_replicas(cls, run: Replicas, starts: Sequence[str], shares: Sequence[float] = (1.0,)) -> LogZ:
         """From replica exchange, equally many columns from each of ``starts``; doubted where these disagree.
 
-        The standard error is from the columns, which are independent of each other, whatever the autocorrelation
-        within them.
+        Of several densities, in equally many neighbouring columns of each start, the mean by their ``shares``. The
+        standard error is from the columns, which are independent of each other, whatever the autocorrelation within
+        them.
         """
-        level, dim, columns = run.levels[0], math.prod(run.target.shape), run.columns
-        unit, ratios, (quarters, trend) = 1 / (dim * math.log(2)), run.log_z(), run.trend()
-        parts = [run.log_z(rows) for rows in torch.arange(columns).view(len(starts), -1)]
-        values, errors = torch.tensor([[part.total, part.se] for part in parts], dtype=torch.float64).T
-        middle = (values / errors**2).sum() / (1 / errors**2).sum()
-        apart = float((((values - middle) / errors).square().sum() / max(1, len(parts) - 1)).sqrt())
+        level, dim, every = run.levels[0], math.prod(run.target.shape), slice(None)
+        unit, columns = 1 / (dim * math.log(2)), torch.arange(run.columns).view(len(starts), len(shares), -1)
+
+        def mean(columns: Tensor, sweeps: slice = every, check: bool = False) -> tuple[float, Tensor]:
+            """log Z, and what each column adds to its error."""
+            own = [part.flatten() for part in columns.unbind(1)]
+            parts = [run.mbar(part) if check else run.log_z(part, sweeps) for part in own]
+            errors = torch.cat([share * part.errors() for share, part in zip(shares, parts, strict=True)])
+            return sum(share * part.total for share, part in zip(shares, parts, strict=True)), errors
+
+        (value, errors), parts = mean(columns), [mean(part) for part in columns.split(1)]
+        values, spread = torch.tensor([[part, float(off.norm())] for part, off in parts], dtype=torch.float64).T
+        middle = (values / spread**2).sum() / (1 / spread**2).sum()
+        apart = float((((values - middle) / spread).square().sum() / max(1, len(parts) - 1)).sqrt())
+        edges = [len(run.down) * k // 4 for k in range(5)]
+        quarters = [mean(columns, slice(*ends)) for ends in pairwise(edges)]
+        slope, error = (sum(w * part[i] for w, part in zip((-3, -1, 1, 3), quarters, strict=True)) for i in (0, 1))
+        trend = slope / float(error.norm())
         convergence = {
-            "starts": {name: [part.total * unit, part.se * unit] for name, part in zip(starts, parts, strict=True)},
-            "disagreement": apart, "quarters": [value * unit for value in quarters], "trend": trend,
+            "starts": {name: [float(values[k]) * unit, float(spread[k]) * unit] for k, name in enumerate(starts)},
+            "disagreement": apart, "quarters": [part * unit for part, _ in quarters], "trend": trend,
             "levels": run.levels, "swapped": run.swapped.tolist(), "arrivals": int(run.arrivals.sum()),
         }  # fmt: skip
+        classes = [run.log_z(part.flatten()) for part in columns.unbind(1)]
+        if len(classes) > 1:
+            convergence["classes"] = [[part.total * unit, part.se * unit] for part in classes]
         doubt = f"the quarters of the run show a trend of {trend:+.1f} standard errors" * (abs(trend) > AGREEMENT)
         if apart > AGREEMENT:
             doubt = f"runs from {', '.join(starts)} differ by {apart:.1f} standard errors"
-        size = f"{len(run.levels)} levels x {columns} columns, {len(run.down)} sweeps"
-        others = run.mbar() if run.densities else None
-        check = others and cls(others.total, others.se, f"MBAR, {size}", level, dim)
+        size = f"{len(run.levels)} levels x {run.columns} columns, {len(run.down)} sweeps"
+        check = None
+        if run.densities:
+            other, off = mean(columns, check=True)
+            check = cls(other, float(off.norm()), f"MBAR, {size}", level, dim)
         name, x = f"replica exchange, {size}", run.x.flatten(0, 1)
-        return cls(ratios.total, ratios.se, name, level, dim, x, check, convergence, doubt)
+        return cls(value, float(errors.norm()), name, level, dim, x, check, convergence, doubt)
 
     @property
     def low(self) -> float:
@@ -123,7 +151,8 @@ class LogZ:
     @property
     def lacking(self) -> str:
         """Why it normalises nothing, a clause; empty where it does."""
-        if not self.doubt and not self.ess >= SMALLEST_ESS:  # not a number is no evidence either
+        known = 1.96 * self.se <= KNOWN * self.dim * math.log(2)  # not a number is no evidence
+        if not self.doubt and not (known or self.ess >= SMALLEST_ESS):
             return f"the effective sample size of log Z is {self.ess:.1f}, below {SMALLEST_ESS}"
         if not self.doubt and self.check and (self.check.low > self.high or self.check.high < self.low):
             said = (f"{z['value']:+.4f} ({z['estimator']})" for z in (self.to_json(), self.check.to_json()))
@@ -176,6 +205,7 @@ def log_normalizer(
     kernels: Kernels | None = None,
     restricted: bool = False,
     progress: bool = False,
+    training: Tensor | None = None,
 ) -> LogZ:
     """log of the integral of exp(log p_t), over all inputs, by replica exchange from several starts.
 
@@ -191,59 +221,112 @@ def log_normalizer(
             many as have counted so far follow in their place, up to :data:`LONGEST` times ``sweeps`` in all. Each
             takes three evaluations of each replica.
         replicas: Replicas of each level from each start, at least 2.
-        kernels: The proposals; measured on samples of the model when None.
-        restricted: Only over inputs whose log p_s, at this level and those above, is within :data:`REACH` deviations
-            of what the model's own samples have: without the last of the starts.
+        kernels: The proposals; measured when None.
+        restricted: Only over inputs whose profile of log p over the levels is usual, by a
+            :class:`torchcdm.annealing.target.Fence`: without the last of the starts. Of a model that gives its classes
+            in one pass class by class, the mean of log Z over the classes; at the lowest level that :data:`RUNGS`
+            steps reach from the noise, where none is given.
         progress: Shows a progress bar over the sweeps.
+        training: Other data than ``x``, which say what is usual; ``x`` when None.
 
     Raises:
-        UserError: A level or data that do not fit the model, or too few sweeps or replicas.
+        UserError: A level or data that do not fit the model, none where some are needed, or too few sweeps or
+            replicas.
     """
-    model = require_density(model, "log Z")
-    level, schedule, transform = scoring.level_of(model), model.schedule, model.transform
-    given = {} if x is None else {"data": as_data(model, x, None, scoring)[0]}
-    target = ModelTarget(model, y, scoring.batch_size)
-    reference, generator = target.reference, stream(scoring.seed, "replicas")
+    model, transform = require_density(model, "log Z"), model.transform
+    given = {"data": x, "usual": x if training is None else training}
+    given = {key: as_data(model, part, None, scoring)[0] for key, part in given.items() if part is not None}
+    target, generator = ModelTarget(model, y, scoring.batch_size), stream(scoring.seed, "replicas")
     kernels = kernels or Kernels.of_target(target, scoring.seed)
-    rungs = ladder(target, kernels, level, max(DESCENDING, replicas), generator)
-    # Particles that were resampled from one are neighbours.
-    starts = {"samples": rungs.x[:, torch.arange(replicas) * rungs.x.shape[1] // replicas]}
+    by_class = restricted and y is None and model.joint
+    shares = prior_of(model).exp().tolist() if by_class else [1.0]
+    classes, replicas = len(shares), max(2, replicas // len(shares))
+    size = max(OF_CLASS if by_class else DESCENDING, replicas)
+    labels = torch.arange(classes, device=model.schedule.alpha.device)
+    if by_class:  # each class comes down by itself
+        target.y = labels.repeat_interleave(size)
+    rungs = ladder(target, kernels, scoring.level_of(model), classes * size, generator, classes)
+    if restricted and scoring.level is None:
+        rungs = Ladder(*(part[-RUNGS:] for part in rungs))
+    level, reference = rungs.levels[0], target.reference
+
+    def parted(data: Tensor) -> list[Tensor]:
+        """Data by class; a class that is hardly there has all of them."""
+        own = [data[_classes(model, data, level, scoring) == k] for k in range(classes)] if by_class else [data]
+        return [part if len(part) > 1 else data for part in own]
 
     def noised(x_0: Tensor) -> Tensor:
         noise = torch.randn(len(rungs.levels), *x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
-        return torch.stack([schedule.perturb(x_0, t, eps) for t, eps in zip(rungs.levels, noise, strict=True)])
+        return torch.stack([model.schedule.perturb(x_0, t, eps) for t, eps in zip(rungs.levels, noise, strict=True)])
 
-    if restricted:
-        profiles = [target.evaluate(x, t).levels[:, rungs.levels] for x, t in zip(rungs.x, rungs.levels, strict=True)]
-        own = torch.stack(profiles, 1)
-        target = Fenced(target, rungs.levels, own.mean(0), REACH * own.std(0))
-    elif transform is not None and transform.high is not None:
-        given["white"] = torch.full((1, *target.shape), float(transform.high), dtype=torch.float64)
-    for name, points in given.items():
-        points = points[torch.arange(replicas) * len(points) // replicas]
-        starts[name] = noised(Batch(model, points, None, slice(0, replicas), scoring.seed).clean()[0])
-    if "white" not in given and not restricted:
+    # Particles that were resampled from one are neighbours.
+    chosen = torch.arange(replicas) * size // replicas + size * torch.arange(classes)[:, None]
+    starts = {"samples": rungs.x[:, chosen.flatten()]}
+    points = {}
+    if x is not None:
+        own = [part[torch.arange(replicas) * len(part) // replicas] for part in parted(given["data"])]
+        points["data"] = torch.cat(own)
+    if not restricted and transform is not None and transform.high is not None:
+        points["white"] = torch.full((replicas, *target.shape), float(transform.high), dtype=torch.float64)
+    starts |= {name: noised(_clean(model, part, scoring)) for name, part in points.items()}
+    if not restricted and "white" not in points:
         signs = 2.0 * torch.randint(0, 2, (replicas, math.prod(target.shape)), generator=generator) - 1
         far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
         starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
-    x = torch.cat(list(starts.values()), 1)
+    x_t, within, lost, usual = torch.cat(list(starts.values()), 1), target, "", []
     if restricted:
-        # Replicas start where the density has mass: what is outside is replaced by samples that are not.
-        replaced, empty = [], False
-        for t, points, own in zip(rungs.levels, x, rungs.x, strict=True):
-            within = own[target.evaluate(own, t).log_gamma.isfinite()]
-            empty = empty or not len(within)
-            outside = target.evaluate(points, t).log_gamma.isinf().nonzero()[:, 0]
-            points[outside] = (within if len(within) else own)[outside % (len(within) or len(own))]
-            replaced.append(int((outside >= replicas).sum()))
+        if "usual" not in given:
+            raise UserError("a restricted density is one like data: give some")
+        usual = [noised(_clean(model, part[:USUAL], scoring)) for part in parted(given["usual"])]
+        targets = [ModelTarget(model, k if by_class else y, scoring.batch_size) for k in range(classes)]
+        profiles = [[own.profile(part) for part in parts] for own, parts in zip(targets, usual, strict=True)]
+        columns = labels.repeat_interleave(replicas).repeat(len(starts))
+        within = Fenced(target, Fence.of(rungs.levels, profiles), columns if by_class else None)
+        lost = _moved_within(within, rungs.levels, x_t, columns, classes * replicas)
     # Until each replica may have come from the noise; of many rungs a trend shows what is not enough.
     burn_in = min(sweeps, max(-(-sweeps // 4), len(rungs.levels) ** 2))
-    run = Replicas(target, kernels, rungs._replace(x=x), generator).go_on(sweeps, burn_in, progress)
-    z, made = LogZ.of_replicas(run, list(starts)), sweeps
+    run = Replicas(within, kernels, rungs._replace(x=x_t), generator).go_on(sweeps, burn_in, progress)
+    z, made = LogZ.of_replicas(run, list(starts), shares), sweeps
     while z.doubt and made < LONGEST * sweeps:
-        z, made = LogZ.of_replicas(run.go_on(made, progress=progress), list(starts)), 2 * made
+        z, made = LogZ.of_replicas(run.go_on(made, progress=progress), list(starts), shares), 2 * made
     if not restricted:
         return z
-    unseen = "data" in given and 2 * replaced[0] > replicas
-    what = "all samples of a level" if empty else "most of the data" if unseen else ""
-    return replace(z, fence=target, doubt=f"{what} lie outside the restricted density" if what else z.doubt)
+    ends = [run.log_z(torch.arange(run.columns)[(columns == k).cpu()]) for k in range(classes)]
+    steps = [Step(level)]
+    if transform is not None and transform.bin is not None and len(given["usual"]) >= BINS:
+        steps = measured_steps(model, given["usual"][:MEASURING], level, scoring)
+    upper = torch.tensor([end.total + 1.96 * end.se for end in ends], dtype=torch.float64)
+    cover = mean_and_spread(torch.cat([parts[0] for parts in usual]), "cosine")
+    density = Restricted(steps, within.fence, upper, *cover)
+    return replace(z, restricted=density, doubt=f"{lost} lie outside the restricted density" if lost else z.doubt)
+
+
+def _moved_within(target: Fenced, levels: Sequence[int], x: Tensor, columns: Tensor, samples: int) -> str:
+    """Points, (rungs, columns, *shape), outside the fence become others of their class; gives what should be inside.
+
+    The first columns are ``samples`` of the model.
+    """
+    lost = ""
+    for t, points in reversed(list(zip(levels, x, strict=True))):
+        inside = target.evaluate(points, t).log_gamma.isfinite()
+        for row in (~inside).nonzero()[:, 0].tolist():
+            others = (inside & (columns == columns[row])).nonzero()[:, 0]
+            if not len(others):
+                return "all samples of a level"
+            points[row] = points[others[row % len(others)]]
+        data = inside[samples:]
+        lost = "most of the data" if len(data) and 2 * int(data.sum()) < len(data) else ""
+    return lost
+
+
+def _clean(model: DensityModel, x: Tensor, scoring: Scoring) -> Tensor:
+    """Data as a noisy level sees them, model units."""
+    return Batch(model, x, None, slice(0, len(x)), scoring.seed).clean()[0]
+
+
+def _classes(model: DensityModel, x: Tensor, level: int, scoring: Scoring) -> Tensor:
+    """The class of data that a joint model takes for the most probable at a level, long (N,)."""
+    x_0, generator = _clean(model, x, scoring), stream(scoring.seed, "classes")
+    noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
+    x_t = model.schedule.perturb(x_0, level, noise).to(working_dtype(model, torch.float64))
+    return in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), scoring.batch_size)

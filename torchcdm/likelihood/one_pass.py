@@ -8,19 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.target import in_batches, reference_gaussian
+from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.log_z import LogZ
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
 from torchcdm.units import LogLikelihood
-
-COVER = 1e-3
-"""Share of the Gaussian that covers what a restricted density leaves out: it costs as many nats of a sample."""
 
 
 def single_pass(
@@ -54,27 +49,6 @@ def single_pass(
     seeds = [scoring.seed, *(derive(scoring.seed, "draw", k) for k in range(1, scoring.draws))]
     draws = [in_batches(model, x, partial(one, seed=seed), scoring.batch_size) for seed in seeds]
     return LogLikelihood(torch.stack(draws).mean(0), transform.dim, level, transform.log_bin, scoring.draws)
-
-
-def restricted_pass(model: DensityModel, x: Tensor, log_z: LogZ, scoring: Scoring = Scoring()) -> LogLikelihood:
-    """log-likelihood of data by one pass, a bound where Z is below the upper end of its interval, for every input.
-
-    The density at the level of ``log_z``, that of a restricted density, is (1 - delta) p_t 1_A / Z_A + delta N, with
-    the upper end of Z_A's interval and delta = :data:`COVER`, the share of a Gaussian that covers what has no mass. Of
-    ``scoring`` seed and batch size are used.
-    """
-    if log_z.fence is None:
-        raise UserError("log_z is of the whole density; give that of log_normalizer(..., restricted=True)")
-    model, (x, _) = require_density(model, "one pass"), as_data(model, x, None, scoring)
-    level, transform, wide = log_z.level, model.transform, reference_gaussian(model)
-
-    def one(rows: slice) -> Tensor:
-        z, log_p, offset = score_noisy(model, Batch(model, x, None, rows, scoring.seed), level)
-        inside = log_z.fence.restricted(log_p)[:, level] - log_z.high + math.log1p(-COVER)
-        return (torch.logaddexp(inside, wide.log_prob_levels(z)[:, level] + math.log(COVER)) + offset).cpu()
-
-    nats = in_batches(model, x, one, scoring.batch_size)
-    return LogLikelihood(nats, transform.dim, level, transform.log_bin, 1)
 
 
 @torch.no_grad()

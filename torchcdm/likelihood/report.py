@@ -17,7 +17,8 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import EXACT_DIMENSIONS, FlowLikelihood, FlowSolver, LevelGaps, probability_flow
 from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
-from torchcdm.likelihood.one_pass import restricted_pass, single_pass
+from torchcdm.likelihood.one_pass import single_pass
+from torchcdm.likelihood.restricted import restricted_pass
 from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import without_nan
@@ -45,8 +46,9 @@ REMARKS = {
     "one-pass-level": ("through a noisy level, decoder from the denoiser's mean; a bound if normalised",
                        "density of the data with the level's noise"),
     "one-pass-normalized": ("one-pass-level + log2 Z / d: the headline", "one-pass-level + log Z: the headline"),
-    "one-pass-restricted": ("log p within what samples have, upper end of its own log Z; a bound if Z is below",
-                            "the same within what samples have, covered elsewhere, upper end of its own log Z"),
+    "one-pass-restricted": ("log p within what is usual, covered elsewhere, upper end of log Z: a bound for any input",
+                            "the same within what is usual, covered elsewhere, upper end of log Z, for any input"),
+    "few-pass-restricted": ("a chain of so many passes below that; a bound for any input", ""),
     "elbo": ("reverse chain of the same network down to that level, discretised decoder; a bound",
              "reverse chain of the same network; a bound for the density of the data"),
     "flow": ("probability flow of the same network through the same noisy inputs; a bound up to its own error",
@@ -166,6 +168,8 @@ def report(
     name: str = "",
     split: str = "",
     progress: bool = False,
+    training: Tensor | None = None,
+    log_z: LogZ | None = None,
 ) -> NLLReport:
     """Scores data by every method asked for, on the same samples and the same noisy inputs.
 
@@ -179,6 +183,8 @@ def report(
         name: Name of the data.
         split: Name of their split.
         progress: Shows a progress bar.
+        training: Other data, which say what is usual where log Z is restricted; ``x`` when None.
+        log_z: What is known of it, where it is not estimated.
 
     Raises:
         UserError: An unknown method or one that the model does not have; data, a level, or numbers out of range.
@@ -188,13 +194,15 @@ def report(
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     x, y = as_data(model, x, y, scoring)
-    level, transform = scoring.level_of(model), model.transform
+    level, transform, asked = scoring.level_of(model), model.transform, scoring
     scoring, at_zero = replace(scoring, level=level), replace(scoring, level=0)
+    if log_z is not None and (y is not None or (log_z.restricted is None and log_z.level != level)):
+        log_z = None
     stages = [stage for stage in METHODS if stage in methods and (stage != "logz" or y is None)]
     # From nats of a sample to the unit of the report.
     per_nat = 1.0 if transform.bin is None else 1 / (transform.dim * math.log(2))
     found: dict[str, LogLikelihood] = {}
-    kernels = gap = gaps = log_z = over_elbo = None
+    kernels = gap = gaps = over_elbo = None
     notes: list[str] = []
     costs = {stage: _cost(model, stage, len(share(len(x))), scoring) for stage in stages}
     for stage in _with_time_left(model, costs, progress):
@@ -218,16 +226,22 @@ def report(
             gaps = None if gap is None else flow.flow.gaps()
             notes.append(note)
         else:
-            log_z = log_normalizer(model, x, None, scoring, sweeps, kernels=kernels, progress=progress)
-            notes += log_z.notes()
-            if log_z.lacking:
-                # Mass that data never showed: without it there may be a normaliser.
+            log_z = None
+            if not model.joint:
+                log_z = log_normalizer(model, x, None, scoring, sweeps, kernels=kernels, progress=progress)
+                notes += log_z.notes()
+            if log_z is None or log_z.lacking:
+                # Mass that data never showed: without it there may be a normaliser. And classes, one by one.
                 fenced = log_normalizer(
-                    model, x, None, scoring, sweeps, kernels=kernels, restricted=True, progress=progress
-                )
+                    model, x, None, asked, sweeps, kernels=kernels, restricted=True, progress=progress,
+                    training=training,
+                )  # fmt: skip
                 notes += [f"restricted: {note}" for note in fenced.notes()]
-                if fenced.usable:
-                    found["one-pass-restricted"] = restricted_pass(model, x, fenced, scoring)
+                log_z = fenced if log_z is None or fenced.usable else log_z
+    if {"single", "logz"} & set(methods) and log_z is not None and log_z.restricted is not None and log_z.usable:
+        found["one-pass-restricted"] = restricted_pass(model, x, log_z.restricted, scoring)
+        if len(log_z.restricted.steps) > 1:
+            found["few-pass-restricted"] = restricted_pass(model, x, log_z.restricted, scoring, chain=True)
     if {"one-pass-level", "elbo"} <= found.keys():
         difference = found["one-pass-level"].values() - found["elbo"].values()
         over_elbo = float(difference.mean()), standard_error(difference)
@@ -236,8 +250,6 @@ def report(
     if model.density is not None:
         verdict = judge(per_nat, level, rows.get("one-pass-level"), log_z, gap, over_elbo, y is not None)
         rows["one-pass-normalized"], believe, why = verdict
-        if "one-pass-restricted" in rows:
-            why += " That of one-pass-restricted is, over what the model's own samples look like."
     return NLLReport(
         name, split, len(x), transform.dim, "nats" if transform.bin is None else "bits/dim",
         tuple(rows[key] for key in REMARKS if key in rows), log_z, gap, gaps, believe, why, notes,
@@ -322,7 +334,12 @@ def judge(
     elif log_z is None:
         lacking = NOT_ESTIMATED
     else:
-        lacking = "one pass was not asked for" if one_pass is None else log_z.lacking
+        unasked = one_pass is None and log_z.restricted is None
+        lacking = "one pass was not asked for" if unasked else log_z.lacking
+    if not lacking and log_z.restricted is not None:
+        error = 1.96 * per_nat * log_z.se
+        why = f"The restricted rows are bounds for any input: their log Z, at level {log_z.level}, passed its tests"
+        return Verdict(Row("one-pass-normalized", None, None, 1, level), True, f"{why}, and is known to {error:.4f}.")
     if lacking:
         why = f"No normalised number can be given: {lacking}."
         return Verdict(Row("one-pass-normalized", None, None, 1, level), False, why)

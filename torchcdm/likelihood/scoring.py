@@ -73,8 +73,10 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
     return x, model.checked(x, y=y, data=True)
 
 
-def scoring_level(model: Denoiser) -> int:
+def scoring_level(model: Denoiser, times: float = 1.0) -> int:
     """The level through which data are scored: the first with noise of so much of a cell, :data:`SCORING_NOISE`.
+
+    Or the first with so many ``times`` as much noise.
 
     With less noise the density still has the edges of the cells, which a smooth network cannot draw, and its mean says
     too little about which cell it is. Level 1 for continuous data.
@@ -87,7 +89,7 @@ def scoring_level(model: Denoiser) -> int:
     else:
         least = SCORING_NOISE * float(transform.model_bin.max())
     # Below T, as a flow and a chain need somewhere to go.
-    return min(int((ratio >= least).double().argmax()) + 1, max(1, model.schedule.T - 1))
+    return min(int((ratio >= times * least).double().argmax()) + 1, max(1, model.schedule.T - 1))
 
 
 def draw_rows(

@@ -1,0 +1,61 @@
+"""log Z that was measured once, beside the weights that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchcdm.annealing.target import Fence
+from torchcdm.likelihood.log_z import LogZ
+from torchcdm.likelihood.restricted import Restricted, Step
+from torchcdm.runtime.artefact import read_artefact, read_json, write_artefact
+
+NAME, TENSORS = "log_z.json", "log_z.safetensors"
+"""Files in the folder of a model."""
+
+TRAINING = 5000
+"""Training samples that say what is usual, at most."""
+
+
+def write_log_z(folder: Path, z: LogZ) -> None:
+    """Writes log Z of the model in a folder there; UserError where that cannot be."""
+    found, tensors, plain = z.restricted, {}, replace(z, x=None, restricted=None, check=None)
+    check = z.check and asdict(replace(z.check, x=None))
+    content: dict[str, Any] = {"weights": _weights(folder), "log_z": asdict(plain), "check": check}
+    if found is not None:
+        content |= {"steps": [step.level for step in found.steps], "fence": found.fence.levels}
+        tensors = {"log_z": found.log_z, "mean": found.mean, "variances": found.variances,
+                   "middle": found.fence.middle, "whiten": found.fence.whiten}  # fmt: skip
+        for k, step in enumerate(found.steps):
+            kept = {"edges": step.edges, "variances": step.variances}
+            if k in (0, len(found.steps) - 1):  # others decode nothing
+                kept["table"] = step.table
+            tensors |= {f"{k}.{name}": part for name, part in kept.items() if part is not None}
+    write_artefact(folder / NAME, "log_z", content, {TENSORS: tensors})
+
+
+def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
+    """What :func:`write_log_z` wrote; None where there is nothing, or of other weights. UserError if damaged."""
+    if not (folder / NAME).exists():
+        return None
+    content, (tensors,) = read_artefact(folder / NAME, "log_z", [TENSORS])
+    if content["weights"] != _weights(folder):
+        return None
+    tensors, restricted = {name: part.to(device) for name, part in tensors.items()}, None
+    if "steps" in content:
+        names = ("edges", "variances", "table")
+        steps = [
+            Step(level, *(tensors.get(f"{k}.{name}") for name in names)) for k, level in enumerate(content["steps"])
+        ]
+        fence = Fence(content["fence"], tensors["middle"], tensors["whiten"])
+        restricted = Restricted(steps, fence, tensors["log_z"], tensors["mean"], tensors["variances"])
+    check = content["check"] and LogZ(**content["check"])
+    return LogZ(**content["log_z"] | {"check": check, "restricted": restricted})
+
+
+def _weights(folder: Path) -> str:
+    """Checksum of the weights of the model in a folder."""
+    return read_json(folder / "config.json")["files"]["model.safetensors"]
