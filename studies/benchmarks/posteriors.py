@@ -36,9 +36,9 @@ from studies.benchmarks.posterior_tasks import TASKS, Task
 from torchcdm.estimators import CDMConditional
 
 DRAWS, COVERED_DRAWS = 1000, 50
-"""Draws for C2ST; and for each new pair of coverage."""
+"""Draws for C2ST; and for each new pair of coverage: intervals of so few hold 49.0 and 88.2 % of exact draws."""
 
-COVERED = {"cdm": 500, "npe": 500, "fmpe": 100, "npse": 100}
+COVERED = {"cdm": 500, "npe": 500, "fmpe": 100, "npse": 40}
 """New pairs for coverage: draws of the last two take hundreds of steps."""
 
 SCORED = {"cdm": 1000, "npe": 1000, "fmpe": 5, "npse": 5}
