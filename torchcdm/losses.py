@@ -57,13 +57,9 @@ class Loss(nn.Module, ABC):
         return stratified_levels(n, self.model.schedule.T + 2, generator)
 
     def forward(
-        self,
-        x_0: Tensor,
-        y: Tensor | None = None,
-        t: Tensor | None = None,
-        eps: Tensor | None = None,
+        self, x_0: Tensor, y: Tensor | None = None, t: Tensor | None = None, eps: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Terms:
+    ) -> Terms:  # fmt: skip
         """The terms on one noisy copy of each of the dequantised samples ``x_0`` (B, *shape), model units.
 
         A share of the classes ``y``, long (B,), is dropped. Levels ``t``, whole numbers (B,), are stratified over the
@@ -118,14 +114,9 @@ class CDMLoss(Loss):
 
     @checked
     def __init__(
-        self,
-        model: ClassificationDiffusion,
-        ce_weight: NotNegative = 3.0,
-        mse_weight: NotNegative = 1.0,
-        label_dropout: Share = 0.1,
-        time_weight: NotNegative = 0.0,
-        logits_from: SharePair = (0.0, 0.0),
-    ) -> None:
+        self, model: ClassificationDiffusion, ce_weight: NotNegative = 3.0, mse_weight: NotNegative = 1.0,
+        label_dropout: Share = 0.1, time_weight: NotNegative = 0.0, logits_from: SharePair = (0.0, 0.0),
+    ) -> None:  # fmt: skip
         super().__init__(model, label_dropout)
         if not mse_weight and (not ce_weight or time_weight or logits_from[0]):
             raise UserError("loss: with mse_weight 0, give ce_weight above 0, time_weight 0, and logits_from [0, ...]")

@@ -63,17 +63,10 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: str | Path | DensityModel,
-        detector: AnomalyDetector | None = None,
-        explain: AnomalyMap | None = None,
-        *,
-        score: str = "levels",
-        reference: Sequence[str | Path] | None = None,
-        fpr: float = 0.05,
-        skip_bad: bool = False,
-        device: str | torch.device | None = None,
-    ) -> None:
+        self, model: str | Path | DensityModel, detector: AnomalyDetector | None = None,
+        explain: AnomalyMap | None = None, *, score: str = "levels", reference: Sequence[str | Path] | None = None,
+        fpr: float = 0.05, skip_bad: bool = False, device: str | torch.device | None = None,
+    ) -> None:  # fmt: skip
         read_as(FalseAlarms, fpr, "fpr")
         place = chosen_device(device)
         loaded = load(model, place) if isinstance(model, (str, Path)) else model.to(place)

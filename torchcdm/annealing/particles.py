@@ -65,14 +65,9 @@ class States:
 
 
 def langevin(
-    target: Target,
-    kernels: Kernels,
-    states: States,
-    step: Tensor | float,
-    generator: torch.Generator | None,
-    draws: tuple[Tensor, Tensor] | None = None,
-    metric: tuple[MatrixRotation, Tensor] | None = None,
-) -> Tensor:
+    target: Target, kernels: Kernels, states: States, step: Tensor | float, generator: torch.Generator | None,
+    draws: tuple[Tensor, Tensor] | None = None, metric: tuple[MatrixRotation, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """One Langevin move of each state, accepted or rejected; one evaluation. The states are changed.
 
     Of points at levels 1 ... T. Gives which moves were accepted, boolean (B,). The move is scaled by direction in the
@@ -133,17 +128,9 @@ class Particles(NamedTuple):
 
 @torch.no_grad()
 def smc(
-    target: Target,
-    kernels: Kernels,
-    level: int,
-    islands: int,
-    size: int,
-    generator: torch.Generator,
-    moves: int = 1,
-    below: float = 0.5,
-    spacing: float | None = None,
-    progress: bool = False,
-) -> Particles:
+    target: Target, kernels: Kernels, level: int, islands: int, size: int, generator: torch.Generator, moves: int = 1,
+    below: float = 0.5, spacing: float | None = None, progress: bool = False,
+) -> Particles:  # fmt: skip
     """Particles from the start density at T down to ``level``, 1 ... T, proposed by r.
 
     ``islands`` populations of ``size`` particles are independent but for the step size of their moves, adapted to all

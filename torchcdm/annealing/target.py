@@ -99,13 +99,9 @@ class ModelTarget(Target):
     """
 
     def __init__(
-        self,
-        model: Denoiser,
-        y: Tensor | int | None = None,
-        batch_size: int | None = None,
-        guidance: float = 0.0,
+        self, model: Denoiser, y: Tensor | int | None = None, batch_size: int | None = None, guidance: float = 0.0,
         density: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.proposes = not hasattr(model, "at_level")
         if density and self.proposes:
             require_density(model, "a sample by moves or particles")

@@ -76,15 +76,9 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
 
 
 def model_card(
-    title: str,
-    info: ModelInfo,
-    parameters: int,
-    description: str = "",
-    data: str = "",
-    report: Mapping[str, Any] | None = None,
-    limits: Sequence[str] = (),
-    use: str = "zoo:NAME",
-) -> str:
+    title: str, info: ModelInfo, parameters: int, description: str = "", data: str = "",
+    report: Mapping[str, Any] | None = None, limits: Sequence[str] = (), use: str = "zoo:NAME",
+) -> str:  # fmt: skip
     """The card of a model called ``title`` as Markdown with a head of fields.
 
     ``description`` is one line; ``data`` what it was trained on, with the licence; ``report`` the ``report.json`` of

@@ -71,15 +71,10 @@ class CDMPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        batch_size: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 50,
-        class_labels: Tensor | None = None,
-        guidance: float = 0.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput:
+        self, batch_size: int = 1, generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50, class_labels: Tensor | None = None, guidance: float = 0.0,
+        output_type: str = "pil", return_dict: bool = True,
+    ) -> ImagePipelineOutput:  # fmt: skip
         """Draws ``batch_size`` images in at most T steps of the scheduler; arguments are those of diffusers.
 
         The ``generator`` is the source of all noise, or there is one for each image; ``class_labels`` are long

@@ -80,15 +80,9 @@ class Probability:
 
 @checked
 def probability(
-    model: Denoiser,
-    event: Callable[[Tensor], Tensor],
-    threshold: Float,
-    n: Annotated[Count, Ge(50)] = 1000,
-    moves: Count = 4,
-    y: int | None = None,
-    seed: Seed = 0,
-    progress: bool = False,
-) -> Probability:
+    model: Denoiser, event: Callable[[Tensor], Tensor], threshold: Float, n: Annotated[Count, Ge(50)] = 1000,
+    moves: Count = 4, y: int | None = None, seed: Seed = 0, progress: bool = False,
+) -> Probability:  # fmt: skip
     """P(f(x) > threshold) where this may be as small as 1e-30, with a 95 % interval.
 
     By splitting. Of the density at level 1, normalised: that of the data plus the noise of the first level. The best
@@ -129,15 +123,9 @@ def probability(
 
 @torch.no_grad()
 def climb(
-    target: Target,
-    kernels: Kernels,
-    event: Event,
-    threshold: float,
-    n: int,
-    generator: torch.Generator,
-    moves: int,
+    target: Target, kernels: Kernels, event: Event, threshold: float, n: int, generator: torch.Generator, moves: int,
     progress: bool = False,
-) -> Probability:
+) -> Probability:  # fmt: skip
     """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles; ``x`` are model units there.
 
     After each threshold they make as many jumps as Langevin ``moves``. UserError where f has nothing above some value,

@@ -41,12 +41,9 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    paths: str | Path | Sequence[str | Path],
-    transform: DataTransform,
-    options: DataOptions | None = None,
-    noisy: bool = False,
-    parts: Sequence[int] | None = None,
-) -> Inputs:
+    paths: str | Path | Sequence[str | Path], transform: DataTransform, options: DataOptions | None = None,
+    noisy: bool = False, parts: Sequence[int] | None = None,
+) -> Inputs:  # fmt: skip
     """Samples for a model from files; UserError for nothing to read, damaged files, or ones that do not fit the model.
 
     An image file's full range, 0 ... 255 or 0 ... 65535, stands for the model's range of grey levels: a digit

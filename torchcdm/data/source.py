@@ -115,13 +115,9 @@ class LazySplit(Split):
     """
 
     def __init__(
-        self,
-        read: Callable[[Any], Tensor],
-        items: Sequence[Any],
-        labels: Tensor | None = None,
-        name: str = "",
+        self, read: Callable[[Any], Tensor], items: Sequence[Any], labels: Tensor | None = None, name: str = "",
         like: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(len(items), labels)
         self.read, self.items, self.name = read, items, name
         self.like = read(items[0]) if like is None and len(items) else like

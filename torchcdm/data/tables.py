@@ -58,12 +58,9 @@ def read(path: Path, options: DataOptions, group: int | None = None) -> DataFram
 
 
 def samples_of(
-    parts: Mapping[str, DataFrame],
-    name: str,
-    options: DataOptions,
-    labels: Any = None,
+    parts: Mapping[str, DataFrame], name: str, options: DataOptions, labels: Any = None,
     like: DataTransform | None = None,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """The codes of the columns; of those of a model that scores the data, where its transform ``like`` is given.
 
     ``parts`` are ``train``, and ``validation`` and ``test`` where they are apart; ``labels`` classes (N,) of ``train``

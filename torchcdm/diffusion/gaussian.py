@@ -115,13 +115,9 @@ class GaussianMarginals(BaseDensity):
     constants: Tensor
 
     def __init__(
-        self,
-        schedule: NoiseSchedule,
-        mean: Tensor,
-        variances: Tensor,
-        rotation: Rotation,
+        self, schedule: NoiseSchedule, mean: Tensor, variances: Tensor, rotation: Rotation,
         classes: Sequence[GaussianMarginals] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(schedule)
         self.rotation, self.classes = rotation, nn.ModuleList(classes)
         self.register_buffer("mean", mean.double())
@@ -153,13 +149,9 @@ class GaussianMarginals(BaseDensity):
 
     @classmethod
     def fit(
-        cls,
-        samples: Tensor,
-        schedule: NoiseSchedule,
-        floor: float = 0.0,
-        form: str | None = None,
+        cls, samples: Tensor, schedule: NoiseSchedule, floor: float = 0.0, form: str | None = None,
         shrinkage: float = 0.0,
-    ) -> GaussianMarginals:
+    ) -> GaussianMarginals:  # fmt: skip
         """Mean and spread of ``samples`` (N, *shape), model units, dequantised, as by :func:`mean_and_spread`.
 
         ``floor`` is the smallest eigenvalue, model units squared: bin² / 12 for dequantised data. ``shrinkage`` is the
@@ -171,14 +163,9 @@ class GaussianMarginals(BaseDensity):
 
     @classmethod
     def of_spread(
-        cls,
-        schedule: NoiseSchedule,
-        mean: Tensor,
-        spread: Tensor,
-        floor: float = 0.0,
-        classes: Sequence[GaussianMarginals] = (),
-        form: str | None = None,
-    ) -> GaussianMarginals:
+        cls, schedule: NoiseSchedule, mean: Tensor, spread: Tensor, floor: float = 0.0,
+        classes: Sequence[GaussianMarginals] = (), form: str | None = None,
+    ) -> GaussianMarginals:  # fmt: skip
         """The Gaussian of a mean (*shape) and a spread, both as from :func:`mean_and_spread` for the same form."""
         if spread.ndim == 2:
             variances, vectors = torch.linalg.eigh(spread)
@@ -307,12 +294,9 @@ HELD_OUT_LIMIT, DRAWS = 2000, 4
 
 
 def fit_class_gaussians(
-    samples: Tensor,
-    labels: Tensor,
-    schedule: NoiseSchedule,
-    floor: float = 0.0,
+    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0,
     held_out: tuple[Tensor, Tensor] | None = None,
-) -> GaussianMarginals:
+) -> GaussianMarginals:  # fmt: skip
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 
     Where classes differ in the mean alone, the covariance is best taken from all of them (regularised discriminant

@@ -84,14 +84,9 @@ class MixtureMarginals(BaseDensity):
 
     @classmethod
     def fit(
-        cls,
-        samples: Tensor,
-        schedule: NoiseSchedule,
-        components: int,
-        floor: float = 0.0,
-        shrinkage: float = 0.0,
+        cls, samples: Tensor, schedule: NoiseSchedule, components: int, floor: float = 0.0, shrinkage: float = 0.0,
         rows: int = FIT_ROWS,
-    ) -> MixtureMarginals:
+    ) -> MixtureMarginals:  # fmt: skip
         """Fitted to samples (N, *shape) in model units, dequantised, by :func:`fit_gaussians` or, for images,
         :func:`fit_cosines`; UserError for fewer samples than components.
         """
@@ -159,13 +154,9 @@ class MixtureMarginals(BaseDensity):
 
 
 def best_mixture(
-    train: Tensor,
-    validation: Tensor,
-    counts: Iterable[int],
-    shares: Iterable[float] = SHRINKAGES,
-    rows: int = FIT_ROWS,
-    tolerance: float = ROUGH,
-) -> tuple[int, float, Tensor]:
+    train: Tensor, validation: Tensor, counts: Iterable[int], shares: Iterable[float] = SHRINKAGES,
+    rows: int = FIT_ROWS, tolerance: float = ROUGH,
+) -> tuple[int, float, Tensor]:  # fmt: skip
     """The number of components and the shrinkage, by the likelihood of validation data, and log p of these (N,).
 
     The two are chosen together. Fewer components win where they are within one standard error of the best: few
@@ -192,13 +183,9 @@ def best_mixture(
 
 
 def fit_gaussians(
-    samples: Tensor,
-    components: int,
-    floor: float = 0.0,
-    shrinkage: float = 0.0,
-    rows: int = FIT_ROWS,
+    samples: Tensor, components: int, floor: float = 0.0, shrinkage: float = 0.0, rows: int = FIT_ROWS,
     tolerance: float = TOLERANCE,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
     Args:

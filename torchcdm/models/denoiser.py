@@ -44,12 +44,9 @@ class Denoiser(nn.Module, ABC):
     info: ModelInfo | None = None
 
     def __init__(
-        self,
-        schedule: NoiseSchedule,
-        transform: DataTransform | None = None,
-        backbone: nn.Module | None = None,
+        self, schedule: NoiseSchedule, transform: DataTransform | None = None, backbone: nn.Module | None = None,
         base: BaseDensity | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
 
@@ -152,12 +149,9 @@ class DenoisingDiffusion(Denoiser):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        schedule: NoiseSchedule,
-        transform: DataTransform | None = None,
+        self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
         base: BaseDensity | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:

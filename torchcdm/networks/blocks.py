@@ -147,13 +147,9 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        dropout: float = 0.0,
-        embedding: int | None = None,
+        self, in_channels: int, out_channels: int, dropout: float = 0.0, embedding: int | None = None,
         groups: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.activation = SiLU()
         self.norm1 = group_norm(in_channels, groups)

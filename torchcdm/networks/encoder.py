@@ -63,20 +63,10 @@ class Encoder(ImageNetwork, HeadedBackbone):
 
     @checked
     def __init__(
-        self,
-        in_channels: Width,
-        image_size: ImageSize,
-        levels: int,
-        width: Width = 32,
-        multipliers: Widths = (1, 2, 2),
-        blocks: Width = 2,
-        dropout: Rate = 0.0,
-        attention: Sides = (),
-        energy_maps: Width = 32,
-        classes: Count | None = None,
-        joint: bool = False,
-        positions: bool = False,
-    ) -> None:
+        self, in_channels: Width, image_size: ImageSize, levels: int, width: Width = 32,
+        multipliers: Widths = (1, 2, 2), blocks: Width = 2, dropout: Rate = 0.0, attention: Sides = (),
+        energy_maps: Width = 32, classes: Count | None = None, joint: bool = False, positions: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         sizes = halved_sizes(image_size, len(multipliers))
         self.classes, self.joint = classes, joint

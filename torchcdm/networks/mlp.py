@@ -56,17 +56,10 @@ class MLP(HeadedBackbone):
 
     @checked
     def __init__(
-        self,
-        dim: Count,
-        levels: int,
-        width: Width = 256,
-        depth: Width = 4,
-        dropout: Rate = 0.0,
-        energy_maps: Width | None = None,
-        classes: Count | None = None,
-        joint: bool = False,
+        self, dim: Count, levels: int, width: Width = 256, depth: Width = 4, dropout: Rate = 0.0,
+        energy_maps: Width | None = None, classes: Count | None = None, joint: bool = False,
         context: Width | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if context is not None and classes is not None:
             raise UserError("network: it takes classes or a context, not both; put the class into the context")

@@ -76,15 +76,9 @@ class TimmBackbone(HeadedBackbone):
 
     @checked
     def __init__(
-        self,
-        in_channels: Width,
-        image_size: ImageSize,
-        levels: Count,
-        model: str = "vit_tiny_patch16_224",
-        options: dict[str, Any] | None = None,
-        classes: Count | None = None,
-        joint: bool = False,
-    ) -> None:
+        self, in_channels: Width, image_size: ImageSize, levels: Count, model: str = "vit_tiny_patch16_224",
+        options: dict[str, Any] | None = None, classes: Count | None = None, joint: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if classes is not None and not joint:
             raise UserError(f"network: timm's {model} takes no labels; set joint to true, or leave classes out")

@@ -31,17 +31,9 @@ class UNet(ImageNetwork):
     """What classifier and denoiser share: images, and a vector of width ``embedding``, to features of each pixel."""
 
     def __init__(
-        self,
-        in_channels: int,
-        image_size: ImageSize,
-        channels: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: Sequence[int],
-        dropout: float,
-        embedding: int | None,
-        groups: int,
-    ) -> None:
+        self, in_channels: int, image_size: ImageSize, channels: int, multipliers: Sequence[int], blocks: int,
+        attention: Sequence[int], dropout: float, embedding: int | None, groups: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         sizes = halved_sizes(image_size, len(multipliers))
         widths = [channels * m for m in multipliers]
@@ -109,21 +101,11 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
 
     @checked
     def __init__(
-        self,
-        in_channels: Width,
-        image_size: ImageSize,
-        levels: int,
-        channels: Width = 128,
-        multipliers: Widths = (1, 2, 2, 2),
-        blocks: Width = 2,
-        attention: Sides = (16,),
-        dropout: Rate = 0.1,
-        classes: Count | None = None,
-        joint: bool = False,
-        head_channels: Width | None = None,
-        direction: Literal["data", "noise"] = "noise",
-        groups: Width = 32,
-    ) -> None:
+        self, in_channels: Width, image_size: ImageSize, levels: int, channels: Width = 128,
+        multipliers: Widths = (1, 2, 2, 2), blocks: Width = 2, attention: Sides = (16,), dropout: Rate = 0.1,
+        classes: Count | None = None, joint: bool = False, head_channels: Width | None = None,
+        direction: Literal["data", "noise"] = "noise", groups: Width = 32,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.classes, self.joint = classes, joint
         conditional = classes is not None and not joint
@@ -154,17 +136,10 @@ class DDMUNet(ImageNetwork):
 
     @checked
     def __init__(
-        self,
-        in_channels: Width,
-        image_size: ImageSize,
-        channels: Width = 128,
-        multipliers: Widths = (1, 2, 2, 2),
-        blocks: Width = 2,
-        attention: Sides = (16,),
-        dropout: Rate = 0.1,
-        classes: Count | None = None,
+        self, in_channels: Width, image_size: ImageSize, channels: Width = 128, multipliers: Widths = (1, 2, 2, 2),
+        blocks: Width = 2, attention: Sides = (16,), dropout: Rate = 0.1, classes: Count | None = None,
         groups: Width = 32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.classes = channels, classes
         self.embed = two_layers(channels, 4 * channels)

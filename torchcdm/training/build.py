@@ -196,13 +196,9 @@ def imported(code: str) -> nn.Module:
 
 
 def build_model(
-    config: ModelConfig,
-    transform: DataTransform,
-    classes: int | None = None,
-    gaussian: FittedBase | None = None,
-    class_prior: Tensor | None = None,
-    backbone: nn.Module | None = None,
-) -> Denoiser:
+    config: ModelConfig, transform: DataTransform, classes: int | None = None, gaussian: FittedBase | None = None,
+    class_prior: Tensor | None = None, backbone: nn.Module | None = None,
+) -> Denoiser:  # fmt: skip
     """The model of a resolved configuration, with a copy of the data's transform; a ``backbone`` that is given.
 
     ``gaussian`` are fitted marginals; when None and the configuration has some, the model gets a blank to load a saved

@@ -140,10 +140,7 @@ def read_info(run: str | Path) -> ModelInfo:
 
 
 def load(
-    run: str | Path,
-    device: str | torch.device = "cpu",
-    backbone: nn.Module | None = None,
-    trust_code: bool = False,
+    run: str | Path, device: str | torch.device = "cpu", backbone: nn.Module | None = None, trust_code: bool = False
 ) -> ClassificationDiffusion:
     """The model of a run, in eval mode; its type is said for the usual case, as a ``ddm`` is a DenoisingDiffusion.
 

@@ -57,18 +57,10 @@ for a larger size to be taken; most times that a sample is seen."""
 
 
 def fit(
-    data: Any,
-    /,
-    labels: Any = None,
-    *,
-    preset: str | None = None,
-    backbone: nn.Module | str | None = None,
-    out: str | Path | None = None,
-    device: str | None = None,
-    progress: bool = True,
-    budget: str | float | None = None,
+    data: Any, /, labels: Any = None, *, preset: str | None = None, backbone: nn.Module | str | None = None,
+    out: str | Path | None = None, device: str | None = None, progress: bool = True, budget: str | float | None = None,
     **overrides: Any,
-) -> ClassificationDiffusion:
+) -> ClassificationDiffusion:  # fmt: skip
     """Trains a model on data that are at hand and returns the best one on a validation split, in eval mode.
 
     Args:
@@ -112,17 +104,9 @@ def fit(
 
 
 def train(
-    model: M,
-    data: Any,
-    /,
-    labels: Any = None,
-    *,
-    preset: str | None = None,
-    out: str | Path | None = None,
-    device: str | None = None,
-    progress: bool = True,
-    **overrides: Any,
-) -> M:
+    model: M, data: Any, /, labels: Any = None, *, preset: str | None = None, out: str | Path | None = None,
+    device: str | None = None, progress: bool = True, **overrides: Any,
+) -> M:  # fmt: skip
     """Trains a model that you made, in place; gives it, in eval mode, with its best weights on a validation split.
 
     Args:
@@ -193,15 +177,10 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
 
 
 def trained(
-    config: Config,
-    source: DataSource,
-    device: str | None,
-    progress: bool,
-    clock: Callable[[], float] = time.monotonic,
-    out: str | Path | None = None,
-    backbone: nn.Module | None = None,
+    config: Config, source: DataSource, device: str | None, progress: bool,
+    clock: Callable[[], float] = time.monotonic, out: str | Path | None = None, backbone: nn.Module | None = None,
     model: Denoiser | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Trains as :func:`torchcdm.training.loop.train`, and gives the model that was kept, a new one unless it is given.
 
     Where ``out`` is None nothing is left on the disk, and no samples are drawn.
@@ -271,12 +250,9 @@ def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> b
 
 
 def with_budget(
-    layers: Sequence[Mapping[str, Any]],
-    source: DataSource | None,
-    budget: str | float | None,
-    device: str | None,
+    layers: Sequence[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None,
     progress: bool = False,
-) -> Config:
+) -> Config:  # fmt: skip
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.

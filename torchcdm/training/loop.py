@@ -64,17 +64,10 @@ class TrainResult(NamedTuple):
 
 
 def train(
-    config: Config,
-    out: str | Path,
-    source: DataSource | None = None,
-    resume: bool = False,
-    device: str | None = None,
-    progress: bool = True,
-    clock: Callable[[], float] = time.monotonic,
-    loss: Callable[[Denoiser], Loss] | None = None,
-    backbone: nn.Module | None = None,
-    model: Denoiser | None = None,
-) -> TrainResult:
+    config: Config, out: str | Path, source: DataSource | None = None, resume: bool = False, device: str | None = None,
+    progress: bool = True, clock: Callable[[], float] = time.monotonic, loss: Callable[[Denoiser], Loss] | None = None,
+    backbone: nn.Module | None = None, model: Denoiser | None = None,
+) -> TrainResult:  # fmt: skip
     """Trains a model and leaves a run folder ``out``.
 
     ``source`` has the units that the configuration asks for (:func:`torchcdm.training.build.in_units`), if None it is

@@ -55,15 +55,9 @@ class DataTransform(Float64Module):
 
     @checked
     def __init__(
-        self,
-        shape: Shape,
-        shift: float | Tensor = 0.0,
-        scale: float | Tensor = 1.0,
-        bin: Positive | None = None,
-        dequantize: bool = True,
-        low: Float | None = None,
-        high: Float | None = None,
-    ) -> None:
+        self, shape: Shape, shift: float | Tensor = 0.0, scale: float | Tensor = 1.0, bin: Positive | None = None,
+        dequantize: bool = True, low: Float | None = None, high: Float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.shape = shape
         for name, value in (("shift", shift), ("scale", scale)):

@@ -55,11 +55,10 @@ class ColumnTransform(DataTransform):
     bent: Tensor
 
     def __init__(
-        self,
-        warp: Mapping[str, Any],
+        self, warp: Mapping[str, Any],
         histograms: Mapping[str | int, tuple[Sequence[Any], Sequence[float], Sequence[float]]],
         dequantize: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         least, location, scale, skew, tail, bent = (torch.as_tensor(warp[key], dtype=torch.float64) for key in WARP)
         if any(value.shape != (len(scale),) for value in (least, location, scale, skew, tail, bent)):
             raise ValueError(f"warp: a number for each column is needed of {', '.join(WARP)}")
@@ -72,14 +71,9 @@ class ColumnTransform(DataTransform):
 
     @classmethod
     def fit(
-        cls,
-        x: Tensor,
-        cells: Mapping[int, Cells] = NONE,
-        bent: bool = True,
-        dequantize: bool = True,
-        step: bool = False,
-        sources: Tensor | None = None,
-    ) -> ColumnTransform:
+        cls, x: Tensor, cells: Mapping[int, Cells] = NONE, bent: bool = True, dequantize: bool = True,
+        step: bool = False, sources: Tensor | None = None,
+    ) -> ColumnTransform:  # fmt: skip
         """From the training rows ``x`` (N, d), data units; columns with values dequantised, or as they are.
 
         ``cells`` are the values that have a probability, by the place of the column. Continuous columns are ``bent``,

@@ -202,13 +202,9 @@ class TableEncoding:
         return {k: Cells(codes, column.cell, column.mixed) for k, column in columns if (codes := column.codes)}
 
     def encode(
-        self,
-        frame: Any,
-        name: str = "data frame",
-        skip_bad: bool = False,
-        deviating: bool = False,
+        self, frame: Any, name: str = "data frame", skip_bad: bool = False, deviating: bool = False,
         problems: Iterable[str] = (),
-    ) -> Encoded:
+    ) -> Encoded:  # fmt: skip
         """The rows of a table as numbers; columns go by name, in any order, and others are passed over.
 
         ``skip_bad`` leaves out rows with cells that cannot be read, or that training never had. With ``deviating``

@@ -57,12 +57,9 @@ class AnomalyMap:
     _mean: Tensor | None = None
 
     def __init__(
-        self,
-        model: Denoiser,
-        ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        areas: Sequence[float] = (0.0, 1 / 18),
+        self, model: Denoiser, ratios: Sequence[float] = (0.5, 1.0, 2.0), areas: Sequence[float] = (0.0, 1 / 18),
         blur: float = 1 / 12,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.ratios, self.areas, self.blur = model, ratios, areas, blur
 
     def fit(self, reference: Tensor) -> AnomalyMap:

@@ -74,15 +74,9 @@ class Networks(nn.Module):
 
 
 def train(
-    networks: nn.Module,
-    losses: Callable[[Tensor], Tensor],
-    rows: int,
-    draw: torch.Generator,
-    steps: int,
-    rate: float,
-    decay: float,
-    until: float,
-) -> None:
+    networks: nn.Module, losses: Callable[[Tensor], Tensor], rows: int, draw: torch.Generator, steps: int, rate: float,
+    decay: float, until: float,
+) -> None:  # fmt: skip
     """Trains all members at once, each on all folds of the ``rows``, so many, but its own.
 
     Each stays as it was at the step at which the *others* told their own folds best, so that its own fold has chosen

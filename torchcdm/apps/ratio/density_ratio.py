@@ -127,14 +127,9 @@ class DensityRatio:
 
     @checked
     def __init__(
-        self,
-        random_state: Seed = 0,
-        discrete: Discrete = "dequantize",
-        preset: str | None = None,
-        device: str | None = None,
-        progress: bool = False,
-        **overrides: Any,
-    ) -> None:
+        self, random_state: Seed = 0, discrete: Discrete = "dequantize", preset: str | None = None,
+        device: str | None = None, progress: bool = False, **overrides: Any,
+    ) -> None:  # fmt: skip
         self.random_state, self.discrete, self.preset = random_state, discrete, preset
         self.device, self.progress, self.overrides = device, progress, overrides
         self._model: DensityModel | None = None

@@ -117,13 +117,9 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
 
 @checked
 def mutual_information(
-    x: Any,
-    y: Any,
-    random_state: Seed = 0,
-    steps: Count = STEPS,
-    max_seconds: Positive | None = None,
+    x: Any, y: Any, random_state: Seed = 0, steps: Count = STEPS, max_seconds: Positive | None = None,
     device: str | None = None,
-) -> Estimate:
+) -> Estimate:  # fmt: skip
     """I(X; Y) = KL(p(x, y), p(x) p(y)) of paired rows, nats: the mean log ratio of pairs over strangers.
 
     Log ratios are the :func:`torchcdm.apps.ratio.blending.blend` of several estimates, see
