@@ -25,8 +25,7 @@ GRID_SIDE = 64
 def to_bytes(x: Tensor, transform: DataTransform | None = None) -> Tensor:
     """Images (N, C, H, W), data units, as uint8, black to white over the range of grey levels; rounded, not truncated.
 
-    Where the ``transform`` has no range (continuous data), or there is none, the smallest and largest value of ``x``
-    are black and white.
+    Without a range in the ``transform`` (continuous data) the least and largest value of ``x`` are black and white.
     """
     if x.ndim != 4:
         shape = tuple(x.shape[1:])
