@@ -18,7 +18,6 @@ from studies.quality.extractor import load_network
 from torchcdm.data import DataSource, to_bytes
 from torchcdm.data.source import Split
 from torchcdm.errors import UserError
-from torchcdm.units import DataTransform
 
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity downloads into torch's cache of checkpoints."""
@@ -93,12 +92,11 @@ def _inception(source: DataSource, device: str | torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
-    low, high = grey_range(source)
-    whole = DataTransform(source.shape, low=low, high=high)
+    limits = grey_range(source)
 
     @torch.no_grad()
     def features(x: Tensor) -> Tensor:
-        bytes_ = to_bytes(x.float(), source.transform if source.transform.low is not None else whole)
+        bytes_ = to_bytes(x.float(), source.transform, limits)
         return torch.cat([network(part.to(device))[0].double().cpu() for part in bytes_.split(BATCH)])
 
     key = INCEPTION_WEIGHTS.removeprefix("weights-").removesuffix(".pth")

@@ -22,19 +22,20 @@ GRID_SIDE = 64
 """Screen pixels up to which a grid enlarges small images, by a whole factor."""
 
 
-def to_bytes(x: Tensor, transform: DataTransform | None = None) -> Tensor:
+def to_bytes(x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None) -> Tensor:
     """Images (N, C, H, W), data units, as uint8, black to white over the range of grey levels; rounded, not truncated.
 
-    Without a range in the ``transform`` (continuous data) the least and largest value of ``x`` are black and white.
+    Where the ``transform`` has no range (continuous data), or there is none, ``limits`` are black and white, by
+    default the smallest and largest value of ``x``; what is beyond is clipped.
     """
     if x.ndim != 4:
         shape = tuple(x.shape[1:])
         raise UserError(f"samples of shape {shape} are no images; save them with save_array or save_table")
-    low, high = (float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0)
     if transform is not None:
         x = transform.quantize(x)
         if transform.low is not None and transform.high is not None:
-            low, high = transform.low, transform.high
+            limits = (transform.low, transform.high)
+    low, high = limits or ((float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0))
     return ((x.double() - low) * (255 / (high - low or 1.0))).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
