@@ -23,6 +23,7 @@ from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.samplers import (
     DDIM,
     SAMPLERS,
+    SASolver,
     Step,
     UniPC,
     adaptive_levels,
@@ -72,14 +73,24 @@ def run(denoiser, sampler, path, x, noises=None, exact=False):
 # --- order ---------------------------------------------------------------------------------------------------------
 
 
+class EvenRatios(NoiseSchedule):
+    """Variance-preserving levels that are even in r, from 0.3 to 4."""
+
+    def inner_levels(self, t):
+        r = 0.3 + 3.7 * (t - 1) / (self.T - 1)
+        return (1 + r**2).rsqrt(), r * (1 + r**2).rsqrt()
+
+
 @pytest.mark.parametrize(("name", "order"), [
-    ("ddim", 1), ("dpm2", 2), ("dpm++", 2), ("heun", 2), ("deis3", 3), ("deis4", 4), ("unipc2", 3), ("unipc3", 4),
+    ("ddim", 1), ("dpm2", 2), ("dpm++", 2), ("heun", 2), ("ipndm3", 3), ("ipndm4", 4), ("deis3", 3), ("deis4", 4),
+    ("unipc2", 3), ("unipc3", 4),
 ])  # fmt: skip
 def test_measured_order_of_convergence(name, order):
     # On the log-SNR ladder even steps in t are even steps in log r, and halving the grid halves every step. Under
     # the other schedules the first steps in r = sigma/alpha cover decades (optimal transport starts at r = T), and
     # are not small at any number of steps that T allows: an order would be measured on the first step alone.
-    schedule = LogSNRSchedule(1921, r_min=0.02, r_max=20.0)
+    # iPNDM supposes steps that are even in r.
+    schedule = EvenRatios(1921) if name.startswith("ipndm") else LogSNRSchedule(1921, r_min=0.02, r_max=20.0)
     denoiser = GaussianDenoiser(schedule, [0.7, -1.0, 0.2], [0.25, 2.0, 0.05])
     x = normal(16, 3)
     truth = denoiser.flow(x, schedule.T, 1)
@@ -226,14 +237,16 @@ def test_ancestral_sampling_does_not_turn_grey(steps, tolerance):
     assert deviation == pytest.approx(0.25, rel=tolerance)
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddpm", 1), ("sde-dpm++", 2)])
-def test_measured_order_of_the_moments_of_random_samplers(name, order):
+@pytest.mark.parametrize(("sampler", "order"), [
+    ("ddpm", 1), (SASolver(1, eta=4), 1), (SASolver(2, eta=1, time=torch.log), 2), ("sa2", 2),
+])  # fmt: skip
+def test_measured_order_of_the_moments_of_random_samplers(sampler, order):
     schedule = LogSNRSchedule(1921, r_min=0.02, r_max=20.0)
     denoiser, errors = GaussianDenoiser(schedule, [0.2], [0.25]), []
     truth = math.hypot(float(schedule.alpha[1]) * 0.5, float(schedule.sigma[1]))
     for n in (60, 120, 240):
         path = list(range(schedule.T, 0, -((schedule.T - 1) // n)))
-        errors.append(abs(chain_moments(denoiser, path, name)[1] - truth))
+        errors.append(abs(chain_moments(denoiser, path, sampler)[1] - truth))
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
     assert measured == pytest.approx([order, order], abs=0.25), errors
 
@@ -253,7 +266,7 @@ def diffusers_path(scheduler, x, denoiser, **options):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [LinearSchedule, CosineSchedule])
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim-eta", "dpm2", "dpm++", "sde-dpm++"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim-eta", "dpm2", "dpm++"])
 def test_steps_agree_with_diffusers(name, make):
     diffusers = pytest.importorskip("diffusers")
     schedule = make(100)
@@ -282,9 +295,8 @@ def test_steps_agree_with_diffusers(name, make):
             final_sigmas_type="sigma_min",
         )
     else:
-        rule = ("sde-" if sampler.stochastic else "") + "dpmsolver++"
         scheduler = diffusers.DPMSolverMultistepScheduler(
-            **common, algorithm_type=rule, lower_order_final=False, final_sigmas_type="zero"
+            **common, algorithm_type="dpmsolver++", lower_order_final=False, final_sigmas_type="zero"
         )
     scheduler.set_timesteps(steps)
     path[-1] = last
@@ -298,9 +310,43 @@ def test_steps_agree_with_diffusers(name, make):
     theirs = diffusers_path(scheduler, x, denoiser, **options)
     mine = run(denoiser, sampler, path, x, noises)
     for here, there in zip(mine, theirs, strict=True):
-        # Their betas and sigmas are float32, which the squares of the noise's share feel twice.
-        tolerance = 2e-5 if name == "sde-dpm++" else 1e-5
-        assert (here - there).abs().max() < tolerance * (1 + there.abs().max())
+        # Their betas and sigmas are float32.
+        assert (here - there).abs().max() < 1e-5 * (1 + there.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("eta", [0.0, 1.0, 4.0])
+def test_the_stochastic_adams_step_agrees_with_diffusers(eta):
+    # Their predictor of third order is that of the paper; the second has weights of its own.
+    diffusers = pytest.importorskip("diffusers")
+    schedule, order = CosineSchedule(100), 3
+    abar = schedule.alpha[:-1] ** 2
+    scheduler = diffusers.SASolverScheduler(
+        trained_betas=(1 - abar[1:] / abar[:-1]).tolist(), num_train_timesteps=100, timestep_spacing="trailing",
+        predictor_order=order, prediction_type="sample",
+    )  # fmt: skip
+    scheduler.set_timesteps(10)
+    path, x, noise = list(range(100, 60, -10)), normal(5, 2, seed=3), normal(5, 2, seed=7)
+    data = [normal(5, 2, seed=10 + k) for k in range(order)]
+    scheduler.model_outputs, scheduler.timestep_list = data, list(scheduler.timesteps[:order])
+    scheduler._step_index = order - 1
+    there = scheduler.stochastic_adams_bashforth_update(
+        data[-1], sample=x, noise=noise, order=order, tau=torch.tensor(math.sqrt(eta))
+    )
+    known = [Prediction.of_x0(x, *schedule.at(t, x), x0) for t, x0 in zip(path, data, strict=False)]
+    step = Step(GaussianDenoiser(schedule, [0.0, 0.0], [1.0, 1.0]), x, path[2], path[3], None, noise,
+                ((path[1], known[1]), (path[0], known[0])))  # fmt: skip
+    here = SASolver(order, eta, torch.log).rule(step, known[2])
+    assert (here - there).abs().max() < 1e-4 * (1 + there.abs().max())
+
+
+@pytest.mark.parametrize("make", [LinearSchedule, CosineSchedule, UniformSigmaSchedule])
+def test_the_stochastic_adams_solver_of_first_order_is_ddpm_and_ddim(make):
+    denoiser, path = DenoisingDiffusion(Rotating(), make(100)), list(range(100, -1, -10))
+    x, noises = normal(5, 2, seed=3), [normal(5, 2, seed=k) for k in range(10)]
+    for eta, same in ((1.0, DDIM(1.0)), (0.0, DDIM())):
+        here, there = (run(denoiser, rule, path, x, noises)[-1] for rule in (SASolver(1, eta), same))
+        assert torch.allclose(here, there, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore")

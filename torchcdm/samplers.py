@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.random import stream
-from torchcdm.runtime.validation import Int, Share, checked
+from torchcdm.runtime.validation import Float, Int, Share, checked
 
 Visited = tuple[int, Prediction]
 """A level that the sampler has been to, and what the denoiser said there."""
+
+Order = Annotated[Int, Ge(2), Le(4)]
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Sampler(ABC):
 
     Attributes:
         evaluations: Denoiser evaluations in a step; the step to level 0 always takes one.
+        spacing: Where the steps are unless a caller says: ``even`` over the levels, or ``adaptive``.
         stochastic: Whether a step adds fresh noise.
         memory: Number of levels before this one that a step uses.
     """
 
     evaluations: ClassVar[int] = 1
+    spacing: ClassVar[Literal["even", "adaptive"]] = "even"
     stochastic: bool = False
     memory: int = 0
 
@@ -115,21 +119,13 @@ class DDIM(Sampler):
 
 @final
 class DPMSolverPP2M(Sampler):
-    r"""DPM-Solver++(2M): second-order multistep in data prediction (Lu et al., 2022, arXiv 2211.01095).
+    """DPM-Solver++(2M): second-order multistep in data prediction (Lu et al., 2022, arXiv 2211.01095).
 
-    x_s = (sigma_s / sigma_t) q x_t + alpha_s (1 - q r_s / r_t) D + sigma_s (1 - q²)^½ noise, D extrapolating x_0 half
-    a step ahead from this level and the one before. Of the flow q is 1, and the first step DDIM; of the reverse
-    diffusion q is r_s / r_t, and the first step DDPM.
-
-    Args:
-        stochastic: Whether it solves the reverse diffusion (SDE-DPM-Solver++(2M)) in place of the probability flow.
+    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - r_s / r_t) D, D extrapolating x_0 half a step ahead from this level
+    and the one before. The first step is DDIM.
     """
 
     memory = 1
-
-    @checked
-    def __init__(self, stochastic: bool = False) -> None:
-        self.stochastic = stochastic
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
@@ -137,10 +133,7 @@ class DPMSolverPP2M(Sampler):
         if step.previous:
             q, before = step.previous[0]
             ahead = ahead + (r[t] / r[s]).log() / (r[q] / r[t]).log() / 2 * (now.x0 - before.x0)
-        kept = r[s] / r[t]
-        damped = kept if self.stochastic else torch.ones_like(kept)
-        x_s = sigma_s / now.sigma_t * damped * step.x_t + alpha_s * (1 - damped * kept) * ahead
-        return x_s + sigma_s * (1 - damped**2).sqrt() * step.noise if self.stochastic else x_s
+        return sigma_s / now.sigma_t * step.x_t + alpha_s * (1 - r[s] / r[t]) * ahead
 
 
 @final
@@ -166,6 +159,30 @@ class Heun(Sampler):
 
 
 @final
+class IPNDM(Sampler):
+    """Improved pseudo numerical methods (Zhang and Chen, 2023, arXiv 2204.13902; Liu et al., 2022, arXiv 2202.09778).
+
+    A DDIM step with the noise that Adams-Bashforth extrapolates for equal steps, whatever the steps are: of its order
+    where the steps in r are equal, of first order elsewhere, and robust. The first steps are of lower order.
+
+    Args:
+        order: 2, 3 or 4.
+    """
+
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    @checked
+    def __init__(self, order: Order = 4) -> None:
+        self.memory = order - 1
+
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        noises = [now.eps, *(before.eps for _, before in step.previous)]
+        eps = sum(w * e for w, e in zip(self.WEIGHTS[len(noises) - 1], noises, strict=True))
+        r, alpha_s = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)[0]
+        return alpha_s * (step.x_t / now.alpha_t + (r[step.s] - r[step.t]) * eps)
+
+
+@final
 class DEIS(Sampler):
     r"""Exponential integrator with a polynomial noise (tAB-DEIS; Zhang and Chen, 2023, arXiv 2204.13902).
 
@@ -180,7 +197,7 @@ class DEIS(Sampler):
     """
 
     @checked
-    def __init__(self, order: Annotated[Int, Ge(2), Le(4)] = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
+    def __init__(self, order: Order = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
         self.memory, self.time = order - 1, time
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
@@ -220,10 +237,50 @@ class UniPC(Sampler):
         return step.denoiser.schedule.at(step.s, step.x_t)[1] * (now.x_t / now.sigma_t + change)
 
 
+def log_variance(r: Tensor) -> Tensor:
+    """Logarithm of the variance of x / alpha where data have variance 1: log r at much noise, r² at little."""
+    return (r**2).log1p()
+
+
+@final
+class SASolver(Sampler):
+    r"""Stochastic Adams solver in data prediction, its predictor alone (Xue et al., 2023, arXiv 2309.05019).
+
+    :math:`x_s = q \frac{\sigma_s}{\sigma_t} x_t + \alpha_s r_s^{1 + \eta} \int D\, d(r^{-1 - \eta})
+    + \sigma_s (1 - q^2)^{1/2} \text{noise}`, with :math:`q = (r_s / r_t)^\eta` and D the polynomial through the data
+    predicted at ``order`` levels. Of every eta the marginals are those of the probability flow (0) and of the reverse
+    diffusion (1), if the denoiser is exact; where it is not, much noise mends the errors of the steps before. The
+    first steps are of lower order.
+
+    Args:
+        order: 1 to 4; 1 with eta 1 is DDPM.
+        eta: Noise, tau² of the paper, 0 ... 20.
+        time: Function of r in which the polynomial is; the paper's is ``torch.log``. E[x_0 | x_t] is smooth in r²
+            where there is little noise, for which :func:`log_variance` allows.
+    """
+
+    spacing = "adaptive"
+    stochastic = True
+
+    @checked
+    def __init__(
+        self, order: Annotated[Int, Ge(1), Le(4)] = 2, eta: Annotated[Float, Ge(0), Le(20)] = 4.0,
+        time: Callable[[Tensor], Tensor] = log_variance,
+    ) -> None:  # fmt: skip
+        self.memory, self.eta, self.time = order - 1, eta, time
+
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
+        t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
+        visited = ((t, now), *step.previous)[: self.memory + 1]
+        data = float(r[s]) ** (1 + self.eta) * _integral(step, visited, t, s, self.time, -1 - self.eta)
+        return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
+
+
 def _integral(
-    step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Callable[[Tensor], Tensor], power: int
+    step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Callable[[Tensor], Tensor], power: float
 ) -> Tensor:
-    """The integral from level t to s, over r to the ``power``, of eps (power 1) or x_0 (-1), shape of x.
+    """The integral from level t to s, over r to the ``power``, of eps (power 1) or x_0 (below 0), shape of x.
 
     Each is the polynomial in ``time`` of r through what was ``visited``. By Gauss-Legendre quadrature over log r,
     which is exact to rounding here.
@@ -241,13 +298,12 @@ def _integral(
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ddpm": partial(DDIM, 1.0), "ddim": DDIM, "dpm2": partial(DEIS, 2, torch.log), "dpm++": DPMSolverPP2M,
-    "sde-dpm++": partial(DPMSolverPP2M, stochastic=True), "heun": Heun,
+    "sa2": SASolver, "ddpm": partial(DDIM, 1.0), "ddim": DDIM, "dpm2": partial(DEIS, 2, torch.log),
+    "dpm++": DPMSolverPP2M, "heun": Heun, "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4),
     "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4), "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
 }  # fmt: skip
 """What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
-DEFAULT_SAMPLER = "ddpm"
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:

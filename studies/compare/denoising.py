@@ -53,7 +53,7 @@ class FittedDenoiser(Fitted):
         denoiser: Denoiser,
         training: Training,
         with_elbo: bool = True,
-        sampling: Mapping[str, Any] = MappingProxyType({"sampler": "ddim"}),
+        sampling: Mapping[str, Any] = MappingProxyType({"sampler": "ddim", "steps": 50}),
         log_z: int | None = None,
     ) -> None:
         self.denoiser, self.training, self.with_elbo, self.log_z = denoiser, training, with_elbo, log_z

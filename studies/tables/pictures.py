@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
+import numpy as np
+import torch
+from scipy.stats import ttest_ind
+
 from studies.tables.reading import markdown, read
+from torchcdm.units import standard_error
 
 
 def ruler() -> str:
@@ -22,19 +30,38 @@ def ruler() -> str:
 
 
 def quality_curves(name: str) -> str:
-    """Fréchet distance and grain of both models, by evaluations, sampler and placement of the steps."""
-    content = read(name)
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in content["rows"]:
-        cells.setdefault((row["evaluations"], row["sampler"], row["spacing"]), {})[row["model"].split("-")[0]] = row
-    rows = []
+    """Fréchet distance and grain of both models, by evaluations, sampler and placement of the steps.
+
+    Of several trainings: means, with standard errors over the trainings, and the ratio of the means with the upper end
+    of its 95 % interval (Welch's, of the logarithms).
+    """
+    cells: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
+    for row in read(name)["rows"]:
+        key = (row["evaluations"], row["sampler"], row["spacing"])
+        cells.setdefault(key, {"cdm": [], "ddm": []})[row["model"].split("-")[0]].append(row)
+    rows, several = [], any(len(found) > 1 for models in cells.values() for found in models.values())
     for (evaluations, sampler, spacing), models in sorted(cells.items()):
-        found = [models.get(name) for name in ("cdm", "ddm")]
-        distances = ["–" if r is None else f"{r['frechet']:.2f} ± {r['frechet_se']:.2f}" for r in found]
-        grains = ["–" if r is None else f"{r['grain']:.2f}" for r in found]
-        rows.append([str(evaluations), sampler, spacing, *distances, *grains])
+        distances = {kind: [r["frechet"] for r in found] for kind, found in models.items()}
+        shown = ["–" if not found else f"{mean(values):.2f} ± {error_of(values, found):.2f}"
+                 for values, found in zip(distances.values(), models.values(), strict=True)]  # fmt: skip
+        shown += ["–" if not found else f"{mean(r['grain'] for r in found):.2f}" for found in models.values()]
+        rows.append([str(evaluations), sampler, spacing, *shown, *([ratio_of(*distances.values())] * several)])
     head = ["evaluations", "sampler", "steps", "Fréchet, CDM", "Fréchet, DDM", "grain, CDM", "grain, DDM"]
-    return markdown(head, rows)
+    return markdown(head + ["CDM / DDM, upper end"] * several, rows)
+
+
+def error_of(values: Sequence[float], rows: Sequence[Any]) -> float:
+    """Standard error over several trainings; of one, that of its samples."""
+    return standard_error(torch.tensor(values)) if len(values) > 1 else rows[0]["frechet_se"]
+
+
+def ratio_of(cdm: Sequence[float], ddm: Sequence[float]) -> str:
+    """Ratio of the means and the upper end of its 95 % interval; a dash where either has one training."""
+    if min(len(cdm), len(ddm)) < 2:
+        return "–"
+    logs = [np.log(values) for values in (cdm, ddm)]
+    interval = ttest_ind(*logs, equal_var=False).confidence_interval(0.95)
+    return f"{mean(cdm) / mean(ddm):.2f}, {math.exp(interval.high):.2f}"
 
 
 def quality_of_zoo() -> str:

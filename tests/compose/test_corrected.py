@@ -123,10 +123,14 @@ def test_a_plain_diffusion_model_has_nothing_to_accept_by():
         compose.sample(DenoisingDiffusion(torch.nn.Identity(), SCHEDULE), 4, corrector=1, steps=2, shape=(2,))
 
 
-def test_by_default_moves_follow_steps_and_a_sample_depends_on_its_number_alone():
-    model = exact(FAR)
-    many = compose.sample(model, 20, details=True)
-    assert many.evaluations == 2 * min(25, SCHEDULE.T) - 1 and 0.3 < many.acceptance < 1
-    assert torch.allclose(compose.sample(model, 3), many.x[:3], atol=1e-9)
-    plain = compose.sample(model, 2, "ddim", details=True)
-    assert plain.evaluations == min(50, SCHEDULE.T) and plain.acceptance is None
+def test_by_default_moves_follow_the_steps_of_composed_densities_and_a_sample_depends_on_its_number_alone():
+    model, steps = exact(FAR), min(25, SCHEDULE.T)
+    for target, evaluations in ((model, steps), (compose.tempered(model, 2), 2 * steps - 1)):
+        many = compose.sample(target, 20, details=True)
+        assert many.evaluations == evaluations
+        assert many.acceptance is None if target is model else 0.3 < many.acceptance < 1
+        assert torch.allclose(compose.sample(target, 3), many.x[:3], atol=1e-9)
+    moved = compose.sample(model, 20, corrector=1, details=True)
+    assert torch.equal(moved.x, compose.sample(model, 20, "ddpm", corrector=1)) and 0.3 < moved.acceptance < 1
+    plain = compose.sample(compose.tempered(model, 2), 2, "ddim", details=True)
+    assert plain.evaluations == steps and plain.acceptance is None

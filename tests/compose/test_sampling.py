@@ -49,7 +49,7 @@ def test_visits_exactly_the_steps_asked_for_and_returns_x0(name):
     schedule = CosineSchedule(12)
     for steps in range(1, 13):
         denoiser = GaussianDenoiser(schedule, [0.7, -1.0], [0.25, 2.0])
-        x = sample(denoiser, 3, name, steps, shape=(2,))
+        x = sample(denoiser, 3, name, steps, shape=(2,), spacing="even")
         grid, reached = schedule.time_grid(steps), []
         # Heun visits each level but the first twice: at the end of a step and at the start of the next.
         assert sorted(set(denoiser.visited), reverse=True) == grid

@@ -29,7 +29,8 @@ class Evaluated(NamedTuple):
 
     Attributes:
         log_gamma: log gamma_t(x_t), nats in model units, (B,); -inf where the target has no mass.
-        eps: -sigma_t times its gradient, (B, *shape): a drift to propose along, mended by accept-reject and weights.
+        eps: -sigma_t times its gradient, (B, *shape). A drift to propose along: accept-reject and weights mend what
+            it lacks.
         levels: log gamma at every level, (B, T+2), where the same pass tells; None elsewhere.
     """
 
@@ -84,7 +85,8 @@ class ModelTarget(Target):
     """The density of a model at every level, of one class or of all.
 
     Args:
-        model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision.
+        model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision, float32 or
+            better.
         y: A class, or a context (context,), that is given; None for the unconditional density. As an attribute it
             may be set to one label for each row of all calls that follow.
         batch_size: Inputs at a time; by their size, and what memory holds, when None.

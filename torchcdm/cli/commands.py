@@ -69,17 +69,17 @@ def add_commands(commands: Any) -> None:
                      "  accelerate launch -m torchcdm sample runs/digits --n 50000 --format array --out many",
                      "model seed quiet device")  # fmt: skip
     add(parser, "--n", "number of samples", count, default=64)
-    add(parser, "--sampler", "ddpm, sde-dpm++, ddim, dpm2, dpm++, deis3, deis4, unipc2, unipc3: one "
-        "evaluation a step; heun: two (ddpm, with moves)")  # fmt: skip
-    add(parser, "--steps N", "sampling steps, up to T (25 with moves, 50 without)", count)
-    add(parser, "--spacing", "even, or adaptive: steps where trajectories bend, as 16 pilots find", default="even")
+    add(parser, "--sampler", "sa2, ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one "
+        "evaluation a step; heun: two (sa2; ddpm with moves)")  # fmt: skip
+    add(parser, "--steps N", "sampling steps, up to T (25)", count)
+    add(parser, "--spacing", "even, or adaptive: steps where trajectories bend, as 16 pilots find (sa2: adaptive)")
     add(parser, "--label K|balanced", "class by number or name, or all in turn")
     add(parser, "--guidance W", "classifier-free guidance", float, default="0")
     add(parser, "--all-of A,B", "what is all of these classes at once: a product")
     add(parser, "--any-of A,B", "what is one of these classes: a mixture")
     add(parser, "--none-of A,B", "what is none of these classes")
     add(parser, "--beta B", "density to the power B: above 1 more typical samples", float)
-    add(parser, "--corrector N", "accepted Langevin moves after each step (1 without --sampler, 0 with it)", int)
+    add(parser, "--corrector N", "accepted Langevin moves after each step (0; 1 of particles and compositions)", int)
     add(parser, "--particles N", "weighted particles, at least --n: exact for composed densities", int, default=0)
     add(parser, "--format", "what to write", default="grid", choices=("grid", "images", "array", "all"))
     add(parser, "--out DIR", None, Path, required=True)

@@ -15,7 +15,7 @@ from torchcdm.data import DataSource, parse_size
 from torchcdm.data.named import CELEBA_SIZE
 from torchcdm.errors import UserError
 from torchcdm.runtime.processes import chosen_device, is_first, several
-from torchcdm.samplers import DEFAULT_SAMPLER, make_sampler
+from torchcdm.samplers import make_sampler
 from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save_model
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
@@ -31,7 +31,8 @@ def train(options: argparse.Namespace) -> int:
     """Trains, then measures on the test split."""
     tell = is_first() and not options.quiet
     config, source = _configuration(options, tell)
-    make_sampler(config.sampling.sampler or DEFAULT_SAMPLER)
+    if config.sampling.sampler is not None:
+        make_sampler(config.sampling.sampler)
     device = chosen_device(options.device)
     try:
         result = trained(config, options.out, source, options.resume, options.device, tell)

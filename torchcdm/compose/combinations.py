@@ -56,6 +56,7 @@ class Combination(DensityModel):
     schedules, transforms or shapes, or exponents whose sum is not positive: no density then.
     """
 
+    composed = True
     weights: Tensor
 
     def __init__(self, experts: Experts, weights: Tensor, mixture: bool = False) -> None:

@@ -30,10 +30,11 @@ from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, share
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, checked
-from torchcdm.samplers import DEFAULT_SAMPLER, PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
+from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
-STEPS = 50
-"""Of a sampler without moves; half as many with a move after each, the default where there is a density."""
+STEPS, SAMPLER, WITH_MOVES = 25, "sa2", "ddpm"
+"""By default: steps, the sampler, and that of which each step is followed by a move: the history of a multistep rule
+is none of the state that a move leaves."""
 
 ISLANDS, SMALL, LARGE = 8, 32, 256
 """Populations at most, and particles in each at least: large ones of what is tilted, or all soon descend from one."""
@@ -108,7 +109,7 @@ def sample(
     guidance: Float = 0.0,
     seed: Seed = 0,
     batch_size: Count | None = None,
-    spacing: Literal["even", "adaptive"] = "even",
+    spacing: Literal["even", "adaptive"] | None = None,
     shape: tuple[Count, ...] | None = None,
     units: Literal["data", "codes", "model"] = "data",
     corrector: CountOrZero | None = None,
@@ -119,16 +120,16 @@ def sample(
 ) -> Any:
     """Draws samples of a model or of a composed density.
 
-    By default 25 steps of the reverse chain (``ddpm``), with a move that is accepted or rejected after each: 49
-    evaluations. Without a density, 50 such steps. Exactly ``steps`` levels are visited, level T first; level 0 is
-    reached last. Sample i depends on ``seed`` and i alone, so batch size and device leave the samples the same.
+    By default 25 steps of a stochastic Adams solver (``sa2``); of a composed density 25 of the reverse chain
+    (``ddpm``), with a move that is accepted or rejected after each. Exactly ``steps`` levels are visited, level T
+    first; level 0 is reached last. Sample i depends on ``seed`` and i alone, not on batch size or device.
 
     Args:
         model: Any denoiser, put in eval mode meanwhile; corrections need a density.
         n: Number of samples.
         sampler: A name in :data:`torchcdm.samplers.SAMPLERS`, or a sampler with settings of its own. Particles are
             proposed by the reverse kernels, whose density is known, and take no other.
-        steps: Number of steps, 1 ... T; 50 when None, 25 with moves. Particles visit all levels.
+        steps: Number of steps, 1 ... T; 25 when None. Particles visit all levels.
         y: Class of each sample, long (n,), or one for all; None for the unconditional density. A model with a context
             takes contexts (n, context), or one for all. Particles take one for all.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w. Moves then
@@ -136,12 +137,12 @@ def sample(
         seed: Seed, not negative.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
-            :func:`torchcdm.samplers.adaptive_levels`.
+            :func:`torchcdm.samplers.adaptive_levels`. When None, what suits the sampler.
         shape: Event shape, for a model that does not know its own.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
-        corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 unless a sampler is
-            named, and 1 for particles.
+        corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 of particles, and of a
+            composed density unless a sampler is named.
         particles: Particles of sequential Monte Carlo, at least n.
         sweeps: Sweeps of replica exchange after it, 4 where fewer are given; particles are its columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
@@ -156,16 +157,16 @@ def sample(
             known shape; a model without a density; weights that vanish everywhere.
     """
     if corrector is None:
-        corrector = int(bool(particles)) or (0 if model.density is None else default_moves(sampler))
+        corrector = int(bool(particles or (model.composed and sampler is None)))
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
-        if sampler is not None or steps is not None or guidance or spacing != "even":
+        if sampler is not None or steps is not None or guidance or spacing is not None:
             raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
         found = _by_particles(model, n, y, seed, batch_size, units, corrector, particles, sweeps, progress)
         return found if details else found.x
-    rule, schedule = make_sampler(DEFAULT_SAMPLER if sampler is None else sampler), model.schedule
-    steps = min(STEPS // 2 if corrector else STEPS, schedule.T) if steps is None else steps
+    rule, schedule = make_sampler(sampler or (WITH_MOVES if corrector else SAMPLER)), model.schedule
+    steps = min(STEPS, schedule.T) if steps is None else steps
     shape = shape or model.shape
     if not shape:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
@@ -173,11 +174,10 @@ def sample(
         raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
     labels = as_labels(y, model, n, one_for_all=True)
     denoiser = GuidedDenoiser(model, guidance) if guidance else model
-    adaptive = spacing == "adaptive"
+    moves = _Moves(model, guidance, corrector, seed) if corrector else None
+    adaptive = (spacing or rule.spacing) == "adaptive"
     path = adaptive_levels(denoiser, steps, shape, labels) if adaptive else [*schedule.time_grid(steps), 0]
-    moves = None
-    if corrector:
-        moves = _Moves(model, guidance, corrector, seed)
+    if moves is not None:
         with alone():
             # Whatever n is: a sample depends on the seed and its number alone.
             trajectories(denoiser, PILOTS, rule, path, shape, pilot_labels(labels), seed, moved=moves)
@@ -188,11 +188,6 @@ def sample(
         return x
     acceptance = None if moves is None else moves.acceptance(n)
     return Draws(x, float(n), acceptance=acceptance, evaluations=rule.cost(steps) + corrector * (steps - 1))
-
-
-def default_moves(sampler: Any, corrector: int | None = None) -> int:
-    """Moves after a step of a model with a density, where ``corrector`` does not say: 1 unless a sampler is named."""
-    return int(sampler is None) if corrector is None else corrector
 
 
 Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]

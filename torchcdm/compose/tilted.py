@@ -55,6 +55,8 @@ class Tilted(Denoiser):
     The latter need not be differentiable. UserError for a model without a density, or of unknown shape.
     """
 
+    composed = True
+
     def __init__(self, model: Denoiser, known: Known) -> None:
         model = require_density(model, "compose")
         super().__init__(model.schedule, model.transform, base=model.base)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
 
 import torch
 from annotated_types import Ge, Le
@@ -38,9 +38,11 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
+        composed: Whether its levels are not those of data with noise: samplers alone are biased.
     """
 
     transform: DataTransform
+    composed: ClassVar[bool] = False
     info: ModelInfo | None = None
 
     def __init__(

@@ -1,6 +1,7 @@
 r"""What happens at the end of a training: constants of the levels, the comparison with the start, and samples.
 
-A level classifier is calibrated where the mean of p(t | x) over noisy copies of all levels is the level's share,
+A level classifier is calibrated as a whole where the mean of p(t | x) over noisy copies of all levels is the share of
+the level,
 
 .. math:: \frac{1}{T+2} \sum_s E_{x \sim p_s}[p(t \mid x)] = \frac{1}{T+2} \quad \text{for every } t,
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from torchcdm.annealing.ratios import best_constants
-from torchcdm.compose.sampling import Draws, default_moves, sample
+from torchcdm.compose.sampling import Draws, sample
 from torchcdm.data import DataSource
 from torchcdm.data.outputs import save_manifest, save_sheet
 from torchcdm.errors import UserError
@@ -223,7 +224,7 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
 
 def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
     """What the settings of a run say to :func:`draw`; without a density the evaluations of moves go into steps."""
-    moves, steps = default_moves(sampling.sampler, sampling.corrector), sampling.steps
+    moves, steps = sampling.corrector or 0, sampling.steps
     if model.density is None:
         steps, moves = steps and steps * (1 + moves), 0
     return {"sampler": sampling.sampler, "steps": steps and min(steps, model.schedule.T), "corrector": moves}

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchcdm.compose.sampling import STEPS, default_moves
+from torchcdm.compose.sampling import STEPS
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason
@@ -113,14 +113,16 @@ def train(
         model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
         data: As for :func:`fit`, and in the units of the model's transform.
         labels: As for :func:`fit`.
-        preset: The preset whose optimiser and loss are taken; ``encoder`` for images, ``mlp`` for vectors when None.
+        preset: Name of the preset whose optimiser and loss are taken; ``encoder`` for images and ``mlp`` for vectors
+            when None.
         out: Folder of the run; when None nothing is kept.
         device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
         **overrides: As for :func:`fit`, without ``model``.
 
     Raises:
-        UserError: Data or overrides that are not understood, or do not fit the model; parts that cannot be saved.
+        UserError: Data or overrides that are not understood, data that do not fit the model, or a model with parts
+            that cannot be saved.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)
@@ -285,8 +287,7 @@ def with_budget(
     most = max(WANTED_STEPS, EPOCHS * count // batch)
     steps = min(max(1, int(training / took)), most)
     every = min(max(50, steps // 12), 1000)
-    moves, visited = default_moves(asked.sampling.sampler, asked.sampling.corrector), asked.sampling.steps
-    evaluations = STEPS if visited is None else visited * (1 + moves)
+    evaluations = (asked.sampling.steps or STEPS) * (1 + (asked.sampling.corrector or 0))
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
     drawn = int(SAMPLING_SHARE * seconds / (evaluations * took / batch))
     dropout = 0.1 if count < 5000 else 0.05
