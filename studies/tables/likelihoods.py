@@ -51,45 +51,9 @@ def log_z() -> str:
 
 
 def log_z_images() -> str:
-    """log2 Z / d of the classes of larger images, a row for each, and their mean."""
-    head = ["class", "log2 Z / d", "from samples", "from data", "single columns", "trend, s.e.", "rungs", "swaps",
-            "arrivals"]  # fmt: skip
-    lines = []
-    for row in read("log_z_images").values():
-        for one in row["classes"]:
-            lines.append([
-                one["name"], f"{one['value']:.4f} ± {one['se']:.4f}",
-                *(f"{value:.4f} ± {se:.4f}" for value, se in one["starts"]),
-                " ".join(f"{value:.3f}" for value in one["columns"]), f"{one['trend']:+.1f}", f"{len(one['rungs'])}",
-                "{:.0%}, least {:.0%}".format(*one["swapped"]), f"{one['arrivals']}",
-            ])  # fmt: skip
-        starts = [f"{value:.4f} ± {se:.4f}" for value, se in row["starts"].values()]
-        mean = "**{value:.4f} ± {se:.4f}**".format(**row["log2_z_per_dim"])
-        arrivals = sum(one["arrivals"] for one in row["classes"])
-        lines.append(["**mean**", mean, *starts, "", f"{row['trend']:+.1f}", "", "", f"{arrivals}"])
-    return markdown(head, lines)
-
-
-def log_z_images_rows() -> str:
-    """Likelihoods of the same images by few passes, normalised by those constants, and by the flow."""
-    lines = []
-    for row in read("log_z_images").values():
-        head = ["normalised by", "levels", f"{row['count']} test images", f"{row['images']} of them", "less the flow"]
-        for name, value in row["rows_of_images"].items():
-            levels, whole, off = row["between"].get(name), row["rows"].get(name), row["minus"].get(name)
-            lines.append([
-                f"{name} pass{'es' * (name != '1')}" if levels else name,
-                ", ".join(map(str, levels)) if levels else "–",
-                *("–" if pair is None else "{:.3f} ± {:.3f}".format(*pair) for pair in (whole, value)),
-                "–" if off is None else "{:+.3f} ± {:.3f}".format(*off),
-            ])  # fmt: skip
-    return markdown(head, lines)
-
-
-def bounds_of_images_log_z() -> str:
     """log2 Z / d of the classes of larger images by several seeds, a row for each, and their mean."""
     lines = []
-    for row in read("bounds_of_images").values():
+    for row in read("log_z_images").values():
         head = ["class", *(f"seed {seed}" for seed in range(len(row["log_z"])))]
         found = [z["convergence"] for z in row["log_z"]]
         for k, name in enumerate(row["classes"]):
@@ -111,10 +75,10 @@ def bounds_of_images_log_z() -> str:
     return markdown(head, lines)
 
 
-def bounds_of_images() -> str:
+def log_z_images_rows() -> str:
     """Likelihoods of the same images by few passes, normalised by those constants, by the ELBO and by the flow."""
     lines = []
-    for row in read("bounds_of_images").values():
+    for row in read("log_z_images").values():
         head = [f"{row['images']} test images", "network passes", "bits/dim", "less the flow", "less the ELBO"]
         for name, (value, se, passes) in row["rows"].items():
             off = [row["minus"].get(f"{name} - {other}") for other in ("flow", "elbo")]

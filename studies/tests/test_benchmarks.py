@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import math
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,14 +13,13 @@ from small_runs import small_config
 
 from studies import benchmarks
 from studies.benchmarks import (
-    bounds_of_images,
     conditional_density,
+    log_z_images,
     quality_curves,
     ratio_pairs,
     restorations,
     table_density,
 )
-from studies.benchmarks.log_z_images import Chains, measured
 from studies.benchmarks.posterior_coverage import _Nothing, measure, summary
 from studies.budget import CLOCKS
 from studies.tables import likelihoods
@@ -31,7 +29,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
-from torchcdm.likelihood import Scoring, log_normalizer, single_pass
+from torchcdm.likelihood import Scoring, log_normalizer
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
@@ -53,7 +51,7 @@ def digits_run(tmp_path_factory):
 
 def test_every_benchmark_says_how_it_is_run():
     helpers = {"exact_targets", "files", "flows", "joint_step", "posterior_tasks", "ratio_pairs"}
-    helpers |= {"anomaly_sets", "image_bounds", "image_rungs"}
+    helpers |= {"anomaly_sets"}
     for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py"):
         if path.stem not in helpers:
             module = importlib.import_module(f"studies.benchmarks.{path.stem}")
@@ -294,41 +292,6 @@ class _Constants(_Nothing):
         return torch.stack([torch.nn.functional.pad(h[:, 1:] + c, (0, 1)) for c in self.constants], 1)
 
 
-def test_log_z_of_images_is_that_of_an_exact_model_and_goes_on_from_its_file(tmp_path):
-    x = 0.5 * torch.randn(2200, 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(3)
-    schedule = UniformSigmaSchedule(12)
-    base = GaussianMarginals.fit(x, schedule)
-    model = ClassificationDiffusion(_Constants(14), schedule, DataTransform((1, 4, 4)), base).eval()
-
-    class Source:
-        name, class_names = "gaussian", ("more", "less")
-
-        def split(self, _):
-            return self
-
-        def tensors(self, _):
-            return x, torch.arange(len(x)) % 2
-
-    found, seconds = [], []
-    for _ in range(2):
-        with torch.no_grad():
-            chains = [Chains(model, Source(), 2, 8, 0, tmp_path / f"{y}.safetensors", y) for y in range(2)]
-        for one in chains:
-            for _ in range(3):
-                one.go_on()
-        found.append(measured(chains, model, Source(), [1, 2], 8))
-        seconds.append(sum(float(one.kept["seconds"]) for one in chains))
-    (first, last), bit = found, 1 / (16 * math.log(2))
-    assert [row["sweeps"] for row in first["classes"]] == [15, 15] and seconds[0] < seconds[1]
-    for row, constant in zip(last["classes"], _Constants.constants, strict=True):
-        assert row["sweeps"] == 30 and row["rungs"][0] == 2 and row["rungs"][-1] == 12
-        assert abs(row["value"] / bit - constant) < 4 * row["se"] / bit < 2
-    # With the constants of the classes taken off, one pass is the Gaussian's.
-    gaussian = ClassificationDiffusion(_Nothing(14), schedule, DataTransform((1, 4, 4)), base)
-    exact = single_pass(gaussian, x[:1000], None, Scoring(2))
-    assert abs(last["rows"]["1"][0] - exact.mean_and_error()[0]) < 4 * last["log2_z_per_dim"]["se"] / bit
-
-
 def test_bounds_on_images_by_a_log_z_that_was_measured(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = (8 + 3 * torch.randn(900, 1, 4, 4, generator=generator).cumsum(3)).round().clamp(0, 16)
@@ -346,16 +309,16 @@ def test_bounds_on_images_by_a_log_z_that_was_measured(monkeypatch):
             return x, torch.arange(len(x)) % 2
 
     found = [log_normalizer(model, x[:200], None, Scoring(6, seed=s), 8, 8, restricted=True) for s in (0, 1)]
-    row = bounds_of_images.measured(model, Source(), found, 40, 16, 8)
+    row = log_z_images.measured(model, Source(), found, 40, 16, 8)
     assert row["levels"][-1] == row["level"] == 6 and row["count"] == 40 and row["images"] == 16
     values = {name: value for name, (value, *_) in row["rows"].items()}
     for name, (off, se, _) in row["minus"].items():
         one, other = name.split(" - ")
         assert off == pytest.approx(values[one] - values[other]) and se > 0
     monkeypatch.setattr(likelihoods, "read", lambda name: {"gaussian": row})
-    table = likelihoods.bounds_of_images_log_z().splitlines()
+    table = likelihoods.log_z_images().splitlines()
     assert "seed 1" in table[0] and table[2].startswith("| more") and "**mean**" in table[4]
-    assert "`few-pass-restricted`" in likelihoods.bounds_of_images()
+    assert "`few-pass-restricted`" in likelihoods.log_z_images_rows()
 
 
 def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_path):
