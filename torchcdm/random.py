@@ -39,9 +39,6 @@ def evenly_spaced(count: int, limit: int | None) -> Tensor:
 
 
 def permutation(count: int, seed: int) -> Tensor:
-    """A random order of ``count`` samples, long (count,), by which data are split.
-
-    By numpy, as the permutations of a two-sample test are: its RandomState is frozen, so that a split is the same
-    under every version of torch.
-    """
+    """A random order of ``count`` samples, long (count,), by which data are split. By numpy, as the permutations of a
+    two-sample test are: its RandomState is frozen, so that a split is the same under every version of torch."""
     return torch.from_numpy(np.random.RandomState(seed).permutation(count))

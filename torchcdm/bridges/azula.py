@@ -21,10 +21,8 @@ from torchcdm.models.denoiser import Denoiser, working_dtype
 
 @final
 class AzulaSchedule(Schedule):
-    """The levels 1 ... T of our ``schedule`` as the times 0 ... 1.
-
-    Samplers take at most T - 1 steps: with more, two of their times are the same level.
-    """
+    """The levels 1 ... T of our ``schedule`` as the times 0 ... 1. Samplers take at most T - 1 steps: with more, two
+    of their times are the same level."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule

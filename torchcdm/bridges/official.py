@@ -73,9 +73,7 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
 
 def renamed(key: str, names: Mapping[str, str], parts: Mapping[str, str]) -> str:
     """The name that a weight called ``key`` elsewhere has here, by patterns of whole ``names``, the first that fits.
-
-    Then ``parts`` between two dots are replaced. UserError for a name that no pattern fits.
-    """
+    Then ``parts`` between two dots are replaced. UserError for a name that no pattern fits."""
     for pattern, ours in names.items():
         if match := re.fullmatch(pattern, key, re.ASCII):
             return ".".join(parts.get(part, part) for part in match.expand(ours).split("."))

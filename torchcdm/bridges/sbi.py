@@ -30,10 +30,8 @@ class SbiDensity(ConditionalDensityEstimator):
         self.estimator = estimator
 
     def log_prob(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
-        """log p(theta | x), nats (samples, batch), without a gradient.
-
-        Theta is ``input``, (samples, batch, p) or (batch, p), and x ``condition``, likewise with q; both broadcast.
-        """
+        """log p(theta | x), nats (samples, batch), without a gradient. Theta is ``input``, (samples, batch, p) or
+        (batch, p), and x ``condition``, likewise with q; both broadcast."""
         self._check_input_shape(input)
         self._check_condition_shape(condition)
         theta, x, _ = self._broadcast_and_align(input, condition)

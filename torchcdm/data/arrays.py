@@ -64,10 +64,8 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
 
 
 def as_array(data: Any, name: str) -> np.ndarray:
-    """A tensor, a list or an array as an array of numbers or texts; objects that are numbers as float64.
-
-    UserError for rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense.
-    """
+    """A tensor, a list or an array as an array of numbers or texts; objects that are numbers as float64. UserError for
+    rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense."""
     if isinstance(data, Tensor):
         if data.layout != torch.strided or data.is_meta or data.is_quantized or data.is_nested:
             raise UserError(f"{name}: a tensor on {data.device} of layout {data.layout}; give a dense one with values")

@@ -112,10 +112,8 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 
 def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dict[Path, ImageInfo], list[str]]:
-    """What the first good file holds, all that can be read, and notes; their headers must tell of one shape.
-
-    With ``skip_bad`` every file is decoded. UserError for one that cannot be read, or two that differ.
-    """
+    """What the first good file holds, all that can be read, and notes; their headers must tell of one shape. With
+    ``skip_bad`` every file is decoded. UserError for one that cannot be read, or two that differ."""
     good: dict[Path, ImageInfo] = {}
     bad: list[Path] = []
     for path in tqdm(paths, "checking images", disable=len(paths) < 5000, leave=False):

@@ -80,10 +80,8 @@ def describe(path: Path) -> ImageInfo:
 
 
 def decode(path: Path) -> tuple[Tensor, int | None]:
-    """The pixels of an image file, and the largest value that they can have, None for floats.
-
-    (C, H, W), uint8, or float32 of 16 bits or floats; UserError for a corrupt file.
-    """
+    """The pixels of an image file, and the largest value that they can have, None for floats. (C, H, W), uint8, or
+    float32 of 16 bits or floats; UserError for a corrupt file."""
     with reading(path, *IMAGE) as file:
         if path.suffix.lower() != ".npy":
             with opened(file) as image:
@@ -114,19 +112,15 @@ def from_pillow(image: Image) -> tuple[Tensor, int | None]:
 def read_image(
     path: Path, size: Size | None = None, channels: int | None = None, box: Sequence[int | None] = (None,) * 4
 ) -> Tensor:
-    """An image file in the size and with the channels asked for, see :func:`conform`.
-
-    ``box`` is cut out first: left, upper, right and lower edge in pixels.
-    """
+    """An image file in the size and with the channels asked for, see :func:`conform`. ``box`` is cut out first: left,
+    upper, right and lower edge in pixels."""
     (pixels, high), (left, upper, right, lower) = decode(path), box
     return conform(pixels[:, upper:lower, left:right], high, size, channels)
 
 
 def conform(image: Tensor, high: float | None, size: Size | None, channels: int | None, white: float = 1.0) -> Tensor:
-    """An image (C, H, W), data units, of ``size`` (H, W) and with so many ``channels``; None leaves them.
-
-    It is put on the grid of ``high``, its largest grey level and white; None for continuous data of this ``white``.
-    """
+    """An image (C, H, W), data units, of ``size`` (H, W) and with so many ``channels``; None leaves them. It is put on
+    the grid of ``high``, its largest grey level and white; None for continuous data of this ``white``."""
     if channels is not None:
         image = to_channels(image, channels, high or white)
     if size is not None:
@@ -170,10 +164,8 @@ def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
 
 
 def flip_horizontally(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image of a batch (B, C, H, W) mirrored with probability one half: augmentation for training only.
-
-    The ``generator`` of the coins is on the CPU, wherever ``x`` is.
-    """
+    """Each image of a batch (B, C, H, W) mirrored with probability one half: augmentation for training only. The
+    ``generator`` of the coins is on the CPU, wherever ``x`` is."""
     coins = torch.rand(len(x), generator=generator) < 0.5
     return torch.where(coins.to(x.device)[:, None, None, None], x.flip(-1), x)
 

@@ -104,9 +104,7 @@ def read_pictures(
     paths: Sequence[str | Path], transform: DataTransform, options: DataOptions, shape: tuple[int, ...] | None = None
 ) -> tuple[list[Tensor], list[str], list[str]]:
     """Images of the model's size or larger, or of another ``shape``: data units, each (C, H, W); names, and notes.
-
-    Arguments and errors as for :func:`read_inputs`, whose tiles would be apart.
-    """
+    Arguments and errors as for :func:`read_inputs`, whose tiles would be apart."""
     files, notes = parts_of(paths, transform, options, groups=False)
     pictures, names, bad, options = [], [], [], replace(options, size=None)
     for path, part in ((Path(name), part) for name, part in files):

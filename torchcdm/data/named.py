@@ -56,10 +56,8 @@ CELEBA_PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
 
 
 def digits(argument: str, options: DataOptions, _: Any = None) -> Samples:
-    """scikit-learn's handwritten digits, 8x8, grey levels 0 ... 16.
-
-    All rows are permuted with a fixed seed: 1300 for training, 200 for validation, 297 for test.
-    """
+    """scikit-learn's handwritten digits, 8x8, grey levels 0 ... 16. All rows are permuted with a fixed seed: 1300 for
+    training, 200 for validation, 297 for test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -107,10 +105,8 @@ def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples
 
 
 def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
-    """``cifar10`` or ``cifar10:PATH``: 3x32x32, 45000 / 5000 / 10000, from the archive's binary version.
-
-    The Python version of the archive consists of pickles, which can run any code when they are opened: not read.
-    """
+    """``cifar10`` or ``cifar10:PATH``: 3x32x32, 45000 / 5000 / 10000, from the archive's binary version. The Python
+    version of the archive consists of pickles, which can run any code when they are opened: not read."""
     paths = _located(
         argument, CIFAR_FOLDER, [(name,) for name in CIFAR_FILES],
         "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html (the pickles of the Python "
@@ -129,10 +125,8 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 
 def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
-    """``celeba:PATH``: the aligned and cropped images, with the published partition and crop, 64 x 64 by default.
-
-    PATH holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them.
-    """
+    """``celeba:PATH``: the aligned and cropped images, with the published partition and crop, 64 x 64 by default. PATH
+    holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them."""
     images, listing = _located(
         argument, "celeba", [CELEBA_IMAGES, CELEBA_PARTITION],
         "name the folder of img_align_celeba and list_eval_partition.txt of "
@@ -164,10 +158,8 @@ def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
 def fixed(
     name: str, pool: MemorySplit, counts: tuple[int, int], high: int, options: DataOptions, names: Sequence[str]
 ) -> Samples:
-    """Samples whose splits are part of the data set, whatever seed and test fraction the options give.
-
-    ``counts``: the first samples of the ``pool``, for training, and how many of them validate unless options say it.
-    """
+    """Samples whose splits are part of the data set, whatever seed and test fraction the options give. ``counts``: the
+    first samples of the ``pool``, for training, and how many of them validate unless options say it."""
     (trainable, validation), grid = counts, (0, high)
     if options.validation_fraction is not None:
         validation = round(options.validation_fraction * trainable)
@@ -198,9 +190,7 @@ def _located(
     argument: str, name: str, files: Sequence[Sequence[str]], mend: str, system: Sequence[str] = ()
 ) -> list[Path]:
     """The files of a data set in PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the ``system``.
-
-    Each by the first of its names that is there, or its first name.
-    """
+    Each by the first of its names that is there, or its first name."""
     root = argument or os.environ.get(DATA_VARIABLE, "")
     places = [Path(root) / name, Path(root)] if root else []
     places += [] if argument else map(Path, system)

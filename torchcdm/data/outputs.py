@@ -101,10 +101,8 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
 
 
 def save_table(x: Tensor, path: str | Path, transform: DataTransform | None = None) -> Path:
-    """Vectors (N, d), data units, as CSV with column names, which ``table:FILE`` reads back exactly.
-
-    The ``transform`` has the names, and values to round to; c0, c1, ... where it has none.
-    """
+    """Vectors (N, d), data units, as CSV with column names, which ``table:FILE`` reads back exactly. The ``transform``
+    has the names, and values to round to; c0, c1, ... where it has none."""
     import pandas as pd
 
     x = x if transform is None else transform.quantize(x)

@@ -118,10 +118,8 @@ def pair_up(
 
 
 def _cut(x: Tensor, cells: Mapping[int, Cells], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows that are held out, and rows to train on, in a random order: all copies of a row are on one side.
-
-    Rows of nothing but values with ``cells`` come back by chance, and are no copies once these are spread.
-    """
+    """Rows that are held out, and rows to train on, in a random order: all copies of a row are on one side. Rows of
+    nothing but values with ``cells`` come back by chance, and are no copies once these are spread."""
     order, seen = permutation(len(x), seed), dict[int, int]()
     rows = x[order] + 0.0  # no -0.0
     first = torch.tensor([seen.setdefault(hash(row.tobytes()), k) for k, row in enumerate(rows.numpy())])
@@ -157,9 +155,7 @@ def read_side(
     data: Any, name: str, options: DataOptions, like: TableEncoding | None = None
 ) -> tuple[DataFrame | Tensor, Grid | None]:
     """One data set as :func:`pair_up` reads it, all or its training split: a data frame, or images and their grid.
-
-    Images are (N, C, H, W); vectors become a table, whose columns are those of ``like``, in its order.
-    """
+    Images are (N, C, H, W); vectors become a table, whose columns are those of ``like``, in its order."""
     import pandas as pd
 
     if is_frame(data):

@@ -66,10 +66,8 @@ class Split(Dataset, ABC):
         return self.values(torch.tensor([index]))[0], self.labels[index].tolist()
 
     def batch(self, indices: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples.
-
-        Of crops those at random ``places`` in the same images, uniform on [0, 1), (B, 2), where these are given.
-        """
+        """Samples (B, *shape) and labels (B,) at ``indices``: faster than collating single samples. Of crops those at
+        random ``places`` in the same images, uniform on [0, 1), (B, 2), where these are given."""
         return self.values(indices), self.labels[indices]
 
     def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -183,10 +181,8 @@ class CropSplit(LazySplit):
 
 
 def places_of(size: Size, crop: Size, share: float | None = None) -> list[tuple[int, int]]:
-    """Top and left edges of crops evenly spread over an image: as many as fit side by side.
-
-    With a ``share`` enough to cover the image, neighbours at most that of a crop apart.
-    """
+    """Top and left edges of crops evenly spread over an image: as many as fit side by side. With a ``share`` enough to
+    cover the image, neighbours at most that of a crop apart."""
     sides = []
     for whole, part in zip(size, crop, strict=True):
         count = whole // part if share is None else 1 + math.ceil((whole - part) / max(1, int(share * part)))
@@ -266,9 +262,7 @@ class Samples:
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
     """The same source with its classes numbered as those of a model of these ``names``; UserError for any other class.
-
-    Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, these count the names.
-    """
+    Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, these count the names."""
     own = source.class_names
     present = torch.cat([split.labels for split in source.splits]).unique()
     strange = [own[k] for k in present.tolist() if k != NO_LABEL and own[k] not in names]

@@ -75,10 +75,8 @@ class Processes:
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
-    """The device asked for; when None the GPU where there is one: not Apple's, which have no float64.
-
-    UserError where it is not there, holds no values (``meta``), or has no float64, in which densities are kept.
-    """
+    """The device asked for; when None the GPU where there is one: not Apple's, which have no float64. UserError where
+    it is not there, holds no values (``meta``), or has no float64, in which densities are kept."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -184,10 +184,8 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:
-    """What a uniform density on the data's range has: bits/dim on a grid, nats in the box of the samples else.
-
-    In a column with values that have a probability each is as likely as any other, and as all other numbers together.
-    """
+    """What a uniform density on the data's range has: bits/dim on a grid, nats in the box of the samples else. In a
+    column with values that have a probability each is as likely as any other, and as all other numbers together."""
     transform, x = source.transform, torch.cat([part.flatten(1) for part in samples]).double()
     low, high = x.amin(0), x.amax(0)
     if transform.bin is None:

@@ -182,9 +182,7 @@ def trained(
     model: Denoiser | None = None,
 ) -> Any:  # fmt: skip
     """Trains as :func:`torchcdm.training.loop.train`, and gives the model that was kept, a new one unless it is given.
-
-    Where ``out`` is None nothing is left on the disk, and no samples are drawn.
-    """
+    Where ``out`` is None nothing is left on the disk, and no samples are drawn."""
     if out is None:
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
