@@ -7,16 +7,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.networks.blocks import (
-    ImageNetwork,
-    ImageSize,
-    LabelEmbedding,
-    SiLU,
-    Step,
-    downsampling,
-    group_norm,
-    halved_sizes,
-)
+from torchcdm.networks.blocks import (  # isort: skip
+    ImageNetwork, ImageSize, LabelEmbedding, SiLU, Step, downsampling, group_norm, halved_sizes,
+)  # fmt: skip
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 

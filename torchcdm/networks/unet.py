@@ -9,19 +9,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.networks.blocks import (
-    ImageNetwork,
-    ImageSize,
-    LabelEmbedding,
-    SiLU,
-    Step,
-    downsampling,
-    group_norm,
-    halved_sizes,
-    time_embedding,
-    two_layers,
-    upsampling,
-)
+from torchcdm.networks.blocks import (  # isort: skip
+    ImageNetwork, ImageSize, LabelEmbedding, SiLU, Step, downsampling, group_norm, halved_sizes, time_embedding,
+    two_layers, upsampling,
+)  # fmt: skip
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 

@@ -12,18 +12,11 @@ from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import (
-    AllowInfNan,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    TypeAdapter,
-    ValidationError,
-    create_model,
+
+from pydantic import (  # isort: skip
+    AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, create_model,
     model_validator,
-)
+)  # fmt: skip
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, PydanticCustomError, to_jsonable_python
 from typing_extensions import dataclass_transform

@@ -17,21 +17,11 @@ from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.timm_adapter import TimmBackbone
 from torchcdm.networks.unet import CDMUNet, DDMUNet
-from torchcdm.runtime.validation import (
-    Count,
-    CountOrZero,
-    Float,
-    NotNegative,
-    Positive,
-    Rate,
-    RatePair,
-    Seed,
-    Share,
-    Width,
-    named,
-    settings_of,
+
+from torchcdm.runtime.validation import (  # isort: skip
+    Count, CountOrZero, Float, NotNegative, Positive, Rate, RatePair, Seed, Share, Width, named, settings_of,
     validated,
-)
+)  # fmt: skip
 
 
 class OwnNetwork:
