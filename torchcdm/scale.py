@@ -50,8 +50,7 @@ class Scorer:
     Args:
         model: A run folder, ``zoo:NAME``, ``hub:OWNER/NAME``, or a model that was loaded.
         detector: A fitted detector of this model; when None one of the ``score`` is fitted to ``reference``.
-        explain: A fitted map: of flagged rows the columns that contribute most are named. Fitted, for rows, where the
-            detector is.
+        explain: A map that names the columns of flagged rows that contribute most; fitted where the detector is.
         score: Of :data:`torchcdm.apps.anomaly.SCORES`.
         reference: Files of normal data that the model was not trained on; None: the validation split of its own data.
         fpr: Share of normal inputs to flag.

@@ -29,8 +29,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
         log_gamma: log gamma_t(x_t), nats in model units, (B,); -inf where the target has no mass.
-        eps: -sigma_t times its gradient, (B, *shape). A drift to propose along: accept-reject and weights mend what
-            it lacks.
+        eps: -sigma_t times its gradient, (B, *shape): a drift to propose along, mended by accept-reject and weights.
         levels: log gamma at every level, (B, T+2), where the same pass tells; None elsewhere.
     """
 
@@ -83,8 +82,7 @@ class ModelTarget(Target):
     """The density of a model at every level, of one class or of all.
 
     Args:
-        model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision, float32 or
-            better.
+        model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision.
         y: A class, or a context (context,), that is given; None for the unconditional density. As an attribute it
             may be set to one label for each row of all calls that follow.
         batch_size: Inputs at a time; by their size, and what memory holds, when None.

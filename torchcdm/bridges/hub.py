@@ -82,8 +82,7 @@ def model_card(
     """The card of a model called ``title`` as Markdown with a head of fields.
 
     ``description`` is one line; ``data`` what it was trained on, with the licence; ``report`` the ``report.json`` of
-    its run, whose numbers the card then has; ``limits`` what it is not for, one sentence each; ``use`` what
-    ``torchcdm.load`` takes.
+    its run, with numbers; ``limits`` what it is not for, a sentence each; ``use`` what ``torchcdm.load`` takes.
     """
     model, shape = info.model, "x".join(map(str, info.transform.shape))
     nll = (report or {}).get("nll")

@@ -78,9 +78,8 @@ class CDMPipeline(DiffusionPipeline):
         """Draws ``batch_size`` images in at most T steps of the scheduler; arguments are those of diffusers.
 
         The ``generator`` is the source of all noise, or there is one for each image; ``class_labels`` are long
-        (batch_size,), and ``guidance`` is the weight w of classifier-free guidance. Of ``output_type`` ``np`` images
-        are (batch, H, W, C) in [0, 1], continuous ones from the least to the largest value, of ``pt`` (batch, *shape)
-        in data units.
+        (batch_size,), and ``guidance`` is the weight w of classifier-free guidance. ``output_type`` ``np`` gives
+        (batch, H, W, C) in [0, 1], continuous ones from least to largest value; ``pt`` (batch, *shape), data units.
         """
         model = self.unet.model
         device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float32)

@@ -1,7 +1,6 @@
 """Data: named data sets, folders, arrays, tables and Python objects, all as :class:`DataSource`.
 
-Values are in data units everywhere: as stored, 0 ... 255 for 8-bit images. ``source.transform`` takes them to
-model units.
+Values are in data units: as stored, 0 ... 255 for 8-bit images. ``source.transform`` takes them to model units.
 """
 
 from torchcdm.data.images import flip_horizontally

@@ -46,17 +46,15 @@ def read_inputs(
 ) -> Inputs:  # fmt: skip
     """Samples for a model from files; UserError for nothing to read, damaged files, or ones that do not fit the model.
 
-    An image file's full range, 0 ... 255 or 0 ... 65535, stands for the model's range of grey levels: a digit
-    saved as a PNG by :func:`torchcdm.data.save_images` is read back with levels 0 ... 16. Images larger than the
-    model's are tiled.
+    An image file's full range, 0 ... 255 or 0 ... 65535, stands for the model's range of grey levels, as
+    :func:`torchcdm.data.save_images` writes it. Images larger than the model's are tiled.
 
     Args:
         paths: Image files, folders of images (recursive), of tables for a model of rows, .npz and .npy arrays, tables.
         transform: That of the model. A table is read by its columns, in whatever order it has them.
         options: ``size``, ``channels`` and ``skip_bad`` of images.
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
-        parts: Parts of the files, one a path, as :func:`parts_of` numbers them; the paths may then hold nothing to
-            read.
+        parts: Parts of the files, one a path, as :func:`parts_of` numbers them; they may hold nothing to read.
     """
     paths, options = [paths] if isinstance(paths, (str, Path)) else paths, options or DataOptions()
     if parts is None:

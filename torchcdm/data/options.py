@@ -1,4 +1,4 @@
-"""Which data, and how they are read: one object, handed whole from the settings to the readers."""
+"""The options of data, one object that is handed whole from the settings to the readers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ class DataOptions:
         test_fraction: Share of test where the data have no test split of their own. None: 0.1.
         seed: Seed of random splits and of toy samples. Named data sets have fixed splits.
         limit: Most samples in each split.
-        skip_bad: Leave out images, folders and rows of tables that cannot be read, and say how many; every file is
-            read once to find them.
+        skip_bad: Leave out images, folders and rows that cannot be read, and say how many; reads every file once.
         label: Column of a table that holds the class.
         columns: Columns of a table to use; all when None.
         drop: Columns of a table to leave out.

@@ -42,8 +42,7 @@ class Split(Dataset, ABC):
     """One split: a map-style data set of ``(x, label)``.
 
     ``x`` is in data units with the event shape, uint8 or float32; the label is an int, -1 where there is none: they
-    are ``labels``, long (N,), or the numbers that each sample is conditional on, float32 (N, q). An empty split is
-    false.
+    are ``labels``, long (N,), or the numbers that each sample is conditional on, float32 (N, q). Empty ones are false.
     """
 
     def __init__(self, count: int, labels: Tensor | None) -> None:

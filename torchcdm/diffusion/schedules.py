@@ -119,8 +119,7 @@ class NoiseSchedule(Float64Module, ABC):
     def log_prob_change(self, x_t: Tensor, t: Tensor, eps: Tensor, energy: Tensor) -> Tensor:
         """log p_{t+1}(x_t) - log p_{t-1}(x_t) at a fixed point, by the slope at level t (identity 11): float64 (B,).
 
-        Of x_t (B, *shape) at levels 2 ... T - 1, long (B,), with ``eps`` = E[eps | x_t] and ``energy`` = E[|eps|² |
-        x_t], (B,).
+        Of x_t (B, *shape) at levels (B,), 2 ... T - 1; ``eps`` is E[eps | x_t], ``energy`` E[|eps|² | x_t], (B,).
         """
         log_r, log_alpha = self.ratio.log(), self.alpha.log()
         along = (eps.double() * x_t.double()).flatten(1).sum(1) / self.sigma[t]

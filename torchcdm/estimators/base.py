@@ -97,8 +97,7 @@ class TableEstimator(BaseEstimator):
         dropout: Rate inside the blocks.
         components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None. So is
             the shrinkage of their covariances, unless ``overrides`` has a ``model.shrinkage``.
-        patience: Training stops after so many validations without a new best; see also ``validate_every`` in
-            ``overrides``.
+        patience: Training stops after so many validations without a new best; see also ``train.validate_every``.
         max_seconds: Training stops after so much time, the choice of the mixture included.
         validation_fraction: Share of the rows that early stopping watches, and that training does not see.
         discrete: What to do with values that come back: ``dequantize`` adds noise over a cell around each, ``error``
@@ -153,10 +152,8 @@ class TableEstimator(BaseEstimator):
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
         uncountable = [column.name for column in table.kept if column.codes]
         if has_density and self.discrete == "error" and uncountable:
-            raise UserError(
-                f"{name}: column '{uncountable[0]}' holds values that come back, so that its density has no upper "
-                "bound; leave it out, or give discrete='dequantize'"
-            )
+            raise UserError(f"{name}: column '{uncountable[0]}' holds values that come back, so that its density has "
+                            "no upper bound; leave it out, or give discrete='dequantize'")  # fmt: skip
         if has_density and table.constants:
             warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=3)
         self._say(*(f"{name}: {note}" for note in notes))

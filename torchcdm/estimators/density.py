@@ -100,8 +100,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         preset: This and all further parameters: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Attributes:
-        share_: Of what the network adds to its start, one pass counts the share, 0 to 1, under which held-out rows are
-            most probable.
+        share_: Of what the network adds to its start, the share, 0 to 1, under which held-out rows are likeliest.
         normalizer_: The estimated integral of that density, a :class:`torchcdm.likelihood.LogZ`.
         feature_names_in_: Names of the columns of a data frame.
         model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.

@@ -76,8 +76,7 @@ class DensityModel(Denoiser):
 
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
         (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. The ``densities`` keep a
-        ``graph`` in the weights, or ``all`` does, in ``x_t`` too. Losses are not ``checked``: ``y`` may hold the null
-        label, and no GPU waits.
+        ``graph`` in the weights, ``all`` in ``x_t`` too. Losses are not ``checked``: ``y`` may hold the null label.
 
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.

@@ -169,15 +169,10 @@ def _is_plain(hint: Any) -> bool:
 
 
 _WORDS = {
-    "Input should": "it must",
-    "Tuple should": "it must",
-    "Value should": "it must",
-    " after validation": "",
-    "tuple": "list such as [1, 2]",
-    "a valid boolean": "true or false",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-}
+    "Input should": "it must", "Tuple should": "it must", "Value should": "it must", " after validation": "",
+    "tuple": "list such as [1, 2]", "a valid boolean": "true or false",
+    "greater than or equal to": "at least", "less than or equal to": "at most",
+}  # fmt: skip
 """Ours for words of pydantic's messages."""
 
 _NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()

@@ -148,10 +148,8 @@ def load(
         run: Folder of the run, or of a saved estimator; ``zoo:NAME`` for a model that ships with the package,
             ``hub:OWNER/NAME`` for one on the Hugging Face Hub.
         device: Where the model goes; the best there is when None.
-        backbone: The network of a model that was trained with one of your own, with its architecture; the weights are
-            filled in.
-        trust_code: Runs the file of code that the run names, where ``fit(backbone="FILE.py:NAME")`` made it. Never
-            for ``hub:``.
+        backbone: The network of a model that was trained with one of your own; its weights are filled in.
+        trust_code: Runs the code that a run by ``fit(backbone="FILE.py:NAME")`` names; never for ``hub:``.
 
     Raises:
         UserError: No run there, a name that is not known, files that are damaged or of another format version, or a

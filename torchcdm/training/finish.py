@@ -1,7 +1,6 @@
 r"""What happens at the end of a training: constants of the levels, the comparison with the start, and samples.
 
-A level classifier is calibrated as a whole where the mean of p(t | x) over noisy copies of all levels is the share of
-the level,
+A level classifier is calibrated where the mean of p(t | x) over noisy copies of all levels is the level's share,
 
 .. math:: \frac{1}{T+2} \sum_s E_{x \sim p_s}[p(t \mid x)] = \frac{1}{T+2} \quad \text{for every } t,
 

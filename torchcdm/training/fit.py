@@ -113,16 +113,14 @@ def train(
         model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
         data: As for :func:`fit`, and in the units of the model's transform.
         labels: As for :func:`fit`.
-        preset: Name of the preset whose optimiser and loss are taken; ``encoder`` for images and ``mlp`` for vectors
-            when None.
+        preset: The preset whose optimiser and loss are taken; ``encoder`` for images, ``mlp`` for vectors when None.
         out: Folder of the run; when None nothing is kept.
         device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
         **overrides: As for :func:`fit`, without ``model``.
 
     Raises:
-        UserError: Data or overrides that are not understood, data that do not fit the model, or a model with parts
-            that cannot be saved.
+        UserError: Data or overrides that are not understood, or do not fit the model; parts that cannot be saved.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)

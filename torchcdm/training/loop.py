@@ -261,11 +261,10 @@ class Trainer:
             if self.main:
                 self._log({"not_finite": True})
             # A state right before the first of these steps may hold weights that are finite, and yet the cause.
-            raise NotFinite(
-                f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
-                f"{self._last_state()}: go on with --resume and a smaller --train.lr, a smaller --train.grad_clip, or "
-                "--train.precision fp32; where that fails too, remove the last state"
-            )
+            raise NotFinite(f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
+                            f"{self._last_state()}: go on with --resume and a smaller --train.lr, a smaller "
+                            "--train.grad_clip, or --train.precision fp32; where that fails too, remove the last "
+                            "state")  # fmt: skip
 
     def _after_step(self, bar: Any) -> None:
         """Log, validate, save and sample, where the step asks for it."""

@@ -73,8 +73,7 @@ class ModelConfig:
         components: Number of Gaussians in the base density; above 1 for images in the form ``cosine``.
         shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
         form: Form of the covariances: ``full``; ``cosine``, one variance for each cosine of an image; ``diagonal``.
-        class_gaussians: Each class has a base Gaussian of its own, or weights of its own for the same ``components``;
-            for joint labels.
+        class_gaussians: For joint labels, a base Gaussian for each class, or its own weights of the ``components``.
         backbone: The network.
         schedule: The noise levels.
     """
@@ -97,9 +96,8 @@ class ModelConfig:
         if components > 1 and self.gaussian is False:
             raise ValueError(f"components is {components}; above 1 it needs gaussian")
         if self.shrinkage and (self.gaussian is False or (self.class_gaussians and components == 1)):
-            raise ValueError(
-                f"shrinkage is {self.shrinkage:g}; above 0 it needs gaussian, and components with class_gaussians"
-            )
+            raise ValueError(f"shrinkage is {self.shrinkage:g}; above 0 it needs gaussian, and components with "
+                             "class_gaussians")  # fmt: skip
         return self
 
 
@@ -117,10 +115,9 @@ class TrainConfig:
         betas: The two decay rates of Adam.
         weight_decay: Weight decay of AdamW and Muon.
         warmup: Steps of linear warm-up.
-        decay: ``cosine`` to zero at the last step, ``constant``, or ``step``: times ``decay_factor`` every
-            ``decay_every`` steps.
-        decay_every: See ``decay``.
-        decay_factor: See ``decay``.
+        decay: ``cosine`` to zero at the last step, ``constant``, or ``step``.
+        decay_every: Of ``step``: the steps after which the rate falls.
+        decay_factor: What it is multiplied by.
         grad_clip: Largest norm of the gradient; None for no limit.
         ema_decay: Decay of the averaged weights, reached by a ramp.
         precision: ``fp32`` or ``bf16``.

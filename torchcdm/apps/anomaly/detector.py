@@ -124,8 +124,7 @@ class AnomalyDetector:
     def threshold(self, fpr: FalseAlarms) -> float:
         """The score above which an input is flagged, for a false-positive rate of at most ``fpr``.
 
-        The conformal quantile: the ceil((n+1)(1 - fpr))-th smallest calibration score; UserError where there are
-        fewer.
+        The conformal quantile, the ceil((n+1)(1 - fpr))-th smallest calibration score; UserError if there are fewer.
         """
         normal = self._known(self.calibration)
         n = len(normal)

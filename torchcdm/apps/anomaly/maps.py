@@ -40,8 +40,7 @@ class AnomalyMap:
 
     Args:
         model: The model of the normal data; put into evaluation mode while it is used.
-        ratios: Noise-to-signal ratios at which inputs are denoised: enough noise to hide what is odd, not what is
-            around it.
+        ratios: Noise-to-signal ratios at which inputs are denoised: to hide what is odd, not what is around it.
         areas: Deviations of the Gaussians that average an image's errors before they are squared, over its shorter
             side; 0 for those of single pixels. The largest of these maps counts at each place.
         blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
