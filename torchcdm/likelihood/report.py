@@ -48,7 +48,7 @@ REMARKS = {
     "one-pass-normalized": ("one-pass-level + log2 Z / d: the headline", "one-pass-level + log Z: the headline"),
     "one-pass-restricted": ("log p within what is usual, covered elsewhere, upper end of log Z: a bound for any input",
                             "the same within what is usual, covered elsewhere, upper end of log Z, for any input"),
-    "few-pass-restricted": ("a chain of so many passes below that; a bound for any input", ""),
+    "few-pass-restricted": ("a chain of so many passes below that, a bound for any input: the headline", ""),
     "elbo": ("reverse chain of the same network down to that level, discretised decoder; a bound",
              "reverse chain of the same network; a bound for the density of the data"),
     "flow": ("probability flow of the same network through the same noisy inputs; a bound up to its own error",
@@ -128,8 +128,9 @@ class NLLReport:
         title = f"{self.name} {self.split}".strip() or "data"
         lines = [f"{title}: {self.count} samples of {self.dim} dimensions; {what}, {self.unit}", ""]
         lines.append(f"{'row':22}{'value':>10}{'s.e.':>9}{'NFE':>7}{'level':>7}")
+        normalised = "one-pass-restricted" if self.row("one-pass-restricted") else "one-pass-normalized"
         for row in self.rows:
-            if row.name == "one-pass-normalized" and self.log_z is not None:
+            if row.name == normalised and self.log_z is not None:
                 value = self.log_z.to_json()["value"]
                 lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
             remark = REMARKS[row.name][self.unit == "nats"]
