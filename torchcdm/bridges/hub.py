@@ -18,12 +18,9 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.zoo import CARD, located
 
 ROWS = {
-    "one-pass": "one pass, level 0",
-    "one-pass-level": "one pass, through a little noise",
-    "one-pass-normalized": "one pass, normalised",
-    "elbo": "ELBO of the reverse chain",
-    "flow": "probability flow",
-}
+    "one-pass": "one pass, level 0", "one-pass-level": "one pass, through a little noise",
+    "one-pass-normalized": "one pass, normalised", "elbo": "ELBO of the reverse chain", "flow": "probability flow",
+}  # fmt: skip
 """Rows of a likelihood report as a card names them."""
 
 LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it."
@@ -104,10 +101,8 @@ def model_card(
         count, split = nll["data"]["count"], nll["data"]["split"]
         parts += ["## Numbers", "", f"{count} {split} samples, negative log-likelihood, lower is better.", ""]
         parts += [f"| likelihood | {nll['unit']} | s.e. |", "|---|---|---|"]
-        parts += [
-            f"| {ROWS[row['name']]} | {row['value']:.3f} | {row['se']:.3f} |"
-            for row in nll["rows"] if row["name"] in ROWS and row["value"] is not None
-        ]  # fmt: skip
+        parts += [f"| {ROWS[row['name']]} | {row['value']:.3f} | {row['se']:.3f} |"
+                  for row in nll["rows"] if row["name"] in ROWS and row["value"] is not None]  # fmt: skip
         parts += [f"| {other['name']} (not this model) | {other['value']:.3f} | {other['se']:.3f} |"
                   for other in sorted(report["baselines"], key=lambda other: other["value"])]  # fmt: skip
         # Without log Z there is nothing to believe or not.

@@ -53,10 +53,8 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
     up = re.compile(r"(?<=^up\.)\d{1,3}(?=\.)", re.ASCII)
     last = max((int(m[0]) for m in map(up.search, averaged) if m), default=0)
     try:
-        state = {
-            renamed(up.sub(lambda stage: str(last - int(stage[0])), key), NAMES, PARTS): value
-            for key, value in averaged.items()
-        }
+        state = {renamed(up.sub(lambda stage: str(last - int(stage[0])), key), NAMES, PARTS): value
+                 for key, value in averaged.items()}  # fmt: skip
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     target = backbone.state_dict()

@@ -20,10 +20,9 @@ def presets(options: argparse.Namespace) -> None:
         config, about = make_config(preset_fields(name)), preset_about(name)
         model = config.model
         reaches = f"; {about['reaches']} ({about['source']})" if "reaches" in about else ""
-        print(
-            f"{name:26} {config.data.spec or 'your data'}: {about['description']}; {model.kind} "
-            f"{model.backbone.name}, {model.schedule.name} T={model.schedule.T}, {config.train.steps} steps{reaches}"
-        )
+        print(f"{name:26} {config.data.spec or 'your data'}: {about['description']}; {model.kind} "
+              f"{model.backbone.name}, {model.schedule.name} T={model.schedule.T}, {config.train.steps} "
+              f"steps{reaches}")  # fmt: skip
 
 
 def zoo(options: argparse.Namespace) -> None:

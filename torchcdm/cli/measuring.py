@@ -90,14 +90,12 @@ def ratio(options: argparse.Namespace) -> None:
         "blend": ratio.blend,
         "counts": {"numerator": ratio.counts[1], "denominator": ratio.counts[0]},
         "query": {
-            "count": count,
-            "outside": outside,
+            "count": count, "outside": outside,
             "log_ratio": {"mean": float(scores.log_ratio.mean()), "min": low, "median": median, "max": high},
             "effective_sample_size": effective,
         },
-        "held_out": asdict(ratio.held_out),
-        "notes": list(ratio.notes),
-    }
+        "held_out": asdict(ratio.held_out), "notes": list(ratio.notes),
+    }  # fmt: skip
     lines = [*ratio.notes, "", "on held-out samples:", ratio.held_out.table(), "", f"query: {count} samples"]
     lines.append(f"log p/q from {low:.3g} to {high:.3g} nats, median {median:.3g}")
     lines.append(f"weights: effective sample size {effective:.0f} ({100 * effective / count:.0f} %)")

@@ -124,14 +124,11 @@ def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
         lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {names[i]}")
     if count > SHOWN:
         lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
-    lines.append(
-        f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be "
-        f"{numbers['fpr'] * count:.3g} or fewer on average, a rate of {numbers['fpr']:.3g}"
-    )
-    lines.append(
-        f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, calibrated on "
-        f"{numbers['reference']['calibration']} held-out samples: {numbers['reference']['name']}"
-    )
+    lines.append(f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be "
+                 f"{numbers['fpr'] * count:.3g} or fewer on average, a rate of {numbers['fpr']:.3g}")  # fmt: skip
+    lines.append(f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, calibrated on "
+                 f"{numbers['reference']['calibration']} held-out samples: "
+                 f"{numbers['reference']['name']}")  # fmt: skip
     if numbers["deviating"]:
         lines.append(f"{numbers['deviating']} of them whatever their score: they hold what training never had")
     if numbers["score"] == "log_prob":

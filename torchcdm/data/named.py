@@ -36,10 +36,8 @@ DATA_VARIABLE = "TORCHCDM_DATA"
 """Environment variable that names a folder with data sets."""
 
 FASHION_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
-FASHION_FILES = [
-    (f"{split}-{kind}-ubyte.gz", f"{split}-{kind}-ubyte")
-    for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-]  # fmt: skip
+FASHION_FILES = [(f"{split}-{kind}-ubyte.gz", f"{split}-{kind}-ubyte")
+                 for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]  # fmt: skip
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip

@@ -121,13 +121,9 @@ class TableEstimator(BaseEstimator):
     has that of its class."""
 
     _saved: ClassVar[Readers] = {
-        "columns_": partial(read_as, TableEncoding),
-        "notes_": list,
-        "validation_indices_": np.array,
-        "n_features_in_": int,
-        "_noise": partial(torch.tensor, dtype=torch.float64),
-        "_framed": bool,
-    }
+        "columns_": partial(read_as, TableEncoding), "notes_": list, "validation_indices_": np.array,
+        "n_features_in_": int, "_noise": partial(torch.tensor, dtype=torch.float64), "_framed": bool,
+    }  # fmt: skip
     """What was fitted beside the model."""
 
     preset: str = "table"

@@ -16,15 +16,12 @@ from torchcdm.runtime.validation import Count, Width, checked
 
 _UNFIT = {
     "mixes the samples of a batch": ("nativebatchnorm", "cudnnbatchnorm", "miopenbatchnorm", "syncbatchnorm"),
-    "has kinks, where the denoiser, its derivative, would jump": (
-        "relu", "leakyrelu", "prelu", "rrelu", "hard", "softshrink", "threshold", "abs",
-    ),
-    "has kinks where another element becomes the largest": (
-        "max", "adaptivemax", "fractionalmax", "amax", "min", "amin",
-    ),
+    "has kinks, where the denoiser, its derivative, would jump":
+        ("relu", "leakyrelu", "prelu", "rrelu", "hard", "softshrink", "threshold", "abs"),
+    "has kinks where another element becomes the largest":
+        ("max", "adaptivemax", "fractionalmax", "amax", "min", "amin"),
 }  # fmt: skip
 """Why a classification diffusion model cannot be made of an operation: reason -> how its name may begin."""
-
 
 OPTIONS = (
     "act_layer", "alpha", "always_partition", "aspect_ratio", "attn_drop_rate", "attn_gain", "attn_layer",

@@ -298,10 +298,8 @@ def with_budget(
     }  # fmt: skip
     if progress:
         shape = "x".join(map(str, source.shape))
-        print(
-            f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} resolutions, "
-            f"batches of {batch}, about {steps} steps of {took:.2g} s"
-        )
+        print(f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} "
+              f"resolutions, batches of {batch}, about {steps} steps of {took:.2g} s")  # fmt: skip
     return made(preset, layer, *given)
 
 

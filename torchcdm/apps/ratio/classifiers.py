@@ -89,10 +89,8 @@ def train(
     seen = [(fold != member).nonzero()[:, 0] for member in range(MEMBERS)]
     apart = torch.stack([(fold == member).nonzero()[: rows // MEMBERS, 0] for member in range(MEMBERS)])
     named = dict(networks.named_parameters())
-    groups = [
-        {"params": [own for name, own in named.items() if ("biases" in name) == of_bias], "weight_decay": price}
-        for of_bias, price in ((False, decay), (True, 0.0))
-    ]
+    groups = [{"params": [own for name, own in named.items() if ("biases" in name) == of_bias], "weight_decay": price}
+              for of_bias, price in ((False, decay), (True, 0.0))]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, rate)
     # A rise of a single step would be a division by zero there.
     rise = min(1.0, max(0.1, 2 / steps))

@@ -117,13 +117,10 @@ class DensityRatio:
     _steps: Steps
 
     _saved: ClassVar[Readers] = {
-        **dict.fromkeys(("notes", "counts", "_held_out"), tuple),
-        "blend": dict,
-        "held_out": partial(read_as, Calibration),
-        "_limits": partial(np.array, dtype=np.float64),
-        "_warp": transform_from_config,
+        **dict.fromkeys(("notes", "counts", "_held_out"), tuple), "blend": dict, "_warp": transform_from_config,
+        "held_out": partial(read_as, Calibration), "_limits": partial(np.array, dtype=np.float64),
         "_steps": lambda steps: {name: STEPS[name](**arguments) for name, arguments in steps.items()},
-    }
+    }  # fmt: skip
 
     @checked
     def __init__(
