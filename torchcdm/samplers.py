@@ -305,7 +305,6 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 """What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 
-
 def make_sampler(sampler: str | Sampler) -> Sampler:
     """The sampler of a name in :data:`SAMPLERS`, or a sampler itself; UserError for others."""
     if isinstance(sampler, Sampler):

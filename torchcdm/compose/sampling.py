@@ -93,31 +93,18 @@ class Draws:
         if self.particles is None:
             return "" if self.acceptance is None else f"{self.acceptance:.0%} of moves accepted"
         z = self.log_z
-        return (
-            f"effective sample size {self.ess:.0f} of {len(self.particles)} particles; log Z {z.value:+.2f} "
-            f"[{z.low:+.2f}, {z.high:+.2f}]"
-        )
+        return (f"effective sample size {self.ess:.0f} of {len(self.particles)} particles; log Z {z.value:+.2f} "
+                f"[{z.low:+.2f}, {z.high:+.2f}]")  # fmt: skip
 
 
 @checked
 def sample(
-    model: Denoiser,
-    n: Count,
-    sampler: str | Sampler | None = None,
-    steps: Count | None = None,
-    y: Tensor | int | None = None,
-    guidance: Float = 0.0,
-    seed: Seed = 0,
-    batch_size: Count | None = None,
-    spacing: Literal["even", "adaptive"] | None = None,
-    shape: tuple[Count, ...] | None = None,
-    units: Literal["data", "codes", "model"] = "data",
-    corrector: CountOrZero | None = None,
-    particles: CountOrZero = 0,
-    sweeps: CountOrZero = 0,
-    details: bool = False,
-    progress: bool = False,
-) -> Any:
+    model: Denoiser, n: Count, sampler: str | Sampler | None = None, steps: Count | None = None,
+    y: Tensor | int | None = None, guidance: Float = 0.0, seed: Seed = 0, batch_size: Count | None = None,
+    spacing: Literal["even", "adaptive"] | None = None, shape: tuple[Count, ...] | None = None,
+    units: Literal["data", "codes", "model"] = "data", corrector: CountOrZero | None = None,
+    particles: CountOrZero = 0, sweeps: CountOrZero = 0, details: bool = False, progress: bool = False,
+) -> Any:  # fmt: skip
     """Draws samples of a model or of a composed density.
 
     By default 25 steps of a stochastic Adams solver (``sa2``); of a composed density 25 of the reverse chain
@@ -196,18 +183,10 @@ where to go on from and what the denoiser says there, or None for no change."""
 
 
 def trajectories(
-    denoiser: Denoiser,
-    n: int,
-    sampler: Sampler,
-    path: Sequence[int],
-    shape: Sequence[int],
-    y: Tensor | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    units: str = "data",
-    progress: bool = False,
+    denoiser: Denoiser, n: int, sampler: Sampler, path: Sequence[int], shape: Sequence[int], y: Tensor | None = None,
+    seed: int = 0, batch_size: int | None = None, units: str = "data", progress: bool = False,
     moved: Moved | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Samples (n, *shape) on the CPU that come down from noise by a sampler's steps.
 
     Arguments are those of :func:`torchcdm.sample`, checked before: ``path`` are strictly decreasing levels, from T on,
@@ -253,10 +232,8 @@ def as_rows(denoiser: Denoiser, x: Tensor, units: str) -> Any:
 def sample_noise(
     seed: int, samples: Sequence[int], shape: Sequence[int], draws: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
-    """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample.
-
-    Row k depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch.
-    """
+    """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample. Row k
+    depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch."""
     generators = [stream(seed, "sample", i) for i in samples]
     # A block of draws at once: for small events a call for each draw would take longer than the network.
     block = min(draws, max(1, 2**12 // math.prod(shape)))
@@ -267,10 +244,8 @@ def sample_noise(
 
 @final
 class _Moves:
-    """Langevin moves between the steps of a sampler; a sample's noise depends on the seed and its index alone.
-
-    While it ``adapts``, the size of moves at each level follows from what is accepted.
-    """
+    """Langevin moves between the steps of a sampler; a sample's noise depends on the seed and its index alone. While
+    it ``adapts``, the size of moves at each level follows from what is accepted."""
 
     def __init__(self, model: Denoiser, guidance: float, count: int, seed: int) -> None:
         self.target, self.count, self.seed = ModelTarget(model, guidance=guidance), count, seed
