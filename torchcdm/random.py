@@ -17,8 +17,10 @@ STRIDE = 0x9E3779B1
 
 def derive(seed: int, purpose: str, *index: int) -> int:
     """A seed of 32 bits, all that PyTorch's CPU generator reads of one, for a ``purpose`` such as ``"dequantise"``.
-    The ``index`` is a step, level, sample ..., the fastest last: it counts on from the hash of all others. Two of 50
-    000 hashes of 32 bits would agree in one run out of four, and with them two samples."""
+
+    The ``index`` is a step, level, sample ..., the fastest last: it counts on from the hash of all others. Two of
+    50 000 hashes of 32 bits would agree in one run out of four, and with them two samples.
+    """
     *before, last = index or (0,)
     digest = hashlib.blake2b(repr((seed, purpose, *before)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") + last * STRIDE) % 2**32

@@ -186,9 +186,11 @@ def effective(log_w: Tensor) -> Tensor:
 def resampled(
     states: States, log_w: Tensor, log_z: Tensor, below: float, generator: torch.Generator
 ) -> tuple[States, Tensor, Tensor]:
-    """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size. Points
-    of all islands have weights ``log_w``, (islands, size); ``log_z`` is what earlier resampling has taken out of them,
-    (islands,)."""
+    """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size.
+
+    Points of all islands have weights ``log_w``, (islands, size); ``log_z`` is what earlier resampling has taken out
+    of them, (islands,).
+    """
     (islands, size), weights, device = log_w.shape, log_w.softmax(1), log_w.device
     poor = effective(log_w) < below * size
     offset = torch.rand(islands, generator=generator, dtype=torch.float64).to(device)

@@ -42,9 +42,11 @@ class Ratios(NamedTuple):
 
 
 def bar(down: Tensor, up: Tensor) -> Ratios:
-    """Bennett's acceptance ratio (Bennett 1976) for equally many works of both directions. They are (sweeps, pairs,
-    columns), nats: ``down`` of x_t from the upper rung's density and x_s from r, ``up`` of x_s from the lower rung's
-    density and x_t from q; infinite where x_t has no density."""
+    """Bennett's acceptance ratio (Bennett 1976) for equally many works of both directions.
+
+    They are (sweeps, pairs, columns), nats: ``down`` of x_t from the upper rung's density and x_s from r, ``up`` of
+    x_s from the lower rung's density and x_t from q; infinite where x_t has no density.
+    """
     reach = math.log(down[:, 0].numel()) + 10
     works = torch.cat([down, up]).movedim(1, 0).flatten(1)
     finite = works.isfinite()

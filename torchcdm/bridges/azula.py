@@ -51,9 +51,11 @@ class AzulaDenoiser(Azula):
         self.model, self.schedule = model, AzulaSchedule(model.schedule)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, **_: Any) -> DiracPosterior:
-        """E[x_0 | x_t] as a posterior without spread. From ``x_t`` (B, *shape), model units, at times ``t`` in [0, 1],
-        () or (B,); the ``label`` is a class of each, long (B,), or a context. UserError for what the model does not
-        take."""
+        """E[x_0 | x_t] as a posterior without spread.
+
+        From ``x_t`` (B, *shape), model units, at times ``t`` in [0, 1], () or (B,); the ``label`` is a class of each,
+        long (B,), or a context. UserError for what the model does not take.
+        """
         x = x_t.to(working_dtype(self.model, x_t.dtype))
         level = self.schedule.level(t).to(x.device).expand(len(x))
         if torch.is_grad_enabled() and x.requires_grad:

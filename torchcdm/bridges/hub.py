@@ -76,9 +76,11 @@ def model_card(
     title: str, info: ModelInfo, parameters: int, description: str = "", data: str = "",
     report: Mapping[str, Any] | None = None, limits: Sequence[str] = (), use: str = "zoo:NAME",
 ) -> str:  # fmt: skip
-    """The card of a model called ``title`` as Markdown with a head of fields. ``description`` is one line; ``data``
-    what it was trained on, with the licence; ``report`` the ``report.json`` of its run, with numbers; ``limits`` what
-    it is not for, a sentence each; ``use`` what ``torchcdm.load`` takes."""
+    """The card of a model called ``title`` as Markdown with a head of fields.
+
+    ``description`` is one line; ``data`` what it was trained on, with the licence; ``report`` the ``report.json`` of
+    its run, with numbers; ``limits`` what it is not for, a sentence each; ``use`` what ``torchcdm.load`` takes.
+    """
     model, shape = info.model, "x".join(map(str, info.transform.shape))
     nll = (report or {}).get("nll")
     fields = (("description", description), ("reaches", _reaches(nll) if nll else ""))

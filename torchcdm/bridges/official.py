@@ -35,9 +35,11 @@ MEND = "; give a checkpoint saved by the published CDM code"
 
 
 def load_official(path: str | Path, backbone: CDMUNet) -> None:
-    """Copies the averaged (EMA) weights of a published checkpoint into ``backbone``. The file, a ``.pt``, stores no
-    configuration: ``backbone`` must have been built with that of the training. Names may begin with ``module.``;
-    conditional weights are included. UserError names the first weight that differs."""
+    """Copies the averaged (EMA) weights of a published checkpoint into ``backbone``.
+
+    The file, a ``.pt``, stores no configuration: ``backbone`` must have been built with that of the training. Names
+    may begin with ``module.``; conditional weights are included. UserError names the first weight that differs.
+    """
     with reading(Path(path), "weights", MEND) as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)

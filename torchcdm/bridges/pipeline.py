@@ -41,9 +41,11 @@ class DiffusersNetwork(nn.Module):
 
 
 def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **options: Any) -> Any:
-    """A scheduler of diffusers with the levels of ours. The class ``kind`` takes ``trained_betas``, such as
-    ``DPMSolverMultistepScheduler``; UserError for others. It is unclipped, and from the last level on, unless its
-    further ``options`` say otherwise."""
+    """A scheduler of diffusers with the levels of ours.
+
+    The class ``kind`` takes ``trained_betas``, such as ``DPMSolverMultistepScheduler``; UserError for others. It is
+    unclipped, and from the last level on, unless its further ``options`` say otherwise.
+    """
     taken = inspect.signature(kind).parameters
     if "trained_betas" not in taken:
         raise UserError(f"{kind.__name__} takes no trained_betas, so that it cannot have the model's levels")

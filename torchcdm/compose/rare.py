@@ -127,8 +127,10 @@ def climb(
     progress: bool = False,
 ) -> Probability:  # fmt: skip
     """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles; ``x`` are model units there.
+
     After each threshold they make as many jumps as Langevin ``moves``. UserError where f has nothing above some value,
-    or the probability is below 1e-30."""
+    or the probability is below 1e-30.
+    """
     from tqdm.auto import tqdm
 
     half = -(-n // 2)
@@ -208,9 +210,11 @@ def _resampled(states: States, weights: Tensor, generator: torch.Generator) -> t
 
 
 def _metric(target: Target, states: States) -> tuple[MatrixRotation, Tensor]:
-    """Axes and squared scales of moves that suit the states: the inverse of the scores' second moments there. In a
-    tail it is small along the gradient of log gamma, which is where the threshold limits the moves. Moments of n
-    scores are noise in the directions where they are least: shrunk by d / (n + d) towards round ones."""
+    """Axes and squared scales of moves that suit the states: the inverse of the scores' second moments there.
+
+    In a tail it is small along the gradient of log gamma, which is where the threshold limits the moves. Moments of n
+    scores are noise in the directions where they are least: shrunk by d / (n + d) towards round ones.
+    """
     scores = Prediction(states.x, *target.schedule.at(1, states.x), states.at.eps).score.flatten(1)
     n, d = scores.shape
     moments, share = scores.T @ scores / n, d / (n + d)

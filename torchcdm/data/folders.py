@@ -36,8 +36,10 @@ def find_files(
     roots: Sequence[Path], skip_bad: bool, suffixes: Collection[str] = SUFFIXES, hidden: str = "."
 ) -> tuple[list[list[Path]], list[str]]:
     """The files below each folder that end in ``suffixes``, in order of their paths, and what is to be said of others.
+
     Each file is found once, by whatever links it can be reached; what begins with a ``hidden`` letter is passed over.
-    UserError for a folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``."""
+    UserError for a folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
+    """
     seen: set[tuple[int, int]] = set()  # device and number
     found, notes, others, twice = [], [], 0, 0
     for root in roots:

@@ -140,9 +140,11 @@ def resize(image: Tensor, size: Size) -> Tensor:
 
 
 def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
-    """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha; UserError for any other. Alpha,
-    the last of 2 or 4 channels, is blended over ``white``, the data value that is opaque, too; grey to colour repeats;
-    colour to grey takes :data:`LUMA`; an alpha channel that is asked for is opaque."""
+    """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha; UserError for any other.
+
+    Alpha, the last of 2 or 4 channels, is blended over ``white``, the data value that is opaque, too; grey to colour
+    repeats; colour to grey takes :data:`LUMA`; an alpha channel that is asked for is opaque.
+    """
     have = image.shape[0]
     if have == channels:
         return image

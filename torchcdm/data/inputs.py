@@ -80,8 +80,10 @@ def parts_of(
     paths: Iterable[str | Path], transform: DataTransform, options: DataOptions, groups: bool = True
 ) -> tuple[list[tuple[str, int]], list[str]]:
     """The paths as files and parts of files that :func:`read_inputs` reads one at a time, in its order; and notes.
+
     Folders hold images, or tables for a model of rows. The part of a Parquet file is a row group, unless not
-    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`."""
+    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`.
+    """
     found, notes = [], []
     for path in map(Path, paths):
         files, part = [path], WHOLE

@@ -24,8 +24,10 @@ GRID_SIDE = 64
 
 def to_bytes(x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None) -> Tensor:
     """Images (N, C, H, W), data units, as uint8, black to white over the range of grey levels; rounded, not truncated.
+
     Where the ``transform`` has no range (continuous data), or there is none, ``limits`` are black and white, by
-    default the smallest and largest value of ``x``; what is beyond is clipped."""
+    default the smallest and largest value of ``x``; what is beyond is clipped.
+    """
     if x.ndim != 4:
         shape = tuple(x.shape[1:])
         raise UserError(f"samples of shape {shape} are no images; save them with save_array or save_table")
@@ -57,9 +59,11 @@ def save_images(
 
 
 def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = None, columns: int | None = None) -> Path:
-    """All images (N, C, H, W), data units, in one PNG, to look at; grey levels as by :func:`to_bytes`. They stand in
-    so many ``columns``, as square as possible when None; small ones are enlarged to :data:`GRID_SIDE`. Those that are
-    neither grey nor colour show their channels side by side."""
+    """All images (N, C, H, W), data units, in one PNG, to look at; grey levels as by :func:`to_bytes`.
+
+    They stand in so many ``columns``, as square as possible when None; small ones are enlarged to :data:`GRID_SIDE`.
+    Those that are neither grey nor colour show their channels side by side.
+    """
     write_file(Path(path), png(sheet(to_bytes(x, transform), columns)))
     return Path(path)
 
@@ -80,8 +84,10 @@ def sheet(images: Tensor, columns: int | None = None, side: int = GRID_SIDE) -> 
 
 def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = None, y: Tensor | None = None) -> Path:
     """Samples (N, *shape), data units, as .npy, or with their labels as .npz with x and y; ``array:FILE`` reads both.
+
     Grey levels are rounded and stored as the smallest integer type that holds them; continuous data as float32.
-    UserError for another suffix, labels for .npy, or a file that cannot be written."""
+    UserError for another suffix, labels for .npy, or a file that cannot be written.
+    """
     path, values = Path(path), _stored(x, transform)
     if path.suffix == ".npz":
         write_file(path, _packed(np.savez, x=values, **({} if y is None else {"y": y.cpu().numpy()})))

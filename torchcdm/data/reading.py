@@ -30,8 +30,10 @@ def file_status(path: Path) -> os.stat_result:
 @contextmanager
 def reading(path: Path, kind: str, mend: str = "") -> Iterator[BinaryIO]:
     """Opens a regular file for a decoder; pipes, devices and sockets, which can block for ever, are never opened.
+
     ``kind`` is what it should be, ``an image``, and ``mend`` what to do about a damaged one, for the UserError where
-    it is no regular file, or the decoder in the block failed."""
+    it is no regular file, or the decoder in the block failed.
+    """
     mode = file_status(path).st_mode
     if not stat.S_ISREG(mode):
         found = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"

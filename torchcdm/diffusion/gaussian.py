@@ -246,9 +246,11 @@ def _refresh(gaussian: GaussianMarginals, _: object) -> None:
 
 
 def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, Tensor]:
-    """Mean (*shape) and spread of ``samples`` (N, *shape): float64. The spread is the covariance of the flattened
-    event, (d, d), for the form ``full``; the variances in the cosine basis, (d,), for ``cosine``; those of the numbers
-    themselves for ``diagonal``. By size when None."""
+    """Mean (*shape) and spread of ``samples`` (N, *shape): float64.
+
+    The spread is the covariance of the flattened event, (d, d), for the form ``full``; the variances in the cosine
+    basis, (d,), for ``cosine``; those of the numbers themselves for ``diagonal``. By size when None.
+    """
     shape, samples = samples.shape[1:], samples.double()
     form = form or default_form(shape)
     mean = samples.mean(0)

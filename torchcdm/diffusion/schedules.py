@@ -71,8 +71,10 @@ class NoiseSchedule(Float64Module, ABC):
 
     def at(self, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in the dtype of ``x`` (B, ...), shaped to multiply it; UserError for no level 0 ... T+1.
+
         A tensor of levels on a GPU is not looked at, as that would wait for it; :meth:`check_levels` looks, which the
-        models' public calls ask."""
+        models' public calls ask.
+        """
         self.check_levels(t, x, wait=False)
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
 
@@ -97,9 +99,11 @@ class NoiseSchedule(Float64Module, ABC):
         return alpha_t * x_0 + sigma_t * eps
 
     def forward_kernel(self, s: Level, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q(x_t | x_s) = N(a x_s, b² I) for s <= t: returns (a, b), shaped to multiply ``x``. a = alpha_t / alpha_s
-        and b² = sigma_t² - a² sigma_s², for any two levels, so that a chain that skips levels uses the kernels of the
-        skipping chain."""
+        """q(x_t | x_s) = N(a x_s, b² I) for s <= t: returns (a, b), shaped to multiply ``x``.
+
+        a = alpha_t / alpha_s and b² = sigma_t² - a² sigma_s², for any two levels, so that a chain
+        that skips levels uses the kernels of the skipping chain.
+        """
         a = self.alpha[t] / self.alpha[s]
         variance = self.sigma[t] ** 2 - (a * self.sigma[s]) ** 2
         return self._like(a, x), self._like(variance.clamp_min(0).sqrt(), x)
@@ -114,7 +118,9 @@ class NoiseSchedule(Float64Module, ABC):
 
     def log_prob_change(self, x_t: Tensor, t: Tensor, eps: Tensor, energy: Tensor) -> Tensor:
         """log p_{t+1}(x_t) - log p_{t-1}(x_t) at a fixed point, by the slope at level t (identity 11): float64 (B,).
-        Of x_t (B, *shape) at levels (B,), 2 ... T - 1; ``eps`` is E[eps | x_t], ``energy`` E[|eps|² | x_t], (B,)."""
+
+        Of x_t (B, *shape) at levels (B,), 2 ... T - 1; ``eps`` is E[eps | x_t], ``energy`` E[|eps|² | x_t], (B,).
+        """
         log_r, log_alpha = self.ratio.log(), self.alpha.log()
         along = (eps.double() * x_t.double()).flatten(1).sum(1) / self.sigma[t]
         d = x_t[0].numel()

@@ -78,8 +78,10 @@ def consistency(
     model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
 ) -> tuple[Tensor, Tensor]:
     """Mean ratios of neighbouring levels i and i + 1 (identity 1), 1 for a perfect classifier; T + 2 forward passes.
+
     Of p_i / p_{i+1} on data noised to level i + 1, and of p_{i+1} / p_i on data noised to level i; float64 (T+1,)
-    each. Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used."""
+    each. Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
+    """
     model, (x, y) = require_density(model, "consistency"), as_data(model, x, y, scoring)
     dtype = working_dtype(model, torch.float64)
 

@@ -130,9 +130,11 @@ class Batch:
         return dithered(self.transform, self.x, self.seed, self.rows.start)
 
     def clean(self) -> tuple[Tensor, Tensor]:
-        """x_0 as a noisy level sees it, and what makes its log density one in data units. Draws from the cells of data
-        on a grid, dithered values else: model units, float64 (B, *shape). And nats to add, (B,): code lengths need no
-        change of units, but as densities they are given less the log bin."""
+        """x_0 as a noisy level sees it, and what makes its log density one in data units.
+
+        Draws from the cells of data on a grid, dithered values else: model units, float64 (B, *shape). And nats to
+        add, (B,): code lengths need no change of units, but as densities they are given less the log bin.
+        """
         if self.transform.bin is None:
             noisy = self.dithered()
             z = self.transform(noisy)

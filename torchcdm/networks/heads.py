@@ -65,9 +65,11 @@ class HeadedBackbone(nn.Module, ABC):
         """What the head sees, (B, features); arguments as in :meth:`forward`."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """h, (B, T+2), of images (B, channels, height, width) or vectors (B, dim); joint: (B, classes, T+2). Classes
-        ``y``, long (B,), have the null label ``classes``, which None stands for; or they are the context, (B,
-        context), of a network that takes one. A joint network ignores them."""
+        """h, (B, T+2), of images (B, channels, height, width) or vectors (B, dim); joint: (B, classes, T+2).
+
+        Classes ``y``, long (B,), have the null label ``classes``, which None stands for; or they are the context,
+        (B, context), of a network that takes one. A joint network ignores them.
+        """
         return self.head(self.features(x, y))
 
 

@@ -38,9 +38,11 @@ OPTIONS = (
 
 
 def unfit_operations(output: Tensor) -> dict[str, str]:
-    """Unfit operations between ``output`` and the tensors that it can be differentiated for: name -> reason. The graph
-    shows what is no layer, such as a maximum over tokens, and leaves out layers that never see the image, such as a
-    ReLU between a table of positions and its weights."""
+    """Unfit operations between ``output`` and the tensors that it can be differentiated for: name -> reason.
+
+    The graph shows what is no layer, such as a maximum over tokens, and leaves out layers that never see the
+    image, such as a ReLU between a table of positions and its weights.
+    """
     reasons: dict[str, str] = {}
     found, waiting = {output.grad_fn}, [output.grad_fn]
     while waiting:

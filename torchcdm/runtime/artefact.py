@@ -72,8 +72,10 @@ def read_artefact(
     path: Path, kind: str | Sequence[str], files: Sequence[str] | None = (), form: Any = dict[str, Any]
 ) -> tuple[Any, list[dict[str, Tensor]]]:
     """What :func:`write_artefact` wrote: the content, and the tensors of each of the ``files``, of all when None.
+
     ``kind`` is what it must be, or may be. The content is read as ``form``, such as a dataclass: its fields are
-    checked. UserError for one that is missing, not readable, damaged, or of another kind or version."""
+    checked. UserError for one that is missing, not readable, damaged, or of another kind or version.
+    """
     for _ in range(ATTEMPTS):
         content = _read_sealed(path, (kind,) if isinstance(kind, str) else kind)
         digests = content["files"]

@@ -44,9 +44,11 @@ def write_file(path: Path, content: bytes | str, flush: bool = True) -> None:
 
 @contextmanager
 def written(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[Any]]:
-    """A file that is written beside, flushed to the disk, then renamed: a reader sees the old file or the new one. Its
-    folder is made. A link is followed. Devices and pipes are written to, never replaced. Without ``flush``, for one of
-    many files, a power failure can cut it short. UserError where it cannot be written; the old file stays."""
+    """A file that is written beside, flushed to the disk, then renamed: a reader sees the old file or the new one.
+
+    Its folder is made. A link is followed. Devices and pipes are written to, never replaced. Without ``flush``, for
+    one of many files, a power failure can cut it short. UserError where it cannot be written; the old file stays.
+    """
     with writing(path):
         target = _replaced(path)
         if target is None:

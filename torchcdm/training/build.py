@@ -47,8 +47,10 @@ def load_source(options: DataOptions, progress: bool = False) -> DataSource:
 
 def in_units(source: DataSource, options: DataOptions) -> DataSource:
     """Data in the units that options ask for: as they are, or, for ``gaussianize``, every dimension near a normal.
+
     Grey levels and discrete columns go by histogram, columns of continuous numbers by a curve each, as the training
-    split has them, mirrored too for ``flip``. UserError for images of continuous values."""
+    split has them, mirrored too for ``flip``. UserError for images of continuous values.
+    """
     transform, split = source.transform, source.train
     if not options.gaussianize:
         return source
@@ -198,8 +200,10 @@ def build_model(
     class_prior: Tensor | None = None, backbone: nn.Module | None = None,
 ) -> Denoiser:  # fmt: skip
     """The model of a resolved configuration, with a copy of the data's transform; a ``backbone`` that is given.
+
     ``gaussian`` are fitted marginals; when None and the configuration has some, the model gets a blank to load a saved
-    state into. ``class_prior`` is p(y) for joint logits. UserError for labels asked of data without classes."""
+    state into. ``class_prior`` is p(y) for joint logits. UserError for labels asked of data without classes.
+    """
     if config.labels != "none" and classes is None:
         raise UserError(f"model.labels is {config.labels}, but the data have no classes; use --model.labels none")
     classes = None if config.labels == "none" else classes

@@ -88,8 +88,10 @@ class ModelInfo:
 
     def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
         """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``.
+
         ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own.
-        UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read."""
+        UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
+        """
         options = self.data if spec is None else replace(self.data, spec=spec)
         source = load_data(options, self.transform)
         if labelled and model.classes is not None and source.class_names is not None:

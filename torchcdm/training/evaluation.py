@@ -79,9 +79,11 @@ def at_all_levels(
 def level_sums(
     model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Errors with fixed noise; arguments as of :func:`at_all_levels`. Sums over samples at each level, each (T+2,),
-    float64: ``count``; ``mse``, squared error of eps (mean over d); with a density ``ce``, cross-entropy of the level
-    in nats, and ``accuracy``, samples of which it is the most probable."""
+    """Errors with fixed noise; arguments as of :func:`at_all_levels`.
+
+    Sums over samples at each level, each (T+2,), float64: ``count``; ``mse``, squared error of eps (mean over d); with
+    a density ``ce``, cross-entropy of the level in nats, and ``accuracy``, samples of which it is the most probable.
+    """
     names = ("count", "mse") if model.density is None else ("count", "mse", "ce", "accuracy")
     sums = torch.zeros(len(names), model.schedule.T + 2, dtype=torch.float64)
 
@@ -121,8 +123,10 @@ def validate(
 
 def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int = 4, seed: int = 0) -> dict[str, Any]:
     """Denoising error, cross-entropy and accuracy of the level on a split: ``limit`` samples, ``draws`` copies each.
+
     ``count``, ``draws``, ``levels`` (T+2); ``mean`` with ``mse`` (levels 0 and T+1 left out), and of a cdm ``ce`` and
-    ``accuracy``; ``per_level`` with a list for each, null where no sample fell on a level."""
+    ``accuracy``; ``per_level`` with a list for each, null where no sample fell on a level.
+    """
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)
     counts = sums["count"].tolist()

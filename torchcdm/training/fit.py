@@ -250,8 +250,10 @@ def with_budget(
     progress: bool = False,
 ) -> Config:  # fmt: skip
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
+
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
-    The network of a ddm is as of :func:`torchcdm.training.build.plain_model`."""
+    The network of a ddm is as of :func:`torchcdm.training.build.plain_model`.
+    """
 
     def made(*layers: Mapping[str, Any]) -> Config:
         config = make_config(*layers)

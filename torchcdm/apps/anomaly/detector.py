@@ -175,9 +175,11 @@ class AnomalyDetector:
 def normal_data(
     model: Denoiser, paths: Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
 ) -> tuple[Tensor, str]:
-    """Normal data that did not train a model of known data, data units (N, *shape), and what they are called. From the
-    files ``paths``, without what cannot be read where ``skip_bad`` says so; the validation split of the model's own
-    data when None. At most ``limit`` samples, evenly spaced."""
+    """Normal data that did not train a model of known data, data units (N, *shape), and what they are called.
+
+    From the files ``paths``, without what cannot be read where ``skip_bad`` says so; the validation split of the
+    model's own data when None. At most ``limit`` samples, evenly spaced.
+    """
     if paths is not None:
         x = model.info.read_inputs(paths, skip_bad).x
         return MemorySplit(x).tensors(limit)[0], ", ".join(map(str, paths))

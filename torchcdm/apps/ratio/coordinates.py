@@ -185,9 +185,11 @@ def through(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor]:
 def best_steps(
     train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform, until: float = math.inf
 ) -> Steps:
-    """The steps under which held-out rows (M, d) are most probable; none where no step is worth its noise. Training
-    rows (N, d) are float64, of both sources in turn, and sources 0 or 1. The ``warp`` took the columns from the data's
-    units to those of the rows. No further step is tried after the second ``until`` of ``time.monotonic``."""
+    """The steps under which held-out rows (M, d) are most probable; none where no step is worth its noise.
+
+    Training rows (N, d) are float64, of both sources in turn, and sources 0 or 1. The ``warp`` took the columns from
+    the data's units to those of the rows. No further step is tried after the second ``until`` of ``time.monotonic``.
+    """
     rows = evenly_spaced(len(train), ROWS)
     train, y = train[rows], y[rows]
 

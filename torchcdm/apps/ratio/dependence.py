@@ -81,9 +81,11 @@ class Canonical(NamedTuple):
 
 
 def canonical(x: np.ndarray, y: np.ndarray, seen: np.ndarray, most: int | None = None) -> Canonical:
-    """At most so many canonical variates (Hotelling 1936) of features (N, a) and (N, b), from the rows ``seen``. A
-    squared correlation of ``seen`` rows is too large by (1 - square)(a + b) / rows, on others too small by as much:
-    what remains is kept. None where rows are fewer than four for each feature."""
+    """At most so many canonical variates (Hotelling 1936) of features (N, a) and (N, b), from the rows ``seen``.
+
+    A squared correlation of ``seen`` rows is too large by (1 - square)(a + b) / rows, on others too small by as much:
+    what remains is kept. None where rows are fewer than four for each feature.
+    """
     rows, white = len(seen), []
     if x.shape[1] + y.shape[1] > min(rows / 4, WIDEST):
         return Canonical(x[:, :0], y[:, :0], np.zeros(0))
