@@ -184,29 +184,20 @@ class LogZ:
         if found is not None:
             starts = ", ".join(f"{name} {value:+.4f} +- {se:.4f}" for name, (value, se) in found["starts"].items())
             quarters, swapped = " ".join(f"{value:+.4f}" for value in found["quarters"]), found["swapped"]
-            lines.append(
-                f"log2 Z / d by start: {starts}, {found['disagreement']:.1f} standard errors apart; by "
-                f"quarter of the run: {quarters}, trend {found['trend']:+.1f} standard errors; swaps accepted "
-                f"{sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}; {found['arrivals']} replicas came all "
-                "the way down"
-            )
+            lines.append(f"log2 Z / d by start: {starts}, {found['disagreement']:.1f} standard errors apart; by "
+                         f"quarter of the run: {quarters}, trend {found['trend']:+.1f} standard errors; swaps "
+                         f"accepted {sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}; {found['arrivals']} "
+                         "replicas came all the way down")  # fmt: skip
         return lines
 
 
 @checked
 @torch.no_grad()
 def log_normalizer(
-    model: DensityModel,
-    x: Tensor | None = None,
-    y: int | None = None,
-    scoring: Scoring = Scoring(),
-    sweeps: Sweeps = SWEEPS,
-    replicas: Annotated[Count, Ge(2)] = REPLICAS,
-    kernels: Kernels | None = None,
-    restricted: bool = False,
-    progress: bool = False,
-    training: Tensor | None = None,
-) -> LogZ:
+    model: DensityModel, x: Tensor | None = None, y: int | None = None, scoring: Scoring = Scoring(),
+    sweeps: Sweeps = SWEEPS, replicas: Annotated[Count, Ge(2)] = REPLICAS, kernels: Kernels | None = None,
+    restricted: bool = False, progress: bool = False, training: Tensor | None = None,
+) -> LogZ:  # fmt: skip
     """log of the integral of exp(log p_t), over all inputs, by replica exchange from several starts.
 
     The starts are samples of the model, held-out data where they are given, and images of the highest grey level, or
@@ -230,8 +221,7 @@ def log_normalizer(
         training: Other data than ``x``, which say what is usual; ``x`` when None.
 
     Raises:
-        UserError: A level or data that do not fit the model, none where some are needed, or too few sweeps or
-            replicas.
+        UserError: A level or data that do not fit the model, none where some are needed; too few sweeps, replicas.
     """
     model, transform = require_density(model, "log Z"), model.transform
     given = {"data": x, "usual": x if training is None else training}

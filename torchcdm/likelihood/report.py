@@ -118,9 +118,8 @@ class NLLReport:
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
             "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
             "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
-            "believe": self.believe,
-            "why": self.why,
-        }
+            "believe": self.believe, "why": self.why,
+        }  # fmt: skip
 
     def table(self) -> str:
         """The report as text."""
@@ -139,17 +138,14 @@ class NLLReport:
             lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
         lines.append("")
         if self.gap is not None:
-            lines.append(
-                f"one pass - flow at level {self.gap.level}, same noisy inputs: {self.gap.mean:+.4f} +- "
-                f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance removed)"
-            )
+            lines.append(f"one pass - flow at level {self.gap.level}, same noisy inputs: {self.gap.mean:+.4f} +- "
+                         f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance "
+                         "removed)")  # fmt: skip
         verdict = f"To be believed: {'yes' if self.believe else 'no'}. {self.why}"
         if NOT_ESTIMATED in self.why:
             normalized = "".join(f"; {n}, which is normalised" for n in ("elbo", "flow") if self.row(n) is not None)
-            verdict = (
-                f"Measured: one pass, which may be off by log Z{normalized}. For a normalised one pass: "
-                "cdm nll RUN --methods single,elbo,flow,logz"
-            )
+            verdict = (f"Measured: one pass, which may be off by log Z{normalized}. For a normalised one pass: "
+                       "cdm nll RUN --methods single,elbo,flow,logz")  # fmt: skip
         return "\n".join([*lines, *self.notes, verdict])
 
 
@@ -160,18 +156,10 @@ def methods_of(model: Denoiser) -> tuple[str, ...]:
 
 @checked
 def report(
-    model: Denoiser,
-    x: Tensor,
-    y: Tensor | None = None,
-    scoring: Scoring = Scoring(),
-    methods: Annotated[Sequence[Method], Len(1)] | None = None,
-    sweeps: Sweeps = SWEEPS,
-    name: str = "",
-    split: str = "",
-    progress: bool = False,
-    training: Tensor | None = None,
-    log_z: LogZ | None = None,
-) -> NLLReport:
+    model: Denoiser, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(),
+    methods: Annotated[Sequence[Method], Len(1)] | None = None, sweeps: Sweeps = SWEEPS, name: str = "",
+    split: str = "", progress: bool = False, training: Tensor | None = None, log_z: LogZ | None = None,
+) -> NLLReport:  # fmt: skip
     """Scores data by every method asked for, on the same samples and the same noisy inputs.
 
     Args:
@@ -300,10 +288,8 @@ def _errors(
         halved = coarse.log_prob(z[first], labels_of(y, first, z.device)).log_prob
         step_error = f"{abs(float(per_nat * (flow.log_prob[first] - halved).mean())) / 3:.4f}"
     probe_error, kl = float((probe_variance / len(z)).sqrt()), per_nat * flow.start_kl_bound
-    return gap, (
-        f"flow: error of its mean {step_error} from the steps ({steps}) and {probe_error:.4f} from the probes; "
-        f"KL of its start density at most {kl:.1g}"
-    )
+    said = f"error of its mean {step_error} from the steps ({steps}) and {probe_error:.4f} from the probes"
+    return gap, f"flow: {said}; KL of its start density at most {kl:.1g}"
 
 
 class Verdict(NamedTuple):
@@ -315,14 +301,9 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    per_nat: float,
-    level: int,
-    one_pass: Row | None,
-    log_z: LogZ | None,
-    gap: NLLGap | None = None,
-    over_elbo: tuple[float, float] | None = None,
-    conditional: bool = False,
-) -> Verdict:
+    per_nat: float, level: int, one_pass: Row | None, log_z: LogZ | None, gap: NLLGap | None = None,
+    over_elbo: tuple[float, float] | None = None, conditional: bool = False,
+) -> Verdict:  # fmt: skip
     """Gives the headline where that can be done, and compares it with the flow and the ELBO.
 
     The rows have ``per_nat`` units in a nat of a sample: 1, or 1 / (d log 2) for bits/dim. ``one_pass`` is the row at
