@@ -27,8 +27,10 @@ Terms = dict[str, Tensor]
 
 
 def stratified_levels(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``n`` levels, each uniform on 0 ... ``count`` - 1, one draw from each n-th part of the range: long (n,). In
-    random order: the same expectation as independent draws, with less variance between batches."""
+    """``n`` levels, each uniform on 0 ... ``count`` - 1, one draw from each n-th part of the range: long (n,).
+
+    In random order: the same expectation as independent draws, with less variance between batches.
+    """
     device = torch.device("cpu") if generator is None else generator.device
     order = torch.randperm(n, generator=generator, device=device)
     offset = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
@@ -81,7 +83,9 @@ class Loss(nn.Module, ABC):
     @abstractmethod
     def terms(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
         """The terms on x_t, (B, *shape), at levels ``t``, with the noise ``eps`` in it; ``y`` may be the null label.
-        At least ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``."""
+
+        At least ``loss``, ``mse`` (mean over d of the squared error of the noise) and ``t``.
+        """
 
 
 @final
@@ -222,7 +226,9 @@ def squared_error(
 
 def differences_suffice(x: Tensor) -> bool:
     """Whether a difference of two log densities at ``x`` stands for a derivative: it saves a sixth of a step on a CPU.
-    Half precision and the shortened float32 of GPUs are too coarse for it; the compiler wants ``torch.func``."""
+
+    Half precision and the shortened float32 of GPUs are too coarse for it; the compiler wants ``torch.func``.
+    """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     # Below "highest" products of float32 may be taken in bfloat16.

@@ -52,7 +52,9 @@ class Kernels:
     @classmethod
     def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> Kernels:
         """Variances measured on ``n`` samples at :data:`MEASURED` levels at most, by two evaluations of each at each.
-        Levels between these have the variances of the next one above."""
+
+        Levels between these have the variances of the next one above.
+        """
         kernels, schedule, generator = cls(target.reference), target.schedule, stream(seed, "chain")
         (x, _), rotation, dim = target.start(n, generator), target.reference.rotation, kernels.variances.shape[1]
         levels = torch.linspace(1, schedule.T, min(schedule.T, MEASURED)).round().long()

@@ -30,8 +30,10 @@ class Ratios(NamedTuple):
         return float(self.log_ratio.sum())
 
     def errors(self) -> Tensor:
-        """What the columns contribute to the total, (columns,): squares sum to its variance. Columns are independent
-        of each other, whatever the autocorrelation within them."""
+        """What the columns contribute to the total, (columns,): squares sum to its variance.
+
+        Columns are independent of each other, whatever the autocorrelation within them.
+        """
         count, shifts = len(self.without), self.without.sum(1)
         return math.sqrt((count - 1) / count) * (shifts - shifts.mean())
 
@@ -116,7 +118,9 @@ def best_constants(log_p: Tensor, t: Tensor) -> Tensor:
 
 def autocorrelation_time(values: Tensor) -> float:
     """Sweeps that make one independent draw of ``values`` (sweeps, columns): 1 + 2 times the sum of autocorrelations.
-    At least 1. The sum ends where it is a fifth of the lags that it covers (Sokal 1997)."""
+
+    At least 1. The sum ends where it is a fifth of the lags that it covers (Sokal 1997).
+    """
     centred = values.double() - values.double().mean()
     spectrum = torch.fft.rfft(centred, 2 * len(centred), dim=0).abs().square()
     covariance = torch.fft.irfft(spectrum, dim=0)[: len(centred)].mean(1)

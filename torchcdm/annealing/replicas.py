@@ -30,8 +30,10 @@ KEPT_VALUES = 2**23
 
 
 class Ladder(NamedTuple):
-    """At least two levels that follow each other at about equal works, rising to T, and where replicas start. ``step``
-    has the step sizes of moves that suited, (rungs,), and ``x`` equally weighted points, (rungs, n, *shape)."""
+    """At least two levels that follow each other at about equal works, rising to T, and where replicas start.
+
+    ``step`` has the step sizes of moves that suited, (rungs,), and ``x`` equally weighted points, (rungs, n, *shape).
+    """
 
     levels: list[int]
     step: Tensor
@@ -42,7 +44,9 @@ def ladder(
     target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator, islands: int = 1
 ) -> Ladder:
     """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by :data:`SPACING`.
-    Particles of each of the ``islands``, which are neighbours, are resampled among themselves."""
+
+    Particles of each of the ``islands``, which are neighbours, are resampled among themselves.
+    """
     size = n // islands
     visited = smc(target, kernels, level, islands, size, generator, moves=2, below=math.inf, spacing=SPACING).visited
     states, steps = zip(*reversed(visited), strict=True)
@@ -82,8 +86,10 @@ class Replicas:
 
     @torch.no_grad()
     def go_on(self, sweeps: int, burn_in: int = 0, progress: bool = False) -> Replicas:
-        """So many ``sweeps``, at least 4, take the place of all that counted; returns itself. Step sizes adapt in
-        those of the ``burn_in`` before them, and stay as they are."""
+        """So many ``sweeps``, at least 4, take the place of all that counted; returns itself.
+
+        Step sizes adapt in those of the ``burn_in`` before them, and stay as they are.
+        """
         from tqdm.auto import tqdm
 
         shape, x = (sweeps, self.count, self.columns), self.states.x
@@ -109,8 +115,10 @@ class Replicas:
         return bar(self.down[sweeps, :, columns], self.up[sweeps, :, columns])
 
     def mbar(self, columns: Tensor | slice = slice(None)) -> Ratios:
-        """The same from densities at the same states, by MBAR: a check of the works, not of convergence. Without the
-        kernels neighbouring rungs overlap less, so that it is the noisier one of the two."""
+        """The same from densities at the same states, by MBAR: a check of the works, not of convergence.
+
+        Without the kernels neighbouring rungs overlap less, so that it is the noisier one of the two.
+        """
         densities = [one.view(self.count + 1, self.columns, -1)[:, columns] for one in self.densities]
         n = densities[0].shape[1]
         rung = torch.arange(self.count + 1).repeat_interleave(n).repeat(len(densities))

@@ -54,8 +54,10 @@ class Target(ABC):
 
     @abstractmethod
     def evaluate(self, x_t: Tensor, t: Level) -> Evaluated:
-        """The target at ``x_t`` (B, *shape), from one pass of a network, in evaluation mode. Levels ``t`` are 1 ... T,
-        an int, or long (B,): replicas of all levels are one batch."""
+        """The target at ``x_t`` (B, *shape), from one pass of a network, in evaluation mode.
+
+        Levels ``t`` are 1 ... T, an int, or long (B,): replicas of all levels are one batch.
+        """
 
     @final
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
@@ -184,8 +186,10 @@ def _compared(levels: Sequence[int]) -> list[int]:
 
 @final
 class Fenced(Target):
-    """A model's target without mass beyond a fence: of one class in each column, where batches have columns. The
-    numbers of points are multiples of that of the ``columns``, which are their classes, long, or none."""
+    """A model's target without mass beyond a fence: of one class in each column, where batches have columns.
+
+    The numbers of points are multiples of that of the ``columns``, which are their classes, long, or none.
+    """
 
     def __init__(self, inner: ModelTarget, fence: Fence, columns: Tensor | None = None) -> None:
         super().__init__(inner.schedule, inner.shape, inner.reference)
@@ -219,8 +223,10 @@ def round_gaussian(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMar
 
 
 def in_batches(model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None) -> Rows:
-    """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients. Without
-    TF32 and autocast: differences of log p are a few nats of thousands."""
+    """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients.
+
+    Without TF32 and autocast: differences of log p are a few nats of thousands.
+    """
     device, flags = model.schedule.alpha.device, (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:

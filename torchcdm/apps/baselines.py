@@ -37,8 +37,10 @@ class Baseline(NamedTuple):
 
 
 def baselines(source: DataSource, test: Tensor) -> list[Baseline]:
-    """Full-covariance Gaussian, kernel density and Gaussian mixture, chosen on the validation split. ``test`` samples
-    (N, *shape) are dequantised, in data units."""
+    """Full-covariance Gaussian, kernel density and Gaussian mixture, chosen on the validation split.
+
+    ``test`` samples (N, *shape) are dequantised, in data units.
+    """
     transform, seed = source.transform, 0
     train, validation = training_arrays(source, seed)
     points = transform(test.double()).flatten(1).numpy()
@@ -85,8 +87,10 @@ def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
 
 
 def mixtures(train: np.ndarray, floor: float, seed: int) -> Candidates:
-    """Gaussian mixtures of several sizes, of ``train`` (N, d), model units; ``floor`` is added to all variances. The
-    components begin by ``seed``. Sizes that have fewer than two samples each are left out."""
+    """Gaussian mixtures of several sizes, of ``train`` (N, d), model units; ``floor`` is added to all variances.
+
+    The components begin by ``seed``. Sizes that have fewer than two samples each are left out.
+    """
     for form, counts in COMPONENTS.items():
         for count in (count for count in counts if count < len(train) // 2):
             model = maximised(train, count, covariance_type=form, reg_covar=floor, random_state=seed)

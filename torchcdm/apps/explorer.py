@@ -280,7 +280,9 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
 
 def serve(blocks: gradio.Blocks, port: int = 0) -> str:
     """Serves the page on this machine alone, without any other connection, until ``blocks.close()``; its address.
-    ``port`` is of 127.0.0.1; 0 for the first free one from 7860 on. UserError where it is taken."""
+
+    ``port`` is of 127.0.0.1; 0 for the first free one from 7860 on. UserError where it is taken.
+    """
     theme = _gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     options = {"server_name": "127.0.0.1", "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
     try:

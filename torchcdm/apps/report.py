@@ -33,8 +33,10 @@ DIAGNOSED = 32
 def write_report(
     run: str | Path, source: DataSource, device: str | torch.device = "cpu", progress: bool = True
 ) -> str:
-    """Measures the run in a folder on the test split of its data; leaves ``report.json`` and ``plots/`` there. Returns
-    the report for the terminal."""
+    """Measures the run in a folder on the test split of its data; leaves ``report.json`` and ``plots/`` there.
+
+    Returns the report for the terminal.
+    """
     folder = RunFolder(run)
     config, model = make_config(file_fields(folder.config)), load(run, device)
     split_name = next(name for name in ("test", "validation", "train") if getattr(source, name))

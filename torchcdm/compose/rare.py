@@ -194,8 +194,10 @@ def _quantile(values: Tensor, weights: Tensor) -> float:
 
 
 def _resampled(states: States, weights: Tensor, generator: torch.Generator) -> tuple[States, Tensor, float]:
-    """Systematic resampling within each half; and the share of pairs of one parent that weights do not account for. In
-    random order: in theirs, relatives would be neighbours, and families of nearly the expected size."""
+    """Systematic resampling within each half; and the share of pairs of one parent that weights do not account for.
+
+    In random order: in theirs, relatives would be neighbours, and families of nearly the expected size.
+    """
     half, chosen, spurious, mass = weights.shape[1], [], 0.0, weights.sum(1)
     for k, row in enumerate(weights):
         order = torch.randperm(half, generator=generator).to(row.device)

@@ -50,8 +50,10 @@ LARGEST_MATRIX = 4096
 
 @final
 class Tilted(Denoiser):
-    """p_t(x) exp(ell_t(x0_hat)) as a denoiser, of the density of a ``model`` and ell_t, what is ``known``. The latter
-    need not be differentiable. UserError for a model without a density, or of unknown shape."""
+    """p_t(x) exp(ell_t(x0_hat)) as a denoiser, of the density of a ``model`` and ell_t, what is ``known``.
+
+    The latter need not be differentiable. UserError for a model without a density, or of unknown shape.
+    """
 
     composed = True
 
@@ -64,8 +66,10 @@ class Tilted(Denoiser):
         self.slope = Kernels(self.reference).variances / ratio**2 / alpha
 
     def at_level(self, x_t: Tensor, t: Tensor, y: None = None, guidance: float = 0.0) -> tuple[Tensor, Tensor]:
-        """log gamma_t(x_t), (B,), and -sigma_t times its gradient, (B, *shape), float64. Of ``x_t`` in the network's
-        precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to."""
+        """log gamma_t(x_t), (B,), and -sigma_t times its gradient, (B, *shape), float64.
+
+        Of ``x_t`` in the network's precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to.
+        """
         found = self.model.evaluate(x_t, t, checked=False)
         with torch.enable_grad():
             x0 = Prediction(x_t, *self.schedule.at(t, x_t), found.eps).x0.detach().double().requires_grad_()
@@ -171,7 +175,9 @@ def _gaussian(
     reference: GaussianMarginals, std: float | None, least: float,
 ) -> Known:  # fmt: skip
     """log N(y; A(E[x]), s² I + A Cov[x] A^T) of x = of(z), z of N(x0_hat, V_t), for ``matrices`` A (draws, m, d).
-    ``of`` takes each number along a line or a curve; ``std`` is s, or None where only its ``least`` value is known."""
+
+    ``of`` takes each number along a line or a curve; ``std`` is s, or None where only its ``least`` value is known.
+    """
     m, d = matrices.shape[1:]
     basis = reference.rotation(torch.eye(d, dtype=y.dtype, device=y.device).reshape(d, *reference.mean.shape)).double()
     variances = Kernels(reference).variances

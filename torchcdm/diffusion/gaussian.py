@@ -61,8 +61,10 @@ class MatrixRotation(Rotation):
 
 @final
 class CosineRotation(Rotation):
-    """Discrete cosine transform of each axis of an event (C, H, W), the channels included. Covariances of natural
-    images are nearly diagonal in it, and it costs no (d, d) matrix."""
+    """Discrete cosine transform of each axis of an event (C, H, W), the channels included.
+
+    Covariances of natural images are nearly diagonal in it, and it costs no (d, d) matrix.
+    """
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__(shape)

@@ -126,8 +126,10 @@ class MixtureMarginals(BaseDensity):
         return self.rotation.inverse(torch.cat([self.parts.sample(z, 0)[k, torch.arange(len(k))] for z, k in rows]))
 
     def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
-        """The same, with weights for each class: the mean responsibilities of its samples. ``samples`` (N, d) are
-        training data, model units, dequantised, of classes ``labels``, long (N,)."""
+        """The same, with weights for each class: the mean responsibilities of its samples.
+
+        ``samples`` (N, d) are training data, model units, dequantised, of classes ``labels``, long (N,).
+        """
         # Half a sample in all for each class, spread as the components are: no weight is 0.
         counts = 0.5 * self.log_weights.exp().repeat(int(labels.max()) + 1, 1)
         for part in torch.arange(len(samples)).split(1000):
@@ -230,8 +232,10 @@ def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
 
 
 def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
-    """Where EM starts: thrice as many pieces by k-means, grouped: as many pieces as modes would leave out some. Where
-    pieces have few rows scikit-learn's own start, the empty one, is tried too."""
+    """Where EM starts: thrice as many pieces by k-means, grouped: as many pieces as modes would leave out some.
+
+    Where pieces have few rows scikit-learn's own start, the empty one, is tried too.
+    """
     from sklearn.cluster import AgglomerativeClustering, KMeans
 
     pieces = PIECES * components
@@ -257,8 +261,10 @@ def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]
 
 
 def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (K,), means and variances (K, d) in the cosine basis of images (N, *shape), float64. By expectation
-    maximisation from groups of equal size by contrast."""
+    """Weights (K,), means and variances (K, d) in the cosine basis of images (N, *shape), float64.
+
+    By expectation maximisation from groups of equal size by contrast.
+    """
     z = DIAGONAL["cosine"](samples.shape[1:])(_some(samples, components, FIT_ROWS)).numpy()
     floor = max(floor, VARIANCE_FLOOR)
     contrast = ((z - z.mean(0)) ** 2 / (z.var(0) + floor)).mean(1)

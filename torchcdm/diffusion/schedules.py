@@ -80,7 +80,9 @@ class NoiseSchedule(Float64Module, ABC):
 
     def check_levels(self, t: Level, x: Tensor, wait: bool = True) -> None:
         """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...), by type, shape and range.
-        With ``wait`` levels on a GPU are looked at too, for which the call waits."""
+
+        With ``wait`` levels on a GPU are looked at too, for which the call waits.
+        """
         if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
             wrong = [] if 0 <= t <= self.T + 1 else [t]
         elif not isinstance(t, Tensor):

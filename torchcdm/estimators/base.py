@@ -167,8 +167,10 @@ class TableEstimator(BaseEstimator):
         return order[held_out:], order[:held_out]
 
     def _train(self, parts: Sequence[Tensor], contexts: Sequence[np.ndarray] | None, rows: int, seed: int) -> None:
-        """Fits the model to codes (N, d), float64, and their contexts (N, q) where the density is conditional. Each
-        for training and validation; ``rows`` counts those of training without their noisy copies."""
+        """Fits the model to codes (N, d), float64, and their contexts (N, q) where the density is conditional.
+
+        Each for training and validation; ``rows`` counts those of training without their noisy copies.
+        """
         began, self._noise = self.clock(), noise_draws(self.columns_, seed)
         fields = self._fields(rows, contexts is not None)
         transform, parts, start = self._best_start(*parts, contexts is None, fields["model"])
@@ -293,8 +295,10 @@ class DensityEstimator(TableEstimator):
     likelihood: Likelihood = "one-pass"
 
     def _log_density(self, found: Encoded, draws: list[Tensor], context: np.ndarray | None = None) -> np.ndarray:
-        """Mean of log p over ``draws`` of the same rows with other noise, (N, kept) each, given contexts (N, q). The
-        flow's is the normalised density at level 1: that of data blurred by a hundredth of a column's deviation."""
+        """Mean of log p over ``draws`` of the same rows with other noise, (N, kept) each, given contexts (N, q).
+
+        The flow's is the normalised density at level 1: that of data blurred by a hundredth of a column's deviation.
+        """
         read_as(Likelihood, self.likelihood, "likelihood")
         if differ := sum(map(bool, found.deviating)):
             what = "rows differ in a column that was constant in training, where this density knows nothing"

@@ -102,7 +102,9 @@ class EqualCells(NoisyCells):
 @final
 class NormalCells(NoisyCells):
     """x a standard normal cut to the cell, the cells as likely as in the histogram: Gaussianised grey levels.
-    ``edges`` of the cells are (d, levels + 1), and ``unit`` is their typical width, (d,), both model units."""
+
+    ``edges`` of the cells are (d, levels + 1), and ``unit`` is their typical width, (d,), both model units.
+    """
 
     transform: GaussianizedTransform
 
@@ -201,7 +203,9 @@ def _moments(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_masses(edges: Tensor) -> Tensor:
     """log of the mass of a standard normal between neighbours of the ascending ``edges``, (..., n + 1) to (..., n).
-    Accurate in both tails; edges may be infinite, and cells without width have next to no mass."""
+
+    Accurate in both tails; edges may be infinite, and cells without width have next to no mass.
+    """
     # Mass beyond each edge, on the side of its tail.
     tail = torch.special.log_ndtr(-edges.abs())
     left, right = tail[..., :-1], tail[..., 1:]

@@ -58,8 +58,10 @@ class FlowResult:
 
 
 class LevelGaps(NamedTuple):
-    """NLL by one pass minus NLL by the flow along the paths; above 0 one pass finds them less likely. Mean over
-    samples, nats, at each of the visited ``levels``, and standard deviation, probe noise included."""
+    """NLL by one pass minus NLL by the flow along the paths; above 0 one pass finds them less likely.
+
+    Mean over samples, nats, at each of the visited ``levels``, and standard deviation, probe noise included.
+    """
 
     levels: list[int]
     mean: Tensor

@@ -60,8 +60,10 @@ class Scoring:
 
 
 def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-    """Samples (N, *shape), where they were, and labels as tensors that the model can score. UserError for a model
-    without transform, samples that are empty, not finite or of another shape, and other labels."""
+    """Samples (N, *shape), where they were, and labels as tensors that the model can score.
+
+    UserError for a model without transform, samples that are empty, not finite or of another shape, and other labels.
+    """
     if getattr(model, "transform", None) is None:
         raise UserError("likelihoods are in data units: give a model with a DataTransform (identity will do)")
     if not isinstance(scoring, Scoring):

@@ -26,8 +26,10 @@ def height_and_width(image_size: ImageSize) -> tuple[int, int]:
 
 
 def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int]]:
-    """(height, width) at every resolution of a network that halves ``resolutions`` - 1 times. UserError for a side
-    that cannot be halved so often; names the nearest sizes that can."""
+    """(height, width) at every resolution of a network that halves ``resolutions`` - 1 times.
+
+    UserError for a side that cannot be halved so often; names the nearest sizes that can.
+    """
     size = height_and_width(image_size)
     factor = 2 ** (resolutions - 1)
     if any(side % factor or side < factor for side in size):

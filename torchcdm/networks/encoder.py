@@ -16,8 +16,10 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, check
 
 @final
 class Summary(nn.Module):
-    """What one resolution tells the head: pooled features and ``energy_maps`` inner products with the input. As
-    sum(s(x) * x) has s(x) itself in its gradient, the denoiser contains the features directly."""
+    """What one resolution tells the head: pooled features and ``energy_maps`` inner products with the input.
+
+    As sum(s(x) * x) has s(x) itself in its gradient, the denoiser contains the features directly.
+    """
 
     def __init__(self, channels: int, in_channels: int, energy_maps: int) -> None:
         super().__init__()

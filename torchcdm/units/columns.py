@@ -227,8 +227,10 @@ def _apart(edges: Tensor, gap: float) -> Tensor:
 
 
 def _steps(x: Tensor) -> tuple[Tensor, float]:
-    """Edges of the steps of the density of ``x`` (N,), and its mean log density less the price of the steps. The most
-    probable ones of any number at that price, by dynamic programming (Scargle et al. 2013)."""
+    """Edges of the steps of the density of ``x`` (N,), and its mean log density less the price of the steps.
+
+    The most probable ones of any number at that price, by dynamic programming (Scargle et al. 2013).
+    """
     values, counts = np.unique(x.numpy(), return_counts=True)
     if len(values) < 3:
         return x, -math.inf

@@ -104,7 +104,9 @@ class GaussianizedTransform(DataTransform):
     @property
     def cell_width(self) -> Tensor:
         """Typical width of a cell in model units, (*shape): a normal cut into such cells has the histogram's entropy.
-        sqrt(2 pi e) exp(-H), above 4 where one grey level has all the mass."""
+
+        sqrt(2 pi e) exp(-H), above 4 where one grey level has all the mass.
+        """
         entropy = torch.special.entr(self.cumulative.diff(dim=-1)).sum(-1)
         return (0.5 * math.log(2 * math.pi * math.e) - entropy).exp()
 

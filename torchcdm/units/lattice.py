@@ -48,7 +48,9 @@ class Cells(NamedTuple):
 
 def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:
     """The distinct values, at least two, rising, of a discrete column ``x`` (N,), float64; None of any other.
-    UserError, with the ``name`` of the column, where two of them nearly coincide."""
+
+    UserError, with the ``name`` of the column, where two of them nearly coincide.
+    """
     values = np.unique(x)
     if len(values) == 1:
         return None

@@ -249,7 +249,9 @@ class TableEncoding:
 
     def varying(self, x: Tensor, name: str) -> tuple[TableEncoding, Tensor, list[str]]:
         """The same without columns that are constant in the codes ``x`` (N, d), which of these vary, and a note.
-        UserError, with the ``name`` of the table, where none varies."""
+
+        UserError, with the ``name`` of the table, where none varies.
+        """
         varying = (x != x[:1]).any(0)
         found = {column.name: float(x[0, k]) for k, column in enumerate(self.kept) if not varying[k]}
         if not varying.any():

@@ -77,8 +77,10 @@ def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor)
 
 
 def as_samples(model: Denoiser, x: Any, smallest: int = 1) -> Tensor:
-    """Samples (N, *shape) for the model as a tensor on the CPU. UserError where they are no finite numbers, have
-    another shape, or are fewer than ``smallest``."""
+    """Samples (N, *shape) for the model as a tensor on the CPU.
+
+    UserError where they are no finite numbers, have another shape, or are fewer than ``smallest``.
+    """
     x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
     model.checked(x, data=True)
     if len(x) < smallest:

@@ -292,7 +292,8 @@ class DensityRatio:
         """How far p is from q, with a standard error and reasons not to trust it.
 
         Args:
-            kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` Jensen and Shannon's, ``chi2`` E_p p/q - 1.
+            kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` Jensen and Shannon's (at most
+                log 2), ``chi2`` E_p p/q - 1.
             numerator: Fresh samples of p; those that were held out of the fit when None.
             denominator: Fresh samples of q, likewise.
 
