@@ -24,7 +24,7 @@ from torch import Tensor
 from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.diffusion.schedules import Level
+from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.random import stream
 
 CALIBRATION_SAMPLES = 256
@@ -103,11 +103,7 @@ class Kernels:
 
     def kl(self, error: Tensor, t: Level) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat."""
-        z = self.reference.rotation(error)
-        _, b, c = self.schedule.reverse_kernel(t, t - 1, z)
-        variance = c**2 + b**2 * self.variances[t - 1]
-        moved = (c**2 + (b * z).square()) / variance
-        return 0.5 * (moved - 1 + (variance / c**2).log()).sum(1)
+        return kl_of_step(self.schedule, t, t - 1, self.reference.rotation(error), self.variances[t - 1]).sum(1)
 
     def _reverse(self, x_t: Tensor, eps: Tensor, t: Level, s: Level) -> tuple[Tensor, Tensor]:
         """Mean (B, *shape) and variances in the eigenbasis, (d,) or (B, d), of r(x_s | x_t)."""
@@ -115,3 +111,10 @@ class Kernels:
         flat = [factor.reshape(-1, 1) if factor.ndim else factor for factor in (b, c)]
         variances = flat[1] ** 2 + flat[0] ** 2 * self.variances[torch.as_tensor(t) - 1]
         return a * x_t + b * self.x0(x_t, eps, t), variances
+
+
+def kl_of_step(schedule: NoiseSchedule, t: Level, s: Level, error: Tensor, variances: Tensor) -> Tensor:
+    """KL(q(x_s | x_t, x_0) || r(x_s | x_t)) of each number, nats: ``error`` x_0 - x0_hat, ``variances`` of r's x_0."""
+    _, b, c = schedule.reverse_kernel(t, s, error)
+    variance = c**2 + b**2 * variances
+    return 0.5 * ((c**2 + (b * error).square()) / variance - 1 + (variance / c**2).log())

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchcdm.annealing.kernels import kl_of_step
 from torchcdm.annealing.target import Fence, in_batches
 from torchcdm.diffusion.gaussian import CosineRotation
 from torchcdm.diffusion.prediction import Prediction
@@ -87,10 +88,8 @@ class Step:
 
     def divergence(self, schedule: NoiseSchedule, x_0: Tensor, denoised: Tensor, lower: int) -> Tensor:
         """KL(q(x_s | x_t, x_0) || r(x_s | x_t)) from this level t to a ``lower`` one s, nats (B,)."""
-        _, b, c = schedule.reverse_kernel(self.level, lower, x_0)
-        variance = c**2 + b**2 * self.variances[torch.bucketize(denoised, self.edges)]
-        moved = (c**2 + (b * (x_0 - denoised)).square()) / variance
-        return 0.5 * (moved - 1 + (variance / c**2).log()).flatten(1).sum(1)
+        variances = self.variances[torch.bucketize(denoised, self.edges)]
+        return kl_of_step(schedule, self.level, lower, x_0 - denoised, variances).flatten(1).sum(1)
 
 
 def _values(transform: DataTransform) -> int:
@@ -150,8 +149,7 @@ def evaluated(model: DensityModel, z: Tensor, level: int) -> tuple[Tensor, Tenso
         log_p = model.class_log_prob_levels(x) if model.joint else model.log_prob_levels(x)[:, None]
         total = (log_p[:, :, level] + prior_of(model)).logsumexp(1).sum()
         (score,) = torch.autograd.grad(total, x)
-    alpha, sigma = model.schedule.at(level, z)
-    return Prediction(z, alpha, sigma, -sigma * score.double()).x0, log_p.detach()
+    return Prediction.of_score(z, *model.schedule.at(level, z), score.double()).x0, log_p.detach()
 
 
 def restricted_pass(
