@@ -132,5 +132,6 @@ def test_by_default_moves_follow_the_steps_of_composed_densities_and_a_sample_de
         assert torch.allclose(compose.sample(target, 3), many.x[:3], atol=1e-9)
     moved = compose.sample(model, 20, corrector=1, details=True)
     assert torch.equal(moved.x, compose.sample(model, 20, "ddpm", corrector=1)) and 0.3 < moved.acceptance < 1
+    assert compose.sample(compose.any_of([model, model]), 2, details=True).acceptance is None  # exact at every level
     plain = compose.sample(compose.tempered(model, 2), 2, "ddim", details=True)
     assert plain.evaluations == steps and plain.acceptance is None

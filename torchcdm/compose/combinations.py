@@ -56,7 +56,6 @@ class Combination(DensityModel):
     schedules, transforms or shapes, or exponents whose sum is not positive: no density then.
     """
 
-    composed = True
     weights: Tensor
 
     def __init__(self, experts: Experts, weights: Tensor, mixture: bool = False) -> None:
@@ -75,6 +74,8 @@ class Combination(DensityModel):
             base = GaussianMarginals(schedule, g.mean, g.variances * share, g.rotation)
         super().__init__(schedule, first.transform, base=base)
         self.models, self.mixture, self.exponent = nn.ModuleList(models), mixture, float(total)
+        # A mixture of noised densities is the noised mixture.
+        self.composed = not mixture or any(model.composed for model in models)
         self.experts = [(models.index(model), y) for model, y in experts]
         weights = weights.double().to(schedule.alpha.device)
         self.register_buffer("weights", weights[:, None] if weights.ndim == 1 else weights, persistent=False)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import torch
 from annotated_types import Ge, Le
@@ -42,7 +42,7 @@ class Denoiser(nn.Module, ABC):
     """
 
     transform: DataTransform
-    composed: ClassVar[bool] = False
+    composed: bool = False
     info: ModelInfo | None = None
 
     def __init__(
