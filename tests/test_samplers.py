@@ -251,6 +251,14 @@ def test_measured_order_of_the_moments_of_random_samplers(sampler, order):
     assert measured == pytest.approx([order, order], abs=0.25), errors
 
 
+@pytest.mark.parametrize(("sampler", "expected"), [("sa2", 1.021), (SASolver(time=torch.log), 1.209), ("ddpm", 0.919)])
+def test_deviation_that_25_placed_steps_leave_of_a_gaussian(sampler, expected):
+    # Numbers of docs/results/pictures.md: much noise keeps the deviation where the line is not in log r.
+    denoiser = GaussianDenoiser(CosineSchedule(200), [0.2], [1.0])
+    found = chain_moments(denoiser, adaptive_levels(denoiser, 25, (1,)), sampler)[1]
+    assert found == pytest.approx(expected, abs=0.005)
+
+
 # --- the same methods elsewhere ------------------------------------------------------------------------------------
 
 
