@@ -19,7 +19,9 @@ from torchcdm.zoo import CARD, located
 
 ROWS = {
     "one-pass": "one pass, level 0", "one-pass-level": "one pass, through a little noise",
-    "one-pass-normalized": "one pass, normalised", "elbo": "ELBO of the reverse chain", "flow": "probability flow",
+    "one-pass-normalized": "one pass, normalised", "one-pass-restricted": "one pass, bound for any input",
+    "few-pass-restricted": "few passes, bound for any input", "elbo": "ELBO of the reverse chain",
+    "flow": "probability flow",
 }  # fmt: skip
 """Rows of a likelihood report as a card names them."""
 
@@ -118,7 +120,7 @@ def model_card(
 def _reaches(nll: Mapping[str, Any]) -> str:
     """The headline of a likelihood report: normalised pass and flow; without log Z the ELBO, or what there is."""
     rows = {row["name"]: row["value"] for row in nll["rows"] if row["value"] is not None}
-    pairs = (("one-pass-normalized", "flow"), ("elbo",), ("one-pass", "flow"))
+    pairs = (("one-pass-normalized", "flow"), ("one-pass-restricted", "flow"), ("elbo",), ("one-pass", "flow"))
     chosen = next((names for names in pairs if names[0] in rows), ())
     found = [f"{ROWS[name]} {rows[name]:.2f}" for name in chosen if math.isfinite(rows.get(name, math.nan))]
     return f"{', '.join(found)} {nll['unit']} ({nll['data']['count']} {nll['data']['split']} samples)"
