@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ from hub_server import HubServer
 import torchcdm
 from torchcdm.bridges.hub import model_card, push
 from torchcdm.errors import UserError
+from torchcdm.likelihood import LogZ
+from torchcdm.likelihood.known import write_log_z
 from torchcdm.zoo import located
 
 pytest.importorskip("huggingface_hub")
@@ -71,7 +74,8 @@ def test_paths_of_the_machine_are_not_uploaded(tmp_path, monkeypatch):
             return f"https://hub/{name}"
 
         def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns):
-            sent.update({name: (folder_path / name).read_bytes() for name in allow_patterns})
+            names = [name for name in allow_patterns if (folder_path / name).exists()]
+            sent.update({name: (folder_path / name).read_bytes() for name in names})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     table = tmp_path / "private" / "people.csv"
@@ -89,6 +93,24 @@ def test_paths_of_the_machine_are_not_uploaded(tmp_path, monkeypatch):
         push(model, "me/people")
         assert json.loads(sent["config.json"])["data"]["spec"] == told
         assert not any(str(tmp_path).encode() in content for content in sent.values())
+
+
+def test_log_z_goes_with_its_weights_and_comes_back(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    torchcdm.load("zoo:two-moons").save(run)
+    z = LogZ(0.25, 0.01, "replica exchange", 4, 2)
+    write_log_z(run, z)
+    shutil.copytree(run, other)
+    torchcdm.load("zoo:digits").save(other)  # log Z of the weights that were there before
+    with HubServer() as hub:
+        code = f"from torchcdm.bridges.hub import push; push({str(run)!r}, 'me/z'); push({str(other)!r}, 'me/other')"
+        in_a_process(code, hub.address, tmp_path / "first")
+        assert "log_z.json" in hub.files["me/z"] and "log_z.json" not in hub.files["me/other"]
+        code = (
+            "from torchcdm.zoo import located; from torchcdm.likelihood.known import read_log_z\n"
+            "print(read_log_z(located('hub:me/z')).value)"
+        )
+        assert float(in_a_process(code, hub.address, tmp_path / "second")) == z.value
 
 
 def test_what_is_wrong_is_one_line(monkeypatch):

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.errors import UserError, needed, reason
+from torchcdm.likelihood.known import read_log_z, write_log_z
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_file
 from torchcdm.training.checkpoint import ModelInfo, described, load, save
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.zoo import CARD, located
+from torchcdm.zoo import CARD, HUB_FILES, located
 
 ROWS = {
     "one-pass": "one pass, level 0", "one-pass-level": "one pass, through a little noise",
@@ -31,6 +32,7 @@ LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods sin
 def push(model: str | Path | Denoiser, repository: str, private: bool = False, card: str = "") -> str:
     """Uploads a model: ``config.json``, ``model.safetensors`` and ``README.md``, the card; see ``hf auth login``.
 
+    And log Z, where ``cdm nll`` has kept it beside the weights.
     Paths of the data that the model was trained on are cut to their last part. Gives the address.
 
     Args:
@@ -45,12 +47,13 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
     hub = needed("huggingface_hub", "hub", "the Hub")
     if not isinstance(repository, str) or repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"'{repository}' is no repository; write OWNER/NAME")
-    report = None
+    report = log_z = None
     if not isinstance(model, Denoiser):
         folder = RunFolder(located(model))
         kept = folder.root / CARD
         card = card or (kept.read_text(encoding="utf-8") if kept.exists() else "")
         report = read_json(folder.report) if folder.report.exists() else None
+        log_z = read_log_z(folder.root)
         model = load(model)
     info = model.info or described(model)
     kind, colon, place = (info.data.spec or "").partition(":")
@@ -62,13 +65,13 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
         folder = Path(temporary) / "model"
         save(model, folder, info)
         write_file(folder / "README.md", text)
+        if log_z is not None:
+            write_log_z(folder, log_z)
         try:
             api = hub.HfApi()
             address = str(api.create_repo(repository, private=private, exist_ok=True))
-            api.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message="A model of torchcdm",
-                allow_patterns=["config.json", "model.safetensors", "README.md"],
-            )  # fmt: skip
+            said = "A model of torchcdm"
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message=said, allow_patterns=HUB_FILES)
         except Exception as error:  # its failures have no common type
             raise UserError(f"hub:{repository}: cannot be written ({reason(error)})") from None
     return address

@@ -19,7 +19,6 @@ from torchcdm.diffusion.gaussian import mean_and_spread
 from torchcdm.errors import UserError
 from torchcdm.likelihood.restricted import BINS, Restricted, Step, measured_steps, prior_of
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
-from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, checked
@@ -194,10 +193,17 @@ class LogZ:
 @checked
 @torch.no_grad()
 def log_normalizer(
-    model: DensityModel, x: Tensor | None = None, y: int | None = None, scoring: Scoring = Scoring(),
-    sweeps: Sweeps = SWEEPS, replicas: Annotated[Count, Ge(2)] = REPLICAS, kernels: Kernels | None = None,
-    restricted: bool = False, progress: bool = False, training: Tensor | None = None,
-) -> LogZ:  # fmt: skip
+    model: DensityModel,
+    x: Tensor | None = None,
+    y: int | None = None,
+    scoring: Scoring = Scoring(),
+    sweeps: Sweeps = SWEEPS,
+    replicas: Annotated[Count, Ge(2)] = REPLICAS,
+    kernels: Kernels | None = None,
+    restricted: bool = False,
+    progress: bool = False,
+    training: Tensor | None = None,
+) -> LogZ:
     """log of the integral of exp(log p_t), over all inputs, by replica exchange from several starts.
 
     The starts are samples of the model, held-out data where they are given, and images of the highest grey level, or
@@ -223,100 +229,145 @@ def log_normalizer(
     Raises:
         UserError: A level or data that do not fit the model, none where some are needed; too few sweeps, replicas.
     """
-    model, transform = require_density(model, "log Z"), model.transform
-    given = {"data": x, "usual": x if training is None else training}
-    given = {key: as_data(model, part, None, scoring)[0] for key, part in given.items() if part is not None}
-    target, generator = ModelTarget(model, y, scoring.batch_size), stream(scoring.seed, "replicas")
+    model, training = require_density(model, "log Z"), x if training is None else training
+    held, usual = (None if part is None else as_data(model, part, None, scoring)[0] for part in (x, training))
+    if restricted and usual is None:
+        raise UserError("a restricted density is one like data: give some")
+    target = ModelTarget(model, y, scoring.batch_size)
     kernels = kernels or Kernels.of_target(target, scoring.seed)
-    by_class = restricted and y is None and model.joint
-    shares = prior_of(model).exp().tolist() if by_class else [1.0]
-    classes, replicas = len(shares), max(2, replicas // len(shares))
-    size = max(OF_CLASS if by_class else DESCENDING, replicas)
-    labels = torch.arange(classes, device=model.schedule.alpha.device)
-    if by_class:  # each class comes down by itself
-        target.y = labels.repeat_interleave(size)
-    rungs = ladder(target, kernels, scoring.level_of(model), classes * size, generator, classes)
+    points = _Points(target, kernels, scoring, replicas, by_class=restricted and y is None and model.joint)
     if restricted and scoring.level is None:
-        rungs = Ladder(*(part[-RUNGS:] for part in rungs))
-    level, reference = rungs.levels[0], target.reference
-
-    def parted(data: Tensor) -> list[Tensor]:
-        """Data by class; a class that is hardly there has all of them."""
-        own = [data[_classes(model, data, level, scoring) == k] for k in range(classes)] if by_class else [data]
-        return [part if len(part) > 1 else data for part in own]
-
-    def noised(x_0: Tensor) -> Tensor:
-        noise = torch.randn(len(rungs.levels), *x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
-        return torch.stack([model.schedule.perturb(x_0, t, eps) for t, eps in zip(rungs.levels, noise, strict=True)])
-
-    # Particles that were resampled from one are neighbours.
-    chosen = torch.arange(replicas) * size // replicas + size * torch.arange(classes)[:, None]
-    starts = {"samples": rungs.x[:, chosen.flatten()]}
-    points = {}
-    if x is not None:
-        own = [part[torch.arange(replicas) * len(part) // replicas] for part in parted(given["data"])]
-        points["data"] = torch.cat(own)
-    if not restricted and transform is not None and transform.high is not None:
-        points["white"] = torch.full((replicas, *target.shape), float(transform.high), dtype=torch.float64)
-    starts |= {name: noised(_clean(model, part, scoring)) for name, part in points.items()}
-    if not restricted and "white" not in points:
-        signs = 2.0 * torch.randint(0, 2, (replicas, math.prod(target.shape)), generator=generator) - 1
-        far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
-        starts["far"] = noised(reference.mean + reference.rotation.inverse(far))
-    x_t, within, lost, usual = torch.cat(list(starts.values()), 1), target, "", []
+        points.rungs = Ladder(*(part[-RUNGS:] for part in points.rungs))
+    starts = points.starts(held, anywhere=not restricted)
+    x_t, within, lost, noisy = torch.cat(list(starts.values()), 1), target, "", []
     if restricted:
-        if "usual" not in given:
-            raise UserError("a restricted density is one like data: give some")
-        usual = [noised(_clean(model, part[:USUAL], scoring)) for part in parted(given["usual"])]
-        targets = [ModelTarget(model, k if by_class else y, scoring.batch_size) for k in range(classes)]
-        profiles = [[own.profile(part) for part in parts] for own, parts in zip(targets, usual, strict=True)]
-        columns = labels.repeat_interleave(replicas).repeat(len(starts))
-        within = Fenced(target, Fence.of(rungs.levels, profiles), columns if by_class else None)
-        lost = _moved_within(within, rungs.levels, x_t, columns, classes * replicas)
+        noisy = [points.at_levels(part[:USUAL]) for part in points.by_classes(usual)]
+        within = points.fenced(noisy, x_t.shape[1])
+        lost = points.move_within(within, x_t)
     # Until each replica may have come from the noise; of many rungs a trend shows what is not enough.
-    burn_in = min(sweeps, max(-(-sweeps // 4), len(rungs.levels) ** 2))
-    run = Replicas(within, kernels, rungs._replace(x=x_t), generator).go_on(sweeps, burn_in, progress)
-    z, made = LogZ.of_replicas(run, list(starts), shares), sweeps
+    burn_in = min(sweeps, max(-(-sweeps // 4), len(points.levels) ** 2))
+    run = Replicas(within, kernels, points.rungs._replace(x=x_t), points.generator).go_on(sweeps, burn_in, progress)
+    z, made = LogZ.of_replicas(run, list(starts), points.shares), sweeps
     while z.doubt and made < LONGEST * sweeps:
-        z, made = LogZ.of_replicas(run.go_on(made, progress=progress), list(starts), shares), 2 * made
+        z, made = LogZ.of_replicas(run.go_on(made, progress=progress), list(starts), points.shares), 2 * made
     if not restricted:
         return z
-    ends = [run.log_z(torch.arange(run.columns)[(columns == k).cpu()]) for k in range(classes)]
-    steps = [Step(level)]
-    if transform is not None and transform.bin is not None and len(given["usual"]) >= BINS:
-        steps = measured_steps(model, given["usual"][:MEASURING], level, scoring)
-    upper = torch.tensor([end.total + 1.96 * end.se for end in ends], dtype=torch.float64)
-    cover = mean_and_spread(torch.cat([parts[0] for parts in usual]), "cosine")
-    density = Restricted(steps, within.fence, upper, *cover)
+    steps = [Step(points.levels[0])]
+    if model.transform is not None and model.transform.bin is not None and len(usual) >= BINS:
+        steps = measured_steps(model, usual[:MEASURING], points.levels[0], scoring)
+    cover = mean_and_spread(torch.cat([parts[0] for parts in noisy]), "cosine")
+    density = Restricted(steps, within.fence, points.upper_ends(run), *cover)
     return replace(z, restricted=density, doubt=f"{lost} lie outside the restricted density" if lost else z.doubt)
 
 
-def _moved_within(target: Fenced, levels: Sequence[int], x: Tensor, columns: Tensor, samples: int) -> str:
-    """Points, (rungs, columns, *shape), outside the fence become others of their class; gives what should be inside.
+class _Points:
+    """The levels of :func:`log_normalizer`, and points at each: where replicas start, and what is usual there.
 
-    The first columns are ``samples`` of the model.
+    Attributes:
+        rungs: The levels that particles found on their way down from the noise, and samples of the model at each.
+        shares: Of the classes that are taken one by one, (1.0,) where all are taken together.
+        replicas: Columns of a start and a class; those of a start lie together, in it those of a class.
+        generator: Of all noise.
     """
-    lost = ""
-    for t, points in reversed(list(zip(levels, x, strict=True))):
-        inside = target.evaluate(points, t).log_gamma.isfinite()
-        for row in (~inside).nonzero()[:, 0].tolist():
-            others = (inside & (columns == columns[row])).nonzero()[:, 0]
-            if not len(others):
-                return "all samples of a level"
-            points[row] = points[others[row % len(others)]]
-        data = inside[samples:]
-        lost = "most of the data" if len(data) and 2 * int(data.sum()) < len(data) else ""
-    return lost
 
+    def __init__(self, target: ModelTarget, kernels: Kernels, scoring: Scoring, replicas: int, by_class: bool) -> None:
+        self.target, self.model, self.scoring = target, target.model, scoring
+        self.generator, self.by_class = stream(scoring.seed, "replicas"), by_class
+        self.shares = prior_of(self.model).exp().tolist() if by_class else [1.0]
+        self.replicas, classes = max(2, replicas // len(self.shares)), len(self.shares)
+        self.labels = torch.arange(classes, device=self.model.schedule.alpha.device)
+        size = max(OF_CLASS if by_class else DESCENDING, self.replicas)
+        if by_class:  # each class comes down by itself
+            target.y = self.labels.repeat_interleave(size)
+        rungs = ladder(target, kernels, scoring.level_of(self.model), classes * size, self.generator, classes)
+        # Particles that were resampled from one are neighbours.
+        chosen = torch.arange(self.replicas) * size // self.replicas + size * torch.arange(classes)[:, None]
+        self.rungs = rungs._replace(x=rungs.x[:, chosen.flatten()])
 
-def _clean(model: DensityModel, x: Tensor, scoring: Scoring) -> Tensor:
-    """Data as a noisy level sees them, model units."""
-    return Batch(model, x, None, slice(0, len(x)), scoring.seed).clean()[0]
+    @property
+    def levels(self) -> list[int]:
+        """Levels of the rungs, rising."""
+        return self.rungs.levels
 
+    def starts(self, held: Tensor | None, anywhere: bool) -> dict[str, Tensor]:
+        """Where replicas start, (rungs, columns, *shape) each: samples, ``held``-out data, far points if ``anywhere``.
 
-def _classes(model: DensityModel, x: Tensor, level: int, scoring: Scoring) -> Tensor:
-    """The class of data that a joint model takes for the most probable at a level, long (N,)."""
-    x_0, generator = _clean(model, x, scoring), stream(scoring.seed, "classes")
-    noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
-    x_t = model.schedule.perturb(x_0, level, noise).to(working_dtype(model, torch.float64))
-    return in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), scoring.batch_size)
+        Far are images of the highest grey level, or points beyond all continuous data.
+        """
+        starts, transform, n = {"samples": self.rungs.x}, self.model.transform, self.replicas
+        if held is not None:
+            parts = self.by_classes(held)
+            starts["data"] = self.at_levels(torch.cat([part[torch.arange(n) * len(part) // n] for part in parts]))
+        if anywhere and transform is not None and transform.high is not None:
+            white = torch.full((n, *self.target.shape), float(transform.high), dtype=torch.float64)
+            starts["white"] = self.at_levels(white)
+        elif anywhere:
+            reference = self.target.reference
+            signs = 2.0 * torch.randint(0, 2, (n, math.prod(self.target.shape)), generator=self.generator) - 1
+            far = FAR * signs.to(reference.variances) * reference.variances.sqrt()
+            starts["far"] = self.noised(reference.mean + reference.rotation.inverse(far))
+        return starts
+
+    def by_classes(self, x: Tensor) -> list[Tensor]:
+        """Data by class, as the model sees it; a class that is hardly there has all of them."""
+        if not self.by_class:
+            return [x]
+        x_0, generator = self._clean(x), stream(self.scoring.seed, "classes")
+        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
+        x_t = self.model.schedule.perturb(x_0, self.levels[0], noise).to(self.target.dtype)
+
+        def most_probable(rows: slice) -> Tensor:
+            return self.model.class_posterior(x_t[rows], self.levels[0]).argmax(1)
+
+        classes = in_batches(self.model, x_t, most_probable, self.scoring.batch_size)
+        own = [x[classes == k] for k in range(len(self.shares))]
+        return [part if len(part) > 1 else x for part in own]
+
+    def at_levels(self, x: Tensor) -> Tensor:
+        """Data, data units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
+        return self.noised(self._clean(x))
+
+    def noised(self, x_0: Tensor) -> Tensor:
+        """The same of points in model units."""
+        noise = torch.randn(len(self.levels), *x_0.shape, generator=self.generator, dtype=torch.float64)
+        pairs = zip(self.levels, noise.to(x_0.device), strict=True)
+        return torch.stack([self.model.schedule.perturb(x_0, t, eps) for t, eps in pairs])
+
+    def _clean(self, x: Tensor) -> Tensor:
+        """Data as a noisy level sees them, model units."""
+        return Batch(self.model, x, None, slice(0, len(x)), self.scoring.seed).clean()[0]
+
+    def fenced(self, usual: Sequence[Tensor], count: int) -> Fenced:
+        """The target where it is as at ``usual`` points of each class, (rungs, n, *shape), in ``count`` columns."""
+        targets = [self.target]
+        if self.by_class:
+            targets = [ModelTarget(self.model, y, self.scoring.batch_size) for y in range(len(self.shares))]
+        profiles = [[own.profile(part) for part in parts] for own, parts in zip(targets, usual, strict=True)]
+        return Fenced(self.target, Fence.of(self.levels, profiles), self.columns(count) if self.by_class else None)
+
+    def move_within(self, target: Fenced, x: Tensor) -> str:
+        """Points (rungs, columns, *shape) outside the fence become others of their class; says what should be inside.
+
+        The first columns are samples of the model.
+        """
+        lost, classes = "", self.columns(len(x[0]))
+        for t, points in reversed(list(zip(self.levels, x, strict=True))):
+            inside = target.evaluate(points, t).log_gamma.isfinite()
+            for row in (~inside).nonzero()[:, 0].tolist():
+                others = (inside & (classes == classes[row])).nonzero()[:, 0]
+                if not len(others):
+                    return "all samples of a level"
+                points[row] = points[others[row % len(others)]]
+            data = inside[self.rungs.x.shape[1] :]
+            lost = "most of the data" if len(data) and 2 * int(data.sum()) < len(data) else ""
+        return lost
+
+    def upper_ends(self, run: Replicas) -> Tensor:
+        """Upper ends of 95 % intervals of log Z of each class, (classes,)."""
+        classes = self.columns(run.columns).cpu()
+        ends = [run.log_z(torch.arange(run.columns)[classes == k]) for k in range(len(self.shares))]
+        return torch.tensor([end.total + 1.96 * end.se for end in ends], dtype=torch.float64)
+
+    def columns(self, count: int) -> Tensor:
+        """Class of each of so many columns."""
+        return self.labels.repeat_interleave(self.replicas).repeat(count // (self.replicas * len(self.shares)))

@@ -11,7 +11,7 @@ HOME = Path(__file__).parent
 CARD = "card.md"
 """What a model of the zoo is, what it was trained on, and what it reaches; see :func:`about`."""
 
-HUB_FILES = ("config.json", "model.safetensors", "README.md")
+HUB_FILES = ["config.json", "model.safetensors", "log_z.json", "log_z.safetensors", "README.md"]
 """All that is read of a repository on the Hugging Face Hub: numbers and text, never code."""
 
 
@@ -48,6 +48,6 @@ def located(model: str | Path) -> Path:
     if repository.count("/") != 1:
         raise UserError(f"{model}: write hub:OWNER/NAME")
     try:
-        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        return Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
     except Exception as error:  # a wrong name, no such repository, no network: they have no common type
         raise UserError(f"{model}: cannot be downloaded ({reason(error)})") from None
