@@ -114,11 +114,9 @@ class Scorer:
             where[flags.numpy()] = top_columns(self.explain(found.x[flags]), self.info.columns)
         for k in deviating.nonzero()[:, 0].tolist():
             where[k] = f"{found.deviating[k]} (unlike any in training)"
-        return {
-            "input": np.array(found.names, object), "score": scores.numpy(),
-            "percentile": self.detector.percentile(scores).numpy(), "flag": flags.numpy(),
-            "deviating": deviating.numpy(), "where": where,
-        }  # fmt: skip
+        numbers = {"score": scores, "percentile": self.detector.percentile(scores), "flag": flags}
+        numbers = {name: part.numpy() for name, part in (numbers | {"deviating": deviating}).items()}
+        return {"input": np.array(found.names, object), **numbers, "where": where}
 
     def _read(self, batch: Mapping[str, np.ndarray]) -> tuple[Inputs, np.ndarray]:
         """Samples of arrays or of columns, and which rows they are."""
@@ -167,16 +165,15 @@ def score_on_ray(
     scorer = deepcopy(scorer)
     for model in scorer.detector.models:
         model.cpu()
-    arguments = {"model": scorer.model.cpu(), "detector": scorer.detector, "explain": scorer.explain,
-                 "fpr": scorer.fpr, "skip_bad": scorer.skip_bad, "device": "cuda" if gpu else "cpu"}  # fmt: skip
+    arguments = {name: getattr(scorer, name) for name in ("model", "detector", "explain", "fpr", "skip_bad")}
+    arguments |= {"model": scorer.model.cpu(), "device": "cuda" if gpu else "cpu"}
     with _cluster(workers) as (ray, cores):
         there = int(ray.cluster_resources().get("GPU", 1)) if gpu else cores
         count = min(workers or there, there, -(-len(parts) // size))
         rows = [{PATH: path, PART: part} for path, part in parts]
-        scored = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size)).map_batches(
-            type(scorer), fn_constructor_kwargs=arguments, batch_size=size, num_cpus=1, num_gpus=int(gpu),
-            compute=ray.data.ActorPoolStrategy(size=count),
-        )  # fmt: skip
+        blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size))
+        pool = {"compute": ray.data.ActorPoolStrategy(size=count), "num_cpus": 1, "num_gpus": int(gpu)}
+        scored = blocks.map_batches(type(scorer), fn_constructor_kwargs=arguments, batch_size=size, **pool)
         unit = "image" if size > 1 else "part"
         try:
             with tqdm(total=len(rows), desc=f"{count} workers", unit=unit, disable=not progress) as bar:

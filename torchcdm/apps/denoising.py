@@ -178,6 +178,6 @@ def common_scale(transform: DataTransform) -> float | None:
 def require_additive_noise(transform: DataTransform) -> None:
     """Refuses models for which noise on the data is none in model units, whose transform is not affine: UserError."""
     if transform.gaussianized:
-        raise UserError("this model sees Gaussianised data, where noise on grey levels or columns is not additive; to "
-                        "denoise data train with --data.gaussianize false (and, for columns of few values, "
-                        "--data.dequantize false)")  # fmt: skip
+        what = "this model sees Gaussianised data, where noise on grey levels or columns is not additive"
+        mend = "--data.gaussianize false (and, for columns of few values, --data.dequantize false)"
+        raise UserError(f"{what}; to denoise data train with {mend}")

@@ -171,8 +171,8 @@ class Explorer:
         single = len(chosen) == 1 and COMBINED.get(how) is not compose.none_of
         target = self.model if single or not chosen else COMBINED.get(how, compose.any_of)(self.model, chosen)
         y, guidance = (chosen[0], guidance) if single else (None, 0.0)
-        return compose.sample(target, int(n), steps=int(steps), y=y, guidance=guidance, seed=int(seed), units="codes",
-                              corrector=int(moves))  # fmt: skip
+        how = {"steps": int(steps), "corrector": int(moves), "guidance": guidance}
+        return compose.sample(target, int(n), y=y, seed=int(seed), units="codes", **how)
 
 
 def _sheet(images: Tensor) -> np.ndarray:
@@ -236,9 +236,8 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                         ink = gr.Button("Look at the drawing", elem_id="ink")
                     own = result("input", "input")
                 else:
-                    sizes = {"row_count": 1, "column_count": len(explorer.columns)}
-                    own = gr.Dataframe(headers=explorer.columns, label="the row; edit its cells", elem_id="input",
-                                       interactive=True, **sizes)  # fmt: skip
+                    cells = {"row_count": 1, "column_count": len(explorer.columns), "headers": explorer.columns}
+                    own = gr.Dataframe(label="the row; edit its cells", elem_id="input", interactive=True, **cells)
                     edited = gr.Button("Look at the edited row", elem_id="edited")
             with gr.Column():
                 words = gr.Markdown(elem_id="words")
@@ -263,10 +262,8 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
             drawn = result("samples", "samples")
 
         shown = [current, own, words, where, levels, noisy, clean]
-        gr.on(
-            [blocks.load, number.change], showing(lambda k: examples[int(k)][None]), [number, level], shown,
-            show_progress="minimal",
-        )  # fmt: skip
+        chosen = showing(lambda k: examples[int(k)][None])
+        gr.on([blocks.load, number.change], chosen, [number, level], shown, show_progress="minimal")
         file.upload(showing(explorer.uploaded), [file, level], shown)
         if images:
             ink.click(showing(lambda sketch: explorer.drawn(sketch["layers"])), [pad, level], shown)

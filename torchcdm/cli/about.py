@@ -19,10 +19,10 @@ def presets(options: argparse.Namespace) -> None:
     for name in preset_names():
         config, about = make_config(preset_fields(name)), preset_about(name)
         model = config.model
+        what = f"{config.data.spec or 'your data'}: {about['description']}"
+        how = f"{model.kind} {model.backbone.name}, {model.schedule.name} T={model.schedule.T}"
         reaches = f"; {about['reaches']} ({about['source']})" if "reaches" in about else ""
-        print(f"{name:26} {config.data.spec or 'your data'}: {about['description']}; {model.kind} "
-              f"{model.backbone.name}, {model.schedule.name} T={model.schedule.T}, {config.train.steps} "
-              f"steps{reaches}")  # fmt: skip
+        print(f"{name:26} {what}; {how}, {config.train.steps} steps{reaches}")
 
 
 def zoo(options: argparse.Namespace) -> None:

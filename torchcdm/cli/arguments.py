@@ -31,31 +31,19 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 to {10**9}")
 
 
-SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": ("model", {"metavar": "MODEL", "help": "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME"}),
-    "paths": ("paths", {"metavar": "PATH", "nargs": "+", "help": "images, folders, .npy, .npz, tables; data units"}),
-    "data": ("--data", {"metavar": "SPEC", "help": "other data than the run was trained on, of the same columns, "
-                        "shape and grey levels"}),
-    "split": ("--split", {"default": "test", "help": "train, validation or test"}),
-    "limit": ("--limit", {"type": count, "metavar": "N", "help": "at most N samples, evenly spaced"}),
-    "skip-bad": ("--skip-bad", {"action": "store_true", "help": "leave out images and rows that cannot be read"}),
-    "seed": ("--seed", {"type": int, "default": 0}),
-    "quiet": ("--quiet", {"action": "store_true", "help": "no progress bar"}),
-    "json": ("--json", {"metavar": "FILE", "type": Path, "help": "write the numbers to FILE, - for stdout"}),
-    "device": ("--device", {"help": "cpu, cuda, cuda:1; the best there is by default"}),
-}  # fmt: skip
-"""Arguments that several commands share: how argparse knows them."""
-
-
-def add_command(commands: Any, run: str, summary: str, example: str, shared: str = "") -> Parser:
-    """A subcommand named like the function ``module:function`` that it runs; ``shared`` are of :data:`SHARED`."""
-    name = run.rpartition(":")[2]
-    parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
-    parser.set_defaults(command=parser, run=run)
-    for word in shared.split():
-        flag, options = SHARED[word]
-        parser.add_argument(flag, **options)
-    return parser
+SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "model": ("model MODEL", "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME", {}),
+    "paths": ("paths PATH", "images, folders, .npy, .npz, tables; data units", {"nargs": "+"}),
+    "data": ("--data SPEC", "other data than the run was trained on, of the same columns, shape and grey levels", {}),
+    "split": ("--split", "train, validation or test", {"default": "test"}),
+    "limit": ("--limit N", "at most N samples, evenly spaced", {"kind": count}),
+    "skip-bad": ("--skip-bad", "leave out images and rows that cannot be read", {"kind": bool}),
+    "seed": ("--seed S", "seed of everything random", {"kind": int, "default": 0}),
+    "quiet": ("--quiet", "no progress bar", {"kind": bool}),
+    "json": ("--json FILE", "write the numbers to FILE, - for stdout", {"kind": Path}),
+    "device": ("--device D", "cpu, cuda, cuda:1; the best there is by default", {}),
+}
+"""Arguments that several commands share, as :func:`add` takes them."""
 
 
 def add(parser: Any, words: str, text: str | None, kind: Callable[[str], Any] | None = None, **options: Any) -> None:
@@ -64,6 +52,17 @@ def add(parser: Any, words: str, text: str | None, kind: Callable[[str], Any] | 
     text = f"{text} ({options['default']})" if "default" in options else text
     options |= {"action": "store_true"} if kind is bool else {"type": kind}
     parser.add_argument(name, help=text, **options, **({"metavar": metavar[0]} if metavar else {}))
+
+
+def add_command(commands: Any, run: str, summary: str, example: str, shared: str = "") -> Parser:
+    """A subcommand named like the function ``module:function`` that it runs; ``shared`` are of :data:`SHARED`."""
+    name = run.rpartition(":")[2]
+    parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
+    parser.set_defaults(command=parser, run=run)
+    for word in shared.split():
+        flag, text, options = SHARED[word]
+        add(parser, flag, text, **options)
+    return parser
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def add_commands(commands: Any) -> None:
     def command(run: str, summary: str, example: str, shared: str = "") -> Parser:
         return add_command(commands, f"torchcdm.cli.{run}", summary, example, shared)
 
-    parser = command("training:train", "train a model from a preset or a YAML file",
-                     "cdm train digits --out runs/digits", "skip-bad device")  # fmt: skip
+    example = "cdm train digits --out runs/digits"
+    parser = command("training:train", "train a model from a preset or a YAML file", example, "skip-bad device")
     add(parser, "preset PRESET", "see cdm presets", nargs="?")
     add(parser, "--config FILE", "YAML file instead of, or on top of, a preset")
     add(parser, "--out RUN", "folder of the run", required=True)
@@ -49,14 +49,14 @@ def add_commands(commands: Any) -> None:
     command("about:info", "what a run holds", "cdm info runs/digits", "model json")
     command("about:zoo", "the models that ship with the package", "cdm zoo", "json")
 
-    parser = command("about:push", "a model to the Hugging Face Hub, with a card",
-                     "cdm push runs/photos me/photos", "model")  # fmt: skip
+    example = "cdm push runs/photos me/photos"
+    parser = command("about:push", "a model to the Hugging Face Hub, with a card", example, "model")
     add(parser, "repository OWNER/NAME", "on the Hub; made where it does not exist")
     add(parser, "--private", "make a new repository private", bool)
     add(parser, "--card FILE", "Markdown of your own as the card", Path)
 
-    parser = command("training:convert", "a checkpoint of the published CDM code as a run",
-                     "cdm convert cifar10.pt runs/published --preset cifar10")  # fmt: skip
+    example = "cdm convert cifar10.pt runs/published --preset cifar10"
+    parser = command("training:convert", "a checkpoint of the published CDM code as a run", example)
     add(parser, "checkpoint OFFICIAL.pt", None, Path)
     add(parser, "out RUN", None, Path)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -64,13 +64,15 @@ def add_commands(commands: Any) -> None:
     add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
     add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
-    parser = command("sampling:sample", "draw samples", "cdm sample runs/digits --n 64 --out samples\n"
-                     "  cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both\n"
-                     "  accelerate launch -m torchcdm sample runs/digits --n 50000 --format array --out many",
-                     "model seed quiet device")  # fmt: skip
+    examples = (
+        "cdm sample runs/digits --n 64 --out samples",
+        "cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both",
+        "accelerate launch -m torchcdm sample runs/digits --n 50000 --format array --out many",
+    )
+    parser = command("sampling:sample", "draw samples", "\n  ".join(examples), "model seed quiet device")
     add(parser, "--n", "number of samples", count, default=64)
-    add(parser, "--sampler", "sa2, ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3: one "
-        "evaluation a step; heun: two (sa2; ddpm with moves)")  # fmt: skip
+    one = "sa2, ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3"
+    add(parser, "--sampler", f"{one}: one evaluation a step; heun: two (sa2; ddpm with moves)")
     add(parser, "--steps N", "sampling steps, up to T (25)", count)
     add(parser, "--spacing", "even, or adaptive: steps where trajectories bend, as 16 pilots find (sa2: adaptive)")
     add(parser, "--label K|balanced", "class by number or name, or all in turn")
@@ -84,9 +86,9 @@ def add_commands(commands: Any) -> None:
     add(parser, "--format", "what to write", default="grid", choices=("grid", "images", "array", "all"))
     add(parser, "--out DIR", None, Path, required=True)
 
-    parser = command("sampling:restore", "images from a part of them, a blurred or a smaller one: posterior samples",
-                     "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored",
-                     "model paths seed skip-bad quiet device")  # fmt: skip
+    what = "images from a part of them, a blurred or a smaller one: posterior samples"
+    example = "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored"
+    parser = command("sampling:restore", what, example, "model paths seed skip-bad quiet device")
     what = parser.add_mutually_exclusive_group(required=True)
     add(what, "--mask FILE", "an image or .npy of the model's size, not 0 where the pixels of PATH are known", Path)
     add(what, "--blur S", "PATH is blurred by a Gaussian of S pixels", float)
@@ -96,8 +98,8 @@ def add_commands(commands: Any) -> None:
     add(parser, "--particles N", "weighted particles that they are drawn from, at least --n", count, default=512)
     add(parser, "--out DIR", "for means, widths of 90 %% credible intervals, draws, restored.csv", Path, required=True)
 
-    parser = command("measuring:nll", "likelihood of held-out data", "cdm nll runs/digits --json nll.json",
-                     "model data split limit quiet json device")  # fmt: skip
+    example, shared = "cdm nll runs/digits --json nll.json", "model data split limit quiet json device"
+    parser = command("measuring:nll", "likelihood of held-out data", example, shared)
     add(parser, "--methods", "of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
     add(parser, "--draws K", "noise draws of the one-pass rows (1)", int)
     add(parser, "--level T", "level of the bounds and the flow; chosen by default", int)
@@ -107,13 +109,13 @@ def add_commands(commands: Any) -> None:
     add(parser, "--sweeps N", "sweeps of the replica exchange for log Z (200)", int)
     add(parser, "--seed", None, int)
 
-    parser = command("measuring:evaluate", "level accuracy, cross-entropy and denoising error per level",
-                     "cdm evaluate runs/digits --json levels.json", "model data split limit json device")  # fmt: skip
+    what, example = "level accuracy, cross-entropy and denoising error per level", "cdm evaluate runs/digits"
+    parser = command("measuring:evaluate", what, example, "model data split limit json device")
     add(parser, "--draws K", "noisy copies of each sample (4)", count)
 
-    parser = command("scoring:score", "how anomalous images, arrays or rows of tables are",
-                     "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv",
-                     "model paths skip-bad quiet json device")  # fmt: skip
+    example = "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv"
+    shared = "model paths skip-bad quiet json device"
+    parser = command("scoring:score", "how anomalous images, arrays or rows of tables are", example, shared)
     add(parser, "--score NAME", "levels, coarse, complexity, typicality, log_prob or ratio", default="levels")
     add(parser, "--background RUN", "model of broader data, for the score 'ratio'")
     add(parser, "--fpr P", "share of normal inputs to flag (0.05, or what the reference is enough for)", float)
@@ -129,18 +131,17 @@ def add_commands(commands: Any) -> None:
     add(parser, "--port P", "the first free one from 7860 on by default", int)
     add(parser, "--reference PATH", "normal data to compare with and to choose from (MODEL's own splits)", nargs="+")
 
-    parser = command("scoring:denoise", "remove white noise from images, arrays or tables",
-                     "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean",
-                     "model paths skip-bad device")  # fmt: skip
+    example, shared = "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean", "model paths skip-bad device"
+    parser = command("scoring:denoise", "remove white noise from images, arrays or tables", example, shared)
     strength = parser.add_mutually_exclusive_group()
     add(strength, "--level T", "noise of this level", int)
     add(strength, "--noise-std S", "noise of this deviation, data units, where all values share a scale", float)
-    add(parser, "--out DIR", "for the clean data, and noise.csv: level and noise_std of each input, for tables the "
-        "share of each column's own deviation, noise_ratio", Path, required=True)  # fmt: skip
+    noise = "level and noise_std of each input, for tables the share of each column's own deviation, noise_ratio"
+    add(parser, "--out DIR", f"for the clean data, and noise.csv: {noise}", Path, required=True)
 
-    parser = command("measuring:ratio", "density ratio of two data sets: numerator over denominator, at the query",
-                     "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv",
-                     "skip-bad seed quiet json device")  # fmt: skip
+    what = "density ratio of two data sets: numerator over denominator, at the query"
+    example = "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv"
+    parser = command("measuring:ratio", what, example, "skip-bad seed quiet json device")
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
         add(parser, f"{name} {name.upper()}", f"{what}: a table, an array, a folder of images, or a SPEC")
     add(parser, "--clip P", "weights above this quantile are set to it: 0.999", float)
@@ -152,8 +153,8 @@ def add_commands(commands: Any) -> None:
     add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", Path)
     add(parser, "--test", "also test whether the two sets differ, on halves of both", bool)
 
-    parser = command("measuring:mi", "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv",
-                     "seed json device")  # fmt: skip
+    what, example = "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv"
+    parser = command("measuring:mi", what, example, "seed json device")
     for name in ("x", "y"):
         add(parser, f"{name} {name.upper()}", "a table, an array, or a SPEC")
     add(parser, "--steps N", "most training steps", int)

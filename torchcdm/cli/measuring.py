@@ -25,10 +25,8 @@ from torchcdm.zoo import located
 
 def nll(options: argparse.Namespace) -> None:
     """Likelihood of a split."""
-    scoring = Scoring(**given(
-        level=options.level, draws=options.draws, seed=options.seed, steps=options.flow_steps,
-        probes=options.flow_probes,
-    ))  # fmt: skip
+    flow = given(steps=options.flow_steps, probes=options.flow_probes)
+    scoring = Scoring(**given(level=options.level, draws=options.draws, seed=options.seed), **flow)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # log Z takes longer than all others.
@@ -42,11 +40,10 @@ def nll(options: argparse.Namespace) -> None:
             raise UserError("--conditional: the model or the data have no classes")
         folder, measured = located(options.model), "logz" in methods
         training = source.train.tensors(TRAINING)[0] if measured and source.train else None
-        result = report(
-            model, x, y, scoring, methods, name=source.name, split=options.split,
-            progress=main and not options.quiet, training=training,
-            log_z=None if measured else read_log_z(folder, device), **given(sweeps=options.sweeps),
-        )  # fmt: skip
+        known = None if measured else read_log_z(folder, device)
+        more = {"name": source.name, "split": options.split, "progress": main and not options.quiet}
+        more |= given(sweeps=options.sweeps)
+        result = report(model, x, y, scoring, methods, training=training, log_z=known, **more)
     if main:
         tell(options.json, result.table(), result.to_json())
         # A model of the zoo or the Hub is not ours to change.
@@ -72,10 +69,10 @@ def ratio(options: argparse.Namespace) -> None:
     if options.save is not None:
         check_output(options.save / "ratio.json", kind="ratio")
     size = None if options.size is None else parse_size(options.size)
-    ratio = DensityRatio(
-        options.seed, options.discrete, device=str(chosen_device(options.device)), progress=not options.quiet,
-        data={"size": size, "channels": options.channels, "skip_bad": options.skip_bad}, **given(steps=options.steps),
-    ).fit(options.numerator, options.denominator)  # fmt: skip
+    data = {"size": size, "channels": options.channels, "skip_bad": options.skip_bad}
+    how = given(steps=options.steps) | {"device": str(chosen_device(options.device)), "progress": not options.quiet}
+    ratio = DensityRatio(options.seed, options.discrete, data=data, **how)
+    ratio.fit(options.numerator, options.denominator)
     scores = ratio.scores(options.query)
     weights = importance_weights(scores.log_ratio, options.clip)
     if options.save is not None:
@@ -90,12 +87,14 @@ def ratio(options: argparse.Namespace) -> None:
         "blend": ratio.blend,
         "counts": {"numerator": ratio.counts[1], "denominator": ratio.counts[0]},
         "query": {
-            "count": count, "outside": outside,
+            "count": count,
+            "outside": outside,
             "log_ratio": {"mean": float(scores.log_ratio.mean()), "min": low, "median": median, "max": high},
             "effective_sample_size": effective,
         },
-        "held_out": asdict(ratio.held_out), "notes": list(ratio.notes),
-    }  # fmt: skip
+        "held_out": asdict(ratio.held_out),
+        "notes": list(ratio.notes),
+    }
     lines = [*ratio.notes, "", "on held-out samples:", ratio.held_out.table(), "", f"query: {count} samples"]
     lines.append(f"log p/q from {low:.3g} to {high:.3g} nats, median {median:.3g}")
     lines.append(f"weights: effective sample size {effective:.0f} ({100 * effective / count:.0f} %)")

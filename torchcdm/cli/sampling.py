@@ -23,6 +23,9 @@ from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.finish import balanced_labels, draw
 
+SAMPLING = ("sampler", "steps", "guidance", "corrector", "spacing", "particles")
+"""Arguments that go to :func:`torchcdm.sample` as they are."""
+
 
 def sample(options: argparse.Namespace) -> None:
     """Samples to files, with a manifest."""
@@ -37,12 +40,9 @@ def sample(options: argparse.Namespace) -> None:
         # The classes of the model by number and by name.
         known = {str(k): k for k in range(model.classes or 0)}
         known |= {name: k for k, name in enumerate(info.class_names or ())}
-        y = _labels(options, model, known)
-        found, log_p = draw(
-            _composed(model, known, options), options.n, y, options.seed, sampler=options.sampler,
-            steps=options.steps, guidance=options.guidance, corrector=options.corrector, spacing=options.spacing,
-            particles=options.particles, progress=main and not options.quiet,
-        )  # fmt: skip
+        y, target = _labels(options, model, known), _composed(model, known, options)
+        how = {name: getattr(options, name) for name in SAMPLING}
+        found, log_p = draw(target, options.n, y, options.seed, progress=main and not options.quiet, **how)
     if not main:
         return
     if options.format in ("grid", "all"):
@@ -100,10 +100,8 @@ def restore(options: argparse.Namespace) -> None:
     means, widths, draws, rows = [], [], [], []
     for k, (y, name) in enumerate(zip(x, names, strict=True)):
         y = measurement(y[None])[0] if options.mask is not None else y
-        found = compose.sample(
-            compose.posterior(model, measurement, y, options.noise_std), options.n, particles=options.particles,
-            seed=options.seed, details=True, progress=not options.quiet,
-        )  # fmt: skip
+        target, how = compose.posterior(model, measurement, y, options.noise_std), {"particles": options.particles}
+        found = compose.sample(target, options.n, seed=options.seed, details=True, progress=not options.quiet, **how)
         mean, (low, high) = found.mean(), found.interval()
         width = high - low
         means, widths, draws = [*means, mean], [*widths, width], [*draws, found.x]

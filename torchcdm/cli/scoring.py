@@ -76,12 +76,10 @@ def score(options: argparse.Namespace) -> None:
     threshold = detector.threshold(fpr)
     if options.plot is not None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
-    numbers = {
-        "score": options.score, "fpr": fpr, "threshold": threshold,
-        "reference": {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)},
-        "count": len(scores), "flagged": sum(flags), "deviating": sum(deviating),
-        "scores": scores, "percentiles": percentiles, "flags": flags,
-    }  # fmt: skip
+    known = {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)}
+    numbers = {"score": options.score, "fpr": fpr, "threshold": threshold, "reference": known}
+    numbers |= {"count": len(scores), "flagged": sum(flags), "deviating": sum(deviating)}
+    numbers |= {"scores": scores, "percentiles": percentiles, "flags": flags}
     tell(options.json, _summary(numbers, names), numbers)
 
 
@@ -117,18 +115,17 @@ def _highest(scores: Sequence[float]) -> list[int]:
 
 def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
     """The most anomalous inputs, and what the flags mean."""
-    scores, count = numbers["scores"], numbers["count"]
+    scores, count, fpr, known = (numbers[name] for name in ("scores", "count", "fpr", "reference"))
     lines = [f"{'score':>12}{'percentile':>12}  input"]
     for i in _highest(scores):
         mark = "*" if numbers["flags"][i] else " "
         lines.append(f"{scores[i]:12.5g}{numbers['percentiles'][i]:12.2f}{mark} {names[i]}")
     if count > SHOWN:
         lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
-    lines.append(f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be "
-                 f"{numbers['fpr'] * count:.3g} or fewer on average, a rate of {numbers['fpr']:.3g}")  # fmt: skip
-    lines.append(f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, calibrated on "
-                 f"{numbers['reference']['calibration']} held-out samples: "
-                 f"{numbers['reference']['name']}")  # fmt: skip
+    usual = f"{fpr * count:.3g} or fewer on average, a rate of {fpr:.3g}"
+    lines.append(f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be {usual}")
+    calibrated = f"calibrated on {known['calibration']} held-out samples: {known['name']}"
+    lines.append(f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, {calibrated}")
     if numbers["deviating"]:
         lines.append(f"{numbers['deviating']} of them whatever their score: they hold what training never had")
     if numbers["score"] == "log_prob":

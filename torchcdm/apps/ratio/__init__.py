@@ -4,5 +4,5 @@ from torchcdm.apps.ratio.checks import Calibration, effective_sample_size, impor
 from torchcdm.apps.ratio.density_ratio import DensityRatio, Scores
 from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, mutual_information
 
-__all__ = ["Calibration", "DensityRatio", "Estimate", "Scores", "TwoSampleTest", "effective_sample_size",
-           "importance_weights", "mutual_information"]  # fmt: skip
+__all__ = ["Calibration", "DensityRatio", "Estimate", "Scores", "TwoSampleTest"]
+__all__ += ["effective_sample_size", "importance_weights", "mutual_information"]

@@ -43,10 +43,9 @@ def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
         up, down = np.split(rows @ weights, sizes[:1])
         return donsker_varadhan(up, down) + donsker_varadhan(-down, -up)
 
-    found = minimize(
-        loss, plain, jac=True, method="SLSQP", bounds=[(0, 1)] * count + [(None, None)],
-        constraints={"type": "ineq", "fun": lambda weights: 1 - weights[:count].sum()},
-    ).x.round(3)  # fmt: skip
+    bounds = [(0, 1)] * count + [(None, None)]
+    at_most_one = {"type": "ineq", "fun": lambda weights: 1 - weights[:count].sum()}
+    found = minimize(loss, plain, jac=True, method="SLSQP", bounds=bounds, constraints=at_most_one).x.round(3)
     gains = losses(plain) - losses(found)
     gain = float(share @ gains)
     better = gain > ERRORS * float(np.sqrt(np.square(share) @ np.square(gains - gain)))

@@ -147,12 +147,12 @@ class Calibration:
             ("mean_inverse", self.mean_inverse, self.mean_inverse_error, "q/p over the numerator"),
         ):
             if not abs(mean - 1) <= max(3 * error, 0.2):
-                found.append(f"{name}: the mean of {over} is {mean:.2g} +- {error:.1g} instead of 1, large ratios are "
-                             f"too {'small' if mean < 1 else 'large'}; give more samples")  # fmt: skip
+                what, size = f"the mean of {over} is {mean:.2g} +- {error:.1g}", "small" if mean < 1 else "large"
+                found.append(f"{name}: {what} instead of 1, large ratios are too {size}; give more samples")
         if self.effective_sample_size < FEWEST:
-            found.append(f"effective_sample_size: {self.effective_sample_size:.0f} of {self.denominator} held-out "
-                         "samples carry the weights p/q: clip them (clip=0.99), or take a denominator nearer to the "
-                         "numerator")  # fmt: skip
+            what = f"{self.effective_sample_size:.0f} of {self.denominator} held-out samples carry the weights p/q"
+            mend = "clip them (clip=0.99), or take a denominator nearer to the numerator"
+            found.append(f"effective_sample_size: {what}: {mend}")
         return found
 
     def table(self) -> str:
@@ -166,8 +166,8 @@ class Calibration:
             f"calibration error                 {self.calibration_error:.3f}",
             "P(numerator)  predicted  observed  samples",
         ]
-        lines += [f"{line.low:.1f} ... {line.high:.1f}   {line.predicted:9.3f} {line.observed:9.3f} {line.count:8}"
-                  for line in self.bins]  # fmt: skip
+        for low, high, predicted, observed, count, _ in self.bins:
+            lines.append(f"{low:.1f} ... {high:.1f}   {predicted:9.3f} {observed:9.3f} {count:8}")
         return "\n".join(lines)
 
 
@@ -185,5 +185,5 @@ def _reliability(numerator: np.ndarray, denominator: np.ndarray, bins: int = 10)
     index = np.minimum((predicted * bins).astype(int), bins - 1)
     parts = (None, weights, weights * predicted, weights * is_numerator)
     rows = zip(*(np.bincount(index, part, bins).tolist() for part in parts), strict=True)
-    return [Bin(k / bins, (k + 1) / bins, up / mass, hits / mass, count, mass)
-            for k, (count, mass, up, hits) in enumerate(rows) if count]  # fmt: skip
+    filled = [(k, *row) for k, row in enumerate(rows) if row[0]]
+    return [Bin(k / bins, (k + 1) / bins, up / n, hits / n, count, n) for k, count, n, up, hits in filled]

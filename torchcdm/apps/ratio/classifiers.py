@@ -89,8 +89,8 @@ def train(
     seen = [(fold != member).nonzero()[:, 0] for member in range(MEMBERS)]
     apart = torch.stack([(fold == member).nonzero()[: rows // MEMBERS, 0] for member in range(MEMBERS)])
     named = dict(networks.named_parameters())
-    groups = [{"params": [own for name, own in named.items() if ("biases" in name) == of_bias], "weight_decay": price}
-              for of_bias, price in ((False, decay), (True, 0.0))]  # fmt: skip
+    biases, weights = ([own for name, own in named.items() if ("biases" in name) == of] for of in (True, False))
+    groups = [{"params": weights, "weight_decay": decay}, {"params": biases, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, rate)
     # A rise of a single step would be a division by zero there.
     rise = min(1.0, max(0.1, 2 / steps))
@@ -127,11 +127,10 @@ def grown(x: Tensor, y: Tensor, seed: int, until: float = math.inf) -> dict[str,
     from sklearn.ensemble import GradientBoostingClassifier
 
     rows, columns = x.shape
-    model = GradientBoostingClassifier(
-        learning_rate=SHRINKAGE, n_estimators=TREES, max_depth=DEPTH,
-        n_iter_no_change=PATIENCE if rows > FEW else None, random_state=derive(seed, "trees"),
-        subsample=min(0.5, TREE_ROWS / rows), max_features=max(1, min(columns // 2, TREE_COLUMNS)),
-    )  # fmt: skip
+    size = {"learning_rate": SHRINKAGE, "n_estimators": TREES, "max_depth": DEPTH}
+    part = {"subsample": min(0.5, TREE_ROWS / rows), "max_features": max(1, min(columns // 2, TREE_COLUMNS))}
+    stop = {"n_iter_no_change": PATIENCE if rows > FEW else None}
+    model = GradientBoostingClassifier(random_state=derive(seed, "trees"), **size, **part, **stop)
     # Its start, the log odds of the counts, is no part of a ratio of densities.
     model.fit(x.numpy(), y.numpy(), monitor=lambda *_: time.monotonic() > until)
     trees = [tree.tree_ for tree in model.estimators_[:, 0]]

@@ -51,11 +51,10 @@ def unmixing(x: np.ndarray) -> np.ndarray:
     from sklearn.decomposition import FastICA
     from sklearn.exceptions import ConvergenceWarning
 
+    options = {"whiten": "unit-variance", "whiten_solver": "eigh", "max_iter": COMPONENT_ITERATIONS, "tol": 1e-3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return FastICA(
-            whiten="unit-variance", whiten_solver="eigh", random_state=0, max_iter=COMPONENT_ITERATIONS, tol=1e-3
-        ).fit(x).components_  # fmt: skip
+        return FastICA(random_state=0, **options).fit(x).components_
 
 
 @final

@@ -191,10 +191,9 @@ def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed:
         return np.hstack([u, v, u - v, *((x[rows], y[partners]) if few or not u.size else ())])
 
     partners = [seen, *strangers(seen)]
-    model = HistGradientBoostingClassifier(
-        learning_rate=SHRINKAGE, max_iter=TREES, max_leaf_nodes=LEAVES, class_weight="balanced",
-        early_stopping=len(seen) > MIN_STOPPING, random_state=seed,
-    )  # fmt: skip
+    options = {"learning_rate": SHRINKAGE, "max_iter": TREES, "max_leaf_nodes": LEAVES, "class_weight": "balanced"}
+    stopping = len(seen) > MIN_STOPPING
+    model = HistGradientBoostingClassifier(early_stopping=stopping, random_state=seed, **options)
     model.fit(np.vstack([columns(seen, other) for other in partners]), np.arange(len(partners)).repeat(len(seen)) == 0)
     return lambda rows, partners: model.decision_function(columns(rows, partners))
 

@@ -102,9 +102,10 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
     coverage = float((up <= down.max()).mean())
     notes = []
     if coverage < COVERED:
-        notes.append(f"coverage: {100 * (1 - coverage):.0f} % of the numerator's samples have larger ratios than any "
-                     "of the denominator's: their size rests on the form of the fit; give samples from in "
-                     "between")  # fmt: skip
+        what = (
+            f"{100 * (1 - coverage):.0f} % of the numerator's samples have larger ratios than any of the denominator's"
+        )
+        notes.append(f"coverage: {what}: their size rests on the form of the fit; give samples from in between")
     if size < FEW:
         notes.append(f"effective_sample_size: {size:.0f} samples carry the weights p/q; give more of the denominator")
     if bound is not None and apart:
@@ -236,8 +237,9 @@ def two_sample_test(
     own, witness = statistic(together), np.tanh(together / 2)
     permuted = np.array([draw.permutation(weights) @ witness for _ in range(permutations)])
     p_value = (1 + int((permuted >= own - 1e-12).sum())) / (1 + permutations)
-    rows = [tuple(Differing(str(place[i]), float(r[i])) for i in np.argsort(sign * r)[:SHOWN])
-            for place, r, sign in zip(places, (up, down), (-1, 1), strict=True)]  # fmt: skip
+    rows = []
+    for place, r, sign in zip(places, (up, down), (-1, 1), strict=True):
+        rows.append(tuple(Differing(str(place[i]), float(r[i])) for i in np.argsort(sign * r)[:SHOWN]))
     falls = []
     for name in () if isinstance(tested[1], Tensor) else tested[1].columns:
         # A column shuffled over both sources tells them apart no longer.
