@@ -160,8 +160,8 @@ class CDMLoss(Loss):
             ce = ce - prior.masked_fill(t == schedule.T + 1, 0)
         d = x_t[0].numel()
         logits = self.ce_weight / d * ce.to(dtype)
-        terms = {"ce": nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype), "mse": mse, "t": t,
-                 "correct": (unconditional.argmax(1) == t).to(dtype)}  # fmt: skip
+        ce_of_level = nn.functional.cross_entropy(unconditional, t, reduction="none").to(dtype)
+        terms = {"ce": ce_of_level, "mse": mse, "t": t, "correct": (unconditional.argmax(1) == t).to(dtype)}
         if self.model.joint:
             terms["ce_joint"] = ce.to(dtype)
         if self.time_weight and self.logits_count:

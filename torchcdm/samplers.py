@@ -32,7 +32,9 @@ from torchcdm.runtime.validation import Float, Int, Share, checked
 Visited = tuple[int, Prediction]
 """A level that the sampler has been to, and what the denoiser said there."""
 
-Order = Annotated[Int, Ge(2), Le(4)]
+Order = Annotated[Int, Ge(1), Le(4)]
+Time = Callable[[Tensor], Tensor]
+"""Function of r in which a polynomial is."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class IPNDM(Sampler):
     WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
     @checked
-    def __init__(self, order: Order = 4) -> None:
+    def __init__(self, order: Annotated[Order, Ge(2)] = 4) -> None:
         self.memory = order - 1
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
@@ -197,7 +199,7 @@ class DEIS(Sampler):
     """
 
     @checked
-    def __init__(self, order: Order = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
+    def __init__(self, order: Annotated[Order, Ge(2)] = 3, time: Time = torch.atan) -> None:
         self.memory, self.time = order - 1, time
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
@@ -220,7 +222,7 @@ class UniPC(Sampler):
     """
 
     @checked
-    def __init__(self, order: Annotated[Int, Ge(1), Le(4)] = 3, time: Callable[[Tensor], Tensor] = torch.atan) -> None:
+    def __init__(self, order: Order = 3, time: Time = torch.atan) -> None:
         self.memory, self.time = order, time
 
     def corrected(self, step: Step, now: Prediction) -> Prediction:
@@ -264,9 +266,8 @@ class SASolver(Sampler):
 
     @checked
     def __init__(
-        self, order: Annotated[Int, Ge(1), Le(4)] = 2, eta: Annotated[Float, Ge(0), Le(20)] = 4.0,
-        time: Callable[[Tensor], Tensor] = log_variance,
-    ) -> None:  # fmt: skip
+        self, order: Order = 2, eta: Annotated[Float, Ge(0), Le(20)] = 4.0, time: Time = log_variance
+    ) -> None:
         self.memory, self.eta, self.time = order - 1, eta, time
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
@@ -277,9 +278,7 @@ class SASolver(Sampler):
         return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
 
 
-def _integral(
-    step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Callable[[Tensor], Tensor], power: float
-) -> Tensor:
+def _integral(step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Time, power: float) -> Tensor:
     """The integral from level t to s, over r to the ``power``, of eps (power 1) or x_0 (below 0), shape of x.
 
     Each is the polynomial in ``time`` of r through what was ``visited``. By Gauss-Legendre quadrature over log r,
@@ -297,11 +296,11 @@ def _integral(
     return total
 
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "sa2": SASolver, "ddpm": partial(DDIM, 1.0), "ddim": DDIM, "dpm2": partial(DEIS, 2, torch.log),
-    "dpm++": DPMSolverPP2M, "heun": Heun, "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4),
-    "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4), "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
-}  # fmt: skip
+SAMPLERS: dict[str, Callable[[], Sampler]] = {"sa2": SASolver, "ddpm": partial(DDIM, 1.0), "ddim": DDIM}
+SAMPLERS |= {"dpm2": partial(DEIS, 2, torch.log), "dpm++": DPMSolverPP2M, "heun": Heun}
+SAMPLERS |= {"deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4)}
+SAMPLERS |= {"ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4)}
+SAMPLERS |= {"unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3)}
 """What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 

@@ -33,7 +33,8 @@ from studies.benchmarks.ratio_pairs import SCHEDULE, mixture
 from studies.exact import GaussianMixture
 from torchcdm import DensityRatio
 from torchcdm.data import from_object
-from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture
+from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.mixture import MixtureMarginals, best_mixture, fit_gaussians
 
 MODES, SIDE = 40, 80.0
 
@@ -144,7 +145,8 @@ def by_start(task: Task) -> np.ndarray:
     rows, mean, scale = standardised(task)
     sources, shrinkage = torch.arange(2).repeat_interleave(len(task.rows)), shrinkage_of(rows)
     print(f"shrinkage {shrinkage}", flush=True)
-    common = MixtureMarginals.fit(rows, SCHEDULE, STARTED, shrinkage=shrinkage, rows=len(rows))
+    fitted = fit_gaussians(rows, STARTED, shrinkage=shrinkage, rows=len(rows))
+    common = MixtureMarginals(SCHEDULE, *fitted, GaussianMarginals.fit(rows, SCHEDULE, shrinkage=shrinkage))
     start = common.with_classes(rows, sources)
     log_p = start.class_effects((task.points.flatten(0, 1) - mean) / scale)[..., 0]
     return modes_of(task, (log_p[:, 1] - log_p[:, 0]).numpy())
@@ -212,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rows", type=int, default=8000, metavar="N", help="training rows of each source")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="most training steps")
-    parser.add_argument("--mixture-steps", type=int, metavar="N",
-                        help="those of contenders that start from a mixture")
+    parser.add_argument("--mixture-steps", type=int, metavar="N", help="those of contenders that start from a mixture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     options = parser.parse_args(arguments)

@@ -52,9 +52,8 @@ class States:
 
     def take(self, rows: Tensor | slice) -> States:
         """Those of some rows: of a slice they share memory."""
-        return States(self.x[rows], self.t if isinstance(self.t, int) else self.t[rows],
-                      Evaluated(*(None if part is None else part[rows] for part in self.at)),
-                      None if self.origin is None else self.origin[rows])  # fmt: skip
+        t, origin = (part[rows] if isinstance(part, Tensor) else part for part in (self.t, self.origin))
+        return States(self.x[rows], t, Evaluated(*(None if part is None else part[rows] for part in self.at)), origin)
 
     def put(self, rows: Tensor, other: States) -> None:
         """Takes points, not levels, from ``other``, which has as many rows as ``rows`` names."""

@@ -144,8 +144,8 @@ class Replicas:
         down, up, n = states.take(rows), states.take(rows + K), len(rows)
         noise_up = torch.randn(down.x.shape, generator=self.generator, dtype=torch.float64).to(device)
         noise_down = torch.randn(n, math.prod(self.target.shape), generator=self.generator, dtype=torch.float64)
-        x = [kernels.down(up.x, up.at.eps, up.t, down.t, noise_down.to(device)),
-             kernels.up(down.x, down.t, up.t, noise_up)]  # fmt: skip
+        lowered = kernels.down(up.x, up.at.eps, up.t, down.t, noise_down.to(device))
+        x = [lowered, kernels.up(down.x, down.t, up.t, noise_up)]
         t, last = [down.t, up.t], slice(len(states.x) - K, None)
         top = (self.count - 1) % 2 == parity
         if top:

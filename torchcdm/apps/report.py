@@ -48,10 +48,9 @@ def write_report(
         x, _ = split.tensors(limit)
         scoring = Scoring(draws=config.report.draws, steps=config.report.flow_steps)
         # The unconditional density, also of models that saw classes: the baselines know none.
-        nll = likelihood_report(
-            model, x, None, scoring, methods, config.report.sweeps, name=source.name, split=split_name,
-            progress=progress, training=source.train.tensors(TRAINING)[0],
-        )  # fmt: skip
+        said = {"name": source.name, "split": split_name, "progress": progress}
+        usual = source.train.tensors(TRAINING)[0]
+        nll = likelihood_report(model, x, None, scoring, methods, config.report.sweeps, training=usual, **said)
         if nll.log_z is not None and nll.log_z.usable:
             write_log_z(folder.root, nll.log_z)
         beside = _beside(source, x) if config.report.baselines else []
@@ -63,22 +62,23 @@ def write_report(
     plots.training_curves(lines, folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
     last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
-    by_level = {"consistency": ratios, "gap_to_flow_by_level": nll and nll.gaps and nll.gaps._asdict()}
-    write_json(folder.report, {
+    versions = {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    numbers = {
         "preset": config.preset,
         "data": {"name": source.name, "split": split_name, "count": evaluation["count"], "dim": source.transform.dim},
         "steps": last["step"],
         "seconds": last["seconds"],
-        "versions": {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__,
-                     "python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
         "baselines": [baseline._asdict() for baseline in beside],
         "levels": evaluation["mean"],
         # What the training found of its model and of what it has to beat.
         "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
         "nll": nll and nll.to_json(),
-        **{name: found and {key: torch.as_tensor(value).tolist() for key, value in found.items()}
-           for name, found in by_level.items()},
-    })  # fmt: skip
+    }
+    by_level = {"consistency": ratios, "gap_to_flow_by_level": nll and nll.gaps and nll.gaps._asdict()}
+    for name, found in by_level.items():
+        numbers[name] = found and {key: torch.as_tensor(value).tolist() for key, value in found.items()}
+    write_json(folder.report, numbers)
     return _text(nll, beside, evaluation)
 
 

@@ -19,11 +19,14 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.zoo import CARD, HUB_FILES, located
 
 ROWS = {
-    "one-pass": "one pass, level 0", "one-pass-level": "one pass, through a little noise",
-    "one-pass-normalized": "one pass, normalised", "one-pass-restricted": "one pass, bound for any input",
-    "few-pass-restricted": "few passes, bound for any input", "elbo": "ELBO of the reverse chain",
+    "one-pass": "one pass, level 0",
+    "one-pass-level": "one pass, through a little noise",
+    "one-pass-normalized": "one pass, normalised",
+    "one-pass-restricted": "one pass, bound for any input",
+    "few-pass-restricted": "few passes, bound for any input",
+    "elbo": "ELBO of the reverse chain",
     "flow": "probability flow",
-}  # fmt: skip
+}
 """Rows of a likelihood report as a card names them."""
 
 LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it."
@@ -89,12 +92,13 @@ def model_card(
     model, shape = info.model, "x".join(map(str, info.transform.shape))
     nll = (report or {}).get("nll")
     fields = (("description", description), ("reaches", _reaches(nll) if nll else ""))
-    parts = ["---", "license: mit", "library_name: torchcdm",
-             "tags: [density-estimation, diffusion, classification-diffusion]",
-             *(f'{key}: "{value}"' for key, value in fields if value), "---", "", f"# {title}", ""]  # fmt: skip
+    parts = ["---\nlicense: mit\nlibrary_name: torchcdm"]
+    parts += ["tags: [density-estimation, diffusion, classification-diffusion]"]
+    parts += [*(f'{key}: "{value}"' for key, value in fields if value), f"---\n\n# {title}\n"]
     kind = "classification diffusion model" if model.kind == "cdm" else "plain denoising diffusion model"
     parts += [
-        f"{description}. " * bool(description)
+        f"{description}. "
+        * bool(description)
         + f"A {kind} of {shape} inputs: network `{model.backbone.name}` with {parameters:,} weights, schedule "
         f"`{model.schedule.name}` with {model.schedule.T} levels, labels `{model.labels}`.",
         f'\n```python\nimport torchcdm\n\nmodel = torchcdm.load("{use}")',
@@ -108,10 +112,11 @@ def model_card(
         count, split = nll["data"]["count"], nll["data"]["split"]
         parts += ["## Numbers", "", f"{count} {split} samples, negative log-likelihood, lower is better.", ""]
         parts += [f"| likelihood | {nll['unit']} | s.e. |", "|---|---|---|"]
-        parts += [f"| {ROWS[row['name']]} | {row['value']:.3f} | {row['se']:.3f} |"
-                  for row in nll["rows"] if row["name"] in ROWS and row["value"] is not None]  # fmt: skip
-        parts += [f"| {other['name']} (not this model) | {other['value']:.3f} | {other['se']:.3f} |"
-                  for other in sorted(report["baselines"], key=lambda other: other["value"])]  # fmt: skip
+        rows = [row | {"name": ROWS[row["name"]]} for row in nll["rows"] if row["name"] in ROWS]
+        others = sorted(report["baselines"], key=lambda other: other["value"])
+        rows += [other | {"name": f"{other['name']} (not this model)"} for other in others]
+        rows = [row for row in rows if row["value"] is not None]
+        parts += [f"| {row['name']} | {row['value']:.3f} | {row['se']:.3f} |" for row in rows]
         # Without log Z there is nothing to believe or not.
         believed = f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}"
         unknown = "Log Z was not estimated: one pass has no verdict."

@@ -13,9 +13,9 @@ from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
 
-PARTS = {"block_1": "0.block", "block_2": "1.block", "attn_1": "0.attention", "attn": "attention",
-         "temb_proj": "project", "nin_shortcut": "shortcut", "q": "query", "k": "key", "v": "value",
-         "proj_out": "out"}  # fmt: skip
+PARTS = {"block_1": "0.block", "block_2": "1.block", "attn_1": "0.attention", "attn": "attention"}
+PARTS |= {"q": "query", "k": "key", "v": "value", "proj_out": "out"}
+PARTS |= {"temb_proj": "project", "nin_shortcut": "shortcut"}
 """Parts of names that differ."""
 
 NAMES = {
@@ -54,9 +54,9 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
     # Their way up counts from full resolution, ours from the coarsest.
     up = re.compile(r"(?<=^up\.)\d{1,3}(?=\.)", re.ASCII)
     last = max((int(m[0]) for m in map(up.search, averaged) if m), default=0)
+    turned = {up.sub(lambda stage: str(last - int(stage[0])), key): value for key, value in averaged.items()}
     try:
-        state = {renamed(up.sub(lambda stage: str(last - int(stage[0])), key), NAMES, PARTS): value
-                 for key, value in averaged.items()}  # fmt: skip
+        state = {renamed(key, NAMES, PARTS): value for key, value in turned.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     target = backbone.state_dict()

@@ -29,8 +29,9 @@ class DiffusersNetwork(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, sample: Tensor, timestep: Tensor | int | float, class_labels: Tensor | None = None,
-                guidance: float = 0.0) -> UNet2DOutput:  # fmt: skip
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, guidance: float = 0.0
+    ) -> UNet2DOutput:
         """The noise in ``sample`` (B, *shape), of variance 1 at the end, at an index 0 ... T - 1, or (B,)."""
         schedule, index = self.model.schedule, torch.as_tensor(timestep, device=sample.device)
         level = (1 + index.round().long()).clamp(1, schedule.T).expand(len(sample))
@@ -51,8 +52,8 @@ def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **o
         raise UserError(f"{kind.__name__} takes no trained_betas, so that it cannot have the model's levels")
     alpha, sigma = schedule.alpha[:-1].cpu(), schedule.sigma[:-1].cpu()
     kept = alpha**2 / (alpha**2 + sigma**2)
-    own = {"trained_betas": (1 - kept[1:] / kept[:-1]).tolist(), "num_train_timesteps": schedule.T,
-           "clip_sample": False, "timestep_spacing": "trailing", "use_karras_sigmas": False}  # fmt: skip
+    own = {"trained_betas": (1 - kept[1:] / kept[:-1]).tolist(), "num_train_timesteps": schedule.T}
+    own |= {"clip_sample": False, "timestep_spacing": "trailing", "use_karras_sigmas": False}
     return kind(**{name: value for name, value in own.items() if name in taken} | options)
 
 

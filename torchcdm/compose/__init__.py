@@ -5,5 +5,5 @@ from torchcdm.compose.rare import Probability, probability
 from torchcdm.compose.sampling import Draws, sample
 from torchcdm.compose.tilted import blur, downsampling, mask, posterior, tilted
 
-__all__ = ["Draws", "Probability", "all_of", "any_of", "blur", "downsampling", "mask", "none_of", "posterior",
-           "probability", "sample", "tempered", "tilted"]  # fmt: skip
+__all__ = ["Draws", "Probability", "all_of", "any_of", "none_of", "probability", "sample", "tempered", "tilted"]
+__all__ += ["blur", "downsampling", "mask", "posterior"]

@@ -129,9 +129,11 @@ def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:
 
 
 def any_of(
-    model: Model, classes: Sequence[int] | None = None, weights: Sequence[float] | None = None,
+    model: Model,
+    classes: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
     log_z: Tensor | None = None,
-) -> Combination:  # fmt: skip
+) -> Combination:
     """What is one of these: a mixture, exact at every level. Errors are those of :func:`all_of`.
 
     Args:

@@ -150,8 +150,8 @@ def climb(
         alive = values > least
         share = float(weights.flatten()[alive].sum())
         if not share > 0:
-            raise UserError(f"probability: no particle is above {least:.6g}, the largest value found: the event "
-                            "cannot happen, or its values are steps too high to climb")  # fmt: skip
+            why = "the event cannot happen, or its values are steps too high to climb"
+            raise UserError(f"probability: no particle is above {least:.6g}, the largest value found: {why}")
         log_p, weights = log_p + math.log(share), weights * alive.view(2, -1) / share
         thresholds.append(least)
         bar.update()
@@ -259,14 +259,13 @@ class _Jumps:
 
     def move(self, states: States, generator: torch.Generator) -> None:
         """One jump of each state, two evaluations or, where it ends below the threshold, one."""
-        kernels, target, x, n = self.kernels, self.target, states.x, len(states.x)
+        kernels, target, x, n, d = self.kernels, self.target, states.x, len(states.x), self.spread.numel()
         which = torch.multinomial(self.odds, n, replacement=True, generator=generator)
-        noises = [torch.randn(n, self.spread.numel(), generator=generator, dtype=x.dtype).to(x.device)
-                  for _ in range(2)]  # fmt: skip
+        up, down = (torch.randn(n, d, generator=generator, dtype=x.dtype).to(x.device) for _ in range(2))
         t, s = self.levels[which].to(x.device), torch.ones(n, dtype=torch.long, device=x.device)
-        x_t = kernels.up(x, s, t, noises[0].reshape(x.shape))
+        x_t = kernels.up(x, s, t, up.reshape(x.shape))
         eps = target.evaluate(x_t, t).eps
-        proposed = States.of(target, kernels.down(x_t, eps, t, s, noises[1]), states.t)
+        proposed = States.of(target, kernels.down(x_t, eps, t, s, down), states.t)
         log_ratio = proposed.at.log_gamma - states.at.log_gamma
         log_ratio = log_ratio + kernels.log_ratio(proposed.x, x_t, eps, s, t) - kernels.log_ratio(x, x_t, eps, s, t)
         accepted = chance(log_ratio, generator)

@@ -93,8 +93,8 @@ class Draws:
         if self.particles is None:
             return "" if self.acceptance is None else f"{self.acceptance:.0%} of moves accepted"
         z = self.log_z
-        return (f"effective sample size {self.ess:.0f} of {len(self.particles)} particles; log Z {z.value:+.2f} "
-                f"[{z.low:+.2f}, {z.high:+.2f}]")  # fmt: skip
+        size = f"effective sample size {self.ess:.0f} of {len(self.particles)} particles"
+        return f"{size}; log Z {z.value:+.2f} [{z.low:+.2f}, {z.high:+.2f}]"
 
 
 @checked
@@ -197,8 +197,8 @@ def trajectories(
 
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
-    bar = tqdm(total=len(share(n)) * (len(path) - 1), desc="sampling", unit="sample step", unit_scale=True,
-               disable=not progress)  # fmt: skip
+    total = len(share(n)) * (len(path) - 1)
+    bar = tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not progress)
 
     def draw(rows: slice) -> Tensor:
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if sampler.stochastic else 1, dtype)
@@ -306,10 +306,10 @@ def _by_particles(
             log_z = LogZ.of_weights(estimates, name, 1, x[0].numel())
             ess = min(float(effective(log_w[None])), float(found.least.sum()))
         if ess < COLLAPSE * particles:
-            warnings.warn(
-                f"the weights have collapsed: {ess:.1f} of {particles} particles count; use more particles, moves "
-                "(corrector) or sweeps; or the composition asks for what the model hardly has", stacklevel=3,
-            )  # fmt: skip
+            what = f"the weights have collapsed: {ess:.1f} of {particles} particles count"
+            mend = "use more particles, moves (corrector) or sweeps"
+            or_else = "or the composition asks for what the model hardly has"
+            warnings.warn(f"{what}; {mend}; {or_else}", stacklevel=3)
         x_0 = kernels.x0(x, target.eps(x, 1), 1)
         x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
     offset = torch.rand(1, generator=generator, dtype=torch.float64)

@@ -10,7 +10,7 @@ from torchcdm.data.options import DataOptions
 from torchcdm.data.outputs import save_array, save_grid, save_images, save_table, to_bytes
 from torchcdm.data.source import CropSplit, DataSource, LazySplit, MemorySplit, Split, fingerprint, renumbered
 
-__all__ = ["CropSplit", "DataOptions", "DataSource", "Inputs", "LazySplit", "MemorySplit", "Split",
-           "check_spec", "fingerprint", "flip_horizontally", "from_object", "load_data", "parse_size",
-           "read_inputs", "renumbered", "save_array", "save_grid", "save_images", "save_table", "spec_of",
-           "to_bytes"]  # fmt: skip
+__all__ = ["CropSplit", "DataOptions", "DataSource", "Inputs", "LazySplit", "MemorySplit", "Split"]
+__all__ += ["check_spec", "from_object", "load_data", "parse_size", "read_inputs", "spec_of"]
+__all__ += ["fingerprint", "flip_horizontally", "renumbered"]
+__all__ += ["save_array", "save_grid", "save_images", "save_table", "to_bytes"]

@@ -146,8 +146,8 @@ def _lattice_note(values: Tensor) -> list[str]:
     for factor, words in ((1, "whole numbers"), (255, "multiples of 1/255")):
         levels = values[:1000].double() * factor
         if (levels - levels.round()).abs().max() < 1e-3 * min(1.0, float(levels.abs().max()) or 1.0):
-            return [f"floats that are all {words}, taken as continuous: their density has no upper bound; store the "
-                    "levels as integers (uint8) to get dequantisation and bits/dim."]  # fmt: skip
+            what = f"floats that are all {words}, taken as continuous: their density has no upper bound"
+            return [f"{what}; store the levels as integers (uint8) to get dequantisation and bits/dim."]
     return []
 
 

@@ -19,8 +19,10 @@ from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
 
 SPLIT_NAMES = {
-    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
-}  # fmt: skip
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
 """What splits are called, here and on the Hub."""
 
 T = TypeVar("T")

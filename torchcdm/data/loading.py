@@ -260,8 +260,8 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
     wholes = pool.wholes if isinstance(pool, CropSplit) else None
     count = len(pool if wholes is None else wholes)
     shares = {"validation": options.validation_fraction, "test": options.test_fraction}
-    missing = {split: 0 if share == 0 else max(1, round((share or DEFAULT_FRACTION) * count))
-               for split, share in shares.items() if split not in parts}  # fmt: skip
+    shares = {split: DEFAULT_FRACTION if share is None else share for split, share in shares.items()}
+    missing = {split: share and max(1, round(share * count)) for split, share in shares.items() if split not in parts}
     how = "split by the data themselves"
     if missing:
         held_out = sum(missing.values())

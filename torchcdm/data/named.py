@@ -36,11 +36,10 @@ DATA_VARIABLE = "TORCHCDM_DATA"
 """Environment variable that names a folder with data sets."""
 
 FASHION_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
-FASHION_FILES = [(f"{split}-{kind}-ubyte.gz", f"{split}-{kind}-ubyte")
-                 for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]  # fmt: skip
-FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+_IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+FASHION_FILES = [(f"{name}-ubyte.gz", f"{name}-ubyte") for name in _IDX]
+_CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
+FASHION_CLASSES = tuple(_CLASSES.split(", "))
 
 CIFAR_FOLDER = "cifar-10-batches-bin"
 CIFAR_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
@@ -88,10 +87,8 @@ def toy(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """``fashion-mnist`` or ``fashion-mnist:PATH`` of its idx files, packed or not: 28x28, 55000 / 5000 / 10000."""
-    paths = _located(
-        argument, "fashion-mnist", FASHION_FILES,
-        "install Debian's dataset-fashion-mnist, or name the folder of its four idx files", (FASHION_SYSTEM_FOLDER,),
-    )  # fmt: skip
+    mend = "install Debian's dataset-fashion-mnist, or name the folder of its four idx files"
+    paths = _located(argument, "fashion-mnist", FASHION_FILES, mend, (FASHION_SYSTEM_FOLDER,))
     images, labels = [read_idx(path) for path in paths[::2]], [read_idx(path) for path in paths[1::2]]
     for path, x, y in zip(paths[1::2], images, labels, strict=True):
         if x.ndim != 3 or y.shape != x.shape[:1]:
@@ -105,11 +102,9 @@ def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples
 def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """``cifar10`` or ``cifar10:PATH``: 3x32x32, 45000 / 5000 / 10000, from the archive's binary version. The Python
     version of the archive consists of pickles, which can run any code when they are opened: not read."""
-    paths = _located(
-        argument, CIFAR_FOLDER, [(name,) for name in CIFAR_FILES],
-        "unpack cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html (the pickles of the Python "
-        "version are not opened), and name its folder",
-    )  # fmt: skip
+    archive = "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
+    mend = f"unpack {archive} (the pickles of the Python version are not opened), and name its folder"
+    paths = _located(argument, CIFAR_FOLDER, [(name,) for name in CIFAR_FILES], mend)
     batches = []
     for path in paths:
         with reading(path, "a batch of CIFAR-10", f"; the binary version has {', '.join(CIFAR_FILES)}") as file:
@@ -125,11 +120,9 @@ def cifar10(argument: str, options: DataOptions, _: Any = None) -> Samples:
 def celeba(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """``celeba:PATH``: the aligned and cropped images, with the published partition and crop, 64 x 64 by default. PATH
     holds ``img_align_celeba`` and ``list_eval_partition.txt``, or ``Img`` and ``Eval``, which hold them."""
-    images, listing = _located(
-        argument, "celeba", [CELEBA_IMAGES, CELEBA_PARTITION],
-        "name the folder of img_align_celeba and list_eval_partition.txt of "
-        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-    )  # fmt: skip
+    address = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+    mend = f"name the folder of img_align_celeba and list_eval_partition.txt of {address}"
+    images, listing = _located(argument, "celeba", [CELEBA_IMAGES, CELEBA_PARTITION], mend)
     paths, absent = _celeba_partition(listing, images)
     if absent and not options.skip_bad:
         raise UserError(f"{images}: {len(absent)} listed file(s) are missing, {absent[0]} first; skip-bad goes on")

@@ -194,8 +194,8 @@ def _coded(
     table, more = TableEncoding.fit(tables.joined(frames), " / ".join(names[::-1]))
     few = [column.name for column in table.kept if column.values and not column.mixed]
     if few and discrete == "error":
-        raise UserError(f"few distinct values in the columns {', '.join(few)}: leave them out, or set "
-                        "discrete='dequantize', which adds uniform noise between their values")  # fmt: skip
+        mend = "leave them out, or set discrete='dequantize', which adds uniform noise between their values"
+        raise UserError(f"few distinct values in the columns {', '.join(few)}: {mend}")
     return [table.encode(frame, PAIR).x for frame in frames], table, [*notes, *more]
 
 

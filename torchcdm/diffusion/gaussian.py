@@ -107,6 +107,8 @@ class GaussianMarginals(BaseDensity):
         mean: mu in model units, (*shape).
         variances: Eigenvalues of Sigma, (d,), positive.
         rotation: The eigenbasis.
+
+    Attributes:
         classes: A Gaussian for each class, under the same schedule; none where classes have none of their own.
     """
 
@@ -114,12 +116,9 @@ class GaussianMarginals(BaseDensity):
     variances: Tensor
     constants: Tensor
 
-    def __init__(
-        self, schedule: NoiseSchedule, mean: Tensor, variances: Tensor, rotation: Rotation,
-        classes: Sequence[GaussianMarginals] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, schedule: NoiseSchedule, mean: Tensor, variances: Tensor, rotation: Rotation) -> None:
         super().__init__(schedule)
-        self.rotation, self.classes = rotation, nn.ModuleList(classes)
+        self.rotation, self.classes = rotation, nn.ModuleList()
         self.register_buffer("mean", mean.double())
         self.register_buffer("variances", variances.double())
         self.register_buffer("constants", torch.empty(0, dtype=torch.float64), persistent=False)
@@ -145,13 +144,14 @@ class GaussianMarginals(BaseDensity):
         mean, variances = torch.zeros(*shape), torch.ones(math.prod(shape))
         form = form or default_form(shape)
         rotation = MatrixRotation(shape, torch.eye(len(variances))) if form == "full" else DIAGONAL[form](shape)
-        return cls(schedule, mean, variances, rotation, [cls.blank(schedule, shape, form) for _ in range(classes)])
+        found = cls(schedule, mean, variances, rotation)
+        found.classes.extend(cls.blank(schedule, shape, form) for _ in range(classes))
+        return found
 
     @classmethod
     def fit(
-        cls, samples: Tensor, schedule: NoiseSchedule, floor: float = 0.0, form: str | None = None,
-        shrinkage: float = 0.0,
-    ) -> GaussianMarginals:  # fmt: skip
+        cls, samples: Tensor, schedule: NoiseSchedule, floor: float = 0, form: str | None = None, shrinkage: float = 0
+    ) -> GaussianMarginals:
         """Mean and spread of ``samples`` (N, *shape), model units, dequantised, as by :func:`mean_and_spread`.
 
         ``floor`` is the smallest eigenvalue, model units squared: bin² / 12 for dequantised data. ``shrinkage`` is the
@@ -159,13 +159,12 @@ class GaussianMarginals(BaseDensity):
         too far, and without samples in a direction they are zero.
         """
         mean, spread = mean_and_spread(samples, form)
-        return cls.of_spread(schedule, mean, shrunk(spread, shrinkage), floor, form=form)
+        return cls.of_spread(schedule, mean, shrunk(spread, shrinkage), floor, form)
 
     @classmethod
     def of_spread(
-        cls, schedule: NoiseSchedule, mean: Tensor, spread: Tensor, floor: float = 0.0,
-        classes: Sequence[GaussianMarginals] = (), form: str | None = None,
-    ) -> GaussianMarginals:  # fmt: skip
+        cls, schedule: NoiseSchedule, mean: Tensor, spread: Tensor, floor: float = 0.0, form: str | None = None
+    ) -> GaussianMarginals:
         """The Gaussian of a mean (*shape) and a spread, both as from :func:`mean_and_spread` for the same form."""
         if spread.ndim == 2:
             variances, vectors = torch.linalg.eigh(spread)
@@ -174,7 +173,7 @@ class GaussianMarginals(BaseDensity):
             variances, rotation = spread, DIAGONAL[form or "cosine"](mean.shape).to(mean.device)
         # A floor of 0 still leaves out directions in which the data do not vary at all.
         smallest = max(floor, 1e-9 * float(variances.max()))
-        return cls(schedule, mean, variances.clamp_min(smallest), rotation, classes)
+        return cls(schedule, mean, variances.clamp_min(smallest), rotation)
 
     def _variances_at(self, t: Level | slice) -> Tensor:
         alpha, sigma = self.schedule.alpha[t, None], self.schedule.sigma[t, None]
@@ -289,14 +288,16 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 HELD_OUT = 5
 """Every fifth sample is held out to choose between them."""
 
+Labelled = tuple[Tensor, Tensor]
+"""Samples (N, *shape), and their classes, long (N,)."""
+
 HELD_OUT_LIMIT, DRAWS = 2000, 4
 """Most held-out samples of a class, and noisy copies of each."""
 
 
 def fit_class_gaussians(
-    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0,
-    held_out: tuple[Tensor, Tensor] | None = None,
-) -> GaussianMarginals:  # fmt: skip
+    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0, held_out: Labelled | None = None
+) -> GaussianMarginals:
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 
     Where classes differ in the mean alone, the covariance is best taken from all of them (regularised discriminant
@@ -342,8 +343,10 @@ def fit_class_gaussians(
         share = chosen({tried: judged(tried, 0.0) for tried in SHARES})
         if trial[0][1].ndim == 2:
             shrinkage = chosen({tried: judged(share, tried) for tried in SHRINKAGES})
-    own = _blended([mean_and_spread(samples[labels == y]) for y in classes], share, shrinkage, schedule, floor)
-    return GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor, own)
+    common = GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor)
+    spreads = [mean_and_spread(samples[labels == y]) for y in classes]
+    common.classes.extend(_blended(spreads, share, shrinkage, schedule, floor))
+    return common
 
 
 def _blended(

@@ -84,14 +84,13 @@ class MixtureMarginals(BaseDensity):
 
     @classmethod
     def fit(
-        cls, samples: Tensor, schedule: NoiseSchedule, components: int, floor: float = 0.0, shrinkage: float = 0.0,
-        rows: int = FIT_ROWS,
-    ) -> MixtureMarginals:  # fmt: skip
+        cls, samples: Tensor, schedule: NoiseSchedule, components: int, floor: float = 0.0, shrinkage: float = 0.0
+    ) -> MixtureMarginals:
         """Fitted to samples (N, *shape) in model units, dequantised, by :func:`fit_gaussians` or, for images,
         :func:`fit_cosines`; UserError for fewer samples than components.
         """
         if samples.ndim == 2:
-            fitted, form = fit_gaussians(samples, components, floor, shrinkage, rows), None
+            fitted, form = fit_gaussians(samples, components, floor, shrinkage), None
         else:
             weights, means, variances = fit_cosines(samples, components, floor)
             moved = torch.lerp(variances, variances.mean(1, keepdim=True), shrinkage).clamp_min(floor)
@@ -154,16 +153,15 @@ class MixtureMarginals(BaseDensity):
 
 
 def best_mixture(
-    train: Tensor, validation: Tensor, counts: Iterable[int], shares: Iterable[float] = SHRINKAGES,
-    rows: int = FIT_ROWS, tolerance: float = ROUGH,
-) -> tuple[int, float, Tensor]:  # fmt: skip
+    train: Tensor, validation: Tensor, counts: Iterable[int], shares: Iterable[float] = SHRINKAGES, **options: Any
+) -> tuple[int, float, Tensor]:
     """The number of components and the shrinkage, by the likelihood of validation data, and log p of these (N,).
 
     The two are chosen together. Fewer components win where they are within one standard error of the best: few
     validation samples would choose among many settings by luck. Stops after two that are no better.
 
     Samples are (N, d) in model units, those of ``validation`` without copies. The ``counts`` rise, and the first is
-    tried however few the samples. Other arguments as of :func:`fit_gaussians`.
+    tried however few the samples. The ``options`` are of :func:`fit_gaussians`, whose tolerance is :data:`ROUGH`.
     """
     variance, watched = float(train.double().var(0, correction=0).mean()), validation[:, None].double()
     found: list[tuple[int, float, Tensor]] = []
@@ -171,7 +169,7 @@ def best_mixture(
     for number, count in enumerate(counts):
         if (number and 2 * count > len(train)) or worse == 2:
             break
-        weights, means, covariances = fit_gaussians(train, count, rows=rows, tolerance=tolerance)
+        weights, means, covariances = fit_gaussians(train, count, **{"tolerance": ROUGH} | options)
         trials = []
         for share in shares:
             parts = MultivariateNormal(means, _shrunk(weights, covariances, variance, share)).log_prob(watched)
@@ -183,9 +181,13 @@ def best_mixture(
 
 
 def fit_gaussians(
-    samples: Tensor, components: int, floor: float = 0.0, shrinkage: float = 0.0, rows: int = FIT_ROWS,
+    samples: Tensor,
+    components: int,
+    floor: float = 0.0,
+    shrinkage: float = 0.0,
+    rows: int = FIT_ROWS,
     tolerance: float = TOLERANCE,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
     Args:

@@ -148,8 +148,8 @@ class TableEstimator(BaseEstimator):
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
         uncountable = [column.name for column in table.kept if column.codes]
         if has_density and self.discrete == "error" and uncountable:
-            raise UserError(f"{name}: column '{uncountable[0]}' holds values that come back, so that its density has "
-                            "no upper bound; leave it out, or give discrete='dequantize'")  # fmt: skip
+            what = f"column '{uncountable[0]}' holds values that come back, so that its density has no upper bound"
+            raise UserError(f"{name}: {what}; leave it out, or give discrete='dequantize'")
         if has_density and table.constants:
             warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=3)
         self._say(*(f"{name}: {note}" for note in notes))
@@ -181,14 +181,15 @@ class TableEstimator(BaseEstimator):
         source = DataSource("table", learned, watched, MemorySplit(parts[0][:0]), DataTransform(transform.shape))
         model = start.fields | ({} if contexts is None else {"backbone": {"context": contexts[0].shape[1]}})
         # The loss chooses, not log p: a density that is not normalised can give every row a large one.
-        config = make_config(
-            preset_fields(self.preset), {"train": {"select": "loss"}}, override_fields(fields),
-            {"train": {"seed": seed}, "data": {"gaussianize": False}, "model": model},
-        )  # fmt: skip
+        fixed = {"train": {"seed": seed}, "data": {"gaussianize": False}, "model": model}
+        by_loss = {"train": {"select": "loss"}}
+        config = make_config(preset_fields(self.preset), by_loss, override_fields(fields), fixed)
         if config.train.max_seconds is not None:
             left = max(config.train.max_seconds - (self.clock() - began), 1e-3)  # one step at least
             config = replace(config, train=replace(config.train, max_seconds=left))
-        model = require_density(trained(config, source, self.device, bool(self.verbose), self.clock), "an estimator")
+        model = require_density(
+            trained(config, source, self.device, bool(self.verbose), clock=self.clock), "an estimator"
+        )
         transform.table = self.columns_ if self._framed and contexts is None else None
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.

@@ -10,5 +10,5 @@ from torchcdm.likelihood.one_pass import consistency, single_pass
 from torchcdm.likelihood.report import Method, NLLReport, methods_of, report
 from torchcdm.likelihood.scoring import Scoring
 
-__all__ = ["FlowSolver", "LogZ", "Method", "NLLReport", "Scoring", "consistency", "elbo", "log_normalizer",
-           "methods_of", "probability_flow", "report", "single_pass"]  # fmt: skip
+__all__ = ["FlowSolver", "LogZ", "Method", "NLLReport", "Scoring"]
+__all__ += ["consistency", "elbo", "log_normalizer", "methods_of", "probability_flow", "report", "single_pass"]

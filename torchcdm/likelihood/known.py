@@ -27,8 +27,8 @@ def write_log_z(folder: Path, z: LogZ) -> None:
     content: dict[str, Any] = {"weights": _weights(folder), "log_z": asdict(plain), "check": check}
     if found is not None:
         content |= {"steps": [step.level for step in found.steps], "fence": found.fence.levels}
-        tensors = {"log_z": found.log_z, "mean": found.mean, "variances": found.variances,
-                   "middle": found.fence.middle, "whiten": found.fence.whiten}  # fmt: skip
+        tensors = {"log_z": found.log_z, "mean": found.mean, "variances": found.variances}
+        tensors |= {"middle": found.fence.middle, "whiten": found.fence.whiten}
         for k, step in enumerate(found.steps):
             kept = {"edges": step.edges, "variances": step.variances}
             if k in (0, len(found.steps) - 1):  # others decode nothing

@@ -113,11 +113,10 @@ class LogZ:
         quarters = [mean(columns, slice(*ends)) for ends in pairwise(edges)]
         slope, error = (sum(w * part[i] for w, part in zip((-3, -1, 1, 3), quarters, strict=True)) for i in (0, 1))
         trend = slope / float(error.norm())
-        convergence = {
-            "starts": {name: [float(values[k]) * unit, float(spread[k]) * unit] for k, name in enumerate(starts)},
-            "disagreement": apart, "quarters": [part * unit for part, _ in quarters], "trend": trend,
-            "levels": run.levels, "swapped": run.swapped.tolist(), "arrivals": int(run.arrivals.sum()),
-        }  # fmt: skip
+        by_start = {name: [float(values[k]) * unit, float(spread[k]) * unit] for k, name in enumerate(starts)}
+        convergence = {"starts": by_start, "disagreement": apart}
+        convergence |= {"quarters": [part * unit for part, _ in quarters], "trend": trend}
+        convergence |= {"levels": run.levels, "swapped": run.swapped.tolist(), "arrivals": int(run.arrivals.sum())}
         classes = [run.log_z(part.flatten()) for part in columns.unbind(1)]
         if len(classes) > 1:
             convergence["classes"] = [[part.total * unit, part.se * unit] for part in classes]
@@ -183,10 +182,10 @@ class LogZ:
         if found is not None:
             starts = ", ".join(f"{name} {value:+.4f} +- {se:.4f}" for name, (value, se) in found["starts"].items())
             quarters, swapped = " ".join(f"{value:+.4f}" for value in found["quarters"]), found["swapped"]
-            lines.append(f"log2 Z / d by start: {starts}, {found['disagreement']:.1f} standard errors apart; by "
-                         f"quarter of the run: {quarters}, trend {found['trend']:+.1f} standard errors; swaps "
-                         f"accepted {sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}; {found['arrivals']} "
-                         "replicas came all the way down")  # fmt: skip
+            agreement = f"log2 Z / d by start: {starts}, {found['disagreement']:.1f} standard errors apart"
+            trend = f"by quarter of the run: {quarters}, trend {found['trend']:+.1f} standard errors"
+            moved = f"swaps accepted {sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}"
+            lines.append(f"{agreement}; {trend}; {moved}; {found['arrivals']} replicas came all the way down")
         return lines
 
 

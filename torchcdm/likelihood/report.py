@@ -21,6 +21,7 @@ from torchcdm.likelihood.one_pass import single_pass
 from torchcdm.likelihood.restricted import restricted_pass
 from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import DensityModel
 from torchcdm.runtime.files import without_nan
 from torchcdm.runtime.processes import labels_of, share
 from torchcdm.runtime.validation import checked
@@ -40,21 +41,27 @@ NOT_ESTIMATED = "log Z was not estimated"
 """Why there is no headline where nobody asked for one."""
 
 REMARKS = {
-    "published-convention": ("undithered at level 0: for comparison with published numbers, no bound",
-                             "density at level 0"),
-    "one-pass": ("uniform dequantisation at level 0; a bound if exp(log p) integrates to one", "density at level 0"),
-    "one-pass-level": ("through a noisy level, decoder from the denoiser's mean; a bound if normalised",
-                       "density of the data with the level's noise"),
-    "one-pass-normalized": ("one-pass-level + log2 Z / d: the headline", "one-pass-level + log Z: the headline"),
-    "one-pass-restricted": ("log p within what is usual, covered elsewhere, upper end of log Z: a bound for any input",
-                            "the same within what is usual, covered elsewhere, upper end of log Z, for any input"),
-    "few-pass-restricted": ("a chain of so many passes below that, a bound for any input: the headline", ""),
-    "elbo": ("reverse chain of the same network down to that level, discretised decoder; a bound",
-             "reverse chain of the same network; a bound for the density of the data"),
-    "flow": ("probability flow of the same network through the same noisy inputs; a bound up to its own error",
-             "probability flow of the same network at the same noisy inputs"),
-}  # fmt: skip
-"""The rows, in the order of the table, and what they are for data on a grid and for continuous ones."""
+    "published-convention": "undithered at level 0: for comparison with published numbers, no bound",
+    "one-pass": "uniform dequantisation at level 0; a bound if exp(log p) integrates to one",
+    "one-pass-level": "through a noisy level, decoder from the denoiser's mean; a bound if normalised",
+    "one-pass-normalized": "one-pass-level + log2 Z / d: the headline",
+    "one-pass-restricted": "log p within what is usual, covered elsewhere, upper end of log Z: a bound for any input",
+    "few-pass-restricted": "a chain of so many passes below that, a bound for any input: the headline",
+    "elbo": "reverse chain of the same network down to that level, discretised decoder; a bound",
+    "flow": "probability flow of the same network through the same noisy inputs; a bound up to its own error",
+}
+"""The rows, in the order of the table, and what they are for data on a grid."""
+
+OF_CONTINUOUS = {
+    "published-convention": "density at level 0",
+    "one-pass": "density at level 0",
+    "one-pass-level": "density of the data with the level's noise",
+    "one-pass-normalized": "one-pass-level + log Z: the headline",
+    "one-pass-restricted": "the same within what is usual, covered elsewhere, upper end of log Z, for any input",
+    "elbo": "reverse chain of the same network; a bound for the density of the data",
+    "flow": "probability flow of the same network at the same noisy inputs",
+}
+"""What they are for continuous data."""
 
 
 class Row(NamedTuple):
@@ -118,8 +125,9 @@ class NLLReport:
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
             "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
             "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
-            "believe": self.believe, "why": self.why,
-        }  # fmt: skip
+            "believe": self.believe,
+            "why": self.why,
+        }
 
     def table(self) -> str:
         """The report as text."""
@@ -132,20 +140,20 @@ class NLLReport:
             if row.name == normalised and self.log_z is not None:
                 value = self.log_z.to_json()["value"]
                 lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
-            remark = REMARKS[row.name][self.unit == "nats"]
+            remark = (OF_CONTINUOUS if self.unit == "nats" else REMARKS)[row.name]
             value = "-" if row.value is None else f"{row.value:.4f}"
             error = "-" if without_nan(row.se) is None else f"{row.se:.4f}"
             lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
         lines.append("")
         if self.gap is not None:
-            lines.append(f"one pass - flow at level {self.gap.level}, same noisy inputs: {self.gap.mean:+.4f} +- "
-                         f"{self.gap.se:.4f} in the mean, spread over samples {self.gap.sd:.4f} (probe variance "
-                         "removed)")  # fmt: skip
+            mean = f"{self.gap.mean:+.4f} +- {self.gap.se:.4f} in the mean"
+            spread = f"spread over samples {self.gap.sd:.4f} (probe variance removed)"
+            lines.append(f"one pass - flow at level {self.gap.level}, same noisy inputs: {mean}, {spread}")
         verdict = f"To be believed: {'yes' if self.believe else 'no'}. {self.why}"
         if NOT_ESTIMATED in self.why:
             normalized = "".join(f"; {n}, which is normalised" for n in ("elbo", "flow") if self.row(n) is not None)
-            verdict = (f"Measured: one pass, which may be off by log Z{normalized}. For a normalised one pass: "
-                       "cdm nll RUN --methods single,elbo,flow,logz")  # fmt: skip
+            how = "For a normalised one pass: cdm nll RUN --methods single,elbo,flow,logz"
+            verdict = f"Measured: one pass, which may be off by log Z{normalized}. {how}"
         return "\n".join([*lines, *self.notes, verdict])
 
 
@@ -196,10 +204,7 @@ def report(
     costs = {stage: _cost(model, stage, len(share(len(x))), scoring) for stage in stages}
     for stage in _with_time_left(model, costs, progress):
         if stage in ("elbo", "logz") and kernels is None:
-            # With the variances that the model's own samples have, of all classes that are given.
-            target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
-            target.y = None if y is None else y[torch.arange(n) * len(y) // n]
-            kernels = Kernels.of_target(target, scoring.seed)
+            kernels = _kernels(model, y, scoring)
         if stage == "single":
             found["published-convention"] = single_pass(model, x, y, replace(at_zero, draws=1), dither=False)
             found["one-pass"] = single_pass(model, x, y, at_zero)
@@ -207,26 +212,17 @@ def report(
         elif stage == "elbo":
             found["elbo"] = bound = elbo(model, x, y, scoring, kernels)
             terms = {"prior": bound.prior, "diffusion": bound.diffusion, "reconstruction": bound.reconstruction}
-            said = (f"{name} {float(per_nat * term.mean()):+.4f}" for name, term in terms.items())
-            notes.append(f"elbo: {', '.join(said)}")
+            parts = (f"{name} {float(per_nat * term.mean()):+.4f}" for name, term in terms.items())
+            notes.append(f"elbo: {', '.join(parts)}")
         elif stage == "flow":
             found["flow"] = flow = probability_flow(model, x, y, scoring)
             gap, note = _errors(model, y, scoring, flow, per_nat)
             gaps = None if gap is None else flow.flow.gaps()
             notes.append(note)
         else:
-            log_z = None
-            if not model.joint:
-                log_z = log_normalizer(model, x, None, scoring, sweeps, kernels=kernels, progress=progress)
-                notes += log_z.notes()
-            if log_z is None or log_z.lacking:
-                # Mass that data never showed: without it there may be a normaliser. And classes, one by one.
-                fenced = log_normalizer(
-                    model, x, None, asked, sweeps, kernels=kernels, restricted=True, progress=progress,
-                    training=training,
-                )  # fmt: skip
-                notes += [f"restricted: {note}" for note in fenced.notes()]
-                log_z = fenced if log_z is None or fenced.usable else log_z
+            how = {"sweeps": sweeps, "kernels": kernels, "progress": progress}
+            log_z, said = _measured_log_z(model, x, scoring, asked, training, **how)
+            notes += said
     if {"single", "logz"} & set(methods) and log_z is not None and log_z.restricted is not None and log_z.usable:
         found["one-pass-restricted"] = restricted_pass(model, x, log_z.restricted, scoring)
         if len(log_z.restricted.steps) > 1:
@@ -239,10 +235,35 @@ def report(
     if model.density is not None:
         verdict = judge(per_nat, level, rows.get("one-pass-level"), log_z, gap, over_elbo, y is not None)
         rows["one-pass-normalized"], believe, why = verdict
-    return NLLReport(
-        name, split, len(x), transform.dim, "nats" if transform.bin is None else "bits/dim",
-        tuple(rows[key] for key in REMARKS if key in rows), log_z, gap, gaps, believe, why, notes,
-    )  # fmt: skip
+    unit, ordered = "nats" if transform.bin is None else "bits/dim", tuple(rows[key] for key in REMARKS if key in rows)
+    data = (name, split, len(x), transform.dim, unit)
+    return NLLReport(*data, ordered, log_z, gap, gaps, believe, why, notes)
+
+
+def _kernels(model: Denoiser, y: Tensor | None, scoring: Scoring) -> Kernels:
+    """With the variances that the model's own samples have, of all classes that are given."""
+    target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
+    target.y = None if y is None else y[torch.arange(n) * len(y) // n]
+    return Kernels.of_target(target, scoring.seed)
+
+
+def _measured_log_z(
+    model: DensityModel, x: Tensor, scoring: Scoring, asked: Scoring, training: Tensor | None, **how: Any
+) -> tuple[LogZ, list[str]]:
+    """log Z over all inputs, or of the restricted density where that is lacking or classes come one by one; and notes.
+
+    The restricted density is at the level that is ``asked`` for, if one is.
+    """
+    found, notes = None, []
+    if not model.joint:
+        found = log_normalizer(model, x, None, scoring, **how)
+        notes = found.notes()
+    if found is None or found.lacking:
+        # Mass that data never showed: without it there may be a normaliser.
+        fenced = log_normalizer(model, x, None, asked, restricted=True, training=training, **how)
+        notes += [f"restricted: {note}" for note in fenced.notes()]
+        found = fenced if found is None or fenced.usable else found
+    return found, notes
 
 
 def _cost(model: Denoiser, stage: str, n: int, scoring: Scoring) -> tuple[int, int]:
@@ -250,8 +271,8 @@ def _cost(model: Denoiser, stage: str, n: int, scoring: Scoring) -> tuple[int, i
     T, steps = model.schedule.T, min(scoring.steps, model.schedule.T - scoring.level)
     halved = 2 * ((steps + 1) // 2) + 1
     probes = model.transform.dim if model.transform.dim <= EXACT_DIMENSIONS else scoring.probes
-    rows = {"single": (1 + 2 * scoring.draws) * n, "elbo": (T - scoring.level + 1) * n + 2 * T * CALIBRATION_SAMPLES,
-            "flow": 2 * (steps + 1) * n + halved * min(n, HALVED_SAMPLES), "logz": 0}  # fmt: skip
+    rows = {"single": (1 + 2 * scoring.draws) * n, "flow": 2 * (steps + 1) * n + halved * min(n, HALVED_SAMPLES)}
+    rows |= {"elbo": (T - scoring.level + 1) * n + 2 * T * CALIBRATION_SAMPLES, "logz": 0}
     return rows[stage], {"elbo": 3, "flow": 3 + 3 * probes}.get(stage, 1)
 
 

@@ -69,9 +69,14 @@ class DensityModel(Denoiser):
         return chosen, unconditional
 
     def evaluate(
-        self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0,
-        graph: Literal["none", "densities", "all"] = "none", checked: bool = True,
-    ) -> Evaluation:  # fmt: skip
+        self,
+        x_t: Tensor,
+        t: Level,
+        y: Tensor | None = None,
+        guidance: float = 0.0,
+        graph: Literal["none", "densities", "all"] = "none",
+        checked: bool = True,
+    ) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way.
 
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of

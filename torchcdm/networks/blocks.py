@@ -34,8 +34,9 @@ def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int
     factor = 2 ** (resolutions - 1)
     if any(side % factor or side < factor for side in size):
         near = "x".join(str(math.ceil(max(side, 1) / factor) * factor) for side in size)
-        raise UserError(f"network: images of {size[0]}x{size[1]} cannot be halved {resolutions - 1} times; use sides "
-                        f"that are multiples of {factor}, such as {near}, or fewer multipliers")  # fmt: skip
+        what = f"images of {size[0]}x{size[1]} cannot be halved {resolutions - 1} times"
+        mend = f"use sides that are multiples of {factor}, such as {near}, or fewer multipliers"
+        raise UserError(f"network: {what}; {mend}")
     return [(size[0] // 2**i, size[1] // 2**i) for i in range(resolutions)]
 
 

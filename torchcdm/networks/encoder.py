@@ -7,9 +7,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.networks.blocks import (  # isort: skip
-    ImageNetwork, ImageSize, LabelEmbedding, SiLU, Step, downsampling, group_norm, halved_sizes,
-)  # fmt: skip
+from torchcdm.networks import blocks as parts
+from torchcdm.networks.blocks import ImageNetwork, ImageSize, LabelEmbedding
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
@@ -24,7 +23,7 @@ class Summary(nn.Module):
     def __init__(self, channels: int, in_channels: int, energy_maps: int) -> None:
         super().__init__()
         self.energy_maps = energy_maps
-        self.norm, self.activation = group_norm(channels), SiLU()
+        self.norm, self.activation = parts.group_norm(channels), parts.SiLU()
         self.pooled = nn.Conv2d(channels, 2 * channels, 1)
         self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1)
         self.features = 2 * channels + energy_maps
@@ -61,7 +60,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         energy_maps: Width = 32, classes: Count | None = None, joint: bool = False, positions: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = halved_sizes(image_size, len(multipliers))
+        sizes = parts.halved_sizes(image_size, len(multipliers))
         self.classes, self.joint = classes, joint
         embedding = 4 * width if classes is not None and not joint else None
         self.label = None if embedding is None else LabelEmbedding(classes, embedding)
@@ -75,10 +74,10 @@ class Encoder(ImageNetwork, HeadedBackbone):
         self.summaries = nn.ModuleList()
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
             if i:
-                self.downs.append(downsampling(channels))
+                self.downs.append(parts.downsampling(channels))
             inputs, channels = [channels, *[width * multiplier] * (blocks - 1)], width * multiplier
             attend = max(size) in attention
-            self.stages.append(nn.ModuleList(Step(c, channels, attend, **options) for c in inputs))
+            self.stages.append(nn.ModuleList(parts.Step(c, channels, attend, **options) for c in inputs))
             self.summaries.append(Summary(channels, in_channels, energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint)
 

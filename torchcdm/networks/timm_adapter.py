@@ -14,26 +14,26 @@ from torchcdm.networks.blocks import ImageSize, height_and_width
 from torchcdm.networks.heads import HeadedBackbone, make_head
 from torchcdm.runtime.validation import Count, Width, checked
 
+_BATCH_NORMS = ("nativebatchnorm", "cudnnbatchnorm", "miopenbatchnorm", "syncbatchnorm")
+_KINKS = ("relu", "leakyrelu", "prelu", "rrelu", "hard", "softshrink", "threshold", "abs")
+_LARGEST = ("max", "adaptivemax", "fractionalmax", "amax", "min", "amin")
 _UNFIT = {
-    "mixes the samples of a batch": ("nativebatchnorm", "cudnnbatchnorm", "miopenbatchnorm", "syncbatchnorm"),
-    "has kinks, where the denoiser, its derivative, would jump":
-        ("relu", "leakyrelu", "prelu", "rrelu", "hard", "softshrink", "threshold", "abs"),
-    "has kinks where another element becomes the largest":
-        ("max", "adaptivemax", "fractionalmax", "amax", "min", "amin"),
-}  # fmt: skip
+    "mixes the samples of a batch": _BATCH_NORMS,
+    "has kinks, where the denoiser, its derivative, would jump": _KINKS,
+    "has kinks where another element becomes the largest": _LARGEST,
+}
 """Why a classification diffusion model cannot be made of an operation: reason -> how its name may begin."""
 
-OPTIONS = (
-    "act_layer", "alpha", "always_partition", "aspect_ratio", "attn_drop_rate", "attn_gain", "attn_layer",
-    "bottle_ratio", "ch_div", "channels", "class_token", "conv_bias", "conv_mlp", "depth", "depths", "dims",
-    "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "extra_conv", "fc_norm",
-    "final_norm", "fix_init", "gamma_in_act", "global_pool", "group_size", "img_size", "init_values",
-    "kernel_sizes", "ls_init_value", "mlp_ratio", "norm_eps", "norm_layer", "no_embed_class", "num_features",
-    "num_heads", "output_stride", "patch_drop_rate", "patch_size", "pos_drop_rate", "pos_embed", "pre_norm",
-    "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "reg_tokens", "rel_pos_dim", "rel_pos_type",
-    "same_padding", "shared_rel_pos", "skipinit", "stages", "std_conv_eps", "stem_chs", "stem_type",
-    "strict_img_size", "use_grn", "weight_init", "width_factor", "window_size", "zero_init_fc",
-)  # fmt: skip
+_OPTIONS = """
+act_layer alpha always_partition aspect_ratio attn_drop_rate attn_gain attn_layer bottle_ratio ch_div channels
+class_token conv_bias conv_mlp depth depths dims drop_path_rate drop_rate dynamic_img_pad dynamic_img_size
+embed_dim extra_conv fc_norm final_norm fix_init gamma_in_act global_pool group_size img_size init_values
+kernel_sizes ls_init_value mlp_ratio norm_eps norm_layer no_embed_class num_features num_heads output_stride
+patch_drop_rate patch_size pos_drop_rate pos_embed pre_norm proj_bias proj_drop_rate qk_norm qkv_bias reg_tokens
+rel_pos_dim rel_pos_type same_padding shared_rel_pos skipinit stages std_conv_eps stem_chs stem_type
+strict_img_size use_grn weight_init width_factor window_size zero_init_fc
+"""
+OPTIONS = tuple(_OPTIONS.split())
 """Plain arguments of timm's architectures. None names a file or a hub: a run's configuration may be a stranger's."""
 
 

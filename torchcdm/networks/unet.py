@@ -9,10 +9,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from torchcdm.networks.blocks import (  # isort: skip
-    ImageNetwork, ImageSize, LabelEmbedding, SiLU, Step, downsampling, group_norm, halved_sizes, time_embedding,
-    two_layers, upsampling,
-)  # fmt: skip
+from torchcdm.networks import blocks as parts
+from torchcdm.networks.blocks import ImageNetwork, ImageSize, LabelEmbedding, two_layers
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
@@ -26,17 +24,17 @@ class UNet(ImageNetwork):
         attention: Sequence[int], dropout: float, embedding: int | None, groups: int,
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = halved_sizes(image_size, len(multipliers))
+        sizes = parts.halved_sizes(image_size, len(multipliers))
         widths = [channels * m for m in multipliers]
         attend = [max(size) in attention for size in sizes]
-        step = partial(Step, dropout=dropout, embedding=embedding, groups=groups)
+        step = partial(parts.Step, dropout=dropout, embedding=embedding, groups=groups)
 
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_stages, self.downs = nn.ModuleList(), nn.ModuleList()
         skips, current = [channels], channels
         for i, width in enumerate(widths):
             if i:
-                self.downs.append(downsampling(current))
+                self.downs.append(parts.downsampling(current))
                 skips.append(current)
             inputs, current = [current, *[width] * (blocks - 1)], width
             self.down_stages.append(nn.ModuleList(step(channels, width, attend[i]) for channels in inputs))
@@ -52,8 +50,8 @@ class UNet(ImageNetwork):
                 current = widths[i]
             self.up_stages.append(stage)
             if i:
-                self.ups.append(upsampling(current))
-        self.norm_out, self.activation = group_norm(current, groups), SiLU()
+                self.ups.append(parts.upsampling(current))
+        self.norm_out, self.activation = parts.group_norm(current, groups), parts.SiLU()
         self.features = current
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -102,10 +100,8 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
         conditional = classes is not None and not joint
         self.label = LabelEmbedding(classes, channels) if conditional else None
         self.embed = two_layers(channels, 4 * channels) if conditional else None
-        self.unet = UNet(
-            in_channels, image_size, channels, multipliers, blocks, attention, dropout,
-            4 * channels if conditional else None, groups,
-        )  # fmt: skip
+        width = 4 * channels if conditional else None
+        self.unet = UNet(in_channels, image_size, channels, multipliers, blocks, attention, dropout, width, groups)
         pooled = head_channels or 2 * self.unet.features
         self.conv_out = nn.Conv2d(self.unet.features, pooled, 3, padding=1)
         self.head = make_head(pooled, levels, classes, joint) if joint else CumulativeHead(pooled, levels, direction)
@@ -133,16 +129,15 @@ class DDMUNet(ImageNetwork):
     ) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.classes = channels, classes
-        self.embed = two_layers(channels, 4 * channels)
-        self.label = None if classes is None else LabelEmbedding(classes, 4 * channels)
-        self.unet = UNet(
-            in_channels, image_size, channels, multipliers, blocks, attention, dropout, 4 * channels, groups
-        )
+        width = 4 * channels
+        self.embed = two_layers(channels, width)
+        self.label = None if classes is None else LabelEmbedding(classes, width)
+        self.unet = UNet(in_channels, image_size, channels, multipliers, blocks, attention, dropout, width, groups)
         self.conv_out = from_zero(nn.Conv2d(self.unet.features, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, C, H, W) from noisy images ``x``, levels ``t`` (B,) and classes ``y`` (B,) or None."""
-        embedding = self.embed(time_embedding(t, self.channels, x.dtype))
+        embedding = self.embed(parts.time_embedding(t, self.channels, x.dtype))
         if self.label is not None:
             embedding = embedding + self.label(y, x)
         return self.conv_out(self.unet(x, embedding))

@@ -45,8 +45,9 @@ def write_artefact(
     no artefact of this ``kind`` lies there; nothing that was there is lost.
     """
     check_replaced(path, kind)
-    packed = {path.with_name(name): pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
-              for name, part in (tensors or {}).items()}  # fmt: skip
+    packed = {}
+    for name, part in (tensors or {}).items():
+        packed[path.with_name(name)] = pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
     files = {file.name: _digest(data) for file, data in packed.items()}
     head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
     # As JSON has them: the checksum is of what a reader sees.

@@ -11,12 +11,9 @@ from contextlib import suppress
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
+import pydantic
 from annotated_types import Ge, Gt, Le, Len, Lt
-
-from pydantic import (  # isort: skip
-    AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, create_model,
-    model_validator,
-)  # fmt: skip
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, PydanticCustomError, to_jsonable_python
 from typing_extensions import dataclass_transform
@@ -84,7 +81,7 @@ def validated(kind: type[T]) -> type[T]:
                 raise PydanticCustomError("unknown_field", "unknown field", facts)
         return value
 
-    kind._known_names = model_validator(mode="before")(classmethod(known))
+    kind._known_names = pydantic.model_validator(mode="before")(classmethod(known))
     checked: Any = dataclass(frozen=True, config=CHECKS)(kind)
     init = checked.__init__
 
@@ -112,7 +109,7 @@ def read_as(kind: type[T], value: Any, path: str = "") -> T:
 def named(*kinds: type) -> Any:
     """Annotation of a part that is one of several kinds, by its field ``name``; a text alone is the name."""
     by_name = BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
-    return Annotated[Union[kinds], Field(discriminator="name"), by_name]  # noqa: UP007
+    return Annotated[Union[kinds], pydantic.Field(discriminator="name"), by_name]  # noqa: UP007
 
 
 def settings_of(kind: type, name: str | None, left_out: Collection[str], module: str) -> type:
@@ -143,7 +140,7 @@ def checked(function: Function) -> Function:
     def arguments() -> type[BaseModel]:
         hints = get_type_hints(function, include_extras=True)
         fields = {key: (hint, None) for key, hint in hints.items() if key != "return" and _is_plain(hint)}
-        return create_model("Arguments", __config__=CHECKS, **fields)
+        return pydantic.create_model("Arguments", __config__=CHECKS, **fields)
 
     @functools.wraps(function)
     def checking(*args: Any, **kwargs: Any) -> Any:
@@ -169,10 +166,13 @@ def _is_plain(hint: Any) -> bool:
 
 
 _WORDS = {
-    "Input should": "it must", "Tuple should": "it must", "Value should": "it must", " after validation": "",
-    "tuple": "list such as [1, 2]", "a valid boolean": "true or false",
-    "greater than or equal to": "at least", "less than or equal to": "at most",
-}  # fmt: skip
+    **dict.fromkeys(("Input should", "Tuple should", "Value should"), "it must"),
+    " after validation": "",
+    "tuple": "list such as [1, 2]",
+    "a valid boolean": "true or false",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
 """Ours for words of pydantic's messages."""
 
 _NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()

@@ -327,11 +327,9 @@ def _way_out(folder: Path) -> Iterator[None]:
         raise UserError(f"{error}; remove {folder} to go on from the state before it") from None
 
 
-FREE = (
-    "preset", "sampling", "report", "data.workers", "train.steps", "train.validate_every",
-    "train.validation_samples", "train.patience", "train.fallback", "train.calibration", "train.log_every",
-    "train.save_every", "train.sample_every", "train.init",
-)  # fmt: skip
+FREE_OF_TRAINING = "steps validate_every validation_samples patience fallback calibration log_every save_every"
+FREE_OF_TRAINING += " sample_every init"
+FREE = ("preset", "sampling", "report", "data.workers", *(f"train.{name}" for name in FREE_OF_TRAINING.split()))
 """Fields that may differ from the run that is resumed; all others would make it another run."""
 
 FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.precision")

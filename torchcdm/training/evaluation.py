@@ -130,9 +130,9 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)
     counts = sums["count"].tolist()
-    per_level = {name: [s / n if n else None for s, n in zip(values.tolist(), counts, strict=True)]
-                 for name, values in sums.items() if name != "count"}  # fmt: skip
-    return {"count": len(x), "draws": draws, "levels": len(counts), "mean": means(sums), "per_level": per_level}
+    found: dict[str, Any] = {"count": len(x), "draws": draws, "levels": len(counts), "mean": means(sums)}
+    pairs = {name: zip(values.tolist(), counts, strict=True) for name, values in sums.items() if name != "count"}
+    return found | {"per_level": {name: [s / n if n else None for s, n in part] for name, part in pairs.items()}}
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:

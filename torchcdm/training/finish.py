@@ -165,21 +165,25 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
     less = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
     said = f"{own:.4g} {unit} on validation data, {begun:.4g} before training: "
     said += "it learned the training data by heart" if by_heart else "the steps were too few or too large"
-    checks = [
-        (worse, "worse than its start", said + "; the start is kept as the model" * fallback,
-         less if by_heart else "try more --train.steps, or half the --train.lr"),
-        (by_heart and not worse, "overfitting",
-         f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data", less),
-        (best < 0 and unit == "bits/dim" and not worse, "impossible likelihood",
-         f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised",
-         "see the normalised ones: cdm nll RUN --methods elbo,flow"),
-        (best > gaussian, "worse than a Gaussian", f"{best:.4g} {unit}, a fitted Gaussian has {gaussian:.4g}",
-         "leave out --model.gaussian and --model.components"),
-        (best > uniform, "worse than a uniform density",
-         f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}",
-         "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"),
-    ]  # fmt: skip
-    return [{"name": name, "says": says, "mend": mend} for found, name, says, mend in checks if found]
+    found = list[tuple[str, str, str]]()
+    if worse:
+        mend = less if by_heart else "try more --train.steps, or half the --train.lr"
+        found.append(("worse than its start", said + "; the start is kept as the model" * fallback, mend))
+    elif by_heart:
+        says = f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data"
+        found.append(("overfitting", says, less))
+    if best < 0 and unit == "bits/dim" and not worse:
+        says = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
+        mend = "see the normalised ones: cdm nll RUN --methods elbo,flow"
+        found.append(("impossible likelihood", says, mend))
+    if best > gaussian:
+        says, mend = f"a fitted Gaussian has {gaussian:.4g}", "leave out --model.gaussian and --model.components"
+        found.append(("worse than a Gaussian", f"{best:.4g} {unit}, {says}", mend))
+    if best > uniform:
+        says = f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}"
+        mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
+        found.append(("worse than a uniform density", says, mend))
+    return [dict(zip(("name", "says", "mend"), problem, strict=True)) for problem in found]
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:
@@ -196,8 +200,8 @@ def _uniform(source: DataSource, *samples: Tensor) -> float:
             if len(others) > 1:
                 nats[k] += len(others) / len(x) * (others.max() - others.min()).clamp_min(1e-300).log()
         return float(nats.sum())
-    low, high = (float(end) if given is None else given for end, given in
-                 ((low.min(), transform.low), (high.max(), transform.high)))  # fmt: skip
+    low = float(low.min()) if transform.low is None else transform.low
+    high = float(high.max()) if transform.high is None else transform.high
     return math.log2((high - low) / transform.bin + 1)
 
 
@@ -210,12 +214,13 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
         given = y[:1]
     found = sample(model, n, y=given, seed=seed, units="codes", details=True, **options)
     device = model.schedule.alpha.device
+
+    def scored(rows: slice) -> Tensor:
+        return density.log_prob(found.x[rows].to(device), y=labels_of(y, rows, device)).cpu()
+
     if density is not None:
         with torch.no_grad():
-            log_p = map_rows(
-                lambda rows: density.log_prob(found.x[rows].to(device), y=labels_of(y, rows, device)).cpu(), n,
-                dim=found.x.shape[1:].numel(), device=device,
-            )  # fmt: skip
+            log_p = map_rows(scored, n, dim=found.x.shape[1:].numel(), device=device)
     return found, log_p
 
 

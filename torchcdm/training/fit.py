@@ -10,7 +10,7 @@ import copy
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,6 +37,8 @@ from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
+Layers = Sequence[Mapping[str, Any]]
+"""Fields of a configuration, the last strongest."""
 
 OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
 IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize")
@@ -175,25 +177,25 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
 
 
 def trained(
-    config: Config, source: DataSource, device: str | None, progress: bool,
-    clock: Callable[[], float] = time.monotonic, out: str | Path | None = None, backbone: nn.Module | None = None,
-    model: Denoiser | None = None,
-) -> Any:  # fmt: skip
-    """Trains as :func:`torchcdm.training.loop.train`, and gives the model that was kept, a new one unless it is given.
-    Where ``out`` is None nothing is left on the disk, and no samples are drawn."""
+    config: Config, source: DataSource, device: str | None, progress: bool, out: str | Path | None = None, **given: Any
+) -> Any:
+    """Trains as :func:`torchcdm.training.loop.train`, which takes what is ``given`` (``model``, ``backbone``,
+    ``clock``), and gives the model that was kept, a new one unless it is given. Where ``out`` is None nothing is left
+    on the disk, and no samples are drawn."""
     if out is None:
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
         run = Path(folder) / "run" if out is None else Path(folder)
         try:
             source = in_units(source, config.data)
-            loop.train(config, run, source, False, device, progress, clock, backbone=backbone, model=model)
+            loop.train(config, run, source, False, device, progress, **given)
         except Interrupted as error:
             if out is not None:
                 raise
             raise Interrupted(error.number, "the training was stopped by a signal; nothing of it is kept") from None
+        model = given.get("model")
         if model is None:
-            return load(run, device or "cpu", backbone)
+            return load(run, device or "cpu", given.get("backbone"))
         model.info = load_weights(model, run)
     return model.eval().to(device or "cpu")
 
@@ -237,7 +239,7 @@ def seconds_of(budget: str | float) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> bool:
+def scales(layers: Layers, budget: str | float | None) -> bool:
     """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
     preset, *others = layers
     given = {path for layer in others for path, _ in paths(layer)}
@@ -246,9 +248,8 @@ def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> b
 
 
 def with_budget(
-    layers: Sequence[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None,
-    progress: bool = False,
-) -> Config:  # fmt: skip
+    layers: Layers, source: DataSource | None, budget: str | float | None, device: str | None, progress: bool = False
+) -> Config:
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
@@ -287,21 +288,21 @@ def with_budget(
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
     drawn = int(SAMPLING_SHARE * seconds / (evaluations * took / batch))
     dropout = 0.1 if count < 5000 else 0.05
+    network = {"width": width, "multipliers": multipliers, "dropout": dropout}
+    # The time ends it: a machine that was busy when steps were measured takes more of them.
+    train = {"batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50}
+    train |= {"validate_every": every, "save_every": every, "sample_every": None, "validation_samples": 500}
+    train |= {"log_every": min(max(1, steps // 100), 50), "ema_decay": 0.995 if steps < 5000 else 0.999}
     layer = {
-        "model": {**base, "backbone": {"width": width, "multipliers": multipliers, "dropout": dropout}},
-        "train": {
-            # The time ends it: a machine that was busy when steps were measured takes more of them.
-            "batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50,
-            "validate_every": every, "save_every": every, "log_every": min(max(1, steps // 100), 50),
-            "sample_every": None, "validation_samples": 500, "ema_decay": 0.995 if steps < 5000 else 0.999,
-        },
+        "model": {**base, "backbone": network},
+        "train": train,
         "report": {"limit": min(max(8, report), asked.report.limit)},
         "sampling": {"n": min(max(9, drawn), asked.sampling.n)},
-    }  # fmt: skip
+    }
     if progress:
-        shape = "x".join(map(str, source.shape))
-        print(f"scaled to {count} images of {shape} and {seconds:g} s: width {width} at {len(multipliers)} "
-              f"resolutions, batches of {batch}, about {steps} steps of {took:.2g} s")  # fmt: skip
+        what = f"{count} images of {'x'.join(map(str, source.shape))} and {seconds:g} s"
+        size = f"width {width} at {len(multipliers)} resolutions, batches of {batch}"
+        print(f"scaled to {what}: {size}, about {steps} steps of {took:.2g} s")
     return made(preset, layer, *given)
 
 

@@ -141,11 +141,10 @@ class Trainer:
         self.ema = EMA(self.model, self.options.ema_decay)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(self.options, self.model)
-        data, processes = self.config.data, self.processes
-        self.batches = Batches(
-            self.source, self.options.batch_size, self.options.seed, self.model.conditional, data.flip, data.workers,
-            processes.rank, processes.world,
-        )  # fmt: skip
+        read = {"flip": self.config.data.flip, "workers": self.config.data.workers}
+        share = {"rank": self.processes.rank, "world": self.processes.world}
+        size, seed, labels = self.options.batch_size, self.options.seed, self.model.conditional
+        self.batches = Batches(self.source, size, seed, labels, **read, **share)
         self.selection = Selection(self.config, self.source, self.model)
         self.fingerprint = fingerprint(self.source)
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
@@ -183,11 +182,9 @@ class Trainer:
         options, loss = self.options, self._wrapped()
         began = self.clock() - self.seconds
         self.model.train()
-        with tqdm(
-            total=1.0, initial=self._share(), desc="training", disable=not self.progress, mininterval=0.5,
-            smoothing=0.05, dynamic_ncols=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        ) as bar:  # fmt: skip
+        form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        look = {"bar_format": form, "mininterval": 0.5, "smoothing": 0.05, "dynamic_ncols": True}
+        with tqdm(total=1.0, initial=self._share(), disable=not self.progress, **look) as bar:
             for batch in self.batches(self.step, options.steps, self.loss, self.device):
                 terms, finite = self._update(loss, batch)
                 self.step += 1
@@ -261,10 +258,12 @@ class Trainer:
             if self.main:
                 self._log({"not_finite": True})
             # A state right before the first of these steps may hold weights that are finite, and yet the cause.
-            raise NotFinite(f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; "
-                            f"{self._last_state()}: go on with --resume and a smaller --train.lr, a smaller "
-                            "--train.grad_clip, or --train.precision fp32; where that fails too, remove the last "
-                            "state")  # fmt: skip
+            what = (
+                f"{MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; {self._last_state()}"
+            )
+            mend = "a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
+            last = "where that fails too, remove the last state"
+            raise NotFinite(f"training: {what}: go on with --resume and {mend}; {last}")
 
     def _after_step(self, bar: Any) -> None:
         """Log, validate, save and sample, where the step asks for it."""
@@ -306,11 +305,10 @@ class Trainer:
         """Saves what a resumed run starts from, and says whether it did: nothing of a training that is going wrong."""
         if self.bad_in_a_row or not _finite(self.model):
             return False
-        progress = checkpoint.Progress(
-            step=self.step, ema_updates=self.ema.updates, seconds=self.seconds, skipped=self.skipped,
-            best=self.selection.best, stale=self.selection.stale, data=self.fingerprint, config=encode(self.config),
-            window=without_nan(self.window.totals(self.processes)),
-        )  # fmt: skip
+        counters = {"step": self.step, "seconds": self.seconds, "skipped": self.skipped}
+        counters |= {"ema_updates": self.ema.updates, "best": self.selection.best, "stale": self.selection.stale}
+        window, known = self.window.totals(self.processes), {"data": self.fingerprint, "config": encode(self.config)}
+        progress = checkpoint.Progress(window=without_nan(window), **counters, **known)
         if self.main:
             weights, average, optimizer = (of.state_dict() for of in (self.model, self.ema.model, self.optimizer))
             moments = {f"{k}.{name}": value for k, of in optimizer["state"].items() for name, value in of.items()}

@@ -17,11 +17,8 @@ from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.timm_adapter import TimmBackbone
 from torchcdm.networks.unet import CDMUNet, DDMUNet
-
-from torchcdm.runtime.validation import (  # isort: skip
-    Count, CountOrZero, Float, NotNegative, Positive, Rate, RatePair, Seed, Share, Width, named, settings_of,
-    validated,
-)  # fmt: skip
+from torchcdm.runtime import validation
+from torchcdm.runtime.validation import Count, CountOrZero, Float, NotNegative, Positive, Rate, Seed, validated
 
 
 class OwnNetwork:
@@ -35,21 +32,28 @@ class OwnNetwork:
 
 
 NETWORKS: dict[str, tuple[type, type | None]] = {
-    "encoder": (Encoder, None), "unet": (CDMUNet, DDMUNet), "mlp": (MLP, DDMMLP), "timm": (TimmBackbone, None),
+    "encoder": (Encoder, None),
+    "unet": (CDMUNet, DDMUNet),
+    "mlp": (MLP, DDMMLP),
+    "timm": (TimmBackbone, None),
     "custom": (OwnNetwork, None),
-}  # fmt: skip
+}
 """The networks by name: as a classifier of levels, and as a plain denoiser, which takes part of its settings."""
 
 SCHEDULES: dict[str, type[schedules.NoiseSchedule]] = {
-    "linear": schedules.LinearSchedule, "cosine": schedules.CosineSchedule,
-    "uniform-sigma": schedules.UniformSigmaSchedule, "optimal-transport": schedules.OptimalTransportSchedule,
+    "linear": schedules.LinearSchedule,
+    "cosine": schedules.CosineSchedule,
+    "uniform-sigma": schedules.UniformSigmaSchedule,
+    "optimal-transport": schedules.OptimalTransportSchedule,
     "log-snr": schedules.LogSNRSchedule,
-}  # fmt: skip
+}
 
 # Classes and joint labels are what the data and ``model.labels`` give.
-BACKBONES = {name: settings_of(kind, name, ("classes", "joint"), __name__) for name, (kind, _) in NETWORKS.items()}
-SCHEDULE_SETTINGS = {name: settings_of(kind, name, (), __name__) for name, kind in SCHEDULES.items()}
-LossConfig = settings_of(CDMLoss, None, (), __name__)
+BACKBONES = {
+    name: validation.settings_of(kind, name, ("classes", "joint"), __name__) for name, (kind, _) in NETWORKS.items()
+}
+SCHEDULE_SETTINGS = {name: validation.settings_of(kind, name, (), __name__) for name, kind in SCHEDULES.items()}
+LossConfig = validation.settings_of(CDMLoss, None, (), __name__)
 
 # Pickle looks a class up by its name in its module.
 globals().update({kind.__name__: kind for kind in (*BACKBONES.values(), *SCHEDULE_SETTINGS.values(), LossConfig)})
@@ -76,12 +80,12 @@ class ModelConfig:
     kind: Literal["cdm", "ddm"] = "cdm"
     labels: Literal["none", "input", "joint"] = "none"
     gaussian: bool | None = None
-    components: Width | None = None
-    shrinkage: Share | None = None
+    components: validation.Width | None = None
+    shrinkage: validation.Share | None = None
     form: Literal["full", "cosine", "diagonal"] | None = None
     class_gaussians: bool = False
-    backbone: named(*BACKBONES.values()) = BACKBONES["encoder"]()
-    schedule: named(*SCHEDULE_SETTINGS.values()) = SCHEDULE_SETTINGS["uniform-sigma"]()
+    backbone: validation.named(*BACKBONES.values()) = BACKBONES["encoder"]()
+    schedule: validation.named(*SCHEDULE_SETTINGS.values()) = SCHEDULE_SETTINGS["uniform-sigma"]()
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
@@ -91,8 +95,8 @@ class ModelConfig:
         if components > 1 and self.gaussian is False:
             raise ValueError(f"components is {components}; above 1 it needs gaussian")
         if self.shrinkage and (self.gaussian is False or (self.class_gaussians and components == 1)):
-            raise ValueError(f"shrinkage is {self.shrinkage:g}; above 0 it needs gaussian, and components with "
-                             "class_gaussians")  # fmt: skip
+            needs = "gaussian, and components with class_gaussians"
+            raise ValueError(f"shrinkage is {self.shrinkage:g}; above 0 it needs {needs}")
         return self
 
 
@@ -136,7 +140,7 @@ class TrainConfig:
     seed: Seed = 0
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: Annotated[Positive, Le(1e3)] = 1e-3
-    betas: RatePair = (0.9, 0.99)
+    betas: validation.RatePair = (0.9, 0.99)
     weight_decay: NotNegative = 0.01
     warmup: CountOrZero = 100
     decay: Literal["cosine", "constant", "step"] = "cosine"

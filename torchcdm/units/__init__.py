@@ -18,8 +18,8 @@ from torchcdm.units.gaussianized import GaussianizedTransform
 from torchcdm.units.log_likelihood import LogLikelihood, standard_error
 from torchcdm.units.table import TableEncoding
 
-__all__ = ["ColumnTransform", "DataTransform", "GaussianizedTransform", "LogLikelihood", "TableEncoding",
-           "standard_error", "transform_from_config"]  # fmt: skip
+__all__ = ["ColumnTransform", "DataTransform", "GaussianizedTransform", "LogLikelihood", "TableEncoding"]
+__all__ += ["standard_error", "transform_from_config"]
 
 KINDS = {"affine": DataTransform, "gaussianized": GaussianizedTransform, "columns": ColumnTransform}
 

@@ -57,10 +57,8 @@ def fit_warp(x: Tensor, sources: Tensor | None = None, straight: Collection[int]
     location, scale, skew, tail = (
         torch.where(used, value, other) for value, other in ((location, 0), (scale, 1), (skew, 0), (tail, 1))
     )
-    return {
-        "least": least, "location": mean + deviation * location, "scale": deviation * scale,
-        "skew": skew, "tail": tail, "bent": used,
-    }  # fmt: skip
+    found = {"least": least, "location": mean + deviation * location, "scale": deviation * scale}
+    return found | {"skew": skew, "tail": tail, "bent": used}
 
 
 def bend(u: Tensor, skew: Tensor, tail: Tensor) -> Tensor:
