@@ -27,7 +27,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.random import stream
-from torchcdm.runtime.validation import Float, Int, Share, checked
+from torchcdm.runtime.validation import Int, NotNegative, Share, checked
 
 Visited = tuple[int, Prediction]
 """A level that the sampler has been to, and what the denoiser said there."""
@@ -153,9 +153,7 @@ class Heun(Sampler):
         schedule = step.denoiser.schedule
         alpha_s, sigma_s = schedule.at(step.s, step.x_t)
         there, angle = step.denoiser.denoise(now.carried_to(alpha_s, sigma_s), step.s, step.y), schedule.ratio.atan()
-        slopes = [
-            (at.alpha_t * at.eps - at.sigma_t * at.x0) / torch.hypot(at.alpha_t, at.sigma_t) for at in (now, there)
-        ]
+        slopes = [(p.alpha_t * p.eps - p.sigma_t * p.x0) / torch.hypot(p.alpha_t, p.sigma_t) for p in (now, there)]
         turn = (angle[step.t] - angle[step.s]) * (sum(slopes) / 2)
         return torch.hypot(alpha_s, sigma_s) * (step.x_t / torch.hypot(now.alpha_t, now.sigma_t) - turn)
 
@@ -265,9 +263,7 @@ class SASolver(Sampler):
     stochastic = True
 
     @checked
-    def __init__(
-        self, order: Order = 2, eta: Annotated[Float, Ge(0), Le(20)] = 4.0, time: Time = log_variance
-    ) -> None:
+    def __init__(self, order: Order = 2, eta: Annotated[NotNegative, Le(20)] = 4, time: Time = log_variance) -> None:
         self.memory, self.eta, self.time = order - 1, eta, time
 
     def rule(self, step: Step, now: Prediction) -> Tensor:

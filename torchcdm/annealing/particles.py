@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import Evaluated, Target
@@ -64,7 +64,7 @@ class States:
 
 
 def langevin(
-    target: Target, kernels: Kernels, states: States, step: Tensor | float, generator: torch.Generator | None,
+    target: Target, kernels: Kernels, states: States, step: Tensor | float, generator: Generator | None,
     draws: tuple[Tensor, Tensor] | None = None, metric: tuple[MatrixRotation, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """One Langevin move of each state, accepted or rejected; one evaluation. The states are changed.
@@ -96,7 +96,7 @@ def langevin(
     return accepted
 
 
-def chance(log_ratio: Tensor, generator: torch.Generator) -> Tensor:
+def chance(log_ratio: Tensor, generator: Generator) -> Tensor:
     """True with probability min(1, exp(log_ratio)), never where it is nan, (B,)."""
     uniform = torch.rand(len(log_ratio), generator=generator, dtype=torch.float64).to(log_ratio.device)
     return uniform.log() < log_ratio
@@ -127,7 +127,7 @@ class Particles(NamedTuple):
 
 @torch.no_grad()
 def smc(
-    target: Target, kernels: Kernels, level: int, islands: int, size: int, generator: torch.Generator, moves: int = 1,
+    target: Target, kernels: Kernels, level: int, islands: int, size: int, generator: Generator, moves: int = 1,
     below: float = 0.5, spacing: float | None = None, progress: bool = False,
 ) -> Particles:  # fmt: skip
     """Particles from the start density at T down to ``level``, 1 ... T, proposed by r.
@@ -183,7 +183,7 @@ def effective(log_w: Tensor) -> Tensor:
 
 
 def resampled(
-    states: States, log_w: Tensor, log_z: Tensor, below: float, generator: torch.Generator
+    states: States, log_w: Tensor, log_z: Tensor, below: float, generator: Generator
 ) -> tuple[States, Tensor, Tensor]:
     """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size.
 

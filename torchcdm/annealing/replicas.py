@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import States, adapted, chance, langevin, smc
@@ -40,9 +40,7 @@ class Ladder(NamedTuple):
     x: Tensor
 
 
-def ladder(
-    target: Target, kernels: Kernels, level: int, n: int, generator: torch.Generator, islands: int = 1
-) -> Ladder:
+def ladder(target: Target, kernels: Kernels, level: int, n: int, generator: Generator, islands: int = 1) -> Ladder:
     """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by :data:`SPACING`.
 
     Particles of each of the ``islands``, which are neighbours, are resampled among themselves.
@@ -74,9 +72,7 @@ class Replicas:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, target: Target, kernels: Kernels, rungs: Ladder, generator: torch.Generator, moves: int = 1
-    ) -> None:
+    def __init__(self, target: Target, kernels: Kernels, rungs: Ladder, generator: Generator, moves: int = 1) -> None:
         x = rungs.x.flatten(0, 1).clone()
         self.target, self.kernels, self.generator, self.moves = target, kernels, generator, moves
         self.levels, self.step, (self.count, self.columns) = rungs.levels, rungs.step, rungs.x.shape[:2]

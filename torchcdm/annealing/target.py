@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
@@ -65,7 +65,7 @@ class Target(ABC):
         return self.evaluate(x_t, t).eps.to(self.dtype)
 
     @final
-    def start(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def start(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """``n`` draws x_T of the reference at level T, float64 (n, *shape), and its log density, nats (n,)."""
         mean, variances = self.reference.moments(self.schedule.T)
         noise = torch.randn(n, len(variances), generator=generator, dtype=torch.float64).to(variances.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchcdm.runtime.artefact import damaged
 
-Readers = Mapping[str, Callable[[Any], Any]]
+Readers = dict[str, Callable[[Any], Any]]
 """Names of the attributes that a fit sets, and what makes each of plain values."""
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, final
 
 import torch
 from annotated_types import Ge
-from torch import Tensor
+from torch import Generator, Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, chance, langevin, smc, systematic
@@ -123,7 +123,7 @@ def probability(
 
 @torch.no_grad()
 def climb(
-    target: Target, kernels: Kernels, event: Event, threshold: float, n: int, generator: torch.Generator, moves: int,
+    target: Target, kernels: Kernels, event: Event, threshold: float, n: int, generator: Generator, moves: int,
     progress: bool = False,
 ) -> Probability:  # fmt: skip
     """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles; ``x`` are model units there.
@@ -193,7 +193,7 @@ def _quantile(values: Tensor, weights: Tensor) -> float:
     return float(ordered[min(reached + 1, len(values) - 1)])
 
 
-def _resampled(states: States, weights: Tensor, generator: torch.Generator) -> tuple[States, Tensor, float]:
+def _resampled(states: States, weights: Tensor, generator: Generator) -> tuple[States, Tensor, float]:
     """Systematic resampling within each half; and the share of pairs of one parent that weights do not account for.
 
     In random order: in theirs, relatives would be neighbours, and families of nearly the expected size.
@@ -257,7 +257,7 @@ class _Jumps:
         self.odds = torch.ones(len(self.levels), dtype=torch.float64)
         self.way, self.tried = torch.zeros_like(self.odds), torch.zeros_like(self.odds)
 
-    def move(self, states: States, generator: torch.Generator) -> None:
+    def move(self, states: States, generator: Generator) -> None:
         """One jump of each state, two evaluations or, where it ends below the threshold, one."""
         kernels, target, x, n, d = self.kernels, self.target, states.x, len(states.x), self.spread.numel()
         which = torch.multinomial(self.odds, n, replacement=True, generator=generator)

@@ -150,7 +150,8 @@ def sample(
     if particles:
         if sampler is not None or steps is not None or guidance or spacing is not None:
             raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
-        found = _by_particles(model, n, y, seed, batch_size, units, corrector, particles, sweeps, progress)
+        target = ModelTarget(model, y, batch_size)
+        found = _by_particles(target, n, seed, units, corrector, particles, sweeps, progress)
         return found if details else found.x
     rule, schedule = make_sampler(sampler or (WITH_MOVES if corrector else SAMPLER)), model.schedule
     steps = min(STEPS, schedule.T) if steps is None else steps
@@ -277,14 +278,13 @@ class _Moves:
 
 @torch.no_grad()
 def _by_particles(
-    model: Denoiser, n: int, y: Any, seed: int, batch_size: int | None, units: str, moves: int,
-    particles: int, sweeps: int, progress: bool,
-) -> Draws:  # fmt: skip
+    target: ModelTarget, n: int, seed: int, units: str, moves: int, particles: int, sweeps: int, progress: bool
+) -> Draws:
     """Samples by sequential Monte Carlo, and by replica exchange started from it."""
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
-    target, tilted = ModelTarget(model, y, batch_size), model.density is None  # what it takes has log gamma at least
-    generator = stream(seed, "particles")
+    model, generator = target.model, stream(seed, "particles")
+    tilted = model.density is None  # what it takes has log gamma at least
     with evaluation_mode(model):
         kernels = Kernels(target.reference) if tilted else Kernels.of_target(target, seed)
         islands = max(2, min(ISLANDS, particles // (LARGE if tilted else SMALL)))

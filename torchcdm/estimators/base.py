@@ -120,10 +120,9 @@ class TableEstimator(BaseEstimator):
     """What ``max_seconds`` counts; :func:`time.process_time` on a machine that other jobs share. No parameter: a clone
     has that of its class."""
 
-    _saved: ClassVar[Readers] = {
-        "columns_": partial(read_as, TableEncoding), "notes_": list, "validation_indices_": np.array,
-        "n_features_in_": int, "_noise": partial(torch.tensor, dtype=torch.float64), "_framed": bool,
-    }  # fmt: skip
+    _saved: ClassVar[Readers] = {"n_features_in_": int, "notes_": list, "_framed": bool}
+    _saved |= {"columns_": partial(read_as, TableEncoding), "validation_indices_": np.array}
+    _saved |= {"_noise": partial(torch.tensor, dtype=torch.float64)}
     """What was fitted beside the model."""
 
     preset: str = "table"
@@ -187,9 +186,8 @@ class TableEstimator(BaseEstimator):
         if config.train.max_seconds is not None:
             left = max(config.train.max_seconds - (self.clock() - began), 1e-3)  # one step at least
             config = replace(config, train=replace(config.train, max_seconds=left))
-        model = require_density(
-            trained(config, source, self.device, bool(self.verbose), clock=self.clock), "an estimator"
-        )
+        model = trained(config, source, self.device, bool(self.verbose), clock=self.clock)
+        model = require_density(model, "an estimator")
         transform.table = self.columns_ if self._framed and contexts is None else None
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.

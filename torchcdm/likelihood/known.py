@@ -47,9 +47,7 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
     tensors, restricted = {name: part.to(device) for name, part in tensors.items()}, None
     if "steps" in content:
         names = ("edges", "variances", "table")
-        steps = [
-            Step(level, *(tensors.get(f"{k}.{name}") for name in names)) for k, level in enumerate(content["steps"])
-        ]
+        steps = [Step(t, *(tensors.get(f"{k}.{name}") for name in names)) for k, t in enumerate(content["steps"])]
         fence = Fence(content["fence"], tensors["middle"], tensors["whiten"])
         restricted = Restricted(steps, fence, tensors["log_z"], tensors["mean"], tensors["variances"])
     check = content["check"] and LogZ(**content["check"])

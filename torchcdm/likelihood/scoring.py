@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Le, MultipleOf
-from torch import Tensor
+from torch import Generator, Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
@@ -93,7 +93,7 @@ def scoring_level(model: Denoiser, times: float = 1.0) -> int:
 
 
 def draw_rows(
-    seed: int, purpose: Sequence[str | int], rows: slice, draw: Callable[[int, torch.Generator], Tensor]
+    seed: int, purpose: Sequence[str | int], rows: slice, draw: Callable[[int, Generator], Tensor]
 ) -> Tensor:
     """``draw(index, generator)`` for each sample, stacked (B, ...), by the generators of (seed, purpose, index)."""
     return torch.stack([draw(i, stream(seed, *purpose, i)) for i in range(rows.start, rows.stop)])

@@ -20,6 +20,9 @@ from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
 
+Labels = Tensor | None
+"""Classes, long (N,), or contexts (N, q); None for none."""
+
 BATCH = 256
 """Noisy copies at a time. Their noise is drawn by batch, so that this is part of every seed."""
 
@@ -42,14 +45,12 @@ class NoisyBatch(NamedTuple):
         return map_rows(one, len(self.t), dim=self.x_t.shape[1:].numel(), device=self.t.device).cpu()
 
 
-def noisy_batches(
-    model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Tensor | None = None
-) -> Iterator[NoisyBatch]:
+def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Labels = None) -> Iterator[NoisyBatch]:
     """Noisy copies of samples ``x`` (N, *shape), batch by batch: data units, or model units without a transform.
 
     Noise and dequantisation are functions of (seed, copy), whatever the levels, the device and the number of samples.
     ``t`` is the level of one copy of each sample, or the levels of k copies of each, long (k N,), in which copy j of
-    sample i is entry j N + i. Labels ``y`` are (N, ...), or None.
+    sample i is entry j N + i.
     """
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
     levels = torch.full((len(x),), t) if isinstance(t, int) else t
@@ -67,18 +68,14 @@ def noisy_batches(
         yield NoisyBatch(rows, model.schedule.perturb(x_0, part, eps), part, eps, label)
 
 
-def at_all_levels(
-    model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0, y: Tensor | None = None
-) -> Iterator[NoisyBatch]:
+def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0, y: Labels = None) -> Iterator[NoisyBatch]:
     """:func:`noisy_batches` with ``draws`` copies of each sample, the levels 0 ... T+1 stratified over all of them."""
     t = stratified_levels(len(x) * draws, model.schedule.T + 2, stream(seed, "levels"))
     return noisy_batches(model, x, t, seed, y)
 
 
 @torch.no_grad()
-def level_sums(
-    model: Denoiser, x: Tensor, y: Tensor | None = None, draws: int = 1, seed: int = 0
-) -> dict[str, Tensor]:
+def level_sums(model: Denoiser, x: Tensor, y: Labels = None, draws: int = 1, seed: int = 0) -> dict[str, Tensor]:
     """Errors with fixed noise; arguments as of :func:`at_all_levels`.
 
     Sums over samples at each level, each (T+2,), float64: ``count``; ``mse``, squared error of eps (mean over d); with

@@ -258,12 +258,10 @@ class Trainer:
             if self.main:
                 self._log({"not_finite": True})
             # A state right before the first of these steps may hold weights that are finite, and yet the cause.
-            what = (
-                f"{MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient; {self._last_state()}"
-            )
+            what = f"training: {MAX_BAD_STEPS} steps in a row up to step {self.step} had no finite gradient"
             mend = "a smaller --train.lr, a smaller --train.grad_clip, or --train.precision fp32"
-            last = "where that fails too, remove the last state"
-            raise NotFinite(f"training: {what}: go on with --resume and {mend}; {last}")
+            mend = f"go on with --resume and {mend}; where that fails too, remove the last state"
+            raise NotFinite(f"{what}; {self._last_state()}: {mend}")
 
     def _after_step(self, bar: Any) -> None:
         """Log, validate, save and sample, where the step asks for it."""

@@ -48,10 +48,8 @@ SCHEDULES: dict[str, type[schedules.NoiseSchedule]] = {
     "log-snr": schedules.LogSNRSchedule,
 }
 
-# Classes and joint labels are what the data and ``model.labels`` give.
-BACKBONES = {
-    name: validation.settings_of(kind, name, ("classes", "joint"), __name__) for name, (kind, _) in NETWORKS.items()
-}
+_OF_DATA = ("classes", "joint")  # what the data and ``model.labels`` give
+BACKBONES = {name: validation.settings_of(kind, name, _OF_DATA, __name__) for name, (kind, _) in NETWORKS.items()}
 SCHEDULE_SETTINGS = {name: validation.settings_of(kind, name, (), __name__) for name, kind in SCHEDULES.items()}
 LossConfig = validation.settings_of(CDMLoss, None, (), __name__)
 

@@ -15,7 +15,7 @@ from typing import final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 from torch.nn.functional import silu
 
@@ -57,7 +57,7 @@ class Networks(nn.Module):
     They have the ``sizes`` of input, hidden layers and output; first weights are drawn by ``draw``, zeros when None.
     """
 
-    def __init__(self, sizes: Sequence[int], draw: torch.Generator | None = None, scale: float = 0.0) -> None:
+    def __init__(self, sizes: Sequence[int], draw: Generator | None = None, scale: float = 0.0) -> None:
         super().__init__()
         shapes = list(pairwise(sizes))
         self.weights = nn.ParameterList(torch.zeros(MEMBERS, *shape) for shape in shapes)
@@ -74,7 +74,7 @@ class Networks(nn.Module):
 
 
 def train(
-    networks: nn.Module, losses: Callable[[Tensor], Tensor], rows: int, draw: torch.Generator, steps: int, rate: float,
+    networks: nn.Module, losses: Callable[[Tensor], Tensor], rows: int, draw: Generator, steps: int, rate: float,
     decay: float, until: float,
 ) -> None:  # fmt: skip
     """Trains all members at once, each on all folds of the ``rows``, so many, but its own.
@@ -157,7 +157,7 @@ class Classifiers(nn.Module):
         draw: As for :class:`Networks`.
     """
 
-    def __init__(self, columns: int, nodes: Sequence[int] = (0, 0), draw: torch.Generator | None = None) -> None:
+    def __init__(self, columns: int, nodes: Sequence[int] = (0, 0), draw: Generator | None = None) -> None:
         super().__init__()
         self.committee = Networks([columns, *[WIDTH] * LAYERS, 1], draw)
         for name in ("low", "high"):

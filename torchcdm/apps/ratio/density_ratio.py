@@ -116,11 +116,10 @@ class DensityRatio:
     _warp: ColumnTransform | None = None
     _steps: Steps
 
-    _saved: ClassVar[Readers] = {
-        **dict.fromkeys(("notes", "counts", "_held_out"), tuple), "blend": dict, "_warp": transform_from_config,
-        "held_out": partial(read_as, Calibration), "_limits": partial(np.array, dtype=np.float64),
-        "_steps": lambda steps: {name: STEPS[name](**arguments) for name, arguments in steps.items()},
-    }  # fmt: skip
+    _saved: ClassVar[Readers] = dict.fromkeys(("notes", "counts", "_held_out"), tuple) | {"blend": dict}
+    _saved |= {"held_out": partial(read_as, Calibration), "_limits": partial(np.array, dtype=np.float64)}
+    _saved |= {"_steps": lambda steps: {name: STEPS[name](**steps[name]) for name in steps}}
+    _saved |= {"_warp": transform_from_config}
 
     @checked
     def __init__(

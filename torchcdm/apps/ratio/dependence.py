@@ -97,10 +97,8 @@ def canonical(x: np.ndarray, y: np.ndarray, seen: np.ndarray, most: int | None =
     excess = 2 * sum(side.shape[1] for side in white) / rows
     square = np.clip(found**2 - (1 - found**2) * excess, 0, 1 - 1e-6)
     kept = np.flatnonzero(square)[:most]
-    u, v = (
-        np.clip(side @ turn[:, kept], -FARTHEST, FARTHEST) for side, turn in ((white[0], left), (white[1], right.T))
-    )
-    return Canonical(u, v, square[kept] ** 0.5)
+    turned = white[0] @ left[:, kept], white[1] @ right.T[:, kept]
+    return Canonical(*(np.clip(side, -FARTHEST, FARTHEST) for side in turned), square[kept] ** 0.5)
 
 
 def normal_scores(x: np.ndarray) -> np.ndarray:

@@ -102,10 +102,9 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
     coverage = float((up <= down.max()).mean())
     notes = []
     if coverage < COVERED:
-        what = (
-            f"{100 * (1 - coverage):.0f} % of the numerator's samples have larger ratios than any of the denominator's"
-        )
-        notes.append(f"coverage: {what}: their size rests on the form of the fit; give samples from in between")
+        what = "of the numerator's samples have larger ratios than any of the denominator's"
+        mend = "their size rests on the form of the fit; give samples from in between"
+        notes.append(f"coverage: {100 * (1 - coverage):.0f} % {what}: {mend}")
     if size < FEW:
         notes.append(f"effective_sample_size: {size:.0f} samples carry the weights p/q; give more of the denominator")
     if bound is not None and apart:
