@@ -9,7 +9,7 @@ from PIL import Image
 from published_data import idx, write_celeba, write_cifar, write_fashion
 
 from torchcdm.data import LazySplit, load_data
-from torchcdm.data.named import CIFAR_CLASSES, FASHION_SYSTEM_FOLDER
+from torchcdm.data.named import CIFAR_CLASSES, SYSTEM_FOLDERS
 from torchcdm.errors import UserError
 
 
@@ -98,7 +98,7 @@ def test_fashion_mnist_of_the_system():
     try:
         source = load_data("fashion-mnist")
     except UserError:
-        pytest.skip(f"no Fashion-MNIST in {FASHION_SYSTEM_FOLDER}")
+        pytest.skip(f"no Fashion-MNIST in {SYSTEM_FOLDERS}")
     assert [len(source.train), len(source.validation), len(source.test)] == [55000, 5000, 10000]
     # Published facts of the data set: every class 6000 times in training, 1000 times in test; mean 0.2860 of 255.
     assert torch.cat([source.train.labels, source.validation.labels]).bincount().tolist() == [6000] * 10

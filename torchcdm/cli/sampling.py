@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from torchcdm import compose
 from torchcdm.cli.arguments import say
+from torchcdm.compose.tilted import Map
 from torchcdm.data import save_array, save_grid, save_images
 from torchcdm.data.images import read_image
 from torchcdm.data.outputs import save_manifest, save_sheet
@@ -118,9 +118,7 @@ def restore(options: argparse.Namespace) -> None:
     print(f"{len(names)} images in {out}, {options.n} draws of each")
 
 
-def _measurement(
-    options: argparse.Namespace, shape: tuple[int, ...]
-) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+def _measurement(options: argparse.Namespace, shape: tuple[int, ...]) -> tuple[Map, tuple[int, ...]]:
     """What was measured, of samples; and the shape of the images of the paths."""
     if len(shape) != 3:
         raise UserError("cdm restore is for images; this model takes rows: use torchcdm.compose.posterior")

@@ -32,6 +32,9 @@ from torchcdm.models.inputs import as_numbers, as_tensor
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, Float, checked
 
+Map = Callable[[Tensor], Tensor]
+"""A function of samples (B, *shape)."""
+
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
 
@@ -93,7 +96,7 @@ class Tilted(Denoiser):
         raise UserError("flow: the noise of a tilted density has no derivative; ask for the method elbo alone")
 
 
-def of_data(model: Denoiser, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def of_data(model: Denoiser, function: Map) -> Map:
     """A function of samples in data units as one of samples in model units."""
     return function if model.transform is None else lambda z: function(model.transform.inverse(z))
 
@@ -106,7 +109,7 @@ def one_each(values: Tensor, x: Tensor, what: str) -> Tensor:
     return values
 
 
-def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor]) -> Tilted:
+def tilted(model: Denoiser, reward: Map) -> Tilted:
     """p(x) exp(R(x)): the model's samples, weighed by a reward or the log-likelihood of a classifier.
 
     Args:
@@ -125,9 +128,7 @@ def tilted(model: Denoiser, reward: Callable[[Tensor], Tensor]) -> Tilted:
     return Tilted(model, lambda x0, t: one_each(measured(x0), x0, "compose: the reward"))
 
 
-def posterior(
-    model: Denoiser, measurement: Callable[[Tensor], Tensor], y: Tensor, noise_std: float | None = None
-) -> Tilted:
+def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | None = None) -> Tilted:
     r"""p(x | y) of a measurement y = A(x) + s noise.
 
     :math:`\ell_t = \log N(y; A\hat x_0, s^2 I + A V_t A^T)` with the reference Gaussian's posterior variances V_t
@@ -171,9 +172,8 @@ def posterior(
 
 
 def _gaussian(
-    measurement: Callable[[Tensor], Tensor], of: Callable[[Tensor], Tensor], y: Tensor, matrices: Tensor,
-    reference: GaussianMarginals, std: float | None, least: float,
-) -> Known:  # fmt: skip
+    measure: Map, of: Map, y: Tensor, matrices: Tensor, reference: GaussianMarginals, std: float | None, least: float
+) -> Known:
     """log N(y; A(E[x]), s² I + A Cov[x] A^T) of x = of(z), z of N(x0_hat, V_t), for ``matrices`` A (draws, m, d).
 
     ``of`` takes each number along a line or a curve; ``std`` is s, or None where only its ``least`` value is known.
@@ -188,7 +188,7 @@ def _gaussian(
         nodes, weights = NODES.to(deviation)
         finite, each = x0.nan_to_num().clamp(-1e4, 1e4), deviation.view(x0.shape[1:])
         found = torch.stack([of(finite + node * each) for node in nodes])
-        rest = y - measurement(torch.tensordot(weights, found, 1)).flatten(1).double()
+        rest = y - measure(torch.tensordot(weights, found, 1)).flatten(1).double()
         values = found.detach().flatten(2)
         slope = torch.tensordot(weights * nodes, values, 1) / deviation
         straight = torch.allclose(slope, slope[:1].expand_as(slope), rtol=1e-6)
@@ -220,7 +220,7 @@ def _gaussian(
     return known
 
 
-def mask(kept: Tensor) -> Callable[[Tensor], Tensor]:
+def mask(kept: Tensor) -> Map:
     """The pixels or columns where ``kept``, boolean of a sample's shape or one that broadcasts to it: (B, m)."""
     known = as_tensor(kept, "mask", torch.device("cpu")).bool()
 
@@ -235,7 +235,7 @@ def mask(kept: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @checked
-def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Callable[[Tensor], Tensor]:
+def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Map:
     """Images (B, C, H, W) blurred by a Gaussian of ``std`` pixels, zero beyond the borders."""
     reach = math.ceil(3 * std)
     kernel = (-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2).softmax(0)
@@ -249,6 +249,6 @@ def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Callable[[Tensor], Tensor]
 
 
 @checked
-def downsampling(factor: Count) -> Callable[[Tensor], Tensor]:
+def downsampling(factor: Count) -> Map:
     """Images (B, C, H, W) averaged over squares of ``factor`` pixels."""
     return lambda x: nn.functional.avg_pool2d(x, factor)

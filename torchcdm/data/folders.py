@@ -91,9 +91,8 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folders['train']}: no image files in this folder or below it (looked for {suffixes})")
     # The first folder below that of the split; "" for images in that itself.
-    above = {
-        path: (*path.relative_to(folders[split]).parts[:-1], "")[0] for split, part in files.items() for path in part
-    }
+    inside = {path: path.relative_to(folders[split]).parts[:-1] for split, part in files.items() for path in part}
+    above = {path: (*parts, "")[0] for path, parts in inside.items()}
     names = sorted({above[path] for path in files["train"]})
     class_names = tuple(names) if len(names) > 1 and "" not in names else None
     strange = [path for path, name in above.items() if name not in names]

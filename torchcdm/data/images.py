@@ -17,9 +17,8 @@ from torchcdm.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm", ".jp2", ".npy")
-)
+_SUFFIXES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .pgm .ppm .pnm .jp2 .npy"
+SUFFIXES = frozenset(_SUFFIXES.split())
 """Files that count as images; an .npy file holds one image, of any number of channels."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")

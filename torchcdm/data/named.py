@@ -35,7 +35,7 @@ TOY_SIZES = {"train": 10_000, "validation": 2_000, "test": 2_000}
 DATA_VARIABLE = "TORCHCDM_DATA"
 """Environment variable that names a folder with data sets."""
 
-FASHION_SYSTEM_FOLDER = "/usr/share/datasets/fashion-mnist"
+SYSTEM_FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist"}
 _IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 FASHION_FILES = [(f"{name}-ubyte.gz", f"{name}-ubyte") for name in _IDX]
 _CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
@@ -79,16 +79,15 @@ def toy(argument: str, options: DataOptions, _: Any = None) -> Samples:
     if argument not in TOYS:
         raise UserError(f"unknown toy '{argument}'; {nearest(argument, TOYS)}")
     chosen = TOYS[argument]
-    parts: dict[str, Split] = {
-        split: MemorySplit(*chosen.sample(count, stream(options.seed, split))) for split, count in TOY_SIZES.items()
-    }
+    drawn = {split: chosen.sample(count, stream(options.seed, split)) for split, count in TOY_SIZES.items()}
+    parts: dict[str, Split] = {split: MemorySplit(*pair) for split, pair in drawn.items()}
     return Samples(f"toy:{argument}", parts, class_names=tuple(str(k) for k in range(len(chosen.classes))))
 
 
 def fashion_mnist(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """``fashion-mnist`` or ``fashion-mnist:PATH`` of its idx files, packed or not: 28x28, 55000 / 5000 / 10000."""
     mend = "install Debian's dataset-fashion-mnist, or name the folder of its four idx files"
-    paths = _located(argument, "fashion-mnist", FASHION_FILES, mend, (FASHION_SYSTEM_FOLDER,))
+    paths = _located(argument, "fashion-mnist", FASHION_FILES, mend)
     images, labels = [read_idx(path) for path in paths[::2]], [read_idx(path) for path in paths[1::2]]
     for path, x, y in zip(paths[1::2], images, labels, strict=True):
         if x.ndim != 3 or y.shape != x.shape[:1]:
@@ -177,14 +176,12 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(bytearray(content), np.uint8).reshape(shape)
 
 
-def _located(
-    argument: str, name: str, files: Sequence[Sequence[str]], mend: str, system: Sequence[str] = ()
-) -> list[Path]:
-    """The files of a data set in PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or the ``system``.
+def _located(argument: str, name: str, files: Sequence[Sequence[str]], mend: str) -> list[Path]:
+    """The files of a data set in PATH or its sub-folder ``name``; without PATH, in TORCHCDM_DATA or a system's folder.
     Each by the first of its names that is there, or its first name."""
     root = argument or os.environ.get(DATA_VARIABLE, "")
     places = [Path(root) / name, Path(root)] if root else []
-    places += [] if argument else map(Path, system)
+    places += [Path(SYSTEM_FOLDERS[name])] if not argument and name in SYSTEM_FOLDERS else []
     for place in places:
         found = [[place / name for name in names if os.path.exists(place / name)] for names in files]
         if found[0]:

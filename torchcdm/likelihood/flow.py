@@ -148,8 +148,9 @@ class FlowSolver:
             one_pass.append(log_p)
         rest, start, d = (totals[-1] - torch.stack(totals)).mean(1), log_normal(w).sum(1), w.shape[1]
         # log p_u = log p_w - sum log scale, and log p_x = log p_u - d log alpha.
-        changes = [self._scale(t).log().sum() + d * self.schedule.alpha[t].log() for t in self.levels]
-        log_prob = [start + total - change for total, change in zip(rest, changes, strict=True)]
+        log_prob = []
+        for t, total in zip(self.levels, rest, strict=True):
+            log_prob.append(start + total - self._scale(t).log().sum() - d * self.schedule.alpha[t].log())
         return torch.stack(log_prob, 1), torch.stack(one_pass, 1), totals[-1][0] - totals[-1][1]
 
     def _scale(self, t: int) -> Tensor:

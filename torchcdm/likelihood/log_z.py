@@ -234,13 +234,12 @@ def log_normalizer(
         raise UserError("a restricted density is one like data: give some")
     target = ModelTarget(model, y, scoring.batch_size)
     kernels = kernels or Kernels.of_target(target, scoring.seed)
-    points = _Points(target, kernels, scoring, replicas, by_class=restricted and y is None and model.joint)
-    if restricted and scoring.level is None:
-        points.rungs = Ladder(*(part[-RUNGS:] for part in points.rungs))
+    by_class, first = restricted and y is None and model.joint, -RUNGS if restricted and scoring.level is None else 0
+    points = _Points(target, kernels, scoring, replicas, by_class, first)
     starts = points.starts(held, anywhere=not restricted)
     x_t, within, lost, noisy = torch.cat(list(starts.values()), 1), target, "", []
     if restricted:
-        noisy = [points.at_levels(part[:USUAL]) for part in points.by_classes(usual)]
+        noisy = [points.noised(points.clean(part[:USUAL])) for part in points.by_classes(usual)]
         within = points.fenced(noisy, x_t.shape[1])
         lost = points.move_within(within, x_t)
     # Until each replica may have come from the noise; of many rungs a trend shows what is not enough.
@@ -263,13 +262,16 @@ class _Points:
     """The levels of :func:`log_normalizer`, and points at each: where replicas start, and what is usual there.
 
     Attributes:
-        rungs: The levels that particles found on their way down from the noise, and samples of the model at each.
+        rungs: The levels that particles found on their way down from the noise, from number ``first`` on, and samples
+            of the model at each; ``levels`` are the same.
         shares: Of the classes that are taken one by one, (1.0,) where all are taken together.
         replicas: Columns of a start and a class; those of a start lie together, in it those of a class.
         generator: Of all noise.
     """
 
-    def __init__(self, target: ModelTarget, kernels: Kernels, scoring: Scoring, replicas: int, by_class: bool) -> None:
+    def __init__(
+        self, target: ModelTarget, kernels: Kernels, scoring: Scoring, replicas: int, by_class: bool, first: int
+    ) -> None:
         self.target, self.model, self.scoring = target, target.model, scoring
         self.generator, self.by_class = stream(scoring.seed, "replicas"), by_class
         self.shares = prior_of(self.model).exp().tolist() if by_class else [1.0]
@@ -281,12 +283,8 @@ class _Points:
         rungs = ladder(target, kernels, scoring.level_of(self.model), classes * size, self.generator, classes)
         # Particles that were resampled from one are neighbours.
         chosen = torch.arange(self.replicas) * size // self.replicas + size * torch.arange(classes)[:, None]
-        self.rungs = rungs._replace(x=rungs.x[:, chosen.flatten()])
-
-    @property
-    def levels(self) -> list[int]:
-        """Levels of the rungs, rising."""
-        return self.rungs.levels
+        self.rungs = Ladder(rungs.levels[first:], rungs.step[first:], rungs.x[first:, chosen.flatten()])
+        self.levels = self.rungs.levels
 
     def starts(self, held: Tensor | None, anywhere: bool) -> dict[str, Tensor]:
         """Where replicas start, (rungs, columns, *shape) each: samples, ``held``-out data, far points if ``anywhere``.
@@ -296,10 +294,11 @@ class _Points:
         starts, transform, n = {"samples": self.rungs.x}, self.model.transform, self.replicas
         if held is not None:
             parts = self.by_classes(held)
-            starts["data"] = self.at_levels(torch.cat([part[torch.arange(n) * len(part) // n] for part in parts]))
+            some = torch.cat([part[torch.arange(n) * len(part) // n] for part in parts])
+            starts["data"] = self.noised(self.clean(some))
         if anywhere and transform is not None and transform.high is not None:
             white = torch.full((n, *self.target.shape), float(transform.high), dtype=torch.float64)
-            starts["white"] = self.at_levels(white)
+            starts["white"] = self.noised(self.clean(white))
         elif anywhere:
             reference = self.target.reference
             signs = 2.0 * torch.randint(0, 2, (n, math.prod(self.target.shape)), generator=self.generator) - 1
@@ -311,28 +310,21 @@ class _Points:
         """Data by class, as the model sees it; a class that is hardly there has all of them."""
         if not self.by_class:
             return [x]
-        x_0, generator = self._clean(x), stream(self.scoring.seed, "classes")
+        model, level, size = self.model, self.levels[0], self.scoring.batch_size
+        x_0, generator = self.clean(x), stream(self.scoring.seed, "classes")
         noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
-        x_t = self.model.schedule.perturb(x_0, self.levels[0], noise).to(self.target.dtype)
-
-        def most_probable(rows: slice) -> Tensor:
-            return self.model.class_posterior(x_t[rows], self.levels[0]).argmax(1)
-
-        classes = in_batches(self.model, x_t, most_probable, self.scoring.batch_size)
+        x_t = model.schedule.perturb(x_0, level, noise).to(self.target.dtype)
+        classes = in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), size)
         own = [x[classes == k] for k in range(len(self.shares))]
         return [part if len(part) > 1 else x for part in own]
 
-    def at_levels(self, x: Tensor) -> Tensor:
-        """Data, data units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
-        return self.noised(self._clean(x))
-
     def noised(self, x_0: Tensor) -> Tensor:
-        """The same of points in model units."""
+        """Points, model units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
         noise = torch.randn(len(self.levels), *x_0.shape, generator=self.generator, dtype=torch.float64)
         pairs = zip(self.levels, noise.to(x_0.device), strict=True)
         return torch.stack([self.model.schedule.perturb(x_0, t, eps) for t, eps in pairs])
 
-    def _clean(self, x: Tensor) -> Tensor:
+    def clean(self, x: Tensor) -> Tensor:
         """Data as a noisy level sees them, model units."""
         return Batch(self.model, x, None, slice(0, len(x)), self.scoring.seed).clean()[0]
 

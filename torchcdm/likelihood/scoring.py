@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -92,9 +92,7 @@ def scoring_level(model: Denoiser, times: float = 1.0) -> int:
     return min(int((ratio >= times * least).double().argmax()) + 1, max(1, model.schedule.T - 1))
 
 
-def draw_rows(
-    seed: int, purpose: Sequence[str | int], rows: slice, draw: Callable[[int, Generator], Tensor]
-) -> Tensor:
+def draw_rows(seed: int, purpose: tuple[Any, ...], rows: slice, draw: Callable[[int, Generator], Tensor]) -> Tensor:
     """``draw(index, generator)`` for each sample, stacked (B, ...), by the generators of (seed, purpose, index)."""
     return torch.stack([draw(i, stream(seed, *purpose, i)) for i in range(rows.start, rows.stop)])
 

@@ -119,9 +119,7 @@ class DensityModel(Denoiser):
         log_p, unconditional = (base + part.double() for part in parts)
         return Evaluation(eps, guided(log_p, unconditional, guidance) if guidance else log_p, unconditional)
 
-    def at_level(
-        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def at_level(self, x_t: Tensor, t: Tensor, y: Tensor | None, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
         """What annealing asks of a density, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
 
         log p_t(x_t), (B,), E[eps | x_t], (B, *shape), and log p at every level, (B, T+2).

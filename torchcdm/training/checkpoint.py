@@ -136,7 +136,7 @@ def described(model: Denoiser) -> ModelInfo:
 
 def read_info(run: str | Path) -> ModelInfo:
     """``config.json`` of a run."""
-    return _read(run, ())[1]
+    return _read(run, weights=False)[1]
 
 
 def load(
@@ -202,15 +202,13 @@ def load_matching(model: Denoiser, run: str | Path) -> list[str]:
     return [key for key in own if key not in fitting]
 
 
-def _read(
-    run: str | Path, files: Sequence[str] = ("model.safetensors",)
-) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
+def _read(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
     """The folder of a trained model, what is said of it, and its tensors."""
     folder = RunFolder(located(run))
     for path in (folder.model_info, folder.model):
         if not os.path.exists(path):  # false, too, where the system refuses the name
             raise UserError(f"{run}: holds no trained model ({path.name} is missing)")
-    return folder, *read_artefact(folder.model_info, KINDS, files, form=ModelInfo)
+    return folder, *read_artefact(folder.model_info, KINDS, [folder.model.name] * weights, form=ModelInfo)
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -105,9 +105,7 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     return inner | {key: float(sums[key].sum() / sums["count"].sum()) for key in ("ce", "accuracy") if key in sums}
 
 
-def validate(
-    model: Denoiser, x: Tensor, y: Tensor | None, ce_weight: float = 0.0, mse_weight: float = 1.0
-) -> dict[str, float]:
+def validate(model: Denoiser, x: Tensor, y: Labels, ce_weight: float = 0, mse_weight: float = 1) -> dict[str, float]:
     """``mse`` and ``loss``, weighted as in training, and for a cdm ``ce``, ``accuracy`` and one-pass ``nll``: bits/dim
     for data on a grid, else nats. ``loss`` has the cross-entropy of the level, also for joint models, no time term."""
     values = means(level_sums(model, x, y))

@@ -77,9 +77,7 @@ class DataTransform(Float64Module):
         self.dequantize = dequantize and bin is not None
 
     @classmethod
-    def images(
-        cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True, low: float = 0.0
-    ) -> DataTransform:
+    def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True, low: float = 0) -> DataTransform:
         """Grey levels low ... low + levels - 1 to [-1, 1]; with ``dequantize`` it is their cells that fill it."""
         scale = levels / 2 if dequantize else (levels - 1) / 2
         return cls(shape, low + (levels - 1) / 2, scale, 1.0, dequantize, low, low + levels - 1)

@@ -54,9 +54,8 @@ def fit_warp(x: Tensor, sources: Tensor | None = None, straight: Collection[int]
     slopes = bend_log_slope((y - location) / scale, skew, tail) - scale.log()
     gain = log_spread(y, of_rows) - log_spread(bent, of_rows) + slopes.mean(0)
     used = (gain > LEAST_GAIN) & allowed
-    location, scale, skew, tail = (
-        torch.where(used, value, other) for value, other in ((location, 0), (scale, 1), (skew, 0), (tail, 1))
-    )
+    pairs = ((location, 0), (scale, 1), (skew, 0), (tail, 1))
+    location, scale, skew, tail = (torch.where(used, value, straight) for value, straight in pairs)
     found = {"least": least, "location": mean + deviation * location, "scale": deviation * scale}
     return found | {"skew": skew, "tail": tail, "bent": used}
 
