@@ -20,7 +20,6 @@ from torchcdm.likelihood.known import TRAINING, write_log_z
 from torchcdm.likelihood.scoring import dithered
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
-from torchcdm.runtime.processes import Device
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.evaluation import evaluate
@@ -31,7 +30,9 @@ DIAGNOSED = 32
 """Samples on which levels are compared with each other, T passes each."""
 
 
-def write_report(run: str | Path, source: DataSource, device: Device = "cpu", progress: bool = True) -> str:
+def write_report(
+    run: str | Path, source: DataSource, device: str | torch.device = "cpu", progress: bool = True
+) -> str:
     """Measures the run in a folder on the test split of its data; leaves ``report.json`` and ``plots/`` there.
 
     Returns the report for the terminal.

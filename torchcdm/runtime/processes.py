@@ -23,9 +23,6 @@ values and least samples on a GPU, if its memory holds as many."""
 _HELD: dict[tuple[int, torch.device], int] = {}
 """Samples that memory held when it ran out, by their values and device: later batches are no larger."""
 
-Device = str | torch.device
-"""A device, or its name."""
-
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 """Results with one entry per sample: a tensor, or several."""
 
@@ -77,7 +74,7 @@ class Processes:
         return values if self.world == 1 else self.accelerator.reduce(values, "sum")
 
 
-def chosen_device(name: Device | None) -> torch.device:
+def chosen_device(name: str | torch.device | None) -> torch.device:
     """The device asked for; when None the GPU where there is one: not Apple's, which have no float64. UserError where
     it is not there, holds no values (``meta``), or has no float64, in which densities are kept."""
     if name is None:

@@ -325,9 +325,8 @@ def _way_out(folder: Path) -> Iterator[None]:
         raise UserError(f"{error}; remove {folder} to go on from the state before it") from None
 
 
-FREE_OF_TRAINING = "steps validate_every validation_samples patience fallback calibration log_every save_every"
-FREE_OF_TRAINING += " sample_every init"
-FREE = ("preset", "sampling", "report", "data.workers", *(f"train.{name}" for name in FREE_OF_TRAINING.split()))
+_TRAIN = "steps validate_every validation_samples patience fallback calibration log_every save_every sample_every init"
+FREE = ("preset", "sampling", "report", "data.workers", *(f"train.{name}" for name in _TRAIN.split()))
 """Fields that may differ from the run that is resumed; all others would make it another run."""
 
 FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.precision")
