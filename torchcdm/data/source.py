@@ -100,6 +100,10 @@ class MemorySplit(Split):
         return MemorySplit(self.x[indices], self.labels[indices])
 
 
+Reader = Callable[[Any], Tensor]
+"""Gives the sample, or image, of one item: data units."""
+
+
 class LazySplit(Split):
     """Samples read when they are asked for.
 
@@ -112,9 +116,8 @@ class LazySplit(Split):
     """
 
     def __init__(
-        self, read: Callable[[Any], Tensor], items: Sequence[Any], labels: Tensor | None = None, name: str = "",
-        like: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, read: Reader, items: Sequence, labels: Tensor | None = None, name: str = "", like: Tensor | None = None
+    ) -> None:
         super().__init__(len(items), labels)
         self.read, self.items, self.name = read, items, name
         self.like = read(items[0]) if like is None and len(items) else like
@@ -155,7 +158,7 @@ class CropSplit(LazySplit):
         wholes: Indices of the crops of each image, which overlap: they belong into one split.
     """
 
-    def __init__(self, read: Callable[[Any], Tensor], images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
+    def __init__(self, read: Reader, images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
         total = sum(4 * height * width for height, width in images.values())  # channels, at most
         self.held = {path: read(path) for path in images} if total <= MEMORY_LIMIT else {}
         places = {path: places_of(size, crop) for path, size in images.items()}

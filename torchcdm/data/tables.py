@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +58,8 @@ def read(path: Path, options: DataOptions, group: int | None = None) -> DataFram
 
 
 def samples_of(
-    parts: Mapping[str, DataFrame], name: str, options: DataOptions, labels: Any = None,
-    like: DataTransform | None = None,
-) -> Samples:  # fmt: skip
+    parts: dict[str, DataFrame], name: str, options: DataOptions, labels: Any = None, like: DataTransform | None = None
+) -> Samples:
     """The codes of the columns; of those of a model that scores the data, where its transform ``like`` is given.
 
     ``parts`` are ``train``, and ``validation`` and ``test`` where they are apart; ``labels`` classes (N,) of ``train``

@@ -141,26 +141,26 @@ class _SiLUGradient(Function):
 class ResidualBlock(nn.Module):
     """Twice GroupNorm, SiLU and a 3x3 convolution, beside an identity or 1x1 shortcut.
 
-    ``dropout`` is the rate before the second convolution; ``embedding`` the width of a conditioning vector that is
-    added between the convolutions, None for none; ``groups`` as in :func:`group_norm`.
+    From ``inputs`` channels to ``outputs``. ``dropout`` is the rate before the second convolution; ``embedding`` the
+    width of a conditioning vector that is added between the convolutions, None for none; ``groups`` as in
+    :func:`group_norm`.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, dropout: float = 0.0, embedding: int | None = None,
-        groups: int | None = None,
-    ) -> None:  # fmt: skip
+        self, inputs: int, outputs: int, dropout: float = 0.0, embedding: int | None = None, groups: int | None = None
+    ) -> None:
         super().__init__()
         self.activation = SiLU()
-        self.norm1 = group_norm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.project = None if embedding is None else nn.Linear(embedding, out_channels)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm1 = group_norm(inputs, groups)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.project = None if embedding is None else nn.Linear(embedding, outputs)
+        self.norm2 = group_norm(outputs, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
+        """(B, inputs, H, W) and the vector (B, embedding) to (B, outputs, H, W)."""
         h = self.conv1(self.activation(self.norm1(x)))
         if self.project is not None:
             h = h + self.project(nn.functional.silu(embedding))[:, :, None, None]
@@ -192,13 +192,13 @@ class Attention(nn.Module):
 class Step(nn.Module):
     """A residual block, followed by attention where asked for; ``options`` of :class:`ResidualBlock`."""
 
-    def __init__(self, in_channels: int, out_channels: int, attend: bool, **options: Any) -> None:
+    def __init__(self, inputs: int, outputs: int, attend: bool, **options: Any) -> None:
         super().__init__()
-        self.block = ResidualBlock(in_channels, out_channels, **options)
-        self.attention = Attention(out_channels, options.get("groups")) if attend else None
+        self.block = ResidualBlock(inputs, outputs, **options)
+        self.attention = Attention(outputs, options.get("groups")) if attend else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) and the vector (B, embedding) to (B, out_channels, H, W)."""
+        """(B, inputs, H, W) and the vector (B, embedding) to (B, outputs, H, W)."""
         h = self.block(x, embedding)
         return h if self.attention is None else self.attention(h)
 

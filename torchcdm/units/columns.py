@@ -55,10 +55,8 @@ class ColumnTransform(DataTransform):
     bent: Tensor
 
     def __init__(
-        self, warp: Mapping[str, Any],
-        histograms: Mapping[str | int, tuple[Sequence[Any], Sequence[float], Sequence[float]]],
-        dequantize: bool = True,
-    ) -> None:  # fmt: skip
+        self, warp: Mapping[str, Any], histograms: Mapping[str | int, Sequence[Any]], dequantize: bool = True
+    ) -> None:
         least, location, scale, skew, tail, bent = (torch.as_tensor(warp[key], dtype=torch.float64) for key in WARP)
         if any(value.shape != (len(scale),) for value in (least, location, scale, skew, tail, bent)):
             raise ValueError(f"warp: a number for each column is needed of {', '.join(WARP)}")

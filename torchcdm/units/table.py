@@ -174,7 +174,9 @@ class TableEncoding:
             notes += [note] if note else []
             columns += [column] if column else []
         result = cls(tuple(columns))
-        x = result.encode(frame, name, skip_bad, problems=problems).x
+        frame = frame.copy(deep=False)
+        frame.attrs["problems"] = [*frame.attrs.get("problems", ()), *problems]
+        x = result.encode(frame, name, skip_bad).x
         if len(x) < 2:
             return result, notes
         result, _, constant = result.varying(x, name)
@@ -201,17 +203,14 @@ class TableEncoding:
         columns = enumerate(self.kept)
         return {k: Cells(codes, column.cell, column.mixed) for k, column in columns if (codes := column.codes)}
 
-    def encode(
-        self, frame: Any, name: str = "data frame", skip_bad: bool = False, deviating: bool = False,
-        problems: Iterable[str] = (),
-    ) -> Encoded:  # fmt: skip
+    def encode(self, frame: Any, name: str = "data frame", skip_bad: bool = False, deviating: bool = False) -> Encoded:
         """The rows of a table as numbers; columns go by name, in any order, and others are passed over.
 
         ``skip_bad`` leaves out rows with cells that cannot be read, or that training never had. With ``deviating``
         these are marked, and no problem; constant columns may be missing. UserError tells in one line all that cannot
-        be read, the ``problems`` and those of ``frame.attrs`` too.
+        be read, the problems in ``frame.attrs`` too.
         """
-        problems, codes = [*frame.attrs.get("problems", ()), *problems], []
+        problems, codes = [*frame.attrs.get("problems", ())], []
         absent = [column for column in self.names if column not in frame.columns]
         if absent:
             raise UserError(f"{name}: no column {_listed(absent)} (found: {', '.join(frame.columns)})")
