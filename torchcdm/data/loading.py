@@ -261,7 +261,8 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
     count = len(pool if wholes is None else wholes)
     shares = {"validation": options.validation_fraction, "test": options.test_fraction}
     shares = {split: DEFAULT_FRACTION if share is None else share for split, share in shares.items()}
-    missing = {split: share and max(1, round(share * count)) for split, share in shares.items() if split not in parts}
+    taken = {split: max(1, round(share * count)) if share else 0 for split, share in shares.items()}
+    missing = {split: rows for split, rows in taken.items() if split not in parts}
     how = "split by the data themselves"
     if missing:
         held_out = sum(missing.values())
