@@ -93,10 +93,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("data", "starts"):
         commands.add_parser(name).add_argument("file", type=Path)
+    data = commands.choices["data"]
+    data.add_argument("--side", type=int, default=SIDE, help=f"pixels of an edge ({SIDE})")
+    data.add_argument("--count", type=int, default=COUNT, help=f"at most so many ({COUNT})")
     commands.add_parser("denoise").add_argument("run", help="a model that was trained on the patches")
     options = parser.parse_args()
     if options.command == "data":
-        np.savez_compressed(options.file, x=patches())
+        np.savez_compressed(options.file, x=patches(options.count, options.side))
     elif options.command == "starts":
         for name, value in starts(options.file).items():
             print(f"{name:26} {value:8.3f} bits/dim", flush=True)

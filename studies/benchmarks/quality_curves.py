@@ -5,8 +5,9 @@
 
 The first trains a CDM and a DDM of the preset for the same processor time, in grey levels or Gaussianised; the second
 takes models that are there. Every cell is a model, a sampler, a placement of the steps and a number of evaluations.
-A sampler with two evaluations a step makes half as many steps; so does ``ddpm+1``, with a move that is accepted or
-rejected after each step. All cells of a model start from the same noise.
+A sampler with two evaluations a step makes half as many steps; so do ``ddpm+1``, with a move that is accepted or
+rejected after each step, and ``ddpm~1``, with one that is always taken, as a model without a density can make it
+(the corrector of arXiv 2011.13456). ``sa2@9`` is ``sa2`` with eta 9. All cells of a model start from the same noise.
 
 ``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
 ``--budget`` ends the command when so much processor time has passed; the next call goes on. The JSON holds what is
@@ -21,22 +22,27 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from studies import cache
 from studies.benchmarks.equal_time import RESULT, ddm, measured, on_plain_grey_levels
 from studies.quality.frechet import Reference
 from studies.quality.measure import Ruler
 from torchcdm.compose import sample
+from torchcdm.compose.sampling import sample_noise, trajectories
 from torchcdm.data import parse_size, save_grid
+from torchcdm.diffusion.prediction import Prediction
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.random import derive
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.files import write_json
-from torchcdm.samplers import make_sampler
+from torchcdm.samplers import SASolver, adaptive_levels, make_sampler
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.finish import balanced_labels
@@ -45,12 +51,15 @@ from torchcdm.training.run_folder import RunFolder
 SHOWN = 40
 """Samples of each cell in its picture."""
 
+SIGNAL_TO_NOISE = 0.16
+"""Of moves that are always taken: length of a move's drift over that of its noise, as published for CIFAR-10."""
+
 
 def trained(options: argparse.Namespace) -> dict[str, Path]:
     """The folders of a CDM and a DDM of every seed, trained for the same time where they are not there."""
     size = None if options.size is None else parse_size(options.size)
     config = on_plain_grey_levels(options.preset, options.gaussianize)
-    config = replace(config, data=replace(config.data, size=size))
+    config = replace(config, data=replace(config.data, size=size, spec=options.data or config.data.spec))
     source = load_source(config.data)
     folders = {}
     for seed in options.seeds:
@@ -61,14 +70,29 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     return folders
 
 
+def taken(model: Denoiser, moves: int, seed: int, x: Tensor, t: int, rows: slice, y: Tensor | None) -> Prediction:
+    """Langevin moves that are always taken: where they end, and what the denoiser says there.
+
+    Their size is 2 (:data:`SIGNAL_TO_NOISE` |noise| / |score|)², with the means of the norms over the batch.
+    """
+    draws = sample_noise(derive(seed, "corrector", t), range(rows.start, rows.stop), x.shape[1:], moves, x.dtype)
+    now = model.denoise(x, t, y)
+    for noise in draws:
+        lengths = [part.flatten(1).norm(dim=1).mean() for part in (noise, now.score)]
+        size = 2 * (SIGNAL_TO_NOISE * lengths[0] / lengths[1]) ** 2
+        now = model.denoise(now.x_t + size * now.score + (2 * size).sqrt() * noise, t, y)
+    return now
+
+
 def cell(
     model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """One row; None where there are more steps than levels, or moves and no density."""
-    name_of_rule, moves = re.fullmatch(r"(.*?)(?:\+(\d+))?", sampler).groups()  # dpm++ has no moves
-    rule, corrector = make_sampler(name_of_rule), int(moves or 0)
-    steps = 1 + (evaluations - 1) // (rule.evaluations + corrector)
-    if corrector and model.density is None:
+    # dpm++ has no moves
+    rule_name, eta, kind, count = re.findall(r"^(.*?)(?:@([\d.]+))?(?:([+~])(\d+))?$", sampler)[0]
+    rule, moves = SASolver(eta=float(eta)) if eta else make_sampler(rule_name), int(count or 0)
+    steps = 1 + (evaluations - 1) // (rule.evaluations + moves)
+    if kind == "+" and model.density is None:
         return None
     if steps > model.schedule.T:
         return None
@@ -80,13 +104,17 @@ def cell(
     def make() -> dict[str, Any]:
         y = None if model.classes is None else balanced_labels(options.samples, model.classes)
         began = time.process_time()
-        x = sample(
-            model, options.samples, name_of_rule, steps, y, options.guidance, options.seed, corrector=corrector,
-            spacing=spacing,
-        )  # fmt: skip
+        if kind == "~":
+            even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
+            path = adaptive_levels(model, steps, shape, y) if spacing == "adaptive" else even
+            moved = partial(taken, model, moves, options.seed)
+            x = trajectories(model, options.samples, rule, path, shape, y, options.seed, moved=moved)
+        else:
+            x = sample(model, options.samples, rule, steps, y, options.guidance, options.seed, corrector=moves,
+                       spacing="adaptive" if spacing == "adaptive" else "even")  # fmt: skip
         seconds = time.process_time() - began
         save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
-        cost = rule.cost(steps) + corrector * (steps - 1)
+        cost = rule.cost(steps) + moves * (steps - 1)
         return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": cost, "steps": steps,
                 "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
 
@@ -100,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", default="fashion-mnist")
     parser.add_argument("--seconds", type=float, default=600, help="processor time of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of trainings")
+    parser.add_argument("--data", help="SPEC of other images than the preset's")
     parser.add_argument("--size", help="HxW of the images; the preset's when left out")
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--images", type=int, default=1000, help="test images of the denoising error")

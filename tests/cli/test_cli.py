@@ -302,6 +302,15 @@ def test_training_without_a_report_says_what_it_kept(capsys, tmp_path):
     assert report["steps"] == 3 and set(report["outcome"]["values"]) >= {"model", "start", "gaussian", "uniform"}
 
 
+def test_a_dry_run_tells_the_cost_of_all_steps_and_leaves_nothing(capsys, tmp_path):
+    words = ["train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--dry-run", "--train.batch_size", "8"]
+    told = succeed(capsys, *words, "--steps", "100000000")
+    found = re.search(r"([\d.e-]+) s a step of 8 samples; the training takes ([\d.e+]+) h, .*apart", told)
+    assert found and 3600 * float(found[2]) == pytest.approx(1e8 * float(found[1]), rel=0.02)
+    assert "takes 0.025 h, " in succeed(capsys, *words, "--steps", "100000000", "--budget", "90s")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_report_keeps_what_the_training_found(capsys, tmp_path):
     flags = small_flags(train__steps="3", sampling__n="0", report__limit="4", report__methods="[single]")
     succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--quiet", *flags)

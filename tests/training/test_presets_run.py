@@ -77,6 +77,14 @@ def test_preset_trains_samples_and_reports(folder, tmp_path, monkeypatch, preset
     ]  # fmt: skip
 
 
+def test_a_dry_run_of_the_papers_preset(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHCDM_DATA", str(folder))
+    words = [word for pair in (NETWORK["unet"] | {"--train.batch_size": "4"}).items() for word in pair]
+    assert main(["train", "cifar10", "--out", str(tmp_path / "run"), "--device", "cpu", "--dry-run", *words]) == 0
+    assert "s a step of 4 samples; the training takes" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("classes", [None, CLASSES], ids=["unconditional", "conditional"])
 def test_converted_checkpoints_become_runs(tmp_path, capsys, classes):
     weights = write_checkpoint(tmp_path / "model.pt", classes)

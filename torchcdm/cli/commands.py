@@ -41,6 +41,7 @@ def add_commands(commands: Any) -> None:
     add(parser, "--resume", "go on from the last state in RUN, if there is one", bool)
     add(parser, "--budget TIME", "for training and report: 90s, 10m, 2h; the preset encoder fits its size to it (30m)")
     add(parser, "--no-report", "measure nothing on the test split", bool)
+    add(parser, "--dry-run", "take some steps, print what all would cost, and write nothing", bool)
     add(parser, "--quiet", "no progress bar, no report on the terminal", bool)
     add(parser, "--section.field VALUE", "any field that RUN/config.yaml lists, such as --train.lr 1e-3", dest="_")
     parser.set_defaults(takes_fields=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+
+import torch
 
 from torchcdm.apps.report import write_report
 from torchcdm.bridges.official import load_official
@@ -19,7 +22,7 @@ from torchcdm.samplers import make_sampler
 from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save_model
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
-from torchcdm.training.fit import TRAINING_SHARE, scales, seconds_of, with_budget
+from torchcdm.training.fit import TRAINING_SHARE, scales, seconds_a_step, seconds_of, with_budget
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
 from torchcdm.training.run_folder import RunFolder
@@ -31,9 +34,15 @@ def train(options: argparse.Namespace) -> int:
     """Trains, then measures on the test split."""
     tell = is_first() and not options.quiet
     config, source = _configuration(options, tell)
-    if config.sampling.sampler is not None:
-        make_sampler(config.sampling.sampler)
+    make_sampler(config.sampling.sampler or "sa2")  # a name that is none is refused before the training
     device = chosen_device(options.device)
+    if options.dry_run:
+        took, limit = seconds_a_step(config, source, options.device), config.train.max_seconds or math.inf
+        held = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0
+        what = f"{config.train.batch_size} samples" + f", {held:.1f} GiB of GPU memory" * (held > 0)
+        total = f"{min(config.train.steps * took, limit) / 3600:.3g} h, validation, samples and report apart"
+        print(f"{took:.3g} s a step of {what}; the training takes {total}")
+        return 0
     try:
         result = trained(config, options.out, source, options.resume, options.device, tell)
     except Interrupted as stop:
@@ -55,10 +64,9 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
         layers.append(file_fields(options.config))
     run, source = RunFolder(options.out), None
     saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
-    if not layers:
-        if not saved:
-            raise UserError("give a preset or --config FILE; cdm presets lists the presets")
-        layers.append(saved)
+    if not (layers or saved):
+        raise UserError("give a preset or --config FILE; cdm presets lists the presets")
+    layers = layers or [saved]
     texts = given(**{name: getattr(options, name) for name in SHORT})
     for name in texts.keys() & {"size", "crop"}:
         texts[name] = str(list(parse_size(texts[name])))

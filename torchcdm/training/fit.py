@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,15 +25,12 @@ from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
-from torchcdm.training.batches import Batches
-from torchcdm.training.build import build_loss, choose_base, describe, imported, in_units, new_model, plain_model
+from torchcdm.training.build import choose_base, describe, imported, in_units, plain_model
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
-from torchcdm.training.optimizers import build_optimizer
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
@@ -184,8 +181,7 @@ def trained(
     on the disk, and no samples are drawn."""
     if out is None:
         config = replace(config, sampling=replace(config.sampling, n=0))
-    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
-        run = Path(folder) / "run" if out is None else Path(folder)
+    with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
             source = in_units(source, config.data)
             loop.train(config, run, source, False, device, progress, **given)
@@ -277,7 +273,7 @@ def with_budget(
             break
         network = {**base, "backbone": {"width": wider, "multipliers": multipliers}}
         sized = made(preset, {"model": network, "train": {"batch_size": larger}}, *given)
-        needed = seconds_a_step(sized, source, device)
+        needed = seconds_a_step(replace(sized, train=replace(sized.train, compile=False)), source, device)
         if took and training / needed < WANTED_STEPS:
             break
         width, batch, took = wider, larger, needed
@@ -287,8 +283,7 @@ def with_budget(
     evaluations = (asked.sampling.steps or STEPS) * (1 + (asked.sampling.corrector or 0))
     report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
     drawn = int(SAMPLING_SHARE * seconds / (evaluations * took / batch))
-    dropout = 0.1 if count < 5000 else 0.05
-    network = {"width": width, "multipliers": multipliers, "dropout": dropout}
+    network = {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05}
     # The time ends it: a machine that was busy when steps were measured takes more of them.
     train = {"batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50}
     train |= {"validate_every": every, "save_every": every, "sample_every": None, "validation_samples": 500}
@@ -314,19 +309,16 @@ def multipliers_of(height: int, width: int) -> list[int]:
     return found
 
 
-def seconds_a_step(config: Config, source: DataSource, device: str | None) -> float:
-    """Seconds that a step of a configuration takes: the fastest of some, of an untrained model."""
-    where = chosen_device(device)
-    with torch.random.fork_rng(devices=[]):
-        model = new_model(config.model, source, config.data.flip).to(where)
-    loss, optimizer, times = build_loss(config.loss, model), build_optimizer(config.train, model), []
-    batches = Batches(source, config.train.batch_size, config.train.seed, labels=model.conditional)
-    for batch in batches(0, TIMED_STEPS, loss, where):
-        began = time.perf_counter()
-        loss(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        times.append(time.perf_counter() - began)
-    return min(times)
+def seconds_a_step(config: Config, source: DataSource | None, device: str | None) -> float:
+    """Seconds of a real step of a training, its data included: a mean without the first. Nothing is kept."""
+    times = list[float]()
+
+    def clock() -> float:
+        times.append(time.perf_counter())
+        if len(times) > 1 + TIMED_STEPS:
+            raise TimeoutError
+        return times[-1]
+
+    with tempfile.TemporaryDirectory() as folder, suppress(TimeoutError):
+        loop.train(config, folder, source, device=device, progress=False, clock=clock)
+    return (times[-1] - times[1]) / (len(times) - 2)
