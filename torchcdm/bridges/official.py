@@ -46,7 +46,7 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
         except Exception as error:  # torch reports a foreign file by many exceptions, over many lines.
             raise UserError(f"{path}: torch cannot read it as weights ({type(error).__name__}){MEND}") from error
     averaged = content.get("ema_model_state_dict") if isinstance(content, Mapping) else None
-    pairs = averaged.items() if isinstance(averaged, Mapping) else [("", averaged)]
+    pairs = averaged.items() if isinstance(averaged, Mapping) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         raise UserError(f"{path}: no weights 'ema_model_state_dict' in it{MEND}")
     averaged = {key.removeprefix("module."): value for key, value in averaged.items()}

@@ -32,8 +32,8 @@ from torchcdm.units import DataTransform
 
 def train(options: argparse.Namespace) -> int:
     """Trains, then measures on the test split."""
-    tell = is_first() and not options.quiet
-    config, source = _configuration(options, tell)
+    progress = is_first() and not options.quiet
+    config, source = _configuration(options, progress)
     make_sampler(config.sampling.sampler or "sa2")  # a name that is none is refused before the training
     device = chosen_device(options.device)
     if options.dry_run:
@@ -44,20 +44,20 @@ def train(options: argparse.Namespace) -> int:
         print(f"{took:.3g} s a step of {what}; the training takes {total}")
         return 0
     try:
-        result = trained(config, options.out, source, options.resume, options.device, tell)
+        result = trained(config, options.out, source, options.resume, options.device, progress)
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number
-    if tell:
+    if progress:
         print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
     if is_first() and not options.no_report:
-        text = write_report(options.out, result.source, device, progress=tell)
-        if tell:
+        text = write_report(options.out, result.source, device, progress=progress)
+        if progress:
             print(text)
     return 0
 
 
-def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, DataSource | None]:
+def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config, DataSource | None]:
     """Preset, file and flags, the last strongest; a preset that scales itself needs the data, which are given too."""
     layers = [] if options.preset is None else [preset_fields(options.preset)]
     if options.config is not None:
@@ -80,8 +80,8 @@ def _configuration(options: argparse.Namespace, tell: bool) -> tuple[Config, Dat
         time = {} if options.budget is None else {"max_seconds": TRAINING_SHARE * seconds_of(options.budget)}
         layers[1:1] = saved, {"train": time}
     elif scales(layers, options.budget) and not several() and not run.holds_run():
-        source = load_source(make_config(*layers).data, tell)
-    return with_budget(layers, source, options.budget, options.device, tell), source
+        source = load_source(make_config(*layers).data, progress)
+    return with_budget(layers, source, options.budget, options.device, progress), source
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""From a configuration to objects: the only file that turns names into classes."""
+"""From a configuration to objects: names become classes by the registries of :mod:`torchcdm.training.settings`."""
 
 from __future__ import annotations
 

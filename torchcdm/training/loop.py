@@ -78,7 +78,7 @@ def train(
     that another training writes to, a configuration other than that of the run to resume, data that do not suit the
     model, or a file that cannot be written; :class:`NotFinite` and :class:`Interrupted` end a training, too.
     """
-    run, tell = RunFolder(out), progress and is_first()
+    run, speaks = RunFolder(out), progress and is_first()
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
     with ExitStack() as held:
@@ -88,7 +88,7 @@ def train(
             what = f"label '{config.data.label}' names a column of classes, but this model takes none"
             raise UserError(f"{what}; add --model.labels joint to learn them, or leave the column out by --drop")
         if source is None:
-            source = load_source(config.data, tell)
+            source = load_source(config.data, speaks)
         if config.data.spec is None:
             config = replace(config, data=replace(config.data, spec=source.name))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
@@ -103,7 +103,7 @@ def train(
         kept = state.progress.config["model"] if state else {}
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
         config = replace(config, model=choose_base(replace(config.model, **known), source, config.data.flip))
-        if tell:
+        if speaks:
             print(f"starts from {described(config.model)}")
         if state is not None:
             checkpoint.check_same(config, state.progress.config, run)
@@ -113,11 +113,11 @@ def train(
             model = new_model(config.model, source, config.data.flip, backbone)
         if config.train.init is not None:
             left = checkpoint.load_matching(model, config.train.init)
-            if tell:
+            if speaks:
                 print(f"weights from {config.train.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
         model = model.to(processes.device)
         built = build_loss(config.loss, model) if loss is None else loss(model)
-        return Trainer(config, run, source, built, processes, tell, watch, clock).run_to_end(state)
+        return Trainer(config, run, source, built, processes, speaks, watch, clock).run_to_end(state)
 
 
 @final

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -33,6 +34,7 @@ USUAL = 0.95
 
 
 @final
+@dataclass(eq=False, repr=False)
 class AnomalyMap:
     """For each place of an input, by how many deviations of normal data the denoiser errs there beyond their mean.
 
@@ -52,14 +54,12 @@ class AnomalyMap:
         >>> odd = maps(x) > maps.limit
     """
 
-    limit: float
-    _mean: Tensor | None = None
-
-    def __init__(
-        self, model: Denoiser, ratios: Sequence[float] = (0.5, 1.0, 2.0), areas: Sequence[float] = (0.0, 1 / 18),
-        blur: float = 1 / 12,
-    ) -> None:  # fmt: skip
-        self.model, self.ratios, self.areas, self.blur = model, ratios, areas, blur
+    model: Denoiser
+    ratios: Sequence[float] = (0.5, 1.0, 2.0)
+    areas: Sequence[float] = (0.0, 1 / 18)
+    blur: float = 1 / 12
+    limit: float = field(init=False)
+    _mean: Tensor | None = field(default=None, init=False)
 
     def fit(self, reference: Tensor) -> AnomalyMap:
         """Learns what errors are normal of a ``reference`` that the model was not trained on, data units, (N, *shape).
