@@ -83,18 +83,11 @@ def ratio(options: argparse.Namespace) -> None:
         write_rows(options.csv, ("row", "input", "log_ratio", "weight", "outside"), cells)
     low, median, high = np.quantile(scores.log_ratio, [0, 0.5, 1]).tolist()
     count, outside, effective = len(scores.names), int(scores.outside.sum()), effective_sample_size(weights)
-    values = {
-        "blend": ratio.blend,
-        "counts": {"numerator": ratio.counts[1], "denominator": ratio.counts[0]},
-        "query": {
-            "count": count,
-            "outside": outside,
-            "log_ratio": {"mean": float(scores.log_ratio.mean()), "min": low, "median": median, "max": high},
-            "effective_sample_size": effective,
-        },
-        "held_out": asdict(ratio.held_out),
-        "notes": list(ratio.notes),
-    }
+    counts = {"numerator": ratio.counts[1], "denominator": ratio.counts[0]}
+    log_ratio = {"mean": float(scores.log_ratio.mean()), "min": low, "median": median, "max": high}
+    query = {"count": count, "outside": outside, "log_ratio": log_ratio, "effective_sample_size": effective}
+    values = {"blend": ratio.blend, "counts": counts, "query": query}
+    values |= {"held_out": asdict(ratio.held_out), "notes": list(ratio.notes)}
     lines = [*ratio.notes, "", "on held-out samples:", ratio.held_out.table(), "", f"query: {count} samples"]
     lines.append(f"log p/q from {low:.3g} to {high:.3g} nats, median {median:.3g}")
     lines.append(f"weights: effective sample size {effective:.0f} ({100 * effective / count:.0f} %)")

@@ -64,12 +64,9 @@ class CDMConditional(DensityEstimator):
         >>> draws = posterior.sample(1000, x_observed)
     """
 
-    _saved: ClassVar = (
-        TableEstimator._saved
-        | {"x_columns_": partial(read_as, TableEncoding)}
-        | dict.fromkeys(("_units", "_x_units"), transform_from_config)
-        | dict.fromkeys(("_weights", "_normalizer"), np.array)
-    )
+    _saved: ClassVar = TableEstimator._saved | {"x_columns_": partial(read_as, TableEncoding)}
+    _saved |= dict.fromkeys(("_units", "_x_units"), transform_from_config)
+    _saved |= dict.fromkeys(("_weights", "_normalizer"), np.array)
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
         """Trains the model. A fit that fails leaves the estimator as it was.

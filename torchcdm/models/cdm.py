@@ -45,9 +45,13 @@ class ClassificationDiffusion(DensityModel):
     level_constants: Tensor
 
     def __init__(
-        self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
-        gaussian: BaseDensity | None = None, class_prior: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        backbone: nn.Module,
+        schedule: NoiseSchedule,
+        transform: DataTransform | None = None,
+        gaussian: BaseDensity | None = None,
+        class_prior: Tensor | None = None,
+    ) -> None:
         super().__init__(schedule, transform, backbone, StandardNormal(schedule) if gaussian is None else gaussian)
         self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
         if self.joint:

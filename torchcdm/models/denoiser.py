@@ -46,9 +46,12 @@ class Denoiser(nn.Module, ABC):
     info: ModelInfo | None = None
 
     def __init__(
-        self, schedule: NoiseSchedule, transform: DataTransform | None = None, backbone: nn.Module | None = None,
+        self,
+        schedule: NoiseSchedule,
+        transform: DataTransform | None = None,
+        backbone: nn.Module | None = None,
         base: BaseDensity | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
 
@@ -151,9 +154,12 @@ class DenoisingDiffusion(Denoiser):
     """
 
     def __init__(
-        self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
+        self,
+        backbone: nn.Module,
+        schedule: NoiseSchedule,
+        transform: DataTransform | None = None,
         base: BaseDensity | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:

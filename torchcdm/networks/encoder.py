@@ -69,9 +69,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         channels = width * multipliers[0]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.positions = nn.Parameter(torch.zeros(channels, *sizes[0])) if positions else None
-        self.stages = nn.ModuleList()
-        self.downs = nn.ModuleList()
-        self.summaries = nn.ModuleList()
+        self.stages, self.downs, self.summaries = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
             if i:
                 self.downs.append(parts.downsampling(channels))

@@ -165,25 +165,24 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
     less = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
     said = f"{own:.4g} {unit} on validation data, {begun:.4g} before training: "
     said += "it learned the training data by heart" if by_heart else "the steps were too few or too large"
-    found = list[tuple[str, str, str]]()
+    found: dict[str, tuple[str, str]] = {}
     if worse:
         mend = less if by_heart else "try more --train.steps, or half the --train.lr"
-        found.append(("worse than its start", said + "; the start is kept as the model" * fallback, mend))
+        found["worse than its start"] = said + "; the start is kept as the model" * fallback, mend
     elif by_heart:
         says = f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data"
-        found.append(("overfitting", says, less))
+        found["overfitting"] = says, less
     if best < 0 and unit == "bits/dim" and not worse:
         says = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
-        mend = "see the normalised ones: cdm nll RUN --methods elbo,flow"
-        found.append(("impossible likelihood", says, mend))
+        found["impossible likelihood"] = says, "see the normalised ones: cdm nll RUN --methods elbo,flow"
     if best > gaussian:
-        says, mend = f"a fitted Gaussian has {gaussian:.4g}", "leave out --model.gaussian and --model.components"
-        found.append(("worse than a Gaussian", f"{best:.4g} {unit}, {says}", mend))
+        says = f"{best:.4g} {unit}, a fitted Gaussian has {gaussian:.4g}"
+        found["worse than a Gaussian"] = says, "leave out --model.gaussian and --model.components"
     if best > uniform:
         says = f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}"
         mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
-        found.append(("worse than a uniform density", says, mend))
-    return [dict(zip(("name", "says", "mend"), problem, strict=True)) for problem in found]
+        found["worse than a uniform density"] = says, mend
+    return [{"name": name, "says": says, "mend": mend} for name, (says, mend) in found.items()]
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:

@@ -142,10 +142,9 @@ class Calibration:
                 "to be believed, its size rests on the form of the fitted densities; add samples from in between"
             ]
         found = []
-        for name, mean, error, over in (
-            ("mean_ratio", self.mean_ratio, self.mean_ratio_error, "p/q over the denominator"),
-            ("mean_inverse", self.mean_inverse, self.mean_inverse_error, "q/p over the numerator"),
-        ):
+        ratio = ("mean_ratio", self.mean_ratio, self.mean_ratio_error, "p/q over the denominator")
+        inverse = ("mean_inverse", self.mean_inverse, self.mean_inverse_error, "q/p over the numerator")
+        for name, mean, error, over in (ratio, inverse):
             if not abs(mean - 1) <= max(3 * error, 0.2):
                 what, size = f"the mean of {over} is {mean:.2g} +- {error:.1g}", "small" if mean < 1 else "large"
                 found.append(f"{name}: {what} instead of 1, large ratios are too {size}; give more samples")
