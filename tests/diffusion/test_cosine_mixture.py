@@ -70,7 +70,7 @@ def test_fitting_finds_the_two_kinds_and_drawing_gives_them_back(mixture):
 
 
 def test_a_saved_state_comes_back(mixture):
-    again = MixtureMarginals.blank(SCHEDULE, (2, 4, 4), 2)
+    again = MixtureMarginals.blank(SCHEDULE, (2, 4, 4), 2, 0)
     again.load_state_dict(mixture.state_dict())
     x = images(3, seed=5)
     assert torch.equal(again.log_prob_levels(x), mixture.log_prob_levels(x))

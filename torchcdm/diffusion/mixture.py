@@ -71,9 +71,7 @@ class MixtureMarginals(BaseDensity):
         self.register_buffer("class_log_weights", None)
 
     @classmethod
-    def blank(
-        cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int = 0
-    ) -> MixtureMarginals:
+    def blank(cls, schedule: NoiseSchedule, shape: Sequence[int], components: int, classes: int) -> MixtureMarginals:
         """Standard normals, to load a saved state into."""
         ones = torch.ones(components, math.prod(shape))
         common = GaussianMarginals.blank(schedule, shape, "cosine" if len(shape) > 1 else None)
