@@ -7,7 +7,8 @@ The first trains a CDM and a DDM of the preset for the same processor time, in g
 takes models that are there. Every cell is a model, a sampler, a placement of the steps and a number of evaluations.
 A sampler with two evaluations a step makes half as many steps; so do ``ddpm+1``, with a move that is accepted or
 rejected after each step, and ``ddpm~1``, with one that is always taken, as a model without a density can make it
-(the corrector of arXiv 2011.13456). ``sa2@9`` is ``sa2`` with eta 9. All cells of a model start from the same noise.
+(the corrector of arXiv 2011.13456). ``sa2@4,0.1`` is ``sa2`` with eta 4 and its polynomial in log(0.1 + r²). All cells
+of a model start from the same noise.
 
 ``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
 ``--budget`` ends the command when so much processor time has passed; the next call goes on. The JSON holds what is
@@ -88,15 +89,17 @@ def cell(
     model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """One row; None where there are more steps than levels, or moves and no density."""
-    # dpm++ has no moves
-    rule_name, eta, kind, count = re.findall(r"^(.*?)(?:@([\d.]+))?(?:([+~])(\d+))?$", sampler)[0]
-    rule, moves = SASolver(eta=float(eta)) if eta else make_sampler(rule_name), int(count or 0)
+    pattern = r"^(.*?)(?:@([\d.]+),([\d.]+))?(?:([+~])(\d+))?$"  # dpm++ has no moves
+    rule_name, eta, variance, kind, count = re.findall(pattern, sampler)[0]
+    rule, moves = make_sampler(rule_name), int(count or 0)
+    if eta:
+        rule = SASolver(eta=float(eta), time=lambda r: (float(variance) + r**2).log())
     steps = 1 + (evaluations - 1) // (rule.evaluations + moves)
     if kind == "+" and model.density is None:
         return None
     if steps > model.schedule.T:
         return None
-    stem = options.out / "cells" / f"{name}-{sampler}-{spacing}-{evaluations}"
+    stem = options.out / "cells" / f"{name}-{sampler.replace('.', '_')}-{spacing}-{evaluations}"
     settings = {"model": RunFolder(options.folders[name]).model.stat().st_size, "samples": options.samples,
                 "features": ruler.reference.extractor.key, "seed": options.seed,
                 "guidance": options.guidance}  # fmt: skip

@@ -108,10 +108,12 @@ def test_equal_time_divides_by_the_better_ddm_and_makes_nothing_again(rows_of, t
 @pytest.mark.slow
 def test_quality_curves_make_nothing_again_and_end_with_their_budget(report_of, tmp_path, monkeypatch):
     words = ["--preset", "digits", "--seconds", "2", "--images", "8", "--samples", "40", "--evaluations", "4", "5",
-             "--samplers", "ddpm", "heun", "dpm++", "--out", str(tmp_path / "out")]  # fmt: skip
+             "--samplers", "ddpm", "heun", "dpm++", "ddpm~1", "sa2@4,0.1", "--out", str(tmp_path / "out")]  # fmt: skip
     rows = report_of("quality_curves", *words)
     cells = [(r["model"], r["sampler"], r["spacing"], r["evaluations"]) for r in rows]
-    assert len(cells) == 24 and ("cdm-0", "heun", "even", 3) in cells and ("ddm-0", "heun", "even", 5) in cells
+    assert ("ddm-0", "ddpm~1", "adaptive", 5) in cells and ("cdm-0", "sa2@4,0.1", "even", 5) in cells
+    assert ("cdm-0", "heun", "even", 3) in cells and ("ddm-0", "heun", "even", 5) in cells
+    assert len(cells) == len(set(cells)) == 40
     assert ("cdm-0", "dpm++", "adaptive", 4) in cells, "its plus signs are no moves"
     monkeypatch.setattr(quality_curves, "sample", lambda *_, **__: pytest.fail("made again"))
     assert report_of("quality_curves", *words) == rows
