@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import normal, rng
 
-from torchcdm.annealing.ratios import autocorrelation_time, bar, mbar
+from torchcdm.annealing.ratios import autocorrelation_time, bar, half_width, mbar
 
 DELTA, SIGMA = torch.tensor([0.7, -1.5]), torch.tensor([0.5, 1.2])
 
@@ -34,6 +34,18 @@ def test_the_error_of_bar_knows_of_dependence_within_a_column():
     repeated = bar(down.repeat(8, 1, 1), up.repeat(8, 1, 1))
     assert repeated.total == pytest.approx(once.total, abs=1e-9)
     assert repeated.se == pytest.approx(once.se, rel=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "columns", "least"), [(1, 4, 3.0), (10, 2, 2.1), (10, 4, 2.0), (3, 40, 1.96)])
+def test_intervals_of_few_columns_cover(groups, columns, least):
+    # As many means of Gaussians as groups, whose deviations differ by a factor of four: their sum is 0.
+    draws = normal(4000, groups, columns) * torch.linspace(1, 4, groups)[:, None]
+    off = draws.mean(2).sum(1)
+    errors = (draws - draws.mean(2, keepdim=True)) / math.sqrt(columns * (columns - 1))
+    width = torch.tensor([half_width(one) for one in errors])
+    assert float((off.abs() < width * errors.flatten(1).norm(dim=1)).double().mean()) == pytest.approx(0.95, abs=0.02)
+    assert float(width.median()) >= least
+    assert half_width(torch.zeros(2, 3)) == 1.96
 
 
 def test_bar_with_proposals_without_mass():

@@ -10,6 +10,7 @@ from oracles import MixtureClassifier, labelled_mixture, normal, rng
 from torch import distributions
 
 from studies.exact import GaussianMixture
+from torchcdm.annealing import replicas
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import smc
 from torchcdm.annealing.target import ModelTarget
@@ -154,6 +155,23 @@ def test_replicas_from_three_starts_agree_on_log_z():
     assert json.dumps(found.to_json()) and bool(found.doubt) == (
         found.convergence["disagreement"] > 2 or abs(found.convergence["trend"]) > 2
     )
+
+
+def test_no_two_columns_that_start_from_samples_have_an_ancestor_in_common(monkeypatch):
+    # Of one population, all that is left after some rungs is the offspring of a few of its first particles.
+    descended = []
+
+    def kept(*arguments, **options):
+        descended.append(smc(*arguments, **options))
+        return descended[-1]
+
+    monkeypatch.setattr(replicas, "smc", kept)
+    found = by_replicas(tilted_model(CosineSchedule(25), slope=2 * SLOPE), sweeps=4, replicas=6)
+    assert " x 12 columns" in found.estimator
+    families = descended[0].states.origin.view(6, -1)
+    assert len(families.unique()) == sum(len(family.unique()) for family in families)
+    for k, family in enumerate(families):
+        assert bool((family // len(family) == k).all())
 
 
 @pytest.mark.parametrize(("bound", "counted"), [(math.inf, 4), (-1, 8)], ids=["agreed", "doubted"])

@@ -43,6 +43,19 @@ class Ratios(NamedTuple):
         return float(self.errors().square().sum().sqrt())
 
 
+def half_width(errors: Tensor) -> float:
+    """Half of a 95 % interval, in standard errors: 1.96 of many columns, more of few, by Student's t.
+
+    Groups of columns have variances of their own and the ``errors`` of :meth:`Ratios.errors`, (groups, columns): with
+    degrees of freedom by Satterthwaite (1946), without their bias for few columns.
+    """
+    from scipy.special import stdtrit
+
+    variances, most = errors.square().sum(1), errors.shape[1] + 1
+    freedom = most * variances.sum() ** 2 / variances.square().sum() - 2
+    return float(stdtrit(float(freedom), 0.975)) if freedom > 0 else 1.96
+
+
 def bar(down: Tensor, up: Tensor) -> Ratios:
     """Bennett's acceptance ratio (Bennett 1976) for equally many works of both directions.
 
@@ -80,8 +93,7 @@ def mbar(log_gamma: Tensor, rung: Tensor, column: Tensor) -> Ratios:
     counts = torch.bincount(rung, minlength=log_gamma.shape[1]).to(log_gamma)
     constants, columns = best_constants(log_gamma, rung), int(column.max()) + 1
     p = (log_gamma + constants).softmax(1)
-    surplus = torch.zeros(columns, len(counts), dtype=p.dtype)
-    surplus = surplus.index_add(0, column, p - one_hot(rung, len(counts)))
+    surplus = p.new_zeros(columns, len(counts)).index_add(0, column, p - one_hot(rung, len(counts)))
     # One step of Newton's method on what the other columns say; singular along the constant vector.
     hessian = (p.sum(0).diag() - p.T @ p) * (1 - 1 / columns)
     without = surplus @ torch.linalg.pinv(hessian, hermitian=True)

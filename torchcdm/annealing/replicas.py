@@ -45,8 +45,7 @@ def ladder(target: Target, kernels: Kernels, level: int, n: int, generator: Gene
 
     Particles of each of the ``islands``, which are neighbours, are resampled among themselves.
     """
-    size = n // islands
-    visited = smc(target, kernels, level, islands, size, generator, moves=2, below=math.inf, spacing=SPACING).visited
+    visited = smc(target, kernels, level, islands, n // islands, generator, 2, math.inf, SPACING).visited
     states, steps = zip(*reversed(visited), strict=True)
     step = torch.tensor(steps, dtype=torch.float64)
     return Ladder([one.t for one in states], step, torch.stack([one.x for one in states]))

@@ -33,6 +33,12 @@ def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -
     return (NormalCells if isinstance(transform, GaussianizedTransform) else EqualCells)(transform, schedule, level)
 
 
+def grey_levels(transform: DataTransform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of the nearest grey level of a range, long, and whether a value lies between them; both as ``x``."""
+    nearest = transform.quantize(x)
+    return ((nearest - transform.low) / transform.bin).round().long(), (x - nearest).abs() > transform.bin / 4
+
+
 class NoisyCells(ABC):
     """q(z|k) and P(k|z) at one noise level, both factorised over the dimensions; see :func:`noisy_cells`."""
 
@@ -116,22 +122,23 @@ class NormalCells(NoisyCells):
         self.edges, self.unit = transform.cell_edges.flatten(0, -2), transform.cell_width.flatten()
 
     def log_q(self, z: Tensor, x: Tensor) -> Tensor:
-        dimension, index = self._dimensions(z), self._indices(x)
+        dimension = torch.arange(len(self.edges), device=z.device).repeat(len(z))
+        index = grey_levels(self.transform, x)[0].flatten()
         log_mass, _ = self._posterior(z.flatten(), dimension, index, 1)
         prior = self.transform.log_mass.flatten(0, -2)[dimension, index]
         return log_normal(z, self.v) + (log_mass[:, 0] - prior).reshape(z.shape)
 
     def log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        index = self._indices(x)
+        index, off_grid = (part.flatten() for part in grey_levels(self.transform, x))
         first, count = self._window(z, index, x0)
-        columns = z.flatten(), x0.flatten(), self._dimensions(z), first, index - first
+        rows = torch.arange(len(self.edges), device=z.device).repeat(len(z))
+        columns = z.flatten(), x0.flatten(), rows, first, index - first
         log_p = torch.empty_like(columns[0])
         for n in count.unique().tolist():
             for part in (count == n).nonzero()[:, 0].split(max(1, LARGEST_TABLE // n)):
                 z_part, x0_part, dimension, start, chosen = (column[part] for column in columns)
                 flat, means = self._posterior(z_part, dimension, start, n)
                 log_p[part] = tilted(flat, means, x0_part, self.unit[dimension]).gather(1, chosen[:, None])[:, 0]
-        off_grid = (x.flatten() - self.transform.low - self.transform.bin * index).abs() > self.transform.bin / 4
         return log_p.masked_fill(off_grid, -math.inf).reshape(z.shape)
 
     def _posterior(self, z: Tensor, dimension: Tensor, first: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -161,15 +168,6 @@ class NormalCells(NoisyCells):
         count = 2 ** ((2 * (last - first + 1).double().log2()).ceil() / 2)
         count = count.ceil().long().clamp_max(self.edges.shape[1] - 1)
         return torch.minimum(first, self.edges.shape[1] - 1 - count), count
-
-    def _dimensions(self, z: Tensor) -> Tensor:
-        """Row of :attr:`edges` for each of the P pixels of ``z`` (B, *shape), (P,)."""
-        return torch.arange(self.edges.shape[0], device=z.device).repeat(len(z))
-
-    def _indices(self, x: Tensor) -> Tensor:
-        """Number of the nearest grey level for each pixel, (P,)."""
-        index = ((x.flatten() - self.transform.low) / self.transform.bin).round()
-        return index.long().clamp(0, self.edges.shape[1] - 2)
 
 
 def tilted(flat: Tensor, means: Tensor, x0: Tensor, unit: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ def write_log_z(folder: Path, z: LogZ) -> None:
     """Writes log Z of the model in a folder there; UserError where that cannot be."""
     found, tensors, plain = z.restricted, {}, replace(z, x=None, restricted=None, check=None)
     check = z.check and asdict(replace(z.check, x=None))
-    content: dict[str, Any] = {"weights": _weights(folder), "log_z": asdict(plain), "check": check}
+    weights = read_json(folder / "config.json")["files"]["model.safetensors"]
+    content: dict[str, Any] = {"weights": weights, "log_z": asdict(plain), "check": check}
     if found is not None:
         content |= {"steps": [step.level for step in found.steps], "fence": found.fence.levels}
         tensors = {"log_z": found.log_z, "mean": found.mean, "variances": found.variances}
@@ -42,7 +43,7 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
     if not (folder / NAME).exists():
         return None
     content, (tensors,) = read_artefact(folder / NAME, "log_z", [TENSORS])
-    if content["weights"] != _weights(folder):
+    if content["weights"] != read_json(folder / "config.json")["files"]["model.safetensors"]:
         return None
     tensors, restricted = {name: part.to(device) for name, part in tensors.items()}, None
     if "steps" in content:
@@ -52,8 +53,3 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
         restricted = Restricted(steps, fence, tensors["log_z"], tensors["mean"], tensors["variances"])
     check = content["check"] and LogZ(**content["check"])
     return LogZ(**content["log_z"] | {"check": check, "restricted": restricted})
-
-
-def _weights(folder: Path) -> str:
-    """Checksum of the weights of the model in a folder."""
-    return read_json(folder / "config.json")["files"]["model.safetensors"]

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.ratios import half_width
 from torchcdm.annealing.replicas import Ladder, Replicas, ladder
 from torchcdm.annealing.target import Fence, Fenced, ModelTarget, in_batches
 from torchcdm.diffusion.gaussian import mean_and_spread
@@ -28,8 +29,9 @@ SWEEPS, LONGEST, REPLICAS = 200, 4, 12
 """Sweeps that count, how many times as many may be made where they are doubted, and replicas of each level from each
 start: of all classes together, where these are taken one by one."""
 
-DESCENDING, OF_CLASS = 128, 16
-"""Particles that come down first, at least, and of each class: the levels are chosen by their works."""
+FAMILY = 8
+"""Particles that come down for each column that starts from samples. What resampling leaves of more descends from a
+few: columns that start from one population are not independent."""
 
 RUNGS = 16
 """Levels that replicas of a restricted density cross at most, where its own level is not given: N take about N²
@@ -43,7 +45,7 @@ FAR = 4.0
 
 AGREEMENT = 2.0
 """Standard errors by which runs from several starts may differ in the root mean square, and the trend over the
-quarters of all runs."""
+quarters of all runs. Those of few columns count less, by Student's t."""
 
 SMALLEST_ESS, KNOWN = 20, 0.01
 """Effective sample size below which an estimate normalises nothing, unless it is known to so many bits/dim: at 20, Z
@@ -57,6 +59,7 @@ class LogZ:
     Attributes:
         value: Logarithm of the estimate of Z.
         se: Its standard error.
+        width: Half of its 95 % interval, in standard errors.
         estimator: How it was obtained.
         level: The level whose density is integrated.
         dim: Dimensions of a sample.
@@ -78,6 +81,7 @@ class LogZ:
     convergence: dict[str, Any] | None = None
     doubt: str = ""
     restricted: Restricted | None = None
+    width: float = 1.96
 
     @classmethod
     def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int) -> LogZ:
@@ -93,53 +97,55 @@ class LogZ:
 
         Of several densities, in equally many neighbouring columns of each start, the mean by their ``shares``. The
         standard error is from the columns, which are independent of each other, whatever the autocorrelation within
-        them.
+        them. Of few columns it is rough: intervals and tests are Student's.
         """
         level, dim, every = run.levels[0], math.prod(run.target.shape), slice(None)
         unit, columns = 1 / (dim * math.log(2)), torch.arange(run.columns).view(len(starts), len(shares), -1)
 
         def mean(columns: Tensor, sweeps: slice = every, check: bool = False) -> tuple[float, Tensor]:
-            """log Z, and what each column adds to its error."""
+            """log Z, and what each column of each density adds to its error."""
             own = [part.flatten() for part in columns.unbind(1)]
             parts = [run.mbar(part) if check else run.log_z(part, sweeps) for part in own]
-            errors = torch.cat([share * part.errors() for share, part in zip(shares, parts, strict=True)])
+            errors = torch.stack([share * part.errors() for share, part in zip(shares, parts, strict=True)])
             return sum(share * part.total for share, part in zip(shares, parts, strict=True)), errors
 
         (value, errors), parts = mean(columns), [mean(part) for part in columns.split(1)]
         values, spread = torch.tensor([[part, float(off.norm())] for part, off in parts], dtype=torch.float64).T
         middle = (values / spread**2).sum() / (1 / spread**2).sum()
         apart = float((((values - middle) / spread).square().sum() / max(1, len(parts) - 1)).sqrt())
+        apart *= 1.96 / half_width(torch.cat([off for _, off in parts]))
         edges = [len(run.down) * k // 4 for k in range(5)]
         quarters = [mean(columns, slice(*ends)) for ends in pairwise(edges)]
         slope, error = (sum(w * part[i] for w, part in zip((-3, -1, 1, 3), quarters, strict=True)) for i in (0, 1))
-        trend = slope / float(error.norm())
+        trend = slope / float(error.norm()) * 1.96 / half_width(error)
         by_start = {name: [float(values[k]) * unit, float(spread[k]) * unit] for k, name in enumerate(starts)}
-        convergence = {"starts": by_start, "disagreement": apart}
-        convergence |= {"quarters": [part * unit for part, _ in quarters], "trend": trend}
-        convergence |= {"levels": run.levels, "swapped": run.swapped.tolist(), "arrivals": int(run.arrivals.sum())}
-        classes = [run.log_z(part.flatten()) for part in columns.unbind(1)]
-        if len(classes) > 1:
+        convergence = {"starts": by_start, "disagreement": apart, "quarters": [part * unit for part, _ in quarters]}
+        convergence |= {"trend": trend, "levels": run.levels}
+        convergence |= {"swapped": run.swapped.tolist(), "arrivals": int(run.arrivals.sum())}
+        if len(shares) > 1:
+            classes = (run.log_z(part.flatten()) for part in columns.unbind(1))
             convergence["classes"] = [[part.total * unit, part.se * unit] for part in classes]
         doubt = f"the quarters of the run show a trend of {trend:+.1f} standard errors" * (abs(trend) > AGREEMENT)
         if apart > AGREEMENT:
             doubt = f"runs from {', '.join(starts)} differ by {apart:.1f} standard errors"
         size = f"{len(run.levels)} levels x {run.columns} columns, {len(run.down)} sweeps"
-        check = None
-        if run.densities:
-            other, off = mean(columns, check=True)
-            check = cls(other, float(off.norm()), f"MBAR, {size}", level, dim)
-        name, x = f"replica exchange, {size}", run.x.flatten(0, 1)
-        return cls(value, float(errors.norm()), name, level, dim, x, check, convergence, doubt)
+
+        def known(value: float, errors: Tensor, name: str, **more: Any) -> LogZ:
+            return cls(value, float(errors.norm()), f"{name}, {size}", level, dim, width=half_width(errors), **more)
+
+        more = {"check": known(*mean(columns, check=True), "MBAR")} if run.densities else {}
+        more |= {"x": run.x.flatten(0, 1), "convergence": convergence, "doubt": doubt}
+        return known(value, errors, "replica exchange", **more)
 
     @property
     def low(self) -> float:
         """Lower end of a 95 % confidence interval."""
-        return self.value - 1.96 * self.se
+        return self.value - self.width * self.se
 
     @property
     def high(self) -> float:
         """Its upper end."""
-        return self.value + 1.96 * self.se
+        return self.value + self.width * self.se
 
     @property
     def ess(self) -> float:
@@ -149,7 +155,7 @@ class LogZ:
     @property
     def lacking(self) -> str:
         """Why it normalises nothing, a clause; empty where it does."""
-        known = 1.96 * self.se <= KNOWN * self.dim * math.log(2)  # not a number is no evidence
+        known = self.width * self.se <= KNOWN * self.dim * math.log(2)  # not a number is no evidence
         if not self.doubt and not (known or self.ess >= SMALLEST_ESS):
             return f"the effective sample size of log Z is {self.ess:.1f}, below {SMALLEST_ESS}"
         if not self.doubt and self.check and (self.check.low > self.high or self.check.high < self.low):
@@ -277,13 +283,12 @@ class _Points:
         self.shares = prior_of(self.model).exp().tolist() if by_class else [1.0]
         self.replicas, classes = max(2, replicas // len(self.shares)), len(self.shares)
         self.labels = torch.arange(classes, device=self.model.schedule.alpha.device)
-        size = max(OF_CLASS if by_class else DESCENDING, self.replicas)
-        if by_class:  # each class comes down by itself
-            target.y = self.labels.repeat_interleave(size)
-        rungs = ladder(target, kernels, scoring.level_of(self.model), classes * size, self.generator, classes)
-        # Particles that were resampled from one are neighbours.
-        chosen = torch.arange(self.replicas) * size // self.replicas + size * torch.arange(classes)[:, None]
-        self.rungs = Ladder(rungs.levels[first:], rungs.step[first:], rungs.x[first:, chosen.flatten()])
+        level, n = scoring.level_of(self.model), classes * self.replicas
+        if by_class:
+            target.y = self.labels.repeat_interleave(FAMILY * self.replicas)
+        rungs = ladder(target, kernels, level, FAMILY * n, self.generator, n)
+        chosen = FAMILY * torch.arange(n) + torch.randint(FAMILY, (n,), generator=self.generator)
+        self.rungs = Ladder(rungs.levels[first:], rungs.step[first:], rungs.x[first:, chosen])
         self.levels = self.rungs.levels
 
     def starts(self, held: Tensor | None, anywhere: bool) -> dict[str, Tensor]:
@@ -294,8 +299,9 @@ class _Points:
         starts, transform, n = {"samples": self.rungs.x}, self.model.transform, self.replicas
         if held is not None:
             parts = self.by_classes(held)
-            some = torch.cat([part[torch.arange(n) * len(part) // n] for part in parts])
-            starts["data"] = self.noised(self.clean(some))
+            orders = [torch.randperm(len(part), generator=self.generator) for part in parts]
+            some = [part[order[torch.arange(n) % len(order)]] for part, order in zip(parts, orders, strict=True)]
+            starts["data"] = self.noised(self.clean(torch.cat(some)))
         if anywhere and transform is not None and transform.high is not None:
             white = torch.full((n, *self.target.shape), float(transform.high), dtype=torch.float64)
             starts["white"] = self.noised(self.clean(white))
@@ -357,7 +363,8 @@ class _Points:
         """Upper ends of 95 % intervals of log Z of each class, (classes,)."""
         classes = self.columns(run.columns).cpu()
         ends = [run.log_z(torch.arange(run.columns)[classes == k]) for k in range(len(self.shares))]
-        return torch.tensor([end.total + 1.96 * end.se for end in ends], dtype=torch.float64)
+        upper = [end.total + half_width(end.errors()[None]) * end.se for end in ends]
+        return torch.tensor(upper, dtype=torch.float64)
 
     def columns(self, count: int) -> Tensor:
         """Class of each of so many columns."""

@@ -340,13 +340,13 @@ def judge(
         unasked = one_pass is None and log_z.restricted is None
         lacking = "one pass was not asked for" if unasked else log_z.lacking
     if not lacking and log_z.restricted is not None:
-        error = 1.96 * per_nat * log_z.se
+        error = per_nat * log_z.width * log_z.se
         why = f"The restricted rows are bounds for any input: their log Z, at level {log_z.level}, passed its tests"
         return Verdict(Row("one-pass-normalized", None, None, 1, level), True, f"{why}, and is known to {error:.4f}.")
     if lacking:
         why = f"No normalised number can be given: {lacking}."
         return Verdict(Row("one-pass-normalized", None, None, 1, level), False, why)
-    shift, z_error = per_nat * log_z.value, per_nat * log_z.se
+    shift, z_error, widest = per_nat * log_z.value, per_nat * log_z.se, per_nat * log_z.width * log_z.se
     headline = Row("one-pass-normalized", one_pass.value + shift, math.hypot(one_pass.se, z_error), 1, log_z.level)
     tolerance = CONSISTENT * per_nat * log_z.dim * math.log(2)
     against = []
@@ -359,7 +359,7 @@ def judge(
         # The bound is an estimate, each level with noise of its own.
         against.append((excess - 2 * error, f"is {excess:+.4f} +- {error:.4f} from the ELBO, a bound"))
     failed = [text for size, text in against if size > tolerance]
-    believe = bool(against) and not failed and 1.96 * z_error <= tolerance
+    believe = bool(against) and not failed and widest <= tolerance
     if believe:
         agreement = " and ".join(text for _, text in against)
         why = f"log Z has an effective sample size of {log_z.ess:.0f} and the headline {agreement}."
@@ -368,5 +368,5 @@ def judge(
     elif failed:
         why = f"The headline {' and '.join(failed)}: more than the {tolerance:.3g} of a consistent model."
     else:
-        why = f"log Z is known to {1.96 * z_error:.4f} only, more than {tolerance:.3g}."
+        why = f"log Z is known to {widest:.4f} only, more than {tolerance:.3g}."
     return Verdict(headline, believe, why)

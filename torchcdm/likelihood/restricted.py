@@ -26,7 +26,7 @@ from torchcdm.annealing.target import Fence, in_batches
 from torchcdm.diffusion.gaussian import CosineRotation
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import NoiseSchedule
-from torchcdm.likelihood.cells import noisy_cells
+from torchcdm.likelihood.cells import grey_levels, noisy_cells
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, scoring_level
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
@@ -64,13 +64,15 @@ class Step:
     @classmethod
     def of(cls, level: int, x: Tensor, x_0: Tensor, denoised: Tensor, transform: DataTransform) -> Step:
         """From data (N, *shape), those in model units, and what was denoised at the level."""
-        flat, values = denoised.flatten(), _values(transform)
+        flat, (low, high) = denoised.flatten(), (transform.low, transform.high)
+        counted = transform.bin is not None and low is not None and high is not None
+        values = round((high - low) / transform.bin) + 1 if counted else 0
         some = flat[:: -(-len(flat) // 2**20)]
         edges = torch.quantile(some, torch.linspace(0, 1, BINS + 1).to(flat)[1:-1])
         bins, table = torch.bucketize(flat, edges), None
         totals = flat.new_zeros(BINS).index_add(0, bins, (x_0 - denoised).flatten().square())
-        if values:
-            numbers = bins * values + _index(transform, x).flatten()
+        if 0 < values <= MOST_VALUES:
+            numbers = bins * values + grey_levels(transform, x)[0].flatten()
             counts = torch.bincount(numbers, minlength=BINS * values).view(BINS, values) + PSEUDO
             table = (counts / counts.sum(1, keepdim=True)).log().float()
         return cls(level, edges, totals / torch.bincount(bins, minlength=BINS).clamp_min(1), table)
@@ -81,8 +83,7 @@ class Step:
         if self.table is None:
             log_p = cells.log_decoder(z, batch.x, denoised)
         else:
-            index = _index(transform, batch.x)
-            off_grid = (batch.x - transform.low - transform.bin * index).abs() > transform.bin / 4
+            index, off_grid = grey_levels(transform, batch.x)
             log_p = self.table.double()[torch.bucketize(denoised, self.edges), index].masked_fill(off_grid, -math.inf)
         return (cells.log_q(z, batch.x) - log_p).flatten(1).sum(1)
 
@@ -90,19 +91,6 @@ class Step:
         """KL(q(x_s | x_t, x_0) || r(x_s | x_t)) from this level t to a ``lower`` one s, nats (B,)."""
         variances = self.variances[torch.bucketize(denoised, self.edges)]
         return kl_of_step(schedule, self.level, lower, x_0 - denoised, variances).flatten(1).sum(1)
-
-
-def _values(transform: DataTransform) -> int:
-    """Number of grey levels, 0 where there are none or too many."""
-    if transform.bin is None or transform.low is None or transform.high is None:
-        return 0
-    count = round((transform.high - transform.low) / transform.bin) + 1
-    return count if count <= MOST_VALUES else 0
-
-
-def _index(transform: DataTransform, x: Tensor) -> Tensor:
-    """Number of the nearest grey level."""
-    return ((x - transform.low) / transform.bin).round().long().clamp(0, _values(transform) - 1)
 
 
 @dataclass(frozen=True)
