@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from studies.tables.reading import likelihood_rows, markdown, read
 
 
@@ -42,12 +45,17 @@ def log_z() -> str:
         swapped = found["swapped"]
         lines.append([
             name, f"{z['value']:.4f} ± {row['se']:.4f}",
-            f"{check['value']:.4f} ± {(check['high'] - check['low']) / 3.92:.4f}", *starts,
+            f"{check['value']:.4f} ± {_error(check, row['dim']):.4f}", *starts,
             f"{found['disagreement']:.1f}", " ".join(f"{value:.4f}" for value in found["quarters"]),
             f"{found['trend']:+.1f}", f"{sum(swapped) / len(swapped):.0%}, least {min(swapped):.0%}",
             f"{len(found['levels'])} x {3 * row['replicas']}, {row['sweeps']}", f"{row['cpu_seconds'] / 60:.0f}",
         ])  # fmt: skip
     return markdown(head, lines)
+
+
+def _error(z: dict[str, Any], dim: int) -> float:
+    """Standard error of log2 Z / d; an interval may be wider than 1.96 of it."""
+    return 1 / (math.sqrt(z["ess"]) * dim * math.log(2))
 
 
 def log_z_images() -> str:
@@ -58,8 +66,9 @@ def log_z_images() -> str:
         found = [z["convergence"] for z in row["log_z"]]
         for k, name in enumerate(row["classes"]):
             lines.append([name, *("{:.4f} ± {:.4f}".format(*one["classes"][k]) for one in found)])
-        means = [(z["value"], (z["high"] - z["low"]) / 3.92) for z in row["log_z"]]
-        lines.append(["**mean**", *("**{:.4f} ± {:.4f}**".format(*pair) for pair in means)])
+        means = [f"**{z['value']:.4f} ± {_error(z, row['dim']):.4f}**" for z in row["log_z"]]
+        lines.append(["**mean**", *means])
+        lines.append(["95 %, Student's t", *(f"{z['low']:.4f} to {z['high']:.4f}" for z in row["log_z"])])
         for name in found[0]["starts"]:
             lines.append([f"from {name}", *("{:.4f} ± {:.4f}".format(*one["starts"][name]) for one in found)])
         lines += [

@@ -1,6 +1,7 @@
 """The models that ship: their files, their names on the command line, and their numbers."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torchcdm
 from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
+from torchcdm.likelihood.known import read_log_z
 from torchcdm.zoo import HOME, about, located, names
 
 
@@ -36,6 +38,16 @@ def test_each_loads_and_reaches_what_its_card_says(name):
     card = (HOME / name / "card.md").read_text(encoding="utf-8").splitlines()
     row = next(line for line in card if line.startswith("| one pass, level 0"))
     assert nll == pytest.approx(float(row.split("|")[2]), abs=0.15)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if (HOME / name / "log_z.json").exists()])
+def test_log_z_that_ships_normalises(name):
+    found = read_log_z(HOME / name)
+    assert found is not None and found.usable and found.width > 1.96
+    classes = (found.convergence or {}).get("classes")
+    if classes:  # bounds take the upper ends of their intervals
+        values = [value * found.dim * math.log(2) for value, _ in classes]
+        assert all(end > value for end, value in zip(found.restricted.log_z.tolist(), values, strict=True))
 
 
 def test_commands_take_the_names(tmp_path, capsys):

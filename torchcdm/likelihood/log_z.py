@@ -133,7 +133,7 @@ class LogZ:
         def known(value: float, errors: Tensor, name: str, **more: Any) -> LogZ:
             return cls(value, float(errors.norm()), f"{name}, {size}", level, dim, width=half_width(errors), **more)
 
-        more = {"check": known(*mean(columns, check=True), "MBAR")} if run.densities else {}
+        more: dict[str, Any] = {"check": known(*mean(columns, check=True), "MBAR")} if run.densities else {}
         more |= {"x": run.x.flatten(0, 1), "convergence": convergence, "doubt": doubt}
         return known(value, errors, "replica exchange", **more)
 
