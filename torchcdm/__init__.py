@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torchcdm import likelihood as likelihood
     from torchcdm.apps.ratio import DensityRatio as DensityRatio
     from torchcdm.apps.ratio import mutual_information as mutual_information
+    from torchcdm.apps.ratio import two_sample_test as two_sample_test
     from torchcdm.bridges.hub import push as push
     from torchcdm.compose import sample as sample
     from torchcdm.errors import UserError as UserError
@@ -37,7 +38,7 @@ _HOMES = {name: name for name in ("compose", "estimators", "likelihood")}
 _HOMES |= {"ClassificationDiffusion": "models.cdm", "DensityModel": "models.density"}
 _HOMES |= dict.fromkeys(("Denoiser", "DenoisingDiffusion"), "models.denoiser")
 _HOMES |= dict.fromkeys(("load", "save"), "training.checkpoint") | dict.fromkeys(("fit", "train"), "training.fit")
-_HOMES |= dict.fromkeys(("DensityRatio", "mutual_information"), "apps.ratio")
+_HOMES |= dict.fromkeys(("DensityRatio", "mutual_information", "two_sample_test"), "apps.ratio")
 _HOMES |= {"UserError": "errors", "push": "bridges.hub", "sample": "compose"}
 """The module that each public name is, or is of."""
 

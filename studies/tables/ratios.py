@@ -43,13 +43,24 @@ def ratio_pairs() -> str:
     return markdown(head, lines)
 
 
-def two_sample_null() -> str:
-    """How often the test rejects at 5 %."""
-    found = read("two_sample_null")["results"]
-    titles = {"ours": "torchcdm", "mmd": "MMD", "trees": "boosted trees (C2ST)"}
-    head = ["shift of one column", "test", "repeats", "rejected at 5 %"]
-    lines = [[f"{r['shift']:g}", titles[r["test"]], str(r["repeats"]), f"{100 * r['rejected']:.1f} %"] for r in found]
-    return markdown(head, lines)
+def two_samples() -> str:
+    """How often each test rejects at 5 %, a row for each difference; the best bold, where there is one."""
+    names = {"torchcdm": "torchcdm", "mmd": "MMD", "energy": "energy distance", "c2st": "boosted trees (C2ST)"}
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for r in read("two_samples")["rows"]:
+        cases.setdefault((r["difference"], r["columns"], r["rows"], r["strength"]), {})[r["test"]] = r
+    lines = []
+    # Nulls first, images last.
+    for case in sorted(cases, key=lambda case: (case[0] != "null", case[1] == 0)):
+        (kind, columns, rows, strength), by = case, cases[case]
+        rates, repeats = {name: by[name]["rejected"] for name in names}, {by[name]["repeats"] for name in names}
+        best = max(rates.values()) if kind != "null" else None
+        cells = [f"**{100 * rate:.0f} %**" if rate == best else f"{100 * rate:.1f} %" if best is None else
+                 f"{100 * rate:.0f} %" for rate in rates.values()]  # fmt: skip
+        title = "none" if kind == "null" else f"{kind}, {strength:g}" if strength else kind
+        shown = " and ".join(map(str, sorted(repeats, reverse=True)))
+        lines.append([title, str(columns) if columns else "8x8", str(rows), shown, *cells])
+    return markdown(["difference", "columns", "samples of each", "repeats", *names.values()], lines)
 
 
 def ratio_peers() -> str:

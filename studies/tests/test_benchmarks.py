@@ -19,6 +19,7 @@ from studies.benchmarks import (
     ratio_pairs,
     restorations,
     table_density,
+    two_samples,
 )
 from studies.benchmarks.posterior_coverage import _Nothing, measure, summary
 from studies.budget import CLOCKS
@@ -241,6 +242,12 @@ def test_mutual_information_climbs_the_rungs(report_of):
         (residual, kind) for residual in ("on", "off") for kind in ("plain", "rotated", "bent")
     ]
     assert finite(rows, "exact", "estimate", "rmse") and all(0 <= row["weight"] <= 1 for row in rows)
+
+
+def test_every_test_of_two_samples_sees_a_large_shift():
+    p, q = two_samples.tables(two_samples.shift, 80, 5, 3.0, np.random.RandomState(0))
+    assert all(test(p, q, 0) <= 0.01 < test(q[:40], q[40:], 0) for test in two_samples.TESTS.values())
+    assert [task.name for task in two_samples.tasks(40, 400)].count("null") == 2
 
 
 def test_ratio_peers_scores_every_estimator(report_of):

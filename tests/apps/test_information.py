@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchcdm import DensityRatio, mutual_information
+from torchcdm import DensityRatio, mutual_information, two_sample_test
 from torchcdm.apps.ratio.information import divergence
 from torchcdm.errors import UserError
 
@@ -114,39 +114,78 @@ def test_the_parts_of_mutual_information_have_to_go_together():
 
 def test_a_difference_in_one_column_is_found_and_named():
     draw = np.random.RandomState(0)
-    p, q = draw.normal(size=(400, 3)), draw.normal(size=(300, 3))
+    p, q = draw.normal(size=(200, 3)), draw.normal(size=(150, 3))
     p[:, 1] += 0.7
-    ratio = DensityRatio(0, **CPU).fit(p, q)
-    found = ratio.two_sample_test()
-    assert found.p_value == 1 / 1000 and found.statistic > found.permuted.max()
+    found = two_sample_test(p, q)
+    assert found.p_value == 1 / 1000 and found.statistic > 5
     assert [len(part) for part in found.log_ratios] == [200, 150]
-    assert found.columns[0].name == "c1" and found.columns[0].value > 5 * abs(found.columns[1].value)
-    assert p[int(found.numerator_rows[0].name), 1] > 1.5 and q[int(found.denominator_rows[0].name), 1] < -0.5
+    (name, value), (_, other), _ = found.columns
+    assert name == "c1" and value > 5 * abs(other)
+    assert p[int(found.numerator_rows[0][0]), 1] > 1.5 and q[int(found.denominator_rows[0][0]), 1] < -0.5
     assert "p = 0.001" in found.text() and "columns that differ most: c1" in found.text()
-    assert ratio.two_sample_test(draw.normal(size=(200, 3)), draw.normal(size=(200, 3))).p_value > 0.005
+    ratio = DensityRatio(0, **CPU).fit(p, q)
+    again = ratio.two_sample_test()
+    assert again.p_value == found.p_value and again.columns == found.columns
 
 
-def test_p_values_of_one_source_are_uniform():
-    """The permutation test alone, on log ratios of any kind; the whole of it is measured in studies."""
-    draw = np.random.RandomState(0)
-    ratio = DensityRatio(0, **CPU).fit(*normals(200, 0.5))
-    values = [
-        ratio.two_sample_test(*draw.normal(size=(2, 40, 2)), permutations=99, seed=k).p_value for k in range(120)
-    ]
-    assert 0.35 < np.mean(values) < 0.65 and np.mean(np.array(values) <= 0.1) < 0.2
+@pytest.mark.parametrize("rows", [60, 400])
+def test_p_values_of_one_source_are_uniform(rows):
+    draw = np.random.RandomState(1)
+    sides = ((draw.normal(size=(rows // 3, 3)).round(1), draw.normal(size=(rows, 3)).round(1)) for _ in range(60))
+    values = [two_sample_test(p, q, permutations=99, random_state=k).p_value for k, (p, q) in enumerate(sides)]
+    assert 0.38 < np.mean(values) < 0.62 and np.mean(np.array(values) <= 0.1) < 0.24
 
 
-def test_a_test_is_drawn_and_a_loaded_ratio_needs_samples(ratio, tmp_path):
+def test_what_means_do_not_show_is_seen():
+    """Other correlations with the same columns; two modes as far apart as one is wide; images with a moved square."""
+    draw = np.random.RandomState(2)
+    q = draw.normal(size=(300, 4))
+    p = draw.normal(size=(300, 4))
+    p[:, 1] = 0.5 * p[:, 0] + 0.75**0.5 * p[:, 1]
+    found = two_sample_test(p, q, permutations=199)
+    assert (
+        found.p_value <= 0.01 and found.seen_in == "pairs" and {name for name, _ in found.columns[:2]} == {"c0", "c1"}
+    )
+    p = draw.normal(size=(300, 4))
+    p[:, 2] = 0.4 * p[:, 2] + 0.9 * np.sign(draw.normal(size=300))
+    assert two_sample_test(p, q, permutations=199).columns[0][0] == "c2"
+    images = draw.randint(0, 50, size=(120, 1, 6, 6)).astype(np.uint8)
+    images[:60, :, 2:4, 2:4] += 40
+    images[60:, :, 2:4, 3:5] += 40
+    found = two_sample_test(images[:60], images[60:], permutations=199)
+    assert found.p_value <= 0.01 and found.columns == ()
+    assert two_sample_test(images[:30], images[30:60], permutations=199).p_value > 0.01
+
+
+def test_columns_without_any_difference_tell_nothing():
+    """All rows alike but for one column, whose values come back; more rows than are tested."""
+    p, q = np.ones((30, 2)), np.ones((25, 2))
+    p[:, 0], q[:, 0] = np.arange(30) % 3, np.arange(25) % 3
+    assert two_sample_test(p, q, permutations=99).p_value > 0.3
+    with pytest.raises(UserError, match="every column is constant"):
+        two_sample_test(np.ones((30, 2)), np.ones((25, 2)))
+    many = np.random.RandomState(3).normal(size=(10_400, 1))
+    found = two_sample_test(many, many[:30] + 3, permutations=19)
+    assert len(found.log_ratios[0]) == 10_000 and found.p_value == 0.05
+
+
+def test_a_test_is_drawn_and_a_loaded_ratio_has_no_data(ratio, tmp_path):
     fresh = normals(50, 1.0, seed=6)
-    path = ratio.two_sample_test(*fresh, permutations=19).plot(tmp_path / "test.png")
+    path = two_sample_test(*fresh, permutations=19).plot(tmp_path / "test.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     ratio.save(tmp_path / "ratio")
     loaded = DensityRatio.load(tmp_path / "ratio", device="cpu")
     assert loaded.divergence("kl") == ratio.divergence("kl")
-    for arguments in ((), (fresh[0],)):
-        with pytest.raises(UserError, match="give fresh samples of numerator and denominator"):
-            loaded.two_sample_test(*arguments)
+    with pytest.raises(UserError, match="has no data to test; call torchcdm.two_sample_test"):
+        loaded.two_sample_test()
     with pytest.raises(UserError, match="unknown divergence 'lk'; choose from: chi2, js, kl"):
         loaded.divergence("lk")
     with pytest.raises(UserError, match="permutations is 5"):
-        loaded.two_sample_test(*fresh, permutations=5)
+        two_sample_test(*fresh, permutations=5)
+    for parts, message in (
+        ((fresh[0], fresh[1][:, :1]), "no column 'c1'"),
+        ((fresh[0][:10], fresh[1]), "too few samples, 10; at least 20"),
+        ((fresh[0], torch.zeros(40, 1, 8, 8)), "holds images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            two_sample_test(*parts)

@@ -98,7 +98,7 @@ def test_mistakes(capsys, tmp_path, files):
 
 def test_the_test_of_two_samples_names_the_column(capsys, tmp_path, files):
     out = run(capsys, *files, "--test", "--json", tmp_path / "w.json")
-    assert "two-sample test on 75 and 100 samples" in out and "columns that differ most: height" in out
+    assert "two-sample test on 150 and 200 samples" in out and "columns that differ most: height" in out
     found = json.loads((tmp_path / "w.json").read_text())["test"]
     assert found["p_value"] < 0.01 and found["columns"][0][0] == "height"
 

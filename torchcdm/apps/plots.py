@@ -82,21 +82,6 @@ def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str,
         axes[0].legend()
 
 
-def two_samples(log_ratios: Sequence[Any], columns: Sequence[tuple[str, float]], path: Path) -> Path:
-    """Log ratios of numerator and denominator, and by how much a statistic falls without each of the first columns."""
-    with panels(path, 2 if columns else 1) as axes:
-        for values, label in zip(log_ratios, ("numerator", "denominator"), strict=True):
-            axes[0].hist(values, 50, alpha=0.6, density=True, label=label)
-        axes[0].set(xlabel="log p/q, nats", ylabel="density")
-        axes[0].legend()
-        if columns:
-            names, falls = zip(*columns[:10], strict=True)
-            axes[1].barh(names, falls)
-            axes[1].invert_yaxis()
-            axes[1].set(xlabel="fall of the statistic without the column")
-    return path
-
-
 def check_figure(path: Path) -> None:
     """Refuses a file whose suffix is that of no figure, before the work."""
     if path.suffix not in FORMATS:

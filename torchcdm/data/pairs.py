@@ -71,30 +71,8 @@ def pair_up(
     options = options or DataOptions()
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
-    given = [read_side(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
-    sides, grids = [side for side, _ in given], [grid for _, grid in given if grid is not None]
-    counts = (len(sides[0]), len(sides[1]))
-    names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(sides, SOURCES, strict=True)]
-    for name, count in zip(names, counts, strict=True):
-        if count < MIN_ROWS:
-            raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
-    words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
-    if words[0] != words[1]:
-        raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
-    table = warp = transform = None
-    if isinstance(sides[0], Tensor):
-        shapes = [tuple(side.shape[1:]) for side in sides]
-        if shapes[0] != shapes[1]:
-            both = f"{shapes[1]} and {shapes[0]}"
-            raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
-        if len(grids) == 1:
-            raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
-        if grids:
-            low, high = min(low for low, _ in grids), max(high for _, high in grids)
-            transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
-        values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
-    else:
-        values, table, notes = _coded(sides, names, discrete)
+    values, table, transform, notes = read_pair(numerator, denominator, options, discrete)
+    counts, warp = (len(values[0]), len(values[1])), None
     fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
     cut = [_cut(x, {} if table is None else table.cells, fraction, options.seed) for x in values]
     if min(len(rows) for _, rows in cut) < 2:
@@ -115,6 +93,37 @@ def pair_up(
     transform = transform or DataTransform.standardize(train.x)
     source = DataSource(PAIR, train, validation, MemorySplit(train.x[:0]), transform, SOURCES, tuple(notes))
     return Pair(source, counts, (len(cut[0][0]), len(cut[1][0])), warp)
+
+
+def read_pair(
+    numerator: Any, denominator: Any, options: DataOptions, discrete: Discrete = "dequantize"
+) -> tuple[list[Tensor], TableEncoding | None, DataTransform | None, list[str]]:
+    """Samples of denominator and numerator, what encodes a table, the transform of grey levels, and notes."""
+    given = [read_side(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
+    sides, grids = [side for side, _ in given], [grid for _, grid in given if grid is not None]
+    counts = (len(sides[0]), len(sides[1]))
+    names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(sides, SOURCES, strict=True)]
+    for name, count in zip(names, counts, strict=True):
+        if count < MIN_ROWS:
+            raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
+    words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
+    if words[0] != words[1]:
+        raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
+    table = transform = None
+    if isinstance(sides[0], Tensor):
+        shapes = [tuple(side.shape[1:]) for side in sides]
+        if shapes[0] != shapes[1]:
+            both = f"{shapes[1]} and {shapes[0]}"
+            raise UserError(f"images of numerator and denominator have shapes {both}; give size and channels")
+        if len(grids) == 1:
+            raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
+        if grids:
+            low, high = min(low for low, _ in grids), max(high for _, high in grids)
+            transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
+        values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
+    else:
+        values, table, notes = _coded(sides, names, discrete)
+    return values, table, transform, notes
 
 
 def _cut(x: Tensor, cells: Mapping[int, Cells], fraction: float, seed: int) -> tuple[Tensor, Tensor]:

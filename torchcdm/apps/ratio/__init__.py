@@ -2,7 +2,7 @@
 
 from torchcdm.apps.ratio.checks import Calibration, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.density_ratio import DensityRatio, Scores
-from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, mutual_information
+from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, mutual_information, two_sample_test
 
 __all__ = ["Calibration", "DensityRatio", "Estimate", "Scores", "TwoSampleTest"]
-__all__ += ["effective_sample_size", "importance_weights", "mutual_information"]
+__all__ += ["effective_sample_size", "importance_weights", "mutual_information", "two_sample_test"]

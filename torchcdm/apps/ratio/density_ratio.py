@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,11 +39,8 @@ from torchcdm.units.lattice import Discrete
 
 FILE = "ratio.json"
 
-RARE = 1e-3
-"""Share of a data set below which a density counts as rare there."""
-
-LIMIT_ROWS = 20_000
-"""Training samples on which that is measured."""
+RARE, LIMIT_ROWS = 1e-3, 20_000
+"""Share of a data set below which a density counts as rare there, and training samples on which that is measured."""
 
 MODEL, TENSORS = "joint", "classifiers.safetensors"
 """Folder and file of a saved ratio."""
@@ -131,12 +127,6 @@ class DensityRatio:
         self._model: DensityModel | None = None
         self._classifiers: Classifiers | None = None
         self._data: tuple[Any, Any] | None = None
-
-    def __sklearn_clone__(self) -> DensityRatio:
-        """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
-        settings = {key: getattr(self, key) for key in (*SETTINGS, "device", "progress")}
-        overrides = deepcopy(settings.pop("overrides"))
-        return DensityRatio(**settings, **overrides)
 
     @property
     def _options(self) -> DataOptions:
@@ -306,28 +296,11 @@ class DensityRatio:
             return divergence(kind, *map(np.array, self._held_out))
         return divergence(kind, self.log_ratio(numerator), self.log_ratio(denominator))
 
-    def two_sample_test(
-        self, numerator: Any = None, denominator: Any = None, permutations: int = 999, seed: int = 0
-    ) -> TwoSampleTest:
-        """Whether p and q differ, by permutations of the sources of samples that no fit has seen.
-
-        Args:
-            numerator: Fresh samples of p, which this ratio was not fitted to. None: a second ratio with the same
-                settings is fitted to a random half of this one's data and tested on the other half.
-            denominator: Fresh samples of q, likewise.
-            permutations: Random permutations, at least 19.
-            seed: Seed of halves and permutations.
-
-        Raises:
-            UserError: Samples of one of the two alone; none, of a ratio that was loaded and so has no data.
-        """
-        self._check_fitted()
-        fresh = (numerator, denominator)
-        given = [part is not None for part in fresh]
-        data = fresh if any(given) else self._data
-        if data is None or any(given) != all(given):
-            raise UserError("two_sample_test: give fresh samples of numerator and denominator")
-        return two_sample_test(self, *data, data is not fresh, permutations, seed)
+    def two_sample_test(self, permutations: int = 999, seed: int = 0) -> TwoSampleTest:
+        """:func:`torchcdm.two_sample_test` of the data of the fit; UserError of a ratio that was loaded."""
+        if self._data is None:
+            raise UserError("this ratio has no data to test; call torchcdm.two_sample_test(numerator, denominator)")
+        return two_sample_test(*self._data, permutations, seed, self._options)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

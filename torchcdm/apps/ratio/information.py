@@ -1,44 +1,43 @@
-"""What one density ratio tells of two data sets as a whole: divergences, mutual information, a two-sample test."""
+"""What log ratios tell of two data sets as a whole: divergences, mutual information, whether these differ."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge
+from scipy.spatial.distance import pdist
+from scipy.special import ndtri
+from scipy.stats import rankdata
 from torch import Tensor
 
 from torchcdm.apps.ratio.blending import blend
 from torchcdm.apps.ratio.checks import both_sides, donsker_varadhan, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.dependence import STEPS, estimates
 from torchcdm.data import DataOptions
-from torchcdm.data.pairs import MIN_ROWS, read_side
+from torchcdm.data.pairs import MIN_ROWS, read_pair, read_side
 from torchcdm.errors import UserError, nearest
-from torchcdm.random import derive, permutation, stream
+from torchcdm.random import permutation, stream
 from torchcdm.runtime.processes import chosen_device
-from torchcdm.runtime.validation import Count, Positive, Seed, checked, read_as
+from torchcdm.runtime.validation import Count, Positive, Seed, checked
 from torchcdm.units import TableEncoding
 from torchcdm.units.lattice import spread
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-    from torchcdm.apps.ratio.density_ratio import DensityRatio
-
 KINDS = ("kl", "reverse_kl", "js", "chi2")
 
-FEW = 30
-"""Effective samples of the weights p/q below which a divergence is not to be trusted, ..."""
+FEW, COVERED = 30, 0.9
+"""Effective samples of the weights p/q, and share of the numerator with a log ratio that the denominator reaches too:
+below these a divergence is not to be trusted."""
 
-COVERED = 0.9
-"""... and share of the numerator that must have a log ratio which the denominator reaches too."""
-
-SHOWN = 10
-"""Rows that a test names of either source."""
+ROWS, NUMBERS, LANDMARKS, RIDGE, WAVES, SHOWN = 10_000, 5_000_000, 300, 0.1, (1, 2, 3, 4), 10
+"""Of a test: most samples of a source, and numbers in them; samples that features compare with; what is added to their
+variances, over the largest; cosines of a column's ranks; rows that are named."""
 
 
 @dataclass(frozen=True)
@@ -160,94 +159,126 @@ def mutual_information(
     return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
 
 
-class Differing(NamedTuple):
-    """What differs most: a row with its log ratio, or a column and by how much the statistic falls without it."""
-
-    name: str
-    value: float
-
-
 @dataclass(frozen=True)
 class TwoSampleTest:
     """A permutation test of p = q.
 
     Attributes:
         p_value: Share of permutations whose statistic is at least as large, the data's own counted as one.
-        statistic: Mean of tanh(log ratio / 2) over the numerator less that over the denominator, 0 ... 2.
-        permuted: The statistic of each permutation of the sources, (permutations,).
-        log_ratios: At the tested samples of the numerator and of the denominator, nats.
-        numerator_rows: Those most unlike the denominator; their names are their places in the data.
+        statistic: The largest of several, in standard deviations above its mean over permutations.
+        seen_in: What sees most: ``columns`` one by one, ``pairs``, ``regions`` of similar samples, ``small regions``.
+        log_ratios: By that, at the tested samples of numerator and denominator, nats; to first order, fitted to them.
+        numerator_rows: Those most unlike the denominator: their places in the data and log ratios.
         denominator_rows: Those most unlike the numerator.
-        columns: How much the statistic falls without each column, the largest first; empty for images.
+        columns: Each, and how much less tanh(log ratio / 2) differs between the sources where it is shuffled, the
+            largest first; empty for images.
     """
 
     p_value: float
     statistic: float
-    permuted: np.ndarray
+    seen_in: str
     log_ratios: tuple[np.ndarray, np.ndarray]
-    numerator_rows: tuple[Differing, ...]
-    denominator_rows: tuple[Differing, ...]
-    columns: tuple[Differing, ...]
+    numerator_rows: tuple[tuple[str, float], ...]
+    denominator_rows: tuple[tuple[str, float], ...]
+    columns: tuple[tuple[str, float], ...]
 
     def text(self) -> str:
         """Lines to read."""
         counts = " and ".join(str(len(part)) for part in self.log_ratios)
-        lines = [f"two-sample test on {counts} samples that were not fitted: p = {self.p_value:.4g}"]
-        for what, rows in (("numerator", self.numerator_rows), ("denominator", self.denominator_rows)):
-            shown = ", ".join(f"{name} ({value:+.2f})" for name, value in rows[:5])
-            lines.append(f"{what}, rows that differ most: {shown}")
-        if self.columns:
-            shown = ", ".join(f"{name} ({value:.3f})" for name, value in self.columns[:5])
-            lines.append(f"columns that differ most: {shown}")
+        lines = [f"two-sample test on {counts} samples: p = {self.p_value:.4g}, seen most in: {self.seen_in}"]
+        for what in ("numerator_rows", "denominator_rows", "columns"):
+            if found := ", ".join(f"{name} ({value:+.3g})" for name, value in getattr(self, what)[:5]):
+                lines.append(f"{what.replace('_', ', ')} that differ most: {found}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
         """Log ratios of both sources, and the columns that differ most, as a figure."""
-        from torchcdm.apps.plots import two_samples
+        from torchcdm.apps.plots import panels
 
-        return two_samples(self.log_ratios, self.columns, Path(path))
+        with panels(Path(path), 2 if self.columns else 1) as axes:
+            for values, label in zip(self.log_ratios, ("numerator", "denominator"), strict=True):
+                axes[0].hist(values, 50, alpha=0.6, density=True, label=label)
+            axes[0].set(xlabel="log p/q, nats", ylabel="density")
+            axes[0].legend()
+            if self.columns:
+                names, falls = zip(*self.columns[:SHOWN], strict=True)
+                axes[1].barh(names, falls)
+                axes[1].invert_yaxis()
+                axes[1].set(xlabel="smaller difference without the column")
+        return Path(path)
 
 
+@checked
 def two_sample_test(
-    ratio: DensityRatio, numerator: Any, denominator: Any, fitted: bool, permutations: int, seed: int
-) -> TwoSampleTest:
-    """See :meth:`DensityRatio.two_sample_test`; ``fitted``: on fresh halves of data that the ratio was fitted to."""
-    import pandas as pd
+    numerator: Any, denominator: Any, permutations: Annotated[Count, Ge(19)] = 999, random_state: Seed = 0,
+    options: DataOptions | None = None,
+) -> TwoSampleTest:  # fmt: skip
+    """Whether two data sets come from one distribution, by permutations of their sources; seconds, without training.
 
-    if read_as(Count, permutations, "permutations") < 19:
-        raise UserError(f"permutations is {permutations}; it must be at least 19, which tell p-values of 0.05")
-    given = {"numerator": numerator, "denominator": denominator}
-    values = [read_side(data, name, ratio._options)[0] for name, data in given.items()]
-    places = [np.arange(len(part)) for part in values]
-    if fitted:
-        orders = [permutation(len(part), derive(seed, "halves", k)).numpy() for k, part in enumerate(values)]
-        halves = [_rows(x, order[: len(x) // 2]) for x, order in zip(values, orders, strict=True)]
-        ratio = ratio.__sklearn_clone__().fit(*halves)
-        places = [np.sort(order[len(x) // 2 :]) for x, order in zip(values, orders, strict=True)]
-    tested = [_rows(x, place) for x, place in zip(values, places, strict=True)]
-    up, down = (ratio.log_ratio(x) for x in tested)
-    source, draw = np.repeat([1.0, -1.0], [len(up), len(down)]), np.random.RandomState(seed % 2**32)
-    weights = source / np.repeat([len(up), len(down)], [len(up), len(down)])
+    Of nearby p and q the log ratio is linear in features of a sample. Ridge regression of the source gives it at once,
+    so that each permutation has a fit of its own and all samples fit and test: maximum mean discrepancy by a
+    spectrally regularised kernel (Hagrass, Sriperumbudur and Li, 2024), by that kernel of several which tells most.
 
-    def statistic(log_ratios: np.ndarray) -> float:
-        return float(weights @ np.tanh(log_ratios / 2))
+    Args:
+        numerator: At least 20 samples of p, as :meth:`torchcdm.DensityRatio.fit` takes them.
+        denominator: Samples of q, likewise. Of more than 10 000 a random part is tested.
+        permutations: Random permutations, at least 19, which tell p-values of 0.05.
+        random_state: Seed of permutations and features.
+        options: ``size``, ``channels`` and ``skip_bad`` of files of images.
 
-    together = np.concatenate([up, down])
-    own, witness = statistic(together), np.tanh(together / 2)
-    permuted = np.array([draw.permutation(weights) @ witness for _ in range(permutations)])
-    p_value = (1 + int((permuted >= own - 1e-12).sum())) / (1 + permutations)
-    rows = []
-    for place, r, sign in zip(places, (up, down), (-1, 1), strict=True):
-        rows.append(tuple(Differing(str(place[i]), float(r[i])) for i in np.argsort(sign * r)[:SHOWN]))
-    falls = []
-    for name in () if isinstance(tested[1], Tensor) else tested[1].columns:
+    Raises:
+        UserError: Data that do not go together, cells that are no numbers, too few samples or permutations.
+    """
+    values, table, *_ = read_pair(numerator, denominator, options or DataOptions())
+    most = max(LANDMARKS, min(ROWS, NUMBERS // values[0][0].numel()))
+    draw = np.random.RandomState(random_state % 2**32)
+    places = [np.sort(draw.permutation(len(side))[:most]) for side in values[::-1]]
+    x = torch.cat([side[place] for side, place in zip(values[::-1], places, strict=True)])
+    ranks = (rankdata(x.flatten(1).numpy(), axis=0) - 0.5) / len(x)
+    order, counts = draw.permutation(len(x)), [len(place) for place in places]
+    own = np.repeat([1 / counts[0], -1 / counts[1]], counts)
+    sources = np.stack([own, *(draw.permutation(own) for _ in range(permutations))])
+    statistics, log_ratios = {}, {}
+    for name, features in _features(ranks, ranks[order[:LANDMARKS]]).items():
+        differences = sources @ features(ranks)
+        statistics[name] = np.sqrt(np.square(differences).sum(1))
+        log_ratios[name] = lambda ranks, of=features, weights=differences[0]: of(ranks) @ weights
+    # All permutations alike, the data's own among them: so the p-value is exact.
+    deviations = {name: (one - one.mean()) / max(one.std(), 1e-300) for name, one in statistics.items()}
+    seen_in = max(deviations, key=lambda name: deviations[name][0])
+    statistic = np.max(list(deviations.values()), axis=0)
+    found, part, falls = log_ratios[seen_in](ranks), order[:1000], []
+    for k, name in enumerate(table.names if table else ()):
         # A column shuffled over both sources tells them apart no longer.
-        frame = pd.concat([tested[0][tested[1].columns], tested[1]], ignore_index=True)
-        frame[name] = frame[name].to_numpy()[draw.permutation(len(frame))]
-        falls.append(Differing(name, own - statistic(ratio.log_ratio(frame))))
-    found = sorted(falls, key=lambda column: -column.value)
-    return TwoSampleTest(p_value, own, permuted, (up, down), *rows, tuple(found))
+        shuffled = ranks[part]
+        shuffled[:, k] = shuffled[draw.permutation(len(part)), k]
+        fall = np.tanh(found[part] / 2) - np.tanh(log_ratios[seen_in](shuffled) / 2)
+        falls.append((name, float(fall[own[part] > 0].mean() - fall[own[part] < 0].mean())))
+    sides = found[: counts[0]], found[counts[0] :]
+    rows = [tuple((str(place[i]), float(side[i])) for i in np.argsort(sign * side)[:SHOWN])
+            for place, side, sign in zip(places, sides, (-1, 1), strict=True)]  # fmt: skip
+    p_value, columns = float((statistic >= statistic[0] - 1e-9).mean()), sorted(falls, key=lambda fall: -fall[1])
+    return TwoSampleTest(p_value, float(statistic[0]), seen_in, sides, *rows, tuple(columns))
 
 
-def _rows(data: DataFrame | Tensor, places: np.ndarray) -> Any:
-    return data[places] if isinstance(data, Tensor) else data.iloc[places]
+def _features(ranks: np.ndarray, landmarks: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """From ranks, 0 to 1, (N, d) to features (N, m) of kernels, of about unit variance, uncorrelated; by name."""
+    from sklearn.kernel_approximation import Nystroem
+
+    distances = pdist(ndtri(landmarks), "sqeuclidean")
+    near = 1 / np.median(distances[distances > 0]) if distances.any() else 1.0
+    kinds = {
+        # Neyman's smooth test of each column (1937).
+        "columns": (lambda ranks: np.hstack([np.cos(k * np.pi * ranks) for k in WAVES]), {"kernel": "linear"}),
+        "pairs": (ndtri, {"kernel": "polynomial", "degree": 2, "gamma": 1, "coef0": 0}),
+        "regions": (ndtri, {"kernel": "rbf", "gamma": near}),
+        "small regions": (ndtri, {"kernel": "rbf", "gamma": 4 * near}),
+    }
+    found = {}
+    for name, (of, kernel) in kinds.items():
+        plain = Nystroem(**kernel, n_components=len(landmarks), random_state=0).fit(of(landmarks))
+        variances, directions = np.linalg.eigh(np.cov(plain.transform(of(ranks)).T, bias=True))
+        # Small variances count less: they are noise sooner than signal.
+        scaled = directions / np.sqrt(variances.clip(0) + RIDGE * max(variances[-1], 1e-100))
+        found[name] = lambda ranks, of=of, plain=plain, scaled=scaled: plain.transform(of(ranks)) @ scaled
+    return found
