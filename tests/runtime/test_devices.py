@@ -28,7 +28,7 @@ def test_devices_that_are_not_there_are_refused_in_one_line(name, recwarn):
 def any_device(monkeypatch):
     """Takes every device, also where a module has the function that refuses it: imported, so that none keeps ours."""
     commands = (f"cli.{name}" for name in ("sampling", "training", "scoring", "measuring"))
-    for module in (*commands, "training.fit", "runtime.processes"):
+    for module in (*commands, "training.checkpoint", "runtime.processes"):
         monkeypatch.setattr(f"torchcdm.{module}.chosen_device", torch.device)
 
 
