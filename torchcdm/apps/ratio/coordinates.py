@@ -220,7 +220,5 @@ def best_steps(
 
 def _varies(x: Tensor) -> bool:
     """Whether rows (N, d) have components to be found: several, not too many for their number, none of them fixed."""
-    rows, columns = x.shape
-    if not (1 < columns <= WIDEST and rows >= COMPONENT_ROWS * columns):
-        return False
-    return bool(torch.linalg.eigvalsh(torch.cov(x.T))[0] > 1e-6 * x.var(0).max())
+    fitting = 1 < x.shape[1] <= WIDEST and len(x) >= COMPONENT_ROWS * x.shape[1]
+    return fitting and bool(torch.linalg.eigvalsh(torch.cov(x.T))[0] > 1e-6 * x.var(0).max())

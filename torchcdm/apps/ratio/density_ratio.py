@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,8 +115,7 @@ class DensityRatio:
 
     _saved: ClassVar[Readers] = dict.fromkeys(("notes", "counts", "_held_out"), tuple) | {"blend": dict}
     _saved |= {"held_out": partial(read_as, Calibration), "_limits": partial(np.array, dtype=np.float64)}
-    _saved |= {"_steps": lambda steps: {name: STEPS[name](**steps[name]) for name in steps}}
-    _saved |= {"_warp": transform_from_config}
+    _saved |= {"_steps": lambda of: {name: STEPS[name](**of[name]) for name in of}, "_warp": transform_from_config}
 
     @checked
     def __init__(
@@ -127,6 +127,11 @@ class DensityRatio:
         self._model: DensityModel | None = None
         self._classifiers: Classifiers | None = None
         self._data: tuple[Any, Any] | None = None
+
+    def __sklearn_clone__(self) -> DensityRatio:
+        """What ``sklearn.base.clone`` gives: the same settings, not fitted."""
+        settings = {key: getattr(self, key) for key in ("random_state", "discrete", "preset", "device", "progress")}
+        return DensityRatio(**settings, **deepcopy(self.overrides))
 
     @property
     def _options(self) -> DataOptions:
@@ -263,9 +268,8 @@ class DensityRatio:
     def outside_support(self, x: Any) -> np.ndarray:
         """Where neither data set tells anything: bool (N,).
 
-        True where the density of both models, or of both Gaussians, lies further below what is rare in training
-        (one in a thousand) than that lies below the median; or where a column that was constant in both has another
-        value. The log ratio there is extrapolation.
+        True where both densities lie further below what is rare in training (one in a thousand) than that lies below
+        the median, or a column that was constant in both has another value: the log ratio there is extrapolation.
         """
         return self.scores(x).outside
 
@@ -292,9 +296,8 @@ class DensityRatio:
         self._check_fitted()
         if (numerator is None) != (denominator is None):
             raise UserError("divergence: give samples of numerator and denominator, or of neither")
-        if numerator is None:
-            return divergence(kind, *map(np.array, self._held_out))
-        return divergence(kind, self.log_ratio(numerator), self.log_ratio(denominator))
+        sides = self._held_out if numerator is None else map(self.log_ratio, (numerator, denominator))
+        return divergence(kind, *map(np.array, sides))
 
     def two_sample_test(self, permutations: int = 999, seed: int = 0) -> TwoSampleTest:
         """:func:`torchcdm.two_sample_test` of the data of the fit; UserError of a ratio that was loaded."""
