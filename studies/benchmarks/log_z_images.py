@@ -6,7 +6,7 @@
     python -m studies.benchmarks.log_z_images runs/clothes runs/clothes-1 --name fashion-mnist-conditional \\
         --json studies/results/log_z_images.json
 
-The estimates of log Z are those that the command leaves in the folders, of one model by several seeds; the last one
+The estimates of log Z are those that the command leaves in the folders, of one model by several seeds; the first
 normalises. All likelihoods are of the same test images; flow and ELBO through the level that decodes in the chain of
 few passes.
 """
@@ -43,7 +43,7 @@ def measured(
     One pass of ``count`` images; all of ``images`` of them. ``minus`` has what those by few passes are above the flow
     and above the ELBO: mean, standard error, deviation. The flow takes ``steps``.
     """
-    density = found[-1].restricted
+    density = found[0].restricted
     test = source.split("test").tensors(None)[0]
     x, scoring = test[:images], Scoring(density.steps[0].level, steps=steps)
     kernels = Kernels.of_target(ModelTarget(model, density=False))
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     model, source = load(options.runs[0]), load_source(read_info(options.runs[0]).data)
     found = [read_log_z(run) for run in options.runs]
-    if None in found or found[-1].restricted is None:
+    if None in found or found[0].restricted is None:
         raise UserError("a RUN has no log Z of a restricted density: cdm nll RUN --methods logz")
     result = measured(model, source, found, options.count, options.images, options.flow_steps)
     print(json.dumps(result, indent=1))
