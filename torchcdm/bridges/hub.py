@@ -95,11 +95,10 @@ def model_card(
     parts = ["---\nlicense: mit\nlibrary_name: torchcdm"]
     parts += ["tags: [density-estimation, diffusion, classification-diffusion]"]
     parts += [*(f'{key}: "{value}"' for key, value in fields if value), f"---\n\n# {title}\n"]
+    about = f"{description}. " if description else ""
     kind = "classification diffusion model" if model.kind == "cdm" else "plain denoising diffusion model"
     parts += [
-        f"{description}. "
-        * bool(description)
-        + f"A {kind} of {shape} inputs: network `{model.backbone.name}` with {parameters:,} weights, schedule "
+        f"{about}A {kind} of {shape} inputs: network `{model.backbone.name}` with {parameters:,} weights, schedule "
         f"`{model.schedule.name}` with {model.schedule.T} levels, labels `{model.labels}`.",
         f'\n```python\nimport torchcdm\n\nmodel = torchcdm.load("{use}")',
         "x = model.sample(16)                 # in the units of the data",
