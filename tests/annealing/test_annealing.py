@@ -69,8 +69,7 @@ def mixture_of(dim):
 
 def replicas(target, level, columns, sweeps, seed=0):
     kernels, generator = Kernels.of_target(target, seed), rng(seed)
-    rungs = ladder(target, kernels, level, 2 * columns, generator)
-    rungs = rungs._replace(x=rungs.x[:, :columns])
+    rungs = ladder(target, kernels, level, columns, generator)
     return Replicas(target, kernels, rungs, generator).go_on(sweeps, sweeps // 4)
 
 
@@ -160,7 +159,7 @@ def test_replicas_forget_where_they_started():
     schedule, mixture = CosineSchedule(30), labelled_mixture()
     target = MixtureTarget(mixture, schedule)
     kernels, generator = Kernels.of_target(target), rng()
-    rungs = ladder(target, kernels, 1, 64, generator)
+    rungs = ladder(target, kernels, 1, 32, generator)
     # All in one component, and all far away.
     starts = torch.cat([mixture.means[1].expand(16, 2), torch.full((16, 2), 6.0, dtype=torch.float64)])
     x = torch.stack([schedule.perturb(starts, t, normal(32, 2, seed=t)) for t in rungs.levels])

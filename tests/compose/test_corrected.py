@@ -68,6 +68,18 @@ def test_replica_exchange_has_them_too():
     assert found.x.shape == (200, 2)
 
 
+def test_columns_of_replica_exchange_do_not_share_ancestors():
+    """The share of a mode deviates by no more than that of so many independent draws."""
+    means = torch.zeros(2, 16)
+    means[:, 0] = torch.tensor([-2.0, 2.0])
+    even = GaussianMixture(torch.ones(2), means, torch.tensor([0.3, 0.3])).double()
+    target, shares, columns = compose.tempered(exact(even), 2.0), [], 16
+    for seed in range(12):
+        found = compose.sample(target, 8, particles=columns, sweeps=4, seed=seed, details=True)
+        shares.append((found.particles[:, 0] < 0).double().mean() - 0.5)
+    assert float(torch.stack(shares).square().mean()) < 1.5 * 0.25 / columns
+
+
 def test_a_collapse_of_the_weights_is_said():
     model, _ = gaussian()
     absurd = compose.tilted(model, lambda x: -1e5 * (x.detach()[:, 0] - 2).square())

@@ -25,6 +25,10 @@ SPACING = 1.3
 """Largest deviation of the work between neighbouring rungs, nats: swaps are accepted about half of the time, so that
 replicas cross all N rungs in the fewest evaluations (Syed et al. 2022): about N² sweeps, of N evaluations each."""
 
+FAMILY = 8
+"""Particles that come down for each column. What resampling leaves of more descends from a few: columns that start in
+one population are not independent."""
+
 KEPT_VALUES = 2**23
 """Numbers kept for MBAR at most: states are thinned to so many."""
 
@@ -40,15 +44,16 @@ class Ladder(NamedTuple):
     x: Tensor
 
 
-def ladder(target: Target, kernels: Kernels, level: int, n: int, generator: Generator, islands: int = 1) -> Ladder:
-    """Rungs from ``level`` to T where ``n`` particles came down in steps of works that deviate by :data:`SPACING`.
+def ladder(target: Target, kernels: Kernels, level: int, columns: int, generator: Generator) -> Ladder:
+    """Rungs from ``level`` to T where particles came down in steps of works that deviate by :data:`SPACING`.
 
-    Particles of each of the ``islands``, which are neighbours, are resampled among themselves.
+    Each of the ``columns`` has one point a rung, from :data:`FAMILY` particles that are resampled among themselves.
     """
-    visited = smc(target, kernels, level, islands, n // islands, generator, 2, math.inf, SPACING).visited
+    visited = smc(target, kernels, level, columns, FAMILY, generator, 2, math.inf, SPACING).visited
     states, steps = zip(*reversed(visited), strict=True)
+    chosen = FAMILY * torch.arange(columns) + torch.randint(FAMILY, (columns,), generator=generator)
     step = torch.tensor(steps, dtype=torch.float64)
-    return Ladder([one.t for one in states], step, torch.stack([one.x for one in states]))
+    return Ladder([one.t for one in states], step, torch.stack([one.x[chosen] for one in states]))
 
 
 @final

@@ -131,7 +131,7 @@ def sample(
         corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 of particles, and of a
             composed density unless a sampler is named.
         particles: Particles of sequential Monte Carlo, at least n.
-        sweeps: Sweeps of replica exchange after it, 4 where fewer are given; particles are its columns.
+        sweeps: Sweeps of replica exchange after it, 4 where fewer are given; particles are its independent columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
         progress: Shows a progress bar.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.ratios import half_width
-from torchcdm.annealing.replicas import Ladder, Replicas, ladder
+from torchcdm.annealing.replicas import FAMILY, Ladder, Replicas, ladder
 from torchcdm.annealing.target import Fence, Fenced, ModelTarget, in_batches
 from torchcdm.diffusion.gaussian import mean_and_spread
 from torchcdm.errors import UserError
@@ -28,10 +28,6 @@ Sweeps = Annotated[Count, Ge(4)]
 SWEEPS, LONGEST, REPLICAS = 200, 4, 12
 """Sweeps that count, how many times as many may be made where they are doubted, and replicas of each level from each
 start: of all classes together, where these are taken one by one."""
-
-FAMILY = 8
-"""Particles that come down for each column that starts from samples. What resampling leaves of more descends from a
-few: columns that start from one population are not independent."""
 
 RUNGS = 16
 """Levels that replicas of a restricted density cross at most, where its own level is not given: N take about N²
@@ -286,9 +282,8 @@ class _Points:
         level, n = scoring.level_of(self.model), classes * self.replicas
         if by_class:
             target.y = self.labels.repeat_interleave(FAMILY * self.replicas)
-        rungs = ladder(target, kernels, level, FAMILY * n, self.generator, n)
-        chosen = FAMILY * torch.arange(n) + torch.randint(FAMILY, (n,), generator=self.generator)
-        self.rungs = Ladder(rungs.levels[first:], rungs.step[first:], rungs.x[first:, chosen])
+        rungs = ladder(target, kernels, level, n, self.generator)
+        self.rungs = Ladder(rungs.levels[first:], rungs.step[first:], rungs.x[first:])
         self.levels = self.rungs.levels
 
     def starts(self, held: Tensor | None, anywhere: bool) -> dict[str, Tensor]:
