@@ -6,9 +6,14 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+
+from torchcdm.cli.arguments import Parser
+from torchcdm.cli.commands import add_commands
+from torchcdm.training.settings import BACKBONES, SCHEDULES, Config
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -16,10 +21,19 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_reference_pages_name_every_command_and_setting():
     script = runpy.run_path(str(DOCS / "write_reference.py"))
     settings, commands = script["settings"](), script["commands"]()
-    for part in ("## train", "`max_seconds`", "## model.backbone: encoder", "## model.schedule: log-snr"):
-        assert part in settings
-    for part in ("## cdm train", "## cdm zoo", "## cdm score", "zoo:NAME"):
-        assert part in commands
+    for section in fields(Config()):
+        value = getattr(Config(), section.name)
+        names = [field.name for field in fields(value)] if is_dataclass(value) else [section.name]
+        # Backbone and schedule are sections themselves.
+        assert [name for name in names if f"`{name}`" not in settings] in ([], ["backbone", "schedule"])
+    for part, kinds in (("backbone", BACKBONES), ("schedule", SCHEDULES)):
+        assert [name for name in kinds if f"## model.{part}: {name}\n" not in settings] == []
+    parsers = Parser(prog="cdm").add_subparsers(parser_class=Parser)
+    add_commands(parsers)
+    for name, parser in parsers.choices.items():
+        page = commands.split(f"## cdm {name}\n")[1].split("\n## ")[0]
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        assert [flag for flag in flags if flag not in page] == []
 
 
 def python_of(page):

@@ -34,12 +34,25 @@ if TYPE_CHECKING:
     from torchcdm.training.fit import fit as fit
     from torchcdm.training.fit import train as train
 
-_HOMES = {name: name for name in ("compose", "estimators", "likelihood")}
-_HOMES |= {"ClassificationDiffusion": "models.cdm", "DensityModel": "models.density"}
-_HOMES |= dict.fromkeys(("Denoiser", "DenoisingDiffusion"), "models.denoiser")
-_HOMES |= dict.fromkeys(("load", "save"), "training.checkpoint") | dict.fromkeys(("fit", "train"), "training.fit")
-_HOMES |= dict.fromkeys(("DensityRatio", "mutual_information", "two_sample_test"), "apps.ratio")
-_HOMES |= {"UserError": "errors", "push": "bridges.hub", "sample": "compose"}
+_HOMES = {
+    "ClassificationDiffusion": "models.cdm",
+    "Denoiser": "models.denoiser",
+    "DenoisingDiffusion": "models.denoiser",
+    "DensityModel": "models.density",
+    "DensityRatio": "apps.ratio",
+    "UserError": "errors",
+    "compose": "compose",
+    "estimators": "estimators",
+    "fit": "training.fit",
+    "likelihood": "likelihood",
+    "load": "training.checkpoint",
+    "mutual_information": "apps.ratio",
+    "push": "bridges.hub",
+    "sample": "compose",
+    "save": "training.checkpoint",
+    "train": "training.fit",
+    "two_sample_test": "apps.ratio",
+}
 """The module that each public name is, or is of."""
 
 __all__ = ["__version__", *_HOMES]

@@ -207,10 +207,10 @@ def squared_error(
     log p_t along e, held fixed, and so of a difference of two values of log p_t.
     """
     if not differences_suffice(x_t):
-        result = model.evaluate(x_t, t, y, graph="all", checked=False)
+        result = model.evaluate(x_t, t, y, graph="all", check=False)
         return result, (result.eps - eps).square().flatten(1).mean(1)
     random_state = torch.get_rng_state()
-    result = model.evaluate(x_t, t, y, graph="densities", checked=False)
+    result = model.evaluate(x_t, t, y, graph="densities", check=False)
     error = result.eps - eps
     sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
     # Every other sample goes the other way: what is left of the curvature is of second order.

@@ -82,7 +82,8 @@ class Sampler(ABC):
         if step.s and self.stochastic and step.noise is None:
             raise UserError("this sampler adds noise at every step; give the step its noise")
         now = self.corrected(step, step.known or step.denoiser.denoise(step.x_t, step.t, step.y))
-        return self.rule(step, now) if step.s else now.x0, ((step.t, now), *step.previous)[: max(1, self.memory)]
+        x_s = self.rule(step, now) if step.s else now.x0
+        return x_s, ((step.t, now), *step.previous)[: max(1, self.memory)]
 
     def cost(self, steps: int) -> int:
         """Evaluations of the denoiser for each sample in ``steps`` steps that end at level 0."""
@@ -292,11 +293,20 @@ def _integral(step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Ti
     return total
 
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {"sa2": SASolver, "ddpm": partial(DDIM, 1.0), "ddim": DDIM}
-SAMPLERS |= {"dpm2": partial(DEIS, 2, torch.log), "dpm++": DPMSolverPP2M, "heun": Heun}
-SAMPLERS |= {"deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4)}
-SAMPLERS |= {"ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4)}
-SAMPLERS |= {"unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3)}
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "sa2": SASolver,
+    "ddpm": partial(DDIM, 1.0),
+    "ddim": DDIM,
+    "dpm2": partial(DEIS, 2, torch.log),
+    "dpm++": DPMSolverPP2M,
+    "heun": Heun,
+    "deis3": partial(DEIS, 3),
+    "deis4": partial(DEIS, 4),
+    "ipndm3": partial(IPNDM, 3),
+    "ipndm4": partial(IPNDM, 4),
+    "unipc2": partial(UniPC, 2),
+    "unipc3": partial(UniPC, 3),
+}
 """What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 

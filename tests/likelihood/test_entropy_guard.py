@@ -52,7 +52,7 @@ def test_the_published_convention_falls_below_the_code_length(images):
     at_peak = model.schedule.alpha[1] * model.transform(x.double())
     nats = model.log_prob(at_peak, t=1, units="model") + model.transform.log_det(x)
     mean, error = excess(-nats / (images.dim * math.log(2)), true)
-    # The height of a Gaussian of 0.127 bins, whatever the images: section 5 of docs/method.md.
+    # The height of a Gaussian of 0.127 bins, whatever the images.
     assert mean == pytest.approx(-1.65, abs=0.01) and mean < -3 * error
 
 

@@ -145,7 +145,7 @@ def test_published_convention_falls_below_the_entropy_and_bounds_do_not():
     x, true = draw(cells, log_probs, 40)
     peak = model.schedule.alpha[1] * model.transform(x)
     first_level = model.log_prob(peak, t=1, units="model") + model.transform.log_det(peak)
-    # The height of a Gaussian of 0.127 bins: the number of section 5 of docs/method.md.
+    # The height of a Gaussian of 0.127 bins.
     assert above(-first_level / math.log(2), true)[0] == pytest.approx(-1.65, abs=0.01)
     # At level 0 the better the classifier the lower the number, without end: here peaks of a thousandth of a bin.
     width = float(model.transform.model_bin) / 1000

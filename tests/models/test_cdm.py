@@ -166,7 +166,7 @@ def test_null_label_of_losses_is_no_label(joint):
     model = exact_model(LogSNRSchedule(T), joint=joint)
     x, null = normal(5, 2), torch.full((5,), 2)
     assert torch.allclose(model.conditional_and_marginal(x, null)[0], model.log_prob_levels(x), atol=1e-12)
-    assert torch.allclose(model.evaluate(x, 9, null, checked=False).eps, model.denoise(x, 9).eps, atol=1e-12)
+    assert torch.allclose(model.evaluate(x, 9, null, check=False).eps, model.denoise(x, 9).eps, atol=1e-12)
 
 
 def test_class_prior_of_unequal_classes():

@@ -127,7 +127,7 @@ def test_merge_and_differences():
 
 
 def test_the_papers_settings():
-    # Table of the paper's runs: method notes, section 3.
+    # As published (arXiv 2402.10095).
     schedules = {
         "cifar10": ("linear", 1000),
         "cifar10-uniform": ("uniform-sigma", 1000),

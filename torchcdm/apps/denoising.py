@@ -104,7 +104,7 @@ def denoise(
         UserError: A level and a deviation; a deviation of columns that differ in scale; a model of Gaussianised data.
     """
     x, transform = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device), model.transform
-    model.checked(x, data=True)
+    model.check_inputs(x, data=True)
     if transform is not None:
         require_additive_noise(transform)
     z = x if transform is None else transform(x)

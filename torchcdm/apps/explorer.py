@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -187,7 +187,7 @@ def _sheet(images: Tensor) -> np.ndarray:
 def page(explorer: Explorer, title: str) -> gradio.Blocks:
     """The page, not yet served, with the ``title`` of the model; UserError where gradio is not installed."""
     gr, images = _gradio(), explorer.images
-    shape = explorer.picture if images else explorer.cells
+    shape, result = explorer.picture if images else explorer.cells, partial(_result, explorer)
 
     def told(function: Callable[..., Any]) -> Callable[..., Any]:
         """A user's mistake becomes a message in the page, which stays until it is closed."""
@@ -213,11 +213,6 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
 
         return told(show)
 
-    def result(label: str, name: str) -> Any:
-        if images:
-            return gr.Image(label=label, elem_id=name, height=PICTURE + 40, interactive=False, format="png")
-        return gr.Dataframe(headers=explorer.columns, label=label, elem_id=name, interactive=False)
-
     examples, last = explorer.examples, explorer.model.schedule.T
     with gr.Blocks(title=f"torchcdm: {title}", analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}\nA classification diffusion model: its density, its denoiser, and what it finds odd.")
@@ -228,17 +223,7 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
                     number = gr.Slider(0, len(examples) - 1, 0, step=1, label="example", elem_id="example")
                 with gr.Tab("Upload"):
                     file = gr.File(label="a file, as cdm score takes them; its first input counts", elem_id="upload")
-                if images:
-                    with gr.Tab("Draw"):
-                        brush = gr.Brush(colors=["#000000"], default_size=24, color_mode="fixed")
-                        size = (PICTURE, PICTURE)
-                        pad = gr.Sketchpad(brush=brush, canvas_size=size, elem_id="pad", label="ink is light")
-                        ink = gr.Button("Look at the drawing", elem_id="ink")
-                    own = result("input", "input")
-                else:
-                    cells = {"row_count": 1, "column_count": len(explorer.columns), "headers": explorer.columns}
-                    own = gr.Dataframe(label="the row; edit its cells", elem_id="input", interactive=True, **cells)
-                    edited = gr.Button("Look at the edited row", elem_id="edited")
+                own, made, look_at = _of_ones_own(explorer)
             with gr.Column():
                 words = gr.Markdown(elem_id="words")
                 where = result("where it is odd", "where") if images else gr.Plot(show_label=False, elem_id="where")
@@ -249,15 +234,7 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
             with gr.Row():
                 noisy, clean = result("with noise", "noisy"), result("denoised: E[x_0 | x_t]", "clean")
         with gr.Tab("Sample"):
-            with gr.Row():
-                count = gr.Slider(1, 64, 16, step=1, label="samples", elem_id="count")
-                steps = gr.Slider(1, min(last, 200), min(last, 30), step=1, label="steps", elem_id="steps")
-                seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
-            with gr.Row(visible=bool(explorer.labels)):
-                classes = gr.CheckboxGroup(explorer.labels, label="classes; all where none is", elem_id="classes")
-                how = gr.Radio(list(COMBINED), value="one of these", label="samples are", elem_id="how")
-                guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance, of one class", elem_id="guidance")
-                moves = gr.Slider(0, 10, 0, step=1, label="Langevin moves a step", elem_id="moves")
+            asked = _sampling_options(explorer)
             go = gr.Button("Draw samples", elem_id="sample")
             drawn = result("samples", "samples")
 
@@ -265,14 +242,49 @@ def page(explorer: Explorer, title: str) -> gradio.Blocks:
         chosen = showing(lambda k: examples[int(k)][None])
         gr.on([blocks.load, number.change], chosen, [number, level], shown, show_progress="minimal")
         file.upload(showing(explorer.uploaded), [file, level], shown)
-        if images:
-            ink.click(showing(lambda sketch: explorer.drawn(sketch["layers"])), [pad, level], shown)
-        else:
-            edited.click(showing(explorer.row), [own, level], shown)
+        read = (lambda sketch: explorer.drawn(sketch["layers"])) if images else explorer.row
+        look_at.click(showing(read), [made, level], shown)
         level.change(told(look), [current, level], [noisy, clean], show_progress="hidden")
-        asked = [count, classes, how, guidance, moves, steps, seed]
         go.click(told(lambda *given: shape(explorer.samples(*given))), asked, drawn)
     return blocks
+
+
+def _result(explorer: Explorer, label: str, name: str) -> Any:
+    """A picture, or a row of cells, that the page shows."""
+    gr = _gradio()
+    if explorer.images:
+        return gr.Image(label=label, elem_id=name, height=PICTURE + 40, interactive=False, format="png")
+    return gr.Dataframe(headers=explorer.columns, label=label, elem_id=name, interactive=False)
+
+
+def _of_ones_own(explorer: Explorer) -> tuple[Any, Any, Any]:
+    """Where the input is shown, where one of one's own is drawn or edited, and the button that looks at it."""
+    gr = _gradio()
+    if explorer.images:
+        with gr.Tab("Draw"):
+            brush = gr.Brush(colors=["#000000"], default_size=24, color_mode="fixed")
+            size = (PICTURE, PICTURE)
+            pad = gr.Sketchpad(brush=brush, canvas_size=size, elem_id="pad", label="ink is light")
+            ink = gr.Button("Look at the drawing", elem_id="ink")
+        return _result(explorer, "input", "input"), pad, ink
+    cells = {"row_count": 1, "column_count": len(explorer.columns), "headers": explorer.columns}
+    row = gr.Dataframe(label="the row; edit its cells", elem_id="input", interactive=True, **cells)
+    return row, row, gr.Button("Look at the edited row", elem_id="edited")
+
+
+def _sampling_options(explorer: Explorer) -> list[Any]:
+    """What :meth:`Explorer.samples` takes, in its order."""
+    gr, last = _gradio(), explorer.model.schedule.T
+    with gr.Row():
+        count = gr.Slider(1, 64, 16, step=1, label="samples", elem_id="count")
+        steps = gr.Slider(1, min(last, 200), min(last, 30), step=1, label="steps", elem_id="steps")
+        seed = gr.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
+    with gr.Row(visible=bool(explorer.labels)):
+        classes = gr.CheckboxGroup(explorer.labels, label="classes; all where none is", elem_id="classes")
+        how = gr.Radio(list(COMBINED), value="one of these", label="samples are", elem_id="how")
+        guidance = gr.Slider(0, 5, 0, step=0.5, label="guidance, of one class", elem_id="guidance")
+        moves = gr.Slider(0, 10, 0, step=1, label="Langevin moves a step", elem_id="moves")
+    return [count, classes, how, guidance, moves, steps, seed]
 
 
 def serve(blocks: gradio.Blocks, port: int = 0) -> str:

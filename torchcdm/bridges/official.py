@@ -13,9 +13,18 @@ from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
 
-PARTS = {"block_1": "0.block", "block_2": "1.block", "attn_1": "0.attention", "attn": "attention"}
-PARTS |= {"q": "query", "k": "key", "v": "value", "proj_out": "out"}
-PARTS |= {"temb_proj": "project", "nin_shortcut": "shortcut"}
+PARTS = {
+    "block_1": "0.block",
+    "block_2": "1.block",
+    "attn_1": "0.attention",
+    "attn": "attention",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "proj_out": "out",
+    "temb_proj": "project",
+    "nin_shortcut": "shortcut",
+}
 """Parts of names that differ."""
 
 NAMES = {

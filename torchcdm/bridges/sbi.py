@@ -31,7 +31,7 @@ class SbiDensity(ConditionalDensityEstimator):
 
     def log_prob(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
         """log p(theta | x), nats (samples, batch), without a gradient. Theta is ``input``, (samples, batch, p) or
-        (batch, p), and x ``condition``, likewise with q; both broadcast."""
+        (batch, p), and x ``condition``, (batch, q); both broadcast."""
         self._check_input_shape(input)
         self._check_condition_shape(condition)
         theta, x, _ = self._broadcast_and_align(input, condition)

@@ -31,7 +31,7 @@ def zoo(options: argparse.Namespace) -> None:
     for name in names():
         size, card = sum(path.stat().st_size for path in (HOME / name).iterdir()), about(name)
         models[f"zoo:{name}"] = card | {"bytes": size}
-        text += f"{f'zoo:{name}':24}{size / 2**20:5.2f} MiB  {card['description']}; {card['reaches']}\n"
+        text += f"{f'zoo:{name}':32}{size / 2**20:5.2f} MiB  {card['description']}; {card['reaches']}\n"
     text += "use them wherever a command takes a model: cdm sample zoo:digits --n 64 --out samples"
     tell(options.json, text, models)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,21 @@ SHORT = {
 """Flags of ``cdm train`` that stand for a field: the field, and what the help says of them."""
 
 
+Command = Callable[..., Parser]
+"""Adds a command of ``torchcdm.cli``: its ``module:function``, summary, example, and arguments that it shares."""
+
+
 def add_commands(commands: Any) -> None:
     """Adds all commands."""
 
     def command(run: str, summary: str, example: str, shared: str = "") -> Parser:
         return add_command(commands, f"torchcdm.cli.{run}", summary, example, shared)
 
+    for add_some in (_training, _models, _sampling, _measuring, _scoring, _comparing):
+        add_some(command)
+
+
+def _training(command: Command) -> None:
     example = "cdm train digits --out runs/digits"
     parser = command("training:train", "train a model from a preset or a YAML file", example, "skip-bad device")
     add(parser, "preset PRESET", "see cdm presets", nargs="?")
@@ -46,6 +56,17 @@ def add_commands(commands: Any) -> None:
     add(parser, "--section.field VALUE", "any field that RUN/config.yaml lists, such as --train.lr 1e-3", dest="_")
     parser.set_defaults(takes_fields=True)
 
+    example = "cdm convert cifar10.pt runs/published --preset cifar10"
+    parser = command("training:convert", "a checkpoint of the published CDM code as a run", example)
+    add(parser, "checkpoint OFFICIAL.pt", None, Path)
+    add(parser, "out RUN", None, Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    add(what, "--config FILE", "YAML file with the model and the data of the training")
+    add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
+    add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
+
+
+def _models(command: Command) -> None:
     command("about:presets", "list the presets", "cdm presets")
     command("about:info", "what a run holds", "cdm info runs/digits", "model json")
     command("about:zoo", "the models that ship with the package", "cdm zoo", "json")
@@ -56,15 +77,8 @@ def add_commands(commands: Any) -> None:
     add(parser, "--private", "make a new repository private", bool)
     add(parser, "--card FILE", "Markdown of your own as the card", Path)
 
-    example = "cdm convert cifar10.pt runs/published --preset cifar10"
-    parser = command("training:convert", "a checkpoint of the published CDM code as a run", example)
-    add(parser, "checkpoint OFFICIAL.pt", None, Path)
-    add(parser, "out RUN", None, Path)
-    what = parser.add_mutually_exclusive_group(required=True)
-    add(what, "--config FILE", "YAML file with the model and the data of the training")
-    add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
-    add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
+def _sampling(command: Command) -> None:
     examples = (
         "cdm sample runs/digits --n 64 --out samples",
         "cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both",
@@ -99,6 +113,8 @@ def add_commands(commands: Any) -> None:
     add(parser, "--particles N", "weighted particles that they are drawn from, at least --n", count, default=512)
     add(parser, "--out DIR", "for means, widths of 90 %% credible intervals, draws, restored.csv", Path, required=True)
 
+
+def _measuring(command: Command) -> None:
     example, shared = "cdm nll runs/digits --json nll.json", "model data split limit quiet json device"
     parser = command("measuring:nll", "likelihood of held-out data", example, shared)
     add(parser, "--methods", "of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
@@ -114,6 +130,8 @@ def add_commands(commands: Any) -> None:
     parser = command("measuring:evaluate", what, example, "model data split limit json device")
     add(parser, "--draws K", "noisy copies of each sample (4)", count)
 
+
+def _scoring(command: Command) -> None:
     example = "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv"
     shared = "model paths skip-bad quiet json device"
     parser = command("scoring:score", "how anomalous images, arrays or rows of tables are", example, shared)
@@ -140,6 +158,8 @@ def add_commands(commands: Any) -> None:
     noise = "level and noise_std of each input, for tables the share of each column's own deviation, noise_ratio"
     add(parser, "--out DIR", f"for the clean data, and noise.csv: {noise}", Path, required=True)
 
+
+def _comparing(command: Command) -> None:
     what = "density ratio of two data sets: numerator over denominator, at the query"
     example = "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv"
     parser = command("measuring:ratio", what, example, "skip-bad seed quiet json device")
@@ -152,10 +172,11 @@ def add_commands(commands: Any) -> None:
     add(parser, "--steps N", "most training steps", int)
     add(parser, "--csv FILE", "log ratio, weight and flag of every sample", Path)
     add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", Path)
-    add(parser, "--test", "also test whether the two sets differ, on halves of both", bool)
+    add(parser, "--test", "also test whether the two sets differ, by permutations", bool)
 
     what, example = "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv"
-    parser = command("measuring:mi", what, example, "seed json device")
+    parser = command("measuring:mi", what, example, "seed json")
     for name in ("x", "y"):
         add(parser, f"{name} {name.upper()}", "a table, an array, or a SPEC")
+    add(parser, "--device D", "cpu, cuda, cuda:1; cpu by default, as the networks are small")
     add(parser, "--steps N", "most training steps", int)

@@ -94,8 +94,8 @@ def ratio(options: argparse.Namespace) -> None:
     if outside:
         lines.append(f"{outside} samples lie outside both data sets: their ratio is extrapolation")
     if options.test:
-        test = ratio.two_sample_test(seed=options.seed)
-        shown = ("p_value", "statistic", "numerator_rows", "denominator_rows", "columns")
+        test = ratio.two_sample_test(random_state=options.seed)
+        shown = ("p_value", "statistic", "seen_in", "numerator_rows", "denominator_rows", "columns")
         values["test"] = {name: getattr(test, name) for name in shown}
         lines += ["", test.text()]
     tell(options.json, "\n".join(lines), values)

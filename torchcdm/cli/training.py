@@ -39,7 +39,7 @@ def train(options: argparse.Namespace) -> int:
     if options.dry_run:
         took, limit = seconds_a_step(config, source, options.device), config.train.max_seconds or math.inf
         held = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0
-        what = f"{config.train.batch_size} samples" + f", {held:.1f} GiB of GPU memory" * (held > 0)
+        what = f"{config.train.batch_size} samples" + (f", {held:.1f} GiB of GPU memory" if held else "")
         total = f"{min(config.train.steps * took, limit) / 3600:.3g} h, validation, samples and report apart"
         print(f"{took:.3g} s a step of {what}; the training takes {total}")
         return 0

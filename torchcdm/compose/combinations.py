@@ -61,7 +61,7 @@ class Combination(DensityModel):
     def __init__(self, experts: Experts, weights: Tensor, mixture: bool = False) -> None:
         models = list(dict.fromkeys(model for model, _ in experts))
         first = models[0]
-        exponents = [getattr(model, "exponent", 1.0) for model, _ in experts]  # 1 of a plain density
+        exponents = [model.exponent for model, _ in experts]
         total = min(exponents) if mixture else sum(w * e for w, e in zip(weights.tolist(), exponents, strict=True))
         if not 1e-4 <= total <= 1e4:
             raise UserError(f"compose: the exponents add up to {total:g}; a density needs a sum above 0")
@@ -208,7 +208,7 @@ def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
 def _require_same(one: DensityModel, other: DensityModel) -> None:
     """Refuses models of different levels, shapes or units."""
     a, b = one.schedule, other.schedule
-    scale = (getattr(one, "exponent", 1.0) / getattr(other, "exponent", 1.0)) ** 0.5
+    scale = (one.exponent / other.exponent) ** 0.5
     if a.T != b.T or not (torch.allclose(a.alpha, b.alpha) and torch.allclose(a.sigma * scale, b.sigma)):
         raise UserError(f"compose: the models' schedules differ (T = {a.T} and {b.T}); densities meet level by level")
     if one.shape != other.shape:

@@ -73,7 +73,7 @@ class Tilted(Denoiser):
 
         Of ``x_t`` in the network's precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to.
         """
-        found = self.model.evaluate(x_t, t, checked=False)
+        found = self.model.evaluate(x_t, t, check=False)
         with torch.enable_grad():
             x0 = Prediction(x_t, *self.schedule.at(t, x_t), found.eps).x0.detach().double().requires_grad_()
             log_known, pull = self.known(x0, t), None
@@ -88,7 +88,7 @@ class Tilted(Denoiser):
         return log_gamma, found.eps.detach().double() - self.schedule.at(t, x_t)[1].double() * pull
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        self.checked(x_t, t, y)
+        self.check_inputs(x_t, t, y)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 

@@ -70,7 +70,8 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     counts = (given["components"],) if "components" in given else counts
     found = [] if given else [nothing]
     widest = WIDEST if vectors else min(FULL_IMAGES, len(train))
-    forms = ["full"] * (dim <= widest) + ["diagonal" if vectors else "cosine"]
+    cheap = "diagonal" if vectors else "cosine"
+    forms = ["full", cheap] if dim <= widest else [cheap]
     for form in [given["form"]] if "form" in given else forms:
         if form == "full" and vectors and (dim <= WIDE or "components" in given):
             components, shrinkage, log_prob = best_mixture(train, held_out, counts, shares)

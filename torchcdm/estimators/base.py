@@ -89,7 +89,7 @@ class TableEstimator(BaseEstimator):
 
     Args:
         preset: Where all settings start from, a name of :func:`torchcdm.training.config_files.preset_names`.
-        steps: Optimiser steps at most; that of the preset, or of the size of the table, when None. Likewise below.
+        steps: Optimiser steps at most; that of the preset, or of the size of the table, when None, as below.
         batch_size: Rows in a step.
         lr: Peak learning rate.
         width: Width of the network.

@@ -30,6 +30,7 @@ from torchcdm.likelihood.cells import grey_levels, noisy_cells
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, scoring_level
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
+from torchcdm.random import derive
 from torchcdm.units import DataTransform, LogLikelihood
 from torchcdm.units.normal import log_normal
 
@@ -185,7 +186,8 @@ def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring 
     """
     schedule, n = model.schedule, len(x) - len(x) // 4
     ends = math.log(min(scoring_level(model, DECODING), level)), math.log(level)
-    batch, held = (Batch(model, part, None, slice(0, len(part)), scoring.seed) for part in (x, x[n:]))
+    seed = derive(scoring.seed, "decoders")  # of no noise that a test sample has
+    batch, held = (Batch(model, part, None, slice(0, len(part)), seed) for part in (x, x[n:]))
     (x_0, _), steps = batch.clean(), []
     for t in sorted({round(math.exp(at)) for at in torch.linspace(*ends, PASSES).tolist()}):
         z = schedule.perturb(x_0, t, batch.noise("chain", t))

@@ -70,7 +70,7 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
         raise UserError(f"scoring is {type(scoring).__name__}; give a likelihood.Scoring(level=..., draws=...)")
     x = codes_of(x, model.transform)
     x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"))
-    return x, model.checked(x, y=y, data=True)
+    return x, model.check_inputs(x, y=y, data=True)
 
 
 def scoring_level(model: Denoiser, times: float = 1.0) -> int:

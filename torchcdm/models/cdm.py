@@ -70,12 +70,12 @@ class ClassificationDiffusion(DensityModel):
         """
         if not self.joint:
             raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
-        self.checked(x_t)
+        self.check_inputs(x_t)
         return self.base.log_prob_levels(x_t)[:, None] + self._class_corrections(x_t).double()
 
     def class_posterior(self, x_t: Tensor, t: Level) -> Tensor:
         """p(y | x_t, t), (B, classes): the classifier that the joint logits contain (identity 10)."""
-        self.checked(x_t, t)
+        self.check_inputs(x_t, t)
         joint = self.class_log_prob_levels(x_t) + self.log_class_prior[:, None]
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)

@@ -85,7 +85,7 @@ class Denoiser(nn.Module, ABC):
         """The Gaussian fitted to the data, at every level; None where there is none."""
         return None if self.base is None else self.base.gaussian
 
-    def checked(self, x_t: Tensor, t: Level = 0, y: Tensor | None = None, data: bool = False) -> Tensor | None:
+    def check_inputs(self, x_t: Tensor, t: Level = 0, y: Tensor | None = None, data: bool = False) -> Tensor | None:
         """The labels of ``x_t``, once that, levels and labels are checked, on a GPU too: for public calls.
 
         ``data`` says that ``x_t`` is no input of the network, but data units, which may have another precision.
@@ -163,7 +163,7 @@ class DenoisingDiffusion(Denoiser):
         super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        eps = self.eps(x_t, t, self.checked(x_t, t, y))
+        eps = self.eps(x_t, t, self.check_inputs(x_t, t, y))
         return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:

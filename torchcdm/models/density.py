@@ -37,6 +37,8 @@ class DensityModel(Denoiser):
     """A denoiser with a log density at every level: a ``base`` density in closed form, and corrections to it."""
 
     base: BaseDensity
+    exponent: float = 1.0
+    """Power to which densities of data are taken, in all; 1 but for compositions."""
 
     @property
     def density(self) -> DensityModel:
@@ -60,7 +62,7 @@ class DensityModel(Denoiser):
         Returns:
             Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
         """
-        return self.conditional_and_marginal(x_t, self.checked(x_t, y=y))[0]
+        return self.conditional_and_marginal(x_t, self.check_inputs(x_t, y=y))[0]
 
     def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`log_prob_levels` of ``y``, unchecked, and of no label where the same pass gives it (joint)."""
@@ -75,13 +77,13 @@ class DensityModel(Denoiser):
         y: Tensor | None = None,
         guidance: float = 0.0,
         graph: Literal["none", "densities", "all"] = "none",
-        checked: bool = True,
+        check: bool = True,
     ) -> Evaluation:
         """The denoiser at level ``t`` and the density at every level, from one pass each way.
 
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
         (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. The ``densities`` keep a
-        ``graph`` in the weights, ``all`` in ``x_t`` too. Losses are not ``checked``: ``y`` may hold the null label.
+        ``graph`` in the weights, ``all`` in ``x_t`` too. Losses do not ``check``: ``y`` may hold the null label.
 
         Raises:
             UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
@@ -89,9 +91,9 @@ class DensityModel(Denoiser):
         # The compiler cannot trace the question; the gradient fails under inference mode all the same.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
-        y = self.checked(x_t, t, y) if checked else y
+        y = self.check_inputs(x_t, t, y) if check else y
         if guidance and not self.joint:
-            given, plain = (self.evaluate(x_t, t, label, graph=graph, checked=False) for label in (y, None))
+            given, plain = (self.evaluate(x_t, t, label, graph=graph, check=False) for label in (y, None))
             log_p = guided(given.log_prob_levels, plain.log_prob_levels, guidance)
             return Evaluation(guided(given.eps, plain.eps, guidance), log_p, plain.log_prob_levels)
         rows = torch.arange(len(x_t), device=x_t.device)
@@ -152,12 +154,14 @@ class DensityModel(Denoiser):
 
         Returns:
             Nats in the units asked for, float64 (B,); -inf where an input is so far away that its square overflows.
-            UserError for levels, shapes or labels that are none of the model's, and inputs that are not finite.
+
+        Raises:
+            UserError: Levels, shapes or labels that are none of the model's, or inputs that are not finite.
         """
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
         x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
-        self.checked(x, data=True)
+        self.check_inputs(x, data=True)
         self.schedule.check_levels(t, x)
         z = x if units == "model" or self.transform is None else self.transform(x)
         levels = torch.as_tensor(t, device=z.device).expand(z.shape[:1])

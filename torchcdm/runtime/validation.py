@@ -165,9 +165,16 @@ def _is_plain(hint: Any) -> bool:
     return all(map(_is_plain, get_args(hint))) if get_args(hint) else not isinstance(hint, type) or hint in _PLAIN
 
 
-_WORDS = dict.fromkeys(("Input should", "Tuple should", "Value should"), "it must") | {" after validation": ""}
-_WORDS |= {"tuple": "list such as [1, 2]", "a valid boolean": "true or false"}
-_WORDS |= {"greater than or equal to": "at least", "less than or equal to": "at most"}
+_WORDS = {
+    "Input should": "it must",
+    "Tuple should": "it must",
+    "Value should": "it must",
+    " after validation": "",
+    "tuple": "list such as [1, 2]",
+    "a valid boolean": "true or false",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
 """Ours for words of pydantic's messages."""
 
 _NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()

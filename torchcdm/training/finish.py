@@ -39,9 +39,14 @@ from torchcdm.units import standard_error
 if TYPE_CHECKING:
     from torchcdm.training.loop import Trainer
 
-FEWEST_COPIES, COMPARED, FAR = 20, 1000, 0.1
-"""Noisy copies at each level, of all samples together; samples of a split that models are compared on; nats a number
-by which validation may be worse than training, if that is more than three standard errors."""
+FEWEST_COPIES = 20
+"""Noisy copies at each level, of all samples together."""
+
+COMPARED = 1000
+"""Samples of a split that models are compared on."""
+
+FAR = 0.1
+"""Nats a number by which validation may be worse than training, if that is more than three standard errors."""
 
 
 def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
@@ -165,10 +170,11 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
     less = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
     said = f"{own:.4g} {unit} on validation data, {begun:.4g} before training: "
     said += "it learned the training data by heart" if by_heart else "the steps were too few or too large"
+    said += "; the start is kept as the model" if fallback else ""
     found: dict[str, tuple[str, str]] = {}
     if worse:
         mend = less if by_heart else "try more --train.steps, or half the --train.lr"
-        found["worse than its start"] = said + "; the start is kept as the model" * fallback, mend
+        found["worse than its start"] = said, mend
     elif by_heart:
         says = f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data"
         found["overfitting"] = says, less

@@ -202,7 +202,8 @@ def _prepared(
     """The data, and the fields of preset and overrides; those of the data without effect are refused."""
     layer = override_fields(overrides, caller)
     options, from_files = read_as(DataOptions, layer.get("data", {}), "data"), isinstance(data, (str, Path))
-    for name in ("spec",) if from_files else OF_FILES + IN_SOURCES * isinstance(data, DataSource):
+    unused = ("spec",) if from_files else OF_FILES
+    for name in (*unused, *IN_SOURCES) if isinstance(data, DataSource) else unused:
         if getattr(options, name) != getattr(DataOptions(), name):
             raise UserError(f"{caller}: data.{name} has no effect here; change the data that you give instead")
     if from_files and labels is not None and not isinstance(labels, str):

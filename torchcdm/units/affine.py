@@ -94,7 +94,7 @@ class DataTransform(Float64Module):
         return math.prod(self.shape)
 
     def log_det(self, x: Tensor) -> Tensor:
-        """log |d model / d data| at ``x`` (B, *shape), data units: float64 (B,), nats; log p(data) - log p(model)."""
+        """log p(data) - log p(model) at ``x`` (B, *shape), data units: log of the Jacobian, nats, float64 (B,)."""
         return -self.scale.log().expand(self.shape).sum().expand(x.shape[0])
 
     @property

@@ -40,7 +40,7 @@ class GaussianizedTransform(DataTransform):
         high: Largest grey level. UserError for grey levels without end, or too many.
 
     Attributes:
-        cumulative: F at the edges of the cells, (*shape, levels + 1), from 0 to 1.
+        cumulative: F at the edges of the cells, ``(*shape, levels + 1)``, from 0 to 1.
     """
 
     gaussianized = True

@@ -309,8 +309,10 @@ def _levels(column: Column, cells: Series) -> tuple[Column | None, list[str]]:
         return None, [f"holds {len(counts)} texts, most of them rare, as names do: left out"]
     pooled = len(counts) - len(common)
     levels = (*([""] if empty else []), *sorted({*common, *([OTHER] if pooled else [])}))
-    note = f", {pooled} rare ones as '{OTHER}'" * bool(pooled) + ", missing cells as one more" * bool(empty)
-    return replace(column, levels=levels, mixed=False), [f"holds categories: {len(common)} levels{note}"]
+    note = f"holds categories: {len(common)} levels"
+    note += f", {pooled} rare ones as '{OTHER}'" if pooled else ""
+    note += ", missing cells as one more" if empty else ""
+    return replace(column, levels=levels, mixed=False), [note]
 
 
 def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, list[str]]:

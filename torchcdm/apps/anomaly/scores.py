@@ -82,7 +82,7 @@ def as_samples(model: Denoiser, x: Any, smallest: int = 1) -> Tensor:
     UserError where they are no finite numbers, have another shape, or are fewer than ``smallest``.
     """
     x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
-    model.checked(x, data=True)
+    model.check_inputs(x, data=True)
     if len(x) < smallest:
         raise UserError(f"the reference holds {len(x)} samples; it takes at least {smallest}")
     return x

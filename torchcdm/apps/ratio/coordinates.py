@@ -24,11 +24,11 @@ from torchcdm.units.warp import log_spread
 
 KNOTS = 24
 CURVE_ROWS = 8000
-"""Rows that curves are fitted to, ..."""
+"""Rows that curves are fitted to."""
 
 ITERATIONS = 30
 ROUGHNESS = 3e-3
-"""... and the price of their bends: the sum of squared second differences of the log slopes."""
+"""Price of the bends of a curve: of the sum of squared second differences of its log slopes."""
 
 ROWS = 20_000
 """Rows that components are fitted to, and on which coordinates are compared."""

@@ -53,10 +53,10 @@ SETTINGS = ("random_state", "discrete", "preset", "overrides")
 """Arguments that a saved ratio keeps."""
 
 VECTORS = {"train": {"steps": 600, "lr": 2e-3, "patience": 4}}
-"""On top of the preset for vectors: what is left for the network beside the coordinates is learned soon, ..."""
+"""On top of the preset for few vectors: what is left for the network beside the coordinates is learned soon."""
 
-LARGE = 20_000
-"""... up to so many training samples."""
+FEW_VECTORS = 20_000
+"""Training samples up to which that holds."""
 
 
 class Scores(NamedTuple):
@@ -113,9 +113,16 @@ class DensityRatio:
     _warp: ColumnTransform | None = None
     _steps: Steps
 
-    _saved: ClassVar[Readers] = dict.fromkeys(("notes", "counts", "_held_out"), tuple) | {"blend": dict}
-    _saved |= {"held_out": partial(read_as, Calibration), "_limits": partial(np.array, dtype=np.float64)}
-    _saved |= {"_steps": lambda of: {name: STEPS[name](**of[name]) for name in of}, "_warp": transform_from_config}
+    _saved: ClassVar[Readers] = {
+        "notes": tuple,
+        "counts": tuple,
+        "blend": dict,
+        "held_out": partial(read_as, Calibration),
+        "_held_out": tuple,
+        "_limits": partial(np.array, dtype=np.float64),
+        "_steps": lambda of: {name: STEPS[name](**of[name]) for name in of},
+        "_warp": transform_from_config,
+    }
 
     @checked
     def __init__(
@@ -211,7 +218,7 @@ class DensityRatio:
     def _config(self, source: DataSource) -> Config:
         """Of the network."""
         preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
-        short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= LARGE else {}
+        short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= FEW_VECTORS else {}
         # Not by the likelihood of either source: the blend judges by what the ratio gains.
         train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
         return make_config(preset_fields(preset), short, LAYER, train, override_fields(self.overrides))
@@ -288,7 +295,7 @@ class DensityRatio:
             kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` Jensen and Shannon's (at most
                 log 2), ``chi2`` E_p p/q - 1.
             numerator: Fresh samples of p; those that were held out of the fit when None.
-            denominator: Fresh samples of q, likewise.
+            denominator: Fresh samples of q; both or neither.
 
         Raises:
             UserError: Not fitted, an unknown kind, or samples of one of the two alone.
@@ -299,11 +306,11 @@ class DensityRatio:
         sides = self._held_out if numerator is None else map(self.log_ratio, (numerator, denominator))
         return divergence(kind, *map(np.array, sides))
 
-    def two_sample_test(self, permutations: int = 999, seed: int = 0) -> TwoSampleTest:
+    def two_sample_test(self, permutations: int = 999, random_state: int = 0) -> TwoSampleTest:
         """:func:`torchcdm.two_sample_test` of the data of the fit; UserError of a ratio that was loaded."""
         if self._data is None:
             raise UserError("this ratio has no data to test; call torchcdm.two_sample_test(numerator, denominator)")
-        return two_sample_test(*self._data, permutations, seed, self._options)
+        return two_sample_test(*self._data, permutations, random_state, self._options)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

@@ -205,21 +205,27 @@ def estimates(
     folds. Training has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the
     ``device`` is that of the networks.
     """
-    plain, (x, y) = (x, y), (normal_scores(x), normal_scores(y))
-    many = [[products(side) for side in sides] for sides in (plain, (x, y))]
-    seen, held = ([np.flatnonzero((folds(len(x)) == k) == own) for k in range(MEMBERS)] for own in (False, True))
-    straight = [canonical(x, y, rows) for rows in seen]
-    bent = [min((turned(*sides, rows) for sides in many), key=lambda one: one.losses(rows).min()) for rows in seen]
-    most = max(one.correlations.size for one in bent)
-    few = [part[:, : side.shape[1] + 1].clip(-FARTHEST, FARTHEST) for side, part in zip((x, y), many[1], strict=True)]
-    inputs = [
-        np.stack([np.hstack([part, np.pad(one[side], ((0, 0), (0, most - one.correlations.size)))]) for one in bent])
-        for side, part in enumerate(few)
-    ]
-    networks = towers(*(torch.from_numpy(side).float().to(device) for side in inputs), steps, seed, until)
+    scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
+    features = [[products(side) for side in sides] for sides in ((x, y), scores)]
+    seen, straight, bent = [], [], []
+    for k in range(MEMBERS):
+        rows = np.flatnonzero(fold != k)
+        candidates = [turned(*sides, rows) for sides in features]
+        seen.append(rows)
+        straight.append(canonical(*scores, rows))
+        bent.append(min(candidates, key=lambda one, rows=rows: one.losses(rows).min()))
+    # A tower reads its side's columns and the variates of its member, padded to one length.
+    most, inputs = max(one.correlations.size for one in bent), []
+    for side, (columns, products_of) in enumerate(zip(scores, features[1], strict=True)):
+        few = products_of[:, : columns.shape[1] + 1].clip(-FARTHEST, FARTHEST)
+        variates = [np.pad(one[side], ((0, 0), (0, most - one.correlations.size))) for one in bent]
+        member_inputs = np.stack([np.hstack([few, own]) for own in variates])
+        inputs.append(torch.from_numpy(member_inputs).float().to(device))
+    networks = towers(*inputs, steps, seed, until)
     at_pairs, at_strangers = [], []
-    for k, (rows, own) in enumerate(zip(seen, held, strict=True)):
-        by_trees = trees(x, y, bent[k], rows, derive(seed, "trees", k), until)
+    for k, rows in enumerate(seen):
+        own = np.flatnonzero(fold == k)
+        by_trees = trees(*scores, bent[k], rows, derive(seed, "trees", k), until)
         found = [straight[k].gaussians(rows), bent[k].gaussians(rows), networks[k], by_trees]
         at_pairs.append(np.stack([log_ratio(own, own) for log_ratio in found], 1))
         at_strangers += [np.stack([log_ratio(own, other) for log_ratio in found], 1) for other in strangers(own)]

@@ -35,9 +35,20 @@ FEW, COVERED = 30, 0.9
 """Effective samples of the weights p/q, and share of the numerator with a log ratio that the denominator reaches too:
 below these a divergence is not to be trusted."""
 
-ROWS, NUMBERS, LANDMARKS, RIDGE, WAVES, SHOWN = 10_000, 5_000_000, 300, 0.1, (1, 2, 3, 4), 10
-"""Of a test: most samples of a source, and numbers in them; samples that features compare with; what is added to their
-variances, over the largest; cosines of a column's ranks; rows that are named."""
+ROWS, NUMBERS = 10_000, 5_000_000
+"""Most samples of a source that a test looks at, and numbers in them."""
+
+LANDMARKS = 300
+"""Samples that the features of a test compare with."""
+
+RIDGE = 0.1
+"""Added to the variances of these features, over the largest."""
+
+WAVES = (1, 2, 3, 4)
+"""Cosines of a column's ranks."""
+
+SHOWN = 10
+"""Rows and columns that are named."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ def two_sample_test(
 
     Args:
         numerator: At least 20 samples of p, as :meth:`torchcdm.DensityRatio.fit` takes them.
-        denominator: Samples of q, likewise. Of more than 10 000 a random part is tested.
+        denominator: At least 20 samples of q. Of more than 10 000 a random part is tested.
         permutations: Random permutations, at least 19, which tell p-values of 0.05.
         random_state: Seed of permutations and features.
         options: ``size``, ``channels`` and ``skip_bad`` of files of images.
