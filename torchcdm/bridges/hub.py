@@ -14,7 +14,7 @@ from torchcdm.likelihood.known import read_log_z, write_log_z
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_file
-from torchcdm.training.checkpoint import ModelInfo, described, load, save
+from torchcdm.training.checkpoint import ModelInfo, info_of, load, save
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.zoo import CARD, HUB_FILES, located
 
@@ -58,7 +58,7 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
         report = read_json(folder.report) if folder.report.exists() else None
         log_z = read_log_z(folder.root)
         model = load(model)
-    info = model.info or described(model)
+    info = model.info or info_of(model)
     kind, colon, place = (info.data.spec or "").partition(":")
     if kind != "hf" or Path(place).is_absolute():  # others of hf are names on the Hub
         info = replace(info, data=replace(info.data, spec=f"{kind}{colon}{Path(place).name}"))

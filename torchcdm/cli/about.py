@@ -7,7 +7,7 @@ import argparse
 from torchcdm.bridges.hub import push as pushed
 from torchcdm.cli.arguments import tell
 from torchcdm.runtime.artefact import read_bytes
-from torchcdm.training.build import described
+from torchcdm.training.build import base_in_words
 from torchcdm.training.checkpoint import load, state_folders
 from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
 from torchcdm.training.run_folder import RunFolder, read_metrics
@@ -47,7 +47,7 @@ def info(options: argparse.Namespace) -> None:
     grid, how = info.transform, {"none": "not used by the model", "input": "an input", "joint": "all in one pass"}
     values = {
         "model": f"{what} of samples {shape}, preset {info.preset}",
-        "network": f"{config.backbone.name}, {count:,} parameters; starts from {described(config)}",
+        "network": f"{config.backbone.name}, {count:,} parameters; starts from {base_in_words(config)}",
         "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
         "data": info.data.spec or "given in Python",
         "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",

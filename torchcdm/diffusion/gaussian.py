@@ -311,42 +311,49 @@ def fit_class_gaussians(
     repeat samples of a small class, as a copy of a sample would choose its own fit.
     """
     classes = range(int(labels.max()) + 1)
+    fitted = samples, labels
     if held_out is None:
-        chosen = torch.arange(len(samples), device=labels.device) % HELD_OUT == 0
-        held_out, fitted = (samples[chosen], labels[chosen]), (samples[~chosen], labels[~chosen])
-    else:
-        fitted = samples, labels
+        held = torch.arange(len(samples), device=labels.device) % HELD_OUT == 0
+        held_out, fitted = (samples[held], labels[held]), (samples[~held], labels[~held])
     share, shrinkage = 1.0, 0.0
     if all(int((y == label).sum()) > 1 for _, y in (held_out, fitted) for label in classes):
-        trial = [mean_and_spread(fitted[0][fitted[1] == y]) for y in classes]
-        # A sample that is repeated says no more than once.
-        parts = [held_out[0][held_out[1] == y][:HELD_OUT_LIMIT].unique(dim=0).double() for y in classes]
-        truth = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(x) for x in parts]))
-        rare = torch.tensor([len(truth) / len(parts) / len(x) for x in parts]).double()[truth]
-        x, generator = torch.cat(parts).repeat(DRAWS, *[1] * (samples.ndim - 1)), stream(0, "classes held out")
-        t = (torch.randperm(len(x), generator=generator) * (schedule.T + 2) // len(x)).to(x.device)
-        alpha, sigma = schedule.at(t, x)
-        x = alpha * x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-
-        def judged(share: float, shrinkage: float) -> tuple[Tensor, float]:
-            """log p of the samples, and mean log probability of their class with noise, classes equally frequent."""
-            gaussians = _blended(trial, share, shrinkage, schedule, floor)
-            log_p = torch.cat([g.log_prob_levels(part)[:, 0].cpu() for g, part in zip(gaussians, parts, strict=True)])
-            logits = torch.cat([g.log_prob_levels(x).gather(1, t[:, None]) for g in gaussians], 1).cpu()
-            told = logits.log_softmax(1).gather(1, truth.repeat(DRAWS)[:, None])[:, 0]
-            return rare * log_p, float((rare.repeat(DRAWS) * told).mean())
-
-        def chosen(tried: dict[float, tuple[Tensor, float]]) -> float:
-            best = max((log_p for log_p, _ in tried.values()), key=lambda log_p: float(log_p.mean()))
-            return max((k for k in tried if within_error(best - tried[k][0])), key=lambda k: tried[k][1])
-
-        share = chosen({tried: judged(tried, 0.0) for tried in SHARES})
-        if trial[0][1].ndim == 2:
-            shrinkage = chosen({tried: judged(share, tried) for tried in SHRINKAGES})
+        own, unseen = ([x[labels == y] for y in classes] for x, labels in (fitted, held_out))
+        share, shrinkage = _best_share(list(map(mean_and_spread, own)), unseen, schedule, floor)
     common = GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor)
     spreads = [mean_and_spread(samples[labels == y]) for y in classes]
     common.classes.extend(_blended(spreads, share, shrinkage, schedule, floor))
     return common
+
+
+def _best_share(
+    classes: Sequence[tuple[Tensor, Tensor]], held_out: Sequence[Tensor], schedule: NoiseSchedule, floor: float
+) -> tuple[float, float]:
+    """The arguments of :func:`_blended` that suit held-out samples of each class best: share and shrinkage."""
+    # A sample that is repeated says no more than once.
+    parts = [x[:HELD_OUT_LIMIT].unique(dim=0).double() for x in held_out]
+    truth = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(x) for x in parts]))
+    rare = torch.tensor([len(truth) / len(parts) / len(x) for x in parts]).double()[truth]
+    x, generator = torch.cat(parts).repeat(DRAWS, *[1] * (parts[0].ndim - 1)), stream(0, "classes held out")
+    t = (torch.randperm(len(x), generator=generator) * (schedule.T + 2) // len(x)).to(x.device)
+    alpha, sigma = schedule.at(t, x)
+    x = alpha * x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+
+    def judged(share: float, shrinkage: float) -> tuple[Tensor, float]:
+        """log p of the samples, and mean log probability of their class with noise, classes equally frequent."""
+        gaussians = _blended(classes, share, shrinkage, schedule, floor)
+        log_p = torch.cat([g.log_prob_levels(part)[:, 0].cpu() for g, part in zip(gaussians, parts, strict=True)])
+        logits = torch.cat([g.log_prob_levels(x).gather(1, t[:, None]) for g in gaussians], 1).cpu()
+        told = logits.log_softmax(1).gather(1, truth.repeat(DRAWS)[:, None])[:, 0]
+        return rare * log_p, float((rare.repeat(DRAWS) * told).mean())
+
+    def best_of(tried: dict[float, tuple[Tensor, float]]) -> float:
+        best = max((log_p for log_p, _ in tried.values()), key=lambda log_p: float(log_p.mean()))
+        return max((k for k in tried if within_error(best - tried[k][0])), key=lambda k: tried[k][1])
+
+    share = best_of({tried: judged(tried, 0.0) for tried in SHARES})
+    if classes[0][1].ndim < 2:
+        return share, 0.0
+    return share, best_of({tried: judged(share, tried) for tried in SHRINKAGES})
 
 
 def _blended(

@@ -19,7 +19,7 @@ from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
-from torchcdm.estimators.density import importance_weights
+from torchcdm.estimators.density import log_importance_weights
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
@@ -168,7 +168,7 @@ class CDMConditional(DensityEstimator):
     def _learned_normalizer(self, context: np.ndarray, seed: int) -> np.ndarray:
         """Weights of log Z by contexts (N, q); the gamma likelihood asks for the mean: noisy draws do not bias it."""
         y = torch.from_numpy(np.tile(context, (DRAWN, 1)))
-        integrals = importance_weights(self.model_, len(y) // 2, seed, y).sum(1).exp().view(DRAWN, -1).mean(0)
+        integrals = log_importance_weights(self.model_, len(y) // 2, seed, y).sum(1).exp().view(DRAWN, -1).mean(0)
         features = self._features(context)
         mean, scale = features.mean(0), features.std(0).clip(1e-9)
         found = GammaRegressor(alpha=PENALTY, max_iter=1000)

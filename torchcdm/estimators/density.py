@@ -167,13 +167,13 @@ def importance_normalizers(model: DensityModel, seed: int = 0, draws: int = DRAW
 
     One for each of :data:`SHARES`, from ``draws``, rounded up so that each estimate has as many from either half of q.
     """
-    of_base, added = importance_weights(model, ESTIMATES * math.ceil(draws / (2 * ESTIMATES)), seed).T
+    of_base, added = log_importance_weights(model, ESTIMATES * math.ceil(draws / (2 * ESTIMATES)), seed).T
     weights = [(of_base + share * added).view(-1, ESTIMATES) for share in SHARES]
     estimates = [one.logsumexp(0) - math.log(len(one)) for one in weights]
     return [LogZ.of_weights(one, "importance sampling from the base", 0, model.transform.dim) for one in estimates]
 
 
-def importance_weights(model: DensityModel, half: int, seed: int, y: Tensor | None = None) -> Tensor:
+def log_importance_weights(model: DensityModel, half: int, seed: int, y: Tensor | None = None) -> Tensor:
     """log(base / q) and what the network adds at ``half`` draws of base, as many blurred, given ``y``: (2 half, 2)."""
     schedule, generator, dim = model.schedule, stream(seed, "normaliser"), model.transform.dim
     wide = int((schedule.ratio[:-1] - WIDE).abs().argmin())

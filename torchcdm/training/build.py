@@ -96,7 +96,7 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> ModelCon
     return replace(config, **best_start(train, held_out, base_floor(source.transform), given).fields)
 
 
-def described(config: ModelConfig) -> str:
+def base_in_words(config: ModelConfig) -> str:
     """The base density of a configuration in words."""
     if config.gaussian is False:
         return "a standard normal"
@@ -232,7 +232,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
     return build_model(config, source.transform, source.classes, gaussian, prior, backbone)
 
 
-def describe(model: Denoiser) -> ModelConfig:
+def config_of(model: Denoiser) -> ModelConfig:
     """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes."""
     schedule, base = model.schedule, model.base
     name = next((name for name, kind in SCHEDULES.items() if type(schedule) is kind), None)

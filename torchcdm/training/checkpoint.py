@@ -24,7 +24,7 @@ from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefa
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
-from torchcdm.training.build import build_backbone, build_model, describe, imported
+from torchcdm.training.build import build_backbone, build_model, config_of, imported
 from torchcdm.training.config_files import differences
 from torchcdm.training.evaluation import Best
 from torchcdm.training.run_folder import RunFolder, read_metrics
@@ -120,10 +120,10 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
     if run.config.exists() or run.states.exists():
         raise UserError(f"{path}: holds a training; choose another folder")
     with run.locked():
-        save_model(run, model, info or model.info or described(model))
+        save_model(run, model, info or model.info or info_of(model))
 
 
-def described(model: Denoiser) -> ModelInfo:
+def info_of(model: Denoiser) -> ModelInfo:
     """What ``config.json`` says of a model that was made in Python; UserError for parts that cannot be saved."""
     if model.backbone is None:
         what = f"{type(model).__name__} has no network of its own"
@@ -131,7 +131,7 @@ def described(model: Denoiser) -> ModelInfo:
     if model.transform is None:
         raise UserError("the model has no transform; give it one, such as units.DataTransform(shape)")
     names = None if model.classes is None else tuple(map(str, range(model.classes)))
-    return ModelInfo(None, describe(model), model.transform, DataOptions(), {"value": "given"}, names)
+    return ModelInfo(None, config_of(model), model.transform, DataOptions(), {"value": "given"}, names)
 
 
 def read_info(run: str | Path) -> ModelInfo:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def calibrate_levels(
 def compare(
     model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """A trained model, which keeps its weights, beside what it has to beat, by one pass on validation data.
+    """A trained model beside what it has to beat, by one pass on validation data.
 
     The ``unit``; ``values``, lower is better: of the trained ``model``, and of it in ``training``, of its ``start``,
     the weights that it began with, of one fitted ``gaussian``, of a ``uniform`` density on the data's range; what is
@@ -136,11 +137,9 @@ def compare(
         x, labels = splits[name]
         return single_pass(one, x, labels_for(one, labels), Scoring(level=0)).values()
 
-    trained = {key: value.clone() for key, value in model.state_dict().items()}
-    values = {"model": scored(model), "training": scored(model, "train")}
-    model.load_state_dict(start)
-    values["start"] = scored(model)
-    model.load_state_dict(trained)
+    begun = deepcopy(model)
+    begun.load_state_dict(start)
+    values = {"model": scored(model), "training": scored(model, "train"), "start": scored(begun)}
     untouched = config.train.init is None and config.model.backbone.name != "custom"
     if config.model.gaussian and config.model.components == 1 and not config.model.class_gaussians and untouched:
         values["gaussian"] = values["start"]

@@ -27,7 +27,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
-from torchcdm.training.build import choose_base, describe, imported, in_units, plain_model
+from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
@@ -140,7 +140,7 @@ def train(
     if model.backbone is not None:
         check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     source = replace(source, transform=model.transform)
-    config = replace(config, model=describe(model), data=replace(config.data, gaussianize=False))
+    config = replace(config, model=config_of(model), data=replace(config.data, gaussianize=False))
     if not any(weights.requires_grad for weights in model.parameters()):
         model.requires_grad_(True)  # one that was loaded
     return trained(config, source, device, progress, out=out, model=model)

@@ -28,7 +28,7 @@ from torchcdm.runtime.processes import Processes, is_first
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import build_loss, choose_base, described, load_source, new_model
+from torchcdm.training.build import base_in_words, build_loss, choose_base, load_source, new_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.evaluation import Selection
 from torchcdm.training.finish import finish, save_samples
@@ -104,7 +104,7 @@ def train(
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
         config = replace(config, model=choose_base(replace(config.model, **known), source, config.data.flip))
         if speaks:
-            print(f"starts from {described(config.model)}")
+            print(f"starts from {base_in_words(config.model)}")
         if state is not None:
             checkpoint.check_same(config, state.progress.config, run)
         processes = Processes(device)
