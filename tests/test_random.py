@@ -1,5 +1,7 @@
 """The one rule for seeds."""
 
+import numpy as np
+
 from torchcdm.random import derive, permutation, stream
 
 
@@ -17,7 +19,9 @@ def test_seed_purpose_and_index_each_change_the_draw():
 
 def test_a_stream_is_a_function_of_its_arguments():
     assert stream(3, "noise", 5).initial_seed() == stream(3, "noise", 5).initial_seed() == derive(3, "noise", 5)
+    assert derive(np.int64(3), "noise", np.int32(2), np.int64(5)) == derive(3, "noise", 2, 5)
 
 
 def test_the_split_of_data_is_frozen():
     assert permutation(6, 0).tolist() == [5, 2, 1, 3, 0, 4]
+    assert sorted(permutation(6, 2**40 + 1).tolist()) == list(range(6))

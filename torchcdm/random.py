@@ -22,8 +22,8 @@ def derive(seed: int, purpose: str, *index: int) -> int:
     50 000 hashes of 32 bits would agree in one run out of four, and with them two samples.
     """
     *before, last = index or (0,)
-    digest = hashlib.blake2b(repr((seed, purpose, *before)).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") + last * STRIDE) % 2**32
+    digest = hashlib.blake2b(repr((int(seed), purpose, *map(int, before))).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") + int(last) * STRIDE) % 2**32
 
 
 def stream(seed: int, purpose: str, *index: int) -> torch.Generator:
@@ -41,4 +41,4 @@ def evenly_spaced(count: int, limit: int | None) -> Tensor:
 def permutation(count: int, seed: int) -> Tensor:
     """A random order of ``count`` samples, long (count,), by which data are split. By numpy, as the permutations of a
     two-sample test are: its RandomState is frozen, so that a split is the same under every version of torch."""
-    return torch.from_numpy(np.random.RandomState(seed).permutation(count))
+    return torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(count))

@@ -7,7 +7,7 @@ import torch
 from oracles import SCHEDULES, MixtureClassifier, normal, rng
 
 from studies.exact import GaussianMixture
-from torchcdm.apps.denoising import denoise, estimate_noise, nearest_level
+from torchcdm.apps.denoising import denoise, denoise_all, estimate_noise, nearest_level
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -174,6 +174,8 @@ def test_mistakes_are_named(message):
     model = exact(UniformSigmaSchedule(T), DataTransform((DIM,)))
     with pytest.raises(UserError, match=message):
         denoise(model, **{"noisy": normal(2, DIM)} | MISTAKES[message])
+    with pytest.raises(UserError, match="no samples"):
+        denoise_all(model, [])
 
 
 def test_values_that_a_network_cannot_hold_are_refused():

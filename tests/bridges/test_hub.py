@@ -134,3 +134,11 @@ def test_the_card_of_a_model_without_a_report():
     card = model_card("me/moons", model.info, 5)
     assert "licence of the data is not recorded" in card
     assert "## Numbers" not in card
+
+
+def test_the_card_of_one_test_sample_has_no_error():
+    info = torchcdm.load("zoo:two-moons").info
+    rows = [{"name": "one-pass", "value": 0.8, "se": None}]
+    nll = {"data": {"count": 1, "split": "test"}, "unit": "nats", "rows": rows, "believe": False, "why": ""}
+    card = model_card("me/moons", info, 5, report={"nll": nll, "baselines": []})
+    assert "| one pass, level 0 | 0.800 | nan |" in card

@@ -1,6 +1,7 @@
 """sbi's own diagnostics and samplers, run on our estimators, where the posterior is known."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
@@ -85,3 +86,23 @@ def test_slice_sampling_of_the_ratio_gives_the_posterior():
     draws = posterior.sample((200,), x=x_new, show_progress_bars=False)
     deviation = exact(x_new).covariance_matrix.diagonal(dim1=-2, dim2=-1).sqrt()[0]
     assert ((draws.mean(0) - exact(x_new).mean[0]).abs() < deviation).all()
+
+
+def test_columns_that_are_constant_and_data_frames_keep_their_places():
+    overrides = {"model": {"backbone": {"energy_maps": 2}, "schedule": {"T": 30}}}
+    theta, x = simulate(300, 5)
+    theta, x = torch.cat([theta, torch.full((300, 1), 7.0)], 1), torch.cat([x, torch.ones(300, 1)], 1)
+    tables = pd.DataFrame(theta.numpy(), columns=["a", "b", "c"]), pd.DataFrame(x.numpy(), columns=list("stuv"))
+    of_arrays, of_frames = (
+        SbiDensity(
+            CDMConditional(steps=1, width=8, depth=1, device="cpu", random_state=0, overrides=overrides).fit(*pair)
+        )
+        for pair in ((theta.numpy(), x.numpy()), tables)
+    )
+    for density in (of_arrays, of_frames):
+        draws = density.sample((4,), x[:2])
+        assert draws.shape == (4, 2, 3) and (draws[..., 2] == 7).all() and draws[..., :2].std() > 0.1
+        assert density.log_prob(theta[None, :2], x[:2]).shape == (1, 2)
+    torch.testing.assert_close(of_frames.log_prob(theta[None], x), of_arrays.log_prob(theta[None], x))
+    ratio = DensityRatio(random_state=0, max_seconds=5, device="cpu").fit(*pairs_and_strangers(theta, x))
+    assert SbiRatio(ratio, 3).unnormalized_log_ratio(theta[:3], x[:3]).shape == (3,)

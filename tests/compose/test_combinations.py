@@ -119,6 +119,7 @@ def test_bad_compositions_are_one_line():
         (lambda: compose.none_of(model, [0, 1]), "leaves nothing"),
         (lambda: compose.any_of(model, [0, 1], weights=[1, -1]), "weights are"),
         (lambda: compose.any_of(model, [0, 1], weights=[1]), "give 2 numbers"),
+        (lambda: compose.any_of(model, [0, 1], weights=[1, math.inf]), "weights are"),
         (lambda: compose.tempered(model, 0.0), "beta"),
         (lambda: compose.none_of(model, [0], kappa=-1.0), "kappa"),
     ]:

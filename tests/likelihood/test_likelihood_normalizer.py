@@ -371,6 +371,8 @@ def test_a_consistent_model_is_believed(log_z):
     verdict = verdict_on(log_z)
     assert verdict.believe and verdict.headline.value == 2.0
     assert verdict_on(replace(log_z, check=replace(log_z, value=1.0, se=0.6))).believe
+    # Of one sample no error is known.
+    assert not verdict_on(log_z, over_elbo=(7.5, math.nan)).believe
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,9 @@ def test_half_precision_and_whole_numbers_are_read_exactly():
     x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     for same in (x.half(), x.bfloat16(), x.long(), x.numpy(), x.tolist()):
         assert torch.allclose(JOINT.log_prob(same), JOINT.log_prob(x.double()), atol=1e-4)
+    numbers = x.double().numpy()
+    for same in (numbers[::-1][::-1], numbers[::-1].copy()[::-1], numbers.astype(">f8"), np.asfortranarray(numbers)):
+        assert torch.equal(JOINT.log_prob(same), JOINT.log_prob(x.double()))
     for wrong, reason in ((x * math.nan, "not finite"), (x + 0j, "complex"), (x > 0, "bool"), (x[:0], "at least one")):
         with pytest.raises(UserError, match=reason):
             JOINT.log_prob(wrong)

@@ -149,6 +149,8 @@ def test_a_transformer_has_two_derivatives_and_keeps_samples_apart(joint):
     x = torch.randn(2, 2, 8, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(network, (x,), fast_mode=True, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(network(x), torch.cat([network(x[:1]), network(x[1:])]))
+    with torch.no_grad():
+        TimmBackbone(2, (8, 4), 7, options=SMALL_VIT)
 
 
 def test_a_convolutional_network_fits():

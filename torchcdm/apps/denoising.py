@@ -141,6 +141,8 @@ def denoise_all(
     Arguments, units and errors as of :func:`denoise`; ``x`` holds samples (*shape), or images (C, H, W) at least as
     large. Returns clean ones on the CPU, and the noise of each, (N,).
     """
+    if not len(x):
+        raise UserError("nothing to denoise: there are no samples")
     if {part.shape for part in x} == {model.shape}:
         found = [denoise(model, part, level, noise_std) for part in torch.stack(list(x)).split(BATCH)]
     else:

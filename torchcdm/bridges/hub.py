@@ -115,7 +115,8 @@ def model_card(
         others = sorted(report["baselines"], key=lambda other: other["value"])
         rows += [other | {"name": f"{other['name']} (not this model)"} for other in others]
         rows = [row for row in rows if row["value"] is not None]
-        parts += [f"| {row['name']} | {row['value']:.3f} | {row['se']:.3f} |" for row in rows]
+        numbers = ((row["name"], row["value"], math.nan if row["se"] is None else row["se"]) for row in rows)
+        parts += ["| {} | {:.3f} | {:.3f} |".format(*row) for row in numbers]
         # Without log Z there is nothing to believe or not.
         believed = f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}"
         unknown = "Log Z was not estimated: one pass has no verdict."

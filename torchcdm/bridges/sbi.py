@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
+import pandas as pd
 import torch
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.neural_nets.ratio_estimators import RatioEstimator
@@ -16,8 +17,11 @@ from torch import Tensor
 from torchcdm.random import permutation
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from torchcdm.apps.ratio import DensityRatio
     from torchcdm.estimators import CDMConditional
+    from torchcdm.units import TableEncoding
 
 
 @final
@@ -25,7 +29,7 @@ class SbiDensity(ConditionalDensityEstimator):
     """p(theta | x) of an ``estimator`` that was fitted on pairs of theta, drawn from the prior, and x."""
 
     def __init__(self, estimator: CDMConditional) -> None:
-        shapes = ((len(columns.names),) for columns in (estimator.columns_, estimator.x_columns_))
+        shapes = ((len(columns.columns),) for columns in (estimator.columns_, estimator.x_columns_))
         super().__init__(estimator.model_, *map(torch.Size, shapes))
         self.estimator = estimator
 
@@ -35,15 +39,20 @@ class SbiDensity(ConditionalDensityEstimator):
         self._check_input_shape(input)
         self._check_condition_shape(condition)
         theta, x, _ = self._broadcast_and_align(input, condition)
-        log_p = self.estimator.log_prob(*(_rows(part) for part in (theta, x)))
+        log_p = self.estimator.log_prob(_rows(theta, self.estimator.columns_), self._observed(x))
         return torch.from_numpy(log_p).to(input).reshape(theta.shape[:2])
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **_: Any) -> Tensor:
         """Draws of theta (*sample_shape, batch, p) given x (batch, q); torch's seed decides which."""
         self._check_condition_shape(condition)
         seed = int(torch.randint(2**31 - 1, ()))
-        draws = self.estimator.sample(torch.Size(sample_shape).numel(), _rows(condition), random_state=seed)
-        return torch.from_numpy(draws).to(condition).transpose(0, 1).reshape(*sample_shape, -1, *self.input_shape)
+        n = torch.Size(sample_shape).numel()
+        draws = np.asarray(self.estimator.sample(n, self._observed(condition), random_state=seed), np.float64)
+        draws = torch.from_numpy(draws.reshape(-1, n, *self.input_shape)).to(condition)
+        return draws.transpose(0, 1).reshape(*sample_shape, -1, *self.input_shape)
+
+    def _observed(self, x: Tensor) -> DataFrame:
+        return _rows(x, self.estimator.x_columns_)
 
     def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
         """-log p(theta | x), (batch,), to validate by; the estimator trains itself."""
@@ -60,13 +69,15 @@ class SbiRatio(RatioEstimator):
 
     def __init__(self, ratio: DensityRatio, parameters: int) -> None:
         ratio._check_fitted()
-        super().__init__(ratio._model, (parameters,), (ratio._model.transform.dim - parameters,))
+        self.columns: TableEncoding = ratio._warp.table
+        super().__init__(ratio._model, (parameters,), (len(self.columns.columns) - parameters,))
         self.ratio = ratio
 
     def unnormalized_log_ratio(self, theta: Tensor, x: Tensor) -> Tensor:
         """The log ratio, nats, (...), of theta (..., p) and x (..., q)."""
         rows = self.combine_theta_and_x(theta, x)
-        return torch.from_numpy(self.ratio.log_ratio(_rows(rows))).to(theta).reshape(rows.shape[:-1])
+        log_ratio = self.ratio.log_ratio(_rows(rows, self.columns))
+        return torch.from_numpy(log_ratio).to(theta).reshape(rows.shape[:-1])
 
 
 def pairs_and_strangers(theta: Any, x: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -76,5 +87,7 @@ def pairs_and_strangers(theta: Any, x: Any, seed: int = 0) -> tuple[np.ndarray, 
     return np.concatenate([theta, x], 1), np.concatenate([theta, others], 1)
 
 
-def _rows(values: Tensor) -> np.ndarray:
-    return values.detach().reshape(-1, values.shape[-1]).double().cpu().numpy()
+def _rows(values: Tensor, table: TableEncoding) -> DataFrame:
+    """Numbers (..., columns) as rows of the table that was fitted, whose columns may have names."""
+    numbers = values.detach().reshape(-1, values.shape[-1]).double().cpu().numpy()
+    return pd.DataFrame(numbers, columns=[column.name for column in table.columns])

@@ -110,7 +110,7 @@ def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:
     """What is all of these at once: a product.
 
     Of classes over what they have in common, :math:`p(x)^{1-n} \\prod_i p(x|y_i)`, which is p(x | all y_i) where the
-    classes are independent given x; of models their plain product.
+    classes are independent given x; of models their plain product, in model units.
 
     Args:
         model: A model with classes, or a list of models of one schedule and transform; UserError for others.
@@ -148,7 +148,7 @@ def any_of(
         pi = torch.tensor(list(map(float, weights)), dtype=torch.float64)
     elif classes is not None and first.joint:
         pi = first.log_class_prior.exp().cpu().double()[[y for _, y in experts]]
-    if len(pi) != len(experts) or not (pi >= 0).all() or not pi.sum() > 0:
+    if len(pi) != len(experts) or not (pi >= 0).all() or not 0 < float(pi.sum()) < math.inf:
         raise UserError(f"compose: weights are {weights}; give {len(experts)} numbers, none below 0")
     pi = pi / pi.sum()
     if log_z is not None:
@@ -186,7 +186,10 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Ex
 
 @checked
 def tempered(model: Denoiser, beta: Exponent) -> Combination:
-    """p^beta of a density, beta above 0: above 1 what is typical of it, below 1 what is rare too."""
+    """p^beta of a density, beta above 0: above 1 what is typical of it, below 1 what is rare too.
+
+    p is the density in model units: of Gaussianised grey levels and bent columns it is not that of the data.
+    """
     return Combination([(require_density(model, "compose"), None)], torch.tensor([beta]))
 
 

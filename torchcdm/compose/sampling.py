@@ -109,7 +109,8 @@ def sample(
 
     By default 25 steps of a stochastic Adams solver (``sa2``); of a composed density 25 of the reverse chain
     (``ddpm``), with a move that is accepted or rejected after each. Exactly ``steps`` levels are visited, level T
-    first; level 0 is reached last. Sample i depends on ``seed`` and i alone, not on batch size or device.
+    first; level 0 is reached last. Sample i depends on ``seed`` and i, not on batch size or device; placed steps and
+    moves also on which classes are asked for.
 
     Args:
         model: Any denoiser, put in eval mode meanwhile; corrections need a density.
@@ -294,6 +295,8 @@ def _by_particles(
             run, sweeps = Replicas(target, kernels, rungs, generator, moves), max(sweeps, 4)
             trace = run.go_on(sweeps, -(-sweeps // 4), progress)
             x = trace.x.flatten(0, 1)
+            if len(x) < n:
+                raise UserError(f"replica exchange of so many numbers keeps {len(x)} samples; ask for no more")
             log_w = torch.zeros(len(x), dtype=torch.float64).log_softmax(0)
             log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()
         else:

@@ -358,7 +358,7 @@ def judge(
         excess, error = over_elbo[0] + shift, over_elbo[1]
         # The bound is an estimate, each level with noise of its own.
         against.append((excess - 2 * error, f"is {excess:+.4f} +- {error:.4f} from the ELBO, a bound"))
-    failed = [text for size, text in against if size > tolerance]
+    failed = [text for size, text in against if not size <= tolerance]  # nor is what is not known good
     believe = bool(against) and not failed and widest <= tolerance
     if believe:
         agreement = " and ".join(text for _, text in against)

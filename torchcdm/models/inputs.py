@@ -98,7 +98,7 @@ def as_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     try:
         if not isinstance(values, Tensor) and hasattr(values, "__array__"):
             values = np.asarray(values)  # a column of a data frame by its order, not by its index
-            values = values if values.flags.writeable else values.copy()
+            values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])  # as torch takes them
         found = torch.as_tensor(values, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError, LookupError) as error:
         raise UserError(f"{name}: not an array of numbers ({reason(error)})") from None

@@ -100,11 +100,12 @@ class TimmBackbone(HeadedBackbone):
         # Constant weights leave in the graph what happens to the image alone.
         weights = {key: parameter.detach() for key, parameter in self.network.named_parameters()}
         try:
-            features = torch.func.functional_call(self.network, weights, (x,))
-            reasons = unfit_operations(features)
-            if not reasons:
-                (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
-                torch.autograd.grad(gradient.square().sum(), x)
+            with torch.enable_grad():
+                features = torch.func.functional_call(self.network, weights, (x,))
+                reasons = unfit_operations(features)
+                if not reasons:
+                    (gradient,) = torch.autograd.grad(features.square().sum(), x, create_graph=True)
+                    torch.autograd.grad(gradient.square().sum(), x)
         except (RuntimeError, AssertionError, ValueError) as error:
             what = "cannot be run and differentiated twice on {}x{} images".format(*self.size)
             raise UserError(f"network: timm's {name} {what} ({reason(error)})") from error
