@@ -165,12 +165,15 @@ class TableEstimator(BaseEstimator):
         order = permutation(rows, seed).numpy()
         return order[held_out:], order[:held_out]
 
-    def _train(self, parts: Sequence[Tensor], contexts: Sequence[np.ndarray] | None, rows: int, seed: int) -> None:
+    def _train(
+        self, parts: Sequence[Tensor], contexts: Sequence[np.ndarray] | None, rows: int, seed: int, began: float
+    ) -> None:  # fmt: skip
         """Fits the model to codes (N, d), float64, and their contexts (N, q) where the density is conditional.
 
-        Each for training and validation; ``rows`` counts those of training without their noisy copies.
+        Each for training and validation; ``rows`` counts those of training without their noisy copies. ``max_seconds``
+        is counted from where the clock stood when it ``began``.
         """
-        began, self._noise = self.clock(), noise_draws(self.columns_, seed)
+        self._noise = noise_draws(self.columns_, seed)
         fields = self._fields(rows, contexts is not None)
         transform, parts, start = self._best_start(*parts, contexts is None, fields["model"])
         given = [None, None] if contexts is None else [torch.from_numpy(part).float() for part in contexts]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 import torch
 from sklearn.covariance import LedoitWolf
-from sklearn.linear_model import GammaRegressor, RidgeCV
+from sklearn.linear_model import GammaRegressor
 from sklearn.utils import check_array, check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -20,6 +20,7 @@ from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.errors import UserError
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.estimators.density import log_importance_weights
+from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 REPEATED = 5
 """Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""
-
-RIDGE = np.geomspace(1e-4, 1e4, 9)
-"""Penalties that the regression chooses among by leaving one out."""
 
 FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
 """Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
@@ -43,9 +41,9 @@ class CDMConditional(DensityEstimator):
     """p(theta | x) from pairs (theta, x): the posterior, where theta was drawn from the prior and x simulated.
 
     Columns of x are brought near a normal, and those of theta where the linear-Gaussian model then finds held-out rows
-    more probable: bounds of a prior become tails. theta = W x + b + a residual; the regression takes the linear part,
-    and a classification diffusion model with x as its context the density of the residual given x: before training
-    the linear-Gaussian posterior. It is amortised: any x is conditioned on without training.
+    more probable: bounds of a prior become tails. theta = f(x) + a residual: a line, and a curve where it finds rows
+    that are left out better (:mod:`torchcdm.estimators.smooth`). A classification diffusion model with x as its
+    context learns the density of the residual given x. It is amortised: any x is conditioned on without training.
 
     Args:
         likelihood: ``one-pass``, less its integral as a regression on what the network makes of x knows it (of theta
@@ -66,7 +64,7 @@ class CDMConditional(DensityEstimator):
 
     _saved: ClassVar = TableEstimator._saved | {"x_columns_": partial(read_as, TableEncoding)}
     _saved |= dict.fromkeys(("_units", "_x_units"), transform_from_config)
-    _saved |= dict.fromkeys(("_weights", "_normalizer"), np.array)
+    _saved |= {"_centre": lambda parts: SmoothRegression(*map(np.array, parts)), "_normalizer": np.array}
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
         """Trains the model. A fit that fails leaves the estimator as it was.
@@ -93,21 +91,28 @@ class CDMConditional(DensityEstimator):
             repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in values if 1 < len(found) <= most}
             self._x_units = ColumnTransform.fit(x[train], repeated, dequantize=False)
             times = len(copies[0]) // len(train), len(copies[1]) // len(self.validation_indices_)
-            contexts = [np.tile(self._context(x[rows]), (n, 1)) for rows, n in zip(split, times, strict=True)]
+            given = [self._context(x[rows]) for rows in split]
+            contexts = [np.tile(part, (n, 1)) for part, n in zip(given, times, strict=True)]
 
-            def candidate(near: bool) -> tuple[float, list[Tensor], ColumnTransform, RidgeCV]:
+            def regress(parts: list[np.ndarray], smooth: bool) -> tuple[SmoothRegression, list[Tensor]]:
+                # A row's own value has no part in what it is compared with, else errors of few rows were too small.
+                mean = parts[0].mean(0)
+                found, errors = fit_smooth(given[0], mean, smooth)
+                left = parts[0] - mean + errors, parts[1] - found(given[1])
+                return found, [torch.from_numpy(part).flatten(0, 1) for part in left]
+
+            def candidate(near: bool) -> tuple[float, list[np.ndarray], ColumnTransform]:
                 # Near a normal whatever x says: wrong where it is x that gives theta its shape.
                 units = ColumnTransform.fit(copies[0], self.columns_.cells, near, dequantize=False, step=near)
-                parts = [units(copy) for copy in copies]
-                regression = RidgeCV(RIDGE).fit(contexts[0], parts[0])
-                centres = [torch.from_numpy(regression.predict(context)) for context in contexts]
-                residuals = [part - centre.view_as(part) for part, centre in zip(parts, centres, strict=True)]
-                value = LedoitWolf().fit(residuals[0]).score(residuals[1]) + float(units.log_det(copies[1]).mean())
-                return value, residuals, units, regression
+                parts = [units(copy).view(n, -1, copy.shape[1]).numpy() for copy, n in zip(copies, times, strict=True)]
+                learned, held_out = regress(parts, smooth=False)[1]
+                value = LedoitWolf().fit(learned).score(held_out) + float(units.log_det(copies[1]).mean())
+                return value, parts, units
 
-            _, residuals, self._units, found = max(map(candidate, (False, True)), key=lambda trial: trial[0])
-            self._weights = np.c_[np.reshape(found.coef_, (residuals[0].shape[1], -1)), found.intercept_]
-            self._train(residuals, contexts, len(train), seed)
+            _, parts, self._units = max(map(candidate, (False, True)), key=lambda trial: trial[0])
+            began = self.clock()
+            self._centre, residuals = regress(parts, smooth=True)
+            self._train(residuals, contexts, len(train), seed, began)
             # Weights of the features, and a constant; the rows are in random order.
             low = residuals[0].shape[1] <= FEW
             self._normalizer = self._learned_normalizer(contexts[0][:OBSERVED], seed) if low else np.empty(0)
@@ -128,10 +133,11 @@ class CDMConditional(DensityEstimator):
         context = self._context(x)
         known = self._normalizer.size and self.likelihood == "one-pass"
         log_z = self._features(context) @ self._normalizer[:-1] + self._normalizer[-1] if known else 0.0
+        centre = torch.from_numpy(self._centre(context))
         context = np.broadcast_to(context, (len(theta), context.shape[1]))
         draws = [spread(theta, noise, self.columns_.cells) for noise in self._noise]
         log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
-        residuals = [self._units(rows) - self._centre(context) for rows in draws]
+        residuals = [self._units(rows) - centre for rows in draws]
         return self._log_density(found, residuals, context) + log_det.numpy() - log_z
 
     def score(self, theta: Any, x: Any) -> float:
@@ -153,9 +159,9 @@ class CDMConditional(DensityEstimator):
         check_is_fitted(self)
         read_as(Count, n, "n")
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
-        context = np.repeat(self._context(self._observations(x)), n, axis=0)
-        residuals = self._draws(len(context), random_state, torch.from_numpy(context))
-        theta = self._decoded(self._units.inverse(residuals + self._centre(context)))
+        context = self._context(self._observations(x))
+        centre, y = (torch.from_numpy(part).repeat_interleave(n, 0) for part in (self._centre(context), context))
+        theta = self._decoded(self._units.inverse(self._draws(len(y), random_state, y) + centre))
         if one:
             return theta
         if not self._framed:
@@ -195,10 +201,6 @@ class CDMConditional(DensityEstimator):
         columns = zip(levels, x.T, self._x_units(x).T, strict=True)
         parts = [one_hot(code.long(), n).double() if n > 2 else z[:, None] for n, code, z in columns]
         return torch.cat(parts, 1).numpy()
-
-    def _centre(self, context: np.ndarray) -> Tensor:
-        """The regression of theta, (N, kept), in its units."""
-        return torch.from_numpy(context @ self._weights[:, :-1].T + self._weights[:, -1])
 
 
 def _table(values: Any, name: str, like: TableEncoding | None = None) -> DataFrame:

@@ -74,7 +74,7 @@ class TableDensity(TableEstimator):
             train, self.validation_indices_ = self._split_rows(len(codes), seed)
             held_out = codes[self.validation_indices_]
             parts = [noisy_copies(self.columns_, part, seed, k) for k, part in enumerate((codes[train], held_out))]
-            self._train(parts, None, len(train), seed)
+            self._train(parts, None, len(train), seed, self.clock())
             self._after_training(codes, held_out, seed)
         return self
 
