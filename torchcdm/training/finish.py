@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,10 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.training.build import choose_base, fit_gaussian
-from torchcdm.training.checkpoint import load_weights
-from torchcdm.training.evaluation import Best, at_all_levels, labels_for
+from torchcdm.training.evaluation import at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config, SamplingConfig
 from torchcdm.units import standard_error
-
-if TYPE_CHECKING:
-    from torchcdm.training.loop import Trainer
 
 FEWEST_COPIES = 20
 """Noisy copies at each level, of all samples together."""
@@ -48,33 +44,6 @@ COMPARED = 1000
 
 FAR = 0.1
 """Nats a number by which validation may be worse than training, if that is more than three standard errors."""
-
-
-def finish(trainer: Trainer) -> tuple[Path, dict[str, Any] | None]:
-    """Calibrates the kept model of a training, compares it with its start, keeps the better one and draws samples.
-    Gives their sheet, or their folder, and what :func:`compare` says, of a cdm with validation data."""
-    model, run, config, source = trainer.ema.model, trainer.run, trainer.config, trainer.source
-    load_weights(model, run.root)
-    outcome, cdm = None, config.model.kind == "cdm" and len(source.validation) >= 2
-    if cdm and config.train.calibration:
-        x, labels = source.validation.tensors()
-        y, copies = labels_for(model, labels), config.train.calibration
-        before, after, change = calibrate_levels(model, x, y, copies, config.train.seed)
-        if change:
-            trainer.save_model()
-        said = f"log p_0 {change:+.3f} nats" if change else "left as they were"
-        trainer.say(f"constants of the levels: cross-entropy of held-out halves {before:.4f} -> {after:.4f}, {said}")
-    if cdm:
-        outcome = compare(model, config, source, trainer.start)
-        if outcome["kept"] == "start":
-            model.load_state_dict(trainer.start)
-            trainer.selection.best = Best("nll", outcome["unit"], outcome["values"]["start"], 0)
-            trainer.save_model()
-        values = ", ".join(f"{name} {value:.4g}" for name, value in outcome["values"].items())
-        trainer.say(f"validation, {outcome['unit']}, lower is better: {values}")
-        for problem in outcome["problems"]:
-            trainer.say(f"{problem['name']}: {problem['says']}; {problem['mend']}")
-    return save_samples(model, run, config, source, "final") if config.sampling.n else run.samples, outcome
 
 
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:

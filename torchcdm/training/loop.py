@@ -30,8 +30,8 @@ from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import base_in_words, build_loss, choose_base, load_source, new_model
 from torchcdm.training.config_files import to_yaml
-from torchcdm.training.evaluation import Selection
-from torchcdm.training.finish import finish, save_samples
+from torchcdm.training.evaluation import Best, Selection, labels_for
+from torchcdm.training.finish import calibrate_levels, compare, save_samples
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.settings import Config
@@ -163,7 +163,9 @@ class Trainer:
         if self.main:
             if not self.run.model.exists():
                 raise NotFinite(f"training: no validation had a finite {self.selection.value}; lower --train.lr")
-            samples, outcome = finish(self)
+            outcome = self._finish()
+            if self.config.sampling.n:
+                samples = save_samples(self.ema.model, self.run, self.config, self.source, "final")
             content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
             write_json(self.run.report, content)
         self.processes.accelerator.wait_for_everyone()
@@ -288,6 +290,32 @@ class Trainer:
             self._save_state()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:
             save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}")
+
+    def _finish(self) -> dict[str, Any] | None:
+        """Calibrates the best model, compares it with its start and keeps the better one of these; gives what
+        :func:`torchcdm.training.finish.compare` says, of a cdm with validation data."""
+        model, config, source = self.ema.model, self.config, self.source
+        checkpoint.load_weights(model, self.run.root)
+        if config.model.kind != "cdm" or len(source.validation) < 2:
+            return None
+        if config.train.calibration:
+            x, labels = source.validation.tensors()
+            y, copies = labels_for(model, labels), config.train.calibration
+            before, after, change = calibrate_levels(model, x, y, copies, config.train.seed)
+            if change:
+                self.save_model()
+            said = f"log p_0 {change:+.3f} nats" if change else "left as they were"
+            self.say(f"constants of the levels: cross-entropy of held-out halves {before:.4f} -> {after:.4f}, {said}")
+        outcome = compare(model, config, source, self.start)
+        if outcome["kept"] == "start":
+            model.load_state_dict(self.start)
+            self.selection.best = Best("nll", outcome["unit"], outcome["values"]["start"], 0)
+            self.save_model()
+        values = ", ".join(f"{name} {value:.4g}" for name, value in outcome["values"].items())
+        self.say(f"validation, {outcome['unit']}, lower is better: {values}")
+        for problem in outcome["problems"]:
+            self.say(f"{problem['name']}: {problem['says']}; {problem['mend']}")
+        return outcome
 
     def _share(self) -> float:
         return share_done(self.options, self.step, self.seconds)
