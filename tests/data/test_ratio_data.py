@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from torchcdm.data import DataOptions
-from torchcdm.data.pairs import pair_up, read_query
+from torchcdm.data.pairs import pair_up, read_pair, read_query
 from torchcdm.errors import UserError
 
 pd = pytest.importorskip("pandas")
@@ -74,6 +74,19 @@ def test_columns_of_frames_go_by_name_in_any_order():
         read_query(frame[["height"]], *layout)
     with pytest.raises(UserError, match="rows of 3 numbers; 2 are needed"):
         read_query(normal(4, 3), *layout)
+
+
+def test_both_sides_and_a_query_are_read_alike():
+    denominator = pd.DataFrame({"day": [f"{d:02d}/{m:02d}/2024" for m in range(1, 13) for d in range(1, 29)]})
+    numerator = pd.DataFrame({"day": [f"{d:02d}/06/2024" for d in range(1, 13)] * 10})
+    denominator["price"], numerator["price"] = ["1,234", "950", "1,500.5"] * 112, ["1,234", "1,010"] * 60
+    values, table, _, notes = read_pair(numerator, denominator, DataOptions())
+    days, prices = (values[1] + torch.tensor([column.offset for column in table.columns])).T
+    assert days.unique().tolist() == [19875.0 + k for k in range(12)] and prices.unique().tolist() == [1010, 1234]
+    assert "reads '1,234' as 1234" in " ".join(notes)
+    pair = pair_up(numerator, denominator)
+    alone, both = (read_query(denominator[k:], pair.source.transform, pair.warp, DataOptions()).x for k in (335, 300))
+    assert torch.equal(alone[0], both[-1])
 
 
 def test_constant_columns_are_left_out_with_a_note():

@@ -53,6 +53,55 @@ def test_thousands_are_no_decimals():
     assert np.allclose(found, frame["a"].str.replace(",", "").astype(float))
 
 
+@pytest.mark.parametrize(
+    ("texts", "ambiguous", "value"),
+    [
+        (["950", "1,234", "12,000"], "1,234", 1234), (["1,250.50", "999"], "1,234", 1234),
+        (["999.5", "1.234"], "1.234", 1.234), (["1.234", "1.234,5"], "1.234", 1234),
+        (["1.234", "12,5"], "1.234", 1234), (["1.234.567", "950"], "1.234", 1234),
+        (["0,512", "12,5"], "1,234", 1.234), (["0,512", "12,5"], "1.234", 1.234),
+    ],
+)  # fmt: skip
+def test_a_number_is_read_as_its_column_writes_them_and_not_as_its_neighbours(texts, ambiguous, value):
+    frame = pd.DataFrame({"a": texts * 20, "b": np.arange(20 * len(texts))})
+    table, notes = TableEncoding.fit(frame)
+    assert (f"reads '{ambiguous}' as {value}" in " ".join(notes)) == (ambiguous in texts and ambiguous != str(value))
+    table = read_as(TableEncoding, json.loads(json.dumps(encode(table))))
+    evident = {"12,5": 12.5, "12.5": 12.5, "1.234,5": 1234.5, "1,234.5": 1234.5, "1,234,567": 1234567}
+    for text, number in {ambiguous: value, **evident}.items():
+        for neighbours in ([], ["1,250.50", "1.250,50", "7"]):
+            codes, bad, _ = table.columns[0].encode(pd.Series([text, *neighbours]))
+            assert codes[0] == number and not bad.any()
+    assert table.columns[0].encode(pd.Series([1.234], dtype=object))[0] == 1.234, "a number is no text"
+
+
+@pytest.mark.parametrize(
+    ("texts", "april"),
+    [(["25/04/2024", "5/6/2024"], "03/04/2024"), (["04/25/2024", "5/6/2024"], "04/03/2024"), (["25.4.24"], "3.4.24")],
+)
+def test_a_date_is_read_as_its_column_writes_them(texts, april):
+    frame = pd.DataFrame({"day": [*texts, april] * 20, "b": np.arange(20 * len(texts) + 20)})
+    table, notes = TableEncoding.fit(frame)
+    assert f"reads '{texts[1] if len(texts) > 1 else april}' as 2024-" in notes[0]
+    table = read_as(TableEncoding, json.loads(json.dumps(encode(table))))
+    for neighbours in ([], ["25/04/2024"], ["04/25/2024"]):
+        day, *_ = table.columns[0].encode(pd.Series([april, *neighbours]))[0] + table.columns[0].offset
+        assert np.datetime64(int(day), "D") == np.datetime64("2024-04-03")
+    iso = table.columns[0].encode(pd.Series(["2024-04-03", "2024/04/03"]))[0] + table.columns[0].offset
+    assert iso.tolist() == [day, day], "a year in front leaves no doubt"
+
+
+def test_numbers_of_any_size_keep_their_decimals():
+    draw = np.random.RandomState(0)
+    frame = pd.DataFrame({
+        "energy": draw.gamma(2, 1e-19, 200), "constant": 1e-19, "money": draw.gamma(2, 900, 200).round(2),
+        "large": 1e13 + draw.uniform(0, 100, 200), "clock": 1.7e9 + draw.normal(size=200).round(3),
+    })  # fmt: skip
+    table, _ = TableEncoding.fit(frame)
+    assert [column.decimals for column in table.columns] == [None, None, 2, 3, 3]
+    pd.testing.assert_frame_equal(table.decode(table.encode(frame).x), frame, rtol=1e-14, atol=0)
+
+
 def test_cells_that_training_never_had():
     table, _ = TableEncoding.fit(awkward())
     new = awkward(5, seed=1).assign(origin=["USA", "Mars", "", "Japan", "Venus"], wheels=["4", "4", "3", "4", "4"])

@@ -7,7 +7,7 @@ import warnings
 from datetime import date
 from decimal import Decimal
 from numbers import Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pandas import Series
 
 Kind = Literal["number", "category", "boolean", "date"]
+
+Thousands = Literal["", ",", "."]
+"""The mark between thousands; the decimal mark is the other one, and either where there is none."""
 
 EMPTY = frozenset(("", "na", "n/a", "nan", "null", "none", "nat", "<na>", "?", "-"))
 """Cells that are missing, in any case."""
@@ -27,6 +30,9 @@ DATE = re.compile(
     r"|[A-Za-z]{3,9}\.? (\d{1,2},? )?\d{4}|\d{1,2} [A-Za-z]{3,9}\.? \d{4}"
 )
 """How the text of a date begins."""
+
+DAY_AND_MONTH = re.compile(r"^(\d{1,2})([-/.])(\d{1,2})(?=[-/.])")
+"""Day and month, or month and day, at the beginning of a date."""
 
 MOSTLY = 0.9
 """Share of the filled cells that are numbers, or dates, from which on the others are mistakes and no categories."""
@@ -46,12 +52,12 @@ def kind_of(cells: Series) -> Kind | Literal[""]:
     filled = texts != ""
     if not filled.any():
         return ""
-    numbers = float((~np.isnan(numbers_of(cells)[0][filled])).mean())
+    numbers = float((~np.isnan(values_of(cells, "number")[0][filled])).mean())
     if numbers == 1:
         return "number"
     if all(text.lower() in TRUE | FALSE for text in np.unique(texts[filled])):
         return "boolean"
-    dates = float(np.isfinite(dates_of(cells)[0][filled]).mean())
+    dates = float(np.isfinite(values_of(cells, "date")[0][filled]).mean())
     return "number" if numbers >= MOSTLY else "date" if dates >= MOSTLY else "category"
 
 
@@ -65,28 +71,48 @@ def texts_of(cells: Series, kind: Kind) -> np.ndarray:
     return texts
 
 
-def numbers_of(cells: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Cells as float64, nan where they are none, and which are missing; decimal commas and thousands are read."""
-    import pandas as pd
+def conventions(cells: Series, kind: Kind) -> dict[str, Any]:
+    """How the texts of a column of numbers or dates are written: those arguments of :func:`values_of`.
+
+    The mark between ``thousands`` is that by which most of them are numbers, the comma before the point; none where
+    the comma is the decimal mark and no number has a point. Dates are ``day_first`` where more of them have a number
+    above 12 before the month than behind it.
+    """
+    texts = texts_of(cells[_are_texts(cells)], kind)
+    if kind == "date":
+        found = [match for text in texts if (match := DAY_AND_MONTH.match(text))]
+        return {"day_first": sum(int(at[1]) > 12 for at in found) > sum(int(at[3]) > 12 for at in found)}
+    commas, points = (np.isfinite(_parsed(texts, mark)) for mark in (",", "."))
+    if commas.sum() >= points.sum():
+        return {"thousands": ","}
+    return {"thousands": "." if any("." in text for text in texts[points]) else ""}
+
+
+def values_of(
+    cells: Series, kind: Kind, thousands: Thousands = ",", day_first: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cells as numbers, or dates as days since 1970, float64, nan where they are none; and which are missing.
+
+    ``thousands`` says what the texts ``1,234`` and ``1.234`` are, ``day_first`` what ``3/4/2024`` is. A text that can
+    be read in one way alone, such as ``1.234,5`` and ``25/4/2024``, is read so.
+    """
+    return _numbers_of(cells, thousands) if kind == "number" else _dates_of(cells, day_first)
+
+
+def _numbers_of(cells: Series, thousands: Thousands) -> tuple[np.ndarray, np.ndarray]:
     from pandas.api import types
 
     if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
         return cells.to_numpy(np.float64, na_value=np.nan), cells.isna().to_numpy()
-    texts = pd.Series(texts_of(cells, "number"))
-    x = pd.to_numeric(texts, errors="coerce").to_numpy(np.float64, copy=True)
-    if (commas := (np.isnan(x) & texts.str.contains(",", regex=False)).to_numpy()).any():
-        rest = texts[commas]
-        thousands = rest.str.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
-        if thousands.all() and (rest.str.contains(r"\.|,.*,").any() or texts.str.contains(".", regex=False).any()):
-            rest = rest.str.replace(",", "")
-        else:
-            rest = rest.str.replace(".", "").str.replace(",", ".")
-        x[commas] = pd.to_numeric(rest, errors="coerce")
-    return x, (texts == "").to_numpy()
+    texts, written = texts_of(cells, "number"), _are_texts(cells)
+    x = np.full(len(texts), np.nan)
+    for mark, part in ((",", ~written), (thousands, written), (",", written), (".", written)):
+        rest = part & np.isnan(x)
+        x[rest] = _parsed(texts[rest], mark)
+    return x, texts == ""
 
 
-def dates_of(cells: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Cells as days since 1970, float64, nan where they are no dates, and which are missing."""
+def _dates_of(cells: Series, day_first: bool) -> tuple[np.ndarray, np.ndarray]:
     import pandas as pd
     from pandas.api import types
 
@@ -95,14 +121,29 @@ def dates_of(cells: Series) -> tuple[np.ndarray, np.ndarray]:
     else:
         texts = pd.Series(texts_of(cells, "date"))
         empty, texts = texts == "", texts.where(texts.str.match(DATE), None)
+        if day_first:  # the option of pandas would turn 2024-04-03, too
+            texts = texts.str.replace(DAY_AND_MONTH, r"\3\2\1", regex=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tried = [pd.to_datetime(texts, utc=True, errors="coerce", dayfirst=first) for first in (False, True)]
-            found = min(tried, key=lambda stamps: int(stamps.isna().sum()))
-            if (found.isna() & texts.notna()).any():
-                found = pd.to_datetime(texts, utc=True, errors="coerce", format="mixed")
+            found = pd.to_datetime(texts, utc=True, errors="coerce", format="mixed")
     days = (found - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
     return days.to_numpy(np.float64), empty.to_numpy()
+
+
+def _are_texts(cells: Series) -> np.ndarray:
+    """Which cells are texts, bool (N,)."""
+    return np.array([isinstance(cell, str) for cell in cells], bool)
+
+
+def _parsed(texts: np.ndarray, thousands: Thousands) -> np.ndarray:
+    """Texts (N,) as float64, nan where they are no numbers with this mark between thousands."""
+    import pandas as pd
+
+    marks = {",": {}, ".": {".": ",", ",": "."}, "": {",": "."}}[thousands]
+    cells = pd.Series(texts, dtype=str).str.translate(str.maketrans(marks))
+    grouped = cells.str.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+    cells = cells.mask(grouped, cells.str.replace(",", "", regex=False))
+    return pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
 
 
 def unreadable(cells: Series) -> np.ndarray:

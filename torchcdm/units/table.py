@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
-from torchcdm.units.cells import EMPTY, MOSTLY, Kind, dates_of, kind_of, numbers_of, texts_of, unreadable
+from torchcdm.units.cells import EMPTY, MOSTLY, Kind, Thousands, conventions, kind_of, texts_of, unreadable, values_of
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Column:
         least: The least number in training.
         offset: Subtracted from all numbers.
         decimals: Most decimals of a number; None where they are many.
+        thousands: Mark between thousands in texts: the comma, the point or none.
+        day_first: Whether ``3/4/2024`` is in April.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Column:
     least: Float = 0.0
     offset: Float = 0.0
     decimals: CountOrZero | None = None
+    thousands: Thousands = ","
+    day_first: bool = False
 
     @property
     def codes(self) -> tuple[float, ...]:
@@ -88,11 +92,15 @@ class Column:
             places = {level: k for k, level in enumerate(self.levels)}
             found = np.array([places.get(text, places.get(OTHER, -1) if text else -1) for text in texts])
             return found.clip(0).astype(np.float64), unreadable(cells), found < 0
-        x, empty = numbers_of(cells) if self.kind == "number" else dates_of(cells)
+        x, empty = self.read(cells)
         bad = ~np.isfinite(x) & ~empty
         strange = empty & (not self.missing)
         codes = self._code(np.where(np.isfinite(x), x, self.least))
         return np.where(empty & self.missing, self.least - self.offset, codes), bad, strange
+
+    def read(self, cells: Series) -> tuple[np.ndarray, np.ndarray]:
+        """Cells as numbers or dates, float64, nan where they are none, and which are missing."""
+        return values_of(cells, self.kind, self.thousands, self.day_first)
 
     def decode(self, codes: np.ndarray) -> Any:
         """Cells of the column's own type from codes (N,), those of values and levels rounded."""
@@ -317,12 +325,18 @@ def _levels(column: Column, cells: Series) -> tuple[Column | None, list[str]]:
 
 def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, list[str]]:
     """Numbers or dates; ``repeated`` ones get a cell."""
-    is_date, notes = column.kind == "date", []
-    x, empty = dates_of(cells) if is_date else numbers_of(cells)
+    import pandas as pd
+
+    is_date, column = column.kind == "date", replace(column, **conventions(cells, column.kind))
+    x, empty = column.read(cells)
     if not np.isfinite(x).any():
         raise UserError(_problem(column, cells, ~empty))
+    notes = ["holds dates, in days"] if is_date else []
+    other = replace(column, thousands="" if column.thousands else ",", day_first=not column.day_first).read(cells)[0]
+    for k in np.flatnonzero(np.isfinite(x) & (x != other))[:1]:
+        value = pd.Timestamp(x[k], unit="D").date() if is_date else f"{x[k]:.15g}"
+        notes.append(f"reads '{cells.iloc[k]}' as {value}")
     missing, x = bool(empty.any()), x[np.isfinite(x)]
-    decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, 1e-12, 1e-12)), None)
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
     with np.errstate(over="ignore", invalid="ignore"):
         deviation = float(x.std()) if varies else 1.0
@@ -334,8 +348,6 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     offset = float(np.floor(np.median(x))) if is_date or steep else 0.0
     several = few is not None and len(few) > 1
     cell = cell_width(few) if several else float(f"{deviation:.2g}")
-    if is_date:
-        notes.append("holds dates, in days")
     if several:
         notes.append(f"has {len(few)} distinct values: dequantised with cells of {cell:g}; they have probabilities")
     if frequent:
@@ -345,6 +357,9 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
         notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
     if missing:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
+    # Decimal texts are rounded to float64 twice: once as they were read, and once here.
+    close, exact = 1e-12 * deviation * varies, 2 * np.finfo(float).eps
+    decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, exact, close)), None)
     found = {"values": few or tuple(frequent), "mixed": not few, "missing": missing, "cell": cell}
     return replace(column, **found, least=float(x.min()), offset=offset, decimals=decimals), notes
 
