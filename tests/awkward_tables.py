@@ -19,3 +19,16 @@ def awkward(rows=ROWS, seed=0):
         "name": [f"car {i}" for i in range(rows)], "wheels": "4",
         "clock": (1.7e9 + draw.normal(size=rows).round(3)).astype(str),
     })  # fmt: skip
+
+
+class PolarsFrame:
+    """A table as polars has it: no index and no ``set_axis``."""
+
+    def __init__(self, frame):
+        self._frame, self.columns, self.shape = frame, list(frame.columns), frame.shape
+
+    def __getitem__(self, name):
+        return self._frame[name]
+
+    def to_numpy(self):
+        return self._frame.to_numpy()

@@ -15,6 +15,8 @@ from torchcdm.data import (
     renumbered,
 )
 from torchcdm.data.named import TOYS
+from torchcdm.data.options import DataOptions
+from torchcdm.data.pairs import read_side
 from torchcdm.errors import UserError
 from torchcdm.random import permutation
 from torchcdm.units import DataTransform
@@ -203,6 +205,7 @@ def test_tensors_are_channels_first():
         (np.array([0, 200]), 256, 0),
         (np.array([0, 4095], np.uint16), 65536, 0),
         (np.array([-3, 4]), 8, -3),
+        (np.array([100_000, 100_300]), 301, 100_000),
         (np.array([False, True]), 2, 0),
     ],
 )
@@ -213,6 +216,14 @@ def test_integers_lie_on_a_grid(values, levels, low):
     # The cells of the lowest and highest level end at -1 and 1.
     edges = transform(torch.tensor([[low - 0.5] * 2, [low + levels - 0.5] * 2], dtype=torch.float64))
     assert torch.allclose(edges, torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64))
+
+
+def test_large_integers_stay_apart():
+    low = 1_700_000_000
+    side, grid = read_side(np.arange(low, low + 400)[:, None], "x", DataOptions())
+    assert grid is None and side["c0"].tolist() == list(range(low, low + 400))
+    images = from_object(np.random.RandomState(0).randint(100_000, 100_300, (50, 4, 4))).transform
+    assert images.quantize(torch.tensor([100_123.4])) == 100_123
 
 
 def test_floats_are_continuous_and_standardised():

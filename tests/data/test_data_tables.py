@@ -63,6 +63,18 @@ def test_label_column_of_texts_and_of_numbers(tmp_path, values):
     assert sorted(source.train.labels.unique().tolist()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["01", "1", "02"], ("01", "02", "1")), (["01", "02", "10"], ("01", "02", "10")),
+        (["2", " 10", "-1"], ("-1", "2", "10")), (["1", "a", "0"], ("0", "1", "a")),
+    ],
+)  # fmt: skip
+def test_labels_are_numbers_where_they_are_written_so(values, labels, names):
+    source = from_object(values, labels * 20)
+    assert source.class_names == names and source.train.labels.unique().tolist() == [0, 1, 2]
+
+
 def test_label_columns_that_are_none(tmp_path, values):
     path = write(tmp_path / "t.csv", ["a", "b", "id"], np.column_stack([values[:, :2], np.arange(60)]))
     with pytest.raises(UserError, match="60 classes in 60 rows; is the label an identifier"):

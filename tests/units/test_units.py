@@ -174,6 +174,13 @@ def test_gaussianized_grey_levels_never_seen_are_possible_and_samples_are_grey_l
     assert set(drawn.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}
 
 
+def test_gaussianized_densities_end_at_the_cells_of_the_grey_levels(gaussianized):
+    inside = torch.tensor([[-0.5, 4.5, 0, 2]], dtype=torch.float64).view(1, 1, 2, 2)
+    assert gaussianized.log_det(inside).isfinite() and gaussianized.log_det(inside.float()).isfinite()
+    for beyond in (-0.51, 4.51, 1e200):
+        assert gaussianized.log_det(torch.where(inside == 2, beyond, inside)) == -math.inf
+
+
 def test_gaussianized_mirrors_count_where_training_mirrors():
     x = torch.tensor([[0, 4]]).reshape(1, 1, 1, 2).to(torch.uint8)
     transform = GaussianizedTransform.fit(DataTransform.images((1, 1, 2), 5), [x], flip=True)

@@ -7,14 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from awkward_tables import ROWS, awkward
+from awkward_tables import ROWS, PolarsFrame, awkward
 from oracles import MixtureClassifier
 
 from studies.exact import GaussianMixture
-from torchcdm.data import from_object, load_data
+from torchcdm.data import DataOptions, from_object, load_data
+from torchcdm.data.pairs import read_side
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
+from torchcdm.estimators.base import data_frame
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.inputs import codes_of
 from torchcdm.runtime.validation import encode, read_as
 from torchcdm.units import TableEncoding, transform_from_config
 
@@ -115,6 +118,15 @@ def test_cells_that_training_never_had():
     assert table.encode(new, skip_bad=True).rows.tolist() == [0, 2]
     with pytest.raises(UserError, match="no column 'power', 'day'"):
         table.encode(new.drop(columns=["power", "day"]))
+
+
+def test_frames_of_polars_are_read_as_those_of_pandas():
+    frame, polars = awkward(), PolarsFrame(awkward())
+    source = from_object(polars)
+    assert source.transform.table == from_object(frame).transform.table
+    assert torch.equal(codes_of(polars, source.transform), codes_of(frame, source.transform))
+    pd.testing.assert_frame_equal(read_side(polars, "x", DataOptions())[0], frame)
+    pd.testing.assert_frame_equal(data_frame(polars, "x"), frame)
 
 
 def test_rare_levels_are_one_and_new_ones_belong_to_them():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ SUFFIXES = (".npy", ".npz")
 
 DATA_KEYS = ("x", "images", "data")
 LABEL_KEYS = ("y", "labels")
+
+NUMBER = re.compile(r"\s*(0|-?[1-9][0-9]*)\s*")
+"""Labels that are whole numbers; 01 is a text, another one than 1."""
+
+LARGEST = 2**20
+"""Grey levels are smaller: float32 has no 16 places left in the cell of a larger one."""
 
 MOST_COLUMNS = 2**17
 """Columns of vectors, at most: each is looked at alone."""
@@ -104,12 +110,12 @@ def interpret(
     notes = [f"{len(x)} {'vectors' if x.ndim == 2 else 'images'} of {sizes}, read as {axes}."]
     if x.dtype.kind != "f":
         low, high = int(x.min()), int(x.max())
-        if high - low < 2**16:
+        if high - low < 2**16 and max(high, -low) < LARGEST:
             grid = _grid(low, high, like)
             notes.append(f"whole numbers {low} ... {high}: {grid[1] - grid[0] + 1} grey levels.")
             dtype = np.uint8 if x.dtype.kind != "i" and grid[1] < 256 else np.float32
             return torch.from_numpy(np.ascontiguousarray(x, dtype)), grid, notes
-        notes.append(f"whole numbers {low} ... {high} are too many levels for a grid: taken as continuous.")
+        notes.append(f"whole numbers {low} ... {high} are too many or too large for grey levels: taken as continuous.")
     finite = np.isfinite(x).reshape(len(x), -1).all(1)
     if not finite.all():
         raise UserError(f"{name}: sample {int(finite.argmin())} holds a value that is not a finite number")
@@ -134,7 +140,7 @@ def _grid(low: int, high: int, like: DataTransform | None) -> Grid:
     limits = None if like is None or like.bin != 1 else (like.low, like.high)
     if limits is not None and None not in limits and limits[0] <= low and high <= limits[1]:
         return int(limits[0]), int(limits[1])
-    if low < 0:
+    if low < 0 or high >= 2**16:
         return low, high
     if high < 64:
         return 0, max(high, 1)
@@ -184,7 +190,7 @@ def read_labels(
         y = np.char.decode(y, "utf-8", "backslashreplace")
     if y.dtype.kind in "UO":  # a text file gives every cell as text
         by_value = True
-        with suppress(ValueError):
+        if not any(isinstance(label, str) and not NUMBER.fullmatch(label) for label in y):
             y = np.array([int(label) if isinstance(label, str) else label for label in y])
         y = y if y.dtype.kind in "buif" else y.astype(str)
     if y.dtype.kind not in "buifU" or (y.dtype.kind == "f" and not np.array_equal(y, y.round())):

@@ -40,7 +40,7 @@ from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete, spread
-from torchcdm.units.table import Encoded, as_frame
+from torchcdm.units.table import Encoded, as_frame, is_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -356,7 +356,7 @@ def data_frame(
     import pandas as pd
 
     smallest = SMALLEST_TABLE if like is None else 1
-    named = hasattr(table, "iloc")
+    named = is_frame(table)
     if not named:
         if isinstance(table, Tensor) or np.ma.is_masked(table):
             table = as_array(table, "the table")  # the check would drop the mask of an array

@@ -24,6 +24,7 @@ from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
+from torchcdm.units.table import is_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -77,7 +78,7 @@ class CDMConditional(DensityEstimator):
         """
         with all_or_nothing(self):
             read_as(type(self), self.get_params(deep=False))
-            self._framed = hasattr(theta, "iloc")
+            self._framed = is_frame(theta)
             frames = [_table(part, name) for part, name in ((theta, "theta"), (x, "x"))]
             check_consistent_length(*frames)
             self.notes_, self.n_features_in_ = [], frames[0].shape[1]
@@ -205,6 +206,6 @@ class CDMConditional(DensityEstimator):
 
 def _table(values: Any, name: str, like: TableEncoding | None = None) -> DataFrame:
     """A table as :func:`data_frame` gives it; a vector is one column."""
-    if not hasattr(values, "iloc"):
+    if not is_frame(values):
         values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
     return data_frame(values, name, like, partial(check_array, input_name=name))

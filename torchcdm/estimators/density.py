@@ -21,7 +21,7 @@ from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units.lattice import spread
-from torchcdm.units.table import Encoded
+from torchcdm.units.table import Encoded, is_frame
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +63,7 @@ class TableDensity(TableEstimator):
         """
         with all_or_nothing(self):
             read_as(type(self), self.get_params(deep=False))
-            self._framed = hasattr(X, "iloc")
+            self._framed = is_frame(X)
             if self._framed:
                 validate_data(self, X, skip_check_array=True)
             frame = data_frame(X, "the table", check=partial(validate_data, self))

@@ -127,9 +127,11 @@ class GaussianizedTransform(DataTransform):
         return (self.low + self.bin * (index - 0.5 + within)).to(z.dtype)
 
     def log_det(self, x: Tensor) -> Tensor:
-        z = self(x.double())
+        """As of :class:`DataTransform`; -inf beyond the cells, where there is no density."""
+        beyond = (x < self.low - self.bin / 2) | (x > self.high + self.bin / 2)
         log_mass = self._at(self.log_mass, self._nearest(x.double()))
-        return (log_mass - math.log(self.bin) - log_normal(z)).flatten(1).sum(1)
+        log_slope = log_mass - math.log(self.bin) - log_normal(self(x.double()))
+        return log_slope.masked_fill(beyond, -math.inf).flatten(1).sum(1)
 
     def arguments(self) -> dict[str, Any]:
         return {"kind": "gaussianized", "shape": list(self.shape), "bin": self.bin, "low": self.low, "high": self.high}

@@ -273,9 +273,16 @@ def is_frame(data: Any) -> bool:
 
 
 def as_frame(data: Any) -> DataFrame:
-    """A data frame with texts as names, UserError where two are alike; a Series becomes one column."""
+    """A data frame of pandas, also from polars, with texts as names; a Series becomes one column.
+
+    UserError where two names are alike.
+    """
+    import pandas as pd
+
     if not hasattr(data, "columns"):
         data = data.to_frame(name="value" if data.name is None else data.name)
+    if not hasattr(data, "set_axis"):
+        data = pd.DataFrame({label: data[label].to_numpy() for label in data.columns})
     data = data.set_axis([str(label) for label in data.columns], axis=1)
     if not data.columns.is_unique:
         double = data.columns[data.columns.duplicated()].unique()
