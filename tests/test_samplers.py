@@ -238,24 +238,24 @@ def test_ancestral_sampling_does_not_turn_grey(steps, tolerance):
 
 
 @pytest.mark.parametrize(("sampler", "order"), [
-    ("ddpm", 1), (SASolver(1, eta=4), 1), (SASolver(2, eta=1, time=torch.log), 2), ("sa2", 2),
+    ("ddpm", 1), (SASolver(1, eta=4), 1), (SASolver(2, eta=1, variance=0), 2), ("sa2", 2),
 ])  # fmt: skip
 def test_measured_order_of_the_moments_of_random_samplers(sampler, order):
     schedule = LogSNRSchedule(1921, r_min=0.02, r_max=20.0)
     denoiser, errors = GaussianDenoiser(schedule, [0.2], [0.25]), []
     truth = math.hypot(float(schedule.alpha[1]) * 0.5, float(schedule.sigma[1]))
-    for n in (60, 120, 240):
+    for n in (120, 240, 480):
         path = list(range(schedule.T, 0, -((schedule.T - 1) // n)))
         errors.append(abs(chain_moments(denoiser, path, sampler)[1] - truth))
     measured = [math.log2(a / b) for a, b in pairwise(errors)]
     assert measured == pytest.approx([order, order], abs=0.25), errors
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [("sa2", 1.021), (SASolver(time=torch.log), 1.209), ("ddpm", 0.919)])
+@pytest.mark.parametrize(("sampler", "expected"), [("sa2", 1.042), (SASolver(variance=0), 1.209), ("ddpm", 0.919)])
 def test_deviation_that_25_placed_steps_leave_of_a_gaussian(sampler, expected):
     # Numbers of docs/results/pictures.md: much noise keeps the deviation where the line is not in log r.
     denoiser = GaussianDenoiser(CosineSchedule(200), [0.2], [1.0])
-    found = chain_moments(denoiser, adaptive_levels(denoiser, 25, (1,)), sampler)[1]
+    found = chain_moments(denoiser, adaptive_levels(denoiser, 25, (1,))[0], sampler)[1]
     assert found == pytest.approx(expected, abs=0.005)
 
 
@@ -344,7 +344,7 @@ def test_the_stochastic_adams_step_agrees_with_diffusers(eta):
     known = [Prediction.of_x0(x, *schedule.at(t, x), x0) for t, x0 in zip(path, data, strict=False)]
     step = Step(GaussianDenoiser(schedule, [0.0, 0.0], [1.0, 1.0]), x, path[2], path[3], None, noise,
                 ((path[1], known[1]), (path[0], known[0])))  # fmt: skip
-    here = SASolver(order, eta, torch.log).rule(step, known[2])
+    here = SASolver(order, eta, 0).rule(step, known[2])
     assert (here - there).abs().max() < 1e-4 * (1 + there.abs().max())
 
 
@@ -393,7 +393,7 @@ def test_adaptive_steps_follow_the_flow_better(schedule_name):
     x, errors = normal(256, 3), {}
     for spacing, path in {
         "even": [*denoiser.schedule.time_grid(8), 0],
-        "adaptive": adaptive_levels(denoiser, 8, (3,)),
+        "adaptive": adaptive_levels(denoiser, 8, (3,))[0],
     }.items():
         assert len(path) == 9 and path[0] == 200 and path[-1] == 0
         errors[spacing] = (run(denoiser, "ddim", path, x)[-1] - denoiser.flow(x, 200, 0)).square().mean().sqrt()

@@ -93,6 +93,10 @@ class Sampler(ABC):
         """What a rule that predicts and corrects makes of the prediction at level t; by default the same."""
         return now
 
+    def suited(self, variance: float) -> Sampler:
+        """The same for data of a ``variance`` per value, in model units; by default no other."""
+        return self
+
     @abstractmethod
     def rule(self, step: Step, now: Prediction) -> Tensor:
         """x_s at a level s > 0, (B, *shape), from what the denoiser said at level t."""
@@ -238,11 +242,6 @@ class UniPC(Sampler):
         return step.denoiser.schedule.at(step.s, step.x_t)[1] * (now.x_t / now.sigma_t + change)
 
 
-def log_variance(r: Tensor) -> Tensor:
-    """Logarithm of the variance of x / alpha where data have variance 1: log r at much noise, r² at little."""
-    return (r**2).log1p()
-
-
 @final
 class SASolver(Sampler):
     r"""Stochastic Adams solver in data prediction, its predictor alone (Xue et al., 2023, arXiv 2309.05019).
@@ -256,22 +255,30 @@ class SASolver(Sampler):
     Args:
         order: 1 to 4; 1 with eta 1 is DDPM.
         eta: Noise, tau² of the paper, 0 ... 20.
-        time: Function of r in which the polynomial is; the paper's is ``torch.log``. E[x_0 | x_t] is smooth in r²
-            where there is little noise, for which :func:`log_variance` allows.
+        variance: Of data, per value in model units. When None, 1; in :func:`torchcdm.sample` that of the pilots that
+            place the steps. The polynomial is in log(variance / 4 + r²): in log r at much noise, as the paper's is
+            everywhere (0), and in r² at little, where E[x_0 | x_t] is smooth in it.
     """
 
     spacing = "adaptive"
     stochastic = True
 
     @checked
-    def __init__(self, order: Order = 2, eta: Annotated[NotNegative, Le(20)] = 4, time: Time = log_variance) -> None:
-        self.memory, self.eta, self.time = order - 1, eta, time
+    def __init__(
+        self, order: Order = 2, eta: Annotated[NotNegative, Le(20)] = 4, variance: NotNegative | None = None
+    ) -> None:
+        self.memory, self.eta, self.variance = order - 1, eta, variance
+
+    def suited(self, variance: float) -> Sampler:
+        known = self.variance is not None or not math.isfinite(variance)
+        return self if known else SASolver(self.memory + 1, self.eta, variance)
 
     def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
         t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
-        visited = ((t, now), *step.previous)[: self.memory + 1]
-        data = float(r[s]) ** (1 + self.eta) * _integral(step, visited, t, s, self.time, -1 - self.eta)
+        variance, visited = 1.0 if self.variance is None else self.variance, ((t, now), *step.previous)
+        time = lambda r: (variance / 4 + r**2).log()  # noqa: E731
+        data = float(r[s]) ** (1 + self.eta) * _integral(step, visited[: self.memory + 1], t, s, time, -1 - self.eta)
         return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
 
 
@@ -335,8 +342,11 @@ def pilot_labels(y: Tensor | None) -> Tensor | None:
     return known[torch.arange(PILOTS, device=y.device) * max(1, len(known) // PILOTS) % len(known)]
 
 
-def adaptive_levels(denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None) -> list[int]:
-    """The levels of ``steps`` steps that leave the curved parts of trajectories short (GITS, arXiv 2405.11326).
+def adaptive_levels(
+    denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None
+) -> tuple[list[int], float]:
+    """The levels of ``steps`` steps that leave the curved parts of trajectories short (GITS, arXiv 2405.11326), and
+    the variance of the data per value, in model units.
 
     A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
     in units of the spread of x at its end; dynamic programming finds the steps of least total cost. It takes
@@ -346,8 +356,6 @@ def adaptive_levels(denoiser: Denoiser, steps: int, shape: Sequence[int], y: Ten
     """
     schedule = denoiser.schedule
     fine = schedule.time_grid(min(FINE, schedule.T))
-    if steps >= len(fine):
-        return [*schedule.time_grid(steps), 0]
     noise = torch.randn(PILOTS, *shape, generator=stream(0, "pilots"), dtype=working_dtype(denoiser, torch.float32))
     rule, y, previous, points, noises = DEIS(3), pilot_labels(y), (), [], []
     with evaluation_mode(denoiser), torch.no_grad():
@@ -359,6 +367,9 @@ def adaptive_levels(denoiser: Denoiser, steps: int, shape: Sequence[int], y: Ten
     u, eps = torch.stack([*points, x]).flatten(2), torch.stack(noises).flatten(2)
     r, count = schedule.ratio[[*fine, 0]].to(u), len(fine) + 1
     spread = u.std(1).square().mean(1).sqrt()
+    variance = float(spread[-1]) ** 2
+    if steps >= len(fine):
+        return [*schedule.time_grid(steps), 0], variance
     cost = torch.full((count, count), torch.inf)
     for i in range(count - 1):
         reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]
@@ -370,4 +381,4 @@ def adaptive_levels(denoiser: Denoiser, steps: int, shape: Sequence[int], y: Ten
     path = [count - 1]
     for choice in reversed(choices):
         path.append(int(choice[path[-1]]))
-    return [[*fine, 0][k] for k in (0, *reversed(path))]
+    return [[*fine, 0][k] for k in (0, *reversed(path))], variance

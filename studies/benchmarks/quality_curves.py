@@ -7,7 +7,7 @@ The first trains a CDM and a DDM of the preset for the same processor time, in g
 takes models that are there. Every cell is a model, a sampler, a placement of the steps and a number of evaluations.
 A sampler with two evaluations a step makes half as many steps; so do ``ddpm+1``, with a move that is accepted or
 rejected after each step, and ``ddpm~1``, with one that is always taken, as a model without a density can make it
-(the corrector of arXiv 2011.13456). ``sa2@4,0.1`` is ``sa2`` with eta 4 and its polynomial in log(0.1 + r²). All cells
+(the corrector of arXiv 2011.13456). ``sa2@4,2`` is ``sa2`` with eta 4 for data of variance 2. All cells
 of a model start from the same noise.
 
 ``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
@@ -48,12 +48,22 @@ from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.finish import balanced_labels
 from torchcdm.training.run_folder import RunFolder
+from torchcdm.training.settings import Config
 
 SHOWN = 40
 """Samples of each cell in its picture."""
 
 SIGNAL_TO_NOISE = 0.16
 """Of moves that are always taken: length of a move's drift over that of its noise, as published for CIFAR-10."""
+
+
+def contenders(config: Config, classes: bool) -> dict[str, Config]:
+    """The CDM and the DDM of a configuration; with classes a joint head, and an embedding in the U-Net."""
+    models = {"cdm": config, "ddm": ddm(config, config.model.backbone.width)}
+    if not classes:
+        return models
+    labels = {"cdm": "joint", "ddm": "input"}
+    return {name: replace(own, model=replace(own.model, labels=labels[name])) for name, own in models.items()}
 
 
 def trained(options: argparse.Namespace) -> dict[str, Path]:
@@ -64,7 +74,7 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     source = load_source(config.data)
     folders = {}
     for seed in options.seeds:
-        for name, contender in {"cdm": config, "ddm": ddm(config, config.model.backbone.width)}.items():
+        for name, contender in contenders(config, options.classes).items():
             folder = options.out / "models" / f"{name}-{seed}"
             measured(contender, source, options.seconds, seed, folder, options.images)
             folders[f"{name}-{seed}"] = folder
@@ -93,7 +103,7 @@ def cell(
     rule_name, eta, variance, kind, count = re.findall(pattern, sampler)[0]
     rule, moves = make_sampler(rule_name), int(count or 0)
     if eta:
-        rule = SASolver(eta=float(eta), time=lambda r: (float(variance) + r**2).log())
+        rule = SASolver(eta=float(eta), variance=float(variance))
     steps = 1 + (evaluations - 1) // (rule.evaluations + moves)
     if kind == "+" and model.density is None:
         return None
@@ -109,7 +119,7 @@ def cell(
         began = time.process_time()
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
-            path = adaptive_levels(model, steps, shape, y) if spacing == "adaptive" else even
+            path = adaptive_levels(model, steps, shape, y)[0] if spacing == "adaptive" else even
             moved = partial(taken, model, moves, options.seed)
             x = trajectories(model, options.samples, rule, path, shape, y, options.seed, moved=moved)
         else:
@@ -134,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="SPEC of other images than the preset's")
     parser.add_argument("--size", help="HxW of the images; the preset's when left out")
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--classes", action="store_true", help="models of the data with their classes")
     parser.add_argument("--images", type=int, default=1000, help="test images of the denoising error")
     parser.add_argument("--samplers", nargs="+", default=["ddpm", "ddim", "dpm2", "unipc3"])
     parser.add_argument("--spacings", nargs="+", default=["even", "adaptive"])

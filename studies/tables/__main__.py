@@ -60,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posterior-coverage": energies.posterior_coverage,
     "quality-curves": partial(pictures.quality_curves, "quality_curves"),
     "quality-curves-28": partial(pictures.quality_curves, "quality_curves28"),
+    "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
     "rare-events": energies.rare_events,
     "quality-of-zoo": pictures.quality_of_zoo,

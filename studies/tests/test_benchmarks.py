@@ -21,6 +21,7 @@ from studies.benchmarks import (
     table_density,
     two_samples,
 )
+from studies.benchmarks.equal_time import on_plain_grey_levels
 from studies.benchmarks.posterior_coverage import _Nothing, measure, summary
 from studies.budget import CLOCKS
 from studies.tables import likelihoods
@@ -104,6 +105,11 @@ def test_equal_time_divides_by_the_better_ddm_and_makes_nothing_again(rows_of, t
     assert made == {path: path.stat().st_mtime_ns for path in made}
     with pytest.raises(UserError, match="was made with images = 8, not 9"):
         rows_of("equal_time", *words[:-3], "9", *words[-2:])
+
+
+def test_contenders_with_classes_have_a_joint_head_and_an_embedding():
+    models = quality_curves.contenders(on_plain_grey_levels("digits"), classes=True)
+    assert {name: own.model.labels for name, own in models.items()} == {"cdm": "joint", "ddm": "input"}
 
 
 @pytest.mark.slow

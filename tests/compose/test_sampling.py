@@ -13,6 +13,7 @@ from torchcdm.compose.sampling import sample_noise, trajectories
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
+    LogSNRSchedule,
     UniformSigmaSchedule,
 )
 from torchcdm.errors import UserError
@@ -255,12 +256,25 @@ def test_stochastic_step_without_noise_is_a_mistake():
 def test_adaptive_steps_are_those_of_model_and_classes():
     model = mixture_model()
     options = {"sampler": "ddpm", "steps": 7, "shape": (2,), "spacing": "adaptive"}
-    levels = adaptive_levels(model, 7, (2,), torch.tensor([0, 1]))
+    levels, _ = adaptive_levels(model, 7, (2,), torch.tensor([0, 1]))
     y = torch.arange(50) % 2
     samples = sample(model, 50, y=y, **options)
     assert torch.equal(samples, trajectories(model, 50, make_sampler("ddpm"), levels, (2,), y))
     assert torch.allclose(samples[:9], sample(model, 9, y=y[:9], **options), atol=1e-6)
-    assert adaptive_levels(model, 100, (2,)) == list(range(100, -1, -1))
+    assert adaptive_levels(model, 100, (2,))[0] == list(range(100, -1, -1))
     assert torch.equal(sample(model, 3, **options | {"steps": 100}), sample(model, 3, "ddpm", 100, shape=(2,)))
     # Other classes have trajectories of their own.
-    assert adaptive_levels(model, 7, (2,), torch.tensor([0])) != adaptive_levels(model, 7, (2,), torch.tensor([1]))
+    one, other = (adaptive_levels(model, 7, (2,), torch.tensor([k]))[0] for k in (0, 1))
+    assert one != other
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+def test_the_default_sampler_follows_the_scale_of_data(scale):
+    here, there = (
+        trajectories(
+            GaussianDenoiser(LogSNRSchedule(200, 0.01 * by, 1e4 * by), [0.0, 0.0], [by**2, 0.04 * by**2]), 20,
+            make_sampler("sa2").suited(by**2), [200, 120, 90, 70, 40, 10, 0], (2,), units="model",
+        ) / by
+        for by in (1.0, scale)
+    )  # fmt: skip
+    assert torch.allclose(here, there, rtol=1e-4, atol=1e-5)

@@ -164,8 +164,10 @@ def sample(
     labels = as_labels(y, model, n, one_for_all=True)
     denoiser = GuidedDenoiser(model, guidance) if guidance else model
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
-    adaptive = (spacing or rule.spacing) == "adaptive"
-    path = adaptive_levels(denoiser, steps, shape, labels) if adaptive else [*schedule.time_grid(steps), 0]
+    path = [*schedule.time_grid(steps), 0]
+    if (spacing or rule.spacing) == "adaptive":
+        path, variance = adaptive_levels(denoiser, steps, shape, labels)
+        rule = rule.suited(variance)
     if moves is not None:
         with alone():
             # Whatever n is: a sample depends on the seed and its number alone.
