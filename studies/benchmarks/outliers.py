@@ -18,6 +18,9 @@ Scores of the model are fitted on the validation split, which did not train it. 
 are where PyOD's documentation tells its users to begin; KNN and LOF compare with neighbours, which suits training data
 that are clean, as they are here. The flow is zuko's MAF as in ``studies compare``, trained for ``--flow-seconds``.
 
+With ``--own`` only the scores of the models are measured, and the rows of other detectors stay as the file of
+``--json`` has them. With ``--models FOLDER`` the models that are trained here are kept there and not trained again.
+
 AUROC counts the outliers as positives; FPR@95 is the share of normal samples that is flagged at the threshold that
 flags 95 % of the outliers.
 """
@@ -25,10 +28,12 @@ flags 95 % of the outliers.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +44,7 @@ from studies.benchmarks.files import write_rows
 from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
-from torchcdm.apps.anomaly import SCORES, AnomalyDetector, level_profile
+from torchcdm.apps.anomaly import SCORES, AnomalyDetector
 from torchcdm.data import DataOptions, DataSource, from_object, load_data
 from torchcdm.data.images import resize
 
@@ -156,7 +161,7 @@ def corruption_setting(options: argparse.Namespace) -> Iterator[Setting]:
     """Fashion-MNIST against digits and what is spoiled."""
     source = load_data("fashion-mnist")
     if options.run is None:
-        model = torchcdm.fit(source, preset="fashion-mnist", progress=False, **steps_of(options))
+        model = trained(options, "fashion-mnist", source, preset="fashion-mnist")
     else:
         model = torchcdm.load(options.run)
     order = torch.randperm(len(source.test), generator=torch.Generator().manual_seed(0))
@@ -176,7 +181,7 @@ def held_out_settings(options: argparse.Namespace) -> Iterator[Setting]:
             return split.select((~torch.isin(split.labels, torch.tensor(held_out))).nonzero()[:, 0])
 
         known = replace(source, train=normal_only(source.train), validation=normal_only(source.validation))
-        model = torchcdm.fit(known, preset="fashion-mnist", progress=False, **steps_of(options))
+        model = trained(options, f"without {name}", known, preset="fashion-mnist")
         outliers = {
             source.class_names[k]: source.test.select((source.test.labels == k).nonzero()[:, 0]).tensors()[0]
             for k in classes
@@ -197,14 +202,24 @@ def table_settings(options: argparse.Namespace) -> Iterator[Setting]:
                 rows = torch.from_numpy(np.random.RandomState(split).permutation(np.flatnonzero(y != odd)))
                 known, normal = rows[: 3 * len(rows) // 4], rows[3 * len(rows) // 4 :]
                 source = from_object(values[known], validation_fraction=0.25, test_fraction=0.0, seed=split)
-                model = torchcdm.fit(source, preset="table", progress=False, seed=split, **steps_of(options))
+                model = trained(options, f"{table} {odd} {split}", source, preset="table", seed=split)
                 outliers = {f"class {odd}": values[torch.from_numpy(y == odd)]}
                 yield Setting(table, source, model, values[normal], outliers)
 
 
-def steps_of(options: argparse.Namespace) -> dict[str, int]:
-    """The override of the preset's steps, where there is one."""
-    return {} if options.train_steps is None else {"steps": options.train_steps}
+def trained(
+    options: argparse.Namespace, name: str, source: DataSource, **settings: Any
+) -> torchcdm.ClassificationDiffusion:
+    """A model of the source, or the one that the folder of models has under this name."""
+    folder = options.models and options.models / name
+    if folder and folder.exists():
+        return torchcdm.load(folder)
+    if options.train_steps is not None:
+        settings["steps"] = options.train_steps
+    model = torchcdm.fit(source, progress=False, **settings)
+    if folder:
+        model.save(folder)
+    return model
 
 
 GROUPS = {"corruptions": corruption_setting, "held-out": held_out_settings, "tables": table_settings}
@@ -217,11 +232,12 @@ Scorer = Callable[[Tensor], dict[str, np.ndarray]]
 
 def own_scorer(setting: Setting) -> Scorer:
     """All scores of the model, from one pass an input."""
-    reference = level_profile(setting.model, setting.source.validation.tensors()[0])
+    features = AnomalyDetector("levels", setting.model).features
+    reference = features(setting.source.validation.tensors()[0])
     fitted = {name: AnomalyDetector(name, setting.model).learn(reference) for name in OWN_SCORES}
 
     def scores(x: Tensor) -> dict[str, np.ndarray]:
-        profile = level_profile(setting.model, x)
+        profile = features(x)
         return {name: score.apply(profile).numpy() for name, score in fitted.items()}
 
     return scores
@@ -273,7 +289,7 @@ def flow_scorer(setting: Setting, seconds: float) -> Scorer:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(setting: Setting, scorers: Sequence[Scorer]) -> Iterator[dict[str, object]]:
+def measure(setting: Setting, scorers: Sequence[Scorer]) -> Iterator[dict[str, Any]]:
     """One row for each score and kind of outlier."""
     from sklearn.metrics import roc_auc_score
 
@@ -291,7 +307,7 @@ def measure(setting: Setting, scorers: Sequence[Scorer]) -> Iterator[dict[str, o
                        "normal_count": len(usual), "outlier_count": len(odd)}  # fmt: skip
 
 
-def table(rows: Sequence[dict[str, object]], value: str) -> str:
+def table(rows: Sequence[dict[str, Any]], value: str) -> str:
     """Outliers down, scores across; rows of the same setting and outliers (splits) are averaged."""
     names = list(dict.fromkeys(row["score"] for row in rows))
     kinds = list(dict.fromkeys((row["setting"], row["outliers"]) for row in rows))
@@ -313,14 +329,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-steps", type=int, metavar="N", help="of each model trained here; else the preset's")
     parser.add_argument("--splits", type=int, default=2, metavar="K", help="tables: splits of the two small ones")
     parser.add_argument("--flow-seconds", type=float, default=60, metavar="S", help="of processor time; 0: no flow")
+    parser.add_argument("--own", action="store_true", help="no other detectors: their rows stay as the file has them")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="of the models that are trained here")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
 
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
+    if options.own and options.json and options.json.exists():
+        rows = [row for row in json.loads(options.json.read_text())["rows"] if row["score"] not in OWN_SCORES]
     for setting in GROUPS[options.group](options):
         print(f"{setting.name}: {', '.join(setting.outliers)}", flush=True)
-        scorers = [own_scorer(setting), pyod_scorer(setting)]
-        if options.flow_seconds:
+        scorers = [own_scorer(setting)]
+        if not options.own:
+            scorers.append(pyod_scorer(setting))
+        if options.flow_seconds and not options.own:
             scorers.append(flow_scorer(setting, options.flow_seconds))
         rows += measure(setting, scorers)
         write_rows(rows, options.json)

@@ -52,6 +52,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixture-weights": ratios.mixture_weights,
     "mutual-information": ratios.mutual_information,
     "outliers-corruptions": partial(estimators.outliers, "outliers_corruptions", "outliers"),
+    "outliers-corruptions-unlabelled": partial(estimators.outliers, "outliers_corruptions_unlabelled", "outliers"),
     "outliers-held-out": partial(estimators.outliers, "outliers_held_out", "outliers"),
     "outliers-tables": partial(estimators.outliers, "outliers_tables", "setting"),
     "mi-tasks": ratios.mi_tasks,

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 from studies.benchmarks import outliers
 from studies.benchmarks.anomaly_sets import DEVELOPMENT, JUDGED, TABLES
+from torchcdm.data import from_object
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,28 @@ def test_measures_by_counting():
     (row,) = outliers.measure(setting, [lambda x: {"raw": x.double().numpy()}])
     assert (row["auroc"], row["fpr95"]) == (14 / 16, 0.5)
     assert (row["normal_count"], row["outlier_count"]) == (4, 4)
+
+
+def test_rows_of_other_detectors_and_trained_models_are_kept(tmp_path, monkeypatch):
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    source = from_object(x, validation_fraction=0.25, test_fraction=0.0, seed=0)
+
+    def blob(options):
+        model = outliers.trained(options, "blob", source, preset="table")
+        yield outliers.Setting("blob", source, model, x[:50], {"far": x[:50] + 10})
+
+    monkeypatch.setitem(outliers.GROUPS, "tables", blob)
+    file, found = tmp_path / "rows.json", []
+    other = {"setting": "blob", "outliers": "far", "score": "PyOD KNN", "auroc": 0.5, "fpr95": 0.5}
+    file.write_text(json.dumps({"rows": [other, other | {"score": "levels"}]}))
+    words = ["tables", "--own", "--train-steps", "2", "--models", str(tmp_path / "models"), "--json", str(file)]
+    for _ in range(2):
+        outliers.main(words)
+        found.append(json.loads(file.read_text())["rows"])
+        monkeypatch.setattr(outliers.torchcdm, "fit", None)
+    assert found[0] == found[1] and found[0][0] == other
+    assert [row["score"] for row in found[0]] == ["PyOD KNN", *outliers.OWN_SCORES]
+    assert found[0][1]["normal_count"] == 50
 
 
 def test_tables_of_adbench_have_its_rows_and_outliers():

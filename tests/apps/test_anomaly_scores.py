@@ -11,6 +11,7 @@ from studies.exact import GaussianMixture
 from torchcdm import ClassificationDiffusion, DenoisingDiffusion, UserError
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector, level_profile
 from torchcdm.apps.anomaly.scores import (
+    MOST_POSTERIORS,
     best_kind,
     coarse_level,
     fit_increments,
@@ -23,6 +24,7 @@ from torchcdm.units import DataTransform, GaussianizedTransform
 
 SCHEDULE = UniformSigmaSchedule(20)
 SINGLE = [name for name in SCORES if name != "ratio"]
+MIRROR = torch.tensor([-1.0, 1.0], dtype=torch.float64)
 
 
 def exact_model(mixture, schedule=SCHEDULE, transform=None):
@@ -39,6 +41,16 @@ def mixture():
 def model(mixture):
     unlabelled = GaussianMixture(mixture.log_weights.exp(), mixture.means, _covariances(mixture))
     return exact_model(unlabelled)
+
+
+def joint_model(mixture):
+    backbone = MixtureClassifier(mixture, SCHEDULE, joint=True)
+    return ClassificationDiffusion(backbone, SCHEDULE, DataTransform(mixture.shape), None, mixture.class_prior)
+
+
+@pytest.fixture(scope="module")
+def joint(mixture):
+    return joint_model(mixture)
 
 
 def _covariances(mixture):
@@ -64,6 +76,27 @@ def test_the_profile_is_the_density_of_the_clean_input_at_every_level(model, mix
     for t in (0, 1, 10, 20, 21):
         truth = mixture_at_level(mixture, SCHEDULE, t).log_prob(x)
         torch.testing.assert_close(profile[:, t], truth, rtol=1e-9, atol=1e-9)
+
+
+def test_log_posteriors_of_the_classes_follow_the_profile_of_a_joint_model(joint, mixture):
+    x = normal(7, 2)
+    found = level_profile(joint, x, posteriors=True)
+    assert found.shape == (7, SCHEDULE.T + 2 + MOST_POSTERIORS)
+    torch.testing.assert_close(found[:, : SCHEDULE.T + 2], level_profile(joint, x), rtol=1e-9, atol=1e-9)
+    posteriors = found[:, SCHEDULE.T + 2 :].unflatten(1, (2, -1))
+    for number, t in ((0, 0), (-1, SCHEDULE.T)):
+        truth = mixture.class_log_prob_levels(x, SCHEDULE)[:, :, t] + mixture.class_prior.log()
+        torch.testing.assert_close(posteriors[:, :, number], truth.log_softmax(1))
+    torch.testing.assert_close(AnomalyDetector("levels", joint).features(x), found)
+
+
+@pytest.mark.parametrize(("classes", "columns"), [(10, 120), (100, 100), (200, 0)])
+def test_posteriors_of_many_classes_are_those_of_few_levels(classes, columns):
+    backbone = nn.Linear(2, classes * 22, bias=False)
+    backbone.forward = lambda x, y=None: nn.Linear.forward(backbone, x).unflatten(1, (classes, 22))
+    backbone.joint, backbone.classes = True, classes
+    model = ClassificationDiffusion(backbone, SCHEDULE, DataTransform((2,)))
+    assert level_profile(model, normal(3, 2).float(), posteriors=True).shape == (3, 22 + columns)
 
 
 def test_the_profile_is_in_data_units_where_the_map_to_model_units_is_not_affine():
@@ -145,9 +178,10 @@ def test_far_points_are_anomalous_for_every_score(model, mixture, name):
     assert far.min() > usual.max()
 
 
+@pytest.mark.parametrize("kind", ["model", "joint"])
 @pytest.mark.parametrize("name", SINGLE)
-def test_inputs_so_far_out_that_numbers_overflow_are_the_most_anomalous(model, mixture, name):
-    score = scorer(name, model, mixture.sample(100, rng(1)))
+def test_inputs_so_far_out_that_numbers_overflow_are_the_most_anomalous(mixture, name, kind, request):
+    score = scorer(name, request.getfixturevalue(kind), mixture.sample(100, rng(1)))
     values = score(torch.tensor([[0.0, 0.0], [1e200, 0.0], [30.0, 30.0]], dtype=torch.float64))
     assert values.isfinite().all()
     assert values.argmax() == 1
@@ -165,6 +199,18 @@ def test_levels_sees_a_gap_between_the_modes_that_typicality_takes_for_usual():
     rank = {name: (score(usual)[:, None] < score(middle)).double().mean() for name, score in scores.items()}
     assert rank["levels"] > rank["typicality"]
     assert rank["levels"] > 0.97
+
+
+def test_levels_of_a_joint_model_tells_classes_apart_whose_profiles_are_alike():
+    """Two mirrored classes of which one is normal: log p_t(x) is the same function of both."""
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    mixture = GaussianMixture(torch.ones(2), means, (0.3**2 * torch.eye(2)).expand(2, 2, 2), torch.tensor([0, 1]))
+    joint = joint_model(mixture)
+    one = GaussianMixture(torch.ones(1), means[:1], 0.3**2 * torch.eye(2)[None])
+    reference, usual, odd = one.sample(500, rng(1)), one.sample(500, rng(2)), one.sample(500, rng(3)) * MIRROR
+    for model, low, high in ((exact_model(mixture), 0.45, 0.55), (joint, 0.99, 1.0)):
+        score = scorer("levels", model, reference)
+        assert low <= auroc(score(usual), score(odd)) <= high
 
 
 def test_what_increments_hardly_do_is_seen_by_the_second_distance():

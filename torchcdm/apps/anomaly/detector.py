@@ -86,8 +86,8 @@ class AnomalyDetector:
         return self.apply(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """The profile of each input, float64 (N, T+2); of two models log p_0 of both, (N, 2)."""
-        profiles = [level_profile(model, x) for model in self.models]
+        """The profile of each input with what posteriors there are; of two models log p_0 of both; float64 (N, .)."""
+        profiles = [level_profile(model, x, posteriors=True) for model in self.models]
         return profiles[0] if len(profiles) == 1 else torch.stack([profile[:, 0] for profile in profiles], 1)
 
     def learn(self, features: Tensor) -> AnomalyDetector:
@@ -131,9 +131,8 @@ class AnomalyDetector:
         # Rounded first: 0.95 * 20 must not become 20 for its last bit.
         rank = math.ceil(round((n + 1) * (1 - fpr), 9))
         if rank > n:
-            needed = math.ceil(round(1 / fpr, 9)) - 1
             what = f"{n} held-out normal samples cannot calibrate a false-positive rate of {fpr:g}"
-            raise UserError(f"{what}; it takes {needed}, or a larger rate")
+            raise UserError(f"{what}; it takes {math.ceil(round(1 / fpr, 9)) - 1}, or a larger rate")
         return float(normal[rank - 1])
 
     def flags(self, scores: Tensor, fpr: float) -> Tensor:
@@ -165,7 +164,7 @@ class AnomalyDetector:
 
     def _digest(self) -> str:
         """A digest of the tensors that the models' densities are made of, in single precision."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"posteriors" if self.models[0].joint else b"")
         for model in self.models:
             for name, value in sorted(model.state_dict().items()):
                 digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())

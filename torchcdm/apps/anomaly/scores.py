@@ -4,8 +4,8 @@
 (arXiv 2010.13132), which fits a density to the norms of ten scores. It is the sum of two distances of the increments
 log p_t(x) - log p_{t+1}(x) from those of normal data, and of the mean of -log p_t(x) over the fine levels, as what is
 odd is more often too unlikely than too likely. All three are counted in deviations among normal data. Of the first
-distance and of the mean the softplus counts: nearer or likelier than usual earns nothing. The form was chosen on other
-outliers than those whose results are reported (``docs/results/anomaly.md``).
+distance and of the mean the softplus counts: nearer or likelier than usual earns nothing. The distances of joint
+models are those of profiles and log posteriors of the classes.
 """
 
 from __future__ import annotations
@@ -40,24 +40,27 @@ COUNTS = (1, 2, 4, 8, 16)
 HELD_OUT, FOLDS = 4, 5
 """One profile in so many chooses among them; distances of normal data are taken by so many parts."""
 
-MOST_INCREMENTS = 512
-"""Finer schedules have increments over two or more levels each."""
+MOST_INCREMENTS, MOST_POSTERIORS = 512, 128
+"""Finer schedules have increments over two or more levels each; posteriors of many classes are those of few levels."""
 
 
-def level_profile(model: DensityModel, x: Tensor) -> Tensor:
+def level_profile(model: DensityModel, x: Tensor, posteriors: bool = False) -> Tensor:
     """log p_t(x) at every level, the input itself unchanged from level to level: one forward pass.
 
     Inputs ``x`` (N, *shape) are in data units. Those on a grid are dequantised by one fixed draw of the noise for all,
-    so that the profile is a function of the input alone. Nats, float64 (N, T+2) on the CPU; in data units where the
-    model has a transform, as what it stretches may differ between inputs. Errors as of :func:`as_samples`; UserError
-    for a model without density.
+    so that the profile is a function of the input alone. Nats in data units, as what a transform stretches may differ
+    between inputs, float64 (N, T+2) on the CPU. The ``posteriors`` log p(y | x, t) of joint models (identity 10) come
+    after it, class by class. Errors as of :func:`as_samples`; UserError for a model without density.
     """
     model = require_density(model, "a profile of log p")
 
     def levels(x: Tensor) -> Tensor:
-        if model.transform is None:
-            return model.log_prob_levels(x)
-        return model.log_prob_levels(model.transform(x)) + model.transform.log_det(x)[:, None]
+        z, stretch = (x, 0.0) if model.transform is None else (model.transform(x), model.transform.log_det(x)[:, None])
+        if not (posteriors and model.joint):
+            return model.log_prob_levels(z) + stretch
+        joint = model.class_log_prob_levels(z) + model.log_class_prior[:, None]
+        some = torch.linspace(0, model.schedule.T, MOST_POSTERIORS // joint.shape[1]).long()
+        return torch.cat([joint.logsumexp(1) + stretch, joint[:, :, some].log_softmax(1).flatten(1)], 1)
 
     return by_batches(model, levels, x)
 
@@ -171,7 +174,7 @@ def _log_density(white: Tensor, fitted: Fitted) -> Tensor:
 
 
 def _increments(profile: Tensor) -> Tensor:
-    """log p_t(x) - log p_{t+1}(x), and the last log p(x): they add up to log p_0(x); (N, T+2), or fewer."""
+    """Differences of neighbours, log p_t(x) - log p_{t+1}(x), and the last entry; they add up to log p_0(x)."""
     profile = profile[:, :: math.ceil(profile.shape[1] / MOST_INCREMENTS)]
     return torch.cat([-profile.diff(dim=1), profile[:, -1:]], 1)
 
@@ -183,10 +186,9 @@ def deviation(values: Tensor) -> Tensor:
 
 
 class Kind(NamedTuple):
-    """How a score is made of profiles, log p_t(x) in nats, float64 (N, T+2), and of the coarse level.
+    """How a score is made of profiles, log p_t(x) in nats, float64 (N, T+2 or more), and of the coarse level.
 
-    From profiles of the reference, at least ``smallest_reference``, and the coarse level ``learn`` makes what
-    ``apply`` needs beside profiles and the coarse level to give scores (N,).
+    Of profiles of the reference, at least ``smallest_reference``, ``learn`` makes what ``apply`` needs beside.
     """
 
     apply: Callable[[Tensor, int, Fitted], Tensor]
