@@ -58,43 +58,41 @@ def _error(z: dict[str, Any], dim: int) -> float:
     return 1 / (math.sqrt(z["ess"]) * dim * math.log(2))
 
 
-def log_z_images() -> str:
-    """log2 Z / d of the classes of larger images by several seeds, a row for each, and their mean."""
-    lines = []
-    for row in read("log_z_images").values():
-        head = ["class", *(f"seed {seed}" for seed in range(len(row["log_z"])))]
-        found = [z["convergence"] for z in row["log_z"]]
-        for k, name in enumerate(row["classes"]):
-            lines.append([name, *("{:.4f} ± {:.4f}".format(*one["classes"][k]) for one in found)])
-        means = [f"**{z['value']:.4f} ± {_error(z, row['dim']):.4f}**" for z in row["log_z"]]
-        lines.append(["**mean**", *means])
-        lines.append(["95 %, Student's t", *(f"{z['low']:.4f} to {z['high']:.4f}" for z in row["log_z"])])
-        for name in found[0]["starts"]:
-            lines.append([f"from {name}", *("{:.4f} ± {:.4f}".format(*one["starts"][name]) for one in found)])
-        lines += [
-            ["starts apart, s.e.", *(f"{one['disagreement']:.1f}" for one in found)],
-            ["quarters", *(" ".join(f"{value:.4f}" for value in one["quarters"]) for one in found)],
-            ["trend, s.e.", *(f"{one['trend']:+.1f}" for one in found)],
-            ["MBAR", *(f"{z['check']:.4f}" for z in row["log_z"])],
-            ["swaps", *(
-                f"{sum(one['swapped']) / len(one['swapped']):.0%}, least {min(one['swapped']):.0%}" for one in found
-            )],
-            ["replicas all the way down", *(str(one["arrivals"]) for one in found)],
-        ]  # fmt: skip
+def log_z_images(model: str) -> str:
+    """log2 Z / d of the classes of a model's images by several seeds, a row for each, and their mean."""
+    row = read("log_z_images")[model]
+    head, found = ["class", *(f"seed {k}" for k in range(len(row["log_z"])))], [z["convergence"] for z in row["log_z"]]
+    lines = [
+        [name, *("{:.4f} ± {:.4f}".format(*one["classes"][k]) for one in found)]
+        for k, name in enumerate(row["classes"])
+    ]
+    lines.append(["**mean**", *(f"**{z['value']:.4f} ± {_error(z, row['dim']):.4f}**" for z in row["log_z"])])
+    lines.append(["95 %, Student's t", *(f"{z['low']:.4f} to {z['high']:.4f}" for z in row["log_z"])])
+    for name in found[0]["starts"]:
+        lines.append([f"from {name}", *("{:.4f} ± {:.4f}".format(*one["starts"][name]) for one in found)])
+    lines += [
+        ["starts apart, s.e.", *(f"{one['disagreement']:.1f}" for one in found)],
+        ["quarters", *(" ".join(f"{value:.4f}" for value in one["quarters"]) for one in found)],
+        ["trend, s.e.", *(f"{one['trend']:+.1f}" for one in found)],
+        ["MBAR", *(f"{z['check']:.4f}" for z in row["log_z"])],
+        ["swaps", *(
+            f"{sum(one['swapped']) / len(one['swapped']):.0%}, least {min(one['swapped']):.0%}" for one in found
+        )],
+        ["replicas all the way down", *(str(one["arrivals"]) for one in found)],
+    ]  # fmt: skip
     return markdown(head, lines)
 
 
-def log_z_images_rows() -> str:
+def log_z_images_rows(model: str) -> str:
     """Likelihoods of the same images by few passes, normalised by those constants, by the ELBO and by the flow."""
-    lines = []
-    for row in read("log_z_images").values():
-        head = [f"{row['images']} test images", "network passes", "bits/dim", "less the flow", "less the ELBO"]
-        for name, (value, se, passes) in row["rows"].items():
-            off = [row["minus"].get(f"{name} - {other}") for other in ("flow", "elbo")]
-            lines.append([
-                f"`{name}`", str(passes), f"{value:.3f} ± {se:.3f}",
-                *("–" if pair is None else "{:+.3f} ± {:.3f}".format(*pair) for pair in off),
-            ])  # fmt: skip
+    row, lines = read("log_z_images")[model], []
+    head = [f"{row['images']} test images", "network passes", "bits/dim", "less the flow", "less the ELBO"]
+    for name, (value, se, passes) in row["rows"].items():
+        off = [row["minus"].get(f"{name} - {other}") for other in ("flow", "elbo")]
+        lines.append([
+            f"`{name}`", str(passes), f"{value:.3f} ± {se:.3f}",
+            *("–" if pair is None else "{:+.3f} ± {:.3f}".format(*pair) for pair in off),
+        ])  # fmt: skip
     return markdown(head, lines)
 
 
