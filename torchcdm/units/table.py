@@ -273,10 +273,8 @@ def is_frame(data: Any) -> bool:
 
 
 def as_frame(data: Any) -> DataFrame:
-    """A data frame of pandas, also from polars, with texts as names; a Series becomes one column.
-
-    UserError where two names are alike.
-    """
+    """A data frame of pandas or polars as one of pandas with texts as names, UserError where two are alike; a Series
+    becomes one column."""
     import pandas as pd
 
     if not hasattr(data, "columns"):
