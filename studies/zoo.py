@@ -11,7 +11,7 @@ from typing import Any
 from torchcdm.apps.report import write_report
 from torchcdm.bridges.hub import model_card
 from torchcdm.errors import UserError
-from torchcdm.likelihood.known import read_log_z, write_log_z
+from torchcdm.likelihood.known import read_log_z, weights_of, write_log_z
 from torchcdm.runtime.files import write_file
 from torchcdm.training.checkpoint import load, read_info, save_model
 from torchcdm.training.config_files import make_config, preset_fields
@@ -110,7 +110,7 @@ def make(name: str, run: Path, home: Path) -> str:
     save_model(RunFolder(home), model, info)
     log_z = read_log_z(run)
     if log_z is not None:  # of a larger model: cdm nll RUN --methods logz, then this once more
-        write_log_z(home, log_z)
+        write_log_z(home, log_z, weights_of(home))
     parameters = sum(weights.numel() for weights in model.parameters())
     card = model_card(
         f"zoo:{name}", info, parameters, entry.description,

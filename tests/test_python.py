@@ -11,6 +11,7 @@ import torchcdm
 from torchcdm import compose
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
+from torchcdm.models.denoiser import GuidedDenoiser
 from torchcdm.networks.heads import CumulativeHead, JointHead
 from torchcdm.units import DataTransform
 
@@ -59,11 +60,13 @@ def test_a_training_is_not_overwritten(tmp_path):
         torchcdm.load("zoo:two-moons").save(tmp_path / "run")
 
 
-def test_densities_made_of_models_are_not_saved(tmp_path):
+def test_densities_made_of_models_are_neither_saved_nor_trained(tmp_path):
     model = torchcdm.load("zoo:digits-conditional")
-    for made in (compose.any_of(model, [2, 7]), compose.tilted(model, lambda x: x.flatten(1).sum(1))):
-        with pytest.raises(UserError, match=f"{type(made).__name__} has no network of its own; save the models"):
-            torchcdm.save(made, tmp_path / "made")
+    tilted = compose.tilted(model, lambda x: x.flatten(1).sum(1))
+    for made in (compose.any_of(model, [2, 7]), tilted, GuidedDenoiser(model, 1.0)):
+        for use in (lambda one: torchcdm.save(one, tmp_path / "made"), lambda one: torchcdm.train(one, "digits")):
+            with pytest.raises(UserError, match=f"^{type(made).__name__} has no network of its own; train and save"):
+                use(made)
 
 
 def test_a_distribution_of_pytorch():
@@ -213,6 +216,51 @@ def test_code_that_is_not_there_is_one_line(code, message, tmp_path, monkeypatch
     (tmp_path / "mine.py").write_text(CODE)
     with pytest.raises(UserError, match=message):
         torchcdm.fit(points(), backbone=code, **TINY)
+
+
+class Tied(nn.Module):
+    """One of two layers with the same weights, buffers that are views, infinite or complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.first, self.second = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight, self.head = self.first.weight, CumulativeHead(16, 32)
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("row", self.mask[0])
+        self.register_buffer("turn", torch.ones(2, dtype=torch.complex64))
+
+    def forward(self, x):
+        return self.head(self.second(nn.functional.silu(self.first(self.into(x)))))
+
+
+def test_a_network_with_tied_weights_and_a_mask_of_minus_infinity(tmp_path):
+    model = torchcdm.fit(points(), backbone=Tied(), model={"schedule": {"T": 30}}, out=tmp_path / "run", **TINY)
+    again = torchcdm.load(tmp_path / "run", backbone=Tied())
+    assert torch.equal(again.log_prob(points(5)), model.log_prob(points(5)))
+    assert again.backbone.first.weight is again.backbone.second.weight
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_networks_of_other_precisions(half, tmp_path):
+    model = {"schedule": {"T": 30}}
+    fitted = torchcdm.fit(points(), backbone=network().double(), model=model, out=tmp_path / "run", **TINY)
+    x = points(5).double()
+    assert fitted.log_prob(x).dtype == fitted.sample(2, steps=2).dtype == torch.float64
+    again = torchcdm.load(tmp_path / "run", backbone=network().double())
+    assert torch.equal(again.log_prob(x), fitted.log_prob(x))
+    with pytest.raises(UserError, match=f"weights are {half}; train network.float\\(\\)"):
+        torchcdm.fit(points(), backbone=network().to(half), model=model, **TINY)
+
+
+def test_a_default_of_float64(request):
+    torch.set_default_dtype(torch.float64)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    x = points().numpy()
+    for kind in ("cdm", "ddm"):
+        assert torchcdm.fit(x, model={"kind": kind}, **TINY).sample(2, steps=2).dtype == torch.float64
+    assert torchcdm.estimators.CDMDensity(steps=2, device="cpu").fit(x).score_samples(x).dtype == "float64"
+    assert torchcdm.DensityRatio(steps=2, device="cpu").fit(x, x + 1).log_ratio(x).shape == (200,)
+    assert torchcdm.mutual_information(x[:, :1], x[:, 1:], steps=2).value < 0.2
 
 
 @pytest.mark.parametrize("joint", [False, True])

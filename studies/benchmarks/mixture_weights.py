@@ -147,7 +147,7 @@ def by_start(task: Task) -> np.ndarray:
     print(f"shrinkage {shrinkage}", flush=True)
     fitted = fit_gaussians(rows, STARTED, shrinkage=shrinkage, rows=len(rows))
     common = MixtureMarginals(SCHEDULE, *fitted, GaussianMarginals.fit(rows, SCHEDULE, shrinkage=shrinkage))
-    start = common.with_classes(rows, sources)
+    start = common.with_classes(rows, sources, 2)
     log_p = start.class_effects((task.points.flatten(0, 1) - mean) / scale)[..., 0]
     return modes_of(task, (log_p[:, 1] - log_p[:, 0]).numpy())
 

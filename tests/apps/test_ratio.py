@@ -1,9 +1,10 @@
 """Density ratios of two data sets: against exact ones, their sign, weights, checks, files, and mistakes."""
 
 import copy
-import json
 import math
+import os
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torchcdm import DensityRatio
 from torchcdm.apps.ratio import Calibration, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.blending import blend
 from torchcdm.errors import UserError
+from torchcdm.zoo import located
 
 P = multivariate_normal([1.0, 0.5], [[0.8, 0.3], [0.3, 0.5]], seed=0)
 Q = multivariate_normal([0.0, 0.0], [[1.0, -0.2], [-0.2, 1.5]], seed=1)
@@ -266,26 +268,40 @@ def test_a_check_that_is_infinite_is_saved(ratio, tmp_path):
     assert found.mean_ratio == math.inf and found.bins == ratio.held_out.bins
 
 
+def test_a_kill_while_one_is_saved_over_another_leaves_one_of_the_two(ratio, tmp_path, monkeypatch):
+    other = copy.copy(ratio)
+    other.blend, other._model = ratio.blend | {"offset": 1.0}, copy.deepcopy(ratio._model)
+    other._model.base.mean += 0.5
+    x, replace = samples(20, seed=3)[0], os.replace
+    either = [one.log_ratio(x).tolist() for one in (ratio, other)]
+    for renames in range(5):
+        folder, left = tmp_path / str(renames), [replace] * renames
+        ratio.save(folder)
+        with monkeypatch.context() as patch, suppress(IndexError):
+            patch.setattr(os, "replace", lambda *paths, left=left: left.pop()(*paths))
+            other.save(folder)
+        assert DensityRatio.load(folder).log_ratio(x).tolist() in either
+
+
 def test_damaged_files_are_refused(ratio, tmp_path):
     ratio.save(tmp_path / "ratio")
-    content = json.loads((tmp_path / "ratio" / "ratio.json").read_text())
 
     def with_content(change):
         folder = shutil.copytree(tmp_path / "ratio", tmp_path / "damaged", dirs_exist_ok=True)
-        (folder / "ratio.json").write_text(json.dumps(content))
-        resealed(folder / "ratio.json", lambda content: content.update(change))
+        resealed(folder / "config.json", change)
         return folder
 
     with pytest.raises(UserError, match="holds no density ratio"):
         DensityRatio.load(tmp_path)
+    with pytest.raises(UserError, match="holds no density ratio, but a run"):
+        DensityRatio.load(located("zoo:two-moons"))
     with pytest.raises(UserError, match="format version 99"):
-        DensityRatio.load(with_content({"format": 99}))
+        DensityRatio.load(with_content(lambda content: content.update({"format": 99})))
     for change in ({"_warp": {"scale": [1.0]}}, {"counts": 3}, {"held_out": None}, {"_limits": ["a"]}, {"blend": 1}):
         with pytest.raises(UserError):
-            DensityRatio.load(with_content(change))
-    del content["_limits"]
+            DensityRatio.load(with_content(lambda content, new=change: content["estimator"]["fitted"].update(new)))
     with pytest.raises(UserError, match="damaged, missing or wrong: '_limits'"):
-        DensityRatio.load(with_content({}))
+        DensityRatio.load(with_content(lambda content: content["estimator"]["fitted"].pop("_limits")))
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------

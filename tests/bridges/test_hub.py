@@ -15,7 +15,7 @@ import torchcdm
 from torchcdm.bridges.hub import model_card, push
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZ
-from torchcdm.likelihood.known import write_log_z
+from torchcdm.likelihood.known import weights_of, write_log_z
 from torchcdm.zoo import located
 
 pytest.importorskip("huggingface_hub")
@@ -99,7 +99,7 @@ def test_log_z_goes_with_its_weights_and_comes_back(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     torchcdm.load("zoo:two-moons").save(run)
     z = LogZ(0.25, 0.01, "replica exchange", 4, 2)
-    write_log_z(run, z)
+    write_log_z(run, z, weights_of(run))
     shutil.copytree(run, other)
     torchcdm.load("zoo:digits").save(other)  # log Z of the weights that were there before
     with HubServer() as hub:

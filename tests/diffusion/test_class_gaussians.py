@@ -5,8 +5,11 @@ import torch
 from oracles import rng
 from scipy.stats import multivariate_normal
 
+import torchcdm
 from torchcdm.diffusion.gaussian import fit_class_gaussians
+from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule
+from torchcdm.random import permutation
 
 P = multivariate_normal([1.0, 0.5], [[0.8, 0.3], [0.3, 0.5]], seed=0)
 Q = multivariate_normal([0.0, 0.0], [[1.0, -0.2], [-0.2, 1.5]], seed=1)
@@ -73,3 +76,25 @@ def test_copies_of_a_sample_do_not_choose_the_covariances():
     alone = fit_class_gaussians(samples[order], y[order], schedule)
     apart = [float(base.class_effects(held_out)[:, :, 0].diff(dim=1).abs().mean()) for base in (shared, alone)]
     assert apart[0] < 2 < apart[1]
+
+
+def test_a_class_without_samples_has_the_gaussian_of_all():
+    """Whichever it is: the last, or one in between."""
+    schedule = LogSNRSchedule(10, 0.02, 10.0)
+    x, y = torch.from_numpy(np.concatenate(samples(200))), torch.arange(2).repeat_interleave(200)
+    both = fit_class_gaussians(x, y, schedule).class_effects(x)
+    for labels, absent in ((y, 2), (2 * y, 1)):
+        effects = fit_class_gaussians(x, labels, schedule, classes=3).class_effects(x)
+        present = [k for k in range(3) if k != absent]
+        assert torch.equal(effects[:, present], both) and not effects[:, absent].any()
+    mixture = MixtureMarginals.fit(x, schedule, 2).with_classes(x, y, 3)
+    assert torch.allclose(mixture.class_log_weights[2], mixture.log_weights)
+
+
+def test_a_class_that_is_missing_in_the_training_split():
+    order, y = permutation(120, 0), torch.arange(120) % 2 * 2
+    y[order[0]] = 1  # of the validation split
+    model = {"labels": "joint", "class_gaussians": True, "backbone": {"width": 8, "depth": 1}, "schedule": {"T": 10}}
+    x = torch.randn(120, 2, generator=rng(0))
+    found = torchcdm.fit(x, y, model=model, steps=2, batch_size=32, device="cpu", progress=False)
+    assert found.log_prob(x[:3], y=torch.arange(3)).isfinite().all()

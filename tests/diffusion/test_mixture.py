@@ -49,7 +49,7 @@ def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
 def test_draws_are_those_of_the_mixture_and_samplers_start_from_one_gaussian():
     mixture, x = three_clouds()
     base = MixtureMarginals.fit(x, SCHEDULE, 3)
-    for density in (base, base.with_classes(x[:100], torch.arange(100) % 2)):
+    for density in (base, base.with_classes(x[:100], torch.arange(100) % 2, 2)):
         drawn = density.draw((20_000, 2), rng(1))
         assert drawn.dtype == torch.float64 and drawn.shape == (20_000, 2)
         # Draws of one Gaussian with the same moments lie between the clouds: 11 nats less probable.
@@ -114,7 +114,7 @@ def test_classes_have_their_own_weights_of_common_components_at_every_level():
     mixture, x = three_clouds(9000)
     other = GaussianMixture(torch.tensor([0.1, 0.6, 0.3]), mixture.means, torch.full((3,), 0.05, dtype=torch.float64))
     x, y = torch.cat([x, other.sample(9000, rng(1))]), torch.arange(2).repeat_interleave(9000)
-    base = MixtureMarginals.fit(x, SCHEDULE, 3).with_classes(x, y)
+    base = MixtureMarginals.fit(x, SCHEDULE, 3).with_classes(x, y, 2)
     query = x[::1800]
     log_p = base.log_prob_levels(query)[:, None] + base.class_effects(query)
     truth = torch.stack([exact.log_prob_levels(query, SCHEDULE) for exact in (mixture, other)], 1)

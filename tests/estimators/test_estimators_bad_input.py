@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
 
+from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
 
 TINY = {
@@ -68,6 +69,13 @@ def test_a_refused_setting_leaves_what_was_fitted(fitted):
     with pytest.raises(ValueError, match="lr"):
         density.set_params(lr="fast").fit(GOOD[:20])
     assert np.array_equal(density.score_samples(GOOD), expected) and len(density.validation_indices_) == 6
+
+
+def test_texts_are_no_numbers():
+    for kind, wrong in ((CDMDensity, {"validation_fraction": "0.2"}), (CDMOutlierDetector, {"contamination": "0.1"})):
+        (name,) = wrong
+        with pytest.raises(UserError, match=f"^{name} is '"):
+            kind(**TINY, **wrong).fit(GOOD)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

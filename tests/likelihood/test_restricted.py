@@ -1,6 +1,5 @@
 """Bounds for every input against what is known: mixtures and lattices, class by class, and what lies on the disk."""
 
-import json
 import math
 
 import pytest
@@ -12,9 +11,10 @@ from torchcdm.annealing.target import DISTANCE, Fence
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, log_normalizer, report, single_pass
-from torchcdm.likelihood.known import read_log_z, write_log_z
+from torchcdm.likelihood.known import read_log_z, weights_of, write_log_z
 from torchcdm.likelihood.restricted import COVER, evaluated, measured_steps, restricted_pass
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.artefact import write_artefact
 from torchcdm.units import DataTransform
 
 
@@ -140,15 +140,16 @@ def test_what_was_measured_is_kept_beside_its_weights(pixels, tmp_path):
     model, x, _ = pixels
     measured = report(model, x[:100], None, Scoring(level=14), ["single", "logz"], sweeps=4, training=x[:400])
     folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"files": {"model.safetensors": "abc"}}))
+    write_artefact(folder / "config.json", "run", {}, {"model.safetensors": {"w": torch.zeros(1)}})
     assert read_log_z(folder) is None
-    write_log_z(folder, measured.log_z)
+    write_log_z(folder, measured.log_z, "of weights that were replaced meanwhile")
+    assert read_log_z(folder) is None
+    write_log_z(folder, measured.log_z, weights_of(folder))
     known = read_log_z(folder)
     assert known.to_json() == measured.log_z.to_json() and known.check.value == measured.log_z.check.value
     again = report(model, x[:100], None, Scoring(level=4), ["single"], log_z=known)
     for name in ("one-pass-restricted", "few-pass-restricted"):
         assert again.row(name) == measured.row(name) is not None
     assert again.believe == measured.believe == known.usable and "few-pass-restricted" in again.table()
-    (folder / "config.json").write_text(json.dumps({"files": {"model.safetensors": "other"}}))
+    write_artefact(folder / "config.json", "run", {}, {"model.safetensors": {"w": torch.ones(1)}})
     assert read_log_z(folder) is None

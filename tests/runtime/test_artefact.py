@@ -40,6 +40,13 @@ def test_it_reads_back_exactly(tmp_path):
     assert sorted(os.listdir(tmp_path / "new")) == ["a.json", "a.safetensors"]
 
 
+def test_tensors_that_share_memory_are_saved_one_by_one(tmp_path):
+    x = torch.arange(6.0).reshape(2, 3)
+    shared = {"x": x, "same": x, "row": x[1], "turned": x.T, "wide": x[:, :1].expand(2, 4)}
+    _, (again,) = read_artefact(written(tmp_path, tensors={"a.safetensors": shared}), "thing", ["a.safetensors"])
+    assert all(torch.equal(again[key], value) for key, value in shared.items())
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
 def test_a_flipped_bit_anywhere_is_refused(tmp_path, name):
     path = written(tmp_path)

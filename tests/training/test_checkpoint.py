@@ -12,6 +12,7 @@ from small_runs import small_config
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.runtime.artefact import write_artefact
 from torchcdm.runtime.files import TEMPORARY, write_json
 from torchcdm.runtime.validation import encode
 from torchcdm.training.build import load_source, new_model, resolve
@@ -170,6 +171,17 @@ def test_what_a_crash_left_half_written_is_not_read_and_goes(tmp_path):
         pass
     assert not half.exists() and not list(run.root.glob(f"{TEMPORARY}*"))
     assert load_state(run.states / "step-5").progress.step == 5
+
+
+def test_tensors_of_every_artefact_that_a_crash_left_beside_their_place_are_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    save_state(run, state(5))
+    for name in ("config", "log_z", "detector"):
+        write_artefact(tmp_path / f"{name}.json", name, {}, {f"{name}.safetensors": {"x": torch.ones(2)}})
+        (tmp_path / f"{name}.safetensors").rename(tmp_path / f"{TEMPORARY}{name}.safetensors")
+    with run.locked():
+        for name in ("config", "log_z", "detector"):
+            assert (tmp_path / f"{name}.safetensors").exists()
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -120,6 +121,37 @@ def test_resume_starts_anew_where_there_is_nothing(whole, tmp_path):
     (tmp_path / "run").mkdir()
     run_training(tmp_path / "run", resume=True)
     assert_same(tmp_path / "run", whole)
+
+
+def test_resume_never_replaces_a_model_by_a_new_start(whole, tmp_path, monkeypatch):
+    run = RunFolder(shutil.copytree(whole, tmp_path / "run"))
+    before = run.model.read_bytes()
+    for state in state_folders(run):
+        (state / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"damaged, .*; remove \S*step-12 to go on from the state before it"):
+        run_training(run.root, resume=True)
+    shutil.rmtree(state_folders(run)[-1])
+    with pytest.raises(UserError, match=f"damaged, .*; go on in another folder, with --init {run.root}$"):
+        run_training(run.root, resume=True)
+    shutil.rmtree(run.states)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"no training to go on with; .*, with --init {run.root}$"):
+            run_training(run.root, resume=True, train__steps="2")
+        run.config.unlink(missing_ok=True)
+    assert run.model.read_bytes() == before
+
+
+@pytest.mark.parametrize(("fraction", "saves"), [("0.1", 1), ("0", 3)])
+def test_a_kill_between_a_state_and_its_model_ends_in_the_same_bits(tmp_path, monkeypatch, fraction, saves):
+    changes = {"data__validation_fraction": fraction}
+    run_training(tmp_path / "whole", **changes)
+    save, calls = training.Trainer.save_model, iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "save_model", lambda this: crash() if next(calls) == saves else save(this))
+        with pytest.raises(RuntimeError, match="killed"):
+            run_training(tmp_path / "run", **changes)
+    run_training(tmp_path / "run", resume=True, **changes)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_resume_goes_on_from_the_state_before_a_damaged_one(whole, tmp_path, monkeypatch):

@@ -98,6 +98,10 @@ def test_flags_are_yaml_values():
     config = preset("digits", *flags)
     assert config.data.size == (8, 6) and config.train.grad_clip is None
     assert config.data.flip is True and config.train.lr == 1e-4
+    for text in ("1E-4", "+.1e-3", "1.e-4", "0.0001"):
+        assert preset("digits", ("train.lr", text), ("train.steps", "2e3")).train.lr == 1e-4
+    with pytest.raises(UserError, match="train.lr is '1e-4'; it must be a valid number"):
+        make_config({"train": {"lr": "1e-4"}})
 
 
 def test_file_mistakes(tmp_path):
@@ -265,7 +269,7 @@ def test_texts_of_flags_are_literal():
 
 
 def test_texts_survive_yaml(tmp_path):
-    for text in ("1e4", "2020-01-01", "null", "a: b #c", "\u00e9\n\U0001f600", "", "0x1"):
+    for text in ("1e4", "-.5E3", "2020-01-01", "null", "a: b #c", "\u00e9\n\U0001f600", "", "0x1"):
         config = make_config({"data": {"label": text}})
         (tmp_path / "c.yaml").write_text(to_yaml(config), encoding="utf-8")
         assert make_config(file_fields(tmp_path / "c.yaml")) == config

@@ -16,7 +16,7 @@ from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
 from torchcdm.likelihood import NLLReport, Scoring, consistency, methods_of
 from torchcdm.likelihood import report as likelihood_report
-from torchcdm.likelihood.known import TRAINING, write_log_z
+from torchcdm.likelihood.known import TRAINING, weights_of, write_log_z
 from torchcdm.likelihood.scoring import dithered
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
@@ -38,7 +38,7 @@ def write_report(
     Returns the report for the terminal.
     """
     folder = RunFolder(run)
-    config, model = make_config(file_fields(folder.config)), load(run, device)
+    config, weights, model = make_config(file_fields(folder.config)), weights_of(folder.root), load(run, device)
     split_name = next(name for name in ("test", "validation", "train") if getattr(source, name))
     split, limit = getattr(source, split_name), config.report.limit
     evaluation = evaluate(model, split, limit)
@@ -52,7 +52,7 @@ def write_report(
         usual = source.train.tensors(TRAINING)[0]
         nll = likelihood_report(model, x, None, scoring, methods, config.report.sweeps, training=usual, **said)
         if nll.log_z is not None and nll.log_z.usable:
-            write_log_z(folder.root, nll.log_z)
+            write_log_z(folder.root, nll.log_z, weights)
         beside = _beside(source, x) if config.report.baselines else []
         few, _ = split.tensors(min(DIAGNOSED, max(2, limit // 4)))
         if model.density is not None and len(few) >= 2:

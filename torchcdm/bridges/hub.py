@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.errors import UserError, needed, reason
-from torchcdm.likelihood.known import read_log_z, write_log_z
+from torchcdm.likelihood.known import read_log_z, weights_of, write_log_z
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_file
@@ -69,7 +69,7 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
         save(model, folder, info)
         write_file(folder / "README.md", text)
         if log_z is not None:
-            write_log_z(folder, log_z)
+            write_log_z(folder, log_z, weights_of(folder))
         try:
             api = hub.HfApi()
             address = str(api.create_repo(repository, private=private, exist_ok=True))

@@ -14,7 +14,7 @@ from torchcdm.cli.arguments import given, tell
 from torchcdm.data import check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
-from torchcdm.likelihood.known import TRAINING, read_log_z, write_log_z
+from torchcdm.likelihood.known import TRAINING, read_log_z, weights_of, write_log_z
 from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.training.checkpoint import load
@@ -28,6 +28,8 @@ def nll(options: argparse.Namespace) -> None:
     flow = given(steps=options.flow_steps, probes=options.flow_probes)
     scoring = Scoring(**given(level=options.level, draws=options.draws, seed=options.seed), **flow)
     with sharing(options.device) as (device, main):
+        folder = located(options.model)
+        weights = weights_of(folder)  # before they are read: another command may write the folder meanwhile
         model = load(options.model, device)
         # log Z takes longer than all others.
         methods = [method for method in methods_of(model) if method != "logz"]
@@ -38,7 +40,7 @@ def nll(options: argparse.Namespace) -> None:
         y = labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
             raise UserError("--conditional: the model or the data have no classes")
-        folder, measured = located(options.model), "logz" in methods
+        measured = "logz" in methods
         training = source.train.tensors(TRAINING)[0] if measured and source.train else None
         known = None if measured else read_log_z(folder, device)
         more = {"name": source.name, "split": options.split, "progress": main and not options.quiet}
@@ -48,7 +50,7 @@ def nll(options: argparse.Namespace) -> None:
         tell(options.json, result.table(), result.to_json())
         # A model of the zoo or the Hub is not ours to change.
         if measured and result.log_z is not None and result.log_z.usable and folder == Path(options.model):
-            write_log_z(folder, result.log_z)
+            write_log_z(folder, result.log_z, weights)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -67,7 +69,7 @@ def ratio(options: argparse.Namespace) -> None:
     check_clip(options.clip)
     check_spec(spec_of(options.query))
     if options.save is not None:
-        check_output(options.save / "ratio.json", kind="ratio")
+        check_output(options.save / "config.json", kind="estimator")
     size = None if options.size is None else parse_size(options.size)
     data = {"size": size, "channels": options.channels, "skip_bad": options.skip_bad}
     how = given(steps=options.steps) | {"device": str(chosen_device(options.device)), "progress": not options.quiet}

@@ -296,8 +296,9 @@ HELD_OUT_LIMIT, DRAWS = 2000, 4
 
 
 def fit_class_gaussians(
-    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0, held_out: Labelled | None = None
-) -> GaussianMarginals:
+    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0, held_out: Labelled | None = None,
+    classes: int = 0,
+) -> GaussianMarginals:  # fmt: skip
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 
     Where classes differ in the mean alone, the covariance is best taken from all of them (regularised discriminant
@@ -306,22 +307,26 @@ def fit_class_gaussians(
     to a standard error. Their likelihood alone would hardly see what makes a ratio of few samples wrong; without noise
     classes that are far apart would be told by any share.
 
-    ``samples`` (N, *shape) are in model units, dequantised, at least two of each of the classes ``labels``, long (N,).
-    ``held_out`` are samples and classes that choose, every fifth of the training data when None: not for data that
-    repeat samples of a small class, as a copy of a sample would choose its own fit.
+    ``samples`` (N, *shape) are in model units, dequantised, of the classes ``labels``, long (N,). Those of at least so
+    many ``classes`` that have no sample take the Gaussian of all. ``held_out`` are samples and classes that choose,
+    every fifth of the training data when None: not for data that repeat samples of a small class, as a copy of a
+    sample would choose its own fit.
     """
-    classes = range(int(labels.max()) + 1)
-    fitted = samples, labels
+    present, fitted = labels.unique().tolist(), (samples, labels)
     if held_out is None:
         held = torch.arange(len(samples), device=labels.device) % HELD_OUT == 0
         held_out, fitted = (samples[held], labels[held]), (samples[~held], labels[~held])
     share, shrinkage = 1.0, 0.0
-    if all(int((y == label).sum()) > 1 for _, y in (held_out, fitted) for label in classes):
-        own, unseen = ([x[labels == y] for y in classes] for x, labels in (fitted, held_out))
+    if all(int((y == label).sum()) > 1 for _, y in (held_out, fitted) for label in present):
+        own, unseen = ([x[labels == y] for y in present] for x, labels in (fitted, held_out))
         share, shrinkage = _best_share(list(map(mean_and_spread, own)), unseen, schedule, floor)
-    common = GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor)
-    spreads = [mean_and_spread(samples[labels == y]) for y in classes]
-    common.classes.extend(_blended(spreads, share, shrinkage, schedule, floor))
+    spreads = [mean_and_spread(samples[labels == y]) for y in present]
+    own = dict(zip(present, _blended(spreads, share, shrinkage, schedule, floor), strict=True))
+    common, *others = (
+        own[y] if y in own else GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor)
+        for y in range(-1, max(classes, present[-1] + 1))
+    )
+    common.classes.extend(others)
     return common
 
 

@@ -122,13 +122,13 @@ class MixtureMarginals(BaseDensity):
         rows = zip(self._noise(shape, generator).split(1000), chosen.split(1000), strict=True)
         return self.rotation.inverse(torch.cat([self.parts.sample(z, 0)[k, torch.arange(len(k))] for z, k in rows]))
 
-    def with_classes(self, samples: Tensor, labels: Tensor) -> MixtureMarginals:
+    def with_classes(self, samples: Tensor, labels: Tensor, classes: int) -> MixtureMarginals:
         """The same, with weights for each class: the mean responsibilities of its samples.
 
-        ``samples`` (N, d) are training data, model units, dequantised, of classes ``labels``, long (N,).
+        ``samples`` (N, d) are training data, model units, dequantised, of so many ``classes``, ``labels`` long (N,).
         """
         # Half a sample in all for each class, spread as the components are: no weight is 0.
-        counts = 0.5 * self.log_weights.exp().repeat(int(labels.max()) + 1, 1)
+        counts = 0.5 * self.log_weights.exp().repeat(classes, 1)
         for part in torch.arange(len(samples)).split(1000):
             counts.index_add_(0, labels[part], self._shares(self.rotation(samples[part].double()), 0))
         found = copy.deepcopy(self)

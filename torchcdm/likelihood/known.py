@@ -11,7 +11,7 @@ import torch
 from torchcdm.annealing.target import Fence
 from torchcdm.likelihood.log_z import LogZ
 from torchcdm.likelihood.restricted import Restricted, Step
-from torchcdm.runtime.artefact import read_artefact, read_json, write_artefact
+from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
 
 NAME, TENSORS = "log_z.json", "log_z.safetensors"
 """Files in the folder of a model."""
@@ -20,11 +20,19 @@ TRAINING = 5000
 """Training samples that say what is usual, at most."""
 
 
-def write_log_z(folder: Path, z: LogZ) -> None:
-    """Writes log Z of the model in a folder there; UserError where that cannot be."""
+def weights_of(folder: Path) -> str | None:
+    """Checksum of the weights in the folder of a model; None where there are none."""
+    path = folder / "config.json"
+    return read_sealed(path)["files"].get("model.safetensors") if path.exists() else None
+
+
+def write_log_z(folder: Path, z: LogZ, weights: str | None) -> None:
+    """Writes log Z into the folder of its model, unless other weights lie there by now than those that it was measured
+    with, ``weights`` by :func:`weights_of`; UserError where that cannot be."""
+    if weights != weights_of(folder):
+        return
     found, tensors, plain = z.restricted, {}, replace(z, x=None, restricted=None, check=None)
     check = z.check and asdict(replace(z.check, x=None))
-    weights = read_json(folder / "config.json")["files"]["model.safetensors"]
     content: dict[str, Any] = {"weights": weights, "log_z": asdict(plain), "check": check}
     if found is not None:
         content |= {"steps": [step.level for step in found.steps], "fence": found.fence.levels}
@@ -43,7 +51,7 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
     if not (folder / NAME).exists():
         return None
     content, (tensors,) = read_artefact(folder / NAME, "log_z", [TENSORS])
-    if content["weights"] != read_json(folder / "config.json")["files"]["model.safetensors"]:
+    if content["weights"] != weights_of(folder):
         return None
     tensors, restricted = {name: part.to(device) for name, part in tensors.items()}, None
     if "steps" in content:

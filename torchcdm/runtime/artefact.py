@@ -47,7 +47,9 @@ def write_artefact(
     check_replaced(path, kind)
     packed = {}
     for name, part in (tensors or {}).items():
-        packed[path.with_name(name)] = pack({key: value.detach().cpu().contiguous() for key, value in part.items()})
+        # Copies: tied weights, and views of a buffer, share their memory.
+        own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in part.items()}
+        packed[path.with_name(name)] = pack(own)
     files = {file.name: _digest(data) for file, data in packed.items()}
     head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
     # As JSON has them: the checksum is of what a reader sees.
@@ -78,7 +80,7 @@ def read_artefact(
     checked. UserError for one that is missing, not readable, damaged, or of another kind or version.
     """
     for _ in range(ATTEMPTS):
-        content = _read_sealed(path, (kind,) if isinstance(kind, str) else kind)
+        content = read_sealed(path, (kind,) if isinstance(kind, str) else kind)
         digests = content["files"]
         names = [path.with_name(name) for name in (digests if files is None else files)]
         found = [_sound(file, digests.get(file.name)) for file in names]
@@ -137,14 +139,14 @@ def seal(content: Mapping[str, Any]) -> str:
 def settle(path: Path) -> None:
     """Renames the tensors of an artefact that a crash left complete beside their place."""
     with suppress(UserError):
-        for name, digest in _read_sealed(path)["files"].items():
+        for name, digest in read_sealed(path)["files"].items():
             sound = _sound(path.with_name(name), digest)
             if sound is not None and sound[0] != path.with_name(name):
                 os.replace(sound[0], os.path.realpath(path.with_name(name)))
 
 
-def _read_sealed(path: Path, kinds: Sequence[str] | None = None) -> dict[str, Any]:
-    """A JSON file whose checksum holds, of one of some kinds."""
+def read_sealed(path: Path, kinds: Sequence[str] | None = None) -> dict[str, Any]:
+    """A JSON file whose checksum holds, of one of some kinds; UserError for any other."""
     content = read_json(path)
     version, found, files = content.get("format"), content.get("kind"), content.get("files")
     if version != FORMAT:

@@ -7,7 +7,6 @@ import inspect
 import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_type_hints
 
@@ -23,17 +22,13 @@ from torchcdm.errors import UserError, nearest
 
 def _whole(value: Any) -> Any:
     """NumPy's whole numbers, and 1e4, as an int."""
-    value = _real(value) if isinstance(value, str) else value
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def _real(value: Any) -> Any:
-    """NumPy's numbers, and texts of some, as YAML has 1e-4, as a float; ints stay, and what a float cannot hold."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
+    """NumPy's numbers as a float; ints stay."""
     return float(value) if isinstance(value, Real) and not isinstance(value, (bool, Integral)) else value
 
 

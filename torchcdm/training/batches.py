@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchcdm.data import CropSplit, DataSource, LazySplit, Split, flip_horizontally
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
+from torchcdm.models.denoiser import working_dtype
 from torchcdm.random import stream
 
 
@@ -63,20 +64,23 @@ class Batches:
         self.mine = slice(self.rank * share, (self.rank + 1) * share)
 
     def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
-        """The batches of the steps ``first`` ... ``last`` - 1, on ``device``; ``loss`` draws the levels."""
+        """The batches of the steps ``first`` ... ``last`` - 1, on ``device`` and in the network's precision; ``loss``
+        draws the levels."""
         shape, transform = (self.batch_size, *self.source.shape), self.source.transform
+        dtype = working_dtype(loss.model, torch.float32)
         for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):
             if self.flip:
                 coins = stream(self.seed, "flip", step)
                 torch.rand(self.mine.start, generator=coins)  # those of the processes before this one
                 x = flip_horizontally(x, coins)
-            places = torch.rand(shape, generator=stream(self.seed, "dequantise", step))[self.mine]
+            places = torch.rand(shape, generator=stream(self.seed, "dequantise", step), dtype=torch.float32)[self.mine]
             x_0 = transform(transform.spread(x, places))
             t = loss.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
-            eps = torch.randn(shape, generator=stream(self.seed, "noise", step))[self.mine]
+            eps = torch.randn(shape, generator=stream(self.seed, "noise", step), dtype=torch.float32)[self.mine]
             if self.labels and y.ndim == 1 and bool((y < 0).any()):
                 raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
-            yield Batch(x_0.to(device), y.to(device) if self.labels else None, t.to(device), eps.to(device))
+            y = y.to(device) if self.labels else None
+            yield Batch(x_0.to(device, dtype), y, t.to(device), eps.to(device, dtype))
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""

@@ -128,13 +128,13 @@ def fit_gaussian(config: ModelConfig, source: DataSource, flip: bool) -> FittedB
         if config.class_gaussians and z.ndim > 2:
             raise UserError("model.class_gaussians with model.components is for vectors; leave components at 1")
         common = MixtureMarginals.fit(z, schedule, config.components, floor, config.shrinkage)
-        return common.with_classes(z, y) if config.class_gaussians else common
+        return common.with_classes(z, y, source.classes) if config.class_gaussians else common
     if not config.class_gaussians:
         return GaussianMarginals.fit(z, schedule, floor, config.form, config.shrinkage)
     x, labels = source.validation.tensors(HELD_OUT_SAMPLES)
     complete = set(labels.tolist()) == set(y.tolist())
     held_out = (transform.encode(x, stream(0, HELD_OUT)), labels) if complete else None
-    return fit_class_gaussians(z, y, schedule, floor, held_out=held_out)
+    return fit_class_gaussians(z, y, schedule, floor, held_out, source.classes)
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:
@@ -233,7 +233,11 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
 
 
 def config_of(model: Denoiser) -> ModelConfig:
-    """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes."""
+    """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes, and
+    for a model made of others."""
+    if model.backbone is None:
+        what = f"{type(model).__name__} has no network of its own"
+        raise UserError(f"{what}; train and save the models that it is made of, and make it again from them")
     schedule, base = model.schedule, model.base
     name = next((name for name, kind in SCHEDULES.items() if type(schedule) is kind), None)
     if name is None:

@@ -99,9 +99,10 @@ class ModelInfo:
         return source
 
 
-def save_model(run: RunFolder, model: Denoiser, info: ModelInfo) -> None:
-    """Writes ``model.safetensors`` and ``config.json``; UserError where it cannot, and the old files stay."""
-    tensors = {run.model.name: model.state_dict()}
+def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mapping[str, Tensor]) -> None:
+    """Writes ``model.safetensors``, ``config.json``, and ``others`` by name; UserError where it cannot, and the old
+    files stay."""
+    tensors = {run.model.name: model.state_dict()} | {f"{name}.safetensors": part for name, part in others.items()}
     write_artefact(run.model_info, KINDS[info.estimator is not None], encode(info), tensors)
 
 
@@ -125,13 +126,11 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
 
 def info_of(model: Denoiser) -> ModelInfo:
     """What ``config.json`` says of a model that was made in Python; UserError for parts that cannot be saved."""
-    if model.backbone is None:
-        what = f"{type(model).__name__} has no network of its own"
-        raise UserError(f"{what}; save the models that it is made of, and make it again from them")
+    config = config_of(model)
     if model.transform is None:
         raise UserError("the model has no transform; give it one, such as units.DataTransform(shape)")
     names = None if model.classes is None else tuple(map(str, range(model.classes)))
-    return ModelInfo(None, config_of(model), model.transform, DataOptions(), {"value": "given"}, names)
+    return ModelInfo(None, config, model.transform, DataOptions(), {"value": "given"}, names)
 
 
 def read_info(run: str | Path) -> ModelInfo:
@@ -214,8 +213,8 @@ def _read(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = module.state_dict()
     _check(own, tensors, path)
-    for key, value in tensors.items():  # moments may be infinite, after one gradient that is too large to be squared
-        if not value.to(own[key].dtype).isfinite().all():
+    for key, value in tensors.items():  # a buffer of one's own, such as a causal mask, may be infinite
+        if own[key].isfinite().all() and not value.to(own[key].dtype).isfinite().all():
             damaged(path, f"{key} is not finite")
     module.load_state_dict(tensors)
 
@@ -228,7 +227,7 @@ def _check(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) ->
             what = f"{key} is {shapes[0]}, but {shapes[1]} in the model that the run describes"
             raise UserError(f"{path}: {what}; {MEND}")
     for key, value in held.items():
-        if value.is_floating_point() != own[key].is_floating_point() or value.is_complex():
+        if (value.is_floating_point(), value.is_complex()) != (own[key].is_floating_point(), own[key].is_complex()):
             damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}")
 
 
@@ -322,7 +321,11 @@ def _way_out(folder: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}; remove {folder} to go on from the state before it") from None
+        run = RunFolder(folder.parents[1])
+        mend = f"remove {folder} to go on from the state before it, or to start anew"
+        if run.model.exists() and len(state_folders(run)) < 2:  # a new start would replace the model
+            mend = f"go on in another folder, with --init {run.root}"
+        raise UserError(f"{error}; {mend}") from None
 
 
 _TRAIN = "steps validate_every validation_samples patience fallback calibration log_every save_every sample_every init"

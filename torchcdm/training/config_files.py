@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -152,7 +153,7 @@ def paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 def to_yaml(config: Config) -> str:
     """The text that :func:`file_fields` reads."""
-    return yaml.safe_dump(encode(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _lines(node: yaml.MappingNode, path: str = "") -> Iterator[tuple[str, int]]:
@@ -161,6 +162,10 @@ def _lines(node: yaml.MappingNode, path: str = "") -> Iterator[tuple[str, int]]:
         yield join(path, key.value), key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
             yield from _lines(value, join(path, key.value))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that :class:`_Loader` would take for numbers."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -178,3 +183,8 @@ class _Loader(yaml.SafeLoader):
             if keys.count(key.value) > 1:
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' is there twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE)
+for kind in (_Loader, _Dumper):  # to PyYAML 1e-4 is a text
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("+-.0123456789"))

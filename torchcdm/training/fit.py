@@ -24,7 +24,7 @@ from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
 from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
@@ -130,6 +130,7 @@ def train(
         raise UserError(f"train: {type(model).__name__} is no model; give the model, then the data")
     if "model" in overrides:
         raise UserError("train: the model is made already; its settings have no effect")
+    settings = config_of(model)
     source, layers = _prepared("train", data, labels, preset, overrides, progress)
     config = make_config(*layers)
     source = in_units(source, config.data)
@@ -137,30 +138,33 @@ def train(
         model.transform = copy.deepcopy(source.transform)
     elif model.shape != source.shape:
         raise UserError(f"train: the data have shape {source.shape}; the model takes {model.shape}")
-    if model.backbone is not None:
-        check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
+    check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     source = replace(source, transform=model.transform)
-    config = replace(config, model=config_of(model), data=replace(config.data, gaussianize=False))
+    config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
     if not any(weights.requires_grad for weights in model.parameters()):
         model.requires_grad_(True)  # one that was loaded
     return trained(config, source, device, progress, out=out, model=model)
 
 
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
-    """Refuses a network of one's own with batch normalisation, other classes than the data's, or an output that is not
-    (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the level, is not called."""
+    """Refuses a network of one's own with batch normalisation, weights in half precision, other classes than the
+    data's, or an output that is not (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the
+    level, is not called."""
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is of type {type(network).__name__}; give an nn.Module, or FILE.py:NAME")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
+    dtype = working_dtype(network, torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(f"the network's weights are {dtype}; train network.float(), by train.precision bf16 for speed")
     classes, joint = getattr(network, "classes", None), getattr(network, "joint", False)
     if classes is not None and classes != source.classes:
         raise UserError(f"the network has {classes} classes and the data {source.classes or 'none'}; they must agree")
     if denoiser:
         return
-    weight = next(network.parameters(), torch.empty(()))
-    x = torch.zeros(2, *source.shape, device=weight.device, dtype=weight.dtype)
-    y = () if classes is None else (torch.zeros(2, dtype=torch.long, device=weight.device),)
+    device = next(network.parameters(), torch.empty(())).device
+    x = torch.zeros(2, *source.shape, device=device, dtype=dtype)
+    y = () if classes is None else (torch.zeros(2, dtype=torch.long, device=device),)
     wanted = (2, classes, levels) if joint else (2, levels)
     try:
         with torch.no_grad():

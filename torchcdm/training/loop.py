@@ -71,7 +71,7 @@ def train(
     """Trains a model and leaves a run folder ``out``.
 
     ``source`` has the units that the configuration asks for (:func:`torchcdm.training.build.in_units`), if None it is
-    loaded, once the folder is locked. ``resume`` goes on from the last saved state; a folder without one starts anew.
+    loaded, once the folder is locked. ``resume`` goes on from the last saved state; an empty folder starts anew.
     ``device`` is ``cpu``, ``cuda`` or ``cuda:1``, the best there is when None. ``clock`` gives the seconds that
     ``train.max_seconds`` counts; ``time.process_time`` those of the processor. A ``loss`` of a model, a ``backbone``
     or a ``model`` before its training stand for those of the configuration. UserError for a folder that holds a run or
@@ -96,8 +96,9 @@ def train(
         held.enter_context(torch.random.fork_rng(devices=[]))
         watch = held.enter_context(signals())
         states = checkpoint.state_folders(run) if resume else []
-        if resume and not states and run.model.exists() and not run.config.exists():
-            raise UserError(f"{out}: holds a model, but no training to go on with; choose another folder, with --init")
+        if resume and not states and run.model.exists():
+            mend = f"choose another folder, with --init {out}"
+            raise UserError(f"{out}: holds a model, but no training to go on with; {mend}")
         state = checkpoint.load_state(states[-1]) if states else None
         # What was chosen before the first step stays.
         kept = state.progress.config["model"] if state else {}
@@ -204,7 +205,6 @@ class Trainer:
                     break
         if self.selection.out_of_patience:
             self.say(f"{self.selection.stale} validations without a better {self.selection.value}: the training ends")
-        self._save_state()
 
     def _wrapped(self) -> nn.Module:
         """The loss, compiled where asked and possible, and wrapped for several processes."""
@@ -269,7 +269,7 @@ class Trainer:
         """Log, validate, save and sample, where the step asks for it."""
         options, step, last = self.options, self.step, self._share() >= 1
         logged, validated = step % options.log_every == 0 or last, step % options.validate_every == 0 or last
-        line: dict[str, Any] = {}
+        line, keep = dict[str, Any](), False
         if logged:
             line |= self.window.means(self.processes) | {"lr": self.optimizer.param_groups[0]["lr"]}
             values, best = {key: line[key] for key in ("mse", "ce") if key in line}, self.selection.best
@@ -281,13 +281,14 @@ class Trainer:
                 # Terms of the loss that do not count yet make no best model.
                 values, keep = self.selection.compare(self.ema.model, step, self.loss.settled)
                 line |= values
-                if keep and _finite(self.ema.model):
-                    self.save_model()
             (self.selection.stale,) = self.processes.largest(self.selection.stale)
         if line and self.main:
             self._log(line)
-        if (step % options.save_every == 0 or validated) and not last:
+        if step % options.save_every == 0 or validated:
             self._save_state()
+        # After the state, so that a run that is killed in between can go on.
+        if keep and _finite(self.ema.model):
+            self.save_model()
         if options.sample_every and step % options.sample_every == 0 and self.main and not last:
             save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}")
 
@@ -352,6 +353,9 @@ class Trainer:
         # The sums are those of all processes: the first goes on from them, the others from zero. None was not finite.
         sums = {key: math.nan if value is None else value for key, value in progress.window.items()}
         self.window.sums = sums if self.main else dict.fromkeys(sums, 0.0)
+        best = self.selection.best
+        if self.main and (best is None or best.step == self.step) and _finite(self.ema.model):
+            self.save_model()
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:

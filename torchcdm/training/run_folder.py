@@ -54,7 +54,8 @@ class RunFolder:
                 raise UserError(f"{self.root}: {what}; wait for its end, or choose another folder") from None
         try:
             with writing(self.root):
-                settle(self.model_info)
+                for path in self.root.glob("*.json"):
+                    settle(path)
                 for path in (*self.root.glob(f"{TEMPORARY}*"), *self.states.glob(f"{TEMPORARY}*")):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield

@@ -54,17 +54,18 @@ def folds(rows: int) -> Tensor:
 class Networks(nn.Module):
     """Perceptrons of all members of a committee, side by side; their last layer starts at zero unless it has a scale.
 
-    They have the ``sizes`` of input, hidden layers and output; first weights are drawn by ``draw``, zeros when None.
+    They have the ``sizes`` of input, hidden layers and output; first weights are drawn by ``draw``, zeros when None;
+    float32.
     """
 
     def __init__(self, sizes: Sequence[int], draw: Generator | None = None, scale: float = 0.0) -> None:
         super().__init__()
-        shapes = list(pairwise(sizes))
-        self.weights = nn.ParameterList(torch.zeros(MEMBERS, *shape) for shape in shapes)
-        self.biases = nn.ParameterList(torch.zeros(MEMBERS, 1, width) for _, width in shapes)
+        shapes, single = list(pairwise(sizes)), torch.float32
+        self.weights = nn.ParameterList(torch.zeros(MEMBERS, *shape, dtype=single) for shape in shapes)
+        self.biases = nn.ParameterList(torch.zeros(MEMBERS, 1, width, dtype=single) for _, width in shapes)
         for weight in self.weights if draw is not None else ():
             factor = scale if weight is self.weights[-1] else 1.0
-            weight.data = factor * torch.randn(weight.shape, generator=draw) / weight.shape[1] ** 0.5
+            weight.data = factor * torch.randn(weight.shape, generator=draw, dtype=single) / weight.shape[1] ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         """(members, B, d) to (members, B, outputs)."""
@@ -161,7 +162,7 @@ class Classifiers(nn.Module):
         super().__init__()
         self.committee = Networks([columns, *[WIDTH] * LAYERS, 1], draw)
         for name in ("low", "high"):
-            self.register_buffer(name, torch.zeros(columns))
+            self.register_buffer(name, torch.zeros(columns, dtype=torch.float32))
         for name, dtype in NODES.items():
             self.register_buffer(name, torch.zeros(tuple(nodes), dtype=dtype))
 

@@ -25,12 +25,13 @@ from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import Pair, pair_up, read_query
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
 from torchcdm.errors import UserError
+from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import permutation
-from torchcdm.runtime.artefact import read_artefact, write_artefact
+from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
-from torchcdm.training.checkpoint import load, save_model
+from torchcdm.training.checkpoint import KINDS, load, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
@@ -38,13 +39,8 @@ from torchcdm.training.settings import Config
 from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
 from torchcdm.units.lattice import Discrete
 
-FILE = "ratio.json"
-
 RARE, LIMIT_ROWS = 1e-3, 20_000
 """Share of a data set below which a density counts as rare there, and training samples on which that is measured."""
-
-MODEL, TENSORS = "joint", "classifiers.safetensors"
-"""Folder and file of a saved ratio."""
 
 LAYER = {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}}
 """What is set on top of the preset for vectors or images."""
@@ -321,12 +317,11 @@ class DensityRatio:
             UserError: Not fitted, or the folder cannot be written.
         """
         self._check_fitted()
-        folder = Path(path)
-        run = RunFolder(folder / MODEL)
+        run, params, fitted = RunFolder(path), plain_fields(self, SETTINGS), plain_fields(self, self._saved)
+        info = replace(self._model.info, estimator={"kind": type(self).__name__, "params": params, "fitted": fitted})
+        others = {} if self._classifiers is None else {"classifiers": self._classifiers.state_dict()}
         with run.locked():
-            save_model(run, self._model, self._model.info)
-        tensors = {} if self._classifiers is None else {TENSORS: self._classifiers.state_dict()}
-        write_artefact(folder / FILE, "ratio", plain_fields(self, (*SETTINGS, *self._saved)), tensors)
+            save_model(run, self._model, info, **others)
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
@@ -335,17 +330,20 @@ class DensityRatio:
         Raises:
             UserError: No ratio there, or files that are damaged or of another format version.
         """
-        file = Path(path) / FILE
+        file = RunFolder(path).model_info
         if not file.is_file():
-            raise UserError(f"{path}: holds no density ratio ({FILE} is missing)")
-        content, tensors = read_artefact(file, "ratio", None)
+            raise UserError(f"{path}: holds no density ratio ({file.name} is missing)")
+        content, (_, *tensors) = read_artefact(file, KINDS, None)
+        content = content.get("estimator") or {}
+        if content.get("kind") != cls.__name__:
+            raise UserError(f"{path}: holds no density ratio, but a {content.get('kind', 'run')}")
         with restoring(file):
-            settings = {key: content[key] for key in SETTINGS}
+            settings = {key: content["params"][key] for key in SETTINGS}
             overrides = settings.pop("overrides")
             ratio = cls(**settings, device=device, **overrides)
-            restore(ratio, cls._saved, content, ["_warp"])
+            restore(ratio, cls._saved, content["fitted"], ["_warp"])
             ratio._classifiers = Classifiers.of(*tensors) if tensors else None
-        ratio._model = require_density(load(Path(path) / MODEL, device or "cpu"), "a ratio")
+        ratio._model = require_density(load(path, device or "cpu"), "a ratio")
         return ratio
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -367,7 +365,7 @@ class DensityRatio:
         z = self._model.info.transform(self._coordinates(x)).clamp(-FARTHEST, FARTHEST)
 
         def one(rows: slice) -> Tensor:
-            part = z[rows].to(device)
+            part = z[rows].to(device, working_dtype(model, torch.float32))
             effects = model.base.class_effects(part)
             base = model.base.log_prob_levels(part)[:, :1] + (0.0 if effects is None else effects[:, :, 0])
             base = base.expand(-1, 2)
