@@ -64,8 +64,7 @@ class Batches:
         self.mine = slice(self.rank * share, (self.rank + 1) * share)
 
     def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
-        """The batches of the steps ``first`` ... ``last`` - 1, on ``device`` and in the network's precision; ``loss``
-        draws the levels."""
+        """Of the steps ``first`` ... ``last`` - 1, on ``device`` in the network's precision; ``loss`` draws levels."""
         shape, transform = (self.batch_size, *self.source.shape), self.source.transform
         dtype = working_dtype(loss.model, torch.float32)
         for step, (x, y) in zip(range(first, last), self._samples(first, last), strict=True):

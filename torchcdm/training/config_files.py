@@ -75,7 +75,10 @@ def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for path, text in flags:
         try:
-            fields = merge(fields, nested(path, text if _takes_text(path) else yaml.load(text, _Loader)))
+            value = text if _takes_text(path) else yaml.load(text, _Loader)
+            for part in reversed(path.split(".")):
+                value = {part: value}
+            fields = merge(fields, value)
         except (ValueError, RecursionError, yaml.YAMLError):
             raise UserError(f"--{path}: '{text}' is not a YAML value") from None
     return fields
@@ -96,13 +99,6 @@ def _leaves(annotation: Any) -> Iterator[Any]:
     """The alternatives of an annotation."""
     parts = () if get_origin(annotation) in (Literal, tuple, dict) else get_args(annotation)
     return (leaf for part in parts for leaf in _leaves(part)) if parts else iter([annotation])
-
-
-def nested(path: str, value: Any) -> dict[str, Any]:
-    """The fields that set one field, given by its dotted path."""
-    for part in reversed(path.split(".")):
-        value = {part: value}
-    return value
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:

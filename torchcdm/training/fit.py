@@ -147,9 +147,8 @@ def train(
 
 
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
-    """Refuses a network of one's own with batch normalisation, weights in half precision, other classes than the
-    data's, or an output that is not (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the
-    level, is not called."""
+    """Refuses a network with batch normalisation, weights in half precision, other classes than the data's, or outputs
+    not (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the level, is not called."""
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is of type {type(network).__name__}; give an nn.Module, or FILE.py:NAME")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):

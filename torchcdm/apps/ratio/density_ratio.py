@@ -338,9 +338,8 @@ class DensityRatio:
         if content.get("kind") != cls.__name__:
             raise UserError(f"{path}: holds no density ratio, but a {content.get('kind', 'run')}")
         with restoring(file):
-            settings = {key: content["params"][key] for key in SETTINGS}
-            overrides = settings.pop("overrides")
-            ratio = cls(**settings, device=device, **overrides)
+            params = content["params"]
+            ratio = cls(**params.pop("overrides"), **params, device=device)
             restore(ratio, cls._saved, content["fitted"], ["_warp"])
             ratio._classifiers = Classifiers.of(*tensors) if tensors else None
         ratio._model = require_density(load(path, device or "cpu"), "a ratio")
