@@ -233,8 +233,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
 
 
 def config_of(model: Denoiser) -> ModelConfig:
-    """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes, and
-    for a model made of others."""
+    """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes."""
     if model.backbone is None:
         what = f"{type(model).__name__} has no network of its own"
         raise UserError(f"{what}; train and save the models that it is made of, and make it again from them")

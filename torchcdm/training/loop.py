@@ -142,10 +142,9 @@ class Trainer:
         self.ema = EMA(self.model, self.options.ema_decay)
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer(self.options, self.model)
-        read = {"flip": self.config.data.flip, "workers": self.config.data.workers}
-        share = {"rank": self.processes.rank, "world": self.processes.world}
         size, seed, labels = self.options.batch_size, self.options.seed, self.model.conditional
-        self.batches = Batches(self.source, size, seed, labels, **read, **share)
+        data, share = self.config.data, (self.processes.rank, self.processes.world)
+        self.batches = Batches(self.source, size, seed, labels, data.flip, data.workers, *share)
         self.selection = Selection(self.config, self.source, self.model)
         self.fingerprint = fingerprint(self.source)
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0

@@ -54,8 +54,7 @@ def folds(rows: int) -> Tensor:
 class Networks(nn.Module):
     """Perceptrons of all members of a committee, side by side; their last layer starts at zero unless it has a scale.
 
-    They have the ``sizes`` of input, hidden layers and output; first weights are drawn by ``draw``, zeros when None;
-    float32.
+    They have the ``sizes`` of input, hidden layers and output; first weights are drawn by ``draw``, zeros when None.
     """
 
     def __init__(self, sizes: Sequence[int], draw: Generator | None = None, scale: float = 0.0) -> None:
