@@ -75,7 +75,7 @@ def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for path, text in flags:
         try:
-            value = text if _takes_text(path) else yaml.load(text, _Loader)
+            value: Any = text if _takes_text(path) else yaml.load(text, _Loader)
             for part in reversed(path.split(".")):
                 value = {part: value}
             fields = merge(fields, value)
