@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "likelihood-throughput": likelihoods.likelihood_throughput,
     "log-z": likelihoods.log_z,
     "log-z-images": partial(likelihoods.log_z_images, "fashion-mnist-conditional"),
+    "log-z-images-16": partial(likelihoods.log_z_images, "fashion-mnist-16x16", by_class=False),
     "log-z-images-16-rows": partial(likelihoods.log_z_images_rows, "fashion-mnist-16x16"),
     "log-z-images-rows": partial(likelihoods.log_z_images_rows, "fashion-mnist-conditional"),
     "mixture-weights": ratios.mixture_weights,

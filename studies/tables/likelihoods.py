@@ -58,13 +58,14 @@ def _error(z: dict[str, Any], dim: int) -> float:
     return 1 / (math.sqrt(z["ess"]) * dim * math.log(2))
 
 
-def log_z_images(model: str) -> str:
-    """log2 Z / d of the classes of a model's images by several seeds, a row for each, and their mean."""
+def log_z_images(model: str, by_class: bool = True) -> str:
+    """log2 Z / d of a model's images by several seeds: of the classes, a row for each, and their mean."""
     row = read("log_z_images")[model]
-    head, found = ["class", *(f"seed {k}" for k in range(len(row["log_z"])))], [z["convergence"] for z in row["log_z"]]
+    head = ["class" if by_class else "", *(f"seed {k}" for k in range(len(row["log_z"])))]
+    found = [z["convergence"] for z in row["log_z"]]
     lines = [
         [name, *("{:.4f} ± {:.4f}".format(*one["classes"][k]) for one in found)]
-        for k, name in enumerate(row["classes"])
+        for k, name in enumerate(row["classes"] if by_class else ())
     ]
     lines.append(["**mean**", *(f"**{z['value']:.4f} ± {_error(z, row['dim']):.4f}**" for z in row["log_z"])])
     lines.append(["95 %, Student's t", *(f"{z['low']:.4f} to {z['high']:.4f}" for z in row["log_z"])])
