@@ -273,12 +273,15 @@ class SASolver(Sampler):
         known = self.variance is not None or not math.isfinite(variance)
         return self if known else SASolver(self.memory + 1, self.eta, variance)
 
+    def time(self, r: Tensor) -> Tensor:
+        """The variable of the polynomial, of ratios of noise to signal."""
+        return ((1.0 if self.variance is None else self.variance) / 4 + r**2).log()
+
     def rule(self, step: Step, now: Prediction) -> Tensor:
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
         t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
-        variance, visited = 1.0 if self.variance is None else self.variance, ((t, now), *step.previous)
-        time = lambda r: (variance / 4 + r**2).log()  # noqa: E731
-        data = float(r[s]) ** (1 + self.eta) * _integral(step, visited[: self.memory + 1], t, s, time, -1 - self.eta)
+        visited = ((t, now), *step.previous)[: self.memory + 1]
+        data = float(r[s]) ** (1 + self.eta) * _integral(step, visited, t, s, self.time, -1 - self.eta)
         return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
 
 
