@@ -331,9 +331,9 @@ def test_bounds_on_images_by_a_log_z_that_was_measured(monkeypatch):
         one, other = name.split(" - ")
         assert off == pytest.approx(values[one] - values[other]) and se > 0
     monkeypatch.setattr(likelihoods, "read", lambda name: {"gaussian": row})
-    table = likelihoods.log_z_images().splitlines()
+    table = likelihoods.log_z_images("gaussian").splitlines()
     assert "seed 1" in table[0] and table[2].startswith("| more") and "**mean**" in table[4]
-    assert "`few-pass-restricted`" in likelihoods.log_z_images_rows()
+    assert "`few-pass-restricted`" in likelihoods.log_z_images_rows("gaussian")
 
 
 def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_path):

@@ -357,6 +357,8 @@ def test_files_that_change_after_they_were_listed(tmp_path, monkeypatch, change)
 
 
 class Levels:
+    model = torch.nn.Linear(1, 1)
+
     def draw_levels(self, n, generator):
         return torch.zeros(n, dtype=torch.long)
 

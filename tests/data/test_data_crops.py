@@ -52,6 +52,8 @@ def test_training_sees_random_crops_and_other_splits_fixed_ones(folder):
 
 
 class Levels:
+    model = torch.nn.Linear(1, 1)
+
     def draw_levels(self, n, generator):
         return torch.ones(n, dtype=torch.long)
 
