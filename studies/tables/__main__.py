@@ -66,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
     "rare-events": energies.rare_events,
+    "rare-digits": energies.rare_digits,
     "quality-of-zoo": pictures.quality_of_zoo,
     "ratio-pairs": ratios.ratio_pairs,
     "ratio-peers": ratios.ratio_peers,

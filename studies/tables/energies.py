@@ -19,6 +19,19 @@ def rare_events() -> str:
     return markdown(head, lines)
 
 
+def rare_digits() -> str:
+    """Estimates of a model's rare images, beside particles that no threshold has moved."""
+    head = ["ink above", "10³ P, without a threshold", "particles", "10³ P, by splitting, mean", "CV",
+            "95 % intervals that hold it", "evaluations"]  # fmt: skip
+    lines = [
+        [f"{r['threshold']:.1f}", f"{1000 * r['p']:.2f} ± {1000 * r['p_se']:.2f}", f"{r['draws']:,}",
+         f"{1000 * r['p'] * r['mean_over_truth']:.2f}", f"{r['cv']:.2f}",
+         f"{round(r['coverage'] * r['repeats'])} of {r['repeats']}", f"{r['evaluations']:,.0f}"]
+        for r in read("rare_digits")["rows"]
+    ]  # fmt: skip
+    return markdown(head, lines)
+
+
 def posterior_coverage() -> str:
     """How often credible intervals hold the truth."""
     head = ["model", "known", "truths", "method", "evaluations", "seconds", "effective", "90 % intervals hold",
