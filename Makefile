@@ -45,7 +45,7 @@ $(EXTRAS)/.installed: pyproject.toml
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' 'torch>=2.6,<2.7' 'torchvision<0.22' 'numpy<2' 'pyarrow<20' 'timm>=1.0,<1.0.4'
+	$(OLDEST)/bin/python -m pip install --quiet -e '.[dev]' 'torch>=2.6,<2.7' 'torchvision<0.22' 'numpy<2' 'pyarrow<20'
 	touch $@
 
 # Adapters and peers with their packages; the type checkers beside them; the core suite with the oldest torch.

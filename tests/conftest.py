@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ["torch", "numpy", "azula", "sbi", "pyod", "diffusers", "gradio", "huggingface_hub", "ray", "timm"]
+PACKAGES = ["torch", "numpy", "azula", "sbi", "pyod", "diffusers", "gradio", "huggingface_hub", "ray"]
 """Their tests ran with these versions, or were skipped."""
 
 

@@ -9,7 +9,7 @@ import pytest
 import torchcdm
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(torchcdm.__path__, "torchcdm."))
-HEAVY = ("accelerate", "sklearn", "torchvision", "matplotlib", "diffusers", "timm", "pandas", "PIL", "datasets")
+HEAVY = ("accelerate", "sklearn", "torchvision", "matplotlib", "diffusers", "pandas", "PIL", "datasets")
 OPTIONAL = ("azula", "sbi", "pyod", "diffusers", "gradio", "ray")
 """Packages that a bridge builds on; without them it cannot be imported."""
 

@@ -1,10 +1,17 @@
 """Composed densities against exact draws of them: a classifier's accuracy, and the weights of modes.
 
     python -m studies.benchmarks.composing --json studies/results/composing.json
+    python -m studies.benchmarks.composing --learned --json studies/results/composing_learned.json
 
-Mixtures of four round Gaussians in 2 and 16 dimensions, exact at every level: their product, their mixture, and powers
-of the first. Products and powers of whole numbers are mixtures again; a root is drawn by rejection. Draws end at level
-1 and take one denoising step; so do the exact ones. Methods, by evaluations a draw (T = 24 levels):
+Mixtures of four round Gaussians in 2 and 16 dimensions, exact at every level: their product, their mixture, powers of
+the first, and the first away from a broad Gaussian, p² / q. Products, such ratios, and powers of whole numbers are
+mixtures again; a root is drawn by rejection. Draws end at level 1 and take one denoising step; so do the exact ones.
+
+With ``--learned`` the same is made of two CDMs whose networks have learned the mixtures from draws, with one Gaussian
+as base. What stands for exact draws are those of long replica exchange, :data:`SWEEPS` sweeps; ``truth`` is how these
+differ from exact draws of the mixtures' composition, which is an error of learning, not of sampling.
+
+Methods, by evaluations a draw (T = 24 levels):
 
 - ``particles``: ``torchcdm.sample(target, n, particles=2 n)``, 2 T for each of 2 n particles;
 - ``accepted``: a step down and an accepted Langevin move at each level, 2 T;
@@ -22,22 +29,32 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import torchcdm
 from studies.benchmarks.files import write_rows
-from studies.benchmarks.posterior_coverage import exact_mixture
+from studies.benchmarks.posterior_coverage import Nothing, exact_mixture
 from studies.exact import GaussianMixture
 from studies.quality.measure import two_sample_accuracy
 from torchcdm import compose
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, langevin
 from torchcdm.annealing.target import ModelTarget, Target
+from torchcdm.diffusion.gaussian import GaussianMarginals, Rotation
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.density import DensityModel
+from torchcdm.networks.mlp import MLP
 from torchcdm.random import stream
+from torchcdm.units import DataTransform
+
+BROAD = 2.0
+"""Variance of what ``negation`` keeps away from."""
+
+LEARNED_FROM, SWEEPS = 50_000, 200
+"""Draws that a network learns from, and sweeps of what stands for exact draws of what it has learned."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """Log weights (K,), means (K, d) and variances (K,) of a mixture of round Gaussians."""
@@ -46,15 +63,23 @@ Parts = tuple[Tensor, Tensor, Tensor]
 def at_level_1(model: DensityModel) -> Parts:
     """What an exact mixture is at level 1."""
     mixture, alpha, sigma = model.base, model.schedule.alpha[1], model.schedule.sigma[1]
-    return mixture.log_weights, alpha * mixture.means, alpha**2 * mixture.variances[:, 0] + sigma**2
+    return mixture.log_weights, alpha * means_of(model), alpha**2 * mixture.parts.variances[:, 0, 0] + sigma**2
+
+
+def means_of(model: DensityModel) -> Tensor:
+    """Means of an exact mixture, (K, d)."""
+    return model.base.parts.mean[:, 0]
 
 
 def multiplied(a: Parts, b: Parts) -> Parts:
-    """The product of two mixtures, a mixture of the products of their parts, up to a constant."""
+    """The product of two mixtures, a mixture of the products of their parts, up to a constant.
+
+    One part of variance -V stands for the inverse of a Gaussian that is broader than all parts of the other mixture.
+    """
     (w, m, v), (W, M, V) = a, b
     total, d = v[:, None] + V, m.shape[1]
     apart = (m[:, None] - M).square().sum(2)
-    weights = w[:, None] + W - 0.5 * apart / total - 0.5 * d * total.log()
+    weights = w[:, None] + W - 0.5 * apart / total - 0.5 * d * total.abs().log()
     means = (m[:, None] * V[None, :, None] + M * v[:, None, None]) / total[..., None]
     return weights.flatten(), means.flatten(0, 1), (v[:, None] * V / total).flatten()
 
@@ -100,6 +125,46 @@ def descended(target: Target, kernels: Kernels, n: int, way: str, seed: int) -> 
     return states.x
 
 
+def broad(d: int) -> DensityModel:
+    """A Gaussian beside the mixtures' centre, broader than all of their parts."""
+    schedule = exact_mixture(d).schedule
+    mean, shape = torch.full((d,), d**-0.5, dtype=torch.float64), (d,)
+    base = GaussianMarginals(schedule, mean, torch.full(shape, BROAD, dtype=torch.float64), Rotation(shape))
+    return ClassificationDiffusion(Nothing(schedule.T + 2), schedule, DataTransform(shape), base).double()
+
+
+def learned(exact: DensityModel, seed: int, steps: int) -> DensityModel:
+    """A CDM of draws of a mixture. Its base is one Gaussian: all modes are the network's."""
+    schedule, shape = exact.schedule, exact.shape
+    x = exact.base.draw((LEARNED_FROM, *shape), stream(seed, "learned from")).float()
+    network, base = MLP(shape[0], levels=schedule.T + 2, width=128, depth=3), GaussianMarginals.fit(x, schedule)
+    model = ClassificationDiffusion(network, schedule, DataTransform(shape), base)
+    how = {"seed": seed, "lr": 2e-3, "batch_size": 512, "select": "loss"}
+    return torchcdm.train(model, x, progress=False, device="cpu", steps=steps, **how).double()
+
+
+def cases(one: DensityModel, two: DensityModel) -> dict[str, DensityModel]:
+    """What is made of two densities, by name."""
+    return {
+        "product": compose.all_of([one, two]), "mixture": compose.any_of([one, two]),
+        "negation": compose.none_of(one, [broad(one.shape[0])]), "power 2": compose.tempered(one, 2.0),
+        "power 4": compose.tempered(one, 4.0), "power 0.5": compose.tempered(one, 0.5),
+    }  # fmt: skip
+
+
+def exact_draws(case: str, one: DensityModel, two: DensityModel, n: int, generator: torch.Generator) -> Tensor:
+    """Draws at level 1 of what :func:`cases` makes of two exact mixtures."""
+    a, b, wide = at_level_1(one), at_level_1(two), broad(one.shape[0])
+    mean, variances = wide.base.moments(1)
+    square = multiplied(a, a)
+    parts = {
+        "product": lambda: multiplied(a, b), "mixture": lambda: tuple(map(torch.cat, zip(a, b, strict=True))),
+        "negation": lambda: multiplied(square, (torch.zeros(1).double(), mean[None], -variances[:1])),
+        "power 2": lambda: square, "power 4": lambda: multiplied(square, square),
+    }  # fmt: skip
+    return root(a, n, generator) if case == "power 0.5" else drawn(parts[case](), n, generator)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses, measures and writes."""
     parser = argparse.ArgumentParser(
@@ -107,45 +172,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--n", type=int, default=2000, help="draws a side (2000)")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 16])
+    parser.add_argument("--learned", action="store_true", help="of densities that networks have learned")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of the networks (6000)")
+    parser.add_argument("--sweeps", type=int, default=SWEEPS, help=f"sweeps of the long runs ({SWEEPS})")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     n, rows = options.n, []
     for d in options.dims:
-        one, two = exact_mixture(d), exact_mixture(d, seed=1)
-        a, b = at_level_1(one), at_level_1(two)
-        square = multiplied(a, a)
-        both = torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), torch.cat([a[2], b[2]])
-        cases = {
-            "product": (compose.all_of([one, two]), multiplied(a, b)), "mixture": (compose.any_of([one, two]), both),
-            "power 2": (compose.tempered(one, 2.0), square),
-            "power 4": (compose.tempered(one, 4.0), multiplied(square, square)),
-            "power 0.5": (compose.tempered(one, 0.5), None),
-        }  # fmt: skip
-        for (case, (model, parts)), way in product(
-            cases.items(), ("exact", "particles", "accepted", "unadjusted", "sum of scores")
-        ):
-            target, generator, before = ModelTarget(model), stream(0, "exact", d), time.process_time()
-            truth = [root(a, 10 * n, generator) if parts is None else drawn(parts, 10 * n, generator),
-                     root(a, n, generator) if parts is None else drawn(parts, n, generator)]  # fmt: skip
-            ess = None
-            if way == "particles":
-                found = compose.sample(model, n, particles=2 * n, details=True)
-                x, ess = found.x.double(), found.ess / (2 * n)
-            else:
-                x = truth[1] if way == "exact" else descended(target, Kernels.of_target(target), n, way, 0)
-                x = clean(target, x)
-            real = clean(target, truth[0])
-            accuracy, se = two_sample_accuracy(x, real[:n])
-            near = [torch.cdist(part, one.base.means).argmin(1) for part in (x, real)]
-            shares = [torch.bincount(part, minlength=4) / len(part) for part in near]
-            rows.append({
-                "d": d, "case": case, "method": way, "n": n, "c2st": accuracy, "c2st_se": se,
-                "modes": float((shares[0] - shares[1]).abs().max()), "ess": ess,
-                "cpu_seconds": time.process_time() - before,
-            })  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
+        exact = one, two = exact_mixture(d), exact_mixture(d, seed=1)
+        if options.learned:
+            one, two = (learned(model, seed, options.steps) for seed, model in enumerate(exact))
+        for case, model in cases(one, two).items():
+            target, generator = ModelTarget(model), stream(0, "exact", d)
+            truth = clean(ModelTarget(cases(*exact)[case]), exact_draws(case, *exact, 10 * n, generator))
+            known = truth
+            if options.learned:
+                known = compose.sample(model, 2 * n, particles=2 * n, sweeps=options.sweeps, seed=1).double()
+                accuracy, se = two_sample_accuracy(known[:n], truth[:n])
+                rows.append({"d": d, "case": case, "method": "truth", "n": n, "c2st": accuracy, "c2st_se": se,
+                             "modes": modes(known, truth, exact[0])})  # fmt: skip
+            for way in ("exact", "particles", "accepted", "unadjusted", "sum of scores"):
+                before, ess = time.process_time(), None
+                if way == "particles":
+                    found = compose.sample(model, n, particles=2 * n, details=True)
+                    x, ess = found.x.double(), found.ess / (2 * n)
+                elif way == "exact":
+                    x = known[-n:]
+                else:
+                    x = clean(target, descended(target, Kernels.of_target(target), n, way, 0))
+                accuracy, se = two_sample_accuracy(x, known[:n])
+                rows.append({
+                    "d": d, "case": case, "method": way, "n": n, "c2st": accuracy, "c2st_se": se,
+                    "modes": modes(x, known, exact[0]), "ess": ess, "cpu_seconds": time.process_time() - before,
+                })  # fmt: skip
+                print(json.dumps(rows[-1]), flush=True)
             write_rows(rows, options.json)
+
+
+def modes(x: Tensor, known: Tensor, exact: DensityModel) -> float:
+    """The largest error of the share of draws that are nearest to one of a mixture's means."""
+    near = [torch.cdist(part, means_of(exact)).argmin(1) for part in (x, known)]
+    shares = [torch.bincount(part, minlength=len(means_of(exact))) / len(part) for part in near]
+    return float((shares[0] - shares[1]).abs().max())
 
 
 def clean(target: Target, x: Tensor) -> Tensor:

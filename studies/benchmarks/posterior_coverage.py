@@ -67,7 +67,7 @@ class Task(NamedTuple):
     counted: Tensor
 
 
-class _Nothing(nn.Module):
+class Nothing(nn.Module):
     """No correction to the base density."""
 
     def __init__(self, levels: int) -> None:
@@ -87,7 +87,7 @@ def exact_mixture(d: int = 4, components: int = 4, seed: int = 0) -> DensityMode
     common = GaussianMarginals.fit(mixture.sample(20000, generator), schedule)
     covariances = (0.1 + 0.3 * spread)[:, None, None] * torch.eye(d, dtype=torch.float64)
     base = MixtureMarginals(schedule, weights + 0.3, means, covariances, common)
-    return ClassificationDiffusion(_Nothing(schedule.T + 2), schedule, DataTransform((d,)), base).double()
+    return ClassificationDiffusion(Nothing(schedule.T + 2), schedule, DataTransform((d,)), base).double()
 
 
 def by_azula(method: str, model: DensityModel, measure: Measurement, y: Tensor, std: float, n: int) -> Tensor:

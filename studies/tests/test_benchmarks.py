@@ -22,7 +22,7 @@ from studies.benchmarks import (
     two_samples,
 )
 from studies.benchmarks.equal_time import on_plain_grey_levels
-from studies.benchmarks.posterior_coverage import _Nothing, measure, summary
+from studies.benchmarks.posterior_coverage import Nothing, measure, summary
 from studies.budget import CLOCKS
 from studies.tables import likelihoods
 from torchcdm import DensityRatio
@@ -297,7 +297,7 @@ def test_the_map_of_the_ratio_benchmarks_is_invertible(dim):
     assert volumes == pytest.approx((1 + 0.4 * np.cos(2 * y)).prod(1), rel=1e-5)
 
 
-class _Constants(_Nothing):
+class _Constants(Nothing):
     """A joint backbone of two classes, that adds a constant to log p of each at every level but the last."""
 
     classes, joint, constants = 2, True, (0.8, -0.2)

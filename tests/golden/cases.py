@@ -26,7 +26,6 @@ from torchcdm.diffusion.schedules import LinearSchedule, LogSNRSchedule, Uniform
 from torchcdm.likelihood import (
     FlowSolver,
     Scoring,
-    consistency,
     elbo,
     log_normalizer,
     probability_flow,
@@ -245,7 +244,6 @@ def of_likelihoods() -> dict[str, Tensor]:
             for level in (0, 3):
                 values[f"{which}/single-{level}"] = single_pass(model, x, y, Scoring(level, draws=3, seed=1)).nats
     model = vector_model()
-    values["consistency"] = torch.stack(consistency(model, inputs(model, 8), None, Scoring(seed=1)))
     gaps = probability_flow(model, inputs(model, 8), None, Scoring(level=1, seed=1)).flow.gaps()
     values["gap-by-level"] = torch.stack([-gaps.mean, gaps.sd])
     table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1), sweeps=8).to_json()

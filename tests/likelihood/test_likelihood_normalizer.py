@@ -20,7 +20,6 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import (
     LogZ,
     Scoring,
-    consistency,
     elbo,
     log_normalizer,
     single_pass,
@@ -324,31 +323,6 @@ def test_strata_estimate_the_whole_sum():
     difference = part.diffusion - whole
     assert abs(float(difference.mean())) < 4 * float(difference.std()) / math.sqrt(1000)
     assert part.nfe == 8
-
-
-# --- neighbouring levels ---------------------------------------------------------------------------------------
-
-
-def test_a_perfect_classifier_passes_the_check_of_neighbours():
-    schedule = CosineSchedule(30)
-    model = tilted_model(schedule)
-    x = labelled_mixture().sample(2000, rng(5))
-    right = consistency(model, x)
-    for mean in right:
-        assert mean.shape == (31,)
-        assert bool(((mean - 1).abs() < 0.02).all())  # four times what 2000 samples leave
-    exact = model.backbone.exact
-    lift = torch.zeros(32, dtype=torch.float64)
-    lift[7] = 0.5
-    model.backbone.forward = lambda x: exact(x) + lift
-    wrong = consistency(model, x)
-    down, up = ((a / b).log() for a, b in zip(wrong, right, strict=True))
-    # Pair i is (i, i + 1): level 7 is the higher one of pair 6 and the lower one of pair 7.
-    expected = torch.zeros(31, dtype=torch.float64)
-    expected[6], expected[7] = -0.5, 0.5
-    assert torch.allclose(down, expected, atol=1e-9) and torch.allclose(up, -expected, atol=1e-9)
-    batched = consistency(model, x[:30], None, Scoring(batch_size=7))
-    assert torch.allclose(batched[0], consistency(model, x[:30])[0], atol=1e-9)
 
 
 # --- what is said about it -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.units import DataTransform, LogLikelihood
 
 SINGLE = ("single_pass", "elbo", "probability_flow")
-OTHERS = ("report", "consistency", "log_normalizer")
+OTHERS = ("report", "log_normalizer")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from studies.reproduce.denoised import denoised
 from studies.reproduce.fig3 import log_posteriors
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
-from torchcdm.likelihood import consistency, single_pass
+from torchcdm.likelihood import single_pass
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
@@ -125,7 +125,7 @@ def test_validation_is_the_loss_of_training_and_the_density():
 
 @pytest.mark.parametrize(
     "measure",
-    [level_sums, log_posteriors, single_pass, consistency, fig9.confusion, lambda m, x: denoised(m, x, [1, 5])],
+    [level_sums, log_posteriors, single_pass, fig9.confusion, lambda m, x: denoised(m, x, [1, 5])],
 )
 def test_models_on_another_device_than_the_data(measure):
     with pretended_device() as device:

@@ -68,7 +68,7 @@ def test_preset_trains_samples_and_reports(folder, tmp_path, monkeypatch, preset
         side = 64 if preset == "celeba64" else 32
         assert info.transform.shape == (3, side, side) and not info.transform.dequantize
         assert float(info.transform.scale) == 127.5 and float(info.transform.shift) == 127.5
-        assert "flow" not in rows and report["gap_to_flow_by_level"] is None and report["consistency"] is not None
+        assert "flow" not in rows and report["gap_to_flow_by_level"] is None
     assert model.classes == (10 if "conditional" in preset else None)
     assert model.joint == (preset in ("fashion-mnist-conditional", "digits-conditional"))
     suffix = "csv" if network == "mlp" else "png"

@@ -49,21 +49,13 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
             ax.set(xlabel=LEVEL, ylabel=name)
 
 
-def consistency(down: Tensor, up: Tensor, gaps: LevelGaps | None, path: Path) -> None:
-    """Ratios of neighbouring levels, all 1 for a perfect classifier, and the gap of one pass and flow, by level."""
-    with panels(path, 1 if gaps is None else 2) as axes:
-        levels = torch.arange(len(down)) + 0.5
-        # Not a logarithmic axis: ratios of a poor model may be all that float64 holds.
-        axes[0].plot(levels, down.log10(), label="E[p(t-1) / p(t)] at level t")
-        axes[0].plot(levels, up.log10(), label="E[p(t+1) / p(t)] at level t")
-        axes[0].set(xlabel=LEVEL, ylabel="log10 of the mean ratio")
-        axes[0].legend(fontsize=7)
-        if gaps is not None:
-            axes[1].fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
-            axes[1].plot(gaps.levels, gaps.mean)
-            axes[1].set(xlabel=LEVEL, ylabel="NLL, one pass - flow, nats")
-        for ax in axes:
-            ax.axhline(0, color="0.7", linestyle="--")
+def gaps_to_flow(gaps: LevelGaps, path: Path) -> None:
+    """How far one pass is from the flow at each level: mean and standard deviation over samples."""
+    with panels(path) as (ax,):
+        ax.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
+        ax.plot(gaps.levels, gaps.mean)
+        ax.axhline(0, color="0.7", linestyle="--")
+        ax.set(xlabel=LEVEL, ylabel="NLL, one pass - flow, nats")
 
 
 def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> None:

@@ -14,7 +14,7 @@ from torchcdm import __version__
 from torchcdm.apps import plots
 from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
-from torchcdm.likelihood import NLLReport, Scoring, consistency, methods_of
+from torchcdm.likelihood import NLLReport, Scoring, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.known import TRAINING, weights_of, write_log_z
 from torchcdm.likelihood.scoring import dithered
@@ -25,9 +25,6 @@ from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.units import GaussianizedTransform
-
-DIAGNOSED = 32
-"""Samples on which levels are compared with each other, T passes each."""
 
 
 def write_report(
@@ -42,7 +39,7 @@ def write_report(
     split_name = next(name for name in ("test", "validation", "train") if getattr(source, name))
     split, limit = getattr(source, split_name), config.report.limit
     evaluation = evaluate(model, split, limit)
-    nll, beside, ratios = None, [], None
+    nll, beside = None, []
     methods = [method for method in config.report.methods if method in methods_of(model)]
     if methods:
         x, _ = split.tensors(limit)
@@ -54,10 +51,8 @@ def write_report(
         if nll.log_z is not None and nll.log_z.usable:
             write_log_z(folder.root, nll.log_z, weights)
         beside = _beside(source, x) if config.report.baselines else []
-        few, _ = split.tensors(min(DIAGNOSED, max(2, limit // 4)))
-        if model.density is not None and len(few) >= 2:
-            ratios = dict(zip(("down", "up"), consistency(model.density, few), strict=True))
-            plots.consistency(*ratios.values(), nll.gaps, folder.plots / "consistency.png")
+        if nll.gaps is not None:
+            plots.gaps_to_flow(nll.gaps, folder.plots / "gaps.png")
     lines = read_metrics(folder.metrics)
     plots.training_curves(lines, folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
@@ -74,10 +69,8 @@ def write_report(
         # What the training found of its model and of what it has to beat.
         "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
         "nll": nll and nll.to_json(),
+        "gap_to_flow_by_level": nll and nll.gaps and nll.gaps.to_json(),
     }
-    by_level = {"consistency": ratios, "gap_to_flow_by_level": nll and nll.gaps and nll.gaps._asdict()}
-    for name, found in by_level.items():
-        numbers[name] = found and {key: torch.as_tensor(value).tolist() for key, value in found.items()}
     write_json(folder.report, numbers)
     return _text(nll, beside, evaluation)
 

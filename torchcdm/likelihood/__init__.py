@@ -6,9 +6,9 @@ Every likelihood takes ``(model, x, y=None, scoring=Scoring())``, so that their 
 from torchcdm.likelihood.elbo import elbo
 from torchcdm.likelihood.flow import FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import LogZ, log_normalizer
-from torchcdm.likelihood.one_pass import consistency, single_pass
+from torchcdm.likelihood.one_pass import single_pass
 from torchcdm.likelihood.report import Method, NLLReport, methods_of, report
 from torchcdm.likelihood.scoring import Scoring
 
 __all__ = ["FlowSolver", "LogZ", "Method", "NLLReport", "Scoring"]
-__all__ += ["consistency", "elbo", "log_normalizer", "methods_of", "probability_flow", "report", "single_pass"]
+__all__ += ["elbo", "log_normalizer", "methods_of", "probability_flow", "report", "single_pass"]

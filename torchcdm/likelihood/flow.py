@@ -67,6 +67,10 @@ class LevelGaps(NamedTuple):
     mean: Tensor
     sd: Tensor
 
+    def to_json(self) -> dict[str, list[float]]:
+        """Plain lists, by name."""
+        return {"levels": self.levels, "mean": self.mean.tolist(), "sd": self.sd.tolist()}
+
 
 @dataclass(frozen=True)
 class FlowLikelihood(LogLikelihood):

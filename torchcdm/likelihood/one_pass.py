@@ -72,30 +72,3 @@ def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tens
     cells = noisy_cells(transform, schedule, level)
     decoded = cells.log_decoder(z, batch.x, Prediction(z, *schedule.at(level, z), eps).x0)
     return z, log_prob, (decoded - cells.log_q(z, batch.x)).flatten(1).sum(1) + change
-
-
-def consistency(
-    model: DensityModel, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring()
-) -> tuple[Tensor, Tensor]:
-    """Mean ratios of neighbouring levels i and i + 1 (identity 1), 1 for a perfect classifier; T + 2 forward passes.
-
-    Of p_i / p_{i+1} on data noised to level i + 1, and of p_{i+1} / p_i on data noised to level i; float64 (T+1,)
-    each. Arguments as in :func:`torchcdm.likelihood.single_pass`; of ``scoring`` seed and batch size are used.
-    """
-    model, (x, y) = require_density(model, "consistency"), as_data(model, x, y, scoring)
-    dtype = working_dtype(model, torch.float64)
-
-    def ratios(rows: slice) -> tuple[Tensor, Tensor]:
-        batch, down, up = Batch(model, x, y, rows, scoring.seed), [], []
-        x_0 = model.transform(batch.dithered())
-        for t in range(model.schedule.T + 2):
-            x_t = model.schedule.perturb(x_0, t, batch.noise("levels", t))
-            log_p = model.log_prob_levels(x_t.to(dtype), batch.y).double().cpu()
-            if t > 0:
-                down.append((log_p[:, t - 1] - log_p[:, t]).exp())
-            if t <= model.schedule.T:
-                up.append((log_p[:, t + 1] - log_p[:, t]).exp())
-        return torch.stack(down, 1), torch.stack(up, 1)
-
-    down, up = in_batches(model, x, ratios, scoring.batch_size)
-    return down.mean(0), up.mean(0)

@@ -15,7 +15,6 @@ from torchcdm.likelihood.scoring import Scoring
 from torchcdm.losses import CDMLoss
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import DDMMLP, MLP
-from torchcdm.networks.timm_adapter import TimmBackbone
 from torchcdm.networks.unet import CDMUNet, DDMUNet
 from torchcdm.runtime import validation
 from torchcdm.runtime.validation import Count, CountOrZero, Float, NotNegative, Positive, Rate, Seed, validated
@@ -35,7 +34,6 @@ NETWORKS: dict[str, tuple[type, type | None]] = {
     "encoder": (Encoder, None),
     "unet": (CDMUNet, DDMUNet),
     "mlp": (MLP, DDMMLP),
-    "timm": (TimmBackbone, None),
     "custom": (OwnNetwork, None),
 }
 """The networks by name: as a classifier of levels, and as a plain denoiser, which takes part of its settings."""
