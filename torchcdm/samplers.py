@@ -64,12 +64,14 @@ class Sampler(ABC):
     Attributes:
         evaluations: Denoiser evaluations in a step; the step to level 0 always takes one.
         spacing: Where the steps are unless a caller says: ``even`` over the levels, or ``adaptive``.
+        weight: Power of r that weighs the error of a step when steps are placed, see :func:`adaptive_levels`.
         stochastic: Whether a step adds fresh noise.
         memory: Number of levels before this one that a step uses.
     """
 
     evaluations: ClassVar[int] = 1
     spacing: ClassVar[Literal["even", "adaptive"]] = "even"
+    weight: ClassVar[float] = 0.0
     stochastic: bool = False
     memory: int = 0
 
@@ -148,8 +150,7 @@ class Heun(Sampler):
     r"""Heun's method (Karras et al., 2022, arXiv 2206.00364) over an angle: two evaluations a step.
 
     With :math:`\theta = \arctan r` and :math:`v = x / (\alpha^2 + \sigma^2)^{1/2}` the probability flow is
-    :math:`dv / d\theta = \cos\theta\,\epsilon - \sin\theta\,x_0`. The whole path is a quarter turn, so that few
-    steps are accurate; in r, as Karras et al. have it, the first steps of most schedules cover decades.
+    :math:`dv / d\theta = \cos\theta\,\epsilon - \sin\theta\,x_0`: a quarter turn, where r covers decades.
     """
 
     evaluations: ClassVar[int] = 2
@@ -220,8 +221,7 @@ class UniPC(Sampler):
 
     Args:
         order: Order of the predictor, 1 to 4; corrected it is one higher.
-        time: Function of r in which the polynomial is. The paper's is ``torch.log``, which fails where the first
-            steps cover decades of r; the angle suits every schedule.
+        time: Function of r in which the polynomial is. The paper's, ``torch.log``, fails if steps cover decades.
     """
 
     @checked
@@ -261,6 +261,7 @@ class SASolver(Sampler):
     """
 
     spacing = "adaptive"
+    weight = 0.5
     stochastic = True
 
     @checked
@@ -286,10 +287,8 @@ class SASolver(Sampler):
 
 
 def _integral(step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Time, power: float) -> Tensor:
-    """The integral from level t to s, over r to the ``power``, of eps (power 1) or x_0 (below 0), shape of x.
-
-    Each is the polynomial in ``time`` of r through what was ``visited``. By Gauss-Legendre quadrature over log r,
-    which is exact to rounding here.
+    """The integral from level t to s, over r to the ``power``, of the polynomial in ``time`` of r through what was
+    ``visited``, eps (power 1) or x_0 (below 0), shape of x; by Gauss-Legendre quadrature over log r, all but exact.
     """
     ratio = step.denoiser.schedule.ratio
     start, end = ratio[[t, s]].double().cpu().log()
@@ -346,16 +345,16 @@ def pilot_labels(y: Tensor | None) -> Tensor | None:
 
 
 def adaptive_levels(
-    denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None
+    denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None, weight: float = 0.0
 ) -> tuple[list[int], float]:
     """The levels of ``steps`` steps that leave the curved parts of trajectories short (GITS, arXiv 2405.11326), and
     the variance of the data per value, in model units.
 
     A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
-    in units of the spread of x at its end; dynamic programming finds the steps of least total cost. It takes
-    :data:`FINE` evaluations of :data:`PILOTS` samples of event ``shape``. The same model, steps and classes give the
-    same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones from :data:`FINE` steps on. ``y``
-    are classes or contexts that samples are asked for, (n, ...). UserError for more steps than T.
+    in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
+    steps of least total cost. It takes :data:`FINE` evaluations of :data:`PILOTS` samples of event ``shape``. The same
+    model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
+    from :data:`FINE` steps on. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
     """
     schedule = denoiser.schedule
     fine = schedule.time_grid(min(FINE, schedule.T))
@@ -376,7 +375,8 @@ def adaptive_levels(
     cost = torch.full((count, count), torch.inf)
     for i in range(count - 1):
         reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]
-        cost[i, i + 1 :] = ((reached - u[i + 1 :]).square().mean((1, 2)).sqrt() / spread[i + 1 :]).cpu()
+        error = (reached - u[i + 1 :]).square().mean((1, 2)).sqrt()
+        cost[i, i + 1 :] = (error * r[i] ** weight / spread[i + 1 :]).cpu()
     best, choices = cost[0], []
     for _ in range(steps - 1):
         best, choice = (best[:, None] + cost).min(0)

@@ -119,7 +119,7 @@ def cell(
         began = time.process_time()
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
-            path = adaptive_levels(model, steps, shape, y)[0] if spacing == "adaptive" else even
+            path = adaptive_levels(model, steps, shape, y, rule.weight)[0] if spacing == "adaptive" else even
             moved = partial(taken, model, moves, options.seed)
             x = trajectories(model, options.samples, rule, path, shape, y, options.seed, moved=moved)
         else:

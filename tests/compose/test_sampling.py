@@ -23,6 +23,7 @@ from torchcdm.samplers import (
     DDIM,
     SAMPLERS,
     Heun,
+    SASolver,
     Step,
     adaptive_levels,
     make_sampler,
@@ -263,6 +264,10 @@ def test_adaptive_steps_are_those_of_model_and_classes():
     assert torch.allclose(samples[:9], sample(model, 9, y=y[:9], **options), atol=1e-6)
     assert adaptive_levels(model, 100, (2,))[0] == list(range(100, -1, -1))
     assert torch.equal(sample(model, 3, **options | {"steps": 100}), sample(model, 3, "ddpm", 100, shape=(2,)))
+    placed, variance = adaptive_levels(model, 7, (2,), torch.tensor([0, 1]), SASolver.weight)
+    assert placed != levels
+    there = trajectories(model, 50, SASolver(variance=variance), placed, (2,), y)
+    assert torch.equal(sample(model, 50, "sa2", 7, y, shape=(2,)), there)
     # Other classes have trajectories of their own.
     one, other = (adaptive_levels(model, 7, (2,), torch.tensor([k]))[0] for k in (0, 1))
     assert one != other

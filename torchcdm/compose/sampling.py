@@ -166,7 +166,7 @@ def sample(
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
     path = [*schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
-        path, variance = adaptive_levels(denoiser, steps, shape, labels)
+        path, variance = adaptive_levels(denoiser, steps, shape, labels, rule.weight)
         rule = rule.suited(variance)
     if moves is not None:
         with alone():
