@@ -206,26 +206,28 @@ def coverage(draws: np.ndarray, theta: np.ndarray) -> list[float]:
     return [float((np.abs(ranks - 0.5) <= level / 2).mean()) for level in LEVELS]
 
 
-def measure(name: str, who: str, pairs: int, seed: int, observations: int, budget: float | None) -> Row:
-    """One contender on one task."""
+def measure(
+    name: str, who: str, pairs: int, seed: int, observations: int, budget: float | None, covered: int = 500
+) -> Row:  # fmt: skip
+    """One contender on one task; coverage on at most so many new pairs as ``covered``."""
     task = TASKS[name]
     theta, x = task.pairs(pairs, seed)
     began = time.process_time()
     posterior = (own if who == "cdm" else partial(of_sbi, who))(task, theta, x, budget, seed)
     seconds = time.process_time() - began
-    new, x_new = task.pairs(COVERED[who], seed + 1000)
+    new, x_new = task.pairs(min(COVERED[who], covered), seed + 1000)
     numbers = [(seed * observations + k) % OBSERVATIONS + 1 for k in range(observations)]
     asked = np.stack([task.observation(number) for number in numbers])
     draws, outside = inside(task, posterior, DRAWS, asked)
     found = [c2st(ours, task.reference(k)[:DRAWS], PASSES) for ours, k in zip(draws, numbers, strict=True)]
-    covered, _ = inside(task, posterior, COVERED_DRAWS, x_new)
+    held, _ = inside(task, posterior, COVERED_DRAWS, x_new)
     rows = SCORED[who]
     many, x_many = task.pairs(rows, seed + 2000)
     began = time.process_time()
     posterior.log_prob(many, x_many)
     rate = rows / max(time.process_time() - began, 1e-9)
-    shares, largest = coverage(covered, new), tarp(covered, new, seed)
-    return Row(name, pairs, seed, who, found, shares, COVERED[who], largest, outside, seconds, rate)
+    shares, largest = coverage(held, new), tarp(held, new, seed)
+    return Row(name, pairs, seed, who, found, shares, len(new), largest, outside, seconds, rate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -236,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[1000], metavar="N", help="simulations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="K")
     parser.add_argument("--observations", type=int, default=3, metavar="N", help="for C2ST, at most 10")
+    parser.add_argument("--covered", type=int, default=500, metavar="N", help="new pairs for coverage at most")
     parser.add_argument("--seconds", type=float, metavar="S", help="processor seconds of each fit at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows; what it holds is kept")
     options = parser.parse_args(arguments)
@@ -249,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             key = {"task": task, "pairs": pairs, "seed": seed, "name": who}
             row = next((row for row in rows if key.items() <= row.items()), None)
             if row is None:
-                row = asdict(measure(task, who, pairs, seed, options.observations, budget))
+                row = asdict(measure(task, who, pairs, seed, options.observations, budget, options.covered))
                 rows.append(row)
                 write_rows(rows, options.json)
             print(line(row), flush=True)

@@ -60,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mi-tasks": ratios.mi_tasks,
     "own-network": estimators.own_network,
     "posteriors": estimators.posteriors,
+    "posteriors-10000": partial(estimators.posteriors, "posteriors_10000"),
     "posterior-coverage": energies.posterior_coverage,
     "quality-curves": partial(pictures.quality_curves, "quality_curves"),
     "quality-curves-28": partial(pictures.quality_curves, "quality_curves28"),

@@ -147,10 +147,10 @@ def own_network() -> str:
     return markdown(["network", "weights", "one pass", "ELBO", "flow"], rows)
 
 
-def posteriors() -> str:
+def posteriors(name: str = "posteriors") -> str:
     """C2ST, mean over seeds, coverage on the most new pairs and speed of the posteriors of each task."""
     titles = {"cdm": "CDM", "npe": "NPE", "fmpe": "FMPE", "npse": "NPSE"}
-    rows, grouped = read("posteriors")["rows"], {}
+    rows, grouped = read(name)["rows"], {}
     for r in rows:
         grouped.setdefault((r["task"], r["pairs"]), {}).setdefault(r["name"], []).append(r)
     lines = []

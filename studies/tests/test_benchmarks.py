@@ -16,13 +16,14 @@ from studies.benchmarks import (
     conditional_density,
     log_z_images,
     quality_curves,
+    rare_events,
     ratio_pairs,
     restorations,
     table_density,
     two_samples,
 )
 from studies.benchmarks.equal_time import on_plain_grey_levels
-from studies.benchmarks.posterior_coverage import Nothing, measure, summary
+from studies.benchmarks.posterior_coverage import Nothing, exact_mixture, measure, summary
 from studies.budget import CLOCKS
 from studies.tables import likelihoods
 from torchcdm import DensityRatio
@@ -295,6 +296,23 @@ def test_the_map_of_the_ratio_benchmarks_is_invertible(dim):
     for _ in range(50):
         y = y - (y + 0.2 * np.sin(2 * y) - z) / (1 + 0.4 * np.cos(2 * y))
     assert volumes == pytest.approx((1 + 0.4 * np.cos(2 * y)).prod(1), rel=1e-5)
+
+
+def test_rare_ink_stands_beside_particles_that_no_threshold_has_moved(report_of, tmp_path, monkeypatch):
+    """On a density that is known: the threshold is the exact quantile, and estimates there are near the truth."""
+    model = exact_mixture()
+    monkeypatch.setattr(rare_events.torchcdm, "load", lambda _: model)
+    words = ["--model", "mixture", "--probabilities", "0.05", "--draws", "1024", "--repeats", "3", "--particles",
+             "100", "--moves", "2", "--parts", str(tmp_path / "parts")]  # fmt: skip
+    (row,) = report_of("rare_events", *words, ISLAND=128)
+    drawn = model.base.draw((100_000, 4), torch.Generator().manual_seed(0)).sum(1)
+    truth = float((drawn > row["threshold"]).double().mean())
+    assert row["p"] == pytest.approx(0.05, abs=0.002) and 0 < row["p_se"] < 0.02
+    assert truth == pytest.approx(0.05, abs=0.03)
+    assert row["mean_over_truth"] * row["p"] == pytest.approx(truth, rel=0.5)
+    assert row["draws"] == 1024 and row["repeats"] == 3 and row["evaluations"] > 100 * 4 * model.schedule.T
+    monkeypatch.setattr(rare_events, "probability", None)
+    assert report_of("rare_events", *words, "--seconds", "0", ISLAND=128) == [row]
 
 
 class _Constants(Nothing):

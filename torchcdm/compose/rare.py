@@ -141,7 +141,7 @@ def climb(
     # An island may have lost all of its weight: it counts for nothing.
     states = found.states
     weights = found.log_weights.softmax(1).nan_to_num(0.0) * found.log_estimates.softmax(0)[:, None]
-    first = _families(states, weights)
+    first = torch.bincount(states.origin, weights.flatten())
     jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
     bar = tqdm(desc="thresholds", disable=not progress, leave=False)
     while True:
@@ -172,18 +172,13 @@ def climb(
             step = adapted(step, moved)
             jumps.move(states, generator)
         jumps.adapt()
-    last = _families(states, weights)
+    last = torch.bincount(states.origin, weights.flatten(), minlength=len(first))
     # A population of n tells nothing finer than 1 / n from certainty.
     variance = max(float((last - first).square().sum()) - spurious, 1 / n**2)
     families = 1 / float(last.square().sum())
     value, width = math.exp(min(log_p, 0.0)), math.exp(1.96 * math.sqrt(math.log1p(variance)))
     interval = value / width, min(1.0, value * width)
     return Probability(value, *interval, counted.evaluations, thresholds, families, states.x[alive])
-
-
-def _families(states: States, weights: Tensor) -> Tensor:
-    """Weight of the descendants of each first particle, (n,)."""
-    return torch.zeros_like(weights.flatten()).index_add(0, states.origin.to(weights.device), weights.flatten())
 
 
 def _quantile(values: Tensor, weights: Tensor) -> float:
