@@ -21,7 +21,8 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
-        "studies.cli.comparing:compare",
+        "studies.cli",
+        "comparing:compare",
         "train other density models and ours for the same time on the same data, and score them alike",
         "python -m studies compare digits --budget 150 --peers cdm,nsf,realnvp --out compared --json compared.json",
         "json device",

@@ -15,7 +15,8 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
-        "studies.cli.examining:exam",
+        "studies.cli",
+        "examining:exam",
         "default settings on data sets that nobody tuned for, beside closed forms, flows, trees and neighbours",
         "python -m studies exam --half development --kinds density,ratio --out exam --json exam.json",
         "json",

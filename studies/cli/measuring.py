@@ -18,7 +18,8 @@ def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands,
-        "studies.cli.measuring:quality",
+        "studies.cli",
+        "measuring:quality",
         "how good images are: Fréchet distance, precision, recall, two-sample test, copies, grain",
         "python -m studies quality runs/fashion samples.npz --n 5000 --steps 50 --json quality.json",
         "seed quiet json device",

@@ -13,7 +13,7 @@ from torchcdm.cli.arguments import add_command
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "studies.cli.reproducing:reproduce",
+        commands, "studies.cli", "reproducing:reproduce",
         "a table or figure of the paper, or a check against known truth",
         "python -m studies reproduce fig7 --scale smoke --out reproduced", "device",
     )  # fmt: skip

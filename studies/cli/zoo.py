@@ -13,7 +13,7 @@ from torchcdm.errors import UserError, nearest
 def add_commands(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
-        commands, "studies.cli.zoo:zoo", "make a model that ships with the package: weights, numbers and card",
+        commands, "studies.cli", "zoo:zoo", "make a model that ships with the package: weights, numbers and card",
         "python -m studies zoo digits --out runs/zoo-digits",
     )  # fmt: skip
     parser.add_argument("name", metavar="NAME", help="digits, digits-conditional, two-moons or table-example")

@@ -398,11 +398,13 @@ def test_columns_of_parquet_files_and_frames_that_are_no_numbers(tmp_path):
     for name, values in cells.items():
         frame = pd.DataFrame({"fine": numbers, name: values})
         frame.to_parquet(tmp_path / "t.parquet")
-        assert f"column '{name}', row " in refusal(f"table:{tmp_path / 't.parquet'}")
+        source = load_data(f"table:{tmp_path / 't.parquet'}")
+        assert source.shape == (1,) and any(name in note and "left out" in note for note in source.notes)
+    source = from_object(pd.DataFrame({"fine": numbers, "complex": numbers * 1j}))
+    assert source.shape == (1,) and any("'complex' holds 20 texts" in note for note in source.notes)
     huge = pd.Series([10**400] * 20, dtype=object)  # pandas 3.0 would make numbers of a list
-    for name, values in {"complex": numbers * 1j, "huge": huge}.items():
-        with pytest.raises(UserError, match=f"column '{name}', row "):
-            from_object(pd.DataFrame({"fine": numbers, name: values}))
+    with pytest.raises(UserError, match="column 'huge', row "):
+        from_object(pd.DataFrame({"fine": numbers, "huge": huge}))
     with pytest.raises(UserError, match="row 1 .* has no label"):
         from_object(pd.DataFrame({"fine": numbers, "kind": ["a", None] * 10}), labels="kind")
 
@@ -416,14 +418,13 @@ def test_columns_of_parquet_files_and_frames_that_are_no_numbers(tmp_path):
         (np.ma.masked_array(np.ones((20, 2)), np.eye(20, 2)), "some values are masked"),
         (np.ones((20, 2)) * 1j, "complex128 are not numbers"),
         (torch.ones(20, 2) * 1j, "complex64 are not numbers"),
-        (torch.eye(20).to_sparse(), "give a dense one"),
-        (torch.empty(20, 2, device="meta"), "give a dense one"),
-        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "give a dense one"),
+        (torch.eye(20).to_sparse(), "not an array of numbers"),
+        (torch.empty(20, 2, device="meta"), "not an array of numbers"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "not an array of numbers"),
         (np.random.default_rng(0).normal(size=(20, 1, 2, 2)) * 1e300, "beyond float32"),
         ([[10**400, 1]] * 20, "not an array of numbers"),
-        (np.zeros((2, 2**18), np.uint8), "vectors of 262144 numbers"),
     ],
-    ids=["masked", "complex", "complex tensor", "sparse", "meta", "nested", "large", "huge", "wide"],
+    ids=["masked", "complex", "complex tensor", "sparse", "meta", "nested", "large", "huge"],
 )
 def test_objects_that_hold_something_else(data, message, recwarn):
     with pytest.raises(UserError, match=message):

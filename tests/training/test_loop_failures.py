@@ -91,7 +91,7 @@ def test_skipped_steps_are_left_out_of_the_log(tmp_path, monkeypatch):
 def test_the_logged_squared_error_is_of_the_levels_that_validation_counts():
     window, error = Window(3), torch.tensor([9.0, 1.0, 0.0, 2.0, 0.0])
     window.add({"mse": error, "loss": error, "t": torch.arange(5)})
-    processes = SimpleNamespace(device="cpu", total=lambda values: values)
+    processes = SimpleNamespace(device="cpu", accelerator=SimpleNamespace(reduce=lambda values, _: values))
     validated = means({"count": torch.ones(5), "mse": error})["mse"]
     assert window.means(processes) == {"mse": validated, "loss": error.mean()} and validated == 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
+from torchcdm.training.checkpoint import check_shapes
 
 PARTS = {
     "block_1": "0.block",
@@ -67,12 +68,8 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
         state = {renamed(key, NAMES, PARTS): value for key, value in turned.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    target = backbone.state_dict()
-    for key in [*target, *state]:
-        found, needed = (tuple(part[key].shape) if key in part else "missing" for part in (state, target))
-        if found != needed:
-            told = "channels, multipliers, blocks, attention, head_channels, classes, schedule.T: give its training's"
-            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the configuration; {told}")
+    told = "channels, multipliers, blocks, attention, head_channels, classes, schedule.T: give its training's"
+    check_shapes(backbone.state_dict(), state, Path(path), told)
     backbone.load_state_dict(state)
 
 

@@ -54,11 +54,12 @@ def add(parser: Any, words: str, text: str | None, kind: Callable[[str], Any] | 
     parser.add_argument(name, help=text, **options, **({"metavar": metavar[0]} if metavar else {}))
 
 
-def add_command(commands: Any, run: str, summary: str, example: str, shared: str = "") -> Parser:
-    """A subcommand named like the function ``module:function`` that it runs; ``shared`` are of :data:`SHARED`."""
+def add_command(commands: Any, package: str, run: str, summary: str, example: str, shared: str = "") -> Parser:
+    """A subcommand named like the function that it ``run``s, ``module:function`` of a ``package``; ``shared`` are
+    names of :data:`SHARED`."""
     name = run.rpartition(":")[2]
     parser = commands.add_parser(name, help=summary, description=summary, epilog=f"example:\n  {example}")
-    parser.set_defaults(command=parser, run=run)
+    parser.set_defaults(command=parser, run=f"{package}.{run}")
     for word in shared.split():
         flag, text, options = SHARED[word]
         add(parser, flag, text, **options)

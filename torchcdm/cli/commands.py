@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,13 @@ SHORT = {
 
 
 Command = Callable[..., Parser]
-"""Adds a command of ``torchcdm.cli``: its ``module:function``, summary, example, and arguments that it shares."""
+""":func:`torchcdm.cli.arguments.add_command` of this package's commands."""
 
 
 def add_commands(commands: Any) -> None:
     """Adds all commands."""
-
-    def command(run: str, summary: str, example: str, shared: str = "") -> Parser:
-        return add_command(commands, f"torchcdm.cli.{run}", summary, example, shared)
-
     for add_some in (_training, _models, _sampling, _measuring, _scoring, _comparing):
-        add_some(command)
+        add_some(partial(add_command, commands, "torchcdm.cli"))
 
 
 def _training(command: Command) -> None:

@@ -12,9 +12,9 @@ from torchcdm import compose
 from torchcdm.cli.arguments import say
 from torchcdm.compose.tilted import Map
 from torchcdm.data import save_array, save_grid, save_images
+from torchcdm.data.arrays import read as read_array
 from torchcdm.data.images import read_image
 from torchcdm.data.outputs import save_manifest, save_sheet
-from torchcdm.data.reading import read_arrays
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import check_output_folder, write_rows, writing
@@ -130,8 +130,8 @@ def _measurement(options: argparse.Namespace, shape: tuple[int, ...]) -> tuple[M
             raise UserError(f"--scale {K}: must divide the model's {shape[1]} x {shape[2]} pixels")
         return compose.downsampling(K), (shape[0], shape[1] // K, shape[2] // K)
     if options.mask.suffix.lower() == ".npy":
-        array = read_arrays(options.mask).get("")
-        if array is None or array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        array, _, _ = read_array(options.mask)
+        if array.dtype.kind not in "buif" or not np.isfinite(array).all():
             raise UserError(f"--mask {options.mask}: is no array of finite numbers, 0 where nothing is known")
         known = torch.from_numpy(array != 0)
     else:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torchcdm.data.images import channels_first, conform
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import read_arrays
+from torchcdm.data.reading import reading
 from torchcdm.data.source import Grid, MemorySplit, Samples, single
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, reason
 from torchcdm.units import DataTransform
 
 SUFFIXES = (".npy", ".npz")
@@ -30,9 +30,6 @@ NUMBER = re.compile(r"\s*(0|-?[1-9][0-9]*)\s*")
 
 LARGEST = 2**20
 """Grey levels are smaller: float32 has no 16 places left in the cell of a larger one."""
-
-MOST_COLUMNS = 2**17
-"""Columns of vectors, at most: each is looked at alone."""
 
 
 def load(path: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
@@ -55,36 +52,35 @@ def samples_of(
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     """Data, labels and notes of an .npy or .npz file; UserError without a key that is understood."""
-    arrays, notes = read_arrays(path, (*DATA_KEYS, *LABEL_KEYS)), []
-    y = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays), None)
-    if y is not None and not arrays:
-        arrays = {key: x for key, x in read_arrays(path).items() if key not in LABEL_KEYS}
-    keys = [key for key in ("", *DATA_KEYS) if key in arrays]
-    if not keys and len(arrays) == 1:
-        keys = list(arrays)
-        notes.append(f"the only array of the file, '{keys[0]}', is taken as the data.")
-    if not keys:
-        found = ", ".join(sorted(arrays)) or "none"
+    with reading(path, "a numpy array without pickled objects") as file:
+        arrays = np.load(file, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            return arrays, None, []
+        known, labels = ([key for key in keys if key in arrays] for keys in (DATA_KEYS, LABEL_KEYS))
+        others = [key for key in arrays if key not in labels]
+        wanted = known or (others if len(others) == 1 else [])
+        # What is not asked for is not read.
+        x, y = (np.asarray(arrays[keys[0]]) if keys else None for keys in (wanted, labels))
+    if x is None:
+        found = ", ".join(sorted(others)) or "none"
         raise UserError(f"{path}: no array called {' or '.join(DATA_KEYS)} (found: {found}); rename the data to x")
-    return arrays[keys[0]], y, notes
+    return x, y, [] if known else [f"the only array of the file, '{others[0]}', is taken as the data."]
 
 
 def as_array(data: Any, name: str) -> np.ndarray:
     """A tensor, a list or an array as an array of numbers or texts; objects that are numbers as float64. UserError for
     rows of unequal length, objects that are no numbers, masked values, a tensor that is not dense."""
-    if isinstance(data, Tensor):
-        if data.layout != torch.strided or data.is_meta or data.is_quantized or data.is_nested:
-            raise UserError(f"{name}: a tensor on {data.device} of layout {data.layout}; give a dense one with values")
-        data = data.detach().cpu()
-        half = data.is_floating_point() and data.element_size() <= 2  # bfloat16 is no type of numpy
-        return (data.float() if half else data.resolve_conj().resolve_neg()).numpy()
     if np.ma.is_masked(data):
         raise UserError(f"{name}: some values are masked; leave their rows out, or fill them")
     try:
+        if isinstance(data, Tensor):
+            data = data.detach()
+            half = data.is_floating_point() and data.element_size() <= 2  # bfloat16 is no type of numpy
+            return (data.float() if half else data).numpy(force=True)
         x = np.asarray(data)
         return x.astype(np.float64) if x.dtype.kind == "O" else x
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{name}: not an array of numbers ({error})") from error
+        raise UserError(f"{name}: not an array of numbers ({reason(error)})") from error
 
 
 def interpret(
@@ -126,13 +122,11 @@ def interpret(
 
 
 def check_numbers(x: np.ndarray, name: str) -> None:
-    """Refuses, by shape or type, what holds no values, or none that are numbers, and vectors that are too long."""
+    """Refuses, by shape or type, what holds no values, or none that are numbers."""
     if x.dtype.kind not in "buif":
         raise UserError(f"{name}: values of type {x.dtype} are not numbers")
     if 0 in x.shape:
         raise UserError(f"{name}: an array of shape {x.shape} holds no values")
-    if x.ndim == 2 and x.shape[1] > MOST_COLUMNS:
-        raise UserError(f"{name}: vectors of {x.shape[1]} numbers; at most {MOST_COLUMNS} are taken")
 
 
 def _grid(low: int, high: int, like: DataTransform | None) -> Grid:

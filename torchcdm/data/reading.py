@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-
-import numpy as np
 
 from torchcdm.errors import UserError, reason
 
@@ -50,17 +46,3 @@ def reading(path: Path, kind: str, mend: str = "") -> Iterator[BinaryIO]:
 def printable(path: Path | str) -> str:
     """A path as text that every file can hold: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def read_arrays(path: Path, wanted: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Arrays of an .npy file, called ``""``, or of an .npz file by name: those ``wanted``, all if it has none."""
-    with reading(path, "a numpy array without pickled objects") as file:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
-            return {"": np.lib.format.read_array(file, allow_pickle=False)}
-        with zipfile.ZipFile(file) as archive:
-            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            names = [name for name in members if name in wanted] or list(members)
-            # Whole, as a checksum is compared at the end of a member.
-            parts = ((name, io.BytesIO(archive.read(members[name]))) for name in names)
-            return {name: np.lib.format.read_array(part, allow_pickle=False) for name, part in parts}

@@ -8,7 +8,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from torchcdm import __version__
 from torchcdm.errors import UserError, reason
-from torchcdm.runtime.files import beside, check_replaced, flush_folder, new_file, without_nan, write_file, writing
+from torchcdm.runtime.files import beside, check_replaced, flush_file, without_nan, write_file, writing, written
 from torchcdm.runtime.validation import read_as
 
 FORMAT = 5
 """Version of everything that is saved; raised when an older reader would misread it."""
 
-LARGEST_JSON, ATTEMPTS = 2**27, 3
-"""Most bytes of a JSON file that is read; readings of an artefact, which another process may replace meanwhile."""
+ATTEMPTS = 3
+"""Readings of an artefact, which another process may replace meanwhile."""
 
 SEAL = ("format", "kind", "torchcdm", "files", "sha256")
 """Fields that every artefact has beside its own."""
@@ -54,21 +54,13 @@ def write_artefact(
     head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
     # As JSON has them: the checksum is of what a reader sees.
     sealed = json.loads(json.dumps(without_nan({**head, **content, "files": files}), allow_nan=False))
-    with writing(path):
+    with writing(path), ExitStack() as opened:
         settle(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            for file, data in packed.items():
-                with new_file(beside(file)) as opened:
-                    opened.write(data)
-            write_file(path, json.dumps(sealed | {"sha256": seal(sealed)}, indent=1) + "\n")
-        except (OSError, UserError):
-            for file in packed:
-                beside(file).unlink(missing_ok=True)
-            raise
-        for file in packed:
-            os.replace(beside(file), os.path.realpath(file))
-        flush_folder(path.parent)
+        for file, data in packed.items():
+            beside_it = opened.enter_context(written(file))
+            beside_it.write(data)
+            flush_file(beside_it)
+        write_file(path, json.dumps(sealed | {"sha256": seal(sealed)}, indent=1) + "\n")
 
 
 def read_artefact(
@@ -99,7 +91,7 @@ def read_artefact(
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of finite numbers; UserError where the file is none."""
-    data = read_bytes(path, LARGEST_JSON)
+    data = read_bytes(path)
     try:
         content = parse_json(data)
     except (ValueError, RecursionError) as error:
@@ -112,17 +104,14 @@ def parse_json(text: bytes | str) -> Any:
     return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
-def read_bytes(path: Path, largest: int | None = None) -> bytes:
-    """The content of a regular file of at most ``largest`` bytes; UserError for any other."""
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; UserError for any other."""
     try:
-        status = os.stat(path)
-        if stat.S_ISREG(status.st_mode) and (largest is None or status.st_size <= largest):
+        if stat.S_ISREG(os.stat(path).st_mode):
             return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path}: is no file, give one")
-    raise UserError(f"{path}: is larger than {largest >> 20} MiB; is it the right file?")
+    raise UserError(f"{path}: is no file, give one")
 
 
 def damaged(path: Path, what: str) -> NoReturn:

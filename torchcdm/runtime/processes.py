@@ -64,14 +64,8 @@ class Processes:
 
     def largest(self, *values: int) -> tuple[int, ...]:
         """The largest of each value over the processes: what all of them act on."""
-        if self.world == 1:
-            return tuple(map(int, values))
-        gathered = self.accelerator.gather(torch.tensor([values], device=self.device))
+        gathered = self.accelerator.gather(torch.tensor([values], dtype=torch.long, device=self.device))
         return tuple(gathered.amax(0).tolist())
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sums over the processes."""
-        return values if self.world == 1 else self.accelerator.reduce(values, "sum")
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:

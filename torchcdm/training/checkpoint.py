@@ -24,7 +24,7 @@ from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefa
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
-from torchcdm.training.build import build_backbone, build_model, config_of, imported
+from torchcdm.training.build import build_model, config_of, imported
 from torchcdm.training.config_files import differences
 from torchcdm.training.evaluation import Best
 from torchcdm.training.run_folder import RunFolder, read_metrics
@@ -161,16 +161,9 @@ def load(
     """
     folder, info, (tensors,) = _read(run)
     network = info.model.backbone
-    if network.name != "custom":
-        if backbone is not None:
-            raise UserError(f"{run}: has the network '{network.name}'; leave backbone out")
-        # A network of other sizes than those of the file is refused before it takes memory.
-        with torch.device("meta"):
-            classes = None if info.model.labels == "none" else info.classes
-            blank = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, classes)
-        held = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
-        _check({f"backbone.{key}": value for key, value in blank.state_dict().items()}, held, folder.model)
-    elif backbone is None:
+    if network.name != "custom" and backbone is not None:
+        raise UserError(f"{run}: has the network '{network.name}'; leave backbone out")
+    if network.name == "custom" and backbone is None:
         if not (network.code and trust_code):
             trusted = f", or trust_code=True, which runs {network.code}" if network.code else ""
             mend = f"load it by torchcdm.load(path, backbone=module){trusted}"
@@ -212,23 +205,19 @@ def _read(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = module.state_dict()
-    _check(own, tensors, path)
+    check_shapes(own, tensors, path, MEND)
     for key, value in tensors.items():  # a buffer of one's own, such as a causal mask, may be infinite
         if own[key].isfinite().all() and not value.to(own[key].dtype).isfinite().all():
             damaged(path, f"{key} is not finite")
     module.load_state_dict(tensors)
 
 
-def _check(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors of a file that have not the names, shapes and kind of one's own."""
+def check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path, mend: str) -> None:
+    """Refuses tensors of a file that have not the names and shapes of a model's own; UserError ends with the mend."""
     for key in [*own, *held]:
-        shapes = [tuple(state[key].shape) if key in state else "missing" for state in (held, own)]
-        if shapes[0] != shapes[1]:
-            what = f"{key} is {shapes[0]}, but {shapes[1]} in the model that the run describes"
-            raise UserError(f"{path}: {what}; {MEND}")
-    for key, value in held.items():
-        if (value.is_floating_point(), value.is_complex()) != (own[key].is_floating_point(), own[key].is_complex()):
-            damaged(path, f"{key} holds {str(value.dtype).removeprefix('torch.')}")
+        found, needed = (tuple(state[key].shape) if key in state else "missing" for state in (held, own))
+        if found != needed:
+            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the configuration; {mend}")
 
 
 KEPT, PARTS = 2, ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -301,18 +290,14 @@ def restore(
     state: TrainingState, run: RunFolder, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Fills weights, their average and the optimiser; UserError where a file of the state is of another network."""
-    folder, moments = run.states / f"step-{state.progress.step}", state.optimizer
-    wanted, parts = dict[str, Tensor](), dict[int, dict[str, Tensor]]()
-    for k, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"]):
-        if f"{k}.step" in moments:  # a weight that was moved, by Muon or by Adam
-            names = ("momentum",) if f"{k}.momentum" in moments else ("exp_avg", "exp_avg_sq")
-            wanted |= {f"{k}.step": torch.zeros(())} | {f"{k}.{name}": weight for name in names}
-            parts[k] = {name: moments.get(f"{k}.{name}") for name in ("step", *names)}
+    folder, moments = run.states / f"step-{state.progress.step}", dict[int, dict[str, Tensor]]()
+    for key, value in state.optimizer.items():
+        k, name = key.split(".")
+        moments.setdefault(int(k), {})[name] = value
     with _way_out(folder):
         _fill(model, state.model, folder / PARTS[0])
         _fill(average, state.ema, folder / PARTS[1])
-        _check(wanted, moments, folder / PARTS[2])
-    optimizer.load_state_dict({"state": parts, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @contextmanager

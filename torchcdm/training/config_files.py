@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -50,7 +50,7 @@ class FileFields(dict[str, Any]):
 
 def file_fields(path: str | Path) -> FileFields:
     """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on. Errors name the line."""
-    content = read_bytes(Path(path), largest=2**20)
+    content = read_bytes(Path(path))
     try:
         loader = _Loader(content.decode("utf-8-sig"))
         node = loader.get_single_node()
@@ -71,34 +71,25 @@ def file_fields(path: str | Path) -> FileFields:
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Flags ``section.field`` with a text as nested fields: YAML values, or the text itself where one is asked for."""
+    """Flags ``section.field`` with a text as nested fields: the text itself where it fits, else its value in YAML."""
     fields: dict[str, Any] = {}
     for path, text in flags:
+        field = _nested(path, text)
         try:
-            value: Any = text if _takes_text(path) else yaml.load(text, _Loader)
-            for part in reversed(path.split(".")):
-                value = {part: value}
-            fields = merge(fields, value)
-        except (ValueError, RecursionError, yaml.YAMLError):
-            raise UserError(f"--{path}: '{text}' is not a YAML value") from None
+            make_config(field)
+        except UserError:
+            try:
+                field = _nested(path, yaml.load(text, _Loader))
+            except (ValueError, RecursionError, yaml.YAMLError):
+                raise UserError(f"--{path}: '{text}' is not a YAML value") from None
+        fields = merge(fields, field)
     return fields
 
 
-def _takes_text(path: str) -> bool:
-    """Whether a field holds a text or one of several words, and nothing else but None; unknown fields do."""
-    kinds: list[Any] = [Config]
-    for part in path.split("."):
-        known = [getattr(kind, "__pydantic_fields__", {}) for kind in kinds]
-        kinds = [leaf for fields in known if part in fields for leaf in _leaves(fields[part].annotation)]
-        if any(get_origin(kind) is dict for kind in kinds):
-            return False
-    return all(kind in (str, type(None)) or get_origin(kind) is Literal for kind in kinds)
-
-
-def _leaves(annotation: Any) -> Iterator[Any]:
-    """The alternatives of an annotation."""
-    parts = () if get_origin(annotation) in (Literal, tuple, dict) else get_args(annotation)
-    return (leaf for part in parts for leaf in _leaves(part)) if parts else iter([annotation])
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """The field at a dotted path alone."""
+    first, _, rest = path.partition(".")
+    return {first: _nested(rest, value) if rest else value}
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:

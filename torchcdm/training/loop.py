@@ -417,7 +417,7 @@ class Window:
     def totals(self, processes: Processes) -> dict[str, float]:
         """The sums over all processes."""
         sums = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=processes.device)
-        return dict(zip(self.sums, processes.total(sums).tolist(), strict=True)) if self.sums else {}
+        return dict(zip(self.sums, processes.accelerator.reduce(sums, "sum").tolist(), strict=True))
 
     def means(self, processes: Processes) -> dict[str, float]:
         """Means over all processes; starts a new window. Empty where every step was skipped."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from datetime import date
-from decimal import Decimal
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -144,14 +141,3 @@ def _parsed(texts: np.ndarray, thousands: Thousands) -> np.ndarray:
     grouped = cells.str.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
     cells = cells.mask(grouped, cells.str.replace(",", "", regex=False))
     return pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
-
-
-def unreadable(cells: Series) -> np.ndarray:
-    """Cells that hold no single value, bool (N,)."""
-    from pandas.api import types
-
-    if cells.dtype != object:
-        return np.full(len(cells), types.is_complex_dtype(cells.dtype) or types.is_timedelta64_dtype(cells.dtype))
-    plain = (str, Real, Decimal, date, np.datetime64)
-    missing = cells.isna().to_numpy()
-    return np.array([not isinstance(cell, plain) for cell in cells], bool) & ~missing

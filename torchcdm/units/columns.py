@@ -80,7 +80,7 @@ class ColumnTransform(DataTransform):
         number for each step (Schwarz 1978).
         """
         x = x.double()
-        found = {k: (one, _knots(x[:, k], one) if one.mixed else _edges(one)) for k, one in cells.items()}
+        found = {k: (one, _edges(x[:, k], one)) for k, one in cells.items()}
         warp = fit_warp(x, sources, tuple(cells) if bent else range(x.shape[1]))
         if step:
             rows = x.sort(0).values[evenly_spaced(len(x), STEP_ROWS)]  # the least and largest of each column too
@@ -199,28 +199,17 @@ class Histogram(Float64Module):
         return torch.where((x - found).abs() < (self.cells.width / 2 if self.cells.mixed else torch.inf), found, x)
 
 
-def _edges(cells: Cells) -> Tensor:
-    """Edges of the cells and of the gaps between them, rising."""
+def _edges(x: Tensor, cells: Cells) -> Tensor:
+    """Edges of the cells, and of a mixed column between them of bins of equally many rows of ``x`` (N,); rising."""
     centres, half = torch.tensor(cells.values, dtype=torch.float64), cells.width / 2
-    edges = torch.stack([centres - half, centres + half], 1).flatten()
-    return _apart(edges, 1e-6 * half)  # neighbouring cells share an edge, to rounding
-
-
-def _knots(x: Tensor, cells: Cells) -> Tensor:
-    """Edges of the cells, and between them of bins of equally many rows of ``x`` (N,)."""
-    centres, cell = torch.tensor(cells.values, dtype=torch.float64), cells.width
-    near = (x[:, None] - centres).abs().amin(1) <= cell / 2 * (1 + 1e-6)
-    edges, others = torch.cat([centres - cell / 2, centres + cell / 2]).sort().values, x[~near]
+    edges, gap = torch.cat([centres - half, centres + half]), 1e-6 * half
+    others = x[(x[:, None] - centres).abs().amin(1) > half + gap] if cells.mixed else x[:0]
     if len(others):
         count = min(KNOTS, max(2, len(others) // KNOT_ROWS))
         knots = torch.from_numpy(np.quantile(others.numpy(), np.linspace(0, 1, count + 1)))  # of any number of rows
-        apart = (knots[:, None] - centres).abs().amin(1) > cell / 2 * (1 + 1e-6)
-        edges = torch.cat([edges, knots[apart]]).sort().values
-    return _apart(edges, float(1e-9 * (edges[-1] - edges[0])))
-
-
-def _apart(edges: Tensor, gap: float) -> Tensor:
-    """Those of the rising ``edges`` that lie further than the gap above the one before."""
+        edges = torch.cat([edges, knots[(knots[:, None] - centres).abs().amin(1) > half + gap]])
+    edges = edges.sort().values
+    # Neighbouring cells share an edge, to rounding.
     return edges[edges.diff(prepend=edges.new_tensor([-torch.inf])) > gap]
 
 
