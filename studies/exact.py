@@ -266,7 +266,7 @@ def ring_mixture(modes: int = 8, radius: float = 2.0, deviation: float = 0.2) ->
     return GaussianMixture(torch.ones(modes), means, variances, torch.arange(modes))
 
 
-def named(name: str) -> ExactMixture:
+def named(name: str) -> GaussianMixture:
     """The distribution of the toy of a name, in the plane, with classes; its density is known at every level.
 
     Example:
@@ -275,7 +275,5 @@ def named(name: str) -> ExactMixture:
     """
     toy = TOYS[name]
     points = torch.cat(toy.classes)
-    if toy.deviation is None:
-        return BoxMixture(toy.weights, points, points + 1, toy.labels)
     variances = torch.full((len(points),), toy.deviation**2, dtype=torch.float64)
     return GaussianMixture(toy.weights, points, variances, toy.labels)

@@ -117,7 +117,7 @@ def test_boxes_score_is_the_gradient_of_their_density(name):
 
 
 def test_boxes_under_a_model_denoise_like_their_formula():
-    mixture, schedule, x = named("checkerboard"), OptimalTransportSchedule(T), 2 * normal(20, 2)
+    mixture, schedule, x = boxes(), OptimalTransportSchedule(T), 2 * normal(20, 2)
     model = ClassificationDiffusion(MixtureClassifier(mixture, schedule), schedule)
     for t in range(T + 2):
         assert torch.allclose(model.denoise(x, t).eps, mixture.eps(x, t, schedule), atol=1e-6), t
@@ -140,15 +140,14 @@ def test_the_density_of_a_named_toy_is_that_of_its_draws(name, level):
         assert (given.argmax(1) == y).double().mean() > 0.99
 
 
-@pytest.mark.parametrize("name", ["two-moons", "rings", "pinwheel", "two-spirals"])
+@pytest.mark.parametrize("name", ["two-moons", "rings"])
 def test_curves_show_no_single_points(name):
     toy = named(name)
     spacing = torch.cat([
         (toy.means[toy.labels == y][1:] - toy.means[toy.labels == y][:-1]).norm(dim=1) for y in range(toy.classes)
     ])  # fmt: skip
     limit = 1.3 * toy.variances.max().sqrt()
-    # Only the tips of the pinwheel, which hold 5 % of it, are sparser, and the first steps out of a spiral's centre.
-    assert (spacing <= limit).double().mean() > 0.95
+    assert (spacing <= limit).all()
 
 
 @pytest.mark.parametrize("name", TOYS)
