@@ -57,7 +57,7 @@ def test_a_checkpoint_of_celeba_has_the_size_of_its_images(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"channels": 64}, r"conv_in.weight is \(32, 1, 3, 3\) in the file, \(64, 1, 3, 3\) in the configuration"),
+    ({"channels": 64}, r"conv_in.weight is \(32, 1, 3, 3\) in the file, \(64, 1, 3, 3\) in the model"),
     ({"multipliers": (1, 2, 2)}, "is missing in the file"),
     ({"blocks": 2}, r"unet.down_stages.0.1.block.*is missing in the file"),
     ({"attention": (8,)}, "attention.norm.weight is missing in the file"),

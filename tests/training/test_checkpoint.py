@@ -97,7 +97,7 @@ def test_a_ladder_and_the_absence_of_a_gaussian_survive(tmp_path):
         ),
         (
             lambda run: resealed(run.model_info, lambda c: c["model"]["backbone"].update(width=16)),
-            "backbone.conv_in.weight is (8, 1, 3, 3) in the file, (16, 1, 3, 3) in the configuration",
+            "backbone.conv_in.weight is (8, 1, 3, 3) in the file, (16, 1, 3, 3) in the model",
         ),
     ],
 )

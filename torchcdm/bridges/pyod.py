@@ -20,13 +20,7 @@ class PyodDetector(BaseDetector):
     Args:
         detector: Settings of the model and the score; it is cloned, not fitted.
         contamination: Share of outliers in the training table, which the detector is given too, or a thresholder of
-            PyThresh: then the detector has its own.
-
-    Attributes:
-        detector_: The fitted :class:`torchcdm.estimators.CDMOutlierDetector`.
-        decision_scores_: Scores of the training rows, float64 (N,).
-        threshold_: Score above which a row is an outlier.
-        labels_: 1 for the training rows that are, (N,).
+            PyThresh: then the detector has its own. The fitted one is ``detector_``.
     """
 
     def __init__(self, detector: CDMOutlierDetector, contamination: float = 0.1) -> None:

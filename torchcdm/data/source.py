@@ -82,12 +82,7 @@ class Split(Dataset, ABC):
 
 @final
 class MemorySplit(Split):
-    """Samples held in memory.
-
-    Args:
-        x: Data units, (N, *shape), uint8 or float32.
-        labels: As of :class:`Split`; none when None.
-    """
+    """Samples ``x`` held in memory, data units, (N, *shape), uint8 or float32; ``labels`` as of :class:`Split`."""
 
     def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
         super().__init__(len(x), labels)

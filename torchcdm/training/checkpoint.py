@@ -217,7 +217,7 @@ def check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Pa
     for key in [*own, *held]:
         found, needed = (tuple(state[key].shape) if key in state else "missing" for state in (held, own))
         if found != needed:
-            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the configuration; {mend}")
+            raise UserError(f"{path}: {key} is {found} in the file, {needed} in the model; {mend}")
 
 
 KEPT, PARTS = 2, ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
