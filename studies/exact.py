@@ -21,7 +21,7 @@ from torchcdm.data.named import TOYS
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.units.float64 import Float64Module
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 
 class ExactMixture(Float64Module, ABC):

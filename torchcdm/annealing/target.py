@@ -21,7 +21,7 @@ from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.processes import Rows, map_rows
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 
 class Evaluated(NamedTuple):

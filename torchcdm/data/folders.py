@@ -39,11 +39,11 @@ def find_files(
 ) -> tuple[list[list[Path]], list[str]]:
     """The files below each folder that end in ``suffixes``, in order of their paths, and what is to be said of others.
 
-    Each file is found once, by whatever links it can be reached; what begins with a ``hidden`` letter is passed over.
+    Each is found once, by whatever links it can be reached; what begins with a ``hidden`` letter is passed over.
     UserError for a folder that cannot be listed, or a link that leads nowhere, unless ``skip_bad``.
     """
     seen: set[tuple[int, int]] = set()  # device and number
-    found, notes, others, twice = [], [], 0, 0
+    found, notes, others = [], [], 0
     for root in roots:
         files, todo = [], [(False, root)]
         while todo:
@@ -53,24 +53,19 @@ def find_files(
                 identity, is_folder = (status.st_dev, status.st_ino), stat.S_ISDIR(status.st_mode)
                 if not path.name.lower().endswith(tuple(suffixes)) and not is_folder:
                     others += 1
-                elif identity in seen:
-                    twice += 1
-                elif is_folder:
+                elif identity not in seen and is_folder:
                     with os.scandir(path) as listed:
                         for entry in (entry for entry in listed if entry.name[0] not in hidden):
                             heappush(todo, (entry.is_symlink(), path / entry.name))
-                    seen.add(identity)
-                else:
+                elif identity not in seen:
                     files.append(path)
-                    seen.add(identity)
+                seen.add(identity)
             except OSError as error:
                 problem = f"{path}: cannot be read ({reason(error)})"
                 if not skip_bad:
                     raise UserError(f"{problem}; skip-bad goes on without it") from None
                 notes.append(f"{problem}: left out.")
         found.append(sorted(files, key=lambda path: path.relative_to(root).parts))
-    if twice:
-        notes.insert(0, f"{twice} further link(s) to the same files and folders are passed over.")
     if others:
         notes.insert(0, f"{others} file(s) of other kinds are passed over.")
     return found, notes

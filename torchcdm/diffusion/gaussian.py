@@ -19,7 +19,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.random import stream
 from torchcdm.units.float64 import Float64Module
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 FULL_COVARIANCE_LIMIT = 4096
 """Above this many dimensions ``fit`` takes the diagonal form in a cosine basis."""

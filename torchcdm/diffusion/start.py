@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, mean_and_spread, within_error
 from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture, fit_cosines
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80)
 """Numbers of Gaussians that are tried for vectors that are not wide: a covariance takes half the square of these."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.units import DataTransform, GaussianizedTransform
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 NEWTON_STEPS, LARGEST_TILT = 12, 20.0
 """Of a decoder's tilt, nats a cell: enough to converge to rounding error, unless one cell has nearly all mass."""

@@ -14,7 +14,7 @@ from torchcdm.likelihood.cells import noisy_cells
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import LogLikelihood
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.runtime.processes import labels_of
 from torchcdm.units import LogLikelihood
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 EXACT_DIMENSIONS = 16
 """Up to here the divergence is the exact trace, above the mean over random probes."""

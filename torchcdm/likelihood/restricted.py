@@ -32,7 +32,7 @@ from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
 from torchcdm.units import DataTransform, LogLikelihood
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 COVER = 1e-3
 """Share of the Gaussian: it costs as many nats of a sample."""

@@ -87,7 +87,7 @@ def validated(kind: type[T]) -> type[T]:
         try:
             init(self, *args[len(named) :], **named, **fields)
         except ValidationError as error:
-            raise UserError(mistake(error, named | fields)[1]) from None
+            raise UserError(mistake(error, named | fields)) from None
 
     checked.__init__ = initialise
     return checked
@@ -98,7 +98,7 @@ def read_as(kind: type[T], value: Any, path: str = "") -> T:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise UserError(mistake(error, value, path)[1]) from None
+        raise UserError(mistake(error, value, path)) from None
 
 
 def named(*kinds: type) -> Any:
@@ -145,7 +145,7 @@ def checked(function: Function) -> Function:
             valid = arguments().model_validate(given)
         except ValidationError as error:
             name = type(args[0]).__name__ if "self" in signature.parameters else function.__name__
-            raise UserError(f"{name}: {mistake(error, given)[1]}") from None
+            raise UserError(f"{name}: {mistake(error, given)}") from None
         bound.arguments.update({key: getattr(valid, key) for key in given})
         return function(*bound.args, **bound.kwargs)
 
@@ -176,8 +176,8 @@ _NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()
 _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 3
 
 
-def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, str]:
-    """The first mistake in ``value``, which lies at the dotted ``path``: its place, and a line that names it."""
+def mistake(error: ValidationError, value: Any, path: str = "") -> str:
+    """A line that names the first mistake in ``value``, which lies at the dotted ``path``."""
     first = error.errors(include_url=False)[0]
     kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
     for part in first["loc"]:
@@ -190,22 +190,21 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> tuple[str, st
     here = path or "configuration"
     match kind:
         case "unknown_field":
-            path = join(path, facts["key"])
-            return path, f"unknown field '{path}'; {facts['hint']}"
+            return f"unknown field '{join(path, facts['key'])}'; {facts['hint']}"
         case "union_tag_invalid":
             needed = nearest(facts["tag"], _NAMES.findall(facts["expected_tags"]))
-            return path, f"{join(path, 'name')} is {shown(facts['tag'])}; {needed}"
+            return f"{join(path, 'name')} is {shown(facts['tag'])}; {needed}"
         case "missing":
-            return path, f"{here} is missing"
+            return f"{here} is missing"
         case "value_error":
-            return path, f"{here}: {facts['error']}"
+            return f"{here}: {facts['error']}"
         case "literal_error":
             needed = nearest(str(found), _NAMES.findall(facts["expected"]))
         case _:
             needed = first["msg"]
             for theirs, ours in _WORDS.items():
                 needed = needed.replace(theirs, ours)
-    return path, f"{here} is {shown(found)}; {needed}"
+    return f"{here} is {shown(found)}; {needed}"
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchcdm.data import CropSplit, DataSource, LazySplit, Split, flip_horizontally
+from torchcdm.data import DataSource, LazySplit, Split, flip_horizontally
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import working_dtype
@@ -93,12 +93,11 @@ class Batches:
                 raise batch
             yield batch
 
-    def _shown(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Samples of this process in a step; where crops lie in their images, None for other data."""
-        indices = shown_at(step, len(self.split), self.batch_size, self.seed)[self.mine]
-        if not isinstance(self.split, CropSplit):
-            return indices, None
-        return indices, torch.rand(self.batch_size, 2, generator=stream(self.seed, "crop", step))[self.mine]
+    def _shown(self, step: int) -> tuple[Tensor, Tensor]:
+        """Samples of this process in a step, and places for crops in their images."""
+        indices = shown_at(step, len(self.split), self.batch_size, self.seed)
+        places = torch.rand(self.batch_size, 2, generator=stream(self.seed, "crop", step))
+        return indices[self.mine], places[self.mine]
 
 
 class _BatchReader(Dataset):
@@ -107,7 +106,7 @@ class _BatchReader(Dataset):
     def __init__(self, split: Split) -> None:
         self.split = split
 
-    def __getitem__(self, at: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | UserError:
         try:
             return self.split.batch(*at)
         except UserError as error:

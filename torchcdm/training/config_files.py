@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.artefact import read_bytes
-from torchcdm.runtime.validation import encode, join, mistake, shown
+from torchcdm.runtime.validation import encode, join, read_as, shown
 from torchcdm.training.settings import Config
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -42,32 +41,18 @@ def _extended(fields: dict[str, Any]) -> dict[str, Any]:
     return fields if parent is None else merge(preset_fields(parent), fields)
 
 
-class FileFields(dict[str, Any]):
-    """The fields of a YAML file, and the ``lines`` of its name and of each field in it, by its dotted path."""
-
-    lines: dict[str, str]
-
-
-def file_fields(path: str | Path) -> FileFields:
-    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on. Errors name the line."""
+def file_fields(path: str | Path) -> dict[str, Any]:
+    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on."""
     content = read_bytes(Path(path))
     try:
-        loader = _Loader(content.decode("utf-8-sig"))
-        node = loader.get_single_node()
-        fields = None if node is None else loader.construct_document(node)
+        fields = yaml.load(content.decode("utf-8-sig"), _Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         place = "" if mark is None else f", line {mark.line + 1}"
         raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
-    lines = {key: f"{path}, line {line}" for key, line in _lines(node)}
-    try:
-        found = FileFields(_extended(fields))
-    except UserError as error:
-        raise UserError(f"{lines['extends']}: {error}") from None
-    found.lines = lines
-    return found
+    return _extended(fields)
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -93,18 +78,11 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def make_config(*layers: Mapping[str, Any]) -> Config:
-    """The configuration of these fields, the last strongest; UserError names a dotted path, and a file's line."""
+    """The configuration of these fields, the last strongest; UserError names a dotted path."""
     fields: dict[str, Any] = encode(Config())
     for layer in layers:
         fields = merge(fields, layer)
-    try:
-        return TypeAdapter(Config).validate_python(fields)
-    except ValidationError as error:
-        path, text = mistake(error, fields)
-    place = path.partition("[")[0]
-    setter: Any = next((layer for layer in reversed(layers) if place in dict(paths(layer))), None)
-    line = getattr(setter, "lines", {}).get(place)
-    raise UserError(text if line is None else f"{line}: {text}")
+    return read_as(Config, fields)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,14 +119,6 @@ def paths(fields: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 def to_yaml(config: Config) -> str:
     """The text that :func:`file_fields` reads."""
     return yaml.dump(encode(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _lines(node: yaml.MappingNode, path: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted paths of the fields of a document, and the lines that they are on."""
-    for key, value in node.value:
-        yield join(path, key.value), key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, join(path, key.value))
 
 
 class _Dumper(yaml.SafeDumper):

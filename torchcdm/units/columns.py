@@ -14,7 +14,7 @@ from torchcdm.random import evenly_spaced
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, Cells, spread
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 from torchcdm.units.warp import LEAST_GAIN, bend, bend_log_slope, fit_warp, floor_of, logarithm
 
 WARP = ("least", "location", "scale", "skew", "tail", "bent")

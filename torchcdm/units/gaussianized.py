@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform, floating
-from torchcdm.units.normal import log_normal
+from torchcdm.units.log_likelihood import log_normal
 
 PSEUDO_COUNT = 10.0
 """Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible."""

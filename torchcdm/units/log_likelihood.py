@@ -1,4 +1,4 @@
-"""What a log-likelihood is measured in."""
+"""What a log-likelihood is measured in, and that of a normal distribution."""
 
 from __future__ import annotations
 
@@ -46,3 +46,10 @@ class LogLikelihood:
 def standard_error(values: Tensor) -> float:
     """Standard error of the mean of ``values`` (N,); nan for one value."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def log_normal(z: Tensor, variance: Tensor | None = None) -> Tensor:
+    """log N(z; 0, variance) of each number, nats; both broadcast, and the variance is 1 when None."""
+    if variance is None:
+        return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+    return -0.5 * (z.square() / variance + (2 * math.pi * variance).log())
