@@ -40,7 +40,7 @@ from small_runs import small_flags
         (["train", "digits", "--out", "R", "--model.schedule.T", "100000000000"], "it must be at most 100000"),
         (["train", "digits", "--out", "R", "--model.backbone.width", "-3"], "model.backbone.width is -3; it must be"),
         (["train", "digits", "--out", "R", "--model.backbone.dropout", ".nan"], "dropout is nan; it must be"),
-        (["train", "digits", "--out", "R", "--train.steps.x", "3"], "train.steps is {'x': '3'}; it must be"),
+        (["train", "digits", "--out", "R", "--train.steps.x", "3"], "train.steps is {'x': 3}; it must be"),
         (["train", "digits", "--out", "R", "--size", "8by8"], "write height x width"),
         (["train", "digits", "--out", "R", "--size", "7x7"], "halve"),
         (["train", "digits", "--out", "R", "--data", "digit"], "did you mean 'digits'"),
