@@ -310,7 +310,7 @@ def test_rare_ink_stands_beside_particles_that_no_threshold_has_moved(report_of,
     assert row["p"] == pytest.approx(0.05, abs=0.002) and 0 < row["p_se"] < 0.02
     assert truth == pytest.approx(0.05, abs=0.03)
     assert row["mean_over_truth"] * row["p"] == pytest.approx(truth, rel=0.5)
-    assert row["draws"] == 1024 and row["repeats"] == 3 and row["evaluations"] > 100 * 4 * model.schedule.T
+    assert row["draws"] == 1024 and row["repeats"] == 3 and row["evaluations"] > 100 * 2 * model.schedule.T
     monkeypatch.setattr(rare_events, "probability", None)
     assert report_of("rare_events", *words, "--seconds", "0", ISLAND=128) == [row]
 
