@@ -117,8 +117,9 @@ def of_images(name: str, probabilities: Sequence[float], repeats: int, n: int, m
         rows.append({
             "model": name, "threshold": threshold, "p": truth, "p_se": error, "draws": values.numel(),
             "effective_islands": float(weights.sum(1).sum() ** 2 / weights.sum(1).square().sum()),
-            "repeats": len(found), "particles": n, "moves": moves, "mean_over_truth": float(ratios.mean()),
-            "cv": cv, "least_cv": math.sqrt(-math.log(truth) / n), "coverage": covered,
+            "repeats": len(found), "particles": n, "moves": moves, "values": [one["value"] for one in found],
+            "mean_over_truth": float(ratios.mean()), "cv": cv,
+            "least_cv": math.sqrt(-math.log(truth) / n), "coverage": covered,
             "evaluations": sum(one["evaluations"] for one in found) / len(found),
             "plain_samples": (1 - truth) / (truth * cv**2),
         })  # fmt: skip
