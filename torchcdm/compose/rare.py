@@ -161,15 +161,12 @@ def climb(
             raise UserError(f"probability: below {LEAST:g}; values reach {float(values.max()):.6g} of {threshold:g}")
         states, weights, pairs = _resampled(states, weights, generator)
         counted.least, spurious = least, spurious + pairs
-        metrics = [_metric(target, states.take(rows)) for rows in jumps.halves]
+        parts = states.take(slice(half)), states.take(slice(half, None))  # they share memory with the states
+        metrics = [_metric(target, part) for part in reversed(parts)]
         for _ in range(moves):
-            moved = 0.0
-            for rows, metric in zip(jumps.halves, reversed(metrics), strict=True):
-                part = states.take(rows)
-                accepted = langevin(counted, kernels, part, step, generator, metric=metric)
-                states.put(rows, part)
-                moved += float(accepted.double().mean()) / 2
-            step = adapted(step, moved)
+            accepted = [langevin(counted, kernels, part, step, generator, metric=metric)
+                        for part, metric in zip(parts, metrics, strict=True)]  # fmt: skip
+            step = adapted(step, float(torch.cat(accepted).double().mean()))
             jumps.move(states, generator)
         jumps.adapt()
     last = torch.bincount(states.origin, weights.flatten(), minlength=len(first))
@@ -246,8 +243,6 @@ class _Jumps:
         self.target, self.kernels = target, kernels
         T, rotation = target.schedule.T, target.reference.rotation
         self.levels = torch.tensor(sorted({min(T, round(1.4**k) + 1) for k in range(40) if 1.4**k < 1.4 * T}))
-        half = len(states.x) // 2
-        self.halves = torch.arange(2 * half, device=states.x.device).split(half)
         self.spread = rotation(states.x).var(0).clamp_min(1e-12)
         self.odds = torch.ones(len(self.levels), dtype=torch.float64)
         self.way, self.tried = torch.zeros_like(self.odds), torch.zeros_like(self.odds)
