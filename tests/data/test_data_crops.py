@@ -33,9 +33,9 @@ def folder(tmp_path):
 
 def test_training_sees_random_crops_and_other_splits_fixed_ones(folder):
     source = load_data(f"folder:{folder}", crop=(16, 16), validation_fraction=0.2, test_fraction=0.2)
-    assert source.shape == (1, 16, 16) and all(isinstance(split, CropSplit) for split in source.splits)
+    assert source.shape == (1, 16, 16) and all(isinstance(split, CropSplit) for split in source.splits.values())
     assert not any("resizing" in note for note in source.notes)
-    files = [{path for path, *_ in split.items} for split in source.splits]
+    files = [{path for path, *_ in split.items} for split in source.splits.values()]
     assert sum(map(len, files)) == 6 and not files[0] & files[1] and not files[0] & files[2]
     x, _ = source.train.batch(torch.arange(len(source.train)))
     assert torch.equal(x, source.train.tensors()[0]) and x.dtype == torch.uint8

@@ -104,9 +104,9 @@ def test_arrays_of_continuous_data_are_floats(tmp_path):
     x = torch.randn(10, 4)
     path = save_array(x, tmp_path / "a.npy", DataTransform.standardize(x))
     assert torch.equal(torch.from_numpy(np.load(path)), x)
-    with pytest.raises(UserError, match="labels need an .npz file"):
+    with pytest.raises(UserError, match="with labels as .npz"):
         save_array(x, path, y=torch.zeros(10))
-    with pytest.raises(UserError, match="written as .npy or .npz"):
+    with pytest.raises(UserError, match="written as .npy"):
         save_array(x, tmp_path / "a.pt")
 
 

@@ -105,7 +105,7 @@ def test_notes_on_values_without_a_bounded_density(tmp_path):
     assert "'zeros' holds 0 in" in text and "'fine'" not in text
     seconds = 1.7e9 + rng.normal(size=(400, 1)).round(3)
     source = load_data(f"table:{write(tmp_path / 's.csv', ['time'], seconds)}")
-    codes = torch.cat([split.tensors()[0] for split in source.splits])
+    codes = torch.cat([split.tensors()[0] for split in source.splits.values()])
     found = source.transform.table.decode(codes)["time"]
     assert sorted(found) == sorted(seconds[:, 0]) and abs(float(codes.mean())) < 1
 

@@ -32,17 +32,15 @@ ROWS = {
 LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it."
 
 
-def push(model: str | Path | Denoiser, repository: str, private: bool = False, card: str = "") -> str:
-    """Uploads a model: ``config.json``, ``model.safetensors`` and ``README.md``, the card; see ``hf auth login``.
+def push(model: str | Path | Denoiser, repository: str, private: bool = False) -> str:
+    """Uploads weights, settings, a card, and log Z where ``cdm nll`` has kept it; see ``hf auth login``.
 
-    And log Z, where ``cdm nll`` has kept it beside the weights.
     Paths of the data that the model was trained on are cut to their last part. Gives the address.
 
     Args:
         model: A model, or what :func:`torchcdm.load` takes.
         repository: ``owner/name`` on the Hub; it is made where it does not exist.
         private: Whether a new repository is private.
-        card: Text of the card; that of a model of the zoo, or one made of what is known of the model, when empty.
 
     Raises:
         UserError: A wrong name, a model that cannot be saved, or a Hub that refuses it.
@@ -50,11 +48,11 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False, c
     hub = needed("huggingface_hub", "hub", "the Hub")
     if not isinstance(repository, str) or repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"'{repository}' is no repository; write OWNER/NAME")
-    report = log_z = None
+    report = log_z = card = None
     if not isinstance(model, Denoiser):
         folder = RunFolder(located(model))
         kept = folder.root / CARD
-        card = card or (kept.read_text(encoding="utf-8") if kept.exists() else "")
+        card = kept.read_text(encoding="utf-8") if kept.exists() else None
         report = read_json(folder.report) if folder.report.exists() else None
         log_z = read_log_z(folder.root)
         model = load(model)

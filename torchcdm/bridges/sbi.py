@@ -39,7 +39,8 @@ class SbiDensity(ConditionalDensityEstimator):
         self._check_input_shape(input)
         self._check_condition_shape(condition)
         theta, x, _ = self._broadcast_and_align(input, condition)
-        log_p = self.estimator.log_prob(_rows(theta, self.estimator.columns_), self._observed(x))
+        rows, given = _rows(theta, self.estimator.columns_), _rows(x, self.estimator.x_columns_)
+        log_p = self.estimator.log_prob(rows, given)
         return torch.from_numpy(log_p).to(input).reshape(theta.shape[:2])
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **_: Any) -> Tensor:
@@ -47,12 +48,10 @@ class SbiDensity(ConditionalDensityEstimator):
         self._check_condition_shape(condition)
         seed = int(torch.randint(2**31 - 1, ()))
         n = torch.Size(sample_shape).numel()
-        draws = np.asarray(self.estimator.sample(n, self._observed(condition), random_state=seed), np.float64)
+        x = _rows(condition, self.estimator.x_columns_)
+        draws = np.asarray(self.estimator.sample(n, x, random_state=seed), np.float64)
         draws = torch.from_numpy(draws.reshape(-1, n, *self.input_shape)).to(condition)
         return draws.transpose(0, 1).reshape(*sample_shape, -1, *self.input_shape)
-
-    def _observed(self, x: Tensor) -> DataFrame:
-        return _rows(x, self.estimator.x_columns_)
 
     def loss(self, input: Tensor, condition: Tensor, **_: Any) -> Tensor:
         """-log p(theta | x), (batch,), to validate by; the estimator trains itself."""

@@ -6,7 +6,6 @@ import argparse
 
 from torchcdm.bridges.hub import push as pushed
 from torchcdm.cli.arguments import tell
-from torchcdm.runtime.artefact import read_bytes
 from torchcdm.training.build import base_in_words
 from torchcdm.training.checkpoint import load, state_folders
 from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
@@ -63,5 +62,4 @@ def info(options: argparse.Namespace) -> None:
 
 def push(options: argparse.Namespace) -> None:
     """Uploads weights, configuration and card."""
-    card = "" if options.card is None else read_bytes(options.card).decode(errors="replace")
-    print(pushed(options.model, options.repository, options.private, card=card))
+    print(pushed(options.model, options.repository, options.private))

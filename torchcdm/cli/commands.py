@@ -26,17 +26,13 @@ SHORT = {
 """Flags of ``cdm train`` that stand for a field: the field, and what the help says of them."""
 
 
-Command = Callable[..., Parser]
-""":func:`torchcdm.cli.arguments.add_command` of this package's commands."""
-
-
 def add_commands(commands: Any) -> None:
     """Adds all commands."""
     for add_some in (_training, _models, _sampling, _measuring, _scoring, _comparing):
         add_some(partial(add_command, commands, "torchcdm.cli"))
 
 
-def _training(command: Command) -> None:
+def _training(command: Callable[..., Parser]) -> None:
     example = "cdm train digits --out runs/digits"
     parser = command("training:train", "train a model from a preset or a YAML file", example, "skip-bad device")
     add(parser, "preset PRESET", "see cdm presets", nargs="?")
@@ -63,7 +59,7 @@ def _training(command: Command) -> None:
     add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
 
-def _models(command: Command) -> None:
+def _models(command: Callable[..., Parser]) -> None:
     command("about:presets", "list the presets", "cdm presets")
     command("about:info", "what a run holds", "cdm info runs/digits", "model json")
     command("about:zoo", "the models that ship with the package", "cdm zoo", "json")
@@ -72,10 +68,9 @@ def _models(command: Command) -> None:
     parser = command("about:push", "a model to the Hugging Face Hub, with a card", example, "model")
     add(parser, "repository OWNER/NAME", "on the Hub; made where it does not exist")
     add(parser, "--private", "make a new repository private", bool)
-    add(parser, "--card FILE", "Markdown of your own as the card", Path)
 
 
-def _sampling(command: Command) -> None:
+def _sampling(command: Callable[..., Parser]) -> None:
     examples = (
         "cdm sample runs/digits --n 64 --out samples",
         "cdm sample zoo:digits-conditional --all-of 3,8 --particles 512 --n 64 --out both",
@@ -111,7 +106,7 @@ def _sampling(command: Command) -> None:
     add(parser, "--out DIR", "for means, widths of 90 %% credible intervals, draws, restored.csv", Path, required=True)
 
 
-def _measuring(command: Command) -> None:
+def _measuring(command: Callable[..., Parser]) -> None:
     example, shared = "cdm nll runs/digits --json nll.json", "model data split limit quiet json device"
     parser = command("measuring:nll", "likelihood of held-out data", example, shared)
     add(parser, "--methods", "of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
@@ -128,7 +123,7 @@ def _measuring(command: Command) -> None:
     add(parser, "--draws K", "noisy copies of each sample (4)", count)
 
 
-def _scoring(command: Command) -> None:
+def _scoring(command: Callable[..., Parser]) -> None:
     example = "cdm score runs/sensors new.csv --fpr 0.01 --reference good.csv --csv scores.csv"
     shared = "model paths skip-bad quiet json device"
     parser = command("scoring:score", "how anomalous images, arrays or rows of tables are", example, shared)
@@ -156,7 +151,7 @@ def _scoring(command: Command) -> None:
     add(parser, "--out DIR", f"for the clean data, and noise.csv: {noise}", Path, required=True)
 
 
-def _comparing(command: Command) -> None:
+def _comparing(command: Callable[..., Parser]) -> None:
     what = "density ratio of two data sets: numerator over denominator, at the query"
     example = "cdm ratio customers-2026.csv customers-2020.csv customers-2020.csv --csv weights.csv"
     parser = command("measuring:ratio", what, example, "skip-bad seed quiet json device")

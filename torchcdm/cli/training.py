@@ -20,7 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.processes import chosen_device, is_first, several
 from torchcdm.samplers import make_sampler
 from torchcdm.training.build import build_model, load_source, resolve
-from torchcdm.training.checkpoint import ModelInfo, save_model
+from torchcdm.training.checkpoint import ModelInfo, save
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
 from torchcdm.training.fit import TRAINING_SHARE, scales, seconds_a_step, seconds_of, with_budget
 from torchcdm.training.loop import Interrupted
@@ -86,8 +86,7 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
 
 def convert(options: argparse.Namespace) -> None:
     """A run folder that every other command reads."""
-    run = RunFolder(options.out)
-    if run.holds_run():
+    if RunFolder(options.out).holds_run():
         raise UserError(f"{options.out}: already holds a run; choose another folder")
     config = make_config(preset_fields(options.preset) if options.preset is not None else file_fields(options.config))
     net = config.model.backbone
@@ -106,6 +105,5 @@ def convert(options: argparse.Namespace) -> None:
     names = None if options.classes is None else tuple(map(str, range(options.classes)))
     selected = {"value": "converted", "source": options.checkpoint.name}
     info = ModelInfo(config.preset, model_config, transform, config.data, selected, names)
-    with run.locked():
-        save_model(run, model, info)
+    save(model, options.out, info)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")

@@ -17,9 +17,6 @@ from torchcdm.data.source import LazySplit, Samples, Split
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.units import DataTransform
 
-LABELS = ("label", "labels")
-"""Columns of classes."""
-
 
 def load(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
     """``hf:NAME``, ``hf:NAME:CONFIG``, or ``hf:PATH`` of a folder written by ``save_to_disk``.
@@ -56,8 +53,9 @@ def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) 
     if options.label is not None and options.label not in features:
         raise UserError(f"{name}: no column '{options.label}' for the label (found: {', '.join(features)})")
     # The column that is asked for, one whose classes the library knows, or one that is called so.
-    known = [key for key, kind in features.items() if hasattr(kind, "names")] + [k for k in LABELS if k in features]
-    label = options.label or next(iter(known), None)
+    known = [key for key, kind in features.items() if hasattr(kind, "names")]
+    called = [key for key in ("label", "labels") if key in features]
+    label = options.label or next(iter(known + called), None)
     sizes = [len(part) for part in rows.values()]
     # All splits together: a class must have one number, also where a split has none of it.
     values = None if label is None else [value for part in rows.values() for value in part[label][:]]

@@ -91,12 +91,10 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     path, values = Path(path), _stored(x, transform)
     if path.suffix == ".npz":
         write_file(path, _packed(np.savez, x=values, **({} if y is None else {"y": y.cpu().numpy()})))
-    elif path.suffix != ".npy":
-        raise UserError(f"{path}: arrays are written as .npy or .npz")
-    elif y is not None:
-        raise UserError(f"{path}: labels need an .npz file")
-    else:
+    elif path.suffix == ".npy" and y is None:
         write_file(path, _packed(np.save, values))
+    else:
+        raise UserError(f"{path}: arrays are written as .npy, or with labels as .npz")
     return path
 
 

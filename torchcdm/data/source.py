@@ -95,10 +95,6 @@ class MemorySplit(Split):
         return MemorySplit(self.x[indices], self.labels[indices])
 
 
-Reader = Callable[[Any], Tensor]
-"""Gives the sample, or image, of one item: data units."""
-
-
 class LazySplit(Split):
     """Samples read when they are asked for.
 
@@ -111,8 +107,9 @@ class LazySplit(Split):
     """
 
     def __init__(
-        self, read: Reader, items: Sequence, labels: Tensor | None = None, name: str = "", like: Tensor | None = None
-    ) -> None:
+        self, read: Callable[[Any], Tensor], items: Sequence, labels: Tensor | None = None, name: str = "",
+        like: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(len(items), labels)
         self.read, self.items, self.name = read, items, name
         self.like = read(items[0]) if like is None and len(items) else like
@@ -153,7 +150,7 @@ class CropSplit(LazySplit):
         wholes: Indices of the crops of each image, which overlap: they belong into one split.
     """
 
-    def __init__(self, read: Reader, images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
+    def __init__(self, read: Callable[[Any], Tensor], images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
         total = sum(4 * height * width for height, width in images.values())  # channels, at most
         self.held = {path: read(path) for path in images} if total <= MEMORY_LIMIT else {}
         places = {path: places_of(size, crop) for path, size in images.items()}
@@ -189,13 +186,10 @@ def places_of(size: Size, crop: Size, share: float | None = None) -> list[tuple[
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set ready for training and scoring.
+    """A data set ready for training and scoring; ``validation`` and ``test`` may be empty.
 
     Attributes:
         name: The SPEC it came from, or what kind of object.
-        train: Training split.
-        validation: Validation split; may be empty.
-        test: Test split; may be empty.
         transform: Data units to model units, measured on the training split.
         class_names: Names of the classes 0, 1, ...; None without labels.
         notes: What was read off the data, one sentence each.
@@ -215,9 +209,9 @@ class DataSource:
         return self.transform.shape
 
     @property
-    def splits(self) -> tuple[Split, Split, Split]:
-        """Training, validation and test."""
-        return self.train, self.validation, self.test
+    def splits(self) -> dict[str, Split]:
+        """Training, validation and test by their names."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
     def classes(self) -> int | None:
@@ -226,17 +220,16 @@ class DataSource:
 
     def split(self, name: str) -> Split:
         """The split called ``train``, ``validation`` or ``test``; UserError for another, or an empty one."""
-        splits = dict(zip(("train", "validation", "test"), self.splits, strict=True))
-        if name not in splits:
-            raise UserError(f"unknown split '{name}'; {nearest(name, splits)}")
-        if not splits[name]:
-            full = ", ".join(key for key, split in splits.items() if split)
+        if name not in self.splits:
+            raise UserError(f"unknown split '{name}'; {nearest(name, self.splits)}")
+        if not self.splits[name]:
+            full = ", ".join(key for key, split in self.splits.items() if split)
             raise UserError(f"{self.name}: the {name} split is empty; choose from: {full}")
-        return splits[name]
+        return self.splits[name]
 
     def mapped(self, change: Callable[[Split], Split]) -> DataSource:
         """The same source with changed splits; the transform stays."""
-        return replace(self, **{name: change(getattr(self, name)) for name in ("train", "validation", "test")})
+        return replace(self, **{name: change(split) for name, split in self.splits.items()})
 
 
 @dataclass(frozen=True)
@@ -261,7 +254,7 @@ def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:
     """The same source with its classes numbered as those of a model of these ``names``; UserError for any other class.
     Where one side has names and the other bare numbers 0 ... K - 1, as labels of arrays are, these count the names."""
     own = source.class_names
-    present = torch.cat([split.labels for split in source.splits]).unique()
+    present = torch.cat([split.labels for split in source.splits.values()]).unique()
     strange = [own[k] for k in present.tolist() if k != NO_LABEL and own[k] not in names]
     if strange:
         if len(own) <= len(names) and (_count(own, names) or _count(names, own)):
@@ -283,7 +276,7 @@ def _count(numbers: Sequence[str], names: Sequence[str]) -> bool:
 def fingerprint(source: DataSource) -> str:
     """A hash that tells data apart: units, counts, and :data:`FINGERPRINT` evenly spaced samples of every split."""
     digest = hashlib.sha256(json.dumps(source.transform.to_config()).encode())
-    for split in source.splits:
+    for split in source.splits.values():
         x, y = split.tensors(FINGERPRINT)
         digest.update(f"{len(split)} {tuple(x.shape)}".encode())
         digest.update(x.double().contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())

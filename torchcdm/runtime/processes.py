@@ -143,9 +143,9 @@ def gathered(value: Any, n: int) -> list[Any]:
     """What each process that shares ``n`` rows has, by rank; tensors in it must be on the CPU."""
     if len(share(n)) == n:
         return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
 
 
 def rows_at_a_time(dim: int, device: torch.device) -> int:

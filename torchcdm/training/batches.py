@@ -84,11 +84,9 @@ class Batches:
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
         steps = (self._shown(step) for step in range(first, last))
-        if not isinstance(self.split, LazySplit):
-            yield from (self.split.batch(*at) for at in steps)
-            return
+        workers = self.workers if isinstance(self.split, LazySplit) else 0
         # An item of this loader is a whole batch: the sampler hands over its indices.
-        for batch in DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=self.workers):
+        for batch in DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=workers):
             if isinstance(batch, UserError):
                 raise batch
             yield batch

@@ -71,11 +71,6 @@ class ModelInfo:
         """Names of the columns of a table that the model sees; None elsewhere."""
         return None if self.transform.table is None else self.transform.table.names
 
-    @property
-    def classes(self) -> int | None:
-        """Number of classes of the data."""
-        return None if self.class_names is None else len(self.class_names)
-
     def read_inputs(self, paths: str | Path | Sequence[str | Path], skip_bad: bool = False, **options: Any) -> Inputs:
         """Files as the model takes them; ``options`` as of :func:`torchcdm.data.read_inputs`."""
         return read_inputs(paths, self.transform, replace(self.data, skip_bad=skip_bad), **options)
@@ -171,7 +166,8 @@ def load(
         if str(run).startswith("hub:"):
             raise UserError(f"{run}: names code, {network.code}, and no code is run for hub:; give backbone=module")
         backbone = imported(network.code)
-    model = build_model(info.model, info.transform, info.classes, backbone=backbone)
+    classes = None if info.class_names is None else len(info.class_names)
+    model = build_model(info.model, info.transform, classes, backbone=backbone)
     _fill(model, tensors, folder.model)
     model.info = info
     return model.eval().requires_grad_(False).to(chosen_device(device))

@@ -19,6 +19,7 @@ from torchcdm.random import stream
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
+from torchcdm.units import DataTransform
 
 Labels = Tensor | None
 """Classes, long (N,), or contexts (N, q); None for none."""
@@ -53,6 +54,7 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Labels
     sample i is entry j N + i.
     """
     device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float64)
+    transform = DataTransform(x.shape[1:]) if model.transform is None else model.transform
     levels = torch.full((len(x),), t) if isinstance(t, int) else t
     for first in range(0, len(levels), BATCH):
         part = levels[first : first + BATCH]
@@ -60,12 +62,9 @@ def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Labels
         generator = stream(seed, "copies", first)
         # Of a whole batch, also where the last one is not: how many rows follow has no influence.
         eps = torch.randn(BATCH, *x.shape[1:], generator=generator, dtype=dtype)[: len(part)].to(device)
-        x_0 = x[rows].to("cpu", dtype)
-        if model.transform is not None:
-            x_0 = model.transform.add_noise(x_0, generator)
-        x_0, part, label = x_0.to(device), part.to(device), None if y is None else y[rows].to(device)
-        x_0 = x_0 if model.transform is None else model.transform(x_0)
-        yield NoisyBatch(rows, model.schedule.perturb(x_0, part, eps), part, eps, label)
+        x_0, part = transform.add_noise(x[rows].to("cpu", dtype), generator), part.to(device)
+        x_t = model.schedule.perturb(transform(x_0.to(device)), part, eps)
+        yield NoisyBatch(rows, x_t, part, eps, None if y is None else y[rows].to(device))
 
 
 def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0, y: Labels = None) -> Iterator[NoisyBatch]:

@@ -34,8 +34,6 @@ from torchcdm.training.loop import Interrupted
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
-Layers = Sequence[Mapping[str, Any]]
-"""Fields of a configuration, the last strongest."""
 
 OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
 IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize")
@@ -239,8 +237,8 @@ def seconds_of(budget: str | float) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def scales(layers: Layers, budget: str | float | None) -> bool:
-    """Whether the preset of these layers scales itself: it is given no steps, or a budget, and no network."""
+def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> bool:
+    """Whether the preset of these layers, the last strongest, scales itself: no steps, or a budget, and no network."""
     preset, *others = layers
     given = {path for layer in others for path, _ in paths(layer)}
     free = budget is not None or given.isdisjoint(("train.steps", "train.max_seconds"))
@@ -248,8 +246,9 @@ def scales(layers: Layers, budget: str | float | None) -> bool:
 
 
 def with_budget(
-    layers: Layers, source: DataSource | None, budget: str | float | None, device: str | None, progress: bool = False
-) -> Config:
+    layers: Sequence[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None,
+    progress: bool = False,
+) -> Config:  # fmt: skip
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.

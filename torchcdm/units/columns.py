@@ -84,8 +84,8 @@ class ColumnTransform(DataTransform):
         warp = fit_warp(x, sources, tuple(cells) if bent else range(x.shape[1]))
         if step:
             rows = x.sort(0).values[evenly_spaced(len(x), STEP_ROWS)]  # the least and largest of each column too
-            plain = cls(warp, {})
-            least = (log_normal(plain(rows)) + plain.log_slopes(rows)).mean(0) + LEAST_GAIN
+            z, slopes = cls(warp, {})._mapped(rows)
+            least = (log_normal(z) + slopes).mean(0) + LEAST_GAIN
             for k in set(range(x.shape[1])) - set(cells):
                 steps, value = _steps(rows[:, k])
                 if value > least[k]:
@@ -116,12 +116,8 @@ class ColumnTransform(DataTransform):
             x[:, k] = histogram.inverse(z[:, k].double(), self.scale[k])
         return x.to(z.dtype)
 
-    def log_slopes(self, x: Tensor) -> Tensor:
-        """log dz/dx of each number of ``x`` (N, d), float64."""
-        return self._mapped(x)[1]
-
     def log_det(self, x: Tensor) -> Tensor:
-        return self.log_slopes(x).sum(1)
+        return self._mapped(x)[1].sum(1)
 
     def arguments(self) -> dict[str, Any]:
         histograms = {k: [h.cells, h.edges.tolist(), h.cumulative.tolist()] for k, h in self.histograms.items()}
