@@ -28,6 +28,9 @@ stopped by SIGHUP, SIGINT and SIGTERM, in training with the state saved.
 FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
 """The flag of a field of the configuration, which every command but ``train`` refuses."""
 
+LONGEST = 500
+"""Characters of a message; of a longer one the middle is left out."""
+
 OUTPUTS = ("json", "csv", "plot")
 INPUTS = ("paths", "reference", "numerator", "denominator", "query", "x", "y")
 """Arguments that name files which commands write, and which they read: these are not to be replaced."""
@@ -51,7 +54,9 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
         return _run(parser, sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
-            print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            text = " ".join(str(error).split())
+            text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+            print(f"{parser.prog}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
