@@ -8,7 +8,8 @@ corruptions
     Test images of Fashion-MNIST against digits and spoiled test images, by the model of ``--run``, or one that is
     trained here (preset ``fashion-mnist``, ``--train-steps``).
 held-out
-    Classes that the model never saw, at 16x16; two models are trained here, ``--train-steps`` each.
+    Classes that the model never saw, at 16x16; two models are trained here, ``--train-steps`` each. With ``--turned``
+    they are joint models of images turned by 0, 90, 180 and 270 degrees, and the turn is the class.
 tables
     scikit-learn's tables, one class the outlier; a model for each is trained here (preset ``table``).
 
@@ -45,7 +46,7 @@ from studies.budget import Budget
 from studies.compare.peer import Task
 from studies.compare.zuko_peers import MAF
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector
-from torchcdm.data import DataOptions, DataSource, from_object, load_data
+from torchcdm.data import DataOptions, DataSource, MemorySplit, from_object, load_data
 from torchcdm.data.images import resize
 
 # --- the list, fixed ---------------------------------------------------------------------------------------------
@@ -181,12 +182,24 @@ def held_out_settings(options: argparse.Namespace) -> Iterator[Setting]:
             return split.select((~torch.isin(split.labels, torch.tensor(held_out))).nonzero()[:, 0])
 
         known = replace(source, train=normal_only(source.train), validation=normal_only(source.validation))
-        model = trained(options, f"without {name}", known, preset="fashion-mnist")
+        kept, joint = (turned(known), {"model": {"labels": "joint"}}) if options.turned else (known, {})
+        model = trained(options, f"without {name}", kept, preset="fashion-mnist", **joint)
         outliers = {
             source.class_names[k]: source.test.select((source.test.labels == k).nonzero()[:, 0]).tensors()[0]
             for k in classes
         }
         yield Setting(f"without {name}", known, model, normal_only(source.test).tensors(NORMAL_IMAGES)[0], outliers)
+
+
+def turned(source: DataSource) -> DataSource:
+    """Square images turned by 0 to 3 quarters, the turn as their class (Golan and El-Yaniv, arXiv 1805.10917)."""
+
+    def all_turns(split: torchcdm.data.Split) -> MemorySplit:
+        x = torch.cat([torch.rot90(split.tensors()[0], turn, (2, 3)) for turn in range(4)])
+        return MemorySplit(x, torch.arange(4).repeat_interleave(len(split)))
+
+    parts = {"train": all_turns(source.train), "validation": all_turns(source.validation)}
+    return replace(source, **parts, class_names=("0", "90", "180", "270"))
 
 
 def table_settings(options: argparse.Namespace) -> Iterator[Setting]:
@@ -327,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--run", help="corruptions: a trained run of Fashion-MNIST at 28x28")
     parser.add_argument("--train-steps", type=int, metavar="N", help="of each model trained here; else the preset's")
+    parser.add_argument("--turned", action="store_true", help="held-out: the classes of the models are quarter turns")
     parser.add_argument("--splits", type=int, default=2, metavar="K", help="tables: splits of the two small ones")
     parser.add_argument("--flow-seconds", type=float, default=60, metavar="S", help="of processor time; 0: no flow")
     parser.add_argument("--own", action="store_true", help="no other detectors: their rows stay as the file has them")

@@ -56,6 +56,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "outliers-corruptions": partial(estimators.outliers, "outliers_corruptions", "outliers"),
     "outliers-corruptions-unlabelled": partial(estimators.outliers, "outliers_corruptions_unlabelled", "outliers"),
     "outliers-held-out": partial(estimators.outliers, "outliers_held_out", "outliers"),
+    "outliers-held-out-turned": partial(estimators.outliers, "outliers_held_out_turned", "outliers"),
     "outliers-tables": partial(estimators.outliers, "outliers_tables", "setting"),
     "mi-tasks": ratios.mi_tasks,
     "own-network": estimators.own_network,

@@ -47,6 +47,17 @@ def test_digits_are_resized_to_the_range_of_bytes():
     assert x.dtype == torch.uint8 and x.min() == 0 and x.max() == 255
 
 
+def test_every_turn_of_an_image_is_there_once_with_its_class(images):
+    source = from_object(images, validation_fraction=0.25, test_fraction=0.0, seed=0)
+    both = outliers.turned(source)
+    assert both.classes == 4 and torch.equal(source.validation.tensors()[0], both.validation.tensors()[0][:10])
+    for split, turns in ((source.train, both.train), (source.validation, both.validation)):
+        x, labels = turns.tensors()
+        upright = [torch.rot90(image, -int(turn), (1, 2)) for image, turn in zip(x, labels, strict=True)]
+        assert torch.equal(torch.stack(upright), split.tensors()[0].repeat(4, 1, 1, 1))
+        assert labels.bincount().tolist() == [len(split)] * 4
+
+
 def test_measures_by_counting():
     """Four usual and four odd samples, one odd below two usual: 14 of 16 pairs in order, 2 of 4 for all."""
     odd = {"odd": torch.tensor([1.5, 9, 9, 9])}
