@@ -39,6 +39,8 @@ def test_inputs_are_not_replaced(capsys, tmp_path, run):
     assert "holds inputs" in refused(capsys, "denoise", run, array, "--level", 3, "--out", tmp_path)
     for words in (("ratio", array, array, array, "--csv", array),):
         assert "is one of the inputs" in refused(capsys, *words)
+    both = tmp_path / "both"
+    assert "is to hold two outputs" in refused(capsys, "score", run, array, "--csv", both, "--json", f"{both}")
     assert array.read_bytes() == right and list(tmp_path.iterdir()) == [array]
 
 

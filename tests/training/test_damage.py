@@ -178,6 +178,11 @@ def test_foreign_weights_are_refused(run, kind):
     refused(lambda: load(run), "model.safetensors", "other" if kind == "more" else key)
 
 
+def test_a_network_that_the_file_does_not_hold_is_refused_before_it_takes_memory(run):
+    resealed(run / "config.json", lambda content: content["model"]["backbone"].update(width=2**14))  # 10 GB a layer
+    refused(lambda: load(run), "model.safetensors", "conv_in.weight")
+
+
 def seal_again(path, *files):
     import hashlib
 

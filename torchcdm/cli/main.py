@@ -79,8 +79,11 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
         read = [getattr(options, name, None) or () for name in INPUTS]
         inputs = [path for paths in read for path in ([paths] if isinstance(paths, str) else paths)]
-        for name in OUTPUTS:
-            check_writable(getattr(options, name, None), inputs)
+        outputs = [path for name in OUTPUTS if (path := getattr(options, name, None)) is not None]
+        for path in outputs:
+            check_writable(path, inputs)
+        if len(set(map(os.path.realpath, outputs))) < len(outputs):
+            raise UserError(f"{outputs[0]}: is to hold two outputs; choose another file for one of them")
         code = pkgutil.resolve_name(options.run)(options) or 0
         sys.stdout.flush()
         return code

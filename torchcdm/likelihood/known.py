@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,13 @@ def weights_of(folder: Path) -> str | None:
 
 
 def write_log_z(folder: Path, z: LogZ, weights: str | None) -> None:
-    """Writes log Z into the folder of its model, unless other weights lie there by now than those that it was measured
-    with, ``weights`` by :func:`weights_of`; UserError where that cannot be."""
+    """Writes log Z into the folder of its model; UserError where that cannot be.
+
+    It is not kept, which a warning says, where other weights lie there by now than those that it was measured with,
+    ``weights`` by :func:`weights_of`.
+    """
     if weights != weights_of(folder):
+        warnings.warn(f"{folder}: log Z is not kept: other weights were written there meanwhile", stacklevel=2)
         return
     found, tensors, plain = z.restricted, {}, replace(z, x=None, restricted=None, check=None)
     check = z.check and asdict(replace(z.check, x=None))

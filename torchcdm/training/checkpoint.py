@@ -24,7 +24,7 @@ from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefa
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
-from torchcdm.training.build import build_model, config_of, imported
+from torchcdm.training.build import build_backbone, build_model, config_of, imported
 from torchcdm.training.config_files import differences
 from torchcdm.training.evaluation import Best
 from torchcdm.training.run_folder import RunFolder, read_metrics
@@ -155,10 +155,18 @@ def load(
         torch.Size([1])
     """
     folder, info, (tensors,) = _read(run)
-    network = info.model.backbone
-    if network.name != "custom" and backbone is not None:
-        raise UserError(f"{run}: has the network '{network.name}'; leave backbone out")
-    if network.name == "custom" and backbone is None:
+    network, classes = info.model.backbone, None if info.class_names is None else len(info.class_names)
+    if network.name != "custom":
+        if backbone is not None:
+            raise UserError(f"{run}: has the network '{network.name}'; leave backbone out")
+        # A network of other sizes than those of the file is refused before it takes memory.
+        with torch.device("meta"):
+            seen = None if info.model.labels == "none" else classes
+            blank = build_backbone(info.model, info.transform.shape, info.model.schedule.T + 2, seen)
+        held = {key: value for key, value in tensors.items() if key.startswith("backbone.")}
+        own = {f"backbone.{key}": value for key, value in blank.state_dict().items()}
+        check_shapes(own, held, folder.model, MEND)
+    elif backbone is None:
         if not (network.code and trust_code):
             trusted = f", or trust_code=True, which runs {network.code}" if network.code else ""
             mend = f"load it by torchcdm.load(path, backbone=module){trusted}"
@@ -166,7 +174,6 @@ def load(
         if str(run).startswith("hub:"):
             raise UserError(f"{run}: names code, {network.code}, and no code is run for hub:; give backbone=module")
         backbone = imported(network.code)
-    classes = None if info.class_names is None else len(info.class_names)
     model = build_model(info.model, info.transform, classes, backbone=backbone)
     _fill(model, tensors, folder.model)
     model.info = info
