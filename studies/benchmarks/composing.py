@@ -1,15 +1,15 @@
 """Composed densities against exact draws of them: a classifier's accuracy, and the weights of modes.
 
     python -m studies.benchmarks.composing --json studies/results/composing.json
-    python -m studies.benchmarks.composing --learned --json studies/results/composing_learned.json
+    python -m studies.benchmarks.composing --learned --n 1000 --json studies/results/composing_learned.json
 
 Mixtures of four round Gaussians in 2 and 16 dimensions, exact at every level: their product, their mixture, powers of
 the first, and the first away from a broad Gaussian, p² / q. Products, such ratios, and powers of whole numbers are
 mixtures again; a root is drawn by rejection. Draws end at level 1 and take one denoising step; so do the exact ones.
 
 With ``--learned`` the same is made of two CDMs whose networks have learned the mixtures from draws, with one Gaussian
-as base. What stands for exact draws are those of long replica exchange, :data:`SWEEPS` sweeps; ``truth`` is how these
-differ from exact draws of the mixtures' composition, which is an error of learning, not of sampling.
+as base. What stands for exact draws are those of :data:`MANY` particles a draw, and ``exact`` others of another seed;
+``truth`` is how they differ from exact draws of the mixtures' composition: an error of learning, not of sampling.
 
 Methods, by evaluations a draw (T = 24 levels):
 
@@ -53,8 +53,8 @@ from torchcdm.units import DataTransform
 BROAD = 2.0
 """Variance of what ``negation`` keeps away from."""
 
-LEARNED_FROM, SWEEPS = 50_000, 200
-"""Draws that a network learns from, and sweeps of what stands for exact draws of what it has learned."""
+LEARNED_FROM, MANY = 50_000, 20
+"""Draws that a network learns from, and particles for each of what stands for exact draws of what it has learned."""
 
 Parts = tuple[Tensor, Tensor, Tensor]
 """Log weights (K,), means (K, d) and variances (K,) of a mixture of round Gaussians."""
@@ -137,7 +137,7 @@ def learned(exact: DensityModel, seed: int, steps: int) -> DensityModel:
     """A CDM of draws of a mixture. Its base is one Gaussian: all modes are the network's."""
     schedule, shape = exact.schedule, exact.shape
     x = exact.base.draw((LEARNED_FROM, *shape), stream(seed, "learned from")).float()
-    network, base = MLP(shape[0], levels=schedule.T + 2, width=128, depth=3), GaussianMarginals.fit(x, schedule)
+    network, base = MLP(shape[0], levels=schedule.T + 2, width=64, depth=2), GaussianMarginals.fit(x, schedule)
     model = ClassificationDiffusion(network, schedule, DataTransform(shape), base)
     how = {"seed": seed, "lr": 2e-3, "batch_size": 512, "select": "loss"}
     return torchcdm.train(model, x, progress=False, device="cpu", steps=steps, **how).double()
@@ -173,8 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=2000, help="draws a side (2000)")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--learned", action="store_true", help="of densities that networks have learned")
-    parser.add_argument("--steps", type=int, default=6000, help="training steps of the networks (6000)")
-    parser.add_argument("--sweeps", type=int, default=SWEEPS, help=f"sweeps of the long runs ({SWEEPS})")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of the networks (4000)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -186,10 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case, model in cases(one, two).items():
             target, generator = ModelTarget(model), stream(0, "exact", d)
             truth = clean(ModelTarget(cases(*exact)[case]), exact_draws(case, *exact, 10 * n, generator))
-            known = truth
+            known, others = truth[:-n], truth[-n:]
             if options.learned:
-                known = compose.sample(model, 2 * n, particles=2 * n, sweeps=options.sweeps, seed=1).double()
-                accuracy, se = two_sample_accuracy(known[:n], truth[:n])
+                known, others = (compose.sample(model, n, particles=MANY * n, seed=seed).double() for seed in (1, 2))
+                accuracy, se = two_sample_accuracy(known, truth[:n])
                 rows.append({"d": d, "case": case, "method": "truth", "n": n, "c2st": accuracy, "c2st_se": se,
                              "modes": modes(known, truth, exact[0])})  # fmt: skip
             for way in ("exact", "particles", "accepted", "unadjusted", "sum of scores"):
@@ -198,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     found = compose.sample(model, n, particles=2 * n, details=True)
                     x, ess = found.x.double(), found.ess / (2 * n)
                 elif way == "exact":
-                    x = known[-n:]
+                    x = others
                 else:
                     x = clean(target, descended(target, Kernels.of_target(target), n, way, 0))
                 accuracy, se = two_sample_accuracy(x, known[:n])

@@ -47,12 +47,12 @@ def posterior_coverage() -> str:
     return markdown(head, lines)
 
 
-def composing() -> str:
+def composing(name: str, *first: str) -> str:
     """Accuracy of a classifier, and errors of modes, by method."""
     found: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
-    for r in read("composing")["rows"]:
+    for r in read(name)["rows"]:
         found.setdefault((r["d"], r["case"]), {})[r["method"]] = r
-    ways = ("exact", "particles", "accepted", "unadjusted", "sum of scores")
+    ways = (*first, "exact", "particles", "accepted", "unadjusted", "sum of scores")
     head = ["dimensions", "target", "effective", *ways]
     lines = [
         [str(d), case, f"{by['particles']['ess']:.0%}",
@@ -60,3 +60,18 @@ def composing() -> str:
         for (d, case), by in found.items()
     ]  # fmt: skip
     return markdown(head, lines)
+
+
+def composed_classes() -> str:
+    """Shares of images that a classifier calls both of two classes, one of them, or none, by how they were drawn."""
+    rows = [r for name in ("composed_classes_digits", "composed_classes_fashion") for r in read(name)["rows"]]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in rows:
+        found.setdefault(" and ".join(r["pair"]), {})[r["way"]] = r
+    ways = list(dict.fromkeys(r["way"] for r in rows))
+
+    def cell(r: dict[str, Any] | None) -> str:
+        return "–" if r is None else ", ".join(f"{r[name]:.0%}" for name in ("both", "either", "not"))
+
+    lines = [[pair, *(cell(by.get(way)) for way in ways)] for pair, by in found.items()]
+    return markdown(["classes", *ways], lines)

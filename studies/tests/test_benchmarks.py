@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,8 @@ from small_runs import small_config
 
 from studies import benchmarks
 from studies.benchmarks import (
+    composed_classes,
+    composing,
     conditional_density,
     log_z_images,
     quality_curves,
@@ -25,9 +28,11 @@ from studies.benchmarks import (
 from studies.benchmarks.equal_time import on_plain_grey_levels
 from studies.benchmarks.posterior_coverage import Nothing, exact_mixture, measure, summary
 from studies.budget import CLOCKS
+from studies.exact import GaussianMixture
 from studies.tables import likelihoods
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
+from torchcdm.data import load_data
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
@@ -362,3 +367,32 @@ def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_
     kept = (tmp_path / "rows.jsonl").read_text()
     assert measure(*asked, 60, 128, 0.5, ["particles"], parts=tmp_path) == rows
     assert (tmp_path / "rows.jsonl").read_text() == kept
+
+
+def test_images_of_one_class_are_not_both():
+    source, pair = load_data("digits"), [3, 8]
+    x, y = source.test.tensors()
+    own = composed_classes.shares("digits", x[torch.isin(y, torch.tensor(pair))], source.transform, pair)
+    assert own["either"] > 0.9 and own["both"] < 0.1
+    others = composed_classes.shares("digits", x[~torch.isin(y, torch.tensor(pair))], source.transform, pair)
+    assert others["not"] > 0.9
+
+
+def test_a_mixture_over_a_broad_gaussian_is_a_mixture():
+    one, wide = composing.exact_mixture(3), composing.broad(3)
+    a, (mean, variances) = composing.at_level_1(one), wide.base.moments(1)
+    inverse = torch.zeros(1).double(), mean[None], -variances[:1]
+    weights, means, spread = composing.multiplied(composing.multiplied(a, a), inverse)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = GaussianMixture(weights.softmax(0), means, spread).log_prob(x, 0, one.schedule)
+    wanted = 2 * one.log_prob(x, t=1) - wide.log_prob(x, t=1)
+    assert float((found - wanted).std()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--learned", "--steps", "20"]], ids=["exact", "learned"])
+def test_draws_of_compositions_are_compared(tmp_path, more):
+    composing.main(["--n", "100", "--dims", "2", "--json", str(tmp_path / "found.json"), *more])
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert len(rows) == (36 if more else 30)
+    assert all(abs(row["c2st"] - 0.5) < 0.15 for row in rows if row["method"] == "exact")
