@@ -8,7 +8,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchcdm import __version__
 from torchcdm.errors import UserError, reason
-from torchcdm.runtime.files import beside, check_replaced, flush_file, without_nan, write_file, writing, written
+from torchcdm.runtime.files import beside, check_replaced, flush_folder, new_file, without_nan, write_file, writing
 from torchcdm.runtime.validation import read_as
 
 FORMAT = 5
@@ -54,13 +54,21 @@ def write_artefact(
     head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
     # As JSON has them: the checksum is of what a reader sees.
     sealed = json.loads(json.dumps(without_nan({**head, **content, "files": files}), allow_nan=False))
-    with writing(path), ExitStack() as opened:
+    with writing(path):
         settle(path)
-        for file, data in packed.items():
-            beside_it = opened.enter_context(written(file))
-            beside_it.write(data)
-            flush_file(beside_it)
-        write_file(path, json.dumps(sealed | {"sha256": seal(sealed)}, indent=1) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for file, data in packed.items():
+                with new_file(beside(file)) as opened:
+                    opened.write(data)
+            write_file(path, json.dumps(sealed | {"sha256": seal(sealed)}, indent=1) + "\n")
+        except (OSError, UserError):
+            for file in packed:
+                beside(file).unlink(missing_ok=True)
+            raise
+        for file in packed:
+            os.replace(beside(file), os.path.realpath(file))
+        flush_folder(path.parent)
 
 
 def read_artefact(

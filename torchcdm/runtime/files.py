@@ -56,12 +56,9 @@ def written(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[A
                 yield file
             return
         temporary = beside(target)
-        temporary.unlink(missing_ok=True)  # what a crash left there, or a link
         try:
-            with temporary.open("x", **TEXT) if text else temporary.open("xb") as file:
+            with new_file(temporary, text, flush) as file:
                 yield file
-                if flush:
-                    flush_file(file)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -69,10 +66,15 @@ def written(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[A
             flush_folder(target.parent)
 
 
-def flush_file(file: IO[Any]) -> None:
-    """All that was written reaches the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def new_file(path: Path, text: bool = False, flush: bool = True) -> Iterator[IO[Any]]:
+    """A new file, in place of what a crash left there, flushed to the disk at the end. No link is followed."""
+    path.unlink(missing_ok=True)
+    with path.open("x", **TEXT) if text else path.open("xb") as file:
+        yield file
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _opened(path: str, flags: int) -> int:
