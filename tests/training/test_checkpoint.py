@@ -219,7 +219,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 2
-    assert "step-2/model.safetensors: cannot be written (File too large); nothing that was there" in lines[0]
+    assert "step-2/progress.json: cannot be written (File too large); nothing that was there" in lines[0]
     assert "model.safetensors: cannot be written" in lines[1]
 
 
