@@ -57,9 +57,10 @@ def find_files(
                     with os.scandir(path) as listed:
                         for entry in (entry for entry in listed if entry.name[0] not in hidden):
                             heappush(todo, (entry.is_symlink(), path / entry.name))
+                    seen.add(identity)
                 elif identity not in seen:
                     files.append(path)
-                seen.add(identity)
+                    seen.add(identity)
             except OSError as error:
                 problem = f"{path}: cannot be read ({reason(error)})"
                 if not skip_bad:
