@@ -16,7 +16,7 @@ TINY = {
     "overrides": {"model": {"backbone": {"energy_maps": 2}, "schedule": {"T": 6}}, "train": {"validate_every": 2}},
 }  # fmt: skip
 X = np.c_[GOOD, GOOD[:, :2] ** 2]
-FRAMES = {"frame of dates", "frame with NA", "frame of lists", "frame of texts"}
+FRAMES = {"frame of dates", "frame with NA", "frame of texts"}
 """What a fit takes, and no score after a fit of numbers."""
 TABLES = st.sampled_from(sorted(ALWAYS.keys() - FRAMES))
 few = settings(max_examples=80, deadline=None)

@@ -197,6 +197,8 @@ def test_gaussianized_survives_json_and_a_state(gaussianized):
 def test_gaussianized_needs_a_grid():
     with pytest.raises(UserError, match="continuous"):
         GaussianizedTransform((2,), None, None, None)
+    with pytest.raises(UserError, match="are too many"):
+        GaussianizedTransform((1, 28, 28), 1.0, 0.0, 2.0**20)
     with pytest.raises(UserError, match="dequantize"):
         GaussianizedTransform.fit(DataTransform.images((1, 2, 2), 5, dequantize=False), [])
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from datetime import date
+from decimal import Decimal
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -141,3 +144,11 @@ def _parsed(texts: np.ndarray, thousands: Thousands) -> np.ndarray:
     grouped = cells.str.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
     cells = cells.mask(grouped, cells.str.replace(",", "", regex=False))
     return pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
+
+
+def unreadable(cells: Series) -> np.ndarray:
+    """Cells that hold no single value, such as lists, complex numbers and spans of time: bool (N,)."""
+    if cells.dtype != object:
+        return np.full(len(cells), cells.dtype.kind in "cm")
+    plain = (str, Real, Decimal, date, np.datetime64)
+    return np.array([not isinstance(cell, plain) for cell in cells], bool) & cells.notna().to_numpy()

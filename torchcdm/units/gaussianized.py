@@ -13,6 +13,9 @@ from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.log_likelihood import log_normal
 
+MOST_NUMBERS = 2**28
+"""Numbers of the histograms of all dimensions: 2 GiB of float64."""
+
 PSEUDO_COUNT = 10.0
 """Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible."""
 
@@ -30,7 +33,7 @@ class GaussianizedTransform(DataTransform):
     of the cells and the many pixels that hardly ever change leave nothing to learn: a Gaussian in model units is a
     copula. Noise is added in model units; it is no additive noise on the grey levels.
 
-    The arguments are those of :class:`DataTransform`; UserError for grey levels without end.
+    The arguments are those of :class:`DataTransform`; UserError for grey levels without end, or too many.
 
     Attributes:
         cumulative: F at the edges of the cells, ``(*shape, levels + 1)``, from 0 to 1.
@@ -43,7 +46,10 @@ class GaussianizedTransform(DataTransform):
         super().__init__(shape, bin=bin, low=low, high=high)
         if bin is None or low is None or high is None:
             raise UserError("gaussianized data need grey levels from a lowest to a highest; these are continuous")
-        levels = round((self.high - self.low) / self.bin) + 1
+        steps = (self.high - self.low) / self.bin
+        if steps * self.dim > MOST_NUMBERS:
+            raise UserError(f"gaussianized data: grey levels from {low:g} to {high:g} by {bin:g} are too many")
+        levels = round(steps) + 1
         uniform = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
         self.register_buffer("cumulative", uniform.expand(*self.shape, -1).contiguous())
 

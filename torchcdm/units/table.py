@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
-from torchcdm.units.cells import EMPTY, Kind, Thousands, conventions, kind_of, texts_of, values_of
+from torchcdm.units.cells import EMPTY, MOSTLY, Kind, Thousands, conventions, kind_of, texts_of, unreadable, values_of
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Column:
             texts = texts_of(cells, self.kind)
             places = {level: k for k, level in enumerate(self.levels)}
             found = np.array([places.get(text, places.get(OTHER, -1) if text else -1) for text in texts])
-            return found.clip(0).astype(np.float64), np.zeros(len(found), bool), found < 0
+            return found.clip(0).astype(np.float64), unreadable(cells), found < 0
         x, empty = self.read(cells)
         bad = ~np.isfinite(x) & ~empty
         strange = empty & (not self.missing)
@@ -307,7 +307,10 @@ def _describe(name: str, cells: Series, repeated: bool) -> tuple[Column | None, 
 
 def _levels(column: Column, cells: Series) -> tuple[Column | None, list[str]]:
     """A category or a boolean."""
-    texts = texts_of(cells, column.kind)
+    bad = unreadable(cells)
+    if bad.mean() > 1 - MOSTLY:
+        raise UserError(_problem(column, cells, bad))
+    texts = texts_of(cells[~bad], column.kind)
     counts = Counter(texts.tolist())
     if column.kind == "boolean":
         levels = tuple(text for text in ("", "False", "True") if counts[text])
@@ -369,13 +372,13 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
     """The first wrong cell, and how many there are."""
     at = int(wrong.argmax())
-    text, needed = str(cells.iloc[at]).strip(), "date" if column.kind == "date" else "finite number"
+    text, needed = str(cells.iloc[at]).strip(), {"number": "finite number", "date": "date"}
     if text.lower() in EMPTY:
         what = "is empty, which no row of training was"
     elif column.levels:
         what = f"holds '{text:.60}', none of the {len(column.levels)} levels of training"
     else:
-        what = f"holds '{text:.60}', not a {needed}"
+        what = f"holds '{text:.60}', not a {needed.get(column.kind, 'text or a number')}"
     more = f" ({int(wrong.sum())} such cells)" if wrong.sum() > 1 else ""
     return f"column '{column.name}', {cells.index.name or 'row'} {cells.index[at]} {what}{more}"
 
