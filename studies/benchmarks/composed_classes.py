@@ -71,14 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         both, names = compose.all_of(model, pair), [model.info.class_names[y] for y in pair]
         ways = {
             "all of, particles": (both, {"particles": options.particles}),
-            "all of, replicas": (both, {"particles": n, "sweeps": options.sweeps}),
+            **({"all of, replicas": (both, {"particles": n, "sweeps": options.sweeps})} if options.sweeps else {}),
             "all of, accepted": (both, {**chain, "corrector": 1}),
             "all of, sum of scores": (both, {**chain, "corrector": 0}),
             "any of": (compose.any_of(model, pair), chain), "none of": (compose.none_of(model, pair), chain),
             "all": (model, chain),
         }  # fmt: skip
-        if not options.sweeps:
-            del ways["all of, replicas"]
         for way, (target, how) in ways.items():
             began = time.process_time()
             found = compose.sample(target, n, details=True, **how)
