@@ -75,8 +75,7 @@ class Target(ABC):
     @final
     def log_start(self, x_T: Tensor) -> Tensor:
         """Log density of :meth:`start`, nats (B,)."""
-        mean, variances = self.reference.moments(self.schedule.T)
-        return log_normal(self.reference.rotation(x_T - mean), variances).sum(1)
+        return self.reference.log_prob(x_T, self.schedule.T)
 
 
 @final

@@ -28,11 +28,11 @@ SHORT = {
 
 def add_commands(commands: Any) -> None:
     """Adds all commands."""
-    for add_some in (_training, _models, _sampling, _measuring, _scoring, _comparing):
+    for add_some in (_models, _sampling, _measuring, _scoring, _comparing):
         add_some(partial(add_command, commands, "torchcdm.cli"))
 
 
-def _training(command: Callable[..., Parser]) -> None:
+def _models(command: Callable[..., Parser]) -> None:
     example = "cdm train digits --out runs/digits"
     parser = command("training:train", "train a model from a preset or a YAML file", example, "skip-bad device")
     add(parser, "preset PRESET", "see cdm presets", nargs="?")
@@ -58,8 +58,6 @@ def _training(command: Callable[..., Parser]) -> None:
     add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
     add(parser, "--classes N", "number of classes, for a conditional checkpoint", count)
 
-
-def _models(command: Callable[..., Parser]) -> None:
     command("about:presets", "list the presets", "cdm presets")
     command("about:info", "what a run holds", "cdm info runs/digits", "model json")
     command("about:zoo", "the models that ship with the package", "cdm zoo", "json")

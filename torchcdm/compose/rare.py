@@ -146,7 +146,10 @@ def climb(
     bar = tqdm(desc="thresholds", disable=not progress, leave=False)
     while True:
         values = event(states.x)
-        least = min(threshold, _quantile(values, weights.flatten()))
+        # The highest value above which there is KEEP of the weight; with ties less may be above it.
+        ordered, index = values.sort(descending=True)
+        reached = int((weights.flatten()[index].cumsum(0) < KEEP).sum())
+        least = min(threshold, float(ordered[min(reached + 1, len(values) - 1)]))
         alive = values > least
         share = float(weights.flatten()[alive].sum())
         if not share > 0:
@@ -176,13 +179,6 @@ def climb(
     value, width = math.exp(min(log_p, 0.0)), math.exp(1.96 * math.sqrt(math.log1p(variance)))
     interval = value / width, min(1.0, value * width)
     return Probability(value, *interval, counted.evaluations, thresholds, families, states.x[alive])
-
-
-def _quantile(values: Tensor, weights: Tensor) -> float:
-    """The highest value above which there is :data:`KEEP` of the weight; with ties less may be above it."""
-    ordered, index = values.sort(descending=True)
-    reached = int((weights[index].cumsum(0) < KEEP).sum())
-    return float(ordered[min(reached + 1, len(values) - 1)])
 
 
 def _resampled(states: States, weights: Tensor, generator: Generator) -> tuple[States, Tensor, float]:

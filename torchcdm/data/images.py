@@ -31,8 +31,6 @@ HIGHS = {"u1": 255, "u2": 65535}
 """Largest value of unsigned integers in .npy files."""
 
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-SWAPPED_ORIENTATIONS = (5, 6, 7, 8)
-EXIF_ORIENTATION = 0x0112
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue, as in Pillow."""
@@ -63,7 +61,7 @@ class ImageInfo(NamedTuple):
 
 def describe(path: Path) -> ImageInfo:
     """The header of an image file, whose pixels are not decoded; UserError for what Pillow and numpy do not read."""
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     with reading(path, *IMAGE) as file:
         if path.suffix.lower() == ".npy":
@@ -72,7 +70,7 @@ def describe(path: Path) -> ImageInfo:
         with opened(file) as image:
             width, height = image.size
             # Not image.getexif(): for PNG files that decodes the pixels.
-            if Image.Image.getexif(image).get(EXIF_ORIENTATION) in SWAPPED_ORIENTATIONS:
+            if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # by a quarter turn
                 width, height = height, width
             mode = _plain_mode(image)
             return ImageInfo({"LA": 2, "RGB": 3, "RGBA": 4}.get(mode, 1), (height, width), _high(mode))

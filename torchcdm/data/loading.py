@@ -26,8 +26,6 @@ from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 from torchcdm.units.table import as_frame, beyond_float32, is_frame
 
-Loader = Callable[[str, DataOptions, DataTransform | None], Samples]
-
 DEFAULT_FRACTION = 0.1
 """Share of the samples that validation and test each get where the data do not say it themselves."""
 
@@ -37,7 +35,7 @@ SMALLEST_SPLITTABLE = 10
 ROUNDING = 0.01
 """Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
 
-LOADERS: dict[str, tuple[Loader, str]] = {
+LOADERS: dict[str, tuple[Callable[[str, DataOptions, DataTransform | None], Samples], str]] = {
     "digits": (named.digits, ""),
     "fashion-mnist": (named.fashion_mnist, "[:PATH]"),
     "cifar10": (named.cifar10, "[:PATH]"),

@@ -288,16 +288,13 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 HELD_OUT = 5
 """Every fifth sample is held out to choose between them."""
 
-Labelled = tuple[Tensor, Tensor]
-"""Samples (N, *shape), and their classes, long (N,)."""
-
 HELD_OUT_LIMIT, DRAWS = 2000, 4
 """Most held-out samples of a class, and noisy copies of each."""
 
 
 def fit_class_gaussians(
-    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0, held_out: Labelled | None = None,
-    classes: int = 0,
+    samples: Tensor, labels: Tensor, schedule: NoiseSchedule, floor: float = 0.0,
+    held_out: tuple[Tensor, Tensor] | None = None, classes: int = 0,
 ) -> GaussianMarginals:  # fmt: skip
     """The Gaussian of all data, with one for each class: its own mean, and a covariance partly common to all.
 

@@ -85,8 +85,7 @@ class MixtureMarginals(BaseDensity):
         cls, samples: Tensor, schedule: NoiseSchedule, components: int, floor: float = 0.0, shrinkage: float = 0.0
     ) -> MixtureMarginals:
         """Fitted to samples (N, *shape) in model units, dequantised, by :func:`fit_gaussians` or, for images,
-        :func:`fit_cosines`; UserError for fewer samples than components.
-        """
+        :func:`fit_cosines`; UserError for fewer samples than components."""
         if samples.ndim == 2:
             fitted, form = fit_gaussians(samples, components, floor, shrinkage), None
         else:
@@ -252,12 +251,14 @@ def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]
         covariances = [(inside + floor) * identity] * components
     else:
         covariances = [np.cov(part.T, bias=True) + floor * identity for part in parts]
-    start = {
-        "weights_init": np.bincount(groups) / len(x),
-        "means_init": np.stack([part.mean(0) for part in parts]),
-        "precisions_init": np.linalg.pinv(np.stack(covariances), hermitian=True),
-    }
+    start = _start(x, groups, np.linalg.pinv(np.stack(covariances), hermitian=True))
     return [{}, start] if few else [start]
+
+
+def _start(x: np.ndarray, groups: np.ndarray, precisions: np.ndarray) -> dict[str, Any]:
+    """Options of :func:`maximised` to begin with the groups 0, 1, ... of rows (N,), none empty."""
+    means = np.stack([x[groups == k].mean(0) for k in range(len(precisions))])
+    return {"weights_init": np.bincount(groups) / len(x), "means_init": means, "precisions_init": precisions}
 
 
 def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,11 +270,7 @@ def fit_cosines(samples: Tensor, components: int, floor: float = 0.0) -> tuple[T
     floor = max(floor, VARIANCE_FLOOR)
     contrast = ((z - z.mean(0)) ** 2 / (z.var(0) + floor)).mean(1)
     groups = np.argsort(np.argsort(contrast)) * components // len(z)
-    start = {
-        "weights_init": np.bincount(groups) / len(z),
-        "means_init": np.stack([z[groups == k].mean(0) for k in range(components)]),
-        "precisions_init": np.stack([1 / (z[groups == k].var(0) + floor) for k in range(components)]),
-    }
+    start = _start(z, groups, np.stack([1 / (z[groups == k].var(0) + floor) for k in range(components)]))
     # Later iterations move next to nothing.
     fitted = maximised(z, components, covariance_type="diag", reg_covar=floor, max_iter=50, **start)
     return tuple(map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_)))

@@ -204,7 +204,10 @@ def report(
     costs = {stage: _cost(model, stage, len(share(len(x))), scoring) for stage in stages}
     for stage in _with_time_left(model, costs, progress):
         if stage in ("elbo", "logz") and kernels is None:
-            kernels = _kernels(model, y, scoring)
+            # With the variances that the model's own samples have, of all classes that are given.
+            target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
+            target.y = None if y is None else y[torch.arange(n) * len(y) // n]
+            kernels = Kernels.of_target(target, scoring.seed)
         if stage == "single":
             found["published-convention"] = single_pass(model, x, y, replace(at_zero, draws=1), dither=False)
             found["one-pass"] = single_pass(model, x, y, at_zero)
@@ -238,13 +241,6 @@ def report(
     unit, ordered = "nats" if transform.bin is None else "bits/dim", tuple(rows[key] for key in REMARKS if key in rows)
     data = (name, split, len(x), transform.dim, unit)
     return NLLReport(*data, ordered, log_z, gap, gaps, believe, why, notes)
-
-
-def _kernels(model: Denoiser, y: Tensor | None, scoring: Scoring) -> Kernels:
-    """With the variances that the model's own samples have, of all classes that are given."""
-    target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
-    target.y = None if y is None else y[torch.arange(n) * len(y) // n]
-    return Kernels.of_target(target, scoring.seed)
 
 
 def _measured_log_z(

@@ -138,7 +138,8 @@ def evaluated(model: DensityModel, z: Tensor, level: int) -> tuple[Tensor, Tenso
         log_p = model.class_log_prob_levels(x) if model.joint else model.log_prob_levels(x)[:, None]
         total = (log_p[:, :, level] + prior_of(model)).logsumexp(1).sum()
         (score,) = torch.autograd.grad(total, x)
-    return Prediction.of_score(z, *model.schedule.at(level, z), score.double()).x0, log_p.detach()
+    alpha, sigma = model.schedule.at(level, z)
+    return Prediction(z, alpha, sigma, -sigma * score.double()).x0, log_p.detach()
 
 
 def restricted_pass(

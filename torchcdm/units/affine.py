@@ -16,9 +16,6 @@ from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, Cells
 from torchcdm.units.table import TableEncoding
 
-Shape = Annotated[tuple[Count, ...], Len(1, 16)]
-"""Sizes of a sample's dimensions."""
-
 
 class DataTransform(Float64Module):
     """The affine map from data units to model units, the identity by default, with the grid that the data lie on.
@@ -55,8 +52,9 @@ class DataTransform(Float64Module):
 
     @checked
     def __init__(
-        self, shape: Shape, shift: float | Tensor = 0.0, scale: float | Tensor = 1.0, bin: Positive | None = None,
-        dequantize: bool = True, low: Float | None = None, high: Float | None = None,
+        self, shape: Annotated[tuple[Count, ...], Len(1, 16)], shift: float | Tensor = 0.0,
+        scale: float | Tensor = 1.0, bin: Positive | None = None, dequantize: bool = True, low: Float | None = None,
+        high: Float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.shape = shape
