@@ -204,11 +204,7 @@ class Fenced(Target):
 
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
-    """The denoiser's own Gaussian marginals, or those of standard normal data.
-
-    Raises:
-        UserError: The event shape is not known.
-    """
+    """The denoiser's own Gaussian marginals, or those of standard normal data; UserError for an unknown shape."""
     if denoiser.gaussian is not None:
         return denoiser.gaussian
     if denoiser.shape is None:

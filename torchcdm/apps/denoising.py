@@ -90,18 +90,15 @@ def denoise(
 ) -> tuple[Tensor, Tensor]:
     """Removes white noise: E[x_0 | alpha_t y] at the level of the noise, the nearest in log r.
 
+    Gives clean data, data units in the precision of the network, not rounded, (B, *shape); and the deviation of the
+    noise, found or given, model units, float64 (B,). UserError for a level and a deviation, a deviation of columns
+    that differ in scale, or a model of Gaussianised data.
+
     Args:
         model: A trained model; one with a density where the noise is to be estimated.
         noisy: Clean data plus noise that is white in model units, data units, (B, *shape).
         level: Level 1 ... T whose noise the data have.
         noise_std: Standard deviation of the noise, data units. Neither given: the noise of each sample is estimated.
-
-    Returns:
-        Clean data, data units in the precision of the network, not rounded, (B, *shape); and the deviation of the
-        noise, found or given, model units, float64 (B,).
-
-    Raises:
-        UserError: A level and a deviation; a deviation of columns that differ in scale; a model of Gaussianised data.
     """
     x, transform = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device), model.transform
     model.check_inputs(x, data=True)

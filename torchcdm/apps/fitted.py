@@ -37,10 +37,7 @@ def plain_fields(learner: object, names: Iterable[str]) -> dict[str, Any]:
 
 def restore(learner: object, readers: Readers, content: Mapping[str, Any], optional: Iterable[str] = ()) -> None:
     """Sets the attributes of ``learner`` from :func:`plain_fields`; the ``optional`` ones that are null stay unset.
-
-    Raises:
-        KeyError: One is missing or null.
-    """
+    KeyError where one is missing, or another is null."""
     for name, read in readers.items():
         if content[name] is not None:
             setattr(learner, name, read(content[name]))

@@ -30,10 +30,8 @@ from torchcdm.units import GaussianizedTransform
 def write_report(
     run: str | Path, source: DataSource, device: str | torch.device = "cpu", progress: bool = True
 ) -> str:
-    """Measures the run in a folder on the test split of its data; leaves ``report.json`` and ``plots/`` there.
-
-    Returns the report for the terminal.
-    """
+    """Measures the run in a folder on the test split of its data; leaves ``report.json`` and ``plots/`` there. Gives
+    the report for the terminal."""
     folder = RunFolder(run)
     config, weights, model = make_config(file_fields(folder.config)), weights_of(folder.root), load(run, device)
     split_name = next(name for name in ("test", "validation", "train") if getattr(source, name))

@@ -35,15 +35,13 @@ LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods sin
 def push(model: str | Path | Denoiser, repository: str, private: bool = False) -> str:
     """Uploads weights, settings, a card, and log Z where ``cdm nll`` has kept it; see ``hf auth login``.
 
-    Paths of the data that the model was trained on are cut to their last part. Gives the address.
+    Paths of the data that the model was trained on are cut to their last part. Gives the address. UserError for a
+    wrong name, a model that cannot be saved, or a Hub that refuses it.
 
     Args:
         model: A model, or what :func:`torchcdm.load` takes.
         repository: ``owner/name`` on the Hub; it is made where it does not exist.
         private: Whether a new repository is private.
-
-    Raises:
-        UserError: A wrong name, a model that cannot be saved, or a Hub that refuses it.
     """
     hub = needed("huggingface_hub", "hub", "the Hub")
     if not isinstance(repository, str) or repository.count("/") != 1 or not all(repository.split("/")):

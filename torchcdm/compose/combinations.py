@@ -162,15 +162,12 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Ex
 
     Of a model's classes the mixture of all others. With ``kappa``, or of other models, the repulsion
     :math:`p^{1 + n\\kappa} \\prod_i p_i^{-\\kappa}`, whose mass between and beyond the modes is checked by nothing but
-    the weights of its samples.
+    the weights of its samples. UserError as :func:`all_of`, or for classes of which none is left.
 
     Args:
         model: The density to take from; with classes where ``what`` holds classes.
         what: Classes of the model, or models, to keep away from.
         kappa: Strength of the repulsion, above 0; 1 for models when None.
-
-    Raises:
-        UserError: As :func:`all_of`, or classes of which none is left.
     """
     of_models = any(isinstance(one, nn.Module) for one in what)
     away = _experts(what, None) if of_models else _experts(model, what)

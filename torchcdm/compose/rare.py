@@ -86,7 +86,8 @@ def probability(
     """P(f(x) > threshold) where this may be as small as 1e-30, with a 95 % interval.
 
     By splitting. Of the density at level 1, normalised: that of the data plus the noise of the first level. The best
-    that n particles can do is a coefficient of variation of (-log P / n)^½.
+    that n particles can do is a coefficient of variation of (-log P / n)^½. UserError for a model without a density,
+    values of another shape or not numbers, or an event that cannot happen.
 
     Args:
         model: The density, or a composed one.
@@ -98,9 +99,6 @@ def probability(
         y: A class that is given.
         seed: Seed, not negative.
         progress: Shows progress bars.
-
-    Raises:
-        UserError: A model without a density, values of another shape or not numbers, or an event that cannot happen.
 
     Example:
         >>> bright = torchcdm.compose.probability(model, lambda x: x.flatten(1).sum(1), 600.0)

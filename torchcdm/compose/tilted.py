@@ -113,12 +113,9 @@ def tilted(model: Denoiser, reward: Map) -> Tilted:
     """p(x) exp(R(x)): the model's samples, weighed by a reward or the log-likelihood of a classifier.
 
     Args:
-        model: The density, or a composed one.
-        reward: R, nats (B,) of samples in data units (B, *shape), on the model's device. Without a derivative it
-            weighs and accepts, and proposes nothing.
-
-    Raises:
-        UserError: A model without a density; in calls, a reward of another shape.
+        model: The density, or a composed one; UserError for a model without.
+        reward: R, nats (B,) of samples in data units (B, *shape), on the model's device; calls give a UserError for
+            another shape. Without a derivative it weighs and accepts, and proposes nothing.
 
     Example:
         >>> heavy = torchcdm.compose.tilted(model, lambda x: x.flatten(1).sum(1) / 50)
@@ -134,7 +131,8 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
     :math:`\ell_t = \log N(y; A\hat x_0, s^2 I + A V_t A^T)` with the reference Gaussian's posterior variances V_t
     (twisted sequential Monte Carlo, arXiv 2306.17775). Where model units are a curve of data units, mean and slope are
     those over the spread V_t of each number around :math:`\hat x_0`; of a measurement that is not linear, the variance
-    is the mean of its linearisations at draws of that Gaussian. A Gaussian is solved exactly.
+    is the mean of its linearisations at draws of that Gaussian. A Gaussian is solved exactly. UserError for a
+    measurement of another shape, or noise below the model's first level.
 
     Args:
         model: The density, or a composed one.
@@ -142,9 +140,6 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
             :func:`downsampling` make some.
         y: What was measured, (*m), data units.
         noise_std: s, data units, at least the noise of level 1. None: not known, of prior 1 / s above that.
-
-    Raises:
-        UserError: A measurement of another shape, noise below the model's first level.
     """
     dense = require_density(model, "a posterior")
     reference, schedule, of = reference_gaussian(dense), dense.schedule, of_data(dense, lambda x: x)

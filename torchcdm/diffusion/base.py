@@ -53,9 +53,7 @@ class BaseDensity(Float64Module, ABC):
         """What joint logits add for each class: its log density less that of all data, 0 at level T+1.
 
         The network corrects the density of all data; before the first step, joint logits are those of the classes.
-
-        Returns:
-            float64 (B, classes, T+2); None where the classes have no density of their own.
+        Gives float64 (B, classes, T+2); None where the classes have no density of their own.
         """
         return None
 

@@ -34,7 +34,7 @@ def readable(values: Tensor) -> bool:
 class NoiseSchedule(Float64Module, ABC):
     """The pair (alpha_t, sigma_t) at the levels 0 ... T+1.
 
-    A subclass gives :meth:`inner_levels`; the two ends are the same for every schedule.
+    A subclass gives :meth:`inner_levels`, and says of further arguments; the two ends are the same for every schedule.
 
     Args:
         T: Number of noise levels between data and pure noise.
@@ -147,7 +147,6 @@ class LinearSchedule(NoiseSchedule):
     """Variance-preserving schedule with linear betas (Ho et al., 2020, arXiv 2006.11239).
 
     Args:
-        T: Number of noise levels between data and pure noise.
         beta_min: First beta at T = 1000; scaled by 1000 / T, so that the last level is noise for any T.
         beta_max: Last beta at T = 1000.
     """
@@ -170,7 +169,6 @@ class CosineSchedule(NoiseSchedule):
     """abar_t = cos² of a quarter turn with a small offset (Nichol and Dhariwal, arXiv 2102.09672).
 
     Args:
-        T: Number of noise levels between data and pure noise.
         offset: Part of a quarter turn at which level 0 lies.
     """
 
@@ -210,7 +208,6 @@ class LogSNRSchedule(NoiseSchedule):
     """log r_t evenly spaced from ``r_min`` at level 1 to ``r_max`` at level T; variance preserving.
 
     Args:
-        T: Number of noise levels between data and pure noise.
         r_min: Noise-to-signal ratio of level 1, model units. When None, half a grey level, or a hundredth of the
             scale of continuous data, in a training; else 0.004, half a level of 256.
         r_max: Noise-to-signal ratio of level T.

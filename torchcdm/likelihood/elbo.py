@@ -44,7 +44,8 @@ def elbo(
         - \log P(k|x_l) + \log q(x_l|k) - \log q(x_l|x_0)]
 
     x_0 is the dequantised data where the model has seen those. One draw of noise for each level, independent of the
-    others: the terms don't need a path.
+    others: the terms don't need a path. UserError for data or a level that do not fit the model, or more evaluations
+    than levels.
 
     Args:
         denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
@@ -54,9 +55,6 @@ def elbo(
         kernels: The chain's; with the reference Gaussian's variances when None.
         evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
             many strata of the levels, a random level of each. One for each level when None.
-
-    Raises:
-        UserError: Data or a level that do not fit the model, or more evaluations than levels.
     """
     (x, y), transform, level = as_data(denoiser, x, y, scoring), denoiser.transform, scoring.level_of(denoiser)
     schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))

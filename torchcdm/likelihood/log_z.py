@@ -208,7 +208,8 @@ def log_normalizer(
     """log of the integral of exp(log p_t), over all inputs, by replica exchange from several starts.
 
     The starts are samples of the model, held-out data where they are given, and images of the highest grey level, or
-    points far out for continuous data. Their estimates must agree.
+    points far out for continuous data. Their estimates must agree. UserError for a level or data that do not fit the
+    model, none where some are needed, or too few sweeps or replicas.
 
     Args:
         model: Put into evaluation mode meanwhile.
@@ -226,9 +227,6 @@ def log_normalizer(
             steps reach from the noise, where none is given.
         progress: Shows a progress bar over the sweeps.
         training: Other data than ``x``, which say what is usual; ``x`` when None.
-
-    Raises:
-        UserError: A level or data that do not fit the model, none where some are needed; too few sweeps, replicas.
     """
     model, training = require_density(model, "log Z"), x if training is None else training
     held, usual = (None if part is None else as_data(model, part, None, scoring)[0] for part in (x, training))

@@ -27,18 +27,16 @@ stay away from; one pass on digits is lowest there."""
 
 @validated
 class Scoring:
-    """How data are scored.
+    """How data are scored; UserError for a value that is no whole number or out of range.
 
     Attributes:
         level: Noise level through which data are scored; :func:`scoring_level` of the model when None.
         draws: Noise draws of each sample for one-pass likelihoods.
         seed: Seed of all noise. The noise of a sample depends on the seed and the sample's index, not on batches.
         steps: Heun steps of the probability flow, two evaluations each; every level where there are fewer.
-        probes: Random probes of the flow's divergence, an even number; without use up to 16 dimensions.
+        probes: Random probes of the flow's divergence, an even number, as their halves are compared (UserError for an
+            odd one); without use up to 16 dimensions.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
-
-    Raises:
-        UserError: A value that is no whole number or out of range, or an odd number of probes, whose halves compare.
     """
 
     level: CountOrZero | None = None
@@ -76,10 +74,9 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
 def scoring_level(model: Denoiser, times: float = 1.0) -> int:
     """The level through which data are scored: the first with noise of so much of a cell, :data:`SCORING_NOISE`.
 
-    Or the first with so many ``times`` as much noise.
-
-    With less noise the density still has the edges of the cells, which a smooth network cannot draw, and its mean says
-    too little about which cell it is. Level 1 for continuous data.
+    Or the first with so many ``times`` as much noise. With less noise the density still has the edges of the cells,
+    which a smooth network cannot draw, and its mean says too little about which cell it is. Level 1 for continuous
+    data.
     """
     transform, ratio = model.transform, model.schedule.ratio[1:-1]
     if transform is None or transform.bin is None:

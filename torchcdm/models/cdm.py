@@ -63,11 +63,8 @@ class ClassificationDiffusion(DensityModel):
         return getattr(self.backbone, "joint", False)
 
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
-        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10).
-
-        Raises:
-            UserError: The model does not give all classes in one pass.
-        """
+        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10). UserError for a model
+        that does not give all classes in one pass."""
         if not self.joint:
             raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
         self.check_inputs(x_t)

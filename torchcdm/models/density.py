@@ -57,11 +57,8 @@ class DensityModel(Denoiser):
         """
 
     def log_prob_levels(self, x_t: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p_t(x_t) at every level from one forward pass (identity 1); arguments as in :meth:`denoise`.
-
-        Returns:
-            Nats in model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands.
-        """
+        """log p_t(x_t) at every level from one forward pass (identity 1); arguments as in :meth:`denoise`. Nats in
+        model units, float64 (B, T+2): neighbours differ by little, the values are in the thousands."""
         return self.conditional_and_marginal(x_t, self.check_inputs(x_t, y=y))[0]
 
     def conditional_and_marginal(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -84,9 +81,7 @@ class DensityModel(Denoiser):
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
         (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. The ``densities`` keep a
         ``graph`` in the weights, ``all`` in ``x_t`` too. Losses do not ``check``: ``y`` may hold the null label.
-
-        Raises:
-            UserError: Called under ``torch.inference_mode()``, which forbids the gradient.
+        UserError under ``torch.inference_mode()``, which forbids the gradient.
         """
         # The compiler cannot trace the question; the gradient fails under inference mode all the same.
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
@@ -142,21 +137,17 @@ class DensityModel(Denoiser):
         return self.evaluate(x_t, t, y, graph="all").eps
 
     def log_prob(self, x: Any, t: Level = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
-        """log p_t(x), one forward pass, differentiable.
+        """log p_t(x), one forward pass, differentiable: nats in the units asked for, float64 (B,).
 
-        Not guaranteed to integrate to one: ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails.
+        -inf where an input is so far away that its square overflows. Not guaranteed to integrate to one:
+        ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails. UserError for levels, shapes or labels
+        that are none of the model's, or inputs that are not finite.
 
         Args:
             x: (B, *shape), a tensor or an array of any number type; of a model of a table also a data frame.
             t: Level of the density, an int or long (B,); 0 is the data.
             y: Classes, long (B,); None for the unconditional density.
             units: ``data``, or ``model`` for inputs that are already transformed.
-
-        Returns:
-            Nats in the units asked for, float64 (B,); -inf where an input is so far away that its square overflows.
-
-        Raises:
-            UserError: Levels, shapes or labels that are none of the model's, or inputs that are not finite.
         """
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")

@@ -45,16 +45,13 @@ class ImageNetwork(nn.Module):
 
     Args:
         in_channels: Channels of the images.
-        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1).
+        image_size: Side, or (height, width); multiples of 2 ** (len(multipliers) - 1), UserError for others.
         channels: Channels at the first resolution, before its multiplier.
         multipliers: Channels at each resolution, as multiples of ``channels``; in an encoder of ``width``.
         blocks: Residual blocks at each resolution; in a U-Net on the way down, and one more on the way up.
         attention: Resolutions (the longer side) whose blocks are followed by self-attention.
         dropout: Rate inside the residual blocks.
         groups: Groups of the normalisation where they divide the channels.
-
-    Raises:
-        UserError: Images that cannot be halved so often.
     """
 
 

@@ -54,10 +54,7 @@ class HeadedBackbone(nn.Module, ABC):
     Args:
         levels: T + 2.
         classes: Number of classes; the label is added inside the blocks, or see ``joint``. None: unconditional.
-        joint: Outputs for all classes from one pass instead of a label as input.
-
-    Raises:
-        UserError: A joint head without classes.
+        joint: Outputs for all classes from one pass instead of a label as input; UserError without classes.
     """
 
     head: Head

@@ -114,10 +114,8 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
 
 @final
 class DDMUNet(ImageNetwork):
-    """The DDPM baseline: the same U-Net, told the level, estimates the noise itself; arguments as of the CDM's.
-
-    The embedded label is added to the embedded level.
-    """
+    """The DDPM baseline: the same U-Net, told the level, estimates the noise itself; arguments as of the CDM's. The
+    embedded label is added to the embedded level."""
 
     joint = False
 
