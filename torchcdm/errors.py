@@ -16,8 +16,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

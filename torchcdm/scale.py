@@ -86,10 +86,9 @@ class Scorer:
     def __call__(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Scores of a batch; UserError for one that does not fit the model, or a file that cannot be read.
 
-        Returns:
-            ``score``, ``percentile`` among normal data, ``flag``, ``deviating`` (holds what training never had) and
-            ``where`` beside the columns of the batch; of files, which may hold many rows, beside ``input`` and
-            ``note``: the first row says what was left out, an empty one, its ``input`` "", where all was.
+        Gives ``score``, ``percentile`` among normal data, ``flag``, ``deviating`` (holds what training never had) and
+        ``where`` beside the columns of the batch; of files, which may hold many rows, beside ``input`` and ``note``:
+        the first row says what was left out, an empty one, its ``input`` "", where all was.
         """
         if PATH in batch and PATH not in (self.info.columns or ()):
             parts = batch.get(PART, [WHOLE] * len(batch[PATH]))
@@ -136,8 +135,7 @@ class Scorer:
         values = np.stack(list(values)) if values.dtype == object else values
         found = read_array(values, Path(name), transform.shape, options)
         if name == ARRAYS[0] and values.dtype.kind == "u":
-            high = int(np.iinfo(values.dtype).max)
-            found = found._replace(x=on_grid(found.x, high, transform, Path(name)))
+            found = found._replace(x=on_grid(found.x, int(np.iinfo(values.dtype).max), transform, Path(name)))
         check_range(found, transform)
         return found, np.arange(len(values))
 

@@ -69,8 +69,7 @@ class Kernels:
         squares = kernels.variances.new_zeros(len(levels), dim)
         for k, t in enumerate(levels.tolist()):
             x_t = schedule.perturb(x_0, t, normal(*x_0.shape))
-            error = x_0 - kernels.x0(x_t, target.eps(x_t, t), t)
-            squares[k] = rotation(error).square().sum(0)
+            squares[k] = rotation(x_0 - kernels.x0(x_t, target.eps(x_t, t), t)).square().sum(0)
         above = torch.searchsorted(levels, torch.arange(1, schedule.T + 1))
         return cls(target.reference, squares[above] / n)
 

@@ -82,6 +82,9 @@ class Target(ABC):
 class ModelTarget(Target):
     """The density of a model at every level, of one class or of all.
 
+    UserError for a model without a density, of unknown shape, or in half precision, which leaves nothing of
+    differences of log p, and for a class that it does not have.
+
     Args:
         model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision.
         y: A class, or a context (context,), that is given; None for the unconditional density. As an attribute it
@@ -89,10 +92,6 @@ class ModelTarget(Target):
         batch_size: Inputs at a time; by their size, and what memory holds, when None.
         guidance: Weight w of identity 8: the target is (1 + w) log p_t(x|y) - w log p_t(x).
         density: Whether log gamma is asked for. Without it any denoiser will do, in any precision.
-
-    Raises:
-        UserError: A model without a density, of unknown shape, or in half precision, which leaves nothing of
-            differences of log p; a class that it does not have.
     """
 
     def __init__(

@@ -139,8 +139,7 @@ class Explorer:
         """How anomalous one input is in words, and where: its map over the image, or a bar for each column."""
         score, where = self.detector.score(x), self.map(x)
         percentile, count = float(self.detector.percentile(score)[0]), len(self.detector.calibration)
-        name = self.detector.name
-        words = f"more anomalous than **{percentile:.1f} %** of {count} normal inputs (score {name})"
+        words = f"more anomalous than **{percentile:.1f} %** of {count} normal inputs (score {self.detector.name})"
         if self.images:
             return words, _sheet(overlay(where, x, self.map.limit, self.info.transform))
         order = where[0].argsort()[-20:]
@@ -263,8 +262,7 @@ def _of_ones_own(explorer: Explorer) -> tuple[Any, Any, Any]:
     if explorer.images:
         with gr.Tab("Draw"):
             brush = gr.Brush(colors=["#000000"], default_size=24, color_mode="fixed")
-            size = (PICTURE, PICTURE)
-            pad = gr.Sketchpad(brush=brush, canvas_size=size, elem_id="pad", label="ink is light")
+            pad = gr.Sketchpad(brush=brush, canvas_size=(PICTURE, PICTURE), elem_id="pad", label="ink is light")
             ink = gr.Button("Look at the drawing", elem_id="ink")
         return _result(explorer, "input", "input"), pad, ink
     cells = {"row_count": 1, "column_count": len(explorer.columns), "headers": explorer.columns}

@@ -40,8 +40,7 @@ class SbiDensity(ConditionalDensityEstimator):
         self._check_condition_shape(condition)
         theta, x, _ = self._broadcast_and_align(input, condition)
         rows, given = _rows(theta, self.estimator.columns_), _rows(x, self.estimator.x_columns_)
-        log_p = self.estimator.log_prob(rows, given)
-        return torch.from_numpy(log_p).to(input).reshape(theta.shape[:2])
+        return torch.from_numpy(self.estimator.log_prob(rows, given)).to(input).reshape(theta.shape[:2])
 
     def sample(self, sample_shape: torch.Size, condition: Tensor, **_: Any) -> Tensor:
         """Draws of theta (*sample_shape, batch, p) given x (batch, q); torch's seed decides which."""
@@ -75,15 +74,13 @@ class SbiRatio(RatioEstimator):
     def unnormalized_log_ratio(self, theta: Tensor, x: Tensor) -> Tensor:
         """The log ratio, nats, (...), of theta (..., p) and x (..., q)."""
         rows = self.combine_theta_and_x(theta, x)
-        log_ratio = self.ratio.log_ratio(_rows(rows, self.columns))
-        return torch.from_numpy(log_ratio).to(theta).reshape(rows.shape[:-1])
+        return torch.from_numpy(self.ratio.log_ratio(_rows(rows, self.columns))).to(theta).reshape(rows.shape[:-1])
 
 
 def pairs_and_strangers(theta: Any, x: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows (theta, x) that belong together, and rows whose x is that of another theta: numerator and denominator."""
     theta, x = (np.asarray(part, np.float64).reshape(len(part), -1) for part in (theta, x))
-    others = x[permutation(len(x), seed).numpy()]
-    return np.concatenate([theta, x], 1), np.concatenate([theta, others], 1)
+    return np.concatenate([theta, x], 1), np.concatenate([theta, x[permutation(len(x), seed).numpy()]], 1)
 
 
 def _rows(values: Tensor, table: TableEncoding) -> DataFrame:

@@ -65,8 +65,7 @@ def _composed(model: Denoiser, known: dict[str, int], options: argparse.Namespac
         flags = "--all-of, --any-of, --none-of and --beta"
         raise UserError(f"--label and --guidance are for the classes of a model; leave them out with {flags}")
     for name, text in asked.items():
-        chosen = [_known(name, part.strip(), known) for part in text.split(",")]
-        model = getattr(compose, name)(model, chosen)
+        model = getattr(compose, name)(model, [_known(name, part.strip(), known) for part in text.split(",")])
     return model if options.beta is None else compose.tempered(model, options.beta)
 
 

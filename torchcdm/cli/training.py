@@ -95,8 +95,7 @@ def convert(options: argparse.Namespace) -> None:
         raise UserError(f"{what}; such as preset cifar10")
     # The published code maps 0 ... 255 to [-1, 1] and adds no noise to grey levels.
     side = CELEBA_SIZE if str(config.data.spec).startswith("celeba") else (32, 32)
-    shape = (config.data.channels or 3, *(config.data.size or side))
-    transform = DataTransform.images(shape, dequantize=False)
+    transform = DataTransform.images((config.data.channels or 3, *(config.data.size or side)), dequantize=False)
     model_config = resolve(config.model, transform)
     if (model_config.labels != "none") != (options.classes is not None):
         raise UserError("--classes is needed for a conditional model (model.labels input), and for that alone")
@@ -104,6 +103,5 @@ def convert(options: argparse.Namespace) -> None:
     load_official(options.checkpoint, model.backbone)
     names = None if options.classes is None else tuple(map(str, range(options.classes)))
     selected = {"value": "converted", "source": options.checkpoint.name}
-    info = ModelInfo(config.preset, model_config, transform, config.data, selected, names)
-    save(model, options.out, info)
+    save(model, options.out, ModelInfo(config.preset, model_config, transform, config.data, selected, names))
     print(f"{options.out}: {sum(p.numel() for p in model.parameters())} parameters")

@@ -42,8 +42,7 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
         frames = {split: part.to_pandas() for split, part in rows.items()}
         return tables.samples_of(frames, f"hf:{argument}", options, like=like)
     if hasattr(datasets, "Image"):  # the library would open files of any format
-        kept = datasets.Image(decode=False)
-        rows = {split: part.cast_column(column, kept) for split, part in rows.items()}
+        rows = {split: part.cast_column(column, datasets.Image(decode=False)) for split, part in rows.items()}
     return _images(f"hf:{argument}", rows, column, options)
 
 

@@ -150,8 +150,7 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
 def read_table(frame: DataFrame, name: str, table: TableEncoding, options: DataOptions) -> Inputs:
     """The rows of a table for a model; those that hold what training never had deviate."""
     x, rows, deviating = table.encode(frame, name, options.skip_bad, deviating=True)
-    word = frame.index.name or "row"
-    names = [f"{word} {frame.index[i]}" for i in rows.tolist()]
+    names = [f"{frame.index.name or 'row'} {frame.index[i]}" for i in rows.tolist()]
     bad = len(frame) - len(rows)
     notes = (f"{name}: {bad} row(s) with cells that cannot be read are left out.",) if bad else ()
     return Inputs(x, names, deviating, notes)
@@ -168,8 +167,7 @@ def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataO
     if values.ndim == 4:
         values = arrays.convert_images(values, grid, options)
     _check_shape(tuple(values.shape[1:]), shape, path)
-    names = [f"{printable(path)}[{i}]" for i in range(len(values))]
-    return without_columns(single(values.numpy(), str(path)), names)
+    return without_columns(single(values.numpy(), str(path)), [f"{printable(path)}[{i}]" for i in range(len(values))])
 
 
 def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: tuple[int, ...]) -> Tensor | None:

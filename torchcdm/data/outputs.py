@@ -76,8 +76,7 @@ def sheet(images: Tensor, columns: int | None = None, side: int = GRID_SIDE) -> 
         images = images.movedim(1, 2).flatten(2)[:, None]  # (N, 1, H, C W)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     tiles = pad(images, (0, GRID_GAP, 0, GRID_GAP), value=255)
-    missing = -len(tiles) % columns
-    tiles = torch.cat([tiles, torch.full_like(tiles[:1], 255).expand(missing, -1, -1, -1)])
+    tiles = torch.cat([tiles, torch.full_like(tiles[:1], 255).expand(-len(tiles) % columns, -1, -1, -1)])
     rows = [torch.cat(list(row), 2) for row in tiles.split(columns)]
     return torch.cat(rows, 1)[:, :-GRID_GAP, :-GRID_GAP].numpy()
 

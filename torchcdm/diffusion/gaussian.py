@@ -172,8 +172,7 @@ class GaussianMarginals(BaseDensity):
         else:
             variances, rotation = spread, DIAGONAL[form or "cosine"](mean.shape).to(mean.device)
         # A floor of 0 still leaves out directions in which the data do not vary at all.
-        smallest = max(floor, 1e-9 * float(variances.max()))
-        return cls(schedule, mean, variances.clamp_min(smallest), rotation)
+        return cls(schedule, mean, variances.clamp_min(max(floor, 1e-9 * float(variances.max()))), rotation)
 
     def _variances_at(self, t: Level | slice) -> Tensor:
         alpha, sigma = self.schedule.alpha[t, None], self.schedule.sigma[t, None]

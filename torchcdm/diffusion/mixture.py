@@ -247,8 +247,7 @@ def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]
         return [{}]
     few, identity = len(x) < PIECE_ROWS * pieces * x.shape[1], np.eye(x.shape[1])
     if few:
-        inside = (x - found.cluster_centers_[found.labels_]).var()
-        covariances = [(inside + floor) * identity] * components
+        covariances = [((x - found.cluster_centers_[found.labels_]).var() + floor) * identity] * components
     else:
         covariances = [np.cov(part.T, bias=True) + floor * identity for part in parts]
     start = _start(x, groups, np.linalg.pinv(np.stack(covariances), hermitian=True))

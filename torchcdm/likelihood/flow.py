@@ -136,8 +136,7 @@ class FlowSolver:
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         t, angle = self.levels[0], torch.atan(self.schedule.ratio)
-        u = self.reference.rotation(x_t.double() / self.schedule.alpha[t] - self.reference.mean)
-        w = u / self._scale(t)
+        w = self.reference.rotation(x_t.double() / self.schedule.alpha[t] - self.reference.mean) / self._scale(t)
         slope, divergence, log_p = self._slope_and_divergence(w, t, y, rows)
         # Of both halves of the probes, (2, B).
         totals, one_pass = [torch.zeros_like(divergence)], [log_p]

@@ -170,6 +170,8 @@ def report(
 ) -> NLLReport:  # fmt: skip
     """Scores data by every method asked for, on the same samples and the same noisy inputs.
 
+    UserError for an unknown method, or one that the model does not have; data, a level, or numbers out of range.
+
     Args:
         model: The model, with a transform; put into evaluation mode meanwhile.
         x: Data units, (N, *shape).
@@ -182,9 +184,6 @@ def report(
         progress: Shows a progress bar.
         training: Other data, which say what is usual where log Z is restricted; ``x`` when None.
         log_z: What is known of it, where it is not estimated.
-
-    Raises:
-        UserError: An unknown method or one that the model does not have; data, a level, or numbers out of range.
     """
     methods = methods_of(model) if methods is None else methods
     lacking = [method for method in methods if method not in methods_of(model)]
@@ -239,8 +238,7 @@ def report(
         verdict = judge(per_nat, level, rows.get("one-pass-level"), log_z, gap, over_elbo, y is not None)
         rows["one-pass-normalized"], believe, why = verdict
     unit, ordered = "nats" if transform.bin is None else "bits/dim", tuple(rows[key] for key in REMARKS if key in rows)
-    data = (name, split, len(x), transform.dim, unit)
-    return NLLReport(*data, ordered, log_z, gap, gaps, believe, why, notes)
+    return NLLReport(name, split, len(x), transform.dim, unit, ordered, log_z, gap, gaps, believe, why, notes)
 
 
 def _measured_log_z(

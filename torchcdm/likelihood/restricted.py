@@ -136,8 +136,7 @@ def evaluated(model: DensityModel, z: Tensor, level: int) -> tuple[Tensor, Tenso
     with torch.enable_grad():
         x = z.to(working_dtype(model, torch.float64)).detach().requires_grad_()
         log_p = model.class_log_prob_levels(x) if model.joint else model.log_prob_levels(x)[:, None]
-        total = (log_p[:, :, level] + prior_of(model)).logsumexp(1).sum()
-        (score,) = torch.autograd.grad(total, x)
+        (score,) = torch.autograd.grad((log_p[:, :, level] + prior_of(model)).logsumexp(1).sum(), x)
     alpha, sigma = model.schedule.at(level, z)
     return Prediction(z, alpha, sigma, -sigma * score.double()).x0, log_p.detach()
 

@@ -139,7 +139,7 @@ class DensityModel(Denoiser):
     def log_prob(self, x: Any, t: Level = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable: nats in the units asked for, float64 (B,).
 
-        -inf where an input is so far away that its square overflows. Not guaranteed to integrate to one:
+        It is -inf where an input is so far away that its square overflows, and not guaranteed to integrate to one:
         ``torchcdm.likelihood.log_normalizer`` estimates by how much it fails. UserError for levels, shapes or labels
         that are none of the model's, or inputs that are not finite.
 

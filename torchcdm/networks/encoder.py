@@ -80,7 +80,6 @@ class Encoder(ImageNetwork, HeadedBackbone):
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees, (B, features)."""
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
         if self.positions is not None:

@@ -76,7 +76,6 @@ class MLP(HeadedBackbone):
         self.head = make_head(width + energy_maps, levels, classes, joint)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the head sees, (B, features)."""
         if self.context is not None and y is None:
             raise UserError(f"this density is conditional on {self.context} numbers a sample, and none was given")
         given = None if self.given is None else self.given(y.to(self.linear_in.weight.dtype))

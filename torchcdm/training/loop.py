@@ -221,8 +221,7 @@ class Trainer:
         return self.processes.accelerator.prepare_model(loss, device_placement=False)
 
     def _precision(self) -> torch.autocast:
-        half = self.options.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, half, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, self.options.precision == "bf16", cache_enabled=False)
 
     def _update(self, loss: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], bool]:
         """One optimiser step; weights and average stay as they are where it is not finite."""

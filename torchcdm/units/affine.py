@@ -137,8 +137,7 @@ class DataTransform(Float64Module):
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python values, exact: floats survive JSON to the last bit."""
-        table = {} if self.table is None else {"table": encode(self.table)}
-        return self.arguments() | table
+        return self.arguments() | ({} if self.table is None else {"table": encode(self.table)})
 
     def arguments(self) -> dict[str, Any]:
         """Those of the constructor, and ``kind`` for subclasses."""

@@ -90,7 +90,12 @@ class ColumnTransform(DataTransform):
                 steps, value = _steps(rows[:, k])
                 if value > least[k]:
                     found[k] = Cells((), 0.0, True), steps
-        histograms = {k: (one, edges.tolist(), _cumulative(x[:, k], edges)) for k, (one, edges) in found.items()}
+        histograms = {}
+        for k, (one, edges) in found.items():
+            # One more sample, spread over all cells: none is impossible.
+            counts = torch.histogram(x[:, k].clamp(edges[0], edges[-1]).contiguous(), edges).hist + 1 / len(edges)
+            share = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0) / counts.sum()])
+            histograms[k] = one, edges.tolist(), (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
         return cls(warp, histograms, dequantize)
 
     def spread(self, x: Tensor, position: Tensor) -> Tensor:
@@ -229,14 +234,6 @@ def _steps(x: Tensor) -> tuple[Tensor, float]:
     while chosen[-1]:
         chosen.append(first[chosen[-1] - 1])
     return torch.from_numpy(np.unique(ends[chosen])), float(best[-1] / len(x))
-
-
-def _cumulative(x: Tensor, edges: Tensor) -> list[float]:
-    """Share of ``x`` (N,) below each of the ``edges`` of a histogram."""
-    # One more sample, spread over all cells: none is impossible.
-    counts = torch.histogram(x.clamp(edges[0], edges[-1]).contiguous(), edges).hist + 1 / len(edges)
-    share = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0) / counts.sum()])
-    return (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
 
 
 def _cell_of(values: Tensor, edges: Tensor) -> Tensor:

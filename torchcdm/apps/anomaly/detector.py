@@ -34,6 +34,8 @@ HIGHEST = torch.finfo(torch.float64).max
 class AnomalyDetector:
     """A number for each input, higher for the more anomalous, compared with normal data that did not train the model.
 
+    UserError for an unknown name, a model without density, ``ratio`` without background of the same shape.
+
     Args:
         name: Of :data:`torchcdm.apps.anomaly.SCORES`.
         model: The model of the normal data; put into evaluation mode while it is used.
@@ -43,9 +45,6 @@ class AnomalyDetector:
         fitted: What the score learned; None before.
         calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,); None
             before :meth:`fit`.
-
-    Raises:
-        UserError: An unknown name, a model without density, ``ratio`` without background of the same shape.
 
     Example:
         >>> detector = AnomalyDetector("levels", model).fit(normal)
@@ -180,8 +179,7 @@ def normal_data(
     model's own data when None. At most ``limit`` samples, evenly spaced.
     """
     if paths is not None:
-        x = model.info.read_inputs(paths, skip_bad).x
-        return MemorySplit(x).tensors(limit)[0], ", ".join(map(str, paths))
+        return MemorySplit(model.info.read_inputs(paths, skip_bad).x).tensors(limit)[0], ", ".join(map(str, paths))
     try:
         source = model.info.read_source(model)
         split = source.split("validation")
