@@ -10,14 +10,16 @@ error is that of the estimated mean against the exact one on the same test point
 Kinds: ``plain``; ``rotated``, both sides turned by one random orthogonal matrix; ``bent``, both pushed through a fixed
 non-linear invertible map (:class:`ratio_pairs.InvertibleMap`), which leaves the ratio as it is. With the residual
 ``on`` the network corrects one fitted Gaussian for each source, ``off`` it has to learn all. The column ``Gaussians``
-is what two fitted Gaussians say alone, and ``weight`` the network's in the blend.
+is what two fitted Gaussians say alone, and ``weight`` the network's in the blend. ``information`` is what
+:func:`torchcdm.mutual_information` says of such pairs, x and y each turned or bent by a map of its own: a map of both
+together would change it.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from studies.benchmarks.ratio_pairs import (
     orthogonal,
     rmse,
 )
-from torchcdm import DensityRatio
+from torchcdm import DensityRatio, mutual_information
 
 NATS = {20: 5.0, 40: 10.0, 80: 20.0, 160: 40.0, 320: 80.0}
 KINDS = ("plain", "rotated", "bent")
@@ -53,9 +55,11 @@ class Row:
         rmse: Of the log ratio of single test points, nats.
         gaussians: Estimate of two fitted Gaussians without a network.
         weight: Of the network in the blend, 0 ... 1.
+        information: Mutual information of x and y by :func:`torchcdm.mutual_information`, nats.
         rows: Training rows of each source, held-out ones included.
         steps: Most training steps.
         seconds: Processor seconds of fitting.
+        information_seconds: Those of ``information``.
     """
 
     kind: str
@@ -67,9 +71,11 @@ class Row:
     rmse: float
     gaussians: float
     weight: float
+    information: float
     rows: int
     steps: int
     seconds: float
+    information_seconds: float
 
 
 WITHOUT_RESIDUAL: dict[str, Any] = {
@@ -82,8 +88,7 @@ WITHOUT_RESIDUAL: dict[str, Any] = {
 def rung(kind: str, residual: str, dim: int, options: argparse.Namespace) -> Row:
     """Fits one rung and compares."""
     nats, draw = NATS[dim], np.random.RandomState(options.seed)
-    turn = orthogonal(dim, np.random.RandomState(1))
-    move = {"plain": lambda x: x, "rotated": lambda x: x @ turn, "bent": InvertibleMap(dim)}[kind]
+    move = moves(kind, dim)
     test = correlated(dim, nats, options.test, draw)
     truth = exact_log_ratio(test, nats)
     numerator = move(correlated(dim, nats, options.rows, draw))
@@ -96,18 +101,28 @@ def rung(kind: str, residual: str, dim: int, options: argparse.Namespace) -> Row
     estimate = ratio.log_ratio(move(test))
     exact, mean = float(truth.mean()), float(estimate.mean())
     gaussians = float(Gaussians(numerator, denominator).log_ratio(move(test)).mean())
+    pairs, began = correlated(dim, nats, options.pairs, draw), time.process_time()
+    x, y = (moves(kind, dim // 2, 1 + side)(pairs[:, side::2]) for side in (0, 1))
+    information = mutual_information(x, y, options.seed).value
     return Row(
         kind, residual, dim, exact, mean, mean / exact - 1, rmse(estimate, truth), gaussians,
-        ratio.blend.get("network", 0.0), options.rows, options.steps, seconds,
+        ratio.blend.get("network", 0.0), information, options.rows, options.steps, seconds,
+        time.process_time() - began,
     )  # fmt: skip
+
+
+def moves(kind: str, dim: int, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """The map of a kind."""
+    turn = orthogonal(dim, np.random.RandomState(1 + seed))
+    return {"plain": lambda x: x, "rotated": lambda x: x @ turn, "bent": InvertibleMap(dim, seed)}[kind]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Lines to read."""
-    lines = ["kind     residual    d    exact  estimate  error %    RMSE  Gaussians weight seconds"]
+    lines = ["kind     residual    d    exact  estimate  error %    RMSE  Gaussians weight seconds information"]
     lines += [
         f"{r.kind:8} {r.residual:8} {r.dim:4} {r.exact:8.3f} {r.estimate:9.3f} {100 * r.error:+8.2f} {r.rmse:7.2f} "
-        f"{r.gaussians:10.3f} {r.weight:6.2f} {r.seconds:7.0f}"
+        f"{r.gaussians:10.3f} {r.weight:6.2f} {r.seconds:7.0f} {r.information:11.3f}"
         for r in rows
     ]
     return "\n".join(lines)
@@ -121,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--residual", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--rows", type=int, default=50_000, metavar="N", help="training rows of each source")
     parser.add_argument("--test", type=int, default=10_000, metavar="N", help="test points of the numerator")
+    parser.add_argument("--pairs", type=int, default=10_000, metavar="N", help="rows that information is read from")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="most training steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import betaincinv, expit, logit
 
 from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
 
 ERRORS = 2.0
 """Standard errors by which a blend has to gain on its first estimate alone."""
+
+UNLIKELY, EASILY = 0.01, 0.2
+"""Chance of so many samples in a tail under which the log ratio is too large there, and above which it can stay."""
 
 
 def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
@@ -52,3 +55,23 @@ def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
     if better and (loss(plain)[0] > SEPARATE or divergence(found) >= divergence(plain)):
         return found.tolist()
     return plain.tolist()
+
+
+def most(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    """The largest log ratio that its values at samples of both sides, (N,) and (M,), bear out; inf where all are.
+
+    Above c there are at least e^c samples of the numerator for one of the denominator, were they as many: a binomial
+    test. Where any c fails, log ratios end at the largest that passes easily. Those of two Gaussians go on rising in a
+    column with a long tail, until a single sample has all the weight.
+    """
+    tails, places = np.sort(denominator)[::-1], np.arange(1, len(denominator) + 1)
+    above = len(numerator) - np.searchsorted(np.sort(numerator), tails)
+
+    def largest(chance: float) -> np.ndarray:
+        """The c with that chance of so many in the tail at each sample."""
+        return np.log(len(denominator) / len(numerator)) - logit(betaincinv(places, above + 1, chance))
+
+    if (tails <= largest(UNLIKELY)).all():
+        return np.inf
+    ends = largest(EASILY)
+    return float(np.minimum(tails, ends)[ends > np.append(tails[1:], -np.inf)].max(initial=0.0))

@@ -19,11 +19,7 @@ FEWEST = 10
 
 
 def effective_sample_size(weights: Any) -> float:
-    """(sum w)² / sum w² of weights (N,): so many samples of equal weight estimate a mean as well (Kish, 1965).
-
-    Raises:
-        UserError: Negative or infinite weights, none, or only zeros.
-    """
+    """(sum w)² / sum w² of weights, finite, none negative: so many of equal weight tell a mean as well (Kish 1965)."""
     w = as_floats(weights, "the weights")
     if (w < 0).any() or not w.any():
         raise UserError("the weights must not be negative and not all zero")
@@ -48,11 +44,7 @@ def check_clip(clip: float | None) -> None:
 
 
 def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
-    """exp(log ratio) over its mean, of finite log ratios (N,): float64 (N,) with mean 1; ``clip`` as in the method.
-
-    Raises:
-        UserError: ``clip`` is no share, or log ratios that are no finite numbers.
-    """
+    """exp(log ratio) over its mean, of finite log ratios (N,): float64 (N,) with mean 1; ``clip`` as in the method."""
     check_clip(clip)
     log_ratio = as_floats(log_ratio, "the log ratios")
     limit = np.inf if clip is None else np.quantile(log_ratio, clip)
@@ -61,11 +53,7 @@ def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.n
 
 
 def as_floats(values: Any, name: str) -> np.ndarray:
-    """Finite numbers as float64 (N,).
-
-    Raises:
-        UserError: None, another shape, or values that are no finite numbers.
-    """
+    """Finite numbers as float64 (N,); UserError of none, of another shape and of other values."""
     values = np.asarray(values)
     if values.dtype.kind not in "buif" or values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise UserError(f"{name} must be finite numbers of shape (N,); got {values.dtype} of shape {values.shape}")
@@ -122,11 +110,7 @@ class Calibration:
 
     @classmethod
     def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> Calibration:
-        """From log ratios at held-out samples of numerator (N,) and denominator (M,).
-
-        Raises:
-            UserError: Fewer than two samples of one of them, or log ratios that are no finite numbers.
-        """
+        """From finite log ratios at held-out samples, two or more, of numerator (N,) and denominator (M,)."""
         numerator, denominator = both_sides(numerator, denominator)
         table = _reliability(numerator, denominator)
         error = sum(line.mass * abs(line.predicted - line.observed) for line in table)

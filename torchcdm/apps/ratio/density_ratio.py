@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -16,18 +17,18 @@ import torch
 from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
-from torchcdm.apps.ratio.blending import blend
+from torchcdm.apps.ratio.blending import blend, most
 from torchcdm.apps.ratio.checks import SEPARATE, Calibration, effective_sample_size, importance_weights, log_loss
 from torchcdm.apps.ratio.classifiers import Classifiers
 from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
-from torchcdm.apps.ratio.information import Estimate, TwoSampleTest, divergence, two_sample_test
+from torchcdm.apps.ratio.information import FEW, Estimate, TwoSampleTest, divergence, two_sample_test
 from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import Pair, pair_up, read_query
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.random import permutation
+from torchcdm.random import evenly_spaced, permutation
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
@@ -91,7 +92,8 @@ class DensityRatio:
         notes: What was read off the data, one sentence each.
         counts: Samples of denominator and numerator.
         blend: Weight of each estimate in the log ratio: of the ``gaussians``, the ``network`` that corrects them, the
-            ``committee`` of small classifiers, boosted ``trees``; and an ``offset`` in nats.
+            ``committee`` of small classifiers, boosted ``trees``; an ``offset`` in nats; and ``least`` and ``most``
+            where the sum goes beyond what samples bear out, see :func:`torchcdm.apps.ratio.blending.most`.
         held_out: Checks on the share held out for early stopping, a little optimistic for that.
 
     Example:
@@ -167,8 +169,8 @@ class DensityRatio:
         config = self._config(pair.source)
         limit = config.train.max_seconds or math.inf
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
-        own_base = {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
-        source, self._steps = (pair.source, {}) if own_base else _in_coordinates(pair, began + limit / 4)
+        as_given = pair.warp is None or {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
+        source, self._steps = (pair.source, {}) if as_given else _in_coordinates(pair, began + limit / 4)
         x, y = _once(pair, "validation")
         held_out = [x[y == label] for label in (1, 0)]
         self._classifiers, self.blend, network = None, {}, True
@@ -189,15 +191,15 @@ class DensityRatio:
         found = " ".join(f"{weight:+.2f} {name}" for name, weight in self.blend.items() if weight)
         self.counts = pair.counts
         self.notes = (*source.notes, f"log ratio by what held-out samples bear out: {found}.")
-        numerator, denominator = map(self._blended, estimates)
-        self._held_out = numerator.tolist(), denominator.tolist()
-        self.held_out = Calibration.of(numerator, denominator)
-        self.notes += tuple(self.held_out.warnings())
         if not any(self.blend.get(name) for name in ("committee", "trees")):
             self._classifiers = None
         if not self.blend.get("network") and pair.warp is not None:
             self._fit_gaussians_again(pair)
-        self._limits = self._measure_limits(pair.source)
+        self._measure_limits(pair, map(self._blended, estimates))
+        numerator, denominator = map(self._blended, estimates)
+        self._held_out = numerator.tolist(), denominator.tolist()
+        self.held_out = Calibration.of(numerator, denominator)
+        self.notes += tuple(self.held_out.warnings())
 
     def _fit_gaussians_again(self, pair: Pair) -> None:
         """From all samples, once the held-out ones have judged them and no network stands on them."""
@@ -219,16 +221,26 @@ class DensityRatio:
         train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
         return make_config(preset_fields(preset), short, LAYER, train, override_fields(self.overrides))
 
-    def _measure_limits(self, source: DataSource) -> np.ndarray:
-        """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator."""
-        x, y = source.train.tensors(LIMIT_ROWS)
-        values = self._log_probs(x)
-        found = [np.quantile(values[y.numpy() == label, :, label], [RARE, 0.5], axis=0) for label in range(2)]
-        return np.stack([2 * rare - median for rare, median in found], 1)
+    def _measure_limits(self, pair: Pair, held_out: Iterable[np.ndarray]) -> None:
+        """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator.
+
+        And least and largest log ratio by training samples and those ``held_out``, of numerator and denominator.
+        """
+        x, y = _once(pair, "train", LIMIT_ROWS // 2)
+        values, of = self._log_probs(x), [(y == label).numpy() for label in (0, 1)]
+        found = [np.quantile(values[rows, :, label], [RARE, 0.5], axis=0) for label, rows in enumerate(of)]
+        self._limits = np.stack([2 * rare - median for rare, median in found], 1)
+        log_ratio = self._blended(self._estimates(x, values))
+        up, down = (np.append(log_ratio[rows], side) for rows, side in zip(of[::-1], held_out, strict=True))
+        for name, limit in (("most", most(up, down)), ("least", -most(-down, -up))):
+            if math.isfinite(limit):
+                self.blend[name] = limit
+                self.notes += (f"{name}: log ratios end at {limit:.2g} nats, the samples bear out none beyond it.",)
 
     def _blended(self, estimates: Mapping[str, np.ndarray]) -> np.ndarray:
         """The log ratio (N,)."""
-        return self.blend["offset"] + sum(self.blend[key] * estimates[key] for key in estimates if key in self.blend)
+        found = self.blend["offset"] + sum(self.blend[key] * estimates[key] for key in estimates if key in self.blend)
+        return np.clip(found, self.blend.get("least"), self.blend.get("most"))
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
@@ -259,14 +271,16 @@ class DensityRatio:
     def importance_weights(self, x: Any, clip: float | None = None) -> np.ndarray:
         """Weights with mean 1 that make samples of the denominator stand for the numerator, float64 (N,).
 
+        Warns where a few samples have nearly all the weight.
+
         Args:
             x: Samples of the denominator.
-            clip: Weights above this quantile of them, such as 0.999, are set to it: less variance for a little bias.
-
-        Raises:
-            UserError: ``clip`` is no share.
+            clip: Weights above this quantile of them, a share such as 0.999, are set to it: less variance, some bias.
         """
-        return importance_weights(self.log_ratio(x), clip)
+        weights = importance_weights(self.log_ratio(x), clip)
+        if (size := effective_sample_size(weights)) < min(FEW, len(weights) / 10):
+            warnings.warn(f"{size:.0f} of {len(weights)} samples carry the weights p/q; clip them", stacklevel=2)
+        return weights
 
     def outside_support(self, x: Any) -> np.ndarray:
         """Where neither data set tells anything: bool (N,).
@@ -291,10 +305,7 @@ class DensityRatio:
             kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` Jensen and Shannon's (at most
                 log 2), ``chi2`` E_p p/q - 1.
             numerator: Fresh samples of p; those that were held out of the fit when None.
-            denominator: Fresh samples of q; both or neither.
-
-        Raises:
-            UserError: Not fitted, an unknown kind, or samples of one of the two alone.
+            denominator: Fresh samples of q; both or neither, else a UserError.
         """
         self._check_fitted()
         if (numerator is None) != (denominator is None):
@@ -311,11 +322,7 @@ class DensityRatio:
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Writes a folder: safetensors and JSON.
-
-        Raises:
-            UserError: Not fitted, or the folder cannot be written.
-        """
+        """Writes a folder: safetensors and JSON; UserError where it cannot be written, or nothing is fitted."""
         self._check_fitted()
         run, params, fitted = RunFolder(path), plain_fields(self, SETTINGS), plain_fields(self, self._saved)
         info = replace(self._model.info, estimator={"kind": type(self).__name__, "params": params, "fitted": fitted})
@@ -325,11 +332,7 @@ class DensityRatio:
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
-        """A ratio that :meth:`save` wrote.
-
-        Raises:
-            UserError: No ratio there, or files that are damaged or of another format version.
-        """
+        """A ratio that :meth:`save` wrote; UserError of none, damaged files and those of another format version."""
         file = RunFolder(path).model_info
         if not file.is_file():
             raise UserError(f"{path}: holds no density ratio ({file.name} is missing)")
@@ -381,10 +384,8 @@ class DensityRatio:
 
 
 def _in_coordinates(pair: Pair, until: float) -> tuple[DataSource, Steps]:
-    """The data in the coordinates that :func:`best_steps` chooses, and their steps; images stay as they are."""
+    """The rows in the coordinates that :func:`best_steps` chooses, and their steps."""
     source = pair.source
-    if pair.warp is None:
-        return source, {}
     (x, y), (held_out, held_out_y) = (split.tensors() for split in (source.train, source.validation))
     steps = best_steps(x.double(), y, held_out.double(), held_out_y, pair.warp, until)
     if not steps:
@@ -396,9 +397,10 @@ def _in_coordinates(pair: Pair, until: float) -> tuple[DataSource, Steps]:
     return replace(source, train=train, validation=validation, transform=transform, notes=notes), steps
 
 
-def _once(pair: Pair, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
-    """Samples of a split and their sources, those of the smaller one once."""
-    x, y = getattr(pair.source, split).tensors()
-    counts = [held if split == "validation" else n - held for n, held in zip(pair.counts, pair.held_out, strict=True)]
-    rows = torch.cat([(y == label).nonzero()[:count, 0] for label, count in enumerate(counts)])
-    return x[rows], y[rows]
+def _once(pair: Pair, name: Literal["train", "validation"], limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Samples of a split and their sources, those of the smaller one once; at most so many of each, evenly spaced."""
+    split, rows = getattr(pair.source, name), []
+    for label, (n, held) in enumerate(zip(pair.counts, pair.held_out, strict=True)):
+        own = (split.labels == label).nonzero()[: held if name == "validation" else n - held, 0]
+        rows.append(own[evenly_spaced(len(own), limit)])
+    return split.batch(torch.cat(rows))

@@ -87,11 +87,8 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
 
     Args:
         kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` that of Jensen and Shannon, ``chi2`` E_p p/q - 1.
-        numerator: Log ratios at two or more samples of p, (N,).
-        denominator: Log ratios at two or more samples of q, (M,).
-
-    Raises:
-        UserError: An unknown kind, or log ratios that are no finite numbers.
+        numerator: Finite log ratios at two or more samples of p, (N,).
+        denominator: Those at two or more samples of q, (M,).
     """
     if kind not in KINDS:
         raise UserError(f"unknown divergence '{kind}'; {nearest(str(kind), KINDS)}")
