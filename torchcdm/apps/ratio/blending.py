@@ -66,12 +66,8 @@ def most(numerator: np.ndarray, denominator: np.ndarray) -> float:
     """
     tails, places = np.sort(denominator)[::-1], np.arange(1, len(denominator) + 1)
     above = len(numerator) - np.searchsorted(np.sort(numerator), tails)
-
-    def largest(chance: float) -> np.ndarray:
-        """The c with that chance of so many in the tail at each sample."""
-        return np.log(len(denominator) / len(numerator)) - logit(betaincinv(places, above + 1, chance))
-
-    if (tails <= largest(UNLIKELY)).all():
+    size = np.log(len(denominator) / len(numerator))
+    largest, ends = (size - logit(betaincinv(places, above + 1, chance)) for chance in (UNLIKELY, EASILY))
+    if (tails <= largest).all():
         return np.inf
-    ends = largest(EASILY)
     return float(np.minimum(tails, ends)[ends > np.append(tails[1:], -np.inf)].max(initial=0.0))
