@@ -335,6 +335,9 @@ PILOTS = 16
 FINE = 64
 """Levels at most on which they are solved to place steps, and among which the steps are chosen."""
 
+FAR = 0.005
+"""Nats per value by which the Gaussian of a denoiser's moments may differ from its density where samples start."""
+
 
 def pilot_labels(y: Tensor | None) -> Tensor | None:
     """Labels of :data:`PILOTS` trajectories that go first, spread over all different ones of ``y``; None for none."""
@@ -354,7 +357,8 @@ def adaptive_levels(
     in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
     steps of least total cost. It takes :data:`FINE` evaluations of :data:`PILOTS` samples of event ``shape``. The same
     model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
-    from :data:`FINE` steps on. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
+    where more are asked for than there are fine ones. A denoiser with moments starts below T, see
+    :func:`gaussian_levels`. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
     """
     schedule = denoiser.schedule
     fine = schedule.time_grid(min(FINE, schedule.T))
@@ -366,22 +370,44 @@ def adaptive_levels(
             points.append(x / schedule.at(t, x)[0])
             x, previous = rule.step(Step(denoiser, x, t, s, y, previous=previous))
             noises.append(previous[0][1].eps)
+        first = gaussian_levels(denoiser, fine, noise.to(x), y)
     u, eps = torch.stack([*points, x]).flatten(2), torch.stack(noises).flatten(2)
     r, count = schedule.ratio[[*fine, 0]].to(u), len(fine) + 1
     spread = u.std(1).square().mean(1).sqrt()
     variance = float(spread[-1]) ** 2
-    if steps >= len(fine):
-        return [*schedule.time_grid(steps), 0], variance
+    if steps >= len(fine) - first:
+        return [*schedule.time_grid(steps, min(max(fine[first], steps), schedule.T)), 0], variance
     cost = torch.full((count, count), torch.inf)
     for i in range(count - 1):
         reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]
         error = (reached - u[i + 1 :]).square().mean((1, 2)).sqrt()
         cost[i, i + 1 :] = (error * r[i] ** weight / spread[i + 1 :]).cpu()
-    best, choices = cost[0], []
+    best, choices = cost[first], []
     for _ in range(steps - 1):
         best, choice = (best[:, None] + cost).min(0)
         choices.append(choice)
     path = [count - 1]
     for choice in reversed(choices):
         path.append(int(choice[path[-1]]))
-    return [[*fine, 0][k] for k in (0, *reversed(path))], variance
+    return [[*fine, 0][k] for k in (first, *reversed(path))], variance
+
+
+def gaussian_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y: Tensor | None) -> int:
+    """The number of falling ``levels`` whose density the Gaussian of the ``denoiser``'s moments can replace, less one.
+
+    The divergence of the two is the integral over log r, from much noise on, of the mean of |D - D_Gaussian|² / r²,
+    D estimates of the data, over draws of the Gaussian, made of ``noise`` (B, *shape), as both obey the heat equation
+    (de Bruijn's identity). It is at most :data:`FAR` nats a value. 0 without moments.
+    """
+    schedule, moments = denoiser.schedule, denoiser.moments
+    if moments is None:
+        return 0
+    log_r, slopes, divergence = schedule.ratio.log().tolist(), [], 0.0
+    for k, t in enumerate(levels):
+        x_t, x_0 = moments.start(noise, t, schedule, y)
+        error = (denoiser.denoise(x_t, t, y).x0 - x_0).square().mean()
+        slopes.append(float(error / schedule.ratio[t] ** 2))
+        divergence += (log_r[levels[k - 1]] - log_r[t]) * (slopes[-1] + slopes[k - 1]) / 2 if k else 0.0
+        if divergence > FAR:
+            return k - 1
+    return len(levels) - 1

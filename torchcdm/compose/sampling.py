@@ -194,8 +194,8 @@ def trajectories(
     """Samples (n, *shape) on the CPU that come down from noise by a sampler's steps.
 
     Arguments are those of :func:`torchcdm.sample`, checked before: ``path`` are strictly decreasing levels, from T on,
-    at the last of which samples end; ``y`` is one label each. A batch that memory did not hold begins anew with half
-    as many, for ``moved`` too.
+    or from a lower one for a ``denoiser`` with moments; at the last samples end. ``y`` is one label each. A batch that
+    memory did not hold begins anew with half as many, for ``moved`` too.
     """
     from tqdm.auto import tqdm
 
@@ -206,7 +206,8 @@ def trajectories(
 
     def draw(rows: slice) -> Tensor:
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if sampler.stochastic else 1, dtype)
-        x, label, previous, known = denoiser.start(next(draws).to(device)), labels_of(y, rows, device), (), None
+        label, previous, known = labels_of(y, rows, device), (), None
+        x = denoiser.start(next(draws).to(device), path[0], label)
         for t, s in pairwise(path):
             noise = next(draws).to(device) if sampler.stochastic else None
             x, previous = sampler.step(Step(denoiser, x, t, s, label, noise, previous, known))

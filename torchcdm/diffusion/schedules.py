@@ -129,13 +129,17 @@ class NoiseSchedule(Float64Module, ABC):
         slope_r = (energy.double() - d) * (log_r[t + 1] - log_r[t - 1])
         return slope_r + (along - d) * (log_alpha[t + 1] - log_alpha[t - 1])
 
-    def time_grid(self, steps: int) -> list[int]:
-        """``steps`` strictly decreasing levels from T to 1, evenly spaced (one step: T alone); UserError beyond T."""
-        if not 1 <= steps <= self.T:
-            raise UserError(f"steps is {steps}; this schedule takes 1 to {self.T} sampling steps")
+    def time_grid(self, steps: int, top: int | None = None) -> list[int]:
+        """``steps`` strictly decreasing levels from ``top``, T when None, to 1, evenly spaced (one step: ``top``).
+
+        UserError for more steps than levels.
+        """
+        top = self.T if top is None else top
+        if not 1 <= steps <= top:
+            raise UserError(f"steps is {steps}; this schedule takes 1 to {top} sampling steps")
         if steps == 1:
-            return [self.T]
-        return [self.T - (i * (self.T - 1) + (steps - 1) // 2) // (steps - 1) for i in range(steps)]
+            return [top]
+        return [top - (i * (top - 1) + (steps - 1) // 2) // (steps - 1) for i in range(steps)]
 
     @staticmethod
     def _like(value: Tensor, x: Tensor) -> Tensor:

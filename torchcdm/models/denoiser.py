@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torchcdm
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import GaussianMarginals
+from torchcdm.diffusion.moments import Moments
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
@@ -38,6 +39,7 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
+        moments: Mean and main directions of the data, from which samplers start below T; of images.
         composed: Whether its levels are not those of data with noise: samplers alone are biased.
     """
 
@@ -54,6 +56,7 @@ class Denoiser(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
+        self.moments: Moments | None = None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -132,11 +135,13 @@ class Denoiser(nn.Module, ABC):
         """
         return self.denoise(x_t, t, y).eps
 
-    def start(self, noise: Tensor) -> Tensor:
-        """x at level T for samplers to start from, from standard normal ``noise`` (B, *shape).
+    def start(self, noise: Tensor, t: int | None = None, y: Tensor | None = None) -> Tensor:
+        """x for samplers to start from, from standard normal ``noise`` (B, *shape): at level T, or with moments lower.
 
         Where level T keeps some signal the data's own mean and covariance there are better than N(0, I).
         """
+        if self.moments is not None and t not in (None, self.schedule.T):
+            return self.moments.start(noise, t, self.schedule, y)[0]
         return noise if self.base is None else self.base.start(noise)
 
 
@@ -186,14 +191,14 @@ class GuidedDenoiser(Denoiser):
         super().__init__(model.schedule, model.transform)
         if model.classes is None:
             raise UserError("guidance needs a class-conditional model; this one was trained without labels")
-        self.model, self.weight = model, weight
+        self.model, self.weight, self.moments = model, weight, model.moments
 
     @property
     def classes(self) -> int | None:
         return self.model.classes
 
-    def start(self, noise: Tensor) -> Tensor:
-        return self.model.start(noise)
+    def start(self, noise: Tensor, t: int | None = None, y: Tensor | None = None) -> Tensor:
+        return self.model.start(noise, t, y)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         eps = self._eps(x_t, t, y, "none")
