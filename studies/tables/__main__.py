@@ -65,7 +65,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "posteriors": estimators.posteriors,
     "posteriors-10000": partial(estimators.posteriors, "posteriors_10000"),
     "posterior-coverage": energies.posterior_coverage,
-    "quality-curves": partial(pictures.quality_curves, "quality_curves"),
     "quality-curves-28": partial(pictures.quality_curves, "quality_curves28"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
