@@ -272,6 +272,12 @@ def of_tools() -> dict[str, Tensor]:
     return values
 
 
+def learned(run: Path) -> dict[str, Tensor]:
+    """What a run has saved, less the moments of its data, which no step changes."""
+    tensors = load_file(run / "model.safetensors")
+    return {key: value for key, value in tensors.items() if not key.startswith("moments.")}
+
+
 def of_training() -> dict[str, Tensor]:
     """A run, and the same one stopped half way and resumed."""
     values = {}
@@ -285,7 +291,7 @@ def of_training() -> dict[str, Tensor]:
             out = Path(folder) / name
             config = small_config(**changes)
             train(config, out, progress=False, device="cpu")
-            tensors = load_file(out / "model.safetensors")
+            tensors = learned(out)
             flat = torch.cat([tensors[key].double().flatten() for key in sorted(tensors)])
             values[name] = flat[:: max(1, len(flat) // 64)]
         model = load(Path(folder) / "digits")
@@ -293,7 +299,7 @@ def of_training() -> dict[str, Tensor]:
         half = Path(folder) / "resumed"
         train(small_config(train__steps="6"), half, progress=False, device="cpu")
         train(small_config(), half, resume=True, progress=False, device="cpu")
-        tensors = load_file(half / "model.safetensors")
+        tensors = learned(half)
         values["resumed"] = torch.stack([tensors[key].double().sum() for key in sorted(tensors)])
     return values
 
