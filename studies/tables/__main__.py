@@ -66,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posteriors-10000": partial(estimators.posteriors, "posteriors_10000"),
     "posterior-coverage": energies.posterior_coverage,
     "quality-curves-28": partial(pictures.quality_curves, "quality_curves28"),
+    "quality-curves-started": partial(pictures.quality_curves, "quality_curves_started"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
     "rare-events": energies.rare_events,
