@@ -59,12 +59,16 @@ SMALL, LARGE = 3_000, 50_000
 
 def size_fields(rows: int, conditional: bool = False) -> dict[str, Any]:
     """What the number of training rows changes in a preset for vectors: small tables are overfit within some hundred
-    steps; larger ones, and densities far from their start, take a network without dropout, and faster steps.
+    steps; larger ones, and densities far from their start, take a network without dropout, and faster steps. Given x,
+    steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct.
     """
     if rows <= SMALL:
         return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if conditional else {}
     backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
     train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
+    if conditional and rows < LARGE:
+        backbone = {"width": 64, "depth": 2, "dropout": 0.05}
+        return {"model": {"components": 1, "backbone": backbone}, "train": train | {"lr": 5e-3, "steps": 3000}}
     if rows >= LARGE:
         backbone |= {"width": 256}
         train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
@@ -95,8 +99,8 @@ class TableEstimator(BaseEstimator):
         width: Width of the network.
         depth: Blocks of the network.
         dropout: Rate inside the blocks.
-        components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None. So is
-            the shrinkage of their covariances, unless ``overrides`` has a ``model.shrinkage``.
+        components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None, unless
+            :func:`size_fields` has a number. So is their shrinkage, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``train.validate_every``.
         max_seconds: Training stops after so much time, the choice of the mixture included.
         validation_fraction: Share of the rows that early stopping watches, and that training does not see.
