@@ -47,9 +47,7 @@ class Moments(nn.Module):
         parts = [leading(part if len(part) > 1 else x) for part in [*own, x]]
         return cls(*map(torch.stack, zip(*parts, strict=True)))
 
-    def start(
-        self, noise: Tensor, t: int, schedule: NoiseSchedule, y: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def start(self, noise: Tensor, t: int, schedule: NoiseSchedule, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A draw x_t of the Gaussian at level ``t``, and its E[x_0 | x_t] under it.
 
         From standard normal ``noise`` (B, *shape), of classes ``y`` (B,) or, None, of all data.
