@@ -32,7 +32,7 @@ FittedBase = GaussianMarginals | MixtureMarginals
 
 HISTOGRAM_NUMBERS, GAUSSIAN_NUMBERS = 2**25, 2**27
 """Numbers of images that are counted at a time, and those that a base density reads of large data: a gibibyte of
-float64, and 50 000 samples in any case."""
+float64, and 50 000 samples in any case; of moments a thousand."""
 
 HELD_OUT, HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = "base density held out", 20_000, 2**24
 """Seed and number of validation samples that choose a base density or what classes share; numbers in them."""
@@ -106,9 +106,9 @@ def base_in_words(config: ModelConfig) -> str:
     return f"{count}{kind}" + (f" with shrinkage {config.shrinkage:g}" if config.shrinkage else "")
 
 
-def base_samples(source: DataSource, flip: bool) -> tuple[Tensor, Tensor]:
+def base_samples(source: DataSource, flip: bool, least: int = 50_000) -> tuple[Tensor, Tensor]:
     """Training samples for a base density, model units, dequantised, mirrored too for ``flip``, and their labels."""
-    x, y = source.train.tensors(max(50_000, GAUSSIAN_NUMBERS // source.transform.dim))
+    x, y = source.train.tensors(max(least, GAUSSIAN_NUMBERS // source.transform.dim))
     z = source.transform.encode(x, stream(0, "base density"))
     return (torch.cat([z, z.flip(-1)]), torch.cat([y, y])) if flip else (z, y)
 
@@ -232,7 +232,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
         prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
     model = build_model(config, source.transform, source.classes, gaussian, prior, backbone)
     if len(source.shape) > 1:
-        model.moments = Moments.fit(*base_samples(source, flip), model.classes or 0)
+        model.moments = Moments.fit(*base_samples(source, flip, least=1000), model.classes or 0)
     return model
 
 
