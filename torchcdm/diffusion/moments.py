@@ -1,4 +1,4 @@
-r"""Mean and main directions of the data, from which samplers start below level T.
+"""Mean and main directions of the data, from which samplers start below level T.
 
 At much noise the data are all but Gaussian, and a draw of the Gaussian at level t takes the place of the steps above
 it (Wang and Vastola, 2023, arXiv 2311.10892).
@@ -6,14 +6,14 @@ it (Wang and Vastola, 2023, arXiv 2311.10892).
 
 from __future__ import annotations
 
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 
-RANK: Final = 8
+RANK = 8
 """Directions that are kept of each class."""
 
 
@@ -43,8 +43,7 @@ class Moments(nn.Module):
     def fit(cls, samples: Tensor, labels: Tensor, classes: int = 0) -> Moments:
         """Of ``samples`` (N, *shape) with ``labels``, long (N,); a class of fewer than two has those of all data."""
         x = samples.flatten(1).float()
-        own = [x[labels == y] for y in range(classes)]
-        parts = [leading(part if len(part) > 1 else x) for part in [*own, x]]
+        parts = [leading(part if len(part) > 1 else x) for part in [*(x[labels == y] for y in range(classes)), x]]
         return cls(*map(torch.stack, zip(*parts, strict=True)))
 
     def start(self, noise: Tensor, t: int, schedule: NoiseSchedule, y: Tensor | None = None) -> tuple[Tensor, Tensor]:

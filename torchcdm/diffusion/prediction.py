@@ -28,6 +28,11 @@ class Prediction:
         """The same from E[x_0 | x_t] (identity 4)."""
         return cls(x_t, alpha_t, sigma_t, (x_t - alpha_t * x0) / sigma_t)
 
+    @classmethod
+    def of_score(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, score: Tensor) -> Prediction:
+        """The same from grad log p_t(x_t) (identity 3)."""
+        return cls(x_t, alpha_t, sigma_t, -sigma_t * score)
+
     @property
     def x0(self) -> Tensor:
         """E[x_0 | x_t] (identity 4); not defined at level T+1, where alpha is 0."""

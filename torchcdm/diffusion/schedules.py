@@ -130,10 +130,7 @@ class NoiseSchedule(Float64Module, ABC):
         return slope_r + (along - d) * (log_alpha[t + 1] - log_alpha[t - 1])
 
     def time_grid(self, steps: int, top: int | None = None) -> list[int]:
-        """``steps`` strictly decreasing levels from ``top``, T when None, to 1, evenly spaced (one step: ``top``).
-
-        UserError for more steps than levels.
-        """
+        """``steps`` falling levels from ``top``, T when None, to 1, even (one: the top); UserError beyond it."""
         top = self.T if top is None else top
         if not 1 <= steps <= top:
             raise UserError(f"steps is {steps}; this schedule takes 1 to {top} sampling steps")

@@ -137,8 +137,7 @@ def evaluated(model: DensityModel, z: Tensor, level: int) -> tuple[Tensor, Tenso
         x = z.to(working_dtype(model, torch.float64)).detach().requires_grad_()
         log_p = model.class_log_prob_levels(x) if model.joint else model.log_prob_levels(x)[:, None]
         (score,) = torch.autograd.grad((log_p[:, :, level] + prior_of(model)).logsumexp(1).sum(), x)
-    alpha, sigma = model.schedule.at(level, z)
-    return Prediction(z, alpha, sigma, -sigma * score.double()).x0, log_p.detach()
+    return Prediction.of_score(z, *model.schedule.at(level, z), score.double()).x0, log_p.detach()
 
 
 def restricted_pass(

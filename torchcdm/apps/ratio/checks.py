@@ -19,7 +19,7 @@ FEWEST = 10
 
 
 def effective_sample_size(weights: Any) -> float:
-    """(sum w)² / sum w² of weights, finite, none negative: so many of equal weight tell a mean as well (Kish 1965)."""
+    """(sum w)² / sum w² of weights (N,): as many equal ones tell as much (Kish, 1965). UserError for negative ones."""
     w = as_floats(weights, "the weights")
     if (w < 0).any() or not w.any():
         raise UserError("the weights must not be negative and not all zero")
@@ -44,7 +44,7 @@ def check_clip(clip: float | None) -> None:
 
 
 def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
-    """exp(log ratio) over its mean, of finite log ratios (N,): float64 (N,) with mean 1; ``clip`` as in the method."""
+    """exp(log ratio) over its mean: float64 (N,) with mean 1; ``clip`` as in the method. UserError if infinite."""
     check_clip(clip)
     log_ratio = as_floats(log_ratio, "the log ratios")
     limit = np.inf if clip is None else np.quantile(log_ratio, clip)
@@ -110,7 +110,7 @@ class Calibration:
 
     @classmethod
     def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> Calibration:
-        """From finite log ratios at held-out samples, two or more, of numerator (N,) and denominator (M,)."""
+        """From log ratios at held-out samples of numerator (N,) and denominator (M,); UserError for fewer than two."""
         numerator, denominator = both_sides(numerator, denominator)
         table = _reliability(numerator, denominator)
         error = sum(line.mass * abs(line.predicted - line.observed) for line in table)
