@@ -3,9 +3,11 @@
 import importlib
 import itertools
 import json
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from studies.benchmarks import (
     composing,
     conditional_density,
     log_z_images,
+    mi_tasks,
     quality_curves,
     rare_events,
     ratio_pairs,
@@ -254,6 +257,23 @@ def test_mutual_information_climbs_the_rungs(report_of):
         (residual, kind) for residual in ("on", "off") for kind in ("plain", "rotated", "bent")
     ]
     assert finite(rows, "exact", "estimate", "rmse", "information") and all(0 <= row["weight"] <= 1 for row in rows)
+
+
+def test_estimates_of_information_are_kept_and_earn_marks(tmp_path, monkeypatch):
+    x, noise = np.random.RandomState(0).normal(size=(2, 2000, 1))
+    np.savez(tmp_path / "tasks.npz", **{"pair|0.5108|0|x": x, "pair|0.5108|0|y": 0.8 * x + 0.6 * noise})
+    asked = []
+
+    def critic(verbose, seed):
+        asked.append(seed)
+        return SimpleNamespace(estimate=lambda x, y: 0.3)
+
+    monkeypatch.setitem(sys.modules, "bmi", SimpleNamespace(estimators=SimpleNamespace(MINEEstimator=critic)))
+    names = ["canonical correlations", "Kraskov", "MINE"]
+    for _ in range(2):
+        rows = mi_tasks.estimate(tmp_path / "tasks.npz", names, [0], [""], tmp_path / "found.json")
+    assert asked == [0] and [row.estimator for row in rows] == names
+    assert [row["mark"] for row in json.loads((tmp_path / "found.json").read_text())["marks"]] == [True, True, False]
 
 
 def test_every_test_of_two_samples_sees_a_large_shift():
