@@ -55,6 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "log-z-images-rows": partial(likelihoods.log_z_images_rows, "fashion-mnist-conditional"),
     "mixture-weights": ratios.mixture_weights,
     "mutual-information": ratios.mutual_information,
+    "mutual-information-published": ratios.mutual_information_published,
     "outliers-corruptions": partial(estimators.outliers, "outliers_corruptions", "outliers"),
     "outliers-corruptions-unlabelled": partial(estimators.outliers, "outliers_corruptions_unlabelled", "outliers"),
     "outliers-held-out": partial(estimators.outliers, "outliers_held_out", "outliers"),

@@ -24,6 +24,27 @@ def mutual_information() -> str:
     return markdown(head, lines)
 
 
+PUBLISHED = {
+    "cFMMI": {40: 10.544, 80: 21.073, 160: 41.750, 320: 90.769},
+    "jFMMI": {40: 10.590, 80: 20.581, 160: 44.007, 320: 80.012},
+    "InfoBridge": {320: 81.167},
+}
+"""Nats of the unbent ladder, d/2 columns in x and in y: FMMI (arXiv 2511.08552) from github.com/VanessB/mutinfo,
+source/evaluate/tables/highdim/TRE; InfoBridge (2502.01383) from the notebook in github.com/SKholkin/infobridge."""
+
+
+def mutual_information_published() -> str:
+    """The rotated ladder beside what others published; a dash where there is no estimate."""
+    rows = {(r["residual"], r["dim"]): r for r in read("mutual_information")["rows"] if r["kind"] == "rotated"}
+    lines = []
+    for dim in PUBLISHED["jFMMI"]:
+        on, off, others = rows.get(("on", dim), {}), rows["off", dim], (of.get(dim) for of in PUBLISHED.values())
+        values = [off["exact"], on.get("information"), on.get("estimate"), off["estimate"], *others]
+        lines.append([str(dim), *("–" if value is None else f"{value:.2f}" for value in values)])
+    head = ["d", "exact, nats", "`mutual_information`", "`DensityRatio`", "without Gaussian residual", *PUBLISHED]
+    return markdown(head, lines)
+
+
 def ratio_pairs() -> str:
     """A row for each case: means and RMSE of points of the numerator, by three estimators; a dash without a blend."""
 
@@ -113,18 +134,20 @@ def mixture_weights() -> str:
 
 def mi_tasks() -> str:
     """Mutual information of the benchmark's tasks, and how many marks each estimator has."""
-    content = read("mi_tasks")["marks"]
+    rows, content = (read("mi_tasks")[part] for part in ("rows", "marks"))
     given = dict.fromkeys(row["estimator"] for row in content)
     names = sorted(given, key=lambda name: (name != "cdm", not name.startswith("cdm")))
     found = {(row["task"], row["estimator"]): row for row in content}
-    rows = []
+    lines = []
     for task, truth in dict.fromkeys((row["task"], row["truth"]) for row in content):
         own = [found.get((task, name)) for name in names]
         cells = ["–" if r is None else f"**{r['mean']:.2f}**" if r["mark"] else f"{r['mean']:.2f}" for r in own]
-        rows.append([task, f"{truth:.2f}", *cells])
+        lines.append([task, f"{truth:.2f}", *cells])
     own = [[row for row in content if row["estimator"] == name] for name in names]
     counts = [f"{sum(r['mark'] for r in of)} of {len(of)}" for of in own]
-    return markdown(["task", "truth", *names], [*rows, ["marks", "", *counts]])
+    spent = [[row["seconds"] for row in rows if row["estimator"] == name] for name in names]
+    lines += [["marks", "", *counts], ["s a task", "", *(f"{sum(s) / len(s):.1f}" for s in spent)]]
+    return markdown(["task", "truth", *names], lines)
 
 
 def real_shift() -> str:
