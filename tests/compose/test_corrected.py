@@ -110,7 +110,22 @@ def test_a_reward_without_derivative_weighs():
     assert float(left) == pytest.approx(0.5, abs=0.08)
 
 
+def test_particles_take_as_long_steps_as_their_weights_allow():
+    model, rows = exact(FAR), []
+    model.backbone.register_forward_hook(lambda _, x, __: rows.append(len(x[0])))
+    target = compose.tempered(model, 2.0)
+    compose.sample(target, 400, particles=800, seed=1)
+    every = sum(rows)
+    found = compose.sample(target, 400, particles=800, details=True, seed=1, spacing="adaptive")
+    assert sum(rows) < 2 * every  # steps that were tried included
+    parts = 2 * torch.tensor([0.8, 0.2]).log() - math.log(2 * math.pi * 0.3) - math.log(2.0)
+    left = found.log_weights.exp()[found.particles[:, 0] < 0].sum()
+    assert float(left) == pytest.approx(float(parts.softmax(0)[0]), abs=0.06)
+    assert found.log_z.value == pytest.approx(float(parts.logsumexp(0)), abs=0.1)
+
+
 @pytest.mark.parametrize("options, message", [
+    ({"particles": 64, "spacing": "even"}, "leave sampler, steps and others"),
     ({"particles": 4}, "at least as many particles"),
     ({"sweeps": 9}, "give particles too"),
     ({"particles": 64, "sampler": "dpm++"}, "leave sampler"),

@@ -13,7 +13,7 @@ What the parts integrate to does not matter for products and powers; in a mixtur
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, final
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.diffusion.prediction import Prediction
+from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
@@ -67,17 +68,14 @@ class Combination(DensityModel):
             raise UserError(f"compose: the exponents add up to {total:g}; a density needs a sum above 0")
         for model in models[1:]:
             _require_same(first, model)
-        schedule, base = first.schedule, first.base
-        if not math.isclose(total, exponents[0]):
-            share = exponents[0] / total
-            schedule, g = ScaledSchedule(schedule, share**0.5), reference_gaussian(first)
-            base = GaussianMarginals(schedule, g.mean, g.variances * share, g.rotation)
-        super().__init__(schedule, first.transform, base=base)
+        share = exponents[0] / total
+        base = first.base if math.isclose(share, 1) else _narrowed(first, share)
+        super().__init__(base.schedule, first.transform, base=base)
         self.models, self.mixture, self.exponent = nn.ModuleList(models), mixture, float(total)
         # A mixture of noised densities is the noised mixture.
         self.composed = not mixture or any(model.composed for model in models)
         self.experts = [(models.index(model), y) for model, y in experts]
-        weights = weights.double().to(schedule.alpha.device)
+        weights = weights.double().to(base.schedule.alpha.device)
         self.register_buffer("weights", weights[:, None] if weights.ndim == 1 else weights, persistent=False)
 
     def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,6 +98,49 @@ class Combination(DensityModel):
             prior = model.log_class_prior[:, None]
             found.append((by_class[k] + prior).logsumexp(1) if y is None else by_class[k][:, y])
         return found
+
+
+@final
+class AllGiven(Denoiser):
+    """A density given several contexts at once: prod_i p_t(x - alpha_t move_i | context_i) exp(known(x_0, t)).
+
+    A plain product in model units, on the path of a :class:`Combination`. x_0 is the mean that its Gaussian has given
+    x_t: x itself at level 0, and moderate at all levels, as known may have bounds.
+
+    Args:
+        model: The density, with a context.
+        contexts: (n, context).
+        moves: How far the density given each is moved, data units, (n, *shape).
+        known: Nats (B,) of x_0, data units (B, *shape), and levels (B,), such as a power of a prior.
+    """
+
+    composed = True
+
+    def __init__(self, model: DensityModel, contexts: Tensor, moves: Tensor, known: Callable) -> None:
+        base = _narrowed(model, 1 / len(contexts))
+        super().__init__(base.schedule, model.transform, base=base)
+        self.model, self.contexts, self.moves, self.known = model, contexts, moves, known
+
+    def at_level(self, x_t: Tensor, t: Tensor, y: None = None, guidance: float = 0.0) -> tuple[Tensor, Tensor]:
+        """log gamma_t(x_t), (B,), and -sigma_t times its gradient, (B, *shape), float64; one pass of n B rows."""
+        n, transform, given = len(self.contexts), self.transform, self.contexts.repeat_interleave(len(x_t), 0)
+        with torch.enable_grad():
+            x = x_t.detach().double().requires_grad_()
+            alpha, sigma = self.schedule.at(t, x)
+            rows = transform.inverse(x)
+            moved = (rows - alpha * self.moves[:, None]).flatten(0, 1)
+            z = transform(moved)
+            added = (transform.log_det(moved).view(n, -1) - transform.log_det(rows)).sum(0)
+            added = added + self.known(transform.inverse(Prediction(x, alpha, sigma, self.base.eps(x, t)).x0), t)
+            log_p, eps, _ = self.model.at_level(z.detach().to(x_t.dtype), t.repeat(n), given, 0.0)
+            pull = z * eps / self.model.schedule.at(t.repeat(n), eps)[1]
+            (gradient,) = torch.autograd.grad(added.sum() - pull.sum(), x)
+        log_gamma = (log_p.view(n, -1).sum(0) + added.detach()).nan_to_num(-math.inf, math.inf, -math.inf)
+        return log_gamma, -sigma * gradient.nan_to_num(0, 0, 0)
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
 
 Model = Denoiser | Sequence[Denoiser]
@@ -129,11 +170,9 @@ def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:
 
 
 def any_of(
-    model: Model,
-    classes: Sequence[int] | None = None,
-    weights: Sequence[float] | None = None,
+    model: Model, classes: Sequence[int] | None = None, weights: Sequence[float] | None = None,
     log_z: Tensor | None = None,
-) -> Combination:
+) -> Combination:  # fmt: skip
     """What is one of these: a mixture, exact at every level. Errors are those of :func:`all_of`.
 
     Args:
@@ -188,6 +227,12 @@ def tempered(model: Denoiser, beta: Exponent) -> Combination:
     p is the density in model units: of Gaussianised grey levels and bent columns it is not that of the data.
     """
     return Combination([(require_density(model, "compose"), None)], torch.tensor([beta]))
+
+
+def _narrowed(model: DensityModel, share: float) -> GaussianMarginals:
+    """The model's Gaussian at every level with so much of its variances, those of the noise too."""
+    schedule, g = ScaledSchedule(model.schedule, share**0.5), reference_gaussian(model)
+    return GaussianMarginals(schedule, g.mean, g.variances * share, g.rotation)
 
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:

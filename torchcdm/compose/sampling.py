@@ -39,6 +39,9 @@ is none of the state that a move leaves."""
 ISLANDS, SMALL, LARGE = 8, 32, 256
 """Populations at most, and particles in each at least: large ones of what is tilted, or all soon descend from one."""
 
+WORKS = 0.5
+"""Largest deviation of the works of one step of particles whose spacing is adaptive, nats."""
+
 COLLAPSE = 0.2
 """Share of the particles that effectively counts, below which the weights are said to have collapsed."""
 
@@ -125,7 +128,8 @@ def sample(
         seed: Seed, not negative.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
-            :func:`torchcdm.samplers.adaptive_levels`. When None, what suits the sampler.
+            :func:`torchcdm.samplers.adaptive_levels`. When None, what suits the sampler. Of particles ``adaptive``
+            steps are as long as their weights allow, often a tenth of the levels.
         shape: Event shape, for a model that does not know its own.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
@@ -149,10 +153,10 @@ def sample(
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
-        if sampler is not None or steps is not None or guidance or spacing is not None:
+        if sampler is not None or steps is not None or guidance or spacing == "even":
             raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
         target = ModelTarget(model, y, batch_size)
-        found = _by_particles(target, n, seed, units, corrector, particles, sweeps, progress)
+        found = _by_particles(target, n, seed, units, corrector, particles, sweeps, spacing and WORKS, progress)
         return found if details else found.x
     rule, schedule = make_sampler(sampler or (WITH_MOVES if corrector else SAMPLER)), model.schedule
     steps = min(STEPS, schedule.T) if steps is None else steps
@@ -273,8 +277,7 @@ class _Moves:
             z, u = next(noise).flatten(1).to(x.device), next(noise).flatten(1)[:, 0].to(x.device)
             taken = langevin(target, self.kernels, states, step, None, (z, torch.special.ndtr(u)))
             self.accepted, self.tried = self.accepted + int(taken.sum()), self.tried + len(taken)
-            if self.adapts:
-                step = adapted(step, float(taken.double().mean()))
+            step = adapted(step, float(taken.double().mean())) if self.adapts else step
         if self.adapts:
             self.steps[t] = self.step = step
         return Prediction(states.x.to(x.dtype), *target.schedule.at(t, x), states.at.eps.to(x.dtype))
@@ -282,8 +285,9 @@ class _Moves:
 
 @torch.no_grad()
 def _by_particles(
-    target: ModelTarget, n: int, seed: int, units: str, moves: int, particles: int, sweeps: int, progress: bool
-) -> Draws:
+    target: ModelTarget, n: int, seed: int, units: str, moves: int, particles: int, sweeps: int, works: float | None,
+    progress: bool,
+) -> Draws:  # fmt: skip
     """Samples by sequential Monte Carlo, and by replica exchange started from it."""
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
@@ -303,7 +307,7 @@ def _by_particles(
             log_w = torch.zeros(len(x), dtype=torch.float64).log_softmax(0)
             log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()
         else:
-            found = smc(target, kernels, 1, islands, size, generator, moves, progress=progress)
+            found = smc(target, kernels, 1, islands, size, generator, moves, spacing=works, progress=progress)
             x, estimates = found.states.x, found.log_estimates
             if not bool(estimates.isfinite().any()):
                 raise UserError("no particle has any weight: the composition contradicts itself")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 
 import numpy as np
 import torch
+from annotated_types import Gt, Lt
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import GammaRegressor
 from sklearn.utils import check_array, check_consistent_length
@@ -17,11 +19,14 @@ from torch.nn.functional import one_hot
 
 from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import all_or_nothing
-from torchcdm.errors import UserError
+from torchcdm.compose import sample
+from torchcdm.compose.combinations import AllGiven
+from torchcdm.compose.tilted import one_each
+from torchcdm.errors import UserError, reason
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.estimators.density import log_importance_weights
 from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
-from torchcdm.runtime.validation import Count, read_as
+from torchcdm.runtime.validation import Count, Float, read_as
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
 from torchcdm.units.table import is_frame
@@ -29,8 +34,13 @@ from torchcdm.units.table import is_frame
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+Share = Annotated[Float, Gt(0), Lt(1)]
+
 REPEATED = 5
 """Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""
+
+PARTICLES, MOVES, TRIED, REGION = 1000, 2, 64, 10_000
+"""Of draws given several x together: least number, moves a step, draws that try the prior; draws of a region."""
 
 FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
 """Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
@@ -119,18 +129,26 @@ class CDMConditional(DensityEstimator):
             self._normalizer = self._learned_normalizer(contexts[0][:OBSERVED], seed) if low else np.empty(0)
         return self
 
-    def log_prob(self, theta: Any, x: Any) -> np.ndarray:
+    def log_prob(self, theta: Any, x: Any, together: bool = False, prior: Any = None) -> np.ndarray:
         """log p(theta | x), nats in the units of theta, float64 (N,); discrete columns as in :class:`CDMDensity`.
 
         Args:
             theta: (N, p).
             x: (N, q), or one row, (q,) or (1, q), for all.
+            together: Whether all M rows of x are observations of one theta, independent given it: log p(theta | x_1
+                ... x_M) = sum_m log p(theta | x_m) - (M - 1) log p(theta), less a constant that is not known.
+            prior: p(theta), for these: what has ``log_prob``, as distributions of torch and sbi, of tensors (N, p); or
+                ``score_samples``, such as a :class:`CDMDensity` of training's theta. One with bounds keeps them.
         """
         check_is_fitted(self)
         found = self.columns_.encode(_table(theta, "theta", like=self.columns_), "theta")
         theta, x = found.x, self._observations(x)
+        rows, times = len(theta), len(x) if together else 1
+        if together:
+            less = self._log_prior(prior, theta, 1 - times).numpy()
+            theta, x = theta.repeat(times, 1), x.repeat_interleave(rows, 0)
         if len(x) not in (1, len(theta)):
-            raise UserError(f"x holds {len(x)} rows and theta {len(theta)}; give one x, or one for each theta")
+            raise UserError(f"x holds {len(x)} rows and theta {rows}; give one x, or one for each theta")
         context = self._context(x)
         known = self._normalizer.size and self.likelihood == "one-pass"
         log_z = self._features(context) @ self._normalizer[:-1] + self._normalizer[-1] if known else 0.0
@@ -139,29 +157,36 @@ class CDMConditional(DensityEstimator):
         draws = [spread(theta, noise, self.columns_.cells) for noise in self._noise]
         log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
         residuals = [self._units(rows) - centre for rows in draws]
-        return self._log_density(found, residuals, context) + log_det.numpy() - log_z
+        log_p = self._log_density(found, residuals, context) + log_det.numpy() - log_z
+        return log_p.reshape(times, rows).sum(0) + less if together else log_p
 
     def score(self, theta: Any, x: Any) -> float:
         """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
         return float(self.log_prob(theta, x).mean())
 
-    def sample(self, n: int, x: Any, random_state: Any = None) -> Any:
+    def sample(self, n: int, x: Any, random_state: Any = None, together: bool = False, prior: Any = None) -> Any:
         """Draws of theta given x.
 
         Args:
             n: Draws for each x.
             x: One observation (q,), or several (M, q).
             random_state: Seed; the estimator's own when None.
+            together: Whether all rows of x are observations of one theta, as in :meth:`log_prob`: draws by particles,
+                whose weights and moves correct what a sum of the denoisers gets wrong (:mod:`torchcdm.compose`).
+            prior: p(theta), for these. The gradient of a ``log_prob`` is used where there is one.
 
         Returns:
-            float64 (n, p) for one observation, (M, n, p) for several. Where theta was a data frame, a data frame: of
-            several with rows (observation, draw).
+            float64 (n, p) for one observation, and for all together, (M, n, p) for several. Where theta was a data
+            frame, a data frame: of several with rows (observation, draw).
         """
         check_is_fitted(self)
         read_as(Count, n, "n")
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
         context = self._context(self._observations(x))
-        centre, y = (torch.from_numpy(part).repeat_interleave(n, 0) for part in (self._centre(context), context))
+        centre = torch.from_numpy(self._centre(context))
+        if together:
+            return self._drawn_together(n, context, centre, prior, self._seed(random_state))
+        centre, y = (part.repeat_interleave(n, 0) for part in (centre, torch.from_numpy(context)))
         theta = self._decoded(self._units.inverse(self._draws(len(y), random_state, y) + centre))
         if one:
             return theta
@@ -170,6 +195,67 @@ class CDMConditional(DensityEstimator):
         import pandas as pd
 
         return theta.set_index(pd.MultiIndex.from_product([range(len(theta) // n), range(n)]))
+
+    def inside(self, theta: Any, x: Any, mass: Share = 0.9999, random_state: Any = None) -> np.ndarray:
+        """Whether theta (N, p) lie where p(theta | x) is highest, in the region that holds so much ``mass``, (N,).
+
+        Of one x (q,). A prior cut to this region is a proposal for more simulations, which needs no correction:
+        truncated sequential estimation (Deistler et al. 2022, arXiv 2210.04815). The least density inside is a
+        quantile of those of 10 000 draws. UserError for several x, or a mass that is not between 0 and 1.
+        """
+        read_as(Share, mass, "mass")
+        if len(self._observations(x)) != 1:
+            raise UserError("inside: x holds several observations; a region is that of one")
+        draws = self.sample(REGION, x, random_state)
+        draws = draws if self._framed else draws.reshape(REGION, -1)
+        return self.log_prob(theta, x) >= np.quantile(self.log_prob(draws, x), 1 - mass)
+
+    def _drawn_together(self, n: int, context: np.ndarray, centre: Tensor, prior: Any, seed: int) -> Any:
+        """Draws (n, p) given all contexts (M, q); residuals are off the curves' ``centre``, (M, kept)."""
+        model, middle = deepcopy(self.model_).float(), centre.mean(0)  # in float32, as in _draws
+        device, y = model.schedule.alpha.device, torch.from_numpy(context)
+
+        def log_prior(residual: Tensor) -> Tensor:
+            # The power is that of a density in model units, as those of the product are.
+            codes = self._units.inverse(residual.cpu() + middle)
+            log_det = self._units.log_det(codes) + model.transform.log_det(residual).cpu()
+            return self._log_prior(prior, codes, 1 - len(centre), log_det).to(device)
+
+        # Bounds rise as the noise falls: under much of it x_0 seems to be near the middle, wherever that is.
+        some = torch.arange(max(len(y), TRIED)) % len(y)
+        tried = log_prior((self._draws(len(some), seed, y[some]) + (centre - middle)[some]).to(device))
+        if not len(tried := tried[tried > -torch.inf]):
+            raise UserError("prior: none of some draws given the single observations has any density")
+
+        def known(residual: Tensor, t: Tensor) -> Tensor:
+            found = log_prior(residual)
+            return torch.where(found > -torch.inf, found, tried.min() - model.schedule.ratio[t] ** -2)
+
+        both = AllGiven(model, y.float().to(device), (centre - middle).to(device), known)
+        z = sample(both, n, particles=max(n, PARTICLES), corrector=MOVES, spacing="adaptive", units="model", seed=seed)
+        return self._decoded(self._units.inverse(self.model_.transform.inverse(z.double().to(device)).cpu() + middle))
+
+    def _log_prior(self, prior: Any, codes: Tensor, power: int, log_det: Tensor | float = 0.0) -> Tensor:
+        """``power`` times log p(theta) - log_det, (N,), of codes (N, kept); -inf where the prior has no mass."""
+        rows = self._decoded(codes)
+        if not hasattr(prior, "score_samples") and not hasattr(prior, "log_prob"):
+            raise UserError("together: the prior counts M - 1 times; give prior, with log_prob or score_samples")
+        try:
+            if hasattr(prior, "score_samples"):
+                log_p = torch.from_numpy(prior.score_samples(rows))
+            else:
+                theta = torch.from_numpy(np.asarray(rows, np.float64).copy())
+                varies = [column.name not in self.columns_.constants for column in self.columns_.columns]
+                theta[:, varies] += codes - codes.detach()  # nothing but their gradient
+                log_p = theta.new_full((len(theta),), -torch.inf)
+                inside = prior.support.check(theta) if hasattr(prior, "support") else log_p < 0
+                if inside.any():
+                    known = inside.reshape(len(theta), -1).all(1).nonzero()[:, 0]
+                    found = one_each(prior.log_prob(theta[known]), theta[known], "log_prob").double()
+                    log_p = log_p.index_put((known,), found)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"prior: {reason(error)}") from None
+        return torch.where(log_p > -torch.inf, power * (log_p - log_det), -torch.inf)
 
     @torch.no_grad()
     def _learned_normalizer(self, context: np.ndarray, seed: int) -> np.ndarray:
