@@ -35,24 +35,12 @@ if TYPE_CHECKING:
     from torchcdm.training.fit import train as train
 
 _HOMES = {
-    "ClassificationDiffusion": "models.cdm",
-    "Denoiser": "models.denoiser",
-    "DenoisingDiffusion": "models.denoiser",
-    "DensityModel": "models.density",
-    "DensityRatio": "apps.ratio",
-    "UserError": "errors",
-    "compose": "compose",
-    "estimators": "estimators",
-    "fit": "training.fit",
-    "likelihood": "likelihood",
-    "load": "training.checkpoint",
-    "mutual_information": "apps.ratio",
-    "push": "bridges.hub",
-    "sample": "compose",
-    "save": "training.checkpoint",
-    "train": "training.fit",
-    "two_sample_test": "apps.ratio",
-}
+    "ClassificationDiffusion": "models.cdm", "Denoiser": "models.denoiser", "DenoisingDiffusion": "models.denoiser",
+    "DensityModel": "models.density", "DensityRatio": "apps.ratio", "UserError": "errors", "compose": "compose",
+    "estimators": "estimators", "fit": "training.fit", "likelihood": "likelihood", "load": "training.checkpoint",
+    "mutual_information": "apps.ratio", "push": "bridges.hub", "sample": "compose", "save": "training.checkpoint",
+    "train": "training.fit", "two_sample_test": "apps.ratio",
+}  # fmt: skip
 """The module that each public name is, or is of."""
 
 __all__ = ["__version__", *_HOMES]

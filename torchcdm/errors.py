@@ -31,9 +31,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     choices = sorted(map(str, choices))
     listing = ", ".join(choices)
     close = difflib.get_close_matches(str(name)[:80], choices, n=1)
-    if close:
-        return f"did you mean '{close[0]}'? (choices: {listing})"
-    return f"choose from: {listing}"
+    return f"did you mean '{close[0]}'? (choices: {listing})" if close else f"choose from: {listing}"
 
 
 def reason(error: BaseException) -> str:

@@ -114,14 +114,9 @@ class CDMLoss(Loss):
 
     @checked
     def __init__(
-        self,
-        model: ClassificationDiffusion,
-        ce_weight: NotNegative = 3.0,
-        mse_weight: NotNegative = 1.0,
-        label_dropout: Share = 0.1,
-        time_weight: NotNegative = 0.0,
-        logits_from: SharePair = (0.0, 0.0),
-    ) -> None:
+        self, model: ClassificationDiffusion, ce_weight: NotNegative = 3.0, mse_weight: NotNegative = 1.0,
+        label_dropout: Share = 0.1, time_weight: NotNegative = 0.0, logits_from: SharePair = (0.0, 0.0),
+    ) -> None:  # fmt: skip
         super().__init__(model, label_dropout)
         if not mse_weight and (not ce_weight or time_weight or logits_from[0]):
             raise UserError("loss: with mse_weight 0, give ce_weight above 0, time_weight 0, and logits_from [0, ...]")

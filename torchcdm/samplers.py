@@ -303,19 +303,10 @@ def _integral(step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Ti
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "sa2": SASolver,
-    "ddpm": partial(DDIM, 1.0),
-    "ddim": DDIM,
-    "dpm2": partial(DEIS, 2, torch.log),
-    "dpm++": DPMSolverPP2M,
-    "heun": Heun,
-    "deis3": partial(DEIS, 3),
-    "deis4": partial(DEIS, 4),
-    "ipndm3": partial(IPNDM, 3),
-    "ipndm4": partial(IPNDM, 4),
-    "unipc2": partial(UniPC, 2),
-    "unipc3": partial(UniPC, 3),
-}
+    "sa2": SASolver, "ddpm": partial(DDIM, 1.0), "ddim": DDIM, "dpm2": partial(DEIS, 2, torch.log),
+    "dpm++": DPMSolverPP2M, "heun": Heun, "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4),
+    "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4), "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
+}  # fmt: skip
 """What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
 

@@ -70,8 +70,7 @@ class Kernels:
         for k, t in enumerate(levels.tolist()):
             x_t = schedule.perturb(x_0, t, normal(*x_0.shape))
             squares[k] = rotation(x_0 - kernels.x0(x_t, target.eps(x_t, t), t)).square().sum(0)
-        above = torch.searchsorted(levels, torch.arange(1, schedule.T + 1))
-        return cls(target.reference, squares[above] / n)
+        return cls(target.reference, squares[torch.searchsorted(levels, torch.arange(1, schedule.T + 1))] / n)
 
     def x0(self, x_t: Tensor, eps: Tensor, t: Level) -> Tensor:
         """E[x_0 | x_t] (identity 4) from E[eps | x_t], float64 (B, *shape)."""

@@ -19,14 +19,11 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.zoo import CARD, HUB_FILES, located
 
 ROWS = {
-    "one-pass": "one pass, level 0",
-    "one-pass-level": "one pass, through a little noise",
-    "one-pass-normalized": "one pass, normalised",
-    "one-pass-restricted": "one pass, bound for any input",
-    "few-pass-restricted": "few passes, bound for any input",
-    "elbo": "ELBO of the reverse chain",
+    "one-pass": "one pass, level 0", "one-pass-level": "one pass, through a little noise",
+    "one-pass-normalized": "one pass, normalised", "one-pass-restricted": "one pass, bound for any input",
+    "few-pass-restricted": "few passes, bound for any input", "elbo": "ELBO of the reverse chain",
     "flow": "probability flow",
-}
+}  # fmt: skip
 """Rows of a likelihood report as a card names them."""
 
 LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it."

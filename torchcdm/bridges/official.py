@@ -15,30 +15,19 @@ from torchcdm.networks.unet import CDMUNet
 from torchcdm.training.checkpoint import check_shapes
 
 PARTS = {
-    "block_1": "0.block",
-    "block_2": "1.block",
-    "attn_1": "0.attention",
-    "attn": "attention",
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "proj_out": "out",
-    "temb_proj": "project",
-    "nin_shortcut": "shortcut",
-}
+    "block_1": "0.block", "block_2": "1.block", "attn_1": "0.attention", "attn": "attention", "q": "query", "k": "key",
+    "v": "value", "proj_out": "out", "temb_proj": "project", "nin_shortcut": "shortcut",
+}  # fmt: skip
 """Parts of names that differ."""
 
 NAMES = {
-    r"(conv_in|norm_out)\.(\w+)": r"unet.\1.\2",
-    r"conv_out\.(\w+)": r"conv_out.\1",
-    r"linear_layer\.(\w+)": r"head.linear.\1",
-    r"label_emb\.(\w+)": r"label.\1",
-    r"temb\.dense\.0\.(\w+)": r"embed.0.\1",
-    r"temb\.dense\.1\.(\w+)": r"embed.2.\1",
+    r"(conv_in|norm_out)\.(\w+)": r"unet.\1.\2", r"conv_out\.(\w+)": r"conv_out.\1",
+    r"linear_layer\.(\w+)": r"head.linear.\1", r"label_emb\.(\w+)": r"label.\1",
+    r"temb\.dense\.0\.(\w+)": r"embed.0.\1", r"temb\.dense\.1\.(\w+)": r"embed.2.\1",
     r"mid\.(block_1|block_2|attn_1)\.(.+)": r"unet.middle.\1.\2",
     r"(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(.+)": r"unet.\1_stages.\2.\4.\3.\5",
     r"(down|up)\.(\d+)\.(?:down|up)sample\.conv\.(\w+)": r"unet.\1s.\2.conv.\3",
-}
+}  # fmt: skip
 """Names of weights there, and ours."""
 
 MEND = "; give a checkpoint saved by the published CDM code"

@@ -44,8 +44,7 @@ def samples_of(
 ) -> Samples:
     """All samples of an array, resized and converted; arguments as in :func:`read_labels` and :func:`interpret`."""
     values, grid, notes = interpret(x, name, first, like)
-    if values.ndim == 4:
-        values = convert_images(values, grid, options)
+    values = convert_images(values, grid, options) if values.ndim == 4 else values
     (labels,), class_names = read_labels(y, [len(values)], name)
     return Samples(name, {"train": MemorySplit(values, labels)}, grid, class_names, notes=tuple(notes))
 
@@ -173,15 +172,13 @@ def read_labels(
     if y is None:
         return [None] * len(sizes), None
     y = as_array(y, f"{name}, labels") if isinstance(y, Tensor) or np.ma.is_masked(y) else np.asarray(y)
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     if y.shape != (count,):
         raise UserError(f"{name}: labels have shape {y.shape}; one label for each of the {count} samples is needed")
     for row, label in enumerate(y.tolist()):
         if label is None or str(label).strip() in ("", "nan", "NaN", "NaT", "<NA>"):
             raise UserError(f"{name}: row {row} (counted from 0) has no label ({label})")
-    if y.dtype.kind == "S":
-        y = np.char.decode(y, "utf-8", "backslashreplace")
+    y = np.char.decode(y, "utf-8", "backslashreplace") if y.dtype.kind == "S" else y
     if y.dtype.kind in "UO":  # a text file gives every cell as text
         by_value = True
         if not any(isinstance(label, str) and not NUMBER.fullmatch(label) for label in y):

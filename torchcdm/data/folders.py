@@ -19,10 +19,8 @@ from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
 
 SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
+}  # fmt: skip
 """What splits are called, here and on the Hub."""
 
 T = TypeVar("T")

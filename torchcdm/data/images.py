@@ -118,10 +118,8 @@ def read_image(
 def conform(image: Tensor, high: float | None, size: Size | None, channels: int | None, white: float = 1.0) -> Tensor:
     """An image (C, H, W), data units, of ``size`` (H, W) and with so many ``channels``; None leaves them. It is put on
     the grid of ``high``, its largest grey level and white; None for continuous data of this ``white``."""
-    if channels is not None:
-        image = to_channels(image, channels, high or white)
-    if size is not None:
-        image = resize(image, size)
+    image = to_channels(image, channels, high or white) if channels is not None else image
+    image = resize(image, size) if size is not None else image
     return image.round() if high is not None and image.is_floating_point() else image
 
 
@@ -155,8 +153,7 @@ def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
         value = torch.einsum("chw,c->hw", value, value.new_tensor(LUMA))[None]
     elif channels > 1:
         value = value.expand(3, -1, -1)
-    if channels == 4:
-        value = torch.cat([value, torch.full_like(value[:1], white)])
+    value = torch.cat([value, torch.full_like(value[:1], white)]) if channels == 4 else value
     return value.round().to(torch.uint8) if image.dtype == torch.uint8 else value
 
 

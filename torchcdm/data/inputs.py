@@ -164,8 +164,7 @@ def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataO
         one_sample = x.ndim == 2 or (x.ndim == 3 and shape in (x.shape, (x.shape[2], *x.shape[:2])))
     x = x[None] if one_sample else x
     values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == shape)
-    if values.ndim == 4:
-        values = arrays.convert_images(values, grid, options)
+    values = arrays.convert_images(values, grid, options) if values.ndim == 4 else values
     _check_shape(tuple(values.shape[1:]), shape, path)
     return without_columns(single(values.numpy(), str(path)), [f"{printable(path)}[{i}]" for i in range(len(values))])
 

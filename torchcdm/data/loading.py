@@ -36,17 +36,12 @@ ROUNDING = 0.01
 """Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
 
 LOADERS: dict[str, tuple[Callable[[str, DataOptions, DataTransform | None], Samples], str]] = {
-    "digits": (named.digits, ""),
-    "fashion-mnist": (named.fashion_mnist, "[:PATH]"),
-    "cifar10": (named.cifar10, "[:PATH]"),
-    "celeba": (named.celeba, "[:PATH]"),
-    "folder": (folders.load, ":PATH"),
-    "array": (arrays.load, ":FILE.npz"),
-    "table": (tables.load, ":FILE.csv"),
-    "hf": (hub.load, ":NAME, such as hf:ylecun/mnist"),
-    "toy": (named.toy, ":NAME, such as toy:two-moons"),
+    "digits": (named.digits, ""), "fashion-mnist": (named.fashion_mnist, "[:PATH]"),
+    "cifar10": (named.cifar10, "[:PATH]"), "celeba": (named.celeba, "[:PATH]"), "folder": (folders.load, ":PATH"),
+    "array": (arrays.load, ":FILE.npz"), "table": (tables.load, ":FILE.csv"),
+    "hf": (hub.load, ":NAME, such as hf:ylecun/mnist"), "toy": (named.toy, ":NAME, such as toy:two-moons"),
     "wine": (named.wine, ""),
-}
+}  # fmt: skip
 """What a SPEC may begin with: the loader, which gets what follows the colon, and how that is written."""
 
 
@@ -178,8 +173,7 @@ def _pair(dataset: Any, index: int) -> tuple[Any, Any]:
 def _sample(dataset: Any, index: int) -> Tensor:
     """A sample as a tensor of event shape."""
     (value, _), what = _pair(dataset, index), f"sample {index} of the Dataset"
-    if isinstance(value, (tuple, list)) and len(value) == 1:
-        value = value[0]
+    value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
     if hasattr(value, "getbands"):
         value, _ = from_pillow(value)
     elif not isinstance(value, (Tensor, np.ndarray)):
@@ -271,8 +265,7 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
         if rest < (2 if wholes is None else 1):
             raise UserError(f"{name}: validation and test take {held_out} of {count}; make them smaller")
         order = permutation(count, options.seed).split([*missing.values(), rest])
-        if wholes is not None:
-            order = [torch.cat([part[:0], *(wholes[i] for i in part)]) for part in order]
+        order = [torch.cat([part[:0], *(wholes[i] for i in part)]) for part in order] if wholes is not None else order
         parts = parts | {split: pool.select(part) for split, part in zip((*missing, "train"), order, strict=True)}
         how = "split at random" if len(missing) == 2 else f"{next(iter(missing))} drawn at random from training"
     splits = (parts["train"], parts["validation"], parts["test"])

@@ -69,8 +69,7 @@ def samples_of(
     frames, notes = list(parts.values()), [note for part in parts.values() for note in part.attrs.get("notes", ())]
     if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
         labels = np.concatenate([select(frame, [options.label], name).to_numpy() for frame in frames])[:, 0]
-    if like is None:
-        frames = [chosen(frame, options, name) for frame in frames]
+    frames = [chosen(frame, options, name) for frame in frames] if like is None else frames
     whole = joined(frames)
     if not len(whole) or not len(whole.columns):
         raise UserError(f"{name}: no columns of values, or no rows")

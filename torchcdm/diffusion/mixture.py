@@ -178,13 +178,9 @@ def best_mixture(
 
 
 def fit_gaussians(
-    samples: Tensor,
-    components: int,
-    floor: float = 0.0,
-    shrinkage: float = 0.0,
-    rows: int = FIT_ROWS,
+    samples: Tensor, components: int, floor: float = 0.0, shrinkage: float = 0.0, rows: int = FIT_ROWS,
     tolerance: float = TOLERANCE,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
     Args:

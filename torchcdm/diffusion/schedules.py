@@ -134,9 +134,7 @@ class NoiseSchedule(Float64Module, ABC):
         top = self.T if top is None else top
         if not 1 <= steps <= top:
             raise UserError(f"steps is {steps}; this schedule takes 1 to {top} sampling steps")
-        if steps == 1:
-            return [top]
-        return [top - (i * (top - 1) + (steps - 1) // 2) // (steps - 1) for i in range(steps)]
+        return [top] if steps == 1 else [top - (i * (top - 1) + (steps - 1) // 2) // (steps - 1) for i in range(steps)]
 
     @staticmethod
     def _like(value: Tensor, x: Tensor) -> Tensor:

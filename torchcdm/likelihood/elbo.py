@@ -31,13 +31,9 @@ class ELBO(LogLikelihood):
 
 
 def elbo(
-    denoiser: Denoiser,
-    x: Tensor,
-    y: Tensor | None = None,
-    scoring: Scoring = Scoring(),
-    kernels: Kernels | None = None,
-    evaluations: int | None = None,
-) -> ELBO:
+    denoiser: Denoiser, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(),
+    kernels: Kernels | None = None, evaluations: int | None = None,
+) -> ELBO:  # fmt: skip
     r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_l), over the levels from l to T.
 
     .. math:: -\log P(k) \le E[KL(q(x_T|x_0) \| p(x_T)) + \sum_{t > l} KL(q(x_{t-1}|x_t, x_0) \| r(x_{t-1}|x_t))

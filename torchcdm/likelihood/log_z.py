@@ -194,17 +194,10 @@ class LogZ:
 @checked
 @torch.no_grad()
 def log_normalizer(
-    model: DensityModel,
-    x: Tensor | None = None,
-    y: int | None = None,
-    scoring: Scoring = Scoring(),
-    sweeps: Sweeps = SWEEPS,
-    replicas: Annotated[Count, Ge(2)] = REPLICAS,
-    kernels: Kernels | None = None,
-    restricted: bool = False,
-    progress: bool = False,
-    training: Tensor | None = None,
-) -> LogZ:
+    model: DensityModel, x: Tensor | None = None, y: int | None = None, scoring: Scoring = Scoring(),
+    sweeps: Sweeps = SWEEPS, replicas: Annotated[Count, Ge(2)] = REPLICAS, kernels: Kernels | None = None,
+    restricted: bool = False, progress: bool = False, training: Tensor | None = None,
+) -> LogZ:  # fmt: skip
     """log of the integral of exp(log p_t), over all inputs, by replica exchange from several starts.
 
     The starts are samples of the model, held-out data where they are given, and images of the highest grey level, or
@@ -314,8 +307,7 @@ class _Points:
         noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
         x_t = model.schedule.perturb(x_0, level, noise).to(self.target.dtype)
         classes = in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), size)
-        own = [x[classes == k] for k in range(len(self.shares))]
-        return [part if len(part) > 1 else x for part in own]
+        return [part if len(part := x[classes == k]) > 1 else x for k in range(len(self.shares))]
 
     def noised(self, x_0: Tensor) -> Tensor:
         """Points, model units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""

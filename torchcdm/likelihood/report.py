@@ -119,15 +119,13 @@ class NLLReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values under the keys of the NLL contract; None for what was not asked for or cannot be given."""
         return {
-            "data": {"name": self.name, "split": self.split, "count": self.count, "dim": self.dim},
-            "unit": self.unit,
+            "data": {"name": self.name, "split": self.split, "count": self.count, "dim": self.dim}, "unit": self.unit,
             "rows": [without_nan(row._asdict()) for row in self.rows],
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
             "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
             "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
-            "believe": self.believe,
-            "why": self.why,
-        }
+            "believe": self.believe, "why": self.why,
+        }  # fmt: skip
 
     def table(self) -> str:
         """The report as text."""

@@ -164,8 +164,7 @@ def restricted_pass(
             else:
                 nats = nats - step.code_length(batch, z, denoised) + log_q(schedule, noise, step.level)
             below = step
-        if transform.bin is not None:
-            nats = nats - log_q(schedule, noise, density.level)
+        nats = nats - log_q(schedule, noise, density.level) if transform.bin is not None else nats
         return (nats + density.log_prob(model, z, log_p)).cpu()
 
     nats = in_batches(model, x, one, scoring.batch_size)

@@ -45,13 +45,9 @@ class ClassificationDiffusion(DensityModel):
     level_constants: Tensor
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        schedule: NoiseSchedule,
-        transform: DataTransform | None = None,
-        gaussian: BaseDensity | None = None,
-        class_prior: Tensor | None = None,
-    ) -> None:
+        self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
+        gaussian: BaseDensity | None = None, class_prior: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(schedule, transform, backbone, StandardNormal(schedule) if gaussian is None else gaussian)
         self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
         if self.joint:
@@ -82,8 +78,7 @@ class ClassificationDiffusion(DensityModel):
         h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
-        if h.dtype in (torch.float16, torch.bfloat16):
-            h = h.float()
+        h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
         return h - h[..., -1:] + self.level_constants.to(h.dtype)
 
     def _class_corrections(self, x_t: Tensor) -> Tensor:

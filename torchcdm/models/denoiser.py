@@ -48,12 +48,9 @@ class Denoiser(nn.Module, ABC):
     info: ModelInfo | None = None
 
     def __init__(
-        self,
-        schedule: NoiseSchedule,
-        transform: DataTransform | None = None,
-        backbone: nn.Module | None = None,
+        self, schedule: NoiseSchedule, transform: DataTransform | None = None, backbone: nn.Module | None = None,
         base: BaseDensity | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
         self.moments: Moments | None = None
@@ -159,17 +156,13 @@ class DenoisingDiffusion(Denoiser):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        schedule: NoiseSchedule,
-        transform: DataTransform | None = None,
+        self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
         base: BaseDensity | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        eps = self.eps(x_t, t, self.check_inputs(x_t, t, y))
-        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
+        return Prediction(x_t, *self.schedule.at(t, x_t), self.eps(x_t, t, self.check_inputs(x_t, t, y)))
 
     def eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         """E[eps | x_t] for losses, unchecked; ``y`` may hold the null label ``classes``."""
@@ -201,8 +194,7 @@ class GuidedDenoiser(Denoiser):
         return self.model.start(noise, t, y)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        eps = self._eps(x_t, t, y, "none")
-        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
+        return Prediction(x_t, *self.schedule.at(t, x_t), self._eps(x_t, t, y, "none"))
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self._eps(x_t, t, y, "all")

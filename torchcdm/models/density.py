@@ -68,14 +68,9 @@ class DensityModel(Denoiser):
         return chosen, unconditional
 
     def evaluate(
-        self,
-        x_t: Tensor,
-        t: Level,
-        y: Tensor | None = None,
-        guidance: float = 0.0,
-        graph: Literal["none", "densities", "all"] = "none",
-        check: bool = True,
-    ) -> Evaluation:
+        self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0,
+        graph: Literal["none", "densities", "all"] = "none", check: bool = True,
+    ) -> Evaluation:  # fmt: skip
         """The denoiser at level ``t`` and the density at every level, from one pass each way.
 
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
@@ -109,8 +104,7 @@ class DensityModel(Denoiser):
                 x = x_t.detach().requires_grad_()
                 value, parts = of(x)
                 (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
-        if graph == "none":
-            parts = tuple(part.detach() for part in parts)
+        parts = tuple(part.detach() for part in parts) if graph == "none" else parts
         base = self.base.log_prob_levels(x_t)
         eps = self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
         log_p, unconditional = (base + part.double() for part in parts)
@@ -130,8 +124,7 @@ class DensityModel(Denoiser):
         One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``; errors as in
         :meth:`evaluate`.
         """
-        eps = self.evaluate(x_t, t, y).eps
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), eps)
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate(x_t, t, y, graph="all").eps

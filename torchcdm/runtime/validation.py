@@ -161,15 +161,10 @@ def _is_plain(hint: Any) -> bool:
 
 
 _WORDS = {
-    "Input should": "it must",
-    "Tuple should": "it must",
-    "Value should": "it must",
-    " after validation": "",
-    "tuple": "list such as [1, 2]",
-    "a valid boolean": "true or false",
-    "greater than or equal to": "at least",
+    "Input should": "it must", "Tuple should": "it must", "Value should": "it must", " after validation": "",
+    "tuple": "list such as [1, 2]", "a valid boolean": "true or false", "greater than or equal to": "at least",
     "less than or equal to": "at most",
-}
+}  # fmt: skip
 """Ours for words of pydantic's messages."""
 
 _NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()
@@ -209,9 +204,7 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> str:
 
 def shown(value: Any) -> str:
     """A value for a message, at most about a line of it."""
-    if isinstance(value, int) and abs(value) > 10**80:
-        return "a number of many digits"
-    return _SHOWN.repr(value)
+    return "a number of many digits" if isinstance(value, int) and abs(value) > 10**80 else _SHOWN.repr(value)
 
 
 def join(path: str, key: Any) -> str:

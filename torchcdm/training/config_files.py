@@ -93,8 +93,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(old, str) and isinstance(value, Mapping):
             old = {"name": old}
         if isinstance(old, Mapping):
-            if isinstance(value, str) and "name" in old:
-                value = {"name": value}
+            value = {"name": value} if isinstance(value, str) and "name" in old else value
             if isinstance(value, Mapping) and value.get("name", old.get("name")) == old.get("name"):
                 value = merge(old, value)
         merged[key] = value

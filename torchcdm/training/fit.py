@@ -88,8 +88,7 @@ def fit(
     """
     source, layers = _prepared("fit", data, labels, preset, overrides, progress)
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
-    if isinstance(labels, str):
-        config = replace(config, data=replace(config.data, label=labels))
+    config = replace(config, data=replace(config.data, label=labels)) if isinstance(labels, str) else config
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
         seen = "input" if getattr(network, "classes", None) is not None else "none"
@@ -180,8 +179,7 @@ def trained(
     """Trains as :func:`torchcdm.training.loop.train`, which takes what is ``given`` (``model``, ``backbone``,
     ``clock``), and gives the model that was kept, a new one unless it is given. Where ``out`` is None nothing is left
     on the disk, and no samples are drawn."""
-    if out is None:
-        config = replace(config, sampling=replace(config.sampling, n=0))
+    config = replace(config, sampling=replace(config.sampling, n=0)) if out is None else config
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
             source = in_units(source, config.data)
@@ -291,12 +289,9 @@ def with_budget(
     train = {"batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50}
     train |= {"validate_every": every, "save_every": every, "sample_every": None, "validation_samples": 500}
     train |= {"log_every": min(max(1, steps // 100), 50), "ema_decay": 0.995 if steps < 5000 else 0.999}
-    layer = {
-        "model": {**base, "backbone": network},
-        "train": train,
-        "report": {"limit": min(max(8, report), asked.report.limit)},
-        "sampling": {"n": min(max(9, drawn), asked.sampling.n)},
-    }
+    counts = {"report": {"limit": min(max(8, report), asked.report.limit)}}
+    counts |= {"sampling": {"n": min(max(9, drawn), asked.sampling.n)}}
+    layer = {"model": {**base, "backbone": network}, "train": train} | counts
     if progress:
         what = f"{count} images of {'x'.join(map(str, source.shape))} and {seconds:g} s"
         size = f"width {width} at {len(multipliers)} resolutions, batches of {batch}"

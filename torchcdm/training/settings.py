@@ -31,20 +31,15 @@ class OwnNetwork:
 
 
 NETWORKS: dict[str, tuple[type, type | None]] = {
-    "encoder": (Encoder, None),
-    "unet": (CDMUNet, DDMUNet),
-    "mlp": (MLP, DDMMLP),
-    "custom": (OwnNetwork, None),
-}
+    "encoder": (Encoder, None), "unet": (CDMUNet, DDMUNet), "mlp": (MLP, DDMMLP), "custom": (OwnNetwork, None),
+}  # fmt: skip
 """The networks by name: as a classifier of levels, and as a plain denoiser, which takes part of its settings."""
 
 SCHEDULES: dict[str, type[schedules.NoiseSchedule]] = {
-    "linear": schedules.LinearSchedule,
-    "cosine": schedules.CosineSchedule,
-    "uniform-sigma": schedules.UniformSigmaSchedule,
-    "optimal-transport": schedules.OptimalTransportSchedule,
+    "linear": schedules.LinearSchedule, "cosine": schedules.CosineSchedule,
+    "uniform-sigma": schedules.UniformSigmaSchedule, "optimal-transport": schedules.OptimalTransportSchedule,
     "log-snr": schedules.LogSNRSchedule,
-}
+}  # fmt: skip
 
 _OF_DATA = ("classes", "joint")  # what the data and ``model.labels`` give
 BACKBONES = {name: validation.settings_of(kind, name, _OF_DATA, __name__) for name, (kind, _) in NETWORKS.items()}

@@ -68,8 +68,7 @@ class GaussianizedTransform(DataTransform):
             index = result._nearest(x.double()).flatten(1)
             counts.scatter_add_(1, index.T, torch.ones(index.T.shape, dtype=torch.float64))
         counts = counts.reshape(*transform.shape, levels)
-        if flip:
-            counts = counts + counts.flip(-2)
+        counts = counts + counts.flip(-2) if flip else counts
         overall = counts.reshape(-1, levels).sum(0) + 1
         counts = counts + PSEUDO_COUNT * overall / overall.sum()
         mass = counts / counts.sum(-1, keepdim=True)

@@ -112,15 +112,10 @@ class DensityRatio:
     _steps: Steps
 
     _saved: ClassVar[Readers] = {
-        "notes": tuple,
-        "counts": tuple,
-        "blend": dict,
-        "held_out": partial(read_as, Calibration),
-        "_held_out": tuple,
+        "notes": tuple, "counts": tuple, "blend": dict, "held_out": partial(read_as, Calibration), "_held_out": tuple,
         "_limits": partial(np.array, dtype=np.float64),
-        "_steps": lambda of: {name: STEPS[name](**of[name]) for name in of},
-        "_warp": transform_from_config,
-    }
+        "_steps": lambda of: {name: STEPS[name](**of[name]) for name in of}, "_warp": transform_from_config,
+    }  # fmt: skip
 
     @checked
     def __init__(
