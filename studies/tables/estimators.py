@@ -170,6 +170,18 @@ def posteriors(name: str = "posteriors") -> str:
     return markdown(head, lines)
 
 
+def posterior_together() -> str:
+    """C2ST and errors of posteriors given several observations, by prior and without correction."""
+    rows = {(r["simulator"], r["observations"], r["way"]): r for r in read("posterior_together")["rows"]}
+    ways, lines = list(dict.fromkeys(way for *_, way in rows)), []
+    for name, n in dict.fromkeys((name, n) for name, n, _ in rows):
+        found = [rows[name, n, way] for way in ways]
+        cells = [f"{mean(r['c2st']):.3f}" for r in found] + [f"{r['mean']:.2f}, {r['deviation']:.2f}" for r in found]
+        lines.append([name, str(n), *cells, f"{found[0]['seconds']:.0f}"])
+    head = [f"{what}{way}" for what in ("C2ST, ", "mean and width, ") for way in ways]
+    return markdown(["simulator", "observations", *head, "s"], lines)
+
+
 def anomaly_designs() -> str:
     """Mean ranks of the detector for tables with outliers and of ten others, on both halves of the tables and on all.
     """

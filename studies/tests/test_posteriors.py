@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies.benchmarks import anomaly_tables, posterior_tasks, posteriors, real_shift
+from studies.benchmarks import anomaly_tables, posterior_tasks, posterior_uses, posteriors, real_shift
 from torchcdm.estimators import CDMConditional
 
 
@@ -109,3 +109,25 @@ def test_detectors_are_scored_on_rows_that_they_did_not_see(report_of, monkeypat
     rows = report_of("anomaly_tables", "--tables", "WDBC", "--seeds", "0", "1", "--detectors", "far", "near")
     assert seen == {0: (256, 111), 1: (256, 111)}
     assert [row["auroc"] > 0.8 for row in rows] == [True, False] * 2
+
+
+def test_several_observations_and_rounds_are_measured(fake_sbibm, monkeypatch):
+    quick = {"steps": 2, "width": 8, "depth": 1, "components": 1, "device": "cpu", "random_state": 0}
+    monkeypatch.setattr(posterior_uses, "fitted", lambda theta, x, *_: CDMConditional(**quick).fit(theta, x))
+    monkeypatch.setattr(posterior_uses, "CDMDensity", partial(posterior_uses.CDMDensity, steps=2, width=8))
+    for name, value in {"PAIRS": 200, "DRAWS": 50, "PASSES": 1, "PROPOSED": 200}.items():
+        monkeypatch.setattr(posterior_uses, name, value)
+    rows = []
+    posterior_uses.together("half-life", [2], 1, rows)
+    assert [row["way"] for row in rows] == list(posterior_uses.WAYS) and all(0 <= row["c2st"][0] <= 1 for row in rows)
+    rows = []
+    posterior_uses.rounds("two-moons", 60, 0, [1], rows)
+    assert [row["way"] for row in rows] == ["first round", "one round", "two rounds"] and rows[0]["fitted"] > 60
+
+
+def test_posteriors_on_a_grid_are_exact():
+    x = np.array([[1.0], [2.0], [1.5]])
+    log_p = lambda theta, row: -0.5 * (row[0] - theta[:, 0]) ** 2  # noqa: E731
+    prior = lambda theta: -0.5 * theta[:, 0] ** 2  # noqa: E731
+    draws = posterior_uses.on_grid(log_p, ([-5.0], [5.0]), prior, x, np.random.RandomState(0))
+    assert abs(draws.mean() - 4.5 / 4) < 0.06 and abs(draws.std() - 0.5) < 0.05
