@@ -66,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "posteriors": estimators.posteriors,
     "posteriors-10000": partial(estimators.posteriors, "posteriors_10000"),
     "posterior-together": estimators.posterior_together,
+    "posterior-rounds": estimators.posterior_rounds,
     "posterior-coverage": energies.posterior_coverage,
     "quality-curves-28": partial(pictures.quality_curves, "quality_curves28"),
     "quality-curves-started": partial(pictures.quality_curves, "quality_curves_started"),

@@ -182,6 +182,20 @@ def posterior_together() -> str:
     return markdown(["simulator", "observations", *head, "s"], lines)
 
 
+def posterior_rounds() -> str:
+    """C2ST of one round and of two, the mean over observations and seeds."""
+    rows, lines = read("posterior_rounds")["rows"], []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        own = [r for r in rows if r["task"] == task]
+        found = {way: [r for r in own if r["way"] == way] for way in dict.fromkeys(r["way"] for r in own)}
+        cells = [f"{mean(r['c2st'] for r in of):.3f}" for of in found.values()]
+        better = sum(a["c2st"] < b["c2st"] for a, b in zip(found["two rounds"], found["one round"], strict=True))
+        inside, last = f"{100 * mean(r['accepted'] for r in own):.2g} %", found["two rounds"]
+        lines.append([task, *cells, f"{better} of {len(last)}", inside, f"{mean(r['fitted'] for r in last):.0f}"])
+    head = ["1000 simulations", "2000", "1000 + 1000 truncated", "better than 2000", "of the prior inside"]
+    return markdown(["task", *head, "pairs of the second fit"], lines)
+
+
 def anomaly_designs() -> str:
     """Mean ranks of the detector for tables with outliers and of ten others, on both halves of the tables and on all.
     """
