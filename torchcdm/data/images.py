@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from torchcdm.data.reading import reading
 from torchcdm.data.source import Size
 from torchcdm.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _SUFFIXES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .pgm .ppm .pnm .jp2 .npy"
 SUFFIXES = frozenset(_SUFFIXES.split())
@@ -61,8 +59,6 @@ class ImageInfo(NamedTuple):
 
 def describe(path: Path) -> ImageInfo:
     """The header of an image file, whose pixels are not decoded; UserError for what Pillow and numpy do not read."""
-    from PIL import ExifTags, Image
-
     with reading(path, *IMAGE) as file:
         if path.suffix.lower() == ".npy":
             array = _one_image(np.lib.format.open_memmap(path, "r"))
@@ -87,17 +83,13 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
         return _pixels(array), HIGHS.get(array.dtype.str[1:])
 
 
-def opened(file: Any) -> Image:
+def opened(file: Any) -> Image.Image:
     """A Pillow image of one of :data:`FORMATS` from a file or its path."""
-    from PIL import Image
-
     return Image.open(file, formats=FORMATS)
 
 
-def from_pillow(image: Image) -> tuple[Tensor, int | None]:
+def from_pillow(image: Image.Image) -> tuple[Tensor, int | None]:
     """The pixels of a Pillow image, as :func:`decode` gives them. Orientation from EXIF is applied."""
-    from PIL import ImageOps
-
     upright = ImageOps.exif_transpose(image)
     mode = _plain_mode(upright)
     array = np.asarray(upright if upright.mode == mode else upright.convert(mode))
@@ -125,8 +117,6 @@ def conform(image: Tensor, high: float | None, size: Size | None, channels: int 
 
 def resize(image: Tensor, size: Size) -> Tensor:
     """Bilinear with antialiasing to ``size`` (H, W), by Pillow; uint8 stays uint8, float32 is not rounded."""
-    from PIL import Image
-
     if tuple(image.shape[1:]) == tuple(size):
         return image
     # Each channel alone, so that every number of channels works and alpha does not premultiply.
@@ -181,7 +171,7 @@ def _high(mode: str) -> int | None:
     return None if mode == "F" else 65535 if mode in WIDE_MODES else 255
 
 
-def _plain_mode(image: Image) -> str:
+def _plain_mode(image: Image.Image) -> str:
     """The Pillow mode in which the pixels are values: palettes, bitmaps and printers' colours converted."""
     if image.mode == "P":
         return "RGBA" if "transparency" in image.info else "RGB"

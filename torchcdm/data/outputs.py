@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -139,8 +140,6 @@ def _stored(x: Tensor, transform: DataTransform | None) -> np.ndarray:
 
 def png(image: np.ndarray) -> bytes:
     """One image (C, H, W), uint8 of 1 to 4 channels, or uint16 grey."""
-    from PIL import Image
-
     content = io.BytesIO()
     pixels = image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, 2))
     Image.fromarray(pixels).save(content, format="png")
