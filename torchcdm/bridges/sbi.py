@@ -17,8 +17,6 @@ from torch import Tensor
 from torchcdm.random import permutation
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from torchcdm.apps.ratio import DensityRatio
     from torchcdm.estimators import CDMConditional
     from torchcdm.units import TableEncoding
@@ -83,7 +81,7 @@ def pairs_and_strangers(theta: Any, x: Any, seed: int = 0) -> tuple[np.ndarray, 
     return np.concatenate([theta, x], 1), np.concatenate([theta, x[permutation(len(x), seed).numpy()]], 1)
 
 
-def _rows(values: Tensor, table: TableEncoding) -> DataFrame:
+def _rows(values: Tensor, table: TableEncoding) -> pd.DataFrame:
     """Numbers (..., columns) as rows of the table that was fitted, whose columns may have names."""
     numbers = values.detach().reshape(-1, values.shape[-1]).double().cpu().numpy()
     return pd.DataFrame(numbers, columns=[column.name for column in table.columns])

@@ -19,6 +19,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
+from typing_extensions import Self
 
 from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
@@ -44,7 +45,6 @@ from torchcdm.units.table import Encoded, as_frame, is_frame
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from typing_extensions import Self
 
 COPIES, COPIED_ROWS = 20, 200_000
 """A table with cells is trained on so many noisy copies, or so many rows in all, whichever is less."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 from sklearn.base import DensityMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
+from typing_extensions import Self
 
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
@@ -22,9 +23,6 @@ from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units.lattice import spread
 from torchcdm.units.table import Encoded, is_frame
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 DRAWS = 20_000
 

@@ -17,6 +17,7 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 from torch import Tensor
 
+from torchcdm.apps.plots import panels
 from torchcdm.apps.ratio.blending import blend
 from torchcdm.apps.ratio.checks import both_sides, donsker_varadhan, effective_sample_size, importance_weights
 from torchcdm.apps.ratio.dependence import STEPS, estimates
@@ -201,8 +202,6 @@ class TwoSampleTest:
 
     def plot(self, path: str | Path) -> Path:
         """Log ratios of both sources, and the columns that differ most, as a figure."""
-        from torchcdm.apps.plots import panels
-
         with panels(Path(path), 2 if self.columns else 1) as axes:
             for values, label in zip(self.log_ratios, ("numerator", "denominator"), strict=True):
                 axes[0].hist(values, 50, alpha=0.6, density=True, label=label)
