@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import Evaluated, Target
@@ -138,8 +139,6 @@ def smc(
     level, or as long as the deviation of its works is at most ``spacing`` nats: these are found by trial, so that the
     estimates are only nearly unbiased.
     """
-    from tqdm.auto import tqdm
-
     schedule, step, length, n, visited = target.schedule, FIRST_STEP, 1, islands * size, []
     x, log_start = target.start(n, generator)
     bar = tqdm(total=schedule.T - level, desc="particles", unit="level", disable=not progress, leave=False)

@@ -14,6 +14,7 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import States, adapted, chance, langevin, smc
@@ -90,8 +91,6 @@ class Replicas:
 
         Step sizes adapt in those of the ``burn_in`` before them, and stay as they are.
         """
-        from tqdm.auto import tqdm
-
         shape, x = (sweeps, self.count, self.columns), self.states.x
         self.arrivals = torch.zeros(self.columns, dtype=torch.long)
         self.down, self.up = torch.empty(2, *shape, dtype=torch.float64)

@@ -19,6 +19,7 @@ from typing import Annotated, final
 import torch
 from annotated_types import Ge
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, chance, langevin, smc, systematic
@@ -129,8 +130,6 @@ def climb(
     After each threshold they make as many jumps as Langevin ``moves``. UserError where f has nothing above some value,
     or the probability is below 1e-30.
     """
-    from tqdm.auto import tqdm
-
     half = -(-n // 2)
     counted = _Above(target, event)
     found = smc(counted, kernels, 1, 2, half, generator, moves=1, progress=progress)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import torch
 from annotated_types import Len
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
@@ -270,8 +271,6 @@ def _cost(model: Denoiser, stage: str, n: int, scoring: Scoring) -> tuple[int, i
 
 def _with_time_left(model: Denoiser, costs: Mapping[str, tuple[int, int]], progress: bool) -> Iterator[str]:
     """The stages, with a bar of what the network has seen; log Z has a bar of its own."""
-    from tqdm.auto import tqdm
-
     form, total = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", sum(map(math.prod, costs.values()))
     with tqdm(total=total, desc="likelihood", bar_format=form, disable=not progress) as bar:
         for stage, (_, cost) in costs.items():
