@@ -66,12 +66,10 @@ def digits(argument: str, options: DataOptions, _: Any = None) -> Samples:
 
 def wine(argument: str, options: DataOptions, like: DataTransform | None = None) -> Samples:
     """scikit-learn's wine: 178 rows of 13 measured columns, three classes, split at random."""
-    from pandas import DataFrame
     from sklearn.datasets import load_wine
 
-    data = load_wine()
-    frame = DataFrame(data.data, columns=data.feature_names)
-    return tables.samples_of({"train": frame}, "wine", options, data.target, like)
+    frame, classes = load_wine(return_X_y=True, as_frame=True)
+    return tables.samples_of({"train": frame}, "wine", options, classes, like)
 
 
 def toy(argument: str, options: DataOptions, _: Any = None) -> Samples:
