@@ -35,7 +35,7 @@ from torchcdm.models.inputs import LARGEST
 from torchcdm.random import permutation, stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
-from torchcdm.training.checkpoint import ModelInfo, load, read_info, save_model
+from torchcdm.training.checkpoint import ModelInfo, load, read_info, save
 from torchcdm.training.config_files import make_config, merge, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
@@ -251,9 +251,7 @@ class TableEstimator(BaseEstimator):
         check_is_fitted(self)
         params, fitted = plain_fields(self, self.get_params()), plain_fields(self, self._saved)
         content = {"kind": type(self).__name__, "params": params, "fitted": fitted}
-        run = RunFolder(folder)
-        with run.locked():
-            save_model(run, self.model_, replace(self._info, estimator=content))
+        save(self.model_, folder, replace(self._info, estimator=content))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
