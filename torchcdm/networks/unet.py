@@ -96,10 +96,9 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
     ) -> None:  # fmt: skip
         super().__init__()
         self.classes, self.joint = classes, joint
-        conditional = classes is not None and not joint
-        self.label = LabelEmbedding(classes, channels) if conditional else None
-        self.embed = two_layers(channels, 4 * channels) if conditional else None
-        width = 4 * channels if conditional else None
+        width = 4 * channels if classes is not None and not joint else None
+        self.label = None if width is None else LabelEmbedding(classes, channels)
+        self.embed = None if width is None else two_layers(channels, width)
         self.unet = UNet(in_channels, image_size, channels, multipliers, blocks, attention, dropout, width, groups)
         pooled = head_channels or 2 * self.unet.features
         self.conv_out = nn.Conv2d(self.unet.features, pooled, 3, padding=1)
