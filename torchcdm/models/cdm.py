@@ -11,6 +11,7 @@ from torchcdm.diffusion.base import BaseDensity, StandardNormal
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel
+from torchcdm.networks.heads import at_least_float32
 from torchcdm.units import DataTransform
 
 
@@ -75,10 +76,9 @@ class ClassificationDiffusion(DensityModel):
 
     def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
         """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""
-        h = self.backbone(x_t, y) if self.conditional else self.backbone(x_t)
+        h = at_least_float32(self.backbone(x_t, y) if self.conditional else self.backbone(x_t))
         if h.shape[-1] != self.schedule.T + 2:
             raise UserError(f"the backbone gives {h.shape[-1]} logits; the schedule has {self.schedule.T + 2} levels")
-        h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
         return h - h[..., -1:] + self.level_constants.to(h.dtype)
 
     def _class_corrections(self, x_t: Tensor) -> Tensor:
