@@ -217,10 +217,9 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
     splits, note = _complete_splits(samples, options)
     notes = [*samples.notes, note]
     if table is not None and like is None:
-        table, varying, found = table.varying(splits[0].tensors()[0], name)
-        if found:
-            notes += found
-            splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
+        table, varying, constant = table.varying(splits[0].tensors()[0], name)
+        splits = tuple(MemorySplit(split.tensors()[0][:, varying], split.labels) for split in splits)
+        notes += constant
     first = splits[0][0][0]
     if first.dtype == torch.float64:
         for k, column in enumerate(splits[0].tensors()[0].numpy().T if like is None else ()):
