@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from annotated_types import Gt, Le, Lt
+from scipy.stats import qmc
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -341,8 +342,6 @@ def noise_draws(table: TableEncoding, seed: int) -> Tensor:
     """Noise of scores, (DRAWS, kept), evenly spread: the same for every row, so that a row's score is its own."""
     if not table.cells:
         return torch.full((1, 1), 0.5, dtype=torch.float64)
-    from scipy.stats import qmc
-
     return torch.from_numpy(qmc.Sobol(len(table.kept), seed=seed).random(DRAWS))
 
 
