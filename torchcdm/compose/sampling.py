@@ -26,6 +26,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import LogZ
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
+from torchcdm.models.density import LevelReader
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, share
@@ -166,12 +167,14 @@ def sample(
     if model.shape not in (None, shape):
         raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
     labels = as_labels(y, model, n, one_for_all=True)
-    denoiser = GuidedDenoiser(model, guidance) if guidance else model
+    denoiser: Denoiser = GuidedDenoiser(model, guidance) if guidance else model
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
     path = [*schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
         path, variance = adaptive_levels(denoiser, steps, shape, labels, rule.weight)
         rule = rule.suited(variance)
+        if moves is None and not rule.stochastic and model.density is not None and model.moments is not None:
+            denoiser = LevelReader(model.density, guidance)
     if moves is not None:
         with alone():
             # Whatever n is: a sample depends on the seed and its number alone.

@@ -19,6 +19,9 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, guided, working_dtype
 from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, codes_of
 
+READING = 0.3
+"""Deviation of log(noise over signal) of samples from that of their level, as a reader of levels expects it."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -26,11 +29,13 @@ class Evaluation:
 
     E[eps | x_t], (B, *shape); log p_t(x_t | y) at every level, or log p_t(x_t) without labels, float64 (B, T+2); and
     ``unconditional`` the latter where the same pass gives it (joint backbones), the same as before elsewhere.
+    ``levels``, (B,), are those of eps.
     """
 
     eps: Tensor
     log_prob_levels: Tensor
     unconditional: Tensor
+    levels: Tensor
 
 
 class DensityModel(Denoiser):
@@ -69,13 +74,14 @@ class DensityModel(Denoiser):
 
     def evaluate(
         self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0,
-        graph: Literal["none", "densities", "all"] = "none", check: bool = True,
+        graph: Literal["none", "densities", "all"] = "none", check: bool = True, prior: Tensor | None = None,
     ) -> Evaluation:  # fmt: skip
         """The denoiser at level ``t`` and the density at every level, from one pass each way.
 
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
         (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. The ``densities`` keep a
-        ``graph`` in the weights, ``all`` in ``x_t`` too. Losses do not ``check``: ``y`` may hold the null label.
+        ``graph`` in the weights, ``all`` in ``x_t`` too. Losses do not ``check``: ``y`` may hold the null label. Given
+        a ``prior``, log p(t) (B or 1, T+2), the denoiser is at the most probable level of x_t, not at ``t``.
         UserError under ``torch.inference_mode()``, which forbids the gradient.
         """
         # The compiler cannot trace the question; the gradient fails under inference mode all the same.
@@ -83,32 +89,35 @@ class DensityModel(Denoiser):
             raise UserError("a CDM denoises by a gradient: use torch.no_grad(), not torch.inference_mode()")
         y = self.check_inputs(x_t, t, y) if check else y
         if guidance and not self.joint:
-            given, plain = (self.evaluate(x_t, t, label, graph=graph, check=False) for label in (y, None))
+            given = self.evaluate(x_t, t, y, graph=graph, check=False, prior=prior)
+            plain = self.evaluate(x_t, given.levels, graph=graph, check=False)
             log_p = guided(given.log_prob_levels, plain.log_prob_levels, guidance)
-            return Evaluation(guided(given.eps, plain.eps, guidance), log_p, plain.log_prob_levels)
-        rows = torch.arange(len(x_t), device=x_t.device)
+            return Evaluation(guided(given.eps, plain.eps, guidance), log_p, plain.log_prob_levels, given.levels)
+        # A graph of the base alone would give wrong derivatives without a word.
+        x_t = x_t if graph == "all" else x_t.detach()
+        rows, base = torch.arange(len(x_t), device=x_t.device), self.base.log_prob_levels(x_t)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(rows))
 
-        def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        def of(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             """The scalar whose gradient in x_t is that of log p_t less the base's, guided or not."""
             parts = self.corrections(x, y)
-            value, plain = (part[rows, levels] for part in parts)
-            return (guided(value, plain, guidance) if guidance else value).sum(), parts
+            at = levels if prior is None else (base + parts[0].detach().double() + prior).argmax(1)
+            value, plain = (part[rows, at] for part in parts)
+            return (guided(value, plain, guidance) if guidance else value).sum(), (*parts, at)
 
         with torch.enable_grad():
             if graph == "all":
                 # torch.func rather than autograd.grad: torch.compile can differentiate through it.
-                gradient, parts = torch.func.grad(of, has_aux=True)(x_t)
+                gradient, (*parts, levels) = torch.func.grad(of, has_aux=True)(x_t)
             else:
-                x_t = x_t.detach()  # a graph of the base alone would give wrong derivatives without a word
                 x = x_t.detach().requires_grad_()
-                value, parts = of(x)
+                value, (*parts, levels) = of(x)
                 (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
-        parts = tuple(part.detach() for part in parts) if graph == "none" else parts
-        base = self.base.log_prob_levels(x_t)
+        parts = [part.detach() for part in parts] if graph == "none" else parts
+        t = t if prior is None else levels
         eps = self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
         log_p, unconditional = (base + part.double() for part in parts)
-        return Evaluation(eps, guided(log_p, unconditional, guidance) if guidance else log_p, unconditional)
+        return Evaluation(eps, guided(log_p, unconditional, guidance) if guidance else log_p, unconditional, levels)
 
     def at_level(self, x_t: Tensor, t: Tensor, y: Tensor | None, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
         """What annealing asks of a density, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
@@ -170,6 +179,27 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
         kind = "a plain diffusion model (ddm)" if isinstance(model, DenoisingDiffusion) else type(model).__name__
         raise UserError(f"{what} needs a density in one pass, which {kind} does not have: use a cdm")
     return density
+
+
+@final
+class LevelReader(Denoiser):
+    """A density ``model`` that denoises x_t at the level that its classifier reads off it, in the same pass.
+
+    Few deterministic steps leave each image with more or less noise than its level has, and a denoiser that is told
+    the level takes away as much as that says (arXiv 2305.15583). The level read is the most probable one, under a
+    normal prior of log r about the level's with deviation :data:`READING`. ``weight`` as in :class:`GuidedDenoiser`.
+    """
+
+    def __init__(self, model: DensityModel, weight: float = 0.0) -> None:
+        super().__init__(model.schedule, model.transform, base=model.base)
+        self.model, self.weight, self.moments = model, weight, model.moments
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        scales, log_r = self.schedule.at(t, x_t), self.schedule.ratio.log()
+        prior = -((log_r - log_r[t].reshape(-1, 1)) / READING).square() / 2
+        found = self.model.evaluate(x_t, t, y, self.weight, prior=prior)
+        read = Prediction(x_t, *self.schedule.at(found.levels, x_t), found.eps)
+        return Prediction.of_x0(x_t, *scales, read.x0)
 
 
 @final
