@@ -12,7 +12,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import GuidedDenoiser
-from torchcdm.models.density import READING, LevelReader
+from torchcdm.models.density import LevelReader
 
 SCHEDULE = UniformSigmaSchedule(200)
 MIXTURE = labelled_mixture()
@@ -39,9 +39,9 @@ def test_the_level_is_the_most_probable_one(joint, weight):
     prior = MIXTURE.class_prior if joint else None
     model = ClassificationDiffusion(MixtureClassifier(MIXTURE, SCHEDULE, None, joint), SCHEDULE, class_prior=prior)
     x, y, t = normal(40, 2), torch.arange(40) % 2, torch.arange(40) * 4 + 20
-    log_r = SCHEDULE.ratio.log()
+    log_r, spread = SCHEDULE.ratio.log(), LevelReader.deviation
     expected = torch.tensor([
-        max(range(1, 201), key=lambda s: float(levels[s] - ((log_r[s] - log_r[told]) / READING) ** 2 / 2))
+        max(range(1, 201), key=lambda s: float(levels[s] - ((log_r[s] - log_r[told]) / spread) ** 2 / 2))
         for levels, told in zip(model.log_prob_levels(x, y), t, strict=True)
     ])  # fmt: skip
     assert len((expected - t).unique()) > 5

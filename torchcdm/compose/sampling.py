@@ -129,9 +129,9 @@ def sample(
         seed: Seed, not negative.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
-            :func:`torchcdm.samplers.adaptive_levels`; with those, deterministic samplers of images denoise at levels
-            that are read off x, see :class:`torchcdm.models.density.LevelReader`. When None, what suits the sampler.
-            Of particles ``adaptive`` steps are as long as their weights allow, often a tenth of the levels.
+            :func:`torchcdm.samplers.adaptive_levels`, where deterministic samplers of images read the level off x
+            (:class:`torchcdm.models.density.LevelReader`). When None, what suits the sampler. Steps of particles that
+            are ``adaptive`` are as long as their weights allow, often a tenth of the levels.
         shape: Event shape, for a model that does not know its own.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
@@ -281,7 +281,8 @@ class _Moves:
             z, u = next(noise).flatten(1).to(x.device), next(noise).flatten(1)[:, 0].to(x.device)
             taken = langevin(target, self.kernels, states, step, None, (z, torch.special.ndtr(u)))
             self.accepted, self.tried = self.accepted + int(taken.sum()), self.tried + len(taken)
-            step = adapted(step, float(taken.double().mean())) if self.adapts else step
+            if self.adapts:
+                step = adapted(step, float(taken.double().mean()))
         if self.adapts:
             self.steps[t] = self.step = step
         return Prediction(states.x.to(x.dtype), *target.schedule.at(t, x), states.at.eps.to(x.dtype))

@@ -162,7 +162,8 @@ class DenoisingDiffusion(Denoiser):
         super().__init__(schedule, transform, backbone, base)
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        return Prediction(x_t, *self.schedule.at(t, x_t), self.eps(x_t, t, self.check_inputs(x_t, t, y)))
+        eps = self.eps(x_t, t, self.check_inputs(x_t, t, y))
+        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         """E[eps | x_t] for losses, unchecked; ``y`` may hold the null label ``classes``."""
@@ -181,7 +182,7 @@ class GuidedDenoiser(Denoiser):
 
     @checked
     def __init__(self, model: Denoiser, weight: Annotated[Float, Ge(-1000), Le(1000)]) -> None:
-        super().__init__(model.schedule, model.transform)
+        super().__init__(model.schedule, model.transform, base=model.base)
         if model.classes is None:
             raise UserError("guidance needs a class-conditional model; this one was trained without labels")
         self.model, self.weight, self.moments = model, weight, model.moments
@@ -190,11 +191,9 @@ class GuidedDenoiser(Denoiser):
     def classes(self) -> int | None:
         return self.model.classes
 
-    def start(self, noise: Tensor, t: int | None = None, y: Tensor | None = None) -> Tensor:
-        return self.model.start(noise, t, y)
-
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        return Prediction(x_t, *self.schedule.at(t, x_t), self._eps(x_t, t, y, "none"))
+        eps = self._eps(x_t, t, y, "none")
+        return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self._eps(x_t, t, y, "all")

@@ -19,17 +19,13 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, guided, working_dtype
 from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, codes_of
 
-READING = 0.3
-"""Deviation of log(noise over signal) of samples from that of their level, as a reader of levels expects it."""
-
 
 @dataclass(frozen=True)
 class Evaluation:
     """All that one forward and one backward pass tell.
 
     E[eps | x_t], (B, *shape); log p_t(x_t | y) at every level, or log p_t(x_t) without labels, float64 (B, T+2); and
-    ``unconditional`` the latter where the same pass gives it (joint backbones), the same as before elsewhere.
-    ``levels``, (B,), are those of eps.
+    ``unconditional`` the latter where the same pass gives it (joint), else the same; ``levels`` those of eps, (B,).
     """
 
     eps: Tensor
@@ -133,7 +129,8 @@ class DensityModel(Denoiser):
         One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``; errors as in
         :meth:`evaluate`.
         """
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.evaluate(x_t, t, y).eps)
+        eps = self.evaluate(x_t, t, y).eps
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         return self.evaluate(x_t, t, y, graph="all").eps
@@ -185,10 +182,12 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
 class LevelReader(Denoiser):
     """A density ``model`` that denoises x_t at the level that its classifier reads off it, in the same pass.
 
-    Few deterministic steps leave each image with more or less noise than its level has, and a denoiser that is told
-    the level takes away as much as that says (arXiv 2305.15583). The level read is the most probable one, under a
-    normal prior of log r about the level's with deviation :data:`READING`. ``weight`` as in :class:`GuidedDenoiser`.
+    Few steps leave each image with more or less noise than the level that a denoiser is told (arXiv 2305.15583). The
+    level read is the most probable one under a normal prior of log r about that told, of ``deviation``. ``weight``
+    as in :class:`GuidedDenoiser`.
     """
+
+    deviation = 0.3
 
     def __init__(self, model: DensityModel, weight: float = 0.0) -> None:
         super().__init__(model.schedule, model.transform, base=model.base)
@@ -196,7 +195,7 @@ class LevelReader(Denoiser):
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         scales, log_r = self.schedule.at(t, x_t), self.schedule.ratio.log()
-        prior = -((log_r - log_r[t].reshape(-1, 1)) / READING).square() / 2
+        prior = -((log_r - log_r[t].reshape(-1, 1)) / self.deviation).square() / 2
         found = self.model.evaluate(x_t, t, y, self.weight, prior=prior)
         read = Prediction(x_t, *self.schedule.at(found.levels, x_t), found.eps)
         return Prediction.of_x0(x_t, *scales, read.x0)

@@ -159,7 +159,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W) and the vector (B, embedding) to (B, outputs, H, W)."""
         h = self.conv1(self.activation(self.norm1(x)))
-        h = h + self.project(nn.functional.silu(embedding))[:, :, None, None] if self.project is not None else h
+        if self.project is not None:
+            h = h + self.project(nn.functional.silu(embedding))[:, :, None, None]
         h = self.conv2(self.dropout(self.activation(self.norm2(h))))
         return h + (x if self.shortcut is None else self.shortcut(x))
 

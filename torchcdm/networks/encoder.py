@@ -82,7 +82,8 @@ class Encoder(ImageNetwork, HeadedBackbone):
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
-        h = h + self.positions if self.positions is not None else h
+        if self.positions is not None:
+            h = h + self.positions
         for i, (stage, summary) in enumerate(zip(self.stages, self.summaries, strict=True)):
             if i:
                 h, image = self.downs[i - 1](h), nn.functional.avg_pool2d(image, 2)

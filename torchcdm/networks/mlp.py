@@ -28,7 +28,8 @@ class VectorBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, width) and the vector (B, embedding) to (B, width)."""
         h = self.linear1(nn.functional.silu(self.norm(x)))
-        h = h + self.project(nn.functional.silu(embedding)) if self.project is not None else h
+        if self.project is not None:
+            h = h + self.project(nn.functional.silu(embedding))
         return x + self.linear2(self.dropout(nn.functional.silu(h)))
 
 
@@ -110,7 +111,8 @@ class DDMMLP(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, dim) from noisy vectors ``x`` (B, dim), levels ``t`` (B,) and classes ``y`` (B,)."""
         embedding = self.time(time_embedding(t, self.width, x.dtype))
-        embedding = embedding + self.label(y, x) if self.label is not None else embedding
+        if self.label is not None:
+            embedding = embedding + self.label(y, x)
         h = self.linear_in(x)
         for block in self.blocks:
             h = block(h, embedding)

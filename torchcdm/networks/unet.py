@@ -70,7 +70,8 @@ class UNet(ImageNetwork):
         for i, stage in enumerate(self.up_stages):
             for step in stage:
                 h = step(torch.cat([h, skips.pop()], 1), embedding)
-            h = self.ups[i](h) if i < len(self.ups) else h
+            if i < len(self.ups):
+                h = self.ups[i](h)
         return self.activation(self.norm_out(h))
 
 
@@ -134,5 +135,6 @@ class DDMUNet(ImageNetwork):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """eps (B, C, H, W) from noisy images ``x``, levels ``t`` (B,) and classes ``y`` (B,) or None."""
         embedding = self.embed(parts.time_embedding(t, self.channels, x.dtype))
-        embedding = embedding + self.label(y, x) if self.label is not None else embedding
+        if self.label is not None:
+            embedding = embedding + self.label(y, x)
         return self.conv_out(self.unet(x, embedding))

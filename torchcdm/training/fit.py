@@ -88,7 +88,8 @@ def fit(
     """
     source, layers = _prepared("fit", data, labels, preset, overrides, progress)
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
-    config = replace(config, data=replace(config.data, label=labels)) if isinstance(labels, str) else config
+    if isinstance(labels, str):
+        config = replace(config, data=replace(config.data, label=labels))
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
         seen = "input" if getattr(network, "classes", None) is not None else "none"
@@ -179,7 +180,8 @@ def trained(
     """Trains as :func:`torchcdm.training.loop.train`, which takes what is ``given`` (``model``, ``backbone``,
     ``clock``), and gives the model that was kept, a new one unless it is given. Where ``out`` is None nothing is left
     on the disk, and no samples are drawn."""
-    config = replace(config, sampling=replace(config.sampling, n=0)) if out is None else config
+    if out is None:
+        config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
             source = in_units(source, config.data)

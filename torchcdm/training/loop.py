@@ -89,7 +89,8 @@ def train(
             raise UserError(f"{what}; add --model.labels joint to learn them, or leave the column out by --drop")
         if source is None:
             source = load_source(config.data, speaks)
-        config = replace(config, data=replace(config.data, spec=source.name)) if config.data.spec is None else config
+        if config.data.spec is None:
+            config = replace(config, data=replace(config.data, spec=source.name))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
@@ -109,7 +110,8 @@ def train(
             checkpoint.check_same(config, state.progress.config, run)
         processes = Processes(device)
         torch.manual_seed(derive(config.train.seed, "weights"))
-        model = new_model(config.model, source, config.data.flip, backbone) if model is None else model
+        if model is None:
+            model = new_model(config.model, source, config.data.flip, backbone)
         if config.train.init is not None:
             left = checkpoint.load_matching(model, config.train.init)
             if speaks:
