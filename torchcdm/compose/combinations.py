@@ -132,11 +132,12 @@ class AllGiven(Denoiser):
             z = transform(moved)
             added = (transform.log_det(moved).view(n, -1) - transform.log_det(rows)).sum(0)
             added = added + self.known(transform.inverse(Prediction(x, alpha, sigma, self.base.eps(x, t)).x0), t)
-            log_p, eps, _ = self.model.at_level(z.detach().to(x_t.dtype), t.repeat(n), given, 0.0)
-            pull = z * eps / self.model.schedule.at(t.repeat(n), eps)[1]
-            (gradient,) = torch.autograd.grad(added.sum() - pull.sum(), x)
+            levels, z_t = t.repeat(n), z.detach()
+            log_p, eps, _ = self.model.at_level(z_t.to(x_t.dtype), levels, given, 0.0)
+            score = Prediction(z_t, *self.model.schedule.at(levels, eps), eps).score
+            (gradient,) = torch.autograd.grad(added.sum() + (z * score).sum(), x)
         log_gamma = (log_p.view(n, -1).sum(0) + added.detach()).nan_to_num(-math.inf, math.inf, -math.inf)
-        return log_gamma, -sigma * gradient.nan_to_num(0, 0, 0)
+        return log_gamma, Prediction.of_score(x_t, alpha, sigma, gradient.nan_to_num(0, 0, 0)).eps
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))

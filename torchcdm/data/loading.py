@@ -264,7 +264,8 @@ def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Spli
         if rest < (2 if wholes is None else 1):
             raise UserError(f"{name}: validation and test take {held_out} of {count}; make them smaller")
         order = permutation(count, options.seed).split([*missing.values(), rest])
-        order = [torch.cat([part[:0], *(wholes[i] for i in part)]) for part in order] if wholes is not None else order
+        if wholes is not None:
+            order = [torch.cat([part[:0], *(wholes[i] for i in part)]) for part in order]
         parts = parts | {split: pool.select(part) for split, part in zip((*missing, "train"), order, strict=True)}
         how = "split at random" if len(missing) == 2 else f"{next(iter(missing))} drawn at random from training"
     splits = (parts["train"], parts["validation"], parts["test"])

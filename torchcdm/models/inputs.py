@@ -63,7 +63,8 @@ def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, traini
         raise UserError("labels y are given, but the model was trained without classes; leave y out")
     labels = as_tensor(y, "y", model.schedule.alpha.device)
     shape = (n,) if model.context is None else (n, model.context)
-    labels = labels.expand(n, *[-1] * labels.ndim) if one_for_all and labels.ndim == len(shape) - 1 else labels
+    if one_for_all and labels.ndim == len(shape) - 1:
+        labels = labels.expand(n, *[-1] * labels.ndim)
     if tuple(labels.shape) != shape:
         raise UserError(f"y has shape {tuple(labels.shape)}; this model takes {shape}, one for each sample")
     look = readable(labels) and not (training and labels.device.type != "cpu")

@@ -277,7 +277,8 @@ def as_frame(data: Any) -> DataFrame:
     becomes one column."""
     import pandas as pd
 
-    data = data.to_frame(name="value" if data.name is None else data.name) if not hasattr(data, "columns") else data
+    if not hasattr(data, "columns"):
+        data = data.to_frame(name="value" if data.name is None else data.name)
     if not hasattr(data, "set_axis"):
         data = pd.DataFrame({label: data[label].to_numpy() for label in data.columns})
     data = data.set_axis([str(label) for label in data.columns], axis=1)
