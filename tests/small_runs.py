@@ -17,6 +17,7 @@ SMALL = {
     "train.save_every": "3",
     "sampling.n": "4",
     "sampling.steps": "3",
+    "report.methods": "[single]",
     "report.limit": "16",
     "report.flow_steps": "2",
     "report.draws": "1",

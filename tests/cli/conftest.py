@@ -9,7 +9,8 @@ from torchcdm.cli import main
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *small_flags()]) == 0
+    flags = small_flags(report__methods="[single, flow]")
+    assert main(["train", "digits", "--out", str(folder), "--device", "cpu", "--quiet", *flags]) == 0
     return folder
 
 

@@ -1,8 +1,8 @@
 """Commands never replace what they read, nor what no run wrote; a run's folder has one writer at a time."""
 
 import json
-import subprocess
-import sys
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from filelock import FileLock
 from small_runs import small_flags
 
 from torchcdm.cli import main
+from torchcdm.training.run_folder import RunFolder
 
 
 def train(folder, *words):
@@ -74,19 +75,19 @@ def test_a_second_training_is_refused_and_a_killed_one_does_not_block(capsys, tm
         error = refused(capsys, "train", "digits", "--out", run, "--resume", *missing, *small_flags())
         assert "another process is writing to it" in error, "before the data are read"
         assert main(["info", str(run)]) == 0, "readers take no lock"
-    script = (
-        "import os, signal; from pathlib import Path; from torchcdm.training.run_folder import RunFolder\n"
-        f"with RunFolder(Path({str(tmp_path / 'new')!r})).locked(): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    if (child := os.fork()) == 0:
+        with RunFolder(tmp_path / "new").locked():
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
     assert train(tmp_path / "new") == 0
 
 
 def test_numbers_to_a_device(run):
-    words = ["info", str(run), "--json", "/dev/stdout"]
-    script = f"import sys; from torchcdm.cli import main; sys.exit(main({words}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout[done.stdout.index("\n{") :])["last step"] == 12
+    reading, writing = os.pipe()
+    assert main(["info", str(run), "--json", f"/dev/fd/{writing}"]) == 0
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        assert json.load(file)["last step"] == 12
     assert main(["info", str(run), "--json", "/dev/null"]) == 0
 
 
