@@ -40,7 +40,7 @@ from torchcdm.compose.sampling import sample_noise, trajectories
 from torchcdm.data import parse_size, save_grid
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.random import derive
+from torchcdm.random import derive, evenly_spaced
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.files import write_json
 from torchcdm.samplers import SASolver, adaptive_levels, make_sampler
@@ -57,7 +57,7 @@ SIGNAL_TO_NOISE = 0.16
 """Of moves that are always taken: length of a move's drift over that of its noise, as published for CIFAR-10."""
 
 
-def contenders(config: Config, classes: bool) -> dict[str, Config]:
+def contenders(config: Config, classes: bool | int | None) -> dict[str, Config]:
     """The CDM and the DDM of a configuration; with classes a joint head, and an embedding in the U-Net."""
     models = {"cdm": config, "ddm": ddm(config, config.model.backbone.width)}
     if not classes:
@@ -70,11 +70,13 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     """The folders of a CDM and a DDM of every seed, trained for the same time where they are not there."""
     size = None if options.size is None else parse_size(options.size)
     config = on_plain_grey_levels(options.preset, options.gaussianize)
-    config = replace(config, data=replace(config.data, size=size, spec=options.data or config.data.spec))
+    data = replace(config.data, size=size, spec=options.data or config.data.spec, clusters=options.clusters)
+    batch = options.batch or config.train.batch_size
+    config = replace(config, data=data, train=replace(config.train, batch_size=batch))
     source = load_source(config.data)
     folders = {}
     for seed in options.seeds:
-        for name, contender in contenders(config, options.classes).items():
+        for name, contender in contenders(config, options.classes or options.clusters).items():
             folder = options.out / "models" / f"{name}-{seed}"
             measured(contender, source, options.seconds, seed, folder, options.images)
             folders[f"{name}-{seed}"] = folder
@@ -96,9 +98,13 @@ def taken(model: Denoiser, moves: int, seed: int, x: Tensor, t: int, rows: slice
 
 
 def cell(
-    model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, options: argparse.Namespace
+    model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, groups: Tensor | None,
+    options: argparse.Namespace
 ) -> dict[str, Any] | None:
-    """One row; None where there are more steps than levels, or moves and no density."""
+    """One row; None where there are more steps than levels, or moves and no density.
+
+    ``groups`` are those of the training samples, as often as which samples are drawn; of models of clusters.
+    """
     pattern = r"^(.*?)(?:@([\d.]+),([\d.]+))?(?:([+~])(\d+))?$"  # dpm++ has no moves
     rule_name, eta, variance, kind, count = re.findall(pattern, sampler)[0]
     rule, moves = make_sampler(rule_name), int(count or 0)
@@ -116,6 +122,8 @@ def cell(
 
     def make() -> dict[str, Any]:
         y = None if model.classes is None else balanced_labels(options.samples, model.classes)
+        if groups is not None:
+            y = groups[evenly_spaced(len(groups), options.samples)]
         began = time.process_time()
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
@@ -145,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", help="HxW of the images; the preset's when left out")
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--classes", action="store_true", help="models of the data with their classes")
+    parser.add_argument("--clusters", type=int, help="models of the data with so many groups that k-means finds")
+    parser.add_argument("--batch", type=int, help="samples a step of training; the preset's when left out")
     parser.add_argument("--images", type=int, default=1000, help="test images of the denoising error")
     parser.add_argument("--samplers", nargs="+", default=["ddpm", "ddim", "dpm2", "unipc3"])
     parser.add_argument("--spacings", nargs="+", default=["even", "adaptive"])
@@ -159,22 +169,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.folders = dict(run.split("=", 1) for run in options.runs) or trained(options)
-    rulers: dict[Any, Ruler] = {}
+    rulers: dict[Any, tuple[Ruler, Tensor | None]] = {}
     contenders = {}
     for name, folder in options.folders.items():
         data = read_info(folder).data
-        key = (data.spec, data.size, data.channels)
+        key = (data.spec, data.size, data.channels, data.clusters)
         if key not in rulers:
-            rulers[key] = Ruler(Reference(load_source(data), folder=options.out / "features"), options.seed)
-        contenders[name] = load(folder), rulers[key]
-    floors = [asdict(ruler.floor(options.samples)) for ruler in rulers.values()]
+            source = load_source(data)
+            ruler = Ruler(Reference(source, folder=options.out / "features"), options.seed)
+            rulers[key] = ruler, None if data.clusters is None else source.train.labels
+        contenders[name] = load(folder), *rulers[key]
+    floors = [asdict(ruler.floor(options.samples)) for ruler, _ in rulers.values()]
     print(f"floor: Fréchet {floors[0]['frechet']:.2f} ± {floors[0]['frechet_se']:.2f}")
     cells = product(options.evaluations, contenders, options.samplers, options.spacings)  # the cheapest first
     for evaluations, name, sampler, spacing in cells:
         if time.process_time() > options.budget:
             break
-        model, ruler = contenders[name]
-        row = cell(model, name, sampler, spacing, evaluations, ruler, options)
+        model, ruler, groups = contenders[name]
+        row = cell(model, name, sampler, spacing, evaluations, ruler, groups, options)
         if row is not None:
             print(f"{name:16}{sampler:8}{spacing:10}{evaluations:5}  Fréchet {row['frechet']:.2f} "
                   f"± {row['frechet_se']:.2f}, grain {row['grain']:.3f}", flush=True)  # fmt: skip
@@ -182,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         errors = [json.loads(path.read_text())["values"] | {"model": path.parent.name}
                   for path in sorted((options.out / "models").glob(f"*/{RESULT}"))]  # fmt: skip
-        features = next(iter(rulers.values())).reference.extractor.name
+        features = next(iter(rulers.values()))[0].reference.extractor.name
         content = {"features": features, "floors": floors, "models": errors, "rows": rows}
         write_json(options.json, content)
 

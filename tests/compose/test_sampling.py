@@ -233,6 +233,20 @@ def test_mistakes_are_named_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_joint_model_draws_a_class_first_by_its_frequency():
+    schedule, mixture = LogSNRSchedule(20), labelled_mixture()
+    prior = torch.tensor([0.8, 0.2])
+    model = ClassificationDiffusion(
+        MixtureClassifier(mixture, schedule, joint=True), schedule, class_prior=prior
+    )
+    y = model.draw_classes(4000, seed=3)
+    assert abs(float(y.double().mean()) - 0.2) < 0.03  # 4.7 standard errors
+    assert torch.equal(model.draw_classes(50, seed=3), y[:50])
+    drawn = [sample(model, 50, steps=5, shape=(2,), y=labels, seed=3) for labels in (None, y[:50])]
+    assert torch.equal(*drawn)
+    assert mixture_model().draw_classes(5) is None
+
+
 def test_labels_and_guidance_need_a_conditional_model():
     denoiser = GaussianDenoiser(CosineSchedule(10), [0.7, -1.0], [0.25, 2.0])
     with pytest.raises(UserError, match="without classes"):

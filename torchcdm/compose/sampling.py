@@ -122,8 +122,9 @@ def sample(
         sampler: A name in :data:`torchcdm.samplers.SAMPLERS`, or a sampler with settings of its own. Particles are
             proposed by the reverse kernels, whose density is known, and take no other.
         steps: Number of steps, 1 ... T; 25 when None. Particles visit all levels.
-        y: Class of each sample, long (n,), or one for all; None for the unconditional density. A model with a context
-            takes contexts (n, context), or one for all. Particles take one for all.
+        y: Class of each sample, long (n,), or one for all; None for the unconditional density, for which a joint
+            model draws a class first. A model with a context takes contexts (n, context), or one for all. Particles
+            take one for all.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w. Moves then
             leave the guided density as it is. Not for particles.
         seed: Seed, not negative.
@@ -167,7 +168,7 @@ def sample(
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
     if model.shape not in (None, shape):
         raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
-    labels = as_labels(y, model, n, one_for_all=True)
+    labels = model.draw_classes(n, seed) if y is None else as_labels(y, model, n, one_for_all=True)
     denoiser: Denoiser = GuidedDenoiser(model, guidance) if guidance else model
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
     path = [*schedule.time_grid(steps), 0]

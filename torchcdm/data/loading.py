@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, folders, hub, named, tables
+from torchcdm.data.clusters import in_clusters, without_labels
 from torchcdm.data.images import channels_first, from_pillow
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status
@@ -229,7 +230,8 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
         splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
     if like is not None:
         _check_units(tuple(first.shape), samples.grid, like, name)
-        return DataSource(name, *splits, like, samples.class_names, tuple(notes))
+        scored = DataSource(name, *splits, like, samples.class_names, tuple(notes))
+        return scored if options.clusters is None else without_labels(scored)
     shape, more = tuple(first.shape), []
     if samples.grid is not None:
         low, high = samples.grid
@@ -242,7 +244,8 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
             raise UserError(f"{name}: all values are equal; there is nothing to learn")
         transform = DataTransform.standardize(x)
     transform.table = table
-    return DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
+    source = DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
+    return source if options.clusters is None else in_clusters(source, options.clusters, options.seed)
 
 
 def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from annotated_types import Le, Lt
+from annotated_types import Ge, Le, Lt
 
 from torchcdm.runtime.validation import Count, CountOrZero, Rate, Seed, Width, WidthPair, validated
 
@@ -32,6 +32,8 @@ class DataOptions:
         gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
             table towards a normal: a better density where dimensions have distributions of their own, but noise is
             then no additive noise on the data.
+        clusters: So many groups of similar training samples, found by k-means, stand for classes, in the place of
+            any that there are: models of images without labels draw better pictures for it.
         flip: Mirror half of the training images, at random.
         workers: Processes that read samples from files during training.
     """
@@ -50,5 +52,6 @@ class DataOptions:
     drop: tuple[str, ...] = ()
     dequantize: bool = True
     gaussianize: bool = False
+    clusters: Annotated[Width, Ge(2)] | None = None
     flip: bool = False
     workers: Annotated[CountOrZero, Le(1024)] = 0

@@ -12,6 +12,7 @@ from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel
 from torchcdm.networks.heads import at_least_float32
+from torchcdm.random import stream
 from torchcdm.units import DataTransform
 
 
@@ -73,6 +74,13 @@ class ClassificationDiffusion(DensityModel):
         joint = self.class_log_prob_levels(x_t) + self.log_class_prior[:, None]
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
+
+    def draw_classes(self, n: int, seed: int = 0) -> Tensor | None:
+        if not self.joint or self.classes is None:
+            return None
+        edges = self.log_class_prior.double().exp().cumsum(0)[:-1]
+        places = torch.rand(n, generator=stream(seed, "classes"), dtype=torch.float64)
+        return torch.bucketize(places.to(edges), edges)
 
     def _network(self, x_t: Tensor, y: Tensor | None) -> Tensor:
         """h - h_{T+1} with the constants of the levels, (B, [classes,] T+2), at least float32."""

@@ -132,6 +132,10 @@ class Denoiser(nn.Module, ABC):
         """
         return self.denoise(x_t, t, y).eps
 
+    def draw_classes(self, n: int, seed: int = 0) -> Tensor | None:
+        """Classes of ``n`` samples by their frequency in training, long (n,); None where a model does not know it."""
+        return None
+
     def start(self, noise: Tensor, t: int | None = None, y: Tensor | None = None) -> Tensor:
         """x for samplers to start from, from standard normal ``noise`` (B, *shape): at level T, or with moments lower.
 

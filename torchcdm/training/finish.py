@@ -49,7 +49,8 @@ FAR = 0.1
 def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:
     """Draws samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
     n, seed = config.sampling.n, config.train.seed
-    y = None if model.classes is None else balanced_labels(n, model.classes)
+    named = model.classes is not None and config.data.clusters is None
+    y = balanced_labels(n, model.classes) if named else None
     guidance = 0.0 if y is None else config.sampling.guidance
     found, log_p = draw(model, n, y, seed, guidance=guidance, **sampling_options(model, config.sampling))
     save_manifest(run.samples / "manifest.csv", seed, y, log_p, n, source.class_names)
@@ -101,10 +102,11 @@ def compare(
     """
     limit = min(COMPARED, config.train.validation_samples)
     splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
+    labelled = labels_for(model, splits["validation"][1]) is not None
 
     def scored(one: ClassificationDiffusion, name: str = "validation") -> Tensor:
         x, labels = splits[name]
-        return single_pass(one, x, labels_for(one, labels), Scoring(level=0)).values()
+        return single_pass(one, x, labels if labelled else None, Scoring(level=0)).values()
 
     begun = deepcopy(model)
     begun.load_state_dict(start)

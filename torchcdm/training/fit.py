@@ -36,7 +36,7 @@ from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 M = TypeVar("M", bound=Denoiser)
 
 OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
-IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize")
+IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize", "clusters")
 """Fields of the data without effect on Python objects, and those that a :class:`DataSource` was made with."""
 
 SCALED, DEFAULT = "encoder", 1800.0
