@@ -37,7 +37,7 @@ from studies.quality.frechet import Reference
 from studies.quality.measure import Ruler
 from torchcdm.compose import sample
 from torchcdm.compose.sampling import sample_noise, trajectories
-from torchcdm.data import parse_size, save_grid
+from torchcdm.data import DataOptions, parse_size, save_grid
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive, evenly_spaced
@@ -57,13 +57,13 @@ SIGNAL_TO_NOISE = 0.16
 """Of moves that are always taken: length of a move's drift over that of its noise, as published for CIFAR-10."""
 
 
-def contenders(config: Config, classes: bool | int | None) -> dict[str, Config]:
-    """The CDM and the DDM of a configuration; with classes a joint head, and an embedding in the U-Net."""
+def contenders(config: Config, data: DataOptions, classes: bool) -> dict[str, Config]:
+    """The CDM and the DDM of ``data``; with classes a joint head, and an embedding in the U-Net."""
     models = {"cdm": config, "ddm": ddm(config, config.model.backbone.width)}
-    if not classes:
-        return models
-    labels = {"cdm": "joint", "ddm": "input"}
-    return {name: replace(own, model=replace(own.model, labels=labels[name])) for name, own in models.items()}
+    labels = {"cdm": "joint", "ddm": "input"} if classes else dict.fromkeys(models, "none")
+    return {
+        name: replace(own, model=replace(own.model, labels=labels[name]), data=data) for name, own in models.items()
+    }
 
 
 def trained(options: argparse.Namespace) -> dict[str, Path]:
@@ -72,11 +72,11 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     config = on_plain_grey_levels(options.preset, options.gaussianize)
     data = replace(config.data, size=size, spec=options.data or config.data.spec, clusters=options.clusters)
     batch = options.batch or config.train.batch_size
-    config = replace(config, data=data, train=replace(config.train, batch_size=batch))
-    source = load_source(config.data)
+    config = replace(config, train=replace(config.train, batch_size=batch))
+    source = load_source(data)
     folders = {}
     for seed in options.seeds:
-        for name, contender in contenders(config, options.classes or options.clusters).items():
+        for name, contender in contenders(config, data, options.classes or options.clusters is not None).items():
             folder = options.out / "models" / f"{name}-{seed}"
             measured(contender, source, options.seconds, seed, folder, options.images)
             folders[f"{name}-{seed}"] = folder

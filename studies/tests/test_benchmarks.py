@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ from studies.exact import GaussianMixture
 from studies.tables import likelihoods
 from torchcdm import DensityRatio
 from torchcdm.apps.anomaly import SCORES
+from torchcdm.compose import sample
 from torchcdm.data import load_data
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
@@ -42,6 +44,7 @@ from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity
 from torchcdm.likelihood import Scoring, log_normalizer
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.random import evenly_spaced
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
 
@@ -117,8 +120,27 @@ def test_equal_time_divides_by_the_better_ddm_and_makes_nothing_again(rows_of, t
 
 
 def test_contenders_with_classes_have_a_joint_head_and_an_embedding():
-    models = quality_curves.contenders(on_plain_grey_levels("digits"), classes=True)
+    config = on_plain_grey_levels("digits")
+    models = quality_curves.contenders(config, replace(config.data, clusters=3), classes=True)
+    assert all(own.data.clusters == 3 for own in models.values())
     assert {name: own.model.labels for name, own in models.items()} == {"cdm": "joint", "ddm": "input"}
+
+
+@pytest.mark.slow
+def test_quality_curves_draw_the_clusters_of_the_training_data(report_of, tmp_path, monkeypatch):
+    words = ["--preset", "digits", "--seconds", "2", "--images", "8", "--samples", "40", "--evaluations", "4",
+             "--samplers", "ddpm", "--spacings", "even", "--clusters", "5", "--batch", "16"]  # fmt: skip
+    asked = []
+
+    def observed(model, n, rule, steps, y, *rest, **how):
+        asked.append(y)
+        return sample(model, n, rule, steps, y, *rest, **how)
+
+    monkeypatch.setattr(quality_curves, "sample", observed)
+    rows = report_of("quality_curves", *words, "--out", str(tmp_path / "out"))
+    assert [row["model"] for row in rows] == ["cdm-0", "ddm-0"]
+    labels = load_data("digits", clusters=5).train.labels
+    assert all(torch.equal(y, labels[evenly_spaced(1300, 40)]) for y in asked) and len(asked) == 2
 
 
 @pytest.mark.slow
