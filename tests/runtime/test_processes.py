@@ -2,12 +2,8 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ import torch
 import two_measuring
 from small_runs import small_config
 from torch import nn
+from two_ranks import run_two
 
 from torchcdm import ClassificationDiffusion
 from torchcdm.apps.anomaly import level_profile
@@ -42,13 +39,7 @@ def folders(tmp_path_factory):
     for out in (two, one):
         out.mkdir()
         np.save(out / "new.npy", load_data("digits").test.tensors(5)[0].numpy())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               two_measuring.__file__, str(run), str(two)]  # fmt: skip
-    here = Path(__file__).parents[1]
-    paths = f"{here.parent}{os.pathsep}{here}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two(two_measuring.__file__, run, two)
     return run, two, one
 
 

@@ -1,14 +1,12 @@
 """Two processes are one process with the joint batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 from small_runs import small_config
+from two_ranks import run_two
 
 from torchcdm.training.checkpoint import load_state, state_folders
 from torchcdm.training.loop import train
@@ -19,12 +17,7 @@ from torchcdm.training.run_folder import RunFolder, read_metrics
 def folder(tmp_path_factory):
     """What two processes over gloo leave."""
     path = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               two_processes.__file__, str(path)]  # fmt: skip
-    here = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two(two_processes.__file__, path)
     return path
 
 

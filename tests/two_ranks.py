@@ -1,0 +1,28 @@
+"""Two processes that work together: a script in the environment that ``torchrun`` gives, without its own start."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_two(script, *words):
+    """Runs the script with its words as ranks 0 and 1 of a group over gloo."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    shared = os.environ | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+    }  # fmt: skip
+    command = [sys.executable, script, *map(str, words)]
+    environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own) for own in environments]
+    try:
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in said)
