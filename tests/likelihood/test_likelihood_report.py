@@ -47,12 +47,9 @@ def shifted(model, amount):
     return ClassificationDiffusion(Shifted(), model.schedule, model.transform, model.base)
 
 
-FULL = {"sweeps": 150}
-
-
 def test_an_exact_model_is_believed(vectors):
     model, x = vectors
-    result = report(model, x, name="mixture", split="test", **FULL)
+    result = report(model, x, name="mixture", split="test", sweeps=150)
     content = json.loads(json.dumps(result.to_json()))
     assert set(content) == KEYS
     assert content["data"] == {"name": "mixture", "split": "test", "count": 60, "dim": 2}
@@ -105,7 +102,7 @@ def test_densities_without_a_network_of_their_own_have_a_report(vectors):
 
 def test_a_constant_put_into_log_p_is_taken_out_again(vectors):
     model, x = vectors
-    right, wrong = (report(m, x, methods=("single", "logz"), **FULL) for m in (model, shifted(model, 3.0)))
+    right, wrong = (report(m, x, methods=("single", "logz"), sweeps=20) for m in (model, shifted(model, 3.0)))
     assert wrong.row("one-pass").value == pytest.approx(right.row("one-pass").value - 3)
     assert wrong.row("one-pass-normalized").value == pytest.approx(right.row("one-pass-normalized").value)
     assert not right.believe and "compared with nothing" in right.why
@@ -173,7 +170,7 @@ def test_code_lengths_of_a_lattice_are_not_beaten():
 
 def test_the_same_numbers_from_any_batches(vectors):
     model, x = vectors
-    one, two = (report(model, x[:20], None, Scoring(None, 2, 0, 6, 2, size), sweeps=4) for size in (500, 16))
+    one, two = (report(model, x[:50], None, Scoring(None, 2, 0, 6, 2, size), sweeps=4) for size in (5000, 40))
     for a, b in zip(one.rows, two.rows, strict=True):
         assert (a.value is None and b.value is None) or a.value == pytest.approx(b.value, abs=1e-8), a.name
     assert one.gap.sd == pytest.approx(two.gap.sd, abs=1e-8)

@@ -23,15 +23,15 @@ OTHERS = ("report", "log_normalizer")
 
 @pytest.fixture(scope="module")
 def lattice():
-    model, cells, log_probs = lattice_model(UniformSigmaSchedule(12))
-    return model, draw(cells, log_probs, 40)[0]
+    model, cells, log_probs = lattice_model(UniformSigmaSchedule(6))
+    return model, draw(cells, log_probs, 16)[0]
 
 
 def test_all_calls_work_with_model_and_data_alone(lattice):
     model, x = lattice
     found = [getattr(torchcdm.likelihood, name)(model, x) for name in SINGLE]
     assert all(isinstance(one, LogLikelihood) and len(one.values()) == len(x) for one in found)
-    result, z = torchcdm.likelihood.report(model, x), torchcdm.likelihood.log_normalizer(model, x)
+    result, z = torchcdm.likelihood.report(model, x, sweeps=4), torchcdm.likelihood.log_normalizer(model, x)
     # One level for all of them, and so the same numbers as in the report.
     assert {one.level for one in found} | {z.level, result.gap.level} == {scoring_level(model)}
     assert found[0].mean_and_error()[0] == result.row("one-pass-level").value
