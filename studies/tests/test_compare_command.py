@@ -10,6 +10,7 @@ import torch
 
 from studies.cli import main
 from studies.compare import comparison as comparing
+from studies.compare import denoising
 from studies.compare import peers as registry
 from studies.compare.comparison import compare
 from studies.compare.flows import FlowModule
@@ -37,7 +38,10 @@ def made(tmp_path_factory):
     words = ["compare", "digits", "--budget", "0.3", "--peers", "gaussian,gmm,cdm", "--out", str(folder / "out"),
              "--json", str(folder / "all.json"), "--plot", str(folder / "all.png"), "--quiet", "--device", "cpu",
              "--limit", "8", "--clock", "processor"]  # fmt: skip
-    assert main(words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoising, "CALIBRATED_LEVELS", 10)  # the reverse variances of fifty levels take longest
+        patch.setattr(comparing, "DRAWN", 4)
+        assert main(words) == 0
     return folder, words
 
 
