@@ -115,7 +115,7 @@ def check(place: Path, command: str, option: str, value: str) -> None:
             shutil.rmtree(place / "new", ignore_errors=True)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=st.sampled_from(options()), value=st.sampled_from((*TEXTS, *PLACES)) | st.text(max_size=20))
 def test_a_value_that_nobody_meant(place: Path, case: tuple[str, str], value: str) -> None:
     check(place, *case, value)

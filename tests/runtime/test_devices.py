@@ -13,7 +13,7 @@ from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
 from torchcdm.runtime.processes import chosen_device
 
-TABLE = np.random.RandomState(0).normal(size=(120, 3))
+TABLE = np.random.RandomState(0).normal(size=(60, 3))
 SCHEDULE = "{name: log-snr, T: 10, r_min: 0.05, r_max: 20.0}"
 
 
@@ -65,7 +65,8 @@ def test_a_mix_is_noticed():
 @pytest.mark.parametrize("labels", ["joint", pytest.param("none", marks=pytest.mark.slow),
                                     pytest.param("input", marks=pytest.mark.slow)])  # fmt: skip
 def test_images_from_training_to_scores(cdm, labels):
-    flags = small_flags(report__methods="[]", model__labels=labels, train__steps="4", report__limit="4")
+    flags = small_flags(report__methods="[]", model__labels=labels, train__steps="4", report__limit="4",
+                        model__schedule="{name: uniform-sigma, T: 8}")  # fmt: skip
     cdm("train digits --out run --quiet", *flags)
     cdm("train digits --out run --quiet --resume", *flags)
     guided = [] if labels == "none" else ["--guidance", "1", "--label", "3"]
@@ -84,7 +85,8 @@ def test_denoising(cdm):
 
 def test_a_plain_diffusion_model(cdm):
     network = "{name: unet, channels: 8, multipliers: [1, 2], attention: [], dropout: 0.1}"
-    flags = small_flags(report__methods="[]", report__limit="4", train__steps="4", model__backbone=network)
+    flags = small_flags(report__methods="[]", report__limit="4", train__steps="4", model__backbone=network,
+                        model__schedule="{name: uniform-sigma, T: 8}")  # fmt: skip
     cdm("train digits --model ddm --out run --quiet", *flags)
     cdm("nll run --limit 2 --flow-steps 2 --methods elbo,flow --quiet")
 
@@ -103,11 +105,12 @@ def test_tables(cdm, components):
 def test_estimators_and_ratios(any_device):
     with pretended_device() as device:
         options = {"random_state": 0, "device": str(device), "steps": 6}
-        density = CDMDensity(**options).fit(TABLE)
+        small = options | {"width": 16, "depth": 1}
+        density = CDMDensity(**small).fit(TABLE)
         assert density.score_samples(TABLE[:5]).shape == (5,) and density.sample(3).shape == (3, 3)
         assert density.set_params(likelihood="flow").score_samples(TABLE[:5]).shape == (5,)
-        assert set(CDMOutlierDetector(**options).fit(TABLE).predict(TABLE[:9])) <= {-1, 1}
+        assert set(CDMOutlierDetector(**small).fit(TABLE).predict(TABLE[:9])) <= {-1, 1}
         theta, x = TABLE[:, :1], TABLE[:, 1:]
-        assert CDMConditional(**options).fit(theta, x).log_prob(theta[:4], x[:4]).shape == (4,)
+        assert CDMConditional(**small).fit(theta, x).log_prob(theta[:4], x[:4]).shape == (4,)
         ratio = DensityRatio(**options).fit(TABLE, TABLE + 0.2)
         assert ratio.log_ratio(TABLE[:5]).shape == (5,)

@@ -22,7 +22,7 @@ def test_fit_learns_a_density_in_the_units_of_the_data():
     b = 0.01 * (0.6 * torch.randn(n, generator=generator)).exp()
     data = torch.stack([a, b], 1)
     network = {"width": 64, "depth": 2, "dropout": 0}
-    model = torchcdm.fit(data, steps=500, batch_size=128, lr=3e-3, model={"backbone": network}, **TINY)
+    model = torchcdm.fit(data, steps=250, batch_size=128, lr=3e-3, model={"backbone": network}, **TINY)
     normal, skewed = torch.distributions.Normal(100.0, 30.0), torch.distributions.LogNormal(math.log(0.01), 0.6)
     true = normal.log_prob(a) + skewed.log_prob(b)
     gaussian = normal.log_prob(a) + torch.distributions.Normal(b.mean(), b.std()).log_prob(b)

@@ -22,8 +22,9 @@ SHRUNK = {
     "--report.limit": "4",
     "--report.flow_steps": "1",
     "--report.sweeps": "4",
+    "--report.draws": "1",
     "--report.baselines": "false",
-    "--model.schedule.T": "50",
+    "--model.schedule.T": "25",
     "--data.workers": "0",
 }
 NETWORK = {
@@ -57,6 +58,8 @@ def test_preset_trains_samples_and_reports(folder, tmp_path, monkeypatch, preset
     flags = SHRUNK | NETWORK[network]
     if preset in DATA:
         flags["--data"] = DATA[preset].format(folder)
+    if preset.startswith("fashion"):
+        flags["--train.calibration"] = "200"
     words = [word for pair in flags.items() for word in pair]
     assert main(["train", preset, "--out", str(tmp_path / "run"), "--device", "cpu", "--quiet", *words]) == 0
     info, model = read_info(tmp_path / "run"), load(tmp_path / "run")
