@@ -5,10 +5,10 @@
 
 The first trains a CDM and a DDM of the preset for the same processor time, in grey levels or Gaussianised; the second
 takes models that are there. Every cell is a model, a sampler, a placement of the steps and a number of evaluations.
-A sampler with two evaluations a step makes half as many steps; so do ``ddpm+1``, with a move that is accepted or
-rejected after each step, and ``ddpm~1``, with one that is always taken, as a model without a density can make it
-(the corrector of arXiv 2011.13456). ``sa2@4,2`` is ``sa2`` with eta 4 for data of variance 2. All cells
-of a model start from the same noise.
+A sampler with two evaluations a step makes half as many steps; so do a DDM that is guided; ``ddpm+1``, with a move
+that is accepted or rejected after each step; and ``ddpm~1``, with one that is always taken, as a model without a
+density can make it (the corrector of arXiv 2011.13456). ``sa2@4,2`` is ``sa2`` with eta 4 for data of variance 2. All
+cells of a model start from the same noise.
 
 ``--out`` keeps models and cells; what is there is not made again, and refused where its settings are others.
 ``--budget`` ends the command when so much processor time has passed; the next call goes on. The JSON holds what is
@@ -110,7 +110,9 @@ def cell(
     rule, moves = make_sampler(rule_name), int(count or 0)
     if eta:
         rule = SASolver(eta=float(eta), variance=float(variance))
-    steps = 1 + (evaluations - 1) // (rule.evaluations + moves)
+    # A joint model has all classes and none from one pass.
+    passes = 2 if options.guidance and model.density is None else 1
+    steps = 1 + (evaluations - 1) // (passes * (rule.evaluations + moves))
     if kind == "+" and model.density is None:
         return None
     if steps > model.schedule.T:
@@ -135,7 +137,7 @@ def cell(
                        spacing="adaptive" if spacing == "adaptive" else "even")  # fmt: skip
         seconds = time.process_time() - began
         save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
-        cost = rule.cost(steps) + moves * (steps - 1)
+        cost = passes * (rule.cost(steps) + moves * (steps - 1))
         return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": cost, "steps": steps,
                 "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
 

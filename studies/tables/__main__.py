@@ -70,6 +70,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "posterior-coverage": energies.posterior_coverage,
     "quality-curves-28": partial(pictures.quality_curves, "quality_curves28"),
     "quality-curves-started": partial(pictures.quality_curves, "quality_curves_started"),
+    "quality-curves-groups": partial(pictures.quality_curves, "quality_curves_groups"),
+    "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
     "rare-events": energies.rare_events,
