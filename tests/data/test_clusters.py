@@ -7,6 +7,10 @@ import torch
 import torchcdm
 from torchcdm.data import from_object, load_data
 from torchcdm.errors import UserError
+from torchcdm.likelihood import Scoring, single_pass
+from torchcdm.training.build import new_model
+from torchcdm.training.config_files import make_config
+from torchcdm.training.finish import compare
 
 CENTRES = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 9.0]])
 
@@ -69,3 +73,13 @@ def test_a_model_of_clusters_draws_and_scores_without_labels(tmp_path):
     assert model.log_prob(x).shape == (300,)
     manifest = (tmp_path / "run" / "samples" / "manifest.csv").read_text()
     assert "cluster" not in manifest
+
+
+def test_training_samples_are_compared_without_their_cluster():
+    x, _ = groups()
+    source = from_object(x, clusters=3)
+    config = make_config({"model": {"labels": "joint", "class_gaussians": True, "backbone": "mlp"}})
+    model = new_model(config.model, source, flip=False).eval()
+    found = compare(model, config, source, model.state_dict())["values"]["training"]
+    alone = single_pass(model, source.train.tensors()[0], scoring=Scoring(level=0)).values().mean()
+    assert found == pytest.approx(float(alone))
