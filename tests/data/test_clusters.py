@@ -6,11 +6,10 @@ import torch
 
 import torchcdm
 from torchcdm.data import from_object, load_data
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
-from torchcdm.likelihood import Scoring, single_pass
-from torchcdm.training.build import new_model
-from torchcdm.training.config_files import make_config
-from torchcdm.training.finish import compare
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.networks.mlp import MLP
 
 CENTRES = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 9.0]])
 
@@ -56,7 +55,7 @@ def test_mistakes_are_named_in_one_line():
         from_object(x, clusters=17)
     with pytest.raises(UserError, match="clusters is 1; it must be at least 2"):
         from_object(x, clusters=1)
-    with pytest.raises(UserError, match="data.clusters is 3; it needs model.labels joint, or input"):
+    with pytest.raises(UserError, match="data.clusters makes classes, but this model takes none"):
         torchcdm.fit(x, steps=1, data={"clusters": 3}, progress=False)
     with pytest.raises(UserError, match="data.clusters has no effect here"):
         torchcdm.fit(from_object(x), steps=1, data={"clusters": 3}, model={"labels": "joint"}, progress=False)
@@ -75,11 +74,12 @@ def test_a_model_of_clusters_draws_and_scores_without_labels(tmp_path):
     assert "cluster" not in manifest
 
 
-def test_training_samples_are_compared_without_their_cluster():
+def test_networks_of_ones_own_learn_clusters():
     x, _ = groups()
-    source = from_object(x, clusters=3)
-    config = make_config({"model": {"labels": "joint", "class_gaussians": True, "backbone": "mlp"}})
-    model = new_model(config.model, source, flip=False).eval()
-    found = compare(model, config, source, model.state_dict())["values"]["training"]
-    alone = single_pass(model, source.train.tensors()[0], scoring=Scoring(level=0)).values().mean()
-    assert found == pytest.approx(float(alone))
+    networks = [MLP(2, levels=22, width=16, depth=1, classes=3, joint=True) for _ in range(2)]
+    settings = {"steps": 2, "data": {"clusters": 3}, "progress": False}
+    made = torchcdm.train(ClassificationDiffusion(networks[0], UniformSigmaSchedule(20)), x, **settings)
+    schedule = {"schedule": {"name": "uniform-sigma", "T": 20}}
+    fitted = torchcdm.fit(x, backbone=networks[1], model=schedule, **settings)
+    assert [model.draw_classes(9).max() < 3 for model in (made, fitted)] == [True, True]
+    assert fitted.log_class_prior.exp().sort().values.tolist() == pytest.approx([0.25, 0.25, 0.5], abs=0.05)

@@ -19,6 +19,7 @@ from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.training.build import load_source, new_model
 from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.config_files import make_config
 from torchcdm.training.finish import _uniform, compare, problems, sampling_options
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
@@ -124,3 +125,12 @@ def test_without_a_density_the_evaluations_of_moves_go_into_steps():
              for model in (plain, energy)]  # fmt: skip
     assert [found.evaluations for found in drawn] == [30, 28]
     assert drawn[0].acceptance is None and drawn[1].acceptance > 0
+
+
+def test_training_samples_are_compared_without_their_cluster():
+    source = from_object(torch.cat([torch.randn(100, 2), torch.randn(100, 2) + 50]), clusters=2)
+    config = make_config({"model": {"labels": "joint", "class_gaussians": True, "backbone": "mlp"}})
+    model = new_model(config.model, source, flip=False).eval()
+    found = compare(model, config, source, model.state_dict())["values"]["training"]
+    alone = single_pass(model, source.train.tensors()[0], scoring=Scoring(level=0)).values().mean()
+    assert found == pytest.approx(float(alone))

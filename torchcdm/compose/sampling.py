@@ -123,8 +123,8 @@ def sample(
             proposed by the reverse kernels, whose density is known, and take no other.
         steps: Number of steps, 1 ... T; 25 when None. Particles visit all levels.
         y: Class of each sample, long (n,), or one for all; None for the unconditional density, for which a joint
-            model draws a class first. A model with a context takes contexts (n, context), or one for all. Particles
-            take one for all.
+            model draws a class first, unless there are particles, which take one for all. A model with a context takes
+            contexts (n, context), or one for all.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w. Moves then
             leave the guided density as it is. Not for particles.
         seed: Seed, not negative.

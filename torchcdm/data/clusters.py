@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from torchcdm.data.source import NO_LABEL, DataSource, Split
+from torchcdm.data.source import NO_LABEL, DataSource
 from torchcdm.errors import UserError
-from torchcdm.random import evenly_spaced, stream
+from torchcdm.random import stream
 
-ROWS, NUMBERS = 20_000, 2**24
-"""Samples that groups are found in, at most, and numbers that are read at a time."""
+ROWS, NUMBERS, EACH = 20_000, 2**26, 10
+"""Most samples that groups are found in, numbers that are held at a time, and fewest samples for each group."""
 
 
 def without_labels(source: DataSource) -> DataSource:
@@ -33,16 +34,18 @@ def in_clusters(source: DataSource, count: int, seed: int) -> DataSource:
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    split, transform = source.train, source.transform
+    split, most = source.train, max(1, NUMBERS // source.transform.dim)
     if len(split) < count:
         raise UserError(f"{source.name}: data.clusters is {count}, but there are {len(split)} training samples")
 
-    def numbers(split: Split, rows: torch.Tensor) -> np.ndarray:
-        x = transform.encode(split.batch(rows)[0], stream(seed, "clusters"))
-        return x.flatten(1).float().numpy()
+    def rows(z: Tensor) -> np.ndarray:
+        return z.flatten(1).float().numpy()
 
-    found = MiniBatchKMeans(count, random_state=seed, n_init=3).fit(numbers(split, evenly_spaced(len(split), ROWS)))
-    parts = torch.arange(len(split)).split(max(1, NUMBERS // transform.dim))
-    labels = torch.cat([torch.from_numpy(found.predict(numbers(split, rows))) for rows in parts])
+    # Dequantised, as all that is fitted; which group a sample is in has no noise.
+    x, _ = split.tensors(max(EACH * count, min(ROWS, most)))
+    z = source.transform.encode(x, stream(seed, "clusters"))
+    found = MiniBatchKMeans(count, random_state=seed, n_init=3).fit(rows(z))
+    parts = (source.transform(split.values(k).float()) for k in torch.arange(len(split)).split(most))
+    labels = torch.from_numpy(np.concatenate([found.predict(rows(part)) for part in parts])).long()
     names = tuple(f"cluster {k}" for k in range(count))
-    return replace(without_labels(source), train=split.relabelled(labels.long()), class_names=names)
+    return replace(without_labels(source), train=split.relabelled(labels), class_names=names)

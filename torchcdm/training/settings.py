@@ -214,9 +214,3 @@ class Config:
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
     report: ReportConfig = ReportConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> Config:
-        if self.data.clusters is not None and self.model.labels == "none":
-            raise ValueError(f"data.clusters is {self.data.clusters}; it needs model.labels joint, or input")
-        return self
