@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Processes that share the tests, one thread each: small tensors gain nothing from more threads.
 WORKERS ?= 2
+# Each takes neighbouring tests, so that hardly any fixture of a file or folder is made twice.
+SHARED := -n $(WORKERS) --dist worksteal
 
 # Environments of `make test-extras`: everything optional, and the oldest torch that is allowed.
 EXTRAS := .venv-extras
@@ -31,7 +33,7 @@ demo: $(VENV)/.installed
 	$(BIN)/cdm train digits --out runs/demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
 
 test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -51,8 +53,8 @@ $(OLDEST)/.installed: pyproject.toml
 # Adapters and peers with their packages; the type checkers beside them; the core suite with the oldest torch.
 test-extras: $(EXTRAS)/.installed $(OLDEST)/.installed
 	$(EXTRAS)/bin/python -m pytest -m slow tests/test_docs.py -k type_checkers
-	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n $(WORKERS)
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest $(SHARED)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(SHARED) tests
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

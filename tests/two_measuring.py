@@ -1,4 +1,4 @@
-"""Run as two processes: two processes share what one measures of a run, in Python and by commands."""
+"""Run by ``two_ranks``: two processes share what one measures of a run, in Python and by commands."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""Run as two processes: the gradients of a joint batch from every process's share, and a short training."""
+"""Run by ``two_ranks``: the gradients of a joint batch from every process's share, and a short training."""
 
 import sys
 from pathlib import Path
