@@ -99,11 +99,11 @@ def taken(model: Denoiser, moves: int, seed: int, x: Tensor, t: int, rows: slice
 
 def cell(
     model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, groups: Tensor | None,
-    options: argparse.Namespace
+    options: argparse.Namespace,
 ) -> dict[str, Any] | None:
     """One row; None where there are more steps than levels, or moves and no density.
 
-    ``groups`` are those of the training samples, as often as which samples are drawn; of models of clusters.
+    Of models of clusters, ``groups`` are those of the training samples; samples are drawn of each as often.
     """
     pattern = r"^(.*?)(?:@([\d.]+),([\d.]+))?(?:([+~])(\d+))?$"  # dpm++ has no moves
     rule_name, eta, variance, kind, count = re.findall(pattern, sampler)[0]

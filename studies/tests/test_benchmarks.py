@@ -129,7 +129,8 @@ def test_contenders_with_classes_have_a_joint_head_and_an_embedding():
 @pytest.mark.slow
 def test_quality_curves_draw_the_clusters_of_the_training_data(report_of, tmp_path, monkeypatch):
     words = ["--preset", "digits", "--seconds", "2", "--images", "8", "--samples", "40", "--evaluations", "4",
-             "--samplers", "ddpm", "--spacings", "even", "--clusters", "5", "--batch", "16"]  # fmt: skip
+             "--samplers", "ddpm", "--spacings", "even", "--clusters", "5", "--batch", "16",
+             "--guidance", "0.5"]  # fmt: skip
     asked = []
 
     def observed(model, n, rule, steps, y, *rest, **how):
@@ -138,7 +139,8 @@ def test_quality_curves_draw_the_clusters_of_the_training_data(report_of, tmp_pa
 
     monkeypatch.setattr(quality_curves, "sample", observed)
     rows = report_of("quality_curves", *words, "--out", str(tmp_path / "out"))
-    assert [row["model"] for row in rows] == ["cdm-0", "ddm-0"]
+    found = [(row["model"], row["steps"], row["evaluations"]) for row in rows]
+    assert found == [("cdm-0", 4, 4), ("ddm-0", 2, 4)], "a guided step of a DDM is two evaluations"
     labels = load_data("digits", clusters=5).train.labels
     assert all(torch.equal(y, labels[evenly_spaced(1300, 40)]) for y in asked) and len(asked) == 2
 
