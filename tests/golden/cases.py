@@ -245,7 +245,7 @@ def of_likelihoods() -> dict[str, Tensor]:
                 values[f"{which}/single-{level}"] = single_pass(model, x, y, Scoring(level, draws=3, seed=1)).nats
     model = vector_model()
     gaps = probability_flow(model, inputs(model, 8), None, Scoring(level=1, seed=1)).flow.gaps()
-    values["gap-by-level"] = torch.stack([-gaps.mean, gaps.sd])
+    values["gap-by-level"] = torch.tensor([[-gap for gap in gaps["mean"]], gaps["sd"]], dtype=torch.float64)
     table = report(image_model(), grey(6), None, Scoring(draws=2, seed=1), sweeps=8).to_json()
     kept = [row for row in table["rows"] if not row["name"].endswith("-restricted")]
     values["report"] = torch.tensor([row["value"] or 0.0 for row in kept])

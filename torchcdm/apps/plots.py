@@ -17,8 +17,6 @@ from torchcdm.runtime.files import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from torchcdm.likelihood.flow import LevelGaps
-
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
 LEVEL = "level t"
 
@@ -49,11 +47,12 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
             ax.set(xlabel=LEVEL, ylabel=name)
 
 
-def gaps_to_flow(gaps: LevelGaps, path: Path) -> None:
-    """How far one pass is from the flow at each level: mean and standard deviation over samples."""
+def gaps_to_flow(gaps: Mapping[str, Sequence[float]], path: Path) -> None:
+    """How far one pass is from the flow at each level, as :meth:`torchcdm.likelihood.flow.FlowResult.gaps` says."""
+    mean, sd = torch.tensor(gaps["mean"]), torch.tensor(gaps["sd"])
     with panels(path) as (ax,):
-        ax.fill_between(gaps.levels, gaps.mean - gaps.sd, gaps.mean + gaps.sd, alpha=0.3)
-        ax.plot(gaps.levels, gaps.mean)
+        ax.fill_between(gaps["levels"], mean - sd, mean + sd, alpha=0.3)
+        ax.plot(gaps["levels"], mean)
         ax.axhline(0, color="0.7", linestyle="--")
         ax.set(xlabel=LEVEL, ylabel="NLL, one pass - flow, nats")
 

@@ -67,7 +67,7 @@ def write_report(
         # What the training found of its model and of what it has to beat.
         "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
         "nll": nll and nll.to_json(),
-        "gap_to_flow_by_level": nll and nll.gaps and nll.gaps.to_json(),
+        "gap_to_flow_by_level": nll and nll.gaps,
     }
     write_json(folder.report, numbers)
     return _text(nll, beside, evaluation)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -51,25 +51,15 @@ class FlowResult:
         """log density of each input at its level, (B,)."""
         return self.path[0]
 
-    def gaps(self) -> LevelGaps:
-        """How far one pass is from the flow, level by level."""
+    def gaps(self) -> dict[str, list[float]]:
+        """NLL by one pass minus NLL by the flow along the paths; above 0 one pass finds them less likely.
+
+        ``mean`` over samples, nats, at each of the visited ``levels``, and standard deviation ``sd``, probe noise
+        included.
+        """
         gaps = (self.path - self.one_pass).cpu()
-        return LevelGaps(self.levels, gaps.mean(1), gaps.std(1, correction=int(gaps.shape[1] > 1)))
-
-
-class LevelGaps(NamedTuple):
-    """NLL by one pass minus NLL by the flow along the paths; above 0 one pass finds them less likely.
-
-    Mean over samples, nats, at each of the visited ``levels``, and standard deviation, probe noise included.
-    """
-
-    levels: list[int]
-    mean: Tensor
-    sd: Tensor
-
-    def to_json(self) -> dict[str, list[float]]:
-        """Plain lists, by name."""
-        return {"levels": self.levels, "mean": self.mean.tolist(), "sd": self.sd.tolist()}
+        sd = gaps.std(1, correction=int(gaps.shape[1] > 1))
+        return {"levels": self.levels, "mean": gaps.mean(1).tolist(), "sd": sd.tolist()}
 
 
 @dataclass(frozen=True)

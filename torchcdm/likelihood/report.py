@@ -16,7 +16,7 @@ from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
 from torchcdm.likelihood.elbo import elbo
-from torchcdm.likelihood.flow import EXACT_DIMENSIONS, FlowLikelihood, FlowSolver, LevelGaps, probability_flow
+from torchcdm.likelihood.flow import EXACT_DIMENSIONS, FlowLikelihood, FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
 from torchcdm.likelihood.one_pass import single_pass
 from torchcdm.likelihood.restricted import restricted_pass
@@ -108,7 +108,7 @@ class NLLReport:
     rows: tuple[Row, ...]
     log_z: LogZ | None
     gap: NLLGap | None
-    gaps: LevelGaps | None
+    gaps: dict[str, list[float]] | None
     believe: bool
     why: str
     notes: list[str]
