@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, mean_and_spread, within_error
+from torchcdm.diffusion.gaussian import DIAGONAL, FULL_COVARIANCE_LIMIT, SHRINKAGES, mean_and_spread, within_error
 from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture, fit_cosines
 from torchcdm.units.log_likelihood import log_normal
 
@@ -25,9 +25,6 @@ CONTRASTS = (1, 2, 4, 8)
 
 WIDE, WIDEST = 100, 2000
 """Numbers of a vector up to which mixtures, and up to which covariances are tried."""
-
-FULL_IMAGES = 4096
-"""Numbers of an image up to which covariances are tried, where there are as many images as numbers."""
 
 FIELDS = ("gaussian", "components", "shrinkage", "form")
 """What there is to choose."""
@@ -69,7 +66,7 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     counts: Sequence[int] = COMPONENTS if vectors else CONTRASTS
     counts = (given["components"],) if "components" in given else counts
     found = [] if given else [nothing]
-    widest = WIDEST if vectors else min(FULL_IMAGES, len(train))
+    widest = WIDEST if vectors else min(FULL_COVARIANCE_LIMIT, len(train))
     cheap = "diagonal" if vectors else "cosine"
     forms = ["full", cheap] if dim <= widest else [cheap]
     for form in [given["form"]] if "form" in given else forms:
