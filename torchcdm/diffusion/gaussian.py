@@ -114,27 +114,16 @@ class GaussianMarginals(BaseDensity):
 
     mean: Tensor
     variances: Tensor
-    constants: Tensor
 
     def __init__(self, schedule: NoiseSchedule, mean: Tensor, variances: Tensor, rotation: Rotation) -> None:
         super().__init__(schedule)
         self.rotation, self.classes = rotation, nn.ModuleList()
         self.register_buffer("mean", mean.double())
         self.register_buffer("variances", variances.double())
-        self.register_buffer("constants", torch.empty(0, dtype=torch.float64), persistent=False)
-        self._set_constants()
-        self.register_load_state_dict_post_hook(_refresh)
 
     @property
     def gaussian(self) -> GaussianMarginals:
         return self
-
-    def _set_constants(self) -> None:
-        """What log p at each level owes to mean and variances alone, (T+2,): 784 000 logarithms for T = 1000."""
-        variances = self._variances_at(slice(None))
-        log_volume = variances.log().sum(-1) + variances.shape[-1] * math.log(2 * math.pi)
-        m, rest = self.rotation(self.mean), 1 - self.schedule.alpha
-        self.constants = log_volume + rest**2 * (m.square() / variances).sum(-1)
 
     @classmethod
     def blank(
@@ -182,15 +171,17 @@ class GaussianMarginals(BaseDensity):
         # x - alpha mu = (x - mu) + (1 - alpha) mu. The square is expanded about the centred x, matrix
         # products instead of a (B, T+2, d) array; about 0 the terms would cancel to the rounding error.
         z, m = self.rotation(x.double() - self.mean), self.rotation(self.mean)
-        given = z, m, self.variances, self.constants
+        given = z, m, self.variances
         # One of several after the other, whose (T+2, d) array stays in the cache.
         return self._levels(*given) if z.ndim == 2 else torch.stack(list(map(self._levels, *given)))
 
-    def _levels(self, z: Tensor, m: Tensor, variances: Tensor, constants: Tensor) -> Tensor:
+    def _levels(self, z: Tensor, m: Tensor, variances: Tensor) -> Tensor:
         alpha, sigma = self.schedule.alpha, self.schedule.sigma
-        precision = (alpha[:, None] ** 2 * variances + sigma[:, None] ** 2).reciprocal().T
+        marginal, rest = alpha[:, None] ** 2 * variances + sigma[:, None] ** 2, 1 - alpha
+        precision = marginal.reciprocal().T
         squares, products = torch.stack([z.square(), z * m]) @ precision
-        return -0.5 * (squares + 2 * (1 - alpha) * products + constants)
+        log_volume = (2 * math.pi * marginal).log().sum(1)
+        return -0.5 * (squares + 2 * rest * products + rest**2 * (m.square() @ precision) + log_volume)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         alpha_t, sigma_t = self.schedule.at(t, x_t.double())
@@ -238,11 +229,6 @@ class GaussianMarginals(BaseDensity):
             return None
         by_class = torch.stack([gaussian.log_prob_levels(x) for gaussian in self.classes], 1)
         return by_class - self.log_prob_levels(x)[:, None]
-
-
-def _refresh(gaussian: GaussianMarginals, _: object) -> None:
-    """After a saved state was loaded; a function of the module, so that models can be pickled."""
-    gaussian._set_constants()
 
 
 def mean_and_spread(samples: Tensor, form: str | None = None) -> tuple[Tensor, Tensor]:
